@@ -1,0 +1,107 @@
+# Everything from a bare checkout: Python 3.11 or later, a C++ compiler and make are all that must be there.
+# `make help` lists the targets.
+
+# The first Python that is new enough; PYTHON=... names another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --quiet --quiet --disable-pip-version-check
+CONSTRAINTS := $(VENV)/constraints.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CORE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) \
+	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CMAKE_NEW = cmake -S . -B build/$(1) $(if $(wildcard build/$(1)/CMakeCache.txt),,-G Ninja)
+CTEST = ctest --output-on-failure --no-tests=error --test-dir
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow setup cpp-test asan tsan cuda package lint format bench clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/.built ## set up, then fine-tune a small real model streamed from disk (a few minutes)
+	$(BIN)/distzo2 demo
+
+test: $(VENV)/.built ## set up, then run the Python tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.built ## the long tests
+	$(BIN)/pytest -m slow
+
+setup: $(VENV)/.built ## create .venv, install what is pinned, build the core
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed, and none was found: name one with PYTHON=..."; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or later is needed, and $(PYTHON) is $$("$(PYTHON)" --version 2>&1)"; exit 1; }
+	@echo "== creating $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed: on Debian and Ubuntu, install python3-venv"; exit 1; }
+
+# torch goes first, since its build for the platform decides what else is needed: one with CUDA brings a triton of its own.
+$(VENV)/.installed: constraints.txt pyproject.toml tools/requirements.py | $(VENV)/bin/python
+	@echo "== installing torch"
+	@grep -vE '^(triton|nvidia-)' constraints.txt > $(CONSTRAINTS)
+	@$(PIP) install -c $(CONSTRAINTS) $$(grep '^torch==' constraints.txt) packaging
+	@$(BIN)/python -c 'import triton' 2>/dev/null || grep '^triton==' constraints.txt >> $(CONSTRAINTS)
+	@echo "== installing the other packages"
+	@$(PIP) install -c $(CONSTRAINTS) $$($(BIN)/python tools/requirements.py)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(CORE_SOURCES)
+	@echo "== building distzo2"
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c 'import distzo2_core; print("built:", distzo2_core.build_info())'
+	@touch $@
+
+cpp-test: $(VENV)/.built ## the C++ tests
+	$(call CMAKE_NEW,core) && cmake --build build/core
+	$(CTEST) build/core
+
+asan: $(VENV)/.installed ## the C++ tests under the address and undefined-behaviour sanitizers
+	$(call CMAKE_NEW,asan) -DDISTZO2_SANITIZE=address && cmake --build build/asan
+	$(CTEST) build/asan
+
+tsan: $(VENV)/.installed ## the C++ tests under the thread sanitizer
+	$(call CMAKE_NEW,tsan) -DDISTZO2_SANITIZE=thread && cmake --build build/tsan
+	$(CTEST) build/tsan
+
+# A machine without a CUDA toolkit gets the compiler as Python packages, in a folder of its own.
+NVCC_HOME := build/nvcc/nvidia/cu13
+NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || echo $(NVCC_HOME)/bin/nvcc)
+
+$(NVCC_HOME)/bin/nvcc: | $(VENV)/.installed
+	@echo "== installing nvcc"
+	@$(PIP) install --no-deps --target build/nvcc $$(grep '^nvidia-' constraints.txt)
+
+cuda: $(NVCC) $(VENV)/.installed ## compile every .cu for sm_80, sm_90 and PTX, and link the extension with them
+	CUDACXX=$(abspath $(NVCC)) DISTZO2_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -c 'import distzo2_core as core; info = core.build_info(); print(info); assert info["cuda"]'
+
+package: $(VENV)/.built ## build the wheel and run it away from the checkout
+	tools/check_package.sh $(BIN)/python
+
+lint: $(VENV)/.installed ## check style: ruff, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.installed ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/.built ## measure kernels and copies on this machine, into bench/results
+	$(BIN)/python bench/bench_kernels.py
+	$(BIN)/python bench/bench_copy.py
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info distzo2_core/_C*.so $(VENV)/.built
+
+distclean: clean ## remove what was built, and .venv
+	rm -rf $(VENV)

@@ -1,0 +1,61 @@
+# Decides whether the CUDA kernels are compiled, and sets DISTZO2_CUDA_COMPILER (false when they are not, with the cause
+# in DISTZO2_CUDA_REASON), DISTZO2_CUDA_VERSION, DISTZO2_CUDA_ARCHS and DISTZO2_CUDART (the static CUDA runtime).
+set(DISTZO2_CUDA_COMPILER FALSE)
+set(DISTZO2_CUDA_VERSION "")
+set(DISTZO2_CUDA_ARCHS "")
+set(DISTZO2_CUDART "")
+if(DISTZO2_CUDA STREQUAL "0")
+    set(DISTZO2_CUDA_REASON "DISTZO2_CUDA=0")
+    return()
+elseif(NOT DISTZO2_CUDA STREQUAL "1" AND NOT DISTZO2_CUDA STREQUAL "auto")
+    message(FATAL_ERROR "DISTZO2_CUDA is '${DISTZO2_CUDA}', expected 0, 1 or auto")
+endif()
+
+find_program(DISTZO2_NVCC nvcc HINTS "$ENV{CUDACXX}" ENV CUDACXX
+             PATHS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" /usr/local/cuda/bin)
+if(DEFINED ENV{CUDACXX} AND EXISTS "$ENV{CUDACXX}")
+    set(DISTZO2_NVCC "$ENV{CUDACXX}" CACHE FILEPATH "the CUDA compiler" FORCE)
+endif()
+if(NOT DISTZO2_NVCC)
+    set(DISTZO2_CUDA_REASON "nvcc not found on PATH, in CUDACXX, in CUDA_HOME/bin or in /usr/local/cuda/bin")
+else()
+    execute_process(COMMAND "${DISTZO2_NVCC}" --version OUTPUT_VARIABLE nvcc_text ERROR_VARIABLE nvcc_text
+                    RESULT_VARIABLE nvcc_result)
+    string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_match "${nvcc_text}")
+    set(nvcc_release "${CMAKE_MATCH_1}")
+    if(NOT nvcc_result EQUAL 0 OR NOT nvcc_match)
+        set(DISTZO2_CUDA_REASON "${DISTZO2_NVCC} --version does not run")
+    elseif(nvcc_release VERSION_LESS 12.0)
+        set(DISTZO2_CUDA_REASON "${DISTZO2_NVCC} is CUDA ${nvcc_release}, and 12.0 is needed for C++20")
+    endif()
+endif()
+if(DISTZO2_CUDA_REASON)
+    if(DISTZO2_CUDA STREQUAL "1")
+        message(FATAL_ERROR "DISTZO2_CUDA=1, but ${DISTZO2_CUDA_REASON}")
+    endif()
+    return()
+endif()
+
+# nvcc from Python packages looks for its libraries in lib64, where there is only lib.
+get_filename_component(cuda_root "${DISTZO2_NVCC}/../.." ABSOLUTE)
+if(EXISTS "${cuda_root}/lib/libcudart_static.a" AND NOT EXISTS "${cuda_root}/lib64")
+    set(CMAKE_CUDA_FLAGS_INIT "-L${cuda_root}/lib")
+endif()
+
+# Machine code for A100 and H100/H200, and PTX for what comes later.
+set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
+set(DISTZO2_CUDA_ARCHS sm_80 sm_90 ptx_90)
+set(CMAKE_CUDA_COMPILER "${DISTZO2_NVCC}")
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+target_compile_options(distzo2_flags INTERFACE
+    "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--fmad=false;-lineinfo;-Xcompiler=-Wall,-Wextra,-ffp-contract=off,-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=>")
+
+find_library(DISTZO2_CUDART_LIBRARY cudart_static PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} NO_DEFAULT_PATH)
+if(NOT DISTZO2_CUDART_LIBRARY)
+    message(FATAL_ERROR "libcudart_static.a not found in ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES}")
+endif()
+set(DISTZO2_CUDART "${DISTZO2_CUDART_LIBRARY}")
+set(DISTZO2_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
+set(DISTZO2_CUDA_COMPILER TRUE)

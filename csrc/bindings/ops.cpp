@@ -1,0 +1,248 @@
+// The torch ops distzo2::*: schemas, argument checks, and dispatch to the kernels. CPU ops run on torch's intra-op threads; CUDA ops
+// are enqueued on the current stream of the tensors' device.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace distzo2 {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kMaxWord = std::numeric_limits<uint32_t>::max();
+constexpr int64_t kProbeLimit = int64_t{1} << 20;
+
+void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
+    at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { body(context, from, to); });
+}
+
+const bool hook_is_set = (set_parallel_for(&run_on_torch_threads), true);
+
+DType dtype_of(at::ScalarType type, const char* what) {
+    switch (type) {
+    case at::kFloat:
+        return DType::kFp32;
+    case at::kBFloat16:
+        return DType::kBf16;
+    case at::kHalf:
+        return DType::kFp16;
+    default:
+        TORCH_CHECK_TYPE(false, what, " must be float32, bfloat16 or float16, got ", type);
+    }
+}
+
+// A contiguous CPU table of the op's arguments with `columns` in its last dimensions.
+template <class Row>
+const Row* table(const Tensor& tensor, at::ScalarType type, at::IntArrayRef shape, const char* what) {
+    TORCH_CHECK(tensor.device().is_cpu(), what, " must be a CPU tensor, got one on ", tensor.device());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == type, what, " must be ", type, ", got ", tensor.scalar_type());
+    TORCH_CHECK(tensor.is_contiguous(), what, " must be contiguous");
+    TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " must have shape ", shape, ", got ", tensor.sizes());
+    return reinterpret_cast<const Row*>(tensor.const_data_ptr());
+}
+
+void check_noise(int64_t numel, int64_t family, int64_t step, int64_t param, int64_t probe, int64_t offset) {
+    TORCH_CHECK_VALUE(family == 0 || family == 1, "unknown family of noise ", family,
+                      "; known: 0 (normal), 1 (rademacher)");
+    TORCH_CHECK_VALUE(step >= 0 && step <= kMaxWord, "step must be in [0, 2^32), got ", step);
+    TORCH_CHECK_VALUE(param >= 0 && param <= kMaxWord, "param must be in [0, 2^32), got ", param);
+    TORCH_CHECK_VALUE(probe >= 0 && probe < kProbeLimit, "probe must be in [0, 2^20), got ", probe);
+    TORCH_CHECK_VALUE(numel >= 0 && numel <= kMaxElements, "numel must be in [0, 2^38], got ", numel);
+    TORCH_CHECK_VALUE(offset >= 0 && offset <= kMaxElements - numel, "offset + numel must be in [0, 2^38], got ", offset,
+                      " + ", numel);
+}
+
+float finite_float(double value, const char* what) {
+    const float rounded = static_cast<float>(value);
+    TORCH_CHECK_VALUE(std::isfinite(rounded), what, " must be finite in float32, got ", value);
+    return rounded;
+}
+
+void check_device(c10::Device device) {
+    TORCH_CHECK(device.is_cpu() || device.is_cuda(), "distzo2 has native kernels for cpu and cuda, not for ", device);
+    TORCH_CHECK(device.is_cpu() || cuda_compiled(), "distzo2 was built without CUDA kernels");
+}
+
+// The current stream, through torch's device-neutral interface: this file compiles against a CPU-only torch.
+CudaStream current_stream(c10::Device device) {
+    return reinterpret_cast<CudaStream>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
+}
+
+Tensor generate(int64_t family, int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
+                at::ScalarType type, c10::Device device) {
+    check_noise(numel, family, step, param, probe, offset);
+    check_device(device);
+    Generate request;
+    request.dtype = dtype_of(type, "dtype");
+    Tensor out = at::empty({numel}, at::TensorOptions().dtype(type).device(device));
+    if (numel == 0)
+        return out;
+    request.out = out.mutable_data_ptr();
+    request.numel = numel;
+    request.seed = static_cast<uint64_t>(seed);
+    request.family = family;
+    request.step = step;
+    request.param = param;
+    request.probe = probe;
+    request.offset = offset;
+    if (device.is_cpu())
+        generate_cpu(request);
+    else
+        generate_cuda(request, out.device().index(), current_stream(out.device()));
+    return out;
+}
+
+Tensor normal(int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
+              at::ScalarType dtype, c10::Device device) {
+    return generate(0, numel, seed, step, param, probe, offset, dtype, device);
+}
+
+Tensor rademacher(int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
+                  at::ScalarType dtype, c10::Device device) {
+    return generate(1, numel, seed, step, param, probe, offset, dtype, device);
+}
+
+InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
+    check_noise(w.numel(), family, step, param, probe, offset);
+    check_device(w.device());
+    TORCH_CHECK_VALUE(w.is_contiguous(), "w must be contiguous, got shape ", w.sizes(), " with strides ", w.strides());
+    InPlace place;
+    place.dtype = dtype_of(w.scalar_type(), "w");
+    place.weights = w.mutable_data_ptr();
+    place.numel = w.numel();
+    place.seed = static_cast<uint64_t>(seed);
+    place.family = family;
+    place.step = step;
+    place.param = param;
+    place.probe = probe;
+    place.offset = offset;
+    return place;
+}
+
+void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
+              int64_t family) {
+    const InPlace place = in_place(w, seed, step, param, probe, offset, family);
+    const float scale32 = finite_float(scale, "scale");
+    if (place.numel == 0)
+        return;
+    if (w.is_cpu())
+        perturb_cpu(place, scale32);
+    else
+        perturb_cuda(place, scale32, w.device().index(), current_stream(w.device()));
+}
+
+void restore_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
+              int64_t family) {
+    perturb_(std::move(w), -scale, seed, step, param, probe, offset, family);
+}
+
+void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed, int64_t step, int64_t param,
+             int64_t probe, int64_t offset, int64_t family) {
+    const InPlace place = in_place(w, seed, step, param, probe, offset, family);
+    const float lr32 = finite_float(lr, "lr"), coef32 = finite_float(coef, "coef");
+    const float decay32 = finite_float(weight_decay, "weight_decay");
+    if (place.numel == 0)
+        return;
+    if (w.is_cpu())
+        update_cpu(place, lr32, coef32, decay32);
+    else
+        update_cuda(place, lr32, coef32, decay32, w.device().index(), current_stream(w.device()));
+}
+
+uint8_t* buffer(const Tensor& tensor, const Tensor& weights, const std::string& what) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, what, " must be uint8, got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous(), what, " must be a contiguous vector, got shape ",
+                      tensor.sizes(), " with strides ", tensor.strides());
+    TORCH_CHECK_VALUE(tensor.device() == weights.device(), what, " must be on ", weights.device(),
+                      " as weights are, got ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.numel() == weights.numel(), what, " must have ", weights.numel(),
+                      " bytes as weights have, got ", tensor.numel());
+    return static_cast<uint8_t*>(tensor.mutable_data_ptr());
+}
+
+void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, const Tensor& terms, const Tensor& coefs,
+                 const Tensor& updates, const Tensor& update_groups, const Tensor& emits, const Tensor& emit_scales,
+                 at::TensorList outs, bool write_back) {
+    check_device(weights.device());
+    Materialize visit;
+    visit.weights = buffer(weights, weights, "weights");
+    visit.num_bytes = weights.numel();
+    visit.seed = static_cast<uint64_t>(seed);
+    visit.write_back = write_back;
+    visit.num_segments = segments.dim() > 0 ? segments.size(0) : 0;
+    visit.segments = table<Segment>(segments, at::kLong, {visit.num_segments, 8}, "segments");
+    visit.num_terms = terms.dim() > 0 ? terms.size(0) : 0;
+    visit.terms = table<Term>(terms, at::kLong, {visit.num_terms, 4}, "terms");
+    visit.coefs = table<float>(coefs, at::kFloat, {visit.num_terms}, "coefs");
+    visit.num_updates = updates.dim() > 0 ? updates.size(0) : 0;
+    visit.num_emits = emits.dim() > 0 ? emits.size(0) : 0;
+    if (visit.num_updates > 0)
+        visit.num_groups = update_groups.dim() > 1 ? update_groups.size(1) : 0;
+    else
+        visit.num_groups = emit_scales.dim() > 1 ? emit_scales.size(1) : 0;
+    visit.updates = table<Update>(updates, at::kLong, {visit.num_updates, 3}, "updates");
+    visit.emits = table<Emit>(emits, at::kLong, {visit.num_emits, 2}, "emits");
+    if (visit.num_updates > 0)
+        visit.update_groups = table<UpdateGroup>(update_groups, at::kFloat, {visit.num_updates, visit.num_groups, 4},
+                                                 "update_groups");
+    if (visit.num_emits > 0)
+        visit.emit_scales =
+            table<float>(emit_scales, at::kFloat, {visit.num_emits, visit.num_groups}, "emit_scales");
+    TORCH_CHECK_VALUE(static_cast<int64_t>(outs.size()) == visit.num_emits, "there must be one out for each emit: ",
+                      visit.num_emits, " emits, ", outs.size(), " outs");
+    std::vector<uint8_t*> pointers;
+    pointers.reserve(outs.size());
+    for (const Tensor& out : outs) {
+        const std::string what = "outs[" + std::to_string(pointers.size()) + "]";
+        pointers.push_back(buffer(out, weights, what));
+        TORCH_CHECK_VALUE(visit.num_bytes == 0 || pointers.back() != visit.weights, what, " must not be weights itself");
+    }
+    visit.outs = pointers.data();
+    if (weights.is_cpu())
+        materialize_cpu(visit);
+    else
+        materialize_cuda(visit, weights.device().index(), current_stream(weights.device()));
+}
+
+} // namespace
+} // namespace distzo2
+
+TORCH_LIBRARY(distzo2, library) {
+    library.def("normal(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, Device device)"
+                " -> Tensor");
+    library.def("rademacher(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, "
+                "Device device) -> Tensor");
+    library.def("perturb_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
+                " -> ()");
+    library.def("restore_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
+                " -> ()");
+    library.def("update_(Tensor(a!) w, float lr, float coef, float weight_decay, int seed, int step, int param, "
+                "int probe, int offset, int family) -> ()");
+    library.def("materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
+                "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
+}
+
+// Ops without a tensor among their arguments are dispatched by no device: one implementation serves all of them.
+TORCH_LIBRARY_IMPL(distzo2, CompositeExplicitAutograd, library) {
+    library.impl("normal", &distzo2::normal);
+    library.impl("rademacher", &distzo2::rademacher);
+}
+
+#define DZO_REGISTER(key)                                                                                              \
+    TORCH_LIBRARY_IMPL(distzo2, key, library) {                                                                        \
+        library.impl("perturb_", &distzo2::perturb_);                                                                  \
+        library.impl("restore_", &distzo2::restore_);                                                                  \
+        library.impl("update_", &distzo2::update_);                                                                    \
+        library.impl("materialize", &distzo2::materialize);                                                            \
+    }
+
+DZO_REGISTER(CPU)
+DZO_REGISTER(CUDA)

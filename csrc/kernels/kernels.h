@@ -1,0 +1,63 @@
+// The kernels' C++ API: noise, and the visit to packed weights (`Materialize`, types.h), on the CPU and on CUDA. perturb, restore and
+// update in place are visits of one segment. All entries check their tables (std::runtime_error), do nothing for an empty problem,
+// allocate nothing on the CPU, and give the same bits on every path.
+//
+// CPU entries run on the calling thread and the threads of the ParallelFor, and return when done. CUDA entries enqueue on `stream`
+// of `device` and return; every buffer is device memory, every table is host memory and may be freed on return.
+#pragma once
+
+#include <string>
+
+#include "types.h"
+
+namespace distzo2 {
+
+// Instruction sets of the CPU kernels. The best one that the machine has is used; the environment variable DISTZO2_SIMD
+// (portable, avx2, avx512) names one, and is an error if it is not there.
+enum class SimdLevel { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+const char* simd_name(SimdLevel level);
+bool simd_available(SimdLevel level); // compiled, and supported by this processor and its operating system
+SimdLevel simd_level();               // the level in use
+void set_simd_level(SimdLevel level); // for tests and benchmarks; throws if it is not available
+
+// Runs body(context, begin, end) over disjoint ranges that cover [begin, end), each but the last at least `grain` long, and returns
+// when all are done. Default: std::thread for as many as the machine has, when there is work for more than one.
+using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
+void set_parallel_for(ParallelFor parallel_for); // nullptr restores the default
+
+// Throws if a row of the tables is out of range, a segment is not in its buffer or not aligned to its dtype, or two segments overlap.
+void check(const Materialize& visit);
+void check(const Generate& request);
+
+void materialize_cpu(const Materialize& visit);
+void generate_cpu(const Generate& request);
+
+// Elements [offset, offset + numel) of a parameter, stored at `weights`, changed in place by one term.
+struct InPlace {
+    void* weights = nullptr;
+    DType dtype = DType::kFp32;
+    int64_t numel = 0;
+    uint64_t seed = 0;
+    int64_t family = 0;
+    int64_t step = 0;
+    int64_t param = 0;
+    int64_t probe = 0;
+    int64_t offset = 0;
+};
+
+// w <- rne(fma(scale, z, w)). Restoring is the same with -scale; it does not bring the bits back.
+void perturb_cpu(const InPlace& place, float scale);
+// One update of one term; rounding bits are those of (seed, step, param, element).
+void update_cpu(const InPlace& place, float lr, float coef, float weight_decay);
+
+// CUDA. In a build without nvcc these throw "distzo2 was built without CUDA kernels".
+using CudaStream = void*; // a cudaStream_t
+bool cuda_compiled();
+void materialize_cuda(const Materialize& visit, int device, CudaStream stream);
+void generate_cuda(const Generate& request, int device, CudaStream stream);
+void perturb_cuda(const InPlace& place, float scale, int device, CudaStream stream);
+void update_cuda(const InPlace& place, float lr, float coef, float weight_decay, int device, CudaStream stream);
+
+} // namespace distzo2

@@ -1,0 +1,9 @@
+#include "kernels/simd_portable.h"
+
+#include "kernels/cpu_tiles.h"
+
+namespace distzo2 {
+
+const CpuLevel kPortableLevel = make_level<Lanes>();
+
+} // namespace distzo2

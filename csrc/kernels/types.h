@@ -1,0 +1,99 @@
+// The tables that describe a visit to packed weights. Plain rows with the layout of the torch op's CPU tensors, so that the bindings
+// pass pointers and copy nothing. No torch, no CUDA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace distzo2 {
+
+enum class DType : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
+
+constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
+
+// Groups of normals are numbered with 36 bits, so a parameter has at most 2^38 elements.
+constexpr int64_t kMaxElements = int64_t{1} << 38;
+
+// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset. rows and cols
+// are the whole parameter's, for families of noise that need its shape.
+struct Segment {
+    int64_t byte_offset;
+    int64_t numel;
+    int64_t dtype; // a DType
+    int64_t param;
+    int64_t element_offset;
+    int64_t group;
+    int64_t rows;
+    int64_t cols;
+};
+
+// One noise tensor; its coefficient is in a table of its own. family is a Purpose that is a family; sub must be 0.
+struct Term {
+    int64_t family;
+    int64_t step;
+    int64_t probe;
+    int64_t sub;
+};
+
+// `step` is the update's own and keys its rounding bits.
+struct Update {
+    int64_t step;
+    int64_t first_term;
+    int64_t num_terms;
+};
+
+struct UpdateGroup {
+    float lr;
+    float weight_decay;
+    float perturb_scale;
+    float update_scale;
+};
+
+struct Emit {
+    int64_t first_term;
+    int64_t num_terms;
+};
+
+// A visit. With z the noise of a term at an element, and everything in float32 (each constant and product rounded to it):
+//   for each update in order, g being the segment's group:
+//       k_j = coefs[j] * update_scale[g]; terms with k_j == 0 are left out
+//       identity, bits untouched, if lr[g] == 0, or weight_decay[g] == 0 and no term is left
+//       a = weight_decay == 0 ? +0 : weight_decay * w;  a = fma(k_j, z_j, a) for each term in order
+//       w = round(fma(-lr, a, w)), stochastic for bf16 and fp16 with the bits of (seed, update's step, param, element), rne for fp32
+//   for each emit: a = w; a = fma(coefs[j] * emit_scale[g], z_j, a) for each term whose product is not 0; out = rne(a)
+//   if write_back, and an update was not the identity: the weight is stored.
+// Every NaN that rounding stores is the canonical one (noise/rounding.h).
+struct Materialize {
+    uint8_t* weights = nullptr;
+    int64_t num_bytes = 0; // of weights and of every out
+    const Segment* segments = nullptr;
+    int64_t num_segments = 0;
+    uint64_t seed = 0;
+    const Term* terms = nullptr; // [num_terms]
+    const float* coefs = nullptr;
+    int64_t num_terms = 0;
+    const Update* updates = nullptr;            // [num_updates]
+    const UpdateGroup* update_groups = nullptr; // [num_updates][num_groups]
+    int64_t num_updates = 0;
+    int64_t num_groups = 0;
+    const Emit* emits = nullptr;        // [num_emits]
+    const float* emit_scales = nullptr; // [num_emits][num_groups]
+    int64_t num_emits = 0;
+    uint8_t* const* outs = nullptr; // [num_emits]; an out may be `weights` itself, but may not overlap it otherwise
+    bool write_back = false;
+};
+
+// out[i] = rne(z) of elements [offset, offset + numel) of a parameter.
+struct Generate {
+    void* out = nullptr;
+    DType dtype = DType::kFp32;
+    int64_t numel = 0;
+    uint64_t seed = 0;
+    int64_t family = 0;
+    int64_t step = 0;
+    int64_t param = 0;
+    int64_t probe = 0;
+    int64_t offset = 0;
+};
+
+} // namespace distzo2

@@ -1,0 +1,74 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11) and the counter layout of this
+// project. Noise is a function: the words depend on (seed, purpose, parameter, step, probe, group) and on nothing else. Host and
+// device, no torch.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DZO_HD __host__ __device__ __forceinline__
+#else
+#define DZO_HD inline __attribute__((always_inline))
+#endif
+
+namespace distzo2 {
+
+// One byte of the counter. Families 0 and 1 are what terms may name; 4-15 are kept for low-rank factors, masks and layer choice.
+enum class Purpose : uint32_t { kNormal = 0, kRademacher = 1, kRounding = 2, kDataOrder = 3 };
+
+// Elements that one Philox call serves.
+constexpr int kNormalsPerGroup = 4;
+constexpr int kSignsPerGroup = 128;
+constexpr int kRoundingsPerGroup = 8;
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
+constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u;
+constexpr uint32_t kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+constexpr uint32_t kMaxProbe = (1u << 20) - 1;
+
+struct PhiloxWords {
+    uint32_t w[4];
+};
+
+// Counter words 1 to 3 but for the high bits of the group: fixed for one (purpose, parameter, step, probe).
+struct Stream {
+    uint32_t param;
+    uint32_t step;
+    uint32_t tag; // purpose << 24 | probe << 4
+};
+
+DZO_HD Stream make_stream(Purpose purpose, uint32_t param, uint32_t step, uint32_t probe) {
+    return Stream{param, step, static_cast<uint32_t>(purpose) << 24 | probe << 4};
+}
+
+DZO_HD uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+
+// Round: (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); then k0 += W0, k1 += W1.
+DZO_HD PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
+        const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
+        c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+        c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+        c1 = static_cast<uint32_t>(p1);
+        c3 = static_cast<uint32_t>(p0);
+        k0 += kPhiloxW0;
+        k1 += kPhiloxW1;
+    }
+    return PhiloxWords{{c0, c1, c2, c3}};
+}
+
+// c0 = q mod 2^32, c1 = parameter, c2 = step, c3 = purpose << 24 | probe << 4 | q >> 32, for group q < 2^36.
+DZO_HD PhiloxWords philox_group(const Stream &stream, uint64_t seed, uint64_t group) {
+    return philox4x32_10(static_cast<uint32_t>(group), stream.param, stream.step,
+                         stream.tag | static_cast<uint32_t>(group >> 32), static_cast<uint32_t>(seed),
+                         static_cast<uint32_t>(seed >> 32));
+}
+
+} // namespace distzo2

@@ -1,0 +1,70 @@
+"""The low-level API of DistZO2: counter-based noise, fused kernels, host memory and transfers.
+
+Noise and kernels are functions of torch tensors on the CPU or a GPU. `HostPool`, `CopyEngine`, `BlockFile` and
+`ThreadState` come from the compiled extension and are loaded when first used. Nothing here knows torch.distributed or
+transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .backends import BackendError, build_info, require_extension, resolve_backend
+from .ops import materialize, normal, perturb_, rademacher, restore_, update_
+from .reference import permutation
+from .types import (
+    FAMILIES,
+    NORMAL,
+    RADEMACHER,
+    Emit,
+    GroupScalars,
+    Segment,
+    SegmentTable,
+    Term,
+    Update,
+)
+
+if TYPE_CHECKING:
+    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available
+
+# Versions that a journal records: changed bits are a new version.
+NOISE_VERSION = "philox4x32-10/1"
+ROUNDING_VERSION = "stochastic16/1"
+
+_FROM_EXTENSION = ("BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available")
+
+__all__ = [
+    "FAMILIES",
+    "NOISE_VERSION",
+    "NORMAL",
+    "RADEMACHER",
+    "ROUNDING_VERSION",
+    "BackendError",
+    "BlockFile",
+    "CopyEngine",
+    "Emit",
+    "GroupScalars",
+    "HostPool",
+    "Segment",
+    "SegmentTable",
+    "Term",
+    "ThreadState",
+    "Update",
+    "aligned_buffer",
+    "build_info",
+    "cuda_available",
+    "materialize",
+    "normal",
+    "permutation",
+    "perturb_",
+    "rademacher",
+    "resolve_backend",
+    "restore_",
+    "update_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_EXTENSION:
+        return getattr(require_extension(f"distzo2_core.{name}"), name)
+    raise AttributeError(f"module 'distzo2_core' has no attribute {name!r}")

@@ -1,0 +1,60 @@
+"""Fake kernels of the torch ops `distzo2::*`: what they return for shapes alone, for tracing and `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def _noise(
+    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(numel, dtype=dtype, device=device)
+
+
+def _perturb_(
+    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
+) -> None:
+    return None
+
+
+def _update_(
+    w: torch.Tensor,
+    lr: float,
+    coef: float,
+    weight_decay: float,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    family: int,
+) -> None:
+    return None
+
+
+def _materialize(
+    weights: torch.Tensor,
+    segments: torch.Tensor,
+    seed: int,
+    terms: torch.Tensor,
+    coefs: torch.Tensor,
+    updates: torch.Tensor,
+    update_groups: torch.Tensor,
+    emits: torch.Tensor,
+    emit_scales: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    write_back: bool,
+) -> None:
+    return None
+
+
+def register() -> None:
+    """Registers the fake kernels; called once, after the extension has defined the ops."""
+    torch.library.register_fake("distzo2::normal", _noise)
+    torch.library.register_fake("distzo2::rademacher", _noise)
+    torch.library.register_fake("distzo2::perturb_", _perturb_)
+    torch.library.register_fake("distzo2::restore_", _perturb_)
+    torch.library.register_fake("distzo2::update_", _update_)
+    torch.library.register_fake("distzo2::materialize", _materialize)

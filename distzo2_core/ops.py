@@ -1,0 +1,300 @@
+"""The public functions: noise, in-place perturb, restore and update, and `materialize`.
+
+Each checks its arguments, does nothing for an empty problem, and hands over to a backend (see `backends`). All backends
+give the same bits. Noise is a pure function of (seed, step, probe, parameter, element): `param` is the parameter's
+index in the model, and `offset` is the row-major index, within the whole parameter, of the first element asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from .backends import implementation
+from .types import (
+    DTYPE_CODES,
+    MAX_ELEMENTS,
+    MAX_PARAM,
+    MAX_PROBE,
+    MAX_STEP,
+    Emit,
+    SegmentTable,
+    Update,
+    check_float,
+    check_int,
+    check_seed,
+    dtype_code,
+    encode_program,
+    family_code,
+)
+
+
+def normal(
+    numel: int,
+    *,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Standard normals of the elements [offset, offset + numel) of a parameter.
+
+    Philox4x32-10 words through Box-Muller, in float32 within 2e-6 of the exact value, then rounded to nearest even.
+
+    Args:
+        numel: number of elements.
+        seed: the run's seed, in [0, 2^64).
+        step: in [0, 2^32).
+        param: index of the parameter, in [0, 2^32).
+        probe: index of the perturbation within the step, in [0, 2^20).
+        offset: first element; offset + numel is at most 2^38.
+        dtype: float32, bfloat16 or float16.
+        device: where the result is made.
+        backend: "native", "triton", "reference", or None for the default of the device.
+
+    Returns:
+        A tensor [numel] of `dtype` on `device`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        BackendError: the backend is not there or cannot run on the device.
+    """
+    return _noise("normal", numel, seed, step, param, probe, offset, dtype, device, backend)
+
+
+def rademacher(
+    numel: int,
+    *,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Signs +1 and -1 with equal probability; arguments, result and errors are those of `normal`."""
+    return _noise("rademacher", numel, seed, step, param, probe, offset, dtype, device, backend)
+
+
+def perturb_(
+    w: torch.Tensor,
+    scale: float,
+    *,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    family: str = "normal",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """w <- rne(w + scale * z), in place, one fused multiply-add in float32 an element.
+
+    Args:
+        w: contiguous tensor of float32, bfloat16 or float16, holding elements [offset, offset + w.numel()) of the
+            parameter in row-major order.
+        scale: epsilon with its sign, rounded to float32.
+        seed, step, param, probe, offset, backend: as for `normal`.
+        family: "normal" or "rademacher".
+
+    Returns:
+        `w`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, out of range or not finite in float32; `w` is not
+            contiguous.
+        BackendError: the backend is not there or cannot run on the device of `w`.
+    """
+    place = _check_place(w, seed, step, param, probe, offset, family)
+    scale = check_float("scale", scale)
+    run = implementation(backend, w.device).perturb_
+    if w.numel():
+        run(w.detach(), scale, *place)
+    return w
+
+
+def restore_(
+    w: torch.Tensor,
+    scale: float,
+    *,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    family: str = "normal",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """w <- rne(w - scale * z), in place; arguments, result and errors are those of `perturb_`.
+
+    It does not bring back the bits that `perturb_` found: each of the two rounds. About 45% of fp16 weights differ
+    after a perturbation and its restoration, and the error grows with the steps. Where the clean weights matter,
+    perturb out of place with `materialize`.
+    """
+    place = _check_place(w, seed, step, param, probe, offset, family)
+    scale = check_float("scale", scale)
+    run = implementation(backend, w.device).restore_
+    if w.numel():
+        run(w.detach(), scale, *place)
+    return w
+
+
+def update_(
+    w: torch.Tensor,
+    lr: float,
+    coef: float,
+    *,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    weight_decay: float = 0.0,
+    family: str = "normal",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """w <- round(w - lr * (weight_decay * w + coef * z)), in place: an update of one term.
+
+    Rounding is stochastic for bfloat16 and float16, with bits that are a function of (seed, step, param, element), and
+    to nearest for float32. A second call for the same step and parameter would round with the same bits again; an
+    update of several terms is one `materialize`. With lr = 0, or weight_decay = 0 and coef = 0, nothing is changed.
+
+    Args:
+        lr, coef, weight_decay: rounded to float32.
+        w and the others: as for `perturb_`.
+
+    Returns:
+        `w`.
+
+    Raises:
+        As `perturb_`.
+    """
+    place = _check_place(w, seed, step, param, probe, offset, family)
+    scalars = check_float("lr", lr), check_float("coef", coef), check_float("weight_decay", weight_decay)
+    run = implementation(backend, w.device).update_
+    if w.numel():
+        run(w.detach(), *scalars, *place)
+    return w
+
+
+def materialize(
+    weights: torch.Tensor,
+    segments: SegmentTable,
+    *,
+    seed: int,
+    updates: Sequence[Update] = (),
+    emits: Sequence[Emit] = (),
+    outs: Sequence[torch.Tensor] = (),
+    write_back: bool = False,
+    backend: str | None = None,
+) -> None:
+    """Reads packed weights once, applies the updates they have missed, and writes perturbed copies.
+
+    For each element: w is read; for each update in order, a = weight_decay * w (+0 if weight_decay = 0), then
+    a = fma(c * update_scale, z, a) for each term, then w = round(fma(-lr, a, w)), stochastic for 16-bit dtypes; for
+    each emit, a = w, then a = fma(c * perturb_scale, z, a) for each term, and rne(a) is written to the emit's buffer at
+    w's place. All in float32. A term whose scaled coefficient is 0 is left out. An update with lr = 0, or with
+    weight_decay = 0 and no term left, changes no bit. Every NaN that rounding stores is the canonical one.
+
+    Args:
+        weights: uint8 [num_bytes], contiguous: a packed buffer laid out as `segments` says.
+        segments: where the tensors lie and which elements of which parameters they hold.
+        seed: the run's seed, in [0, 2^64).
+        updates: in the order in which they were made.
+        emits: perturbations, each of the weights after all updates.
+        outs: for each emit a buffer like `weights` on the same device; bytes outside the segments are not touched.
+        write_back: whether the updated weights are stored in `weights`; if not, they are left as they are.
+        backend: "native", "triton", "reference", or None for the default of the device.
+
+    Raises:
+        TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, of another size or device than
+            `weights`, misaligned, or overlaps another; a number is out of range or not finite in float32; groups are
+            missing.
+        BackendError: the backend is not there or cannot run on the device.
+    """
+    if not isinstance(segments, SegmentTable):
+        raise TypeError(f"segments must be a SegmentTable, got {type(segments).__name__}")
+    if len(outs) != len(emits):
+        raise ValueError(f"there must be one buffer in outs for each emit: {len(emits)} emits, {len(outs)} outs")
+    seed = check_seed(seed)
+    program = encode_program(updates, emits, segments.num_groups)
+    _check_buffers(weights, outs, segments)
+    run = implementation(backend, weights.device).materialize
+    if segments.num_bytes and (emits or (updates and write_back)):
+        run(weights, segments.tensor, seed, *program, list(outs), write_back)
+
+
+def _noise(
+    family: str,
+    numel: int,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backend: str | None,
+) -> torch.Tensor:
+    numel = check_int("numel", numel, 0, MAX_ELEMENTS)
+    words = _check_words(numel, seed, step, param, probe, offset)
+    dtype_code(dtype)
+    device = torch.device(device)
+    run = getattr(implementation(backend, device), family)
+    return run(numel, *words, dtype, device) if numel else torch.empty(0, dtype=dtype, device=device)
+
+
+def _check_words(
+    numel: int, seed: int, step: int, param: int, probe: int, offset: int
+) -> tuple[int, int, int, int, int]:
+    return (
+        check_seed(seed),
+        check_int("step", step, 0, MAX_STEP),
+        check_int("param", param, 0, MAX_PARAM),
+        check_int("probe", probe, 0, MAX_PROBE),
+        check_int("offset", offset, 0, MAX_ELEMENTS - numel),
+    )
+
+
+def _check_place(
+    w: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: str
+) -> tuple[int, int, int, int, int, int]:
+    if not isinstance(w, torch.Tensor):
+        raise TypeError(f"w must be a tensor, got {type(w).__name__}")
+    if w.dtype not in DTYPE_CODES:
+        raise TypeError(f"w must be of torch.float32, torch.bfloat16 or torch.float16, got {w.dtype}")
+    if not w.is_contiguous():
+        raise ValueError(f"w must be contiguous, got shape {tuple(w.shape)} with strides {w.stride()}")
+    return *_check_words(w.numel(), seed, step, param, probe, offset), family_code(family)
+
+
+def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments: SegmentTable) -> None:
+    buffers = {"weights": weights} | {f"outs[{index}]": out for index, out in enumerate(outs)}
+    for name, buffer in buffers.items():
+        if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8:
+            got = buffer.dtype if isinstance(buffer, torch.Tensor) else type(buffer).__name__
+            raise TypeError(f"{name} must be a tensor of torch.uint8, got {got}")
+        if buffer.dim() != 1 or not buffer.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous vector, got shape {tuple(buffer.shape)}, strides {buffer.stride()}"
+            )
+        if buffer.device != weights.device:
+            raise ValueError(f"{name} must be on {weights.device} as weights are, got {buffer.device}")
+        if buffer.numel() != weights.numel():
+            raise ValueError(f"{name} must have {weights.numel()} bytes as weights have, got {buffer.numel()}")
+        if segments.num_bytes and buffer.data_ptr() % 4:
+            raise ValueError(f"{name} must begin at an address that is a multiple of 4")
+    if weights.numel() < segments.num_bytes:
+        raise ValueError(f"weights have {weights.numel()} bytes, the segments need {segments.num_bytes}")
+    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.numel(), name) for name, buffer in buffers.items())
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{first} and {second} overlap in memory")

@@ -1,0 +1,321 @@
+"""The vocabulary of an update and of a perturbation, and its encoding for the `materialize` op.
+
+A ZO step is fully described by a few scalars. A `Term` names one noise tensor and its coefficient; an `Update` is an
+ordered list of terms with (lr, weight decay) for each parameter group; an `Emit` is one perturbed copy to be written.
+A `SegmentTable` says where the tensors of a packed buffer lie and which elements of which parameters they hold. All
+of these are plain data: they travel through journals and between ranks, and are turned into small CPU tensors here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# Noise families; the number is also the Philox purpose byte.
+NORMAL = 0
+RADEMACHER = 1
+FAMILIES: dict[str, int] = {"normal": NORMAL, "rademacher": RADEMACHER}
+
+# Philox purposes that are not families of noise.
+PURPOSE_ROUNDING = 2
+PURPOSE_DATA_ORDER = 3
+
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODE_DTYPES: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+# Limits set by the widths of the Philox counter's fields. A normal's group index is element / 4 and has 36 bits.
+MAX_SEED = 2**64 - 1
+MAX_STEP = 2**32 - 1
+MAX_PARAM = 2**32 - 1
+MAX_PROBE = 2**20 - 1
+MAX_ELEMENTS = 2**38
+
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+def check_int(name: str, value: object, low: int, high: int) -> int:
+    """Returns `value` as an int if low <= value <= high.
+
+    Raises:
+        TypeError: it is not an integer (a bool is not one).
+        ValueError: it is out of range.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, got {number}")
+    return number
+
+
+def check_float(name: str, value: object) -> float:
+    """Returns `value` as a float if it is finite and stays finite in float32.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is NaN, infinite, or beyond the largest float32.
+    """
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}") from None
+    if not math.isfinite(number) or abs(number) > _FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32, got {number}")
+    return number
+
+
+def check_seed(seed: object) -> int:
+    """Returns a seed of [0, 2^64) as the int64 with the same 64 bits (two's complement), as torch ops carry it."""
+    number = check_int("seed", seed, 0, MAX_SEED)
+    return number - 2**64 if number >= 2**63 else number
+
+
+def family_code(family: str | int) -> int:
+    """The number of a noise family given by name or number.
+
+    Raises:
+        ValueError: the family is unknown; a newer version may know it, this one must not guess.
+    """
+    if isinstance(family, str):
+        if family in FAMILIES:
+            return FAMILIES[family]
+    elif not isinstance(family, bool) and family in FAMILIES.values():
+        return int(family)
+    known = ", ".join(f"{name} ({code})" for name, code in FAMILIES.items())
+    raise ValueError(f"unknown family of noise {family!r}; known: {known}")
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number of a weight dtype in segment tables.
+
+    Raises:
+        TypeError: the dtype is none of float32, bfloat16, float16.
+    """
+    if dtype not in DTYPE_CODES:
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    return DTYPE_CODES[dtype]
+
+
+class Term(NamedTuple):
+    """One noise tensor z(family; seed, step, param, probe) with its coefficient `c` (rounded to float32 when used).
+
+    `sub` is kept for families that need several tensors for one parameter; it must be 0 for those that exist.
+    """
+
+    family: int
+    step: int
+    probe: int
+    sub: int
+    c: float
+
+
+class GroupScalars(NamedTuple):
+    """The scalars of one parameter group in one update. `update_scale` multiplies every term's coefficient."""
+
+    lr: float
+    weight_decay: float
+    perturb_scale: float = 1.0
+    update_scale: float = 1.0
+
+
+class Update(NamedTuple):
+    """w <- round(w - lr * (weight_decay * w + sum of c * z)), one `GroupScalars` per group.
+
+    `step` is the step of the update itself, which the rounding bits are drawn for; terms name their own steps.
+    """
+
+    step: int
+    groups: tuple[GroupScalars, ...]
+    terms: tuple[Term, ...]
+
+
+class Emit(NamedTuple):
+    """One perturbed copy: rne(w + sum of c * perturb_scale * z), the scales being one per group. c is +eps or -eps."""
+
+    terms: tuple[Term, ...]
+    perturb_scales: tuple[float, ...]
+
+
+class Segment(NamedTuple):
+    """Elements [element_offset, element_offset + numel) of parameter `param`, packed at `byte_offset` of a buffer.
+
+    rows, cols: the shape of the whole parameter seen as a matrix (rows * cols elements), whatever part of it is here.
+    """
+
+    byte_offset: int
+    numel: int
+    dtype: torch.dtype
+    param: int
+    element_offset: int
+    group: int
+    rows: int
+    cols: int
+
+
+class SegmentTable:
+    """A checked, immutable table of segments, built once for a packed buffer and used at every visit.
+
+    Attributes:
+        segments: the segments as given.
+        tensor: int64 [num_segments, 8] on the CPU; columns are byte_offset, numel, dtype code, param, element_offset,
+            group, rows, cols.
+        num_bytes: smallest size of a buffer that holds every segment.
+        num_groups: number of groups that updates and emits must give scalars for (largest group index + 1).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range, a segment is not aligned to its dtype, lies
+            beyond `num_bytes`, or overlaps another; the message names the segment's position in the list.
+    """
+
+    def __init__(self, segments: Iterable[Segment], num_bytes: int | None = None) -> None:
+        self.segments: tuple[Segment, ...] = tuple(Segment(*segment) for segment in segments)
+        rows = [_encode_segment(index, segment) for index, segment in enumerate(self.segments)]
+        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 8)
+        self.num_groups: int = max((segment.group + 1 for segment in self.segments), default=0)
+        self.num_bytes: int = _check_layout(self.segments, num_bytes)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __repr__(self) -> str:
+        return f"SegmentTable({len(self)} segments, {self.num_bytes} bytes, {self.num_groups} groups)"
+
+
+def _encode_segment(index: int, segment: Segment) -> list[int]:
+    where = f"segment {index}: "
+    code = dtype_code(segment.dtype)
+    numel = check_int(where + "numel", segment.numel, 0, MAX_ELEMENTS)
+    byte_offset = check_int(where + "byte_offset", segment.byte_offset, 0, 2**62)
+    if byte_offset % segment.dtype.itemsize:
+        raise ValueError(f"{where}byte_offset {byte_offset} is not aligned to {segment.dtype}")
+    offset = check_int(where + "element_offset", segment.element_offset, 0, MAX_ELEMENTS - numel)
+    param = check_int(where + "param", segment.param, 0, MAX_PARAM)
+    group = check_int(where + "group", segment.group, 0, 2**31 - 1)
+    rows = check_int(where + "rows", segment.rows, 0, MAX_ELEMENTS)
+    cols = check_int(where + "cols", segment.cols, 0, MAX_ELEMENTS)
+    if offset + numel > rows * cols:
+        raise ValueError(
+            f"{where}elements {offset} to {offset + numel} do not lie in a parameter of {rows} x {cols} elements"
+        )
+    return [byte_offset, numel, code, param, offset, group, rows, cols]
+
+
+def _check_layout(segments: Sequence[Segment], num_bytes: int | None) -> int:
+    """Checks that no two segments overlap and that all lie in the buffer; returns the buffer's least size in bytes."""
+    spans = sorted(
+        (segment.byte_offset, segment.byte_offset + segment.numel * segment.dtype.itemsize, index)
+        for index, segment in enumerate(segments)
+        if segment.numel
+    )
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"segments {first} and {second} overlap: one ends at byte {end}, the other begins at {begin}"
+            )
+    needed = spans[-1][1] if spans else 0
+    if num_bytes is not None and needed > check_int("num_bytes", num_bytes, 0, 2**62):
+        raise ValueError(f"segment {spans[-1][2]} ends at byte {needed}, beyond the buffer of {num_bytes} bytes")
+    return needed
+
+
+class Program(NamedTuple):
+    """Updates and emits as the op's small CPU tensors, in the order of its arguments."""
+
+    terms: torch.Tensor  # int64 [T, 4]: family, step, probe, sub
+    coefs: torch.Tensor  # float32 [T]
+    updates: torch.Tensor  # int64 [U, 3]: step, first_term, num_terms
+    update_groups: torch.Tensor  # float32 [U, G, 4]: lr, weight_decay, perturb_scale, update_scale
+    emits: torch.Tensor  # int64 [E, 2]: first_term, num_terms
+    emit_scales: torch.Tensor  # float32 [E, G]
+
+
+def encode_program(updates: Sequence[Update], emits: Sequence[Emit], num_groups: int) -> Program:
+    """Encodes updates (applied in order) and emits (after all updates) for a table that uses `num_groups` groups.
+
+    Updates and emits may give scalars for more groups than the table uses, but all of them for the same number.
+
+    Raises:
+        TypeError, ValueError: a number is of the wrong type, out of range or not finite in float32; a family is
+            unknown; `sub` is not 0; groups are missing. The message says in which update or emit.
+    """
+    counts = [len(update.groups) for update in updates] + [len(emit.perturb_scales) for emit in emits]
+    width = counts[0] if counts else num_groups
+    if any(count != width for count in counts):
+        raise ValueError(f"updates and emits give scalars for different numbers of groups: {sorted(set(counts))}")
+    if width < num_groups:
+        raise ValueError(f"updates and emits give scalars for {width} groups, the segments use {num_groups}")
+
+    terms: list[tuple[int, int, int, int]] = []
+    coefs: list[float] = []
+
+    def append_terms(where: str, items: Sequence[Term]) -> tuple[int, int]:
+        first = len(terms)
+        for index, term in enumerate(items):
+            row, coef = _check_term(where, index, term)
+            terms.append(row)
+            coefs.append(coef)
+        return first, len(terms) - first
+
+    update_rows: list[tuple[int, int, int]] = []
+    group_rows: list[list[tuple[float, ...]]] = []
+    for index, update in enumerate(updates):
+        where = f"update {index}"
+        step = check_int(f"{where}: step", update.step, 0, MAX_STEP)
+        update_rows.append((step, *append_terms(where, update.terms)))
+        group_rows.append([_check_scalars(where, group, scalars) for group, scalars in enumerate(update.groups)])
+    emit_rows: list[tuple[int, int]] = []
+    scale_rows: list[list[float]] = []
+    for index, emit in enumerate(emits):
+        emit_rows.append(append_terms(f"emit {index}", emit.terms))
+        scale_rows.append([check_float(f"emit {index}: perturb_scale", scale) for scale in emit.perturb_scales])
+    return Program(
+        terms=_int64(terms, (len(terms), 4)),
+        coefs=_float32(coefs, (len(terms),)),
+        updates=_int64(update_rows, (len(updates), 3)),
+        update_groups=_float32(group_rows, (len(updates), width, 4)),
+        emits=_int64(emit_rows, (len(emits), 2)),
+        emit_scales=_float32(scale_rows, (len(emits), width)),
+    )
+
+
+def _check_term(where: str, index: int, term: Term) -> tuple[tuple[int, int, int, int], float]:
+    family, step, probe, sub, c = term
+    plain = type(family) is type(step) is type(probe) is type(sub) is int and type(c) is float
+    in_range = plain and 0 <= step <= MAX_STEP and 0 <= probe <= MAX_PROBE and -_FLOAT32_MAX <= c <= _FLOAT32_MAX
+    if in_range and family in FAMILIES.values() and sub == 0:
+        return (family, step, probe, 0), c  # the quick way, for a replay of very many terms
+    at = f"{where}, term {index}: "
+    try:
+        family = family_code(family)
+    except ValueError as error:
+        raise ValueError(f"{at}{error}") from None
+    step = check_int(at + "step", step, 0, MAX_STEP)
+    probe = check_int(at + "probe", probe, 0, MAX_PROBE)
+    if check_int(at + "sub", sub, 0, 255) != 0:
+        raise ValueError(f"{at}sub must be 0, got {sub}")
+    return (family, step, probe, 0), check_float(at + "c", c)
+
+
+def _check_scalars(where: str, group: int, scalars: GroupScalars) -> tuple[float, ...]:
+    if all(type(value) is float and -_FLOAT32_MAX <= value <= _FLOAT32_MAX for value in scalars):
+        return tuple(scalars)
+    items = GroupScalars(*scalars)._asdict().items()
+    return tuple(check_float(f"{where}, group {group}: {name}", value) for name, value in items)
+
+
+def _int64(rows: Sequence[object], shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(shape))
+
+
+def _float32(rows: Sequence[object], shape: tuple[int, ...]) -> torch.Tensor:
+    # Through float64, so that each number is rounded to float32 exactly once.
+    return torch.from_numpy(np.array(rows, dtype=np.float64).astype(np.float32).reshape(shape))

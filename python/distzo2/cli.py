@@ -1,0 +1,263 @@
+"""The command `distzo2`.
+
+Expected errors are one line on stderr and exit status 1, wrong usage is 2, Ctrl-C 130, SIGTERM 143.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.options import (
+    Formatter,
+    Parser,
+    add_data,
+    add_finetune,
+    add_placement,
+    parse_finetune,
+    positive_int,
+    seed_int,
+    whole_float,
+    whole_int,
+)
+from distzo2.version import __version__
+
+INTERRUPTED = 130
+TERMINATED = 143
+ABOUT = "Fine-tune language models with forward passes only, their weights streamed block by block through the device."
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the whole command line, and those of its commands."""
+    parser = Parser(prog="distzo2", description=ABOUT, formatter_class=Formatter)
+    parser.add_argument("--version", action="version", version=f"distzo2 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> Parser:
+        sub = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=Formatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    add_finetune(command("finetune", "fine-tune a checkpoint on a JSONL file", _finetune))
+
+    sub = command("eval", "loss and accuracy of a checkpoint on a JSONL file", _eval)
+    sub.add_argument("--model", required=True, metavar="DIR", help="directory of a Hugging Face checkpoint")
+    sub.add_argument("--eval", required=True, metavar="FILE", help="JSONL of lines as for finetune")
+    sub.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="examples in a micro-batch")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON")
+    add_data(sub)
+    add_placement(sub)
+
+    sub = command("generate", "text from a checkpoint, its weights streamed", _generate)
+    sub.add_argument("--model", required=True, metavar="DIR", help="directory of a Hugging Face checkpoint")
+    sub.add_argument("--prompt", metavar="TEXT", help="how the text begins (default: read from standard input)")
+    sub.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N", help="tokens to add at most")
+    sub.add_argument(
+        "--temperature", type=whole_float, default=0.0, help="of sampling; 0: the likeliest token each time"
+    )
+    sub.add_argument(
+        "--top-k", type=whole_int, default=50, metavar="K", help="sample among the K likeliest tokens; 0: all"
+    )
+    sub.add_argument("--seed", type=seed_int, default=0, help="of sampling")
+    add_placement(sub)
+
+    sub = command("replay", "rebuild the checkpoint of any step from a run's journal, bit for bit", _replay)
+    sub.add_argument(
+        "run_dir", nargs="?", metavar="RUN", help="directory of a run; its base checkpoint is the one it names"
+    )
+    sub.add_argument("--base", metavar="DIR", help="base checkpoint (default: the one that RUN names)")
+    sub.add_argument("--journal", metavar="FILE", help="journal (default: RUN/journal.jsonl)")
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="where the checkpoint is written; it must not hold one"
+    )
+    sub.add_argument("--to-step", type=whole_int, metavar="N", help="updates to apply (default: all)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sub = command("report", "a picture of a run: loss, time of a step, memory, transfers", _report)
+    sub.add_argument("run_dir", metavar="RUN", help="directory of a run")
+    sub.add_argument("--out", metavar="FILE", help="PNG to write (default: RUN/report.png)")
+
+    sub = command("demo", "fine-tune a small model on real data from this machine, its weights on disk", _demo)
+    sub.add_argument(
+        "--out", default="demo-run", metavar="DIR", help="directory of the run; an earlier demo's is replaced"
+    )
+    sub.add_argument("--cache", metavar="DIR", help="where the pre-trained model is kept (default: ~/.cache/distzo2)")
+    sub.add_argument(
+        "--device", default="auto", metavar="auto|cpu|cuda", help="where it computes; auto: a GPU if there is one"
+    )
+    sub.add_argument("--seed", type=seed_int, default=0, help="of the fine-tuning")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser, commands.choices
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    terminated = _Terminated()
+    parser, commands = build_parser()
+    try:
+        options = parser.parse_args(arguments)
+        if options.command == "finetune":
+            options = parse_finetune(commands["finetune"], arguments[arguments.index("finetune") + 1 :])
+        with terminated:
+            _quiet_libraries()
+            return options.run(options)
+    except KeyboardInterrupt as error:
+        text = str(error) or "interrupted"
+        print(f"distzo2: {text}", file=sys.stderr)
+        return TERMINATED if terminated.happened else INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (python flushes it at exit)
+        return 1
+    except Exception as error:
+        if os.environ.get("DISTZO2_TRACEBACK") or not _expected(error):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"distzo2: error: {text}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _expected(error: Exception) -> bool:
+    """Whether an error is the world's and not a mistake of ours, so that a traceback would help nobody."""
+    if isinstance(error, DistZO2Error | OSError | MemoryError):
+        return True
+    import torch
+
+    from distzo2_core import BackendError
+
+    return isinstance(error, BackendError | torch.OutOfMemoryError)
+
+
+class _Terminated:
+    """Makes SIGTERM end a run as Ctrl-C does, at a point where the step in flight is whole or dropped.
+
+    A process that was started to ignore Ctrl-C, as with nohup, goes on ignoring it.
+    """
+
+    happened = False
+
+    def __enter__(self) -> _Terminated:
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_terminate)
+            if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
+
+    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        self.happened = True
+        signal.raise_signal(signal.SIGINT)
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self.happened:
+            raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _log(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from distzo2.preflight import gib
+    from distzo2.train import finetune
+
+    try:
+        result = finetune(options, _log)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(options)) from None
+    memory = f"peak memory {gib(result.peak_bytes)}, weights {gib(result.size.total)}"
+    _log(f"{result.num_steps} steps in {result.out}; {memory}")
+    return 0
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    from distzo2.journal import read_journal
+
+    try:
+        num_steps = len(read_journal(os.path.join(options.out, "journal.jsonl")).entries)
+    except (OSError, DistZO2Error):
+        return "interrupted before the first step: nothing was written"
+    return (
+        f"interrupted: {num_steps} steps are in the journal; go on with distzo2 finetune --resume --out {options.out}"
+    )
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from distzo2.inference import evaluate_file
+
+    score, objective = evaluate_file(options)
+    if options.json:
+        print(
+            json.dumps(
+                {"loss": score.loss, "accuracy": score.accuracy, "examples": score.num_examples, "objective": objective}
+            )
+        )
+    else:
+        print(f"{objective}: loss {score.loss:.4f}, accuracy {score.accuracy:.2%} ({score.num_examples} examples)")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from distzo2.inference import generate_text
+
+    if options.prompt is None:
+        options.prompt = sys.stdin.read()
+    generate_text(options, lambda text: print(text, end="", flush=True))
+    print()
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from distzo2.replay import replay
+    from distzo2.run_directory import saved_options
+
+    if options.run_dir is None and (options.base is None or options.journal is None):
+        raise UsageError("replay needs RUN, or both --base and --journal")
+    base = options.base or saved_options(options.run_dir)["model"]
+    journal = options.journal or os.path.join(options.run_dir, "journal.jsonl")
+    report = replay(base, journal, options.out, to_step=options.to_step, progress=not options.quiet)
+    if report.torn:
+        print(report.torn, file=sys.stderr)
+    print(f"wrote {options.out}: {report.num_steps} of {report.num_journal_steps} steps")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from distzo2.report import write_report
+
+    print(f"wrote {write_report(options.run_dir, options.out)}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from distzo2.demo import run_demo
+
+    return run_demo(options, _log)

@@ -1,0 +1,93 @@
+"""Estimators: from the losses of a step's perturbations to the coefficients of its update.
+
+An estimator says which perturbations it needs and turns their losses into one float64 number a probe, c_k, so that the
+update is w <- w - lr * sum of c_k·z_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from distzo2.errors import DistZO2Error
+
+Evaluation = tuple[int, int]  # (probe, sign): sign +1 or -1; (0, 0) is the clean weights
+Losses = Mapping[Evaluation, np.ndarray]  # float64 [micro-batches], each the mean over its examples
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """What `ZOSGD(estimator=...)` accepts."""
+
+    def evaluations(self, num_probes: int) -> list[Evaluation]:
+        """The perturbations to evaluate, in the order in which they run; both signs of a probe side by side."""
+        ...
+
+    def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
+        """float64 [num_probes] from finite losses; `eps` is the float32 value that was used."""
+        ...
+
+
+def mean_loss(losses: np.ndarray) -> float:
+    """The mean over micro-batches, summed in ascending order in float64."""
+    total = 0.0
+    for value in losses:
+        total += float(value)
+    return total / len(losses)
+
+
+class SPSA:
+    """Two-sided (Spall 1992; MeZO, arXiv 2305.17333): c_k = (mean L+ - mean L-) / (2·eps·K)."""
+
+    def evaluations(self, num_probes: int) -> list[Evaluation]:
+        return [(k, sign) for k in range(num_probes) for sign in (+1, -1)]
+
+    def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
+        return np.array(
+            [
+                (mean_loss(losses[k, +1]) - mean_loss(losses[k, -1])) / (2.0 * eps * num_probes)
+                for k in range(num_probes)
+            ]
+        )
+
+
+class FZOO:
+    """One-sided, divided by the spread of the losses (FZOO): c_k = (l_k - l_0) / (K·s).
+
+    s is the sample standard deviation of the K perturbed losses, at least `floor` times max(1, |l_0|): below that the
+    losses differ by no more than their own rounding.
+    """
+
+    def __init__(self, floor: float = 1e-7) -> None:
+        self.floor = floor
+
+    def evaluations(self, num_probes: int) -> list[Evaluation]:
+        if num_probes < 2:
+            raise DistZO2Error(f"estimator fzoo needs at least 2 probes to see a spread of losses, got {num_probes}")
+        return [(0, 0), *((k, +1) for k in range(num_probes))]
+
+    def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
+        clean = mean_loss(losses[0, 0])
+        perturbed = np.array([mean_loss(losses[k, +1]) for k in range(num_probes)])
+        spread = max(float(perturbed.std(ddof=1)), self.floor * max(1.0, abs(clean)))
+        return (perturbed - clean) / (num_probes * spread)
+
+
+ESTIMATORS = {"spsa": SPSA, "fzoo": FZOO}
+
+
+def make_estimator(estimator: str | Estimator) -> Estimator:
+    """The estimator of that name, or the object itself.
+
+    Raises:
+        DistZO2Error: an unknown name, or an object without `evaluations` and `coefficients`.
+    """
+    if isinstance(estimator, str):
+        if estimator not in ESTIMATORS:
+            raise DistZO2Error(f"estimator={estimator!r}: expected one of {', '.join(ESTIMATORS)}, or an Estimator")
+        return ESTIMATORS[estimator]()
+    if not isinstance(estimator, Estimator):
+        raise DistZO2Error(f"estimator={estimator!r} has no evaluations() and coefficients()")
+    return estimator

@@ -1,0 +1,49 @@
+"""Ctrl-C at safe points only: between two units, never between a weight's update and the note that it was made."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class DeferredInterrupt:
+    """While entered in the main thread, SIGINT is kept; `check` raises it, and leaving does.
+
+    May be entered again while entered. In other threads, which Python never interrupts, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._pending = False
+        self._previous = None
+
+    def _keep(self, signum: int, frame: FrameType | None) -> None:
+        self._pending = True
+
+    def __enter__(self) -> DeferredInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            if self._depth == 0:
+                previous = signal.getsignal(signal.SIGINT)
+                if callable(previous):
+                    self._previous, self._pending = previous, False
+                    signal.signal(signal.SIGINT, self._keep)
+            self._depth += 1
+        return self
+
+    def __exit__(self, *error) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._depth -= 1
+        if self._depth == 0 and self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+            if self._pending and error[0] is None:
+                self._pending = False
+                signal.raise_signal(signal.SIGINT)
+
+    def check(self) -> None:
+        """A safe point: an interrupt that came is raised here."""
+        if self._pending and threading.current_thread() is threading.main_thread():
+            self._pending = False
+            self._previous(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt

@@ -1,0 +1,426 @@
+"""ZOSGD: the optimizer. A step runs its lanes in one pass over the weights, and becomes an update of a few scalars."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from distzo2_core import FAMILIES, GroupScalars, Term, Update
+from torch import nn
+
+from distzo2.divergence import CoefficientClip
+from distzo2.errors import DistZO2Error
+from distzo2.estimator import Estimator, Evaluation, make_estimator, mean_loss
+from distzo2.interrupts import DeferredInterrupt
+from distzo2.journal import Journal, StepEntry, check_table
+from distzo2.lanes import Emission, Lane
+from distzo2.model import no_kv_cache, runtime_of
+from distzo2.placeholders import use_guard
+from distzo2.random_stream import RandomStream
+from distzo2.run_header import run_header
+from distzo2.streaming import CLEAN
+
+ALWAYS_DURABLE = 2**62
+
+
+class NonFiniteLossError(DistZO2Error):
+    """Too many steps in a row had a loss that is not finite."""
+
+
+@dataclass
+class StepRecord:
+    """What the last step did. `losses` is [evaluations][micro-batches], in the estimator's order."""
+
+    step: int
+    loss: float
+    losses: list[list[float]]
+    evaluations: list[Evaluation]
+    coefs: list[float]
+    skipped: str | None = None  # why the step was not applied
+    clipped: bool = False
+    seconds: float = 0.0
+    lr: list[float] = field(default_factory=list)
+
+
+class ZOSGD(torch.optim.Optimizer):
+    """Zeroth-order SGD: w <- round(w - lr * (sum of c_k·z_k + weight_decay·w)), with c_k from forward passes only.
+
+    SPSA as in MeZO (arXiv 2305.17333) or FZOO. The perturbed weights are made out of place, so clean weights do not
+    drift; 16-bit weights are rounded stochastically, so that steps far below their spacing are not lost.
+
+    Args:
+        model: a module that `distzo2.offload` or `distzo2.from_pretrained` returned.
+        params: None for all trainable parameters, or parameter groups as for any torch optimizer; parameters in no
+            group are read and never changed. Groups may set lr, weight_decay, perturb_scale and update_scale.
+        lr: learning rate; schedulers of torch.optim.lr_scheduler change it for the steps that follow.
+        eps: size of the perturbation, as float32.
+        weight_decay: decoupled from nothing: added to the estimate as in SGD. With params=None it leaves out biases
+            and norms (parameters of fewer than 2 dimensions).
+        num_probes: perturbations a step, K.
+        noise: "normal" or "rademacher".
+        estimator: "spsa", "fzoo", or an `Estimator`.
+        seed: of the run, in [0, 2^64).
+        journal: path of a journal to write (or to go on with, given `resume`), or None.
+        resume: `journal` exists: check that it belongs to this model and seed, and take over its updates.
+        max_lanes: at most so many evaluations share a pass (for memory); None: all. The bits are the same.
+        max_coef: coefficients are clipped to this multiple of their running median; None: never.
+        max_clipped: so many clipped steps in a row end the run with an error.
+        max_skipped: so many steps in a row with a non-finite loss end the run with an error.
+
+    Raises:
+        DistZO2Error: the model was not handed over, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        num_probes: int = 1,
+        noise: str = "normal",
+        estimator: str | Estimator = "spsa",
+        seed: int = 0,
+        journal: str | os.PathLike | None = None,
+        resume: bool = False,
+        max_lanes: int | None = None,
+        max_coef: float | None = 10.0,
+        max_clipped: int = 10,
+        max_skipped: int = 5,
+    ) -> None:
+        self._model = model
+        self._runtime = runtime_of(model)
+        if noise not in FAMILIES:
+            raise DistZO2Error(f"noise={noise!r}: expected one of {', '.join(FAMILIES)}")
+        self.eps = float(np.float32(eps))
+        if not (np.isfinite(self.eps) and self.eps > 0):
+            raise DistZO2Error(f"eps={eps!r}: a positive number that float32 can hold was expected")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise DistZO2Error(f"seed={seed!r}: an integer in [0, 2^64) was expected")
+        if not 1 <= num_probes < 2**20:
+            raise DistZO2Error(f"num_probes={num_probes}: expected 1 to {2**20 - 1}")
+        if max_lanes is not None and max_lanes < 1:
+            raise DistZO2Error(f"max_lanes={max_lanes}: at least 1 was expected")
+        self.num_probes, self.noise, self.seed, self.max_lanes = num_probes, noise, seed, max_lanes
+        self.estimator = make_estimator(estimator)
+        self.max_skipped = max_skipped
+        self._evaluations = self.estimator.evaluations(num_probes)
+        self._clip = CoefficientClip(max_coef, max_clipped)
+        self._interrupt = DeferredInterrupt()
+        self._skipped_in_row = 0
+        self._diagnosed = False
+        self._warned_dtype = False
+        self.last: StepRecord | None = None
+        self.step_count = 0  # steps made, skipped ones included: the number of the next step
+        self.journal: Journal | None = None
+
+        defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
+        super().__init__(self._default_groups(weight_decay) if params is None else params, defaults)
+        self._bind()
+        self._open_journal(journal, resume)
+
+    # ---- groups -----------------------------------------------------------------------------------------------
+
+    def _default_groups(self, weight_decay: float) -> list[dict]:
+        trainable = [p for p in self._runtime.params if p.trainable]
+        if not trainable:
+            raise DistZO2Error("no parameter of the model is trainable")
+        if weight_decay == 0:
+            return [{"params": [p.tensor for p in trainable]}]
+        groups = [
+            {"params": [p.tensor for p in trainable if len(p.shape) > 1]},
+            {"params": [p.tensor for p in trainable if len(p.shape) <= 1], "weight_decay": 0.0},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in torch; the updates made so far are applied first."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_epoch"):
+            self._bind()
+
+    def _bind(self) -> None:
+        known = {id(p.tensor): p for p in self._runtime.params}
+        group_of: dict[int, int] = {}
+        for number, group in enumerate(self.param_groups):
+            for tensor in group["params"]:
+                param = known.get(id(tensor))
+                if param is None:
+                    raise DistZO2Error(
+                        f"parameter group {number} holds a tensor of shape {tuple(tensor.shape)} that is no parameter of "
+                        "the model; take parameters from the model after it was handed over"
+                    )
+                if not param.trainable:
+                    raise DistZO2Error(
+                        f"parameter {param.name} in group {number} was frozen when the model was handed over"
+                    )
+                group_of[param.index] = number
+        self._runtime.bind(group_of, len(self.param_groups), self.seed)
+        self._epoch = self._runtime.epoch
+
+    def _scalars(self, lr: float | None = None) -> tuple[GroupScalars, ...]:
+        def exact(value: Any, name: str, group: int) -> float:
+            number = float(np.float32(float(value)))
+            if not np.isfinite(number):
+                raise DistZO2Error(f"{name} of parameter group {group} is {value!r}; a finite number was expected")
+            return number
+
+        return tuple(
+            GroupScalars(
+                *(
+                    exact(lr if lr is not None and key == "lr" else group[key], key, number)
+                    for key in ("lr", "weight_decay", "perturb_scale", "update_scale")
+                )
+            )
+            for number, group in enumerate(self.param_groups)
+        )
+
+    # ---- the journal --------------------------------------------------------------------------------------------
+
+    def _open_journal(self, path: str | os.PathLike | None, resume: bool) -> None:
+        if path is None:
+            self._runtime.set_durable(ALWAYS_DURABLE)
+            return
+        header = run_header(self)
+        if resume:
+            journal = Journal.open(path)
+            try:
+                check_table(journal.header, header["table"])
+                for key in ("seed", "noise", "rounding", "base"):
+                    if journal.header[key] != header[key]:
+                        raise DistZO2Error(
+                            f"{path}: {key} is {journal.header[key]!r} in the journal and {header[key]!r} in this run"
+                        )
+                self.apply([entry.update for entry in journal.entries])
+            except BaseException:
+                journal.close()
+                raise
+        else:
+            try:
+                journal = Journal.create(path, header)
+            except FileExistsError as error:
+                raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
+        self.journal = journal
+        self._runtime.set_durable(journal.durable)
+        journal.on_durable(self._runtime.set_durable)
+
+    def apply(self, updates: Sequence[Update]) -> None:
+        """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run."""
+        for update in updates:
+            if update.step != self.step_count:
+                raise DistZO2Error(f"update of step {update.step} where step {self.step_count} must follow")
+            if len(update.groups) != len(self.param_groups):
+                raise DistZO2Error(
+                    f"update of step {update.step} has {len(update.groups)} parameter groups, the optimizer has "
+                    f"{len(self.param_groups)}"
+                )
+            self._runtime.push([update])
+            self._clip.remember([t.c for t in update.terms])
+            self.step_count += 1
+
+    # ---- a step -----------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]], *, tokens: int = 0) -> torch.Tensor:
+        """Evaluates the step's perturbations and makes the update.
+
+        Args:
+            closure: returns the loss of a batch as a scalar, or per-example losses; or a list of such closures, one for
+                each micro-batch. It is called once for each perturbation, under no_grad, in a thread of its own.
+            tokens: how many tokens the batch has, for the journal.
+
+        Returns:
+            float64 scalar: the mean of all losses evaluated. `last` has the details.
+
+        Raises:
+            NonFiniteLossError: `max_skipped` steps in a row had a non-finite loss. None of them was applied.
+            DivergenceError: `max_clipped` steps in a row had to be clipped.
+            DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window.
+            Anything that a closure raises, as it was raised; the step is then dropped whole.
+        """
+        closures = [closure] if callable(closure) else list(closure)
+        if not closures or not all(callable(c) for c in closures):
+            raise DistZO2Error("step expects a closure or a non-empty list of closures")
+        if self._epoch != self._runtime.epoch:
+            self._rebase()
+        with self._interrupt:
+            return self._step(closures, tokens)
+
+    def _step(self, closures: Sequence[Callable[[], Any]], tokens: int) -> torch.Tensor:
+        start = time.perf_counter()
+        step, scalars = self.step_count, self._scalars()
+        self._runtime.set_perturb_scales([g.perturb_scale for g in scalars])
+        losses = self._evaluate(step, closures)
+        values = {e: losses[i] for i, e in enumerate(self._evaluations)}
+        loss = mean_loss(losses.reshape(-1))
+        record = StepRecord(step, loss, losses.tolist(), self._evaluations, [], lr=[g.lr for g in scalars])
+
+        if np.isfinite(losses).all():
+            coefs = self.estimator.coefficients(values, self.num_probes, self.eps)
+            with np.errstate(over="ignore"):
+                coefs = np.asarray(coefs, np.float64).astype(np.float32)
+            coefs, record.clipped = self._clip(coefs)
+            if not np.isfinite(coefs).all():
+                record.skipped = "non-finite coefficient"
+        else:
+            record.skipped = "non-finite loss"
+        if record.skipped is not None:
+            self._diagnose(step, closures)
+            scalars, terms = self._scalars(lr=0.0), ()
+        else:
+            record.coefs = [float(c) for c in coefs]
+            terms = tuple(Term(FAMILIES[self.noise], step, k, 0, c) for k, c in enumerate(record.coefs))
+        update = Update(step, scalars, terms)
+        record.seconds = time.perf_counter() - start
+        self._commit(update, record, tokens)
+
+        self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
+        if self._skipped_in_row >= self.max_skipped:
+            raise NonFiniteLossError(
+                f"step {step}: {record.skipped}, for {self._skipped_in_row} steps in a row; none of them was applied"
+            )
+        self._clip.check(step)
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def _commit(self, update: Update, record: StepRecord, tokens: int) -> None:
+        """From here on the step is made: in the journal, and in every unit at its next visit."""
+        if self.journal is not None:
+            extra = {"clipped": True} if record.clipped else {}
+            self.journal.append(
+                StepEntry(update.step, update, self.eps, record.losses, record.skipped, tokens, record.seconds, extra)
+            )
+        self._runtime.trim()
+        self._runtime.push([update])
+        self.step_count += 1
+        self.last = record
+
+    def _evaluate(self, step: int, closures: Sequence[Callable[[], Any]]) -> np.ndarray:
+        """float64 [evaluations, micro-batches]."""
+        runtime, family = self._runtime, FAMILIES[self.noise]
+        lanes = []
+        for probe, sign in self._evaluations:
+            emission = Emission((Term(family, step, probe, 0, sign * self.eps),)) if sign else CLEAN
+            for batch, closure in enumerate(closures):
+                stream = RandomStream.seeded(runtime.device, self.seed, step, batch)
+                lanes.append(Lane(emission, batch, closure, stream))
+        wave = self.max_lanes or len(lanes)
+        expected = None
+        with no_kv_cache(self._model):
+            for first in range(0, len(lanes), wave):
+                self._interrupt.check()
+                expected = runtime.run(lanes[first : first + wave], expected=expected, interrupt=self._interrupt)
+        return self._to_float64([lane.result for lane in lanes]).reshape(len(self._evaluations), len(closures))
+
+    def _to_float64(self, results: Sequence[Any]) -> np.ndarray:
+        """The lanes' losses, each a mean in float64; one transfer for all where they are on a device."""
+        means = []
+        for result in results:
+            if isinstance(result, torch.Tensor):
+                if result.dtype in (torch.float16, torch.bfloat16) and not self._warned_dtype:
+                    self._warned_dtype = True
+                    warnings.warn(
+                        f"the closure returned a {result.dtype} loss: differences of losses are what a step is made of, "
+                        "so compute the loss in float32",
+                        stacklevel=4,
+                    )
+                if result.numel() == 0:
+                    raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
+                means.append(result.detach().double().mean())
+            else:
+                try:
+                    means.append(torch.tensor(float(result), dtype=torch.float64))
+                except (TypeError, ValueError):
+                    raise DistZO2Error(
+                        f"the closure returned {type(result).__name__}; a loss was expected (a tensor or a number)"
+                    ) from None
+        return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy()
+
+    def _diagnose(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
+        """Once: a non-finite loss may come from a parameter used where it is not present. Then say which."""
+        if self._diagnosed or self._runtime.has_compiled():
+            return
+        self._diagnosed = True
+        stream = RandomStream.seeded(self._runtime.device, self.seed, step, 0)
+        with no_kv_cache(self._model):
+            self._runtime.run([Lane(CLEAN, 0, use_guard(self._runtime, closures[0]), stream)])
+
+    def check(self, closure: Callable[[], Any]) -> float:
+        """Runs two clean lanes of `closure` and returns their loss.
+
+        Raises:
+            DistZO2Error: they differ. The forward is not deterministic, and every estimate would be made of that noise.
+        """
+        streams = [RandomStream.seeded(self._runtime.device, self.seed, self.step_count, 0) for _ in range(2)]
+        lanes = [Lane(CLEAN, 0, closure, stream) for stream in streams]
+        with self._interrupt, no_kv_cache(self._model):
+            self._runtime.run(lanes, interrupt=self._interrupt)
+        first, second = (float(v) for v in self._to_float64([lane.result for lane in lanes]))
+        if np.float64(first).tobytes() != np.float64(second).tobytes():
+            raise DistZO2Error(
+                f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "
+                "deterministic, and a difference of two losses would be made of that"
+            )
+        return first
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    def _rebase(self) -> None:
+        """The weights were replaced (load_state_dict, edit): a journal of the old ones cannot go on."""
+        if self.journal is not None:
+            raise DistZO2Error(
+                f"the weights were replaced from outside, so the journal {self.journal.path} no longer leads to them: "
+                "start a new run from a checkpoint of them"
+            )
+        self._epoch = self._runtime.epoch
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """There are no gradients; loops that call it may go on calling it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups (without tensors), seed, step and the updates that stored weights have not got yet: none, since the
+        weights are brought up to date here, so that a `model.state_dict()` at any time goes with it."""
+        self._runtime.flush()
+        state = super().state_dict()
+        state["distzo2"] = {
+            "seed": self.seed,
+            "step": self.step_count,
+            "eps": self.eps,
+            "noise": self.noise,
+            "num_probes": self.num_probes,
+            "clip": self._clip.state(),
+            "pending": [],
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
+
+        Raises:
+            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written.
+        """
+        mine = state_dict.get("distzo2")
+        if mine is None:
+            raise DistZO2Error("this is not a state of ZOSGD: it has no entry 'distzo2'")
+        if self.journal is not None:
+            raise DistZO2Error("a run with a journal is resumed from it, with ZOSGD(journal=..., resume=True)")
+        for key in ("noise", "num_probes", "eps"):
+            if mine[key] != getattr(self, key):
+                raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {getattr(self, key)!r} in this optimizer")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
+        self.seed, self.step_count = mine["seed"], mine["step"]
+        self._clip.load(mine["clip"])
+        self._bind()
+
+    def close(self) -> None:
+        """Ends the journal; what was appended is on disk afterwards."""
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
+            self._runtime.set_durable(ALWAYS_DURABLE)

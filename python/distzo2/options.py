@@ -1,0 +1,356 @@
+"""The options of `distzo2 finetune`: names, units, defaults, and where they come from (command line, file, run)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distzo2.errors import UsageError
+
+# What a resumed run must share with the run so far: data order, noise and losses are functions of these.
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr, and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class Formatter(argparse.HelpFormatter):
+    """Adds each option's default to its help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.option_strings and action.default not in (None, argparse.SUPPRESS, False) and "default" not in text:
+            text += " (default: %(default)s)"
+        return text
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 was expected")
+    return value
+
+
+def whole_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: 0 or more was expected")
+    return value
+
+
+def seed_int(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{text}: 0 to 2^64 - 1 was expected")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text}: a positive number was expected")
+    return value
+
+
+def whole_float(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text}: 0 or a positive number was expected")
+    return value
+
+
+def limit_float(text: str) -> float | None:
+    """A number above 1, or "none"."""
+    if text.lower() == "none":
+        return None
+    value = float(text)
+    if not value > 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 1 was expected, or none")
+    return value
+
+
+for _type, _text in (
+    (positive_int, "integer"), (whole_int, "integer"), (seed_int, "integer"),
+    (positive_float, "number"), (whole_float, "number"), (limit_float, "number"),
+):  # fmt: skip
+    _type.__name__ = _text  # what argparse calls it in "invalid ... value"
+
+
+def add_placement(parser: argparse.ArgumentParser, weights: str = "host") -> None:
+    """Options of every command that loads a model."""
+    group = parser.add_argument_group("where it runs")
+    group.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N", help="where it computes")
+    group.add_argument(
+        "--weights", choices=("device", "host", "disk"), default=weights,
+        help="where the streamed weights live: on the device, in pinned host memory, or in a file that needs as much "
+        "room on the disk as the model",
+    )  # fmt: skip
+    group.add_argument(
+        "--weights-dir", metavar="DIR", help="directory of that file (default: the output directory, or /tmp)"
+    )
+    group.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="dtype of the weights; auto: the checkpoint's",
+    )  # fmt: skip
+    group.add_argument(
+        "--threads", type=positive_int, metavar="N", help="CPU threads for computing (default: torch's choice)"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that reads data files."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--objective", choices=("lm", "choices", "error"),
+        help="lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by "
+        "the mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where "
+        "lines have choices, else lm)",
+    )  # fmt: skip
+    group.add_argument(
+        "--truncate", choices=("error", "left", "right"), default="error",
+        help="what to do with a line that is longer than --max-length: stop with file and line number, or drop tokens "
+        "of its beginning or its end (of a line with choices: of its prompt)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-length", type=positive_int, metavar="TOKENS", help="longest sequence (default: the model's)"
+    )
+
+
+def add_finetune(parser: argparse.ArgumentParser) -> None:
+    """The options of `finetune`."""
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", metavar="DIR", help="directory of a Hugging Face checkpoint (safetensors, tokenizer)")
+    group.add_argument(
+        "--train",
+        metavar="FILE",
+        help="JSONL: prompt and completion, or prompt, choices and label, or messages, or text",
+    )
+    group.add_argument("--eval", metavar="FILE", help="JSONL of held-out lines of the same kind")
+    group.add_argument("--out", metavar="DIR", help="directory of the run: journal, metrics, checkpoint")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out from its last durable step; options not given are the run's",
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="TOML or JSON whose keys are the names of these options; the command line wins"
+    )
+
+    group = parser.add_argument_group("how it learns")
+    group.add_argument("--steps", type=positive_int, metavar="N", help="steps in all, one update each")
+    group.add_argument("--lr", type=whole_float, default=1e-6, help="learning rate, per unit of the estimated gradient")
+    group.add_argument("--eps", type=positive_float, default=1e-3, help="size of a perturbation, in units of a weight")
+    group.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="examples a step")
+    group.add_argument(
+        "--micro-batches",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="parts that a step's batch is cut into, to save memory for long sequences; must divide --batch-size",
+    )
+    group.add_argument(
+        "--probes",
+        type=positive_int,
+        default=1,
+        metavar="K",
+        help="perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1",
+    )
+    group.add_argument(
+        "--noise", choices=("normal", "rademacher"), default="normal", help="distribution of a perturbation's elements"
+    )
+    group.add_argument(
+        "--estimator",
+        choices=("spsa", "fzoo"),
+        default="spsa",
+        help="spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or "
+        "more, and takes a far larger --lr)",
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=whole_float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="pull towards 0, times --lr, a step; biases and norms are left out",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("constant", "linear", "cosine"),
+        default="constant",
+        help="of the learning rate, down to 0 at --steps",
+    )
+    group.add_argument(
+        "--warmup", type=whole_int, default=0, metavar="STEPS", help="steps in which the learning rate rises from 0"
+    )
+    group.add_argument("--seed", type=seed_int, default=0, help="of perturbations, data order and dropout")
+    group.add_argument(
+        "--train-mode", action="store_true", help="leave dropout on; it adds noise to the difference of two losses"
+    )
+
+    group = parser.add_argument_group("what is kept")
+    group.add_argument(
+        "--eval-every",
+        type=whole_int,
+        default=0,
+        metavar="N",
+        help="steps between evaluations, besides the one before and the one after; 0: none",
+    )
+    group.add_argument(
+        "--eval-batch-size",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="examples in a micro-batch of an evaluation",
+    )
+    group.add_argument(
+        "--score",
+        choices=("accuracy", "loss"),
+        help="held-out figure that tells the best step (default: accuracy where lines have choices, else loss)",
+    )
+    group.add_argument(
+        "--save",
+        choices=("last", "best", "none"),
+        default="last",
+        help="checkpoint written at the end to OUT/checkpoint: of the last step, of the best (rebuilt from the "
+        "journal), or none; any step can be rebuilt later with distzo2 replay",
+    )
+    group.add_argument(
+        "--trace",
+        type=whole_int,
+        default=0,
+        metavar="STEPS",
+        help="record the transfers of so many steps in OUT/trace.json",
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    group = parser.add_argument_group("when it goes wrong")
+    group.add_argument(
+        "--max-coef",
+        type=limit_float,
+        default=10.0,
+        metavar="X",
+        help="clip a step's coefficients to this multiple of their running median; none: never",
+    )
+    group.add_argument(
+        "--max-clipped",
+        type=whole_int,
+        default=10,
+        metavar="N",
+        help="stop after so many clipped steps in a row; 0: never",
+    )
+    group.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not check, before the first step, that two equal forward passes agree to the bit",
+    )
+    group.add_argument(
+        "--max-skipped",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="stop after so many steps in a row whose loss is not finite; such steps are not applied",
+    )
+    group.add_argument(
+        "--max-lanes",
+        type=positive_int,
+        metavar="N",
+        help="evaluations (perturbation x micro-batch) that share a pass over the weights; fewer need less "
+        "memory, same bits (default: all)",
+    )
+    add_data(parser)
+    add_placement(parser)
+
+
+def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a run: defaults, then the run's own where it is resumed, then the file's, then the command line's.
+
+    Raises:
+        UsageError: a file of options cannot be used, an option is missing or out of range, options do not go together.
+    """
+    given = parser.parse_args(arguments)
+    layers: list[str] = []
+    if given.resume and given.out:
+        from distzo2.run_directory import saved_options
+
+        layers += to_arguments(parser, saved_options(given.out), f"{given.out}/run.json")
+    if given.config:
+        layers += to_arguments(parser, read_config(given.config), given.config)
+    options = parser.parse_args([*layers, *arguments])
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("model", "train", "out", "steps"):
+        if getattr(options, name) is None:
+            raise UsageError(f"--{name} is missing")
+    if options.batch_size % options.micro_batches:
+        raise UsageError(f"--micro-batches {options.micro_batches} does not divide --batch-size {options.batch_size}")
+    if options.estimator == "fzoo" and options.probes < 2:
+        raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
+    if options.warmup > options.steps:
+        raise UsageError(f"--warmup {options.warmup} is more than --steps {options.steps}")
+    if options.eval is None and (options.save == "best" or options.eval_every):
+        raise UsageError(f"--{'save best' if options.save == 'best' else 'eval-every'} needs --eval")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The options in a TOML or JSON file, keys with - or _.
+
+    Raises:
+        UsageError: it cannot be read, or is neither.
+    """
+    try:
+        content = Path(path).read_bytes()
+        values = json.loads(content) if path.endswith(".json") else tomllib.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (ValueError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: an object whose keys are option names was expected")
+    return values
+
+
+def to_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], source: str) -> list[str]:
+    """Options from a mapping as command-line arguments.
+
+    Raises:
+        UsageError: a key is no option, or a value is not of its kind.
+    """
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config", "resume")}
+    arguments: list[str] = []
+    for key, value in values.items():
+        action = actions.get(key.replace("-", "_"))
+        if action is None:
+            raise UsageError(f"{source}: {key!r} is not an option of finetune")
+        flag = action.option_strings[-1]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UsageError(f"{source}: {key}: true or false was expected, got {value!r}")
+            arguments += [flag] if value else []
+        elif value is None:
+            if action.type is limit_float:
+                arguments.append(f"{flag}=none")
+        elif isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UsageError(f"{source}: {key}: a string or a number was expected, got {value!r}")
+        else:
+            text = f"{flag}={value}"
+            try:
+                parser._get_value(action, str(value))
+                parser._check_value(action, value if action.choices is None else str(value))
+            except argparse.ArgumentError as error:
+                raise UsageError(f"{source}: {key}: {error.message}") from error
+            arguments.append(text)
+    return arguments

@@ -1,0 +1,201 @@
+"""`distzo2 report`: a run's directory as one picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.metrics import read_metrics
+from distzo2.preflight import gib
+
+# One colour for each kind of time, wherever it is drawn.
+COLOURS = {
+    "compute": "#4477aa",
+    "materialize": "#ccbb44",
+    "noise and updates": "#ccbb44",
+    "wait": "#ee6677",
+    "waiting for transfers": "#ee6677",
+    "upload": "#228833",
+    "download": "#aa3377",
+    "other": "#bbbbbb",
+}
+_TRACE_SPAN_US = 1e6  # of a trace, at most so much is drawn
+
+
+def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
+    """Draws loss and held-out score, the split of step time, memory, and, if the run has a trace, its transfers.
+
+    Args:
+        run_dir: a run's directory; the run may still go on.
+        out: the PNG; None: `report.png` in the run's directory.
+
+    Raises:
+        UsageError: the directory holds no run.
+        DistZO2Error: the run has no step yet.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UsageError(f"{run_dir}: holds no run (no metrics.jsonl)")
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "step"]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    if not steps:
+        raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
+    record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
+    trace = _read_trace(run_dir / "trace.json")
+
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(11, 10 if trace else 7), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(3 if trace else 2, 2)
+        _draw_loss(figure.add_subplot(grid[0, 0]), steps, evals)
+        _draw_accuracy(figure.add_subplot(grid[0, 1]), steps, evals)
+        _draw_time(figure.add_subplot(grid[1, 0]), steps)
+        _draw_memory(figure.add_subplot(grid[1, 1]), steps, record)
+        if trace:
+            _draw_trace(figure.add_subplot(grid[2, :]), trace)
+        for axes in figure.axes[:4]:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(_title(run_dir, record, steps))
+        path = Path(out) if out is not None else run_dir / "report.png"
+        figure.savefig(path, dpi=130)
+    return path
+
+
+def hidden_share(transfer_s: float, exposed_wait_s: float) -> float | None:
+    """The share of the transfers' time in which something else was done; None where nothing was transferred."""
+    return max(0.0, 1.0 - exposed_wait_s / transfer_s) if transfer_s > 0 else None
+
+
+def _title(run_dir: Path, record: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
+    options = record.get("options", {})
+    parts = [str(run_dir), f"{len(steps)} steps"]
+    if options:
+        parts.append(f"{options['estimator']}, {options['noise']}, {options['probes']} probes")
+        parts.append(f"lr {options['lr']:g}, eps {options['eps']:g}")
+        parts.append(f"weights {options['weights']}, device {options['device']}")
+    return "\n".join([" · ".join(parts[:2]), " · ".join(parts[2:])]).strip()
+
+
+def _column(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [math.nan if line.get(name) is None else float(line[name]) for line in lines]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the run, without the bias of its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(total / weight if weight else math.nan)
+    return result
+
+
+def _draw_loss(axes: Any, steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> None:
+    x, losses = [s["step"] for s in steps], _column(steps, "loss")
+    axes.plot(x, losses, color="#4477aa", alpha=0.3, linewidth=0.8, label="each step")
+    axes.plot(x, _smooth(losses), color="#4477aa", linewidth=1.6, label="smoothed")
+    if evals:
+        axes.plot(
+            [e["step"] for e in evals], _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out"
+        )
+    skipped = [s["step"] for s in steps if s.get("skipped")]
+    if skipped:
+        axes.plot(skipped, [axes.get_ylim()[0]] * len(skipped), "x", color="black", label="not applied")
+    axes.set(title="loss", xlabel="step")
+    axes.legend(frameon=False)
+
+
+def _draw_accuracy(axes: Any, steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> None:
+    if not evals:
+        axes.plot([s["step"] for s in steps], _column(steps, "lr"), color="#4477aa")
+        axes.set(title="learning rate", xlabel="step")
+        return
+    x, y = [e["step"] for e in evals], [100 * a for a in _column(evals, "accuracy")]
+    axes.plot(x, y, "o-", color="#ee6677", markersize=4)
+    for place in dict.fromkeys((0, len(x) - 1)):
+        axes.annotate(f"{y[place]:.1f}%", (x[place], y[place]), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set(title="held-out accuracy", xlabel="step", ylabel="%")
+    axes.margins(y=0.15)
+
+
+def _draw_time(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
+    timed = [s for s in steps if s.get("compute_s") is not None]
+    if not timed:
+        axes.plot([s["step"] for s in steps], [1e3 * v for v in _column(steps, "seconds")], color=COLOURS["compute"])
+        axes.set(title="time of a step", xlabel="step", ylabel="ms")
+        return
+    parts = {
+        "compute": _column(timed, "compute_s"),
+        "noise and updates": _column(timed, "noise_s"),
+        "waiting for transfers": _column(timed, "exposed_wait_s"),
+    }
+    known = [sum(values) for values in zip(*parts.values(), strict=True)]
+    parts["other"] = [max(0.0, total - k) for total, k in zip(_column(timed, "seconds"), known, strict=True)]
+    x = [s["step"] for s in timed]
+    means = {name: 1e3 * sum(values) / len(values) for name, values in parts.items()}
+    axes.stackplot(
+        x,
+        [[1e3 * v for v in _smooth(values)] for values in parts.values()],
+        labels=[f"{name} {means[name]:.1f} ms" for name in parts],
+        colors=[COLOURS[name] for name in parts],
+    )
+    hidden = hidden_share(sum(_column(timed, "transfer_s")), sum(parts["waiting for transfers"]))
+    suffix = "" if hidden is None else f", {hidden:.0%} of the transfers hidden"
+    axes.set(title=f"time of a step{suffix}", xlabel="step", ylabel="ms")
+    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, loc="upper center", ncols=2)
+
+
+def _draw_memory(axes: Any, steps: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
+    x = [s["step"] for s in steps]
+    axes.plot(x, [v / 2**20 for v in _column(steps, "rss")], color="#4477aa", label="process, now")
+    axes.plot(x, [v / 2**20 for v in _column(steps, "peak")], color="#4477aa", linestyle=":", label="process, peak")
+    if any(s.get("device_peak") for s in steps):
+        axes.plot(x, [v / 2**20 for v in _column(steps, "device_peak")], color="#228833", label="device, peak")
+    if record.get("model_bytes"):
+        size = record["model_bytes"]
+        axes.axhline(size / 2**20, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(size)}")
+    axes.set(title="memory", xlabel="step", ylabel="MiB")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _read_trace(path: Path) -> list[dict[str, Any]]:
+    """The intervals of a Chrome trace, in order of time; empty if there is none."""
+    if not path.is_file():
+        return []
+    try:
+        events = json.loads(path.read_text())["traceEvents"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DistZO2Error(f"{path}: not a trace: {error}") from error
+    return sorted((e for e in events if e.get("ph") == "X"), key=lambda e: e["ts"])
+
+
+def _draw_trace(axes: Any, events: Sequence[dict[str, Any]]) -> None:
+    kinds = [
+        kind
+        for kind in ("compute", "materialize", "wait", "upload", "download")
+        if any(e["cat"] == kind for e in events)
+    ]
+    begin = events[0]["ts"]
+    span = min(_TRACE_SPAN_US, max(e["ts"] + e["dur"] for e in events) - begin)
+    for row, kind in enumerate(reversed(kinds)):
+        bars = [
+            ((e["ts"] - begin) / 1e3, e["dur"] / 1e3) for e in events if e["cat"] == kind and e["ts"] - begin < span
+        ]
+        axes.broken_barh(bars, (row - 0.4, 0.8), color=COLOURS[kind])
+    axes.set_yticks(range(len(kinds)), list(reversed(kinds)))
+    axes.set(title="what ran when", xlabel="ms", xlim=(0, span / 1e3))

@@ -1,0 +1,86 @@
+"""The header of a run's journal: everything that a line's scalars refer to."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
+
+from distzo2.journal import make_header, table_row
+from distzo2.version import __version__
+
+if TYPE_CHECKING:
+    from distzo2.optimizer import ZOSGD
+
+
+def run_header(optimizer: ZOSGD) -> dict[str, Any]:
+    """The journal header of `optimizer`'s run: index table, base checkpoint, versions, options, fingerprint."""
+    runtime = optimizer._runtime
+    base = getattr(optimizer._model, "distzo2_source", None)
+    return make_header(
+        seed=optimizer.seed,
+        base=base_record(base),
+        table=index_table(optimizer),
+        groups=[
+            {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str))}
+            for group in optimizer.param_groups
+        ],
+        noise_version=NOISE_VERSION,
+        rounding_version=ROUNDING_VERSION,
+        options={
+            "eps": optimizer.eps,
+            "num_probes": optimizer.num_probes,
+            "estimator": type(optimizer.estimator).__name__,
+        },
+        software={
+            "distzo2": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        fingerprint=fingerprint(runtime.device),
+    )
+
+
+def base_record(path: str | None) -> dict[str, Any]:
+    """Name and checksums of the checkpoint that the run started from; no files for a model that came from none."""
+    if path is None:
+        return {"name": "", "files": {}}
+    from distzo2.replay import digest_checkpoint
+
+    return digest_checkpoint(path)
+
+
+def index_table(optimizer: ZOSGD) -> list[dict[str, Any]]:
+    """What the noise depends on: one row for each parameter, in order."""
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    return [
+        table_row(
+            p.index,
+            p.name,
+            p.shape,
+            p.dtype,
+            p.stride,
+            id(p.tensor) in group_of,
+            group_of.get(id(p.tensor)),
+            optimizer.noise,
+        )
+        for p in optimizer._runtime.params
+    ]
+
+
+def fingerprint(device: torch.device) -> dict[str, Any]:
+    """What the bits of a forward depend on besides the weights: a run goes on with the same bits where it is the same."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _cpu_capability() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,83 @@
+"""Scratch: where perturbed weights are materialized, out of place, for the lanes to use.
+
+Buffers are kept across steps. What a buffer holds is a pure function of the clean weights and the emission, so a
+buffer may be taken at any time that no running lane looks at it: the content is made again when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distzo2.units import Unit
+
+SMALL_BYTES = 64 * 1024  # units up to this size share one class, with more buffers
+BUFFERS = 2  # one for each sign
+SMALL_BUFFERS = 32
+
+
+@dataclass(eq=False)
+class _Entry:
+    buffer: torch.Tensor
+    key: Hashable = None
+    last_use: int = 0
+
+
+class Scratch:
+    """Two buffers for each class of unit sizes; more only while the open windows of one lane need them."""
+
+    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
+        self._device = device
+        self._class_bytes: dict[Hashable, int] = {}
+        for unit in units:
+            kind = self._class_of(unit)
+            self._class_bytes[kind] = max(self._class_bytes.get(kind, 0), unit.num_bytes)
+        self._entries: dict[Hashable, list[_Entry]] = {kind: [] for kind in self._class_bytes}
+        self._clock = 0
+
+    @staticmethod
+    def _class_of(unit: Unit) -> Hashable:
+        if unit.num_bytes <= SMALL_BYTES:
+            return "small"
+        return "streamed" if not unit.resident else ("resident", unit.num_bytes.bit_length() // 3)
+
+    def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
+        """The buffer that holds `key` of `unit`, or None."""
+        for entry in self._entries[self._class_of(unit)]:
+            if entry.key == (unit.index, key):
+                self._clock += 1
+                entry.last_use = self._clock
+                return entry.buffer
+        return None
+
+    def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
+        """Buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
+        kind = self._class_of(unit)
+        entries = self._entries[kind]
+        result = []
+        for key in keys:
+            limit = SMALL_BUFFERS if kind == "small" else BUFFERS
+            usable = [
+                e for e in entries if e.buffer.data_ptr() not in pinned and all(e.buffer is not b for b in result)
+            ]
+            if not usable or (len(entries) < limit and all(e.key is not None for e in usable)):
+                entry = _Entry(torch.empty(self._class_bytes[kind], dtype=torch.uint8, device=self._device))
+                entries.append(entry)
+            else:
+                entry = min(usable, key=lambda e: e.last_use)
+            self._clock += 1
+            entry.key, entry.last_use = (unit.index, key), self._clock
+            result.append(entry.buffer)
+        return result
+
+    def forget(self) -> None:
+        """Marks every buffer as holding nothing."""
+        for entries in self._entries.values():
+            for entry in entries:
+                entry.key = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(e.buffer.numel() for entries in self._entries.values() for e in entries)

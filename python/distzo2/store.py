@@ -1,0 +1,176 @@
+"""Where the weights live, and how a unit's packed buffer becomes present on the compute device.
+
+    weights=     compute on CPU                  compute on CUDA
+    device       pool in memory, used in place   device memory, used in place
+    host         pool in memory, used in place   pinned pool -> ring of device slots
+    disk         block file -> ring of slots     block file -> pinned staging -> ring of device slots
+
+Resident units are always used in place. `acquire` and `release` act on the current stream of the compute device; the
+host waits only where the device is the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
+
+from distzo2.errors import DistZO2Error
+from distzo2.units import Unit
+
+SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
+STAGING_BLOCKS = 3
+
+
+class MemoryStore:
+    """Packed units in memory on the compute device, used in place."""
+
+    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
+        self._pool: HostPool | None = None
+        self._buffers: dict[int, torch.Tensor] = {}
+        if not units:
+            return
+        if device.type == "cpu":
+            self._pool = HostPool([u.num_bytes for u in units], device="cpu")
+            self._buffers = {u.index: self._pool.tensor(i) for i, u in enumerate(units)}
+        else:
+            self._buffers = {u.index: torch.empty(u.num_bytes, dtype=torch.uint8, device=device) for u in units}
+
+    def acquire(self, unit: Unit) -> torch.Tensor:
+        return self._buffers[unit.index]
+
+    def release(self, unit: Unit, dirty: bool) -> None:
+        """Nothing to do: the unit is changed where it lives."""
+
+    def prefetch(self, unit: Unit) -> bool:
+        return True
+
+    def set_durable(self, version: int) -> None:
+        """Memory is not what a crash leaves behind; the write-ahead rule does not bind it."""
+
+    def flush(self) -> None:
+        """Nothing is in flight."""
+
+    @contextmanager
+    def open(self, unit: Unit, write: bool):
+        """The unit's bytes in host memory; with `write`, what is in them at the end becomes the stored copy."""
+        buffer = self._buffers[unit.index]
+        if buffer.device.type == "cpu":
+            yield buffer
+        else:
+            host = buffer.cpu()
+            yield host
+            if write:
+                buffer.copy_(host)
+
+    def stats(self) -> dict[str, int | float]:
+        return dict(self._pool.stats()) if self._pool else {}
+
+    def close(self) -> None:
+        self._buffers.clear()
+        self._pool = None  # views that are still held keep the memory
+
+
+class StreamingStore:
+    """Packed units in a pinned host pool or in a block file, brought to a ring of slots by the copy engine."""
+
+    def __init__(
+        self, units: Sequence[Unit], device: torch.device, *, directory: str | os.PathLike | None, slots: int
+    ) -> None:
+        """
+        Args:
+            units: the streamed units; block ids are given in this order.
+            device: where it computes.
+            directory: of the block file; None keeps the weights in a pinned host pool.
+            slots: number of slots of the ring, at least 2.
+        """
+        sizes = [u.num_bytes for u in units]
+        for i, unit in enumerate(units):
+            unit.block = i
+        self.slot_bytes = -(-max(sizes) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        self.num_slots = max(2, min(slots, len(units) + 1))
+        self._device = device
+        self._staging: HostPool | None = None
+        self._pool: HostPool | None = None
+        self._file: BlockFile | None = None
+        name = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
+        if directory is None:
+            self._pool = HostPool(sizes, device=name)
+        else:
+            path = _new_block_file(Path(directory), sum(sizes))
+            self._file = BlockFile(str(path), sizes)
+            if device.type == "cuda":
+                self._staging = HostPool([self.slot_bytes] * STAGING_BLOCKS, device=name)
+        if device.type == "cpu":
+            self._slots = [aligned_buffer(self.slot_bytes) for _ in range(self.num_slots)]
+        else:
+            ring = torch.empty(self.slot_bytes * self.num_slots + SLOT_ALIGNMENT, dtype=torch.uint8, device=device)
+            start = -ring.data_ptr() % SLOT_ALIGNMENT
+            self._slots = list(ring[start : start + self.slot_bytes * self.num_slots].split(self.slot_bytes))
+        self.engine = CopyEngine(
+            name, self._pool or self._file, [s.data_ptr() for s in self._slots], self.slot_bytes, self._staging
+        )
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+
+    def acquire(self, unit: Unit) -> torch.Tensor:
+        return self._slots[self.engine.acquire(unit.block, self._stream())][: unit.num_bytes]
+
+    def release(self, unit: Unit, dirty: bool) -> None:
+        self.engine.release(unit.block, self._stream(), dirty, unit.version)
+
+    def prefetch(self, unit: Unit) -> bool:
+        return self.engine.prefetch(unit.block)
+
+    def set_durable(self, version: int) -> None:
+        self.engine.set_durable(version)
+
+    def flush(self) -> None:
+        self.engine.flush()
+
+    @contextmanager
+    def open(self, unit: Unit, write: bool):
+        """The unit's bytes in host memory; with `write`, what is in them at the end becomes the stored copy."""
+        self.engine.flush()
+        if self._pool is not None:
+            yield self._pool.tensor(unit.block)
+        else:
+            host = aligned_buffer(-(-unit.num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)[: unit.num_bytes]
+            self._file.read(unit.block, host.data_ptr(), unit.num_bytes)
+            yield host
+            if write:
+                self._file.write(unit.block, host.data_ptr(), unit.num_bytes)
+        if write:
+            self.engine.drop(unit.block)
+
+    def stats(self) -> dict[str, int | float]:
+        source = self._pool or self._file
+        return {**source.stats(), **self.engine.stats()}
+
+    def close(self) -> None:
+        self.engine.close()
+        if self._file is not None:
+            self._file.close(unlink=True)
+        self._slots.clear()
+        self._pool = self._file = self._staging = None
+
+
+def _new_block_file(directory: Path, num_bytes: int) -> Path:
+    """A new name in `directory`, after checking that the file fits. Block files are working files of one process."""
+    with suppress(FileExistsError):
+        directory.mkdir(parents=True)
+    if not directory.is_dir():
+        raise DistZO2Error(f"{directory}: a directory for the block file was expected")
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise DistZO2Error(f"{directory}: the block file needs {num_bytes} bytes, and {free} bytes are free")
+    handle, path = tempfile.mkstemp(prefix="weights-", suffix=".dzo2", dir=directory)
+    os.close(handle)
+    return Path(path)

@@ -1,0 +1,309 @@
+"""The weights of a model in units: where each is stored, how many updates it holds, and making it present.
+
+`UnitWeights` owns the stored copies and their versions, the updates that some of them have missed, and the scratch
+where perturbed copies are made. A unit that is made present catches up: the updates it has missed are applied in the
+same pass over memory that makes the perturbed copies. Everything acts on the current stream of the compute device.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from distzo2_core import Emit, Segment, SegmentTable, Update, materialize
+from torch import nn
+
+from distzo2.errors import DistZO2Error
+from distzo2.lanes import Emission
+from distzo2.scratch import Scratch
+from distzo2.store import MemoryStore, StreamingStore
+from distzo2.trace import Trace
+from distzo2.units import ParamInfo, Unit, collect_params, find_units
+
+
+@dataclass(eq=False)
+class Present:
+    """A unit whose weights are on the compute device now. `dirty`: they are newer than the stored copy."""
+
+    unit: Unit
+    buffer: torch.Tensor  # uint8 [unit.num_bytes]
+    views: list[torch.Tensor]
+    dirty: bool = False
+
+
+class UnitWeights:
+    """See the module."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        weights: str,
+        units: Iterable[str] | None,
+        directory: str | os.PathLike | None,
+        slots: int,
+    ) -> None:
+        self.device, self.where = device, weights
+        self.params: list[ParamInfo] = collect_params(model)
+        if not self.params:
+            raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
+        self.units: list[Unit] = find_units(model, self.params, units)
+        streams = weights == "disk" or (weights == "host" and device.type != "cpu")
+        streamed = [u for u in self.units if streams and not u.resident]
+        self._memory = MemoryStore([u for u in self.units if u.resident or not streams], device)
+        self._ring = StreamingStore(streamed, device, directory=directory, slots=slots) if streamed else None
+        self._scratch = Scratch([u for u in self.units if u.trainable], device)
+        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+        self.version = 0  # updates made so far
+        self._updates: list[Update] = []  # the last of them; the first one's number is version - len(_updates)
+        self.epoch = 0  # how often the weights were replaced from outside
+        self.seed = 0
+        self._group_of: dict[int, int] = {}  # parameter index -> group; absent: read, never changed
+        self._perturb_scales: tuple[float, ...] = ()
+        self._tables: dict[int, SegmentTable | None] = {}
+
+        self._present: dict[int, Present] = {}
+        self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
+        self._last_streamed: Unit | None = None
+        self._busy = False  # a window is open, or a pass under way
+        self._closed = False
+        self.trace = Trace()
+        self.reset_stats()
+
+    # ---- what the optimizer tells -----------------------------------------------------------------------------
+
+    def bind(self, group_of: dict[int, int], num_groups: int, seed: int) -> None:
+        """Sets which parameter belongs to which group, and the run's seed; updates made before are applied first."""
+        self.flush()
+        self.seed, self._group_of = seed, dict(group_of)
+        self._perturb_scales = (1.0,) * num_groups
+        self._tables.clear()
+        self._scratch.forget()
+
+    def set_perturb_scales(self, scales: Sequence[float]) -> None:
+        """One factor on eps for each group, for the perturbations to come."""
+        self._perturb_scales = tuple(scales)
+
+    def push(self, updates: Iterable[Update]) -> None:
+        """Adds updates; each unit applies them at its next visit."""
+        for update in updates:
+            self._updates.append(update)
+            self.version += 1
+
+    @property
+    def pending(self) -> list[Update]:
+        """The updates that some stored copy has not got yet, oldest first."""
+        oldest = min((u.version for u in self.units if self._table(u) is not None), default=self.version)
+        return self._missed(oldest)
+
+    def trim(self) -> None:
+        """Forgets the updates that every stored copy holds."""
+        self._updates = self.pending
+
+    def _missed(self, version: int) -> list[Update]:
+        return self._updates[len(self._updates) - (self.version - version) :] if version < self.version else []
+
+    def set_durable(self, version: int) -> None:
+        """Write-ahead rule: journal lines before `version` are on disk, so stored copies up to it may be."""
+        if self._ring is not None:
+            self._ring.set_durable(version)
+
+    # ---- making a unit present ----------------------------------------------------------------------------------
+
+    def _store(self, unit: Unit) -> MemoryStore | StreamingStore:
+        return self._memory if unit.block < 0 else self._ring
+
+    def _bring(self, unit: Unit) -> None:
+        if unit.index in self._present:
+            return
+        start = time.perf_counter_ns()
+        buffer = self._store(unit).acquire(unit)
+        if unit.block >= 0:
+            end = time.perf_counter_ns()
+            self._wait_ns += end - start
+            self.trace.add("wait", unit.name, start, end)
+        self._present[unit.index] = Present(unit, buffer, self._views_of(unit, buffer))
+        if unit.block >= 0:
+            if self._last_streamed is not None:
+                self._next[self._last_streamed.index] = unit
+            self._last_streamed = unit
+            self._prefetch_after(unit)
+
+    def _prefetch_after(self, unit: Unit) -> None:
+        """Starts the uploads of the units that followed this one last time, across the end of the step too."""
+        for _ in range(self._ring.num_slots - 1):
+            unit = self._next[unit.index]
+            if not self._ring.prefetch(unit):
+                return
+
+    def _release(self, unit: Unit) -> None:
+        present = self._present.pop(unit.index)
+        self._store(unit).release(unit, present.dirty)
+
+    def _views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
+        key = (unit.index, buffer.data_ptr())
+        if key not in self._views:
+            self._views[key] = unit.views(buffer)
+        return self._views[key]
+
+    def _views_under(
+        self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]
+    ) -> tuple[list[torch.Tensor], int]:
+        """A present unit's parameters as `emission` has them, with every update made so far.
+
+        Args:
+            unit: must be present.
+            emission: what to perturb by.
+            emissions: all of the pass; the mirror image of `emission` is made in the same call.
+            pinned: addresses of scratch buffers that must stay as they are.
+
+        Returns:
+            The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
+        """
+        present = self._present[unit.index]
+        if emission.clean or self._table(unit) is None:
+            self._materialize(present, (), ())
+            return present.views, 0
+        buffer = self._scratch.find(unit, self._key(emission))
+        if buffer is None:
+            mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
+            wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
+            outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
+            self._materialize(present, wanted, outs)
+            buffer = outs[0]
+        views = self._views_of(unit, buffer)
+        mixed = [views[i] if p.index in self._group_of else present.views[i] for i, p in enumerate(unit.params)]
+        return mixed, buffer.data_ptr()
+
+    def _key(self, emission: Emission) -> tuple:
+        return self.version, emission.terms, self._perturb_scales
+
+    def _materialize(self, present: Present, emissions: Sequence[Emission], outs: Sequence[torch.Tensor]) -> None:
+        unit, table = present.unit, self._table(present.unit)
+        missed = self._missed(unit.version)
+        if table is not None and (missed or emissions):
+            start = time.perf_counter_ns()
+            materialize(
+                present.buffer,
+                table,
+                seed=self.seed,
+                updates=missed,
+                emits=[Emit(e.terms, self._perturb_scales) for e in emissions],
+                outs=[out[: unit.num_bytes] for out in outs],
+                write_back=bool(missed),
+            )
+            end = time.perf_counter_ns()
+            self._noise_ns += end - start
+            self.trace.add("materialize", unit.name, start, end)
+            present.dirty |= bool(missed)
+        unit.version = self.version
+
+    def _table(self, unit: Unit) -> SegmentTable | None:
+        """The segments of the unit that updates and perturbations reach; None if there are none."""
+        if unit.index not in self._tables:
+            segments = [
+                Segment(p.byte_offset, p.numel, p.dtype, p.index, 0, self._group_of[p.index], *p.matrix_shape)
+                for p in unit.params
+                if p.index in self._group_of and p.numel
+            ]
+            self._tables[unit.index] = SegmentTable(segments) if segments else None
+        return self._tables[unit.index]
+
+    # ---- reading and writing from outside -------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Brings every stored copy to the current version, and waits until it is where the weights live."""
+        self._check_idle("flush")
+        for unit in self.units:
+            self._catch_up(unit)
+        if self._ring is not None:
+            self._ring.flush()
+        self._updates.clear()
+
+    def _catch_up(self, unit: Unit) -> None:
+        if unit.version < self.version and self._table(unit) is not None:
+            self._bring(unit)
+            self._materialize(self._present[unit.index], (), ())
+            self._release(unit)
+        unit.version = self.version
+
+    @contextmanager
+    def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
+        """The unit's parameters in host memory, by name, with every update made so far. They must not be changed."""
+        self._check_idle("reading weights")
+        self._catch_up(unit)
+        with self._store(unit).open(unit, write=False) as buffer:
+            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+
+    @contextmanager
+    def writing(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
+        """The unit's parameters in host memory, by name, to be filled; they become the stored copy at the end."""
+        self._check_idle("writing weights")
+        self._catch_up(unit)
+        self._scratch.forget()
+        with self._store(unit).open(unit, write=True) as buffer:
+            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+
+    def rebase(self) -> None:
+        """The weights were replaced from outside: the updates of before no longer lead to them."""
+        self.flush()
+        self.version = 0
+        for unit in self.units:
+            unit.version = 0
+        self._scratch.forget()
+        self.epoch += 1
+
+    # ---- figures ----------------------------------------------------------------------------------------------------
+
+    def reset_stats(self) -> None:
+        """Starts the counting of bytes and seconds anew."""
+        self._compute_ns = self._noise_ns = self._wait_ns = 0
+        if self._ring is not None:
+            self._ring.engine.reset_stats()
+
+    def stats(self) -> dict[str, int | float]:
+        """Bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
+        return {
+            **(self._ring.stats() if self._ring else {}),
+            "compute_s": self._compute_ns * 1e-9,
+            "noise_s": self._noise_ns * 1e-9,
+            "exposed_wait_s": self._wait_ns * 1e-9,
+            "resident_bytes": sum(u.num_bytes for u in self.units if u.block < 0),
+            "streamed_bytes": sum(u.num_bytes for u in self.units if u.block >= 0),
+            "slot_bytes": self._ring.slot_bytes * self._ring.num_slots if self._ring else 0,
+            "scratch_bytes": self._scratch.num_bytes,
+        }
+
+    def enable_trace(self, enable: bool = True) -> None:
+        """Records every transfer, wait, materialize and lane's run from now on."""
+        self.trace.enable(enable)
+        if self._ring is not None:
+            self._ring.engine.trace(enable)
+
+    def save_trace(self, path: str | os.PathLike) -> None:
+        """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
+        names = {u.block: u.name for u in self.units if u.block >= 0}
+        self.trace.save(path, self._ring.engine.events() if self._ring is not None else [], names)
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def _check_idle(self, what: str) -> None:
+        if self._closed:
+            raise DistZO2Error(f"{what}: this model's streaming runtime was closed")
+        if self._busy:
+            raise DistZO2Error(f"{what}: not possible in the middle of a pass over this model")
+
+    def close(self) -> None:
+        """Ends transfers and deletes the working block file."""
+        self._closed = True
+        self._views.clear()
+        self._present.clear()
+        if self._ring is not None:
+            self._ring.close()
+        self._memory.close()

@@ -1,0 +1,132 @@
+// A small test runner: one executable per *_test.cpp file, which includes this header once. TEST(name) { ... }
+// registers a test; CHECK records a failure and goes on, REQUIRE ends the test (throws, so not from a thread of the
+// test's own); both may be used from several threads at once. An argument on the command line runs only the tests whose
+// name has it.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <iostream>
+#include <mutex>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace testing {
+
+struct Test {
+    const char* name;
+    void (*body)();
+};
+
+struct Abandoned {}; // thrown by REQUIRE; the failure is already counted
+
+inline std::vector<Test>& tests() {
+    static std::vector<Test> all;
+    return all;
+}
+
+inline std::atomic<int>& failures() {
+    static std::atomic<int> count{0};
+    return count;
+}
+
+struct Register {
+    Register(const char* name, void (*body)()) { tests().push_back({name, body}); }
+};
+
+template <typename... Parts>
+void report(const char* file, int line, const char* expected, const Parts&... parts) {
+    static std::mutex mutex;
+    std::ostringstream text;
+    text << "  " << file << ':' << line << ": expected " << expected;
+    if constexpr (sizeof...(parts) > 0) {
+        text << ": ";
+        (text << ... << parts);
+    }
+    text << '\n';
+    failures().fetch_add(1);
+    const std::lock_guard lock(mutex);
+    std::cout << text.str() << std::flush;
+}
+
+template <typename Left, typename Right>
+void check_equal(const char* file, int line, const char* expected, const Left& left, const Right& right) {
+    if (!(left == right))
+        report(file, line, expected, left, " and ", right);
+}
+
+// Text of the exception that `call` throws, or "" if it throws none.
+inline std::string thrown_text(const std::function<void()>& call) {
+    try {
+        call();
+    } catch (const std::exception& error) {
+        return error.what()[0] != '\0' ? error.what() : "(exception without text)";
+    }
+    return "";
+}
+
+inline int run(const char* filter) {
+    int num_passed = 0;
+    int num_failed = 0;
+    for (const Test& test : tests()) {
+        if (filter != nullptr && std::strstr(test.name, filter) == nullptr)
+            continue;
+        const int failures_before = failures().load();
+        const auto start = std::chrono::steady_clock::now();
+        try {
+            test.body();
+        } catch (const Abandoned&) {
+        } catch (const std::exception& error) {
+            report(test.name, 0, "no exception", error.what());
+        } catch (...) {
+            report(test.name, 0, "no exception", "one that is no std::exception");
+        }
+        const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
+        const bool passed = failures().load() == failures_before;
+        ++(passed ? num_passed : num_failed);
+        std::printf("%s %s (%.0f ms)\n", passed ? "ok  " : "FAIL", test.name, elapsed.count());
+        std::fflush(stdout);
+    }
+    std::printf("%d passed, %d failed\n", num_passed, num_failed);
+    return num_failed == 0 && num_passed > 0 ? 0 : 1;
+}
+
+} // namespace testing
+
+#define TEST(name)                                                                                                     \
+    static void test_##name();                                                                                         \
+    static const ::testing::Register register_##name(#name, test_##name);                                              \
+    static void test_##name()
+
+// Further arguments are streamed into the failure's text: CHECK(a == b, "a ", a, " b ", b).
+#define CHECK(condition, ...)                                                                                          \
+    do {                                                                                                               \
+        if (!(condition))                                                                                              \
+            ::testing::report(__FILE__, __LINE__, #condition __VA_OPT__(, ) __VA_ARGS__);                              \
+    } while (false)
+
+#define REQUIRE(condition, ...)                                                                                        \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            ::testing::report(__FILE__, __LINE__, #condition __VA_OPT__(, ) __VA_ARGS__);                              \
+            throw ::testing::Abandoned{};                                                                              \
+        }                                                                                                              \
+    } while (false)
+
+#define CHECK_EQ(left, right) ::testing::check_equal(__FILE__, __LINE__, #left " == " #right, left, right)
+
+// The expression must throw a std::exception whose text contains `part`.
+#define CHECK_THROWS(expression, part)                                                                                 \
+    do {                                                                                                               \
+        const std::string check_text_ = ::testing::thrown_text([&] { (void)(expression); });                           \
+        if (check_text_.empty() || check_text_.find(part) == std::string::npos)                                        \
+            ::testing::report(__FILE__, __LINE__, #expression " to throw", "'", part, "' but got '", check_text_,      \
+                              "'");                                                                                    \
+    } while (false)
+
+int main(int argc, char** argv) { return ::testing::run(argc > 1 ? argv[1] : nullptr); }

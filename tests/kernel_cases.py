@@ -1,0 +1,165 @@
+"""Random weights, segment tables, updates and emits that the tests of every backend share."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import distzo2_core
+from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, what: object = "") -> None:
+    """Fails naming the first element whose bits differ, NaN included."""
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    if got.dtype.itemsize == 1:
+        integer = torch.uint8
+    else:
+        integer = {2: torch.int16, 4: torch.int32}[got.dtype.itemsize]
+    different = (got.cpu().view(integer) != expected.cpu().view(integer)).reshape(-1).nonzero().reshape(-1).tolist()
+    if different:
+        first = different[0]
+        values = got.reshape(-1)[first].item(), expected.reshape(-1)[first].item()
+        raise AssertionError(f"{len(different)} of {got.numel()} differ, first at {first}: {values} {what}")
+
+
+def random_weights(rng: np.random.Generator, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Weights of a model's size, of all magnitudes, and special values, mixed."""
+    values = rng.standard_normal(numel) * 0.02
+    wild = np.ldexp(rng.standard_normal(numel), rng.integers(-150, 127, numel))
+    values = np.where(rng.random(numel) < 0.2, wild, values)
+    values = np.where(rng.random(numel) < 0.05, rng.choice(SPECIALS, numel), values)
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(values.astype(np.float32)).to(dtype)
+
+
+class Visit(NamedTuple):
+    """A packed buffer and one call of materialize on it."""
+
+    weights: torch.Tensor
+    segments: SegmentTable
+    seed: int
+    updates: tuple[Update, ...]
+    emits: tuple[Emit, ...]
+
+    def run(self, backend: str, write_back: bool, device: str = "cpu") -> list[torch.Tensor]:
+        """The weights and the buffers of the emits afterwards; bytes between segments begin as 0xA5."""
+        weights = self.weights.to(device, copy=True)
+        outs = [torch.full_like(weights, 0xA5) for _ in self.emits]
+        distzo2_core.materialize(
+            weights,
+            self.segments,
+            seed=self.seed,
+            updates=self.updates,
+            emits=self.emits,
+            outs=outs,
+            write_back=write_back,
+            backend=backend,
+        )
+        return [weights, *outs]
+
+
+def random_coef(rng: np.random.Generator) -> float:
+    return float(rng.choice([0.0, -0.0, 1.0, rng.standard_normal(), rng.standard_normal() * 1e3, 1e-40]))
+
+
+def random_visit(rng: np.random.Generator, dtypes: tuple[torch.dtype, ...], max_numel: int) -> Visit:
+    """A few segments of random sizes, gaps, parameters and offsets; up to three updates and four emits."""
+    num_groups = int(rng.integers(1, 4))
+    parts: list[torch.Tensor] = []
+    segments: list[Segment] = []
+    num_bytes = 0
+    for _ in range(int(rng.integers(1, 5))):
+        dtype = dtypes[rng.integers(len(dtypes))]
+        numel = int(rng.integers(0, max_numel))
+        gap = int(rng.integers(0, 3)) * 4 + -num_bytes % 4
+        offset = int(rng.choice([0, 1, 127, 128, 2**34 - 50, 2**35 + 5, rng.integers(0, 5000)]))
+        param, group = int(rng.integers(0, 2**32)), int(rng.integers(num_groups))
+        segments.append(Segment(num_bytes + gap, numel, dtype, param, offset, group, 1, offset + numel))
+        parts.append(torch.full((gap,), 0x5A, dtype=torch.uint8))
+        if numel:
+            parts.append(random_weights(rng, numel, dtype).view(torch.uint8))
+        num_bytes += gap + numel * dtype.itemsize
+    pool = [
+        (int(rng.integers(0, 2)), int(rng.integers(0, 2**32)), int(rng.integers(0, 2**20)), 0)
+        for _ in range(int(rng.integers(1, 4)))
+    ]
+
+    def random_terms(maximum: int) -> tuple[Term, ...]:
+        return tuple(
+            Term(*pool[rng.integers(len(pool))], random_coef(rng)) for _ in range(rng.integers(0, maximum + 1))
+        )
+
+    def random_scale() -> float:
+        return float(rng.choice([1.0, 0.0, 0.5, 1.7]))
+
+    updates = tuple(
+        Update(
+            int(rng.integers(0, 2**32)),
+            tuple(
+                GroupScalars(
+                    float(rng.choice([0.0, 1e-2, 1e-6, -1e-3])), float(rng.choice([0.0, 0.1])), 1.0, random_scale()
+                )
+                for _ in range(num_groups)
+            ),
+            random_terms(3),
+        )
+        for _ in range(rng.integers(0, 4))
+    )
+    emits: list[Emit] = []
+    for _ in range(rng.integers(0, 3)):
+        terms, scales = random_terms(2), tuple(random_scale() for _ in range(num_groups))
+        emits.append(Emit(terms, scales))
+        if rng.random() < 0.7:  # the other sign of the same perturbation
+            emits.append(Emit(tuple(term._replace(c=-term.c) for term in terms), scales))
+    weights = torch.cat(parts)
+    table = SegmentTable(segments, num_bytes=weights.numel())
+    return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))
+
+
+def check_visit(visit: Visit, backend: str, device: str = "cpu") -> None:
+    """A backend against the reference, with and without write-back."""
+    for write_back in (False, True):
+        got, expected = visit.run(backend, write_back, device), visit.run("reference", write_back)
+        for index, (one, other) in enumerate(zip(got, expected, strict=True)):
+            assert_same_bits(one, other, f"buffer {index}, write_back={write_back}")
+
+
+def check_noise(backend: str, device: str = "cpu", numels: tuple[int, ...] = (1, 5, 1024, 1500)) -> None:
+    """normal and rademacher against the reference, at odd sizes and offsets."""
+    offsets = (3, 2**34 - 700, 2**38 - max(numels))
+    place = {"seed": 2**64 - 3, "step": 2**32 - 1, "param": 9, "probe": 2**20 - 1}
+    for dtype, numel, offset in itertools.product(DTYPES, numels, offsets):
+        for function in (distzo2_core.normal, distzo2_core.rademacher):
+            got = function(numel, **place, offset=offset, dtype=dtype, device=device, backend=backend)
+            assert got.device.type == device
+            assert_same_bits(got, function(numel, **place, offset=offset, dtype=dtype, backend="reference"))
+
+
+def check_in_place(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel: int, device: str = "cpu") -> None:
+    """perturb_, restore_ and update_ against the reference, for one random tensor and place."""
+    weights = random_weights(rng, numel, dtype)
+    place = {
+        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
+        "step": int(rng.integers(0, 2**32)),
+        "param": int(rng.integers(0, 2**32)),
+        "probe": int(rng.integers(0, 2**20)),
+        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
+    }
+    lr = float(rng.choice([0.0, 1e-2, 1e-6]))
+    calls = [
+        (distzo2_core.perturb_, (random_coef(rng),), {}),
+        (distzo2_core.restore_, (random_coef(rng),), {}),
+        (distzo2_core.update_, (lr, random_coef(rng)), {"weight_decay": float(rng.choice([0.0, 0.1]))}),
+    ]
+    for family, (function, arguments, extra) in itertools.product(("normal", "rademacher"), calls):
+        got, expected = weights.to(device, copy=True), weights.clone()
+        assert function(got, *arguments, **place, **extra, family=family, backend=backend) is got
+        function(expected, *arguments, **place, **extra, family=family, backend="reference")
+        assert_same_bits(got, expected, (function.__name__, arguments, extra, family, place))

@@ -1,0 +1,74 @@
+"""The plain whole-model ZO loop that streamed runs are compared with, bit for bit, over the reference noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import distzo2_core
+import numpy as np
+import torch
+from torch import nn
+
+
+def plain_loop(
+    model: nn.Module,
+    closures: Sequence[Sequence[Callable[[], torch.Tensor]]],
+    *,
+    lr: Callable[[int], float],
+    eps: float,
+    seed: int,
+    num_probes: int = 1,
+    weight_decay: float = 0.0,
+    noise: str = "normal",
+    trainable: Callable[[str], bool] = lambda name: True,
+) -> list[list[float]]:
+    """Two-sided SPSA over the whole model in memory.
+
+    Args:
+        model: changed in place.
+        closures: for each step the closures of its micro-batches.
+        lr: the learning rate of a step.
+
+    Returns:
+        The losses of each step, in the order of evaluation: probe 0 +, all micro-batches; probe 0 −; ...
+    """
+    eps = float(np.float32(eps))
+    params = [(i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if trainable(n)]
+    history = []
+    for step, micro_batches in enumerate(closures):
+        clean = {i: p.data.clone() for i, _, p in params}
+        losses = {}
+        for probe in range(num_probes):
+            for sign in (+1, -1):
+                for i, _, p in params:
+                    p.data = distzo2_core.perturb_(
+                        clean[i].clone(), sign * eps, seed=seed, step=step, param=i, probe=probe, family=noise,
+                        backend="reference",
+                    )  # fmt: skip
+                with torch.no_grad():
+                    losses[probe, sign] = [float(c()) for c in micro_batches]
+        history.append([v for values in losses.values() for v in values])
+        coefs = []
+        for probe in range(num_probes):
+            plus, minus = (sum(losses[probe, s]) / len(micro_batches) for s in (+1, -1))
+            coefs.append(float(np.float32((plus - minus) / (2.0 * eps * num_probes))))
+        for i, name, p in params:
+            p.data = clean[i]
+            decay = weight_decay if p.dim() > 1 else 0.0
+            _update(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise)
+    return history
+
+
+def _update(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
+    family = distzo2_core.FAMILIES[noise]
+    table = distzo2_core.SegmentTable(
+        [distzo2_core.Segment(0, w.numel(), w.dtype, param, 0, 0, 1, w.numel())]
+    )
+    update = distzo2_core.Update(
+        step,
+        (distzo2_core.GroupScalars(lr, weight_decay),),
+        tuple(distzo2_core.Term(family, step, k, 0, c) for k, c in enumerate(coefs)),
+    )
+    buffer = w.reshape(-1).view(torch.uint8)
+    distzo2_core.materialize(buffer, table, seed=seed, updates=[update], write_back=True, backend="reference")
+    w.copy_(buffer.view(w.dtype).view(w.shape))

@@ -1,0 +1,129 @@
+"""What only a GPU can show: kernels against the reference, the copy engine against its source, streamed modes alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DTYPES, check_in_place, check_noise, check_visit, random_visit
+from zoo import BY_NAME, Case
+
+import distzo2
+import distzo2_core
+
+pytestmark = pytest.mark.cuda
+needs_native = pytest.mark.skipif(
+    not distzo2_core.build_info()["cuda"], reason="distzo2_core._C was built without CUDA kernels"
+)
+BACKENDS = [pytest.param("native", marks=needs_native), "triton"]
+MODES = ["device", "host", "disk"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_noise_has_the_bits_of_the_reference(backend: str) -> None:
+    check_noise(backend, "cuda", numels=(1, 5, 1024, 5000))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_in_place_have_the_bits_of_the_reference(backend: str, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(3)
+    for numel in (1, 7, 128, 4099):
+        check_in_place(rng, backend, dtype, numel, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_materialize_has_the_bits_of_the_reference(backend: str) -> None:
+    rng = np.random.default_rng(4)
+    for max_numel in (40, 40, 700, 700, 5000, 5000):
+        check_visit(random_visit(rng, DTYPES, max_numel), backend, "cuda")
+
+
+@needs_native
+def test_kernels_run_on_the_current_stream() -> None:
+    """The launch goes behind the work that the current stream has, not beside it."""
+    numel = 2**22
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        weights = torch.zeros(numel, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        weights.add_(1.0)
+        distzo2_core.perturb_(weights, 0.0, seed=1, step=0, param=0)
+        doubled = weights * 2
+    stream.synchronize()
+    assert torch.equal(doubled, torch.full_like(doubled, 2.0))
+
+
+@pytest.mark.parametrize("source", ["host", "disk"])
+def test_copy_engine_brings_blocks_there_and_back(source: str, tmp_path: Path) -> None:
+    """Each block is uploaded, raised by one on the device and downloaded, through slots poisoned in between."""
+    sizes = [1 << 20, (1 << 20) + 4096, 12345, 1 << 20, 3 << 19, 64]
+    content = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in sizes]
+    staging = distzo2_core.HostPool([max(sizes)] * 4, "cuda:0")
+    if source == "host":
+        store = distzo2_core.HostPool(sizes, "cuda:0", pin=True)
+        assert store.stats()["bytes_pinned"] >= sum(sizes)
+        for block, value in enumerate(content):
+            store.tensor(block).copy_(value)
+    else:
+        store = distzo2_core.BlockFile(str(tmp_path / "blocks"), sizes)
+        for block, value in enumerate(content):
+            store.write(block, value.data_ptr(), sizes[block])
+    slots = [torch.full((max(sizes),), 0xA5, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    torch.cuda.synchronize()
+    engine = distzo2_core.CopyEngine(
+        "cuda:0", store, [slot.data_ptr() for slot in slots], max(sizes), None if source == "host" else staging
+    )
+    stream = torch.cuda.current_stream().cuda_stream
+    for _ in range(2):
+        for block, size in enumerate(sizes):
+            slot = slots[engine.acquire(block, stream)]
+            slot[:size].add_(1)
+            engine.release(block, stream, dirty=True, version=0)
+    engine.flush()
+    back = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    for block, value in enumerate(back):
+        if source == "host":
+            value.copy_(store.tensor(block))
+        else:
+            store.read(block, value.data_ptr(), sizes[block])
+    engine.close()
+    store.close()
+    staging.close()
+    for block, value in enumerate(back):
+        assert torch.equal(value, content[block] + 2), block
+
+
+def train(case: Case, weights: str, directory: Path, dtype: torch.dtype) -> tuple[list, dict[str, torch.Tensor]]:
+    """Losses of three steps on the GPU, and the weights after them."""
+    model = distzo2.offload(case.build().to(dtype), device="cuda", weights=weights, directory=directory)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=11, num_probes=2)
+    losses = []
+    for step in range(3):
+        batch = {
+            name: value.to("cuda", dtype if value.is_floating_point() else None)
+            for name, value in case.batch(step).items()
+        }
+
+        def closure(batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+            output = model(**batch)
+            return (output.loss if hasattr(output, "loss") else output).float()
+
+        opt.step(closure)
+        losses.append(opt.last.losses)
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    distzo2.runtime_of(model).close()
+    return losses, state
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["opt-tied", "llama", "conv"])
+def test_streamed_modes_have_the_bits_of_the_resident_one(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    results = {mode: train(BY_NAME[name], mode, tmp_path / mode, dtype) for mode in MODES}
+    losses, state = results["device"]
+    for mode in ("host", "disk"):
+        assert results[mode][0] == losses, mode
+        for key, value in state.items():
+            assert torch.equal(results[mode][1][key].view(torch.uint8), value.view(torch.uint8)), (mode, key)

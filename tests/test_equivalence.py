@@ -1,0 +1,161 @@
+"""Streamed training gives the bits of a plain whole-model loop, wherever the weights live."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain import plain_loop
+from zoo import ALL, BY_NAME, LANGUAGE, Case
+
+import distzo2
+
+MODES = ["device", "host", "disk"]
+STEPS = 4
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    )
+
+
+def train(case: Case, weights: str, directory, *, dtype=torch.float32, micro_batches=1, steps=STEPS, **options):
+    model = distzo2.offload(_cast(case.build(), dtype), weights=weights, directory=directory)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=11, **options)
+    losses = []
+    for step in range(steps):
+        closures = [_closure(case, model, step * micro_batches + m, dtype) for m in range(micro_batches)]
+        opt.step(closures)
+        losses.append([v for row in opt.last.losses for v in row])
+    state = model.state_dict()
+    distzo2.runtime_of(model).close()
+    return losses, state
+
+
+def _cast(model, dtype):
+    return model if dtype == torch.float32 else model.to(dtype)
+
+
+def _closure(case, model, index, dtype):
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.batch(index).items()}
+
+    def loss():
+        output = model(**batch)
+        return (output.loss if hasattr(output, "loss") else output).float()
+
+    return loss
+
+
+def plain(case: Case, *, dtype=torch.float32, micro_batches=1, steps=STEPS, lr=lambda step: 1e-2, **options):
+    model = _cast(case.build(), dtype)
+    closures = [
+        [_closure(case, model, step * micro_batches + m, dtype) for m in range(micro_batches)] for step in range(steps)
+    ]
+    if hasattr(model, "config"):
+        model.config.use_cache = False
+    losses = plain_loop(model, closures, lr=lr, eps=1e-3, seed=11, **options)
+    return losses, model.state_dict()
+
+
+def assert_same(streamed, expected) -> None:
+    losses, state = streamed
+    expected_losses, expected_state = expected
+    assert losses == expected_losses
+    assert state.keys() == expected_state.keys()
+    for name, value in expected_state.items():
+        assert same_bits(state[name], value), name
+
+
+@pytest.mark.parametrize("weights", MODES)
+@pytest.mark.parametrize("case", ALL, ids=lambda c: c.name)
+def test_streamed_equals_plain_loop_in_float32(case, weights, tmp_path):
+    assert_same(train(case, weights, tmp_path), plain(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [BY_NAME[n] for n in ("opt-tied", "llama", "mixtral", "conv")], ids=lambda c: c.name)
+def test_streamed_modes_are_equal_in_16_bits(case, dtype, tmp_path):
+    results = [train(case, weights, tmp_path, dtype=dtype) for weights in MODES]
+    for other in results[1:]:
+        assert_same(other, results[0])
+    assert_same(results[0], plain(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_probes_micro_batches_decay_and_rademacher(weights, tmp_path):
+    case, options = BY_NAME["llama"], {"num_probes": 3, "weight_decay": 0.1, "noise": "rademacher"}
+    streamed = train(case, weights, tmp_path, micro_batches=2, **options)
+    assert_same(streamed, plain(case, micro_batches=2, **options))
+
+
+@pytest.mark.parametrize("max_lanes", [1, 2, 3])
+def test_waves_have_the_same_bits(max_lanes, tmp_path):
+    case = BY_NAME["qwen3"]
+    options = {"num_probes": 2, "micro_batches": 2}
+    assert_same(train(case, "disk", tmp_path, max_lanes=max_lanes, **options), train(case, "disk", tmp_path, **options))
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_forward_after_training_sees_every_update(weights, tmp_path):
+    case = BY_NAME["opt-tied"]
+    model = distzo2.offload(case.build(), weights=weights, directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3)
+    for step in range(3):
+        opt.step(case.closure(model, step))
+        fresh = case.build()
+        fresh.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            expected = fresh(**case.batch(9)).loss
+        assert same_bits(model(**case.batch(9)).loss, expected)
+        assert same_bits(distzo2.evaluate(model, [lambda: model(**case.batch(9)).loss])[0], expected)
+
+
+def test_generate_equals_the_plain_model(tmp_path):
+    case = BY_NAME["llama"]
+    model = distzo2.offload(case.build(), weights="disk", directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3)
+    opt.step(case.closure(model))
+    plain_model = case.build()
+    plain_model.load_state_dict(model.state_dict())
+    ids = case.batch(3)["input_ids"]
+    expected = plain_model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), expected)
+
+
+def test_frozen_parameters_are_read_and_never_changed(tmp_path):
+    case = BY_NAME["llama"]
+
+    def trainable(name: str) -> bool:
+        return "self_attn" in name
+
+    results = []
+    for weights in MODES:
+        model = case.build()
+        for name, p in model.named_parameters():
+            p.requires_grad_(trainable(name))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        distzo2.offload(model, weights=weights, directory=tmp_path)
+        opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=11)
+        losses = []
+        for step in range(STEPS):
+            opt.step(case.closure(model, step))
+            losses.append([v for row in opt.last.losses for v in row])
+        state = model.state_dict()
+        for name, value in before.items():
+            assert same_bits(state[name], value) is not trainable(name), name
+        results.append((losses, state))
+    expected = plain(case, trainable=trainable)
+    for result in results:
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("case", LANGUAGE[:3], ids=lambda c: c.name)
+def test_units_are_the_blocks_and_tied_weights_stay(case, tmp_path):
+    model = distzo2.offload(case.build(), weights="disk", directory=tmp_path)
+    runtime = distzo2.runtime_of(model)
+    streamed = [u for u in runtime.units if not u.resident]
+    assert len(streamed) == 3
+    assert sorted(p.index for u in runtime.units for p in u.params) == list(range(len(runtime.params)))
+    embedding = next(u for u in runtime.units if any("embed_tokens" in p.name for p in u.params))
+    assert embedding.resident
+    assert len(embedding.windows) == (2 if case.name == "opt-tied" else 1)

@@ -1,0 +1,350 @@
+"""The public surface of distzo2_core: arguments, errors, backends, tables, and the registration of the torch ops."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import distzo2_core
+from distzo2_core import BackendError, Emit, GroupScalars, Segment, SegmentTable, Term, Update, backends
+from distzo2_core.types import check_seed, encode_program
+
+NATIVE = distzo2_core.build_info()["native"]
+needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
+PLACE = {"seed": 1, "step": 2, "param": 3}
+
+
+def update(step: int = 0, terms: tuple[Term, ...] = (Term(0, 0, 0, 0, 1.0),), num_groups: int = 1) -> Update:
+    return Update(step, (GroupScalars(0.1, 0.0),) * num_groups, terms)
+
+
+def segment(**changes: object) -> Segment:
+    return Segment(0, 8, torch.float32, 0, 0, 0, 2, 4)._replace(**changes)
+
+
+# Noise and in-place ops: what they refuse.
+
+OUT_OF_RANGE = [
+    ({"seed": -1}, "seed must be between 0 and 18446744073709551615, got -1"),
+    ({"seed": 2**64}, "seed must be between"),
+    ({"step": -1}, "step must be between 0 and 4294967295"),
+    ({"step": 2**32}, "step must be between"),
+    ({"param": 2**32}, "param must be between"),
+    ({"probe": 2**20}, "probe must be between 0 and 1048575"),
+    ({"offset": -1}, "offset must be between"),
+    ({"offset": 2**38 - 3}, "offset must be between 0 and 274877906940"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OUT_OF_RANGE)
+def test_numbers_out_of_range(changes: dict[str, int], message: str) -> None:
+    place = PLACE | changes
+    with pytest.raises(ValueError, match=message):
+        distzo2_core.normal(4, **place, backend="reference")
+    w = torch.ones(4)
+    for call in (distzo2_core.perturb_, distzo2_core.restore_):
+        with pytest.raises(ValueError, match=message):
+            call(w, 1.0, **place, backend="reference")
+    with pytest.raises(ValueError, match=message):
+        distzo2_core.update_(w, 1.0, 1.0, **place, backend="reference")
+    assert torch.equal(w, torch.ones(4))
+
+
+@pytest.mark.parametrize("value", [1.0, "1", None, True])
+def test_numbers_of_the_wrong_type(value: object) -> None:
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        distzo2_core.rademacher(4, **(PLACE | {"seed": value}))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 3.5e38])
+def test_floats_must_be_finite_in_float32(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale must be finite in float32"):
+        distzo2_core.perturb_(torch.ones(4), scale, **PLACE, backend="reference")
+
+
+def test_wrong_tensors() -> None:
+    with pytest.raises(TypeError, match=r"w must be of torch\.float32, .*, got torch\.float64"):
+        distzo2_core.perturb_(torch.ones(4, dtype=torch.float64), 1.0, **PLACE)
+    with pytest.raises(ValueError, match=r"w must be contiguous, got shape \(4, 4\) with strides \(1, 4\)"):
+        distzo2_core.perturb_(torch.ones(4, 4).T, 1.0, **PLACE)
+    with pytest.raises(TypeError, match="w must be a tensor, got list"):
+        distzo2_core.update_([1.0], 1.0, 1.0, **PLACE)
+    with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int32"):
+        distzo2_core.normal(4, **PLACE, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"unknown family of noise 'uniform'; known: normal \(0\), rademacher \(1\)"):
+        distzo2_core.perturb_(torch.ones(4), 1.0, **PLACE, family="uniform")
+
+
+def test_empty_is_nothing_done() -> None:
+    assert distzo2_core.normal(0, **PLACE, dtype=torch.bfloat16, backend="reference").shape == (0,)
+    w = torch.empty(0, 3)
+    assert distzo2_core.perturb_(w, 1.0, **PLACE, backend="reference") is w
+    table = SegmentTable([segment(numel=0)])
+    buffer = torch.full((16,), 7, dtype=torch.uint8)
+    out = torch.full((16,), 9, dtype=torch.uint8)
+    emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
+    for segments in (table, SegmentTable([])):
+        arguments = {"updates": [update()], "emits": [emit], "outs": [out], "write_back": True, "backend": "reference"}
+        distzo2_core.materialize(buffer, segments, seed=0, **arguments)
+    assert (buffer == 7).all() and (out == 9).all()
+
+
+def test_any_shape_is_taken_in_row_major_order() -> None:
+    flat, shaped = torch.zeros(24), torch.zeros(2, 3, 4)
+    distzo2_core.perturb_(flat, 1.0, **PLACE, backend="reference")
+    distzo2_core.perturb_(shaped, 1.0, **PLACE, backend="reference")
+    assert torch.equal(shaped.reshape(-1), flat)
+    parameter = torch.nn.Parameter(torch.zeros(24))
+    distzo2_core.perturb_(parameter, 1.0, **PLACE, backend="reference")
+    assert torch.equal(parameter.detach(), flat) and parameter.grad_fn is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_seeds_travel_as_twos_complement(seed: int) -> None:
+    assert check_seed(seed) % 2**64 == seed and -(2**63) <= check_seed(seed) < 2**63
+
+
+def test_the_callers_random_state_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    distzo2_core.normal(100, **PLACE, backend="reference")
+    distzo2_core.permutation(100, 0, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Segment tables.
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([segment(byte_offset=2)], "segment 0: byte_offset 2 is not aligned to torch.float32"),
+        ([segment(byte_offset=-4)], "segment 0: byte_offset must be between"),
+        ([segment(), segment(byte_offset=28)], "segments 0 and 1 overlap: one ends at byte 32, the other begins at 28"),
+        ([segment(byte_offset=16), segment()], "segments 1 and 0 overlap"),
+        ([segment(rows=1)], "segment 0: elements 0 to 8 do not lie in a parameter of 1 x 4 elements"),
+        ([segment(element_offset=1)], "segment 0: elements 1 to 9 do not lie"),
+        ([segment(element_offset=2**38)], "segment 0: element_offset must be between"),
+        ([segment(param=2**32)], "segment 0: param must be between"),
+        ([segment(group=-1)], "segment 0: group must be between"),
+        ([segment(), segment(byte_offset=40)], "segment 1 ends at byte 72, beyond the buffer of 71 bytes"),
+    ],
+)
+def test_segment_tables_refuse(segments: list[Segment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentTable(segments, num_bytes=71)
+
+
+def test_segment_table_encoding() -> None:
+    table = SegmentTable(
+        [Segment(64, 6, torch.bfloat16, 5, 2, 1, 4, 2), Segment(0, 3, torch.float32, 2**32 - 1, 0, 0, 1, 3)]
+    )
+    assert table.tensor.dtype == torch.int64
+    assert table.tensor.tolist() == [[64, 6, 1, 5, 2, 1, 4, 2], [0, 3, 0, 2**32 - 1, 0, 0, 1, 3]]
+    assert (len(table), table.num_bytes, table.num_groups) == (2, 76, 2)
+    with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int8"):
+        SegmentTable([segment(dtype=torch.int8)])
+    empty = SegmentTable([])
+    assert (len(empty), empty.num_bytes, empty.num_groups, empty.tensor.shape) == (0, 0, 0, (0, 8))
+
+
+# Updates and emits.
+
+
+def test_program_encoding() -> None:
+    terms = (Term(0, 1, 2, 0, 0.1), Term(1, 2**32 - 1, 2**20 - 1, 0, -3.0))
+    updates = [Update(7, (GroupScalars(0.5, 0.25), GroupScalars(1.0, 0.0, 2.0, 3.0)), terms), update(8, (), 2)]
+    program = encode_program(updates, [Emit(terms[:1], (1.0, 0.5))], 2)
+    assert program.terms.tolist() == [[0, 1, 2, 0], [1, 2**32 - 1, 2**20 - 1, 0], [0, 1, 2, 0]]
+    assert torch.equal(program.coefs, torch.tensor([0.1, -3.0, 0.1]))
+    assert program.updates.tolist() == [[7, 0, 2], [8, 2, 0]]
+    assert program.update_groups.shape == (2, 2, 4) and program.update_groups[0, 1].tolist() == [1.0, 0.0, 2.0, 3.0]
+    assert program.emits.tolist() == [[2, 1]] and program.emit_scales.tolist() == [[1.0, 0.5]]
+    empty = encode_program([], [], 3)
+    assert [tuple(table.shape) for table in empty] == [(0, 4), (0,), (0, 3), (0, 3, 4), (0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ((Term(4, 0, 0, 0, 1.0),), "unknown family of noise 4"),
+        ((Term(2, 0, 0, 0, 1.0),), "unknown family of noise 2"),
+        ((Term(0, 0, 0, 1, 1.0),), "update 0, term 0: sub must be 0, got 1"),
+        ((Term(0, 0, 0, 0, 1.0), Term(0, 2**32, 0, 0, 1.0)), "update 0, term 1: step must be between"),
+        ((Term(0, 0, 2**20, 0, 1.0),), "update 0, term 0: probe must be between"),
+        ((Term(0, 0, 0, 0, float("nan")),), "update 0, term 0: c must be finite"),
+    ],
+)
+def test_programs_refuse(terms: tuple[Term, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_program([update(0, terms)], [], 1)
+
+
+def test_programs_refuse_missing_groups() -> None:
+    with pytest.raises(ValueError, match="scalars for 1 groups, the segments use 2"):
+        encode_program([update()], [], 2)
+    with pytest.raises(ValueError, match=r"different numbers of groups: \[1, 2\]"):
+        encode_program([update()], [Emit((), (1.0, 1.0))], 1)
+    with pytest.raises(ValueError, match="update 0, group 0: lr must be finite"):
+        encode_program([Update(0, (GroupScalars(float("inf"), 0.0),), ())], [], 1)
+    assert encode_program([update(num_groups=3)], [], 2).update_groups.shape == (1, 3, 4)
+
+
+def test_materialize_refuses_wrong_buffers() -> None:
+    table = SegmentTable([segment()])
+    emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
+    buffer = torch.zeros(64, dtype=torch.uint8)
+
+    def run(weights: object, outs: list[object]) -> None:
+        emits = [emit] * len(outs)
+        distzo2_core.materialize(weights, table, seed=0, emits=emits, outs=outs, backend="reference")
+
+    other = torch.zeros(128, dtype=torch.uint8)
+    for outs, error, message in (
+        ([other[:32]], ValueError, r"outs\[0\] must have 64 bytes as weights have, got 32"),
+        ([other[:64].view(torch.int8)], TypeError, r"outs\[0\] must be a tensor of torch.uint8, got torch.int8"),
+        ([other[::2]], ValueError, r"outs\[0\] must be a contiguous vector"),
+        ([other[1:65]], ValueError, r"outs\[0\] must begin at an address that is a multiple of 4"),
+        ([buffer], ValueError, r"weights and outs\[0\] overlap|outs\[0\] and weights overlap"),
+        ([other[:64], other[32:96]], ValueError, r"outs\[0\] and outs\[1\] overlap in memory"),
+        ([torch.zeros(64, dtype=torch.uint8, device="meta")], ValueError, r"outs\[0\] must be on cpu"),
+    ):
+        with pytest.raises(error, match=message):
+            run(buffer, outs)
+    with pytest.raises(ValueError, match="weights have 31 bytes, the segments need 32"):
+        run(buffer[:31], [])
+    with pytest.raises(TypeError, match=r"weights must be a tensor of torch.uint8, got torch.float32"):
+        run(torch.zeros(16), [])
+    with pytest.raises(ValueError, match="one buffer in outs for each emit: 1 emits, 0 outs"):
+        distzo2_core.materialize(buffer, table, seed=0, emits=[emit])
+    with pytest.raises(TypeError, match="segments must be a SegmentTable, got list"):
+        distzo2_core.materialize(buffer, [segment()], seed=0)
+
+
+# Backends.
+
+
+def test_backend_names() -> None:
+    with pytest.raises(ValueError, match="backend must be one of native, triton, reference or None, got 'cuda'"):
+        distzo2_core.normal(4, **PLACE, backend="cuda")
+    assert distzo2_core.resolve_backend("reference", "cpu") == "reference"
+    with pytest.raises(BackendError, match="'reference' cannot run: it runs on cpu tensors, not on cuda"):
+        distzo2_core.resolve_backend("reference", "cuda")
+    with pytest.raises(BackendError, match="no backend for meta tensors"):
+        distzo2_core.resolve_backend(None, "meta")
+
+
+@needs_native
+def test_the_default_is_native_and_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_defaults", {})
+    with caplog.at_level(logging.INFO, logger="distzo2_core"):
+        for _ in range(3):
+            assert distzo2_core.resolve_backend(None, "cpu") == "native"
+    assert [record.getMessage() for record in caplog.records] == ["distzo2_core: using the native backend on cpu"]
+
+
+@needs_native
+def test_build_info() -> None:
+    info = distzo2_core.build_info()
+    assert info["native"] is True and isinstance(info["cuda"], bool) and info["torch"] == torch.__version__
+    if not info["cuda"]:
+        with pytest.raises(BackendError, match=r"'native' cannot run: .* was built without CUDA kernels"):
+            distzo2_core.resolve_backend("native", "cuda")
+
+
+def test_without_the_extension() -> None:
+    """Everything but native works, and native says what is missing."""
+    code = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "distzo2_core._C" else find_spec(name, *rest)
+import distzo2_core
+assert distzo2_core.build_info() == {"native": False, "cuda": False}
+assert distzo2_core.normal(3, seed=0, step=0, param=0, backend="reference").shape == (3,)
+assert len(distzo2_core.permutation(5, 0, 0)) == 5
+for call in (
+    lambda: distzo2_core.normal(3, seed=0, step=0, param=0, backend="native"),
+    lambda: distzo2_core.normal(3, seed=0, step=0, param=0),
+    lambda: distzo2_core.HostPool,
+):
+    try:
+        call()
+    except distzo2_core.BackendError as error:
+        print(error)
+    else:
+        raise SystemExit("no error")
+assert "triton" not in sys.modules or find_spec("triton")
+"""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    named, default, pool = done.stdout.splitlines()
+    assert named == "backend 'native' cannot run: distzo2_core._C was not built"
+    assert default.startswith("no backend for cpu tensors (native: distzo2_core._C was not built; triton: ")
+    assert pool == "distzo2_core.HostPool needs the compiled extension distzo2_core._C, which was not built"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        distzo2_core.nothing  # noqa: B018
+    for name in distzo2_core.__all__:
+        if NATIVE:
+            assert getattr(distzo2_core, name) is not None
+
+
+# The registration of the torch ops.
+
+NOISE_ARGUMENTS = (100, check_seed(2**64 - 1), 2, 3, 4, 5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    ops = torch.ops.distzo2
+    for op in (ops.normal, ops.rademacher):
+        torch.library.opcheck(op, (*NOISE_ARGUMENTS, dtype, torch.device("cpu")))
+    for op in (ops.perturb_, ops.restore_):
+        torch.library.opcheck(op, (torch.ones(100, dtype=dtype), 0.1, *NOISE_ARGUMENTS[1:], 0))
+    torch.library.opcheck(ops.update_, (torch.ones(100, dtype=dtype), 0.1, 0.2, 0.3, *NOISE_ARGUMENTS[1:], 1))
+    table = SegmentTable([Segment(0, 8, dtype, 0, 0, 0, 2, 4)])
+    emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
+    weights = torch.ones(8, dtype=dtype).view(torch.uint8).clone()
+    program = encode_program([update()], [emit], 1)
+    torch.library.opcheck(ops.materialize, (weights, table.tensor, 1, *program, [torch.zeros_like(weights)], True))
+
+
+@needs_native
+def test_ops_are_traced_by_compile() -> None:
+    def step(w: torch.Tensor) -> torch.Tensor:
+        perturbed = distzo2_core.perturb_(w * 2, 1e-3, **PLACE)
+        return perturbed + distzo2_core.normal(4, **PLACE)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(4)), step(torch.ones(4)))
+
+
+@needs_native
+def test_ops_check_their_own_arguments() -> None:
+    """The raw ops are called by no one but this package, and still refuse what would read or write out of bounds."""
+    ops = torch.ops.distzo2
+    weights = torch.zeros(32, dtype=torch.uint8)
+    program = encode_program([update()], [], 1)
+    for rows in (
+        [[0, 9, 0, 0, 0, 0, 1, 9]],
+        [[0, 8, 7, 0, 0, 0, 1, 8]],
+        [[0, 8, 0, 0, 0, 1, 1, 8]],
+        [[2, 4, 0, 0, 0, 0, 1, 4]],
+    ):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            ops.materialize(weights, torch.tensor(rows), 1, *program, [], True)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        ops.perturb_(torch.ones(4, dtype=torch.float64), 0.1, *NOISE_ARGUMENTS[1:], 0)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        ops.perturb_(torch.ones(4), 0.1, *NOISE_ARGUMENTS[1:], 5)

@@ -1,0 +1,248 @@
+"""ZOSGD as an optimizer: schedules, groups, seeds, state, divergence, and the model's own state."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from plain import plain_loop
+from test_equivalence import assert_same, same_bits
+from test_lanes import IDS, Blocks, offloaded
+
+import distzo2
+from distzo2.divergence import WARM_UP, CoefficientClip, DivergenceError
+from distzo2.optimizer import NonFiniteLossError
+
+
+def losses_of(opt) -> list[float]:
+    return [v for row in opt.last.losses for v in row]
+
+
+@pytest.mark.parametrize("weights", ["device", "host", "disk"])
+def test_a_linear_schedule_to_zero_is_the_plain_loops(weights, tmp_path):
+    steps = 6
+    model = distzo2.offload(Blocks(), weights=weights, directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=2e-2, eps=1e-3, seed=0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 - step / steps)
+    losses, used = [], []
+    for _ in range(steps):
+        opt.step(lambda: model(IDS))
+        used.append(opt.last.lr[0])
+        schedule.step()
+        losses.append(losses_of(opt))
+    assert used == [float(np.float32(2e-2 * (1 - t / steps))) for t in range(steps)]
+    before = model.state_dict()
+    opt.step(lambda: model(IDS))  # the schedule has come to zero
+    assert opt.last.lr == [0.0]
+    for name, value in model.state_dict().items():
+        assert same_bits(value, before[name])
+    reference = Blocks().eval()
+    expected = plain_loop(
+        reference, [[lambda: reference(IDS)]] * steps, lr=lambda step: 2e-2 * (1 - step / steps), eps=1e-3, seed=0
+    )
+    assert_same((losses, before), (expected, reference.state_dict()))
+
+
+def test_seeds(tmp_path):
+    results = {}
+    for seed in (0, 1, 2**63, 2**64 - 1):
+        model = offloaded(Blocks(), tmp_path)
+        opt = distzo2.ZOSGD(model, lr=1e-2, seed=seed)
+        opt.step(lambda: model(IDS))
+        results[seed] = losses_of(opt)
+        reference = Blocks().eval()
+        expected = plain_loop(reference, [[lambda: reference(IDS)]], lr=lambda s: 1e-2, eps=1e-3, seed=seed)
+        assert results[seed] == expected[0]
+    assert len({tuple(v) for v in results.values()}) == 4
+    for seed in (-1, 2**64, 1.5, True):
+        with pytest.raises(distzo2.DistZO2Error, match="seed"):
+            distzo2.ZOSGD(offloaded(Blocks()), lr=1e-2, seed=seed)
+
+
+def test_groups_with_rates_of_their_own():
+    model = offloaded(Blocks())
+    head = list(model.head.parameters())
+    others = [p for n, p in model.named_parameters() if n.startswith("blocks")]
+    before = model.state_dict()
+    opt = distzo2.ZOSGD(model, [{"params": head, "lr": 1e-1}, {"params": others}], lr=0.0)
+    opt.step(lambda: model(IDS))
+    after = model.state_dict()
+    assert not same_bits(after["head.weight"], before["head.weight"])
+    assert same_bits(after["blocks.0.0.weight"], before["blocks.0.0.weight"])  # its rate is zero
+    assert same_bits(after["embedding.weight"], before["embedding.weight"])  # in no group
+    opt.param_groups[1]["lr"] = 1e-2
+    opt.step(lambda: model(IDS))
+    assert not same_bits(model.state_dict()["blocks.0.0.weight"], before["blocks.0.0.weight"])
+
+
+def test_perturb_and_update_scales():
+    model = offloaded(Blocks())
+    head = list(model.head.parameters())
+    opt = distzo2.ZOSGD(model, [{"params": head, "perturb_scale": 0.0}], lr=1e-2)
+    opt.step(lambda: model(IDS))
+    assert opt.last.losses[0] == opt.last.losses[1]
+    opt.param_groups[0].update(perturb_scale=2.0, update_scale=0.0)
+    before = model.state_dict()
+    opt.step(lambda: model(IDS))
+    assert opt.last.losses[0] != opt.last.losses[1]
+    assert same_bits(model.state_dict()["head.weight"], before["head.weight"])
+
+
+def test_weight_decay_leaves_biases_and_norms_out():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2, weight_decay=0.5)
+    decays = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert decays[id(p)] == (0.0 if name.endswith("bias") else 0.5), name
+
+
+def test_a_foreign_parameter_is_refused():
+    model = offloaded(Blocks())
+    with pytest.raises(distzo2.DistZO2Error, match="no parameter of the model"):
+        distzo2.ZOSGD(model, list(Blocks().parameters()), lr=1e-2)
+
+
+def test_a_model_that_was_not_handed_over_is_refused():
+    with pytest.raises(distzo2.DistZO2Error, match="handed over"):
+        distzo2.ZOSGD(Blocks(), lr=1e-2)
+
+
+def test_a_non_finite_loss_is_not_applied(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal.jsonl", max_skipped=3)
+    opt.step(lambda: model(IDS))
+    before = model.state_dict()
+    for _ in range(2):
+        opt.step(lambda: model(IDS) * float("nan"))
+        assert opt.last.skipped == "non-finite loss"
+    for name, value in model.state_dict().items():
+        assert same_bits(value, before[name])
+    with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
+        opt.step(lambda: model(IDS) * float("inf"))
+    opt.close()
+    entries = distzo2.journal.read_journal(tmp_path / "journal.jsonl").entries
+    assert [e.skipped for e in entries] == [None, *["non-finite loss"] * 3]
+    assert all(not e.update.terms for e in entries[1:])
+
+
+def test_state_dict_goes_on_with_the_same_bits(tmp_path):
+    def run(steps, model, opt):
+        return [opt.step(lambda: model(IDS)).item() for _ in range(steps)]
+
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, seed=4)
+    run(3, model, opt)
+    saved_opt, saved_model = opt.state_dict(), model.state_dict()
+    expected, final = run(3, model, opt), model.state_dict()
+
+    fresh = offloaded(Blocks(), tmp_path)
+    fresh_opt = distzo2.ZOSGD(fresh, lr=1.0, seed=9)
+    fresh.load_state_dict(saved_model)
+    fresh_opt.load_state_dict(saved_opt)
+    assert fresh_opt.param_groups[0]["lr"] == 1e-2
+    assert run(3, fresh, fresh_opt) == expected
+    assert_same(([], fresh.state_dict()), ([], final))
+
+
+def test_state_dict_of_a_part_and_strict_loading(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    whole = model.state_dict()
+    assert same_bits(model.blocks[1].state_dict()["0.weight"], whole["blocks.1.0.weight"])
+    model.head.load_state_dict({"weight": torch.ones(32, 8)})
+    assert torch.equal(model.state_dict()["head.weight"], torch.ones(32, 8))
+    assert same_bits(model.state_dict()["blocks.1.0.weight"], whole["blocks.1.0.weight"])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({"head.weight": torch.zeros(32, 8)})
+    opt.step(lambda: model(IDS))
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_edit(weights, tmp_path):
+    model = distzo2.offload(Blocks(), weights=weights, directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    with distzo2.edit(model), torch.no_grad():
+        model.head.weight.mul_(2.0)
+        doubled = model.head.weight.clone()
+    assert torch.equal(model.state_dict()["head.weight"], doubled)
+    opt.step(lambda: model(IDS))
+    reference = Blocks().eval()
+    reference.load_state_dict(model.state_dict())
+    assert same_bits(model(IDS), reference(IDS).detach())
+
+
+def test_replaced_weights_end_a_journal(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal.jsonl")
+    opt.step(lambda: model(IDS))
+    model.load_state_dict(Blocks().state_dict())
+    with pytest.raises(distzo2.DistZO2Error, match="replaced from outside"):
+        opt.step(lambda: model(IDS))
+    opt.close()
+
+
+def test_moving_and_casting_are_refused():
+    model = offloaded(Blocks())
+    for move in (model.half, model.double, lambda: model.to(torch.bfloat16), lambda: model.head.to("cpu")):
+        with pytest.raises(distzo2.DistZO2Error, match="before offload"):
+            move()
+
+
+def test_float64_and_twice_are_refused():
+    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight is torch\.float64"):
+        offloaded(Blocks().double())
+    model = offloaded(Blocks())
+    with pytest.raises(distzo2.DistZO2Error, match="already"):
+        offloaded(model)
+
+
+def test_a_journal_resumes_with_the_same_bits(tmp_path):
+    def run(model, opt, steps):
+        for _ in range(steps):
+            opt.step(lambda: model(IDS))
+
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2)
+    run(model, opt, 6)
+    expected = model.state_dict()
+
+    path = tmp_path / "journal.jsonl"
+    first = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(first, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2, journal=path)
+    run(first, opt, 4)
+    opt.close()
+    second = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(second, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2, journal=path, resume=True)
+    assert opt.step_count == 4
+    run(second, opt, 2)
+    assert_same(([], second.state_dict()), ([], expected))
+    opt.close()
+    with pytest.raises(distzo2.DistZO2Error, match="seed is 4"):
+        distzo2.ZOSGD(offloaded(Blocks()), lr=1e-2, seed=5, weight_decay=0.1, num_probes=2, journal=path, resume=True)
+
+
+def test_clipping_against_the_running_median():
+    clip = CoefficientClip(10.0, 3)
+    rng = np.random.default_rng(0)
+    for value in rng.normal(size=50).astype(np.float32):
+        used, clipped = clip(np.array([value]))
+        assert not clipped and used[0] == value
+    used, clipped = clip(np.array([1e6, -5e5], np.float32))
+    assert clipped and used[0] == pytest.approx(-2 * used[1])
+    assert used[0] < 20
+    clip.check(0)
+    with pytest.raises(DivergenceError, match="running median"):
+        for _ in range(3):
+            clip(np.array([1e6], np.float32))
+            clip.check(1)
+
+
+def test_clipping_needs_a_history_and_can_be_off():
+    clip = CoefficientClip(10.0, 3)
+    for _ in range(WARM_UP - 1):
+        clip(np.array([1.0], np.float32))
+    assert clip(np.array([1e6], np.float32))[1] is False
+    off = CoefficientClip(None, 3)
+    assert all(off(np.array([v], np.float32))[1] is False for v in [1.0] * 40 + [1e30])

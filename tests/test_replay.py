@@ -1,0 +1,357 @@
+"""Replay: base + journal give the live weights to the bit, or a refusal that names the reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import distzo2
+from distzo2.checkpoint import open_checkpoint
+from distzo2.journal import Journal, JournalError, StepEntry, make_header, table_row
+from distzo2.replay import digest_checkpoint, plan_pieces, replay, verify_checkpoint
+from distzo2.safetensors_io import CheckpointError
+from distzo2_core import GroupScalars, Term, Update, update_
+
+SEED = 2**63 + 12345
+NUM_STEPS = 5
+
+
+def f32(value: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def make_llama(path: Path, dtype: torch.dtype = torch.float32, tied: bool = False) -> Path:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=96, max_position_embeddings=32, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    return path
+
+
+def make_updates(num_probes: int = 1, num_groups: int = 2) -> list[Update]:
+    """Both families, a changing lr, weight decay in the first group only, one skipped step."""
+    updates = []
+    for step in range(NUM_STEPS):
+        lr = 0.0 if step == 2 else f32(0.01 / (step + 1))
+        groups = tuple(GroupScalars(f32(lr * (g + 1)), f32(0.1) if g == 0 else 0.0) for g in range(num_groups))
+        terms = tuple(Term(step % 2, step, k, 0, f32(math.sin(7 * step + k))) for k in range(num_probes))
+        updates.append(Update(step, groups, () if step == 2 else terms))
+    return updates
+
+
+def make_table(names_and_weights: dict[str, torch.Tensor], frozen: Sequence[str] = ()) -> list[dict[str, Any]]:
+    return [
+        table_row(
+            index, name, w.shape, w.dtype, w.stride(), name not in frozen, None if name in frozen else int(w.dim() < 2),
+            "normal",
+        )
+        for index, (name, w) in enumerate(names_and_weights.items())
+    ]  # fmt: skip
+
+
+def write_run(
+    path: Path, base: Path, table: list[dict[str, Any]], updates: Sequence[Update], **header_fields: Any
+) -> Path:
+    header = make_header(
+        seed=SEED, base=digest_checkpoint(base), table=table, groups=[{}] * len(updates[0].groups), **header_fields
+    )
+    with Journal.create(path, header) as journal:
+        for update in updates:
+            skipped = "non-finite loss" if not update.terms else None
+            journal.append(StepEntry(update.step, update, f32(1e-3), [[1.0], [math.nan if skipped else 2.0]], skipped))
+    return path
+
+
+@torch.no_grad()
+def train(weights: dict[str, torch.Tensor], table: list[dict[str, Any]], updates: Sequence[Update]) -> None:
+    """The plain loop: one `update_` of the reference a parameter and step (updates of one term)."""
+    for update in updates:
+        for row in table:
+            if row["group"] is None or not update.terms:
+                continue
+            (term,) = update.terms
+            scalars = update.groups[row["group"]]
+            update_(
+                weights[row["name"]], scalars.lr, term.c, weight_decay=scalars.weight_decay, seed=SEED, step=term.step,
+                param=row["index"], family=["normal", "rademacher"][term.family], backend="reference",
+            )  # fmt: skip
+
+
+def named_weights(path: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape
+        same = found[name].contiguous().view(-1).view(torch.uint8).equal(value.contiguous().view(-1).view(torch.uint8))
+        assert same, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 1000])
+def test_replay_equals_the_plain_loop(tmp_path: Path, dtype: torch.dtype, tied: bool, piece_bytes: int) -> None:
+    base = make_llama(tmp_path / "base", dtype, tied)
+    weights = named_weights(base)
+    assert ("lm_head.weight" in weights) == (not tied)
+    frozen = ("model.layers.0.mlp.up_proj.weight",)
+    table, updates = make_table(weights, frozen), make_updates()
+    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
+    before = {name: w.clone() for name, w in weights.items()}
+    train(weights, table, updates)
+    report = replay(base, journal, tmp_path / "out", progress=False, piece_bytes=piece_bytes)
+    assert (report.num_steps, report.num_journal_steps, report.torn) == (NUM_STEPS, NUM_STEPS, None)
+    assert report.num_bytes == sum(w.numel() * w.itemsize for w in weights.values())
+    found = named_weights(tmp_path / "out")
+    assert_same(found, weights)
+    changed = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert changed == weights.keys() - set(frozen)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_any_step_can_be_made(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", torch.bfloat16)
+    weights = named_weights(base)
+    table, updates = make_table(weights), make_updates()
+    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
+    for step in range(NUM_STEPS + 1):
+        replay(base, journal, tmp_path / f"out{step}", to_step=step, progress=False)
+        assert_same(named_weights(tmp_path / f"out{step}"), weights)
+        train(weights, table, updates[step : step + 1])
+    for step in (-1, NUM_STEPS + 1):
+        with pytest.raises(JournalError, match="holds 5 steps"):
+            replay(base, journal, tmp_path / "none", to_step=step, progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_several_terms_and_backends(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", torch.bfloat16)
+    weights = named_weights(base)
+    journal = write_run(tmp_path / "journal.jsonl", base, make_table(weights), make_updates(num_probes=3))
+    replay(base, journal, tmp_path / "default", progress=False)
+    replay(base, journal, tmp_path / "reference", progress=False, backend="reference", piece_bytes=3000)
+    assert_same(named_weights(tmp_path / "default"), named_weights(tmp_path / "reference"))
+
+
+def test_a_run_in_another_dtype_than_its_base(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", torch.float32)
+    weights = named_weights(base, torch.bfloat16)
+    table, updates = make_table(weights), make_updates()
+    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
+    train(weights, table, updates)
+    replay(base, journal, tmp_path / "out", progress=False)
+    assert_same(named_weights(tmp_path / "out"), weights)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 700])
+def test_experts_that_the_model_holds_fused(tmp_path: Path, piece_bytes: int) -> None:
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
+    weights = named_weights(base)
+    assert any(w.dim() == 3 for w in weights.values())
+    assert any(".experts.0." in name for name in load_file(base / "model.safetensors"))
+    table, updates = make_table(weights), make_updates()
+    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
+    train(weights, table, updates)
+    replay(base, journal, tmp_path / "out", progress=False, piece_bytes=piece_bytes)
+    assert_same(named_weights(tmp_path / "out"), weights)
+
+
+def test_a_checkpoint_of_no_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 4))
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(model.state_dict(), base / "model.safetensors")
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    table, updates = make_table(weights), make_updates()
+    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
+    train(weights, table, updates)
+    replay(base, journal, tmp_path / "out", progress=False)
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), dict(model.state_dict()) | weights)
+
+
+def test_a_torn_journal_is_replayed_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = make_llama(tmp_path / "base")
+    weights = named_weights(base)
+    table, updates = make_table(weights), make_updates()
+    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
+    data = journal.read_bytes()
+    journal.write_bytes(data[:-10])
+    report = replay(base, journal, tmp_path / "out", progress=False)
+    assert report.num_steps == NUM_STEPS - 1 and "torn" in report.torn and report.torn in caplog.text
+    assert journal.read_bytes() == data[:-10]
+    train(weights, table, updates[:-1])
+    assert_same(named_weights(tmp_path / "out"), weights)
+
+
+# Refusals: one line, and nothing written
+
+
+def assert_refused(base: Path, journal: Path, out: Path, reason: str, kind: type[Exception] = CheckpointError) -> None:
+    before = sorted(out.iterdir()) if out.exists() else None
+    with pytest.raises(kind) as caught:
+        replay(base, journal, out, progress=False)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert (sorted(out.iterdir()) if out.exists() else None) == before
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Path, Path, Path]:
+    base = make_llama(tmp_path / "base")
+    journal = write_run(tmp_path / "journal.jsonl", base, make_table(named_weights(base)), make_updates())
+    return base, journal, tmp_path / "out"
+
+
+def test_another_base_is_refused(run: tuple[Path, Path, Path]) -> None:
+    base, journal, out = run
+    file = base / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert_refused(base, journal, out, "model.safetensors: SHA-256")
+    file.write_bytes(data[:-4])
+    assert_refused(base, journal, out, "model.safetensors: ")
+    file.unlink()
+    assert_refused(base, journal, out, "it is not there")
+    assert_refused(base / "nowhere", journal, out, "it is not there")
+
+
+def test_another_configuration_is_refused(run: tuple[Path, Path, Path]) -> None:
+    base, journal, out = run
+    config = base / "config.json"
+    config.write_text(config.read_text().replace("32", "64"))
+    assert_refused(base, journal, out, "config.json: SHA-256")
+
+
+def test_an_output_that_holds_a_checkpoint_is_refused(run: tuple[Path, Path, Path]) -> None:
+    base, journal, out = run
+    replay(base, journal, out, to_step=1, progress=False)
+    before = (out / "model.safetensors").read_bytes()
+    assert_refused(base, journal, out, "already holds")
+    assert_refused(base, journal, base, "already holds")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("name", "model.other"), ("shape", [96, 16]), ("dtype", "float99"), ("dtype", "save")]
+)
+def test_another_table_is_refused(run: tuple[Path, Path, Path], field: str, value: Any) -> None:
+    base, journal, out = run
+    journal.unlink()
+    table = make_table(named_weights(base))
+    table[0] = table[0] | {field: value}
+    write_run(journal, base, table, make_updates())
+    assert_refused(base, journal, out, "parameter 0", JournalError)
+
+
+def test_a_table_of_fewer_or_more_parameters_is_refused(run: tuple[Path, Path, Path]) -> None:
+    base, journal, out = run
+    table = make_table(named_weights(base))
+    extra = table_row(len(table), "extra", (2,), "float32", (1,), True, 0, "normal")
+    for rows, reason in ((table[:-1], "only the model has it"), ([*table, extra], "only the journal has it")):
+        journal.unlink()
+        write_run(journal, base, rows, make_updates())
+        assert_refused(base, journal, out, reason, JournalError)
+
+
+def test_another_map_is_refused(run: tuple[Path, Path, Path]) -> None:
+    base, journal, out = run
+    _, checkpoint_map = open_checkpoint(base)
+    record = checkpoint_map.to_json()
+    checkpoint_map.close()
+    table = make_table(named_weights(base))
+    journal.unlink()
+    write_run(journal, base, table, make_updates(), checkpoint_map=record)
+    replay(base, journal, out, to_step=1, progress=False)
+    name = table[1]["name"]
+    params = record["params"]
+    params[name], params["lm_head.weight"] = params["lm_head.weight"], params[name]
+    journal.unlink()
+    write_run(journal, base, table, make_updates(), checkpoint_map=record)
+    assert_refused(base, journal, out.with_name("other"), f"parameter {name!r} is read from other places", JournalError)
+
+
+def test_a_run_from_no_checkpoint_is_refused(run: tuple[Path, Path, Path]) -> None:
+    base, journal, out = run
+    journal.unlink()
+    header = make_header(seed=0, base={"name": "", "files": {}}, table=make_table(named_weights(base)), groups=[{}, {}])
+    Journal.create(journal, header).close()
+    assert_refused(base, journal, out, "did not start from a checkpoint", JournalError)
+
+
+def test_digest_names_what_differs(run: tuple[Path, Path, Path]) -> None:
+    base, _, _ = run
+    digest = digest_checkpoint(base)
+    assert digest["name"] == "base" and sorted(digest["files"]) == ["config.json", "model.safetensors"]
+    verify_checkpoint(base, digest)
+    (base / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: 2 bytes"):
+        verify_checkpoint(base, digest)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 64, 1000, 4096, 1 << 20])
+def test_pieces_cover_every_element_once_and_are_bounded(run: tuple[Path, Path, Path], piece_bytes: int) -> None:
+    base, _, _ = run
+    weights = named_weights(base)
+    table = make_table(weights)
+    _, checkpoint_map = open_checkpoint(base)
+    pieces = plan_pieces(checkpoint_map, table, piece_bytes)
+    checkpoint_map.close()
+    seen = dict.fromkeys(weights, 0)
+    for piece in pieces:
+        end = 0
+        for part in piece:
+            assert part.byte_offset >= end and part.byte_offset % 64 == 0
+            end = part.byte_offset + part.num_bytes
+            assert part.row_begin * part.cols == seen[part.name]
+            seen[part.name] += part.numel
+        assert end <= max(piece_bytes, 4)
+    assert seen == {name: w.numel() for name, w in weights.items()}
+
+
+# A run of the optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_replay_equals_the_live_weights(tmp_path: Path, dtype: torch.dtype, weights: str) -> None:
+    base = make_llama(tmp_path / "base", dtype, tied=True)
+    model = distzo2.from_pretrained(base, weights=weights, directory=tmp_path if weights == "disk" else None)
+    journal = tmp_path / "journal.jsonl"
+    opt = distzo2.ZOSGD(model, lr=0.05, weight_decay=0.1, num_probes=2, seed=SEED, journal=journal)
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=NUM_STEPS)
+    batches = torch.randint(0, 96, (NUM_STEPS, 2, 8), generator=torch.Generator().manual_seed(0))
+    for step, ids in enumerate(batches):
+        scale = math.nan if step == 2 else 1.0  # its loss is not finite, so the step is skipped
+        opt.step(lambda ids=ids, scale=scale: model(input_ids=ids, labels=ids).loss * scale)
+        schedule.step()
+    opt.close()
+    distzo2.save_pretrained(model, tmp_path / "live")
+    report = replay(base, journal, tmp_path / "out", progress=False, piece_bytes=5000)
+    assert report.num_steps == NUM_STEPS
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "live" / name).read_bytes()
+    assert not torch.equal(
+        named_weights(base)["model.norm.weight"], named_weights(tmp_path / "out")["model.norm.weight"]
+    )

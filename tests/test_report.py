@@ -1,0 +1,95 @@
+"""The picture of a run, from files like those that runs write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.metrics import Metrics, read_metrics
+from distzo2.report import hidden_share, write_report
+
+
+def step(i: int, **more) -> dict:
+    return {
+        "kind": "step", "step": i, "loss": 2.0 - 0.01 * i, "coefs": [0.1], "lr": 1e-3, "skipped": None, "tokens": 64,
+        "seconds": 0.02, "compute_s": 0.012, "noise_s": 0.003, "exposed_wait_s": 0.001, "transfer_s": 0.01,
+        "rss": 400 << 20, "peak": 500 << 20, **more,
+    }  # fmt: skip
+
+
+def evaluation(i: int) -> dict:
+    return {"kind": "eval", "step": i, "loss": 2.0 - 0.01 * i, "accuracy": 0.5 + 0.01 * i, "examples": 9, "tokens": 99}
+
+
+def write_run(directory: Path, lines: list[dict], trace: bool = False) -> Path:
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {
+        "estimator": "spsa",
+        "noise": "normal",
+        "probes": 1,
+        "lr": 1e-3,
+        "eps": 1e-3,
+        "weights": "disk",
+        "device": "cpu",
+    }
+    (directory / "run.json").write_text(json.dumps({"options": options, "model_bytes": 5 << 20}))
+    if trace:
+        events = [{"ph": "M", "name": "thread_name", "pid": 0, "tid": 1, "args": {}}]
+        for i, kind in enumerate(("compute", "upload", "wait", "download")):
+            events.append(
+                {"ph": "X", "cat": kind, "name": "block", "ts": 1e3 + 10.0 * i, "dur": 8.0, "pid": 0, "tid": i}
+            )
+        (directory / "trace.json").write_text(json.dumps({"traceEvents": events}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("lines", "trace"),
+    [
+        ([evaluation(0), *(step(i) for i in range(40)), evaluation(40)], True),
+        ([step(0)], False),
+        ([step(0, loss=None, skipped="non-finite loss"), step(1)], False),
+        # Lines made from the journal after a kill have no times of their parts.
+        ([{k: v for k, v in step(0).items() if k not in ("compute_s", "rss", "peak")}], False),
+        ([step(i, device_peak=1 << 30) for i in range(3)], False),
+    ],
+)
+def test_a_picture(tmp_path: Path, lines: list[dict], trace: bool) -> None:
+    run = write_run(tmp_path / "run", lines, trace)
+    path = write_report(run)
+    assert path == run / "report.png"
+    height, width, _ = imread(path).shape
+    assert width > 1000 and height > (1200 if trace else 800)
+    other = write_report(run, tmp_path / "other.png")
+    assert other.read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no run"):
+        write_report(tmp_path)
+    with pytest.raises(DistZO2Error, match="no step yet"):
+        write_report(write_run(tmp_path / "run", [evaluation(0)]))
+    run = write_run(tmp_path / "other", [step(0)])
+    (run / "trace.json").write_text("{")
+    with pytest.raises(DistZO2Error, match=r"trace\.json: not a trace"):
+        write_report(run)
+
+
+def test_hidden_share() -> None:
+    assert hidden_share(2.0, 0.5) == 0.75
+    assert hidden_share(1.0, 3.0) == 0.0
+    assert hidden_share(0.0, 0.0) is None
+
+
+def test_metrics_have_no_nan(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "m")
+    metrics.write(kind="step", step=0, loss=float("nan"), coefs=[float("inf"), 1.0])
+    metrics.close()
+    with open(tmp_path / "m", "a") as file:
+        file.write('{"kind": "st')
+    assert read_metrics(tmp_path / "m") == [{"kind": "step", "step": 0, "loss": None, "coefs": [None, 1.0]}]
