@@ -286,6 +286,32 @@ def test_native_splits(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
         assert_same_bits(torch.cat([part[index] for part in slices]), whole)
 
 
+# The CUDA kernels against the reference; Triton's are in test_triton.py.
+
+needs_cuda_kernels = pytest.mark.skipif(not distzo2_core.build_info()["cuda"], reason="built without CUDA kernels")
+
+
+@pytest.mark.cuda
+@needs_cuda_kernels
+def test_cuda_noise() -> None:
+    check_noise("native", "cuda", numels=(1, 3, 129, 1024, 100_003))
+
+
+@pytest.mark.cuda
+@needs_cuda_kernels
+@pytest.mark.parametrize("seed", range(40))
+def test_cuda_in_place(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    check_in_place(rng, "native", DTYPES[seed % 3], int(rng.integers(1, 5000)), "cuda")
+
+
+@pytest.mark.cuda
+@needs_cuda_kernels
+@pytest.mark.parametrize("seed", range(100))
+def test_cuda_materialize(seed: int) -> None:
+    check_visit(random_visit(np.random.default_rng(seed), DTYPES, max_numel=5000), "native", "cuda")
+
+
 # The reason for stochastic rounding.
 
 

@@ -33,11 +33,9 @@ __global__ void __launch_bounds__(kThreads) visit_kernel(const __grid_constant__
 }
 
 template <DType D>
-__global__ void __launch_bounds__(kThreads) generate_kernel(const __grid_constant__ Generate request) {
-    const int64_t first = request.offset / kOctet, end = (request.offset + request.numel + kOctet - 1) / kOctet;
-    const int64_t octet = first + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (octet < end)
-        generate_octet<D>(request, octet);
+__global__ void __launch_bounds__(kThreads)
+    generate_kernel(const __grid_constant__ Generate request, const __grid_constant__ PhiloxKeys keys) {
+    generate_thread<D>(request, keys, blockIdx.x, threadIdx.x);
 }
 
 // A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could outlive us.
@@ -160,14 +158,16 @@ void generate_cuda(const Generate& request, int device, CudaStream stream) {
         return;
     const DeviceGuard guard(device);
     const int64_t octets = (request.offset + request.numel + kOctet - 1) / kOctet - request.offset / kOctet;
-    const auto num_blocks = static_cast<unsigned>((octets + kThreads - 1) / kThreads);
+    const int64_t tile = kThreads * kMaxOctetsPerThread;
+    const auto num_tiles = static_cast<unsigned>((octets + tile - 1) / tile);
+    const PhiloxKeys keys = philox_keys(request.seed);
     const auto on = static_cast<cudaStream_t>(stream);
     if (request.dtype == DType::kFp32)
-        generate_kernel<DType::kFp32><<<num_blocks, kThreads, 0, on>>>(request);
+        generate_kernel<DType::kFp32><<<num_tiles, kThreads, 0, on>>>(request, keys);
     else if (request.dtype == DType::kBf16)
-        generate_kernel<DType::kBf16><<<num_blocks, kThreads, 0, on>>>(request);
+        generate_kernel<DType::kBf16><<<num_tiles, kThreads, 0, on>>>(request, keys);
     else
-        generate_kernel<DType::kFp16><<<num_blocks, kThreads, 0, on>>>(request);
+        generate_kernel<DType::kFp16><<<num_tiles, kThreads, 0, on>>>(request, keys);
     DZO_CUDA_CHECK_LAUNCH();
 }
 

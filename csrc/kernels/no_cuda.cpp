@@ -1,7 +1,7 @@
 // The CUDA entries of kernels.h in a build without nvcc.
 #include "kernels/kernels.h"
 
-#if 1
+#if !defined(DISTZO2_WITH_CUDA)
 
 #include <stdexcept>
 

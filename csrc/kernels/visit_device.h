@@ -6,6 +6,12 @@
 #include "noise/rademacher.h"
 #include "noise/rounding.h"
 
+#if defined(__CUDA_ARCH__)
+#define DZO_UNROLL _Pragma("unroll")
+#else
+#define DZO_UNROLL
+#endif
+
 namespace distzo2 {
 
 // Reads rows of the tables from kernel parameters or from a device workspace.
@@ -19,41 +25,57 @@ struct TableReader {
 
 DZO_HD Stream stream_of(uint32_t tag, uint32_t param, uint32_t step) { return Stream{param, step, tag}; }
 
-DZO_HD uint64_t seed_of(const VisitHeader& header) {
-    return static_cast<uint64_t>(header.seed_high) << 32 | header.seed_low;
-}
-
 // The z of elements 8 * octet to 8 * octet + 7.
-DZO_HD void normals_octet(const Stream& stream, uint64_t seed, int64_t octet, float z[kOctet]) {
+DZO_HD void normals_octet(const Stream& stream, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
     const uint64_t group = static_cast<uint64_t>(octet) * 2;
-    const Normals4 low = normal_group(philox_group(stream, seed, group));
-    const Normals4 high = normal_group(philox_group(stream, seed, group + 1));
+    const Normals4 low = normal_group(philox_group(stream, keys, group));
+    const Normals4 high = normal_group(philox_group(stream, keys, group + 1));
+    DZO_UNROLL
     for (int i = 0; i < 4; ++i) {
         z[i] = low.z[i];
         z[4 + i] = high.z[i];
     }
 }
 
-DZO_HD void signs_octet(const Stream& stream, uint64_t seed, int64_t octet, float z[kOctet]) {
+DZO_HD void signs_octet(const Stream& stream, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
     const uint64_t element = static_cast<uint64_t>(octet) * kOctet;
-    const PhiloxWords words = philox_group(stream, seed, element / kSignsPerGroup);
+    const PhiloxWords words = philox_group(stream, keys, element / kSignsPerGroup);
     const uint32_t word = static_cast<uint32_t>(element % kSignsPerGroup) / 32;
     const uint32_t low = word & 1 ? words.w[1] : words.w[0], high = word & 1 ? words.w[3] : words.w[2];
     const uint32_t bits = (word & 2 ? high : low) >> (element % 32);
+    DZO_UNROLL
     for (int i = 0; i < kOctet; ++i)
         z[i] = rademacher_from_lsb(bits >> i);
 }
 
-DZO_HD void noise_octet(const Stream& stream, uint64_t seed, int64_t octet, float z[kOctet]) {
+DZO_HD void noise_octet(const Stream& stream, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
     if (stream.tag >> 24 == static_cast<uint32_t>(Purpose::kNormal))
-        normals_octet(stream, seed, octet, z);
+        normals_octet(stream, keys, octet, z);
     else
-        signs_octet(stream, seed, octet, z);
+        signs_octet(stream, keys, octet, z);
 }
 
 struct alignas(16) Sixteen {
     uint32_t word[4];
 };
+
+// In one access: copying the struct would be four.
+DZO_HD Sixteen load_sixteen(const uint8_t* p) {
+#if defined(__CUDA_ARCH__)
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    return Sixteen{{v.x, v.y, v.z, v.w}};
+#else
+    return *reinterpret_cast<const Sixteen*>(p);
+#endif
+}
+
+DZO_HD void store_sixteen(uint8_t* p, const Sixteen& s) {
+#if defined(__CUDA_ARCH__)
+    *reinterpret_cast<uint4*>(p) = make_uint4(s.word[0], s.word[1], s.word[2], s.word[3]);
+#else
+    *reinterpret_cast<Sixteen*>(p) = s;
+#endif
+}
 
 // Whether any of the eight values is NaN. Values are compared in pairs: one instruction asks for both.
 DZO_HD bool any_nan(const float x[kOctet]) {
@@ -70,6 +92,7 @@ DZO_HD bool any_nan(const float x[kOctet]) {
     return found != 0;
 #else
     bool found = false;
+    DZO_UNROLL
     for (int i = 0; i < kOctet; ++i)
         found = found || x[i] != x[i];
     return found;
@@ -86,28 +109,37 @@ struct OctetStorage<DType::kFp32> {
     struct Raw {
         Sixteen part[2];
     };
+    DZO_HD static Raw load(const uint8_t* p) { return Raw{{load_sixteen(p), load_sixteen(p + 16)}}; }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) {
+        store_sixteen(p, raw.part[0]);
+        store_sixteen(p + 16, raw.part[1]);
+    }
     DZO_HD static float decode_one(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
     DZO_HD static void encode_one(uint8_t* p, float x) { *reinterpret_cast<float*>(p) = x; }
     DZO_HD static float nearest_one(float x) { return canonical_fp32(x); }
     DZO_HD static float update_one(float x, uint32_t) { return canonical_fp32(x); }
     DZO_HD static void decode(const Raw& raw, float w[kOctet]) {
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             w[i] = bits_float(raw.part[i / 4].word[i % 4]);
     }
     DZO_HD static Raw exact(const float w[kOctet]) {
         Raw raw;
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             raw.part[i / 4].word[i % 4] = float_bits(w[i]);
         return raw;
     }
     DZO_HD static Raw nearest(float x[kOctet]) {
         if (any_nan(x))
+            DZO_UNROLL
             for (int i = 0; i < kOctet; ++i)
                 x[i] = canonical_fp32(x[i]);
         return exact(x);
     }
     DZO_HD static void update(float x[kOctet], const PhiloxWords&) {
         if (any_nan(x))
+            DZO_UNROLL
             for (int i = 0; i < kOctet; ++i)
                 x[i] = canonical_fp32(x[i]);
     }
@@ -117,6 +149,8 @@ template <>
 struct OctetStorage<DType::kBf16> {
     static constexpr int kBytes = 2;
     using Raw = Sixteen;
+    DZO_HD static Raw load(const uint8_t* p) { return load_sixteen(p); }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) { store_sixteen(p, raw); }
     DZO_HD static float decode_one(const uint8_t* p) { return bf16_to_float(*reinterpret_cast<const uint16_t*>(p)); }
     DZO_HD static void encode_one(uint8_t* p, float x) {
         *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(float_bits(x) >> 16);
@@ -124,6 +158,7 @@ struct OctetStorage<DType::kBf16> {
     DZO_HD static float nearest_one(float x) { return bf16_to_float(float_to_bf16(x)); }
     DZO_HD static float update_one(float x, uint32_t r) { return bf16_to_float(float_to_bf16_stochastic(x, r)); }
     DZO_HD static void decode(const Raw& raw, float w[kOctet]) {
+        DZO_UNROLL
         for (int i = 0; i < 4; ++i) {
             w[2 * i] = bits_float(raw.word[i] << 16);
             w[2 * i + 1] = bits_float(raw.word[i] & 0xFFFF0000u);
@@ -131,6 +166,7 @@ struct OctetStorage<DType::kBf16> {
     }
     DZO_HD static Raw exact(const float w[kOctet]) {
         Raw raw;
+        DZO_UNROLL
         for (int i = 0; i < 4; ++i)
             raw.word[i] = float_bits(w[2 * i]) >> 16 | (float_bits(w[2 * i + 1]) & 0xFFFF0000u);
         return raw;
@@ -139,21 +175,25 @@ struct OctetStorage<DType::kBf16> {
         Raw raw;
 #if defined(__CUDA_ARCH__)
         if (!any_nan(x)) {
+            DZO_UNROLL
             for (int i = 0; i < 4; ++i)
                 asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.word[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
             return raw;
         }
 #endif
+        DZO_UNROLL
         for (int i = 0; i < 4; ++i)
             raw.word[i] = float_to_bf16(x[2 * i]) | static_cast<uint32_t>(float_to_bf16(x[2 * i + 1])) << 16;
         return raw;
     }
     DZO_HD static void update(float x[kOctet], const PhiloxWords& words) {
         if (any_nan(x)) {
+            DZO_UNROLL
             for (int i = 0; i < kOctet; ++i)
                 x[i] = update_one(x[i], rounding_bits(words, static_cast<uint32_t>(i)));
             return;
         }
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             x[i] = bits_float((float_bits(x[i]) + rounding_bits(words, static_cast<uint32_t>(i))) & 0xFFFF0000u);
     }
@@ -163,6 +203,8 @@ template <>
 struct OctetStorage<DType::kFp16> {
     static constexpr int kBytes = 2;
     using Raw = Sixteen;
+    DZO_HD static Raw load(const uint8_t* p) { return load_sixteen(p); }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) { store_sixteen(p, raw); }
     DZO_HD static float half_to_float(uint32_t h) {
 #if defined(__CUDA_ARCH__)
         float x;
@@ -177,6 +219,7 @@ struct OctetStorage<DType::kFp16> {
     DZO_HD static float nearest_one(float x) { return fp16_to_float(float_to_fp16(x)); }
     DZO_HD static float update_one(float x, uint32_t r) { return fp16_to_float(float_to_fp16_stochastic(x, r)); }
     DZO_HD static void decode(const Raw& raw, float w[kOctet]) {
+        DZO_UNROLL
         for (int i = 0; i < 4; ++i) {
             w[2 * i] = half_to_float(raw.word[i] & 0xFFFFu);
             w[2 * i + 1] = half_to_float(raw.word[i] >> 16);
@@ -187,47 +230,52 @@ struct OctetStorage<DType::kFp16> {
         Raw raw;
 #if defined(__CUDA_ARCH__)
         if (!any_nan(x)) {
+            DZO_UNROLL
             for (int i = 0; i < 4; ++i)
                 asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw.word[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
             return raw;
         }
 #endif
+        DZO_UNROLL
         for (int i = 0; i < 4; ++i)
             raw.word[i] = float_to_fp16(x[2 * i]) | static_cast<uint32_t>(float_to_fp16(x[2 * i + 1])) << 16;
         return raw;
     }
     DZO_HD static void update(float x[kOctet], const PhiloxWords& words) {
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             x[i] = half_to_float(float_to_fp16_stochastic(x[i], rounding_bits(words, static_cast<uint32_t>(i))));
     }
 };
 
-// An octet in memory: elements first to last - 1 of it are the segment's, and it may be moved in pieces of 16 bytes if it is whole and
-// aligned. `p` points at its element 0, which need not be the segment's.
+// Elements first to last - 1 of an octet are the segment's. One that is whole and at a multiple of 16 bytes, which the buffers of a
+// visit have in common, is moved in pieces of 16 bytes.
 template <DType D>
 struct OctetPlace {
     using Store = OctetStorage<D>;
-    using Raw = typename Store::Raw;
+    int64_t at; // of the octet's element 0, in bytes from the start of each buffer; before the segment's start for a partial octet
     int first, last;
+    bool whole;
 
-    DZO_HD bool whole(const uint8_t* p) const {
-        return first == 0 && last == kOctet && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-    }
-    DZO_HD void load(const uint8_t* p, float w[kOctet]) const {
-        if (whole(p)) {
-            Store::decode(*reinterpret_cast<const Raw*>(p), w);
+    DZO_HD void load(const uint8_t* buffer, float w[kOctet]) const {
+        const uint8_t* p = buffer + at;
+        if (whole) {
+            Store::decode(Store::load(p), w);
             return;
         }
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             w[i] = i >= first && i < last ? Store::decode_one(p + i * Store::kBytes) : 0.0f;
     }
     // Stores rne(x), or x itself where it is known to be a value of the type.
     template <bool kExact>
-    DZO_HD void store(uint8_t* p, float x[kOctet]) const {
-        if (whole(p)) {
-            *reinterpret_cast<Raw*>(p) = kExact ? Store::exact(x) : Store::nearest(x);
+    DZO_HD void store(uint8_t* buffer, float x[kOctet]) const {
+        uint8_t* p = buffer + at;
+        if (whole) {
+            Store::store(p, kExact ? Store::exact(x) : Store::nearest(x));
             return;
         }
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             if (i >= first && i < last)
                 Store::encode_one(p + i * Store::kBytes, kExact ? x[i] : Store::nearest_one(x[i]));
@@ -244,6 +292,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
         return false;
     const bool decays = scalars.weight_decay != 0.0f;
     float a[kOctet];
+    DZO_UNROLL
     for (int i = 0; i < kOctet; ++i)
         a[i] = decays ? mul_rn(scalars.weight_decay, w[i]) : 0.0f;
     bool any = decays;
@@ -254,31 +303,24 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
             continue;
         any = true;
         if (term.noise != held) {
-            noise_octet(stream_of(term.tag, param, term.step), seed_of(header), octet, z);
+            noise_octet(stream_of(term.tag, param, term.step), header.keys, octet, z);
             held = term.noise;
         }
+        DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
             a[i] = fma_rn(k, z[i], a[i]);
     }
     if (!any)
         return false;
+    DZO_UNROLL
     for (int i = 0; i < kOctet; ++i)
         w[i] = fma_rn(-scalars.lr, a[i], w[i]);
     PhiloxWords words{};
     if (D != DType::kFp32)
-        words = philox_group(make_stream(Purpose::kRounding, param, update.step, 0), seed_of(header),
+        words = philox_group(make_stream(Purpose::kRounding, param, update.step, 0), header.keys,
                              static_cast<uint64_t>(octet));
     OctetStorage<D>::update(w, words);
     return true;
-}
-
-// Where an octet lies: in the segment's buffers, and in its elements.
-template <DType D>
-DZO_HD OctetPlace<D> place_of(const DeviceSegment& segment, int64_t octet, int64_t& at) {
-    const int64_t element = octet * kOctet;
-    at = segment.byte_offset + (element - segment.begin) * OctetStorage<D>::kBytes;
-    return OctetPlace<D>{static_cast<int>(segment.begin > element ? segment.begin - element : 0),
-                         static_cast<int>(segment.end - element < kOctet ? segment.end - element : kOctet)};
 }
 
 // Any program.
@@ -289,25 +331,23 @@ struct AnyProgram {
         const TableReader& tables;
         const DeviceSegment& segment;
 
-        DZO_HD bool applies() const { return true; }
-
-        DZO_HD void octet(int64_t octet) const {
-            int64_t at;
-            const OctetPlace<D> place = place_of<D>(segment, octet, at);
+        DZO_HD void octet(int64_t octet, const OctetPlace<D>& place) const {
             float w[kOctet], z[kOctet], a[kOctet];
             uint32_t held = 0xFFFFFFFFu;
-            place.load(header.weights + at, w);
+            place.load(header.weights, w);
             bool changed = false;
             for (uint32_t u = 0; u < header.num_updates; ++u)
                 changed |= update_octet<D>(header, tables, u, segment.param, segment.group, octet, w, z, held);
             if (changed && header.write_back) {
+                DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
                     a[i] = w[i];
-                place.template store<true>(header.weights + at, a);
+                place.template store<true>(header.weights, a);
             }
             for (uint32_t e = 0; e < header.num_emits; ++e) {
                 const DeviceEmit emit = tables.row<DeviceEmit>(header.emits_at, e);
                 const float scale = tables.row<float>(header.scales_at, e * header.num_groups + segment.group);
+                DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
                     a[i] = w[i];
                 for (uint32_t j = 0; j < emit.num_terms; ++j) {
@@ -316,20 +356,21 @@ struct AnyProgram {
                     if (k == 0.0f)
                         continue;
                     if (term.noise != held) {
-                        noise_octet(stream_of(term.tag, segment.param, term.step), seed_of(header), octet, z);
+                        noise_octet(stream_of(term.tag, segment.param, term.step), header.keys, octet, z);
                         held = term.noise;
                     }
+                    DZO_UNROLL
                     for (int i = 0; i < kOctet; ++i)
                         a[i] = fma_rn(k, z[i], a[i]);
                 }
-                place.template store<false>(tables.row<uint8_t*>(header.outs_at, e) + at, a);
+                place.template store<false>(tables.row<uint8_t*>(header.outs_at, e), a);
             }
         }
     };
 };
 
 // The common programs, with their scalars in registers: kUpdates (0 or 1) updates of one term of normals, then kEmits (0, 1 or 2) emits
-// of one term of normals, both of the same z. It applies to segments for which no coefficient or learning rate is 0.
+// of one term of normals, both of the same z.
 template <int kUpdates, int kEmits>
 struct SimpleProgram {
     template <DType D>
@@ -353,6 +394,7 @@ struct SimpleProgram {
                 weight_decay = scalars.weight_decay;
                 update_coef = mul_rn(term.coef, scalars.update_scale);
             }
+            DZO_UNROLL
             for (int e = 0; e < kEmits; ++e) {
                 const DeviceEmit emit = tables.row<DeviceEmit>(visit.emits_at, static_cast<uint32_t>(e));
                 const DeviceTerm term = tables.row<DeviceTerm>(visit.terms_at, emit.first_term);
@@ -363,62 +405,86 @@ struct SimpleProgram {
             }
         }
 
-        DZO_HD bool applies() const {
-            return lr != 0.0f && update_coef != 0.0f && emit_coef[0] != 0.0f && emit_coef[1] != 0.0f;
-        }
-
-        DZO_HD void octet(int64_t octet) const {
-            int64_t at;
-            const OctetPlace<D> place = place_of<D>(segment, octet, at);
+        DZO_HD void octet(int64_t octet, const OctetPlace<D>& place) const {
             float w[kOctet], z[kOctet];
-            place.load(header.weights + at, w);
-            if (kUpdates > 0) {
-                normals_octet(update_noise, seed_of(header), octet, z);
-                const bool decays = weight_decay != 0.0f;
-                for (int i = 0; i < kOctet; ++i) {
-                    const float a = fma_rn(update_coef, z[i], decays ? mul_rn(weight_decay, w[i]) : 0.0f);
-                    w[i] = fma_rn(-lr, a, w[i]);
-                }
-                PhiloxWords words{};
-                if (D != DType::kFp32)
-                    words = philox_group(rounding, seed_of(header), static_cast<uint64_t>(octet));
-                OctetStorage<D>::update(w, words);
+            place.load(header.weights, w);
+            if (kUpdates > 0 && lr != 0.0f && (update_coef != 0.0f || weight_decay != 0.0f)) {
+                update(octet, w, z);
                 if (header.write_back) {
+                    DZO_UNROLL
                     for (int i = 0; i < kOctet; ++i)
                         z[i] = w[i];
-                    place.template store<true>(header.weights + at, z);
+                    place.template store<true>(header.weights, z);
                 }
             }
-            if (kEmits > 0)
-                normals_octet(emit_noise, seed_of(header), octet, z);
+            if (kEmits > 0 && (emit_coef[0] != 0.0f || emit_coef[kEmits - 1] != 0.0f))
+                normals_octet(emit_noise, header.keys, octet, z);
+            DZO_UNROLL
             for (int e = 0; e < kEmits; ++e) {
                 float x[kOctet];
+                DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
-                    x[i] = fma_rn(emit_coef[e], z[i], w[i]);
-                place.template store<false>(outs[e] + at, x);
+                    x[i] = emit_coef[e] != 0.0f ? fma_rn(emit_coef[e], z[i], w[i]) : w[i];
+                place.template store<false>(outs[e], x);
             }
+        }
+
+        DZO_HD void update(int64_t octet, float w[kOctet], float z[kOctet]) const {
+            float a[kOctet];
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                a[i] = weight_decay != 0.0f ? mul_rn(weight_decay, w[i]) : 0.0f;
+            if (update_coef != 0.0f) {
+                normals_octet(update_noise, header.keys, octet, z);
+                DZO_UNROLL
+                for (int i = 0; i < kOctet; ++i)
+                    a[i] = fma_rn(update_coef, z[i], a[i]);
+            }
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                w[i] = fma_rn(-lr, a[i], w[i]);
+            PhiloxWords words{};
+            if (D != DType::kFp32)
+                words = philox_group(rounding, header.keys, static_cast<uint64_t>(octet));
+            OctetStorage<D>::update(w, words);
         }
     };
 };
 
-// The octets of thread `thread` in a tile: neighbours work on neighbouring octets.
-template <class Run>
-DZO_HD void run_octets(const VisitHeader& header, const DeviceSegment& segment, const Run& run, uint32_t tile,
+// The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first octet, in 32 bits.
+template <DType D, class Run>
+DZO_HD void run_octets(const DeviceSegment& segment, bool aligned, const Run& run, uint32_t tile, uint32_t octets_per_thread,
                        uint32_t thread) {
-    const int64_t first = segment.begin / kOctet, end = (segment.end + kOctet - 1) / kOctet;
-    int64_t octet = first + static_cast<int64_t>(tile - segment.first_tile) * kThreads * header.octets_per_thread + thread;
-    for (uint32_t i = 0; i < header.octets_per_thread && octet < end; ++i, octet += kThreads)
-        run.octet(octet);
+    constexpr int kBytes = OctetStorage<D>::kBytes;
+    const int64_t first = segment.begin / kOctet;
+    const uint32_t num = static_cast<uint32_t>((segment.end + kOctet - 1) / kOctet - first);
+    const int head = static_cast<int>(segment.begin % kOctet), tail = static_cast<int>((segment.end - 1) % kOctet) + 1;
+    uint32_t index = tile * kThreads * octets_per_thread + thread;
+    OctetPlace<D> place;
+    place.at = segment.byte_offset + (static_cast<int64_t>(index) * kOctet - head) * kBytes;
+    for (uint32_t i = 0; i < octets_per_thread && index < num; ++i) {
+        place.first = index == 0 ? head : 0;
+        place.last = index == num - 1 ? tail : kOctet;
+        place.whole = aligned && place.first == 0 && place.last == kOctet;
+        run.octet(first + index, place);
+        index += kThreads;
+        place.at += kThreads * kOctet * kBytes;
+    }
+}
+
+// Whether the segment's octets begin at multiples of 16 bytes. Buffers are aligned alike (checked before the launch).
+template <DType D>
+DZO_HD bool is_aligned(const uint8_t* buffer, const DeviceSegment& segment) {
+    const int64_t head = segment.begin % kOctet * OctetStorage<D>::kBytes;
+    return (reinterpret_cast<uintptr_t>(buffer) + static_cast<uintptr_t>(segment.byte_offset - head)) % 16 == 0;
 }
 
 template <class Program, DType D>
 DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, const DeviceSegment& segment,
                         uint32_t tile, uint32_t thread) {
     const typename Program::template Run<D> run{header, tables, segment};
-    if (run.applies())
-        run_octets(header, segment, run, tile, thread);
-    else
-        run_octets(header, segment, typename AnyProgram::template Run<D>{header, tables, segment}, tile, thread);
+    run_octets<D>(segment, header.aligned != 0 && is_aligned<D>(header.weights, segment), run, tile - segment.first_tile,
+                  header.octets_per_thread, thread);
 }
 
 // All that one thread does.
@@ -441,17 +507,26 @@ DZO_HD void run_thread(const VisitHeader& header, const TableReader& tables, uin
         run_segment<Program, DType::kFp16>(header, tables, segment, tile, thread);
 }
 
-// Octets of generated noise: rne(z) of elements [offset, offset + numel).
+// Generated noise: rne(z) of elements [offset, offset + numel), as a visit that only writes.
 template <DType D>
-DZO_HD void generate_octet(const Generate& request, int64_t octet) {
+struct GenerateRun {
+    const Generate& request;
+    const PhiloxKeys& keys;
+
+    DZO_HD void octet(int64_t octet, const OctetPlace<D>& place) const {
+        float z[kOctet];
+        noise_octet(make_stream(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
+                                static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe)),
+                    keys, octet, z);
+        place.template store<false>(static_cast<uint8_t*>(request.out), z);
+    }
+};
+
+template <DType D>
+DZO_HD void generate_thread(const Generate& request, const PhiloxKeys& keys, uint32_t tile, uint32_t thread) {
     const DeviceSegment whole{0, request.offset, request.offset + request.numel, 0, 0, 0, 0};
-    int64_t at;
-    const OctetPlace<D> place = place_of<D>(whole, octet, at);
-    float z[kOctet];
-    noise_octet(make_stream(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
-                            static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe)),
-                request.seed, octet, z);
-    place.template store<false>(static_cast<uint8_t*>(request.out) + at, z);
+    const bool aligned = is_aligned<D>(static_cast<const uint8_t*>(request.out), whole);
+    run_octets<D>(whole, aligned, GenerateRun<D>{request, keys}, tile, kMaxOctetsPerThread, thread);
 }
 
 } // namespace distzo2

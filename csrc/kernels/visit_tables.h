@@ -39,14 +39,16 @@ struct DeviceEmit {
     uint32_t first_term, num_terms;
 };
 
-// Where each table begins, in bytes of the block, and the scalars of the launch.
+// Where each table begins, in bytes of the block, and the scalars of the launch. The round keys are here, so that they are operands from
+// constant memory.
 struct VisitHeader {
     uint8_t* weights;
-    uint32_t seed_low, seed_high;
+    PhiloxKeys keys;
     uint32_t num_segments, num_tiles, octets_per_thread;
     uint32_t num_updates, num_groups, num_emits;
     uint32_t segments_at, terms_at, updates_at, groups_at, emits_at, scales_at, outs_at;
     uint32_t write_back;
+    uint32_t aligned; // the weights and all outs have the same address modulo 16
 };
 
 // The shape of the program, when every update and emit has one term of normals: a kernel is compiled for each.
@@ -93,12 +95,15 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     const int64_t fill = octets / (int64_t{kThreads} * num_sms * 16);
     header.octets_per_thread = static_cast<uint32_t>(fill < 1 ? 1 : fill > kMaxOctetsPerThread ? kMaxOctetsPerThread : fill);
     header.weights = visit.weights;
-    header.seed_low = static_cast<uint32_t>(visit.seed);
-    header.seed_high = static_cast<uint32_t>(visit.seed >> 32);
+    header.keys = philox_keys(visit.seed);
     header.num_updates = static_cast<uint32_t>(visit.num_updates);
     header.num_groups = static_cast<uint32_t>(visit.num_groups);
     header.num_emits = static_cast<uint32_t>(visit.num_emits);
     header.write_back = visit.write_back ? 1 : 0;
+    header.aligned = 1;
+    for (int64_t e = 0; e < visit.num_emits; ++e)
+        if ((reinterpret_cast<uintptr_t>(visit.outs[e]) - reinterpret_cast<uintptr_t>(visit.weights)) % 16 != 0)
+            header.aligned = 0;
 
     header.segments_at = 0;
     header.num_segments = 0;

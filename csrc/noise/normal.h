@@ -70,10 +70,14 @@ DZO_HD float bits_float(uint32_t b) {
 #endif
 }
 
-// IEEE square root of +0 or of a normal number in [2^-100, 2^100]; r = sqrt(-2 ln u) never leaves {0} and [2^-12, 7].
+// IEEE square root of +0 or of x in [2^-100, 2^100]; -2 ln u never leaves {+0} and [2^-23, 46]. On the device it is the sequence that
+// nvcc emits for sqrt.rn.f32 on this range, without the test for the range and the branch behind it; max() keeps 0 * rsqrt(0) away.
 DZO_HD float sqrt_rn(float x) {
 #if defined(__CUDA_ARCH__)
-    return __fsqrt_rn(x);
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf(x, 0x1p-100f)));
+    const float root = __fmul_rn(x, inverse);
+    return __fmaf_rn(__fmaf_rn(-root, root, x), __fmul_rn(inverse, 0.5f), root);
 #else
     return __builtin_sqrtf(x);
 #endif

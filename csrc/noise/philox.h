@@ -44,31 +44,44 @@ DZO_HD Stream make_stream(Purpose purpose, uint32_t param, uint32_t step, uint32
     return Stream{param, step, static_cast<uint32_t>(purpose) << 24 | probe << 4};
 }
 
-DZO_HD uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+// The key of each round: seed words + round * W.
+struct PhiloxKeys {
+    uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
 
-// Round: (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)); then k0 += W0, k1 += W1.
-DZO_HD PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+DZO_HD PhiloxKeys philox_keys(uint64_t seed) {
+    PhiloxKeys keys;
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+        keys.k0[round] = static_cast<uint32_t>(seed) + round * kPhiloxW0;
+        keys.k1[round] = static_cast<uint32_t>(seed >> 32) + round * kPhiloxW1;
+    }
+    return keys;
+}
+
+// Round: (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)).
+DZO_HD PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
         const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c2;
-        c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-        c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+        c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.k0[round];
+        c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.k1[round];
         c1 = static_cast<uint32_t>(p1);
         c3 = static_cast<uint32_t>(p0);
-        k0 += kPhiloxW0;
-        k1 += kPhiloxW1;
     }
     return PhiloxWords{{c0, c1, c2, c3}};
 }
 
 // c0 = q mod 2^32, c1 = parameter, c2 = step, c3 = purpose << 24 | probe << 4 | q >> 32, for group q < 2^36.
-DZO_HD PhiloxWords philox_group(const Stream &stream, uint64_t seed, uint64_t group) {
+DZO_HD PhiloxWords philox_group(const Stream& stream, const PhiloxKeys& keys, uint64_t group) {
     return philox4x32_10(static_cast<uint32_t>(group), stream.param, stream.step,
-                         stream.tag | static_cast<uint32_t>(group >> 32), static_cast<uint32_t>(seed),
-                         static_cast<uint32_t>(seed >> 32));
+                         stream.tag | static_cast<uint32_t>(group >> 32), keys);
+}
+
+DZO_HD PhiloxWords philox_group(const Stream& stream, uint64_t seed, uint64_t group) {
+    return philox_group(stream, philox_keys(seed), group);
 }
 
 } // namespace distzo2

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from distzo2.errors import DistZO2Error
-from distzo2.model import edit, evaluate, offload, runtime_of
-from distzo2.optimizer import ZOSGD, StepRecord
 from distzo2.version import __version__
 
 if TYPE_CHECKING:
     from distzo2.checkpoint import from_pretrained, save_pretrained
+    from distzo2.model import edit, evaluate, offload, runtime_of
+    from distzo2.optimizer import ZOSGD, StepRecord
+
+# Imported when first used, so that `distzo2 --help` does not wait for torch and transformers.
+_MODULE_OF = {
+    "ZOSGD": "optimizer",
+    "StepRecord": "optimizer",
+    "edit": "model",
+    "evaluate": "model",
+    "from_pretrained": "checkpoint",
+    "offload": "model",
+    "runtime_of": "model",
+    "save_pretrained": "checkpoint",
+}
 
 __all__ = [
     "ZOSGD",
@@ -25,15 +38,8 @@ __all__ = [
     "save_pretrained",
 ]
 
-_LAZY = {  # these import transformers
-    "from_pretrained": "distzo2.checkpoint",
-    "save_pretrained": "distzo2.checkpoint",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
-
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"distzo2.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'distzo2' has no attribute {name!r}")

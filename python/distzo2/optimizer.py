@@ -18,12 +18,12 @@ from distzo2.divergence import CoefficientClip
 from distzo2.errors import DistZO2Error
 from distzo2.estimator import Estimator, Evaluation, make_estimator, mean_loss
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.journal import Journal, StepEntry, check_table
+from distzo2.journal import Journal, StepEntry
 from distzo2.lanes import Emission, Lane
 from distzo2.model import no_kv_cache, runtime_of
 from distzo2.placeholders import use_guard
 from distzo2.random_stream import RandomStream
-from distzo2.run_header import run_header
+from distzo2.run_header import check_same_run, run_header
 from distzo2.streaming import CLEAN
 
 ALWAYS_DURABLE = 2**62
@@ -193,12 +193,7 @@ class ZOSGD(torch.optim.Optimizer):
         if resume:
             journal = Journal.open(path)
             try:
-                check_table(journal.header, header["table"])
-                for key in ("seed", "noise", "rounding", "base"):
-                    if journal.header[key] != header[key]:
-                        raise DistZO2Error(
-                            f"{path}: {key} is {journal.header[key]!r} in the journal and {header[key]!r} in this run"
-                        )
+                check_same_run(path, journal.header, header)
                 self.apply([entry.update for entry in journal.entries])
             except BaseException:
                 journal.close()

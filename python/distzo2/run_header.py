@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
 
-from distzo2.journal import make_header, table_row
+from distzo2.errors import DistZO2Error
+from distzo2.journal import check_table, make_header, table_row
 from distzo2.version import __version__
 
 if TYPE_CHECKING:
     from distzo2.optimizer import ZOSGD
 
+logger = logging.getLogger("distzo2")
+
 
 def run_header(optimizer: ZOSGD) -> dict[str, Any]:
     """The journal header of `optimizer`'s run: index table, base checkpoint, versions, options, fingerprint."""
     runtime = optimizer._runtime
-    base = getattr(optimizer._model, "distzo2_source", None)
+    source = getattr(optimizer._model, "distzo2_source", None)
     return make_header(
         seed=optimizer.seed,
-        base=base_record(base),
+        base=base_record(source),
+        checkpoint_map=None if source is None else source.map.to_json(),
         table=index_table(optimizer),
         groups=[
             {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str))}
@@ -43,13 +49,31 @@ def run_header(optimizer: ZOSGD) -> dict[str, Any]:
     )
 
 
-def base_record(path: str | None) -> dict[str, Any]:
+def base_record(path: os.PathLike | None) -> dict[str, Any]:
     """Name and checksums of the checkpoint that the run started from; no files for a model that came from none."""
     if path is None:
         return {"name": "", "files": {}}
     from distzo2.replay import digest_checkpoint
 
     return digest_checkpoint(path)
+
+
+def check_same_run(path: str | os.PathLike, journal: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises DistZO2Error unless a run with the header `run` can go on with the journal at `path`.
+
+    A fingerprint that differs is logged: the journal still leads to the same weights, but the forwards to come may not
+    have the bits that they would have had.
+    """
+    check_table(journal, run["table"])
+    pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding", "options")}
+    pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
+    for key, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise DistZO2Error(f"{os.fspath(path)}: {key} is {theirs!r} in the journal and {ours!r} in this run")
+    for key, ours in run["fingerprint"].items():
+        theirs = journal["fingerprint"].get(key)
+        if theirs != ours:
+            logger.warning("%s: %s was %r and is %r: the bits of losses to come may differ", path, key, theirs, ours)
 
 
 def index_table(optimizer: ZOSGD) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
+from distzo2_core import aligned_buffer
 
 from distzo2.units import Unit
 
@@ -63,7 +64,7 @@ class Scratch:
                 e for e in entries if e.buffer.data_ptr() not in pinned and all(e.buffer is not b for b in result)
             ]
             if not usable or (len(entries) < limit and all(e.key is not None for e in usable)):
-                entry = _Entry(torch.empty(self._class_bytes[kind], dtype=torch.uint8, device=self._device))
+                entry = _Entry(self._allocate(self._class_bytes[kind]))
                 entries.append(entry)
             else:
                 entry = min(usable, key=lambda e: e.last_use)
@@ -71,6 +72,11 @@ class Scratch:
             entry.key, entry.last_use = (unit.index, key), self._clock
             result.append(entry.buffer)
         return result
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return aligned_buffer(num_bytes)  # on huge pages: a matrix product that reads it misses the TLB less
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def forget(self) -> None:
         """Marks every buffer as holding nothing."""

@@ -11,12 +11,14 @@ host waits only where the device is the CPU.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
@@ -27,10 +29,27 @@ from distzo2.units import Unit
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
 STAGING_BLOCKS = 3
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _core_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """The compiled core's errors (memory, disk, driver; one line each) as errors that a user can mend."""
+
+    @functools.wraps(function)
+    def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            raise DistZO2Error(str(error)) from error
+
+    return translated
+
 
 class MemoryStore:
     """Packed units in memory on the compute device, used in place."""
 
+    @_core_errors
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self._pool: HostPool | None = None
         self._buffers: dict[int, torch.Tensor] = {}
@@ -80,6 +99,7 @@ class MemoryStore:
 class StreamingStore:
     """Packed units in a pinned host pool or in a block file, brought to a ring of slots by the copy engine."""
 
+    @_core_errors
     def __init__(
         self, units: Sequence[Unit], device: torch.device, *, directory: str | os.PathLike | None, slots: int
     ) -> None:
@@ -120,9 +140,11 @@ class StreamingStore:
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
 
+    @_core_errors
     def acquire(self, unit: Unit) -> torch.Tensor:
         return self._slots[self.engine.acquire(unit.block, self._stream())][: unit.num_bytes]
 
+    @_core_errors
     def release(self, unit: Unit, dirty: bool) -> None:
         self.engine.release(unit.block, self._stream(), dirty, unit.version)
 
@@ -132,6 +154,7 @@ class StreamingStore:
     def set_durable(self, version: int) -> None:
         self.engine.set_durable(version)
 
+    @_core_errors
     def flush(self) -> None:
         self.engine.flush()
 
@@ -143,10 +166,10 @@ class StreamingStore:
             yield self._pool.tensor(unit.block)
         else:
             host = aligned_buffer(-(-unit.num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)[: unit.num_bytes]
-            self._file.read(unit.block, host.data_ptr(), unit.num_bytes)
+            _core_errors(self._file.read)(unit.block, host.data_ptr(), unit.num_bytes)
             yield host
             if write:
-                self._file.write(unit.block, host.data_ptr(), unit.num_bytes)
+                _core_errors(self._file.write)(unit.block, host.data_ptr(), unit.num_bytes)
         if write:
             self.engine.drop(unit.block)
 
