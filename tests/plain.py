@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import distzo2_core
 import numpy as np
 import torch
 from torch import nn
+
+import distzo2_core
 
 
 def plain_loop(
@@ -52,7 +53,7 @@ def plain_loop(
         for probe in range(num_probes):
             plus, minus = (sum(losses[probe, s]) / len(micro_batches) for s in (+1, -1))
             coefs.append(float(np.float32((plus - minus) / (2.0 * eps * num_probes))))
-        for i, name, p in params:
+        for i, _, p in params:
             p.data = clean[i]
             decay = weight_decay if p.dim() > 1 else 0.0
             _update(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise)
@@ -61,9 +62,7 @@ def plain_loop(
 
 def _update(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
     family = distzo2_core.FAMILIES[noise]
-    table = distzo2_core.SegmentTable(
-        [distzo2_core.Segment(0, w.numel(), w.dtype, param, 0, 0, 1, w.numel())]
-    )
+    table = distzo2_core.SegmentTable([distzo2_core.Segment(0, w.numel(), w.dtype, param, 0, 0, 1, w.numel())])
     update = distzo2_core.Update(
         step,
         (distzo2_core.GroupScalars(lr, weight_decay),),

@@ -141,6 +141,12 @@ def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> No
     runtime.close()
 
 
+def test_training_mode_is_a_choice(tmp_path: Path) -> None:
+    make("opt", tmp_path)
+    model = distzo2.from_pretrained(tmp_path, train=True)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_model_from_elsewhere_is_saved_as_transformers_would(tmp_path: Path) -> None:
     reference = make("mixtral", tmp_path / "plain")
     model = distzo2.offload(make("mixtral"))

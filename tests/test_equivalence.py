@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from plain import plain_loop
@@ -14,8 +16,10 @@ STEPS = 4
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     )
 
 
@@ -46,14 +50,15 @@ def _closure(case, model, index, dtype):
     return loss
 
 
-def plain(case: Case, *, dtype=torch.float32, micro_batches=1, steps=STEPS, lr=lambda step: 1e-2, **options):
+@functools.cache
+def plain(case: Case, *, dtype=torch.float32, micro_batches=1, steps=STEPS, **options):
     model = _cast(case.build(), dtype)
     closures = [
         [_closure(case, model, step * micro_batches + m, dtype) for m in range(micro_batches)] for step in range(steps)
     ]
     if hasattr(model, "config"):
         model.config.use_cache = False
-    losses = plain_loop(model, closures, lr=lr, eps=1e-3, seed=11, **options)
+    losses = plain_loop(model, closures, lr=lambda step: 1e-2, eps=1e-3, seed=11, **options)
     return losses, model.state_dict()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import distzo2_core
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import distzo2
+import distzo2_core
 from distzo2.estimator import FZOO, SPSA, mean_loss
 
 

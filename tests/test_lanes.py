@@ -56,9 +56,7 @@ def run_both(build, make_closure, tmp_path, steps=3, train=False, **options):
     for _ in range(steps):
         opt.step(make_closure(model))
         losses.append([v for row in opt.last.losses for v in row])
-    expected = plain_loop(
-        reference, [[make_closure(reference)]] * steps, lr=lambda step: 1e-2, eps=1e-3, seed=3
-    )
+    expected = plain_loop(reference, [[make_closure(reference)]] * steps, lr=lambda step: 1e-2, eps=1e-3, seed=3)
     assert_same((losses, model.state_dict()), (expected, reference.state_dict()))
     return losses
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -46,13 +48,12 @@ def test_a_linear_schedule_to_zero_is_the_plain_loops(weights, tmp_path):
 def test_seeds(tmp_path):
     results = {}
     for seed in (0, 1, 2**63, 2**64 - 1):
-        model = offloaded(Blocks(), tmp_path)
+        model, reference = offloaded(Blocks(), tmp_path), Blocks().eval()
         opt = distzo2.ZOSGD(model, lr=1e-2, seed=seed)
-        opt.step(lambda: model(IDS))
+        opt.step(functools.partial(model, IDS))
         results[seed] = losses_of(opt)
-        reference = Blocks().eval()
-        expected = plain_loop(reference, [[lambda: reference(IDS)]], lr=lambda s: 1e-2, eps=1e-3, seed=seed)
-        assert results[seed] == expected[0]
+        closures = [[functools.partial(reference, IDS)]]
+        assert [results[seed]] == plain_loop(reference, closures, lr=lambda step: 1e-2, eps=1e-3, seed=seed)
     assert len({tuple(v) for v in results.values()}) == 4
     for seed in (-1, 2**64, 1.5, True):
         with pytest.raises(distzo2.DistZO2Error, match="seed"):

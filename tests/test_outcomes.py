@@ -1,4 +1,4 @@
-"""What a run leaves behind: the live model, its saved checkpoint and a replay of its journal give the same loss bits."""
+"""The live model, its saved checkpoint and a replay of its journal give the same loss bits."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def loss_of(path, batch, dtype):
 def test_model_checkpoint_and_replay_agree(name, weights, dtype, tmp_path):
     case = BY_NAME[name]
     case.build().to(dtype).save_pretrained(tmp_path / "base")
-    model = distzo2.from_pretrained(
-        tmp_path / "base", weights=weights, directory=tmp_path, attn_implementation="eager"
-    )
+    model = distzo2.from_pretrained(tmp_path / "base", weights=weights, directory=tmp_path, attn_implementation="eager")
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=5, num_probes=2, weight_decay=0.01, journal=tmp_path / "journal")
     for step in range(5):
         opt.step(case.closure(model, step))

@@ -1,6 +1,6 @@
 """HostPool, BlockFile and CopyEngine from Python: contents, the gate, errors, lifetimes.
 
-Orders, delays and faults inside the runtime are the C++ tests' subject (tests/cpp). With a GPU the engine's tests run on
+Orders, delays and faults inside the runtime are the C++ tests' subject (tests/cpp). With a GPU the engine is tested on
 it as well, on torch's own streams.
 """
 

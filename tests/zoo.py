@@ -11,7 +11,7 @@ from torch import nn
 VOCAB = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     """A model builder and what to run it on; every call of `build` gives the same bits."""
 
@@ -87,7 +87,9 @@ def _mixtral():
 def _gemma3():
     from transformers import Gemma3TextConfig
 
-    return Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    return Gemma3TextConfig(
+        **_SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    )
 
 
 class ConvClassifier(nn.Module):
@@ -132,8 +134,3 @@ LANGUAGE = [
 CONV = Case("conv", _conv, _pixels)
 ALL = [*LANGUAGE, CONV]
 BY_NAME = {case.name: case for case in ALL}
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in `dtype`, its inputs being integers or cast by the caller."""
-    return model.to(dtype)

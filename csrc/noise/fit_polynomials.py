@@ -1,8 +1,9 @@
 """Derives the polynomial coefficients of normal.h (needs numpy and scipy; not part of the build).
 
-Each polynomial is a weighted minimax fit, found as a linear programme on Chebyshev nodes. The coefficients are then rounded to
-float32 one by one, lowest power first, refitting the remaining ones after each; a last search moves every coefficient by a few
-units in the last place and keeps what lowers the error of the float32 evaluation itself. Prints C hex floats and the errors.
+Each polynomial is a weighted minimax fit, found as a linear programme on Chebyshev nodes. The coefficients are then
+rounded to float32 one by one, lowest power first, refitting the remaining ones after each; a last search moves every
+coefficient by a few units in the last place and keeps what lowers the error of the float32 evaluation itself. Prints C
+hex floats and the errors.
 """
 
 import itertools

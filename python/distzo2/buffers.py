@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-
 SMALL_BYTES = 64 * 1024  # buffers up to this size are compared by content in training mode
 
 

@@ -46,9 +46,10 @@ def from_pretrained(
     attn_implementation: str | None = None,
     units: Sequence[str] | None = None,
     directory: str | os.PathLike | None = None,
+    train: bool = False,
     **offload_options: Any,
 ) -> nn.Module:
-    """A transformers model from the checkpoint directory `path`, offloaded and in `eval()` mode.
+    """A transformers model from the checkpoint directory `path`, offloaded; in `eval()` mode unless `train`.
 
     `device`, `weights`, `units`, `directory` and `offload_options` are those of `distzo2.offload`. `dtype` is that of
     the parameters: None or "auto" for the checkpoint's own. `auto_class` is a transformers auto class or model class;
@@ -61,12 +62,20 @@ def from_pretrained(
         path, dtype=dtype, auto_class=auto_class, attn_implementation=attn_implementation
     )
     try:
-        model = offload(model, device=device, weights=weights, units=units, directory=directory, **offload_options)
+        model = offload(
+            model.train(train),
+            device=device,
+            weights=weights,
+            units=units,
+            directory=directory,
+            train=train,
+            **offload_options,
+        )
         _fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()
     model.distzo2_source = CheckpointSource(Path(path), checkpoint_map)
-    return model.eval()
+    return model
 
 
 def open_checkpoint(

@@ -57,8 +57,8 @@ class CoefficientClip:
         """Raises DivergenceError when too many steps in a row were clipped."""
         if self._max_clipped and self._in_row >= self._max_clipped:
             raise DivergenceError(
-                f"step {step}: coefficients above {self._max_coef:g} times their running median for {self._in_row} steps "
-                "in a row: the run diverges. A smaller lr or a larger eps may help; the journal holds every step."
+                f"step {step}: coefficients above {self._max_coef:g} times their running median for {self._in_row} "
+                "steps in a row: the run diverges. A smaller lr or a larger eps may help; the journal holds every step."
             )
 
     def state(self) -> list[float]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from distzo2_core import Term, ThreadState
 
 from distzo2.errors import DistZO2Error
 from distzo2.random_stream import RandomStream
 from distzo2.units import Unit
+from distzo2_core import Term, ThreadState
 
 UNWIND_SECONDS = 60.0  # a cancelled lane that is still running after this long is left behind
 
@@ -136,7 +136,7 @@ class LaneThread(threading.Thread):
                 self._caller.thread_state.exit()
         except LaneCancelled:
             lane.error = None
-        except BaseException as error:  # noqa: BLE001 - handed to the caller as it was raised
+        except BaseException as error:
             lane.error = error
 
 
@@ -177,10 +177,10 @@ class LaneGroup:
     def unwind(self, lanes: Sequence[Lane]) -> None:
         """Ends every lane that has not ended. A lane that will not end in time takes its thread with it."""
         stuck = self.running
-        if stuck is not None and not stuck.done:  # interrupted while the lane computes: wait for it to come back
-            if not self._back.acquire(timeout=UNWIND_SECONDS):
-                self._abandon()
-                return
+        interrupted = stuck is not None and not stuck.done  # while the lane computes: wait for it to come back
+        if interrupted and not self._back.acquire(timeout=UNWIND_SECONDS):
+            self._abandon()
+            return
         self.running = None
         for lane in lanes:
             thread = lane.thread

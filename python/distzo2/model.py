@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from distzo2_core import cuda_available
 from torch import nn
 
 from distzo2.errors import DistZO2Error
@@ -16,6 +15,7 @@ from distzo2.lanes import Lane
 from distzo2.random_stream import RandomStream
 from distzo2.state import StateHooks
 from distzo2.streaming import CLEAN, StreamingRuntime, cuda_device
+from distzo2_core import cuda_available
 
 WEIGHTS = ("device", "host", "disk")
 
@@ -36,7 +36,7 @@ def offload(
     Between forwards its parameters are placeholders; `distzo2.edit(model)` makes them real for other changes.
 
     Args:
-        model: any module. Parameters may be on the meta device, and are then filled through `runtime_of(model).writing`.
+        model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).writing`.
             What has `requires_grad=False` now is frozen for good: read, never perturbed, never written back.
         device: where it computes: "cpu", "cuda", "cuda:1".
         weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
@@ -116,7 +116,7 @@ def runtime_of(model: nn.Module) -> StreamingRuntime:
     runtime = getattr(model, "_distzo2_runtime", None)
     if runtime is None:
         raise DistZO2Error(
-            f"this {type(model).__name__} was not handed over: call distzo2.offload(model) or distzo2.from_pretrained first"
+            f"this {type(model).__name__} was not handed over: call distzo2.offload or distzo2.from_pretrained first"
         )
     return runtime
 
@@ -144,8 +144,8 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 def edit(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, parameters are real tensors in host memory with every update made so far, and may be changed in place.
 
-    Afterwards the changed weights are the model's, and the updates of before belong to the past: a journal that is being
-    written cannot go on. With weights on disk the whole model is in memory meanwhile.
+    Afterwards the changed weights are the model's, and the updates of before belong to the past: a journal that is
+    being written cannot go on. With weights on disk the whole model is in memory meanwhile.
     """
     runtime = runtime_of(model)
     runtime.flush()

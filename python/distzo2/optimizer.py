@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from distzo2_core import FAMILIES, GroupScalars, Term, Update
 from torch import nn
 
 from distzo2.divergence import CoefficientClip
@@ -25,6 +24,7 @@ from distzo2.placeholders import use_guard
 from distzo2.random_stream import RandomStream
 from distzo2.run_header import check_same_run, run_header
 from distzo2.streaming import CLEAN
+from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
 ALWAYS_DURABLE = 2**62
 
@@ -155,8 +155,8 @@ class ZOSGD(torch.optim.Optimizer):
                 param = known.get(id(tensor))
                 if param is None:
                     raise DistZO2Error(
-                        f"parameter group {number} holds a tensor of shape {tuple(tensor.shape)} that is no parameter of "
-                        "the model; take parameters from the model after it was handed over"
+                        f"parameter group {number} holds a tensor of shape {tuple(tensor.shape)} that is no parameter "
+                        "of the model; take parameters from the model after it was handed over"
                     )
                 if not param.trainable:
                     raise DistZO2Error(
@@ -321,8 +321,8 @@ class ZOSGD(torch.optim.Optimizer):
                 if result.dtype in (torch.float16, torch.bfloat16) and not self._warned_dtype:
                     self._warned_dtype = True
                     warnings.warn(
-                        f"the closure returned a {result.dtype} loss: differences of losses are what a step is made of, "
-                        "so compute the loss in float32",
+                        f"the closure returned a {result.dtype} loss: a step is made of differences of losses, so "
+                        "compute the loss in float32",
                         stacklevel=4,
                     )
                 if result.numel() == 0:

@@ -8,11 +8,11 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
-from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
 
 from distzo2.errors import DistZO2Error
 from distzo2.journal import check_table, make_header, table_row
 from distzo2.version import __version__
+from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
 
 if TYPE_CHECKING:
     from distzo2.optimizer import ZOSGD
@@ -95,7 +95,7 @@ def index_table(optimizer: ZOSGD) -> list[dict[str, Any]]:
 
 
 def fingerprint(device: torch.device) -> dict[str, Any]:
-    """What the bits of a forward depend on besides the weights: a run goes on with the same bits where it is the same."""
+    """What the bits of a forward depend on besides the weights."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability()
     return {
         "device": name,

@@ -10,9 +10,9 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from distzo2_core import aligned_buffer
 
 from distzo2.units import Unit
+from distzo2_core import aligned_buffer
 
 SMALL_BYTES = 64 * 1024  # units up to this size share one class, with more buffers
 BUFFERS = 2  # one for each sign

@@ -69,8 +69,8 @@ class StateHooks:
 
 def _refuse_apply(fn: Any, recurse: bool = True) -> NoReturn:
     raise DistZO2Error(
-        "a model that was handed over cannot be moved or cast (.to(), .half(), .cuda(), ...): its weights stream through "
-        "the device that offload() was given. Convert it before offload."
+        "a model that was handed over cannot be moved or cast (.to(), .half(), .cuda(), ...): its weights stream "
+        "through the device that offload() was given. Convert it before offload."
     )
 
 

@@ -177,9 +177,9 @@ class StreamingRuntime(UnitWeights):
     def _check_sequence(self, lanes: Sequence[Lane], expected: Sequence[Unit] | None) -> None:
         if not lanes[0].visited:
             raise DistZO2Error(
-                "the closure ended without entering any unit of the model, so no perturbation reached it: is the model "
-                "that it calls the one that was handed over? (Whole-model torch.compile and CUDA graphs skip the hooks; "
-                "compile blocks with block.compile() instead.)"
+                "the closure ended without entering any unit of the model, so no perturbation reached it: is the "
+                "model that it calls the one that was handed over? (Whole-model torch.compile and CUDA graphs skip "
+                "the hooks; compile blocks with block.compile() instead.)"
             )
         if expected is not None and list(expected) != lanes[0].visited:
             self._raise_difference(expected, True, lanes[0])
@@ -199,7 +199,7 @@ class StreamingRuntime(UnitWeights):
             "Where a forward skips blocks for some batches or perturbations, name with units= a module around them."
         )
 
-    # ---- entering and leaving a window (from the hooks: in the running lane, or in the caller's thread) ----------------
+    # ---- entering and leaving a window (from the hooks: in the running lane, or in the caller's thread) -----------
 
     def enter(self, unit: Unit) -> None:
         """The forward of one of the unit's windows begins."""

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from distzo2_core import Emit, Segment, SegmentTable, Update, materialize
 from torch import nn
 
 from distzo2.errors import DistZO2Error
@@ -23,6 +22,7 @@ from distzo2.scratch import Scratch
 from distzo2.store import MemoryStore, StreamingStore
 from distzo2.trace import Trace
 from distzo2.units import ParamInfo, Unit, collect_params, find_units
+from distzo2_core import Emit, Segment, SegmentTable, Update, materialize
 
 
 @dataclass(eq=False)

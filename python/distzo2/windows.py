@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from distzo2.streaming import StreamingRuntime
 
 _COMPILED_WHOLE = (
-    "the whole model is compiled: torch.compile and CUDA graphs over it skip the hooks by which weights become present. "
-    "Compile the blocks instead (for block in blocks: block.compile()) and hand over the plain model."
+    "the whole model is compiled: torch.compile and CUDA graphs over it skip the hooks by which weights become "
+    "present. Compile the blocks instead (for block in blocks: block.compile()) and hand over the plain model."
 )
 
 

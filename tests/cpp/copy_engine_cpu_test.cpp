@@ -325,6 +325,27 @@ TEST(gate_does_not_bind_memory) {
     CHECK(subject.stored(0, 1));
 }
 
+// Who acquires a block again may change it, but not what a download of it is still reading.
+TEST(stored_copies_are_never_torn) {
+    const Watchdog watchdog("stored_copies_are_never_torn");
+    for (const bool from_file : {false, true}) {
+        Subject subject(from_file, 2, 3000);
+        for (int64_t version = 0; version < 20; version += 2) {
+            subject.change(2, version, version + 1);
+            sleep_us(static_cast<int>(version) * 50); // a download in a file begins, or does not and is recalled
+            const int slot = subject.engine->acquire(2, nullptr);
+            const bool recalled = subject.engine->stats().recalled_downloads > 0;
+            subject.engine->reset_stats();
+            subject.store_in_slot(slot, 2, version + 2);
+            subject.engine->flush();
+            CHECK(subject.stored(2, recalled ? version : version + 1), "version ", version);
+            subject.engine->release(2, nullptr, true, 0);
+            subject.engine->flush();
+            CHECK(subject.stored(2, version + 2));
+        }
+    }
+}
+
 TEST(close_makes_what_the_journal_allows) {
     const Watchdog watchdog("close_makes_what_the_journal_allows");
     Subject subject(true, 3, 500);

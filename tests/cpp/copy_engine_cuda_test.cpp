@@ -232,6 +232,31 @@ TEST(host_never_blocks) {
     CHECK(subject.engine->stats().stall_s > 0 || subject.engine->stats().wait_s < 1);
 }
 
+// Who acquires a block again may change it, but not what a download of it is still reading; and a release on another
+// stream than the acquire's does not let the download overtake the upload.
+TEST(stored_copies_are_never_torn) {
+    const Watchdog watchdog("stored_copies_are_never_torn");
+    Subject subject(false, 2, 3000);
+    for (int64_t version = 0; version < 20; version += 2) {
+        int slot = subject.engine->acquire(2, subject.streams[0]);
+        subject.launch(subject.streams[0], slot, 2, version, version + 1);
+        subject.engine->release(2, subject.streams[0], true, 0);
+        slot = subject.engine->acquire(2, subject.streams[1]);
+        subject.launch(subject.streams[1], slot, 2, version + 1, version + 2);
+        subject.engine->flush();
+        CHECK(subject.stored(2, version + 1), "version ", version);
+        subject.engine->release(2, subject.streams[1], true, 0);
+        subject.engine->flush();
+        CHECK(subject.stored(2, version + 2), "version ", version);
+    }
+    for (const int block : {0, 4, 5}) {
+        subject.engine->acquire(block, subject.streams[0]);
+        subject.engine->release(block, subject.streams[1], true, 0);
+        subject.engine->flush();
+        CHECK(subject.stored(block, 0), "block ", block);
+    }
+}
+
 TEST(steady_state_creates_nothing) {
     const Watchdog watchdog("steady_state_creates_nothing");
     for (const bool from_file : {false, true}) {

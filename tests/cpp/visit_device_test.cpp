@@ -1,0 +1,139 @@
+// What the CUDA kernels do, thread by thread, on the CPU: tables, tiles, whole and partial octets, and every program, against the CPU
+// kernels bit for bit. The instructions of a GPU are left to the tests that need one.
+#include "testing.h"
+
+#include <cstdint>
+
+#include "kernels/visit_device.h"
+#include "visit_fixture.h"
+
+using namespace distzo2;
+
+namespace {
+
+template <class Program>
+void run_grid(const VisitTables& tables) {
+    // Tables lie at a multiple of 16 bytes, as in kernel parameters and in a workspace.
+    std::vector<Sixteen> aligned(tables.bytes.size() / 16 + 1);
+    std::memcpy(static_cast<void*>(aligned.data()), tables.bytes.data(), tables.bytes.size());
+    const TableReader reader{reinterpret_cast<const uint8_t*>(aligned.data())};
+    for (uint32_t tile = 0; tile < tables.header.num_tiles; ++tile)
+        for (uint32_t thread = 0; thread < kThreads; ++thread)
+            run_thread<Program>(tables.header, reader, tile, thread);
+}
+
+void check_visit(const Visit& visit, int num_sms, const char* what) {
+    Visit expected = visit;
+    expected.run();
+    const auto check = [&](auto program, bool applies) {
+        if (!applies)
+            return;
+        Visit actual = visit;
+        std::vector<uint8_t*> pointers;
+        VisitTables tables;
+        build_tables(actual.view(pointers), num_sms, tables);
+        run_grid<decltype(program)>(tables);
+        CHECK(actual.weights == expected.weights, what, ": weights differ at byte ",
+              first_difference(actual.weights, expected.weights));
+        for (size_t e = 0; e < visit.outs.size(); ++e)
+            CHECK(actual.outs[e] == expected.outs[e], what, ": out ", e, " differs at byte ",
+                  first_difference(actual.outs[e], expected.outs[e]));
+    };
+    Visit copy = visit;
+    std::vector<uint8_t*> pointers;
+    VisitTables tables;
+    build_tables(copy.view(pointers), num_sms, tables);
+    const auto is = [&](int num_updates, int num_emits) {
+        return tables.shape.simple && tables.shape.num_updates == num_updates && tables.shape.num_emits == num_emits;
+    };
+    check(AnyProgram{}, true);
+    check(SimpleProgram<1, 2>{}, is(1, 2));
+    check(SimpleProgram<0, 2>{}, is(0, 2));
+    check(SimpleProgram<0, 1>{}, is(0, 1));
+    check(SimpleProgram<1, 0>{}, is(1, 0));
+}
+
+} // namespace
+
+TEST(random_programs) {
+    Random random{7};
+    for (int round = 0; round < 60; ++round)
+        check_visit(random_visit(random), 1 + static_cast<int>(random.below(3)), "random program");
+}
+
+TEST(simple_programs) {
+    for (DType dtype : kDTypes)
+        for (int num_updates : {0, 1})
+            for (int num_emits : {0, 1, 2})
+                for (float zero : {1.0f, 0.0f}) { // the second group's coefficients
+                    Visit visit;
+                    visit.num_groups = 2;
+                    visit.seed = 0xABCDEF0123456789;
+                    for (int64_t offset : {int64_t{0}, int64_t{3}, int64_t{1021}, (int64_t{1} << 34) - 100})
+                        for (int64_t numel : {1, 7, 8, 9, 300, 5000})
+                            visit.add_segment(dtype, numel, offset + numel, offset, numel % 2, numel % 5);
+                    visit.fill_random(12);
+                    for (int u = 0; u < num_updates; ++u) {
+                        visit.add_term(0, 4, 0, 0.5f);
+                        visit.add_update(4, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}, {1e-2f, 0.0f, 1.0f, zero}});
+                    }
+                    for (int e = 0; e < num_emits; ++e) {
+                        visit.add_term(0, 5, 0, e == 0 ? 1e-3f : -1e-3f);
+                        visit.add_emit(1, {1.0f, zero});
+                    }
+                    if (num_updates + num_emits == 0)
+                        continue;
+                    check_visit(visit, 1, "simple program");
+                    visit.outs.clear();
+                    visit.emits.clear();
+                    visit.emit_scales.clear();
+                    if (num_updates > 0)
+                        check_visit(visit, 1000, "simple update");
+                }
+}
+
+TEST(tiles_cover_large_segments) {
+    for (int num_sms : {1, 2, 132}) {
+        Visit visit;
+        visit.add_segment(DType::kBf16, 5, 0, 1, 0);
+        visit.add_segment(DType::kBf16, 100003, 1, 2, 0, 11);
+        visit.add_segment(DType::kFp32, 40000, 2, 0, 0);
+        visit.fill_random(13);
+        visit.add_term(0, 1, 0, 1e-3f);
+        visit.add_emit(1, {1.0f});
+        check_visit(visit, num_sms, "large segments");
+    }
+}
+
+TEST(special_values) {
+    const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x7F7FFFFF, 0xFF7FFFFF,
+                                 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x477FE000, 0x477FF000, 0x33800000};
+    constexpr int64_t kNum = sizeof specials / sizeof specials[0];
+    for (DType dtype : kDTypes) {
+        Visit visit;
+        visit.add_segment(dtype, 20 * kNum, 1, 0, 0);
+        visit.fill([&](const Segment&, int64_t i) { return bits_float(specials[i % kNum]); });
+        visit.add_term(0, 1, 0, 2.0f);
+        visit.add_update(1, 1, {{1e-3f, 0.5f, 1.0f, 1.0f}});
+        visit.add_term(0, 2, 0, 1e-3f);
+        visit.add_emit(1, {1.0f});
+        visit.add_term(0, 2, 0, -1e-3f);
+        visit.add_emit(1, {1.0f});
+        check_visit(visit, 1, "special values");
+    }
+}
+
+TEST(generated_noise) {
+    for (int64_t family : {0, 1})
+        for (int64_t offset : {int64_t{0}, int64_t{5}, int64_t{120}, (int64_t{1} << 37) - 7}) {
+            constexpr int64_t kNumel = 9999;
+            std::vector<float> expected(kNumel), actual(kNumel);
+            Generate request{expected.data(), DType::kFp32, kNumel, 3, family, 1, 2, 3, offset};
+            generate_cpu(request);
+            request.out = actual.data();
+            for (uint32_t tile = 0; tile < 2; ++tile)
+                for (uint32_t thread = 0; thread < kThreads; ++thread)
+                    generate_thread<DType::kFp32>(request, philox_keys(3), tile, thread);
+            CHECK(std::memcmp(actual.data(), expected.data(), kNumel * sizeof(float)) == 0, family, ' ', offset);
+        }
+}
