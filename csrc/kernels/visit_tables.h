@@ -105,26 +105,25 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
         if ((reinterpret_cast<uintptr_t>(visit.outs[e]) - reinterpret_cast<uintptr_t>(visit.weights)) % 16 != 0)
             header.aligned = 0;
 
-    header.segments_at = 0;
-    header.num_segments = 0;
+    std::vector<DeviceSegment> segments;
     uint32_t tiles = 0;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
         if (segment.numel == 0)
             continue;
-        const DeviceSegment row{segment.byte_offset,
+        segments.push_back({segment.byte_offset,
                                 segment.element_offset,
                                 segment.element_offset + segment.numel,
                                 static_cast<uint32_t>(segment.param),
                                 static_cast<uint32_t>(segment.group),
                                 tiles,
-                                static_cast<uint32_t>(segment.dtype)};
-        append_rows(bytes, &row, 1);
+                                static_cast<uint32_t>(segment.dtype)});
         const int64_t tile = int64_t{kThreads} * header.octets_per_thread;
         tiles += static_cast<uint32_t>((num_octets(segment) + tile - 1) / tile);
-        ++header.num_segments;
     }
     header.num_tiles = tiles;
+    header.num_segments = static_cast<uint32_t>(segments.size());
+    header.segments_at = append_rows(bytes, segments.data(), static_cast<int64_t>(segments.size()));
 
     // Terms, updates and emits. A term of an emit that names the same tensor as the term before it keeps its number.
     std::vector<DeviceTerm> terms(static_cast<size_t>(visit.num_terms));

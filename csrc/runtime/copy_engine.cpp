@@ -256,8 +256,9 @@ void CopyEngine::release(int block, Stream stream, bool dirty, int64_t version) 
 }
 
 void CopyEngine::set_durable(int64_t version) {
-    Call call(*this);
-    call.run([&] { transport_->set_durable(version); });
+    const std::lock_guard lock(state_->mutex);
+    if (!state_->closing)
+        transport_->set_durable(version);
 }
 
 void CopyEngine::drop(int block) {

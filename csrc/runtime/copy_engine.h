@@ -28,18 +28,21 @@ class CopyEngine {
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
 
-    // Every function below but close(), stats(), trace() and events() throws the first failure of any transfer, again
-    // and again; std::out_of_range for a block that is not there; std::logic_error for a call that its state forbids.
+    // Every function below but set_durable(), stats(), trace(), events() and close() throws the first failure of any
+    // transfer, again and again; std::out_of_range for a block that is not there; std::logic_error for a call that its
+    // state forbids.
 
     // Starts an upload unless the block is present or on its way; false if no slot can be taken for it now.
     bool prefetch(int block);
     // The block's slot, which stays the block's until it has been released as often as acquired.
     int acquire(int block, Stream stream);
     void release(int block, Stream stream, bool dirty, int64_t version);
-    void set_durable(int64_t version); // journal lines before `version` are on disk
-    void drop(int block);              // forgets a copy that is present, so that the next acquire reads the source
-    std::vector<int> present();        // blocks whose upload is complete
-    void flush();                      // returns when every download that was queued has ended
+    // Journal lines before `version` are on disk. Never throws: the journal's thread has nothing to do with a failure
+    // or with an engine that was closed meanwhile.
+    void set_durable(int64_t version);
+    void drop(int block);       // forgets a copy that is present, so that the next acquire reads the source
+    std::vector<int> present(); // blocks whose upload is complete
+    void flush();               // returns when every download that was queued has ended
 
     EngineStats stats();
     void reset_stats();

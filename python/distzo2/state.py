@@ -59,7 +59,7 @@ class StateHooks:
         stored = False
         for _, unit, param in self._own(module):
             if self._loading.pop(param.index, None) is not None:
-                with self._runtime.writing(unit) as views:
+                with self._runtime.writing(unit, keep=True) as views:
                     views[param.name].copy_(param.tensor.data)
                 self._runtime.place_placeholder(param)
                 stored = True

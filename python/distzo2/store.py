@@ -79,13 +79,14 @@ class MemoryStore:
         """Nothing is in flight."""
 
     @contextmanager
-    def open(self, unit: Unit, write: bool):
-        """The unit's bytes in host memory; with `write`, what is in them at the end becomes the stored copy."""
+    def open(self, unit: Unit, write: bool, keep: bool = True):
+        """The unit's bytes in host memory; with `write`, what is in them at the end becomes the stored copy. Without
+        `keep` they need not hold the stored copy at first."""
         buffer = self._buffers[unit.index]
         if buffer.device.type == "cpu":
             yield buffer
         else:
-            host = buffer.cpu()
+            host = buffer.cpu() if keep else torch.empty_like(buffer, device="cpu")
             yield host
             if write:
                 buffer.copy_(host)
@@ -163,14 +164,15 @@ class StreamingStore:
         self.engine.flush()
 
     @contextmanager
-    def open(self, unit: Unit, write: bool):
-        """The unit's bytes in host memory; with `write`, what is in them at the end becomes the stored copy."""
+    def open(self, unit: Unit, write: bool, keep: bool = True):
+        """As `MemoryStore.open`."""
         self.engine.flush()
         if self._pool is not None:
             yield self._pool.tensor(unit.block)
         else:
             host = aligned_buffer(-(-unit.num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)[: unit.num_bytes]
-            _core_errors(self._file.read)(unit.block, host.data_ptr(), unit.num_bytes)
+            if keep:
+                _core_errors(self._file.read)(unit.block, host.data_ptr(), unit.num_bytes)
             yield host
             if write:
                 _core_errors(self._file.write)(unit.block, host.data_ptr(), unit.num_bytes)

@@ -61,11 +61,13 @@ class StreamingRuntime(UnitWeights):
     def _take_over(self) -> None:
         """Moves the model's weights to where they are to live, unit by unit, freeing as it goes."""
         for unit in self.units:
-            with self.writing(unit) as views:
-                for param in unit.params:
-                    if not param.tensor.is_meta:
+            present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
+            if present:
+                with self.writing(unit, keep=len(present) < len(unit.params)) as views:
+                    for param in present:
                         views[param.name].copy_(param.tensor.detach())
-                    self._placeholders.take_over(param)
+            for param in unit.params:
+                self._placeholders.take_over(param)
 
     # ---- passes -------------------------------------------------------------------------------------------------
 

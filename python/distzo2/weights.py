@@ -242,12 +242,17 @@ class UnitWeights:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
     @contextmanager
-    def writing(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
-        """The unit's parameters in host memory, by name, to be filled; they become the stored copy at the end."""
+    def writing(self, unit: Unit, keep: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """The unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
+
+        All of them must be filled; with `keep`, they hold their up-to-date values at first.
+        """
         self._check_idle("writing weights")
-        self._catch_up(unit)
+        if keep:
+            self._catch_up(unit)
+        unit.version = self.version
         self._scratch.forget()
-        with self._store(unit).open(unit, write=True) as buffer:
+        with self._store(unit).open(unit, write=True, keep=keep) as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
     def rebase(self) -> None:

@@ -358,6 +358,8 @@ TEST(close_makes_what_the_journal_allows) {
     CHECK(subject.stored(1, 0));
     CHECK_THROWS(subject.engine->acquire(0, nullptr), "closed");
     CHECK_THROWS(subject.engine->flush(), "closed");
+    subject.engine->set_durable(1); // late news
+    CHECK(subject.stored(1, 0));
     CHECK_EQ(subject.engine->stats().acquires, 2u);
 }
 

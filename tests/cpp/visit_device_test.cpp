@@ -71,7 +71,7 @@ TEST(simple_programs) {
                     visit.seed = 0xABCDEF0123456789;
                     for (int64_t offset : {int64_t{0}, int64_t{3}, int64_t{1021}, (int64_t{1} << 34) - 100})
                         for (int64_t numel : {1, 7, 8, 9, 300, 5000})
-                            visit.add_segment(dtype, numel, offset + numel, offset, numel % 2, numel % 5);
+                            visit.add_segment(dtype, numel, numel, offset, numel % 2, numel % 5);
                     visit.fill_random(12);
                     for (int u = 0; u < num_updates; ++u) {
                         visit.add_term(0, 4, 0, 0.5f);
