@@ -64,11 +64,11 @@ cpp-test: $(VENV)/.built ## the C++ tests
 	$(CTEST) build/core
 
 asan: $(VENV)/.installed ## the C++ tests under the address and undefined-behaviour sanitizers
-	$(call CMAKE_NEW,asan) -DDISTZO2_SANITIZE=address && cmake --build build/asan
+	$(call CMAKE_NEW,asan) -DDISTZO2_SANITIZE=address $(CMAKE_OPTIONS) && cmake --build build/asan
 	$(CTEST) build/asan
 
 tsan: $(VENV)/.installed ## the C++ tests under the thread sanitizer
-	$(call CMAKE_NEW,tsan) -DDISTZO2_SANITIZE=thread && cmake --build build/tsan
+	$(call CMAKE_NEW,tsan) -DDISTZO2_SANITIZE=thread $(CMAKE_OPTIONS) && cmake --build build/tsan
 	$(CTEST) build/tsan
 
 # A machine without a CUDA toolkit gets the compiler as Python packages, in a folder of its own.

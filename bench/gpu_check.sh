@@ -72,10 +72,11 @@ export python
 
 stage build 200 bash -c build || { echo "error: nothing else can run without the build"; exit 1; }
 stage cpp-tests 100 ctest --output-on-failure --no-tests=error --test-dir build/core
+checked=(tests/test_kernels.py::test_cuda_noise tests/test_kernels.py::test_cuda_{in_place,materialize}"["{0..11}"]")
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         stage "$tool" 90 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 --print-limit 20 \
-            "$python" -m pytest -q -p no:cacheprovider -k "test_kernels" tests/test_cuda.py
+            "$python" -m pytest -q -p no:cacheprovider "${checked[@]}"
     done
 else
     echo "=== memcheck: not run, compute-sanitizer not found"

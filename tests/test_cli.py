@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
-from distzo2 import preflight
+from distzo2 import checkpoint, preflight
 from distzo2.cli import build_parser, main
 from distzo2.errors import UsageError
 from distzo2.journal import read_journal
 from distzo2.metrics import read_metrics
 from distzo2.options import parse_finetune
+from distzo2.run_directory import RunDirectory
 
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
 
@@ -44,6 +45,12 @@ def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def finetune(files: SimpleNamespace, *options: str) -> int:
     return main(["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", *STEPS, *options])
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -169,6 +176,88 @@ def test_a_run_is_not_overwritten(files: SimpleNamespace, capsys) -> None:
     assert "a directory was expected" in one_line(capsys)
 
 
+def test_one_run_in_a_directory(files: SimpleNamespace, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from_pretrained = checkpoint.from_pretrained
+    seen = []
+
+    def while_the_first_loads(*args, **kwargs):  # it has no journal yet
+        monkeypatch.setattr(checkpoint, "from_pretrained", from_pretrained)
+        seen.append(finetune(files))
+        seen.append(one_line(capsys))
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "from_pretrained", while_the_first_loads)
+    assert finetune(files) == 0
+    assert seen[0] == 2 and "out: another distzo2 finetune is at work there" in seen[1]
+    assert len(read_journal("out/journal.jsonl").entries) == 4 and Path("out/checkpoint").is_dir()
+    assert not Path("out/run.lock").exists()
+
+    other = RunDirectory.resumed("out")
+    other.claim()
+    assert main(["finetune", "--resume", "--out=out", "--steps=5"]) == 2
+    assert "at work there" in one_line(capsys) and Path("out/run.lock").exists()
+    other.withdraw()  # not a run that it began
+    other.release()
+    assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "run.json", "metrics.jsonl", "checkpoint"}
+
+
+def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
+    first, second = RunDirectory.new("a/b"), RunDirectory.new("a/b")
+    second.withdraw()
+    assert not Path("a").exists()
+    first.claim()
+    Path("a/b/journal.jsonl").write_text("mine")
+    first.release()
+    with pytest.raises(UsageError, match="already holds a run"):
+        second.claim()
+    second.withdraw()
+    assert [path.name for path in Path("a/b").iterdir()] == ["journal.jsonl"]
+
+    Path("c").mkdir()
+    Path("c/run.lock").write_text("")  # of a process that was killed
+    third = RunDirectory.new("c")
+    third.claim()
+    third.withdraw()
+    assert not list(Path("c").iterdir())
+    fourth = RunDirectory.new("d/e")
+    fourth.claim()
+    fourth.withdraw()
+    assert not Path("d").exists()
+
+
+def test_a_journal_of_another_program_is_left_alone(files: SimpleNamespace, capsys, monkeypatch) -> None:
+    from_pretrained = checkpoint.from_pretrained
+
+    def meanwhile(*args, **kwargs):
+        Path("out/journal.jsonl").write_text("mine")
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "from_pretrained", meanwhile)
+    assert finetune(files) == 1
+    assert "exists" in one_line(capsys)
+    assert [path.name for path in Path("out").iterdir()] == ["journal.jsonl"]
+    assert Path("out/journal.jsonl").read_text() == "mine"
+
+
+def test_resuming_takes_the_room_that_the_run_had(files: SimpleNamespace, capsys, monkeypatch) -> None:
+    assert finetune(files, "--weights=disk", "--steps=1") == 0
+    size = sum(value.nbytes for value in weights("out/checkpoint").values())
+    leftover = Path("out/weights-killed.dzo2")
+    leftover.write_bytes(b"x" * size)
+
+    def disk_usage(path):  # room for the block file, not for a second checkpoint
+        return SimpleNamespace(free=0 if leftover.exists() else size * 3 // 2)
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", disk_usage)
+    assert main(["finetune", "--resume", "--out=out", "--steps=2"]) == 0
+    assert not leftover.exists() and len(read_journal("out/journal.jsonl").entries) == 2
+    shutil.rmtree("out/checkpoint")
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out=out", "--steps=3"]) == 1
+    assert "are free on its disk" in capsys.readouterr().err
+    assert len(read_journal("out/journal.jsonl").entries) == 2 and not Path("out/run.lock").exists()
+
+
 def test_a_loss_that_is_not_finite(files: SimpleNamespace, tmp_path: Path, capsys) -> None:
     model = shutil.copytree(files.model, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
@@ -235,6 +324,18 @@ def test_help_names_every_option(capsys) -> None:
         main([])
     assert error.value.code == 2
     one_line(capsys)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from distzo2.cli import main
+try:
+    main(["finetune", "--help"])
+finally:
+    assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True).returncode == 0
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -322,18 +423,12 @@ def test_a_run_goes_on(files: SimpleNamespace, capsys) -> None:
 
 def start(files: SimpleNamespace, out: str, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "distzo2", "finetune", f"--model={files.model}", f"--train={files.train}"]
-    paths = [
-        str(Path(__file__).parents[1]),
-        str(Path(__file__).parents[1] / "python"),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.Popen(
         [*command, f"--out={out}", *STEPS, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may be told to ignore it
     )
 

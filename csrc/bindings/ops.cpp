@@ -1,5 +1,5 @@
-// The torch ops distzo2::*: schemas, argument checks, and dispatch to the kernels. CPU ops run on torch's intra-op threads; CUDA ops
-// are enqueued on the current stream of the tensors' device.
+// The torch ops distzo2::*: schemas, argument checks, and dispatch to the kernels. CPU ops run on torch's intra-op
+// threads; CUDA ops are enqueued on the current stream of the tensors' device.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -56,8 +56,8 @@ void check_noise(int64_t numel, int64_t family, int64_t step, int64_t param, int
     TORCH_CHECK_VALUE(param >= 0 && param <= kMaxWord, "param must be in [0, 2^32), got ", param);
     TORCH_CHECK_VALUE(probe >= 0 && probe < kProbeLimit, "probe must be in [0, 2^20), got ", probe);
     TORCH_CHECK_VALUE(numel >= 0 && numel <= kMaxElements, "numel must be in [0, 2^38], got ", numel);
-    TORCH_CHECK_VALUE(offset >= 0 && offset <= kMaxElements - numel, "offset + numel must be in [0, 2^38], got ", offset,
-                      " + ", numel);
+    TORCH_CHECK_VALUE(offset >= 0 && offset <= kMaxElements - numel, "offset + numel must be in [0, 2^38], got ",
+                      offset, " + ", numel);
 }
 
 float finite_float(double value, const char* what) {
@@ -191,19 +191,19 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     visit.updates = table<Update>(updates, at::kLong, {visit.num_updates, 3}, "updates");
     visit.emits = table<Emit>(emits, at::kLong, {visit.num_emits, 2}, "emits");
     if (visit.num_updates > 0)
-        visit.update_groups = table<UpdateGroup>(update_groups, at::kFloat, {visit.num_updates, visit.num_groups, 4},
-                                                 "update_groups");
+        visit.update_groups =
+            table<UpdateGroup>(update_groups, at::kFloat, {visit.num_updates, visit.num_groups, 4}, "update_groups");
     if (visit.num_emits > 0)
-        visit.emit_scales =
-            table<float>(emit_scales, at::kFloat, {visit.num_emits, visit.num_groups}, "emit_scales");
-    TORCH_CHECK_VALUE(static_cast<int64_t>(outs.size()) == visit.num_emits, "there must be one out for each emit: ",
-                      visit.num_emits, " emits, ", outs.size(), " outs");
+        visit.emit_scales = table<float>(emit_scales, at::kFloat, {visit.num_emits, visit.num_groups}, "emit_scales");
+    TORCH_CHECK_VALUE(static_cast<int64_t>(outs.size()) == visit.num_emits,
+                      "there must be one out for each emit: ", visit.num_emits, " emits, ", outs.size(), " outs");
     std::vector<uint8_t*> pointers;
     pointers.reserve(outs.size());
     for (const Tensor& out : outs) {
         const std::string what = "outs[" + std::to_string(pointers.size()) + "]";
         pointers.push_back(buffer(out, weights, what));
-        TORCH_CHECK_VALUE(visit.num_bytes == 0 || pointers.back() != visit.weights, what, " must not be weights itself");
+        TORCH_CHECK_VALUE(visit.num_bytes == 0 || pointers.back() != visit.weights, what,
+                          " must not be weights itself");
     }
     visit.outs = pointers.data();
     if (weights.is_cpu())
@@ -216,8 +216,9 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
 } // namespace distzo2
 
 TORCH_LIBRARY(distzo2, library) {
-    library.def("normal(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, Device device)"
-                " -> Tensor");
+    library.def(
+        "normal(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, Device device)"
+        " -> Tensor");
     library.def("rademacher(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, "
                 "Device device) -> Tensor");
     library.def("perturb_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
@@ -226,8 +227,9 @@ TORCH_LIBRARY(distzo2, library) {
                 " -> ()");
     library.def("update_(Tensor(a!) w, float lr, float coef, float weight_decay, int seed, int step, int param, "
                 "int probe, int offset, int family) -> ()");
-    library.def("materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
-                "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
+    library.def(
+        "materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
+        "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
 }
 
 // Ops without a tensor among their arguments are dispatched by no device: one implementation serves all of them.

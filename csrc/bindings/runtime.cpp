@@ -273,6 +273,8 @@ void register_engine(py::module_& module) {
             "up to `version`.")
         .def("set_durable", &CopyEngine::set_durable, py::arg("version"), Unlocked(),
              "Journal lines before `version` are on disk.")
+        .def("fail", &CopyEngine::fail, py::arg("reason"), Unlocked(),
+             "What waits, or is called from now on, raises RuntimeError(reason).")
         .def("drop", &CopyEngine::drop, py::arg("block"), Unlocked(), "Forget a present copy of the block.")
         .def("present", &CopyEngine::present, Unlocked(), "Blocks whose upload is complete.")
         .def("flush", &CopyEngine::flush, Unlocked(), "Wait until every queued download has ended.")

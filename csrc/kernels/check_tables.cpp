@@ -72,7 +72,8 @@ void check(const Materialize& visit) {
     for (int64_t e = 0; e < visit.num_emits; ++e) {
         check_span("emit", e, visit.emits[e].first_term, visit.emits[e].num_terms, visit.num_terms);
         const uint8_t* out = visit.outs[e];
-        DZO_CHECK(out == visit.weights || out >= visit.weights + visit.num_bytes || out + visit.num_bytes <= visit.weights,
+        DZO_CHECK(out == visit.weights || out >= visit.weights + visit.num_bytes ||
+                      out + visit.num_bytes <= visit.weights,
                   "out ", e, " overlaps the weights");
         DZO_CHECK(reinterpret_cast<uintptr_t>(out) % 4 == reinterpret_cast<uintptr_t>(visit.weights) % 4, "out ", e,
                   " is not aligned as the weights are");

@@ -1,4 +1,5 @@
-// The CPU entries of kernels.h: picks the instruction set, sets the floating-point environment, and deals ranges of elements to threads.
+// The CPU entries of kernels.h: picks the instruction set, sets the floating-point environment, and deals ranges of
+// elements to threads.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -22,7 +23,8 @@ namespace {
 
 constexpr int64_t kGrain = 16384; // elements: some 15 microseconds of normals on one core
 
-// Rounding to nearest, subnormals kept, exceptions masked: torch.set_flush_denormal and the like must not change the bits.
+// Rounding to nearest, subnormals kept, exceptions masked: torch.set_flush_denormal and the like must not change the
+// bits.
 class StandardFloats {
   public:
 #if defined(__x86_64__)

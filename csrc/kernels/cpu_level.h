@@ -1,5 +1,6 @@
-// What each instruction set's translation unit offers to cpu_dispatch.cpp. Ranges of a visit count the elements of all segments, one
-// after another; ranges of a request count its own. The caller has checked the tables and set the floating-point environment.
+// What each instruction set's translation unit offers to cpu_dispatch.cpp. Ranges of a visit count the elements of all
+// segments, one after another; ranges of a request count its own. The caller has checked the tables and set the
+// floating-point environment.
 #pragma once
 
 #include "kernels/types.h"

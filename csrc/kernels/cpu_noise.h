@@ -1,5 +1,5 @@
-// Noise of a tile on the CPU: the streams of normal.h, rademacher.h and rounding.h in the lanes of V, in memory order. Included by one
-// translation unit for each instruction set; internal linkage throughout.
+// Noise of a tile on the CPU: the streams of normal.h, rademacher.h and rounding.h in the lanes of V, in memory order.
+// Included by one translation unit for each instruction set; internal linkage throughout.
 #pragma once
 
 #include "kernels/types.h"
@@ -9,22 +9,22 @@
 namespace distzo2 {
 namespace {
 
-// Elements that one pass works on: its buffers stay in the first-level cache. Tiles begin at multiples of this in the parameter, so
-// that no tile crosses a carry into the counter's high bits.
+// Elements that one pass works on: its buffers stay in the first-level cache. Tiles begin at multiples of this in the
+// parameter, so that no tile crosses a carry into the counter's high bits.
 constexpr int kTile = 1024;
 
-// normal.h in three passes over a chunk that stays in the first-level cache: words, radii, angles. Each pass has several independent
-// chains of operations side by side, since a processor's scheduler looks only some 64 operations ahead: faster by a quarter, on Zen 3,
-// than words to normals in one pass.
+// normal.h in three passes over a tile: words, radii, angles. Each pass has several independent chains of operations
+// side by side, since a processor's scheduler looks only some 64 operations ahead: faster by a third, on Zen 3, than
+// from words to normals in one pass.
 template <class V>
-struct NormalChunk {
-    static constexpr int kElements = 256;
+struct NormalTile {
     static constexpr int kBlock = 4 * V::kWidth; // elements of one block of Philox words
     using F = typename V::F;
     using U = typename V::U;
 
-    alignas(64) uint32_t radius_words[kElements / 2]; // words 0 and 2 of the groups, a vector of each in turn; then the radii
-    alignas(64) uint32_t angle_words[kElements / 2];  // words 1 and 3
+    alignas(64) uint32_t
+        radius_words[kTile / 2]; // words 0 and 2 of the groups, a vector of each in turn; then the radii
+    alignas(64) uint32_t angle_words[kTile / 2]; // words 1 and 3
 
     DZO_HD void fill_words(typename V::Philox& philox, int count) {
         for (int i = 0; i < count / 2; i += kBlock / 2) {
@@ -61,7 +61,7 @@ struct NormalChunk {
         }
     }
 
-    // consume(i, z) for the vectors of the chunk in memory order.
+    // consume(i, z) for the vectors of the tile in memory order.
     template <class Consume>
     DZO_HD void turn(int count, Consume consume) {
         for (int i = 0; i < count / 2; i += kBlock / 2) {
@@ -94,18 +94,15 @@ struct NormalChunk {
     }
 };
 
-// Calls consume(i, z) for the vectors of elements first + i, i = 0, kWidth, ... below count. first and count are multiples of 128,
-// and the range lies within one tile.
+// Calls consume(i, z) for the vectors of elements first + i, i = 0, kWidth, ... below count. first and count are
+// multiples of 128, and the range lies within one tile.
 template <class V, class Consume>
 DZO_HD void for_normals(typename V::Philox& philox, const Stream& stream, int64_t first, int count, Consume consume) {
-    NormalChunk<V> chunk;
+    NormalTile<V> tile;
     philox.seek(stream, static_cast<uint64_t>(first) / kNormalsPerGroup);
-    for (int base = 0; base < count; base += chunk.kElements) {
-        const int num = count - base < chunk.kElements ? count - base : chunk.kElements;
-        chunk.fill_words(philox, num);
-        chunk.make_radii(num);
-        chunk.turn(num, [&](int i, typename V::F z) __attribute__((always_inline)) { consume(base + i, z); });
-    }
+    tile.fill_words(philox, count);
+    tile.make_radii(count);
+    tile.turn(count, consume);
 }
 
 template <class V, class Consume>
@@ -122,15 +119,6 @@ DZO_HD void for_signs(typename V::Philox& philox, const Stream& stream, int64_t 
     for (int i = 0; i < count; i += 32)
         for (int bit = 0; bit < 32; bit += V::kWidth)
             consume(i + bit, V::signs(words[i / 32], bit));
-}
-
-template <class V, class Consume>
-DZO_HD void for_noise(typename V::Philox& philox, Purpose family, const Stream& stream, int64_t first, int count,
-                      Consume consume) {
-    if (family == Purpose::kNormal)
-        for_normals<V>(philox, stream, first, count, consume);
-    else
-        for_signs<V>(philox, stream, first, count, consume);
 }
 
 // The 16 rounding bits of elements first .. first + count - 1; may write up to a block beyond.

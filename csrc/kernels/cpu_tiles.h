@@ -1,6 +1,6 @@
-// A visit on the CPU, tile by tile: decode, apply the missed updates, write back, write the perturbed copies. Included by one
-// translation unit for each instruction set, with V the lanes of its simd_*.h; internal linkage throughout. The arithmetic is that of
-// types.h; padding lanes of partial tiles compute on copies and are thrown away.
+// A visit on the CPU, tile by tile: decode, apply the missed updates, write back, write the perturbed copies. Included
+// by one translation unit for each instruction set, with V the lanes of its simd_*.h; internal linkage throughout. The
+// arithmetic is that of types.h; padding lanes of partial tiles compute on copies and are thrown away.
 #pragma once
 
 #include "kernels/cpu_level.h"
@@ -52,8 +52,9 @@ DZO_HD bool same_noise(const Term& a, const Term& b) {
     return a.family == b.family && a.step == b.step && a.probe == b.probe;
 }
 
-// The visit of one tile: elements lo .. hi - 1 of a parameter, which lie within one multiple of kTile. The work is done on the range
-// widened to multiples of 128 (kAlign); where that is wider than the tile, memory is read and written through staged copies.
+// The visit of one tile: elements lo .. hi - 1 of a parameter, which lie within one multiple of kTile. The work is done
+// on the range widened to multiples of 128 (kAlign); where that is wider than the tile, memory is read and written
+// through staged copies.
 template <class V, DType D>
 class Tile {
   public:
@@ -71,16 +72,16 @@ class Tile {
         skip_ = static_cast<int>(lo - first_);
         num_ = static_cast<int>(hi - lo);
         place_ = segment_.byte_offset + (lo - segment_.element_offset) * static_cast<int64_t>(sizeof(Raw));
-        Raw* weights = reinterpret_cast<Raw*>(visit_.weights + place_);
-        decode(weights);
+        weights_ = reinterpret_cast<Raw*>(visit_.weights + place_);
+        decoded_ = written_ = false;
         bool changed = false;
         for (int64_t u = 0; u < visit_.num_updates; ++u)
             changed |= update(visit_.updates[u], visit_.update_groups[u * visit_.num_groups + segment_.group]);
-        if (changed && visit_.write_back) {
-            Raw* target = staged() ? staging_[0] : weights;
+        if (changed && visit_.write_back && !written_) {
+            Raw* target = staged() ? staging_[0] : weights_;
             for (int i = 0; i < count_; i += V::kWidth)
                 Store::store_exact(target + i, V::load(values_ + i));
-            unstage(weights, 0);
+            unstage(weights_, 0);
         }
         for (int64_t e = 0; e < visit_.num_emits;) {
             if (e + 1 < visit_.num_emits && shares_noise(e)) {
@@ -101,7 +102,11 @@ class Tile {
             __builtin_memcpy(target, staging_[n] + skip_, static_cast<size_t>(num_) * sizeof(Raw));
     }
 
-    void decode(const Raw* weights) {
+    void decode() {
+        if (decoded_)
+            return;
+        decoded_ = true;
+        const Raw* weights = weights_;
         if (staged()) {
             __builtin_memset(staging_[0], 0, static_cast<size_t>(count_) * sizeof(Raw));
             __builtin_memcpy(staging_[0] + skip_, weights, static_cast<size_t>(num_) * sizeof(Raw));
@@ -145,13 +150,26 @@ class Tile {
         const F step = V::set(-group.lr), decay = V::set(group.weight_decay);
         if (num_left == 1) {
             const F k = V::set(coefs[only] * group.update_scale);
-            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
-                const F w = V::load(values_ + i);
+            const auto updated = [&](int i, F w, F z) __attribute__((always_inline)) {
                 const F a = V::fma(k, z, decays ? V::mul(decay, w) : V::set(0.0f));
-                V::store(values_ + i, Store::round_update(V::fma(step, a, w), rounding_ + i));
+                return Store::round_update(V::fma(step, a, w), rounding_ + i);
+            };
+            if (visit_.num_updates == 1 && visit_.write_back && !staged()) { // one pass: read, update, write back
+                noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
+                    const F w = updated(i, Store::load(weights_ + i), z);
+                    Store::store_exact(weights_ + i, w);
+                    V::store(values_ + i, w);
+                });
+                decoded_ = written_ = true;
+                return true;
+            }
+            decode();
+            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
+                V::store(values_ + i, updated(i, V::load(values_ + i), z));
             });
             return true;
         }
+        decode();
         for (int i = 0; i < count_; i += V::kWidth)
             V::store(sums_[0] + i, decays ? V::mul(decay, V::load(values_ + i)) : V::set(0.0f));
         for (int64_t j = 0; j < update.num_terms; ++j) {
@@ -216,13 +234,20 @@ class Tile {
                 k[n] = V::set(emit_coef(e + n, only));
                 out[n] = outs[n];
             }
-            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
-                const F w = V::load(values_ + i);
+            const auto store = [&](int i, F w, F z) __attribute__((always_inline)) {
                 for (int n = 0; n < N; ++n)
                     Store::store_nearest(out[n] + i, V::fma(k[n], z, w));
-            });
+            };
+            if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
+                noise(terms[only],
+                      [&](int i, F z) __attribute__((always_inline)) { store(i, Store::load(weights_ + i), z); });
+                return;
+            }
+            decode();
+            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) { store(i, V::load(values_ + i), z); });
             return;
         }
+        decode();
         for (int n = 0; n < N; ++n)
             for (int i = 0; i < count_; i += V::kWidth)
                 V::store(sums_[n] + i, V::load(values_ + i));
@@ -244,11 +269,14 @@ class Tile {
     const Materialize& visit_;
     typename V::Philox& philox_;
     const Segment& segment_;
-    int64_t first_ = 0; // first element of the widened range
-    int64_t place_ = 0; // byte of element lo in every buffer
-    int count_ = 0;     // elements of the widened range
-    int skip_ = 0;      // lo - first_
-    int num_ = 0;       // hi - lo
+    Raw* weights_ = nullptr;           // element lo
+    bool decoded_ = false;             // values_ holds the weights
+    bool written_ = false;             // the updated weights are stored
+    int64_t first_ = 0;                // first element of the widened range
+    int64_t place_ = 0;                // byte of element lo in every buffer
+    int count_ = 0;                    // elements of the widened range
+    int skip_ = 0;                     // lo - first_
+    int num_ = 0;                      // hi - lo
     alignas(64) float values_[kTile];  // the weights as they are now
     alignas(64) float noise_[kTile];   // z of one term
     alignas(64) float sums_[2][kTile]; // accumulators
@@ -299,9 +327,8 @@ template <class V, DType D>
 void run_noise(const Generate& request, int64_t begin, int64_t end) {
     using Raw = typename Storage<V, D>::Raw;
     typename V::Philox philox(request.seed);
-    const Stream stream =
-        make_stream(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
-                    static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
+    const Stream stream = make_stream(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
+                                      static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
     Raw* out = static_cast<Raw*>(request.out);
     alignas(64) Raw staging[kTile];
     for_tiles(request.offset + begin, request.offset + end, [&](int64_t lo, int64_t hi) {
@@ -309,9 +336,8 @@ void run_noise(const Generate& request, int64_t begin, int64_t end) {
         const int count = static_cast<int>((hi - first + kSignsPerGroup - 1) / kSignsPerGroup * kSignsPerGroup);
         const bool staged = hi - lo != count;
         Raw* target = staged ? staging : out + (lo - request.offset);
-        auto consume = [&](int i, typename V::F z) __attribute__((always_inline)) {
-            Storage<V, D>::store_nearest(target + i, z);
-        };
+        auto consume = [&](int i, typename V::F z)
+                           __attribute__((always_inline)) { Storage<V, D>::store_nearest(target + i, z); };
         if (request.family == static_cast<int64_t>(Purpose::kNormal))
             for_normals<V>(philox, stream, first, count, consume);
         else

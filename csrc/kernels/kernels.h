@@ -1,9 +1,10 @@
-// The kernels' C++ API: noise, and the visit to packed weights (`Materialize`, types.h), on the CPU and on CUDA. perturb, restore and
-// update in place are visits of one segment. All entries check their tables (std::runtime_error), do nothing for an empty problem,
-// allocate nothing on the CPU, and give the same bits on every path.
+// The kernels' C++ API: noise, and the visit to packed weights (`Materialize`, types.h), on the CPU and on CUDA.
+// perturb, restore and update in place are visits of one segment. All entries check their tables (std::runtime_error),
+// do nothing for an empty problem, allocate nothing on the CPU, and give the same bits on every path.
 //
-// CPU entries run on the calling thread and the threads of the ParallelFor, and return when done. CUDA entries enqueue on `stream`
-// of `device` and return; every buffer is device memory, every table is host memory and may be freed on return.
+// CPU entries run on the calling thread and the threads of the ParallelFor, and return when done. CUDA entries enqueue
+// on `stream` of `device` and return; every buffer is device memory, every table is host memory and may be freed on
+// return.
 #pragma once
 
 #include <string>
@@ -21,13 +22,15 @@ bool simd_available(SimdLevel level); // compiled, and supported by this process
 SimdLevel simd_level();               // the level in use
 void set_simd_level(SimdLevel level); // for tests and benchmarks; throws if it is not available
 
-// Runs body(context, begin, end) over disjoint ranges that cover [begin, end), each but the last at least `grain` long, and returns
-// when all are done. Default: std::thread for as many as the machine has, when there is work for more than one.
+// Runs body(context, begin, end) over disjoint ranges that cover [begin, end), each but the last at least `grain` long,
+// and returns when all are done. Default: std::thread for as many as the machine has, when there is work for more than
+// one.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 void set_parallel_for(ParallelFor parallel_for); // nullptr restores the default
 
-// Throws if a row of the tables is out of range, a segment is not in its buffer or not aligned to its dtype, or two segments overlap.
+// Throws if a row of the tables is out of range, a segment is not in its buffer or not aligned to its dtype, or two
+// segments overlap.
 void check(const Materialize& visit);
 void check(const Generate& request);
 

@@ -1,6 +1,6 @@
-// The CUDA entries of kernels.h. One launch a visit, whatever its number of segments: its tables travel in the kernel's parameters when
-// they fit, else in a workspace that is allocated, filled, read and freed in the order of the caller's stream. Nothing here waits for the
-// device, and all work is on the caller's stream.
+// The CUDA entries of kernels.h. One launch a visit, whatever its number of segments: its tables travel in the kernel's
+// parameters when they fit, else in a workspace that is allocated, filled, read and freed in the order of the caller's
+// stream. Nothing here waits for the device, and all work is on the caller's stream.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -38,12 +38,14 @@ __global__ void __launch_bounds__(kThreads)
     generate_thread<D>(request, keys, blockIdx.x, threadIdx.x);
 }
 
-// A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could outlive us.
+// A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could
+// outlive us.
 struct Piece {
     alignas(16) uint8_t bytes[kInlineBytes];
 };
 
-__global__ void __launch_bounds__(kThreads) store_piece_kernel(uint8_t* to, const __grid_constant__ Piece piece, uint32_t num) {
+__global__ void __launch_bounds__(kThreads)
+    store_piece_kernel(uint8_t* to, const __grid_constant__ Piece piece, uint32_t num) {
     for (uint32_t i = threadIdx.x * 16; i < num; i += kThreads * 16)
         *reinterpret_cast<Sixteen*>(to + i) = *reinterpret_cast<const Sixteen*>(piece.bytes + i);
 }
@@ -116,8 +118,8 @@ void launch(const VisitTables& tables, DeviceState& state, cudaStream_t stream) 
                                                        static_cast<uint32_t>(num));
         DZO_CUDA_CHECK_LAUNCH();
     }
-    visit_kernel<Program><<<num_tiles, kThreads, 0, stream>>>(
-        WorkspaceTables{tables.header, static_cast<const uint8_t*>(workspace)});
+    visit_kernel<Program>
+        <<<num_tiles, kThreads, 0, stream>>>(WorkspaceTables{tables.header, static_cast<const uint8_t*>(workspace)});
     DZO_CUDA_CHECK_LAUNCH();
     DZO_CUDA_CHECK(cudaFreeAsync(workspace, stream));
 }

@@ -1,5 +1,6 @@
-// Eight float32 lanes of AVX2 + FMA + F16C: what cpu_tiles.h is built from. Included by the AVX2 translation unit alone; everything
-// has internal linkage, so that no function compiled for this instruction set can be picked by the linker for another file.
+// Eight float32 lanes of AVX2 + FMA + F16C: what cpu_tiles.h is built from. Included by the AVX2 translation unit
+// alone; everything has internal linkage, so that no function compiled for this instruction set can be picked by the
+// linker for another file.
 #pragma once
 
 #include <immintrin.h>
@@ -34,8 +35,8 @@ struct Lanes {
     DZO_LANES U xor_bits(U a, U b) { return _mm256_xor_si256(a, b); }
     DZO_LANES F from_i32(U x) { return _mm256_cvtepi32_ps(x); }
 
-    // u of normal.h: fma(float(w), 2^-32, 2^-33). In units of 2^-32: (2^39 + hi * 2^16) - (2^39 + 2^23) is exact, and adding 2^23 + lo
-    // rounds once, to nearest even, as the conversion of the unsigned word does.
+    // u of normal.h: fma(float(w), 2^-32, 2^-33). In units of 2^-32: (2^39 + hi * 2^16) - (2^39 + 2^23) is exact, and
+    // adding 2^23 + lo rounds once, to nearest even, as the conversion of the unsigned word does.
     DZO_LANES F unit_interval(U w) {
         const F lo = from_bits(_mm256_blend_epi16(w, set_bits(0x3B000000), 0xAA));
         const F hi = from_bits(_mm256_blend_epi16(_mm256_srli_epi32(w, 16), set_bits(0x43000000), 0xAA));
@@ -92,8 +93,8 @@ struct Lanes {
         return _mm256_blendv_ps(value, from_bits(set_bits(kNanFp32)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     }
 
-    // Lane l of a Philox block holds group kOrder[l] of eight; with this order, four vectors transposed within their 128-bit
-    // halves come out in memory order.
+    // Lane l of a Philox block holds group kOrder[l] of eight; with this order, four vectors transposed within their
+    // 128-bit halves come out in memory order.
     DZO_LANES void to_memory_order(U w[4]) {
         const U t0 = _mm256_unpacklo_epi32(w[0], w[1]);
         const U t1 = _mm256_unpackhi_epi32(w[0], w[1]);
@@ -105,11 +106,11 @@ struct Lanes {
         w[3] = _mm256_unpackhi_epi64(t1, t3);
     }
 
-    // Eight consecutive groups of a stream at a time, in 64-bit lanes whose low half is a Philox word: the high half of a product
-    // needs no masking, since the next multiplication reads low halves only. Write A_r = M0 c0, B_r = M1 c2 for the products of
-    // round r. The next round's words are hi(B_r) ^ lo(B_{r-1}) ^ k0_r, and lo(B_r) is used a round later, when k0_{r+1} joins
-    // it; so one xor of B_r with (k0_r << 32 | k0_{r+1}) in even rounds serves two rounds. c1, c2 and c3 are the same for all
-    // groups, so the first two rounds are mostly scalars.
+    // Eight consecutive groups of a stream at a time, in 64-bit lanes whose low half is a Philox word: the high half of
+    // a product needs no masking, since the next multiplication reads low halves only. Write A_r = M0 c0, B_r = M1 c2
+    // for the products of round r. The next round's words are hi(B_r) ^ lo(B_{r-1}) ^ k0_r, and lo(B_r) is used a round
+    // later, when k0_{r+1} joins it; so one xor of B_r with (k0_r << 32 | k0_{r+1}) in even rounds serves two rounds.
+    // c1, c2 and c3 are the same for all groups, so the first two rounds are mostly scalars.
     struct Philox {
         U even_a[5], even_b[5]; // of rounds 4, 6, 8: (k_r << 32 | k_{r+1}); even_b[1] is round 2's
         U first_a, second_b, third_a;
@@ -151,14 +152,11 @@ struct Lanes {
         }
 
         DZO_LANES U high(U x) { return _mm256_srli_epi64(x, 32); }
-        DZO_LANES U low_words(U x, U y) {
-            return bits(_mm256_shuffle_ps(from_bits(x), from_bits(y), 0x88));
-        }
-        DZO_LANES U high_words(U x, U y) {
-            return bits(_mm256_shuffle_ps(from_bits(x), from_bits(y), 0xDD));
-        }
+        DZO_LANES U low_words(U x, U y) { return bits(_mm256_shuffle_ps(from_bits(x), from_bits(y), 0x88)); }
+        DZO_LANES U high_words(U x, U y) { return bits(_mm256_shuffle_ps(from_bits(x), from_bits(y), 0xDD)); }
 
-        // Lanes hold groups 0 2 4 6 1 3 5 7. The two halves are interleaved step by step: the scheduler sees about 64 operations.
+        // Lanes hold groups 0 2 4 6 1 3 5 7. The two halves are interleaved step by step: the scheduler sees about 64
+        // operations.
         inline __attribute__((always_inline)) void next(U w[4]) {
             U a[2], b[2], c0[2], c2[2], a_before[2], b_before[2];
             for (int h = 0; h < 2; ++h)

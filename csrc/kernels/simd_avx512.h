@@ -1,8 +1,10 @@
-// Sixteen float32 lanes of AVX-512 (F, BW, VL, DQ): what cpu_tiles.h is built from. Included by the AVX-512 translation unit alone;
-// internal linkage throughout, as in simd_avx2.h, whose scheme of Philox rounds this follows with one three-way xor for each word.
+// Sixteen float32 lanes of AVX-512 (F, BW, VL, DQ): what cpu_tiles.h is built from. Included by the AVX-512 translation
+// unit alone; internal linkage throughout, as in simd_avx2.h, whose scheme of Philox rounds this follows with one
+// three-way xor for each word.
 #pragma once
 
-// GCC 12's AVX-512 intrinsics pass values that are undefined on purpose, and it warns of them at each use (GCC bug 105593).
+// GCC 12's AVX-512 intrinsics pass values that are undefined on purpose, and it warns of them at each use (GCC bug
+// 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -97,7 +99,8 @@ struct Lanes {
         w[3] = _mm512_unpackhi_epi64(t1, t3);
     }
 
-    // Sixteen consecutive groups of a stream at a time, in 64-bit lanes whose low half is a Philox word; see simd_avx2.h.
+    // Sixteen consecutive groups of a stream at a time, in 64-bit lanes whose low half is a Philox word; see
+    // simd_avx2.h.
     struct Philox {
         U key0[10], key1[10]; // round keys in both halves of a lane
         U m0, m1, stride;
@@ -122,8 +125,8 @@ struct Lanes {
             stride = _mm512_set1_epi64(static_cast<long long>(16ull * kPhiloxM0));
         }
 
-        // The next block begins at `group`, which is a multiple of 16. c1, c2 and c3 are the same for all groups, so the first
-        // two rounds are mostly scalars.
+        // The next block begins at `group`, which is a multiple of 16. c1, c2 and c3 are the same for all groups, so
+        // the first two rounds are mostly scalars.
         inline __attribute__((always_inline)) void seek(const Stream& stream, uint64_t group) {
             const uint64_t b0 = static_cast<uint64_t>(kPhiloxM1) * stream.step;
             const uint64_t a1 =

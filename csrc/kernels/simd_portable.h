@@ -1,5 +1,6 @@
-// Eight float32 lanes in plain C++, for any processor; the compiler turns the loops into what vectors it has. The scalar functions of
-// csrc/noise do the rounding. Included by the portable translation unit alone; internal linkage throughout.
+// Eight float32 lanes in plain C++, for any processor; the compiler turns the loops into what vectors it has. The
+// scalar functions of csrc/noise do the rounding. Included by the portable translation unit alone; internal linkage
+// throughout.
 #pragma once
 
 #include "noise/rademacher.h"
@@ -60,12 +61,8 @@ struct Lanes {
     }
     DZO_LANES void store_bf16_exact(uint16_t* p, F x) { store_bf16_nearest(p, x); }
     DZO_LANES void store_fp16_exact(uint16_t* p, F x) { store_fp16_nearest(p, x); }
-    DZO_LANES F stochastic_bf16(F x, U r) {
-        DZO_FOR_LANES(F, bf16_to_float(float_to_bf16_stochastic(x.v[i], r.v[i])));
-    }
-    DZO_LANES F stochastic_fp16(F x, U r) {
-        DZO_FOR_LANES(F, fp16_to_float(float_to_fp16_stochastic(x.v[i], r.v[i])));
-    }
+    DZO_LANES F stochastic_bf16(F x, U r) { DZO_FOR_LANES(F, bf16_to_float(float_to_bf16_stochastic(x.v[i], r.v[i]))); }
+    DZO_LANES F stochastic_fp16(F x, U r) { DZO_FOR_LANES(F, fp16_to_float(float_to_fp16_stochastic(x.v[i], r.v[i]))); }
 
     // w[j] holds word j of eight groups; out in memory order, group after group.
     DZO_LANES void to_memory_order(U w[4]) {

@@ -1,5 +1,5 @@
-// The tables that describe a visit to packed weights. Plain rows with the layout of the torch op's CPU tensors, so that the bindings
-// pass pointers and copy nothing. No torch, no CUDA.
+// The tables that describe a visit to packed weights. Plain rows with the layout of the torch op's CPU tensors, so that
+// the bindings pass pointers and copy nothing. No torch, no CUDA.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFp32 ? 4 : 
 // Groups of normals are numbered with 36 bits, so a parameter has at most 2^38 elements.
 constexpr int64_t kMaxElements = int64_t{1} << 38;
 
-// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset. rows and cols
-// are the whole parameter's, for families of noise that need its shape.
+// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset.
+// rows and cols are the whole parameter's, for families of noise that need its shape.
 struct Segment {
     int64_t byte_offset;
     int64_t numel;
@@ -54,12 +54,14 @@ struct Emit {
     int64_t num_terms;
 };
 
-// A visit. With z the noise of a term at an element, and everything in float32 (each constant and product rounded to it):
+// A visit. With z the noise of a term at an element, and everything in float32 (each constant and product rounded to
+// it):
 //   for each update in order, g being the segment's group:
 //       k_j = coefs[j] * update_scale[g]; terms with k_j == 0 are left out
 //       identity, bits untouched, if lr[g] == 0, or weight_decay[g] == 0 and no term is left
 //       a = weight_decay == 0 ? +0 : weight_decay * w;  a = fma(k_j, z_j, a) for each term in order
-//       w = round(fma(-lr, a, w)), stochastic for bf16 and fp16 with the bits of (seed, update's step, param, element), rne for fp32
+//       w = round(fma(-lr, a, w)), stochastic for bf16 and fp16 with the bits of (seed, update's step, param, element),
+//       rne for fp32
 //   for each emit: a = w; a = fma(coefs[j] * emit_scale[g], z_j, a) for each term whose product is not 0; out = rne(a)
 //   if write_back, and an update was not the identity: the weight is stored.
 // Every NaN that rounding stores is the canonical one (noise/rounding.h).

@@ -1,5 +1,6 @@
-// What one thread of the CUDA kernels does: an octet of elements through all updates and emits of a visit. Written as host and device
-// functions over the per-element headers of csrc/noise, so that tests on a machine without a GPU run it too. No torch.
+// What one thread of the CUDA kernels does: an octet of elements through all updates and emits of a visit. Written as
+// host and device functions over the per-element headers of csrc/noise, so that tests on a machine without a GPU run it
+// too. No torch.
 #pragma once
 
 #include "kernels/visit_tables.h"
@@ -133,15 +134,15 @@ struct OctetStorage<DType::kFp32> {
     DZO_HD static Raw nearest(float x[kOctet]) {
         if (any_nan(x))
             DZO_UNROLL
-            for (int i = 0; i < kOctet; ++i)
-                x[i] = canonical_fp32(x[i]);
+        for (int i = 0; i < kOctet; ++i)
+            x[i] = canonical_fp32(x[i]);
         return exact(x);
     }
     DZO_HD static void update(float x[kOctet], const PhiloxWords&) {
         if (any_nan(x))
             DZO_UNROLL
-            for (int i = 0; i < kOctet; ++i)
-                x[i] = canonical_fp32(x[i]);
+        for (int i = 0; i < kOctet; ++i)
+            x[i] = canonical_fp32(x[i]);
     }
 };
 
@@ -248,12 +249,13 @@ struct OctetStorage<DType::kFp16> {
     }
 };
 
-// Elements first to last - 1 of an octet are the segment's. One that is whole and at a multiple of 16 bytes, which the buffers of a
-// visit have in common, is moved in pieces of 16 bytes.
+// Elements first to last - 1 of an octet are the segment's. One that is whole and at a multiple of 16 bytes, which the
+// buffers of a visit have in common, is moved in pieces of 16 bytes.
 template <DType D>
 struct OctetPlace {
     using Store = OctetStorage<D>;
-    int64_t at; // of the octet's element 0, in bytes from the start of each buffer; before the segment's start for a partial octet
+    int64_t at; // of the octet's element 0, in bytes from the start of each buffer; before the segment's start for a
+                // partial octet
     int first, last;
     bool whole;
 
@@ -282,7 +284,8 @@ struct OctetPlace {
     }
 };
 
-// One update of an octet's values w; true unless it is the identity. z is scratch, and `held` the number of the noise in it.
+// One update of an octet's values w; true unless it is the identity. z is scratch, and `held` the number of the noise
+// in it.
 template <DType D>
 DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, uint32_t u, uint32_t param,
                          uint32_t group, int64_t octet, float w[kOctet], float z[kOctet], uint32_t& held) {
@@ -369,8 +372,8 @@ struct AnyProgram {
     };
 };
 
-// The common programs, with their scalars in registers: kUpdates (0 or 1) updates of one term of normals, then kEmits (0, 1 or 2) emits
-// of one term of normals, both of the same z.
+// The common programs, with their scalars in registers: kUpdates (0 or 1) updates of one term of normals, then kEmits
+// (0, 1 or 2) emits of one term of normals, both of the same z.
 template <int kUpdates, int kEmits>
 struct SimpleProgram {
     template <DType D>
@@ -451,10 +454,11 @@ struct SimpleProgram {
     };
 };
 
-// The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first octet, in 32 bits.
+// The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first
+// octet, in 32 bits.
 template <DType D, class Run>
-DZO_HD void run_octets(const DeviceSegment& segment, bool aligned, const Run& run, uint32_t tile, uint32_t octets_per_thread,
-                       uint32_t thread) {
+DZO_HD void run_octets(const DeviceSegment& segment, bool aligned, const Run& run, uint32_t tile,
+                       uint32_t octets_per_thread, uint32_t thread) {
     constexpr int kBytes = OctetStorage<D>::kBytes;
     const int64_t first = segment.begin / kOctet;
     const uint32_t num = static_cast<uint32_t>((segment.end + kOctet - 1) / kOctet - first);
@@ -483,8 +487,8 @@ template <class Program, DType D>
 DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, const DeviceSegment& segment,
                         uint32_t tile, uint32_t thread) {
     const typename Program::template Run<D> run{header, tables, segment};
-    run_octets<D>(segment, header.aligned != 0 && is_aligned<D>(header.weights, segment), run, tile - segment.first_tile,
-                  header.octets_per_thread, thread);
+    run_octets<D>(segment, header.aligned != 0 && is_aligned<D>(header.weights, segment), run,
+                  tile - segment.first_tile, header.octets_per_thread, thread);
 }
 
 // All that one thread does.

@@ -1,5 +1,5 @@
-// A visit's tables as the CUDA kernels read them: one block of bytes, small enough for the kernel's parameters or else in a device
-// workspace. Built on the host for each launch; plain data, so that it is also what the tests on a CPU run.
+// A visit's tables as the CUDA kernels read them: one block of bytes, small enough for the kernel's parameters or else
+// in a device workspace. Built on the host for each launch; plain data, so that it is also what the tests on a CPU run.
 #pragma once
 
 #include <cstring>
@@ -39,8 +39,8 @@ struct DeviceEmit {
     uint32_t first_term, num_terms;
 };
 
-// Where each table begins, in bytes of the block, and the scalars of the launch. The round keys are here, so that they are operands from
-// constant memory.
+// Where each table begins, in bytes of the block, and the scalars of the launch. The round keys are here, so that they
+// are operands from constant memory.
 struct VisitHeader {
     uint8_t* weights;
     PhiloxKeys keys;
@@ -65,9 +65,9 @@ struct VisitTables {
 };
 
 inline int64_t num_octets(const Segment& segment) {
-    return segment.numel == 0 ? 0
-                              : (segment.element_offset + segment.numel + kOctet - 1) / kOctet -
-                                    segment.element_offset / kOctet;
+    return segment.numel == 0
+               ? 0
+               : (segment.element_offset + segment.numel + kOctet - 1) / kOctet - segment.element_offset / kOctet;
 }
 
 template <class Row>
@@ -83,8 +83,8 @@ inline bool same_tensor(const Term& a, const Term& b) {
     return a.family == b.family && a.step == b.step && a.probe == b.probe;
 }
 
-// num_sms sets how many octets a thread takes: enough tiles to fill the device a few times over, few enough to spread a thread's
-// setup over its octets.
+// num_sms sets how many octets a thread takes: enough tiles to fill the device a few times over, few enough to spread a
+// thread's setup over its octets.
 inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tables) {
     VisitHeader& header = tables.header;
     std::vector<uint8_t>& bytes = tables.bytes;
@@ -93,7 +93,9 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     for (int64_t s = 0; s < visit.num_segments; ++s)
         octets += num_octets(visit.segments[s]);
     const int64_t fill = octets / (int64_t{kThreads} * num_sms * 16);
-    header.octets_per_thread = static_cast<uint32_t>(fill < 1 ? 1 : fill > kMaxOctetsPerThread ? kMaxOctetsPerThread : fill);
+    header.octets_per_thread = static_cast<uint32_t>(fill < 1                     ? 1
+                                                     : fill > kMaxOctetsPerThread ? kMaxOctetsPerThread
+                                                                                  : fill);
     header.weights = visit.weights;
     header.keys = philox_keys(visit.seed);
     header.num_updates = static_cast<uint32_t>(visit.num_updates);
@@ -111,13 +113,9 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
         const Segment& segment = visit.segments[s];
         if (segment.numel == 0)
             continue;
-        segments.push_back({segment.byte_offset,
-                                segment.element_offset,
-                                segment.element_offset + segment.numel,
-                                static_cast<uint32_t>(segment.param),
-                                static_cast<uint32_t>(segment.group),
-                                tiles,
-                                static_cast<uint32_t>(segment.dtype)});
+        segments.push_back({segment.byte_offset, segment.element_offset, segment.element_offset + segment.numel,
+                            static_cast<uint32_t>(segment.param), static_cast<uint32_t>(segment.group), tiles,
+                            static_cast<uint32_t>(segment.dtype)});
         const int64_t tile = int64_t{kThreads} * header.octets_per_thread;
         tiles += static_cast<uint32_t>((num_octets(segment) + tile - 1) / tile);
     }
@@ -137,13 +135,15 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     header.terms_at = append_rows(bytes, terms.data(), visit.num_terms);
     std::vector<DeviceUpdate> updates;
     for (int64_t u = 0; u < visit.num_updates; ++u)
-        updates.push_back({static_cast<uint32_t>(visit.updates[u].step), static_cast<uint32_t>(visit.updates[u].first_term),
+        updates.push_back({static_cast<uint32_t>(visit.updates[u].step),
+                           static_cast<uint32_t>(visit.updates[u].first_term),
                            static_cast<uint32_t>(visit.updates[u].num_terms)});
     header.updates_at = append_rows(bytes, updates.data(), visit.num_updates);
     header.groups_at = append_rows(bytes, visit.update_groups, visit.num_updates * visit.num_groups);
     std::vector<DeviceEmit> emits;
     for (int64_t e = 0; e < visit.num_emits; ++e)
-        emits.push_back({static_cast<uint32_t>(visit.emits[e].first_term), static_cast<uint32_t>(visit.emits[e].num_terms)});
+        emits.push_back(
+            {static_cast<uint32_t>(visit.emits[e].first_term), static_cast<uint32_t>(visit.emits[e].num_terms)});
     header.emits_at = append_rows(bytes, emits.data(), visit.num_emits);
     header.scales_at = append_rows(bytes, visit.emit_scales, visit.num_emits * visit.num_groups);
     header.outs_at = append_rows(bytes, visit.outs, visit.num_emits);

@@ -1,5 +1,5 @@
-// perturb and update in place, said as visits of one segment: what the CPU and the CUDA entries share. Not copyable, since the visit
-// points into the object.
+// perturb and update in place, said as visits of one segment: what the CPU and the CUDA entries share. Not copyable,
+// since the visit points into the object.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -8,8 +8,7 @@ namespace distzo2 {
 
 struct OneSegmentVisit {
     explicit OneSegmentVisit(const InPlace& place, float coef)
-        : segment{0,           place.numel, static_cast<int64_t>(place.dtype), place.param, place.offset, 0, 1,
-                  place.numel},
+        : segment{0, place.numel, static_cast<int64_t>(place.dtype), place.param, place.offset, 0, 1, place.numel},
           term{place.family, place.step, place.probe, 0}, coef(coef) {
         visit.weights = static_cast<uint8_t*>(place.weights);
         visit.num_bytes = place.numel * dtype_bytes(place.dtype);

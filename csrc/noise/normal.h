@@ -1,13 +1,14 @@
-// Normals from Philox words: Box-Muller with ln, sin and cos written out, so that every backend gives the same bits. All arithmetic
-// is IEEE float32, round to nearest even, each fma explicit, nothing else contracted, subnormals kept. The exact order of operations
-// is the contract; the NumPy reference, the Triton kernels and the SIMD loops repeat it line by line:
+// Normals from Philox words: Box-Muller with ln, sin and cos written out, so that every backend gives the same bits.
+// All arithmetic is IEEE float32, round to nearest even, each fma explicit, nothing else contracted, subnormals kept.
+// The exact order of operations is the contract; the NumPy reference, the Triton kernels and the SIMD loops repeat it
+// line by line:
 //
-//   radius(w):  u = fma(float(w), 0x1p-32, 0x1p-33)            float(w) is the RNE conversion of the unsigned word; u in (0, 1]
-//               b = bits(u);  e = (b - 0x3F3504F3) & 0xFF800000 u = m * 2^k with m in [sqrt(1/2), sqrt(2)), e = k * 2^23 (int32)
-//               f = 1 - float(bits = b - e)                     exact (Sterbenz)
-//               Q = fma(...fma(fma(Q6, f, Q5), f, Q4)..., f, Q0)   Horner; -2 ln(1 - f) = f * Q(f)
-//               L = fma(float(int32(e)), kLogScale, f * Q)      = -2 ln u >= +0, relative accuracy kept as u -> 1
-//               r = sqrt(L)                                     IEEE
+//   radius(w):  u = fma(float(w), 0x1p-32, 0x1p-33)            float(w) is the RNE conversion of the unsigned word; u
+//   in (0, 1]
+//               b = bits(u);  e = (b - 0x3F3504F3) & 0xFF800000 u = m * 2^k with m in [sqrt(1/2), sqrt(2)), e = k *
+//               2^23 (int32) f = 1 - float(bits = b - e)                     exact (Sterbenz) Q = fma(...fma(fma(Q6, f,
+//               Q5), f, Q4)..., f, Q0)   Horner; -2 ln(1 - f) = f * Q(f) L = fma(float(int32(e)), kLogScale, f * Q) =
+//               -2 ln u >= +0, relative accuracy kept as u -> 1 r = sqrt(L)                                     IEEE
 //   angle(w):   phi = 2 pi w / 2^32 = pi/2 y + (0 or pi), where y = float(int32(w << 1)) * 0x1p-31 is in [-1, 1]
 //               r = bits(r) ^ ((w + 0x40000000) & 0x80000000)   the half turn, as a change of the radius' sign
 //               t = y * y
@@ -15,8 +16,8 @@
 //               c = fma(fma(fma(fma(C4, t, C3), t, C2), t, C1), t, 1)                 = cos(pi/2 y)
 //   group:      z0 = radius(w0) * cos(w1), z1 = radius(w0) * sin(w1); z2, z3 likewise from w2, w3.
 //
-// fit_polynomials.py derives the coefficients. Within 2e-6 of float64 Box-Muller on the same u and w1 for every pair of words
-// (tests/cpp/normal_test.cpp bounds it over all of them).
+// fit_polynomials.py derives the coefficients. Within 2e-6 of float64 Box-Muller on the same u and w1 for every pair of
+// words (tests/cpp/normal_test.cpp bounds it over all of them).
 #pragma once
 
 #include <cmath>
@@ -70,8 +71,9 @@ DZO_HD float bits_float(uint32_t b) {
 #endif
 }
 
-// IEEE square root of +0 or of x in [2^-100, 2^100]; -2 ln u never leaves {+0} and [2^-23, 46]. On the device it is the sequence that
-// nvcc emits for sqrt.rn.f32 on this range, without the test for the range and the branch behind it; max() keeps 0 * rsqrt(0) away.
+// IEEE square root of +0 or of x in [2^-100, 2^100]; -2 ln u never leaves {+0} and [2^-23, 46]. On the device it is the
+// sequence that nvcc emits for sqrt.rn.f32 on this range, without the test for the range and the branch behind it;
+// max() keeps 0 * rsqrt(0) away.
 DZO_HD float sqrt_rn(float x) {
 #if defined(__CUDA_ARCH__)
     float inverse;
@@ -125,7 +127,7 @@ struct Normals4 {
 };
 
 // The four normals of a group: elements 4 q to 4 q + 3 of the parameter.
-DZO_HD Normals4 normal_group(const PhiloxWords &words) {
+DZO_HD Normals4 normal_group(const PhiloxWords& words) {
     const NormalPair first = normal_pair(words.w[0], words.w[1]);
     const NormalPair second = normal_pair(words.w[2], words.w[3]);
     return Normals4{{first.a, first.b, second.a, second.b}};

@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11) and the counter layout of this
-// project. Noise is a function: the words depend on (seed, purpose, parameter, step, probe, group) and on nothing else. Host and
-// device, no torch.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11) and the counter
+// layout of this project. Noise is a function: the words depend on (seed, purpose, parameter, step, probe, group) and
+// on nothing else. Host and device, no torch.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 
 namespace distzo2 {
 
-// One byte of the counter. Families 0 and 1 are what terms may name; 4-15 are kept for low-rank factors, masks and layer choice.
+// One byte of the counter. Families 0 and 1 are what terms may name; 4-15 are kept for low-rank factors, masks and
+// layer choice.
 enum class Purpose : uint32_t { kNormal = 0, kRademacher = 1, kRounding = 2, kDataOrder = 3 };
 
 // Elements that one Philox call serves.

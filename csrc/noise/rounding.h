@@ -1,11 +1,11 @@
-// Conversions between float32 and the stored types, bit for bit the same on every platform: nearest even by integer arithmetic, and
-// stochastic rounding on the magnitude. The 16 bits R of an element are half (e mod 8) of rounding group e div 8, word 0's low half
-// first, at probe 0 and the update's step.
+// Conversions between float32 and the stored types, bit for bit the same on every platform: nearest even by integer
+// arithmetic, and stochastic rounding on the magnitude. The 16 bits R of an element are half (e mod 8) of rounding
+// group e div 8, word 0's low half first, at probe 0 and the update's step.
 //
-// Stochastic: y = |x| / spacing at |x| (for fp16 below 2^-14 the spacing is 2^-24), k = floor(frac(y) * 2^16), up if and only if
-// k + R >= 2^16. A carry past the largest finite gives infinity, and so does |x| >= 65536 in fp16. Every NaN that is stored is the
-// canonical one: 0x7FC0, 0x7E00, and 0x7FC00000 in float32 (hardware differs in the NaN that an fma returns).
-// Host and device, no torch.
+// Stochastic: y = |x| / spacing at |x| (for fp16 below 2^-14 the spacing is 2^-24), k = floor(frac(y) * 2^16), up if
+// and only if k + R >= 2^16. A carry past the largest finite gives infinity, and so does |x| >= 65536 in fp16. Every
+// NaN that is stored is the canonical one: 0x7FC0, 0x7E00, and 0x7FC00000 in float32 (hardware differs in the NaN that
+// an fma returns). Host and device, no torch.
 #pragma once
 
 #include "normal.h"
@@ -17,7 +17,7 @@ constexpr uint16_t kNanBf16 = 0x7FC0u;
 constexpr uint16_t kNanFp16 = 0x7E00u;
 
 // R of an element; lane = element mod 8.
-DZO_HD uint32_t rounding_bits(const PhiloxWords &words, uint32_t lane) {
+DZO_HD uint32_t rounding_bits(const PhiloxWords& words, uint32_t lane) {
     return (words.w[lane >> 1] >> ((lane & 1) * 16)) & 0xFFFFu;
 }
 

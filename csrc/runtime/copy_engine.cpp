@@ -261,6 +261,11 @@ void CopyEngine::set_durable(int64_t version) {
         transport_->set_durable(version);
 }
 
+void CopyEngine::fail(const std::string& reason) {
+    const std::lock_guard lock(state_->mutex);
+    state_->fail(reason);
+}
+
 void CopyEngine::drop(int block) {
     Call call(*this);
     call.run([&] {

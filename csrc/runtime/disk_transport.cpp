@@ -272,7 +272,7 @@ void DiskTransport::reader_done(int slot, Stream stream) {
 }
 
 void DiskTransport::set_durable(int64_t version) {
-    durable_ = std::max(durable_, version);
+    durable_ = version;
     work_.notify_all();
     state_.changed.notify_all();
 }

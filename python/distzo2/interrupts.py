@@ -38,7 +38,7 @@ class DeferredInterrupt:
         if self._depth == 0 and self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
-            if self._pending and error[0] is None:
+            if self._pending:
                 self._pending = False
                 signal.raise_signal(signal.SIGINT)
 

@@ -200,6 +200,10 @@ class Journal:
         :meth:`sync`."""
         self._writer.add_callback(callback)
 
+    def on_failure(self, callback: Callable[[BaseException], None]) -> None:
+        """Calls ``callback(error)`` once from the journal's thread if entries can no longer be written."""
+        self._writer.failure_callbacks += (callback,)
+
     def sync(self) -> None:
         """Waits until every entry appended so far is durable and the callbacks have been told.
 
@@ -240,6 +244,7 @@ class _Writer:
         self._taken = num_entries  # entries that the thread has taken from the queue, or found in the file
         self._told = num_entries
         self._callbacks: tuple[Callable[[int], None], ...] = ()
+        self.failure_callbacks: tuple[Callable[[BaseException], None], ...] = ()
         self._error: BaseException | None = None
         self._closing = False
         self._closed = False
@@ -325,6 +330,8 @@ class _Writer:
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
+                for callback in self.failure_callbacks:
+                    callback(error)
                 return
             with self._changed:
                 self._told = self.durable

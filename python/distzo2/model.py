@@ -145,25 +145,37 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
     """Within it, parameters are real tensors in host memory with every update made so far, and may be changed in place.
 
     Afterwards the changed weights are the model's, and the updates of before belong to the past: a journal that is
-    being written cannot go on. With weights on disk the whole model is in memory meanwhile.
+    being written cannot go on. If the body raises, the weights are as they were. No forward may run within it. With
+    weights on disk the whole model is in memory meanwhile.
+
+    Raises:
+        DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
     """
     runtime = runtime_of(model)
     runtime.flush()
-    contents: dict[int, torch.Tensor] = {}
-    for unit in runtime.units:
-        with runtime.reading(unit) as views:
-            for param in unit.params:
-                contents[param.index] = views[param.name].clone()
-                param.tensor.data = contents[param.index]
     try:
-        yield model
-    finally:
+        for unit in runtime.units:
+            with runtime.reading(unit) as views:
+                for param in unit.params:
+                    param.tensor.data = views[param.name].clone()
+        with runtime.editing():
+            yield model
+        edited = {param.index: param.tensor.data for param in runtime.params}
+        for param in runtime.params:
+            now = edited[param.index]
+            if (now.shape, now.dtype, now.device.type) != (param.shape, param.dtype, "cpu"):
+                raise DistZO2Error(
+                    f"parameter {param.name} is {now.dtype} {tuple(now.shape)} on {now.device} after the edit; "
+                    f"{param.dtype} {tuple(param.shape)} on cpu was expected"
+                )
         for unit in runtime.units:
             with runtime.writing(unit) as views:
                 for param in unit.params:
-                    views[param.name].copy_(param.tensor.data)
-                    runtime.place_placeholder(param)
+                    views[param.name].copy_(edited[param.index])
         runtime.rebase()
+    finally:
+        for param in runtime.params:
+            runtime.place_placeholder(param)
 
 
 @contextmanager

@@ -121,6 +121,7 @@ class ZOSGD(torch.optim.Optimizer):
         self.last: StepRecord | None = None
         self.step_count = 0  # steps made, skipped ones included: the number of the next step
         self.journal: Journal | None = None
+        self._closed = False
 
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         super().__init__(self._default_groups(weight_decay) if params is None else params, defaults)
@@ -143,9 +144,18 @@ class ZOSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; the updates made so far are applied first."""
+        if not hasattr(self, "_epoch"):  # from the constructor
+            super().add_param_group(param_group)
+            return
+        if self.journal is not None:
+            raise DistZO2Error(f"the groups of a run are in its journal {self.journal.path}: they cannot change")
         super().add_param_group(param_group)
-        if hasattr(self, "_epoch"):
+        try:
             self._bind()
+        except BaseException:
+            self.param_groups.pop()
+            self._bind()
+            raise
 
     def _bind(self) -> None:
         known = {id(p.tensor): p for p in self._runtime.params}
@@ -163,7 +173,10 @@ class ZOSGD(torch.optim.Optimizer):
                         f"parameter {param.name} in group {number} was frozen when the model was handed over"
                     )
                 group_of[param.index] = number
-        self._runtime.bind(group_of, len(self.param_groups), self.seed)
+        other = self._runtime.owner
+        if other is not None and other is not self and other.journal is not None:
+            raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
+        self._runtime.bind(self, group_of, len(self.param_groups), self.seed)
         self._epoch = self._runtime.epoch
 
     def _scalars(self, lr: float | None = None) -> tuple[GroupScalars, ...]:
@@ -190,6 +203,7 @@ class ZOSGD(torch.optim.Optimizer):
             self._runtime.set_durable(ALWAYS_DURABLE)
             return
         header = run_header(self)
+        version = self._runtime.version
         if resume:
             journal = Journal.open(path)
             try:
@@ -204,8 +218,10 @@ class ZOSGD(torch.optim.Optimizer):
             except FileExistsError as error:
                 raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
         self.journal = journal
-        self._runtime.set_durable(journal.durable)
-        journal.on_durable(self._runtime.set_durable)
+        runtime = self._runtime
+        runtime.set_durable(version + journal.durable)
+        journal.on_durable(lambda durable: runtime.set_durable(version + durable))
+        journal.on_failure(runtime.fail)
 
     def apply(self, updates: Sequence[Update]) -> None:
         """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run."""
@@ -243,6 +259,10 @@ class ZOSGD(torch.optim.Optimizer):
         closures = [closure] if callable(closure) else list(closure)
         if not closures or not all(callable(c) for c in closures):
             raise DistZO2Error("step expects a closure or a non-empty list of closures")
+        if self._closed:
+            raise DistZO2Error("this optimizer was closed, and its journal with it")
+        if self._runtime.owner is not self:
+            raise DistZO2Error("another optimizer was made for this model since: only the last one can step")
         if self._epoch != self._runtime.epoch:
             self._rebase()
         with self._interrupt:
@@ -258,9 +278,14 @@ class ZOSGD(torch.optim.Optimizer):
         record = StepRecord(step, loss, losses.tolist(), self._evaluations, [], lr=[g.lr for g in scalars])
 
         if np.isfinite(losses).all():
-            coefs = self.estimator.coefficients(values, self.num_probes, self.eps)
+            coefs = np.asarray(self.estimator.coefficients(values, self.num_probes, self.eps))
+            if coefs.shape != (self.num_probes,):
+                raise DistZO2Error(
+                    f"estimator {type(self.estimator).__name__} gave coefficients of shape {coefs.shape}; one for each "
+                    f"of {self.num_probes} probes was expected"
+                )
             with np.errstate(over="ignore"):
-                coefs = np.asarray(coefs, np.float64).astype(np.float32)
+                coefs = coefs.astype(np.float64).astype(np.float32)
             coefs, record.clipped = self._clip(coefs)
             if not np.isfinite(coefs).all():
                 record.skipped = "non-finite coefficient"
@@ -414,8 +439,9 @@ class ZOSGD(torch.optim.Optimizer):
         self._bind()
 
     def close(self) -> None:
-        """Ends the journal; what was appended is on disk afterwards."""
-        if self.journal is not None:
-            self.journal.close()
-            self.journal = None
+        """Ends the journal; what was appended is on disk afterwards. No step can follow."""
+        self._closed = True
+        journal, self.journal = self.journal, None
+        if journal is not None:
+            journal.close()
             self._runtime.set_durable(ALWAYS_DURABLE)

@@ -6,10 +6,13 @@ metrics.jsonl   a line a step and an evaluation (distzo2.metrics)
 checkpoint/     the fine-tuned model
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace
+run.lock        locked (flock) by the process that is at work here, and removed when it ends; one that a killed
+                process left behind is not locked, and hinders nobody
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -33,8 +36,11 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"
         self.trace = self.path / "trace.json"
+        self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}
-        self._made: list[Path] = []
+        self._resumed = False
+        self._descriptor: int | None = None  # of the lock, while it is held
+        self._made: list[Path] = []  # directories that this process made, innermost first
 
     @classmethod
     def new(cls, path: str | os.PathLike) -> RunDirectory:
@@ -44,11 +50,7 @@ class RunDirectory:
             UsageError: it holds a run, or is no directory.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise UsageError(f"{path}: a directory was expected")
-        for name in _OURS:
-            if os.path.lexists(run.path / name):
-                raise UsageError(f"{path}: already holds a run ({name}): --resume it, or give another --out")
+        run._look()
         return run
 
     @classmethod
@@ -59,27 +61,69 @@ class RunDirectory:
             UsageError: it holds none.
         """
         run = cls(path)
-        run.record = _read_record(run.path)
-        if not run.journal.is_file():
-            raise UsageError(f"{path}: nothing to resume: the run has no journal")
+        run._resumed = True
+        run._look()
         return run
 
-    def create(self) -> None:
-        """Makes the directory and what is above it."""
-        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+    def _look(self) -> None:
+        if self._resumed:
+            self.record = _read_record(self.path)
+            if not self.journal.is_file():
+                raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path}: a directory was expected")
+        for name in _OURS:
+            if os.path.lexists(self.path / name):
+                raise UsageError(f"{self.path}: already holds a run ({name}): --resume it, or give another --out")
+
+    def claim(self) -> None:
+        """Makes the directory and what is above it, and keeps every other process from working in it until `release`.
+
+        Raises:
+            UsageError: another process is at work there, or has been since this was made.
+            DistZO2Error: the directory cannot be made, or not be locked.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            while self._descriptor is None:
+                missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._made = missing or self._made
+                self._descriptor = _lock(self.lock)
+        except BlockingIOError:
+            raise UsageError(f"{self.path}: another distzo2 finetune is at work there") from None
         except OSError as error:
-            raise DistZO2Error(f"{self.path}: {error.strerror}") from error
-        self._made = missing
+            raise DistZO2Error(f"{error.filename or self.path}: {error.strerror}") from error
+        try:
+            self._look()  # what was there before the lock may have changed
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Lets others in again. Safe to call twice."""
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        self.lock.unlink(missing_ok=True)  # while it is locked, the name is this file's
+        os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Takes back what a new run put there before its first step."""
+        """Takes back what a new run put there before its first step, and releases the directory. Does nothing where it
+        was not claimed for a new run: what is there then is someone else's."""
+        if self._descriptor is None or self._resumed:
+            return
         for path in (self.metrics, self.journal, self.path / "run.json"):
             path.unlink(missing_ok=True)
+        self.release()
         for path in self._made:
             with suppress(OSError):
                 path.rmdir()
+
+    def remove_block_files(self) -> None:
+        """Removes the weights that a killed run streamed from here."""
+        for leftover in self.path.glob("weights-*.dzo2"):
+            leftover.unlink(missing_ok=True)
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all."""
@@ -114,10 +158,41 @@ class RunDirectory:
             if name not in ("resume", "config", "out") and before.get(name) != value
         ]
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint that this run wrote."""
+        return self.checkpoint.exists() and self.record.get("checkpoint_step") is not None
+
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint that this run wrote when it had fewer steps."""
-        if self.checkpoint.exists() and self.record.get("checkpoint_step") is not None:
+        if self.has_checkpoint:
             shutil.rmtree(self.checkpoint)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file, which is made where there is none; None if the file or its directory
+    was removed meanwhile, as a run does that ends.
+
+    Raises:
+        BlockingIOError: another process, or another descriptor of this one, holds it.
+        OSError: it cannot be made or locked.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        raise OSError(error.errno, f"cannot be locked: {error.strerror}", os.fspath(path)) from error
+    os.close(descriptor)
+    return None
 
 
 def _read_record(path: Path) -> dict[str, Any]:

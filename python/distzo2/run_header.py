@@ -23,7 +23,8 @@ logger = logging.getLogger("distzo2")
 def run_header(optimizer: ZOSGD) -> dict[str, Any]:
     """The journal header of `optimizer`'s run: index table, base checkpoint, versions, options, fingerprint."""
     runtime = optimizer._runtime
-    source = getattr(optimizer._model, "distzo2_source", None)
+    # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
+    source = None if runtime.replaced else getattr(optimizer._model, "distzo2_source", None)
     return make_header(
         seed=optimizer.seed,
         base=base_record(source),
@@ -101,9 +102,15 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
         "device": name,
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
-        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": _matmul_precision(),
     }
+
+
+def _matmul_precision() -> str:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; asking in the old way is an error once the new one was used
+        return str(matmul.fp32_precision)
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def _cpu_capability() -> str:

@@ -34,7 +34,15 @@ class StateHooks:
         object.__setattr__(runtime.model, "__deepcopy__", _refuse_copy)
 
     def _own(self, module: nn.Module) -> list[tuple[str, Any, ParamInfo]]:
-        return [(name, *self._of[id(p)]) for name, p in module._parameters.items() if p is not None]
+        own = []
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in self._of:
+                raise DistZO2Error(
+                    f"parameter {name} of a {type(module).__name__} was added or replaced after the hand-over"
+                )
+            if p is not None:
+                own.append((name, *self._of[id(p)]))
+        return own
 
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:
         """Post-hook of state_dict: real values in host memory instead of placeholders."""

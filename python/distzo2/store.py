@@ -28,7 +28,6 @@ from distzo2.units import Unit
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
-STAGING_BLOCKS = 3
 _M_ARENA_MAX = -8  # glibc's malloc.h
 
 P = ParamSpec("P")
@@ -121,7 +120,6 @@ class StreamingStore:
         self._device = device
         if device.type == "cpu" and directory is not None:
             _keep_one_arena()
-        self._staging: HostPool | None = None
         self._pool: HostPool | None = None
         self._file: BlockFile | None = None
         name = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
@@ -129,18 +127,17 @@ class StreamingStore:
             self._pool = HostPool(sizes, device=name)
         else:
             path = _new_block_file(Path(directory), sum(sizes))
-            self._file = BlockFile(str(path), sizes)
-            if device.type == "cuda":
-                self._staging = HostPool([self.slot_bytes] * STAGING_BLOCKS, device=name)
+            try:
+                self._file = BlockFile(str(path), sizes)
+            finally:
+                path.unlink()  # it belongs to this process alone: whatever ends the process, nothing is left behind
         if device.type == "cpu":
             self._slots = [aligned_buffer(self.slot_bytes) for _ in range(self.num_slots)]
         else:
             ring = torch.empty(self.slot_bytes * self.num_slots + SLOT_ALIGNMENT, dtype=torch.uint8, device=device)
             start = -ring.data_ptr() % SLOT_ALIGNMENT
             self._slots = list(ring[start : start + self.slot_bytes * self.num_slots].split(self.slot_bytes))
-        self.engine = CopyEngine(
-            name, self._pool or self._file, [s.data_ptr() for s in self._slots], self.slot_bytes, self._staging
-        )
+        self.engine = CopyEngine(name, self._pool or self._file, [s.data_ptr() for s in self._slots], self.slot_bytes)
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
@@ -153,11 +150,16 @@ class StreamingStore:
     def release(self, unit: Unit, dirty: bool) -> None:
         self.engine.release(unit.block, self._stream(), dirty, unit.version)
 
+    @_core_errors
     def prefetch(self, unit: Unit) -> bool:
         return self.engine.prefetch(unit.block)
 
     def set_durable(self, version: int) -> None:
         self.engine.set_durable(version)
+
+    def fail(self, reason: str) -> None:
+        """Stored copies can no longer be written: whatever waits for that ends with an error."""
+        self.engine.fail(reason)
 
     @_core_errors
     def flush(self) -> None:
@@ -166,7 +168,7 @@ class StreamingStore:
     @contextmanager
     def open(self, unit: Unit, write: bool, keep: bool = True):
         """As `MemoryStore.open`."""
-        self.engine.flush()
+        self.flush()
         if self._pool is not None:
             yield self._pool.tensor(unit.block)
         else:
@@ -177,7 +179,7 @@ class StreamingStore:
             if write:
                 _core_errors(self._file.write)(unit.block, host.data_ptr(), unit.num_bytes)
         if write:
-            self.engine.drop(unit.block)
+            _core_errors(self.engine.drop)(unit.block)
 
     def stats(self) -> dict[str, int | float]:
         source = self._pool or self._file
@@ -186,9 +188,9 @@ class StreamingStore:
     def close(self) -> None:
         self.engine.close()
         if self._file is not None:
-            self._file.close(unlink=True)
+            self._file.close()
         self._slots.clear()
-        self._pool = self._file = self._staging = None
+        self._pool = self._file = None
 
 
 def _keep_one_arena() -> None:

@@ -6,12 +6,14 @@ Parameters whose window is not open are placeholders.
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -27,6 +29,13 @@ from distzo2.weights import UnitWeights
 from distzo2.windows import Windows
 
 CLEAN = Emission()
+MAX_WATCHED = 256
+
+
+def _code_of(closure: Callable[[], Any]) -> Hashable:
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    return getattr(closure, "__code__", type(closure))
 
 
 class StreamingRuntime(UnitWeights):
@@ -54,7 +63,7 @@ class StreamingRuntime(UnitWeights):
         self._alone: list[Unit] = []  # open windows outside a pass
         self._alone_thread: int | None = None
         self._interrupt = DeferredInterrupt()
-        self._watch_uses = True  # until a pass has shown that parameters are used in their windows only
+        self._watched: set[Hashable] = set()  # closures' code that has been seen to use parameters in their windows
         self._take_over()
         self._windows = Windows(self)
 
@@ -103,7 +112,6 @@ class StreamingRuntime(UnitWeights):
                 self._begin(lanes, callers)
                 self._visit_units(lanes, interrupt)
                 self._check_sequence(lanes, expected)
-                self._watch_uses = False
                 self._close_windows(lanes)
             except BaseException:
                 self._lanes.unwind(lanes)
@@ -117,11 +125,19 @@ class StreamingRuntime(UnitWeights):
             return lanes[0].visited
 
     def _begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
-        if self._watch_uses and not self.has_compiled():
-            for lane in lanes:
-                lane.closure = use_guard(self, lane.closure)
+        self._watch_new_code(lanes)
         self._buffers.begin()
         self._lanes.begin(lanes, callers)
+
+    def _watch_new_code(self, lanes: Sequence[Lane]) -> None:
+        """The first lanes that run some code are watched for parameters used outside their windows."""
+        codes = {_code_of(lane.closure) for lane in lanes}
+        if codes <= self._watched or self.has_compiled():
+            return
+        for lane in lanes:
+            lane.closure = use_guard(self, lane.closure)
+        if len(self._watched) < MAX_WATCHED:
+            self._watched |= codes
 
     def _visit_units(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> None:
         for lane in lanes:
@@ -232,6 +248,8 @@ class StreamingRuntime(UnitWeights):
         thread = threading.get_ident()
         if self._in_pass:
             raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of the pass under way")
+        if self._alone:
+            self._drop_stale_windows()
         if not self._alone:
             self._check_idle("a forward")
             self._alone_thread = thread
@@ -243,6 +261,35 @@ class StreamingRuntime(UnitWeights):
             self._alone.append(unit)
             self._point(unit, CLEAN, self._alone)
 
+    def _check_idle(self, what: str) -> None:
+        self._drop_stale_windows()
+        super()._check_idle(what)
+
+    def _drop_stale_windows(self) -> None:
+        """Ctrl-C in a forward ends it without torch calling the hooks: its windows are closed here, at the next use."""
+        if not self._alone or threading.get_ident() != self._alone_thread or self.has_compiled():
+            return
+        running, frame = set(), sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "_call_impl":
+                running.add(id(frame.f_locals.get("self")))
+            frame = frame.f_back
+        if any(id(module) in running for unit in self._alone for module in unit.windows):
+            return
+        self._alone.clear()
+        self._close_windows(())
+        self._busy = False
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """While entered, no forward and no pass may run."""
+        self._check_idle("editing")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
     # ---- pointing parameters ----------------------------------------------------------------------------------------
 
     def _point(self, unit: Unit, emission: Emission, open_units: Sequence[Unit]) -> None:
@@ -251,6 +298,8 @@ class StreamingRuntime(UnitWeights):
         pinned = {self._pointed[u.index][1] for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self._views_under(unit, emission, self._emissions, pinned)
         for param, view in zip(unit.params, views, strict=True):
+            if param.tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
+                param.tensor.requires_grad_(False)
             param.tensor.data = view
         self._pointed[unit.index] = emission, address
 

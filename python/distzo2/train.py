@@ -68,22 +68,17 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
     if held_out:
         resolve_objective(objective_name, held_out)
     check_memory(size, device, options.weights)
-    _check_room(options, size)
+    if not options.resume:
+        _check_room(options, size, run)
 
     train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
     settings |= {k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval") if settings[k]}
-    if options.resume:
-        for change in run.check_same(settings, train_sha256):
-            log(f"resume: {change}")
-        with Journal.open(run.journal) as journal:  # damaged or open elsewhere: told before anything is loaded
-            if journal.torn:
-                log(journal.torn)
-        for leftover in run.path.glob("weights-*.dzo2"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
-    run.create()
+    run.claim()
     loop = None
     try:
+        if options.resume:
+            _take_over(options, log, run, size, settings, train_sha256)
         model = distzo2.from_pretrained(
             options.model,
             device=device,
@@ -103,16 +98,37 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
                 loop.close()
         finally:
             distzo2.runtime_of(model).close()
-    except BaseException:
-        if not options.resume and (loop is None or loop.num_steps == 0):
+    except BaseException as error:
+        not_ours = isinstance(error.__cause__, FileExistsError)  # a journal that another program made meanwhile
+        if not not_ours and (loop is None or loop.num_steps == 0):
             run.withdraw()
         raise
+    finally:
+        run.release()
 
 
-def _check_room(options: Namespace, size: ModelSize) -> None:
-    """The block file and the checkpoint must fit on their disks."""
+def _take_over(
+    options: Namespace,
+    log: Callable[[str], None],
+    run: RunDirectory,
+    size: ModelSize,
+    settings: dict[str, Any],
+    train_sha256: str,
+) -> None:
+    """What must hold before an earlier process's run goes on, told before anything is loaded."""
+    for change in run.check_same(settings, train_sha256):
+        log(f"resume: {change}")
+    with Journal.open(run.journal) as journal:
+        if journal.torn:
+            log(journal.torn)
+    run.remove_block_files()  # they take the room that this run's will
+    _check_room(options, size, run)
+
+
+def _check_room(options: Namespace, size: ModelSize, run: RunDirectory) -> None:
+    """The block file and the checkpoint must fit on their disks; a checkpoint that is there is replaced."""
     block_file = {"the file of streamed weights": size.total} if options.weights == "disk" else {}
-    checkpoint = {"the checkpoint": size.total} if options.save != "none" else {}
+    checkpoint = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
     if options.weights_dir and block_file:
         check_disk(options.weights_dir, block_file)
         block_file = {}

@@ -153,6 +153,11 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
     return result
 
 
+def _owns_inside(module: nn.Module) -> bool:
+    """Whether a module inside this one owns parameters."""
+    return any(p is not None for m in module.modules() if m is not module for p in m._parameters.values())
+
+
 def _contains(outer: nn.Module, inner: nn.Module) -> bool:
     return any(m is inner for m in outer.modules())
 
@@ -196,11 +201,14 @@ def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> list[tuple[str, 
 
 
 def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> list[tuple[ParamInfo, str]]:
-    """Consecutive modules that own parameters, in groups of about an eighth of the model; tied weights stay out."""
+    """Consecutive modules that own parameters, in groups of about an eighth of the model.
+
+    Tied weights stay out, and so do modules around others: their windows would hold slots that the inner ones need.
+    """
     names = {id(m): n or "(root)" for n, m in model.named_modules()}
     owned: dict[str, list[ParamInfo]] = {}
     for p in params:
-        if len(p.owners) == 1:
+        if len(p.owners) == 1 and not _owns_inside(p.owners[0]):
             owned.setdefault(names[id(p.owners[0])], []).append(p)
     total = sum(p.num_bytes for p in params)
     limit = max(total // GROUPS_WITHOUT_BLOCKS, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class UnitWeights:
         self._updates: list[Update] = []  # the last of them; the first one's number is version - len(_updates)
         self.epoch = 0  # how often the weights were replaced from outside
         self.seed = 0
+        self._owner: weakref.ref | None = None
         self._group_of: dict[int, int] = {}  # parameter index -> group; absent: read, never changed
         self._perturb_scales: tuple[float, ...] = ()
         self._tables: dict[int, SegmentTable | None] = {}
@@ -78,13 +80,27 @@ class UnitWeights:
 
     # ---- what the optimizer tells -----------------------------------------------------------------------------
 
-    def bind(self, group_of: dict[int, int], num_groups: int, seed: int) -> None:
-        """Sets which parameter belongs to which group, and the run's seed; updates made before are applied first."""
+    def bind(self, owner: object, group_of: dict[int, int], num_groups: int, seed: int) -> None:
+        """Sets which parameter belongs to which group, and the run's seed; updates made before are applied first.
+
+        `owner` is the optimizer that makes updates from now on.
+        """
         self.flush()
+        self._owner = weakref.ref(owner)
         self.seed, self._group_of = seed, dict(group_of)
         self._perturb_scales = (1.0,) * num_groups
         self._tables.clear()
         self._scratch.forget()
+
+    @property
+    def owner(self) -> object | None:
+        """Who called `bind` last; None if it is gone."""
+        return self._owner() if self._owner is not None else None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the weights are no longer those that the model was handed over with."""
+        return self.epoch > 0 or self.version > 0
 
     def set_perturb_scales(self, scales: Sequence[float]) -> None:
         """One factor on eps for each group, for the perturbations to come."""
@@ -113,6 +129,11 @@ class UnitWeights:
         """Write-ahead rule: journal lines before `version` are on disk, so stored copies up to it may be."""
         if self._ring is not None:
             self._ring.set_durable(version)
+
+    def fail(self, error: BaseException) -> None:
+        """The journal cannot be written, so stored copies may not be either: whatever waits for that ends."""
+        if self._ring is not None:
+            self._ring.fail(str(error))
 
     # ---- making a unit present ----------------------------------------------------------------------------------
 
@@ -175,7 +196,11 @@ class UnitWeights:
             mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
             wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
             outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
-            self._materialize(present, wanted, outs)
+            try:
+                self._materialize(present, wanted, outs)
+            except BaseException:
+                self._scratch.forget()
+                raise
             buffer = outs[0]
         views = self._views_of(unit, buffer)
         mixed = [views[i] if p.index in self._group_of else present.views[i] for i, p in enumerate(unit.params)]

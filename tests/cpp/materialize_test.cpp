@@ -1,5 +1,5 @@
-// A visit to packed weights: every instruction set against an element-by-element oracle, bit for bit, over dtypes, odd lengths and
-// offsets, splits, many terms, groups and special values; and that what must not be touched is not.
+// A visit to packed weights: every instruction set against an element-by-element oracle, bit for bit, over dtypes, odd
+// lengths and offsets, splits, many terms, groups and special values; and that what must not be touched is not.
 #include "testing.h"
 
 #include <thread>
@@ -165,7 +165,8 @@ TEST(threads_and_hooks_give_the_same_bits) {
     visit.add_term(0, 6, 0, 1e-3f);
     visit.add_emit(1, {1.0f});
     Visit serial = visit, uneven = visit;
-    set_parallel_for([](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) { body(context, begin, end); });
+    set_parallel_for(
+        [](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) { body(context, begin, end); });
     serial.run();
     set_parallel_for([](int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
         std::vector<std::thread> threads;

@@ -40,7 +40,8 @@ void angle(uint32_t w, double& sine, double& cosine) {
 
 } // namespace
 
-// |r' c' (1 + d) - r c| <= |r' - r| |c| + r |c' - c| + rounding of the product: the bound holds for every pair of words.
+// |r' c' (1 + d) - r c| <= |r' - r| |c| + r |c' - c| + rounding of the product: the bound holds for every pair of
+// words.
 TEST(accuracy_bound) {
     double radius_error = 0, relative_near_one = 0, largest = 0;
     sweep(509, [&](uint32_t w) {
@@ -68,8 +69,8 @@ TEST(accuracy_bound) {
 TEST(pairs_against_float64) {
     double worst = 0;
     uint32_t state = 1;
-    const uint32_t edges[] = {0, 1, 2, 0x3FFFFFFF, 0x40000000, 0x40000001, 0x7FFFFFFF, 0x80000000, 0xBFFFFFFF, 0xC0000000,
-                              0xFFFFFF7F, 0xFFFFFF80, 0xFFFFFFFE, 0xFFFFFFFF};
+    const uint32_t edges[] = {0,          1,          2,          0x3FFFFFFF, 0x40000000, 0x40000001, 0x7FFFFFFF,
+                              0x80000000, 0xBFFFFFFF, 0xC0000000, 0xFFFFFF7F, 0xFFFFFF80, 0xFFFFFFFE, 0xFFFFFFFF};
     const auto check_pair = [&](uint32_t w0, uint32_t w1) {
         const NormalPair pair = normal_pair(w0, w1);
         const double r = exact_radius(w0), phi = 2 * kPi * w1 / 0x1p32;

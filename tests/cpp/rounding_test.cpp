@@ -1,4 +1,5 @@
-// Conversions to bf16 and fp16 against definitions in float64: every 16-bit value's neighbourhood, nearest and stochastic.
+// Conversions to bf16 and fp16 against definitions in float64: every 16-bit value's neighbourhood, nearest and
+// stochastic.
 #include "testing.h"
 
 #include <cmath>
@@ -30,8 +31,8 @@ const Format kFormats[] = {
 double decode_exactly(const Format& format, uint16_t h) {
     const int exponent = (h & 0x7FFF) >> format.fraction_bits, fraction = h & ((1 << format.fraction_bits) - 1);
     const double scale = format.smallest_normal * std::ldexp(1.0, -format.fraction_bits);
-    const double magnitude = exponent == 0 ? fraction * scale
-                                           : std::ldexp((1 << format.fraction_bits) + fraction, exponent - 1) * scale;
+    const double magnitude =
+        exponent == 0 ? fraction * scale : std::ldexp((1 << format.fraction_bits) + fraction, exponent - 1) * scale;
     return (h & 0x8000) ? -magnitude : magnitude;
 }
 
@@ -87,7 +88,8 @@ TEST(decode_every_value) {
             } else if (magnitude == format.infinity) {
                 CHECK(std::isinf(value) && std::signbit(value) == (h >= 0x8000), format.name, ' ', h);
             } else {
-                CHECK(value == decode_exactly(format, bits) && std::signbit(value) == (h >= 0x8000), format.name, ' ', h);
+                CHECK(value == decode_exactly(format, bits) && std::signbit(value) == (h >= 0x8000), format.name, ' ',
+                      h);
                 CHECK(format.nearest(value) == bits, format.name, ' ', h);
                 for (uint32_t r : kRandom)
                     CHECK(format.stochastic(value, r) == bits, format.name, ' ', h, ' ', r);

@@ -1,5 +1,5 @@
-// What the CUDA kernels do, thread by thread, on the CPU: tables, tiles, whole and partial octets, and every program, against the CPU
-// kernels bit for bit. The instructions of a GPU are left to the tests that need one.
+// What the CUDA kernels do, thread by thread, on the CPU: tables, tiles, whole and partial octets, and every program,
+// against the CPU kernels bit for bit. The instructions of a GPU are left to the tests that need one.
 #include "testing.h"
 
 #include <cstdint>

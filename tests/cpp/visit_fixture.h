@@ -1,5 +1,5 @@
-// A visit that owns its tables and buffers, the element-by-element oracle of types.h, and random programs: shared by the tests of the CPU
-// kernels and of what the CUDA kernels do.
+// A visit that owns its tables and buffers, the element-by-element oracle of types.h, and random programs: shared by
+// the tests of the CPU kernels and of what the CUDA kernels do.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +53,8 @@ struct Visit {
         outs.emplace_back(weights.size(), uint8_t{0xA5});
     }
     // Appends a segment of `numel` elements after `gap` bytes of padding.
-    void add_segment(DType dtype, int64_t numel, int64_t param, int64_t element_offset, int64_t group, int64_t gap = 0) {
+    void add_segment(DType dtype, int64_t numel, int64_t param, int64_t element_offset, int64_t group,
+                     int64_t gap = 0) {
         const int64_t bytes = dtype_bytes(dtype);
         const int64_t place = (static_cast<int64_t>(weights.size()) + gap + bytes - 1) / bytes * bytes;
         segments.push_back({place, numel, static_cast<int64_t>(dtype), param, element_offset, group, 1, numel});
@@ -196,8 +197,8 @@ inline Visit random_visit(Random& random) {
     for (int64_t s = random.below(5); s >= 0; --s) {
         const DType dtype = kDTypes[random.below(3)];
         const int64_t numel = random.below(1500), param = random.below(1ll << 32);
-        visit.add_segment(dtype, numel, param, random.below(1ll << (3 + random.below(30))), random.below(visit.num_groups),
-                          random.below(9));
+        visit.add_segment(dtype, numel, param, random.below(1ll << (3 + random.below(30))),
+                          random.below(visit.num_groups), random.below(9));
     }
     visit.fill_random(random.next());
     const auto coef = [&] { return random.below(4) == 0 ? 0.0f : random.uniform(-2, 2); };

@@ -1,0 +1,234 @@
+"""What a user may do between, around and in the middle of steps without losing or mixing anything."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from test_equivalence import same_bits
+from test_lanes import IDS, Blocks, offloaded
+from torch import nn
+from zoo import BY_NAME
+
+import distzo2
+from distzo2 import journal as journal_module
+from distzo2.journal import read_journal
+from distzo2.replay import replay
+
+
+def test_requires_grad_after_the_hand_over_does_not_reach_autocasts_cache():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        opt.step(lambda: model(IDS))
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_an_edit_that_fails_or_runs_the_model_changes_nothing(weights, tmp_path):
+    model = distzo2.offload(Blocks(), weights=weights, directory=tmp_path)
+    before = model.state_dict()
+    with pytest.raises(distzo2.DistZO2Error, match="middle of a pass"), distzo2.edit(model):
+        model(IDS)
+    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight is torch\.float64"), distzo2.edit(model):
+        model.head.weight.data = model.head.weight.data.double()
+    with pytest.raises(KeyError), distzo2.edit(model), torch.no_grad():
+        model.head.weight.zero_()
+        raise KeyError
+    for name, value in model.state_dict().items():
+        assert same_bits(value, before[name])
+    assert torch.isfinite(model(IDS))
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal")
+    opt.step(lambda: model(IDS))
+    opt.journal.sync()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal_module, "_write_all", full)
+    done = threading.Event()
+
+    def train():
+        with pytest.raises((distzo2.DistZO2Error, OSError), match="No space left"):
+            for _ in range(10):
+                opt.step(lambda: model(IDS))
+        done.set()
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    assert done.wait(60), "the run hangs behind a journal that cannot be written"
+    thread.join()
+    with pytest.raises(OSError, match="No space left"):
+        opt.close()
+    assert len(read_journal(tmp_path / "journal").entries) == 1
+
+
+def test_one_optimizer_at_a_time(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    first = distzo2.ZOSGD(model, lr=1e-2, seed=1, journal=tmp_path / "first")
+    first.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match="first"):
+        distzo2.ZOSGD(model, lr=1e-2, seed=2)
+    first.step(lambda: model(IDS))
+    first.close()
+    with pytest.raises(distzo2.DistZO2Error, match="closed"):
+        first.step(lambda: model(IDS))
+    second = distzo2.ZOSGD(model, lr=1e-2, seed=2, journal=tmp_path / "second")
+    for _ in range(3):  # its versions do not begin at zero, and the journal's lines do
+        second.step(lambda: model(IDS))
+    third = distzo2.ZOSGD
+    with pytest.raises(distzo2.DistZO2Error, match="second"):
+        third(model, lr=1e-2)
+    second.close()
+    third = third(model, lr=1e-2)
+    fourth = distzo2.ZOSGD(model, lr=1e-2)
+    with pytest.raises(distzo2.DistZO2Error, match="another optimizer"):
+        third.step(lambda: model(IDS))
+    fourth.step(lambda: model(IDS))
+    assert [len(read_journal(tmp_path / name).entries) for name in ("first", "second")] == [2, 3]
+
+
+def test_a_journal_names_its_checkpoint_only_while_the_weights_are_those(tmp_path):
+    case = BY_NAME["llama"]
+    case.build().save_pretrained(tmp_path / "base")
+    model = distzo2.from_pretrained(tmp_path / "base", weights="host")
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(case.closure(model))
+    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal")
+    opt.step(case.closure(model))
+    opt.close()
+    assert read_journal(tmp_path / "journal").header["base"] == {"name": "", "files": {}}
+    with pytest.raises(distzo2.DistZO2Error):
+        replay(tmp_path / "base", tmp_path / "journal", tmp_path / "out", progress=False)
+
+
+def test_a_forward_that_was_interrupted_leaves_the_model_usable(tmp_path):
+    class Interrupted(nn.Linear):
+        armed = False
+
+        def forward(self, x):
+            if Interrupted.armed:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = Blocks()
+    model.blocks[1][0] = Interrupted(8, 8)
+    offloaded(model, tmp_path)
+    expected = model(IDS)
+    for resume in (lambda: model(IDS), lambda: distzo2.ZOSGD(model, lr=0.0), model.state_dict):
+        Interrupted.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS)
+        Interrupted.armed = False
+        resume()
+        assert same_bits(model(IDS), expected)
+
+
+def test_ctrl_c_drops_the_step_in_flight_whole(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal")
+    opt.step(lambda: model(IDS))
+    before = model.state_dict()
+
+    def closure():
+        os.kill(os.getpid(), signal.SIGINT)
+        return model(IDS)
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure)
+    assert opt.step_count == 1
+    for name, value in model.state_dict().items():
+        assert same_bits(value, before[name])
+    opt.step(lambda: model(IDS))
+    opt.close()
+    assert len(read_journal(tmp_path / "journal").entries) == 2
+
+
+def test_no_block_file_is_left_behind(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_cannot_change_under_a_journal_and_a_bad_group_is_rolled_back(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    head, rest = [model.head.weight], [p for n, p in model.named_parameters() if n.startswith("blocks")]
+    opt = distzo2.ZOSGD(model, head, lr=1e-2)
+    with pytest.raises(distzo2.DistZO2Error, match="no parameter of the model"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    opt.step(lambda: model(IDS))
+    opt.add_param_group({"params": rest})
+    opt.step(lambda: model(IDS))
+    opt = distzo2.ZOSGD(model, head, lr=1e-2, journal=tmp_path / "journal")
+    with pytest.raises(distzo2.DistZO2Error, match="journal"):
+        opt.add_param_group({"params": rest})
+    opt.step(lambda: model(IDS))
+    opt.close()
+
+
+def test_deeply_nested_owners_stream(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((8,), 0.9))
+            self.inner = Nested(depth - 1) if depth else nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x * self.scale) + self.scale
+
+    model = offloaded(Nested(8), tmp_path)
+    x = torch.ones(2, 8)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    for _ in range(2):
+        opt.step(lambda: model(x).square().mean())
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_an_estimator_must_give_one_coefficient_a_probe():
+    class TooMany:
+        def evaluations(self, num_probes):
+            return [(0, 1), (0, -1)]
+
+        def coefficients(self, losses, num_probes, eps):
+            return np.zeros(3)
+
+    model = offloaded(Blocks())
+    with pytest.raises(distzo2.DistZO2Error, match=r"shape \(3,\)"):
+        distzo2.ZOSGD(model, lr=1e-2, estimator=TooMany()).step(lambda: model(IDS))
+
+
+def test_a_parameter_added_after_the_hand_over_is_named():
+    model = offloaded(Blocks())
+    model.head.bias = nn.Parameter(torch.zeros(32))
+    with pytest.raises(distzo2.DistZO2Error, match="parameter bias of a Linear was added"):
+        model.state_dict()
+
+
+def test_each_new_closure_is_watched(tmp_path):
+    """An objective that stays finite on NaN must not hide a weight that is not there."""
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight"):
+        opt.step(lambda: model(IDS) + (IDS.float() @ model.head.weight[:7]).argmax().float())
+
+
+def test_a_16_bit_loss_is_warned_about_once():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    with pytest.warns(UserWarning, match="float32"):
+        opt.step(lambda: model(IDS).bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(lambda: model(IDS).bfloat16())
