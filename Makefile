@@ -99,6 +99,7 @@ format: $(VENV)/.installed ## apply the style
 bench: $(VENV)/.built ## measure kernels and copies on this machine, into bench/results
 	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_copy.py
+	$(BIN)/python bench/bench_step.py time --json bench/results/steps.jsonl
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info distzo2_core/_C*.so $(VENV)/.built

@@ -113,8 +113,8 @@ def time_steps(args: argparse.Namespace) -> dict:
         streamed[f"step, weights={mode}"] = distzo2.runtime_of(model)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for function in runs.values():  # the first run of each allocates, and has no update to apply
-        function()
-        function()
+        for _ in range(args.warmup):
+            function()
     for runtime in streamed.values():
         runtime.reset_stats()
     for _ in range(args.repeats):
@@ -188,6 +188,7 @@ def main() -> int:
     parser.add_argument("--modes", default="host", help="where our weights live: host, disk, device, comma-separated")
     parser.add_argument("--noise", default="normal", help="normal or rademacher")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repetitions; the median is told")
+    parser.add_argument("--warmup", type=int, default=2, help="runs of each before any is timed")
     parser.add_argument("--skip-bare", action="store_true", help="ours only (the bare model is not built)")
     parser.add_argument("--skip-plain", action="store_true", help="without the plain torch loop")
     kept = tempfile.gettempdir() + "/distzo2-bench"
