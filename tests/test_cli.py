@@ -248,7 +248,7 @@ def test_resuming_takes_the_room_that_the_run_had(files: SimpleNamespace, capsys
     def disk_usage(path):  # room for the block file, not for a second checkpoint
         return SimpleNamespace(free=0 if leftover.exists() else size * 3 // 2)
 
-    monkeypatch.setattr(preflight.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(preflight, "shutil", SimpleNamespace(disk_usage=disk_usage))
     assert main(["finetune", "--resume", "--out=out", "--steps=2"]) == 0
     assert not leftover.exists() and len(read_journal("out/journal.jsonl").entries) == 2
     shutil.rmtree("out/checkpoint")

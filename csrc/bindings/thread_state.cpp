@@ -30,7 +30,7 @@ class ThreadState {
 
 } // namespace
 
-void register_thread_state(pybind11::module_ &m) {
+void register_thread_state(pybind11::module_& m) {
     pybind11::class_<ThreadState>(m, "ThreadState",
                                   "The calling thread's torch modes. enter() takes them over in another thread, "
                                   "exit() in that same thread puts its own back.")
