@@ -127,6 +127,7 @@ setup(
                     "-O3",
                     "-std=c++20",
                     "-ffp-contract=off",
+                    "-fopenmp",  # at::parallel_for runs on one thread without it; torch's own OpenMP runtime is used
                     "-Wall",
                     "-Wextra",
                     "-Wno-unused-parameter",  # torch's own headers

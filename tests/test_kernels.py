@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +241,22 @@ def test_native_in_place(seed: int, dtype: torch.dtype, numel: int) -> None:
 @given(seed=st.integers(0, 2**32), dtypes=st.sampled_from([DTYPES, *((dtype,) for dtype in DTYPES)]))
 def test_native_materialize(seed: int, dtypes: tuple[torch.dtype, ...]) -> None:
     check_visit(random_visit(np.random.default_rng(seed), dtypes, max_numel=2500), "native")
+
+
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="asks the kernel")
+def test_native_ops_run_on_torch_threads() -> None:
+    """A build without OpenMP gives the same bits on one thread, so that only the threads themselves tell."""
+    w = torch.zeros(1 << 24)
+
+    def ran() -> dict[str, int]:  # nanoseconds of each thread
+        return {p.parent.name: int(p.read_text().split()[0]) for p in Path("/proc/self/task").glob("*/schedstat")}
+
+    distzo2_core.perturb_(w, 1.0, seed=1, step=2, param=3)
+    before = ran()
+    distzo2_core.perturb_(w, 1.0, seed=1, step=2, param=4)
+    busy = [thread for thread, ns in ran().items() if ns - before.get(thread, 0) > 1_000_000]
+    assert len(busy) == torch.get_num_threads()
 
 
 @needs_native

@@ -18,8 +18,6 @@ StreamTransport::StreamTransport(EngineState& state, const HostPool& pool)
         create(downloads_, false);
         for (SlotState& slot : slots_)
             slot.ready = device_.create_event(false);
-        for (size_t block = 0; block < pool.num_blocks(); ++block)
-            stored_.push_back(device_.create_event(false));
         timer_.create(uploads_.streams[0]);
     } catch (...) {
         stop();
@@ -35,6 +33,8 @@ void StreamTransport::create(StreamSet& set, bool urgent) {
         if (i > 0)
             set.joins[i] = device_.create_event(false);
     }
+    for (size_t block = 0; block < addresses_.size(); ++block)
+        set.last.push_back(device_.create_event(false));
 }
 
 void StreamTransport::stop() noexcept {
@@ -48,6 +48,8 @@ void StreamTransport::stop() noexcept {
             for (Event event : set->joins)
                 if (event != nullptr)
                     device_.destroy_event(event);
+            for (Event event : set->last)
+                device_.destroy_event(event);
             *set = {};
         }
         for (SlotState& slot : slots_) {
@@ -55,20 +57,17 @@ void StreamTransport::stop() noexcept {
             if (slot.ready != nullptr)
                 device_.destroy_event(slot.ready);
         }
-        for (Event event : stored_)
-            device_.destroy_event(event);
         timer_.destroy();
     } catch (const std::exception&) { // the driver is gone, at the end of the process, and all of this with it
     }
     slots_.clear();
-    stored_.clear();
 }
 
 // An upload that is under way does not matter: what comes after it is issued behind it.
 SlotPhase StreamTransport::phase(int slot) {
     const SlotState& state = slots_[slot];
     SlotPhase phase;
-    phase.storing = state.stored_block >= 0 && !device_.query(stored_[state.stored_block]);
+    phase.storing = state.stored_block >= 0 && !device_.query(downloads_.last[state.stored_block]);
     return phase;
 }
 
@@ -97,8 +96,8 @@ void StreamTransport::upload(int block, int slot, bool urgent) {
         device_.wait(stream, state.ready);
         state.readers.wait(device_, stream);
         if (state.stored_block >= 0)
-            device_.wait(stream, stored_[state.stored_block]);
-        device_.wait(stream, stored_[block]);
+            device_.wait(stream, downloads_.last[state.stored_block]);
+        device_.wait(stream, downloads_.last[block]);
     }
     state.readers.clear();
     state.stored_block = -1;
@@ -107,6 +106,7 @@ void StreamTransport::upload(int block, int slot, bool urgent) {
     copy_pieces(set, state_.slots[slot], addresses_[block], addresses_[block], num_bytes, Direction::kUpload);
     timer_.end(ticket, set.streams[0]);
     device_.record(state.ready, set.streams[0]);
+    device_.record(set.last[block], set.streams[0]);
     ++state_.recorder.stats.uploads;
     state_.recorder.stats.bytes_up += num_bytes;
 }
@@ -116,12 +116,15 @@ void StreamTransport::download(int block, int slot, int64_t /*version*/) {
     for (Stream stream : downloads_.streams) {
         device_.wait(stream, state.ready);
         state.readers.wait(device_, stream);
+        // An upload that was begun and dropped for a later one, on other streams, may still be reading the host's copy.
+        device_.wait(stream, uploads_.last[block]);
+        device_.wait(stream, urgent_uploads_.last[block]);
     }
     const size_t num_bytes = state_.block_bytes[block];
     const int ticket = timer_.begin(TicketKind::kDownload, block, slot, num_bytes, downloads_.streams[0]);
     copy_pieces(downloads_, addresses_[block], state_.slots[slot], addresses_[block], num_bytes, Direction::kDownload);
     timer_.end(ticket, downloads_.streams[0]);
-    device_.record(stored_[block], downloads_.streams[0]);
+    device_.record(downloads_.last[block], downloads_.streams[0]);
     state.stored_block = block;
     ++state_.recorder.stats.downloads;
     state_.recorder.stats.bytes_down += num_bytes;
@@ -133,7 +136,7 @@ void StreamTransport::await(Lock& lock, int block, int slot, Stream stream) {
         // The slot is acquired, so that neither its events nor its readers change while the lock is let go.
         lock.unlock();
         device_.synchronize(state.ready);
-        device_.synchronize(stored_[block]);
+        device_.synchronize(downloads_.last[block]);
         lock.lock();
         return;
     }
@@ -141,7 +144,7 @@ void StreamTransport::await(Lock& lock, int block, int slot, Stream stream) {
     device_.wait(stream, state.ready);
     state.readers.wait(device_, stream, true);
     if (state.stored_block >= 0) // it may be written now, and its download still reads it
-        device_.wait(stream, stored_[state.stored_block]);
+        device_.wait(stream, downloads_.last[state.stored_block]);
     timer_.end(ticket, stream);
 }
 

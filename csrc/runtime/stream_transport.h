@@ -37,6 +37,7 @@ class StreamTransport final : public Transport {
     struct StreamSet {
         std::array<Stream, kStreams> streams{};
         std::array<Event, kStreams> joins{}; // joins[0] is unused
+        std::vector<Event> last;             // per block: its last copy by these streams
     };
     struct SlotState {
         Event ready = nullptr; // the last upload
@@ -56,7 +57,6 @@ class StreamTransport final : public Transport {
     StreamSet urgent_uploads_;
     StreamSet downloads_;
     std::vector<SlotState> slots_;
-    std::vector<Event> stored_; // per block: its last download
     EventTimer timer_;
 };
 

@@ -257,6 +257,44 @@ TEST(stored_copies_are_never_torn) {
     }
 }
 
+// A prefetch is dropped while its upload is held back, the block comes in again through the urgent streams, and is
+// changed: the download may not write what the first upload has yet to read.
+TEST(a_dropped_upload_still_reads) {
+    const Watchdog watchdog("a_dropped_upload_still_reads");
+    Subject subject(false, 2, 0);
+    CopyEngine& engine = *subject.engine;
+    std::atomic<bool> go{false};
+    engine.acquire(0, subject.streams[0]);
+    {
+        const DeviceGuard guard(*subject.device);
+        subject.device->call(
+            subject.streams[0],
+            [](void* argument) {
+                while (!static_cast<std::atomic<bool>*>(argument)->load())
+                    sleep_us(100);
+            },
+            &go);
+    }
+    engine.release(0, subject.streams[0], false, 0);
+    engine.acquire(1, subject.streams[1]);
+    engine.release(1, subject.streams[1], false, 0);
+    CHECK(engine.prefetch(2)); // to the slot of block 0, behind its reader
+    engine.drop(2);
+    CHECK(engine.prefetch(3));
+    const int slot = engine.acquire(2, subject.streams[1]);
+    subject.launch(subject.streams[1], slot, 2, 0, 1);
+    engine.release(2, subject.streams[1], true, 0);
+    {
+        const DeviceGuard guard(*subject.device);
+        subject.device->synchronize_stream(subject.streams[1]);
+    }
+    sleep_us(50000);
+    CHECK(subject.stored(2, 0));
+    go.store(true);
+    engine.flush();
+    CHECK(subject.stored(2, 1));
+}
+
 TEST(steady_state_creates_nothing) {
     const Watchdog watchdog("steady_state_creates_nothing");
     for (const bool from_file : {false, true}) {
