@@ -79,9 +79,10 @@ $(NVCC_HOME)/bin/nvcc: | $(VENV)/.installed
 	@echo "== installing nvcc"
 	@$(PIP) install --no-deps --target build/nvcc $$(grep '^nvidia-' constraints.txt)
 
-cuda: $(NVCC) $(VENV)/.installed ## compile every .cu for sm_80, sm_90 and PTX, and link the extension with them
+cuda: $(NVCC) $(VENV)/.installed ## compile every .cu for sm_80, sm_90, sm_100 and PTX, link the extension, count instructions
 	CUDACXX=$(abspath $(NVCC)) DISTZO2_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -c 'import distzo2_core as core; info = core.build_info(); print(info); assert info["cuda"]'
+	$(BIN)/python tools/sass_counts.py build/core/libdistzo2_kernels.a --check
 
 package: $(VENV)/.built ## build the wheel and run it away from the checkout
 	tools/check_package.sh $(BIN)/python

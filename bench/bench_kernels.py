@@ -1,21 +1,28 @@
-"""Speed of the noise and of the fused kernels, beside torch.randn + add_ on the same device in the same run.
+"""Speed of the noise and of the fused kernels, beside plain torch, NumPy and a copy on the same device in the same run.
 
     python bench/bench_kernels.py                      # CPU, and CUDA where there is a GPU
     python bench/bench_kernels.py --device cuda --quick
 
-Every row is checked bit for bit against the reference before it is timed. `visit` is what a ZO step does to a block:
-read the weights, apply one update, write them back, and write the +eps and the -eps copy.
+Every row is checked bit for bit against the reference before anything is timed; then all of one size and dtype are
+timed in turn, on one thread and on all, and the medians kept. `visit` is what a ZO step does to a block: read the
+weights, apply one update, write them back, and write the +eps and the -eps copy. Bytes are those that must move: reads
+and writes of weights, and of the copies. The copy that they are set against is torch's copy_ of COPY_BYTES by as many
+threads, its bandwidth reads plus writes; what fits in a cache can exceed it, and `normal` and `rademacher` pay for a
+fresh result. On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock
+/ instructions an element (bench/results/sass_counts.json).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from bench_common import interleaved_seconds, write_results
+from bench_common import RESULTS, interleaved_seconds, machine, write_results
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
@@ -23,11 +30,30 @@ from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
 SEED, STEP, PARAM, PROBE = 2**63 + 5, 11, 7, 1
 PLACE = {"seed": SEED, "step": STEP, "param": PARAM, "probe": PROBE}
 EPS, LR, COEF = 1e-3, 1e-6, 0.7
-OPS = ("normal", "rademacher", "perturb_", "update_", "visit")
-# Passes over the weights' bytes: reads plus writes.
-PASSES = {"normal": 1, "rademacher": 1, "perturb_": 2, "update_": 2, "visit": 4, "randn_add": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED = 2048  # elements compared at each place
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond the caches
+OPS = (  # op, noise
+    ("normal", "normal"),
+    ("rademacher", "rademacher"),
+    ("perturb_", "normal"),
+    ("perturb_", "rademacher"),
+    ("update_", "normal"),
+    ("visit", "normal"),
+)
+# Passes over the weights' bytes: reads plus writes.
+PASSES = {"normal": 1, "rademacher": 1, "visit": 4}
+SASS_KERNELS = {"perturb_": "perturb", "update_": "update", "visit": "visit"}  # with normal noise
+EMBEDDING_COLS, EMBEDDING_TOKENS = 1024, 2048
+
+
+class Key(NamedTuple):
+    """What is timed: an op of a backend, or a baseline of torch or NumPy; threads are 0 on a GPU."""
+
+    op: str
+    noise: str
+    backend: str
+    threads: int
 
 
 def visit_arguments(numel: int, dtype: torch.dtype, element_offset: int = 0) -> dict[str, Any]:
@@ -42,6 +68,11 @@ def visit_arguments(numel: int, dtype: torch.dtype, element_offset: int = 0) -> 
     }
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits on the CPU, as integers."""
+    return tensor.cpu().view(torch.int32 if tensor.dtype.itemsize == 4 else torch.int16)
+
+
 class Case:
     """One dtype and size on one device: the buffers, and a call per op and backend."""
 
@@ -53,43 +84,37 @@ class Case:
         self.outs = [torch.empty_like(self.weights) for _ in range(2)]
         self.visit = visit_arguments(numel, dtype)
 
-    def call(self, op: str, backend: str) -> Callable[[], object]:
+    def call(self, op: str, noise: str, backend: str) -> Callable[[], object]:
         """A call of the op on all elements; in-place ops work on `weights`."""
         common: dict[str, Any] = {**PLACE, "backend": backend}
         if op in ("normal", "rademacher"):
             function = getattr(distzo2_core, op)
             return lambda: function(self.numel, dtype=self.dtype, device=self.device, **common)
         if op == "perturb_":
-            return lambda: distzo2_core.perturb_(self.weights, EPS, **common)
+            return lambda: distzo2_core.perturb_(self.weights, EPS, family=noise, **common)
         if op == "update_":
-            return lambda: distzo2_core.update_(self.weights, LR, COEF, **common)
+            return lambda: distzo2_core.update_(self.weights, LR, COEF, family=noise, **common)
         weights, outs = self.weights.view(torch.uint8), [out.view(torch.uint8) for out in self.outs]
         return lambda: distzo2_core.materialize(weights, outs=outs, backend=backend, **self.visit)
 
-    def randn_add(self) -> Callable[[], object]:
-        """What a plain torch loop does to perturb: draw, then add."""
-        return lambda: self.weights.add_(torch.randn_like(self.weights), alpha=EPS)
-
-    def check(self, op: str, backend: str) -> None:
+    def check(self, op: str, noise: str, backend: str) -> None:
         """Run the op once on clean weights and compare its first, a middle and its last elements with the reference."""
         self.weights.copy_(self.clean)
         for out in self.outs:
             out.fill_(float("nan"))
-        result = self.call(op, backend)()
+        result = self.call(op, noise, backend)()
         for first in {0, self.numel // 2 - 3, self.numel - CHECKED}:
             first = max(0, first)
             part = slice(first, min(self.numel, first + CHECKED))
-            expected = self.reference(op, part)
+            expected = self.reference(op, noise, part)
             got = [self.weights, *self.outs] if op == "visit" else [result]
             for index, (one, other) in enumerate(zip(got, expected, strict=True)):
-                bits = torch.int32 if self.dtype.itemsize == 4 else torch.int16
-                if not torch.equal(one[part].cpu().view(bits), other.view(bits)):
-                    raise AssertionError(
-                        f"{op} of {backend} on {self.device}, {self.dtype}: result {index} is wrong at {first}"
-                    )
+                if not torch.equal(bits(one[part]), bits(other)):
+                    what = f"{op} ({noise}) of {backend} on {self.device}, {self.dtype}"
+                    raise AssertionError(f"{what}: result {index} differs from the reference's at {first}")
         self.weights.copy_(self.clean)
 
-    def reference(self, op: str, part: slice) -> list[torch.Tensor]:
+    def reference(self, op: str, noise: str, part: slice) -> list[torch.Tensor]:
         """What the op must give for the elements of `part`, on the CPU."""
         numel = part.stop - part.start
         weights = self.clean[part].cpu().clone()
@@ -97,9 +122,9 @@ class Case:
         if op in ("normal", "rademacher"):
             return [getattr(distzo2_core, op)(numel, dtype=self.dtype, **common)]
         if op == "perturb_":
-            return [distzo2_core.perturb_(weights, EPS, **common)]
+            return [distzo2_core.perturb_(weights, EPS, family=noise, **common)]
         if op == "update_":
-            return [distzo2_core.update_(weights, LR, COEF, **common)]
+            return [distzo2_core.update_(weights, LR, COEF, family=noise, **common)]
         outs = [torch.empty_like(weights) for _ in range(2)]
         distzo2_core.materialize(
             weights.view(torch.uint8),
@@ -109,73 +134,232 @@ class Case:
         )
         return [weights, *outs]
 
+    def numpy_add(self) -> Callable[[], object]:
+        """What NumPy does to perturb: float32 normals, scaled and added in place; 16-bit weights by way of float32."""
+        generator, z = np.random.default_rng(0), np.empty(self.numel, np.float32)
+        is_bf16 = self.dtype == torch.bfloat16
+        w = self.weights.view(torch.int16).numpy().view(np.uint16) if is_bf16 else self.weights.numpy()
 
-def bench(device: str, backends: list[str], dtypes: list[str], numel: int, threads: int, rounds: int) -> list[dict]:
-    """Rows of all ops, dtypes and backends at one size and number of CPU threads."""
-    torch.set_num_threads(threads)
-    rows: list[dict] = []
-    for dtype in dtypes:
-        case = Case(DTYPES[dtype], numel, device)
-        contenders: dict[str, Callable[[], object]] = {"randn_add torch": case.randn_add()}
-        for op in OPS:
-            for backend in backends:
-                case.check(op, backend)
-                contenders[f"{op} {backend}"] = case.call(op, backend)
-        seconds = interleaved_seconds(contenders, device, rounds)
-        baseline = seconds["randn_add torch"]["median"]
-        for name, times in seconds.items():
-            op, backend = name.split()
-            speedup = baseline / times["median"]
-            row = {
-                "device": device,
-                "threads": threads if device == "cpu" else None,
-                "op": op,
-                "backend": backend,
-                "dtype": dtype,
-                "numel": numel,
-                "seconds": times,
-                "giga_elements_per_s": numel / times["median"] / 1e9,
-                "gb_per_s": numel * case.dtype.itemsize * PASSES[op] / times["median"] / 1e9,
-                "speedup_over_randn_add": speedup,
-            }
-            rows.append(row)
-            where = f"{device} x{threads}" if device == "cpu" else device
-            print(
-                f"{where:8} {op:10} {backend:9} {dtype:8} {numel:>10} "
-                f"{row['giga_elements_per_s']:8.3f} G/s {row['gb_per_s']:8.1f} GB/s {speedup:6.2f}x",
-                flush=True,
-            )
-    return rows
+        def perturb() -> None:
+            generator.standard_normal(out=z, dtype=np.float32)
+            np.multiply(z, np.float32(EPS), out=z)
+            if not is_bf16:
+                np.add(z, w, out=z if self.dtype == torch.float16 else w)
+                if self.dtype == torch.float16:
+                    w[:] = z
+                return
+            np.add(z, (w.astype(np.uint32) << 16).view(np.float32), out=z)
+            rounded = z.view(np.uint32)
+            w[:] = (rounded + (0x7FFF + (rounded >> 16 & 1))) >> 16
+
+        return perturb
+
+
+class Copy:
+    """torch's copy_ of COPY_BYTES on a device: the bandwidth that the rows are set against."""
+
+    def __init__(self, device: str) -> None:
+        self.num_bytes = COPY_BYTES[device]
+        self.source = torch.ones(self.num_bytes // 4, device=device)
+        self.target = torch.zeros_like(self.source)
+
+    def __call__(self) -> object:
+        return self.target.copy_(self.source)
+
+
+class Bench:
+    """One device: its backends and numbers of threads, the copy, and the rows so far."""
+
+    def __init__(self, device: str, backends: list[str], threads: list[int], rounds: int) -> None:
+        self.device, self.backends, self.threads, self.rounds = device, backends, threads, rounds
+        self.copy = Copy(device)
+        self.rows: list[dict[str, Any]] = []
+        self.bounds = instruction_bounds() if device == "cuda" else {}
+
+    def run(self, dtype: str, numel: int) -> None:
+        """All ops at one dtype and size."""
+        case = Case(DTYPES[dtype], numel, self.device)
+        calls = {("randn_add", "normal", "torch"): lambda: case.weights.add_(torch.randn_like(case.weights), alpha=EPS)}
+        calls["mul_", "", "torch"] = lambda: case.weights.mul_(1.0)
+        for op, noise in OPS:
+            for backend in self.backends:
+                case.check(op, noise, backend)
+                calls[op, noise, backend] = case.call(op, noise, backend)
+        contenders = self.on_all_threads(calls)
+        if self.device == "cpu":
+            contenders[Key("numpy_add", "normal", "numpy", 1)] = case.numpy_add()
+        seconds = self.measure(contenders)
+        for key in contenders:
+            row = self.row(key, seconds, dtype, numel, PASSES.get(key.op, 2))
+            time = seconds[key]["median"]
+            row["speedup_over_randn_add"] = seconds[Key("randn_add", "normal", "torch", key.threads)]["median"] / time
+            if self.device == "cpu":
+                row["speedup_over_numpy"] = seconds[Key("numpy_add", "normal", "numpy", 1)]["median"] / time
+            if key.op == "perturb_":
+                row["time_over_mul_"] = time / seconds[Key("mul_", "", "torch", key.threads)]["median"]
+            self.add(row)
+
+    def run_embedding(self, dtype: str, numel: int) -> None:
+        """Lookups of EMBEDDING_TOKENS rows, beside those in the plain table, and in one that is perturbed first."""
+        rows = numel // EMBEDDING_COLS
+        generator = torch.Generator(self.device).manual_seed(0)
+        table = torch.empty(rows, EMBEDDING_COLS, dtype=DTYPES[dtype], device=self.device)
+        table.normal_(0, 0.02, generator=generator)
+        ids = torch.randint(rows, (EMBEDDING_TOKENS,), device=self.device, generator=generator)
+        scratch = torch.empty_like(table)
+        lookup = torch.nn.functional.embedding
+
+        def perturb_first(backend: str) -> torch.Tensor:
+            distzo2_core.perturb_(scratch.copy_(table), EPS, **PLACE, backend=backend)
+            return lookup(ids, scratch)
+
+        calls: dict[tuple[str, str, str], Callable[[], object]] = {}
+        calls["embedding", "", "torch"] = lambda: lookup(ids, table)
+        for backend in self.backends:
+            call = lambda backend=backend: distzo2_core.embedding(table, ids, EPS, **PLACE, backend=backend)  # noqa: E731
+            if not torch.equal(bits(call()), bits(perturb_first(backend))):
+                raise AssertionError(
+                    f"embedding of {backend} on {self.device}, {dtype}: not the perturbed table's rows"
+                )
+            calls["embedding", "normal", backend] = call
+            calls["perturb_table_first", "normal", backend] = lambda backend=backend: perturb_first(backend)
+        contenders = self.on_all_threads(calls)
+        seconds = self.measure(contenders)
+        for key in contenders:
+            row = self.row(key, seconds, dtype, ids.numel() * EMBEDDING_COLS, 2) | {"table_rows": rows}
+            time = seconds[key]["median"]
+            row["time_over_plain_embedding"] = time / seconds[Key("embedding", "", "torch", key.threads)]["median"]
+            if key.op == "embedding" and key.noise:
+                first = key._replace(op="perturb_table_first")
+                row["speedup_over_perturbed_table"] = seconds[first]["median"] / time
+            self.add(row)
+
+    def on_all_threads(self, calls: dict[tuple[str, str, str], Callable[[], object]]) -> dict[Key, Callable]:
+        """The calls and the copy, each on all numbers of threads, in the order in which they take turns."""
+        every = {("copy", "", "torch"): self.copy, **calls}
+        return {Key(*what, threads): call for what, call in every.items() for threads in self.threads}
+
+    def measure(self, contenders: dict[Key, Callable]) -> dict[Key, dict[str, float]]:
+        """Seconds of a call of each."""
+        woken = torch.zeros(2**18)
+
+        def prepare(key: Key) -> None:
+            if key.threads and key.threads != torch.get_num_threads():
+                torch.set_num_threads(key.threads)
+                woken.add_(1)  # starts or ends the pool's threads before the clock runs
+
+        return interleaved_seconds(contenders, self.device, self.rounds, prepare=prepare)
+
+    def row(self, key: Key, seconds: dict[Key, dict[str, float]], dtype: str, numel: int, passes: int) -> dict:
+        """What every row has; for the copy, elements are those of COPY_BYTES."""
+        itemsize = DTYPES[dtype].itemsize
+        if key.op == "copy":
+            numel = self.copy.num_bytes // itemsize
+        rate = numel / seconds[key]["median"] / 1e9
+        copy = 2 * self.copy.num_bytes / seconds[Key("copy", "", "torch", key.threads)]["median"] / 1e9
+        row = {
+            "device": self.device,
+            **key._asdict(),
+            "dtype": dtype,
+            "numel": numel,
+            "seconds": seconds[key],
+            "giga_elements_per_s": rate,
+            "gb_per_s": rate * itemsize * passes,
+            "copy_gb_per_s": copy,
+            "copy_bytes": self.copy.num_bytes,
+            "of_copy_bandwidth": rate * itemsize * passes / copy,
+        }
+        if key.backend == "native" and (key.op, key.noise, dtype) in self.bounds:
+            row["instruction_bound_giga_elements_per_s"] = self.bounds[key.op, key.noise, dtype]
+            row["of_instruction_bound"] = rate / self.bounds[key.op, key.noise, dtype]
+        if key.threads > 1 and key._replace(threads=1) in seconds:
+            row["speedup_over_one_thread"] = seconds[key._replace(threads=1)]["median"] / seconds[key]["median"]
+        return row
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep and print a row."""
+        self.rows.append(row)
+        where = f"cpu x{row['threads']}" if self.device == "cpu" else self.device
+        what = f"{row['op']} {row['noise']}" if row["op"] in ("perturb_", "embedding") else row["op"]
+        parts = [
+            f"{where:7} {what:20} {row['backend']:9} {row['dtype']:8} {row['numel']:>10}",
+            f"{row['giga_elements_per_s']:9.3f} G/s {row['gb_per_s']:8.1f} GB/s",
+            f"{100 * row['of_copy_bandwidth']:6.1f}% of copy",
+        ]
+        for key, text in (
+            ("of_instruction_bound", "{:6.1%} of issue"),
+            ("speedup_over_randn_add", "{:7.2f}x torch"),
+            ("speedup_over_numpy", "{:7.2f}x numpy"),
+            ("time_over_mul_", "{:6.2f} of mul_"),
+            ("time_over_plain_embedding", "{:6.2f} of plain"),
+            ("speedup_over_perturbed_table", "{:7.2f}x table first"),
+            ("speedup_over_one_thread", "{:5.2f}x one thread"),
+        ):
+            if key in row and row["op"] != "copy":
+                parts.append(text.format(row[key]))
+        print(" ".join(parts), flush=True)
+
+
+def instruction_bounds() -> dict[tuple[str, str, str], float]:
+    """10^9 elements a second by (op, noise, dtype) if the first GPU's schedulers never idle; empty if not known."""
+    path, info = RESULTS / "sass_counts.json", machine()
+    major, minor = info["gpu_capability"]
+    table = json.loads(path.read_text())["counts"].get(f"sm_{major}{minor}", {}) if path.exists() else {}
+    if not table or not info["gpu_max_clock_mhz"]:
+        return {}
+    lanes_per_s = info["gpu_multiprocessors"] * 128 * info["gpu_max_clock_mhz"] * 1e6
+    return {
+        (op, "normal", dtype): lanes_per_s / table[kernel][dtype] / 1e9
+        for op, kernel in SASS_KERNELS.items()
+        for dtype in DTYPES
+        if dtype in table.get(kernel, {})
+    }
+
+
+def run_device(device: str, backends: list[str], threads: list[int], options: argparse.Namespace) -> list[dict]:
+    """All rows of one device."""
+    if device == "cpu":
+        sizes = [2**22] if options.quick else [2**20, 2**25]
+    else:
+        sizes = [2**28] if options.quick else [2**20, 2**24, 2**28]
+    bench = Bench(device, backends, threads, 3 if options.quick else options.rounds)
+    for dtype in options.dtypes.split(","):
+        for numel in sizes:
+            bench.run(dtype, numel)
+        if hasattr(distzo2_core, "embedding"):
+            bench.run_embedding(dtype, min(sizes[-1], 2**26))
+    return bench.rows
 
 
 def main() -> None:
-    """Parse the options, run, and write the JSON."""
+    """Parse the options, run, and write the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda", "all"], default="all", help="default: what there is")
     parser.add_argument("--dtypes", default="float32,bfloat16,float16", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds; the median is reported")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median is reported")
     parser.add_argument("--quick", action="store_true", help="one size a device, three rounds")
-    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("--json", type=Path, help="where the results go; the picture goes beside them")
     options = parser.parse_args()
-    dtypes = options.dtypes.split(",")
-    rounds = 3 if options.quick else options.rounds
     info = distzo2_core.build_info()
     rows: list[dict] = []
+    levels: list[dict] = []
     if options.device != "cuda":
         if not info["native"]:
             raise SystemExit("error: distzo2_core._C is not built: python setup.py build_ext --inplace")
+        from bench_levels import normals_per_core
+
+        levels = normals_per_core(3 if options.quick else 2 * options.rounds)
         all_threads = torch.get_num_threads()
-        for threads in sorted({1, all_threads}):
-            for numel in [2**22] if options.quick else [2**20, 2**24]:
-                rows += bench("cpu", ["native"], dtypes, numel, threads, rounds)
+        rows += run_device("cpu", ["native"], sorted({1, all_threads}), options)
         torch.set_num_threads(all_threads)
     if options.device == "cuda" or (options.device == "all" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise SystemExit("error: --device cuda, but torch sees no GPU")
-        backends = (["native"] if info["cuda"] else []) + ["triton"]
-        for numel in [2**28] if options.quick else [2**20, 2**24, 2**28]:
-            rows += bench("cuda", backends, dtypes, numel, torch.get_num_threads(), rounds)
-    write_results(options.json, "kernels", rows)
+        rows += run_device("cuda", (["native"] if info["cuda"] else []) + ["triton"], [0], options)
+    path = write_results(options.json, "kernels", rows, normals_per_core=levels)
+    from plot_kernels import draw
+
+    print(f"wrote {draw(path)}")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,13 @@ if(EXISTS "${cuda_root}/lib/libcudart_static.a" AND NOT EXISTS "${cuda_root}/lib
     set(CMAKE_CUDA_FLAGS_INIT "-L${cuda_root}/lib")
 endif()
 
-# Machine code for A100 and H100/H200, and PTX for what comes later.
+# Machine code for A100, H100/H200 and B200, and PTX for what comes later.
 set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
 set(DISTZO2_CUDA_ARCHS sm_80 sm_90 ptx_90)
+if(nvcc_release VERSION_GREATER_EQUAL 12.8)
+    list(INSERT CMAKE_CUDA_ARCHITECTURES 2 100-real)
+    list(INSERT DISTZO2_CUDA_ARCHS 2 sm_100)
+endif()
 set(CMAKE_CUDA_COMPILER "${DISTZO2_NVCC}")
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .backends import BackendError, build_info, require_extension, resolve_backend
-from .ops import materialize, normal, perturb_, rademacher, restore_, update_
+from .ops import embedding, materialize, normal, perturb_, rademacher, restore_, update_
 from .reference import permutation
 from .types import (
     FAMILIES,
@@ -53,6 +53,7 @@ __all__ = [
     "aligned_buffer",
     "build_info",
     "cuda_available",
+    "embedding",
     "materialize",
     "normal",
     "permutation",

@@ -34,6 +34,20 @@ def _update_(
     return None
 
 
+def _embedding(
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    scale: float,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    family: int,
+) -> torch.Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
 def _materialize(
     weights: torch.Tensor,
     segments: torch.Tensor,
@@ -57,4 +71,5 @@ def register() -> None:
     torch.library.register_fake("distzo2::perturb_", _perturb_)
     torch.library.register_fake("distzo2::restore_", _perturb_)
     torch.library.register_fake("distzo2::update_", _update_)
+    torch.library.register_fake("distzo2::embedding", _embedding)
     torch.library.register_fake("distzo2::materialize", _materialize)

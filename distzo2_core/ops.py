@@ -185,6 +185,51 @@ def update_(
     return w
 
 
+def embedding(
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    scale: float,
+    *,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    family: str = "normal",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Rows of the table rne(weight + scale * z), made as they are read: the table itself is neither changed nor copied.
+
+    Equal bit for bit to looking up in the perturbed table, at the cost of the rows asked for. With scale = 0 the rows
+    are those of `weight`, but for NaN, which becomes the canonical one.
+
+    Args:
+        weight: contiguous [rows, cols] of float32, bfloat16 or float16, holding elements [offset, offset + rows * cols)
+            of the parameter.
+        ids: int64 of any shape, on the device of `weight`: indices of rows, in [0, rows).
+        scale: epsilon with its sign, rounded to float32.
+        seed, step, param, probe, offset, family, backend: as for `perturb_`.
+
+    Returns:
+        A tensor [*ids.shape, cols] of the dtype and on the device of `weight`; it takes no part in autograd.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or device, or out of range.
+        IndexError: an id is out of range, on a CPU. On other devices, which cannot raise, its row is NaN.
+        BackendError: the backend is not there or cannot run on the device of `weight`.
+    """
+    place = _check_place(weight, seed, step, param, probe, offset, family, name="weight")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have the shape [rows, cols], got {tuple(weight.shape)}")
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
+        got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of torch.int64, got {got}")
+    if ids.device != weight.device:
+        raise ValueError(f"ids must be on {weight.device} as weight is, got {ids.device}")
+    run = implementation(backend, weight.device).embedding
+    return run(weight.detach(), ids, check_float("scale", scale), *place)
+
+
 def materialize(
     weights: torch.Tensor,
     segments: SegmentTable,
@@ -265,14 +310,14 @@ def _check_words(
 
 
 def _check_place(
-    w: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: str
+    w: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: str, name: str = "w"
 ) -> tuple[int, int, int, int, int, int]:
     if not isinstance(w, torch.Tensor):
-        raise TypeError(f"w must be a tensor, got {type(w).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(w).__name__}")
     if w.dtype not in DTYPE_CODES:
-        raise TypeError(f"w must be of torch.float32, torch.bfloat16 or torch.float16, got {w.dtype}")
+        raise TypeError(f"{name} must be of torch.float32, torch.bfloat16 or torch.float16, got {w.dtype}")
     if not w.is_contiguous():
-        raise ValueError(f"w must be contiguous, got shape {tuple(w.shape)} with strides {w.stride()}")
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(w.shape)} with strides {w.stride()}")
     return *_check_words(w.numel(), seed, step, param, probe, offset), family_code(family)
 
 

@@ -311,6 +311,27 @@ def restore_(
     perturb_(w, -scale, seed, step, param, probe, offset, family)
 
 
+def embedding(
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    scale: float,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    family: int,
+) -> torch.Tensor:
+    rows, inverse = ids.reshape(-1).unique(return_inverse=True)
+    for i, row in enumerate(ids.reshape(-1).tolist()):
+        if not 0 <= row < weight.shape[0]:
+            raise IndexError(f"ids[{i}] is {row}, and the table has {weight.shape[0]} rows")
+    out = weight[rows]
+    for i, row in enumerate(rows.tolist()):
+        perturb_(out[i], scale, seed, step, param, probe, offset + row * weight.shape[1], family)
+    return out[inverse].view(*ids.shape, weight.shape[1])
+
+
 def update_(
     w: torch.Tensor,
     lr: float,

@@ -1,6 +1,7 @@
 """Triton kernels under the same bit contract as the compiled ones, for CUDA tensors and for Triton's interpreter.
 
-One kernel serves perturb_, restore_, update_ and materialize, a second one writes bare noise. A program handles one
+One kernel serves perturb_, restore_, update_ and materialize, a second one looks up perturbed rows, a third one writes
+bare noise. A program handles one
 tile: _TILE consecutive elements of a parameter, aligned to _TILE. Launches run on torch's current stream of the
 tensors' device. The functions at the end have the signatures of the torch ops `distzo2::*`; the caller checked their
 arguments.
@@ -75,6 +76,41 @@ def _noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.
     else:
         z = rademacher_tile(first, step, param, probe, k0, k1, TILE)
     _store_bits(out + index, round_nearest(z, CODE), (index >= 0) & (index < numel), CODE)
+
+
+@triton.jit
+def _embedding_kernel(table, ids, out, ints, floats, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
+    """One tile of one row of the result; a row of NaN for an id that is out of range.
+
+    table, out: int32 or int16 pointers by CODE, [rows, cols] and [ids, cols]. ids: int64.
+    ints: int64 [8], low and high half of the seed, step, param, probe, offset, rows, cols. floats: float32 [1], scale.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.load(ints + 7)
+    wanted = tl.load(ids + row)
+    known = (wanted >= 0) & (wanted < tl.load(ints + 6))
+    begin = tl.where(known, wanted, 0) * cols
+    element = tl.load(ints + 5) + begin
+    first = (element // TILE + tl.program_id(1)) * TILE
+    index = first - element + tl.arange(0, TILE)
+    mask = (index >= 0) & (index < cols)
+    value = decode(_load_bits(table + begin + index, mask, CODE), CODE)
+    scale = tl.load(floats)
+    if scale != 0.0:
+        k0, k1, step, param, probe = (
+            _uint32(ints),
+            _uint32(ints + 1),
+            _uint32(ints + 2),
+            _uint32(ints + 3),
+            _uint32(ints + 4),
+        )
+        if FAMILY == 0:
+            z = normal_tile(first, step, param, probe, k0, k1, TILE)
+        else:
+            z = rademacher_tile(first, step, param, probe, k0, k1, TILE)
+        value = tl.fma(z, scale, value)
+    value = tl.where(known, value, float("nan"))
+    _store_bits(out + row * cols + index, round_nearest(value, CODE), mask, CODE)
 
 
 @triton.jit
@@ -341,6 +377,39 @@ def update_(
         emits=torch.empty(0, 2, dtype=torch.int64),
         emit_scales=torch.empty(0, 1),
     )
+
+
+def embedding(
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    scale: float,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    family: int,
+) -> torch.Tensor:
+    rows, cols = weight.shape
+    out = torch.empty(*ids.shape, cols, dtype=weight.dtype, device=weight.device)
+    if not out.numel():
+        return out
+    seed %= 2**64
+    code = DTYPE_CODES[weight.dtype]
+    ints = torch.tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, rows, cols], dtype=torch.int64)
+    with _on_device(weight.device):
+        _embedding_kernel[(ids.numel(), (cols + 2 * (_TILE - 1)) // _TILE)](
+            _typed(weight, code) if weight.numel() else _typed(out, code),
+            ids.contiguous(),
+            _typed(out, code),
+            ints.to(weight.device, non_blocking=True),
+            torch.tensor([scale], dtype=torch.float32).to(weight.device, non_blocking=True),
+            FAMILY=family,
+            CODE=code,
+            TILE=_TILE,
+            enable_fp_fusion=False,
+        )
+    return out
 
 
 def _generate(

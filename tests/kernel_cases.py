@@ -142,6 +142,26 @@ def check_noise(backend: str, device: str = "cpu", numels: tuple[int, ...] = (1,
             assert_same_bits(got, function(numel, **place, offset=offset, dtype=dtype, backend="reference"))
 
 
+def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int, device: str = "cpu") -> None:
+    """embedding against rows of the table that the reference has perturbed as a whole, for one random table."""
+    rows = 11
+    table = random_weights(rng, rows * cols, dtype).view(rows, cols)
+    place = {
+        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
+        "step": int(rng.integers(0, 2**32)),
+        "param": int(rng.integers(0, 2**32)),
+        "probe": int(rng.integers(0, 2**20)),
+        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
+    }
+    ids = torch.tensor([[10, 0, 3], [3, 7, 10]])
+    for family, scale in itertools.product(("normal", "rademacher"), (0.0, random_coef(rng))):
+        before = table.to(device, copy=True)
+        got = distzo2_core.embedding(before, ids.to(device), scale, **place, family=family, backend=backend)
+        whole = distzo2_core.perturb_(table.clone(), scale, **place, family=family, backend="reference")
+        assert_same_bits(got, torch.nn.functional.embedding(ids, whole), (scale, family, place))
+        assert_same_bits(before, table)
+
+
 def check_in_place(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel: int, device: str = "cpu") -> None:
     """perturb_, restore_ and update_ against the reference, for one random tensor and place."""
     weights = random_weights(rng, numel, dtype)

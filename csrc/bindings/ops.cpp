@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -157,6 +158,46 @@ void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed
         update_cuda(place, lr32, coef32, decay32, w.device().index(), current_stream(w.device()));
 }
 
+Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t seed, int64_t step, int64_t param,
+                 int64_t probe, int64_t offset, int64_t family) {
+    check_noise(weight.numel(), family, step, param, probe, offset);
+    check_device(weight.device());
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous matrix, got shape ",
+                      weight.sizes(), " with strides ", weight.strides());
+    TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong, "ids must be int64, got ", ids.scalar_type());
+    TORCH_CHECK_VALUE(ids.device() == weight.device(), "ids must be on ", weight.device(), " as weight is, got ",
+                      ids.device());
+    const Tensor rows = ids.contiguous();
+    Lookup request;
+    request.dtype = dtype_of(weight.scalar_type(), "weight");
+    std::vector<int64_t> shape = ids.sizes().vec();
+    shape.push_back(weight.size(1));
+    Tensor out = at::empty(shape, weight.options().requires_grad(false));
+    request.table = weight.const_data_ptr();
+    request.out = out.mutable_data_ptr();
+    request.ids = rows.const_data_ptr<int64_t>();
+    request.num_ids = rows.numel();
+    request.num_rows = weight.size(0);
+    request.cols = weight.size(1);
+    request.scale = finite_float(scale, "scale");
+    request.seed = static_cast<uint64_t>(seed);
+    request.family = family;
+    request.step = step;
+    request.param = param;
+    request.probe = probe;
+    request.offset = offset;
+    if (weight.is_cpu()) {
+        try {
+            lookup_cpu(request);
+        } catch (const std::out_of_range& error) {
+            TORCH_CHECK_INDEX(false, error.what());
+        }
+    } else {
+        lookup_cuda(request, out.device().index(), current_stream(out.device()));
+    }
+    return out;
+}
+
 uint8_t* buffer(const Tensor& tensor, const Tensor& weights, const std::string& what) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, what, " must be uint8, got ", tensor.scalar_type());
     TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous(), what, " must be a contiguous vector, got shape ",
@@ -227,6 +268,8 @@ TORCH_LIBRARY(distzo2, library) {
                 " -> ()");
     library.def("update_(Tensor(a!) w, float lr, float coef, float weight_decay, int seed, int step, int param, "
                 "int probe, int offset, int family) -> ()");
+    library.def("embedding(Tensor weight, Tensor ids, float scale, int seed, int step, int param, int probe, "
+                "int offset, int family) -> Tensor");
     library.def(
         "materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
         "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
@@ -243,6 +286,7 @@ TORCH_LIBRARY_IMPL(distzo2, CompositeExplicitAutograd, library) {
         library.impl("perturb_", &distzo2::perturb_);                                                                  \
         library.impl("restore_", &distzo2::restore_);                                                                  \
         library.impl("update_", &distzo2::update_);                                                                    \
+        library.impl("embedding", &distzo2::embedding);                                                                \
         library.impl("materialize", &distzo2::materialize);                                                            \
     }
 

@@ -98,4 +98,18 @@ void check(const Generate& request) {
     DZO_CHECK(request.probe >= 0 && request.probe <= kMaxProbe, "probe ", request.probe);
 }
 
+void check(const Lookup& request) {
+    DZO_CHECK(is_dtype(static_cast<int64_t>(request.dtype)), "dtype code ", static_cast<int64_t>(request.dtype));
+    DZO_CHECK(is_family(request.family), "unknown family of noise ", request.family);
+    DZO_CHECK(request.num_ids >= 0, "num_ids ", request.num_ids);
+    DZO_CHECK(request.num_rows >= 0 && request.cols >= 0 &&
+                  (request.cols == 0 || request.num_rows <= kMaxElements / request.cols),
+              "a table of ", request.num_rows, " x ", request.cols);
+    DZO_CHECK(request.offset >= 0 && request.offset <= kMaxElements - request.num_rows * request.cols, "offset ",
+              request.offset);
+    DZO_CHECK(request.step >= 0 && request.step <= kMaxWord, "step ", request.step);
+    DZO_CHECK(request.param >= 0 && request.param <= kMaxWord, "param ", request.param);
+    DZO_CHECK(request.probe >= 0 && request.probe <= kMaxProbe, "probe ", request.probe);
+}
+
 } // namespace distzo2

@@ -188,6 +188,15 @@ void generate_cpu(const Generate& request) {
     run<Generate, &CpuLevel::generate>(request, request.numel);
 }
 
+void lookup_cpu(const Lookup& request) {
+    check(request);
+    for (int64_t i = 0; i < request.num_ids; ++i)
+        if (request.ids[i] < 0 || request.ids[i] >= request.num_rows)
+            throw std::out_of_range("ids[" + std::to_string(i) + "] is " + std::to_string(request.ids[i]) +
+                                    ", and the table has " + std::to_string(request.num_rows) + " rows");
+    run<Lookup, &CpuLevel::lookup>(request, request.num_ids * request.cols);
+}
+
 void perturb_cpu(const InPlace& place, float scale) { materialize_cpu(PerturbVisit(place, scale).visit); }
 
 void update_cpu(const InPlace& place, float lr, float coef, float weight_decay) {

@@ -33,9 +33,11 @@ void set_parallel_for(ParallelFor parallel_for); // nullptr restores the default
 // segments overlap.
 void check(const Materialize& visit);
 void check(const Generate& request);
+void check(const Lookup& request);
 
 void materialize_cpu(const Materialize& visit);
 void generate_cpu(const Generate& request);
+void lookup_cpu(const Lookup& request); // throws std::out_of_range, naming it, for an id that is no row of the table
 
 // Elements [offset, offset + numel) of a parameter, stored at `weights`, changed in place by one term.
 struct InPlace {
@@ -60,6 +62,7 @@ using CudaStream = void*; // a cudaStream_t
 bool cuda_compiled();
 void materialize_cuda(const Materialize& visit, int device, CudaStream stream);
 void generate_cuda(const Generate& request, int device, CudaStream stream);
+void lookup_cuda(const Lookup& request, int device, CudaStream stream); // a row of NaN for an id that is no row
 void perturb_cuda(const InPlace& place, float scale, int device, CudaStream stream);
 void update_cuda(const InPlace& place, float lr, float coef, float weight_decay, int device, CudaStream stream);
 

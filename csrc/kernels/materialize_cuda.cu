@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "common/check.h"
+#include "kernels/lookup_device.h"
 #include "kernels/visit_device.h"
 #include "kernels/visits.h"
 
@@ -36,6 +37,12 @@ template <DType D>
 __global__ void __launch_bounds__(kThreads)
     generate_kernel(const __grid_constant__ Generate request, const __grid_constant__ PhiloxKeys keys) {
     generate_thread<D>(request, keys, blockIdx.x, threadIdx.x);
+}
+
+template <DType D>
+__global__ void __launch_bounds__(kThreads)
+    lookup_kernel(const __grid_constant__ Lookup request, const __grid_constant__ PhiloxKeys keys) {
+    lookup_thread<D>(request, keys, blockIdx.x, threadIdx.x, blockDim.x);
 }
 
 // A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could
@@ -124,16 +131,26 @@ void launch(const VisitTables& tables, DeviceState& state, cudaStream_t stream) 
     DZO_CUDA_CHECK(cudaFreeAsync(workspace, stream));
 }
 
-void launch_shape(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
-    const VisitShape& shape = tables.shape;
-    if (shape.simple && shape.num_updates == 1 && shape.num_emits == 2)
-        launch<SimpleProgram<1, 2>>(tables, state, stream);
-    else if (shape.simple && shape.num_updates == 0 && shape.num_emits == 2)
-        launch<SimpleProgram<0, 2>>(tables, state, stream);
-    else if (shape.simple && shape.num_updates == 0 && shape.num_emits == 1)
-        launch<SimpleProgram<0, 1>>(tables, state, stream);
-    else if (shape.simple && shape.num_updates == 1 && shape.num_emits == 0)
-        launch<SimpleProgram<1, 0>>(tables, state, stream);
+template <Purpose kFamily>
+void launch_simple(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+    const int updates = tables.shape.num_updates, emits = tables.shape.num_emits;
+    if (updates == 1 && emits == 2)
+        launch<SimpleProgram<1, 2, kFamily>>(tables, state, stream);
+    else if (updates == 0 && emits == 2)
+        launch<SimpleProgram<0, 2, kFamily>>(tables, state, stream);
+    else if (updates == 0 && emits == 1)
+        launch<SimpleProgram<0, 1, kFamily>>(tables, state, stream);
+    else if (updates == 1 && emits == 0)
+        launch<SimpleProgram<1, 0, kFamily>>(tables, state, stream);
+    else
+        launch<AnyProgram>(tables, state, stream);
+}
+
+void launch_visit(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+    if (tables.shape.simple && tables.shape.family == Purpose::kNormal)
+        launch_simple<Purpose::kNormal>(tables, state, stream);
+    else if (tables.shape.simple && tables.shape.family == Purpose::kRademacher)
+        launch_simple<Purpose::kRademacher>(tables, state, stream);
     else
         launch<AnyProgram>(tables, state, stream);
 }
@@ -151,7 +168,7 @@ void materialize_cuda(const Materialize& visit, int device, CudaStream stream) {
     static thread_local VisitTables tables; // keeps its storage from visit to visit
     build_tables(visit, state.num_sms, tables);
     if (tables.header.num_tiles > 0)
-        launch_shape(tables, state, static_cast<cudaStream_t>(stream));
+        launch_visit(tables, state, static_cast<cudaStream_t>(stream));
 }
 
 void generate_cuda(const Generate& request, int device, CudaStream stream) {
@@ -170,6 +187,26 @@ void generate_cuda(const Generate& request, int device, CudaStream stream) {
         generate_kernel<DType::kBf16><<<num_tiles, kThreads, 0, on>>>(request, keys);
     else
         generate_kernel<DType::kFp16><<<num_tiles, kThreads, 0, on>>>(request, keys);
+    DZO_CUDA_CHECK_LAUNCH();
+}
+
+void lookup_cuda(const Lookup& request, int device, CudaStream stream) {
+    check(request);
+    if (request.num_ids == 0 || request.cols == 0)
+        return;
+    DZO_CHECK(request.num_ids <= INT32_MAX, "num_ids ", request.num_ids);
+    const DeviceGuard guard(device);
+    const auto num_blocks = static_cast<unsigned>(request.num_ids);
+    const int64_t warps = (max_octets_of_row(request.cols) + 31) / 32;
+    const auto num_threads = static_cast<unsigned>(std::min<int64_t>(warps * 32, kThreads));
+    const PhiloxKeys keys = philox_keys(request.seed);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (request.dtype == DType::kFp32)
+        lookup_kernel<DType::kFp32><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    else if (request.dtype == DType::kBf16)
+        lookup_kernel<DType::kBf16><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    else
+        lookup_kernel<DType::kFp16><<<num_blocks, num_threads, 0, on>>>(request, keys);
     DZO_CUDA_CHECK_LAUNCH();
 }
 

@@ -15,6 +15,7 @@ namespace {
 bool cuda_compiled() { return false; }
 void materialize_cuda(const Materialize&, int, CudaStream) { fail(); }
 void generate_cuda(const Generate&, int, CudaStream) { fail(); }
+void lookup_cuda(const Lookup&, int, CudaStream) { fail(); }
 void perturb_cuda(const InPlace&, float, int, CudaStream) { fail(); }
 void update_cuda(const InPlace&, float, float, float, int, CudaStream) { fail(); }
 

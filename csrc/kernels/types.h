@@ -98,4 +98,23 @@ struct Generate {
     int64_t offset = 0;
 };
 
+// out[i] = rne(fma(scale, z, row ids[i] of the table)), the table [num_rows, cols] holding elements [offset, offset +
+// num_rows * cols) of a parameter; rne(row) where scale is 0. Equal to the rows of a visit's emit of the whole table.
+struct Lookup {
+    const void* table = nullptr;
+    void* out = nullptr; // [num_ids, cols]
+    const int64_t* ids = nullptr;
+    int64_t num_ids = 0;
+    int64_t num_rows = 0;
+    int64_t cols = 0;
+    DType dtype = DType::kFp32;
+    float scale = 0;
+    uint64_t seed = 0;
+    int64_t family = 0;
+    int64_t step = 0;
+    int64_t param = 0;
+    int64_t probe = 0;
+    int64_t offset = 0;
+};
+
 } // namespace distzo2

@@ -5,13 +5,10 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/types.h"
-#include "noise/philox.h"
+#include "kernels/octet.h"
 
 namespace distzo2 {
 
-// A thread works on aligned octets of elements: two groups of normals, one of rounding bits, 16 or 32 bytes.
-constexpr int kOctet = 8;
 constexpr int kThreads = 256;
 constexpr int kMaxOctetsPerThread = 8;
 
@@ -51,9 +48,10 @@ struct VisitHeader {
     uint32_t aligned; // the weights and all outs have the same address modulo 16
 };
 
-// The shape of the program, when every update and emit has one term of normals: a kernel is compiled for each.
+// The shape of the program, when every update and emit has one term, all of one family: a kernel is compiled for each.
 struct VisitShape {
     bool simple;
+    Purpose family;
     int num_updates; // 0 or 1
     int num_emits;   // 0, 1 or 2 (the same z)
 };
@@ -148,15 +146,16 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     header.scales_at = append_rows(bytes, visit.emit_scales, visit.num_emits * visit.num_groups);
     header.outs_at = append_rows(bytes, visit.outs, visit.num_emits);
 
-    const auto one_normal = [&](int64_t first, int64_t num) {
-        return num == 1 && visit.terms[first].family == static_cast<int64_t>(Purpose::kNormal);
-    };
     VisitShape& shape = tables.shape;
-    shape.simple = visit.num_updates <= 1 && visit.num_emits <= 2;
+    shape.simple = visit.num_updates <= 1 && visit.num_emits <= 2 && visit.num_terms > 0;
+    shape.family = shape.simple ? static_cast<Purpose>(visit.terms[0].family) : Purpose::kNormal;
+    const auto is_simple = [&](int64_t first, int64_t num) {
+        return num == 1 && visit.terms[first].family == static_cast<int64_t>(shape.family);
+    };
     for (int64_t u = 0; u < visit.num_updates; ++u)
-        shape.simple = shape.simple && one_normal(visit.updates[u].first_term, visit.updates[u].num_terms);
+        shape.simple = shape.simple && is_simple(visit.updates[u].first_term, visit.updates[u].num_terms);
     for (int64_t e = 0; e < visit.num_emits; ++e)
-        shape.simple = shape.simple && one_normal(visit.emits[e].first_term, visit.emits[e].num_terms) &&
+        shape.simple = shape.simple && is_simple(visit.emits[e].first_term, visit.emits[e].num_terms) &&
                        same_tensor(visit.terms[visit.emits[e].first_term], visit.terms[visit.emits[0].first_term]);
     shape.num_updates = static_cast<int>(visit.num_updates);
     shape.num_emits = static_cast<int>(visit.num_emits);

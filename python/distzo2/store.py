@@ -28,7 +28,7 @@ from distzo2.units import Unit
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
-_M_ARENA_MAX = -8  # glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class StreamingStore:
         self.num_slots = max(2, min(slots, len(units) + 1))
         self._device = device
         if device.type == "cpu" and directory is not None:
-            _keep_one_arena()
+            _return_freed_memory()
         self._pool: HostPool | None = None
         self._file: BlockFile | None = None
         name = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
@@ -193,12 +193,14 @@ class StreamingStore:
         self._pool = self._file = None
 
 
-def _keep_one_arena() -> None:
+def _return_freed_memory() -> None:
     """Weights on disk mean that memory is scarce. Each lane is a thread, glibc gives each thread an arena of its own,
-    and each arena keeps what its lane freed; in one arena it is kept once. Lanes never allocate at the same time.
+    and each arena keeps what its lane freed. Of one mebibyte and more it is given back at once instead, for a page
+    fault every 4 KiB, which such a tensor's arithmetic hides. (A limit to one arena comes too late: glibc reads it when
+    the first thread asks for memory.)
     """
     with suppress(OSError, AttributeError):  # another C library has other habits
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _new_block_file(directory: Path, num_bytes: int) -> Path:

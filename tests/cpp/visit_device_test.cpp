@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/kernels.h"
+#include "kernels/lookup_device.h"
 #include "kernels/visit_device.h"
 #include "visit_fixture.h"
 
@@ -21,6 +23,9 @@ void run_grid(const VisitTables& tables) {
         for (uint32_t thread = 0; thread < kThreads; ++thread)
             run_thread<Program>(tables.header, reader, tile, thread);
 }
+
+const std::pair<DType, int64_t> kDTypesAndFamilies[] = {{DType::kFp32, 0}, {DType::kBf16, 0}, {DType::kFp16, 0},
+                                                        {DType::kFp32, 1}, {DType::kBf16, 1}, {DType::kFp16, 1}};
 
 void check_visit(const Visit& visit, int num_sms, const char* what) {
     Visit expected = visit;
@@ -43,14 +48,21 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
     std::vector<uint8_t*> pointers;
     VisitTables tables;
     build_tables(copy.view(pointers), num_sms, tables);
-    const auto is = [&](int num_updates, int num_emits) {
-        return tables.shape.simple && tables.shape.num_updates == num_updates && tables.shape.num_emits == num_emits;
+    const VisitShape& shape = tables.shape;
+    const auto is = [&](Purpose family, int num_updates, int num_emits) {
+        return shape.simple && shape.family == family && shape.num_updates == num_updates &&
+               shape.num_emits == num_emits;
     };
     check(AnyProgram{}, true);
-    check(SimpleProgram<1, 2>{}, is(1, 2));
-    check(SimpleProgram<0, 2>{}, is(0, 2));
-    check(SimpleProgram<0, 1>{}, is(0, 1));
-    check(SimpleProgram<1, 0>{}, is(1, 0));
+    constexpr auto kNormal = Purpose::kNormal, kRademacher = Purpose::kRademacher;
+    check(SimpleProgram<1, 2, kNormal>{}, is(kNormal, 1, 2));
+    check(SimpleProgram<0, 2, kNormal>{}, is(kNormal, 0, 2));
+    check(SimpleProgram<0, 1, kNormal>{}, is(kNormal, 0, 1));
+    check(SimpleProgram<1, 0, kNormal>{}, is(kNormal, 1, 0));
+    check(SimpleProgram<1, 2, kRademacher>{}, is(kRademacher, 1, 2));
+    check(SimpleProgram<0, 2, kRademacher>{}, is(kRademacher, 0, 2));
+    check(SimpleProgram<0, 1, kRademacher>{}, is(kRademacher, 0, 1));
+    check(SimpleProgram<1, 0, kRademacher>{}, is(kRademacher, 1, 0));
 }
 
 } // namespace
@@ -62,7 +74,7 @@ TEST(random_programs) {
 }
 
 TEST(simple_programs) {
-    for (DType dtype : kDTypes)
+    for (const auto& [dtype, family] : kDTypesAndFamilies)
         for (int num_updates : {0, 1})
             for (int num_emits : {0, 1, 2})
                 for (float zero : {1.0f, 0.0f}) { // the second group's coefficients
@@ -74,11 +86,11 @@ TEST(simple_programs) {
                             visit.add_segment(dtype, numel, numel, offset, numel % 2, numel % 5);
                     visit.fill_random(12);
                     for (int u = 0; u < num_updates; ++u) {
-                        visit.add_term(0, 4, 0, 0.5f);
+                        visit.add_term(family, 4, 0, 0.5f);
                         visit.add_update(4, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}, {1e-2f, 0.0f, 1.0f, zero}});
                     }
                     for (int e = 0; e < num_emits; ++e) {
-                        visit.add_term(0, 5, 0, e == 0 ? 1e-3f : -1e-3f);
+                        visit.add_term(family, 5, 0, e == 0 ? 1e-3f : -1e-3f);
                         visit.add_emit(1, {1.0f, zero});
                     }
                     if (num_updates + num_emits == 0)
@@ -136,4 +148,72 @@ TEST(generated_noise) {
                     generate_thread<DType::kFp32>(request, philox_keys(3), tile, thread);
             CHECK(std::memcmp(actual.data(), expected.data(), kNumel * sizeof(float)) == 0, family, ' ', offset);
         }
+}
+
+// The lookup of rows, on the CPU and as the CUDA kernel's threads, against rows of the table perturbed as a whole.
+TEST(lookup) {
+    for (const auto& [dtype, family] : kDTypesAndFamilies)
+        for (int64_t cols : {int64_t{1}, int64_t{7}, int64_t{8}, int64_t{100}, int64_t{1283}})
+            for (int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{1} << 34) - 200})
+                for (float scale : {0.0f, -1e-3f}) {
+                    constexpr int64_t kRows = 9;
+                    const auto row_bytes = static_cast<size_t>(cols * dtype_bytes(dtype));
+                    Visit whole;
+                    whole.seed = 77;
+                    whole.add_segment(dtype, kRows * cols, 5, offset, 0);
+                    whole.fill_random(3);
+                    const std::vector<uint8_t> table = whole.weights;
+                    whole.add_term(family, 6, 2, scale);
+                    whole.add_emit(1, {1.0f});
+                    whole.run();
+                    const std::vector<int64_t> ids = {4, 0, 8, 8, 3, 4};
+                    std::vector<uint8_t> expected;
+                    for (int64_t id : ids) {
+                        const auto row = whole.outs[0].begin() + id * static_cast<int64_t>(row_bytes);
+                        expected.insert(expected.end(), row, row + static_cast<int64_t>(row_bytes));
+                    }
+                    std::vector<uint8_t> got(expected.size());
+                    Lookup request{table.data(),
+                                   got.data(),
+                                   ids.data(),
+                                   static_cast<int64_t>(ids.size()),
+                                   kRows,
+                                   cols,
+                                   dtype,
+                                   scale,
+                                   77,
+                                   family,
+                                   6,
+                                   5,
+                                   2,
+                                   offset};
+                    lookup_cpu(request);
+                    CHECK(got == expected, "cpu, cols ", cols, " offset ", offset);
+
+                    std::fill(got.begin(), got.end(), uint8_t{0});
+                    for (size_t row = 0; row < ids.size(); ++row)
+                        for (int64_t thread = 0; thread < 32; ++thread) {
+                            const auto keys = philox_keys(request.seed);
+                            const auto at = static_cast<int64_t>(row);
+                            if (dtype == DType::kFp32)
+                                lookup_thread<DType::kFp32>(request, keys, at, thread, 32);
+                            else if (dtype == DType::kBf16)
+                                lookup_thread<DType::kBf16>(request, keys, at, thread, 32);
+                            else
+                                lookup_thread<DType::kFp16>(request, keys, at, thread, 32);
+                        }
+                    CHECK(got == expected, "device, cols ", cols, " offset ", offset);
+                }
+}
+
+TEST(lookup_of_a_row_that_is_not_there) {
+    const std::vector<float> table(12, 1.0f);
+    std::vector<float> out(8);
+    const int64_t ids[] = {1, 3};
+    Lookup request{table.data(), out.data(), ids, 2, 3, 4, DType::kFp32, 1.0f};
+    CHECK_THROWS(lookup_cpu(request), "ids[1] is 3, and the table has 3 rows");
+    for (int64_t row : {0, 1})
+        lookup_thread<DType::kFp32>(request, philox_keys(0), row, 0, 1);
+    for (int i = 0; i < 4; ++i)
+        CHECK(out[i] == out[i] && out[4 + i] != out[4 + i]);
 }

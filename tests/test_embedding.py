@@ -1,0 +1,96 @@
+"""The perturbed embedding lookup: the bits of looking up in the perturbed table, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_same_bits, check_embedding
+
+import distzo2_core
+
+NATIVE = distzo2_core.build_info()["native"]
+needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+PLACE = {"seed": 2**64 - 1, "step": 3, "param": 5, "probe": 7}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cols=st.integers(1, 1500))
+def test_rows_of_the_perturbed_table(backend: str, seed: int, dtype: torch.dtype, cols: int) -> None:
+    check_embedding(np.random.default_rng(seed), backend, dtype, cols)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_ids_on_many_threads(dtype: torch.dtype) -> None:
+    table = torch.randn(300, 257).to(dtype)
+    ids = torch.randint(0, 300, (7, 11, 13))
+    got = distzo2_core.embedding(table, ids, 1e-2, **PLACE)
+    distzo2_core.perturb_(table, 1e-2, **PLACE)
+    assert_same_bits(got, torch.nn.functional.embedding(ids, table))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slice_of_a_table_has_the_bits_of_the_whole(backend: str) -> None:
+    table = torch.randn(40, 24)
+    ids = torch.arange(40)
+    whole = distzo2_core.embedding(table, ids, 0.5, **PLACE, backend=backend)
+    part = distzo2_core.embedding(table[15:], ids[:25], 0.5, **PLACE, offset=15 * 24, backend=backend)
+    assert_same_bits(part, whole[15:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend: str) -> None:
+    none = torch.empty(0, 2, dtype=torch.int64)
+    assert distzo2_core.embedding(torch.ones(3, 4), none, 1.0, **PLACE, backend=backend).shape == (0, 2, 4)
+    assert distzo2_core.embedding(torch.ones(0, 4), none, 1.0, **PLACE, backend=backend).shape == (0, 2, 4)
+    narrow = distzo2_core.embedding(torch.ones(3, 0), torch.tensor([2]), 1.0, **PLACE, backend=backend)
+    assert narrow.shape == (1, 0)
+    one = distzo2_core.embedding(torch.ones(3, 4), torch.tensor(2), 1.0, **PLACE, backend=backend)
+    assert one.shape == (4,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_an_id_that_is_no_row(backend: str, wrong: int) -> None:
+    with pytest.raises(IndexError, match=rf"ids\[1\] is {wrong}, and the table has 3 rows"):
+        distzo2_core.embedding(torch.ones(3, 4), torch.tensor([0, wrong]), 1.0, **PLACE, backend=backend)
+
+
+def test_what_is_refused() -> None:
+    table, ids = torch.ones(3, 4), torch.tensor([1])
+    wrong = [
+        (TypeError, "weight must be a tensor, got list", [1.0], ids, {}),
+        (TypeError, "weight must be of torch.float32, torch.bfloat16 or torch.float16", table.double(), ids, {}),
+        (ValueError, "weight must be contiguous", torch.ones(4, 3).T, ids, {}),
+        (ValueError, r"weight must have the shape \[rows, cols\], got \(12,\)", torch.ones(12), ids, {}),
+        (TypeError, "ids must be a tensor of torch.int64, got torch.int32", table, ids.int(), {}),
+        (TypeError, "ids must be a tensor of torch.int64, got list", table, [1], {}),
+        (ValueError, "ids must be on cpu as weight is, got meta", table, ids.to("meta"), {}),
+        (ValueError, "offset must be between", table, ids, {"offset": 2**38 - 11}),
+        (ValueError, "scale must be finite", table, ids, {"scale": float("inf")}),
+    ]
+    for error, text, weight, rows, changes in wrong:
+        arguments = {"scale": 1.0, **PLACE, **changes}
+        with pytest.raises(error, match=text):
+            distzo2_core.embedding(weight, rows, **arguments)
+
+
+@needs_native
+def test_torch_op() -> None:
+    weight = torch.randn(6, 8, requires_grad=True)
+    ids = torch.tensor([[5, 0], [1, 1]])
+    out = distzo2_core.embedding(weight, ids, 0.1, **PLACE)
+    assert out.shape == (2, 2, 8) and not out.requires_grad
+    raw = (weight.detach(), ids, 0.1, -1, 3, 5, 7, 0, 0)
+    torch.library.opcheck(torch.ops.distzo2.embedding, raw)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def twice(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return 2 * distzo2_core.embedding(table, rows, 0.1, **PLACE)
+
+    assert_same_bits(twice(weight.detach(), ids), 2 * out)
