@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan cuda package lint format bench clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda package lint format bench stats clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -71,6 +71,11 @@ tsan: $(VENV)/.installed ## the C++ tests under the thread sanitizer
 	$(call CMAKE_NEW,tsan) -DDISTZO2_SANITIZE=thread $(CMAKE_OPTIONS) && cmake --build build/tsan
 	$(CTEST) build/tsan
 
+mutations: $(VENV)/.installed ## leave out each ordering of the copy engine in turn: a test must notice
+	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \
+		cmake --build build/mutations --target copy_engine_cpu_test copy_engine_cuda_test
+	$(BIN)/python tools/check_mutations.py build/mutations
+
 # A machine without a CUDA toolkit gets the compiler as Python packages, in a folder of its own.
 NVCC_HOME := build/nvcc/nvidia/cu13
 NVCC := $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || echo $(NVCC_HOME)/bin/nvcc)
@@ -101,6 +106,9 @@ bench: $(VENV)/.built ## measure kernels and copies on this machine, into bench/
 	$(BIN)/python bench/bench_kernels.py
 	$(BIN)/python bench/bench_copy.py
 	$(BIN)/python bench/bench_step.py time --json bench/results/steps.jsonl
+
+stats: $(VENV)/.built ## test the statistics of 10^9 normals and signs (minutes), into bench/results/noise_stats.json
+	$(BIN)/python tools/noise_stats.py
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info distzo2_core/_C*.so $(VENV)/.built

@@ -107,6 +107,8 @@ class BuildCore(BuildExtension):
             extension.include_dirs.append(str(CORE_BUILD))
             extension.extra_objects = libraries
             extension.libraries += ["dl", "rt", "pthread"]
+            if not core["compiler"].startswith("GNU"):  # GCC's calls are met by the runtime that torch has loaded
+                extension.extra_link_args.append("-fopenmp")
             if core["cuda_version"]:
                 extension.define_macros.append(("DISTZO2_WITH_CUDA", "1"))
                 extension.extra_objects.append(core["cudart"])

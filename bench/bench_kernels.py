@@ -5,11 +5,12 @@
 
 Every row is checked bit for bit against the reference before anything is timed; then all of one size and dtype are
 timed in turn, on one thread and on all, and the medians kept. `visit` is what a ZO step does to a block: read the
-weights, apply one update, write them back, and write the +eps and the -eps copy. Bytes are those that must move: reads
-and writes of weights, and of the copies. The copy that they are set against is torch's copy_ of COPY_BYTES by as many
-threads, its bandwidth reads plus writes; what fits in a cache can exceed it, and `normal` and `rademacher` pay for a
-fresh result. On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock
-/ instructions an element (bench/results/sass_counts.json).
+weights, apply one update, write them back, and write the +eps and the -eps copy. Ratios to torch and NumPy are to one
+perturbation by them, whatever the op; NumPy has one thread. Bytes are those that must move: reads and writes of
+weights, and of the copies. The copy that they are set against is torch's copy_ of COPY_BYTES by as many threads, its
+bandwidth reads plus writes; what fits in a cache can exceed it, and `normal` and `rademacher` pay for a fresh result.
+On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock over the
+instructions an element of bench/results/sass_counts.json.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ OPS = (  # op, noise
 )
 # Passes over the weights' bytes: reads plus writes.
 PASSES = {"normal": 1, "rademacher": 1, "visit": 4}
-SASS_KERNELS = {"perturb_": "perturb", "update_": "update", "visit": "visit"}  # with normal noise
+SASS_KERNELS = {  # names of tools/sass_counts.py
+    ("perturb_", "normal"): "perturb",
+    ("perturb_", "rademacher"): "perturb, signs",
+    ("update_", "normal"): "update",
+    ("visit", "normal"): "visit",
+}
 EMBEDDING_COLS, EMBEDDING_TOKENS = 1024, 2048
 
 
@@ -309,7 +315,7 @@ def instruction_bounds() -> dict[tuple[str, str, str], float]:
         return {}
     lanes_per_s = info["gpu_multiprocessors"] * 128 * info["gpu_max_clock_mhz"] * 1e6
     return {
-        (op, "normal", dtype): lanes_per_s / table[kernel][dtype] / 1e9
+        (*op, dtype): lanes_per_s / table[kernel][dtype] / 1e9
         for op, kernel in SASS_KERNELS.items()
         for dtype in DTYPES
         if dtype in table.get(kernel, {})

@@ -38,24 +38,28 @@ def title(result: dict[str, Any], device: str) -> str:
 
 
 def bars(axes: Any, rows: list[Row], ops: tuple, value: Callable[[Row], float | None], all_threads: list[Row]) -> None:
-    """A group of bars for each op, a bar for each dtype; a mark where the same row on all threads is."""
+    """A bar with its number for each op and dtype; a mark where the same row on all threads is."""
     width = 0.8 / len(DTYPES)
     for index, dtype in enumerate(DTYPES):
-        colour = COLOURS[dtype]
-        for some, mark in ((rows, False), (all_threads, True)):
-            places, lengths = [], []
-            for position, op in enumerate(ops):
-                found = [row for row in some if (row["op"], row["noise"], row["dtype"]) == (*op, dtype)]
-                if found and value(found[0]) is not None:
-                    places.append(position + (index - (len(DTYPES) - 1) / 2) * width)
-                    lengths.append(value(found[0]))
-            if mark:
-                axes.plot(lengths, places, "|", color="black", markersize=6)
-            elif places:
-                axes.barh(places, lengths, width, color=colour, label=dtype)
+        for position, op in enumerate(ops):
+            at = position + (index - (len(DTYPES) - 1) / 2) * width
+            found = [
+                value(row)
+                for some in (rows, all_threads)
+                for row in some
+                if (row["op"], row["noise"], row["dtype"]) == (*op, dtype)
+            ]
+            lengths = [length for length in found if length is not None]
+            if not lengths:
+                continue
+            axes.barh(at, lengths[0], width, color=COLOURS[dtype], label=dtype if position == len(ops) - 1 else None)
+            axes.plot(lengths[1:], [at] * len(lengths[1:]), "|", color="black", markersize=6)
+            axes.annotate(
+                f"{lengths[0]:.3g}", (max(lengths), at), (5, 0), textcoords="offset points", va="center", size=6
+            )
     axes.set_yticks(range(len(ops)), [LABELS[op] for op in ops])
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.margins(x=0.1)
 
 
 def draw_device(grid: Any, figure: Any, result: dict[str, Any], device: str, backend: str) -> None:
@@ -71,45 +75,44 @@ def draw_device(grid: Any, figure: Any, result: dict[str, Any], device: str, bac
     log2 = largest.bit_length() - 1
 
     axes = figure.add_subplot(grid[0])
-    bars(axes, one, tuple(LABELS), lambda row: row["giga_elements_per_s"], every)
+    there = tuple(op for op in LABELS if any((row["op"], row["noise"]) == op for row in rows))
+    bars(axes, one, there, lambda row: row["giga_elements_per_s"], every)
+    axes.set_xscale("log")
     axes.set_xlabel("G elements/s")
     axes.set_title(f"Rate over 2^{log2} elements ({how})")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower right", frameon=False, bbox_to_anchor=(1.05, 0))
 
     axes = figure.add_subplot(grid[1])
-    bars(axes, one, tuple(LABELS), lambda row: 100 * row["of_copy_bandwidth"], every)
+    bars(axes, one, there, lambda row: 100 * row["of_copy_bandwidth"], every)
     axes.axvline(100, color="black", linewidth=0.8, linestyle="--")
-    mib = one[0]["copy_bytes"] / 2**20
-    axes.set_xlabel(f"% of a copy of {mib:.0f} MiB ({one[0]['copy_gb_per_s']:.0f} GB/s, {how.split(';')[0]})")
+    copies = [sorted(row["copy_gb_per_s"] for row in some) for some in (one, every) if some]
+    rates = " and ".join(f"{some[len(some) // 2]:.1f}" for some in copies)
+    axes.set_xlabel(f"% of torch's copy of {one[0]['copy_bytes'] / 2**20:.0f} MiB ({rates} GB/s)")
     axes.set_title("Bytes that must move, against a copy")
 
     axes = figure.add_subplot(grid[2])
     bars(axes, one, OURS, lambda row: row.get("speedup_over_randn_add"), every)
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
     if device == "cpu":
-        axes.axvline(6, color="#ee6677", linewidth=0.8, linestyle="--", label="budget of perturb_: 6")
-        axes.legend(loc="lower right", frameon=False)
-    axes.set_xlabel("times torch's randn + add_ of the same tensor and threads")
+        axes.axvline(6, color="#ee6677", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    budget = " (red: budget of perturb_)" if device == "cpu" else ""
+    axes.set_xlabel(f"times randn + add_ on as many threads{budget}")
     axes.set_title("Against plain torch")
 
     axes = figure.add_subplot(grid[3])
     if device == "cpu":
         draw_levels(axes, result["normals_per_core"])
     elif any("of_instruction_bound" in row for row in one):
-        kept = tuple(op for op in OURS if op[0] in ("perturb_", "update_", "visit") and op[1] == "normal")
-        bars(
-            axes,
-            one,
-            kept,
-            lambda row: 100 * row["of_instruction_bound"] if "of_instruction_bound" in row else None,
-            [],
-        )
+        share: Callable[[Row], float] = lambda row: 100 * row["of_instruction_bound"]  # noqa: E731
+        bound = [row for row in one if "of_instruction_bound" in row]
+        bars(axes, bound, tuple(op for op in OURS if any((r["op"], r["noise"]) == op for r in bound)), share, [])
         axes.axvline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_xlabel("% of what the schedulers can issue at the highest clock")
         axes.set_title("Against the instruction bound")
     else:
         axes.set_axis_off()
-        axes.text(0.5, 0.5, "no instruction counts for this GPU", ha="center", va="center")
+        axes.text(0.5, 0.5, "no instruction counts for this GPU and backend", ha="center", va="center")
 
 
 def draw_levels(axes: Any, levels: list[Row]) -> None:
@@ -117,15 +120,15 @@ def draw_levels(axes: Any, levels: list[Row]) -> None:
     names = [row["what"] for row in levels]
     rates = [row["giga_normals_per_s"] for row in levels]
     axes.barh(range(len(names)), rates, 0.6, color="#66ccee")
-    for position, rate in enumerate(rates):
-        axes.text(rate, position, f" {rate:.2f}", va="center")
-    for name, budget in (("avx2", 0.6), ("avx512", 0.9)):
-        if name in names:
-            position = names.index(name)
+    budgets = {"avx2": 0.6, "avx512": 0.9}
+    for position, (name, rate) in enumerate(zip(names, rates, strict=True)):
+        budget = budgets.get(name, 0)
+        axes.text(max(rate, budget), position, f"  {rate:.2f}", va="center")
+        if budget:
             axes.plot([budget, budget], [position - 0.4, position + 0.4], color="#ee6677", linestyle="--")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(rates, default=1))
+    axes.set_xlim(0, 1.15 * max([*rates, *(budgets[name] for name in names if name in budgets)], default=1))
     axes.set_xlabel("G normals/s on one core, in the caches (dashed: budget)")
     axes.set_title("Normals by instruction set")
 

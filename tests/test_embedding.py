@@ -34,6 +34,17 @@ def test_many_ids_on_many_threads(dtype: torch.dtype) -> None:
     assert_same_bits(got, torch.nn.functional.embedding(ids, table))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not distzo2_core.build_info()["cuda"], reason="built without CUDA kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda(dtype: torch.dtype) -> None:
+    for cols in (1, 7, 8, 100, 768, 1030, 4096):
+        check_embedding(np.random.default_rng(cols), "native", dtype, cols, "cuda")
+    table, ids = torch.ones(3, 4, dtype=dtype, device="cuda"), torch.tensor([2, 3, -1], device="cuda")
+    rows = distzo2_core.embedding(table, ids, 1.0, **PLACE)
+    assert rows[0].isfinite().all() and rows[1:].isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_slice_of_a_table_has_the_bits_of_the_whole(backend: str) -> None:
     table = torch.randn(40, 24)

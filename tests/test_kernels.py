@@ -1,9 +1,8 @@
-"""Rounding, perturbation, update and materialize: against exact arithmetic, and native against the reference."""
+"""Perturbation, update and materialize: against plain arithmetic, and native against the reference, bit for bit."""
 
 from __future__ import annotations
 
 import itertools
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
+    Visit,
     assert_same_bits,
     check_in_place,
     check_noise,
@@ -23,117 +23,11 @@ from kernel_cases import (
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, reference
-from distzo2_core.types import DTYPE_CODES
+from distzo2_core.types import DTYPE_CODES, MAX_ELEMENTS
 
 NATIVE = distzo2_core.build_info()["native"]
 needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
-
-BF16, FP16 = DTYPE_CODES[torch.bfloat16], DTYPE_CODES[torch.float16]
-LARGEST = {BF16: Fraction(2) ** 128 - Fraction(2) ** 120, FP16: Fraction(65504)}
-
-
-def decode_one(bits: int, code: int) -> float:
-    return float(reference.decode(np.array([bits], np.uint16), code)[0])
-
-
-def spacing_at(magnitude: Fraction, code: int) -> Fraction:
-    """Distance between neighbours of the dtype at a magnitude, by the definition in terms of exponents."""
-    lowest, mantissa = (-133, 7) if code == BF16 else (-24, 10)
-    if magnitude == 0:
-        return Fraction(2) ** lowest
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    exponent -= magnitude < Fraction(2) ** exponent
-    return Fraction(2) ** max(exponent - mantissa, lowest)
-
-
-def neighbours(code: int) -> np.ndarray:
-    """For every finite 16-bit value: itself, the float32 beside it, midpoints and their neighbours, both signs."""
-    limit = 0x7F80 if code == BF16 else 0x7C00
-    values = reference.decode(np.arange(limit + 1, dtype=np.uint16), code)
-    with np.errstate(all="ignore"):
-        middles = ((values[:-1].astype(np.float64) + values[1:].astype(np.float64)) / 2).astype(np.float32)
-        middles[-1] = (
-            np.float32(65520) if code == FP16 else np.float32((LARGEST[BF16] + Fraction(2) ** 119).__float__())
-        )
-    points = np.concatenate([values, middles])
-    points = np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(0))])
-    return np.concatenate([points, -points])
-
-
-# Rounding.
-
-
-@pytest.mark.parametrize("code", [BF16, FP16])
-def test_nearest_is_nearest_even_at_every_midpoint(code: int) -> None:
-    """Against torch's own conversion (itself checked against rationals below), at all values, midpoints and beside."""
-    points = neighbours(code)
-    dtype = torch.bfloat16 if code == BF16 else torch.float16
-    expected = torch.from_numpy(points).to(dtype).view(torch.int16).numpy().view(np.uint16)
-    assert (reference.round_nearest(points, code) == expected).all()
-
-
-float_bits = st.integers(0, 2**32 - 1)
-
-
-@settings(max_examples=300, deadline=None)
-@given(bits=float_bits, code=st.sampled_from([BF16, FP16]))
-def test_nearest_against_rationals(bits: int, code: int) -> None:
-    value = float(np.array([bits], np.uint32).view(np.float32)[0])
-    got = int(reference.round_nearest(np.array([value], np.float32), code)[0])
-    if np.isnan(value):
-        assert got == {BF16: 0x7FC0, FP16: 0x7E00}[code]
-        return
-    assert got >> 15 == bits >> 31
-    if np.isinf(value):
-        assert decode_one(got, code) == value
-        return
-    spacing = spacing_at(abs(Fraction(value)), code)
-    exact = round(abs(Fraction(value)) / spacing) * spacing  # Python rounds halves to even
-    rounded = abs(decode_one(got, code))
-    assert rounded == (float("inf") if exact > LARGEST[code] else exact)
-
-
-@settings(max_examples=300, deadline=None)
-@given(bits=float_bits, near_one=st.booleans(), random16=st.integers(0, 65535), code=st.sampled_from([BF16, FP16]))
-def test_stochastic_against_rationals(bits: int, near_one: bool, random16: int, code: int) -> None:
-    """The definition, in exact arithmetic: up if and only if floor(frac(|x| / spacing) 2^16) + R >= 2^16."""
-    if near_one:  # exponents where fp16 is neither zero nor infinite
-        bits = bits & 0x807FFFFF | (100 + (bits >> 23) % 45) << 23
-    value = float(np.array([bits], np.uint32).view(np.float32)[0])
-    got = int(reference.round_stochastic(np.array([value], np.float32), np.array([random16], np.uint32), code)[0])
-    if not np.isfinite(value):
-        assert got == int(reference.round_nearest(np.array([value], np.float32), code)[0])
-        return
-    assert got >> 15 == bits >> 31
-    magnitude = abs(Fraction(value))
-    spacing = spacing_at(magnitude, code)
-    steps = magnitude // spacing
-    up = (magnitude / spacing - steps) * 65536 // 1 + random16 >= 65536
-    exact = (steps + up) * spacing
-    assert abs(decode_one(got, code)) == (float("inf") if exact > LARGEST[code] else exact)
-
-
-@pytest.mark.parametrize("code", [BF16, FP16])
-def test_stochastic_goes_up_as_often_as_the_fraction_says(code: int) -> None:
-    """Over all 2^16 random values the mean is x rounded down to 16 bits of fraction: unbiased to 2^-16 spacings."""
-    every = np.arange(65536, dtype=np.uint32)
-    for value in (0.02, -0.02, 1.0, 1.0001, 3e-6, 6.0e-5, 6.2e-5, 1e-7, -1e-8):
-        values = np.full(65536, value, np.float32)
-        mean = reference.decode(reference.round_stochastic(values, every, code), code).astype(np.float64).mean()
-        spacing = float(spacing_at(abs(Fraction(float(np.float32(value)))), code))
-        assert 0 <= abs(float(np.float32(value))) - abs(mean) <= spacing / 65536 * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("code", [BF16, FP16])
-def test_stochastic_keeps_values_of_the_dtype(code: int) -> None:
-    bits = np.arange(65536, dtype=np.uint16)
-    values = reference.decode(bits, code)
-    kept = reference.round_stochastic(values, np.full(65536, 65535, np.uint32), code)
-    number = ~np.isnan(values)
-    assert (kept[number] == bits[number]).all()
-    assert set(kept[~number].tolist()) == {0x7FC0 if code == BF16 else 0x7E00}
-
 
 # The contract of each op, in plain float32 terms. One term at a time, so that NumPy's float64 shows what is meant.
 
@@ -161,22 +55,6 @@ def test_update_is_a_rounded_step(backend: str) -> None:
         got = distzo2_core.update_(w.clone(), 1e-2, -0.7, weight_decay=decay, backend=backend, **place)
         direction = decay * w.double() - 0.7 * z.double()
         assert (got.double() - (w.double() - 1e-2 * direction)).abs().max() < 1e-8  # three roundings at up to 0.1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_update_of_16_bits_is_unbiased(backend: str, dtype: torch.dtype) -> None:
-    """A step of a twentieth of a spacing moves a twentieth of the weights by a spacing, on average right."""
-    w = torch.full((200_000,), 0.02).to(dtype)
-    code = DTYPE_CODES[dtype]
-    spacing = float(spacing_at(Fraction(w[0].item()), code))
-    got = distzo2_core.update_(
-        w.clone(), 1.0, -spacing / 20, seed=1, step=2, param=3, family="rademacher", backend=backend
-    )
-    z = distzo2_core.rademacher(200_000, seed=1, step=2, param=3, backend=backend).double()
-    moved = (got.double() - w.double()) / spacing * z
-    assert set(moved.unique().tolist()) <= {0.0, 1.0, 0.5}  # half a spacing where w is a power of two below
-    assert abs(moved.mean().item() - 0.05) < 6 * (0.05 * 0.95 / 200_000) ** 0.5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,9 +154,12 @@ def test_native_materialize_across_threads(dtype: torch.dtype) -> None:
         assert torch.equal(got, expected)
 
 
+cut_points = st.lists(st.integers(0, 2000), max_size=4)
+
+
 @needs_native
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cuts=st.lists(st.integers(0, 2000), max_size=4))
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cuts=cut_points)
 def test_native_splits(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
     """A tensor updated and perturbed in slices, as ranks of a node do it, has the bits of the whole."""
     rng = np.random.default_rng(seed)
@@ -301,6 +182,119 @@ def test_native_splits(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
     slices = [visit(begin, end) for begin, end in itertools.pairwise(edges)]
     for index, whole in enumerate(visit(0, 2000)):
         assert_same_bits(torch.cat([part[index] for part in slices]), whole)
+
+
+def check_splits(rng: np.random.Generator, dtype: torch.dtype, edges: list[int]) -> None:
+    """Noise and in-place ops on the slices between `edges`, in place in one tensor, against the whole at once."""
+    numel = edges[-1]
+    weights = random_weights(rng, numel, dtype)
+    offset = int(rng.choice([0, 3, 2**34 - 1000, 2**35 - 999, MAX_ELEMENTS - numel, rng.integers(0, 2**37)]))
+    place = {"seed": int(rng.integers(0, 2**64, dtype=np.uint64)), "step": 4, "param": 2**32 - 1, "probe": 2**20 - 1}
+    place["backend"] = "native"
+    for function in (distzo2_core.normal, distzo2_core.rademacher):
+        whole = function(numel, **place, offset=offset, dtype=dtype)
+        parts = [function(b - a, **place, offset=offset + a, dtype=dtype) for a, b in itertools.pairwise(edges)]
+        assert_same_bits(torch.cat(parts), whole, (function.__name__, offset, edges))
+    ops = [(distzo2_core.perturb_, (0.5,)), (distzo2_core.restore_, (1e-3,)), (distzo2_core.update_, (1e-2, 0.7))]
+    for (function, scalars), family in itertools.product(ops, ("normal", "rademacher")):
+        whole, parts = weights.clone(), weights.clone()
+        function(whole, *scalars, **place, offset=offset, family=family)
+        for a, b in itertools.pairwise(edges):
+            function(parts[a:b], *scalars, **place, offset=offset + a, family=family)
+        assert_same_bits(parts, whole, (function.__name__, family, offset, edges))
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cuts=cut_points)
+def test_native_splits_of_each_op(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
+    check_splits(np.random.default_rng(seed), dtype, sorted({0, 2000, *cuts}))
+
+
+# Long programs.
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thousands_of_terms(backend: str, dtype: torch.dtype) -> None:
+    """4097 terms in one update and in one emit, added one after another; those of coefficient 0 are left out."""
+    num_terms, numel, offset, seed, param = (4097, 37, 2**34 - 17, 2**64 - 5, 3)
+    if backend == "reference":
+        num_terms = 130  # a second for a thousand
+    rng = np.random.default_rng(6)
+    coefs = rng.standard_normal(num_terms).astype(np.float32)
+    coefs[rng.random(num_terms) < 0.1] = 0.0
+    rows = [(j % 2, j // 2 + 1, int(probe)) for j, probe in enumerate(rng.integers(0, 2**20, num_terms))]
+
+    def noise(shift: int) -> np.ndarray:
+        """The terms' noise [num_terms, numel], with all the terms' words made at once."""
+        terms = np.array(rows, dtype=np.uint32)
+        z = np.empty((num_terms, numel), np.float32)
+        for family, per_group in ((0, 4), (1, 128)):
+            of_family = terms[:, 0] == family
+            step, probe = (terms[of_family, column, None] for column in (1, 2))
+            q = np.arange(offset // per_group, (offset + numel - 1) // per_group + 1, dtype=np.uint64)
+            c3 = np.uint32(family << 24) | probe << np.uint32(4) | (q >> np.uint64(32)).astype(np.uint32)
+            counter = ((q & np.uint64(0xFFFFFFFF)).astype(np.uint32), param, step + np.uint32(shift), c3)
+            words = np.broadcast_arrays(*reference.philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)))
+            if family == 0:
+                lanes = np.stack(reference.normals_from_words(*words), axis=2)
+            else:
+                bits = np.stack(words, axis=2)[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+                lanes = bits.astype(np.float32) * 2 - 1
+            z[of_family] = lanes.reshape(len(step), -1)[:, offset % per_group :][:, :numel]
+        return z
+
+    def summed(values: np.ndarray, shift: int) -> np.ndarray:
+        for coef, z in zip(coefs, noise(shift), strict=True):
+            values = reference.fma(coef, z, values) if coef != 0 else values
+        return values
+
+    code = DTYPE_CODES[dtype]
+    w = random_weights(rng, numel, dtype)
+    bits = w.view(torch.uint8).numpy().view(np.uint32 if code == 0 else np.uint16)
+    values = reference.decode(bits, code)
+    lr, decay = np.float32(1e-3), np.float32(0.1)
+    updated = reference.fma(-lr, summed(reference.mul(decay, values), 0), values)
+    expected = reference.round_stochastic(updated, reference.rounding_bits(seed, 7, param, offset, numel), code)
+    emitted = reference.round_nearest(summed(reference.decode(expected, code), 5), code)
+
+    buffer, table = one_segment(w, offset, param)
+    out = torch.zeros_like(buffer)
+    lists = [
+        tuple(Term(f, step + shift, p, 0, float(c)) for (f, step, p), c in zip(rows, coefs, strict=True))
+        for shift in (0, 5)
+    ]
+    updates, emits = [Update(7, (GroupScalars(1e-3, 0.1),), lists[0])], [Emit(lists[1], (1.0,))]
+    distzo2_core.materialize(
+        buffer, table, seed=seed, updates=updates, emits=emits, outs=[out], write_back=True, backend=backend
+    )
+    assert buffer.numpy().tobytes() == expected.tobytes()
+    assert out.numpy().tobytes() == emitted.tobytes()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hundreds_of_missed_updates(dtype: torch.dtype) -> None:
+    """At once, as the reference does it, and as as many visits of one update each."""
+    rng = np.random.default_rng(8)
+    segments = SegmentTable([Segment(0, 301, dtype, 5, 1000, 0, 1, 1301), Segment(1300, 44, dtype, 6, 0, 1, 1, 44)])
+    weights = torch.cat([random_weights(rng, 650, dtype).view(torch.uint8), torch.zeros(1300, dtype=torch.uint8)])
+    weights = weights[:1500].clone()
+    updates = [
+        Update(
+            step,
+            (GroupScalars(0.0 if step % 7 == 0 else 1e-3, 0.0), GroupScalars(1e-2, 0.1, 1.0, 0.5)),
+            tuple(Term(j % 2, step - j, j, 0, float(rng.standard_normal())) for j in range(step % 3)),
+        )
+        for step in range(10, 310)
+    ]
+    visit = Visit(weights, segments, 2**63, tuple(updates), (Emit((Term(0, 310, 0, 0, 1e-3),), (1.0, 1.0)),))
+    check_visit(visit, "native")
+    one_by_one = weights.clone()
+    for update in updates:
+        distzo2_core.materialize(one_by_one, segments, seed=2**63, updates=[update], write_back=True, backend="native")
+    assert_same_bits(one_by_one, visit.run("native", write_back=True)[0])
 
 
 # The CUDA kernels against the reference; Triton's are in test_triton.py.
@@ -327,39 +321,3 @@ def test_cuda_in_place(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(100))
 def test_cuda_materialize(seed: int) -> None:
     check_visit(random_visit(np.random.default_rng(seed), DTYPES, max_numel=5000), "native", "cuda")
-
-
-# The reason for stochastic rounding.
-
-
-@needs_native
-def test_bf16_learns_small_steps_only_with_stochastic_rounding() -> None:
-    """1000 updates, eta 1e-7, |g| about 10, weights of about 0.02: regress the bf16 change on the float32 change.
-
-    The slope is 1 where the 16-bit weights follow; rounding to nearest loses all steps below half a spacing.
-    """
-    numel, num_updates, lr = 1 << 20, 1000, 1e-7
-    generator = torch.Generator().manual_seed(3)
-    start = (torch.randn(numel, generator=generator) * 0.02).bfloat16()
-    coefs = (torch.randn(num_updates, generator=generator) * 10).tolist()
-    updates = [Update(t, (GroupScalars(lr, 0.0),), (Term(0, t, 0, 0, c),)) for t, c in enumerate(coefs)]
-
-    def train(w: torch.Tensor) -> torch.Tensor:
-        buffer, table = one_segment(w)
-        distzo2_core.materialize(buffer, table, seed=5, updates=updates, write_back=True, backend="native")
-        return buffer.view(w.dtype)
-
-    nearest = start.clone()
-    for t, c in enumerate(coefs):
-        z = distzo2_core.normal(numel, seed=5, step=t, param=3, backend="native")
-        nearest = torch.add(nearest, z, alpha=-lr * c).bfloat16()  # promoted to float32, then rounded to nearest
-
-    exact = train(start.float()).double() - start.double()
-
-    def slope(trained: torch.Tensor) -> float:
-        return ((trained.double() - start.double()) @ exact / (exact @ exact)).item()
-
-    stochastic_slope, nearest_slope = slope(train(start)), slope(nearest)
-    print(f"slope on the float32 change: stochastic {stochastic_slope:.4f}, nearest {nearest_slope:.4f}")
-    assert abs(stochastic_slope - 1) <= 0.05
-    assert abs(nearest_slope) <= 0.2

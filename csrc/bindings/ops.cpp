@@ -1,5 +1,6 @@
 // The torch ops distzo2::*: schemas, argument checks, and dispatch to the kernels. CPU ops run on torch's intra-op
-// threads; CUDA ops are enqueued on the current stream of the tensors' device.
+// threads; CUDA ops are enqueued on the current stream of the tensors' device. Autograd records none of them, but what
+// they change has its version counter raised, so that a backward pass over a saved tensor notices.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -47,8 +48,21 @@ const Row* table(const Tensor& tensor, at::ScalarType type, at::IntArrayRef shap
     TORCH_CHECK_TYPE(tensor.scalar_type() == type, what, " must be ", type, ", got ", tensor.scalar_type());
     TORCH_CHECK(tensor.is_contiguous(), what, " must be contiguous");
     TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " must have shape ", shape, ", got ", tensor.sizes());
-    return reinterpret_cast<const Row*>(tensor.const_data_ptr());
+    const void* rows = tensor.const_data_ptr();
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(rows) % alignof(Row) == 0, what, " must be aligned to ", type);
+    return static_cast<const Row*>(rows);
 }
+
+// Whether two contiguous tensors have bytes in common.
+bool share_memory(const Tensor& a, const Tensor& b) {
+    const auto *from_a = static_cast<const char*>(a.const_data_ptr()),
+               *from_b = static_cast<const char*>(b.const_data_ptr());
+    return a.device() == b.device() && a.numel() > 0 && b.numel() > 0 && from_a < from_b + b.nbytes() &&
+           from_b < from_a + a.nbytes();
+}
+
+// Throws for an inference tensor outside of inference mode, as torch's own in-place ops do.
+void mark_changed(const Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
 
 void check_noise(int64_t numel, int64_t family, int64_t step, int64_t param, int64_t probe, int64_t offset) {
     TORCH_CHECK_VALUE(family == 0 || family == 1, "unknown family of noise ", family,
@@ -117,6 +131,8 @@ InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t p
     TORCH_CHECK_VALUE(w.is_contiguous(), "w must be contiguous, got shape ", w.sizes(), " with strides ", w.strides());
     InPlace place;
     place.dtype = dtype_of(w.scalar_type(), "w");
+    if (w.numel() > 0)
+        mark_changed(w);
     place.weights = w.mutable_data_ptr();
     place.numel = w.numel();
     place.seed = static_cast<uint64_t>(seed);
@@ -225,17 +241,12 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     visit.coefs = table<float>(coefs, at::kFloat, {visit.num_terms}, "coefs");
     visit.num_updates = updates.dim() > 0 ? updates.size(0) : 0;
     visit.num_emits = emits.dim() > 0 ? emits.size(0) : 0;
-    if (visit.num_updates > 0)
-        visit.num_groups = update_groups.dim() > 1 ? update_groups.size(1) : 0;
-    else
-        visit.num_groups = emit_scales.dim() > 1 ? emit_scales.size(1) : 0;
+    visit.num_groups = update_groups.dim() > 1 ? update_groups.size(1) : 0;
     visit.updates = table<Update>(updates, at::kLong, {visit.num_updates, 3}, "updates");
     visit.emits = table<Emit>(emits, at::kLong, {visit.num_emits, 2}, "emits");
-    if (visit.num_updates > 0)
-        visit.update_groups =
-            table<UpdateGroup>(update_groups, at::kFloat, {visit.num_updates, visit.num_groups, 4}, "update_groups");
-    if (visit.num_emits > 0)
-        visit.emit_scales = table<float>(emit_scales, at::kFloat, {visit.num_emits, visit.num_groups}, "emit_scales");
+    visit.update_groups =
+        table<UpdateGroup>(update_groups, at::kFloat, {visit.num_updates, visit.num_groups, 4}, "update_groups");
+    visit.emit_scales = table<float>(emit_scales, at::kFloat, {visit.num_emits, visit.num_groups}, "emit_scales");
     TORCH_CHECK_VALUE(static_cast<int64_t>(outs.size()) == visit.num_emits,
                       "there must be one out for each emit: ", visit.num_emits, " emits, ", outs.size(), " outs");
     std::vector<uint8_t*> pointers;
@@ -243,10 +254,20 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     for (const Tensor& out : outs) {
         const std::string what = "outs[" + std::to_string(pointers.size()) + "]";
         pointers.push_back(buffer(out, weights, what));
-        TORCH_CHECK_VALUE(visit.num_bytes == 0 || pointers.back() != visit.weights, what,
-                          " must not be weights itself");
+        TORCH_CHECK_VALUE(!share_memory(out, weights), what, " and weights overlap in memory");
+        for (size_t other = 0; other + 1 < pointers.size(); ++other)
+            TORCH_CHECK_VALUE(!share_memory(out, outs[other]), what, " and outs[", other, "] overlap in memory");
     }
     visit.outs = pointers.data();
+    for (const Tensor& read : {segments, terms, coefs, updates, update_groups, emits, emit_scales}) {
+        TORCH_CHECK_VALUE(!share_memory(read, weights), "a table and weights overlap in memory");
+        for (const Tensor& out : outs)
+            TORCH_CHECK_VALUE(!share_memory(read, out), "a table and one of outs overlap in memory");
+    }
+    if (write_back && visit.num_updates > 0)
+        mark_changed(weights);
+    for (const Tensor& out : outs)
+        mark_changed(out);
     if (weights.is_cpu())
         materialize_cpu(visit);
     else

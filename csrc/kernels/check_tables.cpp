@@ -1,4 +1,6 @@
 // Range checks of a visit's tables, for the CPU and the CUDA entries alike.
+#include <cmath>
+
 #include "common/check.h"
 #include "kernels/kernels.h"
 #include "noise/philox.h"
@@ -63,14 +65,24 @@ void check(const Materialize& visit) {
         DZO_CHECK(term.step >= 0 && term.step <= kMaxWord, "term ", t, ": step ", term.step);
         DZO_CHECK(term.probe >= 0 && term.probe <= kMaxProbe, "term ", t, ": probe ", term.probe);
         DZO_CHECK(term.sub == 0, "term ", t, ": sub ", term.sub);
+        DZO_CHECK(std::isfinite(visit.coefs[t]), "term ", t, ": coefficient ", visit.coefs[t]);
     }
     for (int64_t u = 0; u < visit.num_updates; ++u) {
         const Update& update = visit.updates[u];
         DZO_CHECK(update.step >= 0 && update.step <= kMaxWord, "update ", u, ": step ", update.step);
         check_span("update", u, update.first_term, update.num_terms, visit.num_terms);
+        for (int64_t g = 0; g < visit.num_groups; ++g) {
+            const UpdateGroup& group = visit.update_groups[u * visit.num_groups + g];
+            DZO_CHECK(std::isfinite(group.lr) && std::isfinite(group.weight_decay) && std::isfinite(group.update_scale),
+                      "update ", u, ", group ", g, ": lr ", group.lr, ", weight_decay ", group.weight_decay,
+                      ", update_scale ", group.update_scale);
+        }
     }
     for (int64_t e = 0; e < visit.num_emits; ++e) {
         check_span("emit", e, visit.emits[e].first_term, visit.emits[e].num_terms, visit.num_terms);
+        for (int64_t g = 0; g < visit.num_groups; ++g)
+            DZO_CHECK(std::isfinite(visit.emit_scales[e * visit.num_groups + g]), "emit ", e, ", group ", g,
+                      ": perturb_scale ", visit.emit_scales[e * visit.num_groups + g]);
         const uint8_t* out = visit.outs[e];
         DZO_CHECK(out == visit.weights || out >= visit.weights + visit.num_bytes ||
                       out + visit.num_bytes <= visit.weights,

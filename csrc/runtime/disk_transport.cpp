@@ -1,5 +1,7 @@
 #include "runtime/disk_transport.h"
 
+#include "runtime/mutations.h"
+
 #include <algorithm>
 #include <stdexcept>
 #include <system_error>
@@ -82,6 +84,16 @@ void DiskTransport::stop() noexcept {
     slots_.clear();
 }
 
+bool DiskTransport::may_load(const SlotState& slot) const {
+    if (slot.store.phase != Phase::kNone && kept(Ordering::file_upload_after_slot_is_stored))
+        return false;
+    return storing_slot_[slot.load.block] < 0 || !kept(Ordering::file_upload_after_block_is_stored);
+}
+
+bool DiskTransport::is_open(const Ticket& ticket) const {
+    return ticket.version <= durable_ || !kept(Ordering::file_download_after_journal);
+}
+
 // The slot whose ticket has a chunk to begin, or -1: urgent ones first, then in the order of asking.
 int DiskTransport::next_slot(Direction direction) const {
     if (!state_.error.empty() || (stopping_ && direction == Direction::kUpload))
@@ -93,7 +105,7 @@ int DiskTransport::next_slot(Direction direction) const {
         const Ticket& ticket = up ? slots_[i].load : slots_[i].store;
         if (ticket.phase == Phase::kNone || ticket.num_begun == ticket.num_chunks)
             continue;
-        if (up ? slots_[i].store.phase != Phase::kNone || storing_slot_[ticket.block] >= 0 : !is_open(ticket))
+        if (!(up ? may_load(slots_[i]) : is_open(ticket)))
             continue;
         if (best_ticket == nullptr || ticket.urgent > best_ticket->urgent ||
             (ticket.urgent == best_ticket->urgent && ticket.order < best_ticket->order)) {
@@ -157,13 +169,15 @@ void DiskTransport::transfer(Worker& worker, int block, int slot, size_t chunk) 
     }
     const DeviceGuard guard(device_);
     const auto copy = [&] {
-        slots_[slot].readers.wait(device_, worker.stream); // they do not change while a transfer is under way
+        if (kept(up ? Ordering::file_upload_after_readers : Ordering::file_download_after_readers))
+            slots_[slot].readers.wait(device_, worker.stream); // they do not change while a transfer is under way
         HostPool::for_each_chunk(
             staging_->data(), staging_chunk_bytes_, worker.staging, num_bytes, [&](std::byte* part, size_t part_bytes) {
                 std::byte* const there = in_slot + (part - worker.staging);
                 device_.copy(worker.stream, up ? there : part, up ? part : there, part_bytes, worker.direction);
             });
-        device_.synchronize_stream(worker.stream);
+        if (kept(Ordering::file_after_staging_copy))
+            device_.synchronize_stream(worker.stream);
     };
     if (!up)
         copy();
@@ -258,12 +272,15 @@ std::optional<int64_t> DiskTransport::recall_download(int block, int slot) {
 void DiskTransport::await(Lock& lock, int block, int slot, Stream stream) {
     const SlotState& state = slots_[slot];
     state_.changed.wait(lock, [&] {
-        return !state_.error.empty() || state_.closing || (state.present && state.store.phase == Phase::kNone);
+        const bool loaded = state.present || !kept(Ordering::file_reader_after_upload);
+        const bool stored = state.store.phase == Phase::kNone || !kept(Ordering::file_reader_after_slot_is_stored);
+        return !state_.error.empty() || state_.closing || (loaded && stored);
     });
     state_.raise_if_failed();
     if (state_.closing)
         fail("the copy engine was closed while block ", block, " was awaited");
-    state.readers.wait(device_, stream, true);
+    if (kept(Ordering::file_reader_after_readers))
+        state.readers.wait(device_, stream, true);
 }
 
 void DiskTransport::reader_done(int slot, Stream stream) {

@@ -72,7 +72,8 @@ class DiskTransport final : public Transport {
     void make_workers();
     void give_staging(std::shared_ptr<HostPool> staging);
     void run(Worker& worker);
-    bool is_open(const Ticket& ticket) const { return ticket.version <= durable_; }
+    bool is_open(const Ticket& ticket) const;
+    bool may_load(const SlotState& slot) const;
     int next_slot(Direction direction) const;
     void transfer(Worker& worker, int block, int slot, size_t chunk);
     void finish(Direction direction, int slot);

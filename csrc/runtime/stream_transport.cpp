@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "runtime/common.h"
+#include "runtime/mutations.h"
 
 namespace distzo2 {
 
@@ -83,6 +84,8 @@ void StreamTransport::copy_pieces(StreamSet& set, std::byte* to, std::byte* from
                          std::min(piece_bytes, part - done), direction);
         }
     });
+    if (!kept(direction == Direction::kUpload ? Ordering::upload_pieces_join : Ordering::download_pieces_join))
+        return;
     for (size_t i = 1; i < std::min(num_pieces, kStreams); ++i) {
         device_.record(set.joins[i], set.streams[i]);
         device_.wait(set.streams[0], set.joins[i]);
@@ -93,11 +96,14 @@ void StreamTransport::upload(int block, int slot, bool urgent) {
     StreamSet& set = urgent ? urgent_uploads_ : uploads_;
     SlotState& state = slots_[slot];
     for (Stream stream : set.streams) {
-        device_.wait(stream, state.ready);
-        state.readers.wait(device_, stream);
-        if (state.stored_block >= 0)
+        if (kept(Ordering::upload_after_upload))
+            device_.wait(stream, state.ready);
+        if (kept(Ordering::upload_after_readers))
+            state.readers.wait(device_, stream);
+        if (state.stored_block >= 0 && kept(Ordering::upload_after_slot_is_stored))
             device_.wait(stream, downloads_.last[state.stored_block]);
-        device_.wait(stream, downloads_.last[block]);
+        if (kept(Ordering::upload_after_block_is_stored))
+            device_.wait(stream, downloads_.last[block]);
     }
     state.readers.clear();
     state.stored_block = -1;
@@ -114,11 +120,13 @@ void StreamTransport::upload(int block, int slot, bool urgent) {
 void StreamTransport::download(int block, int slot, int64_t /*version*/) {
     SlotState& state = slots_[slot];
     for (Stream stream : downloads_.streams) {
-        device_.wait(stream, state.ready);
-        state.readers.wait(device_, stream);
-        // An upload that was begun and dropped for a later one, on other streams, may still be reading the host's copy.
-        device_.wait(stream, uploads_.last[block]);
-        device_.wait(stream, urgent_uploads_.last[block]);
+        if (kept(Ordering::download_after_readers))
+            state.readers.wait(device_, stream);
+        // The one to this slot, and one that was begun and dropped, which may still be reading the host's copy.
+        if (kept(Ordering::download_after_uploads)) {
+            device_.wait(stream, uploads_.last[block]);
+            device_.wait(stream, urgent_uploads_.last[block]);
+        }
     }
     const size_t num_bytes = state_.block_bytes[block];
     const int ticket = timer_.begin(TicketKind::kDownload, block, slot, num_bytes, downloads_.streams[0]);
@@ -135,15 +143,20 @@ void StreamTransport::await(Lock& lock, int block, int slot, Stream stream) {
     if (device_.is_cpu()) {
         // The slot is acquired, so that neither its events nor its readers change while the lock is let go.
         lock.unlock();
-        device_.synchronize(state.ready);
-        device_.synchronize(downloads_.last[block]);
+        if (kept(Ordering::reader_after_upload))
+            device_.synchronize(state.ready);
+        if (kept(Ordering::reader_after_slot_is_stored))
+            device_.synchronize(downloads_.last[block]);
         lock.lock();
         return;
     }
     const int ticket = timer_.begin(TicketKind::kWait, block, slot, state_.block_bytes[block], stream);
-    device_.wait(stream, state.ready);
-    state.readers.wait(device_, stream, true);
-    if (state.stored_block >= 0) // it may be written now, and its download still reads it
+    if (kept(Ordering::reader_after_upload))
+        device_.wait(stream, state.ready);
+    if (kept(Ordering::reader_after_readers))
+        state.readers.wait(device_, stream, true);
+    if (state.stored_block >= 0 &&
+        kept(Ordering::reader_after_slot_is_stored)) // it may be written now, and its download still reads it
         device_.wait(stream, downloads_.last[state.stored_block]);
     timer_.end(ticket, stream);
 }

@@ -4,7 +4,7 @@
 // slot s and block b:
 //   upload to s    after the upload before it, after s's readers, after the download from s, after b's last download
 //   reader of s    after the upload to s, after readers on other streams, after a download from s that has begun
-//   download of s  after s's readers, after the upload to s, and to a file not before the journal is durable
+//   download of s  after s's readers, after every upload of b, and to a file not before the journal is durable
 #pragma once
 
 #include <condition_variable>

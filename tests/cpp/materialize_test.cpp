@@ -8,7 +8,7 @@
 #include <xmmintrin.h>
 #endif
 
-#include "visit_fixture.h"
+#include "visit_cases.h"
 
 using namespace distzo2;
 
@@ -43,25 +43,7 @@ void check_visit(const Visit& visit, const char* what) {
 } // namespace
 
 TEST(full_step_odd_lengths_and_offsets) {
-    const int64_t lengths[] = {0, 1, 2, 3, 5, 31, 33, 127, 128, 129, 1000, 1023, 1025, 2600};
-    const int64_t offsets[] = {0, 1, 3, 4, 7, 130, 1021, 4096, (int64_t{1} << 34) - 517};
-    for (DType dtype : kDTypes)
-        for (int64_t family : {0, 1}) {
-            Visit visit;
-            visit.seed = 0xFEDCBA9876543210;
-            int64_t param = -1;
-            for (int64_t numel : lengths)
-                for (int64_t offset : offsets)
-                    visit.add_segment(dtype, numel, ++param, offset, 0, numel % 3);
-            visit.fill_random(5);
-            visit.add_term(family, 41, 0, 0.75f);
-            visit.add_update(41, 1, {kPlain});
-            visit.add_term(family, 42, 1, 1e-3f);
-            visit.add_emit(1, {1.0f});
-            visit.add_term(family, 42, 1, -1e-3f);
-            visit.add_emit(1, {1.0f});
-            check_visit(visit, "full step");
-        }
+    full_steps({0, 1, 2, 3, 5, 31, 33, 127, 128, 129, 1000, 1023, 1025, 2600}, check_visit);
 }
 
 TEST(random_programs) {
@@ -70,20 +52,11 @@ TEST(random_programs) {
         check_visit(random_visit(random), "random program");
 }
 
-TEST(update_of_thousands_of_terms) {
-    for (DType dtype : kDTypes) {
-        Visit visit;
-        visit.add_segment(dtype, 77, 3, 5, 0);
-        visit.fill_random(1);
-        Random random{2};
-        constexpr int64_t kNumTerms = 3000;
-        for (int64_t j = 0; j < kNumTerms; ++j)
-            visit.add_term(j % 2, j / 4, j % 4, random.uniform(-0.1f, 0.1f));
-        visit.add_update(700, kNumTerms, {{1e-3f, 0.01f, 1.0f, 1.0f}});
-        visit.add_emit(0, {1.0f});
-        check_visit(visit, "thousands of terms");
-    }
-}
+TEST(rounding_of_every_16_bit_value) { every_16_bit_value(check_visit); }
+
+TEST(updates_and_emits_of_thousands_of_terms) { many_terms(4099, check_visit); }
+
+TEST(hundreds_of_missed_updates) { hundreds_of_updates(1100, check_visit); }
 
 TEST(special_values) {
     const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF,
@@ -130,29 +103,16 @@ TEST(identity_updates_touch_nothing) {
 
 // Elements regenerate their own noise wherever they are cut.
 TEST(any_split_gives_the_same_bits) {
-    constexpr int64_t kNumel = 5000, kOffset = 77;
-    for (DType dtype : kDTypes)
-        for_each_level([&](SimdLevel) {
-            const auto make = [&](const std::vector<int64_t>& cuts) {
-                Visit visit;
-                visit.seed = 6;
-                for (size_t c = 0; c + 1 < cuts.size(); ++c)
-                    visit.add_segment(dtype, cuts[c + 1] - cuts[c], 9, kOffset + cuts[c], 0);
-                visit.fill([&](const Segment& segment, int64_t i) {
-                    return static_cast<float>((segment.element_offset + i) % 37) * 1e-3f;
-                });
-                visit.add_term(0, 1, 0, 1.0f);
-                visit.add_term(1, 1, 1, 1.0f);
-                visit.add_update(1, 2, {kPlain});
-                visit.add_term(0, 2, 0, 1e-2f);
-                visit.add_emit(1, {1.0f});
-                visit.run();
-                return std::make_pair(visit.weights, visit.outs[0]);
-            };
-            const auto whole = make({0, kNumel});
-            CHECK(make({0, 1, 2, 40, 1024 - kOffset, 999, 3001, kNumel}) == whole);
-            CHECK(make({0, 128 - kOffset % 128, 4096 - kOffset, kNumel}) == whole);
+    Random random{6};
+    for (int round = 0; round < 40; ++round) {
+        const Visit visit = random_visit(random), pieces = cut(visit, random);
+        for_each_level([&](SimdLevel level) {
+            Visit whole = visit, parts = pieces;
+            whole.run();
+            parts.run();
+            CHECK(parts.weights == whole.weights && parts.outs == whole.outs, simd_name(level), " round ", round);
         });
+    }
 }
 
 TEST(threads_and_hooks_give_the_same_bits) {
@@ -249,20 +209,16 @@ TEST(in_place_ops_are_visits) {
 TEST(generated_noise) {
     for (DType dtype : kDTypes)
         for (int64_t family : {0, 1})
-            for (int64_t offset : {int64_t{0}, int64_t{1}, int64_t{126}, (int64_t{1} << 37) - 1000})
+            for (int64_t offset : kNoiseOffsets) {
+                Generate request{nullptr, dtype, kNoiseNumel, 23, family, 9, 6, 4, offset};
+                const std::vector<uint8_t> expected = expected_noise(request);
                 for_each_level([&](SimdLevel level) {
-                    constexpr int64_t kNumel = 2345;
-                    Visit oracle; // 0 + 1 * z is z
-                    oracle.seed = 23;
-                    oracle.add_segment(dtype, kNumel, 6, offset, 0);
-                    oracle.fill([](const Segment&, int64_t) { return 0.0f; });
-                    oracle.add_term(family, 9, 4, 1.0f);
-                    oracle.add_emit(1, {1.0f});
-                    oracle.run_oracle();
-                    std::vector<uint8_t> out(oracle.weights.size());
-                    generate_cpu({out.data(), dtype, kNumel, 23, family, 9, 6, 4, offset});
-                    CHECK(out == oracle.outs[0], simd_name(level), " offset ", offset);
+                    std::vector<uint8_t> out(expected.size());
+                    request.out = out.data();
+                    generate_cpu(request);
+                    CHECK(out == expected, simd_name(level), " offset ", offset);
                 });
+            }
 }
 
 #if defined(__x86_64__)
@@ -311,6 +267,14 @@ TEST(refusals) {
     refused([](Visit& v) { v.segments[0].group = 1; }, "group 1 of 1");
     refused([](Visit& v) { v.segments[0].element_offset = kMaxElements; }, "element_offset");
     refused([](Visit& v) { v.segments[0].param = int64_t{1} << 32; }, "param");
+    refused([](Visit& v) { v.segments[0].numel = -1; }, "numel -1");
+    refused([](Visit& v) { v.segments[1].byte_offset = -20; }, "at byte -20");
+    refused([](Visit& v) { v.segments[1].byte_offset = INT64_MAX - 3; }, "segment 1: 10 elements");
+    refused([](Visit& v) { v.updates[0].first_term = INT64_MAX; }, "update 0");
+    refused([](Visit& v) { v.emits[0].num_terms = -1; }, "emit 0");
+    refused([](Visit& v) { v.coefs[0] = NAN; }, "term 0: coefficient nan");
+    refused([](Visit& v) { v.update_groups[0].lr = INFINITY; }, "update 0, group 0: lr inf");
+    refused([](Visit& v) { v.emit_scales[0] = -INFINITY; }, "emit 0, group 0: perturb_scale -inf");
     uint8_t byte = 0;
     CHECK_THROWS(generate_cpu({&byte, DType::kFp32, 0, 0, 7, 0, 0, 0, 0}), "unknown family of noise 7");
     CHECK_THROWS(set_simd_level(static_cast<SimdLevel>(9)), "cannot run here");

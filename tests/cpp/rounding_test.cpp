@@ -66,6 +66,9 @@ uint16_t expected_stochastic(const Format& format, float x, uint32_t r) {
     return encode(format, (below + (up ? 1 : 0)) * spacing, std::signbit(x));
 }
 
+// Whether floats between subnormals are finer than 2^-16 of their spacing.
+bool has_fine_subnormals(const Format& format) { return format.smallest_normal > 0x1p-126; }
+
 const uint32_t kRandom[] = {0, 1, 7, 8, 0x1234, 0x7FFF, 0x8000, 0x8001, 0xFFF8, 0xFFFE, 0xFFFF};
 
 void check_value(const Format& format, float x, int& num_wrong) {
@@ -120,21 +123,84 @@ TEST(neighbourhood_of_every_value) {
     }
 }
 
-TEST(every_random_value) {
-    for (const Format& format : kFormats)
-        for (float x : {0.02f, -0.0200123f, 1.0000001f, 3.1e-5f, 6.1e-5f, -2.2e-7f, 1.3e-41f, 65519.0f, 3.4e38f}) {
-            int num_wrong = 0, num_up = 0;
-            const uint16_t below = format.stochastic(x, 0);
-            for (uint32_t r = 0; r < 0x10000; ++r) {
-                const uint16_t h = format.stochastic(x, r);
-                num_wrong += h != expected_stochastic(format, x, r);
-                num_up += h != below;
+// Roundings of x, which is `fraction` of the way from the magnitude h to the next one, h + 1 (after the largest,
+// infinity): to nearest even, by the last R that leaves it at h and the first that does not, and by one more R.
+int num_wrong_between(const Format& format, uint16_t h, float x, double fraction, uint32_t random16) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    const uint16_t below = sign | h, above = sign | static_cast<uint16_t>(h + 1);
+    const uint32_t k = static_cast<uint32_t>(fraction * 65536);
+    const bool nearer_above = fraction > 0.5 || (fraction == 0.5 && h % 2 == 1);
+    return (format.nearest(x) != (nearer_above ? above : below)) + (format.stochastic(x, 65535 - k) != below) +
+           (k > 0 && format.stochastic(x, 65536 - k) != above) +
+           (format.stochastic(x, random16) != (k + random16 >= 65536 ? above : below));
+}
+
+// Every float between two neighbours, for an even and an odd magnitude of each exponent, and for every subnormal of
+// fp16 some of its floats, which are finer than 2^-16 of the spacing.
+TEST(every_float_between_two_neighbours) {
+    uint32_t random = 1;
+    for (const Format& format : kFormats) {
+        const uint32_t num_values = 1u << format.fraction_bits; // of one exponent
+        const int free_bits = 23 - format.fraction_bits;
+        int num_wrong = 0;
+        const auto check_point = [&](uint32_t h, float x, double fraction) {
+            random = random * 1664525 + 1013904223;
+            num_wrong +=
+                num_wrong_between(format, static_cast<uint16_t>(h), random & 0x8000 ? -x : x, fraction, random >> 16);
+        };
+        for (uint32_t first = has_fine_subnormals(format) ? num_values : 0; first < format.infinity;
+             first += num_values)
+            for (uint32_t h : {first, first + num_values - 1})
+                for (uint32_t low = 0; low < 1u << free_bits; ++low)
+                    check_point(h, bits_float(float_bits(format.decode(static_cast<uint16_t>(h))) + low),
+                                low * std::ldexp(1.0, -free_bits));
+        for (uint32_t h = 0; has_fine_subnormals(format) && h < num_values; ++h)
+            for (uint32_t point = 0; point < 1000; ++point) {
+                const float x = static_cast<float>((h + point / 1000.0) * 0x1p-24);
+                check_point(h, x, static_cast<double>(x) * 0x1p24 - h);
             }
-            CHECK(num_wrong == 0, format.name, ' ', x);
-            // Up with the probability of the fraction, to 2^-16.
-            const double y = std::fabs(static_cast<double>(x)) / spacing_at(format, std::fabs(static_cast<double>(x)));
-            if (std::fabs(x) <= format.largest)
-                CHECK(num_up == static_cast<int>((y - std::floor(y)) * 65536), format.name, ' ', x, ' ', num_up);
+        CHECK(num_wrong == 0, format.name, ": ", num_wrong, " wrong");
+    }
+}
+
+// How often each R in turn gives the magnitude above, for one value of each exponent and sign: exactly as often as the
+// fraction says, in bf16 and in normal fp16; in subnormal fp16, where floats are finer, less than 2^-16 below.
+TEST(probability_over_every_random_value) {
+    uint32_t random = 7;
+    for (const Format& format : kFormats)
+        for (uint32_t first = 0; first < format.infinity; first += 1u << format.fraction_bits)
+            for (uint32_t half : {0u, 1u}) {
+                random = random * 1664525 + 1013904223;
+                const uint16_t h = static_cast<uint16_t>(first + (random >> 8) % (1u << format.fraction_bits));
+                const double value = decode_exactly(format, h), spacing = spacing_at(format, value);
+                const float magnitude = static_cast<float>(value + (random >> 16) * 0x1p-16 * spacing);
+                const float x = half ? -magnitude : magnitude;
+                const double y = magnitude / spacing, fraction = y - std::floor(y);
+                const uint16_t below = format.stochastic(x, 0);
+                int num_up = 0, num_other = 0;
+                for (uint32_t r = 0; r < 0x10000; ++r) {
+                    const uint16_t rounded = format.stochastic(x, r);
+                    num_up += rounded == below + 1;
+                    num_other += rounded != below && rounded != below + 1;
+                }
+                const double shortfall = fraction * 65536 - num_up;
+                const bool exact = !has_fine_subnormals(format) || first > 0;
+                CHECK(num_other == 0, format.name, ' ', x);
+                CHECK(exact ? shortfall == 0 : shortfall >= 0 && shortfall < 1, format.name, ' ', x, ' ', shortfall);
+            }
+}
+
+// Beyond the largest value's neighbour there is nothing but infinity.
+TEST(large_values) {
+    for (uint32_t exponent = 0x477; exponent < 0x7F8;
+         ++exponent) // 61440 and up, in steps of an eighth of a power of two
+        for (uint32_t low : {0u, 1u, 0x7FFFFu, 0x80000u, 0xFFFFFu}) {
+            const float x = bits_float(exponent << 20 | low);
+            for (uint32_t r : kRandom) {
+                CHECK_EQ(float_to_fp16_stochastic(x, r), expected_stochastic(kFormats[1], x, r));
+                CHECK_EQ(float_to_fp16_stochastic(-x, r), expected_stochastic(kFormats[1], -x, r));
+            }
+            CHECK_EQ(float_to_fp16(x), expected_nearest(kFormats[1], x));
         }
 }
 
