@@ -14,3 +14,6 @@ foreach(source ${test_sources})
     set_tests_properties(${name} PROPERTIES TIMEOUT 300 ENVIRONMENT
         "UBSAN_OPTIONS=print_stacktrace=1;TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1")
 endforeach()
+
+# A model of AVX-512 in structs: the optimizer takes minutes to see through it, and the test some seconds without.
+set_source_files_properties(${CMAKE_SOURCE_DIR}/tests/cpp/avx512_model_test.cpp PROPERTIES COMPILE_OPTIONS "-O0")

@@ -172,8 +172,10 @@ def place_of_words(w0: int, w1: int, w2: int, seed: int) -> tuple[dict[str, int]
     return place, [int(word[i]) for word in words]
 
 
-EDGES = [0, 1, 127, 128, 0xFFFF, 0x10000, 2**24 + 1, 2**24 + 3, 2**30 - 1, 2**30, 2**31 - 64, 2**31 - 1, 2**31, 2**31 + 128,
-         2**31 + 384, 0xBFFFFFFF, 0xC0000000, 0xFFFF0000, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1]  # fmt: skip
+EDGES = [
+    *(0, 1, 127, 128, 0xFFFF, 0x10000, 2**24 + 1, 2**24 + 3, 2**30 - 1, 2**30, 2**31 - 64, 2**31 - 1, 2**31),
+    *(2**31 + 128, 2**31 + 384, 0xC0000000, 0xFFFF0000, 2**32 - 257, 2**32 - 129, 2**32 - 128, 2**32 - 1),
+]
 
 
 def check_chosen_words(backend: str, device: str = "cpu", num: int = 200) -> None:

@@ -1,11 +1,13 @@
-"""The public surface of distzo2_core: arguments, errors, backends, tables, and the registration of the torch ops."""
+"""The public surface of distzo2_core: arguments, errors, tables, backends. What torch sees of it: test_torch_ops.py."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from distzo2_core.types import check_seed, encode_program
 
 NATIVE = distzo2_core.build_info()["native"]
 needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 PLACE = {"seed": 1, "step": 2, "param": 3}
+IN_PLACE = {distzo2_core.perturb_: (1.0,), distzo2_core.restore_: (1.0,), distzo2_core.update_: (1.0, 1.0)}
 
 
 def update(step: int = 0, terms: tuple[Term, ...] = (Term(0, 0, 0, 0, 1.0),), num_groups: int = 1) -> Update:
@@ -67,31 +71,56 @@ def test_floats_must_be_finite_in_float32(scale: float) -> None:
         distzo2_core.perturb_(torch.ones(4), scale, **PLACE, backend="reference")
 
 
-def test_wrong_tensors() -> None:
-    with pytest.raises(TypeError, match=r"w must be of torch\.float32, .*, got torch\.float64"):
-        distzo2_core.perturb_(torch.ones(4, dtype=torch.float64), 1.0, **PLACE)
-    with pytest.raises(ValueError, match=r"w must be contiguous, got shape \(4, 4\) with strides \(1, 4\)"):
-        distzo2_core.perturb_(torch.ones(4, 4).T, 1.0, **PLACE)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", IN_PLACE)
+def test_wrong_tensors_in_place(function: Callable[..., torch.Tensor], backend: str) -> None:
+    for w, error, message in (
+        (torch.ones(4, dtype=torch.float64), TypeError, r"w must be of torch\.float32, .*, got torch\.float64"),
+        (torch.ones(4, dtype=torch.int32), TypeError, r"w must be of torch\.float32, .*, got torch\.int32"),
+        (torch.ones(4, 4).T, ValueError, r"w must be contiguous, got shape \(4, 4\) with strides \(1, 4\)"),
+        (torch.ones(8)[::2], ValueError, r"w must be contiguous, got shape \(4,\) with strides \(2,\)"),
+        (torch.ones(1).expand(4), ValueError, r"w must be contiguous, got shape \(4,\) with strides \(0,\)"),
+        (torch.ones(1, 2, 3, 4).to(memory_format=torch.channels_last), ValueError, "w must be contiguous"),
+        (torch.eye(4).to_sparse(), ValueError, "w must be contiguous"),
+        (torch.ones(4, device="meta"), BackendError, f"'{backend}' cannot run: it .* meta"),
+    ):
+        before = w.clone()
+        with pytest.raises(error, match=message):
+            function(w, *IN_PLACE[function], **PLACE, backend=backend)
+        assert w.is_meta or torch.equal(w.to_dense(), before.to_dense())
     with pytest.raises(TypeError, match="w must be a tensor, got list"):
-        distzo2_core.update_([1.0], 1.0, 1.0, **PLACE)
+        function([1.0], *IN_PLACE[function], **PLACE, backend=backend)
+    with pytest.raises(ValueError, match="must be finite in float32"):
+        function(torch.ones(4), *(math.nan for _ in IN_PLACE[function]), **PLACE, backend=backend)
+    with pytest.raises(ValueError, match="unknown family of noise 2"):
+        function(torch.ones(4), *IN_PLACE[function], **PLACE, backend=backend, family=2)
+
+
+def test_wrong_dtypes_devices_and_families() -> None:
     with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int32"):
         distzo2_core.normal(4, **PLACE, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"unknown family of noise 'uniform'; known: normal \(0\), rademacher \(1\)"):
         distzo2_core.perturb_(torch.ones(4), 1.0, **PLACE, family="uniform")
 
 
-def test_empty_is_nothing_done() -> None:
-    assert distzo2_core.normal(0, **PLACE, dtype=torch.bfloat16, backend="reference").shape == (0,)
-    w = torch.empty(0, 3)
-    assert distzo2_core.perturb_(w, 1.0, **PLACE, backend="reference") is w
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_is_nothing_done(backend: str) -> None:
+    for function in (distzo2_core.normal, distzo2_core.rademacher):
+        assert function(0, **PLACE, offset=2**38, dtype=torch.bfloat16, backend=backend).shape == (0,)
+    for function, scalars in IN_PLACE.items():
+        for w in (torch.empty(0), torch.empty(0, 3), torch.empty(3, 0).T):
+            assert function(w, *scalars, **PLACE, backend=backend) is w
     table = SegmentTable([segment(numel=0)])
     buffer = torch.full((16,), 7, dtype=torch.uint8)
     out = torch.full((16,), 9, dtype=torch.uint8)
     emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
     for segments in (table, SegmentTable([])):
-        arguments = {"updates": [update()], "emits": [emit], "outs": [out], "write_back": True, "backend": "reference"}
+        arguments = {"updates": [update()], "emits": [emit], "outs": [out], "write_back": True, "backend": backend}
         distzo2_core.materialize(buffer, segments, seed=0, **arguments)
+    distzo2_core.materialize(buffer, SegmentTable([segment(numel=4, cols=2)]), seed=0, backend=backend)
     assert (buffer == 7).all() and (out == 9).all()
+    nothing = torch.empty(0, dtype=torch.uint8)
+    distzo2_core.materialize(nothing, table, seed=0, emits=[emit], outs=[torch.empty_like(nothing)], backend=backend)
 
 
 def test_any_shape_is_taken_in_row_major_order() -> None:
@@ -102,6 +131,21 @@ def test_any_shape_is_taken_in_row_major_order() -> None:
     parameter = torch.nn.Parameter(torch.zeros(24))
     distzo2_core.perturb_(parameter, 1.0, **PLACE, backend="reference")
     assert torch.equal(parameter.detach(), flat) and parameter.grad_fn is None
+    scalar = torch.zeros(())
+    assert torch.equal(distzo2_core.perturb_(scalar, 1.0, **PLACE, backend="reference"), flat[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", IN_PLACE)
+def test_a_contiguous_view_is_changed_and_nothing_around_it(
+    function: Callable[..., torch.Tensor], backend: str
+) -> None:
+    whole, alone = torch.ones(5, 7), torch.ones(2, 7)
+    view = whole[1:3]
+    assert function(view, *IN_PLACE[function], **PLACE, backend=backend) is view
+    function(alone, *IN_PLACE[function], **PLACE, backend=backend)
+    assert torch.equal(whole[1:3], alone) and not torch.equal(alone, torch.ones(2, 7))
+    assert (whole[0] == 1).all() and (whole[3:] == 1).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
@@ -194,29 +238,44 @@ def test_programs_refuse_missing_groups() -> None:
     assert encode_program([update(num_groups=3)], [], 2).update_groups.shape == (1, 3, 4)
 
 
-def test_materialize_refuses_wrong_buffers() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_materialize_refuses_wrong_buffers(backend: str) -> None:
     table = SegmentTable([segment()])
     emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
     buffer = torch.zeros(64, dtype=torch.uint8)
 
     def run(weights: object, outs: list[object]) -> None:
         emits = [emit] * len(outs)
-        distzo2_core.materialize(weights, table, seed=0, emits=emits, outs=outs, backend="reference")
+        distzo2_core.materialize(weights, table, seed=0, emits=emits, outs=outs, backend=backend)
 
     other = torch.zeros(128, dtype=torch.uint8)
     for outs, error, message in (
         ([other[:32]], ValueError, r"outs\[0\] must have 64 bytes as weights have, got 32"),
         ([other[:64].view(torch.int8)], TypeError, r"outs\[0\] must be a tensor of torch.uint8, got torch.int8"),
         ([other[::2]], ValueError, r"outs\[0\] must be a contiguous vector"),
+        (
+            [other[:1].expand(64)],
+            ValueError,
+            r"outs\[0\] must be a contiguous vector, got shape \(64,\), strides \(0,\)",
+        ),
+        ([other[:64].view(8, 8)], ValueError, r"outs\[0\] must be a contiguous vector"),
         ([other[1:65]], ValueError, r"outs\[0\] must begin at an address that is a multiple of 4"),
         ([buffer], ValueError, r"weights and outs\[0\] overlap|outs\[0\] and weights overlap"),
         ([other[:64], other[32:96]], ValueError, r"outs\[0\] and outs\[1\] overlap in memory"),
+        ([other[63:127], other[:64]], ValueError, r"outs\[0\] must begin at an address that is a multiple of 4"),
+        ([other[60:124], other[:64]], ValueError, r"outs\[1\] and outs\[0\] overlap in memory"),
+        ([other[:64], other[:64]], ValueError, r"outs\[0\] and outs\[1\] overlap in memory"),
         ([torch.zeros(64, dtype=torch.uint8, device="meta")], ValueError, r"outs\[0\] must be on cpu"),
     ):
         with pytest.raises(error, match=message):
             run(buffer, outs)
+    assert not other.any() and not buffer.any()
     with pytest.raises(ValueError, match="weights have 31 bytes, the segments need 32"):
         run(buffer[:31], [])
+    with pytest.raises(ValueError, match="weights must be a contiguous vector"):
+        run(torch.zeros(1, dtype=torch.uint8).expand(64), [other[:64]])
+    with pytest.raises(ValueError, match=r"outs\[0\] and weights overlap in memory"):
+        run(other[32:96], [other[:64]])
     with pytest.raises(TypeError, match=r"weights must be a tensor of torch.uint8, got torch.float32"):
         run(torch.zeros(16), [])
     with pytest.raises(ValueError, match="one buffer in outs for each emit: 1 emits, 0 outs"):
@@ -297,54 +356,3 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     for name in distzo2_core.__all__:
         if NATIVE:
             assert getattr(distzo2_core, name) is not None
-
-
-# The registration of the torch ops.
-
-NOISE_ARGUMENTS = (100, check_seed(2**64 - 1), 2, 3, 4, 5)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    ops = torch.ops.distzo2
-    for op in (ops.normal, ops.rademacher):
-        torch.library.opcheck(op, (*NOISE_ARGUMENTS, dtype, torch.device("cpu")))
-    for op in (ops.perturb_, ops.restore_):
-        torch.library.opcheck(op, (torch.ones(100, dtype=dtype), 0.1, *NOISE_ARGUMENTS[1:], 0))
-    torch.library.opcheck(ops.update_, (torch.ones(100, dtype=dtype), 0.1, 0.2, 0.3, *NOISE_ARGUMENTS[1:], 1))
-    table = SegmentTable([Segment(0, 8, dtype, 0, 0, 0, 2, 4)])
-    emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
-    weights = torch.ones(8, dtype=dtype).view(torch.uint8).clone()
-    program = encode_program([update()], [emit], 1)
-    torch.library.opcheck(ops.materialize, (weights, table.tensor, 1, *program, [torch.zeros_like(weights)], True))
-
-
-@needs_native
-def test_ops_are_traced_by_compile() -> None:
-    def step(w: torch.Tensor) -> torch.Tensor:
-        perturbed = distzo2_core.perturb_(w * 2, 1e-3, **PLACE)
-        return perturbed + distzo2_core.normal(4, **PLACE)
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(torch.ones(4)), step(torch.ones(4)))
-
-
-@needs_native
-def test_ops_check_their_own_arguments() -> None:
-    """The raw ops are called by no one but this package, and still refuse what would read or write out of bounds."""
-    ops = torch.ops.distzo2
-    weights = torch.zeros(32, dtype=torch.uint8)
-    program = encode_program([update()], [], 1)
-    for rows in (
-        [[0, 9, 0, 0, 0, 0, 1, 9]],
-        [[0, 8, 7, 0, 0, 0, 1, 8]],
-        [[0, 8, 0, 0, 0, 1, 1, 8]],
-        [[2, 4, 0, 0, 0, 0, 1, 4]],
-    ):
-        with pytest.raises((RuntimeError, TypeError, ValueError)):
-            ops.materialize(weights, torch.tensor(rows), 1, *program, [], True)
-    with pytest.raises((RuntimeError, TypeError, ValueError)):
-        ops.perturb_(torch.ones(4, dtype=torch.float64), 0.1, *NOISE_ARGUMENTS[1:], 0)
-    with pytest.raises((RuntimeError, TypeError, ValueError)):
-        ops.perturb_(torch.ones(4), 0.1, *NOISE_ARGUMENTS[1:], 5)

@@ -131,8 +131,6 @@ InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t p
     TORCH_CHECK_VALUE(w.is_contiguous(), "w must be contiguous, got shape ", w.sizes(), " with strides ", w.strides());
     InPlace place;
     place.dtype = dtype_of(w.scalar_type(), "w");
-    if (w.numel() > 0)
-        mark_changed(w);
     place.weights = w.mutable_data_ptr();
     place.numel = w.numel();
     place.seed = static_cast<uint64_t>(seed);
@@ -150,6 +148,7 @@ void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param,
     const float scale32 = finite_float(scale, "scale");
     if (place.numel == 0)
         return;
+    mark_changed(w);
     if (w.is_cpu())
         perturb_cpu(place, scale32);
     else
@@ -168,6 +167,7 @@ void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed
     const float decay32 = finite_float(weight_decay, "weight_decay");
     if (place.numel == 0)
         return;
+    mark_changed(w);
     if (w.is_cpu())
         update_cpu(place, lr32, coef32, decay32);
     else

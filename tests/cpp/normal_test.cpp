@@ -54,7 +54,7 @@ constexpr uint32_t inverse(uint32_t odd) { // modulo 2^32, by Newton's iteration
 
 // The counter whose words these are. Philox is a bijection of counters, so that a test may choose the words.
 PhiloxWords counter_of(const PhiloxWords& words, const PhiloxKeys& keys) {
-    auto [c0, c1, c2, c3] = words.w;
+    uint32_t c0 = words.w[0], c1 = words.w[1], c2 = words.w[2], c3 = words.w[3];
     for (int round = kPhiloxRounds - 1; round >= 0; --round) {
         const uint32_t before0 = c3 * inverse(kPhiloxM0), before2 = c1 * inverse(kPhiloxM1);
         c1 = c0 ^ static_cast<uint32_t>(uint64_t{kPhiloxM1} * before2 >> 32) ^ keys.k0[round];
