@@ -29,7 +29,12 @@ def loaded(options: Namespace) -> Iterator[tuple[torch.nn.Module, torch.device]]
         if options.weights == "disk":
             check_disk(directory, {"the file of streamed weights": size.total})
         model = distzo2.from_pretrained(
-            options.model, device=device, weights=options.weights, dtype=DTYPES.get(options.dtype), directory=directory
+            options.model,
+            device=device,
+            weights=options.weights,
+            dtype=DTYPES.get(options.dtype),
+            directory=directory,
+            memory_budget=options.memory_budget,
         )
         try:
             yield model, device

@@ -13,6 +13,7 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.lanes import Lane
 from distzo2.random_stream import RandomStream
+from distzo2.residency import MemoryBudget
 from distzo2.state import StateHooks
 from distzo2.streaming import CLEAN, StreamingRuntime, cuda_device
 from distzo2_core import cuda_available
@@ -28,6 +29,7 @@ def offload(
     units: Iterable[str] | None = None,
     directory: str | os.PathLike | None = None,
     slots: int = 3,
+    memory_budget: MemoryBudget = None,
     train: bool = False,
 ) -> nn.Module:
     """Hands a model's weights over, to be streamed through `device` unit by unit.
@@ -44,6 +46,9 @@ def offload(
             groups by bytes where it has none. Other parameters stay on the device.
         directory: where the block file is made (weights="disk"); it is a working file, and goes with the model.
         slots: blocks that are on the device at once, at least 2.
+        memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
+            blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
+            stream. Activations are not in it. The bits are the same.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -65,6 +70,8 @@ def offload(
         raise DistZO2Error("weights='disk' needs directory=, where the block file is made")
     if slots < 2:
         raise DistZO2Error(f"slots={slots}: at least 2 were expected")
+    if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
+        raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
     device = _usable_device(device)
     runtime = StreamingRuntime(
         model,
@@ -73,6 +80,7 @@ def offload(
         units=units,
         directory=directory if weights == "disk" else None,
         slots=slots,
+        memory_budget=memory_budget,
     )
     _move_buffers(model, device)
     if not train:

@@ -36,6 +36,19 @@ class Formatter(argparse.HelpFormatter):
         return text
 
 
+def num_bytes(text: str) -> int | str:
+    """A number of bytes, with a suffix of KiB, MiB or GiB or without; or "auto"."""
+    if text == "auto":
+        return text
+    for suffix, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("", 1)):
+        if text.endswith(suffix):
+            value = int(float(text.removesuffix(suffix)) * scale)
+            break
+    if value <= 0:
+        raise ValueError
+    return value
+
+
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -82,6 +95,7 @@ def limit_float(text: str) -> float | None:
 
 
 for _type, _text in (
+    (num_bytes, "number of bytes (such as 12GiB), or auto"),
     (positive_int, "integer"), (whole_int, "integer"), (seed_int, "integer"),
     (positive_float, "number"), (whole_float, "number"), (limit_float, "number"),
 ):  # fmt: skip
@@ -100,6 +114,11 @@ def add_placement(parser: argparse.ArgumentParser, weights: str = "host") -> Non
     group.add_argument(
         "--weights-dir", metavar="DIR", help="directory of that file (default: the output directory, or /tmp)"
     )
+    group.add_argument(
+        "--memory-budget", type=num_bytes, metavar="BYTES|auto",
+        help="bytes of the device for weights, such as 12GiB: blocks that fit stay there, the others stream; auto: "
+        "70%% of what is free (default: all blocks stream)",
+    )  # fmt: skip
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="dtype of the weights; auto: the checkpoint's",

@@ -98,6 +98,11 @@ class MemoryStore:
         self._pool = None  # views that are still held keep the memory
 
 
+def slot_bytes_of(units: Sequence[Unit]) -> int:
+    """Bytes of a slot that holds any of the units."""
+    return -(-max(u.num_bytes for u in units) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
 class StreamingStore:
     """Packed units in a pinned host pool or in a block file, brought to a ring of slots by the copy engine."""
 
@@ -115,7 +120,7 @@ class StreamingStore:
         sizes = [u.num_bytes for u in units]
         for i, unit in enumerate(units):
             unit.block = i
-        self.slot_bytes = -(-max(sizes) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        self.slot_bytes = slot_bytes_of(units)
         self.num_slots = max(2, min(slots, len(units) + 1))
         self._device = device
         if device.type == "cpu" and directory is not None:

@@ -24,6 +24,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.lanes import CallerState, Emission, Lane, LaneGroup
 from distzo2.placeholders import Placeholders, use_guard
 from distzo2.random_stream import RandomStream
+from distzo2.residency import MemoryBudget
 from distzo2.units import ParamInfo, Unit
 from distzo2.weights import UnitWeights
 from distzo2.windows import Windows
@@ -50,8 +51,17 @@ class StreamingRuntime(UnitWeights):
         units: Iterable[str] | None,
         directory: str | os.PathLike | None,
         slots: int,
+        memory_budget: MemoryBudget = None,
     ) -> None:
-        super().__init__(model, device=device, weights=weights, units=units, directory=directory, slots=slots)
+        super().__init__(
+            model,
+            device=device,
+            weights=weights,
+            units=units,
+            directory=directory,
+            slots=slots,
+            memory_budget=memory_budget,
+        )
         self.model = model
         self._lanes = LaneGroup()
         self._buffers = BufferGuard(model)

@@ -85,6 +85,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
             weights=options.weights,
             dtype=DTYPES.get(options.dtype),
             directory=options.weights_dir or run.path,
+            memory_budget=options.memory_budget,
             train=options.train_mode,
         )
         try:

@@ -58,7 +58,8 @@ class Unit:
     name: str
     params: list[ParamInfo]
     windows: list[nn.Module]  # modules whose forward uses the parameters
-    resident: bool
+    resident: bool  # always on the device: it is no block
+    kept: bool = field(default=False, kw_only=True)  # a block that stays on the device, by the memory budget
     num_bytes: int = 0  # of the packed buffer, padding included
     version: int = 0  # how many updates the stored copy holds
     block: int = -1  # block id in the pool or the file; -1 for a unit that does not stream

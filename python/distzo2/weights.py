@@ -19,6 +19,7 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.lanes import Emission
+from distzo2.residency import MemoryBudget, keep_blocks
 from distzo2.scratch import Scratch
 from distzo2.store import MemoryStore, StreamingStore
 from distzo2.trace import Trace
@@ -48,6 +49,7 @@ class UnitWeights:
         units: Iterable[str] | None,
         directory: str | os.PathLike | None,
         slots: int,
+        memory_budget: MemoryBudget = None,
     ) -> None:
         self.device, self.where = device, weights
         self.params: list[ParamInfo] = collect_params(model)
@@ -55,8 +57,11 @@ class UnitWeights:
             raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
         self.units: list[Unit] = find_units(model, self.params, units)
         streams = weights == "disk" or (weights == "host" and device.type != "cpu")
-        streamed = [u for u in self.units if streams and not u.resident]
-        self._memory = MemoryStore([u for u in self.units if u.resident or not streams], device)
+        if streams:
+            keep_blocks(self.units, device, memory_budget, slots)
+        streamed = [u for u in self.units if streams and not u.resident and not u.kept]
+        on_ring = {u.index for u in streamed}
+        self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
         self._ring = StreamingStore(streamed, device, directory=directory, slots=slots) if streamed else None
         self._scratch = Scratch([u for u in self.units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}

@@ -1,0 +1,121 @@
+"""A budget of device memory: blocks that fit stay on the device, spread, and the bits are those of any other mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import distzo2
+from distzo2.errors import DistZO2Error
+from distzo2.options import num_bytes
+from distzo2.residency import keep_blocks
+
+CPU = torch.device("cpu")
+
+
+def fake_units(num_blocks: int, block_bytes: int = 4096, resident_bytes: int = 1000) -> list[SimpleNamespace]:
+    resident = SimpleNamespace(resident=True, num_bytes=resident_bytes, trainable=True, kept=False)
+    blocks = [
+        SimpleNamespace(resident=False, num_bytes=block_bytes, trainable=True, kept=False) for _ in range(num_blocks)
+    ]
+    return [resident, *blocks]
+
+
+def least(units: list[SimpleNamespace], slots: int = 3) -> int:
+    """Residents, two perturbed copies of a block and of the resident, and the ring."""
+    return 1000 + 2 * (4096 + 1000) + slots * 4096
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 2, 5, 6])
+def test_kept_blocks_are_spread(num_kept: int) -> None:
+    units = fake_units(10)
+    keep_blocks(units, CPU, least(units) + num_kept * 4096 + 4095, 3)
+    kept = [i for i, unit in enumerate(units[1:]) if unit.kept]
+    assert len(kept) == num_kept
+    gaps = [b - a for a, b in zip([-1, *kept], [*kept, 10], strict=True)]
+    assert max(gaps) <= -(-10 // (num_kept + 1)) + 1
+
+
+def test_all_are_kept_where_no_ring_is_needed() -> None:
+    units = fake_units(10)
+    everything = 1000 + 2 * (4096 + 1000) + 10 * 4096
+    keep_blocks(units, CPU, everything - 1, 3)
+    assert sum(unit.kept for unit in units) == 6  # the ring takes three, and one more does not fit by a byte
+    units = fake_units(10)
+    keep_blocks(units, CPU, everything, 3)
+    assert all(unit.kept for unit in units[1:]) and not units[0].kept
+
+
+def test_a_budget_that_is_too_small_says_why() -> None:
+    units = fake_units(10)
+    with pytest.raises(
+        DistZO2Error, match=r"streaming needs at least .* on cpu \(resident units 1000 bytes, perturbed"
+    ):
+        keep_blocks(units, CPU, least(units) - 1, 3)
+    assert not any(unit.kept for unit in units)
+
+
+def build() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=64, num_hidden_layers=7, intermediate_size=96, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def train(directory: Path, weights: str, budget: int | str | None = None) -> tuple[list, dict, list[str], dict]:
+    model = distzo2.offload(build(), weights=weights, directory=directory, memory_budget=budget)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
+    losses = []
+    for step in range(4):
+        ids = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(step))
+        opt.step(lambda ids=ids: model(input_ids=ids, labels=ids).loss.float())
+        losses.append(opt.last.losses)
+    runtime = distzo2.runtime_of(model)
+    result = losses, model.state_dict(), [u.name for u in runtime.units if u.kept], runtime.stats()
+    runtime.close()
+    return result
+
+
+def test_the_bits_do_not_depend_on_the_budget(tmp_path: Path) -> None:
+    losses, state, _, stats = train(tmp_path, "device")
+    _, _, nothing, streamed = train(tmp_path, "disk")
+    assert nothing == []
+    block = streamed["streamed_bytes"] // 7
+    residents, slots = streamed["resident_bytes"], streamed["slot_bytes"]
+    least = residents + 2 * (residents + block) + slots
+    uploads = []
+    for num_kept, budget in ((0, least), (2, least + 2 * block), (7, "auto")):
+        got, other, kept, stats = train(tmp_path, "disk", budget)
+        assert len(kept) == num_kept
+        assert got == losses, budget
+        assert all(torch.equal(other[key], value) for key, value in state.items()), budget
+        assert stats["streamed_bytes"] == (7 - num_kept) * block
+        uploads.append(stats.get("bytes_up", 0))
+    assert uploads[0] > uploads[1] > uploads[2] == 0
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "all"])
+def test_what_is_no_budget(wrong: object, tmp_path: Path) -> None:
+    with pytest.raises(DistZO2Error, match=r"memory_budget=.*: expected a positive number of bytes"):
+        distzo2.offload(torch.nn.Linear(2, 2), memory_budget=wrong)
+
+
+def test_sizes_on_the_command_line() -> None:
+    assert [num_bytes(text) for text in ("auto", "12GiB", "1.5MiB", "3KiB", "77")] == [
+        "auto",
+        12 * 2**30,
+        1572864,
+        3072,
+        77,
+    ]
+    for wrong in ("0", "-1GiB", "GiB", "much"):
+        with pytest.raises(ValueError):
+            num_bytes(wrong)
