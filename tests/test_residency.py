@@ -1,4 +1,4 @@
-"""A budget of device memory: blocks that fit stay on the device, spread, and the bits are those of any other mode."""
+"""What stays on the device by a budget, and what is not written back at every step: the bits are those of any mode."""
 
 from __future__ import annotations
 
@@ -70,14 +70,24 @@ def build() -> torch.nn.Module:
         return LlamaForCausalLM(config).bfloat16().eval()
 
 
-def train(directory: Path, weights: str, budget: int | str | None = None) -> tuple[list, dict, list[str], dict]:
-    model = distzo2.offload(build(), weights=weights, directory=directory, memory_budget=budget)
-    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
+def train(
+    directory: Path,
+    weights: str,
+    budget: int | str | None = None,
+    steps: int = 4,
+    estimator: str = "spsa",
+    **options: int,
+) -> tuple[list, dict, list[str], dict]:
+    model = distzo2.offload(build(), weights=weights, directory=directory, memory_budget=budget, **options)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3, weight_decay=0.1, num_probes=2, estimator=estimator)
     losses = []
-    for step in range(4):
+    for step in range(steps):
         ids = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(step))
         opt.step(lambda ids=ids: model(input_ids=ids, labels=ids).loss.float())
         losses.append(opt.last.losses)
+        if step % 3 == 1:
+            with torch.no_grad():
+                losses.append(model(input_ids=ids, labels=ids).loss.item())
     runtime = distzo2.runtime_of(model)
     result = losses, model.state_dict(), [u.name for u in runtime.units if u.kept], runtime.stats()
     runtime.close()
@@ -100,6 +110,42 @@ def test_the_bits_do_not_depend_on_the_budget(tmp_path: Path) -> None:
         assert stats["streamed_bytes"] == (7 - num_kept) * block
         uploads.append(stats.get("bytes_up", 0))
     assert uploads[0] > uploads[1] > uploads[2] == 0
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "fzoo"])
+def test_blocks_that_are_written_in_turn(estimator: str, tmp_path: Path) -> None:
+    losses, state, _, _ = train(tmp_path, "device", steps=12, estimator=estimator)
+    written = {}
+    for every in (1, 3, 100):
+        got, other, _, stats = train(tmp_path, "disk", steps=12, estimator=estimator, every=every)
+        assert got == losses, every
+        assert all(torch.equal(other[key], value) for key, value in state.items()), every
+        written[every] = stats["bytes_down"]  # reading the state at the end writes what is behind, once
+    assert written[3] < 0.5 * written[1] and written[100] < 0.2 * written[1]
+
+
+def test_a_forward_alone_writes_nothing_that_is_not_due(tmp_path: Path) -> None:
+    model = distzo2.offload(build(), weights="disk", directory=tmp_path, write_every=50)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
+    ids = torch.randint(3, 67, (2, 9))
+    opt.step(lambda: model(input_ids=ids, labels=ids).loss.float())
+    runtime = distzo2.runtime_of(model)
+    runtime.reset_stats()
+    with torch.no_grad():
+        first = model(input_ids=ids, labels=ids).loss
+        again = model(input_ids=ids, labels=ids).loss
+    assert first == again and runtime.stats()["bytes_down"] == 0
+    runtime.flush()
+    assert runtime.stats()["bytes_down"] > 0
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss == first
+    runtime.close()
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 2.0, True, None])
+def test_what_is_no_interval(wrong: object) -> None:
+    with pytest.raises(DistZO2Error, match=r"write_every=.*: an integer of at least 1 was expected"):
+        distzo2.offload(torch.nn.Linear(2, 2), write_every=wrong)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "all"])

@@ -35,6 +35,7 @@ def loaded(options: Namespace) -> Iterator[tuple[torch.nn.Module, torch.device]]
             dtype=DTYPES.get(options.dtype),
             directory=directory,
             memory_budget=options.memory_budget,
+            write_every=options.write_every,
         )
         try:
             yield model, device

@@ -30,6 +30,7 @@ def offload(
     directory: str | os.PathLike | None = None,
     slots: int = 3,
     memory_budget: MemoryBudget = None,
+    write_every: int = 1,
     train: bool = False,
 ) -> nn.Module:
     """Hands a model's weights over, to be streamed through `device` unit by unit.
@@ -49,6 +50,9 @@ def offload(
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
             stream. Activations are not in it. The bits are the same.
+        write_every: a streamed block's stored copy is written at every so many updates, blocks in turn, and the updates
+            in between are made again at each visit. 1 writes every block at every step; more spares a disk, at the cost
+            of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -70,6 +74,8 @@ def offload(
         raise DistZO2Error("weights='disk' needs directory=, where the block file is made")
     if slots < 2:
         raise DistZO2Error(f"slots={slots}: at least 2 were expected")
+    if type(write_every) is not int or write_every < 1:
+        raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
     device = _usable_device(device)
@@ -81,6 +87,7 @@ def offload(
         directory=directory if weights == "disk" else None,
         slots=slots,
         memory_budget=memory_budget,
+        write_every=write_every,
     )
     _move_buffers(model, device)
     if not train:

@@ -120,6 +120,11 @@ def add_placement(parser: argparse.ArgumentParser, weights: str = "host") -> Non
         "70%% of what is free (default: all blocks stream)",
     )  # fmt: skip
     group.add_argument(
+        "--write-every", type=positive_int, default=1, metavar="N",
+        help="write a streamed block back at every N-th step, blocks in turn, and make the updates in between again at "
+        "each visit: spares a disk, costs noise",
+    )  # fmt: skip
+    group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="dtype of the weights; auto: the checkpoint's",
     )  # fmt: skip

@@ -52,6 +52,7 @@ class StreamingRuntime(UnitWeights):
         directory: str | os.PathLike | None,
         slots: int,
         memory_budget: MemoryBudget = None,
+        write_every: int = 1,
     ) -> None:
         super().__init__(
             model,
@@ -61,6 +62,7 @@ class StreamingRuntime(UnitWeights):
             directory=directory,
             slots=slots,
             memory_budget=memory_budget,
+            write_every=write_every,
         )
         self.model = model
         self._lanes = LaneGroup()

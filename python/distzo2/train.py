@@ -86,6 +86,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
             dtype=DTYPES.get(options.dtype),
             directory=options.weights_dir or run.path,
             memory_budget=options.memory_budget,
+            write_every=options.write_every,
             train=options.train_mode,
         )
         try:

@@ -50,6 +50,7 @@ class UnitWeights:
         directory: str | os.PathLike | None,
         slots: int,
         memory_budget: MemoryBudget = None,
+        write_every: int = 1,
     ) -> None:
         self.device, self.where = device, weights
         self.params: list[ParamInfo] = collect_params(model)
@@ -63,6 +64,7 @@ class UnitWeights:
         on_ring = {u.index for u in streamed}
         self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
         self._ring = StreamingStore(streamed, device, directory=directory, slots=slots) if streamed else None
+        self._write_every = write_every
         self._scratch = Scratch([u for u in self.units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
@@ -193,7 +195,7 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present[unit.index]
-        if emission.clean or self._table(unit) is None:
+        if self._table(unit) is None or (emission.clean and not self._elides(unit)):
             self._materialize(present, (), ())
             return present.views, 0
         buffer = self._scratch.find(unit, self._key(emission))
@@ -214,9 +216,16 @@ class UnitWeights:
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self._perturb_scales
 
+    def _elides(self, unit: Unit) -> bool:
+        """Whether the stored copy stays behind at this visit: it is written at every `write_every`-th update, units in
+        turn. Perturbed copies are then made of it and the updates that it has missed, the clean one included.
+        """
+        return unit.block >= 0 and unit.version < self.version and (self.version + unit.block) % self._write_every != 0
+
     def _materialize(self, present: Present, emissions: Sequence[Emission], outs: Sequence[torch.Tensor]) -> None:
         unit, table = present.unit, self._table(present.unit)
         missed = self._missed(unit.version)
+        write_back = bool(missed) and not (emissions and self._elides(unit))
         if table is not None and (missed or emissions):
             start = time.perf_counter_ns()
             materialize(
@@ -226,13 +235,14 @@ class UnitWeights:
                 updates=missed,
                 emits=[Emit(e.terms, self._perturb_scales) for e in emissions],
                 outs=[out[: unit.num_bytes] for out in outs],
-                write_back=bool(missed),
+                write_back=write_back,
             )
             end = time.perf_counter_ns()
             self._noise_ns += end - start
             self.trace.add("materialize", unit.name, start, end)
-            present.dirty |= bool(missed)
-        unit.version = self.version
+            present.dirty |= write_back
+        if write_back or not missed or table is None:
+            unit.version = self.version
 
     def _table(self, unit: Unit) -> SegmentTable | None:
         """The segments of the unit that updates and perturbations reach; None if there are none."""
