@@ -107,8 +107,10 @@ class BuildCore(BuildExtension):
             extension.include_dirs.append(str(CORE_BUILD))
             extension.extra_objects = libraries
             extension.libraries += ["dl", "rt", "pthread"]
-            if not core["compiler"].startswith("GNU"):  # GCC's calls are met by the runtime that torch has loaded
-                extension.extra_link_args.append("-fopenmp")
+            if core["compiler"].startswith("GNU"):
+                # at::parallel_for needs it. It is not linked: GCC's calls are met by the runtime that torch has loaded.
+                # Another compiler's runtime would run beside torch's; there the kernels start threads of their own.
+                extension.extra_compile_args["cxx"].append("-fopenmp")
             if core["cuda_version"]:
                 extension.define_macros.append(("DISTZO2_WITH_CUDA", "1"))
                 extension.extra_objects.append(core["cudart"])
@@ -129,7 +131,6 @@ setup(
                     "-O3",
                     "-std=c++20",
                     "-ffp-contract=off",
-                    "-fopenmp",  # at::parallel_for runs on one thread without it; torch's own OpenMP runtime is used
                     "-Wall",
                     "-Wextra",
                     "-Wno-unused-parameter",  # torch's own headers

@@ -310,12 +310,13 @@ def instruction_bounds() -> dict[tuple[str, str, str], float]:
     """10^9 elements a second by (op, noise, dtype) if the first GPU's schedulers never idle; empty if not known."""
     path, info = RESULTS / "sass_counts.json", machine()
     major, minor = info["gpu_capability"]
-    table = json.loads(path.read_text())["counts"].get(f"sm_{major}{minor}", {}) if path.exists() else {}
+    counts = json.loads(path.read_text())["counts"] if path.exists() else {}
+    table = counts.get(f"sm_{major}{minor}", {}).get("loops", {})
     if not table or not info["gpu_max_clock_mhz"]:
         return {}
     lanes_per_s = info["gpu_multiprocessors"] * 128 * info["gpu_max_clock_mhz"] * 1e6
     return {
-        (*op, dtype): lanes_per_s / table[kernel][dtype] / 1e9
+        (*op, dtype): lanes_per_s / table[kernel][dtype]["instructions"] / 1e9
         for op, kernel in SASS_KERNELS.items()
         for dtype in DTYPES
         if dtype in table.get(kernel, {})
@@ -332,8 +333,7 @@ def run_device(device: str, backends: list[str], threads: list[int], options: ar
     for dtype in options.dtypes.split(","):
         for numel in sizes:
             bench.run(dtype, numel)
-        if hasattr(distzo2_core, "embedding"):
-            bench.run_embedding(dtype, min(sizes[-1], 2**26))
+        bench.run_embedding(dtype, min(sizes[-1], 2**26))
     return bench.rows
 
 

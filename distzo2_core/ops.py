@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import FunctionType
 
 import torch
 
@@ -118,6 +119,7 @@ def perturb_(
     run = implementation(backend, w.device).perturb_
     if w.numel():
         run(w.detach(), scale, *place)
+        _mark_changed(run, w)
     return w
 
 
@@ -144,6 +146,7 @@ def restore_(
     run = implementation(backend, w.device).restore_
     if w.numel():
         run(w.detach(), scale, *place)
+        _mark_changed(run, w)
     return w
 
 
@@ -182,6 +185,7 @@ def update_(
     run = implementation(backend, w.device).update_
     if w.numel():
         run(w.detach(), *scalars, *place)
+        _mark_changed(run, w)
     return w
 
 
@@ -215,7 +219,7 @@ def embedding(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or device, or out of range.
-        IndexError: an id is out of range, on a CPU. On other devices, which cannot raise, its row is NaN.
+        IndexError: an id is out of range, and `weight` is on a CPU. Other devices cannot raise: its row is NaN.
         BackendError: the backend is not there or cannot run on the device of `weight`.
     """
     place = _check_place(weight, seed, step, param, probe, offset, family, name="weight")
@@ -275,6 +279,14 @@ def materialize(
     run = implementation(backend, weights.device).materialize
     if segments.num_bytes and (emits or (updates and write_back)):
         run(weights, segments.tensor, seed, *program, list(outs), write_back)
+        _mark_changed(run, *outs, *([weights] if updates and write_back else []))
+
+
+def _mark_changed(run: object, *changed: torch.Tensor) -> None:
+    """Raises the version counters, as the native ops do themselves, so that a backward over a saved tensor notices."""
+    if isinstance(run, FunctionType):
+        for tensor in changed:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _noise(

@@ -391,6 +391,10 @@ def embedding(
     family: int,
 ) -> torch.Tensor:
     rows, cols = weight.shape
+    if weight.device.type == "cpu":
+        for i, row in enumerate(ids.reshape(-1).tolist()):
+            if not 0 <= row < rows:
+                raise IndexError(f"ids[{i}] is {row}, and the table has {rows} rows")
     out = torch.empty(*ids.shape, cols, dtype=weight.dtype, device=weight.device)
     if not out.numel():
         return out

@@ -92,6 +92,28 @@ def test_what_is_refused() -> None:
 
 
 @needs_native
+def test_what_is_misaligned_is_refused() -> None:
+    bytes_ = bytearray(4 * 13)
+    table = torch.frombuffer(bytes_, dtype=torch.float32, offset=1, count=12).view(3, 4)
+    with pytest.raises(RuntimeError, match="the table is not aligned"):
+        distzo2_core.embedding(table, torch.tensor([1]), 1.0, **PLACE)
+    ids = torch.frombuffer(bytearray(24), dtype=torch.int64, offset=4, count=2)
+    with pytest.raises(RuntimeError, match="ids are not aligned"):
+        distzo2_core.embedding(torch.ones(3, 4), ids, 1.0, **PLACE)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ids", [torch.tensor(3), torch.empty(0, 2, dtype=torch.int64), torch.arange(6).view(2, 3).T])
+def test_torch_op_of_every_shape_of_ids(dtype: torch.dtype, ids: torch.Tensor) -> None:
+    weight = torch.randn(6, 9).to(dtype)
+    for family in (0, 1):
+        torch.library.opcheck(torch.ops.distzo2.embedding, (weight, ids, 0.1, -1, 3, 5, 7, 0, family))
+    whole = distzo2_core.perturb_(weight.clone(), 0.1, **PLACE)
+    assert_same_bits(distzo2_core.embedding(weight, ids, 0.1, **PLACE), torch.nn.functional.embedding(ids, whole))
+
+
+@needs_native
 def test_torch_op() -> None:
     weight = torch.randn(6, 8, requires_grad=True)
     ids = torch.tensor([[5, 0], [1, 1]])

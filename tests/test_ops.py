@@ -356,3 +356,24 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     for name in distzo2_core.__all__:
         if NATIVE:
             assert getattr(distzo2_core, name) is not None
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+def test_every_backend_raises_the_version_of_what_it_changes(backend: str) -> None:
+    """So that a backward pass over a saved tensor notices."""
+    w = torch.ones(6)
+    for call, arguments in (
+        (distzo2_core.perturb_, (1.0,)),
+        (distzo2_core.restore_, (1.0,)),
+        (distzo2_core.update_, (1.0, 1.0)),
+    ):
+        before = w._version
+        call(w, *arguments, **PLACE, backend=backend)
+        assert w._version > before
+    weights, out = torch.zeros(32, dtype=torch.uint8), torch.zeros(32, dtype=torch.uint8)
+    emits = [Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))]
+    common = {"seed": 1, "emits": emits, "outs": [out], "backend": backend}
+    distzo2_core.materialize(weights, SegmentTable([segment()]), **common)
+    assert (weights._version, out._version) == (0, 1)
+    distzo2_core.materialize(weights, SegmentTable([segment()]), updates=[update()], write_back=True, **common)
+    assert (weights._version, out._version) == (1, 2)

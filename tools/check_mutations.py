@@ -26,8 +26,9 @@ def orderings() -> list[str]:
     return re.findall(r"X\((\w+)\)", table)
 
 
-def failing_tests(build: Path, dropped: str | None, rounds: int) -> list[str]:
-    """The first tests that fail, in at most `rounds` runs of each executable, since timing decides what a run meets."""
+def noticed_by(build: Path, dropped: str | None, rounds: int) -> str:
+    """Which tests fail, hang or crash first, in at most `rounds` runs of each executable, since timing decides what a
+    run meets; empty if none does."""
     environment = {name: value for name, value in os.environ.items() if name != "DISTZO2_DROP"}
     if dropped is not None:
         environment["DISTZO2_DROP"] = dropped
@@ -37,11 +38,16 @@ def failing_tests(build: Path, dropped: str | None, rounds: int) -> list[str]:
             try:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
             except subprocess.TimeoutExpired:
-                return [f"{test}: hangs"]
+                return f"{test}: not done after {SECONDS:.0f} s"
+            failed = re.findall(r"^FAIL (\w+)", done.stdout, flags=re.MULTILINE)
+            if failed:
+                return f"{test}: {', '.join(failed)}"
+            if done.returncode < 0:  # a signal: a watchdog that saw a hang, or a crash
+                hung = re.search(r"watchdog: (\w+) hangs", done.stderr)
+                return f"{test}: {hung[1]} hangs" if hung else f"{test}: signal {-done.returncode}"
             if done.returncode:
-                names = re.findall(r"^FAIL (\w+)", done.stdout, flags=re.MULTILINE)
-                return [f"{test}: {name}" for name in names] or [f"{test}: status {done.returncode}"]
-    return []
+                raise SystemExit(f"error: {test} ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return ""
 
 
 def main() -> int:
@@ -50,15 +56,15 @@ def main() -> int:
     parser.add_argument("build", type=Path, help="the build folder")
     parser.add_argument("--rounds", type=int, default=3, help="runs of the tests in which a mutation must be noticed")
     options = parser.parse_args()
-    failed = failing_tests(options.build, None, 1)
-    if failed:
-        print("error: without a mutation:", ", ".join(failed), file=sys.stderr)
-        return 1
     unnoticed = []
-    for name in orderings():
-        failed = failing_tests(options.build, name, options.rounds)
-        print(f"{name:34} {', '.join(failed) if failed else 'NOT NOTICED'}", flush=True)
-        if not failed:
+    for name in (None, *orderings(), None):  # with all of them kept, first and last, as often as with one left out
+        noticed = noticed_by(options.build, name, options.rounds)
+        if name is None and noticed:
+            print(f"error: without a mutation: {noticed}", file=sys.stderr)
+            return 1
+        if name is not None:
+            print(f"{name:34} {noticed or 'NOT NOTICED'}", flush=True)
+        if name is not None and not noticed:
             unnoticed.append(name)
     if unnoticed:
         print("error: no test notices that these are left out:", ", ".join(unnoticed), file=sys.stderr)

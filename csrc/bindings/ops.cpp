@@ -22,11 +22,19 @@ using at::Tensor;
 constexpr int64_t kMaxWord = std::numeric_limits<uint32_t>::max();
 constexpr int64_t kProbeLimit = int64_t{1} << 20;
 
-void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
+[[maybe_unused]] void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
     at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { body(context, from, to); });
 }
 
+#if defined(_OPENMP)
 const bool hook_is_set = (set_parallel_for(&run_on_torch_threads), true);
+#else // at::parallel_for, compiled here without OpenMP, would stay on one thread: the kernels' own, as many as torch's
+void run_on_own_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
+    const int64_t share = (end - begin + at::get_num_threads() - 1) / at::get_num_threads();
+    run_on_std_threads(begin, end, std::max(grain, share), body, context);
+}
+const bool hook_is_set = (set_parallel_for(&run_on_own_threads), true);
+#endif
 
 DType dtype_of(at::ScalarType type, const char* what) {
     switch (type) {

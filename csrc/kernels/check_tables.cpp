@@ -114,6 +114,9 @@ void check(const Lookup& request) {
     DZO_CHECK(is_dtype(static_cast<int64_t>(request.dtype)), "dtype code ", static_cast<int64_t>(request.dtype));
     DZO_CHECK(is_family(request.family), "unknown family of noise ", request.family);
     DZO_CHECK(request.num_ids >= 0, "num_ids ", request.num_ids);
+    const auto bytes = static_cast<uintptr_t>(dtype_bytes(request.dtype));
+    DZO_CHECK(reinterpret_cast<uintptr_t>(request.table) % bytes == 0, "the table is not aligned to its dtype");
+    DZO_CHECK(reinterpret_cast<uintptr_t>(request.ids) % sizeof(int64_t) == 0, "ids are not aligned to int64");
     DZO_CHECK(request.num_rows >= 0 && request.cols >= 0 &&
                   (request.cols == 0 || request.num_rows <= kMaxElements / request.cols),
               "a table of ", request.num_rows, " x ", request.cols);

@@ -104,19 +104,7 @@ SimdLevel choose_level() {
 constexpr int kUnset = -1;
 std::atomic<int> chosen_level{kUnset};
 
-void run_on_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
-    const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
-    const int64_t num_threads = std::min(cores, std::max<int64_t>(1, (end - begin) / grain));
-    const int64_t share = (end - begin + num_threads - 1) / num_threads;
-    std::vector<std::thread> threads;
-    for (int64_t t = 1; t < num_threads; ++t)
-        threads.emplace_back(body, context, begin + t * share, std::min(end, begin + (t + 1) * share));
-    body(context, begin, std::min(end, begin + share));
-    for (std::thread& thread : threads)
-        thread.join();
-}
-
-std::atomic<ParallelFor> parallel_for{&run_on_threads};
+std::atomic<ParallelFor> parallel_for{&run_on_std_threads};
 
 template <class Work>
 struct Job {
@@ -169,8 +157,20 @@ void set_simd_level(SimdLevel level) {
     chosen_level.store(static_cast<int>(level), std::memory_order_relaxed);
 }
 
+void run_on_std_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
+    const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    const int64_t num_threads = std::min(cores, std::max<int64_t>(1, (end - begin) / grain));
+    const int64_t share = (end - begin + num_threads - 1) / num_threads;
+    std::vector<std::thread> threads;
+    for (int64_t t = 1; t < num_threads; ++t)
+        threads.emplace_back(body, context, begin + t * share, std::min(end, begin + (t + 1) * share));
+    body(context, begin, std::min(end, begin + share));
+    for (std::thread& thread : threads)
+        thread.join();
+}
+
 void set_parallel_for(ParallelFor hook) {
-    parallel_for.store(hook != nullptr ? hook : &run_on_threads, std::memory_order_relaxed);
+    parallel_for.store(hook != nullptr ? hook : &run_on_std_threads, std::memory_order_relaxed);
 }
 
 void materialize_cpu(const Materialize& visit) {

@@ -122,7 +122,7 @@ class Tile {
         if (term.family == static_cast<int64_t>(Purpose::kNormal))
             for_normals<V>(philox_, stream, first_, count_, consume);
         else
-            for_signs<V>(philox_, stream, first_, count_, consume);
+            for_signs<V>(signs_[(&term - visit_.terms) % kSignStreams], philox_, stream, first_, count_, consume);
     }
 
     __attribute__((noinline)) void fill_noise(const Term& term) {
@@ -239,8 +239,10 @@ class Tile {
                     Store::store_nearest(out[n] + i, V::fma(k[n], z, w));
             };
             if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
-                noise(terms[only],
-                      [&](int i, F z) __attribute__((always_inline)) { store(i, Store::load(weights_ + i), z); });
+                noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
+                    __builtin_prefetch(weights_ + i + kTile, 1); // the next tile's: making its noise hides the memory
+                    store(i, Store::load(weights_ + i), z);
+                });
                 return;
             }
             decode();
@@ -267,6 +269,8 @@ class Tile {
     }
 
     const Materialize& visit_;
+    static constexpr int kSignStreams = 16; // terms whose signs are kept from tile to tile
+    SignWords<V> signs_[kSignStreams];
     typename V::Philox& philox_;
     const Segment& segment_;
     Raw* weights_ = nullptr;           // element lo
@@ -330,6 +334,7 @@ void run_noise(const Generate& request, int64_t begin, int64_t end) {
     const Stream stream = make_stream(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
                                       static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
     Raw* out = static_cast<Raw*>(request.out);
+    SignWords<V> signs;
     alignas(64) Raw staging[kTile];
     for_tiles(request.offset + begin, request.offset + end, [&](int64_t lo, int64_t hi) {
         const int64_t first = lo / kSignsPerGroup * kSignsPerGroup;
@@ -341,7 +346,7 @@ void run_noise(const Generate& request, int64_t begin, int64_t end) {
         if (request.family == static_cast<int64_t>(Purpose::kNormal))
             for_normals<V>(philox, stream, first, count, consume);
         else
-            for_signs<V>(philox, stream, first, count, consume);
+            for_signs<V>(signs, philox, stream, first, count, consume);
         if (staged)
             __builtin_memcpy(out + (lo - request.offset), staging + (lo - first),
                              static_cast<size_t>(hi - lo) * sizeof(Raw));
@@ -356,65 +361,6 @@ void run_request(const Generate& request, int64_t begin, int64_t end) {
         run_noise<V, DType::kBf16>(request, begin, end);
     else
         run_noise<V, DType::kFp16>(request, begin, end);
-}
-
-template <class V, DType D>
-void run_rows(const Lookup& request, int64_t begin, int64_t end) {
-    using Raw = typename Storage<V, D>::Raw;
-    typename V::Philox philox(request.seed);
-    const Stream stream = make_stream(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
-                                      static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
-    const auto scale = V::set(request.scale);
-    alignas(64) Raw staging[kTile];
-    while (begin < end) {
-        const int64_t col = begin % request.cols, left = request.cols - col;
-        const int64_t numel = left < end - begin ? left : end - begin;
-        const int64_t place = request.ids[begin / request.cols] * request.cols + col; // in the table
-        const Raw* source = static_cast<const Raw*>(request.table) + place;
-        Raw* out = static_cast<Raw*>(request.out) + begin;
-        const int64_t element = request.offset + place;
-        for_tiles(element, element + numel, [&](int64_t lo, int64_t hi) {
-            const int64_t first = lo / kSignsPerGroup * kSignsPerGroup;
-            const int count = static_cast<int>((hi - first + kSignsPerGroup - 1) / kSignsPerGroup * kSignsPerGroup);
-            const size_t num_bytes = static_cast<size_t>(hi - lo) * sizeof(Raw);
-            const bool staged = hi - lo != count;
-            const Raw* from = source + (lo - element);
-            Raw* to = out + (lo - element);
-            if (staged) {
-                __builtin_memset(staging, 0, sizeof staging);
-                __builtin_memcpy(staging + (lo - first), from, num_bytes);
-                from = to = staging;
-            }
-            const auto consume = [&](int i, typename V::F z) __attribute__((always_inline)) {
-                Storage<V, D>::store_nearest(to + i, V::fma(scale, z, Storage<V, D>::load(from + i)));
-            };
-            if (request.scale == 0.0f)
-                for (int i = 0; i < count; i += V::kWidth)
-                    Storage<V, D>::store_nearest(to + i, Storage<V, D>::load(from + i));
-            else if (request.family == static_cast<int64_t>(Purpose::kNormal))
-                for_normals<V>(philox, stream, first, count, consume);
-            else
-                for_signs<V>(philox, stream, first, count, consume);
-            if (staged)
-                __builtin_memcpy(out + (lo - element), staging + (lo - first), num_bytes);
-        });
-        begin += numel;
-    }
-}
-
-template <class V>
-void run_lookup(const Lookup& request, int64_t begin, int64_t end) {
-    if (request.dtype == DType::kFp32)
-        run_rows<V, DType::kFp32>(request, begin, end);
-    else if (request.dtype == DType::kBf16)
-        run_rows<V, DType::kBf16>(request, begin, end);
-    else
-        run_rows<V, DType::kFp16>(request, begin, end);
-}
-
-template <class V>
-constexpr CpuLevel make_level() {
-    return CpuLevel{&run_visit<V>, &run_request<V>, &run_lookup<V>};
 }
 
 } // namespace

@@ -27,7 +27,8 @@ void set_simd_level(SimdLevel level); // for tests and benchmarks; throws if it 
 // one.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
-void set_parallel_for(ParallelFor parallel_for); // nullptr restores the default
+void set_parallel_for(ParallelFor parallel_for); // nullptr restores the default, which is
+void run_on_std_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 
 // Throws if a row of the tables is out of range, a segment is not in its buffer or not aligned to its dtype, or two
 // segments overlap.

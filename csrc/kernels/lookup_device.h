@@ -39,10 +39,11 @@ DZO_HD void lookup_thread(const Lookup& request, const PhiloxKeys& keys, int64_t
             for (int i = 0; i < kOctet; ++i)
                 w[i] = fma_rn(request.scale, z[i], w[i]);
         }
-        if (!known)
+        if (!known) {
             DZO_UNROLL
-        for (int i = 0; i < kOctet; ++i)
-            w[i] = bits_float(kNanFp32);
+            for (int i = 0; i < kOctet; ++i)
+                w[i] = bits_float(kNanFp32);
+        }
         place.template store<false>(target, w);
     }
 }

@@ -1,6 +1,6 @@
 #include "kernels/simd_avx2.h"
 
-#include "kernels/cpu_tiles.h"
+#include "kernels/cpu_levels.h"
 
 namespace distzo2 {
 

@@ -29,7 +29,7 @@ struct WorkspaceTables {
 };
 
 template <class Program, class Tables>
-__global__ void __launch_bounds__(kThreads) visit_kernel(const __grid_constant__ Tables tables) {
+__global__ void __launch_bounds__(kThreads, Program::kMinBlocks) visit_kernel(const __grid_constant__ Tables tables) {
     run_thread<Program>(tables.header, TableReader{tables.bytes}, blockIdx.x, threadIdx.x);
 }
 

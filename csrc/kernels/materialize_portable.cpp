@@ -1,6 +1,6 @@
 #include "kernels/simd_portable.h"
 
-#include "kernels/cpu_tiles.h"
+#include "kernels/cpu_levels.h"
 
 namespace distzo2 {
 

@@ -131,17 +131,19 @@ struct OctetStorage<DType::kFp32> {
         return raw;
     }
     DZO_HD static Raw nearest(float x[kOctet]) {
-        if (any_nan(x))
+        if (any_nan(x)) {
             DZO_UNROLL
-        for (int i = 0; i < kOctet; ++i)
-            x[i] = canonical_fp32(x[i]);
+            for (int i = 0; i < kOctet; ++i)
+                x[i] = canonical_fp32(x[i]);
+        }
         return exact(x);
     }
     DZO_HD static void update(float x[kOctet], const PhiloxWords&) {
-        if (any_nan(x))
+        if (any_nan(x)) {
             DZO_UNROLL
-        for (int i = 0; i < kOctet; ++i)
-            x[i] = canonical_fp32(x[i]);
+            for (int i = 0; i < kOctet; ++i)
+                x[i] = canonical_fp32(x[i]);
+        }
     }
 };
 

@@ -62,6 +62,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
 
 // Any program.
 struct AnyProgram {
+    static constexpr int kMinBlocks = 2; // blocks a multiprocessor: leaves it enough registers for all of its state
     template <DType D>
     struct Run {
         const VisitHeader& header;
@@ -111,6 +112,8 @@ struct AnyProgram {
 // that a multiprocessor holds.
 template <int kUpdates, int kEmits, Purpose kFamily>
 struct SimpleProgram {
+    static constexpr int kMinBlocks =
+        kUpdates > 0 && kEmits > 0 ? 3 : 0; // 0: the compiler's choice, which spills there
     template <DType D>
     struct Run {
         const VisitHeader& header;

@@ -90,6 +90,16 @@ bool DiskTransport::may_load(const SlotState& slot) const {
     return storing_slot_[slot.load.block] < 0 || !kept(Ordering::file_upload_after_block_is_stored);
 }
 
+// By an upload that was dropped after it had begun: what it reads is thrown away, but is not written meanwhile. Its
+// chunks that have not begun wait for the download in turn (may_load).
+bool DiskTransport::is_being_read(int block) const {
+    return kept(Ordering::file_download_after_uploads) &&
+           std::any_of(slots_.begin(), slots_.end(), [block](const SlotState& slot) {
+               return slot.load.phase == Phase::kRunning && slot.load.block == block &&
+                      slot.load.num_done < slot.load.num_begun;
+           });
+}
+
 bool DiskTransport::is_open(const Ticket& ticket) const {
     return ticket.version <= durable_ || !kept(Ordering::file_download_after_journal);
 }
@@ -105,7 +115,7 @@ int DiskTransport::next_slot(Direction direction) const {
         const Ticket& ticket = up ? slots_[i].load : slots_[i].store;
         if (ticket.phase == Phase::kNone || ticket.num_begun == ticket.num_chunks)
             continue;
-        if (!(up ? may_load(slots_[i]) : is_open(ticket)))
+        if (!(up ? may_load(slots_[i]) : is_open(ticket) && !is_being_read(ticket.block)))
             continue;
         if (best_ticket == nullptr || ticket.urgent > best_ticket->urgent ||
             (ticket.urgent == best_ticket->urgent && ticket.order < best_ticket->order)) {
@@ -149,6 +159,8 @@ void DiskTransport::run(Worker& worker) {
             state_.fail(failure);
         if (++ticket.num_done == ticket.num_chunks && state_.error.empty())
             finish(worker.direction, slot);
+        else if (up && storing_slot_[block] >= 0)
+            work_.notify_all(); // its download may be waiting for this read
     }
 }
 

@@ -73,6 +73,7 @@ class DiskTransport final : public Transport {
     void give_staging(std::shared_ptr<HostPool> staging);
     void run(Worker& worker);
     bool is_open(const Ticket& ticket) const;
+    bool is_being_read(int block) const;
     bool may_load(const SlotState& slot) const;
     int next_slot(Direction direction) const;
     void transfer(Worker& worker, int block, int slot, size_t chunk);

@@ -27,6 +27,7 @@ namespace distzo2 {
     X(file_upload_after_readers)                                                                                       \
     X(file_upload_after_slot_is_stored)                                                                                \
     X(file_upload_after_block_is_stored)                                                                               \
+    X(file_download_after_uploads)                                                                                     \
     X(file_download_after_readers)                                                                                     \
     X(file_download_after_journal) /* the write-ahead rule */                                                          \
     X(file_reader_after_upload)                                                                                        \

@@ -202,8 +202,10 @@ def _return_freed_memory() -> None:
     """Weights on disk mean that memory is scarce. Each lane is a thread, glibc gives each thread an arena of its own,
     and each arena keeps what its lane freed. Of one mebibyte and more it is given back at once instead, for a page
     fault every 4 KiB, which such a tensor's arithmetic hides. (A limit to one arena comes too late: glibc reads it when
-    the first thread asks for memory.)
+    the first thread asks for memory.) It is a setting of the process, and stays.
     """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
+        return  # the user has chosen
     with suppress(OSError, AttributeError):  # another C library has other habits
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 

@@ -113,10 +113,9 @@ inline __m512i _mm512_srli_epi64(__m512i a, unsigned n) {
 inline __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
     return model_lanes<__m512i>([&](int i) {
         uint32_t out = 0;
-        for (int bit = 0; bit < 32; ++bit) {
-            const uint32_t row = (a.v[i] >> bit & 1) << 2 | (b.v[i] >> bit & 1) << 1 | (c.v[i] >> bit & 1);
-            out |= (static_cast<uint32_t>(table) >> row & 1) << bit;
-        }
+        for (int row = 0; row < 8; ++row)
+            if (table >> row & 1)
+                out |= (row & 4 ? a.v[i] : ~a.v[i]) & (row & 2 ? b.v[i] : ~b.v[i]) & (row & 1 ? c.v[i] : ~c.v[i]);
         return out;
     });
 }

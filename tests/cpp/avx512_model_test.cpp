@@ -8,7 +8,7 @@
 #define DISTZO2_AVX512_MODEL
 #include "kernels/simd_avx512.h"
 
-#include "kernels/cpu_tiles.h"
+#include "kernels/cpu_levels.h"
 #include "kernels/visits.h"
 
 using namespace distzo2;
@@ -54,11 +54,11 @@ TEST(random_programs) {
 
 TEST(full_step_odd_lengths_and_offsets) { full_steps({0, 1, 17, 129, 2600}, check_visit); }
 
-TEST(rounding_of_every_16_bit_value) { every_16_bit_value(check_visit); }
+TEST(rounding_of_every_16_bit_value) { every_16_bit_value(kFewShares, check_visit); }
 
-TEST(updates_and_emits_of_many_terms) { many_terms(300, check_visit); }
+TEST(updates_and_emits_of_many_terms) { many_terms(150, check_visit); }
 
-TEST(hundreds_of_missed_updates) { hundreds_of_updates(130, check_visit); }
+TEST(many_missed_updates) { many_updates(50, check_visit); }
 
 TEST(any_split_gives_the_same_bits) {
     Random random{42};

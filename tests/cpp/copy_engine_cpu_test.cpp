@@ -346,6 +346,32 @@ TEST(stored_copies_are_never_torn) {
     }
 }
 
+// A prefetch is dropped while it reads, and the block comes in again elsewhere and is changed: the file is not written
+// while the first read goes on.
+TEST(a_dropped_read_goes_on) {
+    const Watchdog watchdog("a_dropped_read_goes_on");
+    std::atomic<int> num_reads{0};
+    std::atomic<bool> hold{true};
+    DiskOptions disk;
+    disk.num_readers = 2;
+    disk.hook = [&](Direction direction, int block, size_t offset, std::byte*, size_t) {
+        if (direction == Direction::kUpload && block == 2 && offset == 0 && num_reads++ == 0)
+            while (hold.load())
+                sleep_us(100);
+    };
+    Subject subject(true, 3, 0, disk);
+    CHECK(subject.engine->prefetch(2));
+    while (num_reads.load() == 0)
+        sleep_us(100);
+    subject.engine->drop(2);
+    subject.change(2, 0, 1);
+    sleep_us(50000);
+    CHECK(subject.stored(2, 0));
+    hold.store(false);
+    subject.engine->flush();
+    CHECK(subject.stored(2, 1));
+}
+
 TEST(close_makes_what_the_journal_allows) {
     const Watchdog watchdog("close_makes_what_the_journal_allows");
     Subject subject(true, 3, 500);

@@ -52,11 +52,11 @@ TEST(random_programs) {
         check_visit(random_visit(random), "random program");
 }
 
-TEST(rounding_of_every_16_bit_value) { every_16_bit_value(check_visit); }
+TEST(rounding_of_every_16_bit_value) { every_16_bit_value(kManyShares, check_visit); }
 
 TEST(updates_and_emits_of_thousands_of_terms) { many_terms(4099, check_visit); }
 
-TEST(hundreds_of_missed_updates) { hundreds_of_updates(1100, check_visit); }
+TEST(hundreds_of_missed_updates) { many_updates(301, check_visit); }
 
 TEST(special_values) {
     const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF,

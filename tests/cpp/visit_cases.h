@@ -1,5 +1,5 @@
 // Visits that the test of the CPU kernels and that of the AVX-512 kernels over a model share: every 16-bit value with
-// the points around it, odd places, thousands of terms, hundreds of updates.
+// the points around it, odd places, splits, many terms, many updates.
 #pragma once
 
 #include <cmath>
@@ -45,22 +45,24 @@ struct EveryValue {
     }
 };
 
-// Ties and their two sides, the ends of the interval, and what lies between.
-inline const float kShares[] = {0x1p-16f, 0.25f, 0.5f - 0x1p-16f, 0.5f, 0.5f + 0x1p-16f, 0.8125f, 1 - 0x1p-16f, 1.0f};
+// Ties, their two sides and the end of the interval, in the bits that both dtypes leave; then finer ones and the rest.
+inline const std::vector<float> kFewShares = {0.5f - 0x1p-13f, 0.5f, 0.5f + 0x1p-13f, 1 - 0x1p-13f};
+inline const std::vector<float> kManyShares = {0.5f - 0x1p-13f, 0.5f,  0.5f + 0x1p-13f, 1 - 0x1p-13f, 0.5f - 0x1p-16f,
+                                               0x1p-16f,        0.25f, 0.8125f,         1.0f};
 
 // Rounding in all its kinds, by the kernels themselves. check(visit, what).
 template <class Check>
-void every_16_bit_value(Check check) {
+void every_16_bit_value(const std::vector<float>& shares, Check check) {
     Random random{12};
     for (DType dtype : {DType::kBf16, DType::kFp16}) {
         EveryValue emitted(dtype);
-        for (float share : kShares)
+        for (float share : shares)
             emitted.add_emit(1, share);
         check(emitted.visit, "nearest, of every value");
-        for (int round = 0; round < 8; ++round) {
+        for (float share : shares) {
             EveryValue updated(dtype);
             updated.visit.seed = random.next();
-            updated.add_update(round, kShares[round]);
+            updated.add_update(1, share);
             check(updated.visit, "stochastic, of every value");
         }
     }
@@ -146,24 +148,24 @@ void many_terms(int64_t num_terms, Check check) {
 
 // A block that was last visited long ago.
 template <class Check>
-void hundreds_of_updates(int64_t numel, Check check) {
+void many_updates(int64_t num_updates, Check check) {
     for (DType dtype : kDTypes) {
         Visit visit;
         visit.num_groups = 2;
-        visit.add_segment(dtype, numel, 3, 5, 0);
-        visit.add_segment(dtype, numel, 4, 1020, 1);
+        visit.add_segment(dtype, 200, 3, 5, 0);
+        visit.add_segment(dtype, 30, 4, 1020, 1);
         visit.fill_random(1);
         Random random{3};
-        for (int64_t step = 0; step < 301; ++step) {
+        for (int64_t step = 0; step < num_updates; ++step) {
             const int64_t num_terms = step % 4;
             for (int64_t j = 0; j < num_terms; ++j)
                 visit.add_term(j % 2, step, j, random.uniform(-1, 1));
             const float lr = step % 5 == 0 ? 0.0f : 1e-3f; // the identity for group 0 of some steps
             visit.add_update(step, num_terms, {{lr, 0.0f, 1.0f, 1.0f}, {1e-3f, 0.01f, 1.0f, 0.5f}});
         }
-        visit.add_term(0, 301, 0, 1e-3f);
+        visit.add_term(0, num_updates, 0, 1e-3f);
         visit.add_emit(1, {1.0f, 1.0f});
-        check(visit, "hundreds of updates");
+        check(visit, "many updates");
     }
 }
 

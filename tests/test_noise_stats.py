@@ -1,0 +1,47 @@
+"""The statistics of `make stats`, in their short form: they pass, and fail when the noise is not what it should be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import distzo2_core
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import noise_stats
+import noise_sums
+
+pytestmark = pytest.mark.skipif(not distzo2_core.build_info()["native"], reason="the reference would take minutes")
+Make = Callable[[str, int, noise_sums.Place], torch.Tensor]
+MAKE: Make = noise_sums.make
+
+
+def run(monkeypatch: pytest.MonkeyPatch, make: Make) -> int:
+    monkeypatch.setattr(noise_sums, "make", make)
+    monkeypatch.setattr(sys, "argv", ["noise_stats.py", "--quick"])
+    return noise_stats.main()
+
+
+def test_the_noise_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert run(monkeypatch, MAKE) == 0
+    assert "passed: " in capsys.readouterr().out
+
+
+def repeated_lane(family: str, numel: int, place: noise_sums.Place) -> torch.Tensor:
+    z = MAKE(family, numel, place)
+    z[1::64] = z[0::64]
+    return z
+
+
+def without_a_bit_of_the_probe(family: str, numel: int, place: noise_sums.Place) -> torch.Tensor:
+    return MAKE(family, numel, place | {"probe": place["probe"] & ~(1 << 17)})
+
+
+@pytest.mark.parametrize("make", [repeated_lane, without_a_bit_of_the_probe])
+def test_what_is_not_random_is_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, make) == 1
