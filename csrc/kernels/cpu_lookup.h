@@ -44,7 +44,7 @@ void run_rows(const Lookup& request, int64_t begin, int64_t end) {
             else if (request.family == static_cast<int64_t>(Purpose::kNormal))
                 for_normals<V>(philox, stream, first, count, consume);
             else
-                for_signs<V>(signs, philox, stream, first, count, consume);
+                for_signs<V>(signs.at(philox, stream, first), count, consume);
             if (staged)
                 __builtin_memcpy(out + (lo - element), staging + (lo - first), num_bytes);
         });

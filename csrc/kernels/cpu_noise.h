@@ -143,13 +143,12 @@ class SignWords {
     alignas(64) uint32_t words_[kSpan / 32];
 };
 
+// Calls consume(i, z) for the vectors of elements i below count, whose sign bits are in `words`.
 template <class V, class Consume>
-DZO_HD void for_signs(SignWords<V>& words, typename V::Philox& philox, const Stream& stream, int64_t first, int count,
-                      Consume consume) {
-    const uint32_t* word = words.at(philox, stream, first);
-    for (int i = 0; i < count; i += 32, ++word)
+DZO_HD void for_signs(const uint32_t* words, int count, Consume consume) {
+    for (int i = 0; i < count; i += 32, ++words)
         for (int bit = 0; bit < 32; bit += V::kWidth)
-            consume(i + bit, V::signs(*word, bit));
+            consume(i + bit, V::signs(*words, bit));
 }
 
 // The 16 rounding bits of elements first .. first + count - 1; may write up to a block beyond.

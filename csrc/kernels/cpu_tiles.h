@@ -122,7 +122,11 @@ class Tile {
         if (term.family == static_cast<int64_t>(Purpose::kNormal))
             for_normals<V>(philox_, stream, first_, count_, consume);
         else
-            for_signs<V>(signs_[(&term - visit_.terms) % kSignStreams], philox_, stream, first_, count_, consume);
+            for_signs<V>(sign_words(term), count_, consume);
+    }
+
+    DZO_HD const uint32_t* sign_words(const Term& term) {
+        return signs_[(&term - visit_.terms) % kSignStreams].at(philox_, term_stream(term, segment_), first_);
     }
 
     __attribute__((noinline)) void fill_noise(const Term& term) {
@@ -204,6 +208,20 @@ class Tile {
         return true;
     }
 
+    // N emits of one term of signs in one pass, sixteen elements at a time.
+    template <int N>
+    void emit_signs(const Term& term, const F* k, Raw* const* out) {
+        const uint32_t* words = sign_words(term);
+        for (int i = 0; i < count_; i += 2 * V::kWidth) {
+            F even, odd, z_even, z_odd;
+            __builtin_prefetch(weights_ + i + kTile, 1);
+            V::sign_pair(words[i / 32], i % 32, z_even, z_odd);
+            V::load_bf16_pair(weights_ + i, even, odd);
+            for (int n = 0; n < N; ++n)
+                V::store_bf16_pair_nearest(out[n] + i, V::fma(k[n], z_even, even), V::fma(k[n], z_odd, odd));
+        }
+    }
+
     // N emits that share their noise.
     template <int N>
     void emit(int64_t e) {
@@ -239,6 +257,11 @@ class Tile {
                     Store::store_nearest(out[n] + i, V::fma(k[n], z, w));
             };
             if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
+                if constexpr (D == DType::kBf16 && V::kPairsBf16)
+                    if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
+                        emit_signs<N>(terms[only], k, out);
+                        return;
+                    }
                 noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
                     __builtin_prefetch(weights_ + i + kTile, 1); // the next tile's: making its noise hides the memory
                     store(i, Store::load(weights_ + i), z);
@@ -346,7 +369,7 @@ void run_noise(const Generate& request, int64_t begin, int64_t end) {
         if (request.family == static_cast<int64_t>(Purpose::kNormal))
             for_normals<V>(philox, stream, first, count, consume);
         else
-            for_signs<V>(signs, philox, stream, first, count, consume);
+            for_signs<V>(signs.at(philox, stream, first), count, consume);
         if (staged)
             __builtin_memcpy(out + (lo - request.offset), staging + (lo - first),
                              static_cast<size_t>(hi - lo) * sizeof(Raw));

@@ -14,6 +14,7 @@ namespace {
 
 struct Lanes {
     static constexpr int kWidth = 8;
+    static constexpr bool kPairsBf16 = true; // has load_bf16_pair and the like
     using F = __m256;
     using U = __m256i;
 
@@ -71,6 +72,31 @@ struct Lanes {
     DZO_LANES void store_fp16_nearest(uint16_t* p, F x) {
         store_half(p, _mm256_cvtps_ph(canonical(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
+    // Sixteen elements of bf16 as two vectors, of the even and of the odd ones: nothing is unpacked or packed.
+    DZO_LANES void load_bf16_pair(const uint16_t* p, F& even, F& odd) {
+        const U both = _mm256_loadu_si256(reinterpret_cast<const U*>(p));
+        even = from_bits(_mm256_slli_epi32(both, 16));
+        odd = from_bits(and_bits(both, set_bits(0xFFFF0000u)));
+    }
+    DZO_LANES void store_bf16_pair_nearest(uint16_t* p, F even, F odd) {
+        if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q)), 0)) {
+            even = canonical(even);
+            odd = canonical(odd);
+        }
+        const U e = bits(even), o = bits(odd);
+        const U low = add(add(e, set_bits(0x7FFF)), and_bits(_mm256_srli_epi32(e, 16), set_bits(1)));
+        const U high = add(add(o, set_bits(0x7FFF)), and_bits(_mm256_srli_epi32(o, 16), set_bits(1)));
+        _mm256_storeu_si256(reinterpret_cast<U*>(p), _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA));
+    }
+    // +1 or -1 from bits first, first + 2, ..., and from those after them.
+    DZO_LANES void sign_pair(uint32_t word, int first, F& even, F& odd) {
+        const U shift = _mm256_sub_epi32(_mm256_set_epi32(17, 19, 21, 23, 25, 27, 29, 31), set_bits(first));
+        const U at_even = _mm256_sllv_epi32(set_bits(word), shift);
+        const U at_odd = _mm256_sllv_epi32(set_bits(word >> 1), shift);
+        even = from_bits(xor_bits(and_bits(at_even, set_bits(0x80000000u)), set_bits(0xBF800000u)));
+        odd = from_bits(xor_bits(and_bits(at_odd, set_bits(0x80000000u)), set_bits(0xBF800000u)));
+    }
+
     DZO_LANES void store_bf16_exact(uint16_t* p, F x) { store_half(p, narrow(_mm256_srli_epi32(bits(x), 16))); }
     DZO_LANES void store_fp16_exact(uint16_t* p, F x) {
         store_half(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -22,6 +22,7 @@ namespace {
 
 struct Lanes {
     static constexpr int kWidth = 16;
+    static constexpr bool kPairsBf16 = false;
     using F = __m512;
     using U = __m512i;
 

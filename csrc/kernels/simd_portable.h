@@ -20,6 +20,7 @@ namespace {
 
 struct Lanes {
     static constexpr int kWidth = 8;
+    static constexpr bool kPairsBf16 = false;
     struct F {
         float v[kWidth];
     };
