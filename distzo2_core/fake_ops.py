@@ -61,6 +61,13 @@ def _materialize(
     outs: Sequence[torch.Tensor],
     write_back: bool,
 ) -> None:
+    # Torch comes here for real tensors too when one of them is on the meta device.
+    for out in outs:
+        if out.device != weights.device:
+            raise ValueError(f"outs must be on {weights.device} as weights are, got {out.device}")
+    for table in (segments, terms, coefs, updates, update_groups, emits, emit_scales):
+        if table.device.type not in ("cpu", weights.device.type):
+            raise ValueError(f"tables must be CPU tensors, got one on {table.device}")
     return None
 
 

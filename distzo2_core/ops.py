@@ -99,6 +99,9 @@ def perturb_(
 ) -> torch.Tensor:
     """w <- rne(w + scale * z), in place, one fused multiply-add in float32 an element.
 
+    Autograd records nothing, as under torch.no_grad: `w` may be a leaf that requires grad, and z is a constant. The
+    version counter of `w` is raised, so that a backward pass that has saved `w` is refused.
+
     Args:
         w: contiguous tensor of float32, bfloat16 or float16, holding elements [offset, offset + w.numel()) of the
             parameter in row-major order.
@@ -347,10 +350,13 @@ def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments
             raise ValueError(f"{name} must be on {weights.device} as weights are, got {buffer.device}")
         if buffer.numel() != weights.numel():
             raise ValueError(f"{name} must have {weights.numel()} bytes as weights have, got {buffer.numel()}")
-        if segments.num_bytes and buffer.data_ptr() % 4:
-            raise ValueError(f"{name} must begin at an address that is a multiple of 4")
     if weights.numel() < segments.num_bytes:
         raise ValueError(f"weights have {weights.numel()} bytes, the segments need {segments.num_bytes}")
+    if torch.compiler.is_compiling() or weights.is_meta:
+        return  # there are no addresses yet; the op checks them when it runs
+    for name, buffer in buffers.items():
+        if segments.num_bytes and buffer.data_ptr() % 4:
+            raise ValueError(f"{name} must begin at an address that is a multiple of 4")
     spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.numel(), name) for name, buffer in buffers.items())
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:

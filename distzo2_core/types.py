@@ -9,7 +9,6 @@ of these are plain data: they travel through journals and between ranks, and are
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -68,7 +67,7 @@ def check_float(name: str, value: object) -> float:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}") from None
-    if not math.isfinite(number) or abs(number) > _FLOAT32_MAX:
+    if not abs(number) <= _FLOAT32_MAX:  # true of NaN; torch.compile cannot trace math.isfinite of a float that changes
         raise ValueError(f"{name} must be finite in float32, got {number}")
     return number
 

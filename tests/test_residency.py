@@ -76,9 +76,9 @@ def train(
     budget: int | str | None = None,
     steps: int = 4,
     estimator: str = "spsa",
-    **options: int,
+    every: int = 1,
 ) -> tuple[list, dict, list[str], dict]:
-    model = distzo2.offload(build(), weights=weights, directory=directory, memory_budget=budget, **options)
+    model = distzo2.offload(build(), weights=weights, directory=directory, memory_budget=budget, write_every=every)
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3, weight_decay=0.1, num_probes=2, estimator=estimator)
     losses = []
     for step in range(steps):
