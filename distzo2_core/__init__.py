@@ -18,10 +18,12 @@ from .types import (
     RADEMACHER,
     Emit,
     GroupScalars,
+    Program,
     Segment,
     SegmentTable,
     Term,
     Update,
+    encode_program,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ __all__ = [
     "Emit",
     "GroupScalars",
     "HostPool",
+    "Program",
     "Segment",
     "SegmentTable",
     "Term",
@@ -54,6 +57,7 @@ __all__ = [
     "build_info",
     "cuda_available",
     "embedding",
+    "encode_program",
     "materialize",
     "normal",
     "permutation",

@@ -21,6 +21,7 @@ from .types import (
     MAX_PROBE,
     MAX_STEP,
     Emit,
+    Program,
     SegmentTable,
     Update,
     check_float,
@@ -247,6 +248,7 @@ def materialize(
     outs: Sequence[torch.Tensor] = (),
     write_back: bool = False,
     backend: str | None = None,
+    program: Program | None = None,
 ) -> None:
     """Reads packed weights once, applies the updates they have missed, and writes perturbed copies.
 
@@ -265,6 +267,8 @@ def materialize(
         outs: for each emit a buffer like `weights` on the same device; bytes outside the segments are not touched.
         write_back: whether the updated weights are stored in `weights`; if not, they are left as they are.
         backend: "native", "triton", "reference", or None for the default of the device.
+        program: what `encode_program(updates, emits, num_groups)` has made, in their place: encoded once, a visit of
+            each of many buffers costs less.
 
     Raises:
         TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, of another size or device than
@@ -274,15 +278,23 @@ def materialize(
     """
     if not isinstance(segments, SegmentTable):
         raise TypeError(f"segments must be a SegmentTable, got {type(segments).__name__}")
-    if len(outs) != len(emits):
-        raise ValueError(f"there must be one buffer in outs for each emit: {len(emits)} emits, {len(outs)} outs")
     seed = check_seed(seed)
-    program = encode_program(updates, emits, segments.num_groups)
+    if program is None:
+        program = encode_program(updates, emits, segments.num_groups)
+    elif updates or emits:
+        raise ValueError("updates and emits are given twice: in program, and beside it")
+    elif program.num_groups < segments.num_groups:
+        raise ValueError(
+            f"program gives scalars for {program.num_groups} groups, the segments use {segments.num_groups}"
+        )
+    if len(outs) != program.num_emits:
+        raise ValueError(f"there must be one buffer in outs for each emit: {program.num_emits} emits, {len(outs)} outs")
     _check_buffers(weights, outs, segments)
     run = implementation(backend, weights.device).materialize
-    if segments.num_bytes and (emits or (updates and write_back)):
+    writes = write_back and program.num_updates > 0
+    if segments.num_bytes and (outs or writes):
         run(weights, segments.tensor, seed, *program, list(outs), write_back)
-        _mark_changed(run, *outs, *([weights] if updates and write_back else []))
+        _mark_changed(run, *outs, *([weights] if writes else []))
 
 
 def _mark_changed(run: object, *changed: torch.Tensor) -> None:
@@ -337,27 +349,34 @@ def _check_place(
 
 
 def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments: SegmentTable) -> None:
-    buffers = {"weights": weights} | {f"outs[{index}]": out for index, out in enumerate(outs)}
-    for name, buffer in buffers.items():
-        if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8:
-            got = buffer.dtype if isinstance(buffer, torch.Tensor) else type(buffer).__name__
-            raise TypeError(f"{name} must be a tensor of torch.uint8, got {got}")
-        if buffer.dim() != 1 or not buffer.is_contiguous():
-            raise ValueError(
-                f"{name} must be a contiguous vector, got shape {tuple(buffer.shape)}, strides {buffer.stride()}"
-            )
-        if buffer.device != weights.device:
-            raise ValueError(f"{name} must be on {weights.device} as weights are, got {buffer.device}")
-        if buffer.numel() != weights.numel():
-            raise ValueError(f"{name} must have {weights.numel()} bytes as weights have, got {buffer.numel()}")
-    if weights.numel() < segments.num_bytes:
-        raise ValueError(f"weights have {weights.numel()} bytes, the segments need {segments.num_bytes}")
-    if torch.compiler.is_compiling() or weights.is_meta:
+    traced = torch.compiler.is_compiling()
+    size, device = _check_buffer("weights", weights), weights.device
+    for index, out in enumerate(outs):
+        if _check_buffer(f"outs[{index}]", out) != size:
+            raise ValueError(f"outs[{index}] must have {size} bytes as weights have, got {out.numel()}")
+        if out.device != device:
+            raise ValueError(f"outs[{index}] must be on {device} as weights are, got {out.device}")
+    if size < segments.num_bytes:
+        raise ValueError(f"weights have {size} bytes, the segments need {segments.num_bytes}")
+    if traced or weights.is_meta:
         return  # there are no addresses yet; the op checks them when it runs
-    for name, buffer in buffers.items():
-        if segments.num_bytes and buffer.data_ptr() % 4:
+    names = ("weights", *(f"outs[{index}]" for index in range(len(outs))))
+    spans = sorted(zip((buffer.data_ptr() for buffer in (weights, *outs)), names, strict=True))
+    for start, name in spans:
+        if start % 4 and segments.num_bytes:
             raise ValueError(f"{name} must begin at an address that is a multiple of 4")
-    spans = sorted((buffer.data_ptr(), buffer.data_ptr() + buffer.numel(), name) for name, buffer in buffers.items())
-    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
-        if begin < end:
+    for (start, first), (following, second) in itertools.pairwise(spans):
+        if following < start + size:
             raise ValueError(f"{first} and {second} overlap in memory")
+
+
+def _check_buffer(name: str, buffer: torch.Tensor) -> int:
+    """The buffer's bytes, if it is one."""
+    if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8:
+        got = buffer.dtype if isinstance(buffer, torch.Tensor) else type(buffer).__name__
+        raise TypeError(f"{name} must be a tensor of torch.uint8, got {got}")
+    if buffer.dim() != 1 or not buffer.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous vector, got shape {tuple(buffer.shape)}, strides {buffer.stride()}"
+        )
+    return buffer.numel()

@@ -227,7 +227,8 @@ def _check_layout(segments: Sequence[Segment], num_bytes: int | None) -> int:
 
 
 class Program(NamedTuple):
-    """Updates and emits as the op's small CPU tensors, in the order of its arguments."""
+    """Updates and emits as the op's small CPU tensors, in the order of its arguments. Made by `encode_program`, once
+    for all the packed buffers that the same updates and emits are for."""
 
     terms: torch.Tensor  # int64 [T, 4]: family, step, probe, sub
     coefs: torch.Tensor  # float32 [T]
@@ -235,6 +236,19 @@ class Program(NamedTuple):
     update_groups: torch.Tensor  # float32 [U, G, 4]: lr, weight_decay, perturb_scale, update_scale
     emits: torch.Tensor  # int64 [E, 2]: first_term, num_terms
     emit_scales: torch.Tensor  # float32 [E, G]
+
+    @property
+    def num_updates(self) -> int:
+        return self.updates.shape[0]
+
+    @property
+    def num_emits(self) -> int:
+        return self.emits.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        """For how many parameter groups there are scalars."""
+        return self.update_groups.shape[1]
 
 
 def encode_program(updates: Sequence[Update], emits: Sequence[Emit], num_groups: int) -> Program:

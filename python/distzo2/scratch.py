@@ -22,8 +22,8 @@ SMALL_BUFFERS = 32
 @dataclass(eq=False)
 class _Entry:
     buffer: torch.Tensor
+    address: int
     key: Hashable = None
-    last_use: int = 0
 
 
 class Scratch:
@@ -35,8 +35,8 @@ class Scratch:
         for unit in units:
             kind = self._class_of(unit)
             self._class_bytes[kind] = max(self._class_bytes.get(kind, 0), unit.num_bytes)
-        self._entries: dict[Hashable, list[_Entry]] = {kind: [] for kind in self._class_bytes}
-        self._clock = 0
+        self._entries: dict[Hashable, list[_Entry]] = {kind: [] for kind in self._class_bytes}  # oldest use first
+        self._holder: dict[Hashable, _Entry] = {}  # by what an entry holds
 
     @staticmethod
     def _class_of(unit: Unit) -> Hashable:
@@ -46,32 +46,38 @@ class Scratch:
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
         """The buffer that holds `key` of `unit`, or None."""
-        for entry in self._entries[self._class_of(unit)]:
-            if entry.key == (unit.index, key):
-                self._clock += 1
-                entry.last_use = self._clock
-                return entry.buffer
-        return None
+        entry = self._holder.get((unit.index, key))
+        if entry is None:
+            return None
+        self._used(self._entries[self._class_of(unit)], entry)
+        return entry.buffer
 
     def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
         """Buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
         kind = self._class_of(unit)
         entries = self._entries[kind]
-        result = []
+        limit = SMALL_BUFFERS if kind == "small" else BUFFERS
+        taken: list[_Entry] = []
         for key in keys:
-            limit = SMALL_BUFFERS if kind == "small" else BUFFERS
-            usable = [
-                e for e in entries if e.buffer.data_ptr() not in pinned and all(e.buffer is not b for b in result)
-            ]
-            if not usable or (len(entries) < limit and all(e.key is not None for e in usable)):
-                entry = _Entry(self._allocate(self._class_bytes[kind]))
+            usable = (e for e in entries if e.address not in pinned and e not in taken)
+            entry = next(usable, None)
+            if entry is None or (entry.key is not None and len(entries) < limit):
+                buffer = self._allocate(self._class_bytes[kind])
+                entry = _Entry(buffer, buffer.data_ptr())
                 entries.append(entry)
             else:
-                entry = min(usable, key=lambda e: e.last_use)
-            self._clock += 1
-            entry.key, entry.last_use = (unit.index, key), self._clock
-            result.append(entry.buffer)
-        return result
+                self._used(entries, entry)
+                self._holder.pop(entry.key, None)
+            entry.key = (unit.index, key)
+            self._holder[entry.key] = entry
+            taken.append(entry)
+        return [entry.buffer for entry in taken]
+
+    @staticmethod
+    def _used(entries: list[_Entry], entry: _Entry) -> None:
+        if entries[-1] is not entry:
+            entries.remove(entry)
+            entries.append(entry)
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -80,6 +86,7 @@ class Scratch:
 
     def forget(self) -> None:
         """Marks every buffer as holding nothing."""
+        self._holder.clear()
         for entries in self._entries.values():
             for entry in entries:
                 entry.key = None

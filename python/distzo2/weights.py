@@ -24,7 +24,9 @@ from distzo2.scratch import Scratch
 from distzo2.store import MemoryStore, StreamingStore
 from distzo2.trace import Trace
 from distzo2.units import ParamInfo, Unit, collect_params, find_units
-from distzo2_core import Emit, Segment, SegmentTable, Update, materialize
+from distzo2_core import Emit, Program, Segment, SegmentTable, Update, encode_program, materialize
+
+MAX_PROGRAMS = 64  # encoded visits that are kept within a step
 
 
 @dataclass(eq=False)
@@ -76,6 +78,7 @@ class UnitWeights:
         self._group_of: dict[int, int] = {}  # parameter index -> group; absent: read, never changed
         self._perturb_scales: tuple[float, ...] = ()
         self._tables: dict[int, SegmentTable | None] = {}
+        self._programs: dict[tuple, Program] = {}
 
         self._present: dict[int, Present] = {}
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
@@ -97,6 +100,7 @@ class UnitWeights:
         self.seed, self._group_of = seed, dict(group_of)
         self._perturb_scales = (1.0,) * num_groups
         self._tables.clear()
+        self._programs.clear()
         self._scratch.forget()
 
     @property
@@ -111,13 +115,16 @@ class UnitWeights:
 
     def set_perturb_scales(self, scales: Sequence[float]) -> None:
         """One factor on eps for each group, for the perturbations to come."""
-        self._perturb_scales = tuple(scales)
+        if self._perturb_scales != tuple(scales):
+            self._perturb_scales = tuple(scales)
+            self._programs.clear()
 
     def push(self, updates: Iterable[Update]) -> None:
         """Adds updates; each unit applies them at its next visit."""
         for update in updates:
             self._updates.append(update)
             self.version += 1
+        self._programs.clear()
 
     @property
     def pending(self) -> list[Update]:
@@ -232,8 +239,7 @@ class UnitWeights:
                 present.buffer,
                 table,
                 seed=self.seed,
-                updates=missed,
-                emits=[Emit(e.terms, self._perturb_scales) for e in emissions],
+                program=self._program(unit.version, tuple(emissions)),
                 outs=[out[: unit.num_bytes] for out in outs],
                 write_back=write_back,
             )
@@ -243,6 +249,16 @@ class UnitWeights:
             present.dirty |= write_back
         if write_back or not missed or table is None:
             unit.version = self.version
+
+    def _program(self, version: int, emissions: tuple[Emission, ...]) -> Program:
+        """What a visit of a unit at `version` does, encoded once for all units."""
+        key = version, self.version, emissions
+        if key not in self._programs:
+            if len(self._programs) >= MAX_PROGRAMS:
+                self._programs.clear()
+            emits = [Emit(e.terms, self._perturb_scales) for e in emissions]
+            self._programs[key] = encode_program(self._missed(version), emits, len(self._perturb_scales))
+        return self._programs[key]
 
     def _table(self, unit: Unit) -> SegmentTable | None:
         """The segments of the unit that updates and perturbations reach; None if there are none."""
@@ -302,6 +318,7 @@ class UnitWeights:
         for unit in self.units:
             unit.version = 0
         self._scratch.forget()
+        self._programs.clear()
         self.epoch += 1
 
     # ---- figures ----------------------------------------------------------------------------------------------------
