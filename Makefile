@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda package lint format bench stats clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress package lint format bench stats clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -70,6 +70,11 @@ asan: $(VENV)/.installed ## the C++ tests under the address and undefined-behavi
 tsan: $(VENV)/.installed ## the C++ tests under the thread sanitizer
 	$(call CMAKE_NEW,tsan) -DDISTZO2_SANITIZE=thread $(CMAKE_OPTIONS) && cmake --build build/tsan
 	$(CTEST) build/tsan
+
+stress: $(VENV)/.built ## long trainings through poisoned slots with random delays, against resident weights (minutes)
+	$(call CMAKE_NEW,core) && cmake --build build/core --target training_stress_test
+	DISTZO2_STRESS_STEPS=10000 build/core/tests/training_stress_test
+	$(BIN)/pytest tests/test_stress.py
 
 mutations: $(VENV)/.installed ## leave out each ordering of the copy engine in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \
