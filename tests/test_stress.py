@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import distzo2
+import distzo2_core
 
 BLOCKS, WIDTH = 6, 16
 
@@ -63,3 +64,17 @@ def test_a_long_training_from_disk_has_the_bits_of_a_resident_one(num_steps, dty
     for name, value in expected.items():
         assert torch.equal(state[name].view(torch.uint8), value.view(torch.uint8)), name
         assert value.isfinite().all() and not torch.equal(value, initial[name]), name  # else equal bits say little
+
+
+@pytest.mark.parametrize("weights", ["device", "disk"])
+def test_nothing_is_allocated_in_the_steady_state(weights, tmp_path):
+    """Of what is ours, and large: pools, slots, scratch. (The forward's own tensors are the user's.)"""
+    model = distzo2.offload(Model(), weights=weights, directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-3, eps=1e-3)
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    made = []
+    for _ in range(110):
+        opt.step(lambda: model(x, y))
+        made.append(distzo2_core._C.arenas_made())
+    assert made[9] == made[109] > 0
+    distzo2.runtime_of(model).close()

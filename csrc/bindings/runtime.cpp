@@ -299,6 +299,9 @@ void register_runtime(py::module_& module) {
                "(True, \"\") where a CUDA driver and a device are, else (False, reason).");
     module.def("memory_budget", &distzo2::memory_budget,
                "Host memory that may still be taken, and the limits behind it (bytes; None: no limit).");
+    module.def(
+        "arenas_made", &distzo2::Arena::num_made,
+        "How often this process has mapped host memory for a pool or an aligned buffer: in the steady state, no more.");
     py::module_::import("atexit").attr("register")(
         py::cpp_function([] { distzo2::close_engines(); }, py::call_guard<py::gil_scoped_release>()));
 }

@@ -22,6 +22,8 @@ namespace {
 constexpr size_t kTouchBytes = 64 * kMiB; // one thread's share at a time
 constexpr unsigned kMaxTouchThreads = 16;
 
+std::atomic<size_t> num_arenas_made{0};
+
 // 0 or an errno. Populating gives an error where a store to the page would end the process.
 int touch_range(std::byte* address, size_t num_bytes) {
     while (madvise(address, num_bytes, MADV_POPULATE_WRITE) != 0) {
@@ -44,9 +46,12 @@ Arena::Arena(size_t num_bytes) : num_bytes_(std::max(align_up(num_bytes, kPageBy
     if (address == MAP_FAILED)
         fail("cannot map ", bytes_text(num_bytes_), " of host memory: ", errno_text(errno));
     data_ = static_cast<std::byte*>(address);
+    ++num_arenas_made;
     owner_process_ = getpid();
     madvise(data_, num_bytes_, MADV_HUGEPAGE); // a hint: fewer faults, fewer pages to pin
 }
+
+size_t Arena::num_made() { return num_arenas_made.load(); }
 
 Arena::~Arena() {
     unpin();

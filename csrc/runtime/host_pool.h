@@ -29,6 +29,7 @@ class Arena {
     std::byte* data() const { return data_; }
     size_t num_bytes() const { return num_bytes_; }
     size_t num_bytes_pinned() const { return num_bytes_pinned_; }
+    static size_t num_made(); // by this process so far
 
     // Makes every page of [offset, offset + num_bytes) present, from several threads. Throws std::runtime_error.
     void touch(size_t offset, size_t num_bytes);

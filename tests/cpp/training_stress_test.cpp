@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
+#include <optional>
 
 #include "kernels/kernels.h"
 #include "runtime/copy_engine.h"
@@ -16,6 +18,32 @@
 #include "watchdog.h"
 
 using namespace distzo2;
+
+// Allocations of more than 64 KiB by anything in this process; not counted under a sanitizer, whose allocator it is.
+static std::atomic<int> num_large_allocations{0};
+
+#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+extern "C" void* __libc_memalign(size_t alignment, size_t num_bytes);
+extern "C" void* aligned_alloc(size_t alignment, size_t num_bytes) {
+    num_large_allocations += num_bytes > 65536;
+    return __libc_memalign(alignment, num_bytes);
+}
+static void* counted(size_t num_bytes, size_t alignment) {
+    num_large_allocations += num_bytes > 65536;
+    void* memory = alignment == 0 ? std::malloc(num_bytes) : __libc_memalign(alignment, num_bytes);
+    if (memory == nullptr)
+        throw std::bad_alloc();
+    return memory;
+}
+void* operator new(size_t num_bytes) { return counted(num_bytes, 0); }
+void* operator new(size_t num_bytes, std::align_val_t alignment) {
+    return counted(num_bytes, static_cast<size_t>(alignment));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+#endif
 
 namespace {
 
@@ -281,7 +309,26 @@ std::shared_ptr<Device> delayed_cpu(int max_delay_us) {
     });
 }
 
-Outcome streamed_training(const Setting& setting, EngineStats& stats) {
+// What a step in the steady state makes none of.
+struct Made {
+    int large_allocations = num_large_allocations;
+    size_t mappings = Arena::num_made();
+    int events = 0, streams = 0, pins = 0;
+    explicit Made(const simulated::Driver* driver) {
+        if (driver != nullptr) {
+            events = driver->num_events_created;
+            streams = driver->num_streams_created;
+            pins = driver->num_registrations;
+        }
+    }
+    bool operator==(const Made&) const = default;
+    friend std::ostream& operator<<(std::ostream& out, const Made& made) {
+        return out << made.large_allocations << " large allocations, " << made.mappings << " mappings, " << made.events
+                   << " events, " << made.streams << " streams, " << made.pins << " pins";
+    }
+};
+
+Outcome streamed_training(const Setting& setting, const simulated::Driver* driver, EngineStats& stats) {
     const std::vector<size_t> sizes = block_bytes();
     const size_t slot_bytes = align_up(max_block_bytes(), kPageBytes);
     const Weights initial = initial_weights();
@@ -331,9 +378,16 @@ Outcome streamed_training(const Setting& setting, EngineStats& stats) {
     std::vector<float> coefs;
     std::vector<int64_t> versions(kBlocks, 0);
     std::minstd_rand random(static_cast<unsigned>(setting.num_slots * 100 + setting.write_every));
+    std::optional<Made> made_before;
+    coefs.reserve(static_cast<size_t>(num_steps()));
+    outcome.losses.reserve(2 * static_cast<size_t>(num_steps()));
     {
         Journal journal(*engine, setting.max_delay_us);
         for (int64_t step = 0; step < num_steps(); ++step) {
+            if (step == 10)
+                made_before.emplace(driver);
+            if (step == 110)
+                CHECK_EQ(Made(driver), *made_before);
             lanes.begin();
             for (int block = 0; block < kBlocks; ++block) {
                 const int slot = engine->acquire(block, compute);
@@ -388,7 +442,7 @@ void compare(const char* name, const Setting& setting) {
         driver->max_registration_bytes = 2 * kPageBytes;
     }
     EngineStats stats;
-    const Outcome streamed = streamed_training(setting, stats);
+    const Outcome streamed = streamed_training(setting, driver.get(), stats);
     const Outcome& resident = resident_training();
     REQUIRE(streamed.losses.size() == resident.losses.size());
     for (size_t i = 0; i < streamed.losses.size(); ++i)
