@@ -29,12 +29,13 @@ at::Tensor aligned_buffer(size_t num_bytes) {
 }
 
 std::shared_ptr<HostPool> make_pool(std::vector<size_t> sizes, const std::string& device_name, std::optional<bool> pin,
-                                    bool allow_pageable) {
+                                    bool allow_pageable, int num_ranks) {
     const py::gil_scoped_release unlocked; // here, since what pybind11 does after it needs the GIL
     auto device = make_device(device_name);
     HostPoolOptions options;
     options.pin = pin.value_or(!device->is_cpu());
     options.allow_pageable = allow_pageable;
+    options.num_ranks = num_ranks;
     return std::make_shared<HostPool>(std::move(sizes), std::move(device), options);
 }
 
@@ -46,6 +47,8 @@ py::dict pool_stats(const HostPool& pool) {
     result["bytes_pinned"] = stats.bytes_pinned;
     result["chunks"] = stats.chunks;
     result["pin_error"] = stats.pin_error;
+    result["numa_node"] = stats.numa_node;
+    result["huge_pages"] = stats.huge_pages;
     return result;
 }
 
@@ -172,10 +175,11 @@ void register_pool(py::module_& module) {
     py::class_<HostPool, std::shared_ptr<HostPool>>(module, "HostPool",
                                                     "Host memory for blocks of the given sizes (bytes): one arena, "
                                                     "pages touched in parallel, pinned for a CUDA device\n"
-                                                    "in chunks of at most 1 GiB. RuntimeError when the memory budget "
+                                                    "in chunks of at most 1 GiB; num_ranks pools like it share what "
+                                                    "the machine has. RuntimeError when the memory budget "
                                                     "or the pinning refuses it, naming each number.")
         .def(py::init(&make_pool), py::arg("sizes"), py::arg("device") = "cpu", py::arg("pin") = py::none(),
-             py::arg("allow_pageable") = false)
+             py::arg("allow_pageable") = false, py::arg("num_ranks") = 1)
         .def("__len__", &HostPool::num_blocks)
         .def(
             "address",
@@ -189,7 +193,8 @@ void register_pool(py::module_& module) {
             },
             py::arg("block"),
             "uint8 CPU tensor [nbytes] over the block; it keeps the memory alive, also after close().")
-        .def("stats", &pool_stats, "bytes_used, bytes_padded, bytes_pinned, chunks, pin_error.")
+        .def("stats", &pool_stats,
+             "bytes_used, bytes_padded, bytes_pinned, chunks, pin_error, numa_node (-1: no choice), huge_pages.")
         .def("close", &HostPool::close, Unlocked(),
              "Lets go of the memory; it is given back when no engine or tensor holds it either.");
 }

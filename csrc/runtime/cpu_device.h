@@ -19,6 +19,7 @@ class CpuDevice final : public Device {
 
     const std::string& name() const override;
     bool is_cpu() const override { return true; }
+    int numa_node() const override { return -1; } // its threads run on all of them
     size_t copy_chunk_bytes() const override;
     Stream create_stream(bool urgent) override;
     void destroy_stream(Stream stream) noexcept override;

@@ -1,6 +1,8 @@
 #include "runtime/cuda_device.h"
 
+#include <cctype>
 #include <charconv>
+#include <fstream>
 #include <stdexcept>
 
 #include "runtime/common.h"
@@ -14,6 +16,14 @@ namespace {
 constexpr size_t kCopyChunkBytes = 32 * kMiB; // long enough for full link speed, short enough for two streams to share
 }
 
+int numa_node_of(std::string bus_id, const std::string& root) {
+    for (char& letter : bus_id)
+        letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+    std::ifstream file(root + "/sys/bus/pci/devices/" + bus_id + "/numa_node");
+    int node = -1;
+    return file >> node ? node : -1;
+}
+
 CudaDevice::CudaDevice(const cu::DriverTable& driver, int ordinal)
     : driver_(driver), name_(join_text("cuda:", ordinal)) {
     int num_devices = 0;
@@ -25,6 +35,9 @@ CudaDevice::CudaDevice(const cu::DriverTable& driver, int ordinal)
     try {
         const DeviceGuard guard(*this);
         DZO_DRIVER(stream_priority_range, &least_priority_, &greatest_priority_);
+        char bus_id[32] = "";
+        if (driver_.device_pci_bus_id(bus_id, static_cast<int>(sizeof bus_id), device_) == cu::kSuccess)
+            numa_node_ = numa_node_of(bus_id);
     } catch (...) {
         driver_.primary_context_release(device_);
         throw;

@@ -7,6 +7,9 @@
 
 namespace distzo2 {
 
+// Of the PCI device "0000:3B:00.0" as the kernel tells it, or -1. `root` stands before /sys in tests.
+int numa_node_of(std::string bus_id, const std::string& root = "");
+
 class CudaDevice final : public Device {
   public:
     CudaDevice(const cu::DriverTable& driver, int ordinal);
@@ -14,6 +17,7 @@ class CudaDevice final : public Device {
 
     const std::string& name() const override { return name_; }
     bool is_cpu() const override { return false; }
+    int numa_node() const override { return numa_node_; }
     size_t copy_chunk_bytes() const override;
     Stream create_stream(bool urgent) override;
     void destroy_stream(Stream stream) noexcept override;
@@ -40,6 +44,7 @@ class CudaDevice final : public Device {
     cu::Context context_ = nullptr;
     int least_priority_ = 0;
     int greatest_priority_ = 0;
+    int numa_node_ = -1;
 };
 
 } // namespace distzo2

@@ -28,6 +28,7 @@ class Device {
 
     virtual const std::string& name() const = 0;
     virtual bool is_cpu() const = 0;
+    virtual int numa_node() const = 0;           // that its host memory had best be on; -1 where there is no choice
     virtual size_t copy_chunk_bytes() const = 0; // a copy is issued in pieces of at most this many bytes
 
     virtual Stream create_stream(bool urgent) = 0;

@@ -38,6 +38,7 @@ inline constexpr unsigned kRegisterPortable = 1; // pinned for every context of 
     X(get_error_string, "cuGetErrorString", (Result error, const char** text))                                         \
     X(device_get_count, "cuDeviceGetCount", (int* count))                                                              \
     X(device_get, "cuDeviceGet", (DeviceId * device, int ordinal))                                                     \
+    X(device_pci_bus_id, "cuDeviceGetPCIBusId", (char* text, int num_chars, DeviceId device))                          \
     X(primary_context_retain, "cuDevicePrimaryCtxRetain", (Context * context, DeviceId device))                        \
     X(primary_context_release, "cuDevicePrimaryCtxRelease_v2", (DeviceId device))                                      \
     X(context_push, "cuCtxPushCurrent_v2", (Context context))                                                          \

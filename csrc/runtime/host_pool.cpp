@@ -1,6 +1,7 @@
 #include "runtime/host_pool.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -48,7 +49,7 @@ Arena::Arena(size_t num_bytes) : num_bytes_(std::max(align_up(num_bytes, kPageBy
     data_ = static_cast<std::byte*>(address);
     ++num_arenas_made;
     owner_process_ = getpid();
-    madvise(data_, num_bytes_, MADV_HUGEPAGE); // a hint: fewer faults, fewer pages to pin
+    huge_pages_ = madvise(data_, num_bytes_, MADV_HUGEPAGE) == 0; // a hint: fewer faults, fewer pages to pin
 }
 
 size_t Arena::num_made() { return num_arenas_made.load(); }
@@ -58,14 +59,30 @@ Arena::~Arena() {
     munmap(data_, num_bytes_);
 }
 
-void Arena::touch(size_t offset, size_t num_bytes) {
+void Arena::prefer_node(int node) noexcept {
+    constexpr int kPreferred = 1; // MPOL_PREFERRED of numaif.h
+    constexpr size_t kBits = 8 * sizeof(unsigned long);
+    if (node < 0)
+        return;
+    std::vector<unsigned long> nodes(static_cast<size_t>(node) / kBits + 1);
+    nodes[static_cast<size_t>(node) / kBits] = 1ul << (static_cast<size_t>(node) % kBits);
+    syscall(SYS_mbind, data_, num_bytes_, kPreferred, nodes.data(), nodes.size() * kBits + 1, 0);
+}
+
+void Arena::touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s) {
     std::byte* const begin = data_ + offset;
     std::atomic<size_t> next{0};
     std::atomic<int> error{0};
     const auto work = [&] {
-        for (size_t start; (start = next.fetch_add(kTouchBytes)) < num_bytes && error.load() == 0;)
-            if (const int code = touch_range(begin + start, std::min(kTouchBytes, num_bytes - start)))
+        for (size_t start; (start = next.fetch_add(kTouchBytes)) < num_bytes && error.load() == 0;) {
+            const size_t share = std::min(kTouchBytes, num_bytes - start);
+            const int64_t start_ns = now_ns();
+            if (const int code = touch_range(begin + start, share))
                 error.store(code);
+            const double seconds = static_cast<double>(now_ns() - start_ns) * 1e-9;
+            if (static_cast<double>(share) < min_huge_bytes_per_s * seconds && huge_pages_.exchange(false))
+                madvise(data_, num_bytes_, MADV_NOHUGEPAGE); // those that are huge stay so
+        }
     };
     const size_t num_shares = (num_bytes + kTouchBytes - 1) / kTouchBytes;
     const size_t num_threads =
@@ -116,6 +133,8 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
     if (options_.chunk_bytes == 0 || options_.chunk_bytes % kPageBytes != 0)
         throw std::invalid_argument(
             join_text("HostPool: chunk_bytes must be a multiple of 4096, got ", options_.chunk_bytes));
+    if (options_.num_ranks < 1)
+        throw std::invalid_argument(join_text("HostPool: num_ranks must be at least 1, got ", options_.num_ranks));
     for (const size_t num_bytes : block_bytes_) {
         offsets_.push_back(stats_.bytes_padded);
         if (num_bytes > SIZE_MAX / 4 - stats_.bytes_padded)
@@ -125,15 +144,17 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
     }
     MemoryBudget budget = read_memory_budget();
     budget.allowed_bytes = std::min(budget.allowed_bytes, options_.budget_bytes);
-    check_memory_budget("the host pool", stats_.bytes_padded, budget);
+    check_memory_budget("the host pool", stats_.bytes_padded, budget, options_.num_ranks);
 
     // Chunk by chunk, so that a pin that fails does so before all memory was touched. What was pinned before it is
     // given back with the arena, or by unpin() where plain memory will do.
     auto arena = std::make_shared<Arena>(stats_.bytes_padded);
+    stats_.numa_node = device ? device->numa_node() : -1;
+    arena->prefer_node(stats_.numa_node);
     bool pinning = options_.pin;
     for (size_t offset = 0; offset < stats_.bytes_padded; offset += options_.chunk_bytes, ++stats_.chunks) {
         const size_t num_bytes = std::min(options_.chunk_bytes, stats_.bytes_padded - offset);
-        arena->touch(offset, num_bytes);
+        arena->touch(offset, num_bytes, options_.min_huge_bytes_per_s);
         if (!pinning)
             continue;
         try {
@@ -149,6 +170,7 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
         }
     }
     stats_.bytes_pinned = arena->num_bytes_pinned();
+    stats_.huge_pages = arena->uses_huge_pages();
     arena_ = std::move(arena);
 }
 

@@ -8,6 +8,7 @@
 // The arena lives as long as anyone holds it: the pool, an engine, or a tensor over one of its blocks.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -17,6 +18,9 @@
 #include "runtime/device.h"
 
 namespace distzo2 {
+
+// One thread makes small pages present at 1 to 3 GB/s, and huge ones faster unless memory has to be compacted for them.
+inline constexpr double kMinHugeBytesPerSecond = 2e8;
 
 // A page-aligned anonymous mapping that is unmapped, and unpinned, when the last holder lets go.
 class Arena {
@@ -31,8 +35,13 @@ class Arena {
     size_t num_bytes_pinned() const { return num_bytes_pinned_; }
     static size_t num_made(); // by this process so far
 
-    // Makes every page of [offset, offset + num_bytes) present, from several threads. Throws std::runtime_error.
-    void touch(size_t offset, size_t num_bytes);
+    // Pages that become present from now on come from this NUMA node while it has any. A hint; -1 gives none.
+    void prefer_node(int node) noexcept;
+    // Makes every page of [offset, offset + num_bytes) present, from several threads. A thread that gets less than
+    // `min_huge_bytes_per_s` waits for the kernel to make huge pages out of scattered memory: from then on the arena
+    // does with small ones. Throws std::runtime_error.
+    void touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s = kMinHugeBytesPerSecond);
+    bool uses_huge_pages() const { return huge_pages_.load(); } // asks for them, that is
     // Pins [offset, offset + num_bytes) for the device; throws what the driver says.
     void pin(const std::shared_ptr<Device>& device, size_t offset, size_t num_bytes);
     void unpin() noexcept;
@@ -44,6 +53,7 @@ class Arena {
     int owner_process_ = 0;
     std::shared_ptr<Device> device_;
     std::vector<std::byte*> registrations_;
+    std::atomic<bool> huge_pages_{false};
 };
 
 struct HostPoolOptions {
@@ -51,6 +61,8 @@ struct HostPoolOptions {
     bool allow_pageable = false;    // go on with plain memory where pinning fails
     size_t chunk_bytes = kGiB;      // smaller in tests
     size_t budget_bytes = SIZE_MAX; // refuses more than this, besides what the machine says
+    int num_ranks = 1;              // pools like this one on the machine, which share what it says
+    double min_huge_bytes_per_s = kMinHugeBytesPerSecond;
 };
 
 class HostPool {
@@ -70,6 +82,8 @@ class HostPool {
         size_t bytes_padded; // with each block rounded up to a page: what is mapped
         size_t bytes_pinned;
         size_t chunks;
+        int numa_node;         // that was preferred, or -1
+        bool huge_pages;       // asked for to the end
         std::string pin_error; // why memory is pageable although pinned memory was asked for
     };
     Stats stats() const;

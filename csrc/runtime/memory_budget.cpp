@@ -86,7 +86,7 @@ size_t all_cgroups_remaining(const std::string& root) {
         const size_t second = line.find(':', first + 1);
         if (first == std::string::npos || second == std::string::npos)
             continue;
-        const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+        const std::string controllers = join_text(',', line.substr(first + 1, second - first - 1), ',');
         std::string group = line.substr(second + 1);
         if (group == "/")
             group.clear();
@@ -134,10 +134,13 @@ MemoryBudget read_memory_budget(const std::string& root) {
     return budget;
 }
 
-void check_memory_budget(const std::string& what, size_t num_bytes, const MemoryBudget& budget) {
-    if (num_bytes > budget.allowed_bytes)
-        fail(what, " needs ", bytes_text(num_bytes), " of host memory, but only ", bytes_text(budget.allowed_bytes),
-             " may be taken (nine tenths of the least of: ", budget.text(), ")");
+void check_memory_budget(const std::string& what, size_t num_bytes, const MemoryBudget& budget, int num_ranks) {
+    const size_t share = budget.allowed_bytes / static_cast<size_t>(num_ranks);
+    if (num_bytes <= share)
+        return;
+    const std::string whose = num_ranks == 1 ? "" : join_text(" by each of ", num_ranks, " ranks");
+    fail(what, " needs ", bytes_text(num_bytes), " of host memory, but only ", bytes_text(share), " may be taken",
+         whose, " (nine tenths of the least of: ", budget.text(), ")");
 }
 
 } // namespace distzo2

@@ -23,7 +23,8 @@ struct MemoryBudget {
 // `root` stands before /proc and /sys; tests give a directory of their own.
 MemoryBudget read_memory_budget(const std::string& root = "");
 
-// Throws std::runtime_error "<what> needs N bytes .." with every number of the budget unless it covers `num_bytes`.
-void check_memory_budget(const std::string& what, size_t num_bytes, const MemoryBudget& budget);
+// Throws std::runtime_error "<what> needs N bytes .." with every number of the budget unless it covers `num_bytes` for
+// each of `num_ranks` processes.
+void check_memory_budget(const std::string& what, size_t num_bytes, const MemoryBudget& budget, int num_ranks = 1);
 
 } // namespace distzo2

@@ -2,8 +2,11 @@
 // rollback.
 #include "testing.h"
 
+#include <sys/syscall.h>
+
 #include <fstream>
 
+#include "runtime/cuda_device.h"
 #include "runtime/memory_budget.h"
 #include "simulated_driver.h"
 #include "watchdog.h"
@@ -59,6 +62,41 @@ TEST(budget_refusal_names_each_number) {
          {"the host pool needs 2097152 bytes", "1048576 bytes", "cgroup limit", "MemAvailable", "RLIMIT_MEMLOCK"})
         CHECK(text.find(part) != std::string::npos, text);
     CHECK_THROWS(make_pool({size_t{1} << 50}), "MemAvailable");
+}
+
+TEST(budget_is_shared_by_the_ranks_of_a_machine) {
+    const HostPoolOptions options{.budget_bytes = 4 * kMiB, .num_ranks = 3};
+    const auto pool = make_pool({kMiB}, options);
+    const std::string text = testing::thrown_text([&] { make_pool({2 * kMiB}, options); });
+    CHECK(text.find("only 1398101 bytes (1.333 MiB) may be taken by each of 3 ranks") != std::string::npos, text);
+    CHECK_THROWS(make_pool({1}, {.num_ranks = 0}), "num_ranks must be at least 1");
+}
+
+TEST(memory_comes_from_the_numa_node_of_the_device) {
+    const ScratchDirectory root;
+    write_file(root.file("sys/bus/pci/devices/0000:a1:00.0/numa_node"), "1\n");
+    CHECK_EQ(numa_node_of("0000:A1:00.0", root.file("")), 1);
+    CHECK_EQ(numa_node_of("0000:A2:00.0", root.file("")), -1);
+    CHECK_EQ(make_pool({1})->stats().numa_node, -1);
+    Arena arena(64 * 1024);
+    arena.prefer_node(0);    // there is always this one
+    arena.prefer_node(1023); // and never this one: a hint that is not followed
+    arena.touch(0, arena.num_bytes());
+    int mode = -1;
+    unsigned long nodes[16] = {};
+    if (syscall(SYS_get_mempolicy, &mode, nodes, 8 * sizeof nodes, arena.data(), 2) == 0) { // MPOL_F_ADDR
+        CHECK_EQ(mode, 1);                                                                  // MPOL_PREFERRED
+        CHECK_EQ(nodes[0], 1ul);
+    }
+}
+
+TEST(huge_pages_are_given_up_where_they_stall) {
+    HostPoolOptions options;
+    CHECK_EQ(make_pool({2 * kMiB}, options)->stats().huge_pages, Arena(1).uses_huge_pages());
+    options.min_huge_bytes_per_s = 1e18; // nothing is as fast
+    const auto pool = make_pool({2 * kMiB}, options);
+    CHECK(!pool->stats().huge_pages);
+    CHECK(pool->address(0)[2 * kMiB - 1] == std::byte{0});
 }
 
 TEST(budget_reads_cgroup_v2_at_every_level) {

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -211,6 +212,10 @@ class Driver {
         };
         t.device_get = [](DeviceId* device, int ordinal) {
             *device = ordinal;
+            return kSuccess;
+        };
+        t.device_pci_bus_id = [](char* text, int num_chars, DeviceId device) {
+            std::snprintf(text, static_cast<size_t>(num_chars), "0000:%02X:00.0", 0xA0 + device);
             return kSuccess;
         };
         t.primary_context_retain = [](Context* context, DeviceId device) {
