@@ -58,7 +58,7 @@ class Scratch:
         entries = self._entries[kind]
         limit = SMALL_BUFFERS if kind == "small" else BUFFERS
         taken: list[_Entry] = []
-        for key in keys:
+        for _ in keys:
             usable = (e for e in entries if e.address not in pinned and e not in taken)
             entry = next(usable, None)
             if entry is None or (entry.key is not None and len(entries) < limit):
@@ -67,10 +67,11 @@ class Scratch:
                 entries.append(entry)
             else:
                 self._used(entries, entry)
-                self._holder.pop(entry.key, None)
+            taken.append(entry)
+        for key, entry in zip(keys, taken, strict=True):  # after all allocations: one that fails changes nothing
+            self._holder.pop(entry.key, None)
             entry.key = (unit.index, key)
             self._holder[entry.key] = entry
-            taken.append(entry)
         return [entry.buffer for entry in taken]
 
     @staticmethod

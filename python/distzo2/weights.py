@@ -209,8 +209,8 @@ class UnitWeights:
         if buffer is None:
             mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
             wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
-            outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
             try:
+                outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
                 self._materialize(present, wanted, outs)
             except BaseException:
                 self._scratch.forget()
