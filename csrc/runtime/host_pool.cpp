@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cmath>
+#include <fstream>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -39,7 +41,24 @@ int touch_range(std::byte* address, size_t num_bytes) {
     return 0;
 }
 
+// Of the whole machine, since it started; 0 where the kernel does not count them.
+uint64_t compaction_stalls() {
+    std::ifstream file("/proc/vmstat");
+    std::string name;
+    for (uint64_t value = 0; file >> name >> value;)
+        if (name == "compact_stall")
+            return value;
+    return 0;
+}
+
 } // namespace
+
+bool stalled_for_huge_pages(size_t num_bytes, double seconds, double min_bytes_per_s, uint64_t stalls_before,
+                            uint64_t stalls_after) {
+    if (std::isinf(min_bytes_per_s))
+        return true;
+    return stalls_after > stalls_before && static_cast<double>(num_bytes) < min_bytes_per_s * seconds;
+}
 
 Arena::Arena(size_t num_bytes) : num_bytes_(std::max(align_up(num_bytes, kPageBytes), kPageBytes)) {
     void* address =
@@ -73,6 +92,7 @@ void Arena::touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s) 
     std::byte* const begin = data_ + offset;
     std::atomic<size_t> next{0};
     std::atomic<int> error{0};
+    const uint64_t stalls_before = compaction_stalls();
     const auto work = [&] {
         for (size_t start; (start = next.fetch_add(kTouchBytes)) < num_bytes && error.load() == 0;) {
             const size_t share = std::min(kTouchBytes, num_bytes - start);
@@ -80,7 +100,8 @@ void Arena::touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s) 
             if (const int code = touch_range(begin + start, share))
                 error.store(code);
             const double seconds = static_cast<double>(now_ns() - start_ns) * 1e-9;
-            if (static_cast<double>(share) < min_huge_bytes_per_s * seconds && huge_pages_.exchange(false))
+            if (stalled_for_huge_pages(share, seconds, min_huge_bytes_per_s, stalls_before, compaction_stalls()) &&
+                huge_pages_.exchange(false))
                 madvise(data_, num_bytes_, MADV_NOHUGEPAGE); // those that are huge stay so
         }
     };

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,8 +20,13 @@
 
 namespace distzo2 {
 
-// One thread makes small pages present at 1 to 3 GB/s, and huge ones faster unless memory has to be compacted for them.
+// One thread makes pages present at 1 to 3 GB/s on a bare machine, and at a tenth of that where a hypervisor finds the
+// memory first; less, while the kernel counts stalls for compaction, is what huge pages cost.
 inline constexpr double kMinHugeBytesPerSecond = 2e8;
+// Whether making `num_bytes` present in so many seconds was slow because memory had to be compacted, by the kernel's
+// counter of stalls before and after. An infinite rate is never reached, whatever the counter says.
+bool stalled_for_huge_pages(size_t num_bytes, double seconds, double min_bytes_per_s, uint64_t stalls_before,
+                            uint64_t stalls_after);
 
 // A page-aligned anonymous mapping that is unmapped, and unpinned, when the last holder lets go.
 class Arena {
@@ -37,9 +43,8 @@ class Arena {
 
     // Pages that become present from now on come from this NUMA node while it has any. A hint; -1 gives none.
     void prefer_node(int node) noexcept;
-    // Makes every page of [offset, offset + num_bytes) present, from several threads. A thread that gets less than
-    // `min_huge_bytes_per_s` waits for the kernel to make huge pages out of scattered memory: from then on the arena
-    // does with small ones. Throws std::runtime_error.
+    // Makes every page of [offset, offset + num_bytes) present, from several threads. Where that stalls, from then on
+    // the arena does with small ones. Throws std::runtime_error.
     void touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s = kMinHugeBytesPerSecond);
     bool uses_huge_pages() const { return huge_pages_.load(); } // asks for them, that is
     // Pins [offset, offset + num_bytes) for the device; throws what the driver says.

@@ -4,6 +4,7 @@
 
 #include <sys/syscall.h>
 
+#include <cmath>
 #include <fstream>
 
 #include "runtime/cuda_device.h"
@@ -93,7 +94,10 @@ TEST(memory_comes_from_the_numa_node_of_the_device) {
 TEST(huge_pages_are_given_up_where_they_stall) {
     HostPoolOptions options;
     CHECK_EQ(make_pool({2 * kMiB}, options)->stats().huge_pages, Arena(1).uses_huge_pages());
-    options.min_huge_bytes_per_s = 1e18; // nothing is as fast
+    CHECK(stalled_for_huge_pages(kGiB, 10.0, 2e8, 5, 6));
+    CHECK(!stalled_for_huge_pages(kGiB, 10.0, 2e8, 5, 5)); // slow for another reason
+    CHECK(!stalled_for_huge_pages(kGiB, 1.0, 2e8, 5, 6));  // fast all the same
+    options.min_huge_bytes_per_s = INFINITY;               // never reached
     const auto pool = make_pool({2 * kMiB}, options);
     CHECK(!pool->stats().huge_pages);
     CHECK(pool->address(0)[2 * kMiB - 1] == std::byte{0});
