@@ -87,6 +87,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sub.add_argument("run_dir", metavar="RUN", help="directory of a run")
     sub.add_argument("--out", metavar="FILE", help="PNG to write (default: RUN/report.png)")
 
+    sub = command("measure", "rates of this machine's links, disk, cores and GPUs, and what slows them", _measure)
+    sub.add_argument(
+        "--directory", default=".", metavar="DIR", help="directory on the disk to measure, where weights would be kept"
+    )
+    sub.add_argument("--json", metavar="FILE", help="where the figures go (default: measure.json in ~/.cache/distzo2)")
+    sub.add_argument("--quick", action="store_true", help="a few seconds, and rough figures")
+
     sub = command("demo", "fine-tune a small model on real data from this machine, its weights on disk", _demo)
     sub.add_argument(
         "--out", default="demo-run", metavar="DIR", help="directory of the run; an earlier demo's is replaced"
@@ -255,6 +262,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"wrote {write_report(options.run_dir, options.out)}")
     return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from distzo2.measure import run_measure
+
+    return run_measure(options, _log)
 
 
 def _demo(options: argparse.Namespace) -> int:
