@@ -128,7 +128,7 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
     engine = CopyEngine(name, pool, [slot.data_ptr() for slot in slots], block_bytes)
     blocks = [pool.tensor(block) for block in range(num_blocks)]
     try:
-        with _raw_cuda(blocks, slots) if cuda else _raw_cpu(blocks, slots) as raw:
+        with _raw_cuda(blocks, slots) if cuda else raw_cpu(blocks, slots) as raw:
             rates = _compare(Ring(engine, num_blocks, device), raw, block_bytes * num_blocks, effort)
     finally:
         engine.close()
@@ -137,7 +137,7 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
 
 
 @contextmanager
-def _raw_cpu(blocks: list[torch.Tensor], slots: list[torch.Tensor]) -> Iterator[Callable[[str], None]]:
+def raw_cpu(blocks: list[torch.Tensor], slots: list[torch.Tensor]) -> Iterator[Callable[[str], None]]:
     """memmove by threads, which share the blocks' chunks; for both directions twice as many, with no order between."""
     num_bytes = blocks[0].numel()
     chunk = min(COPY_CHUNK, num_bytes // COPY_THREADS)
@@ -239,7 +239,7 @@ def _measure_blocks(directory: str | os.PathLike, block_bytes: int, num_blocks: 
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
         try:
-            with _raw_disk(descriptor, num_bytes) as raw:
+            with raw_disk(descriptor, num_bytes) as raw:
                 ring = Ring(engine, num_blocks, torch.device("cpu"))
                 rates = _compare(ring, raw, num_bytes, effort, forget)
         finally:
@@ -329,7 +329,7 @@ def _fsync_seconds(directory: str | os.PathLike, num_writes: int) -> float:
 
 
 @contextmanager
-def _raw_disk(descriptor: int, num_bytes: int) -> Iterator[Callable[[str], None]]:
+def raw_disk(descriptor: int, num_bytes: int) -> Iterator[Callable[[str], None]]:
     """pread and pwrite of chunks by threads of their own for each direction, over the whole file."""
     # The same kind of memory as the slots': on huge pages a transfer has fewer segments.
     memory = aligned_buffer(2 * DISK_THREADS * DISK_CHUNK).random_(generator=torch.Generator().manual_seed(1))
