@@ -295,6 +295,10 @@ class UnitWeights:
         with self._store(unit).open(unit, write=True, keep=keep) as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
+    def fills_in_place(self, unit: Unit) -> bool:
+        """Whether `writing` a unit is writing its stored copy, so that several may be open at no cost in memory."""
+        return self._store(unit).in_host_memory
+
     def rebase(self) -> None:
         """The weights were replaced from outside: the updates of before no longer lead to them."""
         self.flush()
