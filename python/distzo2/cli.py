@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -258,9 +259,19 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from distzo2.report import write_report
+    from distzo2.metrics import read_metrics
+    from distzo2.report import transfer_line, write_report
+    from distzo2.timeline import read_trace, step_figures
 
-    print(f"wrote {write_report(options.run_dir, options.out)}")
+    path = write_report(options.run_dir, options.out)
+    run_dir = Path(options.run_dir)
+    line = transfer_line([s for s in read_metrics(run_dir / "metrics.jsonl") if s["kind"] == "step"])
+    if line is not None:
+        print(line)
+    trace = read_trace(run_dir / "trace.json")
+    if trace:
+        print(f"trace: {step_figures(trace).text()}")
+    print(f"wrote {path}")
     return 0
 
 

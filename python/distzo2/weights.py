@@ -338,7 +338,13 @@ class UnitWeights:
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
         names = {u.block: u.name for u in self.units if u.block >= 0}
-        self.trace.save(path, self._ring.engine.events() if self._ring is not None else [], names)
+        transfers = []
+        for kind, *rest in self._ring.engine.events() if self._ring is not None else ():
+            if kind != "wait":
+                transfers.append((kind, *rest))
+            elif self.device.type != "cpu":  # of the device; on a CPU `_bring` has recorded the same waits
+                transfers.append(("stall", *rest))
+        self.trace.save(path, transfers, names)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
