@@ -4,9 +4,10 @@
     python bench/bench_copy.py --directory /big/disk --device cpu
 
 Blocks go through a ring of three slots as in a step: the next two are prefetched, one is acquired and released. `up`
-leaves them clean, `duplex` marks each as changed, so that it also goes back. Raw on a CPU is memmove; raw on CUDA is a
-copy from and to memory pinned by torch, one stream for each direction; raw of a file is O_DIRECT reads from four
-threads. The contents of every slot are checked first.
+leaves them clean, `duplex` marks each as changed, so that it also goes back. Raw on a CPU is memmove, by one thread and
+by as many as the engine has (`threads`, the figure to reach); raw on CUDA is a copy from and to memory pinned by torch,
+one stream for each direction; raw of a file is O_DIRECT reads from four threads. The contents of every slot are checked
+first.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from bench_common import interleaved_seconds, synchronize, write_results
 
 import distzo2_core
+from distzo2.measure_transfers import raw_cpu
 
 MIB = 2**20
 SLOTS = 3
@@ -87,9 +90,14 @@ def row(device: str, source: str, pattern: str, nbytes: int, num_blocks: int, se
         "raw_gb_per_s": total / raw / 1e9,
         "engine_over_raw": raw / engine,
     }
+    threads = ""
+    if "threads" in seconds:
+        result["threads_gb_per_s"] = total / seconds["threads"]["median"] / 1e9
+        result["engine_over_threads"] = seconds["threads"]["median"] / engine
+        threads = f"  threads {result['threads_gb_per_s']:7.2f} GB/s  {result['engine_over_threads']:5.2f}"
     print(
         f"{device:5} {source:5} {pattern:7} {mib:6.0f} MiB  engine {result['engine_gb_per_s']:7.2f} GB/s"
-        f"  raw {result['raw_gb_per_s']:7.2f} GB/s  {result['engine_over_raw']:5.2f}",
+        f"  raw {result['raw_gb_per_s']:7.2f} GB/s  {result['engine_over_raw']:5.2f}{threads}",
         flush=True,
     )
     return result
@@ -108,14 +116,17 @@ def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[d
     run_ring(engine, num_blocks, device, dirty=False, visit=checker(slots, nbytes))  # what came back is what went up
     raw = raw_cuda(slots, nbytes, num_blocks) if cuda else raw_memmove(slots, blocks, nbytes)
     rows = []
-    for pattern, dirty in (("up", False), ("duplex", True)):
-        contenders = {
-            "engine": lambda dirty=dirty: run_ring(engine, num_blocks, device, dirty),
-            "raw": lambda dirty=dirty: raw(dirty),
-        }
-        # By the host's clock to the end of all copies: the engine's streams are its own.
-        seconds = interleaved_seconds(contenders, "cpu", rounds)
-        rows.append(row(device, "host", pattern, nbytes, num_blocks, seconds))
+    with nullcontext() if cuda else raw_cpu(blocks, slots) as threaded:
+        for pattern, dirty in (("up", False), ("duplex", True)):
+            contenders = {
+                "engine": lambda dirty=dirty: run_ring(engine, num_blocks, device, dirty),
+                "raw": lambda dirty=dirty: raw(dirty),
+            }
+            if not cuda:
+                contenders["threads"] = lambda dirty=dirty: threaded("both" if dirty else "up")
+            # By the host's clock to the end of all copies: the engine's streams are its own.
+            seconds = interleaved_seconds(contenders, "cpu", rounds)
+            rows.append(row(device, "host", pattern, nbytes, num_blocks, seconds))
     engine.close()
     pool.close()
     return rows

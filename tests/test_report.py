@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.metrics import Metrics, read_metrics
-from distzo2.report import hidden_share, write_report
+from distzo2.report import hidden_share, transfer_line, write_report
 
 
 def step(i: int, **more) -> dict:
@@ -21,11 +21,14 @@ def step(i: int, **more) -> dict:
     }  # fmt: skip
 
 
+MOVED = {"bytes_up": 8 << 20, "bytes_down": 4 << 20, "up_bytes_per_s": 2e9, "down_bytes_per_s": 1e9}
+
+
 def evaluation(i: int) -> dict:
     return {"kind": "eval", "step": i, "loss": 2.0 - 0.01 * i, "accuracy": 0.5 + 0.01 * i, "examples": 9, "tokens": 99}
 
 
-def write_run(directory: Path, lines: list[dict], trace: bool = False) -> Path:
+def write_run(directory: Path, lines: list[dict], trace: bool | str = False) -> Path:
     directory.mkdir()
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {
@@ -44,6 +47,8 @@ def write_run(directory: Path, lines: list[dict], trace: bool = False) -> Path:
             events.append(
                 {"ph": "X", "cat": kind, "name": "block", "ts": 1e3 + 10.0 * i, "dur": 8.0, "pid": 0, "tid": i}
             )
+        if trace == "steps":
+            events.append({"ph": "X", "cat": "step", "name": "step 3", "ts": 1e3, "dur": 40.0, "pid": 0, "tid": 9})
         (directory / "trace.json").write_text(json.dumps({"traceEvents": events}))
     return directory
 
@@ -57,14 +62,18 @@ def write_run(directory: Path, lines: list[dict], trace: bool = False) -> Path:
         # Lines made from the journal after a kill have no times of their parts.
         ([{k: v for k, v in step(0).items() if k not in ("compute_s", "rss", "peak")}], False),
         ([step(i, device_peak=1 << 30) for i in range(3)], False),
+        ([step(i, **MOVED) for i in range(9)], "steps"),
+        # A model of which no block streams, then a resumed run that downloads nothing.
+        ([step(0), step(1, **MOVED), step(2, **MOVED | {"bytes_down": 0, "down_bytes_per_s": None})], False),
     ],
 )
-def test_a_picture(tmp_path: Path, lines: list[dict], trace: bool) -> None:
+def test_a_picture(tmp_path: Path, lines: list[dict], trace: bool | str) -> None:
     run = write_run(tmp_path / "run", lines, trace)
     path = write_report(run)
     assert path == run / "report.png"
     height, width, _ = imread(path).shape
-    assert width > 1000 and height > (1200 if trace else 800)
+    rows = 2 + bool(trace) + any("up_bytes_per_s" in line for line in lines)
+    assert width > 1000 and height > 390 * rows
     other = write_report(run, tmp_path / "other.png")
     assert other.read_bytes().startswith(b"\x89PNG")
 
@@ -78,6 +87,15 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     (run / "trace.json").write_text("{")
     with pytest.raises(DistZO2Error, match=r"trace\.json: not a trace"):
         write_report(run)
+
+
+def test_the_transfers_of_a_step_in_one_line() -> None:
+    assert transfer_line([step(0)]) is None
+    steps = [step(0, **MOVED), step(1, **MOVED | {"up_bytes_per_s": 3e9}), step(2, **MOVED | {"up_bytes_per_s": 9e9})]
+    line = "a step: 8.00 MiB up at 3.00 GB/s, 4.00 MiB down at 1.00 GB/s, exposed wait 1.0 ms of 20.0 ms"
+    assert transfer_line(steps) == line
+    only_up = [step(0, **MOVED | {"bytes_down": 0, "down_bytes_per_s": None})]
+    assert transfer_line(only_up) == "a step: 8.00 MiB up at 2.00 GB/s, exposed wait 1.0 ms of 20.0 ms"
 
 
 def test_hidden_share() -> None:

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,10 @@ from distzo2.checkpoint_map import CheckpointFiles, CheckpointMap, persistent_bu
 from distzo2.checkpoint_trace import one_line
 from distzo2.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.model import offload, runtime_of
+from distzo2.parallel_read import ParallelReader
 from distzo2.safetensors_io import CheckpointError
+
+_UNITS_AHEAD = 2
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +79,7 @@ def from_pretrained(
             train=train,
             **offload_options,
         )
-        _fill(model, checkpoint_map)
+        fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()
     model.distzo2_source = CheckpointSource(Path(path), checkpoint_map)
@@ -108,7 +116,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
     """
     checkpoint_map = CheckpointMap.build(model, path)
     try:
-        _fill(model, checkpoint_map)
+        fill(model, checkpoint_map)
         buffers = dict(model.named_buffers())
         for name in checkpoint_map.buffer_names:
             mapped = checkpoint_map.mapped[name]
@@ -152,16 +160,37 @@ def save_pretrained(
                 writer.write_param(name, buffer)
 
 
-def _fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
+def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
+    """Unit by unit; where they are filled in place, the reads of the next ones go on while one is waited for."""
     runtime = runtime_of(model)
+    filling: deque[tuple[ExitStack, list[Future[None]]]] = deque()
     try:
-        for unit in runtime.units:
-            with runtime.writing(unit) as views:
+        with ParallelReader() as reader:
+            for unit in runtime.units:
+                stack = ExitStack()
+                views = stack.enter_context(runtime.writing(unit))
+                filling.append((stack, []))
                 for name, view in views.items():
-                    checkpoint_map.read_param(name, view)
+                    if not view.is_contiguous():
+                        checkpoint_map.read_param(name, view)
+                ranges = (checkpoint_map.ranges_of(n, v) for n, v in views.items() if v.is_contiguous())
+                filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
+                while len(filling) > (_UNITS_AHEAD if runtime.fills_in_place(unit) else 0):
+                    _settle(reader, filling)
+            while filling:
+                _settle(reader, filling)
     except BaseException:
+        for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
+            with suppress(BaseException):
+                stack.__exit__(*sys.exc_info())
         runtime.close()  # weights of which some are missing are no model
         raise
+
+
+def _settle(reader: ParallelReader, filling: deque[tuple[ExitStack, list[Future[None]]]]) -> None:
+    """The unit that was begun first is full, and is stored."""
+    reader.finish(filling[0][1])
+    filling.popleft()[0].close()
 
 
 def _load_config(directory: Path) -> Any:

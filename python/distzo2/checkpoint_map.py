@@ -2,8 +2,9 @@
 
 A checkpoint and a model may differ in names (prefixes, legacy names), in layout (experts stored one by one and held
 fused), in dtype, and in what is tied. The map is found by tracing the installed transformers (`checkpoint_trace`), and
-then serves loading, saving and replay alike: `read_param` fills a parameter from the files, and a `CheckpointWriter`
-runs the same pieces backwards. Beyond the destination, a read needs one scratch block of `SCRATCH_BYTES` a thread.
+then serves loading, saving and replay alike: `read_param` fills a parameter from the files, `ranges_of` lets several
+threads do it, and a `CheckpointWriter` runs the same pieces backwards. Beyond the destination, a read needs one scratch
+block of `SCRATCH_BYTES` a thread.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import nn
 
 from distzo2.checkpoint_layout import Layout, Piece
 from distzo2.checkpoint_trace import MISSING, LayoutTensor, Trace, trace_from_pretrained, trace_save
+from distzo2.parallel_read import CHUNK_BYTES, Range, split
 from distzo2.safetensors_io import CheckpointError, RangeFile, TensorEntry, bytes_of
 from distzo2.torch_archive import open_weights
 
@@ -111,6 +114,18 @@ class CheckpointFiles:
             file.read_into(bytes_of(buffer), entry.offset + block.src_offset * item)
             strided_view(flat, block).copy_(buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset()))
 
+    def ranges_of(self, piece: Piece, flat: torch.Tensor) -> Iterator[Range]:
+        """What `read_piece` reads, as ranges for a `ParallelReader`, in the order of the file."""
+        file, entry = self.file_of[piece.source], self.entries[piece.source]
+        item = entry.dtype.itemsize
+        if piece.is_run and entry.dtype == flat.dtype:
+            run = flat[piece.dst_offset : piece.dst_offset + piece.numel]
+            yield from split(file, entry.offset + piece.src_offset * item, run)
+            return
+        for block in piece.blocks(CHUNK_BYTES // item):
+            fill = partial(_rearrange, block, entry.dtype, flat)
+            yield Range(file, entry.offset + block.src_offset * item, block.src_span * item, fill=fill)
+
     def read_layout(self, where: Layout, dtype: torch.dtype) -> torch.Tensor:
         """A small layout as a tensor of its own."""
         out = torch.empty(where.shape, dtype=dtype)
@@ -129,6 +144,15 @@ class CheckpointFiles:
             if not torch.equal(*pair):
                 return False
         return True
+
+
+def _rearrange(block: Piece, dtype: torch.dtype, flat: torch.Tensor, data: torch.Tensor) -> None:
+    """Puts a block whose source span is in `data`, as bytes, where it belongs in `flat`."""
+    item = dtype.itemsize
+    if data.data_ptr() % item != 0:  # a tensor may start at any byte of its file
+        data = data.clone()
+    source = data.view(dtype)
+    strided_view(flat, block).copy_(source.as_strided(block.sizes, block.src_strides, source.storage_offset()))
 
 
 def strided_view(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -267,6 +291,13 @@ class CheckpointMap:
         mapped = self._checked(name, out, (row_end - row_begin, *shape[1:]))
         part = Layout(shape, mapped.pieces).narrow(0, row_begin, row_end - row_begin)
         self._read_pieces(part.pieces, out)
+
+    def ranges_of(self, name: str, out: torch.Tensor) -> Iterator[Range]:
+        """What fills `out`, a contiguous CPU tensor of the parameter's shape and dtype, for a `ParallelReader`."""
+        mapped = self._checked(name, out, self.mapped[name].shape)
+        flat = out.detach().view(-1)
+        for piece in mapped.pieces:
+            yield from self.files.ranges_of(piece, flat)
 
     def _checked(self, name: str, out: torch.Tensor, shape: tuple[int, ...]) -> MappedTensor:
         mapped = self.mapped[name]

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -86,6 +87,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sub = command("report", "a picture of a run: loss, time of a step, memory, transfers", _report)
     sub.add_argument("run_dir", metavar="RUN", help="directory of a run")
     sub.add_argument("--out", metavar="FILE", help="PNG to write (default: RUN/report.png)")
+
+    sub = command("measure", "rates of this machine's links, disk, cores and GPUs, and what slows them", _measure)
+    sub.add_argument(
+        "--directory", default=".", metavar="DIR", help="directory on the disk to measure, where weights would be kept"
+    )
+    sub.add_argument("--json", metavar="FILE", help="where the figures go (default: measure.json in ~/.cache/distzo2)")
+    sub.add_argument("--quick", action="store_true", help="a few seconds, and rough figures")
 
     sub = command("demo", "fine-tune a small model on real data from this machine, its weights on disk", _demo)
     sub.add_argument(
@@ -251,10 +259,26 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from distzo2.report import write_report
+    from distzo2.metrics import read_metrics
+    from distzo2.report import transfer_line, write_report
+    from distzo2.timeline import read_trace, step_figures
 
-    print(f"wrote {write_report(options.run_dir, options.out)}")
+    path = write_report(options.run_dir, options.out)
+    run_dir = Path(options.run_dir)
+    line = transfer_line([s for s in read_metrics(run_dir / "metrics.jsonl") if s["kind"] == "step"])
+    if line is not None:
+        print(line)
+    trace = read_trace(run_dir / "trace.json")
+    if trace:
+        print(f"trace: {step_figures(trace).text()}")
+    print(f"wrote {path}")
     return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from distzo2.measure import run_measure
+
+    return run_measure(options, _log)
 
 
 def _demo(options: argparse.Namespace) -> int:

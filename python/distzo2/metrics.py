@@ -1,7 +1,10 @@
 """A run's metrics: one line of JSON a step, one an evaluation; and how much memory the process takes.
 
 A step's line: {"kind": "step", "step", "loss", "coefs", "lr", "skipped", "clipped", "tokens", "seconds",
-"tokens_per_second", "compute_s", "noise_s", "exposed_wait_s", "bytes_up", "bytes_down", "transfer_s", "rss", "peak"}.
+"tokens_per_second", "compute_s", "noise_s", "exposed_wait_s", "bytes_up", "bytes_down", "upload_s", "download_s",
+"transfer_s", "up_bytes_per_s", "down_bytes_per_s", "rss", "peak"}. The seconds of transfers are sums over blocks, each
+from its first byte to its last, and rates are bytes over them (null: nothing moved); `exposed_wait_s` is what compute
+stood still for them.
 An evaluation's line: {"kind": "eval", "step", "loss", "accuracy", "seconds"}, `step` being the updates made before it.
 The journal is the truth; these lines are for people and plots, so they are not synced to the disk one by one.
 """

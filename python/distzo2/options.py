@@ -254,7 +254,7 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         type=whole_int,
         default=0,
         metavar="STEPS",
-        help="record the transfers of so many steps in OUT/trace.json",
+        help="record compute, waits and transfers of so many steps in OUT/trace.json, which opens in Perfetto",
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,15 @@ from typing import Any
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.metrics import read_metrics
 from distzo2.preflight import gib
+from distzo2.timeline import LANES, draw_step, read_trace
 
 # One colour for each kind of time, wherever it is drawn.
-COLOURS = {
-    "compute": "#4477aa",
-    "materialize": "#ccbb44",
-    "noise and updates": "#ccbb44",
-    "wait": "#ee6677",
-    "waiting for transfers": "#ee6677",
-    "upload": "#228833",
-    "download": "#aa3377",
-    "other": "#bbbbbb",
-}
-_TRACE_SPAN_US = 1e6  # of a trace, at most so much is drawn
+COLOURS = {name: colour for _, name, colour in LANES} | {"other": "#bbbbbb"}
 
 
 def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Draws loss and held-out score, the split of step time, memory, and, if the run has a trace, its transfers.
+    """Draws loss and held-out score, the split of step time, memory, transfers if there were any, and one step of the
+    trace if the run has one.
 
     Args:
         run_dir: a run's directory; the run may still go on.
@@ -47,7 +40,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
     if not steps:
         raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
     record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
-    trace = _read_trace(run_dir / "trace.json")
+    trace = read_trace(run_dir / "trace.json")
 
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,17 +48,22 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 10 if trace else 7), layout="constrained")
+        moved = any(s.get("up_bytes_per_s") or s.get("down_bytes_per_s") for s in steps)
+        rows = 2 + moved + bool(trace)
+        figure = Figure(figsize=(11, 1 + 3 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(3 if trace else 2, 2)
+        grid = figure.add_gridspec(rows, 2)
         _draw_loss(figure.add_subplot(grid[0, 0]), steps, evals)
         _draw_accuracy(figure.add_subplot(grid[0, 1]), steps, evals)
         _draw_time(figure.add_subplot(grid[1, 0]), steps)
         _draw_memory(figure.add_subplot(grid[1, 1]), steps, record)
-        if trace:
-            _draw_trace(figure.add_subplot(grid[2, :]), trace)
-        for axes in figure.axes[:4]:
+        if moved:
+            _draw_rates(figure.add_subplot(grid[2, 0]), steps)
+            _draw_exposed(figure.add_subplot(grid[2, 1]), steps)
+        for axes in figure.axes:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if trace:
+            draw_step(figure.add_subplot(grid[rows - 1, :]), trace)
         figure.suptitle(_title(run_dir, record, steps))
         path = Path(out) if out is not None else run_dir / "report.png"
         figure.savefig(path, dpi=130)
@@ -75,6 +73,23 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
 def hidden_share(transfer_s: float, exposed_wait_s: float) -> float | None:
     """The share of the transfers' time in which something else was done; None where nothing was transferred."""
     return max(0.0, 1.0 - exposed_wait_s / transfer_s) if transfer_s > 0 else None
+
+
+def transfer_line(steps: Sequence[dict[str, Any]]) -> str | None:
+    """The transfers of a step in one line, medians; None where nothing was transferred."""
+    parts = []
+    for way in ("up", "down"):
+        moving = [s for s in steps if s.get(f"{way}_bytes_per_s")]
+        if moving:
+            num_bytes = statistics.median(s[f"bytes_{way}"] for s in moving)
+            rate = statistics.median(s[f"{way}_bytes_per_s"] for s in moving)
+            parts.append(f"{gib(num_bytes)} {way} at {rate / 1e9:.2f} GB/s")
+    if not parts:
+        return None
+    waits = [s["exposed_wait_s"] for s in steps if s.get("exposed_wait_s") is not None]
+    seconds = [s["seconds"] for s in steps if s.get("exposed_wait_s") is not None]
+    wait, whole = 1e3 * statistics.median(waits), 1e3 * statistics.median(seconds)
+    return f"a step: {', '.join(parts)}, exposed wait {wait:.1f} ms of {whole:.1f} ms"
 
 
 def _title(run_dir: Path, record: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
@@ -159,6 +174,32 @@ def _draw_time(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
     axes.legend(frameon=False, loc="upper center", ncols=2)
 
 
+def _draw_rates(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
+    x = [s["step"] for s in steps]
+    for way, kind in (("up", "upload"), ("down", "download")):
+        rates = [v / 1e9 for v in _column(steps, f"{way}_bytes_per_s")]
+        moved = [v for v in _column(steps, f"bytes_{way}") if v > 0]
+        if moved:
+            label = f"{kind}, {gib(statistics.median(moved))} a step"
+            axes.plot(x, _smooth(rates), color=COLOURS[kind], label=label)
+            axes.plot(x, rates, color=COLOURS[kind], alpha=0.3, linewidth=0.8)
+    axes.set(title="rate of the transfers", xlabel="step", ylabel="GB/s")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _draw_exposed(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
+    x = [s["step"] for s in steps]
+    for name, label, colour in (
+        ("transfer_s", "time of its transfers", COLOURS["upload"]),
+        ("exposed_wait_s", "exposed wait", COLOURS["waiting for transfers"]),
+    ):
+        axes.plot(x, _smooth([1e3 * v for v in _column(steps, name)]), color=colour, label=label)
+    axes.set(title="transfers of a step, and what was waited for them", xlabel="step", ylabel="ms")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
 def _draw_memory(axes: Any, steps: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
     x = [s["step"] for s in steps]
     axes.plot(x, [v / 2**20 for v in _column(steps, "rss")], color="#4477aa", label="process, now")
@@ -171,31 +212,3 @@ def _draw_memory(axes: Any, steps: Sequence[dict[str, Any]], record: dict[str, A
     axes.set(title="memory", xlabel="step", ylabel="MiB")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-
-
-def _read_trace(path: Path) -> list[dict[str, Any]]:
-    """The intervals of a Chrome trace, in order of time; empty if there is none."""
-    if not path.is_file():
-        return []
-    try:
-        events = json.loads(path.read_text())["traceEvents"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DistZO2Error(f"{path}: not a trace: {error}") from error
-    return sorted((e for e in events if e.get("ph") == "X"), key=lambda e: e["ts"])
-
-
-def _draw_trace(axes: Any, events: Sequence[dict[str, Any]]) -> None:
-    kinds = [
-        kind
-        for kind in ("compute", "materialize", "wait", "upload", "download")
-        if any(e["cat"] == kind for e in events)
-    ]
-    begin = events[0]["ts"]
-    span = min(_TRACE_SPAN_US, max(e["ts"] + e["dur"] for e in events) - begin)
-    for row, kind in enumerate(reversed(kinds)):
-        bars = [
-            ((e["ts"] - begin) / 1e3, e["dur"] / 1e3) for e in events if e["cat"] == kind and e["ts"] - begin < span
-        ]
-        axes.broken_barh(bars, (row - 0.4, 0.8), color=COLOURS[kind])
-    axes.set_yticks(range(len(kinds)), list(reversed(kinds)))
-    axes.set(title="what ran when", xlabel="ms", xlim=(0, span / 1e3))

@@ -141,12 +141,21 @@ class RangeFile:
         """Fills `buffer` with the bytes from `offset` on."""
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
+            try:
+                count = os.preadv(self._fd, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}"
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"{self.path}: truncated while it was read: expected {len(buffer)} bytes at {offset}, got {done}"
                 )
             done += count
+
+    def fileno(self) -> int:
+        """The descriptor that the file was opened with."""
+        return self._fd
 
     def read(self, name: str, out: torch.Tensor, begin: int = 0) -> None:
         """Reads `out.numel()` elements of tensor `name` from element `begin` on into a contiguous CPU tensor."""

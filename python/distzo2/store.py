@@ -62,6 +62,11 @@ class MemoryStore:
         else:
             self._buffers = {u.index: torch.empty(u.num_bytes, dtype=torch.uint8, device=device) for u in units}
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether `open` gives the stored copy itself."""
+        return self._pool is not None
+
     def acquire(self, unit: Unit) -> torch.Tensor:
         return self._buffers[unit.index]
 
@@ -127,6 +132,7 @@ class StreamingStore:
             _return_freed_memory()
         self._pool: HostPool | None = None
         self._file: BlockFile | None = None
+        self._spare: torch.Tensor | None = None  # between units that are written one after another, as in loading
         name = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
         if directory is None:
             self._pool = HostPool(sizes, device=name)
@@ -147,8 +153,14 @@ class StreamingStore:
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
 
+    @property
+    def in_host_memory(self) -> bool:
+        """As `MemoryStore.in_host_memory`."""
+        return self._pool is not None
+
     @_core_errors
     def acquire(self, unit: Unit) -> torch.Tensor:
+        self._spare = None
         return self._slots[self.engine.acquire(unit.block, self._stream())][: unit.num_bytes]
 
     @_core_errors
@@ -177,12 +189,15 @@ class StreamingStore:
         if self._pool is not None:
             yield self._pool.tensor(unit.block)
         else:
-            host = aligned_buffer(-(-unit.num_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT)[: unit.num_bytes]
+            buffer = self._spare if write and self._spare is not None else aligned_buffer(self.slot_bytes)
+            self._spare = None
+            host = buffer[: unit.num_bytes]
             if keep:
                 _core_errors(self._file.read)(unit.block, host.data_ptr(), unit.num_bytes)
             yield host
             if write:
                 _core_errors(self._file.write)(unit.block, host.data_ptr(), unit.num_bytes)
+                self._spare = buffer
         if write:
             _core_errors(self.engine.drop)(unit.block)
 
@@ -195,7 +210,7 @@ class StreamingStore:
         if self._file is not None:
             self._file.close()
         self._slots.clear()
-        self._pool = self._file = None
+        self._pool = self._file = self._spare = None
 
 
 def _return_freed_memory() -> None:

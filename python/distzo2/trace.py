@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Iterable
 
-_ROWS = {"compute": 1, "materialize": 2, "wait": 3, "upload": 4, "download": 5}
+# Rows of the picture. Intervals of one row must not overlap, or viewers nest them: transfers have a row for each slot.
+_ROWS = {"step": 0, "compute": 1, "materialize": 2, "wait": 3, "stall": 4, "upload": 16, "download": 32}
 
 
 class Trace:
@@ -26,19 +27,26 @@ class Trace:
 
     def save(self, path: str | os.PathLike, transfers: Iterable[tuple], block_names: dict[int, str]) -> None:
         """Writes the intervals and the engine's transfers (kind, block, slot, bytes, start_ns, end_ns) to `path`."""
-        events = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": t, "args": {"name": k}} for k, t in _ROWS.items()]
-        for kind, name, start, end in self._events:
-            events.append(_event(kind, name, start, end, {}))
+        events = [_event(kind, name, _ROWS[kind], start, end, {}) for kind, name, start, end in self._events]
+        rows = {row: kind for kind, row in _ROWS.items() if kind not in ("upload", "download")}
         for kind, block, slot, num_bytes, start, end in transfers:
-            events.append(
-                _event(kind, block_names.get(block, str(block)), start, end, {"bytes": num_bytes, "slot": slot})
-            )
+            row = _ROWS[kind]
+            if kind in ("upload", "download"):
+                row += slot
+                rows[row] = f"{kind}, slot {slot}"
+            args = {"bytes": num_bytes, "slot": slot}
+            if end > start and kind != "stall":
+                args["GB/s"] = round(num_bytes / (end - start), 3)
+            events.append(_event(kind, block_names.get(block, str(block)), row, start, end, args))
+        names = [
+            {"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": rows[row]}}
+            for row in sorted(rows)
+        ]
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
+            json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, file)
 
 
-def _event(kind: str, name: str, start: int, end: int, args: dict) -> dict:
-    row = _ROWS.get(kind, max(_ROWS.values()) + 1)
+def _event(kind: str, name: str, row: int, start: int, end: int, args: dict) -> dict:
     return {
         "name": name,
         "cat": kind,

@@ -109,6 +109,10 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         run.release()
 
 
+def _rate(num_bytes: float, seconds: float) -> float | None:
+    return num_bytes / seconds if seconds > 0 else None
+
+
 def _take_over(
     options: Namespace,
     log: Callable[[str], None],
@@ -249,11 +253,12 @@ class _Loop:
         batches = self._batches(step)
         tokens = sum(b.num_tokens for b in batches)
         self.runtime.reset_stats()
-        start = time.perf_counter()
+        start, start_ns = time.perf_counter(), time.perf_counter_ns()
         try:
             optimizer.step([self.objective.closure(b) for b in batches], tokens=tokens)
         finally:
             # A step that ends the run was made all the same: the journal has it, and so have the metrics.
+            self.runtime.trace.add("step", f"step {step}", start_ns, time.perf_counter_ns())
             if optimizer.step_count > step:
                 self._note(tokens, time.perf_counter() - start, bar)
         self.scheduler.step()
@@ -264,7 +269,10 @@ class _Loop:
             "seconds": seconds,
             "compute_s": stats["compute_s"],
             "noise_s": stats["noise_s"],
-            "exposed_wait_s": stats["exposed_wait_s"],
+            # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
+            "exposed_wait_s": stats["exposed_wait_s"] + stats.get("stall_s", 0.0),
+            "upload_s": stats.get("upload_s", 0.0),
+            "download_s": stats.get("download_s", 0.0),
             "transfer_s": stats.get("upload_s", 0.0) + stats.get("download_s", 0.0),
             "bytes_up": stats.get("bytes_up", 0),
             "bytes_down": stats.get("bytes_down", 0),
@@ -283,6 +291,8 @@ class _Loop:
             tokens=tokens,
             tokens_per_second=tokens / seconds,
             **times,
+            up_bytes_per_s=_rate(times["bytes_up"], times["upload_s"]),
+            down_bytes_per_s=_rate(times["bytes_down"], times["download_s"]),
             rss=memory,
             peak=peak_bytes(),
             device_peak=device_peak_bytes(self.runtime.device),

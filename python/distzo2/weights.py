@@ -311,6 +311,10 @@ class UnitWeights:
         with self._store(unit).open(unit, write=True, keep=keep) as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
+    def fills_in_place(self, unit: Unit) -> bool:
+        """Whether `writing` a unit is writing its stored copy, so that several may be open at no cost in memory."""
+        return self._store(unit).in_host_memory
+
     def rebase(self) -> None:
         """The weights were replaced from outside: the updates of before no longer lead to them."""
         self.flush()
@@ -351,7 +355,13 @@ class UnitWeights:
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
         names = {u.block: u.name for u in self.units if u.block >= 0}
-        self.trace.save(path, self._ring.engine.events() if self._ring is not None else [], names)
+        transfers = []
+        for kind, *rest in self._ring.engine.events() if self._ring is not None else ():
+            if kind != "wait":
+                transfers.append((kind, *rest))
+            elif self.device.type != "cpu":  # of the device; on a CPU `_bring` has recorded the same waits
+                transfers.append(("stall", *rest))
+        self.trace.save(path, transfers, names)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

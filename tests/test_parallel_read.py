@@ -1,0 +1,191 @@
+"""Reads by several threads: the bytes of any range, through the page cache or past it, and clear errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import distzo2
+from distzo2 import parallel_read
+from distzo2.checkpoint import load_weights
+from distzo2.checkpoint_layout import Layout
+from distzo2.checkpoint_map import CheckpointFiles
+from distzo2.parallel_read import CHUNK_BYTES, ParallelReader, Range, _batches, _is_cached, split
+from distzo2.safetensors_io import CheckpointError, SafetensorsFile
+
+
+def make_files(directory: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint in one file whose tensors start at odd places: sizes of bytes, chunks and what lies between."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "a": torch.randint(0, 255, (3,), dtype=torch.uint8, generator=g),
+        "b": torch.randn(7, 5, generator=g),
+        "c": torch.randn(CHUNK_BYTES // 4 + 999, generator=g),
+        "d": torch.randn(300, 401, generator=g).to(torch.bfloat16),
+        "e": torch.randn(2500, 1000, generator=g),
+        "f": torch.zeros(0, 4),
+    }
+    save_file(tensors, directory / "model.safetensors")
+    return tensors
+
+
+@pytest.fixture(params=["cached", "direct", "no O_DIRECT"])
+def how(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the files made by `make_files` are read."""
+    make_files(tmp_path)
+    if request.param == "cached":
+        return request.param
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _is_cached(file):
+            pytest.skip("this file system keeps its files in memory")
+    if request.param == "no O_DIRECT":
+        opened = os.open
+
+        def refuse(path, flags, *args, **kwargs):
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return opened(path, flags, *args, **kwargs)
+
+        monkeypatch.setattr(parallel_read.os, "open", refuse)
+    return request.param
+
+
+def read_all(files: CheckpointFiles, jobs: list[tuple[Layout, torch.Tensor]]) -> None:
+    with ParallelReader(3) as reader:
+        ranges = (r for where, out in jobs for piece in where.pieces for r in files.ranges_of(piece, out.view(-1)))
+        reader.finish(reader.start(ranges))
+
+
+def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
+    files = CheckpointFiles(tmp_path)
+    (tmp_path / "again").mkdir()
+    tensors = make_files(tmp_path / "again")
+    number = {entry.name: i for i, entry in enumerate(files.entries)}
+    jobs, expected = [], []
+    for name, tensor in tensors.items():
+        leaf = Layout.leaf(number[name], tensor.shape)
+        jobs.append((leaf, torch.full_like(tensor, 1)))
+        expected.append(tensor)
+        if tensor.dim() == 2:  # transposed, sliced, and in another dtype: what is rearranged
+            jobs.append((leaf.permute((1, 0)), torch.full(tuple(tensor.shape[::-1]), 1, dtype=tensor.dtype)))
+            expected.append(tensor.t())
+            jobs.append((leaf.permute((1, 0)), torch.full(tuple(tensor.shape[::-1]), 1, dtype=torch.float16)))
+            expected.append(tensor.t().half())
+            if len(tensor) > 3:
+                jobs.append((leaf.narrow(0, 1, 3), torch.full((3, tensor.shape[1]), 1, dtype=tensor.dtype)))
+                expected.append(tensor[1:4])
+    with ParallelReader() as reader:
+        path = files.files[0]
+        reader.start([Range(path, 0, 1, fill=lambda data: None)])
+        assert (reader._files[path].direct is not None) == (how == "direct")
+    read_all(files, jobs)
+    for (_, out), tensor in zip(jobs, expected, strict=True):
+        assert out.shape == tensor.shape
+        assert torch.equal(out.flatten().view(torch.uint8), tensor.contiguous().flatten().view(torch.uint8))
+    files.close()
+
+
+def test_neighbours_are_read_at_once(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        ranges = [Range(file, at, 1000) for at in range(0, 40_000, 1000)]
+        ranges += split(file, 50_000, torch.empty(3 * CHUNK_BYTES + 1, dtype=torch.uint8))
+        ranges += [Range(file, 10, 5), Range(file, 1 << 20, 5)]
+        batches = list(_batches(ranges))
+        assert [r for batch in batches for r in batch] == ranges
+        assert len(batches[0]) == 40 and [len(batch) for batch in batches[1:]] == [1] * 6
+        for batch in batches:
+            assert batch[-1].end - batch[0].offset <= CHUNK_BYTES
+            assert all(b.offset >= a.end for a, b in pairwise(batch))
+    assert list(_batches([])) == []
+
+
+def threads_alive() -> int:
+    return sum(thread.name.startswith("distzo2-read") for thread in threading.enumerate())
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "model.safetensors"
+    with SafetensorsFile(path) as file:
+        os.truncate(path, 10_000_001)
+        place = torch.zeros(CHUNK_BYTES, dtype=torch.uint8)
+        with ParallelReader() as reader:
+            futures = reader.start(split(file, 9_000_000, place))
+            with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated while it was read: expected"):
+                reader.finish(futures)
+    assert threads_alive() == 0
+
+
+def test_a_read_that_fails_names_the_file_and_the_byte(tmp_path: Path, how: str, monkeypatch) -> None:
+    read = os.preadv
+
+    def broken(descriptor, buffers, offset, *flags):
+        if offset >= 8_000_000 and not flags:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, buffers, offset, *flags)
+
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        monkeypatch.setattr(os, "preadv", broken)
+        place = torch.zeros(10_000_000, dtype=torch.uint8)
+        with ParallelReader() as reader:
+            futures = reader.start(split(file, 1000, place))
+            with pytest.raises(CheckpointError, match=r"safetensors: cannot be read at byte 8\d+: Input/output error"):
+                reader.finish(futures)
+    assert threads_alive() == 0
+
+
+def test_a_name_that_belongs_to_another_file_by_now(tmp_path: Path, how: str) -> None:
+    """Shards that a download replaces meanwhile: what was checked is what is read."""
+    path = tmp_path / "model.safetensors"
+    with SafetensorsFile(path) as file:
+        entry = file.tensors["b"]
+        (tmp_path / "new").write_bytes(bytes(file.num_bytes))
+        os.replace(tmp_path / "new", path)
+        out = torch.zeros(entry.shape)
+        with ParallelReader() as reader:
+            reader.finish(reader.start(split(file, entry.offset, out)))
+    (tmp_path / "again").mkdir()
+    assert torch.equal(out, make_files(tmp_path / "again")["b"])
+
+
+class Stack(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_a_model_of_which_some_weights_are_missing_is_none(tmp_path: Path, weights: str, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = Stack()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = distzo2.offload(Stack(), weights=weights, directory=tmp_path / "disk")
+    assert load_weights(loaded, tmp_path) == []
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(x), model(x))
+
+    def broken(self, descriptors, batch):
+        raise CheckpointError("a shard is gone")
+
+    monkeypatch.setattr(ParallelReader, "_read", broken)
+    with pytest.raises(CheckpointError, match="a shard is gone"):
+        load_weights(loaded, tmp_path)
+    with pytest.raises(distzo2.DistZO2Error, match="closed"):
+        loaded.state_dict()
+    assert threads_alive() == 0
+    if weights == "disk":
+        assert list((tmp_path / "disk").iterdir()) == []
