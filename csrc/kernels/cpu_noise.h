@@ -1,9 +1,8 @@
-// Noise of a tile on the CPU: the streams of normal.h, rademacher.h and rounding.h in the lanes of V, in memory order.
-// Included by one translation unit for each instruction set; internal linkage throughout.
+// Noise of a tile on the CPU: the streams of normal.h and rounding.h in the lanes of V, in memory order. Included by
+// one translation unit for each instruction set; internal linkage throughout.
 #pragma once
 
 #include "kernels/types.h"
-#include "noise/rademacher.h"
 #include "noise/rounding.h"
 
 namespace distzo2 {
@@ -103,52 +102,6 @@ DZO_HD void for_normals(typename V::Philox& philox, const Stream& stream, int64_
     tile.fill_words(philox, count);
     tile.make_radii(count);
     tile.turn(count, consume);
-}
-
-// The sign bits of a stretch of one stream, kept from tile to tile: its blocks of Philox words are independent chains
-// of operations side by side, and one of them alone would be waited for at every tile.
-template <class V>
-class SignWords {
-  public:
-    // The words of elements first, first + 1, ...: 32 of them each, up to the end of the tile of `first`.
-    DZO_HD const uint32_t* at(typename V::Philox& philox, const Stream& stream, int64_t first) {
-        const int64_t start = first / kSpan * kSpan;
-        if (start != start_ || stream.param != stream_.param || stream.step != stream_.step ||
-            stream.tag != stream_.tag)
-            fill(philox, stream, start);
-        return words_ + (first - start) / 32;
-    }
-
-  private:
-    static constexpr int kBlocks = 4;
-    static constexpr int64_t kSpan = int64_t{kBlocks} * V::kWidth * kSignsPerGroup;
-    static_assert(kSpan % kTile == 0);
-
-    DZO_HD void fill(typename V::Philox& philox, const Stream& stream, int64_t start) {
-        typename V::U w[kBlocks][4];
-        philox.seek(stream, static_cast<uint64_t>(start) / kSignsPerGroup);
-        for (int block = 0; block < kBlocks; ++block)
-            philox.next(w[block]);
-        for (int block = 0; block < kBlocks; ++block) {
-            V::to_memory_order(w[block]);
-            for (int j = 0; j < 4; ++j)
-                V::store_bits(words_ + (4 * block + j) * V::kWidth, w[block][j]);
-        }
-        start_ = start;
-        stream_ = stream;
-    }
-
-    int64_t start_ = -1;
-    Stream stream_{};
-    alignas(64) uint32_t words_[kSpan / 32];
-};
-
-// Calls consume(i, z) for the vectors of elements i below count, whose sign bits are in `words`.
-template <class V, class Consume>
-DZO_HD void for_signs(const uint32_t* words, int count, Consume consume) {
-    for (int i = 0; i < count; i += 32, ++words)
-        for (int bit = 0; bit < 32; bit += V::kWidth)
-            consume(i + bit, V::signs(*words, bit));
 }
 
 // The 16 rounding bits of elements first .. first + count - 1; may write up to a block beyond.
