@@ -18,6 +18,7 @@ constexpr int kTile = 1024;
 template <class V>
 struct NormalTile {
     static constexpr int kBlock = 4 * V::kWidth; // elements of one block of Philox words
+    static constexpr int kChains = 4;            // of make_radii
     using F = typename V::F;
     using U = typename V::U;
 
@@ -25,8 +26,10 @@ struct NormalTile {
         radius_words[kTile / 2]; // words 0 and 2 of the groups, a vector of each in turn; then the radii
     alignas(64) uint32_t angle_words[kTile / 2]; // words 1 and 3
 
-    DZO_HD void fill_words(typename V::Philox& philox, int count) {
-        for (int i = 0; i < count / 2; i += kBlock / 2) {
+    // The words of elements begin .. end - 1 of the tile, from the group that philox has sought. Zeros follow them, up
+    // to where make_radii ends.
+    DZO_HD void fill_words(typename V::Philox& philox, int begin, int end) {
+        for (int i = begin / 2; i < end / 2; i += kBlock / 2) {
             U w[4];
             philox.next(w);
             V::store_bits(radius_words + i, w[0]);
@@ -34,10 +37,11 @@ struct NormalTile {
             V::store_bits(radius_words + i + V::kWidth, w[2]);
             V::store_bits(angle_words + i + V::kWidth, w[3]);
         }
+        for (int i = end / 2; i % (kChains * V::kWidth) != 0; i += V::kWidth)
+            V::store_bits(radius_words + i, V::set_bits(0));
     }
 
     DZO_HD void make_radii(int count) {
-        constexpr int kChains = 4;
         for (int i = 0; i < count / 2; i += kChains * V::kWidth) {
             U b[kChains], e[kChains];
             F f[kChains], q[kChains];
@@ -94,12 +98,12 @@ struct NormalTile {
 };
 
 // Calls consume(i, z) for the vectors of elements first + i, i = 0, kWidth, ... below count. first and count are
-// multiples of 128, and the range lies within one tile.
+// multiples of kBlock, and the range lies within one tile.
 template <class V, class Consume>
 DZO_HD void for_normals(typename V::Philox& philox, const Stream& stream, int64_t first, int count, Consume consume) {
     NormalTile<V> tile;
     philox.seek(stream, static_cast<uint64_t>(first) / kNormalsPerGroup);
-    tile.fill_words(philox, count);
+    tile.fill_words(philox, 0, count);
     tile.make_radii(count);
     tile.turn(count, consume);
 }

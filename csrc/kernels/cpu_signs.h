@@ -10,11 +10,13 @@ namespace distzo2 {
 namespace {
 
 // The sign bits of a stretch of one stream, kept from tile to tile: its blocks of Philox words are independent chains
-// of operations side by side, and one of them alone would be waited for at every tile.
-template <class V>
+// of operations side by side, and one of them alone would be waited for at every tile. What jumps about in a parameter
+// takes one block at a time.
+template <class V, int kBlocks = 4>
 class SignWords {
   public:
-    // The words of elements first, first + 1, ...: 32 of them each, up to the end of the tile of `first`.
+    // The words of elements first, first + 1, ...: 32 of them each, up to the end of the tile of `first`, a multiple
+    // of 32.
     DZO_HD const uint32_t* at(typename V::Philox& philox, const Stream& stream, int64_t first) {
         const int64_t start = first / kSpan * kSpan;
         if (start != start_ || stream.param != stream_.param || stream.step != stream_.step ||
@@ -24,7 +26,6 @@ class SignWords {
     }
 
   private:
-    static constexpr int kBlocks = 4;
     static constexpr int64_t kSpan = int64_t{kBlocks} * V::kWidth * kSignsPerGroup;
     static_assert(kSpan % kTile == 0);
 

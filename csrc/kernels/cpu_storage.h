@@ -3,6 +3,8 @@
 // set; internal linkage throughout.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/types.h"
 #include "noise/rounding.h"
 
@@ -42,6 +44,14 @@ struct Storage<V, DType::kFp16> {
         return V::stochastic_fp16(x, V::load_u16(r));
     }
 };
+
+template <DType D>
+DZO_HD typename std::conditional<D == DType::kFp32, float, uint16_t>::type canonical_nan() {
+    if constexpr (D == DType::kFp32)
+        return bits_float(kNanFp32);
+    else
+        return D == DType::kBf16 ? kNanBf16 : kNanFp16;
+}
 
 constexpr int kSignsPerWord = 32;
 
