@@ -8,7 +8,9 @@ timed in turn, on one thread and on all, and the medians kept. `visit` is what a
 weights, apply one update, write them back, and write the +eps and the -eps copy. Ratios to torch and NumPy are to one
 perturbation by them, whatever the op; NumPy has one thread. Bytes are those that must move: reads and writes of
 weights, and of the copies. The copy that they are set against is torch's copy_ of COPY_BYTES by as many threads, its
-bandwidth reads plus writes; what fits in a cache can exceed it, and `normal` and `rademacher` pay for a fresh result.
+bandwidth reads plus writes; what fits in a cache can exceed it. `normal` and `rademacher` write to a buffer that is
+there. Beside what an op gains by threads stands what SHA-256 in registers gains by as many in the same rounds: cores
+that share a clock, a power budget or a host give less than their number.
 On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock over the
 instructions an element of bench/results/sass_counts.json.
 """
@@ -18,15 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bench_common import RESULTS, interleaved_seconds, machine, write_results
+from bench_common import RESULTS, hash_in_registers, interleaved_seconds, machine, write_results
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core.types import FAMILIES
 
 SEED, STEP, PARAM, PROBE = 2**63 + 5, 11, 7, 1
 PLACE = {"seed": SEED, "step": STEP, "param": PARAM, "probe": PROBE}
@@ -39,8 +43,11 @@ OPS = (  # op, noise
     ("rademacher", "rademacher"),
     ("perturb_", "normal"),
     ("perturb_", "rademacher"),
+    ("restore_", "normal"),
     ("update_", "normal"),
+    ("update_", "rademacher"),
     ("visit", "normal"),
+    ("visit", "rademacher"),
 )
 # Passes over the weights' bytes: reads plus writes.
 PASSES = {"normal": 1, "rademacher": 1, "visit": 4}
@@ -50,7 +57,7 @@ SASS_KERNELS = {  # names of tools/sass_counts.py
     ("update_", "normal"): "update",
     ("visit", "normal"): "visit",
 }
-EMBEDDING_COLS, EMBEDDING_TOKENS = 1024, 2048
+EMBEDDING_COLS, EMBEDDING_ELEMENTS = (64, 1024), 2**21
 
 
 class Key(NamedTuple):
@@ -62,14 +69,15 @@ class Key(NamedTuple):
     threads: int
 
 
-def visit_arguments(numel: int, dtype: torch.dtype, element_offset: int = 0) -> dict[str, Any]:
+def visit_arguments(numel: int, dtype: torch.dtype, noise: str, element_offset: int = 0) -> dict[str, Any]:
     """Keyword arguments of `materialize` for one segment: an update of step STEP, then emits +eps and -eps."""
+    family = FAMILIES[noise]
     segment = Segment(0, numel, dtype, PARAM, element_offset, 0, 1, element_offset + numel)
     return {
         "segments": SegmentTable([segment], num_bytes=numel * dtype.itemsize),
         "seed": SEED,
-        "updates": (Update(STEP, (GroupScalars(LR, 0.0),), (Term(0, STEP, PROBE, 0, COEF),)),),
-        "emits": tuple(Emit((Term(0, STEP + 1, 0, 0, sign * EPS),), (1.0,)) for sign in (1.0, -1.0)),
+        "updates": (Update(STEP, (GroupScalars(LR, 0.0),), (Term(family, STEP, PROBE, 0, COEF),)),),
+        "emits": tuple(Emit((Term(family, STEP + 1, 0, 0, sign * EPS),), (1.0,)) for sign in (1.0, -1.0)),
         "write_back": True,
     }
 
@@ -88,20 +96,21 @@ class Case:
         self.clean = torch.empty(numel, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         self.weights = self.clean.clone()
         self.outs = [torch.empty_like(self.weights) for _ in range(2)]
-        self.visit = visit_arguments(numel, dtype)
 
     def call(self, op: str, noise: str, backend: str) -> Callable[[], object]:
         """A call of the op on all elements; in-place ops work on `weights`."""
         common: dict[str, Any] = {**PLACE, "backend": backend}
         if op in ("normal", "rademacher"):
             function = getattr(distzo2_core, op)
-            return lambda: function(self.numel, dtype=self.dtype, device=self.device, **common)
-        if op == "perturb_":
-            return lambda: distzo2_core.perturb_(self.weights, EPS, family=noise, **common)
+            return lambda: function(self.numel, out=self.outs[0], **common)
+        if op in ("perturb_", "restore_"):
+            function = getattr(distzo2_core, op)
+            return lambda: function(self.weights, EPS, family=noise, **common)
         if op == "update_":
             return lambda: distzo2_core.update_(self.weights, LR, COEF, family=noise, **common)
         weights, outs = self.weights.view(torch.uint8), [out.view(torch.uint8) for out in self.outs]
-        return lambda: distzo2_core.materialize(weights, outs=outs, backend=backend, **self.visit)
+        visit = visit_arguments(self.numel, self.dtype, noise)
+        return lambda: distzo2_core.materialize(weights, outs=outs, backend=backend, **visit)
 
     def check(self, op: str, noise: str, backend: str) -> None:
         """Run the op once on clean weights and compare its first, a middle and its last elements with the reference."""
@@ -127,8 +136,8 @@ class Case:
         common: dict[str, Any] = {**PLACE, "offset": part.start, "backend": "reference"}
         if op in ("normal", "rademacher"):
             return [getattr(distzo2_core, op)(numel, dtype=self.dtype, **common)]
-        if op == "perturb_":
-            return [distzo2_core.perturb_(weights, EPS, family=noise, **common)]
+        if op in ("perturb_", "restore_"):
+            return [getattr(distzo2_core, op)(weights, EPS, family=noise, **common)]
         if op == "update_":
             return [distzo2_core.update_(weights, LR, COEF, family=noise, **common)]
         outs = [torch.empty_like(weights) for _ in range(2)]
@@ -136,7 +145,7 @@ class Case:
             weights.view(torch.uint8),
             outs=[out.view(torch.uint8) for out in outs],
             backend="reference",
-            **visit_arguments(numel, self.dtype, part.start),
+            **visit_arguments(numel, self.dtype, noise, part.start),
         )
         return [weights, *outs]
 
@@ -185,9 +194,11 @@ class Bench:
     def run(self, dtype: str, numel: int) -> None:
         """All ops at one dtype and size."""
         case = Case(DTYPES[dtype], numel, self.device)
-        calls = {("randn_add", "normal", "torch"): lambda: case.weights.add_(torch.randn_like(case.weights), alpha=EPS)}
-        calls["mul_", "", "torch"] = lambda: case.weights.mul_(1.0)
+        calls: dict[tuple[str, str, str], Callable[[], object]] = {}
+        calls["randn_add", "normal", "torch"] = lambda: case.weights.add_(torch.randn_like(case.weights), alpha=EPS)
         for op, noise in OPS:
+            if (op, noise) == ("perturb_", "rademacher"):  # next to each other, on the same tensor
+                calls["mul_", "", "torch"] = lambda: case.weights.mul_(1.0)
             for backend in self.backends:
                 case.check(op, noise, backend)
                 calls[op, noise, backend] = case.call(op, noise, backend)
@@ -196,6 +207,8 @@ class Bench:
             contenders[Key("numpy_add", "normal", "numpy", 1)] = case.numpy_add()
         seconds = self.measure(contenders)
         for key in contenders:
+            if key.op == "registers":
+                continue
             row = self.row(key, seconds, dtype, numel, PASSES.get(key.op, 2))
             time = seconds[key]["median"]
             row["speedup_over_randn_add"] = seconds[Key("randn_add", "normal", "torch", key.threads)]["median"] / time
@@ -205,37 +218,41 @@ class Bench:
                 row["time_over_mul_"] = time / seconds[Key("mul_", "", "torch", key.threads)]["median"]
             self.add(row)
 
-    def run_embedding(self, dtype: str, numel: int) -> None:
-        """Lookups of EMBEDDING_TOKENS rows, beside those in the plain table, and in one that is perturbed first."""
-        rows = numel // EMBEDDING_COLS
+    def run_embedding(self, dtype: str, numel: int, cols: int) -> None:
+        """Lookups in a table of numel elements, beside plain ones, and those in a table that is perturbed first."""
+        rows = numel // cols
         generator = torch.Generator(self.device).manual_seed(0)
-        table = torch.empty(rows, EMBEDDING_COLS, dtype=DTYPES[dtype], device=self.device)
+        table = torch.empty(rows, cols, dtype=DTYPES[dtype], device=self.device)
         table.normal_(0, 0.02, generator=generator)
-        ids = torch.randint(rows, (EMBEDDING_TOKENS,), device=self.device, generator=generator)
+        ids = torch.randint(rows, (EMBEDDING_ELEMENTS // cols,), device=self.device, generator=generator)
         scratch = torch.empty_like(table)
         lookup = torch.nn.functional.embedding
 
-        def perturb_first(backend: str) -> torch.Tensor:
-            distzo2_core.perturb_(scratch.copy_(table), EPS, **PLACE, backend=backend)
+        def perturb_first(noise: str, backend: str) -> torch.Tensor:
+            distzo2_core.perturb_(scratch.copy_(table), EPS, **PLACE, family=noise, backend=backend)
             return lookup(ids, scratch)
+
+        def perturbed(noise: str, backend: str) -> torch.Tensor:
+            return distzo2_core.embedding(table, ids, EPS, **PLACE, family=noise, backend=backend)
 
         calls: dict[tuple[str, str, str], Callable[[], object]] = {}
         calls["embedding", "", "torch"] = lambda: lookup(ids, table)
         for backend in self.backends:
-            call = lambda backend=backend: distzo2_core.embedding(table, ids, EPS, **PLACE, backend=backend)  # noqa: E731
-            if not torch.equal(bits(call()), bits(perturb_first(backend))):
-                raise AssertionError(
-                    f"embedding of {backend} on {self.device}, {dtype}: not the perturbed table's rows"
-                )
-            calls["embedding", "normal", backend] = call
-            calls["perturb_table_first", "normal", backend] = lambda backend=backend: perturb_first(backend)
+            for noise in FAMILIES:
+                if not torch.equal(bits(perturbed(noise, backend)), bits(perturb_first(noise, backend))):
+                    what = f"embedding ({noise}) of {backend} on {self.device}, {dtype}"
+                    raise AssertionError(f"{what}: not the perturbed table's rows")
+                calls["embedding", noise, backend] = partial(perturbed, noise, backend)
+            calls["perturb_table_first", "normal", backend] = partial(perturb_first, "normal", backend)
         contenders = self.on_all_threads(calls)
         seconds = self.measure(contenders)
         for key in contenders:
-            row = self.row(key, seconds, dtype, ids.numel() * EMBEDDING_COLS, 2) | {"table_rows": rows}
+            if key.op in ("registers", "copy"):
+                continue
+            row = self.row(key, seconds, dtype, ids.numel() * cols, 2) | {"table_rows": rows, "cols": cols}
             time = seconds[key]["median"]
             row["time_over_plain_embedding"] = time / seconds[Key("embedding", "", "torch", key.threads)]["median"]
-            if key.op == "embedding" and key.noise:
+            if key.op == "embedding" and key.noise == "normal":
                 first = key._replace(op="perturb_table_first")
                 row["speedup_over_perturbed_table"] = seconds[first]["median"] / time
             self.add(row)
@@ -243,6 +260,8 @@ class Bench:
     def on_all_threads(self, calls: dict[tuple[str, str, str], Callable[[], object]]) -> dict[Key, Callable]:
         """The calls and the copy, each on all numbers of threads, in the order in which they take turns."""
         every = {("copy", "", "torch"): self.copy, **calls}
+        if self.device == "cpu":
+            every["registers", "", "hashlib"] = hash_in_registers
         return {Key(*what, threads): call for what, call in every.items() for threads in self.threads}
 
     def measure(self, contenders: dict[Key, Callable]) -> dict[Key, dict[str, float]]:
@@ -279,16 +298,21 @@ class Bench:
             row["instruction_bound_giga_elements_per_s"] = self.bounds[key.op, key.noise, dtype]
             row["of_instruction_bound"] = rate / self.bounds[key.op, key.noise, dtype]
         if key.threads > 1 and key._replace(threads=1) in seconds:
-            row["speedup_over_one_thread"] = seconds[key._replace(threads=1)]["median"] / seconds[key]["median"]
+            for name, what in (
+                ("speedup_over_one_thread", key),
+                ("registers_over_one_thread", Key("registers", "", "hashlib", key.threads)),
+            ):
+                row[name] = seconds[what._replace(threads=1)]["median"] / seconds[what]["median"]
         return row
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep and print a row."""
         self.rows.append(row)
         where = f"cpu x{row['threads']}" if self.device == "cpu" else self.device
-        what = f"{row['op']} {row['noise']}" if row["op"] in ("perturb_", "embedding") else row["op"]
+        what = row["op"] if row["op"] == row["noise"] else f"{row['op']} {row['noise']}"
+        what += f", {row['cols']} cols" if "cols" in row else ""
         parts = [
-            f"{where:7} {what:20} {row['backend']:9} {row['dtype']:8} {row['numel']:>10}",
+            f"{where:7} {what:31} {row['backend']:9} {row['dtype']:8} {row['numel']:>10}",
             f"{row['giga_elements_per_s']:9.3f} G/s {row['gb_per_s']:8.1f} GB/s",
             f"{100 * row['of_copy_bandwidth']:6.1f}% of copy",
         ]
@@ -300,6 +324,7 @@ class Bench:
             ("time_over_plain_embedding", "{:6.2f} of plain"),
             ("speedup_over_perturbed_table", "{:7.2f}x table first"),
             ("speedup_over_one_thread", "{:5.2f}x one thread"),
+            ("registers_over_one_thread", "(registers {:.2f}x)"),
         ):
             if key in row and row["op"] != "copy":
                 parts.append(text.format(row[key]))
@@ -333,7 +358,8 @@ def run_device(device: str, backends: list[str], threads: list[int], options: ar
     for dtype in options.dtypes.split(","):
         for numel in sizes:
             bench.run(dtype, numel)
-        bench.run_embedding(dtype, min(sizes[-1], 2**26))
+        for cols in EMBEDDING_COLS:
+            bench.run_embedding(dtype, min(sizes[-1], 2**26), cols)
     return bench.rows
 
 

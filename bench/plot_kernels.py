@@ -22,8 +22,11 @@ LABELS = {
     ("rademacher", "rademacher"): "rademacher",
     ("perturb_", "normal"): "perturb_",
     ("perturb_", "rademacher"): "perturb_, signs",
+    ("restore_", "normal"): "restore_",
     ("update_", "normal"): "update_",
+    ("update_", "rademacher"): "update_, signs",
     ("visit", "normal"): "visit",
+    ("visit", "rademacher"): "visit, signs",
 }
 OURS = tuple(LABELS)[3:]
 Row = dict[str, Any]
@@ -145,7 +148,7 @@ def draw(path: Path) -> Path:
         ran = {row["backend"] for row in result["rows"] if row["device"] == device}
         pictures += [(device, backend) for backend in ("native", "triton") if backend in ran]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 8.5 * len(pictures)), layout="constrained")
+        figure = Figure(figsize=(12, 10 * len(pictures)), layout="constrained")
         FigureCanvasAgg(figure)
         for part, (device, backend) in zip(
             figure.subfigures(len(pictures), 1, squeeze=False)[:, 0], pictures, strict=True

@@ -1,9 +1,9 @@
 """Which implementation runs an op: the compiled extension, Triton, or the NumPy reference.
 
-A backend is an object with the functions normal, rademacher, perturb_, restore_, update_, embedding and materialize in
-the raw signatures of `torch.ops.distzo2`. One that the caller names is used or refused, never swapped for another.
-`None` stands for `native` where it was built for the device, else `triton`; it is resolved once for each kind of device
-and logged.
+A backend is an object with the functions normal, rademacher, noise_, perturb_, restore_, update_, embedding and
+materialize in the raw signatures of `torch.ops.distzo2`. One that the caller names is used or refused, never swapped
+for another. `None` stands for `native` where it was built for the device, else `triton`; it is resolved once for each
+kind of device and logged.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
 
 
 def implementation(backend: str | None, device: torch.device) -> Any:
-    """The functions of the resolved backend: `torch.ops.distzo2`, or the module `triton_kernels` or `reference`."""
+    """The functions of the resolved backend: `torch.ops.distzo2`, or the module `triton_ops` or `reference_ops`."""
     name = resolve_backend(backend, device)
     if name == "native":
         return torch.ops.distzo2
-    return importlib.import_module(f"distzo2_core.{'triton_kernels' if name == 'triton' else name}")
+    return importlib.import_module(f"distzo2_core.{name}_ops")

@@ -13,6 +13,10 @@ def _noise(
     return torch.empty(numel, dtype=dtype, device=device)
 
 
+def _noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: int) -> None:
+    return None
+
+
 def _perturb_(
     w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
 ) -> None:
@@ -75,6 +79,7 @@ def register() -> None:
     """Registers the fake kernels; called once, after the extension has defined the ops."""
     torch.library.register_fake("distzo2::normal", _noise)
     torch.library.register_fake("distzo2::rademacher", _noise)
+    torch.library.register_fake("distzo2::noise_", _noise_)
     torch.library.register_fake("distzo2::perturb_", _perturb_)
     torch.library.register_fake("distzo2::restore_", _perturb_)
     torch.library.register_fake("distzo2::update_", _update_)

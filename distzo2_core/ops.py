@@ -16,6 +16,7 @@ import torch
 from .backends import implementation
 from .types import (
     DTYPE_CODES,
+    FAMILIES,
     MAX_ELEMENTS,
     MAX_PARAM,
     MAX_PROBE,
@@ -41,8 +42,9 @@ def normal(
     param: int,
     probe: int = 0,
     offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Standard normals of the elements [offset, offset + numel) of a parameter.
@@ -56,18 +58,20 @@ def normal(
         param: index of the parameter, in [0, 2^32).
         probe: index of the perturbation within the step, in [0, 2^20).
         offset: first element; offset + numel is at most 2^38.
-        dtype: float32, bfloat16 or float16.
-        device: where the result is made.
+        dtype: float32 (the default), bfloat16 or float16.
+        device: where the result is made; the default is the CPU.
+        out: a contiguous tensor of numel elements, of any shape, that the result is written to; `dtype` and `device`
+            are its own and need not be given. Large results pay more for fresh memory than for their elements.
         backend: "native", "triton", "reference", or None for the default of the device.
 
     Returns:
-        A tensor [numel] of `dtype` on `device`.
+        A tensor [numel] of `dtype` on `device`, or `out`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
         BackendError: the backend is not there or cannot run on the device.
     """
-    return _noise("normal", numel, seed, step, param, probe, offset, dtype, device, backend)
+    return _noise("normal", numel, seed, step, param, probe, offset, dtype, device, out, backend)
 
 
 def rademacher(
@@ -78,12 +82,13 @@ def rademacher(
     param: int,
     probe: int = 0,
     offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Signs +1 and -1 with equal probability; arguments, result and errors are those of `normal`."""
-    return _noise("rademacher", numel, seed, step, param, probe, offset, dtype, device, backend)
+    return _noise("rademacher", numel, seed, step, param, probe, offset, dtype, device, out, backend)
 
 
 def perturb_(
@@ -312,16 +317,34 @@ def _noise(
     param: int,
     probe: int,
     offset: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    out: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
     numel = check_int("numel", numel, 0, MAX_ELEMENTS)
     words = _check_words(numel, seed, step, param, probe, offset)
+    if out is not None:
+        _check_out(out, numel, dtype, device)
+        fill = implementation(backend, out.device).noise_
+        if numel:
+            fill(out.detach(), *words, FAMILIES[family])
+            _mark_changed(fill, out)
+        return out
+    dtype, device = dtype or torch.float32, torch.device(device or "cpu")
     dtype_code(dtype)
-    device = torch.device(device)
     run = getattr(implementation(backend, device), family)
     return run(numel, *words, dtype, device) if numel else torch.empty(0, dtype=dtype, device=device)
+
+
+def _check_out(out: torch.Tensor, numel: int, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    _check_tensor("out", out)
+    if out.numel() != numel:
+        raise ValueError(f"out must have {numel} elements, got shape {tuple(out.shape)}")
+    if dtype is not None and dtype != out.dtype:
+        raise TypeError(f"out must be of {dtype}, got {out.dtype}")
+    if device is not None and torch.device(device) not in (out.device, torch.device(out.device.type)):
+        raise ValueError(f"out must be on {device}, got {out.device}")
 
 
 def _check_words(
@@ -339,13 +362,17 @@ def _check_words(
 def _check_place(
     w: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: str, name: str = "w"
 ) -> tuple[int, int, int, int, int, int]:
+    _check_tensor(name, w)
+    return *_check_words(w.numel(), seed, step, param, probe, offset), family_code(family)
+
+
+def _check_tensor(name: str, w: torch.Tensor) -> None:
     if not isinstance(w, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(w).__name__}")
     if w.dtype not in DTYPE_CODES:
         raise TypeError(f"{name} must be of torch.float32, torch.bfloat16 or torch.float16, got {w.dtype}")
     if not w.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got shape {tuple(w.shape)} with strides {w.stride()}")
-    return *_check_words(w.numel(), seed, step, param, probe, offset), family_code(family)
 
 
 def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments: SegmentTable) -> None:

@@ -1,25 +1,21 @@
 """The noise and the arithmetic in NumPy: the oracle that every compiled backend equals bit for bit.
 
 Written for clarity. Arrays of float32 hold values; 16-bit weights are held as their bits. `fma` is exactly rounded, so
-no result here depends on how NumPy was built. The functions at the end have the signatures of the torch ops
-`distzo2::*` and work on CPU tensors.
+no result here depends on how NumPy was built. `reference_ops` applies it to tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
-import torch
 
-from .types import CODE_DTYPES, DTYPE_CODES, NORMAL, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING, RADEMACHER, check_int
 from .types import MAX_STEP as _MAX_STEP
+from .types import NORMAL, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING, RADEMACHER, check_int
 
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype codes
-_CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
 
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
@@ -258,152 +254,3 @@ def updated(values: np.ndarray, lr: np.float32, weight_decay: np.float32, terms:
     """w - lr * (weight_decay * w + sum of c * z), not yet rounded to the weight's dtype."""
     direction = np.zeros_like(values) if weight_decay == 0 else mul(weight_decay, values)
     return fma(-lr, perturbed(direction, terms), values)
-
-
-# The torch ops, on CPU tensors; arguments were checked by the caller.
-
-_BITS = {FLOAT32: (torch.int32, np.uint32), BFLOAT16: (torch.int16, np.uint16), FLOAT16: (torch.int16, np.uint16)}
-
-
-def _bits_of(tensor: torch.Tensor) -> np.ndarray:
-    """A flat view of a contiguous CPU tensor's stored bits."""
-    torch_type, numpy_type = _BITS[DTYPE_CODES[tensor.dtype]]
-    return tensor.detach().view(-1).view(torch_type).numpy().view(numpy_type)
-
-
-def _generate(
-    family: int, numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype
-) -> torch.Tensor:
-    out = torch.empty(numel, dtype=dtype)
-    bits = _bits_of(out)
-    for at in range(0, numel, _CHUNK):
-        count = min(_CHUNK, numel - at)
-        values = noise_values(family, seed, step, param, probe, offset + at, count)
-        bits[at : at + count] = round_nearest(values, DTYPE_CODES[dtype])
-    return out
-
-
-def normal(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return _generate(NORMAL, numel, seed, step, param, probe, offset, dtype)
-
-
-def rademacher(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return _generate(RADEMACHER, numel, seed, step, param, probe, offset, dtype)
-
-
-def perturb_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    bits, code = _bits_of(w), DTYPE_CODES[w.dtype]
-    for at in range(0, bits.size, _CHUNK):
-        part = bits[at : at + _CHUNK]
-        noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
-        part[:] = round_nearest(perturbed(decode(part, code), [(np.float32(scale), noise)]), code)
-
-
-def restore_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    perturb_(w, -scale, seed, step, param, probe, offset, family)
-
-
-def embedding(
-    weight: torch.Tensor,
-    ids: torch.Tensor,
-    scale: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> torch.Tensor:
-    rows, inverse = ids.reshape(-1).unique(return_inverse=True)
-    for i, row in enumerate(ids.reshape(-1).tolist()):
-        if not 0 <= row < weight.shape[0]:
-            raise IndexError(f"ids[{i}] is {row}, and the table has {weight.shape[0]} rows")
-    out = weight[rows]
-    for i, row in enumerate(rows.tolist()):
-        perturb_(out[i], scale, seed, step, param, probe, offset + row * weight.shape[1], family)
-    return out[inverse].view(*ids.shape, weight.shape[1])
-
-
-def update_(
-    w: torch.Tensor,
-    lr: float,
-    coef: float,
-    weight_decay: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> None:
-    bits, code = _bits_of(w), DTYPE_CODES[w.dtype]
-    for at in range(0, bits.size, _CHUNK):
-        part = bits[at : at + _CHUNK]
-        noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
-        scalars = np.float32(lr), np.float32(weight_decay), [(np.float32(coef), noise)]
-        if not is_identity(*scalars):
-            values = updated(decode(part, code), *scalars)
-            part[:] = round_stochastic(values, rounding_bits(seed, step, param, offset + at, part.size), code)
-
-
-def materialize(
-    weights: torch.Tensor,
-    segments: torch.Tensor,
-    seed: int,
-    terms: torch.Tensor,
-    coefs: torch.Tensor,
-    updates: torch.Tensor,
-    update_groups: torch.Tensor,
-    emits: torch.Tensor,
-    emit_scales: torch.Tensor,
-    outs: Sequence[torch.Tensor],
-    write_back: bool,
-) -> None:
-    stored, written = weights.numpy(), [out.numpy() for out in outs]
-    term_rows, coef_values = terms.tolist(), coefs.numpy()
-    for byte_offset, numel, code, param, element_offset, group, _, _ in segments.tolist():
-        itemsize = CODE_DTYPES[code].itemsize
-        for at in range(0, numel, _CHUNK):
-            count, offset = min(_CHUNK, numel - at), element_offset + at
-            place = slice(byte_offset + at * itemsize, byte_offset + (at + count) * itemsize)
-            scaled = partial(_scaled_terms, term_rows, coef_values, seed, param, offset, count)
-            bits = stored[place].view(_BITS[code][1])
-            changed = False
-            for (step, first, num), scalars in zip(updates.tolist(), update_groups.numpy(), strict=True):
-                lr, weight_decay, _, update_scale = scalars[group]
-                update_terms = scaled(first, num, update_scale)
-                if not is_identity(lr, weight_decay, update_terms):
-                    values = updated(decode(bits, code), lr, weight_decay, update_terms)
-                    bits = round_stochastic(values, rounding_bits(seed, step, param, offset, count), code)
-                    changed = True
-            for (first, num), scales, out in zip(emits.tolist(), emit_scales.numpy(), written, strict=True):
-                values = perturbed(decode(bits, code), scaled(first, num, scales[group]))
-                out[place] = round_nearest(values, code).view(np.uint8)
-            if write_back and changed:
-                stored[place] = bits.view(np.uint8)
-
-
-def _scaled_terms(
-    term_rows: list[list[int]],
-    coefs: np.ndarray,
-    seed: int,
-    param: int,
-    offset: int,
-    count: int,
-    first: int,
-    num: int,
-    scale: np.float32,
-) -> list[NoiseTerm]:
-    """Terms [first, first + num), coefficients times a group's scale in float32, for elements of one parameter."""
-    return [
-        (mul(coefs[index], scale), partial(noise_values, family, seed, step, param, probe, offset, count))
-        for index, (family, step, probe, _) in enumerate(term_rows[first : first + num], start=first)
-    ]

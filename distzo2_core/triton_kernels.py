@@ -1,21 +1,14 @@
 """Triton kernels under the same bit contract as the compiled ones, for CUDA tensors and for Triton's interpreter.
 
 One kernel serves perturb_, restore_, update_ and materialize, a second one looks up perturbed rows, a third one writes
-bare noise. A program handles one
-tile: _TILE consecutive elements of a parameter, aligned to _TILE. Launches run on torch's current stream of the
-tensors' device. The functions at the end have the signatures of the torch ops `distzo2::*`; the caller checked their
-arguments.
+bare noise. A program handles one tile: TILE consecutive elements of a parameter, aligned to TILE, a multiple of 128
+(the elements of a Rademacher group). `triton_ops` launches them.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .triton_noise import (
     decode,
@@ -26,12 +19,10 @@ from .triton_noise import (
     round_stochastic,
     rounding_tile,
 )
-from .types import CODE_DTYPES, DTYPE_CODES, NORMAL, RADEMACHER
 
-_TILE = 1024  # elements; a multiple of 128, the elements of a Rademacher group
-_HEADER = 8  # entries of the integer table before the updates
+HEADER = 8  # entries of the integer table of materialize_kernel before the updates
 
-_HEADER_LENGTH = tl.constexpr(_HEADER)
+_HEADER_LENGTH = tl.constexpr(HEADER)
 
 
 @triton.jit
@@ -58,12 +49,8 @@ def _uint32(pointer):
 
 
 @triton.jit
-def _noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
-    """ints: int64 [7], low and high half of the seed, step, param, probe, offset, numel."""
-    offset = tl.load(ints + 5)
-    numel = tl.load(ints + 6)
-    first = (offset // TILE + tl.program_id(0)) * TILE
-    index = first - offset + tl.arange(0, TILE)
+def _stream_tile(ints, first, FAMILY: tl.constexpr, TILE: tl.constexpr):
+    """The noise of a tile; ints: int64, low and high half of the seed, step, param, probe."""
     k0, k1, step, param, probe = (
         _uint32(ints),
         _uint32(ints + 1),
@@ -72,14 +59,24 @@ def _noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.
         _uint32(ints + 4),
     )
     if FAMILY == 0:
-        z = normal_tile(first, step, param, probe, k0, k1, TILE)
+        return normal_tile(first, step, param, probe, k0, k1, TILE)
     else:
-        z = rademacher_tile(first, step, param, probe, k0, k1, TILE)
+        return rademacher_tile(first, step, param, probe, k0, k1, TILE)
+
+
+@triton.jit
+def noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
+    """ints: int64 [7], low and high half of the seed, step, param, probe, offset, numel."""
+    offset = tl.load(ints + 5)
+    numel = tl.load(ints + 6)
+    first = (offset // TILE + tl.program_id(0)) * TILE
+    index = first - offset + tl.arange(0, TILE)
+    z = _stream_tile(ints, first, FAMILY, TILE)
     _store_bits(out + index, round_nearest(z, CODE), (index >= 0) & (index < numel), CODE)
 
 
 @triton.jit
-def _embedding_kernel(table, ids, out, ints, floats, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
+def embedding_kernel(table, ids, out, ints, floats, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
     """One tile of one row of the result; a row of NaN for an id that is out of range.
 
     table, out: int32 or int16 pointers by CODE, [rows, cols] and [ids, cols]. ids: int64.
@@ -97,24 +94,14 @@ def _embedding_kernel(table, ids, out, ints, floats, FAMILY: tl.constexpr, CODE:
     value = decode(_load_bits(table + begin + index, mask, CODE), CODE)
     scale = tl.load(floats)
     if scale != 0.0:
-        k0, k1, step, param, probe = (
-            _uint32(ints),
-            _uint32(ints + 1),
-            _uint32(ints + 2),
-            _uint32(ints + 3),
-            _uint32(ints + 4),
-        )
-        if FAMILY == 0:
-            z = normal_tile(first, step, param, probe, k0, k1, TILE)
-        else:
-            z = rademacher_tile(first, step, param, probe, k0, k1, TILE)
+        z = _stream_tile(ints, first, FAMILY, TILE)
         value = tl.fma(z, scale, value)
     value = tl.where(known, value, float("nan"))
     _store_bits(out + row * cols + index, round_nearest(value, CODE), mask, CODE)
 
 
 @triton.jit
-def _materialize_kernel(
+def materialize_kernel(
     weights,
     out0,
     out1,
@@ -221,234 +208,4 @@ def _materialize_kernel(
             _store_bits(out1 + place, round_nearest(total1, CODE), mask, CODE)
 
 
-INTERPRETED = not isinstance(_materialize_kernel, triton.JITFunction)
-
-
-# Launches.
-
-_BITS_TYPE = {0: torch.int32, 1: torch.int16, 2: torch.int16}
-_segment_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _num_tiles(element_offset: int, numel: int) -> int:
-    return (element_offset + numel - 1) // _TILE - element_offset // _TILE + 1
-
-
-def _typed(buffer: torch.Tensor, code: int) -> torch.Tensor:
-    """A view of bytes, or of weights, as integers of the width of a dtype code."""
-    flat = buffer.view(-1)
-    if flat.dtype == torch.uint8:
-        flat = flat[: flat.numel() - flat.numel() % CODE_DTYPES[code].itemsize]
-    return flat.view(_BITS_TYPE[code])
-
-
-def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[int, int, int, torch.Tensor]]:
-    """(dtype code, number of segments, number of tiles, device table) of each dtype, kept while `segments` is."""
-    cached = _segment_tables.setdefault(segments, {})
-    key = (device, segments._version)
-    if key not in cached:
-        rows: dict[int, list[list[int]]] = {}
-        tiles: dict[int, int] = {}
-        for byte_offset, numel, code, param, element_offset, group, _, _ in segments.tolist():
-            if numel:
-                begin = tiles.get(code, 0)
-                row = [begin, byte_offset // CODE_DTYPES[code].itemsize, numel, param, element_offset, group]
-                rows.setdefault(code, []).append(row)
-                tiles[code] = begin + _num_tiles(element_offset, numel)
-        cached[key] = [
-            (code, len(table), tiles[code], torch.tensor(table, dtype=torch.int64).to(device))
-            for code, table in rows.items()
-        ]
-    return cached[key]
-
-
-def _split_emits(emits: list[list[int]], term_rows: list[list[int]]) -> list[list[int]]:
-    """Indices of the emits of each launch: two neighbours with the same terms share one, as +eps and -eps do."""
-
-    def keys(emit: int) -> list[list[int]]:
-        first, num = emits[emit]
-        return term_rows[first : first + num]
-
-    launches: list[list[int]] = []
-    for emit in range(len(emits)):
-        if launches and len(launches[-1]) == 1 and keys(launches[-1][0]) == keys(emit):
-            launches[-1].append(emit)
-        else:
-            launches.append([emit])
-    return launches
-
-
-def materialize(
-    weights: torch.Tensor,
-    segments: torch.Tensor,
-    seed: int,
-    terms: torch.Tensor,
-    coefs: torch.Tensor,
-    updates: torch.Tensor,
-    update_groups: torch.Tensor,
-    emits: torch.Tensor,
-    emit_scales: torch.Tensor,
-    outs: Sequence[torch.Tensor],
-    write_back: bool,
-) -> None:
-    seed %= 2**64
-    num_groups = update_groups.shape[1] if len(updates) else emit_scales.shape[1]
-    for launch in _split_emits(emits.tolist(), terms.tolist()) or [[]]:
-        for code, num_segments, num_tiles, table in _group_segments(segments, weights.device):
-            header = [seed & 0xFFFFFFFF, seed >> 32, num_segments, len(updates), num_groups]
-            ints = torch.tensor(header + [0] * (_HEADER - len(header)), dtype=torch.int64)
-            ints = torch.cat([ints, updates.reshape(-1), emits[launch].reshape(-1), terms.reshape(-1)])
-            floats = torch.cat([update_groups.reshape(-1), emit_scales[launch].reshape(-1), coefs])
-            stored = _typed(weights, code)
-            written = [_typed(outs[emit], code) for emit in launch]
-            with _on_device(weights.device):
-                _materialize_kernel[(num_tiles,)](
-                    stored,
-                    written[0] if written else stored,
-                    written[1] if len(written) > 1 else stored,
-                    table,
-                    ints.to(weights.device, non_blocking=True),
-                    floats.to(weights.device, non_blocking=True),
-                    CODE=code,
-                    WRITE_BACK=write_back and len(updates) > 0,
-                    NUM_EMITS=len(launch),
-                    TILE=_TILE,
-                    enable_fp_fusion=False,
-                )
-        if write_back:  # the first launch made the updates
-            updates, update_groups = updates[:0], update_groups[:0]
-
-
-def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, **program: torch.Tensor) -> None:
-    """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
-    segments = torch.tensor([[0, w.numel(), DTYPE_CODES[w.dtype], param, offset, 0, 1, w.numel()]], dtype=torch.int64)
-    outs = [w] * len(program["emits"])
-    materialize(w, segments, seed, **program, outs=outs, write_back=len(program["updates"]) > 0)
-
-
-def perturb_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    _in_place(
-        w,
-        seed,
-        param,
-        offset,
-        terms=torch.tensor([[family, step, probe, 0]]),
-        coefs=torch.tensor([scale], dtype=torch.float32),
-        updates=torch.empty(0, 3, dtype=torch.int64),
-        update_groups=torch.empty(0, 1, 4),
-        emits=torch.tensor([[0, 1]]),
-        emit_scales=torch.ones(1, 1),
-    )
-
-
-def restore_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    perturb_(w, -scale, seed, step, param, probe, offset, family)
-
-
-def update_(
-    w: torch.Tensor,
-    lr: float,
-    coef: float,
-    weight_decay: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> None:
-    _in_place(
-        w,
-        seed,
-        param,
-        offset,
-        terms=torch.tensor([[family, step, probe, 0]]),
-        coefs=torch.tensor([coef], dtype=torch.float32),
-        updates=torch.tensor([[step, 0, 1]]),
-        update_groups=torch.tensor([[[lr, weight_decay, 1.0, 1.0]]], dtype=torch.float32),
-        emits=torch.empty(0, 2, dtype=torch.int64),
-        emit_scales=torch.empty(0, 1),
-    )
-
-
-def embedding(
-    weight: torch.Tensor,
-    ids: torch.Tensor,
-    scale: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> torch.Tensor:
-    rows, cols = weight.shape
-    if weight.device.type == "cpu":
-        for i, row in enumerate(ids.reshape(-1).tolist()):
-            if not 0 <= row < rows:
-                raise IndexError(f"ids[{i}] is {row}, and the table has {rows} rows")
-    out = torch.empty(*ids.shape, cols, dtype=weight.dtype, device=weight.device)
-    if not out.numel():
-        return out
-    seed %= 2**64
-    code = DTYPE_CODES[weight.dtype]
-    ints = torch.tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, rows, cols], dtype=torch.int64)
-    with _on_device(weight.device):
-        _embedding_kernel[(ids.numel(), (cols + 2 * (_TILE - 1)) // _TILE)](
-            _typed(weight, code) if weight.numel() else _typed(out, code),
-            ids.contiguous(),
-            _typed(out, code),
-            ints.to(weight.device, non_blocking=True),
-            torch.tensor([scale], dtype=torch.float32).to(weight.device, non_blocking=True),
-            FAMILY=family,
-            CODE=code,
-            TILE=_TILE,
-            enable_fp_fusion=False,
-        )
-    return out
-
-
-def _generate(
-    family: int,
-    numel: int,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    out = torch.empty(numel, dtype=dtype, device=device)
-    seed %= 2**64
-    ints = torch.tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, numel], dtype=torch.int64)
-    with _on_device(out.device):
-        _noise_kernel[(_num_tiles(offset, numel),)](
-            _typed(out, DTYPE_CODES[dtype]),
-            ints.to(out.device, non_blocking=True),
-            FAMILY=family,
-            CODE=DTYPE_CODES[dtype],
-            TILE=_TILE,
-            enable_fp_fusion=False,
-        )
-    return out
-
-
-def normal(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return _generate(NORMAL, numel, seed, step, param, probe, offset, dtype, device)
-
-
-def rademacher(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return _generate(RADEMACHER, numel, seed, step, param, probe, offset, dtype, device)
+INTERPRETED = not isinstance(materialize_kernel, triton.JITFunction)

@@ -139,7 +139,11 @@ def check_noise(backend: str, device: str = "cpu", numels: tuple[int, ...] = (1,
         for function in (distzo2_core.normal, distzo2_core.rademacher):
             got = function(numel, **place, offset=offset, dtype=dtype, device=device, backend=backend)
             assert got.device.type == device
-            assert_same_bits(got, function(numel, **place, offset=offset, dtype=dtype, backend="reference"))
+            expected = function(numel, **place, offset=offset, dtype=dtype, backend="reference")
+            assert_same_bits(got, expected)
+            out = torch.full((numel, 1), float("nan"), dtype=dtype, device=device)
+            assert function(numel, **place, offset=offset, out=out, backend=backend) is out
+            assert_same_bits(out.view(-1), expected)
 
 
 def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int, device: str = "cpu") -> None:

@@ -42,6 +42,28 @@ def without_a_bit_of_the_probe(family: str, numel: int, place: noise_sums.Place)
     return MAKE(family, numel, place | {"probe": place["probe"] & ~(1 << 17)})
 
 
-@pytest.mark.parametrize("make", [repeated_lane, without_a_bit_of_the_probe])
-def test_what_is_not_random_is_found(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_large_values(family: str, numel: int, place: noise_sums.Place) -> torch.Tensor:
+    return MAKE(family, numel, place).clamp_(-4.8, 4.8)
+
+
+def repeated_rounding_bit(family: str, numel: int, place: noise_sums.Place) -> torch.Tensor:
+    z = MAKE(family, numel, place)
+    if family == "rounding":
+        z[9::64] = z[3::64]
+    return z
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (repeated_lane, "normal: place and successors, by lane"),
+        (without_a_bit_of_the_probe, "z of places one bit"),
+        (without_large_values, "normal: largest magnitude"),
+        (repeated_rounding_bit, "rounding: pairs of bits in a group"),
+    ],
+)
+def test_what_is_not_random_is_found(
+    make: Make, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     assert run(monkeypatch, make) == 1
+    assert f"  failed: {kind}" in capsys.readouterr().out

@@ -103,10 +103,31 @@ def test_wrong_dtypes_devices_and_families() -> None:
         distzo2_core.perturb_(torch.ones(4), 1.0, **PLACE, family="uniform")
 
 
+def test_buffers_for_noise_that_are_refused() -> None:
+    out = torch.zeros(4)
+    wrong = [
+        (TypeError, "out must be a tensor, got list", [0.0] * 4, {}),
+        (TypeError, r"out must be of torch\.float32, .*, got torch\.int32", out.int(), {}),
+        (ValueError, r"out must be contiguous, got shape \(4,\)", torch.zeros(8)[::2], {}),
+        (ValueError, r"out must have 4 elements, got shape \(5,\)", torch.zeros(5), {}),
+        (TypeError, r"out must be of torch\.float16, got torch\.float32", out, {"dtype": torch.float16}),
+        (ValueError, "out must be on meta, got cpu", out, {"device": "meta"}),
+    ]
+    for function in (distzo2_core.normal, distzo2_core.rademacher):
+        for error, message, buffer, more in wrong:
+            with pytest.raises(error, match=message):
+                function(4, **PLACE, out=buffer, **more)
+        assert not out.any()
+        assert function(4, **PLACE, out=out, dtype=torch.float32, device="cpu") is out and out.all()
+        out.zero_()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_is_nothing_done(backend: str) -> None:
     for function in (distzo2_core.normal, distzo2_core.rademacher):
         assert function(0, **PLACE, offset=2**38, dtype=torch.bfloat16, backend=backend).shape == (0,)
+        out = torch.empty(0, 3)
+        assert function(0, **PLACE, offset=2**38, out=out, backend=backend) is out
     for function, scalars in IN_PLACE.items():
         for w in (torch.empty(0), torch.empty(0, 3), torch.empty(3, 0).T):
             assert function(w, *scalars, **PLACE, backend=backend) is w

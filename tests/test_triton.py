@@ -87,7 +87,7 @@ def check_ptx() -> None:
         constants = {"CODE": code, "WRITE_BACK": True, "NUM_EMITS": 2, "TILE": 1024}
         signature = dict.fromkeys(("weights", "out0", "out1"), pointer)
         signature |= {"segments": "*i64", "ints": "*i64", "floats": "*fp32"} | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(triton_kernels._materialize_kernel, signature=signature, constexprs=constants)
+        source = ASTSource(triton_kernels.materialize_kernel, signature=signature, constexprs=constants)
         target = GPUTarget("cuda", capability, 32)
         ptx = triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm["ptx"]
         names = set(re.findall(r"^\s*(?:@!?%\w+\s+)?((?:\w+\.)+f(?:16|32|64)(?:\.\w+)*)\s", ptx, flags=re.MULTILINE))

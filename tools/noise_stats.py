@@ -1,4 +1,4 @@
-"""Whether the noise is what it claims to be: independent standard normals and fair signs, over more than 10^9 of each.
+"""Whether the noise is what it claims to be: independent standard normals, fair signs and rounding bits, 10^9 of each.
 
     python tools/noise_stats.py                # minutes on two cores; writes bench/results/noise_stats.json
     python tools/noise_stats.py --quick        # 10^7 of each, seconds; writes nothing
@@ -128,6 +128,10 @@ def judge_normals(places: list[Place], num_threads: int) -> list[Tests]:
         raise SystemExit(f"error: a normal of magnitude {float(sums['largest'])}, expected at most {LARGEST}")
     samples = len(places) * NORMAL_CHUNK
     found = judge_distribution(sums, samples)
+    # The probability of a smaller maximum; LARGEST is the bound on the other side.
+    largest = sums["largest"].double()
+    p = torch.exp(-samples * torch.special.erfc(largest / math.sqrt(2)))
+    found.append(Tests("normal: largest magnitude", samples, p, None, lambda _: f"{float(largest):.4f}"))
     pairs = torch.tensor([len(places) * (NORMAL_CHUNK - lag) for lag in NORMAL_LAGS], dtype=torch.float64)
     for what, lags in zip(("z", "z²"), sums["lags"], strict=True):
         found.append(from_z(f"normal: {what} at lags", samples, lags / pairs.sqrt(), lambda i: f"lag {NORMAL_LAGS[i]}"))
@@ -140,30 +144,37 @@ def judge_normals(places: list[Place], num_threads: int) -> list[Tests]:
     return [*found, from_z("normal · Rademacher", samples, signs, lambda _: "same place and element")]
 
 
-def judge_signs(places: list[Place], num_threads: int) -> list[Tests]:
-    """Mean, positions in a group and their pairs, lags, lengths of runs."""
-    sums = noise_sums.in_threads(noise_sums.sign_sums, places, num_threads)
+def chi_square(kind: str, samples: int, counts: torch.Tensor, expected: torch.Tensor) -> Tests:
+    """Counts [n] against what is expected of them."""
+    z = (counts - expected) / expected.sqrt()
+    p = torch.special.gammaincc(torch.tensor([(counts.numel() - 1) / 2]).double(), (z**2).sum().view(1) / 2)
+    return Tests(kind, samples, p, None, lambda _: f"chi-square {float((z**2).sum()):.2f}")
+
+
+def judge_signs(family: str, places: list[Place], num_threads: int) -> list[Tests]:
+    """Mean, positions in a group and their pairs, lags, lengths of runs, 16 neighbours as a number."""
+    sums = noise_sums.in_threads(functools.partial(noise_sums.sign_sums, family), places, num_threads)
+    what = {"rademacher": "Rademacher", "rounding": "rounding"}[family]
     samples, groups = len(places) * SIGN_CHUNK, len(places) * SIGN_CHUNK // GROUP
     mean = sums["bits"].sum().view(1) / math.sqrt(samples)
-    found = [from_z("Rademacher: mean", samples, mean, lambda _: "mean")]
-    found += with_spread(
-        from_z("Rademacher: mean by bit", groups, sums["bits"] / math.sqrt(groups), lambda i: f"bit {i}")
-    )
+    found = [from_z(f"{what}: mean", samples, mean, lambda _: "mean")]
+    found += with_spread(from_z(f"{what}: mean by bit", groups, sums["bits"] / math.sqrt(groups), lambda i: f"bit {i}"))
     pairs = torch.tensor([len(places) * (SIGN_CHUNK - lag) for lag in SIGN_LAGS], dtype=torch.float64)
     z = sums["lags"] / pairs.sqrt()
-    found.append(from_z("Rademacher: lags", samples, z, lambda i: f"lag {SIGN_LAGS[i]}"))
-    found += from_gram("Rademacher: pairs of bits in a group", groups, sums["within"], [f"{k}" for k in range(GROUP)])
+    found.append(from_z(f"{what}: lags", samples, z, lambda i: f"lag {SIGN_LAGS[i]}"))
+    found += from_gram(f"{what}: pairs of bits in a group", groups, sums["within"], [f"{k}" for k in range(GROUP)])
     followed = groups - len(places)  # groups that have a next one in their place
     z = sums["across"].view(-1) / math.sqrt(followed)
     label: Callable[[int], str] = lambda i: f"{i // GROUP} · next group's {i % GROUP}"  # noqa: E731
-    found += with_spread(from_z("Rademacher: pairs of bits in neighbouring groups", followed, z, label))
+    found += with_spread(from_z(f"{what}: pairs of bits in neighbouring groups", followed, z, label))
     lengths = sums["runs"][1:].double()
     expected = lengths.sum() * 0.5 ** torch.arange(1, lengths.numel() + 1, dtype=torch.float64)
     expected[-1] *= 2  # at least so long
-    z = (lengths - expected) / expected.sqrt()
-    p = torch.special.gammaincc(torch.tensor([(lengths.numel() - 1) / 2]).double(), (z**2).sum().view(1) / 2)
-    number = int(lengths.sum())
-    return [*found, Tests("Rademacher: runs", number, p, None, lambda _: f"chi-square {float((z**2).sum()):.2f}")]
+    found.append(chi_square(f"{what}: runs", int(lengths.sum()), lengths, expected))
+    words = sums["words"].double()
+    number = int(words.sum())
+    kind = f"{what}: {noise_sums.WORD} bits as a number"
+    return [*found, chi_square(kind, number, words, torch.full_like(words, number / words.numel()))]
 
 
 def judge_streams(bases: list[Place], num_threads: int) -> list[Tests]:
@@ -217,7 +228,9 @@ def main() -> int:
     signs = noise_sums.random_places(rng, 10 if options.quick else 1024, SIGN_CHUNK)
     zero: Place = {"seed": 0, "step": 0, "param": 0, "probe": 0, "offset": 0}
     bases = [zero, *noise_sums.random_places(rng, 7 if options.quick else 511, noise_sums.COLUMNS, clear_bits=5)]
-    tests = judge_normals(normals, options.threads) + judge_signs(signs, options.threads)
+    tests = judge_normals(normals, options.threads)
+    for family in ("rademacher", "rounding"):
+        tests += judge_signs(family, signs, options.threads)
     tests += judge_streams(bases, options.threads)
     kinds, failed = report(tests)
     total = sum(one.p.numel() for one in tests)

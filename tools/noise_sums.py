@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import distzo2_core
+from distzo2_core import reference
 from distzo2_core.types import MAX_ELEMENTS
 
 Place = dict[str, int]
@@ -34,6 +35,7 @@ GROUP = 128
 SIGN_CHUNK = 2**20
 SIGN_LAGS = (*range(1, 17), 31, 32, 33, 64, 127, 128, 129, 256)
 LONGEST_RUN = 20  # runs of at least so many equal signs are counted together
+WORD = 16  # signs that are looked at as one number: for rounding bits, those of one element
 
 COLUMNS = 2**15  # elements of each stream in one product of streams
 OFFSET_BITS = range(15, 38)  # flipped bits of the offset: lower ones would meet the same elements again
@@ -41,7 +43,16 @@ SUCCESSORS = 16
 
 
 def make(family: str, numel: int, place: Place) -> torch.Tensor:
-    """float32 [numel] of the noise at a place, by the backend that training uses on this machine."""
+    """float32 [numel] of the noise at a place, by the backend that training uses on this machine.
+
+    "rounding" gives the rounding bits as signs, in the order of elements and bits; offset and numel count bits. They
+    are the reference's, since no backend hands them out; tests hold every backend's rounding to them.
+    """
+    if family == "rounding":
+        at = {name: place[name] for name in ("seed", "step", "param")}
+        halves = reference.rounding_bits(**at, offset=place["offset"] // WORD, numel=numel // WORD)
+        bits = np.unpackbits(halves.astype("<u2").view(np.uint8), bitorder="little")
+        return torch.from_numpy(bits).float().mul_(2).sub_(1)
     return getattr(distzo2_core, family)(numel, **place)
 
 
@@ -131,22 +142,25 @@ def normal_sums(places: Sequence[Place]) -> Sums:
     }
 
 
-def sign_sums(places: Sequence[Place]) -> Sums:
-    """Over SIGN_CHUNK signs of each place.
+def sign_sums(family: str, places: Sequence[Place]) -> Sums:
+    """Over SIGN_CHUNK signs of each place, of "rademacher" or "rounding".
 
     Returns:
         bits: [128], sums by position in the group.
         lags: [number of lags].
         within, across: [128, 128], products of the positions of one group, and of one group's with the next one's.
         runs: int64 [LONGEST_RUN + 1], runs of equal signs by length, without the first and the last of a place.
+        words: int64 [2^WORD], counts of WORD signs read as a number.
     """
     bits = torch.zeros(GROUP, dtype=torch.float64)
     lags = torch.zeros(len(SIGN_LAGS), dtype=torch.float64)
     within = torch.zeros(GROUP, GROUP, dtype=torch.float64)
     across = torch.zeros(GROUP, GROUP, dtype=torch.float64)
     runs = torch.zeros(LONGEST_RUN + 1, dtype=torch.int64)
+    words = torch.zeros(2**WORD, dtype=torch.int64)
+    digits = torch.tensor([2.0**bit for bit in range(WORD)])
     for place in places:
-        signs = make("rademacher", SIGN_CHUNK, place)
+        signs = make(family, SIGN_CHUNK, place)
         groups = signs.view(-1, GROUP)
         bits += groups.sum(0)
         lags += lag_sums(signs, SIGN_LAGS)
@@ -154,7 +168,8 @@ def sign_sums(places: Sequence[Place]) -> Sums:
         across += groups[:-1].T @ groups[1:]
         changes = torch.nonzero(signs[1:] != signs[:-1]).view(-1)
         runs += torch.bincount(changes.diff().clamp_(max=LONGEST_RUN), minlength=LONGEST_RUN + 1)
-    return {"bits": bits, "lags": lags, "within": within, "across": across, "runs": runs}
+        words += torch.bincount(((signs.view(-1, WORD) + 1) / 2 @ digits).long(), minlength=2**WORD)
+    return {"bits": bits, "lags": lags, "within": within, "across": across, "runs": runs, "words": words}
 
 
 def stream_sums(family: str, bases: Sequence[Place]) -> Sums:

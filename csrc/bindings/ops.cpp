@@ -99,27 +99,59 @@ CudaStream current_stream(c10::Device device) {
     return reinterpret_cast<CudaStream>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
 }
 
+InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family,
+                 const char* what = "w") {
+    check_noise(w.numel(), family, step, param, probe, offset);
+    check_device(w.device());
+    TORCH_CHECK_VALUE(w.is_contiguous(), what, " must be contiguous, got shape ", w.sizes(), " with strides ",
+                      w.strides());
+    InPlace place;
+    place.dtype = dtype_of(w.scalar_type(), what);
+    place.weights = w.mutable_data_ptr();
+    place.numel = w.numel();
+    place.seed = static_cast<uint64_t>(seed);
+    place.family = family;
+    place.step = step;
+    place.param = param;
+    place.probe = probe;
+    place.offset = offset;
+    return place;
+}
+
+void write_noise(const InPlace& place, c10::Device device) {
+    Generate request;
+    request.out = place.weights;
+    request.dtype = place.dtype;
+    request.numel = place.numel;
+    request.seed = place.seed;
+    request.family = place.family;
+    request.step = place.step;
+    request.param = place.param;
+    request.probe = place.probe;
+    request.offset = place.offset;
+    if (place.numel == 0)
+        return;
+    if (device.is_cpu())
+        generate_cpu(request);
+    else
+        generate_cuda(request, device.index(), current_stream(device));
+}
+
+void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
+    const InPlace place = in_place(out, seed, step, param, probe, offset, family, "out");
+    if (place.numel == 0)
+        return;
+    mark_changed(out);
+    write_noise(place, out.device());
+}
+
 Tensor generate(int64_t family, int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
                 at::ScalarType type, c10::Device device) {
     check_noise(numel, family, step, param, probe, offset);
     check_device(device);
-    Generate request;
-    request.dtype = dtype_of(type, "dtype");
+    dtype_of(type, "dtype");
     Tensor out = at::empty({numel}, at::TensorOptions().dtype(type).device(device));
-    if (numel == 0)
-        return out;
-    request.out = out.mutable_data_ptr();
-    request.numel = numel;
-    request.seed = static_cast<uint64_t>(seed);
-    request.family = family;
-    request.step = step;
-    request.param = param;
-    request.probe = probe;
-    request.offset = offset;
-    if (device.is_cpu())
-        generate_cpu(request);
-    else
-        generate_cuda(request, out.device().index(), current_stream(out.device()));
+    write_noise(in_place(out, seed, step, param, probe, offset, family), out.device());
     return out;
 }
 
@@ -131,23 +163,6 @@ Tensor normal(int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t 
 Tensor rademacher(int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
                   at::ScalarType dtype, c10::Device device) {
     return generate(1, numel, seed, step, param, probe, offset, dtype, device);
-}
-
-InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
-    check_noise(w.numel(), family, step, param, probe, offset);
-    check_device(w.device());
-    TORCH_CHECK_VALUE(w.is_contiguous(), "w must be contiguous, got shape ", w.sizes(), " with strides ", w.strides());
-    InPlace place;
-    place.dtype = dtype_of(w.scalar_type(), "w");
-    place.weights = w.mutable_data_ptr();
-    place.numel = w.numel();
-    place.seed = static_cast<uint64_t>(seed);
-    place.family = family;
-    place.step = step;
-    place.param = param;
-    place.probe = probe;
-    place.offset = offset;
-    return place;
 }
 
 void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
@@ -291,6 +306,7 @@ TORCH_LIBRARY(distzo2, library) {
         " -> Tensor");
     library.def("rademacher(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, "
                 "Device device) -> Tensor");
+    library.def("noise_(Tensor(a!) out, int seed, int step, int param, int probe, int offset, int family) -> ()");
     library.def("perturb_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
                 " -> ()");
     library.def("restore_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
@@ -312,6 +328,7 @@ TORCH_LIBRARY_IMPL(distzo2, CompositeExplicitAutograd, library) {
 
 #define DZO_REGISTER(key)                                                                                              \
     TORCH_LIBRARY_IMPL(distzo2, key, library) {                                                                        \
+        library.impl("noise_", &distzo2::noise_);                                                                      \
         library.impl("perturb_", &distzo2::perturb_);                                                                  \
         library.impl("restore_", &distzo2::restore_);                                                                  \
         library.impl("update_", &distzo2::update_);                                                                    \

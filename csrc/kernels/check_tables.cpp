@@ -103,6 +103,8 @@ void check(const Materialize& visit) {
 void check(const Generate& request) {
     DZO_CHECK(is_dtype(static_cast<int64_t>(request.dtype)), "dtype code ", static_cast<int64_t>(request.dtype));
     DZO_CHECK(is_family(request.family), "unknown family of noise ", request.family);
+    DZO_CHECK(reinterpret_cast<uintptr_t>(request.out) % static_cast<uintptr_t>(dtype_bytes(request.dtype)) == 0,
+              "out is not aligned to its dtype");
     DZO_CHECK(request.numel >= 0 && request.numel <= kMaxElements, "numel ", request.numel);
     DZO_CHECK(request.offset >= 0 && request.offset <= kMaxElements - request.numel, "offset ", request.offset);
     DZO_CHECK(request.step >= 0 && request.step <= kMaxWord, "step ", request.step);

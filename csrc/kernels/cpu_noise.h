@@ -1,9 +1,8 @@
-// Noise of a tile on the CPU: the streams of normal.h, rademacher.h and rounding.h in the lanes of V, in memory order.
-// Included by one translation unit for each instruction set; internal linkage throughout.
+// Noise of a tile on the CPU: the streams of normal.h and rounding.h in the lanes of V, in memory order. Included by
+// one translation unit for each instruction set; internal linkage throughout.
 #pragma once
 
 #include "kernels/types.h"
-#include "noise/rademacher.h"
 #include "noise/rounding.h"
 
 namespace distzo2 {
@@ -19,6 +18,7 @@ constexpr int kTile = 1024;
 template <class V>
 struct NormalTile {
     static constexpr int kBlock = 4 * V::kWidth; // elements of one block of Philox words
+    static constexpr int kChains = 4;            // of make_radii
     using F = typename V::F;
     using U = typename V::U;
 
@@ -26,8 +26,10 @@ struct NormalTile {
         radius_words[kTile / 2]; // words 0 and 2 of the groups, a vector of each in turn; then the radii
     alignas(64) uint32_t angle_words[kTile / 2]; // words 1 and 3
 
-    DZO_HD void fill_words(typename V::Philox& philox, int count) {
-        for (int i = 0; i < count / 2; i += kBlock / 2) {
+    // The words of elements begin .. end - 1 of the tile, from the group that philox has sought. Zeros follow them, up
+    // to where make_radii ends.
+    DZO_HD void fill_words(typename V::Philox& philox, int begin, int end) {
+        for (int i = begin / 2; i < end / 2; i += kBlock / 2) {
             U w[4];
             philox.next(w);
             V::store_bits(radius_words + i, w[0]);
@@ -35,10 +37,11 @@ struct NormalTile {
             V::store_bits(radius_words + i + V::kWidth, w[2]);
             V::store_bits(angle_words + i + V::kWidth, w[3]);
         }
+        for (int i = end / 2; i % (kChains * V::kWidth) != 0; i += V::kWidth)
+            V::store_bits(radius_words + i, V::set_bits(0));
     }
 
     DZO_HD void make_radii(int count) {
-        constexpr int kChains = 4;
         for (int i = 0; i < count / 2; i += kChains * V::kWidth) {
             U b[kChains], e[kChains];
             F f[kChains], q[kChains];
@@ -95,60 +98,14 @@ struct NormalTile {
 };
 
 // Calls consume(i, z) for the vectors of elements first + i, i = 0, kWidth, ... below count. first and count are
-// multiples of 128, and the range lies within one tile.
+// multiples of kBlock, and the range lies within one tile.
 template <class V, class Consume>
 DZO_HD void for_normals(typename V::Philox& philox, const Stream& stream, int64_t first, int count, Consume consume) {
     NormalTile<V> tile;
     philox.seek(stream, static_cast<uint64_t>(first) / kNormalsPerGroup);
-    tile.fill_words(philox, count);
+    tile.fill_words(philox, 0, count);
     tile.make_radii(count);
     tile.turn(count, consume);
-}
-
-// The sign bits of a stretch of one stream, kept from tile to tile: its blocks of Philox words are independent chains
-// of operations side by side, and one of them alone would be waited for at every tile.
-template <class V>
-class SignWords {
-  public:
-    // The words of elements first, first + 1, ...: 32 of them each, up to the end of the tile of `first`.
-    DZO_HD const uint32_t* at(typename V::Philox& philox, const Stream& stream, int64_t first) {
-        const int64_t start = first / kSpan * kSpan;
-        if (start != start_ || stream.param != stream_.param || stream.step != stream_.step ||
-            stream.tag != stream_.tag)
-            fill(philox, stream, start);
-        return words_ + (first - start) / 32;
-    }
-
-  private:
-    static constexpr int kBlocks = 4;
-    static constexpr int64_t kSpan = int64_t{kBlocks} * V::kWidth * kSignsPerGroup;
-    static_assert(kSpan % kTile == 0);
-
-    DZO_HD void fill(typename V::Philox& philox, const Stream& stream, int64_t start) {
-        typename V::U w[kBlocks][4];
-        philox.seek(stream, static_cast<uint64_t>(start) / kSignsPerGroup);
-        for (int block = 0; block < kBlocks; ++block)
-            philox.next(w[block]);
-        for (int block = 0; block < kBlocks; ++block) {
-            V::to_memory_order(w[block]);
-            for (int j = 0; j < 4; ++j)
-                V::store_bits(words_ + (4 * block + j) * V::kWidth, w[block][j]);
-        }
-        start_ = start;
-        stream_ = stream;
-    }
-
-    int64_t start_ = -1;
-    Stream stream_{};
-    alignas(64) uint32_t words_[kSpan / 32];
-};
-
-// Calls consume(i, z) for the vectors of elements i below count, whose sign bits are in `words`.
-template <class V, class Consume>
-DZO_HD void for_signs(const uint32_t* words, int count, Consume consume) {
-    for (int i = 0; i < count; i += 32, ++words)
-        for (int bit = 0; bit < 32; bit += V::kWidth)
-            consume(i + bit, V::signs(*words, bit));
 }
 
 // The 16 rounding bits of elements first .. first + count - 1; may write up to a block beyond.

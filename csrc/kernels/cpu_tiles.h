@@ -4,44 +4,10 @@
 #pragma once
 
 #include "kernels/cpu_level.h"
-#include "kernels/cpu_noise.h"
+#include "kernels/cpu_signs.h"
 
 namespace distzo2 {
 namespace {
-
-template <class V, DType D>
-struct Storage;
-
-template <class V>
-struct Storage<V, DType::kFp32> {
-    using Raw = float;
-    DZO_HD static typename V::F load(const Raw* p) { return V::load(p); }
-    DZO_HD static void store_exact(Raw* p, typename V::F x) { V::store(p, x); }
-    DZO_HD static void store_nearest(Raw* p, typename V::F x) { V::store(p, V::canonical(x)); }
-    DZO_HD static typename V::F round_update(typename V::F x, const uint16_t*) { return V::canonical(x); }
-};
-
-template <class V>
-struct Storage<V, DType::kBf16> {
-    using Raw = uint16_t;
-    DZO_HD static typename V::F load(const Raw* p) { return V::load_bf16(p); }
-    DZO_HD static void store_exact(Raw* p, typename V::F x) { V::store_bf16_exact(p, x); }
-    DZO_HD static void store_nearest(Raw* p, typename V::F x) { V::store_bf16_nearest(p, x); }
-    DZO_HD static typename V::F round_update(typename V::F x, const uint16_t* r) {
-        return V::stochastic_bf16(x, V::load_u16(r));
-    }
-};
-
-template <class V>
-struct Storage<V, DType::kFp16> {
-    using Raw = uint16_t;
-    DZO_HD static typename V::F load(const Raw* p) { return V::load_fp16(p); }
-    DZO_HD static void store_exact(Raw* p, typename V::F x) { V::store_fp16_exact(p, x); }
-    DZO_HD static void store_nearest(Raw* p, typename V::F x) { V::store_fp16_nearest(p, x); }
-    DZO_HD static typename V::F round_update(typename V::F x, const uint16_t* r) {
-        return V::stochastic_fp16(x, V::load_u16(r));
-    }
-};
 
 DZO_HD Stream term_stream(const Term& term, const Segment& segment) {
     return make_stream(static_cast<Purpose>(term.family), static_cast<uint32_t>(segment.param),
@@ -208,20 +174,6 @@ class Tile {
         return true;
     }
 
-    // N emits of one term of signs in one pass, sixteen elements at a time.
-    template <int N>
-    void emit_signs(const Term& term, const F* k, Raw* const* out) {
-        const uint32_t* words = sign_words(term);
-        for (int i = 0; i < count_; i += 2 * V::kWidth) {
-            F even, odd, z_even, z_odd;
-            __builtin_prefetch(weights_ + i + kTile, 1);
-            V::sign_pair(words[i / 32], i % 32, z_even, z_odd);
-            V::load_bf16_pair(weights_ + i, even, odd);
-            for (int n = 0; n < N; ++n)
-                V::store_bf16_pair_nearest(out[n] + i, V::fma(k[n], z_even, even), V::fma(k[n], z_odd, odd));
-        }
-    }
-
     // N emits that share their noise.
     template <int N>
     void emit(int64_t e) {
@@ -257,11 +209,10 @@ class Tile {
                     Store::store_nearest(out[n] + i, V::fma(k[n], z, w));
             };
             if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
-                if constexpr (D == DType::kBf16 && V::kPairsBf16)
-                    if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
-                        emit_signs<N>(terms[only], k, out);
-                        return;
-                    }
+                if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
+                    perturb_by_signs<V, D, N>(sign_words(terms[only]), count_, weights_, k, out);
+                    return;
+                }
                 noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
                     __builtin_prefetch(weights_ + i + kTile, 1); // the next tile's: making its noise hides the memory
                     store(i, Store::load(weights_ + i), z);

@@ -14,9 +14,10 @@ namespace {
 
 struct Lanes {
     static constexpr int kWidth = 8;
-    static constexpr bool kPairsBf16 = true; // has load_bf16_pair and the like
+    static constexpr bool kHasBlocks = true; // 32 elements at a time: make_canonical and the like
     using F = __m256;
     using U = __m256i;
+    using SignMask = __m256i; // the lanes' highest bits
 
     DZO_LANES F set(float x) { return _mm256_set1_ps(x); }
     DZO_LANES U set_bits(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
@@ -25,6 +26,7 @@ struct Lanes {
     DZO_LANES void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     DZO_LANES void store_bits(uint32_t* p, U x) { _mm256_storeu_si256(reinterpret_cast<U*>(p), x); }
     DZO_LANES F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    DZO_LANES F add(F a, F b) { return _mm256_add_ps(a, b); }
     DZO_LANES F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     DZO_LANES F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     DZO_LANES F sqrt(F a) { return _mm256_sqrt_ps(a); }
@@ -49,11 +51,7 @@ struct Lanes {
     }
 
     // +1 or -1 from bits first .. first + 7 of a word.
-    DZO_LANES F signs(uint32_t word, int first) {
-        const U shift = _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), set_bits(first));
-        const U bit = and_bits(_mm256_sllv_epi32(set_bits(word), shift), set_bits(0x80000000u));
-        return from_bits(xor_bits(bit, set_bits(0xBF800000u)));
-    }
+    DZO_LANES F signs(uint32_t word, int first) { return choose(sign_mask(word, first), set(1.0f), set(-1.0f)); }
 
     // 16-bit storage.
     DZO_LANES __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -69,8 +67,17 @@ struct Lanes {
         const U odd = and_bits(_mm256_srli_epi32(b, 16), set_bits(1));
         store_half(p, narrow(_mm256_srli_epi32(add(add(b, set_bits(0x7FFF)), odd), 16)));
     }
-    DZO_LANES void store_fp16_nearest(uint16_t* p, F x) {
-        store_half(p, _mm256_cvtps_ph(canonical(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    DZO_LANES void store_fp16_nearest(uint16_t* p, F x) { store_fp16_number(p, canonical(x)); }
+
+    // Blocks of 32 elements. NaN is rare: one branch for all of them.
+    DZO_LANES void make_canonical(F x[4]) {
+        const F nan = _mm256_or_ps(_mm256_cmp_ps(x[0], x[1], _CMP_UNORD_Q), _mm256_cmp_ps(x[2], x[3], _CMP_UNORD_Q));
+        if (__builtin_expect(_mm256_movemask_ps(nan), 0))
+            for (int j = 0; j < 4; ++j)
+                x[j] = canonical(x[j]);
+    }
+    DZO_LANES void store_fp16_number(uint16_t* p, F x) {
+        store_half(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
     // Sixteen elements of bf16 as two vectors, of the even and of the odd ones: nothing is unpacked or packed.
     DZO_LANES void load_bf16_pair(const uint16_t* p, F& even, F& odd) {
@@ -78,29 +85,28 @@ struct Lanes {
         even = from_bits(_mm256_slli_epi32(both, 16));
         odd = from_bits(and_bits(both, set_bits(0xFFFF0000u)));
     }
-    DZO_LANES void store_bf16_pair_nearest(uint16_t* p, F even, F odd) {
-        if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(even, odd, _CMP_UNORD_Q)), 0)) {
-            even = canonical(even);
-            odd = canonical(odd);
-        }
-        const U e = bits(even), o = bits(odd);
-        const U low = add(add(e, set_bits(0x7FFF)), and_bits(_mm256_srli_epi32(e, 16), set_bits(1)));
-        const U high = add(add(o, set_bits(0x7FFF)), and_bits(_mm256_srli_epi32(o, 16), set_bits(1)));
-        _mm256_storeu_si256(reinterpret_cast<U*>(p), _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA));
+    // Numbers, to nearest even: up if the dropped half exceeds 0x8000, or equals it and the kept one is odd.
+    DZO_LANES void store_bf16_pair(uint16_t* p, F even, F odd) {
+        const U kept = _mm256_blend_epi16(_mm256_srli_epi32(bits(even), 16), bits(odd), 0xAA);
+        const U dropped = _mm256_blend_epi16(bits(even), _mm256_slli_epi32(bits(odd), 16), 0xAA);
+        const U up = _mm256_subs_epu16(dropped, _mm256_andnot_si256(kept, set_bits(0x00010001u))); // its highest bits
+        _mm256_storeu_si256(reinterpret_cast<U*>(p), _mm256_add_epi16(kept, _mm256_srli_epi16(up, 15)));
     }
-    // +1 or -1 from bits first, first + 2, ..., and from those after them.
-    DZO_LANES void sign_pair(uint32_t word, int first, F& even, F& odd) {
-        const U shift = _mm256_sub_epi32(_mm256_set_epi32(17, 19, 21, 23, 25, 27, 29, 31), set_bits(first));
-        const U at_even = _mm256_sllv_epi32(set_bits(word), shift);
-        const U at_odd = _mm256_sllv_epi32(set_bits(word >> 1), shift);
-        even = from_bits(xor_bits(and_bits(at_even, set_bits(0x80000000u)), set_bits(0xBF800000u)));
-        odd = from_bits(xor_bits(and_bits(at_odd, set_bits(0x80000000u)), set_bits(0xBF800000u)));
+    // Bits first .. first + 7 of a word.
+    DZO_LANES U sign_mask(uint32_t word, int first) {
+        return _mm256_sllv_epi32(set_bits(word),
+                                 sub(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), set_bits(first)));
     }
+    // Of each half of a word the even bits, then the odd ones.
+    DZO_LANES void sign_mask_pairs(uint32_t word, U mask[4]) {
+        const U even = _mm256_set_epi32(17, 19, 21, 23, 25, 27, 29, 31);
+        for (int j = 0; j < 4; ++j)
+            mask[j] = _mm256_sllv_epi32(set_bits(word), sub(even, set_bits(j / 2 * 16 + j % 2)));
+    }
+    DZO_LANES F choose(SignMask sign, F plus, F minus) { return _mm256_blendv_ps(minus, plus, from_bits(sign)); }
 
     DZO_LANES void store_bf16_exact(uint16_t* p, F x) { store_half(p, narrow(_mm256_srli_epi32(bits(x), 16))); }
-    DZO_LANES void store_fp16_exact(uint16_t* p, F x) {
-        store_half(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
+    DZO_LANES void store_fp16_exact(uint16_t* p, F x) { store_fp16_number(p, x); }
 
     // Stochastic rounding to values of the 16-bit type; r has 16 random bits in each lane.
     DZO_LANES F stochastic_bf16(F x, U r) {

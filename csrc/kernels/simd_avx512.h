@@ -22,9 +22,10 @@ namespace {
 
 struct Lanes {
     static constexpr int kWidth = 16;
-    static constexpr bool kPairsBf16 = false;
+    static constexpr bool kHasBlocks = false;
     using F = __m512;
     using U = __m512i;
+    using SignMask = __mmask16;
 
     DZO_LANES F set(float x) { return _mm512_set1_ps(x); }
     DZO_LANES U set_bits(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -33,6 +34,7 @@ struct Lanes {
     DZO_LANES void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     DZO_LANES void store_bits(uint32_t* p, U x) { _mm512_storeu_si512(p, x); }
     DZO_LANES F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    DZO_LANES F add(F a, F b) { return _mm512_add_ps(a, b); }
     DZO_LANES F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     DZO_LANES F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     DZO_LANES F sqrt(F a) { return _mm512_sqrt_ps(a); }
@@ -48,9 +50,9 @@ struct Lanes {
     DZO_LANES F canonical(F x) { return _mm512_mask_mov_ps(x, is_nan(x), from_bits(set_bits(kNanFp32))); }
 
     // +1 or -1 from bits first .. first + 15 of a word.
-    DZO_LANES F signs(uint32_t word, int first) {
-        return _mm512_mask_mov_ps(set(-1.0f), static_cast<__mmask16>(word >> first), set(1.0f));
-    }
+    DZO_LANES F signs(uint32_t word, int first) { return choose(sign_mask(word, first), set(1.0f), set(-1.0f)); }
+    DZO_LANES SignMask sign_mask(uint32_t word, int first) { return static_cast<SignMask>(word >> first); }
+    DZO_LANES F choose(SignMask sign, F plus, F minus) { return _mm512_mask_mov_ps(minus, sign, plus); }
 
     // 16-bit storage.
     DZO_LANES __m256i load_half(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

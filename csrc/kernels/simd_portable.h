@@ -20,13 +20,14 @@ namespace {
 
 struct Lanes {
     static constexpr int kWidth = 8;
-    static constexpr bool kPairsBf16 = false;
+    static constexpr bool kHasBlocks = false;
     struct F {
         float v[kWidth];
     };
     struct U {
         uint32_t v[kWidth];
     };
+    using SignMask = U; // 1 or 0
 
     DZO_LANES F set(float x) { DZO_FOR_LANES(F, x); }
     DZO_LANES U set_bits(uint32_t x) { DZO_FOR_LANES(U, x); }
@@ -35,6 +36,7 @@ struct Lanes {
     DZO_LANES void store(float* p, F x) { __builtin_memcpy(p, x.v, sizeof x.v); }
     DZO_LANES void store_bits(uint32_t* p, U x) { __builtin_memcpy(p, x.v, sizeof x.v); }
     DZO_LANES F fma(F a, F b, F c) { DZO_FOR_LANES(F, fma_rn(a.v[i], b.v[i], c.v[i])); }
+    DZO_LANES F add(F a, F b) { DZO_FOR_LANES(F, a.v[i] + b.v[i]); }
     DZO_LANES F mul(F a, F b) { DZO_FOR_LANES(F, a.v[i] * b.v[i]); }
     DZO_LANES F sub(F a, F b) { DZO_FOR_LANES(F, a.v[i] - b.v[i]); }
     DZO_LANES F sqrt(F a) { DZO_FOR_LANES(F, sqrt_rn(a.v[i])); }
@@ -48,6 +50,8 @@ struct Lanes {
     DZO_LANES F unit_interval(U w) { DZO_FOR_LANES(F, fma_rn(static_cast<float>(w.v[i]), 0x1p-32f, 0x1p-33f)); }
     DZO_LANES F canonical(F x) { DZO_FOR_LANES(F, canonical_fp32(x.v[i])); }
     DZO_LANES F signs(uint32_t word, int first) { DZO_FOR_LANES(F, rademacher_from_lsb(word >> (first + i))); }
+    DZO_LANES SignMask sign_mask(uint32_t word, int first) { DZO_FOR_LANES(U, word >> (first + i) & 1); }
+    DZO_LANES F choose(SignMask sign, F plus, F minus) { DZO_FOR_LANES(F, sign.v[i] ? plus.v[i] : minus.v[i]); }
 
     DZO_LANES U load_u16(const uint16_t* p) { DZO_FOR_LANES(U, p[i]); }
     DZO_LANES F load_bf16(const uint16_t* p) { DZO_FOR_LANES(F, bf16_to_float(p[i])); }

@@ -60,6 +60,7 @@ __m512i model_quads(Lane lane) {
 DZO_MODEL(__m512, _mm512_set1_ps, (float x), (static_cast<void>(i), x))
 DZO_MODEL(__m512i, _mm512_set1_epi32, (int x), (static_cast<void>(i), static_cast<uint32_t>(x)))
 DZO_MODEL(__m512, _mm512_fmadd_ps, (__m512 a, __m512 b, __m512 c), fma_rn(a.v[i], b.v[i], c.v[i]))
+DZO_MODEL(__m512, _mm512_add_ps, (__m512 a, __m512 b), a.v[i] + b.v[i])
 DZO_MODEL(__m512, _mm512_mul_ps, (__m512 a, __m512 b), a.v[i] * b.v[i])
 DZO_MODEL(__m512, _mm512_sub_ps, (__m512 a, __m512 b), a.v[i] - b.v[i])
 DZO_MODEL(__m512, _mm512_sqrt_ps, (__m512 a), std::sqrt(a.v[i]))

@@ -56,6 +56,8 @@ TEST(full_step_odd_lengths_and_offsets) { full_steps({0, 1, 17, 129, 2600}, chec
 
 TEST(rounding_of_every_16_bit_value) { every_16_bit_value(kFewShares, check_visit); }
 
+TEST(perturbed_by_signs_of_every_value) { perturbed_by_signs(kFewShares, check_visit); }
+
 TEST(updates_and_emits_of_many_terms) { many_terms(150, check_visit); }
 
 TEST(many_missed_updates) { many_updates(50, check_visit); }

@@ -54,6 +54,8 @@ TEST(random_programs) {
 
 TEST(rounding_of_every_16_bit_value) { every_16_bit_value(kManyShares, check_visit); }
 
+TEST(perturbed_by_signs_of_every_value) { perturbed_by_signs(kManyShares, check_visit); }
+
 TEST(updates_and_emits_of_thousands_of_terms) { many_terms(4099, check_visit); }
 
 TEST(hundreds_of_missed_updates) { many_updates(301, check_visit); }

@@ -68,6 +68,37 @@ void every_16_bit_value(const std::vector<float>& shares, Check check) {
     }
 }
 
+// One copy or two by one tensor of signs, on whole tiles, have a loop of their own: every 16-bit value, and float32 of
+// all exponents with zeros, infinities and NaN among them; also an infinite coefficient, which makes NaN of infinities.
+template <class Check>
+void perturbed_by_signs(const std::vector<float>& shares, Check check) {
+    constexpr float kHuge = 3e38f; // its square is infinite
+    const auto one_and_two = [&](const Visit& visit, const std::vector<float>& scales, float share) {
+        Visit copies = visit;
+        for (float signed_share : {share, -share}) {
+            copies.add_term(1, 1, 0, signed_share);
+            copies.add_emit(1, scales);
+            check(copies, "perturbed by signs");
+        }
+    };
+    for (DType dtype : {DType::kBf16, DType::kFp16}) {
+        const EveryValue values(dtype);
+        for (float share : shares)
+            one_and_two(values.visit, values.spacings, share);
+        one_and_two(values.visit, std::vector<float>(values.spacings.size(), kHuge), kHuge);
+    }
+    Random random{29};
+    Visit floats;
+    floats.add_segment(DType::kFp32, 8192, 3, 0, 0);
+    floats.fill([&](const Segment&, int64_t i) {
+        const uint32_t bits = static_cast<uint32_t>(random.next()), mask = i % 16 ? 0xFFFFFFFFu : 0xFF800000u;
+        return bits_float(i % 64 == 0 ? bits & 0x80000000u : i % 16 == 1 ? bits | 0x7F800000u : bits & mask);
+    });
+    for (float scale : {1e-42f, 1e-20f, 1e-3f, 1.0f, 1e20f, kHuge})
+        one_and_two(floats, {1.0f}, scale);
+    one_and_two(floats, {kHuge}, kHuge);
+}
+
 // Odd lengths at odd offsets, with the carries of the counters of normals (2^34) and of rounding (2^35), and the last
 // element that a parameter may have.
 template <class Check>

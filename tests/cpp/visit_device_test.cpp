@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu_level.h"
 #include "kernels/kernels.h"
 #include "kernels/lookup_device.h"
 #include "kernels/visit_device.h"
@@ -166,7 +167,9 @@ TEST(lookup) {
                     whole.add_term(family, 6, 2, scale);
                     whole.add_emit(1, {1.0f});
                     whole.run();
-                    const std::vector<int64_t> ids = {4, 0, 8, 8, 3, 4};
+                    std::vector<int64_t> ids = {4, 0, 8, 8, 3, 4};
+                    for (int64_t i = 0; i < 40; ++i) // more than one batch of parts of rows
+                        ids.push_back(i * i % kRows);
                     std::vector<uint8_t> expected;
                     for (int64_t id : ids) {
                         const auto row = whole.outs[0].begin() + id * static_cast<int64_t>(row_bytes);
@@ -216,4 +219,36 @@ TEST(lookup_of_a_row_that_is_not_there) {
         lookup_thread<DType::kFp32>(request, philox_keys(0), row, 0, 1);
     for (int i = 0; i < 4; ++i)
         CHECK(out[i] == out[i] && out[4 + i] != out[4 + i]);
+}
+
+// Ids that another thread changes after they were checked are not followed out of the table.
+TEST(lookup_checks_ids_where_they_are_used) {
+    std::vector<const CpuLevel*> levels = {&kPortableLevel};
+#if defined(DISTZO2_HAVE_AVX2)
+    if (simd_available(SimdLevel::kAvx2))
+        levels.push_back(&kAvx2Level);
+#endif
+#if defined(DISTZO2_HAVE_AVX512)
+    if (simd_available(SimdLevel::kAvx512))
+        levels.push_back(&kAvx512Level);
+#endif
+    const std::vector<uint32_t> table(12, 0); // +0 in every dtype
+    const int64_t ids[] = {1, 3, 2, -1, int64_t{1} << 60};
+    for (const CpuLevel* level : levels)
+        for (DType dtype : kDTypes)
+            for (float scale : {0.0f, 1.0f})
+                for (int64_t family : {0, 1}) {
+                    std::vector<uint32_t> out(20, 0);
+                    const Lookup request{table.data(), out.data(), ids, 5, 3, 4, dtype, scale, 7, family};
+                    level->lookup(request, 0, 20);
+                    for (int64_t i = 0; i < 20; ++i) {
+                        uint32_t bits = 0;
+                        const int64_t bytes = dtype_bytes(dtype);
+                        std::memcpy(&bits, reinterpret_cast<const uint8_t*>(out.data()) + i * bytes, bytes);
+                        const uint32_t nan = dtype == DType::kFp32   ? kNanFp32
+                                             : dtype == DType::kBf16 ? kNanBf16
+                                                                     : kNanFp16;
+                        CHECK((bits == nan) == (i / 4 == 1 || i / 4 >= 3), "element ", i, ": ", bits);
+                    }
+                }
 }

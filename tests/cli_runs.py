@@ -1,0 +1,44 @@
+"""What the tests of the command line share: a small checkpoint with data, and runs of the program."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_text import choice_lines, make_checkpoint, write_jsonl
+
+from distzo2.cli import main
+
+STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
+
+
+def make_files(root: Path) -> SimpleNamespace:
+    return SimpleNamespace(
+        model=make_checkpoint(root / "model", layers=5),
+        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
+        eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
+    )
+
+
+def finetune(files: SimpleNamespace, *options: str) -> int:
+    return main(["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", *STEPS, *options])
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert text.startswith("distzo2") and text.count("\n") == 1, text
+    return text
+
+
+def weights(directory: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "model.safetensors")

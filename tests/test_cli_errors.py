@@ -1,0 +1,242 @@
+"""The command line: bad input is one line, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cli_runs import finetune, make_files, one_line, weights
+from safetensors.torch import load_file, save_file
+from tiny_text import choice_lines, write_jsonl
+
+from distzo2 import checkpoint, preflight
+from distzo2.cli import main
+from distzo2.errors import UsageError
+from distzo2.journal import read_journal
+from distzo2.metrics import read_metrics
+from distzo2.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_files(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _truncated(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _corrupt(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(b"\xff" * 16 + file.read_bytes()[16:])
+
+
+def _without_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+def _without_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (shutil.rmtree, "model: "),
+        (_truncated, "model.safetensors"),
+        (_corrupt, "model.safetensors"),
+        (_without_tokenizer, "no tokenizer"),
+        (_without_weights, "expected model.safetensors"),
+        (lambda model: (model / "config.json").write_text('{"model_type": "nobody"}'), "not a configuration"),
+    ],
+)
+def test_a_bad_checkpoint(files: SimpleNamespace, tmp_path: Path, capsys, damage, reason: str) -> None:
+    shutil.copytree(files.model, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert finetune(files, f"--model={tmp_path / 'model'}") == 1
+    assert reason in one_line(capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "bad.jsonl:2: not valid JSON"),
+        ('{"prompt": "a", "choices": ["b", "c"], "label": 2}', "bad.jsonl:2: label 2 is out of range"),
+        (json.dumps({"prompt": "cat " * 80, "choices": ["b", "c"], "label": 0}), "bad.jsonl:2: "),
+    ],
+)
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_bad_data(files: SimpleNamespace, capsys, line: str, reason: str, which: str) -> None:
+    path = write_jsonl(Path("bad.jsonl"), [choice_lines(1)[0], line])
+    assert finetune(files, f"--{which}={path}") == 1
+    assert reason in one_line(capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        (["--train=nowhere.jsonl"], 1, "nowhere.jsonl: No such file"),
+        (["--device=tpu"], 2, "--device tpu"),
+        (["--device=cpux"], 2, "--device cpux"),
+        (["--micro-batches=3"], 2, "does not divide"),
+        (["--estimator=fzoo"], 2, "needs --probes 2"),
+        (["--warmup=9"], 2, "--warmup 9"),
+        (["--save=best"], 2, "needs --eval"),
+        (["--resume"], 2, "holds no run"),
+        (["--config=none.toml"], 2, "none.toml"),
+        (["--objective=lm", "--max-length=4"], 1, "the limit is 4"),
+    ],
+)
+def test_bad_options(files: SimpleNamespace, capsys, options: list[str], status: int, reason: str) -> None:
+    assert finetune(files, *options) == status
+    assert reason in one_line(capsys)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--lr=-1", "--eps=0", "--seed=-1", "--steps=0", "--max-coef=0.5", "--nonsense", "--lr=x"]
+)
+def test_bad_values(files: SimpleNamespace, capsys, option: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        finetune(files, option)
+    assert error.value.code == 2
+    assert option.split("=")[0] in one_line(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(files: SimpleNamespace, capsys) -> None:
+    assert finetune(files, "--device=cuda") == 1
+    assert "--device cuda" in one_line(capsys)
+    assert not Path("out").exists()
+
+
+def test_too_little_room(files: SimpleNamespace, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert finetune(files, "--weights=disk") == 1
+    assert "are free on its disk" in one_line(capsys)
+    monkeypatch.undo()
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1000)
+    assert finetune(files, f"--out={Path.cwd() / 'out'}") == 1
+    assert "of memory" in one_line(capsys)
+    assert not Path("out").exists()
+
+
+def test_a_run_is_not_overwritten(files: SimpleNamespace, capsys) -> None:
+    Path("out").mkdir()
+    Path("out/journal.jsonl").write_text("mine")
+    assert finetune(files) == 2
+    assert "already holds a run (journal.jsonl)" in one_line(capsys)
+    assert Path("out/journal.jsonl").read_text() == "mine" and len(list(Path("out").iterdir())) == 1
+    Path("file").write_text("")
+    assert finetune(files, "--out=file") == 2
+    assert "a directory was expected" in one_line(capsys)
+
+
+def test_one_run_in_a_directory(files: SimpleNamespace, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from_pretrained = checkpoint.from_pretrained
+    seen = []
+
+    def while_the_first_loads(*args, **kwargs):  # it has no journal yet
+        monkeypatch.setattr(checkpoint, "from_pretrained", from_pretrained)
+        seen.append(finetune(files))
+        seen.append(one_line(capsys))
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "from_pretrained", while_the_first_loads)
+    assert finetune(files) == 0
+    assert seen[0] == 2 and "out: another distzo2 finetune is at work there" in seen[1]
+    assert len(read_journal("out/journal.jsonl").entries) == 4 and Path("out/checkpoint").is_dir()
+    assert not Path("out/run.lock").exists()
+
+    other = RunDirectory.resumed("out")
+    other.claim()
+    assert main(["finetune", "--resume", "--out=out", "--steps=5"]) == 2
+    assert "at work there" in one_line(capsys) and Path("out/run.lock").exists()
+    other.withdraw()  # not a run that it began
+    other.release()
+    assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "run.json", "metrics.jsonl", "checkpoint"}
+
+
+def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
+    first, second = RunDirectory.new("a/b"), RunDirectory.new("a/b")
+    second.withdraw()
+    assert not Path("a").exists()
+    first.claim()
+    Path("a/b/journal.jsonl").write_text("mine")
+    first.release()
+    with pytest.raises(UsageError, match="already holds a run"):
+        second.claim()
+    second.withdraw()
+    assert [path.name for path in Path("a/b").iterdir()] == ["journal.jsonl"]
+
+    Path("c").mkdir()
+    Path("c/run.lock").write_text("")  # of a process that was killed
+    third = RunDirectory.new("c")
+    third.claim()
+    third.withdraw()
+    assert not list(Path("c").iterdir())
+    fourth = RunDirectory.new("d/e")
+    fourth.claim()
+    fourth.withdraw()
+    assert not Path("d").exists()
+
+
+def test_a_journal_of_another_program_is_left_alone(files: SimpleNamespace, capsys, monkeypatch) -> None:
+    from_pretrained = checkpoint.from_pretrained
+
+    def meanwhile(*args, **kwargs):
+        Path("out/journal.jsonl").write_text("mine")
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "from_pretrained", meanwhile)
+    assert finetune(files) == 1
+    assert "exists" in one_line(capsys)
+    assert [path.name for path in Path("out").iterdir()] == ["journal.jsonl"]
+    assert Path("out/journal.jsonl").read_text() == "mine"
+
+
+def test_resuming_takes_the_room_that_the_run_had(files: SimpleNamespace, capsys, monkeypatch) -> None:
+    assert finetune(files, "--weights=disk", "--steps=1") == 0
+    size = sum(value.nbytes for value in weights("out/checkpoint").values())
+    leftover = Path("out/weights-killed.dzo2")
+    leftover.write_bytes(b"x" * size)
+
+    def disk_usage(path):  # room for the block file, not for a second checkpoint
+        return SimpleNamespace(free=0 if leftover.exists() else size * 3 // 2)
+
+    monkeypatch.setattr(preflight, "shutil", SimpleNamespace(disk_usage=disk_usage))
+    assert main(["finetune", "--resume", "--out=out", "--steps=2"]) == 0
+    assert not leftover.exists() and len(read_journal("out/journal.jsonl").entries) == 2
+    shutil.rmtree("out/checkpoint")
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out=out", "--steps=3"]) == 1
+    assert "are free on its disk" in capsys.readouterr().err
+    assert len(read_journal("out/journal.jsonl").entries) == 2 and not Path("out/run.lock").exists()
+
+
+def test_a_loss_that_is_not_finite(files: SimpleNamespace, tmp_path: Path, capsys) -> None:
+    model = shutil.copytree(files.model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert finetune(files, f"--model={model}", "--max-skipped=2", "--no-check") == 1
+    assert "non-finite loss" in one_line(capsys)
+    entries = read_journal("out/journal.jsonl").entries
+    assert [e.skipped for e in entries] == ["non-finite loss"] * 2
+    assert all(not e.update.terms for e in entries)
+    lines = read_metrics("out/metrics.jsonl")
+    assert [line["loss"] for line in lines] == [None, None] and lines[0]["skipped"] == "non-finite loss"
+    assert json.loads(Path("out/run.json").read_text())["status"].startswith("stopped: ")
