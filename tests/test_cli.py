@@ -38,7 +38,14 @@ def assert_same_bits(first: str | Path, second: str | Path) -> None:
 
 
 def test_a_run_and_what_comes_of_it(files: SimpleNamespace, capsys) -> None:
-    options = [f"--eval={files.eval}", "--eval-every=2", "--micro-batches=2", "--trace=1", "--schedule=linear"]
+    options = [
+        f"--eval={files.eval}",
+        "--eval-every=2",
+        "--micro-batches=2",
+        "--trace",
+        "--trace-steps=1",
+        "--schedule=linear",
+    ]
     assert finetune(files, *options, "--weights=disk") == 0
     lines = read_metrics("out/metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "step"] == [0, 1, 2, 3]

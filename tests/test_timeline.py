@@ -82,9 +82,9 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.chdir(tmp_path)
     model = make_checkpoint(tmp_path / "model", layers=5)
     train = write_jsonl(tmp_path / "train.jsonl", choice_lines(20))
-    options = ["--steps=6", "--batch-size=4", "--lr=1e-3", "--quiet", "--weights=disk", "--trace=3", "--save=none"]
+    options = ["--steps=6", "--batch-size=4", "--lr=1e-3", "--quiet", "--weights=disk", "--trace=t.json", "--save=none"]
     assert main(["finetune", f"--model={model}", f"--train={train}", "--out=out", *options]) == 0
-    events = read_trace(Path("out/trace.json"))
+    events = read_trace(Path("t.json"))
     steps = [e for e in events if e["cat"] == "step"]
     assert [e["name"] for e in steps] == ["step 2", "step 3", "step 4"]
     rows = defaultdict(list)

@@ -261,6 +261,7 @@ def _replay(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from distzo2.metrics import read_metrics
     from distzo2.report import transfer_line, write_report
+    from distzo2.run_directory import trace_of
     from distzo2.timeline import read_trace, step_figures
 
     path = write_report(options.run_dir, options.out)
@@ -268,7 +269,7 @@ def _report(options: argparse.Namespace) -> int:
     line = transfer_line([s for s in read_metrics(run_dir / "metrics.jsonl") if s["kind"] == "step"])
     if line is not None:
         print(line)
-    trace = read_trace(run_dir / "trace.json")
+    trace = read_trace(trace_of(run_dir))
     if trace:
         print(f"trace: {step_figures(trace).text()}")
     print(f"wrote {path}")

@@ -38,7 +38,7 @@ SETTINGS = {
     "batch-size": 16,
     "eval-every": 50,
     "eval-batch-size": 50,
-    "trace": 3,
+    "trace": "",
 }
 
 

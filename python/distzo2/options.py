@@ -251,10 +251,14 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--trace",
-        type=whole_int,
-        default=0,
-        metavar="STEPS",
-        help="record compute, waits and transfers of so many steps in OUT/trace.json, which opens in Perfetto",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="record compute, waits and transfers of some steps as a Chrome trace, which opens in Perfetto (without a "
+        "name: OUT/trace.json)",
+    )
+    group.add_argument(
+        "--trace-steps", type=positive_int, default=3, metavar="N", help="how many steps --trace records"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 

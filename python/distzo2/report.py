@@ -13,6 +13,7 @@ from typing import Any
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.metrics import read_metrics
 from distzo2.preflight import gib
+from distzo2.run_directory import trace_of
 from distzo2.timeline import LANES, draw_step, read_trace
 
 # One colour for each kind of time, wherever it is drawn.
@@ -40,7 +41,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
     if not steps:
         raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
     record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
-    trace = read_trace(run_dir / "trace.json")
+    trace = read_trace(trace_of(run_dir))
 
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

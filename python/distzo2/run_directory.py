@@ -5,7 +5,7 @@ run.json        options, what the run was made of, how far it came
 metrics.jsonl   a line a step and an evaluation (distzo2.metrics)
 checkpoint/     the fine-tuned model
 report.png      from `distzo2 report`
-trace.json      transfers of some steps, if --trace
+trace.json      transfers of some steps, if --trace named no other file
 run.lock        locked (flock) by the process that is at work here, and removed when it ends; one that a killed
                 process left behind is not locked, and hinders nobody
 """
@@ -205,6 +205,15 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
         raise DistZO2Error(f"{path / 'run.json'}: not the record of a run")
     return record
+
+
+def trace_of(path: str | os.PathLike) -> Path:
+    """Where the trace of the run in a directory is, if there is one."""
+    try:
+        named = saved_options(path).get("trace")
+    except UsageError:
+        named = None
+    return Path(named) if named else Path(path) / "trace.json"
 
 
 def saved_options(path: str | os.PathLike) -> dict[str, Any]:

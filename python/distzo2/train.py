@@ -73,7 +73,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
 
     train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
-    settings |= {k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval") if settings[k]}
+    settings |= {k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval", "trace") if settings[k]}
     run.claim()
     loop = None
     try:
@@ -303,19 +303,19 @@ class _Loop:
         bar.update()
 
     def _trace(self, step: int) -> None:
-        """Records --trace steps from the third on, or from the first where there are no more."""
-        if not self.options.trace or self._traced < 0:
+        """Records --trace-steps steps from the third on, or from the first where there are no more."""
+        if self.options.trace is None or self._traced < 0:
             return
-        first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace))
+        first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
         if step >= first and self._traced == 0:
             self.runtime.enable_trace(True)
         if step >= first:
             self._traced += 1
-        if self._traced > self.options.trace:
+        if self._traced > self.options.trace_steps:
             self._end_trace()
 
     def _end_trace(self) -> None:
-        self.runtime.save_trace(self.run.trace)
+        self.runtime.save_trace(self.options.trace or self.run.trace)
         self.runtime.enable_trace(False)
         self._traced = -1
 
