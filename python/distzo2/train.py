@@ -22,7 +22,7 @@ import distzo2
 from distzo2 import ZOSGD
 from distzo2.batches import DataOrder
 from distzo2.data import Example, load_examples, load_tokenizer, sequence_limit
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, UsageError
 from distzo2.journal import Journal
 from distzo2.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
 from distzo2.objectives import Objective, Score, evaluate_examples, resolve_objective
@@ -58,6 +58,8 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
     device = check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.trace and not Path(options.trace).absolute().parent.is_dir():
+        raise UsageError(f"--trace {options.trace}: its directory does not exist")
     run = RunDirectory.resumed(options.out) if options.resume else RunDirectory.new(options.out)
     size = model_size(options.model, DTYPES.get(options.dtype))
     tokenizer = load_tokenizer(options.model)
