@@ -23,6 +23,7 @@ from distzo2_core import aligned_buffer
 CHUNK_BYTES = 4 << 20  # of one read
 NUM_THREADS = 6
 _PAGE = 4096  # O_DIRECT asks for less on most disks, and for more on none
+_HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # what may be read for nothing to save a read
 
 
@@ -45,22 +46,26 @@ class Range:
 
 
 def split(file: RangeFile, offset: int, place: torch.Tensor) -> Iterator[Range]:
-    """The ranges of a long run of bytes that belongs at `place`."""
+    """The ranges of a long run of bytes that belongs at `place`, cut where the file's chunks end."""
     flat = place.detach().reshape(-1).view(torch.uint8)
-    for begin in range(0, flat.numel(), CHUNK_BYTES):
-        part = flat[begin : begin + CHUNK_BYTES]
-        yield Range(file, offset + begin, part.numel(), part)
+    begin = 0
+    while begin < flat.numel():
+        end = min(flat.numel(), begin + CHUNK_BYTES - (offset + begin) % CHUNK_BYTES)
+        yield Range(file, offset + begin, end - begin, flat[begin:end])
+        begin = end
 
 
 def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
-    """Ranges that are read at once: neighbours in a file, as far as they fit one chunk."""
+    """Ranges that are read at once: neighbours in one chunk of a file. Chunks begin at multiples of `CHUNK_BYTES`:
+    what is a page longer than a disk's largest request (4 MiB on many) takes two.
+    """
     batch: list[Range] = []
     for part in ranges:
         fits = (
             batch
             and part.file is batch[0].file
             and 0 <= part.offset - batch[-1].end <= _GAP_BYTES
-            and part.end - batch[0].offset <= CHUNK_BYTES
+            and batch[0].offset // CHUNK_BYTES == (part.end - 1) // CHUNK_BYTES
         )
         if batch and not fits:
             yield batch
@@ -119,7 +124,7 @@ class ParallelReader:
 
     def _block(self) -> torch.Tensor:
         if not hasattr(self._local, "block"):
-            self._local.block = aligned_buffer(CHUNK_BYTES + 2 * _PAGE)
+            self._local.block = aligned_buffer(CHUNK_BYTES + _HUGE_PAGE)  # a range may begin and end within a page
         return self._local.block
 
     def _read(self, descriptors: _Descriptors, batch: list[Range]) -> None:
