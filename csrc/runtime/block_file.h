@@ -80,6 +80,7 @@ class BlockFile {
     Place begin_read(size_t block, size_t num_bytes, size_t offset);
     void check_read(const Place& place, size_t block, const void* memory, size_t num_bytes, size_t offset) const;
     void end_read(const Place& place) noexcept;
+    void add_read(size_t num_bytes) { bytes_read_.fetch_add(num_bytes, std::memory_order_relaxed); }
     // What to say of a read of num_bytes at a file's offset that ended with `result` (a negative errno, or so few).
     [[noreturn]] void fail_read(size_t num_bytes, size_t file_offset, int64_t result) const;
     FileCalls& calls() const { return calls_; }

@@ -123,8 +123,8 @@ inline void apply_some_sectors(std::vector<std::byte>& image, const Disk::Operat
 }
 
 // Calls visit(cut, image) with what a power cut after `cut` operations of the log may leave of a disk that held `image`
-// before: what was synced, and of the rest all, none, or some; one of the writes torn, at any byte of its first and
-// last hundred and at others, or sector by sector.
+// before: what was synced, and of the rest all, none, or some; the last of the writes torn, at any byte of an entry's
+// head and at others; all of them torn, at a byte or sector by sector.
 template <typename Visit>
 void for_each_cut(std::vector<std::byte> image, const std::vector<Disk::Operation>& log, unsigned seed, Visit visit) {
     std::mt19937 random(seed);
