@@ -12,21 +12,29 @@ void DiskTransport::run_ring() {
     Lock lock(state_.mutex);
     while (true) {
         bool idle = true;
-        bool has_free = false;
-        for (RingRead& read : ring_reads_) {
-            if (read.stage == Stage::kFree)
-                if (const int slot = next_slot(Direction::kUpload); slot >= 0) {
-                    read.chunk = begin_chunk(Direction::kUpload, slot);
-                    read.stage = Stage::kBegun;
-                }
+        int num_under_way = 0;
+        for (const RingRead& read : ring_reads_) {
             idle = idle && read.stage == Stage::kFree;
-            has_free = has_free || read.stage == Stage::kFree;
+            num_under_way += read.stage == Stage::kReading ? 1 : 0;
+        }
+        bool has_room = false; // for a read, had there been one to begin
+        for (RingRead& read : ring_reads_) {
+            if (read.stage != Stage::kFree || num_under_way == options_.num_readers)
+                continue;
+            const int slot = next_slot(Direction::kUpload);
+            has_room = slot < 0;
+            if (has_room)
+                break;
+            read.chunk = begin_chunk(Direction::kUpload, slot);
+            read.stage = Stage::kBegun;
+            ++num_under_way;
+            idle = false;
         }
         if (idle && !state_.error.empty()) // nothing is begun any more, perhaps since the ring is broken
             work_.wait(lock, [this] { return stopping_; });
         if (idle && stopping_)
             return;
-        ring_sleeps_ = has_free && !stopping_;
+        ring_sleeps_ = has_room && !stopping_;
         lock.unlock();
         std::string failure;
         try {
@@ -52,28 +60,33 @@ void DiskTransport::run_ring() {
     }
 }
 
-// Goes on with every read, and waits when none can; returns when one has come to its end, or after a wake-up.
+// Begins what is to be begun, takes what has come in, and checks or awaits one of those that had come in before: the
+// disk always has its next reads first. Waits only when there is nothing else to do.
 void DiskTransport::advance_ring() {
     using Stage = RingRead::Stage;
-    const RingRead* copying = nullptr;
+    const size_t kNone = ring_reads_.size();
+    size_t arrived = kNone; // the first
+    size_t copying = kNone;
     bool done = false;
     for (size_t i = 0; i < ring_reads_.size(); ++i) {
-        if (ring_reads_[i].stage == Stage::kBegun)
+        RingRead& read = ring_reads_[i];
+        if (read.stage == Stage::kBegun)
             begin_ring_read(i);
-        if (ring_reads_[i].stage == Stage::kCopying)
-            copying = &ring_reads_[i];
-        done = done || ring_reads_[i].stage == Stage::kDone;
+        if (read.stage == Stage::kArrived && (arrived == kNone || read.arrival < ring_reads_[arrived].arrival))
+            arrived = i;
+        if (read.stage == Stage::kCopying)
+            copying = i;
+        done = done || read.stage == Stage::kDone;
     }
-    ring_->submit(!done && copying == nullptr);
+    ring_->submit(!done && arrived == kNone && copying == kNone);
     IoRing::Completion completion{};
-    while (ring_->next(&completion)) {
+    while (ring_->next(&completion))
         end_ring_read(static_cast<size_t>(completion.tag), completion.result);
-        done = done || ring_reads_[completion.tag].stage == Stage::kDone;
-    }
-    if (!done && copying != nullptr) { // the disk goes on meanwhile
-        const size_t index = static_cast<size_t>(copying - ring_reads_.data());
-        await_copy(pieces_[index]);
-        ring_reads_[index].stage = Stage::kDone;
+    if (arrived != kNone) {
+        check_ring_read(arrived);
+    } else if (copying != kNone && !done) {
+        await_copy(pieces_[copying]);
+        ring_reads_[copying].stage = Stage::kDone;
     }
 }
 
@@ -103,7 +116,6 @@ void DiskTransport::push_ring_read(size_t index) {
 
 void DiskTransport::end_ring_read(size_t index, int result) {
     RingRead& read = ring_reads_[index];
-    const Chunk& chunk = read.chunk;
     const size_t at = read.place.offset + read.num_read;
     const size_t num_left = read.num_wanted - read.num_read;
     if (num_left > 0) {
@@ -120,11 +132,18 @@ void DiskTransport::end_ring_read(size_t index, int result) {
             return push_ring_read(index);
         }
     }
+    file_->add_read(read.num_wanted);
+    read.arrival = num_arrivals_++;
+    read.stage = RingRead::Stage::kArrived;
+}
+
+void DiskTransport::check_ring_read(size_t index) {
+    RingRead& read = ring_reads_[index];
+    const Chunk& chunk = read.chunk;
     const auto block = static_cast<size_t>(chunk.block);
     if (read.num_wanted < chunk.num_bytes) // the slot has no room for the last page's padding
         file_->read(block, read.memory + read.num_wanted, chunk.num_bytes - read.num_wanted,
                     chunk.offset + read.num_wanted);
-    file_->add_read(read.num_wanted);
     file_->check_read(read.place, block, read.memory, chunk.num_bytes, chunk.offset);
     if (device_.is_cpu()) {
         read.stage = RingRead::Stage::kDone;

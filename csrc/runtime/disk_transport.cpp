@@ -50,7 +50,7 @@ void DiskTransport::choose_reads() {
     if (!ring_ && reads_by == ReadsBy::kRing)
         fail("block file ", file_->path(), ": is to be read through io_uring, which is not there: ", no_ring_);
     if (ring_)
-        ring_reads_.resize(static_cast<size_t>(options_.num_readers));
+        ring_reads_.resize(static_cast<size_t>(options_.num_readers) * (device_.is_cpu() ? 2 : 1));
 }
 
 // Each read and write gets one chunk of staging; chunks shrink when the pool is smaller than one of full size for each.

@@ -83,8 +83,9 @@ class DiskTransport final : public Transport {
         size_t num_bytes = 0;
         std::byte* in_slot = nullptr;
     };
-    struct RingRead { // disk_ring.cpp; by index the piece's
-        enum class Stage { kFree, kBegun, kReading, kCopying, kDone } stage = Stage::kFree;
+    struct RingRead { // disk_ring.cpp; for CUDA each has the piece of its index
+        enum class Stage { kFree, kBegun, kReading, kArrived, kCopying, kDone } stage = Stage::kFree;
+        uint64_t arrival = 0;
         Chunk chunk;
         BlockFile::Place place{};
         std::byte* memory = nullptr;
@@ -116,6 +117,7 @@ class DiskTransport final : public Transport {
     void begin_ring_read(size_t index);
     void push_ring_read(size_t index);
     void end_ring_read(size_t index, int result);
+    void check_ring_read(size_t index);
     void advance_ring();
 
     EngineState& state_;
@@ -129,8 +131,9 @@ class DiskTransport final : public Transport {
     std::vector<Piece> pieces_;     // of the readers, then of the writers
     std::vector<std::thread> threads_;
     std::unique_ptr<IoRing> ring_;
-    std::string no_ring_; // why threads read
-    std::vector<RingRead> ring_reads_;
+    std::string no_ring_;              // why threads read
+    std::vector<RingRead> ring_reads_; // on a CPU twice as many as may be under way: what has come in is checked then
+    uint64_t num_arrivals_ = 0;
     bool ring_sleeps_ = false;     // and could begin more: wake it when there is more to do
     std::condition_variable work_; // for the threads; callers wait on state_.changed
     uint64_t next_order_ = 0;
