@@ -122,7 +122,7 @@ void BlockFile::read(size_t block, void* to, size_t num_bytes, size_t offset, si
             read_plain(address, direct_bytes, at);
         } else {
             if (!buffer)
-                buffer = make_buffer(kMiB);
+                buffer = make_buffer(std::min(kMiB, align_up(in_page + left, kPageBytes)));
             part = std::min(left, kMiB - in_page);
             read_plain(buffer.get(), align_up(in_page + part, kPageBytes), at - in_page);
             std::memcpy(address, buffer.get() + in_page, part);
