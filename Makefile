@@ -76,9 +76,9 @@ stress: $(VENV)/.built ## long trainings through poisoned slots with random dela
 	DISTZO2_STRESS_STEPS=10000 build/core/tests/training_stress_test
 	$(BIN)/pytest tests/test_stress.py
 
-mutations: $(VENV)/.installed ## leave out each ordering of the copy engine in turn: a test must notice
+mutations: $(VENV)/.installed ## leave out each ordering of copy engine and block file in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \
-		cmake --build build/mutations --target copy_engine_cpu_test copy_engine_cuda_test
+		cmake --build build/mutations --target copy_engine_cpu_test copy_engine_cuda_test block_file_crash_test
 	$(BIN)/python tools/check_mutations.py build/mutations
 
 # A machine without a CUDA toolkit gets the compiler as Python packages, in a folder of its own.

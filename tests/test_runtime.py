@@ -33,14 +33,14 @@ def pattern(block: int, version: int) -> torch.Tensor:
 class Ring:
     """A source at version 0, slots, and an engine between them."""
 
-    def __init__(self, kind: str, path: Path, device: str = "cpu", num_slots: int = 3) -> None:
+    def __init__(self, kind: str, path: Path, device: str = "cpu", num_slots: int = 3, durable: bool = False) -> None:
         self.device = torch.device(device)
         self.pool = HostPool(SIZES, device=device)
         for block in range(len(SIZES)):
             self.pool.tensor(block).copy_(pattern(block, 0))
         self.file = None
         if kind == "disk":
-            self.file = BlockFile(str(path / "blocks"), SIZES)
+            self.file = BlockFile(str(path / "blocks"), SIZES, durable=durable)
             for block, num_bytes in enumerate(SIZES):
                 self.file.write(block, self.pool.address(block), num_bytes)
         if device == "cpu":
@@ -132,9 +132,9 @@ def test_aligned_buffer() -> None:
 
 
 def test_block_file_round_trips_any_range(tmp_path: Path) -> None:
-    file = BlockFile(str(tmp_path / "blocks"), SIZES)
+    file = BlockFile(str(tmp_path / "blocks"), SIZES, durable=True)
     data = pattern(4, 3)
-    file.write(4, data.data_ptr(), SIZES[4])
+    file.write(4, data.data_ptr(), SIZES[4], version=3)
     patch = torch.full((5000,), 255, dtype=torch.uint8)
     file.write(4, patch.data_ptr(), 5000, offset=12_345)
     data[12_345:17_345] = 255
@@ -145,14 +145,87 @@ def test_block_file_round_trips_any_range(tmp_path: Path) -> None:
     stats = file.stats()
     assert stats["direct"] or stats["direct_fallback"]
     assert stats["bytes_used"] == sum(SIZES) and stats["bytes_padded"] % 4096 == 0
+    assert stats["bytes_padded"] == os.path.getsize(file.path) == BlockFile.file_bytes(SIZES, durable=True)
+    assert stats["bytes_written"] == 2 * SIZES[4] and stats["map_bytes_written"] > 0 and stats["syncs"] > 4
     file.close()
     with pytest.raises(RuntimeError, match="is closed"):
         file.stats()
     again = BlockFile(file.path, SIZES, create=False)
+    assert [again.version(block) for block in range(5)] == [0, 0, 0, 0, 3]
+    assert again.stats()["durable"] and again.verify() == sum(SIZES)
     again.read(4, out.data_ptr(), SIZES[4])
     assert torch.equal(out, data)
     again.close(unlink=True)
     assert not os.path.exists(file.path)
+
+
+def test_scratch_files_cannot_be_opened_again(tmp_path: Path) -> None:
+    with closing(BlockFile(str(tmp_path / "blocks"), SIZES)) as file:
+        stats = file.stats()
+        assert not stats["durable"] and stats["bytes_padded"] == BlockFile.file_bytes(SIZES)
+        assert BlockFile.file_bytes(SIZES) < BlockFile.file_bytes(SIZES, durable=True)
+    with pytest.raises(RuntimeError, match="blocks: is a scratch file"):
+        BlockFile(file.path, SIZES, create=False)
+    assert BlockFile.file_bytes([1 << 20] * 24) == 4096 + (24 + 3) * (1 << 20)  # three to spare
+
+
+def test_damaged_bytes_are_named(tmp_path: Path) -> None:
+    """In the file and under an engine: block, place and both checksums."""
+    for durable in (False, True):
+        ring = Ring("disk", tmp_path, durable=durable)
+        content = Path(ring.file.path).read_bytes()
+        place = content.index(bytes(pattern(2, 0)))
+        with open(ring.file.path, "r+b") as raw:
+            raw.seek(place + 100_000)
+            raw.write(bytes([content[place + 100_000] ^ 4]))
+        where = f"blocks: bytes 0 to 131072 of block 2, 131072 bytes at offset {place}"
+        text = rf"{where}, are not what was written: checksum 0x\w+, expected 0x"
+        with pytest.raises(RuntimeError, match=text):
+            ring.file.verify()
+        with pytest.raises(RuntimeError, match=text):
+            ring.stored(2)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=text):
+                ring.acquire(2)
+        ring.engine.close()
+        ring.file.close()
+
+
+def test_engine_commits_versions_to_a_durable_file(tmp_path: Path) -> None:
+    ring = Ring("disk", tmp_path, durable=True)
+    for version in (1, 2, 3):
+        for block in range(len(SIZES)):
+            ring.change(block, version, gate=version)
+            ring.engine.set_durable(version)
+    ring.change(2, 4, gate=4)  # its journal line never becomes durable
+    ring.engine.close()
+    ring.file.close()
+    ring.file = BlockFile(ring.file.path, SIZES, create=False)
+    for block in range(len(SIZES)):
+        assert ring.file.version(block) == 3
+        assert torch.equal(ring.stored(block), pattern(block, 3))
+
+
+def test_both_ways_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for way in ("threads", "io_uring", ""):
+        monkeypatch.setenv("DISTZO2_DISK_READS", way)
+        try:
+            ring = Ring("disk", tmp_path)
+        except RuntimeError as error:
+            assert way == "io_uring" and "which is not there" in str(error)  # a sandbox forbids it
+            continue
+        for block in range(len(SIZES)):
+            assert torch.equal(ring.acquire(block), pattern(block, 0))
+            ring.release(block)
+        seen.append(ring.engine.stats()["reads_by"])
+        assert ring.engine.stats()["reads_fallback"] == "" or way == ""
+        ring.engine.close()
+        ring.file.close()
+    assert seen in (["threads", "io_uring", "io_uring"], ["threads", "threads"])
+    monkeypatch.setenv("DISTZO2_DISK_READS", "tape")
+    with pytest.raises(ValueError, match="expected io_uring or threads, got tape"):
+        Ring("disk", tmp_path)
 
 
 def test_block_file_errors_name_file_and_cause(tmp_path: Path) -> None:
@@ -167,16 +240,21 @@ def test_block_file_errors_name_file_and_cause(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="is no block file; it was left as it is"):
         BlockFile(str(notes), [1])
     assert notes.read_text() == "mine"
-    with closing(BlockFile(str(path), SIZES)) as file:
-        os.truncate(path, 8192)
-        out = torch.empty(SIZES[0], dtype=torch.uint8)
-        with pytest.raises(RuntimeError, match=r"blocks: is truncated: wanted \d+ bytes at offset 4096"):
-            file.read(0, out.data_ptr(), SIZES[0])
+    with closing(BlockFile(str(path), SIZES, durable=True)) as file:
+        os.truncate(path, 90_000)
+        out = torch.empty(SIZES[2], dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match=r"blocks: is truncated: wanted \d+ bytes at offset \d+, got"):
+            file.read(2, out.data_ptr(), SIZES[2])
         with pytest.raises(RuntimeError, match="in use by another run"):
             BlockFile(str(path), SIZES)
         with pytest.raises(IndexError, match="no block 9"):
             file.read(9, out.data_ptr(), 1)
-    with pytest.raises(RuntimeError, match="is truncated: 8192 bytes, expected"):
+    with pytest.raises(RuntimeError, match="is truncated: 90000 bytes, expected"):
+        BlockFile(str(path), SIZES, create=False)
+    with open(path, "r+b") as raw:
+        raw.seek(100)
+        raw.write(b"x")
+    with pytest.raises(RuntimeError, match="its header at offset 0 is damaged: checksum 0x"):
         BlockFile(str(path), SIZES, create=False)
 
 
@@ -326,7 +404,7 @@ def test_interpreter_exit_writes_what_is_queued(tmp_path: Path) -> None:
     script = (
         "import torch\n"
         "from distzo2_core import BlockFile, CopyEngine, aligned_buffer\n"
-        f"file = BlockFile({str(tmp_path / 'blocks')!r}, {SIZES})\n"
+        f"file = BlockFile({str(tmp_path / 'blocks')!r}, {SIZES}, durable=True)\n"
         f"slots = [aligned_buffer({SLOT_BYTES}) for _ in range(2)]\n"
         f"engine = CopyEngine('cpu', file, [s.data_ptr() for s in slots], {SLOT_BYTES})\n"
         f"slots[engine.acquire(2)][:{SIZES[2]}] = 77\n"

@@ -1,4 +1,4 @@
-"""Shows that the copy engine's tests notice when an ordering of its transfers is left out.
+"""Shows that the tests of the copy engine and of block files notice when an ordering of theirs is left out.
 
     python tools/check_mutations.py build/mutations
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 HEADER = Path(__file__).parent.parent / "csrc" / "runtime" / "mutations.h"
-TESTS = ("copy_engine_cuda_test", "copy_engine_cpu_test")
+TESTS = ("copy_engine_cuda_test", "copy_engine_cpu_test", "block_file_crash_test")
 SECONDS = 120.0  # a run without a mutation takes a few
 
 

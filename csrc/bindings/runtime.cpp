@@ -73,12 +73,16 @@ py::dict file_stats(const PyBlockFile& self) {
     const BlockFile::Stats stats = self.get().stats();
     py::dict result;
     result["direct"] = stats.direct;
+    result["durable"] = stats.durable;
     result["direct_fallback"] = stats.fallback;
     result["preallocated"] = stats.preallocated;
     result["bytes_used"] = stats.bytes_used;
     result["bytes_padded"] = stats.bytes_padded;
     result["bytes_read"] = stats.bytes_read;
     result["bytes_written"] = stats.bytes_written;
+    result["map_bytes_written"] = stats.map_bytes_written;
+    result["spare_slots"] = stats.spare_slots;
+    result["syncs"] = stats.syncs;
     return result;
 }
 
@@ -140,6 +144,8 @@ py::dict engine_stats(CopyEngine& engine) {
     result["download_s"] = stats.download_s;
     result["wait_s"] = stats.wait_s;
     result["stall_s"] = stats.stall_s;
+    result["reads_by"] = stats.reads_by;
+    result["reads_fallback"] = stats.reads_fallback;
     return result;
 }
 
@@ -202,15 +208,22 @@ void register_pool(py::module_& module) {
 void register_file(py::module_& module) {
     py::class_<PyBlockFile>(
         module, "BlockFile",
-        "A preallocated file of blocks of the given sizes (bytes), each at a multiple of 4096, read and written with\n"
-        "O_DIRECT where the file system allows it (direct=True demands it, False does without). RuntimeError naming "
-        "path,\n"
-        "offset and cause.")
-        .def(py::init([](const std::string& path, std::vector<size_t> sizes, bool create, std::optional<bool> direct) {
+        "A preallocated file of blocks of the given sizes (bytes), each at a multiple of 4096 and with checksums, "
+        "read\n"
+        "and written with O_DIRECT where the file system allows it (direct=True demands it, False does without). A "
+        "block\n"
+        "is replaced as a whole, in a spare place. durable=True: each replacement is on the disk when it has ended, a\n"
+        "crash at any byte leaves the block before or after it, and create=False opens the file again. Otherwise it "
+        "is\n"
+        "scratch space of this process. New blocks are zeros at version 0. RuntimeError naming path, offset and cause.")
+        .def(py::init([](const std::string& path, std::vector<size_t> sizes, bool create, std::optional<bool> direct,
+                         bool durable) {
                  const py::gil_scoped_release unlocked;
-                 return PyBlockFile{std::make_shared<BlockFile>(path, std::move(sizes), create, direct), path};
+                 const BlockFileOptions options{.durable = durable};
+                 return PyBlockFile{std::make_shared<BlockFile>(path, std::move(sizes), create, direct, options), path};
              }),
-             py::arg("path"), py::arg("sizes"), py::arg("create") = true, py::arg("direct") = py::none())
+             py::arg("path"), py::arg("sizes"), py::arg("create") = true, py::arg("direct") = py::none(),
+             py::arg("durable") = false)
         .def_readonly("path", &PyBlockFile::path)
         .def("__len__", [](const PyBlockFile& self) { return self.get().block_bytes().size(); })
         .def(
@@ -222,15 +235,34 @@ void register_file(py::module_& module) {
             "Read nbytes of the block from `offset` to memory, any size and alignment.")
         .def(
             "write",
-            [](const PyBlockFile& self, size_t block, uintptr_t address, size_t nbytes, size_t offset) {
-                self.get().write(block, reinterpret_cast<const void*>(address), nbytes, offset);
+            [](const PyBlockFile& self, size_t block, uintptr_t address, size_t nbytes, size_t offset,
+               std::optional<int64_t> version) {
+                self.get().write(block, reinterpret_cast<const void*>(address), nbytes, offset, version);
             },
-            py::arg("block"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0, Unlocked(),
-            "Write nbytes from memory to the block at `offset`, any size and alignment.")
+            py::arg("block"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0,
+            py::arg("version") = py::none(), Unlocked(),
+            "Replace nbytes of the block at `offset` from memory, any size and alignment; the rest of it is copied. It "
+            "gets\n"
+            "`version`, or keeps its own.")
+        .def(
+            "version", [](const PyBlockFile& self, size_t block) { return self.get().version(block); },
+            py::arg("block"), "Version that the block was last replaced with.")
+        .def(
+            "verify", [](const PyBlockFile& self) { return self.get().verify(); }, Unlocked(),
+            "Read every block against its checksums; bytes read. RuntimeError naming the first part that is not what "
+            "was written.")
         .def(
             "sync", [](const PyBlockFile& self) { self.get().sync(); }, Unlocked(), "fdatasync.")
         .def("stats", &file_stats,
-             "direct, direct_fallback (why not), preallocated, bytes_used, bytes_padded, bytes_read, bytes_written.")
+             "direct, direct_fallback (why not), durable, preallocated, bytes_used, bytes_padded (of the file), "
+             "bytes_read,\n"
+             "bytes_written (of blocks), map_bytes_written (beside them), spare_slots, syncs.")
+        .def_static(
+            "file_bytes",
+            [](std::vector<size_t> sizes, bool durable) {
+                return BlockLayout(std::move(sizes), BlockFileOptions{}.part_bytes, durable).file_bytes;
+            },
+            py::arg("sizes"), py::arg("durable") = false, "Bytes that a file of such blocks takes on the disk.")
         .def("close", &PyBlockFile::close, py::arg("unlink") = false, Unlocked(),
              "Lets go of the file, and removes its name if asked; an engine that uses it goes on.");
 }
@@ -283,7 +315,10 @@ void register_engine(py::module_& module) {
         .def("drop", &CopyEngine::drop, py::arg("block"), Unlocked(), "Forget a present copy of the block.")
         .def("present", &CopyEngine::present, Unlocked(), "Blocks whose upload is complete.")
         .def("flush", &CopyEngine::flush, Unlocked(), "Wait until every queued download has ended.")
-        .def("stats", &engine_stats, "Counters; *_s are seconds, wait_s what the host was blocked in acquire.")
+        .def("stats", &engine_stats,
+             "Counters; *_s are seconds, wait_s what the host was blocked in acquire. reads_by: of a file, io_uring or "
+             "threads\n"
+             "(reads_fallback: why), as the environment's DISTZO2_DISK_READS names it.")
         .def("reset_stats", &CopyEngine::reset_stats, Unlocked())
         .def("trace", &CopyEngine::trace, py::arg("enable"), Unlocked(), "Start (empty) or stop the trace of tickets.")
         .def("events", &engine_events,

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iomanip>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,13 @@ template <typename... Parts>
 
 // "No space left on device (errno 28)"
 inline std::string errno_text(int error) { return join_text(std::strerror(error), " (errno ", error, ")"); }
+
+// "0xE3069283"
+inline std::string hex_text(uint32_t value) {
+    std::ostringstream text;
+    text << "0x" << std::hex << std::uppercase << std::setw(8) << std::setfill('0') << value;
+    return text.str();
+}
 
 // "1234567 bytes (1.18 MiB)"
 inline std::string bytes_text(size_t num_bytes) {

@@ -3,7 +3,9 @@
 #include "runtime/mutations.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 #include <system_error>
 
 namespace distzo2 {
@@ -13,50 +15,75 @@ DiskTransport::DiskTransport(EngineState& state, std::shared_ptr<BlockFile> file
     : state_(state), device_(*state.device), file_(std::move(file)), options_(options), slots_(state.slots.size()),
       storing_slot_(state.block_bytes.size(), -1) {
     if (options_.num_readers < 1 || options_.num_writers < 1 || options_.chunk_bytes == 0 ||
-        options_.chunk_bytes % kPageBytes != 0)
+        options_.chunk_bytes % file_->part_bytes() != 0)
         throw std::invalid_argument(join_text("disk transport: expected at least one reader and writer and chunks of a "
-                                              "multiple of 4096 bytes, got ",
-                                              options_.num_readers, ", ", options_.num_writers, " and ",
-                                              options_.chunk_bytes));
+                                              "multiple of ",
+                                              file_->part_bytes(), " bytes, got ", options_.num_readers, ", ",
+                                              options_.num_writers, " and ", options_.chunk_bytes));
+    pieces_.resize(static_cast<size_t>(options_.num_readers + options_.num_writers));
+    choose_reads();
     const DeviceGuard guard(device_);
-    for (int i = 0; i < options_.num_readers; ++i)
-        workers_.push_back({Direction::kUpload, nullptr, nullptr, {}});
-    for (int i = 0; i < options_.num_writers; ++i)
-        workers_.push_back({Direction::kDownload, nullptr, nullptr, {}});
     try {
         if (!device_.is_cpu())
             give_staging(std::move(staging));
-        make_workers();
+        start_threads();
     } catch (...) {
         stop();
         throw;
     }
+    update_stats();
 }
 
 DiskTransport::~DiskTransport() { stop(); }
 
-// Each worker gets one chunk of staging; chunks shrink when the pool is smaller than one of full size for each.
+void DiskTransport::choose_reads() {
+    ReadsBy reads_by = options_.reads_by;
+    if (const char* name = std::getenv("DISTZO2_DISK_READS"); name != nullptr && reads_by == ReadsBy::kAuto) {
+        const std::string_view text(name);
+        if (text != "" && text != "io_uring" && text != "threads")
+            throw std::invalid_argument(join_text("DISTZO2_DISK_READS: expected io_uring or threads, got ", text));
+        reads_by = text == "io_uring" ? ReadsBy::kRing : text == "threads" ? ReadsBy::kThreads : ReadsBy::kAuto;
+    }
+    if (reads_by == ReadsBy::kThreads)
+        return;
+    ring_ = IoRing::create(static_cast<unsigned>(options_.num_readers), &no_ring_);
+    if (!ring_ && reads_by == ReadsBy::kRing)
+        fail("block file ", file_->path(), ": is to be read through io_uring, which is not there: ", no_ring_);
+    if (ring_)
+        ring_reads_.resize(static_cast<size_t>(options_.num_readers) * (device_.is_cpu() ? 2 : 1));
+}
+
+// Each read and write gets one chunk of staging; chunks shrink when the pool is smaller than one of full size for each.
 void DiskTransport::give_staging(std::shared_ptr<HostPool> staging) {
     if (!staging)
-        staging = std::make_shared<HostPool>(std::vector<size_t>(workers_.size(), options_.chunk_bytes), state_.device,
+        staging = std::make_shared<HostPool>(std::vector<size_t>(pieces_.size(), options_.chunk_bytes), state_.device,
                                              HostPoolOptions{.pin = true});
     staging_ = staging->arena();
     staging_chunk_bytes_ = staging->chunk_bytes();
-    const size_t share = align_down(staging_->num_bytes() / workers_.size(), kPageBytes);
+    const size_t share = align_down(staging_->num_bytes() / pieces_.size(), file_->part_bytes());
     if (share == 0)
         throw std::invalid_argument(join_text("staging: ", bytes_text(staging_->num_bytes()), " are too few for ",
-                                              workers_.size(), " workers, which need 4096 each"));
+                                              pieces_.size(), " transfers, which need ", file_->part_bytes(), " each"));
     options_.chunk_bytes = std::min(options_.chunk_bytes, share);
-    for (size_t i = 0; i < workers_.size(); ++i) {
-        workers_[i].staging = staging_->data() + i * options_.chunk_bytes;
-        workers_[i].stream = device_.create_stream(false);
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+        pieces_[i].staging = staging_->data() + i * options_.chunk_bytes;
+        pieces_[i].stream = device_.create_stream(false);
     }
 }
 
-void DiskTransport::make_workers() {
+void DiskTransport::start_threads() {
+    const size_t num_readers = static_cast<size_t>(options_.num_readers);
+    threads_.reserve(pieces_.size());
     try {
-        for (Worker& worker : workers_)
-            worker.thread = std::thread([this, &worker] { run(worker); });
+        if (ring_)
+            threads_.emplace_back([this] { run_ring(); });
+        for (size_t i = ring_ ? num_readers : 0; i < pieces_.size(); ++i)
+            threads_.emplace_back([this, i, num_readers] {
+                if (i < num_readers)
+                    run_reader(pieces_[i]);
+                else
+                    run_writer(pieces_[i]);
+            });
     } catch (const std::system_error& error) {
         fail("block file ", file_->path(), ": cannot start a thread for its transfers: ", error.what());
     }
@@ -66,22 +93,40 @@ void DiskTransport::stop() noexcept {
     {
         const std::lock_guard lock(state_.mutex);
         stopping_ = true;
-        work_.notify_all();
+        notify();
     }
-    for (Worker& worker : workers_)
-        if (worker.thread.joinable())
-            worker.thread.join();
+    for (std::thread& thread : threads_)
+        thread.join();
+    threads_.clear();
+    ring_.reset();
     try {
         const DeviceGuard guard(device_);
-        for (Worker& worker : workers_)
-            if (worker.stream != nullptr)
-                device_.destroy_stream(worker.stream);
+        for (const Piece& piece : pieces_)
+            if (piece.stream != nullptr)
+                device_.destroy_stream(piece.stream);
         for (SlotState& slot : slots_)
             slot.readers.destroy(device_);
     } catch (const std::exception&) { // the driver is gone, at the end of the process, and all of this with it
     }
-    workers_.clear();
+    for (const SlotState& slot : slots_) // what failed midway
+        if (slot.store.phase == Phase::kRunning)
+            file_->abandon(static_cast<size_t>(slot.store.block));
+    pieces_.clear();
     slots_.clear();
+}
+
+void DiskTransport::update_stats() {
+    state_.recorder.stats.reads_by = ring_ ? "io_uring" : "threads";
+    state_.recorder.stats.reads_fallback = no_ring_;
+}
+
+// Called with the lock held.
+void DiskTransport::notify() {
+    work_.notify_all();
+    if (ring_sleeps_) {
+        ring_sleeps_ = false;
+        ring_->wake();
+    }
 }
 
 bool DiskTransport::may_load(const SlotState& slot) const {
@@ -113,7 +158,7 @@ int DiskTransport::next_slot(Direction direction) const {
     for (size_t i = 0; i < slots_.size(); ++i) {
         const bool up = direction == Direction::kUpload;
         const Ticket& ticket = up ? slots_[i].load : slots_[i].store;
-        if (ticket.phase == Phase::kNone || ticket.num_begun == ticket.num_chunks)
+        if (ticket.phase == Phase::kNone || ticket.opening || ticket.num_begun == ticket.num_chunks)
             continue;
         if (!(up ? may_load(slots_[i]) : is_open(ticket) && !is_being_read(ticket.block)))
             continue;
@@ -126,79 +171,159 @@ int DiskTransport::next_slot(Direction direction) const {
     return best;
 }
 
-void DiskTransport::run(Worker& worker) {
-    const bool up = worker.direction == Direction::kUpload;
+// The next chunk of the slot's ticket; begins the ticket with its first. Called with the lock held.
+DiskTransport::Chunk DiskTransport::begin_chunk(Direction direction, int slot) {
+    const bool up = direction == Direction::kUpload;
+    Ticket& ticket = up ? slots_[slot].load : slots_[slot].store;
+    const size_t block_bytes = state_.block_bytes[ticket.block];
+    if (ticket.phase == Phase::kQueued) {
+        ticket.phase = Phase::kRunning;
+        ticket.start_ns = now_ns();
+        EngineStats& stats = state_.recorder.stats;
+        ++(up ? stats.uploads : stats.downloads);
+        (up ? stats.bytes_up : stats.bytes_down) += block_bytes;
+    }
+    const size_t offset = ticket.num_begun++ * options_.chunk_bytes;
+    return {ticket.block, slot, offset, std::min(options_.chunk_bytes, block_bytes - offset),
+            state_.slots[slot] + offset};
+}
+
+// Whether it was the ticket's last. Called with the lock held.
+bool DiskTransport::end_chunk(Direction direction, const Chunk& chunk) {
+    const bool up = direction == Direction::kUpload;
+    Ticket& ticket = up ? slots_[chunk.slot].load : slots_[chunk.slot].store;
+    if (++ticket.num_done == ticket.num_chunks)
+        return state_.error.empty();
+    if (up && storing_slot_[chunk.block] >= 0)
+        work_.notify_all(); // its download may be waiting for this read
+    return false;
+}
+
+void DiskTransport::run_reader(const Piece& piece) {
     Lock lock(state_.mutex);
     while (true) {
-        const int slot = next_slot(worker.direction);
+        const int slot = next_slot(Direction::kUpload);
         if (slot < 0) {
             if (stopping_)
                 return;
             work_.wait(lock);
             continue;
         }
-        Ticket& ticket = up ? slots_[slot].load : slots_[slot].store;
-        const size_t chunk = ticket.num_begun++;
-        const int block = ticket.block;
-        if (ticket.phase == Phase::kQueued) {
-            ticket.phase = Phase::kRunning;
-            ticket.start_ns = now_ns();
-            EngineStats& stats = state_.recorder.stats;
-            ++(up ? stats.uploads : stats.downloads);
-            (up ? stats.bytes_up : stats.bytes_down) += state_.block_bytes[block];
-        }
+        const Chunk chunk = begin_chunk(Direction::kUpload, slot);
         lock.unlock();
         std::string failure;
         try {
-            transfer(worker, block, slot, chunk);
+            read(piece, chunk);
         } catch (const std::exception& error) {
             failure = error.what();
         }
         lock.lock();
         if (!failure.empty())
             state_.fail(failure);
-        if (++ticket.num_done == ticket.num_chunks && state_.error.empty())
-            finish(worker.direction, slot);
-        else if (up && storing_slot_[block] >= 0)
-            work_.notify_all(); // its download may be waiting for this read
+        if (end_chunk(Direction::kUpload, chunk))
+            finish(Direction::kUpload, slot);
     }
 }
 
-void DiskTransport::transfer(Worker& worker, int block, int slot, size_t chunk) {
-    const size_t block_bytes = state_.block_bytes[block];
-    const size_t offset = chunk * options_.chunk_bytes;
-    const size_t num_bytes = std::min(options_.chunk_bytes, block_bytes - offset);
-    const bool up = worker.direction == Direction::kUpload;
-    std::byte* const in_slot = state_.slots[slot] + offset;
-    if (options_.hook)
-        options_.hook(worker.direction, block, offset, in_slot, num_bytes);
-    if (device_.is_cpu()) {
-        if (up)
-            file_->read(block, in_slot, num_bytes, offset, state_.slot_bytes - block_bytes);
-        else
-            file_->write(block, in_slot, num_bytes, offset);
-        return;
+void DiskTransport::run_writer(const Piece& piece) {
+    Lock lock(state_.mutex);
+    while (true) {
+        const int slot = next_slot(Direction::kDownload);
+        if (slot < 0) {
+            if (stopping_)
+                return;
+            work_.wait(lock);
+            continue;
+        }
+        Ticket& ticket = slots_[slot].store;
+        const bool first = ticket.phase == Phase::kQueued;
+        const Chunk chunk = begin_chunk(Direction::kDownload, slot);
+        ticket.opening = first;
+        lock.unlock();
+        std::string failure;
+        try {
+            if (first) { // may wait for a slot of the file; the other chunks meanwhile for this
+                file_->begin_write(static_cast<size_t>(chunk.block));
+                lock.lock();
+                ticket.opening = false;
+                work_.notify_all();
+                lock.unlock();
+            }
+            write(piece, chunk);
+        } catch (const std::exception& error) {
+            failure = error.what();
+        }
+        if (!lock.owns_lock())
+            lock.lock();
+        if (!failure.empty())
+            state_.fail(failure);
+        if (end_chunk(Direction::kDownload, chunk))
+            store(lock, slot);
     }
-    const DeviceGuard guard(device_);
-    const auto copy = [&] {
-        if (kept(up ? Ordering::file_upload_after_readers : Ordering::file_download_after_readers))
-            slots_[slot].readers.wait(device_, worker.stream); // they do not change while a transfer is under way
-        HostPool::for_each_chunk(
-            staging_->data(), staging_chunk_bytes_, worker.staging, num_bytes, [&](std::byte* part, size_t part_bytes) {
-                std::byte* const there = in_slot + (part - worker.staging);
-                device_.copy(worker.stream, up ? there : part, up ? part : there, part_bytes, worker.direction);
-            });
-        if (kept(Ordering::file_after_staging_copy))
-            device_.synchronize_stream(worker.stream);
-    };
-    if (!up)
-        copy();
-    if (up)
-        file_->read(block, worker.staging, num_bytes, offset, options_.chunk_bytes - num_bytes);
+}
+
+// All chunks of a download are written.
+void DiskTransport::store(Lock& lock, int slot) {
+    const int block = slots_[slot].store.block;
+    const int64_t version = slots_[slot].store.version;
+    lock.unlock();
+    std::string failure;
+    try {
+        file_->commit(static_cast<size_t>(block), version);
+    } catch (const std::exception& error) {
+        failure = error.what();
+    }
+    lock.lock();
+    if (failure.empty())
+        finish(Direction::kDownload, slot);
     else
-        file_->write(block, worker.staging, num_bytes, offset);
-    if (up)
-        copy();
+        state_.fail(failure);
+}
+
+void DiskTransport::read(const Piece& piece, const Chunk& chunk) {
+    if (options_.hook)
+        options_.hook(Direction::kUpload, chunk.block, chunk.offset, chunk.in_slot, chunk.num_bytes);
+    const auto block = static_cast<size_t>(chunk.block);
+    if (device_.is_cpu()) {
+        const size_t tail_bytes = state_.slot_bytes - chunk.offset - chunk.num_bytes;
+        return file_->read(block, chunk.in_slot, chunk.num_bytes, chunk.offset, tail_bytes);
+    }
+    file_->read(block, piece.staging, chunk.num_bytes, chunk.offset, options_.chunk_bytes - chunk.num_bytes);
+    copy(piece, chunk, Direction::kUpload);
+    await_copy(piece);
+}
+
+void DiskTransport::write(const Piece& piece, const Chunk& chunk) {
+    if (options_.hook)
+        options_.hook(Direction::kDownload, chunk.block, chunk.offset, chunk.in_slot, chunk.num_bytes);
+    const auto block = static_cast<size_t>(chunk.block);
+    if (device_.is_cpu()) {
+        const size_t tail_bytes = state_.slot_bytes - chunk.offset - chunk.num_bytes;
+        return file_->write_chunk(block, chunk.in_slot, chunk.num_bytes, chunk.offset, tail_bytes);
+    }
+    copy(piece, chunk, Direction::kDownload);
+    await_copy(piece);
+    file_->write_chunk(block, piece.staging, chunk.num_bytes, chunk.offset, options_.chunk_bytes - chunk.num_bytes);
+}
+
+// Between the piece and the slot, on the piece's stream.
+void DiskTransport::copy(const Piece& piece, const Chunk& chunk, Direction direction) {
+    const DeviceGuard guard(device_);
+    const bool up = direction == Direction::kUpload;
+    if (kept(up ? Ordering::file_upload_after_readers : Ordering::file_download_after_readers))
+        slots_[chunk.slot].readers.wait(device_, piece.stream); // they do not change while a transfer is under way
+    HostPool::for_each_chunk(staging_->data(), staging_chunk_bytes_, piece.staging, chunk.num_bytes,
+                             [&](std::byte* part, size_t part_bytes) {
+                                 std::byte* const there = chunk.in_slot + (part - piece.staging);
+                                 device_.copy(piece.stream, up ? there : part, up ? part : there, part_bytes,
+                                              direction);
+                             });
+}
+
+void DiskTransport::await_copy(const Piece& piece) {
+    const DeviceGuard guard(device_);
+    if (kept(Ordering::file_after_staging_copy))
+        device_.synchronize_stream(piece.stream);
 }
 
 void DiskTransport::finish(Direction direction, int slot) {
@@ -218,7 +343,7 @@ void DiskTransport::finish(Direction direction, int slot) {
     }
     ticket.phase = Phase::kNone;
     state_.changed.notify_all();
-    work_.notify_all();
+    notify();
 }
 
 void DiskTransport::queue(Ticket& ticket, int block, bool urgent, int64_t version) {
@@ -230,7 +355,7 @@ void DiskTransport::queue(Ticket& ticket, int block, bool urgent, int64_t versio
     ticket.version = version;
     ticket.num_chunks =
         std::max<size_t>(1, (state_.block_bytes[block] + options_.chunk_bytes - 1) / options_.chunk_bytes);
-    work_.notify_all();
+    notify();
 }
 
 SlotPhase DiskTransport::phase(int slot) {
@@ -277,7 +402,7 @@ std::optional<int64_t> DiskTransport::recall_download(int block, int slot) {
     store.phase = Phase::kNone;
     storing_slot_[block] = -1;
     ++state_.recorder.stats.recalled_downloads;
-    work_.notify_all();
+    notify();
     return store.version;
 }
 

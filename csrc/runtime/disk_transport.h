@@ -1,6 +1,8 @@
-// Blocks in a file: threads read chunks of 4 MiB, several at a time, and others write them. On a CPU they read straight
-// into the slots; for CUDA each has a piece of pinned staging memory and a stream, between which and the slot it
-// copies. A download is held back until the journal is durable up to its version (the write-ahead rule).
+// Blocks in a file: reads in chunks of 4 MiB, several at a time, by a ring of the kernel's (one thread keeps them in
+// flight) or by a thread each, and threads that write. On a CPU they read straight into the slots; for CUDA each read
+// has a piece of pinned staging memory and a stream, between which and the slot it copies. Who reads a chunk checks it.
+// A download is a transaction of the file, and is held back until the journal is durable up to its version (the
+// write-ahead rule).
 #pragma once
 
 #include <functional>
@@ -8,15 +10,22 @@
 
 #include "runtime/block_file.h"
 #include "runtime/host_pool.h"
+#include "runtime/io_ring.h"
 #include "runtime/transport.h"
 
 namespace distzo2 {
 
+enum class ReadsBy { kAuto, kRing, kThreads };
+
 struct DiskOptions {
-    int num_readers = 4;
+    int num_readers = 4; // reads at a time
     int num_writers = 2;
-    size_t chunk_bytes = 4 * kMiB; // of one read or write; a multiple of 4096
-    // Called by a worker before each transfer; tests delay or fail (throw from) it, or poison the part of the slot.
+    size_t chunk_bytes = 4 * kMiB; // of one read or write; a multiple of the file's parts
+    // kAuto: as DISTZO2_DISK_READS says (io_uring or threads), else the ring where the kernel has one for us. A ring
+    // that is asked for by name and is not there is an error.
+    ReadsBy reads_by = ReadsBy::kAuto;
+    // Called before each transfer, by the ring's thread for every read; tests delay or fail (throw from) it, or poison
+    // the part of the slot.
     std::function<void(Direction direction, int block, size_t offset, std::byte* in_slot, size_t num_bytes)> hook;
 };
 
@@ -40,7 +49,7 @@ class DiskTransport final : public Transport {
     bool is_present(int slot) override { return slots_[slot].present; }
     void set_durable(int64_t version) override;
     void flush(Lock& lock) override;
-    void update_stats() override {}
+    void update_stats() override;
     void stop() noexcept override;
 
   private:
@@ -49,6 +58,7 @@ class DiskTransport final : public Transport {
         Phase phase = Phase::kNone;
         int block = -1;
         bool urgent = false;
+        bool opening = false; // a download whose transaction is being begun
         uint64_t order = 0;
         int64_t version = 0;
         size_t num_chunks = 0;
@@ -62,23 +72,53 @@ class DiskTransport final : public Transport {
         bool present = false; // the last upload is complete
         ReaderEvents readers; // CUDA only
     };
-    struct Worker {
-        Direction direction;
-        std::byte* staging = nullptr; // CUDA only
+    struct Piece { // CUDA only: of the staging memory
+        std::byte* staging = nullptr;
         Stream stream = nullptr;
-        std::thread thread;
+    };
+    struct Chunk {
+        int block = -1;
+        int slot = -1;
+        size_t offset = 0; // in the block
+        size_t num_bytes = 0;
+        std::byte* in_slot = nullptr;
+    };
+    struct RingRead { // disk_ring.cpp; for CUDA each has the piece of its index
+        enum class Stage { kFree, kBegun, kReading, kArrived, kCopying, kDone } stage = Stage::kFree;
+        uint64_t arrival = 0;
+        Chunk chunk;
+        BlockFile::Place place{};
+        std::byte* memory = nullptr;
+        size_t num_wanted = 0; // whole pages where the file is direct
+        size_t num_read = 0;
     };
 
-    void make_workers();
+    void choose_reads();
     void give_staging(std::shared_ptr<HostPool> staging);
-    void run(Worker& worker);
+    void start_threads();
+    void run_reader(const Piece& piece);
+    void run_writer(const Piece& piece);
     bool is_open(const Ticket& ticket) const;
     bool is_being_read(int block) const;
     bool may_load(const SlotState& slot) const;
     int next_slot(Direction direction) const;
-    void transfer(Worker& worker, int block, int slot, size_t chunk);
+    Chunk begin_chunk(Direction direction, int slot);
+    bool end_chunk(Direction direction, const Chunk& chunk);
+    void read(const Piece& piece, const Chunk& chunk);
+    void write(const Piece& piece, const Chunk& chunk);
+    void copy(const Piece& piece, const Chunk& chunk, Direction direction);
+    void await_copy(const Piece& piece);
+    void store(Lock& lock, int slot);
     void finish(Direction direction, int slot);
     void queue(Ticket& ticket, int block, bool urgent, int64_t version);
+    void notify();
+
+    void run_ring();
+    void begin_ring_read(size_t index);
+    void push_ring_read(size_t index);
+    void end_ring_read(size_t index, int result);
+    void check_ring_read(size_t index);
+    void advance_ring();
 
     EngineState& state_;
     Device& device_;
@@ -88,8 +128,14 @@ class DiskTransport final : public Transport {
     DiskOptions options_;
     std::vector<SlotState> slots_;
     std::vector<int> storing_slot_; // per block: where a download of it is queued or under way, or -1
-    std::vector<Worker> workers_;
-    std::condition_variable work_; // for the workers; callers wait on state_.changed
+    std::vector<Piece> pieces_;     // of the readers, then of the writers
+    std::vector<std::thread> threads_;
+    std::unique_ptr<IoRing> ring_;
+    std::string no_ring_;              // why threads read
+    std::vector<RingRead> ring_reads_; // on a CPU twice as many as may be under way: what has come in is checked then
+    uint64_t num_arrivals_ = 0;
+    bool ring_sleeps_ = false;     // and could begin more: wake it when there is more to do
+    std::condition_variable work_; // for the threads; callers wait on state_.changed
     uint64_t next_order_ = 0;
     int64_t durable_ = 0;
     bool stopping_ = false;

@@ -33,7 +33,12 @@ namespace distzo2 {
     X(file_reader_after_upload)                                                                                        \
     X(file_reader_after_readers)                                                                                       \
     X(file_reader_after_slot_is_stored)                                                                                \
-    X(file_after_staging_copy) /* a staging buffer is written to the file, or used again, after its copy */
+    X(file_after_staging_copy) /* a staging buffer is written to the file, or used again, after its copy */            \
+    /* Inside a durable file, of a block that is replaced. */                                                          \
+    X(block_entry_after_data)   /* the entry is written after the bytes are on the disk */                             \
+    X(block_commit_after_entry) /* a commit has ended, and its block is what a crash leaves, after the entry is */     \
+    X(block_copy_after_entry)   /* the second copy of the entry is touched after the first is on the disk */           \
+    X(block_slot_after_entry)   /* the old slot is used again after it */
 
 enum class Ordering {
 #define X(name) name,

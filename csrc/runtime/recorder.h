@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace distzo2 {
@@ -30,8 +31,10 @@ struct EngineStats {
     uint64_t dropped_events = 0;     // of the trace, overwritten by later ones
     double upload_s = 0;             // sum over the tickets
     double download_s = 0;
-    double wait_s = 0;  // host time blocked in acquire
-    double stall_s = 0; // device time that the callers' streams waited for uploads (CUDA)
+    double wait_s = 0;          // host time blocked in acquire
+    double stall_s = 0;         // device time that the callers' streams waited for uploads (CUDA)
+    std::string reads_by;       // of blocks in a file: "io_uring" or "threads"
+    std::string reads_fallback; // why not io_uring although it was tried
 };
 
 class Recorder {

@@ -137,7 +137,7 @@ class StreamingStore:
         if directory is None:
             self._pool = HostPool(sizes, device=name)
         else:
-            path = _new_block_file(Path(directory), sum(sizes))
+            path = _new_block_file(Path(directory), BlockFile.file_bytes(sizes))
             try:
                 self._file = BlockFile(str(path), sizes)
             finally:

@@ -19,7 +19,7 @@ constexpr size_t kMaxBytes = 131072;
 
 // Blocks in a source of either kind, at version 0, and an engine over it.
 struct Subject {
-    Subject(bool from_file, int num_slots, int max_delay_us, DiskOptions disk = {})
+    Subject(bool from_file, int num_slots, int max_delay_us, DiskOptions disk = {}, bool durable = false)
         : pool(std::make_shared<HostPool>(kSizes, nullptr, HostPoolOptions{.chunk_bytes = 65536})),
           slots(num_slots, kMaxBytes) {
         for (size_t block = 0; block < kSizes.size(); ++block)
@@ -33,7 +33,8 @@ struct Subject {
                                                   slots.slot_bytes);
             return;
         }
-        file = std::make_shared<BlockFile>(scratch.file("blocks"), kSizes, true, std::nullopt);
+        file = std::make_shared<BlockFile>(scratch.file("blocks"), kSizes, true, std::nullopt,
+                                           BlockFileOptions{.durable = durable, .part_bytes = kPageBytes});
         for (size_t block = 0; block < kSizes.size(); ++block)
             file->write(block, pool->address(block), kSizes[block], 0);
         disk.chunk_bytes = 16384;
@@ -103,11 +104,13 @@ class Journal {
     std::thread thread_;
 };
 
-void stress(bool from_file, int num_slots, int max_delay_us, unsigned seed) {
+void stress(bool from_file, int num_slots, int max_delay_us, unsigned seed, ReadsBy reads_by = ReadsBy::kAuto,
+            bool durable = false) {
     std::vector<std::atomic<int64_t>> gates(kSizes.size()); // version of the last dirty release
     std::atomic<Journal*> journal_of_hook{nullptr};
     std::atomic<int> num_early{0};
     DiskOptions disk;
+    disk.reads_by = reads_by;
     disk.hook = [&](Direction direction, int block, size_t, std::byte* in_slot, size_t num_bytes) {
         if (direction == Direction::kUpload)
             std::memset(in_slot, 0xFF, num_bytes);
@@ -115,7 +118,7 @@ void stress(bool from_file, int num_slots, int max_delay_us, unsigned seed) {
             ++num_early;
         random_delay(max_delay_us);
     };
-    Subject subject(from_file, num_slots, max_delay_us, disk);
+    Subject subject(from_file, num_slots, max_delay_us, disk, durable);
     CopyEngine& engine = *subject.engine;
     std::vector<int64_t> versions(kSizes.size(), 0);
     {
@@ -173,6 +176,10 @@ void stress(bool from_file, int num_slots, int max_delay_us, unsigned seed) {
     CHECK_EQ(num_early.load(), 0);
     const EngineStats stats = engine.stats();
     CHECK(stats.downloads > 50 && stats.uploads > 100 && stats.hits > 100, stats.downloads, " ", stats.uploads);
+    if (from_file)
+        CHECK(stats.reads_by ==
+                  (reads_by == ReadsBy::kThreads || !stats.reads_fallback.empty() ? "threads" : "io_uring"),
+              stats.reads_by);
 }
 
 } // namespace
@@ -185,8 +192,11 @@ TEST(stress_pool) {
 
 TEST(stress_file) {
     const Watchdog watchdog("stress_file");
-    stress(true, 2, 300, 3);
-    stress(true, 4, 0, 4);
+    stress(true, 2, 300, 3, ReadsBy::kThreads);
+    stress(true, 4, 0, 4, ReadsBy::kThreads);
+    stress(true, 2, 300, 5); // through the ring, where there is one
+    stress(true, 4, 0, 6);
+    stress(true, 3, 100, 7, ReadsBy::kAuto, true);
 }
 
 TEST(several_threads_at_once) {
@@ -354,6 +364,7 @@ TEST(a_dropped_read_goes_on) {
     std::atomic<bool> hold{true};
     DiskOptions disk;
     disk.num_readers = 2;
+    disk.reads_by = ReadsBy::kThreads; // one of which the hook holds back
     disk.hook = [&](Direction direction, int block, size_t offset, std::byte*, size_t) {
         if (direction == Direction::kUpload && block == 2 && offset == 0 && num_reads++ == 0)
             while (hold.load())

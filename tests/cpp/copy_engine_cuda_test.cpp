@@ -36,7 +36,7 @@ struct Kernel {
 };
 
 struct Subject {
-    Subject(bool from_file, int num_slots, int delay) : max_delay_us(delay) {
+    Subject(bool from_file, int num_slots, int delay, ReadsBy reads_by = ReadsBy::kAuto) : max_delay_us(delay) {
         num_mismatches = 0;
         driver.max_delay_us = delay;
         driver.max_registration_bytes = 65536;
@@ -55,12 +55,14 @@ struct Subject {
                 cu::driver().stream_create(&stream, cu::kStreamNonBlocking, 0);
         }
         if (from_file) {
-            file = std::make_shared<BlockFile>(scratch.file("blocks"), kSizes, true, std::nullopt);
+            file = std::make_shared<BlockFile>(scratch.file("blocks"), kSizes, true, std::nullopt,
+                                               BlockFileOptions{.part_bytes = kPageBytes});
             for (size_t block = 0; block < kSizes.size(); ++block)
                 file->write(block, pool->address(block), kSizes[block], 0);
             staging = std::make_shared<HostPool>(std::vector<size_t>(3, 40000), device,
                                                  HostPoolOptions{.pin = true, .chunk_bytes = 16384});
             DiskOptions disk;
+            disk.reads_by = reads_by;
             disk.chunk_bytes = 16384;
             disk.hook = [delay](Direction, int, size_t, std::byte*, size_t) { random_delay(delay); };
             engine = std::make_unique<CopyEngine>(device, file, slots, kMaxBytes, staging, disk);
@@ -116,8 +118,9 @@ struct Subject {
     std::unique_ptr<CopyEngine> engine;
 };
 
-void stress(bool from_file, int num_slots, int max_delay_us, int num_steps, unsigned seed) {
-    Subject subject(from_file, num_slots, max_delay_us);
+void stress(bool from_file, int num_slots, int max_delay_us, int num_steps, unsigned seed,
+            ReadsBy reads_by = ReadsBy::kAuto) {
+    Subject subject(from_file, num_slots, max_delay_us, reads_by);
     CopyEngine& engine = *subject.engine;
     std::vector<int64_t> versions(kSizes.size(), 0);
     std::minstd_rand random(seed);
@@ -195,8 +198,10 @@ TEST(stress_pool) {
 
 TEST(stress_file) {
     const Watchdog watchdog("stress_file");
-    stress(true, 2, 200, 700, 4);
-    stress(true, 4, 200, 700, 5);
+    for (const ReadsBy reads_by : {ReadsBy::kThreads, ReadsBy::kAuto}) {
+        stress(true, 2, 200, 700, 4, reads_by);
+        stress(true, 4, 200, 700, 5, reads_by);
+    }
 }
 
 // Two passes of a training step over every block, with all compute held back: the host runs through.

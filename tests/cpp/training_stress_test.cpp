@@ -354,7 +354,8 @@ Outcome streamed_training(const Setting& setting, const simulated::Driver* drive
     }
     std::unique_ptr<CopyEngine> engine;
     if (setting.from_file) {
-        file = std::make_shared<BlockFile>(scratch.file("blocks"), sizes, true, std::nullopt);
+        file = std::make_shared<BlockFile>(scratch.file("blocks"), sizes, true, std::nullopt,
+                                           BlockFileOptions{.part_bytes = kPageBytes});
         for (size_t block = 0; block < sizes.size(); ++block)
             file->write(block, initial[block].data(), sizes[block], 0);
         DiskOptions disk;
@@ -366,7 +367,7 @@ Outcome streamed_training(const Setting& setting, const simulated::Driver* drive
         };
         std::shared_ptr<HostPool> staging;
         if (setting.cuda)
-            staging = std::make_shared<HostPool>(std::vector<size_t>(6, kPageBytes), device,
+            staging = std::make_shared<HostPool>(std::vector<size_t>(6, kMiB), device,
                                                  HostPoolOptions{.pin = true, .chunk_bytes = 2 * kPageBytes});
         engine = std::make_unique<CopyEngine>(device, file, slots, slot_bytes, staging, disk);
     } else {
