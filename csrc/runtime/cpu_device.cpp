@@ -3,6 +3,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -129,7 +130,11 @@ Stream CpuDevice::create_stream(bool /*urgent*/) {
     auto queue = std::make_unique<Queue>();
     Queue& reference = *queue;
     State& state = *state_;
-    queue->thread = std::thread([&state, &reference] { run(state, reference); });
+    try {
+        queue->thread = std::thread([&state, &reference] { run(state, reference); });
+    } catch (const std::system_error& error) {
+        fail("device 'cpu': cannot start a thread for a stream: ", error.what());
+    }
     return queue.release();
 }
 

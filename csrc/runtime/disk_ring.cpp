@@ -31,7 +31,7 @@ void DiskTransport::run_ring() {
             idle = false;
         }
         if (idle && !state_.error.empty()) // nothing is begun any more, perhaps since the ring is broken
-            work_.wait(lock, [this] { return stopping_; });
+            loads_.wait(lock, [this] { return stopping_; });
         if (idle && stopping_)
             return;
         ring_sleeps_ = has_room && !stopping_;

@@ -93,7 +93,8 @@ void DiskTransport::stop() noexcept {
     {
         const std::lock_guard lock(state_.mutex);
         stopping_ = true;
-        notify();
+        wake_readers();
+        stores_.notify_all();
     }
     for (std::thread& thread : threads_)
         thread.join();
@@ -120,9 +121,16 @@ void DiskTransport::update_stats() {
     state_.recorder.stats.reads_fallback = no_ring_;
 }
 
-// Called with the lock held.
-void DiskTransport::notify() {
-    work_.notify_all();
+// Whether an upload has chunks to begin, now or after what it waits for. Called with the lock held, as all that follow.
+bool DiskTransport::has_loads() const {
+    return std::any_of(slots_.begin(), slots_.end(), [](const SlotState& slot) {
+        return slot.load.phase != Phase::kNone && slot.load.num_begun < slot.load.num_chunks;
+    });
+}
+
+// Only who has something to do is woken, since that is most of what a block costs the host.
+void DiskTransport::wake_readers() {
+    loads_.notify_all();
     if (ring_sleeps_) {
         ring_sleeps_ = false;
         ring_->wake();
@@ -195,7 +203,7 @@ bool DiskTransport::end_chunk(Direction direction, const Chunk& chunk) {
     if (++ticket.num_done == ticket.num_chunks)
         return state_.error.empty();
     if (up && storing_slot_[chunk.block] >= 0)
-        work_.notify_all(); // its download may be waiting for this read
+        stores_.notify_all(); // its download may be waiting for this read
     return false;
 }
 
@@ -206,7 +214,7 @@ void DiskTransport::run_reader(const Piece& piece) {
         if (slot < 0) {
             if (stopping_)
                 return;
-            work_.wait(lock);
+            loads_.wait(lock);
             continue;
         }
         const Chunk chunk = begin_chunk(Direction::kUpload, slot);
@@ -232,7 +240,7 @@ void DiskTransport::run_writer(const Piece& piece) {
         if (slot < 0) {
             if (stopping_)
                 return;
-            work_.wait(lock);
+            stores_.wait(lock);
             continue;
         }
         Ticket& ticket = slots_[slot].store;
@@ -246,7 +254,8 @@ void DiskTransport::run_writer(const Piece& piece) {
                 file_->begin_write(static_cast<size_t>(chunk.block));
                 lock.lock();
                 ticket.opening = false;
-                work_.notify_all();
+                if (ticket.num_chunks > 1)
+                    stores_.notify_all();
                 lock.unlock();
             }
             write(piece, chunk);
@@ -343,7 +352,10 @@ void DiskTransport::finish(Direction direction, int slot) {
     }
     ticket.phase = Phase::kNone;
     state_.changed.notify_all();
-    notify();
+    if (up && storing_slot_[ticket.block] >= 0)
+        stores_.notify_all();
+    if (!up && has_loads())
+        wake_readers();
 }
 
 void DiskTransport::queue(Ticket& ticket, int block, bool urgent, int64_t version) {
@@ -355,7 +367,6 @@ void DiskTransport::queue(Ticket& ticket, int block, bool urgent, int64_t versio
     ticket.version = version;
     ticket.num_chunks =
         std::max<size_t>(1, (state_.block_bytes[block] + options_.chunk_bytes - 1) / options_.chunk_bytes);
-    notify();
 }
 
 SlotPhase DiskTransport::phase(int slot) {
@@ -381,8 +392,10 @@ void DiskTransport::upload(int block, int slot, bool urgent) {
     SlotState& state = slots_[slot];
     // While its download is to come or under way no other block has come in: the bytes are still there.
     state.present = state.store.phase != Phase::kNone && state.store.block == block;
-    if (!state.present)
-        queue(state.load, block, urgent, 0);
+    if (state.present)
+        return;
+    queue(state.load, block, urgent, 0);
+    wake_readers();
 }
 
 void DiskTransport::hurry(int slot) {
@@ -392,7 +405,14 @@ void DiskTransport::hurry(int slot) {
 
 void DiskTransport::download(int block, int slot, int64_t version) {
     storing_slot_[block] = slot;
-    queue(slots_[slot].store, block, false, version);
+    Ticket& store = slots_[slot].store;
+    queue(store, block, false, version);
+    if (!is_open(store))
+        return; // set_durable() wakes the writers
+    if (store.num_chunks == 1)
+        stores_.notify_one();
+    else
+        stores_.notify_all();
 }
 
 std::optional<int64_t> DiskTransport::recall_download(int block, int slot) {
@@ -402,7 +422,8 @@ std::optional<int64_t> DiskTransport::recall_download(int block, int slot) {
     store.phase = Phase::kNone;
     storing_slot_[block] = -1;
     ++state_.recorder.stats.recalled_downloads;
-    notify();
+    if (has_loads())
+        wake_readers();
     return store.version;
 }
 
@@ -427,7 +448,7 @@ void DiskTransport::reader_done(int slot, Stream stream) {
 
 void DiskTransport::set_durable(int64_t version) {
     durable_ = version;
-    work_.notify_all();
+    stores_.notify_all();
     state_.changed.notify_all();
 }
 

@@ -111,7 +111,8 @@ class DiskTransport final : public Transport {
     void store(Lock& lock, int slot);
     void finish(Direction direction, int slot);
     void queue(Ticket& ticket, int block, bool urgent, int64_t version);
-    void notify();
+    bool has_loads() const;
+    void wake_readers();
 
     void run_ring();
     void begin_ring_read(size_t index);
@@ -134,8 +135,9 @@ class DiskTransport final : public Transport {
     std::string no_ring_;              // why threads read
     std::vector<RingRead> ring_reads_; // on a CPU twice as many as may be under way: what has come in is checked then
     uint64_t num_arrivals_ = 0;
-    bool ring_sleeps_ = false;     // and could begin more: wake it when there is more to do
-    std::condition_variable work_; // for the threads; callers wait on state_.changed
+    bool ring_sleeps_ = false;       // and could begin more: wake it when there is more to do
+    std::condition_variable loads_;  // there may be a chunk to read; callers wait on state_.changed
+    std::condition_variable stores_; // or one to write
     uint64_t next_order_ = 0;
     int64_t durable_ = 0;
     bool stopping_ = false;

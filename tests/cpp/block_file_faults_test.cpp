@@ -273,6 +273,15 @@ TEST(a_thread_that_does_not_start_is_an_error) {
         CHECK_EQ(num_descriptors(), before);
         engine();
     }
+    const HostPool pool({4096, 4096}, make_device("cpu"), {});
+    const Slots slots(2, 4096);
+    for (const int num_started : {0, 1, 2}) { // the streams of an engine over memory
+        threads_before_failure = num_started;
+        const std::string text =
+            testing::thrown_text([&] { CopyEngine(make_device("cpu"), pool, slots.addresses, slots.slot_bytes); });
+        threads_before_failure = -1;
+        CHECK(contains_all(text, {"device 'cpu'", "cannot start a thread", "Resource temporarily unavailable"}), text);
+    }
 #endif
 }
 

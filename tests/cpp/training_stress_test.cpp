@@ -299,6 +299,7 @@ struct Setting {
     int num_slots;
     int write_every;
     int max_delay_us;
+    ReadsBy reads_by = ReadsBy::kAuto;
 };
 
 std::shared_ptr<Device> delayed_cpu(int max_delay_us) {
@@ -359,6 +360,7 @@ Outcome streamed_training(const Setting& setting, const simulated::Driver* drive
         for (size_t block = 0; block < sizes.size(); ++block)
             file->write(block, initial[block].data(), sizes[block], 0);
         DiskOptions disk;
+        disk.reads_by = setting.reads_by;
         disk.hook = [&setting](Direction direction, int, size_t, std::byte* in_slot, size_t num_bytes) {
             random_delay(setting.max_delay_us);
             if (direction == Direction::kUpload && !setting.cuda)
@@ -481,3 +483,5 @@ TEST(cpu_from_file_writing_in_turn) { compare("cpu_from_file_writing_in_turn", {
 TEST(cuda_from_memory) { compare("cuda_from_memory", {true, false, 3, 1, 60}); }
 TEST(cuda_from_memory_two_slots) { compare("cuda_from_memory_two_slots", {true, false, 2, 2, 60}); }
 TEST(cuda_from_file) { compare("cuda_from_file", {true, true, 3, 1, 60}); }
+TEST(cpu_from_file_by_threads) { compare("cpu_from_file_by_threads", {false, true, 3, 1, 60, ReadsBy::kThreads}); }
+TEST(cuda_from_file_by_threads) { compare("cuda_from_file_by_threads", {true, true, 2, 3, 60, ReadsBy::kThreads}); }
