@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from distzo2.safetensors_io import CheckpointError, SafetensorsFile
 
 
 def make_files(directory: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint in one file whose tensors start at odd places: sizes of bytes, chunks and what lies between."""
+    """A checkpoint in one file, of tensors from bytes to chunks, none of which starts at a multiple of its item."""
     g = torch.Generator().manual_seed(0)
     tensors = {
         "a": torch.randint(0, 255, (3,), dtype=torch.uint8, generator=g),
@@ -33,6 +35,11 @@ def make_files(directory: Path) -> dict[str, torch.Tensor]:
         "f": torch.zeros(0, 4),
     }
     save_file(tensors, directory / "model.safetensors")
+    data = (directory / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + length].rstrip()
+    header += b" " * (5 - len(header) % 8)  # the format asks for no alignment
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
     return tensors
 
 
@@ -155,6 +162,24 @@ def test_a_name_that_belongs_to_another_file_by_now(tmp_path: Path, how: str) ->
             reader.finish(reader.start(split(file, entry.offset, out)))
     (tmp_path / "again").mkdir()
     assert torch.equal(out, make_files(tmp_path / "again")["b"])
+
+
+def test_what_waits_behind_a_failure_is_not_read(tmp_path: Path, monkeypatch) -> None:
+    make_files(tmp_path)
+    begun = []
+
+    def broken(self, descriptors, batch):
+        begun.append(batch)
+        time.sleep(0.02)
+        raise CheckpointError("a shard is gone")
+
+    monkeypatch.setattr(ParallelReader, "_read", broken)
+    with SafetensorsFile(tmp_path / "model.safetensors") as file, ParallelReader(1) as reader:
+        futures = reader.start([Range(file, at, 1) for at in range(0, 14_000_000, 140_000)])
+        assert len(futures) == 100
+        with pytest.raises(CheckpointError, match="a shard is gone"):
+            reader.finish(futures)
+        assert len(begun) < 50
 
 
 class Stack(torch.nn.Module):

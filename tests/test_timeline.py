@@ -68,12 +68,14 @@ def test_rows_of_a_saved_trace(tmp_path: Path) -> None:
     trace.add("compute", "lost", 0, 1)  # not enabled yet
     trace.enable()
     trace.add("compute", "block 0", 1_000, 3_000)
-    trace.save(tmp_path / "t.json", [("upload", 4, 2, 5_000, 1_000, 2_000), ("stall", 9, 1, 7, 1, 2)], {4: "layers.4"})
+    transfers = [("upload", 4, 2, 5_000, 1_000, 2_000), ("upload", 5, 0, 5_000, 1_500, 2_500), ("stall", 9, 1, 7, 1, 2)]
+    trace.save(tmp_path / "t.json", transfers, {4: "layers.4"})
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    compute, upload, stall = [e for e in events if e["ph"] == "X"]
+    compute, upload, beside, stall = [e for e in events if e["ph"] == "X"]
     assert names[compute["tid"]] == "compute" and compute["dur"] == 2.0
     assert names[upload["tid"]] == "upload, slot 2" and upload["name"] == "layers.4"
+    assert names[beside["tid"]] == "upload, slot 0"
     assert upload["args"] == {"bytes": 5_000, "slot": 2, "GB/s": 5.0}
     assert names[stall["tid"]] == "stall" and stall["name"] == "9" and "GB/s" not in stall["args"]
 

@@ -69,8 +69,12 @@ class Ring:
             engine.flush()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        for block in engine.present():
-            engine.drop(block)
+        self.forget()
+
+    def forget(self) -> None:
+        """The next pass brings every block again."""
+        for block in self._engine.present():
+            self._engine.drop(block)
 
     def prepare(self, direction: str) -> None:
         """Makes present what goes down."""
@@ -103,8 +107,7 @@ def _compare(
         )
         moved = num_bytes * (2 if direction == "both" else 1)
         rates[direction] = {f"{key}_bytes_per_s": moved / value for key, value in seconds.items()}
-        for block in ring._engine.present():
-            ring._engine.drop(block)
+        ring.forget()
     return rates
 
 
