@@ -139,7 +139,9 @@ TEST(errors_of_the_disk_are_raised_with_their_place) {
                                    Fault{"write", ENOSPC, "cannot write", "No space left on device (errno 28)"},
                                    Fault{"write", EROFS, "cannot write", "Read-only file system (errno 30)"},
                                    Fault{"sync", EIO, "cannot be synced", "Input/output error (errno 5)"}})
-            for (const int after : {0, 1, 2, 3, 7, 20}) {
+            for (const int after : {0, 1, 2, 3, 5, 20}) {
+                if (after == 20 && std::string(fault.call) == "sync")
+                    continue; // commits share their syncs: there may be no more than two a pass
                 Subject subject(reads_by);
                 subject.calls.failing = fault.call;
                 subject.calls.error = fault.error;
