@@ -134,17 +134,26 @@ void BlockFile::read(size_t block, void* to, size_t num_bytes, size_t offset, si
     check_read(place, block, to, num_bytes, offset);
 }
 
-void BlockFile::begin_write(size_t block) {
+void BlockFile::begin_write(size_t block, const std::atomic<bool>* given_up) {
     check_range(block, 0, 0);
     std::unique_lock lock(mutex_);
     Block& state = blocks_[block];
     auto& spares = spares_[layout_.class_of_block[block]];
-    changed_.wait(lock, [&] { return !failed_.empty() || (state.next_slot == SIZE_MAX && !spares.empty()); });
+    const auto is_given_up = [given_up] { return given_up != nullptr && *given_up; };
+    changed_.wait(
+        lock, [&] { return !failed_.empty() || is_given_up() || (state.next_slot == SIZE_MAX && !spares.empty()); });
     if (!failed_.empty())
         fail(failed_);
+    if (is_given_up())
+        fail("block file ", path_, ": the write of block ", block, " was given up");
     state.next_slot = spares.back();
     spares.pop_back();
     state.parts_written = 0;
+}
+
+void BlockFile::wake() {
+    const std::lock_guard lock(mutex_);
+    changed_.notify_all();
 }
 
 void BlockFile::write_chunk(size_t block, const void* from, size_t num_bytes, size_t offset, size_t tail_bytes) {

@@ -67,7 +67,9 @@ class BlockFile {
 
     // A transaction: begin (waits for a spare slot, and for one of this block that is under way), every part once, in
     // chunks of whole parts by any threads, and an end. After a failed chunk or commit only abandon() may follow.
-    void begin_write(size_t block);
+    // With `given_up`, the wait ends with an error when that is set and wake() is called.
+    void begin_write(size_t block, const std::atomic<bool>* given_up = nullptr);
+    void wake();
     void write_chunk(size_t block, const void* from, size_t num_bytes, size_t offset, size_t tail_bytes = 0);
     struct Commit {
         size_t block;

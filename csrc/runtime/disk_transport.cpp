@@ -119,7 +119,7 @@ void DiskTransport::stop() noexcept {
     } catch (const std::exception&) { // the driver is gone, at the end of the process, and all of this with it
     }
     for (const SlotState& slot : slots_) // what failed midway
-        if (slot.store.phase == Phase::kRunning)
+        if (slot.store.phase == Phase::kRunning && !slot.store.opening)
             file_->abandon(static_cast<size_t>(slot.store.block));
     for (size_t block = 0; block < is_committing_.size(); ++block)
         if (is_committing_[block] != 0)

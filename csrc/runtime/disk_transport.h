@@ -6,6 +6,7 @@
 // come together since the commit before, and only then may the block be read, or a flush end.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <thread>
 
@@ -137,6 +138,7 @@ class DiskTransport final : public Transport {
     std::vector<std::thread> threads_;
     std::thread committer_;
     bool writers_ended_ = false;
+    std::atomic<bool> writes_given_up_{false}; // after a failure: nobody waits for a slot of the file any more
     std::unique_ptr<IoRing> ring_;
     std::string no_ring_;              // why threads read
     std::vector<RingRead> ring_reads_; // on a CPU twice as many as may be under way: what has come in is checked then

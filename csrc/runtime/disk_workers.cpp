@@ -65,6 +65,9 @@ void DiskTransport::run_writer(const Piece& piece) {
     while (true) {
         const int slot = next_slot(Direction::kDownload);
         if (slot < 0) {
+            // What was begun keeps its slot of the file, and another writer may be waiting for one.
+            if (!state_.error.empty() && !writes_given_up_.exchange(true))
+                file_->wake();
             if (stopping_)
                 return;
             work_.wait(lock);
@@ -78,7 +81,7 @@ void DiskTransport::run_writer(const Piece& piece) {
         std::string failure;
         try {
             if (first) { // may wait for a slot of the file; the other chunks meanwhile for this
-                file_->begin_write(static_cast<size_t>(chunk.block));
+                file_->begin_write(static_cast<size_t>(chunk.block), &writes_given_up_);
                 lock.lock();
                 ticket.opening = false;
                 work_.notify_all();
@@ -109,13 +112,14 @@ void DiskTransport::written(int slot) {
     finish(Direction::kDownload, slot);
 }
 
+// Also after a failure elsewhere: what is written is whole.
 void DiskTransport::run_committer() {
     std::vector<BlockFile::Commit> batch;
     batch.reserve(is_committing_.size());
     Lock lock(state_.mutex);
     while (true) {
-        work_.wait(lock, [this] { return writers_ended_ || (!to_commit_.empty() && state_.error.empty()); });
-        if (to_commit_.empty() || !state_.error.empty())
+        work_.wait(lock, [this] { return writers_ended_ || !to_commit_.empty(); });
+        if (to_commit_.empty())
             return;
         batch.swap(to_commit_);
         lock.unlock();
