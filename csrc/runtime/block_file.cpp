@@ -134,17 +134,26 @@ void BlockFile::read(size_t block, void* to, size_t num_bytes, size_t offset, si
     check_read(place, block, to, num_bytes, offset);
 }
 
-void BlockFile::begin_write(size_t block) {
+void BlockFile::begin_write(size_t block, const std::atomic<bool>* given_up) {
     check_range(block, 0, 0);
     std::unique_lock lock(mutex_);
     Block& state = blocks_[block];
     auto& spares = spares_[layout_.class_of_block[block]];
-    changed_.wait(lock, [&] { return !failed_.empty() || (state.next_slot == SIZE_MAX && !spares.empty()); });
+    const auto is_given_up = [given_up] { return given_up != nullptr && *given_up; };
+    changed_.wait(
+        lock, [&] { return !failed_.empty() || is_given_up() || (state.next_slot == SIZE_MAX && !spares.empty()); });
     if (!failed_.empty())
         fail(failed_);
+    if (is_given_up())
+        fail("block file ", path_, ": the write of block ", block, " was given up");
     state.next_slot = spares.back();
     spares.pop_back();
     state.parts_written = 0;
+}
+
+void BlockFile::wake() {
+    const std::lock_guard lock(mutex_);
+    changed_.notify_all();
 }
 
 void BlockFile::write_chunk(size_t block, const void* from, size_t num_bytes, size_t offset, size_t tail_bytes) {
@@ -261,19 +270,27 @@ void BlockFile::finish_commit(size_t block) {
     changed_.notify_all();
 }
 
-void BlockFile::commit(size_t block, int64_t version) {
-    check_range(block, 0, 0);
+void BlockFile::commit(const std::vector<Commit>& commits) {
     std::unique_lock lock(mutex_);
-    Block& state = blocks_[block];
-    if (state.next_slot == SIZE_MAX || state.parts_written != layout_.num_parts(block))
-        throw std::logic_error(join_text("block file ", path_, ": a commit of block ", block, " with ",
-                                         state.parts_written.load(), " of its ", layout_.num_parts(block),
-                                         " parts written"));
-    state.next_version = version;
-    if (!layout_.kept)
-        return finish_commit(block);
-    waiting_.push_back(block);
-    while (failed_.empty() && state.next_slot != SIZE_MAX) {
+    for (const Commit& one : commits) {
+        check_range(one.block, 0, 0);
+        Block& state = blocks_[one.block];
+        if (state.next_slot == SIZE_MAX || state.parts_written != layout_.num_parts(one.block))
+            throw std::logic_error(join_text("block file ", path_, ": a commit of block ", one.block, " with ",
+                                             state.parts_written.load(), " of its ", layout_.num_parts(one.block),
+                                             " parts written"));
+        state.next_version = one.version;
+    }
+    for (const Commit& one : commits)
+        if (layout_.kept)
+            waiting_.push_back(one.block);
+        else
+            finish_commit(one.block);
+    const auto are_done = [&] {
+        return std::all_of(commits.begin(), commits.end(),
+                           [&](const Commit& one) { return blocks_[one.block].next_slot == SIZE_MAX; });
+    };
+    while (failed_.empty() && !are_done()) {
         if (committing_) {
             changed_.wait(lock);
             continue;
@@ -300,7 +317,7 @@ void BlockFile::commit(size_t block, int64_t version) {
         batch_.clear();
         changed_.notify_all();
     }
-    if (state.next_slot != SIZE_MAX)
+    if (!are_done())
         fail(failed_);
 }
 

@@ -51,6 +51,7 @@ class BlockFile {
     const std::string& path() const { return path_; }
     const std::vector<size_t>& block_bytes() const { return layout_.block_bytes; }
     size_t part_bytes() const { return layout_.part_bytes; }
+    bool is_durable() const { return layout_.kept; }
     int64_t version(size_t block) const; // of the last commit
 
     // Copies bytes [offset, offset + num_bytes) of a block to memory: any size, any alignment. With `tail_bytes`, that
@@ -66,10 +67,18 @@ class BlockFile {
 
     // A transaction: begin (waits for a spare slot, and for one of this block that is under way), every part once, in
     // chunks of whole parts by any threads, and an end. After a failed chunk or commit only abandon() may follow.
-    void begin_write(size_t block);
+    // With `given_up`, the wait ends with an error when that is set and wake() is called.
+    void begin_write(size_t block, const std::atomic<bool>* given_up = nullptr);
+    void wake();
     void write_chunk(size_t block, const void* from, size_t num_bytes, size_t offset, size_t tail_bytes = 0);
-    void commit(size_t block, int64_t version); // in a durable file, it is on the disk when this returns
-    void abandon(size_t block) noexcept;        // if one is under way
+    struct Commit {
+        size_t block;
+        int64_t version;
+    };
+    // In a durable file, they are on the disk when this returns.
+    void commit(const std::vector<Commit>& commits);
+    void commit(size_t block, int64_t version) { commit({{block, version}}); }
+    void abandon(size_t block) noexcept; // if one is under way
 
     // A read made by other means: where the bytes lie, which nobody overwrites before end_read().
     struct Place {

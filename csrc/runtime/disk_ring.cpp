@@ -1,6 +1,6 @@
 // Reads through a ring: one thread begins them, checks what has come in, and for CUDA sends it on to the slot. It
-// sleeps in the kernel, for the next read that ends or for news (notify), so that an urgent read waits only for a place
-// in the ring. Every function but run_ring() is called without the lock.
+// sleeps in the kernel, for the next read that ends or for news (wake_readers), so that an urgent read waits only for a
+// place in the ring. Every function but run_ring() is called without the lock.
 #include <cerrno>
 
 #include "runtime/disk_transport.h"

@@ -13,7 +13,7 @@ namespace distzo2 {
 DiskTransport::DiskTransport(EngineState& state, std::shared_ptr<BlockFile> file, std::shared_ptr<HostPool> staging,
                              const DiskOptions& options)
     : state_(state), device_(*state.device), file_(std::move(file)), options_(options), slots_(state.slots.size()),
-      storing_slot_(state.block_bytes.size(), -1) {
+      storing_slot_(state.block_bytes.size(), -1), is_committing_(state.block_bytes.size(), 0) {
     if (options_.num_readers < 1 || options_.num_writers < 1 || options_.chunk_bytes == 0 ||
         options_.chunk_bytes % file_->part_bytes() != 0)
         throw std::invalid_argument(join_text("disk transport: expected at least one reader and writer and chunks of a "
@@ -74,7 +74,10 @@ void DiskTransport::give_staging(std::shared_ptr<HostPool> staging) {
 void DiskTransport::start_threads() {
     const size_t num_readers = static_cast<size_t>(options_.num_readers);
     threads_.reserve(pieces_.size());
+    to_commit_.reserve(is_committing_.size());
     try {
+        if (file_->is_durable())
+            committer_ = std::thread([this] { run_committer(); });
         if (ring_)
             threads_.emplace_back([this] { run_ring(); });
         for (size_t i = ring_ ? num_readers : 0; i < pieces_.size(); ++i)
@@ -95,10 +98,19 @@ void DiskTransport::stop() noexcept {
         stopping_ = true;
         wake_readers();
         stores_.notify_all();
+        if (!state_.error.empty() && !writes_given_up_.exchange(true))
+            file_->wake(); // a writer may be waiting for a slot of the file that a failed download keeps
     }
     for (std::thread& thread : threads_)
         thread.join();
     threads_.clear();
+    {
+        const std::lock_guard lock(state_.mutex);
+        writers_ended_ = true;
+        commits_.notify_all();
+    }
+    if (committer_.joinable())
+        committer_.join();
     ring_.reset();
     try {
         const DeviceGuard guard(device_);
@@ -110,8 +122,11 @@ void DiskTransport::stop() noexcept {
     } catch (const std::exception&) { // the driver is gone, at the end of the process, and all of this with it
     }
     for (const SlotState& slot : slots_) // what failed midway
-        if (slot.store.phase == Phase::kRunning)
+        if (slot.store.phase == Phase::kRunning && !slot.store.opening)
             file_->abandon(static_cast<size_t>(slot.store.block));
+    for (size_t block = 0; block < is_committing_.size(); ++block)
+        if (is_committing_[block] != 0)
+            file_->abandon(block);
     pieces_.clear();
     slots_.clear();
 }
@@ -140,7 +155,11 @@ void DiskTransport::wake_readers() {
 bool DiskTransport::may_load(const SlotState& slot) const {
     if (slot.store.phase != Phase::kNone && kept(Ordering::file_upload_after_slot_is_stored))
         return false;
-    return storing_slot_[slot.load.block] < 0 || !kept(Ordering::file_upload_after_block_is_stored);
+    return is_stored(slot.load.block) || !kept(Ordering::file_upload_after_block_is_stored);
+}
+
+bool DiskTransport::is_stored(int block) const {
+    return storing_slot_[block] < 0 && is_committing_[static_cast<size_t>(block)] == 0;
 }
 
 // By an upload that was dropped after it had begun: what it reads is thrown away, but is not written meanwhile. Its
@@ -168,7 +187,8 @@ int DiskTransport::next_slot(Direction direction) const {
         const Ticket& ticket = up ? slots_[i].load : slots_[i].store;
         if (ticket.phase == Phase::kNone || ticket.opening || ticket.num_begun == ticket.num_chunks)
             continue;
-        if (!(up ? may_load(slots_[i]) : is_open(ticket) && !is_being_read(ticket.block)))
+        if (!(up ? may_load(slots_[i])
+                 : is_open(ticket) && !is_being_read(ticket.block) && is_committing_[ticket.block] == 0))
             continue;
         if (best_ticket == nullptr || ticket.urgent > best_ticket->urgent ||
             (ticket.urgent == best_ticket->urgent && ticket.order < best_ticket->order)) {
@@ -177,162 +197,6 @@ int DiskTransport::next_slot(Direction direction) const {
         }
     }
     return best;
-}
-
-// The next chunk of the slot's ticket; begins the ticket with its first. Called with the lock held.
-DiskTransport::Chunk DiskTransport::begin_chunk(Direction direction, int slot) {
-    const bool up = direction == Direction::kUpload;
-    Ticket& ticket = up ? slots_[slot].load : slots_[slot].store;
-    const size_t block_bytes = state_.block_bytes[ticket.block];
-    if (ticket.phase == Phase::kQueued) {
-        ticket.phase = Phase::kRunning;
-        ticket.start_ns = now_ns();
-        EngineStats& stats = state_.recorder.stats;
-        ++(up ? stats.uploads : stats.downloads);
-        (up ? stats.bytes_up : stats.bytes_down) += block_bytes;
-    }
-    const size_t offset = ticket.num_begun++ * options_.chunk_bytes;
-    return {ticket.block, slot, offset, std::min(options_.chunk_bytes, block_bytes - offset),
-            state_.slots[slot] + offset};
-}
-
-// Whether it was the ticket's last. Called with the lock held.
-bool DiskTransport::end_chunk(Direction direction, const Chunk& chunk) {
-    const bool up = direction == Direction::kUpload;
-    Ticket& ticket = up ? slots_[chunk.slot].load : slots_[chunk.slot].store;
-    if (++ticket.num_done == ticket.num_chunks)
-        return state_.error.empty();
-    if (up && storing_slot_[chunk.block] >= 0)
-        stores_.notify_all(); // its download may be waiting for this read
-    return false;
-}
-
-void DiskTransport::run_reader(const Piece& piece) {
-    Lock lock(state_.mutex);
-    while (true) {
-        const int slot = next_slot(Direction::kUpload);
-        if (slot < 0) {
-            if (stopping_)
-                return;
-            loads_.wait(lock);
-            continue;
-        }
-        const Chunk chunk = begin_chunk(Direction::kUpload, slot);
-        lock.unlock();
-        std::string failure;
-        try {
-            read(piece, chunk);
-        } catch (const std::exception& error) {
-            failure = error.what();
-        }
-        lock.lock();
-        if (!failure.empty())
-            state_.fail(failure);
-        if (end_chunk(Direction::kUpload, chunk))
-            finish(Direction::kUpload, slot);
-    }
-}
-
-void DiskTransport::run_writer(const Piece& piece) {
-    Lock lock(state_.mutex);
-    while (true) {
-        const int slot = next_slot(Direction::kDownload);
-        if (slot < 0) {
-            if (stopping_)
-                return;
-            stores_.wait(lock);
-            continue;
-        }
-        Ticket& ticket = slots_[slot].store;
-        const bool first = ticket.phase == Phase::kQueued;
-        const Chunk chunk = begin_chunk(Direction::kDownload, slot);
-        ticket.opening = first;
-        lock.unlock();
-        std::string failure;
-        try {
-            if (first) { // may wait for a slot of the file; the other chunks meanwhile for this
-                file_->begin_write(static_cast<size_t>(chunk.block));
-                lock.lock();
-                ticket.opening = false;
-                if (ticket.num_chunks > 1)
-                    stores_.notify_all();
-                lock.unlock();
-            }
-            write(piece, chunk);
-        } catch (const std::exception& error) {
-            failure = error.what();
-        }
-        if (!lock.owns_lock())
-            lock.lock();
-        if (!failure.empty())
-            state_.fail(failure);
-        if (end_chunk(Direction::kDownload, chunk))
-            store(lock, slot);
-    }
-}
-
-// All chunks of a download are written.
-void DiskTransport::store(Lock& lock, int slot) {
-    const int block = slots_[slot].store.block;
-    const int64_t version = slots_[slot].store.version;
-    lock.unlock();
-    std::string failure;
-    try {
-        file_->commit(static_cast<size_t>(block), version);
-    } catch (const std::exception& error) {
-        failure = error.what();
-    }
-    lock.lock();
-    if (failure.empty())
-        finish(Direction::kDownload, slot);
-    else
-        state_.fail(failure);
-}
-
-void DiskTransport::read(const Piece& piece, const Chunk& chunk) {
-    if (options_.hook)
-        options_.hook(Direction::kUpload, chunk.block, chunk.offset, chunk.in_slot, chunk.num_bytes);
-    const auto block = static_cast<size_t>(chunk.block);
-    if (device_.is_cpu()) {
-        const size_t tail_bytes = state_.slot_bytes - chunk.offset - chunk.num_bytes;
-        return file_->read(block, chunk.in_slot, chunk.num_bytes, chunk.offset, tail_bytes);
-    }
-    file_->read(block, piece.staging, chunk.num_bytes, chunk.offset, options_.chunk_bytes - chunk.num_bytes);
-    copy(piece, chunk, Direction::kUpload);
-    await_copy(piece);
-}
-
-void DiskTransport::write(const Piece& piece, const Chunk& chunk) {
-    if (options_.hook)
-        options_.hook(Direction::kDownload, chunk.block, chunk.offset, chunk.in_slot, chunk.num_bytes);
-    const auto block = static_cast<size_t>(chunk.block);
-    if (device_.is_cpu()) {
-        const size_t tail_bytes = state_.slot_bytes - chunk.offset - chunk.num_bytes;
-        return file_->write_chunk(block, chunk.in_slot, chunk.num_bytes, chunk.offset, tail_bytes);
-    }
-    copy(piece, chunk, Direction::kDownload);
-    await_copy(piece);
-    file_->write_chunk(block, piece.staging, chunk.num_bytes, chunk.offset, options_.chunk_bytes - chunk.num_bytes);
-}
-
-// Between the piece and the slot, on the piece's stream.
-void DiskTransport::copy(const Piece& piece, const Chunk& chunk, Direction direction) {
-    const DeviceGuard guard(device_);
-    const bool up = direction == Direction::kUpload;
-    if (kept(up ? Ordering::file_upload_after_readers : Ordering::file_download_after_readers))
-        slots_[chunk.slot].readers.wait(device_, piece.stream); // they do not change while a transfer is under way
-    HostPool::for_each_chunk(staging_->data(), staging_chunk_bytes_, piece.staging, chunk.num_bytes,
-                             [&](std::byte* part, size_t part_bytes) {
-                                 std::byte* const there = chunk.in_slot + (part - piece.staging);
-                                 device_.copy(piece.stream, up ? there : part, up ? part : there, part_bytes,
-                                              direction);
-                             });
-}
-
-void DiskTransport::await_copy(const Piece& piece) {
-    const DeviceGuard guard(device_);
-    if (kept(Ordering::file_after_staging_copy))
-        device_.synchronize_stream(piece.stream);
 }
 
 void DiskTransport::finish(Direction direction, int slot) {
@@ -455,7 +319,8 @@ void DiskTransport::set_durable(int64_t version) {
 void DiskTransport::flush(Lock& lock) {
     state_.changed.wait(lock, [&] {
         return !state_.error.empty() || state_.closing ||
-               std::all_of(storing_slot_.begin(), storing_slot_.end(), [](int slot) { return slot < 0; });
+               (std::all_of(storing_slot_.begin(), storing_slot_.end(), [](int slot) { return slot < 0; }) &&
+                std::none_of(is_committing_.begin(), is_committing_.end(), [](char one) { return one != 0; }));
     });
     state_.raise_if_failed();
     if (state_.closing)

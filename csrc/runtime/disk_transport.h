@@ -2,9 +2,11 @@
 // flight) or by a thread each, and threads that write. On a CPU they read straight into the slots; for CUDA each read
 // has a piece of pinned staging memory and a stream, between which and the slot it copies. Who reads a chunk checks it.
 // A download is a transaction of the file, and is held back until the journal is durable up to its version (the
-// write-ahead rule).
+// write-ahead rule). Its slot is free when its bytes are written; in a durable file a thread then commits all that have
+// come together since the commit before, and only then may the block be read, or a flush end.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <thread>
 
@@ -100,6 +102,7 @@ class DiskTransport final : public Transport {
     void run_writer(const Piece& piece);
     bool is_open(const Ticket& ticket) const;
     bool is_being_read(int block) const;
+    bool is_stored(int block) const;
     bool may_load(const SlotState& slot) const;
     int next_slot(Direction direction) const;
     Chunk begin_chunk(Direction direction, int slot);
@@ -108,7 +111,8 @@ class DiskTransport final : public Transport {
     void write(const Piece& piece, const Chunk& chunk);
     void copy(const Piece& piece, const Chunk& chunk, Direction direction);
     void await_copy(const Piece& piece);
-    void store(Lock& lock, int slot);
+    void written(int slot);
+    void run_committer();
     void finish(Direction direction, int slot);
     void queue(Ticket& ticket, int block, bool urgent, int64_t version);
     bool has_loads() const;
@@ -128,9 +132,14 @@ class DiskTransport final : public Transport {
     size_t staging_chunk_bytes_ = kGiB; // registrations of the staging memory; no copy crosses one
     DiskOptions options_;
     std::vector<SlotState> slots_;
-    std::vector<int> storing_slot_; // per block: where a download of it is queued or under way, or -1
-    std::vector<Piece> pieces_;     // of the readers, then of the writers
+    std::vector<int> storing_slot_;   // per block: where a download of it is queued or under way, or -1
+    std::vector<char> is_committing_; // per block: its bytes are in a durable file, and not yet its own
+    std::vector<BlockFile::Commit> to_commit_;
+    std::vector<Piece> pieces_; // of the readers, then of the writers
     std::vector<std::thread> threads_;
+    std::thread committer_;
+    bool writers_ended_ = false;
+    std::atomic<bool> writes_given_up_{false}; // after a failure: nobody waits for a slot of the file any more
     std::unique_ptr<IoRing> ring_;
     std::string no_ring_;              // why threads read
     std::vector<RingRead> ring_reads_; // on a CPU twice as many as may be under way: what has come in is checked then
@@ -138,6 +147,7 @@ class DiskTransport final : public Transport {
     bool ring_sleeps_ = false;       // and could begin more: wake it when there is more to do
     std::condition_variable loads_;  // there may be a chunk to read; callers wait on state_.changed
     std::condition_variable stores_; // or one to write
+    std::condition_variable commits_;
     uint64_t next_order_ = 0;
     int64_t durable_ = 0;
     bool stopping_ = false;
