@@ -1,14 +1,15 @@
-"""Sequential reads and writes of a file of blocks through the copy engine, beside fio on the same file.
+"""Sequential reads and writes of a file of blocks through the copy engine, beside fio on a file of the same size.
 
     python bench/bench_disk.py                        # the disk of the temporary directory
     python bench/bench_disk.py --directory /big/disk --total-mib 4096
 
 The engine streams all blocks through a ring of three slots in memory: reads as a pass of a step with weights on disk
-does, writes by giving back changed blocks. fio (or dd, in parallel, where there is no fio) reads and writes the same
-range of the same file with O_DIRECT, in chunks of the engine's size, as many at a time as the engine has threads, and
-once more with four times as many (`deep`: what the disk would give to more). `threads` are plain preads and pwrites of
-the same chunks by four threads into memory on huge pages, as the slots are: a chunk is then one segment of a transfer
-and not a thousand, which fio's own memory cannot have. Turns are interleaved. Without fio and dd the bench says so.
+does, writes by giving back changed blocks. fio (or dd, in parallel, where there is no fio) reads and writes another
+file on the same disk (the blocks' checksums would tell of its writes) with O_DIRECT, in chunks of the engine's size, as
+many at a time as the engine has, and once more with four times as many (`deep`: what the disk would give to more).
+`threads` are plain preads and pwrites of the same chunks by four threads into memory on huge pages, as the slots are: a
+chunk is then one segment of a transfer and not a thousand, which fio's own memory cannot have. Turns are interleaved.
+Without fio and dd the bench says so.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ MIB = 2**20
 SLOTS = 3
 CHUNK = 4 * MIB  # of the engine's transfers
 DEPTH = {"read": 4, "write": 2}  # its threads
-HEADER = 4096  # of a block file
 
 
 class Engine:
@@ -89,8 +89,8 @@ def seconds_of(call: Callable[[], None]) -> float:
 
 
 def fio_rate(path: Path, direction: str, num_bytes: int, depth: int) -> float:
-    """Bytes/s by fio's own clock, over [HEADER, HEADER + num_bytes) of the file."""
-    command = ["fio", "--name=bench", f"--filename={path}", f"--rw={direction}", f"--bs={CHUNK}", f"--offset={HEADER}"]
+    """Bytes/s by fio's own clock, over the whole file."""
+    command = ["fio", "--name=bench", f"--filename={path}", f"--rw={direction}", f"--bs={CHUNK}"]
     command += [f"--size={num_bytes}", f"--iodepth={depth}", "--ioengine=libaio", "--direct=1", "--invalidate=0"]
     command += ["--allow_file_create=0", "--overwrite=1", "--refill_buffers=0", "--output-format=json"]
     out = subprocess.run(command, capture_output=True, text=True)
@@ -100,11 +100,11 @@ def fio_rate(path: Path, direction: str, num_bytes: int, depth: int) -> float:
 
 
 def dd_rate(path: Path, direction: str, num_bytes: int, depth: int) -> float:
-    """Bytes/s of `depth` dd at once, each on a part of the file; they start at HEADER and count in bytes."""
+    """Bytes/s of `depth` dd at once, each on a part of the file; they count in bytes."""
     part = num_bytes // depth // CHUNK * CHUNK
     commands = []
     for number in range(depth):
-        skip = HEADER + number * part
+        skip = number * part
         if direction == "read":
             where = [f"if={path}", "of=/dev/null", f"skip={skip}", "iflag=direct,skip_bytes"]
         else:
@@ -164,14 +164,16 @@ def main() -> None:
     rate_of = {"fio": fio_rate, "dd": dd_rate}[tool]
     rows = []
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="bench-disk-") as directory:
-        path = Path(directory) / "blocks"
+        path = Path(directory) / "raw"
         for mib in map(int, options.mib.split(",")):
             num_blocks = max(1, options.total_mib // mib // SLOTS) * SLOTS
             num_bytes = num_blocks * mib * MIB
-            engine = Engine(path, mib * MIB, num_blocks)
+            engine = Engine(path.with_name("blocks"), mib * MIB, num_blocks)
             direct = engine.file.stats()["direct"]
             if not direct:
                 raise SystemExit(f"error: {directory}: refuses O_DIRECT, which this bench compares")
+            path.touch()
+            take_turn(engine, path, "write", num_bytes, DEPTH["write"], rate_of, "threads")
             for direction, depth in DEPTH.items():
                 rates: dict[str, list[float]] = {name: [] for name in ("engine", "threads", tool, f"{tool} deep")}
                 turn = partial(take_turn, engine, path, direction, num_bytes, depth, rate_of)
@@ -202,6 +204,7 @@ def main() -> None:
                     flush=True,
                 )
             engine.close()
+            path.unlink()
     write_results(options.json, "disk", rows)
 
 

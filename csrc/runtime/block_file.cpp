@@ -286,10 +286,9 @@ void BlockFile::commit(const std::vector<Commit>& commits) {
             waiting_.push_back(one.block);
         else
             finish_commit(one.block);
-    const auto are_done = [&] {
-        return std::all_of(commits.begin(), commits.end(),
-                           [&](const Commit& one) { return blocks_[one.block].next_slot == SIZE_MAX; });
-    };
+    // By number, since the block's next transaction may have begun before this thread looks again. They grow together.
+    const uint64_t last = num_commits_ += commits.size();
+    const auto are_done = [&] { return !layout_.kept || num_committed_ >= last; };
     while (failed_.empty() && !are_done()) {
         if (committing_) {
             changed_.wait(lock);
@@ -309,6 +308,7 @@ void BlockFile::commit(const std::vector<Commit>& commits) {
         }
         lock.lock();
         committing_ = false;
+        num_committed_ += failure.empty() ? batch_.size() : 0;
         if (failure.empty())
             for (const size_t one : batch_)
                 finish_commit(one);

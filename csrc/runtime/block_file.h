@@ -11,7 +11,8 @@
 //
 // So at any instant one copy of the entry is whole, and names a slot whose bytes are on the disk. Commits that come in
 // while another is being synced share the next one's syncs. A scratch file leaves 1 to 4 out: it ends with the process.
-// A file belongs to one process at a time (it is locked); any thread may call.
+// A file belongs to one process at a time (it is locked, until its forked children have ended too); any thread may
+// call. A block that an engine has on its way must not be written from elsewhere: each chunk is read by itself.
 #pragma once
 
 #include <atomic>
@@ -169,8 +170,10 @@ class BlockFile {
     std::vector<size_t> waiting_;             // blocks to commit
     std::vector<size_t> batch_;               // blocks being committed, by the thread that set committing_
     bool committing_ = false;
-    Buffer entry_;       // that thread's
-    std::string failed_; // of a commit: what the map on the disk says is not known, and it is left alone
+    uint64_t num_commits_ = 0;   // asked for; they are made in this order
+    uint64_t num_committed_ = 0; // of those
+    Buffer entry_;               // that thread's
+    std::string failed_;         // of a commit: what the map on the disk says is not known, and it is left alone
     mutable std::atomic<uint64_t> bytes_read_{0};
     std::atomic<uint64_t> bytes_written_{0};
     std::atomic<uint64_t> map_bytes_written_{0};

@@ -44,7 +44,9 @@ void BlockFile::open(bool create, std::optional<bool> direct) {
         if (descriptor_ < 0)
             fail("block file ", path_, ": cannot be opened: ", errno_text(errno));
         if (calls_.lock(descriptor_) != 0)
-            fail("block file ", path_, ": is in use by another run: ", errno_text(errno));
+            fail("block file ", path_,
+                 errno == EWOULDBLOCK ? ": is in use by another run, or by a child of one: " : ": cannot be locked: ",
+                 errno_text(errno));
         const bool empty = !present || before.st_size == 0;
         if (create && !empty) {
             char magic[kMagicFamily] = {};

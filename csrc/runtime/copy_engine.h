@@ -28,9 +28,10 @@ class CopyEngine {
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
 
-    // Every function below but set_durable(), stats(), trace(), events() and close() throws the first failure of any
-    // From outside (a journal that cannot be written): what waits, or is called from now on, throws `reason`.
+    // A failure from outside (a journal that cannot be written): what waits, or is called from now on, throws `reason`.
     void fail(const std::string& reason);
+
+    // Every function below but set_durable(), stats(), trace(), events() and close() throws the first failure of any
     // transfer, again and again; std::out_of_range for a block that is not there; std::logic_error for a call that its
     // state forbids.
 

@@ -47,7 +47,7 @@ void DiskTransport::run_ring() {
         lock.lock();
         ring_sleeps_ = false;
         if (!failure.empty())
-            state_.fail(failure);
+            fail_all(failure);
         for (RingRead& read : ring_reads_) {
             if (read.stage == Stage::kFree || (failure.empty() && read.stage != Stage::kDone))
                 continue;
@@ -60,13 +60,15 @@ void DiskTransport::run_ring() {
     }
 }
 
-// Begins what is to be begun, takes what has come in, and checks or awaits one of those that had come in before: the
-// disk always has its next reads first. Waits only when there is nothing else to do.
+// Begins what is to be begun, takes what has come in, and checks one of those that had come in before: the disk always
+// has its next reads first. Waits only when there is nothing else to do, and for a copy to the slot, which may stand
+// behind compute, only when nothing is being read: otherwise the read that ends next is when copies are looked at.
 void DiskTransport::advance_ring() {
     using Stage = RingRead::Stage;
     const size_t kNone = ring_reads_.size();
     size_t arrived = kNone; // the first
-    size_t copying = kNone;
+    size_t copying = kNone; // the first, too
+    bool reading = false;
     bool done = false;
     for (size_t i = 0; i < ring_reads_.size(); ++i) {
         RingRead& read = ring_reads_[i];
@@ -74,17 +76,20 @@ void DiskTransport::advance_ring() {
             begin_ring_read(i);
         if (read.stage == Stage::kArrived && (arrived == kNone || read.arrival < ring_reads_[arrived].arrival))
             arrived = i;
-        if (read.stage == Stage::kCopying)
+        if (read.stage == Stage::kCopying && is_copied(pieces_[i]))
+            read.stage = Stage::kDone;
+        if (read.stage == Stage::kCopying && (copying == kNone || read.arrival < ring_reads_[copying].arrival))
             copying = i;
+        reading = reading || read.stage == Stage::kReading;
         done = done || read.stage == Stage::kDone;
     }
-    ring_->submit(!done && arrived == kNone && copying == kNone);
+    ring_->submit(!done && arrived == kNone && (copying == kNone || reading));
     IoRing::Completion completion{};
     while (ring_->next(&completion))
         end_ring_read(static_cast<size_t>(completion.tag), completion.result);
     if (arrived != kNone) {
         check_ring_read(arrived);
-    } else if (copying != kNone && !done) {
+    } else if (copying != kNone && !done && !reading) {
         await_copy(pieces_[copying]);
         ring_reads_[copying].stage = Stage::kDone;
     }

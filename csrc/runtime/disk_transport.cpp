@@ -68,6 +68,7 @@ void DiskTransport::give_staging(std::shared_ptr<HostPool> staging) {
     for (size_t i = 0; i < pieces_.size(); ++i) {
         pieces_[i].staging = staging_->data() + i * options_.chunk_bytes;
         pieces_[i].stream = device_.create_stream(false);
+        pieces_[i].copied = device_.create_event(false);
     }
 }
 
@@ -114,9 +115,12 @@ void DiskTransport::stop() noexcept {
     ring_.reset();
     try {
         const DeviceGuard guard(device_);
-        for (const Piece& piece : pieces_)
+        for (const Piece& piece : pieces_) {
             if (piece.stream != nullptr)
                 device_.destroy_stream(piece.stream);
+            if (piece.copied != nullptr)
+                device_.destroy_event(piece.copied);
+        }
         for (SlotState& slot : slots_)
             slot.readers.destroy(device_);
     } catch (const std::exception&) { // the driver is gone, at the end of the process, and all of this with it

@@ -77,6 +77,7 @@ class DiskTransport final : public Transport {
     struct Piece { // CUDA only: of the staging memory
         std::byte* staging = nullptr;
         Stream stream = nullptr;
+        Event copied = nullptr; // after the last copy
     };
     struct Chunk {
         int block = -1;
@@ -111,11 +112,15 @@ class DiskTransport final : public Transport {
     void write(const Piece& piece, const Chunk& chunk);
     void copy(const Piece& piece, const Chunk& chunk, Direction direction);
     void await_copy(const Piece& piece);
+    bool is_copied(const Piece& piece);
     void written(int slot);
     void run_committer();
     void finish(Direction direction, int slot);
     void queue(Ticket& ticket, int block, bool urgent, int64_t version);
     bool has_loads() const;
+    bool has_stores() const;
+    void fail_all(const std::string& failure);
+    void abandon_failed();
     void wake_readers();
 
     void run_ring();

@@ -54,7 +54,7 @@ void DiskTransport::run_reader(const Piece& piece) {
         }
         lock.lock();
         if (!failure.empty())
-            state_.fail(failure);
+            fail_all(failure);
         if (end_chunk(Direction::kUpload, chunk))
             finish(Direction::kUpload, slot);
     }
@@ -68,7 +68,8 @@ void DiskTransport::run_writer(const Piece& piece) {
             // What was begun keeps its slot of the file, and another writer may be waiting for one.
             if (!state_.error.empty() && !writes_given_up_.exchange(true))
                 file_->wake();
-            if (stopping_)
+            abandon_failed();
+            if (stopping_ && !has_stores())
                 return;
             stores_.wait(lock);
             continue;
@@ -96,8 +97,42 @@ void DiskTransport::run_writer(const Piece& piece) {
             lock.lock();
         if (!failure.empty())
             state_.fail(failure);
-        if (end_chunk(Direction::kDownload, chunk))
-            written(slot);
+        try {
+            if (end_chunk(Direction::kDownload, chunk))
+                written(slot);
+        } catch (const std::exception& error) {
+            state_.fail(error.what());
+        }
+    }
+}
+
+// Called with the lock held.
+void DiskTransport::fail_all(const std::string& failure) {
+    state_.fail(failure);
+    stores_.notify_all(); // to let go of what they have begun
+}
+
+// Whether a download that the journal allows is to be begun or gone on with, now or after what it waits for. Called
+// with the lock held.
+bool DiskTransport::has_stores() const {
+    return state_.error.empty() && std::any_of(slots_.begin(), slots_.end(), [this](const SlotState& slot) {
+               return slot.store.phase != Phase::kNone && is_open(slot.store) &&
+                      (slot.store.opening || slot.store.num_begun < slot.store.num_chunks);
+           });
+}
+
+// After a failure: what no writer is at any more lets go of its slot of the file, for which others may be waiting.
+// Called with the lock held.
+void DiskTransport::abandon_failed() {
+    if (state_.error.empty())
+        return;
+    for (SlotState& slot : slots_) {
+        Ticket& store = slot.store;
+        if (store.phase != Phase::kRunning || store.opening || store.num_done < store.num_begun)
+            continue;
+        file_->abandon(static_cast<size_t>(store.block));
+        storing_slot_[store.block] = -1;
+        store.phase = Phase::kNone;
     }
 }
 
@@ -136,7 +171,7 @@ void DiskTransport::run_committer() {
             for (const BlockFile::Commit& one : batch)
                 is_committing_[one.block] = 0;
         else
-            state_.fail(failure);
+            fail_all(failure);
         batch.clear();
         state_.changed.notify_all();
         stores_.notify_all(); // the next download of a block waits for the one before
@@ -183,12 +218,18 @@ void DiskTransport::copy(const Piece& piece, const Chunk& chunk, Direction direc
                                  device_.copy(piece.stream, up ? there : part, up ? part : there, part_bytes,
                                               direction);
                              });
+    device_.record(piece.copied, piece.stream);
 }
 
 void DiskTransport::await_copy(const Piece& piece) {
     const DeviceGuard guard(device_);
     if (kept(Ordering::file_after_staging_copy))
-        device_.synchronize_stream(piece.stream);
+        device_.synchronize(piece.copied);
+}
+
+bool DiskTransport::is_copied(const Piece& piece) {
+    const DeviceGuard guard(device_);
+    return !kept(Ordering::file_after_staging_copy) || device_.query(piece.copied);
 }
 
 } // namespace distzo2

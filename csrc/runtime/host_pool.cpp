@@ -78,14 +78,14 @@ Arena::~Arena() {
     munmap(data_, num_bytes_);
 }
 
-void Arena::prefer_node(int node) noexcept {
+bool Arena::prefer_node(int node) noexcept {
     constexpr int kPreferred = 1; // MPOL_PREFERRED of numaif.h
     constexpr size_t kBits = 8 * sizeof(unsigned long);
     if (node < 0)
-        return;
+        return false;
     std::vector<unsigned long> nodes(static_cast<size_t>(node) / kBits + 1);
     nodes[static_cast<size_t>(node) / kBits] = 1ul << (static_cast<size_t>(node) % kBits);
-    syscall(SYS_mbind, data_, num_bytes_, kPreferred, nodes.data(), nodes.size() * kBits + 1, 0);
+    return syscall(SYS_mbind, data_, num_bytes_, kPreferred, nodes.data(), nodes.size() * kBits + 1, 0) == 0;
 }
 
 void Arena::touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s) {
@@ -171,7 +171,8 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
     // given back with the arena, or by unpin() where plain memory will do.
     auto arena = std::make_shared<Arena>(stats_.bytes_padded);
     stats_.numa_node = device ? device->numa_node() : -1;
-    arena->prefer_node(stats_.numa_node);
+    if (!arena->prefer_node(stats_.numa_node))
+        stats_.numa_node = -1;
     bool pinning = options_.pin;
     for (size_t offset = 0; offset < stats_.bytes_padded; offset += options_.chunk_bytes, ++stats_.chunks) {
         const size_t num_bytes = std::min(options_.chunk_bytes, stats_.bytes_padded - offset);

@@ -41,8 +41,9 @@ class Arena {
     size_t num_bytes_pinned() const { return num_bytes_pinned_; }
     static size_t num_made(); // by this process so far
 
-    // Pages that become present from now on come from this NUMA node while it has any. A hint; -1 gives none.
-    void prefer_node(int node) noexcept;
+    // Pages that become present from now on come from this NUMA node while it has any. False where there is no such
+    // node, or the kernel does not let us choose.
+    bool prefer_node(int node) noexcept;
     // Makes every page of [offset, offset + num_bytes) present, from several threads. Where that stalls, from then on
     // the arena does with small ones. Throws std::runtime_error.
     void touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s = kMinHugeBytesPerSecond);

@@ -137,6 +137,8 @@ void IoRing::submit(bool wait) {
         push(event_, &event_count_, sizeof event_count_, 0, kWake);
         listening_ = true;
     }
+    constexpr int kMaxRefusals = 50'000;
+    int num_refusals = 0;
     while (num_queued_ > 0 || (wait && load(complete_tail_) == *complete_head_)) {
         const bool has_completion = load(complete_tail_) != *complete_head_;
         const int result = enter(num_queued_, wait && !has_completion);
@@ -150,6 +152,8 @@ void IoRing::submit(bool wait) {
             fail("io_uring_enter: ", errno_text(errno));
         if (has_completion) // which the kernel wants taken first
             return;
+        if (++num_refusals == kMaxRefusals)
+            fail("io_uring_enter: ", errno_text(errno), ", for ", kMaxRefusals / 10'000, " s");
         std::this_thread::sleep_for(std::chrono::microseconds(100)); // short of memory: later
     }
 }

@@ -31,7 +31,6 @@ COPY_THREADS = 2  # of the engine on a CPU, for each direction
 DISK_THREADS = 4  # readers of the engine
 COPY_CHUNK = 8 * MIB
 DISK_CHUNK = 4 * MIB
-HEADER_BYTES = 4096  # of a block file
 DIRECTIONS = ("up", "down", "both")
 _PASS_S = 1.0  # of the disk, at most so much a pass
 
@@ -220,13 +219,15 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
 
 def _measure_blocks(directory: str | os.PathLike, block_bytes: int, num_blocks: int, effort: Effort) -> dict[str, Any]:
     num_bytes = block_bytes * num_blocks
-    with _nameless(directory) as (descriptor, path, unlink):
+    # Raw transfers have a file of their own: the blocks' checksums would tell of theirs.
+    with _nameless(directory) as (descriptor, path, unlink), _nameless(directory) as (raw_descriptor, _, unlink_raw):
+        unlink_raw()
         _check_room(directory, num_bytes)
         file = BlockFile(path, [block_bytes] * num_blocks)
         os.close(descriptor)
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         unlink()
-        direct = _go_direct(descriptor) if file.stats()["direct"] else False
+        direct = _go_direct(raw_descriptor) if file.stats()["direct"] else False
         slots = [aligned_buffer(block_bytes) for _ in range(SLOTS)]
         for slot in slots:
             slot.random_(generator=torch.Generator().manual_seed(0))  # a disk that compresses must not see zeros
@@ -237,18 +238,20 @@ def _measure_blocks(directory: str | os.PathLike, block_bytes: int, num_blocks: 
 
         def forget() -> None:
             """Without O_DIRECT the page cache would be measured instead."""
-            if not direct:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            for each in () if direct else (descriptor, raw_descriptor):
+                os.fsync(each)
+                os.posix_fadvise(each, 0, 0, os.POSIX_FADV_DONTNEED)
 
         try:
-            with raw_disk(descriptor, num_bytes) as raw:
+            with raw_disk(raw_descriptor, num_bytes) as raw:
+                raw("down")  # what has never been written is read without the disk
                 ring = Ring(engine, num_blocks, torch.device("cpu"))
                 rates = _compare(ring, raw, num_bytes, effort, forget)
         finally:
             engine.close()
             file.close()
             os.close(descriptor)
+            os.close(raw_descriptor)
     return {
         "directory": os.path.realpath(directory),
         "direct": direct,
@@ -283,7 +286,7 @@ def _nameless(directory: str | os.PathLike) -> Iterator[tuple[int, str, Callable
 def _check_room(directory: str | os.PathLike, num_bytes: int) -> None:
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
-    if free < 2 * num_bytes:
+    if free < 3 * num_bytes:
         raise DistZO2Error(f"{directory}: measuring its disk takes {gib(num_bytes)}, and {gib(free)} are free there")
 
 
@@ -342,7 +345,7 @@ def raw_disk(descriptor: int, num_bytes: int) -> Iterator[Callable[[str], None]]
         view = memoryview(buffers[int(write), thread])
         move = os.pwritev if write else os.preadv
         for start in range(thread * DISK_CHUNK, num_bytes, DISK_THREADS * DISK_CHUNK):
-            part, offset = view[: min(DISK_CHUNK, num_bytes - start)], HEADER_BYTES + start
+            part, offset = view[: min(DISK_CHUNK, num_bytes - start)], start
             while part:  # transfers may be short; what is left stays aligned
                 moved = move(descriptor, [part], offset)
                 if moved == 0:

@@ -225,4 +225,6 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
     options = dict(_read_record(Path(path))["options"])
     for name in ("resume", "config", "out"):
         options.pop(name, None)
+    if not isinstance(options.get("trace"), str):
+        options["trace"] = None  # a number of steps, once
     return options

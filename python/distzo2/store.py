@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import shutil
 import tempfile
@@ -29,6 +30,14 @@ from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+
+_FALLBACKS = {
+    "direct_fallback": "the block file is read through the page cache, without O_DIRECT",
+    "reads_fallback": "the block file is read by threads, without io_uring",
+    "pin_error": "the weights' host memory is not pinned",
+}
+
+logger = logging.getLogger("distzo2")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -141,7 +150,8 @@ class StreamingStore:
             try:
                 self._file = BlockFile(str(path), sizes)
             finally:
-                path.unlink()  # it belongs to this process alone: whatever ends the process, nothing is left behind
+                # It belongs to this process alone: whatever ends it, nothing is left behind. (Nor is what failed.)
+                path.unlink(missing_ok=True)
         if device.type == "cpu":
             self._slots = [aligned_buffer(self.slot_bytes) for _ in range(self.num_slots)]
         else:
@@ -149,6 +159,14 @@ class StreamingStore:
             start = -ring.data_ptr() % SLOT_ALIGNMENT
             self._slots = list(ring[start : start + self.slot_bytes * self.num_slots].split(self.slot_bytes))
         self.engine = CopyEngine(name, self._pool or self._file, [s.data_ptr() for s in self._slots], self.slot_bytes)
+        self._log_fallbacks()
+
+    def _log_fallbacks(self) -> None:
+        """What is slower here than it could be, said once."""
+        stats = self.stats()
+        for key, what in _FALLBACKS.items():
+            if stats.get(key):
+                logger.warning("%s: %s", what, stats[key])
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
