@@ -23,7 +23,6 @@ from distzo2.options import (
     add_data,
     add_finetune,
     add_placement,
-    parse_finetune,
     positive_int,
     seed_int,
     whole_float,
@@ -116,23 +115,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         if options.command == "finetune":
-            options = parse_finetune(commands["finetune"], arguments[arguments.index("finetune") + 1 :])
+            from distzo2 import launch
+
+            options = launch.parse(commands["finetune"], arguments[arguments.index("finetune") + 1 :], options)
         with terminated:
             _quiet_libraries()
             return options.run(options)
-    except KeyboardInterrupt as error:
-        text = str(error) or "interrupted"
-        print(f"distzo2: {text}", file=sys.stderr)
-        return TERMINATED if terminated.happened else INTERRUPTED
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (python flushes it at exit)
         return 1
-    except Exception as error:
-        if os.environ.get("DISTZO2_TRACEBACK") or not _expected(error):
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"distzo2: error: {text}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    except (Exception, KeyboardInterrupt) as error:
+        return _end_with(error, terminated.happened)
+
+
+def _end_with(error: BaseException, terminated: bool) -> int:
+    """Tells of what ended a command; returns the exit status."""
+    from distzo2 import launch
+
+    error = launch.first_cause(error, terminated)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if not interrupted and (os.environ.get("DISTZO2_TRACEBACK") or not _expected(error)):
+        raise error
+    text = " ".join(str(error).split()) or ("interrupted" if interrupted else type(error).__name__)
+
+    def show(text: str) -> None:
+        print(f"distzo2: {'' if interrupted else 'error: '}{text}", file=sys.stderr, flush=True)
+
+    launch.tell(error, text, show)
+    launch.parallel.shutdown(error)
+    if interrupted:
+        return TERMINATED if terminated else INTERRUPTED
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _expected(error: Exception) -> bool:
@@ -194,13 +207,18 @@ def _log(line: str) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> int:
+    from distzo2 import launch, parallel
     from distzo2.preflight import gib
     from distzo2.train import finetune
 
+    mesh = launch.make_mesh(options, _log)
     try:
         result = finetune(options, _log)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(options)) from None
+    parallel.shutdown()
+    if mesh is not None and mesh.rank != 0:
+        return 0
     memory = f"peak memory {gib(result.peak_bytes)}, weights {gib(result.size.total)}"
     _log(f"{result.num_steps} steps in {result.out}; {memory}")
     return 0

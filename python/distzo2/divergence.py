@@ -42,6 +42,11 @@ class CoefficientClip:
             self.remember(coefs)
         return coefs, clipped
 
+    def take(self, coefs: Sequence[float], clipped: bool) -> None:
+        """Takes over what another rank's clip has made of the same step."""
+        self._in_row = self._in_row + 1 if clipped else 0
+        self.remember(coefs)
+
     def _limit(self) -> float | None:
         if self._max_coef is None or len(self._window) < WARM_UP:
             return None

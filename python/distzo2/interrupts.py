@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -17,6 +18,7 @@ class DeferredInterrupt:
         self._depth = 0
         self._pending = False
         self._previous = None
+        self.also: Callable[[], None] | None = None  # asked at safe points too; what it raises ends the pass
 
     def _keep(self, signum: int, frame: FrameType | None) -> None:
         self._pending = True
@@ -47,3 +49,5 @@ class DeferredInterrupt:
         if self._pending and threading.current_thread() is threading.main_thread():
             self._pending = False
             self._previous(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt
+        if self.also is not None:
+            self.also()

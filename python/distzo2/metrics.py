@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 
 class Metrics:
-    """Appends lines to a metrics file, and knows the evaluations made so far."""
+    """Appends lines to a metrics file, and knows the evaluations made so far. Without a file, on ranks that write none,
+    it only knows them."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike | None) -> None:
+        self.path = Path(path or os.devnull)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
 

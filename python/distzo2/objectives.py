@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ import distzo2
 from distzo2.batches import Batch, collate
 from distzo2.data import Example
 from distzo2.errors import UsageError
+from distzo2.mesh import deal_evenly
+
+if TYPE_CHECKING:
+    from distzo2.parallel import Mesh
 
 OBJECTIVES = ("lm", "choices", "error")
 SCORES = ("accuracy", "loss")
@@ -164,6 +169,7 @@ def evaluate_examples(
     batch_size: int = 16,
     batches_per_pass: int = 8,
     on_batch: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Score:
     """Loss and accuracy over all examples, with many micro-batches in each pass over the weights.
 
@@ -173,17 +179,27 @@ def evaluate_examples(
         batch_size: examples in a micro-batch.
         batches_per_pass: micro-batches that share a pass; each keeps its hidden states meanwhile.
         on_batch: called with the number of examples done after each pass.
+        mesh: ranks that share the micro-batches; all of them call this with the same examples. The bits of the score
+            are those of one rank.
     """
-    totals = torch.zeros(4, dtype=torch.float64)
-    num_tokens = done = 0
     groups = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    for first in range(0, len(groups), batches_per_pass):
-        batches = [objective.batch(group) for group in groups[first : first + batches_per_pass]]
-        for figures in distzo2.evaluate(objective.model, [objective.evaluation(b) for b in batches]):
-            totals += figures.cpu()
-        num_tokens += sum(b.num_tokens for b in batches)
-        done += sum(b.num_examples for b in batches)
-        if on_batch is not None:
-            on_batch(done)
-    loss, count, hits, answers = totals.tolist()
-    return Score(loss / count, hits / answers, len(examples), num_tokens)
+    dealt = [range(len(groups))] if mesh is None else deal_evenly(len(groups), mesh.world_size)
+    own = dealt[0 if mesh is None else mesh.rank]
+    rows = torch.zeros(max(map(len, dealt)), 5, dtype=torch.float64)  # of each micro-batch: its figures, its tokens
+    done = 0
+    with mesh.together("an evaluation") if mesh is not None else nullcontext():
+        for first in range(own.start, own.stop, batches_per_pass):
+            part = range(first, min(first + batches_per_pass, own.stop))
+            batches = [objective.batch(groups[i]) for i in part]
+            figures = distzo2.evaluate(objective.model, [objective.evaluation(b) for b in batches])
+            for i, batch, values in zip(part, batches, figures, strict=True):
+                rows[i - own.start] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
+            done += sum(b.num_examples for b in batches)
+            if on_batch is not None:
+                on_batch(done)
+    gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
+    totals = torch.zeros(5, dtype=torch.float64)
+    for row in (row for part, values in zip(dealt, gathered, strict=True) for row in values[: len(part)]):
+        totals += row
+    loss, count, hits, answers, num_tokens = totals.tolist()
+    return Score(loss / count, hits / answers, len(examples), int(num_tokens))

@@ -6,27 +6,34 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from distzo2.divergence import CoefficientClip
+from distzo2.durability import ALWAYS_DURABLE
 from distzo2.errors import DistZO2Error
 from distzo2.estimator import Estimator, Evaluation, make_estimator, mean_loss
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.journal import Journal, StepEntry
 from distzo2.lanes import Emission, Lane
+from distzo2.mesh import SHARDED, Deal
 from distzo2.model import no_kv_cache, runtime_of
+from distzo2.parallel import check_mesh, current
 from distzo2.placeholders import use_guard
 from distzo2.random_stream import RandomStream
 from distzo2.run_header import check_same_run, run_header
 from distzo2.streaming import CLEAN
+from distzo2.units import Unit
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
-ALWAYS_DURABLE = 2**62
+if TYPE_CHECKING:
+    from distzo2.parallel import Mesh
+    from distzo2.shared_step import SharedStep
 
 
 class NonFiniteLossError(DistZO2Error):
@@ -72,9 +79,13 @@ class ZOSGD(torch.optim.Optimizer):
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
         max_clipped: so many clipped steps in a row end the run with an error.
         max_skipped: so many steps in a row with a non-finite loss end the run with an error.
+        mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
+            writes the journal.
+        verify_every: compare the weights of all ranks after every so many steps; 0: only when the optimizer is made.
 
     Raises:
-        DistZO2Error: the model was not handed over, or an argument is out of range.
+        DistZO2Error: the model was not handed over, or an argument is out of range, or the ranks of the mesh have other
+            models or arguments.
     """
 
     def __init__(
@@ -95,6 +106,8 @@ class ZOSGD(torch.optim.Optimizer):
         max_coef: float | None = 10.0,
         max_clipped: int = 10,
         max_skipped: int = 5,
+        mesh: Mesh | None = None,
+        verify_every: int = 0,
     ) -> None:
         self._model = model
         self._runtime = runtime_of(model)
@@ -111,7 +124,7 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error(f"max_lanes={max_lanes}: at least 1 was expected")
         self.num_probes, self.noise, self.seed, self.max_lanes = num_probes, noise, seed, max_lanes
         self.estimator = make_estimator(estimator)
-        self.max_skipped = max_skipped
+        self.max_skipped, self.verify_every = max_skipped, verify_every
         self._evaluations = self.estimator.evaluations(num_probes)
         self._clip = CoefficientClip(max_coef, max_clipped)
         self._interrupt = DeferredInterrupt()
@@ -122,10 +135,21 @@ class ZOSGD(torch.optim.Optimizer):
         self.step_count = 0  # steps made, skipped ones included: the number of the next step
         self.journal: Journal | None = None
         self._closed = False
+        mesh = mesh or current()
+        if mesh is not None:
+            check_mesh(mesh, self._evaluations)
 
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         super().__init__(self._default_groups(weight_decay) if params is None else params, defaults)
         self._bind()
+        self._shared: SharedStep | None = None
+        if mesh is not None:
+            from distzo2.shared_step import SharedStep
+
+            self._shared = SharedStep(mesh, self)
+            self._shared.join(journal is not None, resume)
+            self._interrupt.also = mesh.heartbeat.check
+            self.verify_replicas()
         self._open_journal(journal, resume)
 
     # ---- groups -----------------------------------------------------------------------------------------------
@@ -202,6 +226,9 @@ class ZOSGD(torch.optim.Optimizer):
         if path is None:
             self._runtime.set_durable(ALWAYS_DURABLE)
             return
+        if self._shared is not None:
+            self.journal = self._shared.open_journal(path, resume)
+            return
         header = run_header(self)
         version = self._runtime.version
         if resume:
@@ -239,45 +266,117 @@ class ZOSGD(torch.optim.Optimizer):
 
     # ---- a step -----------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]], *, tokens: int = 0) -> torch.Tensor:
+    def step(
+        self,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]],
+        *,
+        tokens: int = 0,
+        sharded: bool | str = False,
+    ) -> torch.Tensor:
         """Evaluates the step's perturbations and makes the update.
 
         Args:
             closure: returns the loss of a batch as a scalar, or per-example losses; or a list of such closures, one for
                 each micro-batch. It is called once for each perturbation, under no_grad, in a thread of its own.
             tokens: how many tokens the batch has, for the journal.
+            sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
+                part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
+                empty. "data": those of its data coordinate; ranks that share it have the same list.
 
         Returns:
-            float64 scalar: the mean of all losses evaluated. `last` has the details.
+            float64 scalar: the mean of all losses evaluated, on all ranks. `last` has the details.
 
         Raises:
             NonFiniteLossError: `max_skipped` steps in a row had a non-finite loss. None of them was applied.
             DivergenceError: `max_clipped` steps in a row had to be clipped.
             DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window.
-            Anything that a closure raises, as it was raised; the step is then dropped whole.
+            RanksDisagreeError: the ranks of the mesh were about to make different steps.
+            RankFailedError: another rank failed in this step, or is gone; it and the first cause are named.
+            Anything that a closure raises, as it was raised; the step is then dropped whole, on all ranks.
         """
+        try:
+            closures, failure = self._closures(closure, sharded), None
+        except Exception as error:
+            if self._shared is None or self._closed:
+                raise
+            closures, failure = [], error  # the other ranks are to know
+        with self._interrupt:
+            return self._step(closures, tokens, sharded, failure)
+
+    def _closures(self, closure: Any, sharded: bool | str) -> list[Callable[[], Any]]:
         closures = [closure] if callable(closure) else list(closure)
-        if not closures or not all(callable(c) for c in closures):
+        may_be_empty = sharded and self._shared is not None
+        if not (closures or may_be_empty) or not all(callable(c) for c in closures):
             raise DistZO2Error("step expects a closure or a non-empty list of closures")
+        if sharded not in SHARDED:
+            raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
         if self._closed:
             raise DistZO2Error("this optimizer was closed, and its journal with it")
         if self._runtime.owner is not self:
             raise DistZO2Error("another optimizer was made for this model since: only the last one can step")
         if self._epoch != self._runtime.epoch:
             self._rebase()
-        with self._interrupt:
-            return self._step(closures, tokens)
+        return closures
 
-    def _step(self, closures: Sequence[Callable[[], Any]], tokens: int) -> torch.Tensor:
-        start = time.perf_counter()
-        step, scalars = self.step_count, self._scalars()
+    def _step(
+        self,
+        closures: Sequence[Callable[[], Any]],
+        tokens: int,
+        sharded: bool | str,
+        failure: BaseException | None,
+    ) -> torch.Tensor:
+        start, step = time.perf_counter(), self.step_count
+        scalars, deal, tokens = self._open_step(step, closures, tokens, sharded, failure)
         self._runtime.set_perturb_scales([g.perturb_scale for g in scalars])
-        losses = self._evaluate(step, closures)
-        values = {e: losses[i] for i, e in enumerate(self._evaluations)}
+        losses = self._evaluate(step, deal, closures)
         loss = mean_loss(losses.reshape(-1))
         record = StepRecord(step, loss, losses.tolist(), self._evaluations, [], lr=[g.lr for g in scalars])
+        if not np.isfinite(losses).all():
+            self._diagnose(step, closures)
 
+        def make() -> Update:
+            update = self._update_from(losses, scalars, record)
+            record.seconds = time.perf_counter() - start
+            self._append(update, record, tokens)
+            return update
+
+        update = make() if self._shared is None else self._shared.decide(step, make, record)
+        self._push(update, record)
+        record.seconds = record.seconds or time.perf_counter() - start
+
+        self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
+        if self._skipped_in_row >= self.max_skipped:
+            raise NonFiniteLossError(
+                f"step {step}: {record.skipped}, for {self._skipped_in_row} steps in a row; none of them was applied"
+            )
+        self._clip.check(step)
+        if self.verify_every and self.step_count % self.verify_every == 0:
+            self.verify_replicas()
+        return torch.tensor(loss, dtype=torch.float64)
+
+    def _open_step(
+        self,
+        step: int,
+        closures: Sequence[Callable[[], Any]],
+        tokens: int,
+        sharded: bool | str,
+        failure: BaseException | None,
+    ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
+        """The groups' scalars, who runs which lane, and how many tokens all ranks have."""
+        if self._shared is None:
+            return self._scalars(), Deal.alone(len(self._evaluations), len(closures)), tokens
+        scalars: tuple[GroupScalars, ...] = ()
+        try:
+            scalars = self._scalars()
+        except Exception as error:
+            failure = failure or error
+        return scalars, *self._shared.open(step, scalars, len(closures), tokens, sharded, failure)
+
+    def _update_from(self, losses: np.ndarray, scalars: tuple[GroupScalars, ...], record: StepRecord) -> Update:
+        """What the losses make of the weights; fills `record`."""
+        step = record.step
         if np.isfinite(losses).all():
+            values = {e: losses[i] for i, e in enumerate(self._evaluations)}
             coefs = np.asarray(self.estimator.coefficients(values, self.num_probes, self.eps))
             if coefs.shape != (self.num_probes,):
                 raise DistZO2Error(
@@ -292,54 +391,65 @@ class ZOSGD(torch.optim.Optimizer):
         else:
             record.skipped = "non-finite loss"
         if record.skipped is not None:
-            self._diagnose(step, closures)
-            scalars, terms = self._scalars(lr=0.0), ()
-        else:
-            record.coefs = [float(c) for c in coefs]
-            terms = tuple(Term(FAMILIES[self.noise], step, k, 0, c) for k, c in enumerate(record.coefs))
-        update = Update(step, scalars, terms)
-        record.seconds = time.perf_counter() - start
-        self._commit(update, record, tokens)
+            return Update(step, self._scalars(lr=0.0), ())
+        record.coefs = [float(c) for c in coefs]
+        terms = tuple(Term(FAMILIES[self.noise], step, k, 0, c) for k, c in enumerate(record.coefs))
+        return Update(step, scalars, terms)
 
-        self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
-        if self._skipped_in_row >= self.max_skipped:
-            raise NonFiniteLossError(
-                f"step {step}: {record.skipped}, for {self._skipped_in_row} steps in a row; none of them was applied"
-            )
-        self._clip.check(step)
-        return torch.tensor(loss, dtype=torch.float64)
-
-    def _commit(self, update: Update, record: StepRecord, tokens: int) -> None:
+    def _append(self, update: Update, record: StepRecord, tokens: int) -> None:
         """From here on the step is made: in the journal, and in every unit at its next visit."""
         if self.journal is not None:
             extra = {"clipped": True} if record.clipped else {}
             self.journal.append(
                 StepEntry(update.step, update, self.eps, record.losses, record.skipped, tokens, record.seconds, extra)
             )
+
+    def _push(self, update: Update, record: StepRecord) -> None:
         self._runtime.trim()
         self._runtime.push([update])
         self.step_count += 1
         self.last = record
 
-    def _evaluate(self, step: int, closures: Sequence[Callable[[], Any]]) -> np.ndarray:
-        """float64 [evaluations, micro-batches]."""
+    def _evaluate(self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]]) -> np.ndarray:
+        """float64 [evaluations, micro-batches], of all ranks."""
+        if self._shared is None:
+            losses, _ = self._run_lanes(step, deal.lanes[0], closures, 0)
+            return losses.reshape(len(self._evaluations), len(closures))
+        rank, losses, entered, failure = self._shared.mesh.rank, np.zeros(0), (), None
+        try:
+            losses, entered = self._run_lanes(step, deal.lanes[rank], closures, deal.first_batch[rank])
+        except BaseException as error:
+            failure = error
+        return self._shared.gather(step, deal, losses, entered, failure)
+
+    def _run_lanes(
+        self,
+        step: int,
+        places: Sequence[tuple[int, int]],
+        closures: Sequence[Callable[[], Any]],
+        first_batch: int,
+    ) -> tuple[np.ndarray, Sequence[Unit]]:
+        """float64 [lanes], and the units entered. `places` are lanes as (evaluation, micro-batch), of which
+        `closures[0]` is number `first_batch`."""
         runtime, family = self._runtime, FAMILIES[self.noise]
         lanes = []
-        for probe, sign in self._evaluations:
+        for index, batch in places:
+            probe, sign = self._evaluations[index]
             emission = Emission((Term(family, step, probe, 0, sign * self.eps),)) if sign else CLEAN
-            for batch, closure in enumerate(closures):
-                stream = RandomStream.seeded(runtime.device, self.seed, step, batch)
-                lanes.append(Lane(emission, batch, closure, stream))
+            stream = RandomStream.seeded(runtime.device, self.seed, step, batch)
+            lanes.append(Lane(emission, batch, closures[batch - first_batch], stream))
         wave = self.max_lanes or len(lanes)
         expected = None
         with no_kv_cache(self._model):
-            for first in range(0, len(lanes), wave):
+            for first in range(0, len(lanes), wave or 1):
                 self._interrupt.check()
                 expected = runtime.run(lanes[first : first + wave], expected=expected, interrupt=self._interrupt)
-        return self._to_float64([lane.result for lane in lanes]).reshape(len(self._evaluations), len(closures))
+        return self._to_float64([lane.result for lane in lanes]), expected or ()
 
     def _to_float64(self, results: Sequence[Any]) -> np.ndarray:
         """The lanes' losses, each a mean in float64; one transfer for all where they are on a device."""
+        if not results:
+            return np.zeros(0)
         means = []
         for result in results:
             if isinstance(result, torch.Tensor):
@@ -364,9 +474,14 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _diagnose(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
         """Once: a non-finite loss may come from a parameter used where it is not present. Then say which."""
-        if self._diagnosed or self._runtime.has_compiled():
+        if self._diagnosed:
             return
         self._diagnosed = True
+        with self._shared.mesh.together(f"step {step}") if self._shared is not None else nullcontext():
+            if closures and not self._runtime.has_compiled():
+                self._run_guarded(step, closures)
+
+    def _run_guarded(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
         stream = RandomStream.seeded(self._runtime.device, self.seed, step, 0)
         with no_kv_cache(self._model):
             self._runtime.run([Lane(CLEAN, 0, use_guard(self._runtime, closures[0]), stream)])
@@ -388,6 +503,20 @@ class ZOSGD(torch.optim.Optimizer):
                 "deterministic, and a difference of two losses would be made of that"
             )
         return first
+
+    def verify_replicas(self) -> None:
+        """Reads all weights once and compares them across the ranks of the mesh; all ranks call it. Nothing to do
+        without one.
+
+        Raises:
+            ReplicasDifferError: they differ; names the first unit that does, and the ranks.
+        """
+        if self._shared is None:
+            return
+        from distzo2.replicas import compare_replicas
+
+        with self._interrupt:
+            compare_replicas(self._runtime, self._shared.mesh.exchange, self.step_count)
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -445,3 +574,5 @@ class ZOSGD(torch.optim.Optimizer):
         if journal is not None:
             journal.close()
             self._runtime.set_durable(ALWAYS_DURABLE)
+        elif self._shared is not None:
+            self._shared.close()

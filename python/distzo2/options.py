@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ class Parser(argparse.ArgumentParser):
     """Errors are one line on stderr, and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's other ranks have the same command line
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -63,6 +66,13 @@ def whole_int(text: str) -> int:
     return value
 
 
+def mesh_shape(text: str) -> str:
+    from distzo2.mesh import parse_mesh
+
+    parse_mesh(text)
+    return text
+
+
 def seed_int(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**64:
@@ -98,6 +108,7 @@ for _type, _text in (
     (num_bytes, "number of bytes (such as 12GiB), or auto"),
     (positive_int, "integer"), (whole_int, "integer"), (seed_int, "integer"),
     (positive_float, "number"), (whole_float, "number"), (limit_float, "number"),
+    (mesh_shape, "mesh (such as pert=2,data=2)"),
 ):  # fmt: skip
     _type.__name__ = _text  # what argparse calls it in "invalid ... value"
 
@@ -298,6 +309,29 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
     )
     add_data(parser)
     add_placement(parser)
+    add_parallel(parser)
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that torchrun may start on several ranks."""
+    group = parser.add_argument_group("many ranks (torchrun --nproc-per-node N -m distzo2 finetune ...)")
+    group.add_argument(
+        "--parallel", type=mesh_shape, metavar="pert=P,data=D",
+        help="ranks that share the perturbations of a step, and ranks that share its micro-batches; P x D is the "
+        "number of ranks (default: the mesh whose busiest rank has the least to do)",
+    )  # fmt: skip
+    group.add_argument(
+        "--slice", choices=("on", "off"),
+        help="each rank keeps a slice of every streamed block (default: off; on is not there yet)",
+    )  # fmt: skip
+    group.add_argument(
+        "--verify-every", type=whole_int, default=0, metavar="N",
+        help="steps between comparisons of the ranks' weights, besides the one before the first step; 0: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--heartbeat-limit", type=positive_float, default=30.0, metavar="SECONDS",
+        help="a rank that is not heard of for so long is given up, and the run ends",
+    )  # fmt: skip
 
 
 def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:

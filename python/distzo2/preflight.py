@@ -66,12 +66,16 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def check_memory(size: ModelSize, device: torch.device, weights: str) -> None:
-    """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor."""
+def check_memory(size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1) -> None:
+    """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor.
+
+    `num_ranks` of this machine each take as much of its memory, and have a device each.
+    """
     scratch = 3 * size.largest
     on_host = size.total if weights == "host" or (device.type == "cpu" and weights == "device") else 0
     if device.type == "cpu":
         on_host += scratch
+    on_host *= num_ranks
     free = available_memory()
     if on_host > free * (1 - _SPARE):
         hint = "" if weights == "disk" else " (--weights disk needs little)"

@@ -65,6 +65,23 @@ class RunDirectory:
         run._look()
         return run
 
+    @classmethod
+    def restarted(cls, path: str | os.PathLike, launch: str) -> RunDirectory | None:
+        """The directory of a run that this launch of torchrun began and that has steps; None if it holds none. What was
+        there of a run of this launch without steps is removed."""
+        run = cls(path)
+        try:
+            run.record = _read_record(run.path)
+        except (UsageError, DistZO2Error):
+            return None
+        if run.record.get("launch") != launch:
+            return None
+        if run.journal.is_file() and run.journal.read_bytes().count(b"\n") > 1:
+            return cls.resumed(path)
+        for leftover in (run.metrics, run.journal, run.path / "run.json"):
+            leftover.unlink(missing_ok=True)
+        return None
+
     def _look(self) -> None:
         if self._resumed:
             self.record = _read_record(self.path)
@@ -223,7 +240,7 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
         UsageError: it holds none.
     """
     options = dict(_read_record(Path(path))["options"])
-    for name in ("resume", "config", "out"):
+    for name in ("resume", "config", "out", "parallel", "slice"):  # a run may go on on other ranks
         options.pop(name, None)
     if not isinstance(options.get("trace"), str):
         options["trace"] = None  # a number of steps, once

@@ -71,10 +71,20 @@ def check_same_run(path: str | os.PathLike, journal: dict[str, Any], run: dict[s
     for key, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise DistZO2Error(f"{os.fspath(path)}: {key} is {theirs!r} in the journal and {ours!r} in this run")
-    for key, ours in run["fingerprint"].items():
-        theirs = journal["fingerprint"].get(key)
-        if theirs != ours:
-            logger.warning("%s: %s was %r and is %r: the bits of losses to come may differ", path, key, theirs, ours)
+    before, now = journal["fingerprint"], run["fingerprint"]
+    for rank, ours in enumerate(now.get("ranks", [now])):
+        for key in ours.keys() - {"mesh", "ranks"}:
+            if before.get(key) != ours[key]:
+                where = f"{key} of rank {rank}" if "ranks" in now else key
+                logger.warning(
+                    "%s: %s was %r and is %r: the bits of losses to come may differ",
+                    path,
+                    where,
+                    before.get(key),
+                    ours[key],
+                )
+    if before.get("mesh") != now.get("mesh"):
+        logger.info("%s: the mesh was %s and is %s", path, before.get("mesh"), now.get("mesh"))
 
 
 def index_table(optimizer: ZOSGD) -> list[dict[str, Any]]:

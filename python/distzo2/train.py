@@ -7,11 +7,13 @@ function of the options and the step's number, so a run that was interrupted goe
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,10 @@ from distzo2.batches import DataOrder
 from distzo2.data import Example, load_examples, load_tokenizer, sequence_limit
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.journal import Journal
+from distzo2.launch import launch_id, restarts
 from distzo2.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
 from distzo2.objectives import Objective, Score, evaluate_examples, resolve_objective
+from distzo2.parallel import Mesh, current
 from distzo2.preflight import DTYPES, ModelSize, check_device, check_disk, check_memory, gib, model_size
 from distzo2.run_directory import RunDirectory
 from distzo2.schedule import factor_of, make_scheduler
@@ -55,48 +59,69 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         DistZO2Error: bad input, or the run stopped itself. The journal holds every step that was made.
         KeyboardInterrupt: the step in flight is dropped whole or in the journal whole.
     """
-    device = check_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.trace and not Path(options.trace).absolute().parent.is_dir():
-        raise UsageError(f"--trace {options.trace}: its directory does not exist")
-    run = RunDirectory.resumed(options.out) if options.resume else RunDirectory.new(options.out)
-    size = model_size(options.model, DTYPES.get(options.dtype))
-    tokenizer = load_tokenizer(options.model)
-    limit = sequence_limit(options.model, options.max_length)
-    train = load_examples(options.train, tokenizer, limit=limit, truncate=options.truncate)
-    held_out = load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate) if options.eval else []
-    objective_name = resolve_objective(options.objective, train)
-    if held_out:
-        resolve_objective(objective_name, held_out)
-    check_memory(size, device, options.weights)
-    if not options.resume:
-        _check_room(options, size, run)
-
-    train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
+    mesh = current()
+    leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
+    if mesh is not None:
+        options = Namespace(**vars(options))
+        options.resume = _resumes(options, mesh, log)
+        options.parallel = str(mesh.shape)
+    elif launch_id() is not None and restarts() and not options.resume:
+        options = Namespace(**{**vars(options), "resume": RunDirectory.restarted(options.out, launch_id()) is not None})
+    log = log if leads else (lambda line: None)
+    with _together(mesh, "reading data and options"):
+        device = _device(options, mesh)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if options.trace and not Path(options.trace).absolute().parent.is_dir():
+            raise UsageError(f"--trace {options.trace}: its directory does not exist")
+        run = RunDirectory(options.out)
+        if leads:
+            run = RunDirectory.resumed(options.out) if options.resume else RunDirectory.new(options.out)
+        size = model_size(options.model, DTYPES.get(options.dtype))
+        tokenizer = load_tokenizer(options.model)
+        limit = sequence_limit(options.model, options.max_length)
+        train = load_examples(options.train, tokenizer, limit=limit, truncate=options.truncate)
+        held_out = (
+            load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate) if options.eval else []
+        )
+        objective_name = resolve_objective(options.objective, train)
+        if held_out:
+            resolve_objective(objective_name, held_out)
+        check_memory(size, device, options.weights, ranks_here())
+        if leads and not options.resume:
+            _check_room(options, size, run)
+        train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
+    if mesh is not None:
+        mesh.exchange.agree("the data", {"the training file": train_sha256, "the bytes of the model": size.total})
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
     settings |= {k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval", "trace") if settings[k]}
-    run.claim()
     loop = None
     try:
-        if options.resume:
-            _take_over(options, log, run, size, settings, train_sha256)
-        model = distzo2.from_pretrained(
-            options.model,
-            device=device,
-            weights=options.weights,
-            dtype=DTYPES.get(options.dtype),
-            directory=options.weights_dir or run.path,
-            memory_budget=options.memory_budget,
-            write_every=options.write_every,
-            train=options.train_mode,
-        )
+        with _together(mesh, "claiming the run directory"):
+            if leads:
+                run.claim()
+                if options.resume:
+                    _take_over(options, log, run, size, settings, train_sha256)
+                elif launch_id() is not None:  # a restart is to know whose these files are
+                    run.update(options=settings, launch=launch_id(), train_sha256=train_sha256, status="starting")
+        with _together(mesh, "loading the model"):
+            model = distzo2.from_pretrained(
+                options.model,
+                device=device,
+                weights=options.weights,
+                dtype=DTYPES.get(options.dtype),
+                directory=options.weights_dir or run.path,
+                memory_budget=options.memory_budget,
+                write_every=options.write_every,
+                train=options.train_mode,
+            )
         try:
             pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
             objective = Objective(model, objective_name, pad_id=pad_id, device=device)
             loop = _Loop(options, log, run, model, objective, train, held_out, size)
             try:
-                loop.start(settings, train_sha256)
+                with _together(mesh, "starting the run"):
+                    loop.start(settings, train_sha256)
                 return loop.run_to_end()
             finally:
                 loop.close()
@@ -113,6 +138,35 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
 
 def _rate(num_bytes: float, seconds: float) -> float | None:
     return num_bytes / seconds if seconds > 0 else None
+
+
+def _together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
+    return nullcontext() if mesh is None else mesh.together(what)
+
+
+def ranks_here() -> int:
+    """Ranks of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current() is not None else 1
+
+
+def _device(options: Namespace, mesh: Mesh | None) -> torch.device:
+    """Where this rank computes: with --device cuda each rank of a machine has a GPU of its own."""
+    name = options.device
+    return check_device(f"cuda:{mesh.local_rank}" if mesh is not None and name == "cuda" else name)
+
+
+def _resumes(options: Namespace, mesh: Mesh, log: Callable[[str], None]) -> bool:
+    """Whether the run goes on with what is in --out: as asked, or since torchrun has started these ranks anew."""
+
+    def look() -> bytes:
+        if options.resume or not restarts() or launch_id() is None:
+            return json.dumps(options.resume).encode()
+        resumes = RunDirectory.restarted(options.out, launch_id()) is not None
+        if resumes:
+            log(f"restart {restarts()}: going on with the run in {options.out}")
+        return json.dumps(resumes).encode()
+
+    return json.loads(mesh.exchange.from_rank_0("looking for a run to go on with", look))
 
 
 def _take_over(
@@ -135,7 +189,7 @@ def _take_over(
 
 def _check_room(options: Namespace, size: ModelSize, run: RunDirectory) -> None:
     """The block file and the checkpoint must fit on their disks; a checkpoint that is there is replaced."""
-    block_file = {"the file of streamed weights": size.total} if options.weights == "disk" else {}
+    block_file = {"the file of streamed weights": size.total * ranks_here()} if options.weights == "disk" else {}
     checkpoint = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
     if options.weights_dir and block_file:
         check_disk(options.weights_dir, block_file)
@@ -160,6 +214,8 @@ class _Loop:
         self.options, self.log, self.run, self.model = options, log, run, model
         self.objective, self.train, self.held_out, self.size = objective, train, held_out, size
         self.runtime = distzo2.runtime_of(model)
+        self.mesh = current()
+        self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
         self.score_name = options.score or ("accuracy" if train[0].options else "loss")
         self.totals: dict[str, float] = {}
@@ -184,30 +240,38 @@ class _Loop:
             max_coef=o.max_coef,
             max_clipped=o.max_clipped,
             max_skipped=o.max_skipped,
+            verify_every=o.verify_every,
             journal=self.run.journal,
             resume=o.resume,
         )
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
-        self.metrics = Metrics(self.run.metrics)
-        if o.resume:
+        self.metrics = Metrics(self.run.metrics if self.leads else None)
+        if o.resume and self.leads:
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             self.log(f"resumed {self.run.path} at step {optimizer.step_count} of {o.steps}")
-        self.run.update(
-            options=settings,
-            distzo2=distzo2.__version__,
-            train_sha256=train_sha256,
-            objective=self.objective.name,
-            model_bytes=self.size.total,
-            model_elements=self.size.num_elements,
-            status="running",
-        )
+        if o.resume and self.mesh is not None:
+            evals = self.mesh.exchange.from_rank_0(
+                "the evaluations so far", lambda: json.dumps(list(self.metrics.evals.values())).encode()
+            )
+            self.metrics.evals = {line["step"]: line for line in json.loads(evals)}
+        if self.leads:
+            self.run.update(
+                options=settings,
+                distzo2=distzo2.__version__,
+                train_sha256=train_sha256,
+                objective=self.objective.name,
+                model_bytes=self.size.total,
+                model_elements=self.size.num_elements,
+                status="running",
+                **({} if launch_id() is None else {"launch": launch_id()}),
+            )
         self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
 
     def run_to_end(self) -> Result:
         o, optimizer = self.options, self.optimizer
         self._evaluate_if_due()
-        bar = progress_bar(o.quiet, total=o.steps, initial=optimizer.step_count)
+        bar = progress_bar(o.quiet or not self.leads, total=o.steps, initial=optimizer.step_count)
         try:
             with bar:
                 while optimizer.step_count < o.steps:
@@ -220,7 +284,9 @@ class _Loop:
             self._ended(f"stopped: {error}")
             raise
         best = self._best()
-        self._save(best)
+        with _together(self.mesh, "saving"):
+            if self.leads:
+                self._save(best)
         self._ended("finished")
         evals = self.metrics.evals
         return Result(
@@ -306,7 +372,7 @@ class _Loop:
 
     def _trace(self, step: int) -> None:
         """Records --trace-steps steps from the third on, or from the first where there are no more."""
-        if self.options.trace is None or self._traced < 0:
+        if self.options.trace is None or self._traced < 0 or not self.leads:
             return
         first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
         if step >= first and self._traced == 0:
@@ -329,7 +395,7 @@ class _Loop:
         if not self.held_out or not due or step in self.metrics.evals:
             return
         start = time.perf_counter()
-        score = evaluate_examples(self.objective, self.held_out, batch_size=o.eval_batch_size)
+        score = evaluate_examples(self.objective, self.held_out, batch_size=o.eval_batch_size, mesh=self.mesh)
         self.metrics.write(
             kind="eval",
             step=step,
@@ -344,7 +410,8 @@ class _Loop:
         figures = f"loss {score.loss:.4f}, accuracy {score.accuracy:.2%}"
         self.log(f"step {step}: held-out {figures} ({score.num_examples} examples)")
         best = self._best()
-        self.run.update(best_step=best, best={k: self.metrics.evals[best][k] for k in ("loss", "accuracy")})
+        if self.leads:
+            self.run.update(best_step=best, best={k: self.metrics.evals[best][k] for k in ("loss", "accuracy")})
 
     def _score(self, line: dict[str, Any] | None) -> Score | None:
         if line is None:
@@ -379,6 +446,8 @@ class _Loop:
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _ended(self, status: str) -> None:
+        if not self.leads:
+            return
         if self._traced > 0:
             self._end_trace()
         stats = self.runtime.stats()

@@ -289,6 +289,19 @@ class UnitWeights:
             self._release(unit)
         unit.version = self.version
 
+    def visit(self) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
+        """Every unit in turn with its parameters on the compute device, every update made so far in them. Each is read
+        once, and written back if it had missed any."""
+        self._check_idle("visiting the weights")
+        for unit in self.units:
+            self._bring(unit)
+            try:
+                present = self._present[unit.index]
+                self._materialize(present, (), ())
+                yield unit, present.views
+            finally:
+                self._release(unit)
+
     @contextmanager
     def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
         """The unit's parameters in host memory, by name, with every update made so far. They must not be changed."""

@@ -1,0 +1,215 @@
+"""Whether the other ranks are alive, and the first cause when one is not: heartbeats over the rendezvous store.
+
+Each rank counts up a key of its own; one thread does this and reads everyone's. A rank that stops counting, a process
+of this machine that has ended, a cause that some rank has posted, and a store that no longer answers are failures.
+Time is counted in rounds, so that a machine that slept, with all its ranks, finds them as they were.
+Nobody is interrupted: whoever waits for other ranks asks `check` meanwhile, and callbacks end what waits elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distzo2.errors import DistZO2Error
+
+LEFT = b"left"  # instead of a count: the rank has shut down its mesh
+
+
+class RankFailedError(DistZO2Error):
+    """Another rank failed, was lost or has left; the message names it and the first cause. `rank` is None where it is
+    not known which."""
+
+    def __init__(self, message: str, rank: int | None = None, told: bool = False) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.told = told  # the failed rank is alive, and will tell of its error itself
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, with its type unless it is one of ours."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, DistZO2Error):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class Heartbeat:
+    """See the module. `store` is a connection of its own, since a blocked call on one holds all others up."""
+
+    def __init__(self, store: Any, rank: int, world_size: int, *, interval: float, limit: float) -> None:
+        self.rank, self.world_size, self.interval, self.limit = rank, world_size, interval, limit
+        self._store = store
+        self._processes: dict[int, tuple[int, str]] = {}  # ranks of this machine: process id, start time
+        self._keys = [f"beat/{r}" for r in range(world_size)]
+        self._failure: RankFailedError | None = None
+        self._callbacks: list[Callable[[BaseException], None]] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self.left: set[int] = set()
+        store.set(
+            f"process/{rank}", json.dumps({"host": _host(), "pid": os.getpid(), "start": process_start(os.getpid())})
+        )
+        store.add(self._keys[rank], 1)
+        self._meet()
+        self._rounds = 0  # of the heartbeat with the store
+        self._threads = [
+            threading.Thread(target=target, name=f"distzo2-{target.__name__.strip('_')}", daemon=True)
+            for target in (self._beat, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _meet(self) -> None:
+        for rank, text in enumerate(self._store.multi_get([f"process/{r}" for r in range(self.world_size)])):
+            process = json.loads(text)
+            if process["host"] == _host() and rank != self.rank:
+                self._processes[rank] = process["pid"], process["start"]
+
+    # ---- what others ask ----------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> RankFailedError | None:
+        return self._failure
+
+    def check(self) -> None:
+        """Raises RankFailedError once another rank is known to have failed."""
+        if self._failure is not None:
+            raise RankFailedError(str(self._failure), self._failure.rank, self._failure.told)
+
+    def on_failure(self, callback: Callable[[BaseException], None]) -> None:
+        """Calls `callback(error)` from a thread of ours when another rank fails; at once if it has."""
+        with self._lock:
+            self._callbacks.append(callback)
+        if self._failure is not None:
+            callback(self._failure)
+
+    def post(self, text: str) -> None:
+        """Tells all ranks that this one has failed; the first cause posted is the one that they are told."""
+        with suppress(Exception):
+            self._post({"rank": self.rank, "by": self.rank, "text": text})
+
+    def explain(self, error: BaseException) -> RankFailedError:
+        """What is behind an error of a connection: waits until it is known which rank failed."""
+        deadline = time.monotonic() + self.limit + 2 * self.interval
+        while self._failure is None and not self.left and time.monotonic() < deadline:
+            time.sleep(min(0.02, self.interval))
+        if self._failure is None and self.left:
+            gone = self.gone()
+            time.sleep(2 * self.interval)  # a cause may be on its way
+            if self._failure is None:
+                self._lost(gone.rank, str(gone))  # who leaves because of this one is not to be blamed
+        if self._failure is not None:
+            return RankFailedError(str(self._failure), self._failure.rank, self._failure.told)
+        return RankFailedError(f"the connection to another rank was lost ({describe(error)})")
+
+    def gone(self) -> RankFailedError:
+        """An error for those who still need ranks that have shut down their mesh."""
+        rank = min(self.left)
+        return RankFailedError(f"rank {rank} has left the mesh: its program ended, or called shutdown()", rank)
+
+    def fail(self, text: str, rank: int | None, told: bool = False) -> None:
+        """From here on `check` raises."""
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure = RankFailedError(text, rank, told)
+            callbacks = list(self._callbacks)
+        for callback in callbacks:
+            with suppress(Exception):
+                callback(self._failure)
+
+    def leave(self) -> None:
+        """Ends the threads; the other ranks are told that this one needs them no more, and they it."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+        if not any(thread.is_alive() for thread in self._threads):
+            with suppress(Exception):
+                self._store.set(self._keys[self.rank], LEFT)
+
+    def wait_for_others(self, seconds: float) -> None:
+        """Until all others have left, or one has failed: for the rank whose process serves the store."""
+        deadline = time.monotonic() + seconds
+        while len(self.left) < self.world_size - 1 and self._failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    # ---- the threads --------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        counts: dict[int, tuple[bytes, int]] = {}  # what each rank has counted, and rounds since it changed
+        while not self._stop.wait(self.interval):
+            try:
+                self._store.add(self._keys[self.rank], 1)
+                beats = self._store.multi_get(self._keys)
+                cause = json.loads(self._store.get("cause/1")) if self._store.add("causes", 0) else None
+            except Exception:
+                self._look_at_processes()
+                continue  # how long this may last is for _watch to judge
+            self._rounds += 1
+            self.left = {r for r, beat in enumerate(beats) if beat == LEFT}
+            if cause is not None and cause["rank"] != self.rank:
+                self.fail(cause["text"], cause["rank"], told=cause["rank"] == cause["by"])
+            self._look_at_processes()
+            for rank, beat in enumerate(beats):
+                before, silent = counts.get(rank, (b"", 0))
+                counts[rank] = (beat, 0 if beat != before else silent + 1)
+                if rank != self.rank and beat != LEFT and counts[rank][1] * self.interval > self.limit:
+                    self._lost(rank, f"rank {rank} has not been heard of for {self.limit:g} s: it hangs, or is cut off")
+
+    def _look_at_processes(self) -> None:
+        for rank, (pid, start) in self._processes.items():
+            if rank in self.left or process_start(pid) == start:
+                continue
+            with suppress(Exception):
+                if self._store.get(self._keys[rank]) == LEFT:  # it left in order, and then ended
+                    continue
+            self._lost(rank, f"rank {rank} was lost: its process {pid} has ended")
+
+    def _lost(self, rank: int, text: str) -> None:
+        with suppress(Exception):
+            cause = self._post({"rank": rank, "by": self.rank, "text": text})
+            rank, text = cause["rank"], cause["text"]
+        self.fail(text, rank)
+
+    def _post(self, cause: dict[str, Any]) -> dict[str, Any]:
+        """The first cause posted, whoever's."""
+        if self._failure is None:
+            number = self._store.add("causes", 1)
+            self._store.set(f"cause/{number}", json.dumps(cause))
+        return json.loads(self._store.get("cause/1"))
+
+    def _watch(self) -> None:
+        limit, seen, silent = self.limit + 5 * self.interval, 0, 0
+        while not self._stop.wait(self.interval):
+            seen, silent = self._rounds, (0 if seen != self._rounds else silent + 1)
+            if silent * self.interval > limit:
+                self.fail(
+                    f"the rendezvous store has not answered for {limit:g} s: its host or the network is down", None
+                )
+
+
+def _host() -> str:
+    """Names this machine and its space of process ids."""
+    parts = []
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with suppress(OSError):
+            parts.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip())
+    return " ".join(parts)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,274 @@
+"""What an optimizer's step exchanges with the other ranks of its mesh.
+
+A step opens with an agreed word, runs this rank's lanes, gathers all losses as float64, and takes over what rank 0
+makes of them: three collectives, which `parallel.stats()` counts. Rank 0 alone writes the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from distzo2.durability import ALWAYS_DURABLE, DurabilityListener, DurabilityTeller
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.exchange import hash64
+from distzo2.heartbeat import RankFailedError
+from distzo2.journal import Journal, StepEntry
+from distzo2.mesh import GLOBAL, OWN, SHARDED, Deal, check_step, deal_lanes
+from distzo2.run_header import check_same_run, fingerprint, index_table, run_header
+from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
+
+if TYPE_CHECKING:
+    from distzo2.optimizer import ZOSGD, StepRecord
+    from distzo2.parallel import Mesh
+
+logger = logging.getLogger("distzo2")
+
+SKIPPED = (None, "non-finite loss", "non-finite coefficient")  # by their numbers in what rank 0 broadcasts
+GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
+
+
+class SharedStep:
+    """One optimizer's part in a mesh."""
+
+    def __init__(self, mesh: Mesh, optimizer: ZOSGD) -> None:
+        self.mesh, self._exchange, self._rank = mesh, mesh.exchange, mesh.rank
+        self._optimizer = weakref.proxy(optimizer)
+        self._units = hash64([(u.name, u.num_bytes) for u in optimizer._runtime.units])
+        self._listener: DurabilityListener | None = None
+        self._journal_from = 0  # version of the weights before the journal's first entry
+        self.fingerprints: list[dict[str, Any]] = []
+        self._runtime = runtime = weakref.ref(optimizer._runtime)
+        mesh.heartbeat.on_failure(lambda error: (alive := runtime()) is not None and alive.fail(error))
+
+    # ---- joining ------------------------------------------------------------------------------------------------
+
+    def join(self, journal: bool, resume: bool) -> None:
+        """Compares the optimizers of all ranks, and what the bits of their forwards depend on.
+
+        Raises:
+            RanksDisagreeError: they are not the same; on all ranks.
+        """
+        optimizer = self._optimizer
+        fields = {
+            "the parameters": index_table(optimizer),
+            "seed": optimizer.seed,
+            "eps": optimizer.eps,
+            "noise": optimizer.noise,
+            "num_probes": optimizer.num_probes,
+            "the estimator": type(optimizer.estimator).__name__,
+            "the versions": (NOISE_VERSION, ROUNDING_VERSION),
+            "having a journal": journal,
+            "resume": resume,
+            "verify_every": optimizer.verify_every,
+            **self._scalar_fields(optimizer._scalars()),
+        }
+        self._exchange.agree("making the optimizer", fields)
+        mine = json.dumps(fingerprint(optimizer._runtime.device)).encode()
+        self.fingerprints = [json.loads(text) for text in self._exchange.gather_bytes(mine)]
+        if self._rank == 0:
+            for rank, other in enumerate(self.fingerprints):
+                for key, value in self.fingerprints[0].items():
+                    if other.get(key) != value:
+                        logger.warning(
+                            "rank %d has %s %r and rank 0 %r: a run on another number of ranks may have other bits",
+                            rank, key, other.get(key), value,
+                        )  # fmt: skip
+
+    @staticmethod
+    def _scalar_fields(scalars: Sequence[GroupScalars]) -> dict[str, Any]:
+        return {name: [getattr(group, name) for group in scalars] for name in GROUP_FIELDS}
+
+    # ---- the journal --------------------------------------------------------------------------------------------
+
+    def open_journal(self, path: Any, resume: bool) -> Journal | None:
+        """Opens or makes the journal on rank 0, and gives every rank the entries that it held.
+
+        Returns:
+            The journal on rank 0; None on the others.
+        """
+        optimizer, runtime = self._optimizer, self._optimizer._runtime
+        self._journal_from = runtime.version
+        opened: list[Journal] = []
+
+        def on_rank_0() -> bytes:
+            header = run_header(optimizer)
+            header["fingerprint"] |= {
+                "mesh": {"pert": self.mesh.shape.pert, "data": self.mesh.shape.data},
+                "ranks": self.fingerprints,
+            }
+            if not resume:
+                try:
+                    opened.append(Journal.create(path, header))
+                except FileExistsError as error:
+                    raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
+                return b""
+            opened.append(Journal.open(path))
+            check_same_run(path, opened[0].header, header)
+            return b"".join(entry.to_line() for entry in opened[0].entries)
+
+        try:
+            lines = self._exchange.from_rank_0("opening the journal", on_rank_0)
+            entries = opened[0].entries if opened else [StepEntry.from_line(x) for x in lines.splitlines(True)]
+            with self._exchange.together("taking over the journal"):
+                optimizer.apply([entry.update for entry in entries])
+        except BaseException:
+            for journal in opened:
+                journal.close()
+            raise
+        name = self.mesh.ranks.unique_name("durable")
+        first = self._journal_from
+        if self._rank != 0:
+            runtime.set_durable(first + len(entries))
+            store = self.mesh.ranks.store
+            self._listener = DurabilityListener(
+                store,
+                store.clone(),
+                name,
+                self._rank,
+                len(entries),
+                lambda durable: runtime.set_durable(first + durable),
+            )
+            self.mesh.ranks.closers.append(self.close)
+            return None
+        journal, teller = opened[0], DurabilityTeller(self.mesh.ranks.store.clone(), name, self.mesh.world_size)
+        heartbeat = self.mesh.heartbeat
+        runtime.set_durable(first + journal.durable)
+
+        def on_durable(durable: int) -> None:
+            runtime.set_durable(first + durable)
+            teller.tell(durable)
+
+        journal.on_durable(on_durable)
+        journal.on_failure(runtime.fail)
+        journal.on_failure(lambda error: heartbeat.post(f"rank 0: {error}"))
+        return journal
+
+    def close(self) -> None:
+        """Ends what `open_journal` began on ranks that do not write it, once all lines so far are durable. Weights that
+        wait for lines that will never be are given up with an error."""
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        runtime, reached = self._runtime(), False
+        try:
+            wanted = self._optimizer.step_count
+            reached = listener.wait_until(wanted, self.mesh.heartbeat.limit, self.mesh.heartbeat.check)
+        except (RankFailedError, ReferenceError):  # another rank is gone, or the optimizer
+            pass
+        finally:
+            listener.close()
+        if runtime is not None:
+            if reached:
+                runtime.set_durable(ALWAYS_DURABLE)
+            else:
+                runtime.fail(DistZO2Error("the journal on rank 0 is not known to be durable up to the last steps"))
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        step: int,
+        scalars: Sequence[GroupScalars],
+        num_closures: int,
+        tokens: int,
+        sharded: bool | str,
+        error: BaseException | None,
+    ) -> tuple[Deal, int]:
+        """The agreed word of a step.
+
+        Returns:
+            Who runs which lane, and the tokens of all ranks.
+
+        Raises:
+            RanksDisagreeError: the ranks are about to make different steps; on all of them.
+        """
+        optimizer, mode = self._optimizer, SHARDED.get(sharded, GLOBAL)
+        fields = {
+            "the step": step,
+            "sharded": sharded,
+            "the number of closures": num_closures if mode == GLOBAL else "its own",
+            "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
+            "seed": optimizer.seed,
+            "eps": optimizer.eps,
+            "noise": optimizer.noise,
+            "the evaluations": optimizer._evaluations,
+            "the units": self._units,
+            **self._scalar_fields(scalars),
+        }
+        numbers = self._exchange.agree(f"step {step}", fields, numbers=(num_closures, tokens), error=error)
+        counts = [row[0] for row in numbers]
+        if mode == GLOBAL:
+            try:
+                check_step(self.mesh.shape, optimizer._evaluations, num_closures)
+            except UsageError as unfit:
+                raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
+        deal = deal_lanes(self.mesh.shape, optimizer._evaluations, counts, mode)
+        rows = range(0, self.mesh.world_size, 1 if mode == OWN else self.mesh.shape.pert)
+        return deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
+
+    def gather(
+        self, step: int, deal: Deal, losses: np.ndarray, entered: Sequence[Any], error: BaseException | None
+    ) -> np.ndarray:
+        """float64 [evaluations, micro-batches] of all ranks, from this rank's losses in the order of its lanes.
+
+        Args:
+            entered: the units that its lanes entered.
+            error: what ended its pass; it is raised here, and an error on the other ranks.
+        """
+        most = max(len(lanes) for lanes in deal.lanes)
+        mine = np.zeros(2 + most, dtype=np.int64)  # failed, hash of the units, the bits of the losses
+        mine[0] = error is not None
+        if error is None:
+            mine[1] = hash64([unit.name for unit in entered])
+            mine[2 : 2 + len(losses)] = losses.view(np.int64)
+        rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
+        self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
+        working = [rank for rank, lanes in enumerate(deal.lanes) if lanes]
+        for rank in working[1:]:
+            if rows[rank, 1] != rows[working[0], 1]:
+                raise DistZO2Error(
+                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
+                    f"rank {rank} entered others than those of rank {working[0]}. Where a forward skips blocks for "
+                    "some batches or perturbations, name with units= a module around them."
+                )
+        result = np.zeros((len(self._optimizer._evaluations), deal.num_batches))
+        for rank, lanes in enumerate(deal.lanes):
+            values = rows[rank, 2 : 2 + len(lanes)].view(np.float64)
+            for (evaluation, batch), value in zip(lanes, values, strict=True):
+                result[evaluation, batch] = value
+        return result
+
+    def decide(self, step: int, make: Callable[[], Update], record: StepRecord) -> Update:
+        """The step's update: `make`, which fills `record` too, is called on rank 0 alone."""
+        optimizer = self._optimizer
+        num_probes, num_groups = optimizer.num_probes, len(optimizer.param_groups)
+        update, failure = None, None
+        made = np.zeros(3 + num_probes + len(GROUP_FIELDS) * num_groups)
+        if self._rank == 0:
+            try:
+                update = make()
+                scalars = [getattr(group, name) for group in update.groups for name in GROUP_FIELDS]
+                coefs = record.coefs or [0.0] * num_probes
+                made[:] = [0.0, SKIPPED.index(record.skipped), record.clipped, *coefs, *scalars]
+            except BaseException as error:
+                failure, made[0] = error, 1.0
+        made = self._exchange.broadcast(torch.from_numpy(made)).numpy()
+        self._exchange.settle(f"step {step}", [bool(made[0]), *[False] * (self.mesh.world_size - 1)], failure)
+        if update is not None:
+            return update
+        record.skipped, record.clipped = SKIPPED[int(made[1])], bool(made[2])
+        if record.skipped is None:
+            record.coefs = made[3 : 3 + num_probes].tolist()
+        if record.skipped != SKIPPED[1]:
+            optimizer._clip.take(record.coefs, record.clipped)
+        groups = made[3 + num_probes :].reshape(num_groups, len(GROUP_FIELDS)).tolist()
+        family = FAMILIES[optimizer.noise]
+        terms = tuple(Term(family, step, k, 0, c) for k, c in enumerate(record.coefs))
+        return Update(step, tuple(GroupScalars(*group) for group in groups), terms)

@@ -1,0 +1,266 @@
+"""What the ranks of test_parallel run: functions of (rank, world_size, ...) whose results can be pickled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from parallel_ranks import mesh_of
+from torch import nn
+
+import distzo2
+import distzo2.parallel
+
+
+class Tower(nn.Module):
+    """Embedding, blocks with dropout, head; its forward returns the loss of a batch of tokens."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 5) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embedding = nn.Embedding(32, 24)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Dropout(0.1)) for _ in range(5))
+            self.head = nn.Linear(24, 32, bias=False)
+        self.to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.flatten())
+
+
+def batch(index: int) -> torch.Tensor:
+    return torch.randint(0, 32, (2 + index % 3, 7), generator=torch.Generator().manual_seed(index))
+
+
+def closures_of(model: nn.Module, step: int, micro_batches: int) -> list[Any]:
+    return [lambda m=m: model(batch(100 * step + m)) for m in range(micro_batches)]
+
+
+def tower(weights: str, directory: Any, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """Dropout is on, so that a lane's random stream is in the bits."""
+    return distzo2.offload(Tower(dtype), weights=weights, directory=directory, train=True, **options)
+
+
+def optimizer(model: nn.Module, **options: Any) -> distzo2.ZOSGD:
+    return distzo2.ZOSGD(model, **{"lr": 1e-2, "eps": 1e-3, "seed": 11, **options})
+
+
+def state_of(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.view(torch.uint8).numpy() for name, value in model.state_dict().items()}
+
+
+def train(
+    rank: int,
+    world_size: int,
+    shape: tuple[int, int] | None,
+    directory: Path,
+    *,
+    weights: str = "disk",
+    dtype: torch.dtype = torch.float32,
+    steps: int = 6,
+    micro_batches: int = 2,
+    journal: str | None = None,
+    resume: bool = False,
+    sharded: bool | str = False,
+    pace: float = 0.0,
+    **options: Any,
+) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
+    if shape is not None:
+        mesh_of(*shape)
+    model = tower(weights, directory / f"rank{rank}", dtype)
+    if journal is not None:
+        options |= {"journal": directory / journal, "resume": resume}
+    opt = optimizer(model, **options)
+    history = []
+    while opt.step_count < steps:
+        closures = closures_of(model, opt.step_count, micro_batches)
+        if sharded == "data":
+            mesh = distzo2.parallel.current()
+            closures = uneven_share(closures, mesh.data_rank, mesh.shape.data)
+        elif sharded:
+            closures = uneven_share(closures, rank, world_size)
+        opt.step(closures, sharded=sharded, tokens=7 * micro_batches)
+        history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped))
+        time.sleep(pace)
+    state = state_of(model)
+    opt.close()
+    distzo2.runtime_of(model).close()
+    return history, state
+
+
+def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
+    """In rank order; the first rank has none, the last has the most."""
+    bounds = [len(closures) * r * (r + 1) // (world_size * (world_size + 1)) for r in range(world_size + 1)]
+    return closures[bounds[rank] : bounds[rank + 1]]
+
+
+# ---- ranks that do different things -----------------------------------------------------------------------------
+
+
+def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path, what: str) -> list[str]:
+    """Rank 1 does something else in the second step. What each rank was told, then the losses of a step in unison."""
+    mesh_of(*shape)
+    model = tower("disk", directory / f"rank{rank}")
+    opt = optimizer(model)
+    opt.step(closures_of(model, 0, 4))
+    told = ""
+    other = rank == 1
+    if other and what == "lr":
+        opt.param_groups[0]["lr"] = 0.5
+    if other and what == "step":
+        opt.step_count += 1
+    try:
+        if other and what == "kind":
+            opt.verify_replicas()
+        else:
+            number = 3 if other and what == "closures" else 4
+            opt.step(closures_of(model, 1, number), tokens=6 if other and what == "tokens" else 5)
+    except distzo2.DistZO2Error as error:
+        told = f"{type(error).__name__}: {error}"
+    opt.param_groups[0]["lr"], opt.step_count = 1e-2, 1
+    opt.step(closures_of(model, 1, 4))
+    distzo2.runtime_of(model).close()
+    return [told, str(opt.last.losses)]
+
+
+def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) -> None:
+    """Rank 1 makes another optimizer, or has another model."""
+    mesh_of(1, 2)
+    model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
+    if rank == 1 and what == "frozen":
+        model.head.requires_grad_(False)
+    distzo2.offload(model, weights="disk", directory=directory / f"rank{rank}")
+    optimizer(model, seed=12 if rank == 1 and what == "seed" else 11)
+
+
+class Boom(Exception):
+    pass
+
+
+def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[str, Any]:
+    """Rank `world_size - 1` (rank 0 for what it alone does) fails in step 2, which is then made again."""
+    mesh_of(2, world_size // 2)
+    model = tower("disk", directory / f"rank{rank}")
+    opt = optimizer(model, journal=directory / f"{what}.jsonl")
+    told, last = "", world_size - 1
+    while opt.step_count < 6:
+        closures = closures_of(model, opt.step_count, 2)
+        good = list(closures)
+        spoilt = opt.step_count == 2 and not told
+        if spoilt and what == "estimator" and rank == 0:
+            opt.estimator.coefficients = lambda *args: np.zeros(7)
+        if spoilt and what == "closure" and rank == last:
+            closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
+        if spoilt and what == "interrupt" and rank == last:
+            closures = [lambda c=c: (os.kill(os.getpid(), signal.SIGINT), c())[1] for c in good]
+        if spoilt and what == "argument" and rank == last:
+            closures = [1, 2]
+        try:
+            opt.step(closures, tokens=14)
+        except (Boom, distzo2.DistZO2Error, KeyboardInterrupt) as error:
+            told = f"{type(error).__name__}: {error}"
+            opt.estimator.__dict__.clear()
+    state = state_of(model)
+    opt.close()
+    distzo2.runtime_of(model).close()
+    return told, state
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def differing_units(rank: int, world_size: int, directory: Path) -> None:
+    """The lanes of rank 1 leave a block out."""
+    mesh_of(1, 2)
+    model = tower("device", None)
+    opt = optimizer(model)
+    if rank == 1:
+        model.blocks = model.blocks[:4]
+    opt.step(closures_of(model, 0, 2))
+
+
+# ---- figures, samplers, replicas ------------------------------------------------------------------------------------
+
+
+def traffic(rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int) -> dict[str, int]:
+    """Collectives and bytes of some steps."""
+    mesh_of(*shape)
+    model = tower("device", None)
+    opt = optimizer(model, num_probes=2)
+    distzo2.parallel.reset_stats()
+    for step in range(steps):
+        opt.step(closures_of(model, step, 4))
+    return distzo2.parallel.stats()
+
+
+def sampled(rank: int, world_size: int, directory: Path) -> list[int]:
+    """A loop with a DistributedSampler: which examples were in a forward, in how many of them."""
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    mesh = mesh_of(1, world_size)
+    model = tower("device", None)
+    opt = optimizer(model)
+    examples = list(range(24))
+    seen: list[int] = []
+
+    def loss(indices: torch.Tensor) -> torch.Tensor:
+        seen.extend(indices.tolist())
+        return torch.stack([model(batch(int(i))) for i in indices])
+
+    sampler = DistributedSampler(examples, num_replicas=mesh.shape.data, rank=mesh.data_rank, shuffle=True)
+    for indices in DataLoader(examples, batch_size=3, sampler=sampler):
+        opt.step(lambda indices=indices: loss(indices), sharded=True)
+    return seen
+
+
+def changed_replica(rank: int, world_size: int, directory: Path) -> None:
+    """One bit of one weight changes on rank 1 after the third step."""
+    mesh_of(1, 2)
+    model = tower("disk", directory / f"rank{rank}")
+    opt = optimizer(model, verify_every=2)
+    runtime = distzo2.runtime_of(model)
+    for step in range(4):
+        if step == 3 and rank == 1:
+            unit = next(u for u in runtime.units if u.name == "blocks.3")
+            with runtime.writing(unit, keep=True) as views:
+                views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
+        opt.step(closures_of(model, step, 2))
+
+
+# ---- ranks that die or hang -------------------------------------------------------------------------------------
+
+
+def stop_in_step(rank: int, world_size: int, directory: Path, signum: int, limit: float) -> None:
+    """Rank 1 sends itself a signal in step 2; what the others are told."""
+    mesh_of(2, world_size // 2, limit=limit)
+    model = tower("disk", directory / f"rank{rank}")
+    opt = optimizer(model, journal=directory / f"{signum}.jsonl")
+    for step in range(3):
+        closures = closures_of(model, step, 2)
+        if step == 2 and rank == 1:
+            closures = [lambda c=c: (os.kill(os.getpid(), signum), c())[1] for c in closures]
+        opt.step(closures)
+
+
+def left_early(rank: int, world_size: int, directory: Path, how: str) -> None:
+    """Rank 1 makes two steps, the others want three."""
+    mesh_of(1, world_size)
+    model = tower("device", None)
+    opt = optimizer(model)
+    for step in range(3):
+        if step == 2 and rank == 1:
+            if how == "shutdown":
+                distzo2.parallel.shutdown()
+                return
+            raise Boom("out of data")
+        opt.step(closures_of(model, step, world_size))

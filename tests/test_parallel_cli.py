@@ -1,0 +1,197 @@
+"""`distzo2 finetune` on several ranks: the files and bits of one rank, one message for an error, going on after one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import parallel_cli_cases as cases
+import pytest
+import torch
+from parallel_ranks import Ranks
+from safetensors.torch import load_file
+from tiny_text import choice_lines, make_checkpoint, write_jsonl
+
+from distzo2.cli import main
+from distzo2.journal import read_journal
+from distzo2.metrics import read_metrics
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    root = tmp_path_factory.mktemp("parallel-cli")
+    return SimpleNamespace(
+        root=root,
+        model=make_checkpoint(root / "model", layers=4),
+        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
+        eval=write_jsonl(root / "eval.jsonl", choice_lines(11)),
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+def arguments(files: SimpleNamespace, *more: str) -> list[str]:
+    return [
+        "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", f"--steps={STEPS}",
+        "--batch-size=6", "--micro-batches=3", "--lr=1e-3", "--quiet", "--threads=1", "--weights=disk",
+        "--eval-every=2", "--eval-batch-size=2", "--out=out", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(files: SimpleNamespace) -> Path:
+    """The run of one rank."""
+    before, threads = os.getcwd(), torch.get_num_threads()
+    directory = files.root / "alone"
+    directory.mkdir()
+    os.chdir(directory)
+    try:
+        assert main(arguments(files)) == 0
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+    return directory / "out"
+
+
+def assert_same_run(run: Path, expected: Path, steps: int = STEPS) -> None:
+    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (run, expected))
+    assert len(ours) == steps
+    assert [(e.update, e.losses, e.tokens) for e in ours] == [(e.update, e.losses, e.tokens) for e in theirs[:steps]]
+    evals = [
+        [(line["step"], line["loss"], line["accuracy"], line["tokens"]) for line in read_metrics(path / "metrics.jsonl")
+         if line["kind"] == "eval"]
+        for path in (run, expected)
+    ]  # fmt: skip
+    assert evals[0] == evals[1]
+    weights = [load_file(path / "checkpoint" / "model.safetensors") for path in (run, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)), name
+
+
+def one_message(results: list[dict[str, Any]]) -> str:
+    lines = [line for result in results for line in result["err"].splitlines()]
+    assert len(lines) == 1, lines
+    assert all(result["status"] not in (0, None) for result in results)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "more"),
+    [(2, ["--parallel=pert=2", "--verify-every=2"]), (4, ["--parallel=pert=2,data=2"]), (3, []), (2, ["--save=best"])],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path, world_size, more):
+    results = ranks.values(cases.command, world_size, tmp_path, arguments(files, *more))
+    assert [r["status"] for r in results] == [0] * world_size
+    assert not any(r["out"] or r["err"] for r in results[1:]) and not results[0]["err"]
+    if not any("parallel" in option for option in more):
+        mesh = {2: "pert=1,data=2|pert=2,data=1", 3: "pert=1,data=3"}[world_size]
+        assert re.search(f"mesh of {world_size} ranks: ({mesh}) ", results[0]["out"])
+    if "--save=best" not in more:
+        assert_same_run(tmp_path / "out", alone)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "checkpoint",
+        "journal.jsonl",
+        "metrics.jsonl",
+        "run.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--parallel=pert=3"], "--parallel pert=3: a multiple of 3 ranks would be needed, and there are 2"),
+        (["--parallel=pert=2,data=2"], "there are 2; on 2 ranks, pert=1,data=2 or pert=2,data=1 would fit"),
+        (["--parallel=data=2", "--micro-batches=1"], "cannot be dealt to 2 data ranks; on 2 ranks, pert=2,data=1"),
+        (["--slice=on"], "--slice on: sliced streaming is not there yet"),
+        (["--parallel=pert=x"], "invalid mesh (such as pert=2,data=2) value"),
+        (["--train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--steps=0"], "--steps"),
+        (["--warmup=100"], "--warmup"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(ranks, files, tmp_path, more, text):
+    assert text in one_message(ranks.values(cases.command, 2, tmp_path, arguments(files, *more)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mesh_without_torchrun(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(files, "--parallel=pert=2,data=2")) == 2
+    assert "start it with torchrun --nproc-per-node 4 -m distzo2 finetune" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "statuses", "text"),
+    [
+        ("full", [1, 1], "No space left on device"),
+        ("interrupt", [1, 130], "2 steps are in the journal|rank 1 failed in step 2: interrupted"),
+    ],
+)
+def test_trouble_on_one_rank_ends_all_and_the_run_goes_on(ranks, files, alone, tmp_path, trouble, statuses, text):
+    results = ranks.values(cases.command, 2, tmp_path, arguments(files, "--parallel=pert=2"), trouble)
+    assert [r["status"] for r in results] == statuses
+    assert re.search(text, one_message(results))
+    assert json.loads((tmp_path / "out/run.json").read_text())["options"]["parallel"] == "pert=2,data=1"
+    results = ranks.values(cases.command, 3, tmp_path, ["finetune", "--resume", "--out=out", "--parallel=data=3"])
+    assert [r["status"] for r in results] == [0, 0, 0]
+    assert "parallel pert=2,data=1 -> pert=1,data=3" in results[0]["out"]
+    assert "at step 2 of 6" in results[0]["out"]
+    assert_same_run(tmp_path / "out", alone)
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        "-m", "distzo2", *arguments(files, "--parallel=pert=2", "--heartbeat-limit=30"),
+    ]  # fmt: skip
+    journal = tmp_path / "out/journal.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 200
+            while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.kill(_child_with_rank(process.pid, 1), signal.SIGKILL)
+            assert process.wait(timeout=250) == 0
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=20)
+                process.kill()
+    text = (tmp_path / "log").read_text()
+    assert "restart 1: going on with the run in out" in text
+    assert "rank 1 was lost: its process" in text
+    assert_same_run(tmp_path / "out", alone)
+
+
+def _child_with_rank(pid: int, rank: int) -> int:
+    for process in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and f"\0RANK={rank}\0" in "\0" + (process / "environ").read_text():
+                return int(process.name)
+    raise AssertionError(f"process {pid} has no child of rank {rank}")
