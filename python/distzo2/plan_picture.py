@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from distzo2.plan_schedule import WARM_STEPS, Played, wait_intervals
+from distzo2.plan_schedule import Played, wait_intervals
 from distzo2.timeline import draw_step, read_trace
 from distzo2.trace import Trace
 
@@ -15,15 +15,14 @@ def save_plan_trace(played: Played, path: str | os.PathLike) -> None:
     """Writes the steps of the steady state."""
     trace = Trace()
     trace.enable()
-    begin = played.steps[WARM_STEPS][0]
+    begin = played.steps[0][0]
 
     def add(kind: str, name: str, start: float, end: float) -> None:
         if end > start >= begin or (end > begin > start):
             trace.add(kind, name, _ns(max(start, begin)), _ns(end))
 
     for number, (start, end) in enumerate(played.steps):
-        if number >= WARM_STEPS:
-            add("step", f"step {number}", start, end)
+        add("step", f"step {number}", start, end)
     for start, end, name in wait_intervals(played.tasks):
         add("wait", name, start, end)
     transfers, names = [], {}

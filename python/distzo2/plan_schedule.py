@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from distzo2.lanes import Emission
 from distzo2.plan_model import ModelPlan
@@ -17,7 +18,10 @@ from distzo2.plan_tasks import Sharing, Task, busy_seconds, play
 from distzo2.scratch import Scratch
 from distzo2.units import Unit
 
-WARM_STEPS = 2  # the first has no update to make and nothing prefetched
+# Steps that are played first: the first has no update to make and nothing prefetched, and where transfers bound, they
+# pile up for a while. More of them while the steps after still differ.
+WARM_STEPS = (2, 6, 14)
+SAME = 1e-3
 MOST_STEPS = 16  # that are played, where blocks are written in turn
 
 
@@ -72,7 +76,7 @@ class Played:
     bytes_gathered: float  # received from other ranks
     scratch_bytes: int
     tasks: Sequence[Task]
-    steps: Sequence[tuple[float, float]]  # begin and end of each step played
+    steps: Sequence[tuple[float, float]]  # begin and end of each step of the steady state
 
 
 @dataclass(frozen=True)
@@ -394,18 +398,29 @@ class Schedule:
 
 def play_steps(work: Work) -> Played:
     """Plays steps until they repeat, and takes the mean of those after."""
-    schedule = Schedule(work)
-    num_steps = max(2, min(work.write_every, MOST_STEPS))
-    for _ in range(WARM_STEPS + num_steps):
-        schedule.step()
     pairs = ()
     if work.transfers is not None:
         pairs = (("upload", "download", work.transfers.up_speed, work.transfers.down_speed),)
     # A slice's update takes from the device what compute would have; on a CPU so does a gather.
     pool = frozenset({"compute", "side", "gather"} if work.on_host else {"compute", "side"})
-    play(schedule.tasks, Sharing(pairs, (pool,)))
-    ends = [task.end for task in schedule.step_ends]
-    begin, end = ends[WARM_STEPS - 1], ends[-1]
+    num_steps = max(2, min(work.write_every, MOST_STEPS))
+    for warm in WARM_STEPS:
+        schedule = Schedule(work)
+        for _ in range(warm + num_steps):
+            schedule.step()
+        play(schedule.tasks, Sharing(pairs, (pool,)))
+        ends = [task.end for task in schedule.step_ends]
+        lengths = [b - a for a, b in pairwise(ends)]
+        before, after = sum(lengths[-2 * num_steps : -num_steps]), sum(lengths[-num_steps:])
+        if len(lengths) >= 2 * num_steps and abs(after - before) <= SAME * after:
+            break
+        if work.write_every > 1 and warm >= work.write_every:
+            break
+    return _figures(schedule, ends, warm, num_steps)
+
+
+def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: int) -> Played:
+    begin, end = ends[warm - 1], ends[-1]
 
     def inside(*kinds: str) -> list[tuple[Task, float]]:
         """Tasks, with the share of them that lies in the window."""
@@ -431,7 +446,7 @@ def play_steps(work: Work) -> Played:
         num_bytes("gather"),
         schedule._scratch.num_bytes,
         schedule.tasks,
-        list(zip([0.0, *ends], ends, strict=False)),
+        list(zip(ends[warm - 1 :], ends[warm:], strict=False)),
     )
 
 
