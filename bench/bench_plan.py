@@ -2,9 +2,9 @@
 
     python bench/bench_plan.py --json bench/results/plan-amd-epyc.json
 
-A configuration's rates are measured right before its steps and right after them (the machine may be shared, and what it
-does changes within minutes); the plan is made of the means of both. The steps' median is told. Links, disk and gather
-are measured once, or come from --measure, a file that `distzo2 measure` wrote.
+In each of several rounds every rate is measured once and one step is made, since what a shared machine does changes
+within seconds. The plan is made of the rates' medians, and told beside the steps' median. Links, disk, gather and the
+host's part are measured once, or come from --measure, a file that `distzo2 measure` wrote.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from random_checkpoint import write_random_checkpoint
 
 import distzo2
 from distzo2.cli import build_parser
-from distzo2.measure import measure, measure_rates
+from distzo2.measure import measure
 from distzo2.measure_compute import measure_noise
+from distzo2.measure_forward import measure_forward, measure_visits
+from distzo2.measure_step import measure_step
 from distzo2.measure_timing import Effort
 from distzo2.plan import Planner
 from distzo2.plan_machine import machine_from
@@ -48,83 +50,91 @@ def request_of(text: str) -> Namespace:
     return build_parser()[0].parse_args(["plan", *text.split()])
 
 
-def rates(effort: Effort) -> dict[str, Any]:
-    """What may have changed since: all that computes."""
-    return {"noise": measure_noise(torch.device("cpu"), effort), **measure_rates(effort)}
+class Turn(Effort):
+    """Every piece once or a few times: rounds are the bench's own, with a step of the model in each."""
+
+    rounds = 1
+    batch_s = 0.01
 
 
-def mean_of(first: Any, second: Any) -> Any:
-    """The numbers of two results of one shape, averaged; what is no float is the first's."""
+def one_round(dtypes: dict[str, torch.dtype]) -> dict[str, list[dict[str, Any]]]:
+    """Rates as they are now."""
+    cpu, turn = torch.device("cpu"), Turn()
+    return {
+        "noise": measure_noise(cpu, turn),
+        "forward": measure_forward(cpu, turn, dtypes),
+        "visits": measure_visits(cpu, turn, dtypes),
+        "steps": measure_step(cpu, turn, dtypes),
+    }
+
+
+def median_of(rounds: list[Any]) -> Any:
+    """The floats of results of one shape, each the median over the rounds; what is no float is the first's."""
+    first = rounds[0]
     if isinstance(first, float):
-        return (first + second) / 2
+        return statistics.median(rounds)
     if isinstance(first, dict):
-        return {k: mean_of(v, second[k]) for k, v in first.items()}
+        return {k: median_of([r[k] for r in rounds]) for k in first}
     if isinstance(first, list):
-        return [mean_of(a, b) for a, b in zip(first, second, strict=True)]
+        return [median_of(list(items)) for items in zip(*rounds, strict=True)]
     return first
 
 
-def matched(first: list[dict], second: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows that both have: what is too slow for the one may have been measured by the other."""
+def merged(base: list[dict], fresh: list[dict]) -> list[dict]:
+    """The fresh rows, and those of the base that are about something else."""
 
     def key(row: dict) -> tuple:
-        return tuple((k, str(v)) for k, v in row.items() if k not in ("seconds", "elements_per_s"))
+        return tuple((k, str(v)) for k, v in row.items() if not isinstance(v, float))
 
-    known = {key(row): row for row in second}
-    both = [row for row in first if key(row) in known]
-    return both, [known[key(row)] for row in both]
+    known = {key(row) for row in fresh}
+    return fresh + [row for row in base if key(row) not in known]
 
 
-def time_steps(request: Namespace, directory: Path, repeats: int) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each step in the steady state, and the runtime's figures of them."""
+def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """One configuration: in each round the rates and a step; the plan of the rates' medians beside the steps'."""
+    request, directory = request_of(text), Path(options.directory)
     dtype = getattr(torch, request.dtype)
     checkpoint = directory / f"{request.model}-{request.dtype}"
     write_random_checkpoint(checkpoint, request.model, dtype)
+    rounds, samples = [], []
     with tempfile.TemporaryDirectory(dir=directory) as weights:
         model = distzo2.from_pretrained(
             checkpoint, weights=request.weights, dtype=dtype, directory=weights if request.weights == "disk" else None
         )
         opt = distzo2.ZOSGD(
-            model, lr=1e-7, eps=1e-3, num_probes=request.probes, estimator=request.estimator, noise=request.noise,
+            model, lr=1e-9, eps=1e-3, num_probes=request.probes, estimator=request.estimator, noise=request.noise,
             max_coef=None,
         )  # fmt: skip
         parts = request.micro_batches or 1
         closures = [
             loss_closure(model, torch.randint(4, 50000, (request.batch // parts, request.tokens))) for _ in range(parts)
         ]
+        runtime = distzo2.runtime_of(model)
         for _ in range(2):  # the first allocates and has no update to apply
             opt.step(closures)
-        runtime = distzo2.runtime_of(model)
         runtime.reset_stats()
-        samples = []
-        for _ in range(repeats):
+        for _ in range(options.repeats):
+            rounds.append(one_round({request.dtype: dtype}))
             start = time.perf_counter()
             opt.step(closures)
             samples.append(time.perf_counter() - start)
         stats = runtime.stats()
         runtime.close()
-    return samples, stats
-
-
-def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """One configuration: rates, steps, rates; the plan beside the steps."""
-    request, effort = request_of(text), Effort()
-    before = rates(effort)
-    samples, stats = time_steps(request, Path(options.directory), options.repeats)
-    after = rates(effort)
     result = copy.deepcopy(base)
-    for key in before:
-        result[key] = mean_of(*matched(before[key], after[key]))
-    plan = Planner(request, machine_from(result)).predict(Mesh())
-    measured = statistics.median(samples)
-    played = plan.played
+    for key, rows in median_of(rounds).items():
+        result[key] = merged(result.get(key, []), rows)
+    if options.rates:
+        Path(options.rates).write_text(json.dumps(result))
+    machine_now = machine_from(result)
+    plan = Planner(request, machine_now).predict(Mesh())
+    measured, played = statistics.median(samples), plan.played
     row = {
         "name": name,
         "options": text,
         "predicted_s": plan.step_s,
         "measured_s": measured,
-        "samples_s": samples,
         "ratio": plan.step_s / measured,
+        "samples_s": samples,
         "predicted": {
             "compute_s": played.busy_s["compute"] - played.noise_s,
             "noise_s": played.noise_s,
@@ -135,17 +145,15 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
             "noise_s": stats["noise_s"] / options.repeats,
             "wait_s": stats["exposed_wait_s"] / options.repeats,
         },
+        "factors": [machine_now.rates.compute_factor[request.dtype], machine_now.rates.noise_factor[request.dtype]],
         "predicted_bytes": [plan.rank_bytes.residents, plan.rank_bytes.slots, plan.rank_bytes.scratch],
         "measured_bytes": [stats["resident_bytes"], stats["slot_bytes"], stats["scratch_bytes"]],
     }
-    drift = statistics.median(
-        b["seconds"] / a["seconds"] for a, b in zip(*matched(before["forward"], after["forward"]), strict=True)
-    )
-    row["drift"] = drift
-    parts = "  ".join(f"{k[:-2]} {row['predicted'][k]:.3f}/{row['measured'][k]:.3f}" for k in row["predicted"])
+    pieces = "  ".join(f"{k[:-2]} {row['predicted'][k]:.3f}/{row['measured'][k]:.3f}" for k in row["predicted"])
     print(
         f"{name:8s} predicted {plan.step_s:7.3f} s  measured {measured:7.3f} s ({min(samples):.3f} to "
-        f"{max(samples):.3f})  ratio {row['ratio']:.3f}  {parts}  rates after/before {drift:.2f}",
+        f"{max(samples):.3f})  ratio {row['ratio']:.3f}  {pieces}  factors {row['factors'][0]:.2f} "
+        f"{row['factors'][1]:.2f}",
         flush=True,
     )
     return row
@@ -158,6 +166,7 @@ def main() -> int:
     kept = tempfile.gettempdir() + "/distzo2-bench"
     parser.add_argument("--directory", default=kept, help="where random models and block files are kept")
     parser.add_argument("--measure", help="a measurement to take links, disk and gather from")
+    parser.add_argument("--rates", help="write the rates that the last plan was made of to this file")
     parser.add_argument("--json", help="write the results to this file; rows of other configurations in it are kept")
     options = parser.parse_args()
     Path(options.directory).mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ The file is what a plan of a run is made from. Units are in the names; rates are
     matmul       rows: device, dtype, size (of square matrices), threads, flop_per_s
     forward      rows: device, what (product, attention, stream, softmax), dtype, size, threads, seconds
     visits       rows: device, backend, what (visit, pair), dtype, threads, elements_per_s
+    steps        rows: device, dtype, rows, tokens, threads, compute_s, noise_s: of a small model, see measure_step
     host         rows: device; visit_s, lane_s, materialize_s, op_s, step_s: the host's time, see measure_forward
     gather       backend, ranks, block_bytes, bytes_per_s (of the whole block, at the slowest rank); null: not measured
     findings     rows: code, text: what is below what it should be
@@ -53,6 +54,7 @@ from distzo2.machine import (
 from distzo2.measure_compute import measure_matmul, measure_noise
 from distzo2.measure_forward import measure_forward, measure_host, measure_visits
 from distzo2.measure_gather import measure_gather
+from distzo2.measure_step import measure_step
 from distzo2.measure_timing import Effort
 from distzo2.measure_transfers import DIRECTIONS, MIB, link_under_load, measure_copies, measure_disk
 from distzo2.preflight import gib
@@ -147,7 +149,10 @@ def measure_rates(
     forward = [row for device in devices for row in measure_forward(device, effort)]
     log("visits and lanes")
     visits = [row for device in devices for row in measure_visits(device, effort)]
-    return {"forward": forward, "visits": visits, "host": [measure_host(device, effort) for device in devices]}
+    host = [measure_host(device, effort) for device in devices]
+    log("steps")
+    steps = [row for device in devices for row in measure_step(device, effort)]
+    return {"forward": forward, "visits": visits, "host": host, "steps": steps}
 
 
 def _check(what: str, rates: dict[str, float]) -> list[Finding]:

@@ -154,16 +154,29 @@ def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -
     return plan_module(model, name, dtype, rows, tokens)
 
 
-def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int) -> ModelPlan:
-    """As `plan_model`, for a language model on the meta device."""
+def plan_module(
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    rows: int,
+    tokens: int,
+    forward: Callable[[torch.Tensor], Any] | None = None,
+) -> ModelPlan:
+    """As `plan_model`, for a model on the meta device; `forward` is called with the ids, and by default takes a
+    language model's loss of them."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")
     units = find_units(model, collect_params(model))
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     notes: tuple[str, ...] = ()
+    if forward is None:
+
+        def forward(ids: torch.Tensor) -> Any:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss.float()
+
     try:
-        parts = _traced(model, units, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.float())
+        parts = _traced(model, units, lambda: forward(ids))
     except DistZO2Error:
         raise
     except Exception as error:  # a forward that looks at values, as mixtures of experts do

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.plan_model import Op, Part
+from distzo2.plan_model import Op, Part, plan_module
 
 # Which measured dtype stands for another.
 _STANDS_FOR = {torch.float16: "bfloat16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -136,6 +136,8 @@ class Rates:
     softmax_s: float  # an element
     noise: Noise
     host: Host
+    compute_factor: Mapping[str, float] = field(default_factory=dict)  # in a step, over operations alone; by dtype
+    noise_factor: Mapping[str, float] = field(default_factory=dict)
     slowdown: float = 1.0
     notes: tuple[str, ...] = field(default=())
 
@@ -158,11 +160,13 @@ class Rates:
         return op.flop * curve(tokens) * 1e-12
 
     def part_s(self, part: Part) -> float:
-        """Seconds of a lane's part on the device."""
-        return sum(self.op_s(op) * count for op, count in part.ops)
+        """Seconds of a lane's part on the device, in a step."""
+        factor = self.compute_factor.get
+        return sum(self.op_s(op) * count * factor(measured_name(op.dtype), 1.0) for op, count in part.ops)
 
     def noise_s(self, numel: int, dtype: torch.dtype, family: str, **call: Any) -> float:
-        return self.slowdown * numel * self.noise(dtype, family, **call)
+        factor = self.noise_factor.get(measured_name(dtype), 1.0)
+        return factor * self.slowdown * numel * self.noise(dtype, family, **call)
 
     def shared_by(self, num_ranks: int) -> Rates:
         """The rates of one of `num_ranks` ranks that share the device evenly."""
@@ -217,7 +221,7 @@ def rates_from_rows(result: Mapping[str, Any], device: str) -> Rates:
         f"dtype (within {worst:.0%}), times what the nearest of them took beside that",
         "float16 computes at bfloat16's rates",
     )
-    return Rates(
+    rates = Rates(
         products,
         attention,
         stream,
@@ -226,3 +230,32 @@ def rates_from_rows(result: Mapping[str, Any], device: str) -> Rates:
         Host(**{k: host[k] for k in ("visit_s", "lane_s", "materialize_s", "op_s", "step_s")}),
         notes=notes,
     )
+    return _held_against(rates, rows("steps"))
+
+
+def _held_against(rates: Rates, steps: Sequence[Mapping[str, Any]]) -> Rates:
+    """The rates, with what a measured step of a small model takes beside what they say of it."""
+    from distzo2.measure_step import ProbeModel
+
+    compute, noise = {}, {}
+    for row in steps:
+        dtype = getattr(torch, row["dtype"])
+        with torch.device("meta"):
+            model = ProbeModel().to(dtype).eval()
+        plan = plan_module(model, "probe", dtype, row["rows"], row["tokens"], forward=model)
+        host, num_lanes = rates.host, 2
+        lane_s = sum(rates.part_s(part) + host.lane_s + part.num_ops * host.op_s for part in plan.parts)
+        visit = {"terms": 1, "emissions": 1, "outs": 2, "write": True}
+        made_s = sum(rates.noise_s(p.numel, p.dtype, "normal", **visit) for u in plan.units for p in u.params)
+        made_s += len(plan.units) * host.materialize_s
+        expected = num_lanes * lane_s
+        if row["noise_s"] is None:
+            expected += made_s
+        else:
+            noise[row["dtype"]] = row["noise_s"] / made_s
+        compute[row["dtype"]] = row["compute_s"] / expected
+    name = "float32"
+    text = f"in a step of a small model, computing took {compute[name]:.2f} x what its operations take alone"
+    if noise:
+        text += f", noise {noise[name]:.2f} x (fp32)"
+    return replace(rates, compute_factor=compute, noise_factor=noise, notes=(*rates.notes, text + ": so it is here"))
