@@ -68,26 +68,27 @@ def one_round(dtypes: dict[str, torch.dtype]) -> dict[str, list[dict[str, Any]]]
     }
 
 
-def median_of(rounds: list[Any]) -> Any:
-    """The floats of results of one shape, each the median over the rounds; what is no float is the first's."""
-    first = rounds[0]
-    if isinstance(first, float):
-        return statistics.median(rounds)
-    if isinstance(first, dict):
-        return {k: median_of([r[k] for r in rounds]) for k in first}
-    if isinstance(first, list):
-        return [median_of(list(items)) for items in zip(*rounds, strict=True)]
-    return first
+def key_of(row: dict[str, Any]) -> tuple:
+    """What a row is about: all of it that is no measured figure."""
+    return tuple((k, str(v)) for k, v in row.items() if not isinstance(v, float))
+
+
+def median_rows(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each row's figures as medians over the rounds. What was too slow in a round is missing there."""
+    samples: dict[tuple, list[dict[str, Any]]] = {}
+    for row in (row for rows in rounds for row in rows):
+        samples.setdefault(key_of(row), []).append(row)
+    return [
+        {k: statistics.median(r[k] for r in rows) if isinstance(v, float) else v for k, v in rows[0].items()}
+        for rows in samples.values()
+        if len(rows) > len(rounds) / 2
+    ]
 
 
 def merged(base: list[dict], fresh: list[dict]) -> list[dict]:
     """The fresh rows, and those of the base that are about something else."""
-
-    def key(row: dict) -> tuple:
-        return tuple((k, str(v)) for k, v in row.items() if not isinstance(v, float))
-
-    known = {key(row) for row in fresh}
-    return fresh + [row for row in base if key(row) not in known]
+    known = {key_of(row) for row in fresh}
+    return fresh + [row for row in base if key_of(row) not in known]
 
 
 def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -112,17 +113,18 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
         runtime = distzo2.runtime_of(model)
         for _ in range(2):  # the first allocates and has no update to apply
             opt.step(closures)
-        runtime.reset_stats()
+        stats = []
         for _ in range(options.repeats):
             rounds.append(one_round({request.dtype: dtype}))
+            runtime.reset_stats()
             start = time.perf_counter()
             opt.step(closures)
             samples.append(time.perf_counter() - start)
-        stats = runtime.stats()
+            stats.append(runtime.stats())
         runtime.close()
     result = copy.deepcopy(base)
-    for key, rows in median_of(rounds).items():
-        result[key] = merged(result.get(key, []), rows)
+    for key in rounds[0]:
+        result[key] = merged(result.get(key, []), median_rows([r[key] for r in rounds]))
     if options.rates:
         Path(options.rates).write_text(json.dumps(result))
     machine_now = machine_from(result)
@@ -141,13 +143,13 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
             "wait_s": played.wait_s,
         },
         "measured": {
-            "compute_s": stats["compute_s"] / options.repeats,
-            "noise_s": stats["noise_s"] / options.repeats,
-            "wait_s": stats["exposed_wait_s"] / options.repeats,
+            "compute_s": statistics.median(s["compute_s"] for s in stats),
+            "noise_s": statistics.median(s["noise_s"] for s in stats),
+            "wait_s": statistics.median(s["exposed_wait_s"] for s in stats),
         },
         "factors": [machine_now.rates.compute_factor[request.dtype], machine_now.rates.noise_factor[request.dtype]],
         "predicted_bytes": [plan.rank_bytes.residents, plan.rank_bytes.slots, plan.rank_bytes.scratch],
-        "measured_bytes": [stats["resident_bytes"], stats["slot_bytes"], stats["scratch_bytes"]],
+        "measured_bytes": [stats[-1][k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")],
     }
     pieces = "  ".join(f"{k[:-2]} {row['predicted'][k]:.3f}/{row['measured'][k]:.3f}" for k in row["predicted"])
     print(

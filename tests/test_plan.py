@@ -15,6 +15,7 @@ from torch import nn
 from distzo2.cli import build_parser, main
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.estimator import make_estimator
+from distzo2.measure_forward import VISITS
 from distzo2.plan import CONTEXT_BYTES, FORMAT, Planner
 from distzo2.plan_machine import GPUS, find_machine, machine_from, named_machine
 from distzo2.plan_mesh import Mesh, busiest_share, parse_mesh, perturbation_shares, possible_meshes
@@ -140,12 +141,18 @@ def measured_cpu(scale: float = 1.0) -> dict[str, Any]:
             forward.append({"what": "stream", "dtype": dtype, "size": [size], "seconds": 2e-10 * size})
         forward.append({"what": "attention", "dtype": dtype, "size": [128, 128, 64, 8], "seconds": 1e-3})
     forward.append({"what": "softmax", "dtype": "float32", "size": [256, 32768], "seconds": 2e-2})
-    noise = [{"backend": "native", "what": w, "elements_per_s": 1e9 / scale} for w in ("normal", "rademacher")]
+    # A normal takes 1 ns an element and a sign 0.1, each pass over memory 0.25, rounding an update 0.5.
     visits = [
-        {"backend": "native", "what": w, "dtype": d, "elements_per_s": rate / scale}
-        for w, rate in (("visit", 0.3e9), ("pair", 0.5e9))
-        for d in ("float32", "bfloat16")
-    ]
+        {
+            "backend": "native", "what": what, "family": family, "dtype": dtype,
+            "elements_per_s": 1e9
+            / (made * (updates + min(1, emits)) + 0.25 * (1 + updates + emits) + 0.5 * updates)
+            / scale,
+        }
+        for what, (updates, emits) in VISITS.items()
+        for family, made in (("normal", 1.0), ("rademacher", 0.1))
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
     host = {"visit_s": 1e-4, "lane_s": 1e-4, "materialize_s": 1e-4, "op_s": 1e-6, "step_s": 1e-3}
     return {
         "format": "distzo2-measure/2",
@@ -155,8 +162,10 @@ def measured_cpu(scale: float = 1.0) -> dict[str, Any]:
         "copies": [{"device": "cpu", "up": both, "down": both, "both": both}],
         "disk": {"read": both, "write": both, "both": both},
         "forward": [about | row | {"seconds": row["seconds"] * scale} for row in forward],
-        "noise": [about | row for row in noise],
         "visits": [about | row for row in visits],
+        "steps": [
+            {**about, "dtype": "float32", "rows": 1, "tokens": 16, "compute_s": 0.05 * scale, "noise_s": 0.4 * scale}
+        ],
         "host": [{"device": "cpu", **{k: v * scale for k, v in host.items()}}],
         "gather": {"backend": "gloo", "ranks": 2, "block_bytes": 2**20, "bytes_per_s": 0.4e9},
     }
@@ -169,10 +178,10 @@ def test_a_measured_machine(tmp_path: Path) -> None:
     rates = machine.rates
     assert rates.op_s(Op("product", (512, 768, 3072), torch.float32)) == pytest.approx(2e-11 * 512 * 768 * 3072)
     assert rates.op_s(Op("softmax", (256 * 32768,), torch.float32)) == pytest.approx(2e-2)
-    call = {"terms": 1, "emissions": 1, "outs": 2, "write": True}
-    assert rates.noise_s(3 * 10**8, torch.bfloat16, "normal", **call) == pytest.approx(1.0)
-    assert rates.noise_s(5 * 10**8, torch.float32, "normal", **{**call, "terms": 0, "write": False}) == pytest.approx(1)
-    assert rates.shared_by(2).noise_s(3 * 10**8, torch.bfloat16, "normal", **call) == pytest.approx(2.0)
+    call = {"terms": 4, "emissions": 1, "outs": 1, "write": True}
+    assert rates.noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(5 * 1.0 + 3 * 0.25 + 0.5)
+    assert rates.noise_s(10**9, torch.float16, "rademacher", **call) == pytest.approx(5 * 0.1 + 3 * 0.25 + 0.5)
+    assert rates.shared_by(2).noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(2 * 6.25)
 
     asked = request("--dtype=float32")
     whole = Planner(asked, machine).predict(Mesh())
@@ -225,18 +234,18 @@ def test_named_machines() -> None:
 
 def test_dealing() -> None:
     two = make_estimator("spsa").evaluations(2)
-    assert perturbation_shares(two, 2, 1) == [two]
-    assert perturbation_shares(two, 2, 2) == [[(0, 1), (0, -1)], [(1, 1), (1, -1)]]
-    assert perturbation_shares(two, 2, 4) == [[(0, 1)], [(0, -1)], [(1, 1)], [(1, -1)]]
-    assert perturbation_shares(two, 2, 3) is None and perturbation_shares(two, 2, 8) is None
-    four = make_estimator("fzoo").evaluations(3)
-    assert perturbation_shares(four, 3, 2) == [[(0, 0), (0, 1)], [(1, 1), (2, 1)]]
-    assert busiest_share(Mesh(2, 3), two, 2, 7) == ([(0, 1), (0, -1)], 3)
-    assert possible_meshes(8, two, 2, None, 8) == [Mesh(1, 8), Mesh(2, 4), Mesh(4, 2)]
-    assert possible_meshes(4, two, 2, 2, 8) == [Mesh(2, 2), Mesh(4, 1)]
-    assert (
-        parse_mesh("data=4,pert=2") == Mesh(2, 4) and str(Mesh(2, 4)) == "pert=2,data=4" and str(Mesh()) == "one device"
-    )
+    assert perturbation_shares(two, 1) == [two]
+    assert perturbation_shares(two, 2) == [[(0, 1), (0, -1)], [(1, 1), (1, -1)]]
+    assert perturbation_shares(two, 4) == [[(0, 1)], [(0, -1)], [(1, 1)], [(1, -1)]]
+    assert perturbation_shares(two, 3) is None and perturbation_shares(two, 8) is None
+    one_sided = make_estimator("fzoo").evaluations(3)
+    assert perturbation_shares(one_sided, 2) == [[(0, 0), (0, 1)], [(1, 1), (2, 1)]]
+    assert perturbation_shares(one_sided, 3) == [[(0, 0), (0, 1)], [(1, 1)], [(2, 1)]]
+    assert busiest_share(Mesh(2, 3), two, 7) == ([(0, 1), (0, -1)], 3)
+    assert possible_meshes(8, two, None, 8) == [Mesh(1, 8), Mesh(2, 4), Mesh(4, 2)]
+    assert possible_meshes(4, two, 2, 8) == [Mesh(2, 2), Mesh(4, 1)]
+    assert parse_mesh("data=4,pert=2") == Mesh(2, 4)
+    assert str(Mesh(2, 4)) == "pert=2,data=4" and str(Mesh()) == "one device"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ The file is what a plan of a run is made from. Units are in the names; rates are
     noise        rows: device, backend, what (normal, rademacher, perturb_bfloat16), threads, elements_per_s
     matmul       rows: device, dtype, size (of square matrices), threads, flop_per_s
     forward      rows: device, what (product, attention, stream, softmax), dtype, size, threads, seconds
-    visits       rows: device, backend, what (visit, pair), dtype, threads, elements_per_s
+    visits       rows: device, backend, what (visit, update, pair, single), family, dtype, threads, elements_per_s
     steps        rows: device, dtype, rows, tokens, threads, compute_s, noise_s: of a small model, see measure_step
     host         rows: device; visit_s, lane_s, materialize_s, op_s, step_s: the host's time, see measure_forward
     gather       backend, ranks, block_bytes, bytes_per_s (of the whole block, at the slowest rank); null: not measured
@@ -144,6 +144,7 @@ def measure_rates(
     effort: Effort, gpus: Sequence[torch.device] = (), log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """What a forward, a visit and the hand-over of lanes take on the CPU and on each GPU."""
+    effort = Effort(effort.quick, brief=True)
     devices = [torch.device("cpu"), *gpus]
     log("forward")
     forward = [row for device in devices for row in measure_forward(device, effort)]

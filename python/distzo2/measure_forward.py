@@ -34,6 +34,8 @@ GPU_SCALE = 4  # of inner and columns, where products of 1024 are over before th
 ATTENTION = ((128, 32), (512, 8), (1024, 4))  # tokens, sequences x heads
 STREAM_BYTES = (1 << 20, 8 << 20, 64 << 20)  # of the result
 COLD_BYTES = 128 << 20  # more than caches hold
+# Kinds of visits: updates of one term that are applied and written back, perturbed copies of one other noise tensor.
+VISITS = {"visit": (1, 2), "update": (1, 0), "pair": (0, 2), "single": (0, 1)}
 SLOW_S = 0.4  # a product that takes longer says no more than a smaller one
 
 
@@ -97,25 +99,29 @@ def _once(call: Callable[[], Any], synchronize: Callable[[], None]) -> float:
 def measure_visits(
     device: torch.device, effort: Effort, dtypes: Mapping[str, torch.dtype] = DTYPES
 ) -> list[dict[str, Any]]:
-    """Rows of device, backend, what, dtype, threads, elements_per_s, of weights as large as a block's.
-
-    visit: read, apply one update of one normal, write back, write both perturbed copies; pair: read, and both copies.
-    """
+    """Rows of device, backend, what, family, dtype, threads, elements_per_s, of weights as large as a block's."""
     numel = 1 << (18 if effort.quick else 23 if device.type == "cpu" else 27)
     contenders: dict[tuple, Callable[[], Any]] = {}
     for backend in backends_of(device)[:1]:
         for name, dtype in dtypes.items():
             weights = torch.full((numel,), 0.02, dtype=dtype, device=device).view(torch.uint8)
-            outs = [torch.empty_like(weights) for _ in range(2)]
+            copies = [torch.empty_like(weights) for _ in range(2)]
             table = SegmentTable([Segment(0, numel, dtype, 3, 0, 0, 1024, numel // 1024)])
-            update = Update(1, (GroupScalars(1e-6, 0.0, 1.0, 1.0),), (Term(0, 1, 0, 0, 1.0),))
-            emits = [Emit((Term(0, 2, 0, 0, sign * 1e-3),), (1.0,)) for sign in (1, -1)]
-            for what, updates in (("visit", [update]), ("pair", [])):
-
-                def call(w=weights, o=outs, t=table, u=updates, e=emits, b=backend) -> None:
-                    core.materialize(w, t, seed=1, updates=u, emits=e, outs=o, write_back=bool(u), backend=b)
-
-                contenders[backend, what, name] = call
+            for family, code in core.FAMILIES.items():
+                update = Update(1, (GroupScalars(1e-6, 0.0, 1.0, 1.0),), (Term(code, 1, 0, 0, 1.0),))
+                emits = [Emit((Term(code, 2, 0, 0, sign * 1e-3),), (1.0,)) for sign in (1, -1)]
+                for what, (num_updates, num_emits) in VISITS.items():
+                    contenders[backend, what, family, name] = functools.partial(
+                        core.materialize,
+                        weights,
+                        table,
+                        seed=1,
+                        updates=[update] * num_updates,
+                        emits=emits[:num_emits],
+                        outs=copies[:num_emits],
+                        write_back=num_updates > 0,
+                        backend=backend,
+                    )
     seconds = interleaved_seconds(contenders, effort, synchronize=synchronizer(device))
     threads = torch.get_num_threads() if device.type == "cpu" else None
     return [
@@ -123,11 +129,12 @@ def measure_visits(
             "device": str(device),
             "backend": backend,
             "what": what,
+            "family": family,
             "dtype": name,
             "threads": threads,
             "elements_per_s": numel / value,
         }
-        for (backend, what, name), value in seconds.items()
+        for (backend, what, family, name), value in seconds.items()
     ]
 
 

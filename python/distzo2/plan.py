@@ -138,7 +138,7 @@ class Planner:
         if r.micro_batches is None and r.batch % mesh.data:
             raise UsageError(f"data={mesh.data} does not divide --batch {r.batch}, and --micro-batches is not given")
         num_batches = r.micro_batches or mesh.data
-        evaluations, batches = busiest_share(mesh, self.evaluations, r.probes, num_batches)
+        evaluations, batches = busiest_share(mesh, self.evaluations, num_batches)
         model = self.model(r.batch // num_batches)
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
@@ -245,7 +245,7 @@ class Planner:
         elif r.nproc and r.nproc > 1:
             if r.nproc > self.machine.num_devices:
                 raise UsageError(f"--nproc {r.nproc}: {self.machine.name} has {self.machine.num_devices} devices")
-            meshes = possible_meshes(r.nproc, self.evaluations, r.probes, r.micro_batches, r.batch)
+            meshes = possible_meshes(r.nproc, self.evaluations, r.micro_batches, r.batch)
         else:
             meshes = []
         result = [self.predict(Mesh())]

@@ -132,12 +132,11 @@ def named_machine(name: str) -> Machine:
         attention={n: Curve(((1.0, 1e12 / (0.5 * f)),)) for n, f in flop_per_s.items()},
         stream={n: stream for n in flop_per_s},
         softmax_s=3 * 4 / gpu.copy_bytes_per_s,
-        noise=Noise(
-            normal_s,
-            normal_s * 17.75 / 38.0,
-            {n: 2 * normal_s + 4 * s for n, s in per_pass.items()},
-            {n: normal_s + 3 * s for n, s in per_pass.items()},
-        ),
+        noise={
+            (family, n): Noise(normal_s * share, s)
+            for family, share in (("normal", 1.0), ("rademacher", 17.75 / 38.0))
+            for n, s in per_pass.items()
+        },
         host=_GPU_HOST,
     )
     return Machine(
@@ -155,7 +154,8 @@ def named_machine(name: str) -> Machine:
         assumptions=(
             *gpu.sources,
             "attention at half the products' rate; everything else of a forward at the memory's",
-            "noise in memory-bound passes beside that: a visit reads and writes 4 x its weights, a pair 3 x",
+            "a visit reads and writes its weights four times beside making its noise",
+            "a sign takes 17.75 / 38 of a normal's time (instructions counted on sm_90)",
             "the host starts an operation in 10 us and hands a lane over in 150 us a unit (assumed)",
             f"host memory {_NODE_HOST_BYTES / 2**40:.0f} TiB; a disk of 6 GB/s each way, 8 in both at once (assumed)",
         ),

@@ -40,31 +40,29 @@ def parse_mesh(text: str) -> Mesh:
     return Mesh(**sizes)
 
 
-def perturbation_shares(evaluations: Sequence[Evaluation], num_probes: int, pert: int) -> list[list[Evaluation]] | None:
-    """The evaluations of each rank along `pert`; None if they cannot be dealt evenly. Whole probes, both signs of each,
-    where there are enough of them; else single evaluations."""
-    groups: list[list[Evaluation]] = []
-    if pert <= num_probes and not any(sign == 0 for _, sign in evaluations):
-        groups = [[e for e in evaluations if e[0] == k] for k in range(num_probes)]
-    if len(groups) % pert or not groups:
-        groups = [[e] for e in evaluations]
-    if len(groups) % pert:
+def perturbation_shares(evaluations: Sequence[Evaluation], pert: int) -> list[list[Evaluation]] | None:
+    """The evaluations of each of `pert` ranks; None if they cannot share them. Where `pert` divides the probes, both
+    signs of one stay together, and an evaluation of the clean weights goes to the first rank; else single evaluations
+    are dealt evenly."""
+    probes = sorted({probe for probe, sign in evaluations if sign})
+    if len(probes) % pert == 0:
+        part = len(probes) // pert
+        return [[e for e in evaluations if (probes.index(e[0]) // part if e[1] else 0) == rank] for rank in range(pert)]
+    if len(evaluations) % pert:
         return None
-    share = len(groups) // pert
-    return [[e for group in groups[i * share : (i + 1) * share] for e in group] for i in range(pert)]
+    part = len(evaluations) // pert
+    return [list(evaluations[i * part : (i + 1) * part]) for i in range(pert)]
 
 
-def busiest_share(
-    mesh: Mesh, evaluations: Sequence[Evaluation], num_probes: int, num_batches: int
-) -> tuple[list[Evaluation], int]:
+def busiest_share(mesh: Mesh, evaluations: Sequence[Evaluation], num_batches: int) -> tuple[list[Evaluation], int]:
     """Evaluations and micro-batches of a rank that has the most.
 
     Raises:
         UsageError: the mesh is impossible; the message says what would fit.
     """
-    shares = perturbation_shares(evaluations, num_probes, mesh.pert)
+    shares = perturbation_shares(evaluations, mesh.pert)
     if shares is None:
-        fits = [p for p in range(1, len(evaluations) + 1) if perturbation_shares(evaluations, num_probes, p)]
+        fits = [p for p in range(1, len(evaluations) + 1) if perturbation_shares(evaluations, p)]
         raise UsageError(
             f"pert={mesh.pert} does not divide the step's {len(evaluations)} perturbations: "
             f"pert={', '.join(map(str, fits))} would"
@@ -78,7 +76,7 @@ def busiest_share(
 
 
 def possible_meshes(
-    num_ranks: int, evaluations: Sequence[Evaluation], num_probes: int, num_batches: int | None, batch: int
+    num_ranks: int, evaluations: Sequence[Evaluation], num_batches: int | None, batch: int
 ) -> list[Mesh]:
     """All of `num_ranks` ranks over which a step can be dealt; `num_batches` None: as many as the mesh needs, of those
     that divide the batch.
@@ -88,7 +86,7 @@ def possible_meshes(
     """
     found = []
     for pert in range(1, num_ranks + 1):
-        if num_ranks % pert or perturbation_shares(evaluations, num_probes, pert) is None:
+        if num_ranks % pert or perturbation_shares(evaluations, pert) is None:
             continue
         data = num_ranks // pert
         if (batch % data == 0) if num_batches is None else (num_batches >= data):

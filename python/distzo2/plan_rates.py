@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.measure_forward import VISITS
 from distzo2.plan_model import Op, Part, plan_module
+from distzo2_core import FAMILIES
 
 # Which measured dtype stands for another.
 _STANDS_FOR = {torch.float16: "bfloat16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -96,22 +98,32 @@ def _logs(shape: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Noise:
-    """Seconds an element: of one normal and one sign, and of what else a visit does, by dtype."""
+    """Seconds an element, of one family and dtype: to make it once, to read or write it, to round an update."""
 
-    normal_s: float
-    sign_s: float
-    visit_s: Mapping[str, float]  # read, one update of one normal, write back, two perturbed copies
-    pair_s: Mapping[str, float]  # read, two perturbed copies of one normal
+    made_s: float
+    moved_s: float
+    rounded_s: float = 0.0
 
-    def __call__(self, dtype: torch.dtype, family: str, terms: int, emissions: int, outs: int, write: bool) -> float:
+    def __call__(self, terms: int, emissions: int, outs: int, write: bool) -> float:
         """One element of a call that applies updates of `terms` noise tensors in all, makes `emissions` other noise
         tensors and `outs` perturbed copies, and writes back or does not."""
-        z = self.normal_s if family == "normal" else self.sign_s
-        name = measured_name(dtype)
-        moved = {False: max(0.0, self.pair_s[name] - self.normal_s) / 3, True: 0.0}  # a pass over memory
-        moved[True] = max(0.0, self.visit_s[name] - 2 * self.normal_s) / 4
         passes = 1 + outs + int(write)
-        return (terms + emissions) * z + passes * moved[write]
+        return (terms + emissions) * self.made_s + passes * self.moved_s + bool(terms) * self.rounded_s
+
+    @classmethod
+    def fit(cls, seconds: Mapping[tuple[int, int, int, bool], float]) -> Noise:
+        """To measured calls, by their arguments; no part is negative."""
+        calls = list(seconds)
+        target = np.array([seconds[c] for c in calls])
+        matrix = np.array([[t + e, 1 + o + int(w), float(t > 0)] for t, e, o, w in calls]) / target[:, None]
+        best, least = np.zeros(3), math.inf
+        for chosen in ([0, 1, 2], [0, 1], [0, 2], [1, 2], [0], [1]):
+            parts = np.zeros(3)
+            parts[chosen] = np.linalg.lstsq(matrix[:, chosen], np.ones(len(target)), rcond=None)[0]
+            error = float(np.sum((matrix @ parts - 1.0) ** 2))
+            if (parts >= 0).all() and error < least:
+                best, least = parts, error
+        return cls(*(float(p) for p in best))
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ class Rates:
     attention: Mapping[str, Curve]  # seconds a flop, times 1e12, by tokens
     stream: Mapping[str, Curve]  # seconds by bytes of the result, of an operation that reads as many
     softmax_s: float  # an element
-    noise: Noise
+    noise: Mapping[tuple[str, str], Noise]  # by family and dtype
     host: Host
     compute_factor: Mapping[str, float] = field(default_factory=dict)  # in a step, over operations alone; by dtype
     noise_factor: Mapping[str, float] = field(default_factory=dict)
@@ -166,7 +178,7 @@ class Rates:
 
     def noise_s(self, numel: int, dtype: torch.dtype, family: str, **call: Any) -> float:
         factor = self.noise_factor.get(measured_name(dtype), 1.0)
-        return factor * self.slowdown * numel * self.noise(dtype, family, **call)
+        return factor * self.slowdown * numel * self.noise[family, measured_name(dtype)](**call)
 
     def shared_by(self, num_ranks: int) -> Rates:
         """The rates of one of `num_ranks` ranks that share the device evenly."""
@@ -202,18 +214,14 @@ def rates_from_rows(result: Mapping[str, Any], device: str) -> Rates:
             points.append((float(keys), row["seconds"] / flop * 1e12))
         attention[name] = Curve(tuple(sorted(points)))
     softmax = rows("forward", what="softmax")[0]
-    threads = max((r["threads"] or 0) for r in rows("noise", what="normal")) or None
-    backend = rows("visits")[0]["backend"]
-
-    def per_element(key: str, what: str, **wanted: Any) -> float:
-        return 1.0 / rows(key, what=what, backend=backend, threads=threads, **wanted)[0]["elements_per_s"]
-
-    noise = Noise(
-        per_element("noise", "normal"),
-        per_element("noise", "rademacher"),
-        {n: per_element("visits", "visit", dtype=n) for n in products},
-        {n: per_element("visits", "pair", dtype=n) for n in products},
-    )
+    noise = {}
+    for family in FAMILIES:
+        for name in products:
+            calls = {}
+            for what, (updates, emits) in VISITS.items():
+                row = rows("visits", what=what, family=family, dtype=name)[0]
+                calls[updates, min(emits, 1), emits, updates > 0] = 1.0 / row["elements_per_s"]
+            noise[family, name] = Noise.fit(calls)
     host = rows("host")[0]
     worst = max(p.largest_residual for p in products.values())
     notes = (
