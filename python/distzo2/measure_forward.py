@@ -23,6 +23,7 @@ VOCABULARY = 50304  # results of more than 32 MiB are fresh pages of the system 
 # rows (tokens), inner, columns: a transformer's products at few and many tokens, up, down, and over a vocabulary
 PRODUCTS = (
     (128, 768, 768),
+    (128, 768, 3072),
     (512, 768, 768),
     (512, 768, 3072),
     (512, 3072, 768),
