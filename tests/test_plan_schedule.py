@@ -152,6 +152,36 @@ def test_two_slots(on_host: bool) -> None:
     assert result.step_s == pytest.approx(6 * 3.5)
 
 
+def test_uploads_go_ahead_across_the_end_of_a_step() -> None:
+    """With 4 slots, 3 blocks come in while the host ends the step. In it: 0, 1, 2 at once, 3 when its upload (begun
+    with the step) has ended, 4 and 5 behind theirs, at 6 and 9 s."""
+    slow_end = Host(0.0, 0.0, 0.0, 0.0, step_s=100.0)
+    result = played(1.0, 3.0, trainable=False, slots=4, host=slow_end)
+    assert result.step_s == pytest.approx(110.0)
+
+
+@pytest.mark.parametrize("slicing", [None, Slicing(2, 1.0 / 256)])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_slot_is_filled_after_its_readers(slicing: Slicing | None, trainable: bool) -> None:
+    """And read after it was filled; blocks are uploaded after their downloads."""
+    result = played(5.0, 1.0, 1.0, lanes=PAIR, trainable=trainable, slicing=slicing)
+    uploads = [t for t in result.tasks if t.kind == "upload"]
+    readers = [t for t in result.tasks if t.kind == "compute"]
+    assert len(uploads) > 12
+    for upload in uploads:
+        later = [u for u in uploads if u.args["slot"] == upload.args["slot"] and u.start > upload.start]
+        refilled = min((u.start for u in later), default=float("inf"))
+        mine = [t for t in readers if t.name == upload.name and upload.start < t.start]
+        again = min(
+            (u.start for u in uploads if u.name == upload.name and u.start > upload.start), default=float("inf")
+        )
+        for reader in (t for t in mine if t.start < again):
+            assert upload.end <= reader.start and reader.end <= refilled
+        for down in result.tasks:
+            if down.kind == "download" and down.name == upload.name:
+                assert down.end <= upload.start or upload.end <= down.start
+
+
 def test_gather_bound() -> None:
     """Gathers of 4 s, one after another; the first of a step waits for the last visit of the one before, 1 s, because
     only then is the update known."""
