@@ -179,7 +179,8 @@ def main() -> int:
         kept_rows = json.loads(path.read_text())["rows"] if path.exists() else []
         names = {row["name"] for row in rows}
         rows = [row for row in kept_rows if row["name"] not in names] + rows
-        result = {"bench": "plan", "machine": machine(), "command": " ".join(sys.argv), "rows": rows}
+        command = f"bench_plan.py --repeats {options.repeats}"
+        result = {"bench": "plan", "machine": machine(), "command": command, "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
