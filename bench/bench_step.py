@@ -23,10 +23,11 @@ import time
 from pathlib import Path
 
 import torch
-from random_checkpoint import SHAPES, opt_config, write_random_checkpoint
+from random_checkpoint import write_random_checkpoint
 from transformers import AutoModelForCausalLM
 
 import distzo2
+from distzo2.shapes import SHAPES, opt_config
 
 
 def peak_resident_bytes(reset: bool = False) -> int:

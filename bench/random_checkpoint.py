@@ -7,28 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM
 
-SHAPES = {  # hidden size, layers, heads (arXiv 2205.01068, table 1)
-    "opt-125m": (768, 12, 12),
-    "opt-1.3b": (2048, 24, 32),
-    "opt-2.7b": (2560, 32, 32),
-    "opt-6.7b": (4096, 32, 32),
-}
-
-
-def opt_config(name: str, num_layers: int | None = None) -> OPTConfig:
-    """The configuration of a published OPT, with fewer layers where asked."""
-    hidden, layers, heads = SHAPES[name]
-    return OPTConfig(
-        vocab_size=50272,
-        hidden_size=hidden,
-        num_hidden_layers=num_layers or layers,
-        ffn_dim=4 * hidden,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        word_embed_proj_dim=hidden,
-    )
+from distzo2.shapes import opt_config
 
 
 def write_random_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> None:

@@ -36,6 +36,7 @@ from distzo2.measure import FORMAT, table
 from distzo2.measure_gather import measure_gather
 from distzo2.measure_timing import Effort, interleaved_seconds
 from distzo2.measure_transfers import measure_copies
+from distzo2.plan_machine import machine_from
 
 
 def numbers(value: object, path: str = "") -> Iterator[tuple[str, float]]:
@@ -60,6 +61,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     return json.loads(out.read_text()), directory
 
 
+FIGURES = ("copies", "disk", "noise", "matmul", "forward", "visits", "host", "steps", "gather", "seconds")
+
+
 def codes(found: list) -> list[str]:
     return [finding.code for finding in found]
 
@@ -78,7 +82,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 def test_every_figure_is_there(measured: tuple[dict, Path]) -> None:
     result, directory = measured
     assert result["format"] == FORMAT and result["quick"] is True
-    for path, value in numbers({k: result[k] for k in ("copies", "disk", "noise", "matmul", "gather", "seconds")}):
+    for path, value in numbers({k: result[k] for k in FIGURES}):
         assert math.isfinite(value) and value > 0, path
     both = {"engine_bytes_per_s", "raw_bytes_per_s"}
     devices = [gpu["device"] for gpu in result["machine"]["gpus"]] or ["cpu"]
@@ -93,6 +97,13 @@ def test_every_figure_is_there(measured: tuple[dict, Path]) -> None:
     whats = {"normal", "rademacher", "perturb_bfloat16"}
     assert {(row["what"], row["threads"]) for row in native} == {(what, count) for what in whats for count in counts}
     assert {row["dtype"] for row in result["matmul"]} == {"float32", "bfloat16"}
+    for what in ("product", "attention", "stream"):
+        found = {row["dtype"] for row in result["forward"] if (row["device"], row["what"]) == ("cpu", what)}
+        assert found == {"float32", "bfloat16"}
+    visits = {(row["what"], row["family"], row["dtype"]) for row in result["visits"] if row["device"] == "cpu"}
+    assert len(visits) == 4 * 2 * 2
+    assert {row["dtype"] for row in result["steps"]} == {"float32", "bfloat16"}
+    assert machine_from(result).rates.compute_factor.keys() == {"float32", "bfloat16"}
     if not torch.cuda.is_available():
         assert (result["gather"]["backend"], result["gather"]["ranks"]) == ("gloo", 2)
     assert all(finding.keys() == {"code", "text"} for finding in result["findings"])

@@ -28,6 +28,7 @@ from distzo2.options import (
     whole_float,
     whole_int,
 )
+from distzo2.plan_options import add_plan
 from distzo2.version import __version__
 
 INTERRUPTED = 130
@@ -93,6 +94,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     sub.add_argument("--json", metavar="FILE", help="where the figures go (default: measure.json in ~/.cache/distzo2)")
     sub.add_argument("--quick", action="store_true", help="a few seconds, and rough figures")
+
+    sub = command("plan", "memory, time of a step and the best mesh of a run, before it is started", _plan)
+    add_plan(sub)
 
     sub = command("demo", "fine-tune a small model on real data from this machine, its weights on disk", _demo)
     sub.add_argument(
@@ -298,6 +302,12 @@ def _measure(options: argparse.Namespace) -> int:
     from distzo2.measure import run_measure
 
     return run_measure(options, _log)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from distzo2.plan import run_plan
+
+    return run_plan(options, _log)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 The file is what a plan of a run is made from. Units are in the names; rates are medians of interleaved repetitions.
 
-    format       "distzo2-measure/1"
+    format       "distzo2-measure/2"
     versions     of distzo2, torch, python; "quick": the figures are rough
     machine      cpu, cores, threads, simd, memory and memlock (bytes; null: no limit), gpus: name, memory, PCIe link
     copies       a row a device: "up", "down", "both", each {engine_bytes_per_s, raw_bytes_per_s}; "both" counts the
@@ -10,6 +10,10 @@ The file is what a plan of a run is made from. Units are in the names; rates are
     disk         directory, file system, direct; "read", "write", "both" as above; fsync_s, of one appended line
     noise        rows: device, backend, what (normal, rademacher, perturb_bfloat16), threads, elements_per_s
     matmul       rows: device, dtype, size (of square matrices), threads, flop_per_s
+    forward      rows: device, what (product, attention, stream, softmax), dtype, size, threads, seconds
+    visits       rows: device, backend, what (visit, update, pair, single), family, dtype, threads, elements_per_s
+    steps        rows: device, dtype, rows, tokens, threads, compute_s, noise_s: of a small model, see measure_step
+    host         rows: device; visit_s, lane_s, materialize_s, op_s, step_s: the host's time, see measure_forward
     gather       backend, ranks, block_bytes, bytes_per_s (of the whole block, at the slowest rank); null: not measured
     findings     rows: code, text: what is below what it should be
 """
@@ -23,7 +27,7 @@ import shutil
 import subprocess
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,13 +52,15 @@ from distzo2.machine import (
     simd_level,
 )
 from distzo2.measure_compute import measure_matmul, measure_noise
+from distzo2.measure_forward import measure_forward, measure_host, measure_visits
 from distzo2.measure_gather import measure_gather
+from distzo2.measure_step import measure_step
 from distzo2.measure_timing import Effort
 from distzo2.measure_transfers import DIRECTIONS, MIB, link_under_load, measure_copies, measure_disk
 from distzo2.preflight import gib
 from distzo2_core import build_info, require_extension
 
-FORMAT = "distzo2-measure/1"
+FORMAT = "distzo2-measure/2"
 DISK_NAMES = {"read": "read", "write": "write", "both": "both at once"}
 
 
@@ -116,6 +122,7 @@ def measure(
     devices = [torch.device("cpu"), *gpus]
     result["noise"] = [row for device in devices for row in measure_noise(device, effort)]
     result["matmul"] = [row for device in devices for row in measure_matmul(device, effort)]
+    result |= measure_rates(effort, gpus, log)
 
     log("gather")
     result["gather"], found = _gather(len(gpus), effort)
@@ -131,6 +138,22 @@ def measure(
     result["findings"] = [finding.to_json() for finding in findings]
     result["seconds"] = time.perf_counter() - start
     return result
+
+
+def measure_rates(
+    effort: Effort, gpus: Sequence[torch.device] = (), log: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """What a forward, a visit and the hand-over of lanes take on the CPU and on each GPU."""
+    effort = Effort(effort.quick, brief=True)
+    devices = [torch.device("cpu"), *gpus]
+    log("forward")
+    forward = [row for device in devices for row in measure_forward(device, effort)]
+    log("visits and lanes")
+    visits = [row for device in devices for row in measure_visits(device, effort)]
+    host = [measure_host(device, effort) for device in devices]
+    log("steps")
+    steps = [row for device in devices for row in measure_step(device, effort)]
+    return {"forward": forward, "visits": visits, "host": host, "steps": steps}
 
 
 def _check(what: str, rates: dict[str, float], quick: bool) -> list[Finding]:

@@ -17,7 +17,9 @@ LANES = (
     ("materialize", "noise and updates", "#ccbb44"),
     ("wait", "waiting for transfers", "#ee6677"),
     ("stall", "device waits", "#ee6677"),
+    ("update", "updates of slices", "#bbaa33"),
     ("upload", "upload", "#228833"),
+    ("gather", "gather", "#66ccee"),
     ("download", "download", "#aa3377"),
 )
 _WITHOUT_STEPS_US = 1e6  # drawn of a trace that does not say where its steps are

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable
 
 # Rows of the picture. Intervals of one row must not overlap, or viewers nest them: transfers have a row for each slot.
-_ROWS = {"step": 0, "compute": 1, "materialize": 2, "wait": 3, "stall": 4, "upload": 16, "download": 32}
+_KINDS = ("step", "compute", "materialize", "wait", "stall", "update", "gather")
+_ROWS = {kind: row for row, kind in enumerate(_KINDS)} | {"upload": 16, "download": 32}
 
 
 class Trace:
