@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from bench_common import machine
-from random_checkpoint import SHAPES, opt_config
+
+from distzo2.shapes import SHAPES, opt_config
 
 TINY = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 CONTENDERS = {"one rank": None, "PertP, 2 ranks": (2, 1), "DDP, 2 ranks": (1, 2)}
