@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress package lint format bench stats clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults package lint format bench stats clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -75,6 +75,11 @@ stress: $(VENV)/.built ## long trainings through poisoned slots with random dela
 	$(call CMAKE_NEW,core) && cmake --build build/core --target training_stress_test
 	DISTZO2_STRESS_STEPS=10000 build/core/tests/training_stress_test
 	$(BIN)/pytest tests/test_stress.py
+
+faults: $(VENV)/.built ## disks that fail, power cuts at every byte, limits on memory, failing threads and drivers
+	$(call CMAKE_NEW,core) && cmake --build build/core
+	$(CTEST) build/core -R 'block_file|copy_engine|host_pool|io_ring'
+	$(BIN)/pytest tests/test_limits.py tests/test_store.py tests/test_safety.py
 
 mutations: $(VENV)/.installed ## leave out each ordering of copy engine and block file in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \
