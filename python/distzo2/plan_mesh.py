@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distzo2 import mesh as dealing
 from distzo2.errors import UsageError
 from distzo2.estimator import Evaluation
 
@@ -31,27 +32,17 @@ def parse_mesh(text: str) -> Mesh:
     Raises:
         UsageError: anything else.
     """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        if name not in ("pert", "data") or name in sizes or not number.isdecimal() or int(number) < 1:
-            raise UsageError(f"--parallel {text}: expected pert=P,data=D with numbers of at least 1")
-        sizes[name] = int(number)
-    return Mesh(**sizes)
+    try:
+        return Mesh(**dealing.parse_mesh(text))
+    except ValueError:
+        raise UsageError(f"--parallel {text}: expected pert=P,data=D with numbers of at least 1") from None
 
 
 def perturbation_shares(evaluations: Sequence[Evaluation], pert: int) -> list[list[Evaluation]] | None:
-    """The evaluations of each of `pert` ranks; None if they cannot share them. Where `pert` divides the probes, both
-    signs of one stay together, and an evaluation of the clean weights goes to the first rank; else single evaluations
-    are dealt evenly."""
-    probes = sorted({probe for probe, sign in evaluations if sign})
-    if len(probes) % pert == 0:
-        part = len(probes) // pert
-        return [[e for e in evaluations if (probes.index(e[0]) // part if e[1] else 0) == rank] for rank in range(pert)]
-    if len(evaluations) % pert:
+    """The evaluations of each of `pert` ranks, as a step deals them; None if they cannot share them."""
+    if not dealing.pert_fits(evaluations, pert):
         return None
-    part = len(evaluations) // pert
-    return [list(evaluations[i * part : (i + 1) * part]) for i in range(pert)]
+    return [[evaluations[i] for i in indices] for indices in dealing.deal_evaluations(evaluations, pert)]
 
 
 def busiest_share(mesh: Mesh, evaluations: Sequence[Evaluation], num_batches: int) -> tuple[list[Evaluation], int]:
