@@ -70,12 +70,13 @@ def train(
     journal: str | None = None,
     resume: bool = False,
     sharded: bool | str = False,
+    slices: bool = False,
     pace: float = 0.0,
     **options: Any,
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
     if shape is not None:
-        mesh_of(*shape)
+        mesh_of(*shape, slice=slices)
     model = tower(weights, directory / f"rank{rank}", dtype)
     if journal is not None:
         options |= {"journal": directory / journal, "resume": resume}

@@ -44,6 +44,7 @@ class Exchange:
         self.rank, self.world_size, self.heartbeat = rank, world_size, heartbeat
         self._group, self._timeout = group, timeout
         self._broken: str | None = None
+        self.before_each: Callable[[], None] | None = None  # called before each collective
         self.reset_stats()
 
     @property
@@ -104,11 +105,26 @@ class Exchange:
         return self.broadcast(torch.empty(length, dtype=torch.uint8) if mine is None else mine).numpy().tobytes()
 
     def _run(self, start: Callable[[], Any]) -> None:
+        if self.before_each is not None:
+            self.before_each()
+        self.wait(self.start(start))
+        self._num_collectives += 1
+
+    def start(self, start: Callable[[], Any]) -> Any:
+        """Begins a collective of any group; returns what `wait` waits for."""
         if self._broken is not None:
             raise RankFailedError(self._broken)
         self.heartbeat.check()
         try:
-            work = start()
+            return start()
+        except BaseException as error:
+            raise self.give_up(error) from None
+
+    def wait(self, work: Any) -> None:
+        """Until a collective that was begun has ended on this rank, unless another rank is lost."""
+        if self._broken is not None:
+            raise RankFailedError(self._broken)
+        try:
             left_at = time.monotonic()
             deadline, pause = left_at + self._timeout, 2e-5
             while not work.is_completed():
@@ -125,14 +141,19 @@ class Exchange:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             work.wait()
-        except BaseException as error:  # the others may or may not have what was sent: nothing can follow
-            if isinstance(error, RuntimeError):  # gloo's
-                error = self.heartbeat.explain(error)
+        except BaseException as error:
+            raise self.give_up(error) from None
+
+    def give_up(self, error: BaseException) -> BaseException:
+        """A collective did not end, or cannot be begun, for this error: the others may or may not have what was sent,
+        so nothing can follow. They are told. Returns the error to raise."""
+        if isinstance(error, RuntimeError):  # gloo's
+            error = self.heartbeat.explain(error)
+        if self._broken is None:
             self._broken = f"this mesh cannot be used any more: {describe(error)}"
-            if not isinstance(error, RankFailedError):
-                self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
-            raise error from None
-        self._num_collectives += 1
+        if not isinstance(error, RankFailedError):
+            self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
+        return error
 
     # ---- agreement ------------------------------------------------------------------------------------------------
 

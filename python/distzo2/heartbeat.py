@@ -56,7 +56,7 @@ class Heartbeat:
         self._stop = threading.Event()
         self.left: set[int] = set()
         store.set(
-            f"process/{rank}", json.dumps({"host": _host(), "pid": os.getpid(), "start": process_start(os.getpid())})
+            f"process/{rank}", json.dumps({"host": host_name(), "pid": os.getpid(), "start": process_start(os.getpid())})
         )
         store.add(self._keys[rank], 1)
         self._meet()
@@ -71,7 +71,7 @@ class Heartbeat:
     def _meet(self) -> None:
         for rank, text in enumerate(self._store.multi_get([f"process/{r}" for r in range(self.world_size)])):
             process = json.loads(text)
-            if process["host"] == _host() and rank != self.rank:
+            if process["host"] == host_name() and rank != self.rank:
                 self._processes[rank] = process["pid"], process["start"]
 
     # ---- what others ask ----------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class Heartbeat:
                 )
 
 
-def _host() -> str:
+def host_name() -> str:
     """Names this machine and its space of process ids."""
     parts = []
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.lanes import Lane
+from distzo2.parallel import current
 from distzo2.random_stream import RandomStream
 from distzo2.residency import MemoryBudget
 from distzo2.state import StateHooks
@@ -80,6 +81,10 @@ def offload(
         raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
+    mesh = current()
+    node = mesh.node if mesh is not None else None
+    if node is not None and weights == "device":
+        raise DistZO2Error("weights='device' cannot be sliced: slices are of weights in host memory or on disk")
     device = _usable_device(device)
     runtime = StreamingRuntime(
         model,
@@ -90,6 +95,7 @@ def offload(
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
+        node=node,
     )
     _move_buffers(model, device)
     if not train:

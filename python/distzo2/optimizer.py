@@ -420,6 +420,8 @@ class ZOSGD(torch.optim.Optimizer):
             losses, entered = self._run_lanes(step, deal.lanes[rank], closures, deal.first_batch[rank])
         except BaseException as error:
             failure = error
+            if self._shared.mesh.exchange.broken:  # in a gather of slices: the others know
+                raise
         return self._shared.gather(step, deal, losses, entered, failure)
 
     def _run_lanes(

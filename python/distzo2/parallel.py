@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from distzo2.exchange import Exchange
     from distzo2.heartbeat import Heartbeat
+    from distzo2.slice_exchange import SliceExchange
 
 INTERVAL = 1.0  # seconds between heartbeats
 LIMIT = 30.0  # seconds without one after which a rank is given up
@@ -53,6 +54,8 @@ class Ranks:
     owns_default_group: bool
     group: Any
     names: int = 0  # given out by `unique_name`
+    failed: bool = False  # an exception is about to end this rank
+    nodes: list[SliceExchange] = field(default_factory=list)  # of their meshes
     closers: list[Callable[[], Any]] = field(default_factory=list)  # called before these ranks part
 
     def unique_name(self, kind: str) -> str:
@@ -68,6 +71,7 @@ class Mesh:
     shape: MeshShape
     ranks: Ranks
     device_mesh: Any  # torch.distributed.device_mesh.DeviceMesh, of dimensions ("data", "pert")
+    node: SliceExchange | None = None  # the ranks of this node, where streamed blocks are kept in slices
 
     @property
     def rank(self) -> int:
@@ -146,7 +150,8 @@ def init(
         pert: ranks along perturbations; up to 2K for K probes of SPSA.
         data: ranks along micro-batches. Where one of the two is not given it follows from the number of ranks; where
             neither is, a mesh is chosen and told through `log`.
-        slice: streamed blocks in slices, one a rank. Not yet: None and False only.
+        slice: each rank of a node keeps a slice of every streamed block (weights in host memory or on disk), and the
+            ranks of the node gather a block together when they want it. None: as False.
         timeout: seconds that a rank waits for others that are alive.
         device: where the ranks compute; None: a GPU each if there is one for each, else the CPU.
         num_probes, estimator, micro_batches: of the steps to come, if known: what does not fit is refused now, and a
@@ -162,14 +167,12 @@ def init(
     global _current
     if _current is not None:
         raise DistZO2Error(f"there is a mesh already ({_current}): call distzo2.parallel.shutdown() first")
-    if slice:
-        raise UsageError("slice=True: sliced streaming is not there yet; leave it out, or give False")
     evaluations = None if num_probes is None else make_estimator(estimator).evaluations(num_probes)
     shape = resolve_mesh(_world_size(), pert, data, evaluations=evaluations, micro_batches=micro_batches)
     ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
     try:
-        ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape)})
-        _current = Mesh(shape, ranks, _device_mesh(shape))
+        ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
+        _current = Mesh(shape, ranks, _device_mesh(shape), _node_of(ranks) if slice else None)
     except BaseException as error:
         shutdown(error)
         raise
@@ -192,6 +195,29 @@ def _device_mesh(shape: MeshShape) -> Any:
 
     kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     return init_device_mesh(kind, (shape.data, shape.pert), mesh_dim_names=("data", "pert"))
+
+
+def _node_of(ranks: Ranks) -> SliceExchange | None:
+    """The ranks of this node; None where this one is alone on it."""
+    import torch.distributed as dist
+
+    from distzo2.heartbeat import host_name
+    from distzo2.slice_exchange import SliceExchange, node_name
+
+    names = ranks.exchange.gather_bytes(node_name(os.environ, host_name()).encode())
+    backend = "nccl" if "nccl" in dist.get_backend_config() else "gloo"
+    wait = timedelta(days=1)  # the exchange limits the waiting
+    mine: SliceExchange | None = None
+    for name in dict.fromkeys(names):
+        members = [rank for rank, other in enumerate(names) if other == name]
+        words = dist.new_group(members, backend="gloo", timeout=wait)  # every rank makes the groups of all nodes
+        blocks = dist.new_group(members, backend=backend, timeout=wait)
+        if ranks.rank in members and len(members) > 1:
+            mine = SliceExchange(ranks.exchange, members, words, blocks, backend)
+    if mine is not None:
+        ranks.nodes.append(mine)
+        ranks.heartbeat.on_failure(lambda error: mine.abort())
+    return mine
 
 
 def join(
@@ -288,6 +314,8 @@ def _at_exit_of_child() -> None:
 def _post(error: BaseException) -> None:
     from distzo2.heartbeat import RankFailedError, describe
 
+    if _ranks is not None:
+        _ranks.failed = True
     if _ranks is not None and not isinstance(error, RankFailedError):
         _ranks.heartbeat.post(f"rank {_ranks.rank}: {describe(error)}")
 
@@ -308,34 +336,46 @@ def shutdown(error: BaseException | None = None) -> None:
 
     if error is not None and not isinstance(error, RankFailedError):
         ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
+    for node in ranks.nodes if error is None and not ranks.failed else ():
+        with suppress(DistZO2Error):
+            node.leave()  # the others may still want slices of this rank
     for close in ranks.closers:
         with suppress(Exception):
             close()
     if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         ranks.heartbeat.wait_for_others(ranks.heartbeat.limit)  # this process serves the store
     ranks.heartbeat.leave()
-    if ranks.exchange.broken:
-        # gloo's destructor waits for what is in flight, without end where a peer hangs: the group is never destroyed.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(ranks.group))
-    else:
-        with suppress(Exception):
-            dist.destroy_process_group(ranks.group)
+    for group in [ranks.group, *(group for node in ranks.nodes for group in node.groups)]:
+        if ranks.exchange.broken or ranks.heartbeat.failure is not None:
+            # gloo's destructor waits for what is in flight, without end where a peer hangs: it is never called.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        else:
+            with suppress(Exception):
+                dist.destroy_process_group(group)
     if ranks.owns_default_group:
         with suppress(Exception):
             dist.destroy_process_group()
 
 
 def stats() -> dict[str, int]:
-    """Collectives of this rank and the bytes of their payloads since the mesh was made or `reset_stats` was called."""
+    """Collectives of this rank and the bytes of their payloads since the mesh was made or `reset_stats` was called.
+
+    `collectives`, `bytes_sent`, `bytes_received` are of scalars, between all ranks. With slices there are also
+    `slice_rounds` and `slice_gathers` between the ranks of the node, and `slice_bytes_sent`, `slice_bytes_received`.
+    """
     if _ranks is None:
         raise DistZO2Error("there is no mesh: call distzo2.parallel.init() first")
-    return _ranks.exchange.stats()
+    of_slices = [node.stats() for node in _ranks.nodes]
+    totals = {f"slice_{key}": sum(stats[key] for stats in of_slices) for key in (of_slices[0] if of_slices else ())}
+    return {**_ranks.exchange.stats(), **totals}
 
 
 def reset_stats() -> None:
     """Starts the counting of `stats` anew."""
     if _ranks is not None:
         _ranks.exchange.reset_stats()
+        for node in _ranks.nodes:
+            node.reset_stats()
 
 
 def check_mesh(mesh: Mesh, evaluations: Sequence[Evaluation]) -> None:

@@ -107,6 +107,15 @@ class MemoryStore:
     def stats(self) -> dict[str, int | float]:
         return dict(self._pool.stats()) if self._pool else {}
 
+    def reset_stats(self) -> None:
+        """Nothing is counted."""
+
+    def trace(self, enable: bool) -> None:
+        """There are no transfers."""
+
+    def events(self) -> list[tuple]:
+        return []
+
     def close(self) -> None:
         self._buffers.clear()
         self._pool = None  # views that are still held keep the memory
@@ -189,6 +198,18 @@ class StreamingStore:
     def prefetch(self, unit: Unit) -> bool:
         return self.engine.prefetch(unit.block)
 
+    def expect(self, following: Sequence[Unit], num_current: int) -> None:
+        """Starts the uploads of the units that will be wanted next, in order, as far as there are slots."""
+        for unit in following[: self.num_slots - 1]:
+            if not self.prefetch(unit):
+                return
+
+    def poll(self) -> None:
+        """Nothing waits for a turn."""
+
+    def forget(self) -> None:
+        """Slots are dropped where stored copies are written."""
+
     def set_durable(self, version: int) -> None:
         self.engine.set_durable(version)
 
@@ -222,6 +243,18 @@ class StreamingStore:
     def stats(self) -> dict[str, int | float]:
         source = self._pool or self._file
         return {**source.stats(), **self.engine.stats()}
+
+    def reset_stats(self) -> None:
+        """Starts the counting of transfers anew."""
+        self.engine.reset_stats()
+
+    def trace(self, enable: bool) -> None:
+        """Records every transfer from now on."""
+        self.engine.trace(enable)
+
+    def events(self) -> list[tuple]:
+        """What was recorded; see `CopyEngine.events`."""
+        return self.engine.events()
 
     def close(self) -> None:
         self.engine.close()

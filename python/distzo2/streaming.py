@@ -25,6 +25,7 @@ from distzo2.lanes import CallerState, Emission, Lane, LaneGroup
 from distzo2.placeholders import Placeholders, use_guard
 from distzo2.random_stream import RandomStream
 from distzo2.residency import MemoryBudget
+from distzo2.slice_exchange import SliceExchange
 from distzo2.units import ParamInfo, Unit
 from distzo2.weights import UnitWeights
 from distzo2.windows import Windows
@@ -53,6 +54,7 @@ class StreamingRuntime(UnitWeights):
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
+        node: SliceExchange | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -63,6 +65,7 @@ class StreamingRuntime(UnitWeights):
             slots=slots,
             memory_budget=memory_budget,
             write_every=write_every,
+            node=node,
         )
         self.model = model
         self._lanes = LaneGroup()
@@ -125,6 +128,7 @@ class StreamingRuntime(UnitWeights):
                 self._visit_units(lanes, interrupt)
                 self._check_sequence(lanes, expected)
                 self._close_windows(lanes)
+                self._last_of_pass = self._last_streamed
             except BaseException:
                 self._lanes.unwind(lanes)
                 with suppress(Exception):  # the first exception is the one to be seen
@@ -179,6 +183,8 @@ class StreamingRuntime(UnitWeights):
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
             self._buffers.swap_out(lane.changed_buffers)
         lane.stream.capture()
+        if self._ring is not None:
+            self._ring.poll()
 
     def _release_closed(self, lanes: Sequence[Lane], keep: Unit) -> None:
         """Releases what no open window needs any more; a dirty unit starts on its way back."""

@@ -21,6 +21,8 @@ from distzo2.errors import DistZO2Error
 from distzo2.lanes import Emission
 from distzo2.residency import MemoryBudget, keep_blocks
 from distzo2.scratch import Scratch
+from distzo2.slice_exchange import SliceExchange
+from distzo2.sliced_store import Slice, SlicedStore
 from distzo2.store import MemoryStore, StreamingStore
 from distzo2.trace import Trace
 from distzo2.units import ParamInfo, Unit, collect_params, find_units
@@ -53,19 +55,36 @@ class UnitWeights:
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
+        node: SliceExchange | None = None,
     ) -> None:
+        """`node`: the ranks that share the streamed units in slices; None: they are whole here. The rest is as for
+        `distzo2.offload`."""
         self.device, self.where = device, weights
         self.params: list[ParamInfo] = collect_params(model)
         if not self.params:
             raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
         self.units: list[Unit] = find_units(model, self.params, units)
-        streams = weights == "disk" or (weights == "host" and device.type != "cpu")
+        streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or node is not None))
         if streams:
             keep_blocks(self.units, device, memory_budget, slots)
         streamed = [u for u in self.units if streams and not u.resident and not u.kept]
         on_ring = {u.index for u in streamed}
         self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
-        self._ring = StreamingStore(streamed, device, directory=directory, slots=slots) if streamed else None
+        self._ring: StreamingStore | SlicedStore | None = None
+        if streamed and node is not None:
+            self._ring = SlicedStore(
+                streamed,
+                device,
+                directory=directory,
+                slots=slots,
+                node=node,
+                shares=None,
+                update=self._update_slice,
+                version=lambda: self.version,
+                on_gathered=lambda unit, begun, ended: self.trace.add("gather", unit.name, begun, ended),
+            )
+        elif streamed:
+            self._ring = StreamingStore(streamed, device, directory=directory, slots=slots)
         self._write_every = write_every
         self._scratch = Scratch([u for u in self.units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -78,11 +97,13 @@ class UnitWeights:
         self._group_of: dict[int, int] = {}  # parameter index -> group; absent: read, never changed
         self._perturb_scales: tuple[float, ...] = ()
         self._tables: dict[int, SegmentTable | None] = {}
+        self._slice_tables: dict[int, tuple[SegmentTable | None, bool]] = {}
         self._programs: dict[tuple, Program] = {}
 
         self._present: dict[int, Present] = {}
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
+        self._last_of_pass: Unit | None = streamed[-1] if streamed else None  # as seen last
         self._busy = False  # a window is open, or a pass under way
         self._closed = False
         self.trace = Trace()
@@ -100,6 +121,7 @@ class UnitWeights:
         self.seed, self._group_of = seed, dict(group_of)
         self._perturb_scales = (1.0,) * num_groups
         self._tables.clear()
+        self._slice_tables.clear()
         self._programs.clear()
         self._scratch.forget()
 
@@ -129,8 +151,16 @@ class UnitWeights:
     @property
     def pending(self) -> list[Update]:
         """The updates that some stored copy has not got yet, oldest first."""
-        oldest = min((u.version for u in self.units if self._table(u) is not None), default=self.version)
-        return self._missed(oldest)
+        stored = (self._stored_version(u) for u in self.units if self._table(u) is not None)
+        return self._missed(min(stored, default=self.version))
+
+    def _stored_version(self, unit: Unit) -> int:
+        """How many updates the stored copy holds; of a sliced unit, this rank's slice."""
+        part = self._slice_of(unit)
+        return unit.version if part is None else part.version
+
+    def _slice_of(self, unit: Unit) -> Slice | None:
+        return self._ring.parts[unit.index] if isinstance(self._ring, SlicedStore) and unit.block >= 0 else None
 
     def trim(self) -> None:
         """Forgets the updates that every stored copy holds."""
@@ -151,7 +181,7 @@ class UnitWeights:
 
     # ---- making a unit present ----------------------------------------------------------------------------------
 
-    def _store(self, unit: Unit) -> MemoryStore | StreamingStore:
+    def _store(self, unit: Unit) -> MemoryStore | StreamingStore | SlicedStore:
         return self._memory if unit.block < 0 else self._ring
 
     def _bring(self, unit: Unit) -> None:
@@ -163,6 +193,8 @@ class UnitWeights:
             end = time.perf_counter_ns()
             self._wait_ns += end - start
             self.trace.add("wait", unit.name, start, end)
+            if self._slice_of(unit) is not None:
+                unit.version = self.version
         self._present[unit.index] = Present(unit, buffer, self._views_of(unit, buffer))
         if unit.block >= 0:
             if self._last_streamed is not None:
@@ -171,11 +203,15 @@ class UnitWeights:
             self._prefetch_after(unit)
 
     def _prefetch_after(self, unit: Unit) -> None:
-        """Starts the uploads of the units that followed this one last time, across the end of the step too."""
-        for _ in range(self._ring.num_slots - 1):
+        """Starts to bring the units that followed this one last time, across the end of the step too."""
+        following: list[Unit] = []
+        num_current, ended = 0, False
+        for _ in range(2 * (self._ring.num_slots - 1)):
+            ended |= unit is self._last_of_pass
             unit = self._next[unit.index]
-            if not self._ring.prefetch(unit):
-                return
+            following.append(unit)
+            num_current += not ended
+        self._ring.expect(following, num_current)
 
     def _release(self, unit: Unit) -> None:
         present = self._present.pop(unit.index)
@@ -223,7 +259,7 @@ class UnitWeights:
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self._perturb_scales
 
-    def _elides(self, unit: Unit) -> bool:
+    def _elides(self, unit: Unit | Slice) -> bool:
         """Whether the stored copy stays behind at this visit: it is written at every `write_every`-th update, units in
         turn. Perturbed copies are then made of it and the updates that it has missed, the clean one included.
         """
@@ -234,21 +270,72 @@ class UnitWeights:
         missed = self._missed(unit.version)
         write_back = bool(missed) and not (emissions and self._elides(unit))
         if table is not None and (missed or emissions):
-            start = time.perf_counter_ns()
-            materialize(
-                present.buffer,
-                table,
-                seed=self.seed,
-                program=self._program(unit.version, tuple(emissions)),
-                outs=[out[: unit.num_bytes] for out in outs],
-                write_back=write_back,
-            )
-            end = time.perf_counter_ns()
-            self._noise_ns += end - start
-            self.trace.add("materialize", unit.name, start, end)
+            program = self._program(unit.version, tuple(emissions))
+            outs = [out[: unit.num_bytes] for out in outs]
+            self._timed_materialize(unit, present.buffer, table, program, outs, write_back=write_back)
             present.dirty |= write_back
         if write_back or not missed or table is None:
             unit.version = self.version
+
+    def _timed_materialize(
+        self,
+        unit: Unit,
+        buffer: torch.Tensor,
+        table: SegmentTable,
+        program: Program,
+        outs: Sequence[torch.Tensor],
+        *,
+        write_back: bool,
+    ) -> None:
+        start = time.perf_counter_ns()
+        materialize(buffer, table, seed=self.seed, program=program, outs=outs, write_back=write_back)
+        end = time.perf_counter_ns()
+        self._noise_ns += end - start
+        self.trace.add("materialize", unit.name, start, end)
+
+    def _update_slice(self, part: Slice, stored: torch.Tensor, out: torch.Tensor) -> bool:
+        """Writes a slice with every update made so far to `out`, and to `stored` too unless that copy stays behind.
+        Returns whether `stored` was changed."""
+        (table, is_whole), missed = self._slice_table(part), self._missed(part.version)
+        if table is None or not missed or not is_whole:
+            out.copy_(stored)
+        if table is None or not missed:
+            part.version = self.version
+            return False
+        write_back = not self._elides(part)
+        self._timed_materialize(
+            part.unit, stored, table, self._program(part.version, (Emission(),)), [out], write_back=write_back
+        )
+        if write_back:
+            part.version = self.version
+        return write_back
+
+    def _catch_up_slice(self, part: Slice, stored: torch.Tensor) -> bool:
+        """The same in place."""
+        (table, _), missed = self._slice_table(part), self._missed(part.version)
+        if table is not None and missed:
+            self._timed_materialize(part.unit, stored, table, self._program(part.version, ()), [], write_back=True)
+        part.version = self.version
+        return table is not None and bool(missed)
+
+    def _slice_table(self, part: Slice) -> tuple[SegmentTable | None, bool]:
+        """As `_table`, of the part of the unit that is in the slice; and whether nothing else is in it."""
+        if part.index not in self._slice_tables:
+            segments, is_whole = [], True
+            for p in part.unit.params:
+                begin = max(p.byte_offset, part.begin)
+                end = min(p.byte_offset + p.num_bytes, part.begin + part.num_bytes)
+                if begin >= end:
+                    continue
+                group = self._group_of.get(p.index)
+                is_whole &= group is not None
+                if group is not None:
+                    numel, first = (end - begin) // p.dtype.itemsize, (begin - p.byte_offset) // p.dtype.itemsize
+                    segments.append(
+                        Segment(begin - part.begin, numel, p.dtype, p.index, first, group, *p.matrix_shape)
+                    )
+            self._slice_tables[part.index] = SegmentTable(segments) if segments else None, is_whole
+        return self._slice_tables[part.index]
 
     def _program(self, version: int, emissions: tuple[Emission, ...]) -> Program:
         """What a visit of a unit at `version` does, encoded once for all units."""
@@ -283,7 +370,11 @@ class UnitWeights:
         self._updates.clear()
 
     def _catch_up(self, unit: Unit) -> None:
-        if unit.version < self.version and self._table(unit) is not None:
+        part = self._slice_of(unit)
+        if part is not None:
+            if part.version < self.version:
+                self._ring.catch_up(unit, self._catch_up_slice)
+        elif unit.version < self.version and self._table(unit) is not None:
             self._bring(unit)
             self._materialize(self._present[unit.index], (), ())
             self._release(unit)
@@ -306,7 +397,8 @@ class UnitWeights:
     def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
         """The unit's parameters in host memory, by name, with every update made so far. They must not be changed."""
         self._check_idle("reading weights")
-        self._catch_up(unit)
+        if self._slice_of(unit) is None:
+            self._catch_up(unit)
         with self._store(unit).open(unit, write=False) as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
@@ -334,6 +426,10 @@ class UnitWeights:
         self.version = 0
         for unit in self.units:
             unit.version = 0
+            if (part := self._slice_of(unit)) is not None:
+                part.version = 0
+        if self._ring is not None:
+            self._ring.forget()
         self._scratch.forget()
         self._programs.clear()
         self.epoch += 1
@@ -344,7 +440,7 @@ class UnitWeights:
         """Starts the counting of bytes and seconds anew."""
         self._compute_ns = self._noise_ns = self._wait_ns = 0
         if self._ring is not None:
-            self._ring.engine.reset_stats()
+            self._ring.reset_stats()
 
     def stats(self) -> dict[str, int | float]:
         """Bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
@@ -363,13 +459,13 @@ class UnitWeights:
         """Records every transfer, wait, materialize and lane's run from now on."""
         self.trace.enable(enable)
         if self._ring is not None:
-            self._ring.engine.trace(enable)
+            self._ring.trace(enable)
 
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
         names = {u.block: u.name for u in self.units if u.block >= 0}
         transfers = []
-        for kind, *rest in self._ring.engine.events() if self._ring is not None else ():
+        for kind, *rest in self._ring.events() if self._ring is not None else ():
             if kind != "wait":
                 transfers.append((kind, *rest))
             elif self.device.type != "cpu":  # of the device; on a CPU `_bring` has recorded the same waits

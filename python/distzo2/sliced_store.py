@@ -1,0 +1,347 @@
+"""Weights of which each rank of a node keeps a slice: a block is the slices of all, gathered when it is wanted.
+
+    this rank's slice, in its pool or its block file
+      -> brought to the device; the updates that it has missed are applied, and written back
+      -> gathered with the other ranks' slices into a buffer that holds the whole block
+
+Slices are cut at 256-byte boundaries, never by tensor, so that every rank moves the same share of every block. The
+noise is a function of the element, so that the update of a slice is that of its part of the block. A buffer holds a
+block as it is after the last update: the pass perturbs from it, and never writes it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from distzo2.errors import DistZO2Error
+from distzo2.slice_exchange import SliceExchange, Want
+from distzo2.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
+from distzo2.units import ALIGNMENT, Unit
+from distzo2_core import aligned_buffer
+
+
+_abandoned: list[_Buffer] = []  # a gather into them has not ended, and never will in order
+
+
+def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
+    """Where the slices of a block begin, and the end of the last: multiples of 256 bytes, in proportion to `shares`.
+
+    The end is at least `num_bytes`. Equal shares give equal slices, of at least 256 bytes each.
+    """
+    if len(set(shares)) == 1:
+        one = max(-(-num_bytes // (ALIGNMENT * len(shares))), 1) * ALIGNMENT
+        return [i * one for i in range(len(shares) + 1)]
+    total = sum(shares)
+    bounds = [round(num_bytes * s / total / ALIGNMENT) * ALIGNMENT for s in accumulate(shares)]
+    bounds[-1] = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    starts = [0]
+    for bound in bounds:
+        starts.append(max(bound, starts[-1] + ALIGNMENT))
+    return starts
+
+
+@dataclass(eq=False)
+class Slice:
+    """This rank's bytes [begin, begin + num_bytes) of a unit's packed buffer, padding at the end included."""
+
+    unit: Unit
+    bounds: list[int]  # of all ranks' slices
+    begin: int
+    num_bytes: int
+    version: int = 0  # how many updates the stored copy holds
+    block: int = -1
+
+    @property
+    def index(self) -> int:
+        return self.unit.index
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """A block as it was gathered, or is being gathered."""
+
+    data: torch.Tensor  # uint8
+    unit: int = -1
+    version: int = -1
+    works: list[Any] = field(default_factory=list)  # what is still to be waited for
+    readers: int = 0
+    number: int = 0  # of the gather
+    begun_ns: int = 0
+    ended_ns: int = 0
+    released: Any = None  # CUDA event: what read it has ended
+
+
+# (slice, its bytes on the device, where its up-to-date bytes go) -> whether the stored copy was changed
+UpdateSlice = Callable[[Slice, torch.Tensor, torch.Tensor], bool]
+
+
+class SlicedStore:
+    """A store of whole units, of which this rank keeps slices. Every rank of the node makes one of the same units."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        device: torch.device,
+        *,
+        directory: str | os.PathLike | None,
+        slots: int,
+        node: SliceExchange,
+        shares: Sequence[float] | None,
+        update: UpdateSlice,
+        version: Callable[[], int],
+        on_gathered: Callable[[Unit, int, int], None],
+    ) -> None:
+        """
+        Args:
+            units: the streamed units; block ids are given in this order.
+            device: where it computes.
+            directory: of the block file of this rank's slices; None keeps them in host memory.
+            slots: how many whole blocks are on the device at once, at least 2.
+            node: the ranks that share the units.
+            shares: of each rank of the node; None: equal ones.
+            update: brings a slice up to date, see `UpdateSlice`.
+            version: how many updates have been made.
+            on_gathered: called with the unit and the nanoseconds between which a gather was in flight.
+        """
+        shares = shares or [1.0] * node.size
+        self.parts: dict[int, Slice] = {}
+        for block, unit in enumerate(units):
+            unit.block = block
+            bounds = cut(unit.num_bytes, shares)
+            begin, end = bounds[node.index : node.index + 2]
+            self.parts[unit.index] = Slice(unit, bounds, begin, end - begin)
+        parts = list(self.parts.values())
+        in_place = device.type == "cpu" and directory is None
+        self._source = (
+            MemoryStore(parts, device) if in_place else StreamingStore(parts, device, directory=directory, slots=slots)
+        )
+        self.num_slots = max(2, min(slots, len(units) + 1))
+        self.slot_bytes = -(-max(p.bounds[-1] for p in parts) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        self._device, self._node = device, node
+        self._update, self._version, self._on_gathered = update, version, on_gathered
+        self._buffers = [self._new_buffer() for _ in range(self.num_slots)]
+        self._held: dict[int, _Buffer] = {}
+        self._num_begun = 0
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._spare: torch.Tensor | None = None
+        self.gather_wait_ns = 0
+        self._closed = False
+        self._number = node.register(self)
+
+    def _new_buffer(self) -> _Buffer:
+        if self._device.type == "cpu":
+            return _Buffer(aligned_buffer(self.slot_bytes))
+        data = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
+        return _Buffer(data, released=torch.cuda.Event())
+
+    # ---- gathers ------------------------------------------------------------------------------------------------
+
+    def _want(self, unit: Unit) -> Want:
+        return Want(1, self._number, unit.index, self._version())
+
+    def _find(self, unit: Unit) -> _Buffer | None:
+        version = self._version()
+        return next((b for b in self._buffers if b.unit == unit.index and b.version == version), None)
+
+    def begin(self, index: int, version: int) -> None:
+        """Begins the gather of a unit: called in the same order on all ranks of the node."""
+        part = self.parts[index]
+        if self._closed or version != self._version():
+            have = "has closed the model" if self._closed else f"has made {self._version()}"
+            raise DistZO2Error(f"unit {part.unit.name!r} is wanted with {version} updates, and this rank {have}")
+        buffer = self._free_buffer()
+        buffer.unit, buffer.version, buffer.number = index, version, self._num_begun
+        self._num_begun += 1
+        buffer.begun_ns, buffer.ended_ns = time.perf_counter_ns(), 0
+        parts = [buffer.data[a:b] for a, b in pairwise(part.bounds)]
+        if self._side is None:
+            self._fill(part, parts[self._node.index])
+            buffer.works = self._node.gather(parts)
+        else:
+            with torch.cuda.stream(self._side):
+                self._side.wait_event(buffer.released)
+                self._fill(part, parts[self._node.index])
+                buffer.works = self._node.gather(parts)
+
+    def _fill(self, part: Slice, own: torch.Tensor) -> None:
+        """This rank's slice, up to date, into its place in a buffer."""
+        stored, changed = self._source.acquire(part), False
+        try:
+            changed = self._update(part, stored, own)
+        finally:
+            self._source.release(part, changed)
+
+    def _free_buffer(self) -> _Buffer:
+        """The one that was gathered first, of those that nobody reads; rather one that nobody will."""
+        version = self._version()
+        idle = [b for b in self._buffers if not b.readers]
+        if not idle:  # nested windows hold more units than there are slots
+            self._buffers.append(self._new_buffer())
+            return self._buffers[-1]
+        buffer = min(idle, key=lambda b: (b.unit >= 0 and b.version == version, b.number))
+        self._settle(buffer)
+        buffer.unit = -1
+        return buffer
+
+    def _has_room(self) -> bool:
+        """Whether a gather can begin without giving up a block that was brought ahead of time."""
+        version = self._version()
+        return any(not b.readers and (b.unit < 0 or b.version != version) for b in self._buffers)
+
+    def _settle(self, buffer: _Buffer) -> None:
+        """Until a gather has ended; on CUDA what follows on the current stream waits, and not the host."""
+        if not buffer.works:
+            return
+        for work in buffer.works:
+            if self._node.backend == "nccl":
+                work.wait()
+            else:
+                self._node.exchange.wait(work)
+        buffer.works = []
+        self._on_gathered(self.parts[buffer.unit].unit, buffer.begun_ns, buffer.ended_ns or time.perf_counter_ns())
+
+    # ---- what a pass asks ---------------------------------------------------------------------------------------
+
+    @property
+    def in_host_memory(self) -> bool:
+        return False
+
+    def acquire(self, unit: Unit) -> torch.Tensor:
+        """The whole unit with every update made so far; uint8 [unit.num_bytes]. Not to be written."""
+        self._spare = None
+        self._node.bring(self._want(unit), lambda: self._find(unit) is not None)
+        buffer = self._find(unit)
+        start = time.perf_counter_ns()
+        self._settle(buffer)
+        self.gather_wait_ns += time.perf_counter_ns() - start
+        buffer.readers += 1
+        self._held[unit.index] = buffer
+        return buffer.data[: unit.num_bytes]
+
+    def release(self, unit: Unit, dirty: bool) -> None:
+        """Its buffer may be used again."""
+        buffer = self._held.pop(unit.index)
+        buffer.readers -= 1
+        if buffer.released is not None:
+            buffer.released.record()
+
+    def expect(self, following: Sequence[Unit], num_current: int) -> None:
+        """Units that will be wanted next, in order. The first `num_current` are wanted before the next update is made,
+        so that they can be gathered; of the others the slices are brought from where they are stored."""
+        current = following[:num_current]
+        for unit in following:
+            if unit in current and self._find(unit) is not None:
+                continue
+            if not self._source.prefetch(self.parts[unit.index]):
+                break
+        for unit in current[: self.num_slots - 1]:
+            want = self._want(unit)
+            if self._find(unit) is None and not self._node.is_said(want):
+                self._node.say(want)
+        self.poll()
+
+    def poll(self) -> None:
+        """Begins the gathers whose turn has come. Never waits for another rank."""
+        while self._node.answered and self._has_room():
+            self._node.act()
+
+    def set_durable(self, version: int) -> None:
+        self._source.set_durable(version)
+
+    def fail(self, reason: str) -> None:
+        """As `StreamingStore.fail`."""
+        if isinstance(self._source, StreamingStore):
+            self._source.fail(reason)
+
+    # ---- slices -------------------------------------------------------------------------------------------------
+
+    def catch_up(self, unit: Unit, update: Callable[[Slice, torch.Tensor], bool]) -> None:
+        """Calls `update(slice, its bytes)`, which changes them in place if it returns True."""
+        part = self.parts[unit.index]
+        stored, changed = self._source.acquire(part), False
+        try:
+            changed = update(part, stored)
+        finally:
+            self._source.release(part, changed)
+
+    def flush(self) -> None:
+        """Waits until every stored copy is where the weights live."""
+        self._source.flush()
+
+    def forget(self) -> None:
+        """Stored copies were changed from outside: what was gathered of them is no longer true."""
+        for buffer in self._buffers:
+            if not buffer.readers:
+                self._settle(buffer)
+                buffer.unit = -1
+
+    @contextmanager
+    def open(self, unit: Unit, write: bool, keep: bool = True) -> Iterator[torch.Tensor]:
+        """The unit's bytes in host memory. To read them, every rank of the node takes part; what is written must be
+        written on every rank, of which each keeps its slice."""
+        part, host = self.parts[unit.index], None
+        if keep or not write:
+            whole = self.acquire(unit)
+            try:
+                host = whole.clone() if write else whole.cpu()
+                if not write:
+                    yield host
+            finally:
+                self.release(unit, False)
+        if not write:
+            return
+        if host is None:
+            host = self._spare if self._spare is not None else aligned_buffer(self.slot_bytes)
+            self._spare = None
+        yield host[: unit.num_bytes]
+        with self._source.open(part, write=True, keep=False) as stored:
+            end = min(part.begin + part.num_bytes, unit.num_bytes)
+            stored[: max(end - part.begin, 0)].copy_(host[part.begin : end])
+        part.version = self._version()
+        self.forget()
+        if not keep:
+            self._spare = host
+
+    # ---- figures and the end --------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        return {
+            **self._source.stats(),
+            "stored_bytes": sum(part.num_bytes for part in self.parts.values()),
+            "gather_wait_s": self.gather_wait_ns * 1e-9,
+        }
+
+    def reset_stats(self) -> None:
+        self.gather_wait_ns = 0
+        self._source.reset_stats()
+
+    def trace(self, enable: bool) -> None:
+        self._source.trace(enable)
+
+    def events(self) -> list[tuple]:
+        """Transfers of slices, as `CopyEngine.events`."""
+        return self._source.events()
+
+    def close(self) -> None:
+        """Serves the other ranks of the node until they need no slice of this one, and ends."""
+        if self._closed:
+            return
+        self._node.leave()
+        self._closed = True
+        for buffer in self._buffers:
+            try:
+                self._settle(buffer)
+            except DistZO2Error:  # a rank is lost, and its bytes may come when the memory is another's
+                _abandoned.append(buffer)
+        self._held.clear()
+        self._buffers.clear()
+        self._spare = None
+        self._source.close()
