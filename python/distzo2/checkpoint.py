@@ -170,10 +170,8 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                 stack = ExitStack()
                 views = stack.enter_context(runtime.writing(unit))
                 filling.append((stack, []))
-                for name, view in views.items():
-                    if not view.is_contiguous():
-                        checkpoint_map.read_param(name, view)
-                ranges = (checkpoint_map.ranges_of(n, v) for n, v in views.items() if v.is_contiguous())
+                kept = runtime.kept_elements(unit)
+                ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
                 filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
                 while len(filling) > (_UNITS_AHEAD if runtime.fills_in_place(unit) else 0):
                     _settle(reader, filling)

@@ -114,15 +114,21 @@ class CheckpointFiles:
             file.read_into(bytes_of(buffer), entry.offset + block.src_offset * item)
             strided_view(flat, block).copy_(buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset()))
 
-    def ranges_of(self, piece: Piece, flat: torch.Tensor) -> Iterator[Range]:
-        """What `read_piece` reads, as ranges for a `ParallelReader`, in the order of the file."""
+    def ranges_of(self, piece: Piece, flat: torch.Tensor, within: range) -> Iterator[Range]:
+        """What `read_piece` reads, as ranges for a `ParallelReader`, in the order of the file; of `flat` at least the
+        elements `within`."""
         file, entry = self.file_of[piece.source], self.entries[piece.source]
         item = entry.dtype.itemsize
         if piece.is_run and entry.dtype == flat.dtype:
-            run = flat[piece.dst_offset : piece.dst_offset + piece.numel]
-            yield from split(file, entry.offset + piece.src_offset * item, run)
+            begin = max(piece.dst_offset, within.start)
+            end = max(begin, min(piece.dst_offset + piece.numel, within.stop))
+            source = piece.src_offset + begin - piece.dst_offset
+            yield from split(file, entry.offset + source * item, flat[begin:end])
             return
         for block in piece.blocks(CHUNK_BYTES // item):
+            last = block.dst_offset + sum((n - 1) * s for n, s in zip(block.sizes, block.dst_strides, strict=True))
+            if block.dst_offset >= within.stop or last < within.start:
+                continue
             fill = partial(_rearrange, block, entry.dtype, flat)
             yield Range(file, entry.offset + block.src_offset * item, block.src_span * item, fill=fill)
 
@@ -292,12 +298,13 @@ class CheckpointMap:
         part = Layout(shape, mapped.pieces).narrow(0, row_begin, row_end - row_begin)
         self._read_pieces(part.pieces, out)
 
-    def ranges_of(self, name: str, out: torch.Tensor) -> Iterator[Range]:
-        """What fills `out`, a contiguous CPU tensor of the parameter's shape and dtype, for a `ParallelReader`."""
+    def ranges_of(self, name: str, out: torch.Tensor, within: range | None = None) -> Iterator[Range]:
+        """What fills `out`, a contiguous CPU tensor of the parameter's shape and dtype, for a `ParallelReader`; or at
+        least its elements `within`, counted through all dimensions."""
         mapped = self._checked(name, out, self.mapped[name].shape)
         flat = out.detach().view(-1)
         for piece in mapped.pieces:
-            yield from self.files.ranges_of(piece, flat)
+            yield from self.files.ranges_of(piece, flat, range(flat.numel()) if within is None else within)
 
     def _checked(self, name: str, out: torch.Tensor, shape: tuple[int, ...]) -> MappedTensor:
         mapped = self.mapped[name]

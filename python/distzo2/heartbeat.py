@@ -56,7 +56,8 @@ class Heartbeat:
         self._stop = threading.Event()
         self.left: set[int] = set()
         store.set(
-            f"process/{rank}", json.dumps({"host": host_name(), "pid": os.getpid(), "start": process_start(os.getpid())})
+            f"process/{rank}",
+            json.dumps({"host": host_name(), "pid": os.getpid(), "start": process_start(os.getpid())}),
         )
         store.add(self._keys[rank], 1)
         self._meet()

@@ -63,8 +63,8 @@ def make_mesh(options: Namespace, log: Callable[[str], None]) -> parallel.Mesh |
         UsageError: it is impossible; nothing has been loaded yet.
     """
     asked = parse_mesh(options.parallel) if options.parallel else {}
-    if options.slice == "on":
-        raise UsageError("--slice on: sliced streaming is not there yet; leave it out, or give off")
+    if options.slice == "on" and options.weights == "device":
+        raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
     from distzo2.estimator import make_estimator
 
     known = {"num_probes": options.probes, "estimator": options.estimator, "micro_batches": options.micro_batches}
@@ -75,6 +75,7 @@ def make_mesh(options: Namespace, log: Callable[[str], None]) -> parallel.Mesh |
         return parallel.init(
             **asked,
             **known,
+            slice={"on": True, "off": False}.get(options.slice),
             device=options.device,
             limit=options.heartbeat_limit,
             interval=heartbeat_interval(options),

@@ -15,6 +15,7 @@ from distzo2.lanes import Lane
 from distzo2.parallel import current
 from distzo2.random_stream import RandomStream
 from distzo2.residency import MemoryBudget
+from distzo2.slice_choice import choose_node
 from distzo2.state import StateHooks
 from distzo2.streaming import CLEAN, StreamingRuntime, cuda_device
 from distzo2_core import cuda_available
@@ -81,21 +82,18 @@ def offload(
         raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
-    mesh = current()
-    node = mesh.node if mesh is not None else None
-    if node is not None and weights == "device":
-        raise DistZO2Error("weights='device' cannot be sliced: slices are of weights in host memory or on disk")
     device = _usable_device(device)
+    directory = directory if weights == "disk" else None
     runtime = StreamingRuntime(
         model,
         device=device,
         weights=weights,
         units=units,
-        directory=directory if weights == "disk" else None,
+        directory=directory,
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
-        node=node,
+        choose_node=lambda units: choose_node(current(), units, device, weights, directory),
     )
     _move_buffers(model, device)
     if not train:

@@ -322,7 +322,8 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--slice", choices=("on", "off"),
-        help="each rank keeps a slice of every streamed block (default: off; on is not there yet)",
+        help="each rank keeps a slice of every streamed block, and the ranks of a machine gather the blocks together "
+        "(default: what is faster, as measured at the start)",
     )  # fmt: skip
     group.add_argument(
         "--verify-every", type=whole_int, default=0, metavar="N",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error
 from distzo2.estimator import Estimator, Evaluation, make_estimator
 from distzo2.mesh import MeshShape, resolve_mesh
 
@@ -71,7 +71,9 @@ class Mesh:
     shape: MeshShape
     ranks: Ranks
     device_mesh: Any  # torch.distributed.device_mesh.DeviceMesh, of dimensions ("data", "pert")
-    node: SliceExchange | None = None  # the ranks of this node, where streamed blocks are kept in slices
+    slice: bool | None  # whether streamed blocks are kept in slices; None: by what is measured
+    node: SliceExchange | None  # the ranks of this node that may share them; None: this one is alone there
+    log: Callable[[str], None]
 
     @property
     def rank(self) -> int:
@@ -151,14 +153,15 @@ def init(
         data: ranks along micro-batches. Where one of the two is not given it follows from the number of ranks; where
             neither is, a mesh is chosen and told through `log`.
         slice: each rank of a node keeps a slice of every streamed block (weights in host memory or on disk), and the
-            ranks of the node gather a block together when they want it. None: as False.
+            ranks of the node gather a block together when they want it. None: where that is faster than bringing the
+            whole block, by a measurement when the model is handed over, or where memory holds one copy only.
         timeout: seconds that a rank waits for others that are alive.
         device: where the ranks compute; None: a GPU each if there is one for each, else the CPU.
         num_probes, estimator, micro_batches: of the steps to come, if known: what does not fit is refused now, and a
             mesh that is chosen suits them.
         interval: seconds between heartbeats.
         limit: seconds without a heartbeat after which a rank is given up.
-        log: called on rank 0 with the mesh, if it was chosen.
+        log: called on rank 0 with what was chosen: the mesh, slices.
 
     Raises:
         UsageError: the mesh is impossible; the message says what would fit.
@@ -172,7 +175,8 @@ def init(
     ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
     try:
         ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
-        _current = Mesh(shape, ranks, _device_mesh(shape), _node_of(ranks) if slice else None)
+        node = None if slice is False else _node_of(ranks)
+        _current = Mesh(shape, ranks, _device_mesh(shape), slice, node, log)
     except BaseException as error:
         shutdown(error)
         raise
@@ -365,7 +369,7 @@ def stats() -> dict[str, int]:
     """
     if _ranks is None:
         raise DistZO2Error("there is no mesh: call distzo2.parallel.init() first")
-    of_slices = [node.stats() for node in _ranks.nodes]
+    of_slices = [node.stats() for node in _ranks.nodes if node.in_use]
     totals = {f"slice_{key}": sum(stats[key] for stats in of_slices) for key in (of_slices[0] if of_slices else ())}
     return {**_ranks.exchange.stats(), **totals}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class SliceExchange:
     ) -> None:
         """
         Args:
-            exchange: of all ranks; before each of its collectives the rounds come to an end.
+            exchange: of all ranks; once there are stores, the rounds come to an end before each of its collectives.
             ranks: of this node, ascending.
             words_group: their gloo group.
             bytes_group: their group for blocks, of `device_backend` ("gloo" or "nccl").
@@ -63,7 +64,6 @@ class SliceExchange:
         self._words_group, self._bytes_group = words_group, bytes_group
         self._stores: list[weakref.ref[SlicedStore]] = []
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
-        exchange.before_each = self.meet
         self.reset_stats()
 
     @property
@@ -72,11 +72,17 @@ class SliceExchange:
         return len(self.ranks)
 
     @property
+    def in_use(self) -> bool:
+        """Whether there has been a store."""
+        return bool(self._stores)
+
+    @property
     def groups(self) -> list[Any]:
         return [self._words_group, self._bytes_group]
 
     def register(self, store: SlicedStore) -> int:
         """The number of a store; the ranks make theirs in the same order."""
+        self.exchange.before_each = self.meet
         self._stores.append(weakref.ref(store))
         return len(self._stores) - 1
 
@@ -86,7 +92,7 @@ class SliceExchange:
         self.num_rounds = self.num_gathers = self.bytes_sent = self.bytes_received = 0
 
     def stats(self) -> dict[str, int]:
-        """Rounds, gathers, and the bytes of both: each rank sends its word or slice, and receives those of the others."""
+        """Rounds, gathers, and the bytes of both: each rank sends its word or slice, and receives the others'."""
         words = WORD_BYTES * self.num_rounds
         return {
             "rounds": self.num_rounds,
@@ -132,7 +138,7 @@ class SliceExchange:
         try:
             store = self._stores[wanted.store]() if wanted.store < len(self._stores) else None
             if store is None:
-                raise DistZO2Error("a block of a model that this rank has not, or has closed, is wanted by another rank")
+                raise DistZO2Error("another rank wants a block of a model that this one has not, or has closed")
             store.begin(wanted.unit, wanted.version)
         except RuntimeError as error:
             raise self.exchange.give_up(DistZO2Error(describe(error))) from error
@@ -161,7 +167,7 @@ class SliceExchange:
         """Begins a gather: `parts` are the ranks' slices, consecutive in memory, this rank's own filled.
 
         Returns:
-            What to wait for, with `Exchange.wait` on a CPU.
+            What to `wait` for.
         """
         import torch.distributed as dist
 
@@ -174,10 +180,20 @@ class SliceExchange:
             whole = parts[0].as_strided((total,), (1,))
             return [self.exchange.start(lambda: all_gather(whole, parts[self.index], self._bytes_group, True))]
         # gloo's all-gather goes through a copy of the whole; its broadcasts write where the bytes belong.
-        return [
-            self.exchange.start(lambda: dist.broadcast(part, group_src=i, group=self._bytes_group, async_op=True))
-            for i, part in enumerate(parts)
-        ]
+        return [self._broadcast(part, i) for i, part in enumerate(parts)]
+
+    def _broadcast(self, part: torch.Tensor, index: int) -> Any:
+        import torch.distributed as dist
+
+        group = self._bytes_group
+        return self.exchange.start(lambda: dist.broadcast(part, group_src=index, group=group, async_op=True))
+
+    def wait(self, work: Any) -> None:
+        """Until a part of a gather has ended; on a GPU what follows on the current stream waits, and not the host."""
+        if self.backend == "nccl":
+            work.wait()
+        else:
+            self.exchange.wait(work)
 
     def abort(self) -> None:
         """Ends what is in flight on a GPU, where a rank that is lost would be waited for without end."""
@@ -188,12 +204,10 @@ class SliceExchange:
 
     def leave(self) -> None:
         """A model is closed, or the mesh left: serves the others until they need no slice of this rank."""
-        if self.exchange.broken or self.exchange.heartbeat.failure is not None:
+        if not self.in_use or self.exchange.broken or self.exchange.heartbeat.failure is not None:
             return
-        try:
+        with suppress(RankFailedError):
             self.meet()
-        except RankFailedError:
-            pass
 
 
 def node_name(environment: dict[str, str], host: str) -> str:

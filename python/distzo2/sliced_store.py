@@ -27,8 +27,7 @@ from distzo2.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
 from distzo2.units import ALIGNMENT, Unit
 from distzo2_core import aligned_buffer
 
-
-_abandoned: list[_Buffer] = []  # a gather into them has not ended, and never will in order
+_abandoned: list[Any] = []  # buffers of gathers that never end, since a rank was lost
 
 
 def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
@@ -201,10 +200,7 @@ class SlicedStore:
         if not buffer.works:
             return
         for work in buffer.works:
-            if self._node.backend == "nccl":
-                work.wait()
-            else:
-                self._node.exchange.wait(work)
+            self._node.wait(work)
         buffer.works = []
         self._on_gathered(self.parts[buffer.unit].unit, buffer.begun_ns, buffer.ended_ns or time.perf_counter_ns())
 
@@ -284,12 +280,15 @@ class SlicedStore:
                 buffer.unit = -1
 
     @contextmanager
-    def open(self, unit: Unit, write: bool, keep: bool = True) -> Iterator[torch.Tensor]:
+    def open(
+        self, unit: Unit, write: bool, keep: bool = True, following: Sequence[Unit] = ()
+    ) -> Iterator[torch.Tensor]:
         """The unit's bytes in host memory. To read them, every rank of the node takes part; what is written must be
-        written on every rank, of which each keeps its slice."""
+        written on every rank, of which each keeps its slice. `following` may be read next."""
         part, host = self.parts[unit.index], None
         if keep or not write:
             whole = self.acquire(unit)
+            self.expect(following[: self.num_slots - 1], len(following))
             try:
                 host = whole.clone() if write else whole.cpu()
                 if not write:

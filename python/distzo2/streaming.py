@@ -54,7 +54,7 @@ class StreamingRuntime(UnitWeights):
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
-        node: SliceExchange | None = None,
+        choose_node: Callable[[Sequence[Unit]], SliceExchange | None] = lambda units: None,
     ) -> None:
         super().__init__(
             model,
@@ -65,7 +65,7 @@ class StreamingRuntime(UnitWeights):
             slots=slots,
             memory_budget=memory_budget,
             write_every=write_every,
-            node=node,
+            choose_node=choose_node,
         )
         self.model = model
         self._lanes = LaneGroup()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,15 +55,16 @@ class UnitWeights:
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
-        node: SliceExchange | None = None,
+        choose_node: Callable[[Sequence[Unit]], SliceExchange | None] = lambda units: None,
     ) -> None:
-        """`node`: the ranks that share the streamed units in slices; None: they are whole here. The rest is as for
-        `distzo2.offload`."""
+        """`choose_node` says which ranks share the streamed ones of all units in slices; None: they are whole here. The
+        rest is as for `distzo2.offload`."""
         self.device, self.where = device, weights
         self.params: list[ParamInfo] = collect_params(model)
         if not self.params:
             raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
         self.units: list[Unit] = find_units(model, self.params, units)
+        node = choose_node(self.units)
         streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or node is not None))
         if streams:
             keep_blocks(self.units, device, memory_budget, slots)
@@ -331,9 +332,7 @@ class UnitWeights:
                 is_whole &= group is not None
                 if group is not None:
                     numel, first = (end - begin) // p.dtype.itemsize, (begin - p.byte_offset) // p.dtype.itemsize
-                    segments.append(
-                        Segment(begin - part.begin, numel, p.dtype, p.index, first, group, *p.matrix_shape)
-                    )
+                    segments.append(Segment(begin - part.begin, numel, p.dtype, p.index, first, group, *p.matrix_shape))
             self._slice_tables[part.index] = SegmentTable(segments) if segments else None, is_whole
         return self._slice_tables[part.index]
 
@@ -399,7 +398,11 @@ class UnitWeights:
         self._check_idle("reading weights")
         if self._slice_of(unit) is None:
             self._catch_up(unit)
-        with self._store(unit).open(unit, write=False) as buffer:
+            opened = self._store(unit).open(unit, write=False)
+        else:  # whoever reads one unit is likely to read the next ones
+            following = [u for u in self.units[unit.index + 1 :] if u.block >= 0]
+            opened = self._ring.open(unit, write=False, following=following)
+        with opened as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
     @contextmanager
@@ -415,6 +418,17 @@ class UnitWeights:
         self._scratch.forget()
         with self._store(unit).open(unit, write=True, keep=keep) as buffer:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+
+    def kept_elements(self, unit: Unit) -> dict[str, range]:
+        """Which elements of each parameter `writing` keeps on this rank: all, unless the unit is in slices."""
+        part, result = self._slice_of(unit), {}
+        for p in unit.params:
+            result[p.name] = range(p.numel)
+            if part is not None:
+                begin, end = part.begin - p.byte_offset, part.begin + part.num_bytes - p.byte_offset
+                item = p.dtype.itemsize
+                result[p.name] = range(min(max(begin, 0), p.num_bytes) // item, min(max(end, 0), p.num_bytes) // item)
+        return result
 
     def fills_in_place(self, unit: Unit) -> bool:
         """Whether `writing` a unit is writing its stored copy, so that several may be open at no cost in memory."""
