@@ -15,7 +15,7 @@ from distzo2.lanes import Lane
 from distzo2.parallel import current
 from distzo2.random_stream import RandomStream
 from distzo2.residency import MemoryBudget
-from distzo2.slice_choice import choose_node
+from distzo2.slice_choice import choose_slices
 from distzo2.state import StateHooks
 from distzo2.streaming import CLEAN, StreamingRuntime, cuda_device
 from distzo2_core import cuda_available
@@ -93,7 +93,7 @@ def offload(
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
-        choose_node=lambda units: choose_node(current(), units, device, weights, directory),
+        choose_slices=lambda units: choose_slices(current(), units, device, weights, directory),
     )
     _move_buffers(model, device)
     if not train:

@@ -66,16 +66,18 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def check_memory(size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1) -> None:
+def check_memory(
+    size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1, num_copies: int | None = None
+) -> None:
     """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor.
 
-    `num_ranks` of this machine each take as much of its memory, and have a device each.
+    `num_ranks` of this machine have a device each, and keep `num_copies` of the weights, if not one each.
     """
     scratch = 3 * size.largest
     on_host = size.total if weights == "host" or (device.type == "cpu" and weights == "device") else 0
+    on_host *= num_copies or num_ranks
     if device.type == "cpu":
-        on_host += scratch
-    on_host *= num_ranks
+        on_host += scratch * num_ranks
     free = available_memory()
     if on_host > free * (1 - _SPARE):
         hint = "" if weights == "disk" else " (--weights disk needs little)"
@@ -90,14 +92,19 @@ def check_memory(size: ModelSize, device: torch.device, weights: str, num_ranks:
 
 def check_disk(directory: str | os.PathLike, needs: dict[str, int]) -> None:
     """Raises DistZO2Error unless the disk of `directory`, which need not exist, has room for `needs` (name: bytes)."""
-    place = Path(directory).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(directory)
     total = sum(needs.values())
     if total > free:
         parts = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in needs.items())
         raise DistZO2Error(f"{directory}: {gib(total)} are needed ({parts}), and {gib(free)} are free on its disk")
+
+
+def free_bytes(directory: str | os.PathLike) -> int:
+    """Bytes that are free on the disk of `directory`, which need not exist."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def available_memory() -> int:

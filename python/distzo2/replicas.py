@@ -11,6 +11,7 @@ from distzo2.errors import DistZO2Error
 
 if TYPE_CHECKING:
     from distzo2.exchange import Exchange
+    from distzo2.units import Unit
     from distzo2.weights import UnitWeights
 
 PIECE = 1 << 20  # words that are worked on at once
@@ -23,8 +24,8 @@ class ReplicasDifferError(DistZO2Error):
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> int:
-    """64 bits of the tensors' bytes: of a tensor's 8-byte words w_i the sum of w_i·m_i modulo 2^64, m_i odd and
-    depending on the place, so that a change of one word always shows. The same on every device."""
+    """64 bits of the tensors' bytes, as a signed number: of a tensor's 8-byte words w_i the sum of w_i·m_i modulo 2^64,
+    m_i odd and depending on the place, so that a change of one word always shows. The same on every device."""
     result = 0
     for tensor in tensors:
         data = tensor.reshape(-1).view(torch.uint8)
@@ -36,7 +37,7 @@ def checksum(tensors: Sequence[torch.Tensor]) -> int:
             places = torch.arange(first, first + piece.numel(), device=piece.device)
             total += int((piece * (places.mul_(_ODD).bitwise_or_(1))).sum())
         result = (result * _ODD + total) & _MASK
-    return result
+    return result - 2**64 if result >= 2**63 else result
 
 
 def compare_replicas(runtime: UnitWeights, exchange: Exchange, step: int) -> None:
@@ -48,10 +49,18 @@ def compare_replicas(runtime: UnitWeights, exchange: Exchange, step: int) -> Non
     sums = torch.zeros(len(runtime.units), dtype=torch.int64)
     with exchange.together(f"comparing replicas at step {step}"):
         for unit, views in runtime.visit():
-            value = checksum(views)
-            sums[unit.index] = value - 2**64 if value >= 2**63 else value
+            sums[unit.index] = checksum(views)
+    compare_sums(runtime.units, sums, exchange, f"after {step} steps")
+
+
+def compare_sums(units: Sequence[Unit], sums: torch.Tensor, exchange: Exchange, when: str) -> None:
+    """Compares a checksum of each unit (int64 [units]) across ranks.
+
+    Raises:
+        ReplicasDifferError: as `compare_replicas`.
+    """
     all_sums = exchange.gather(sums)
-    for unit, row in zip(runtime.units, all_sums.T.tolist(), strict=True):
+    for unit, row in zip(units, all_sums.T.tolist(), strict=True):
         if len(set(row)) > 1:
             groups: dict[int, list[int]] = {}
             for rank, value in enumerate(row):
@@ -59,4 +68,4 @@ def compare_replicas(runtime: UnitWeights, exchange: Exchange, step: int) -> Non
             parts = "; ".join(
                 f"rank{'s' if len(r) > 1 else ''} {', '.join(map(str, r))}: {v:016x}" for v, r in groups.items()
             )
-            raise ReplicasDifferError(f"after {step} steps the ranks differ, first in unit {unit.name!r} ({parts})")
+            raise ReplicasDifferError(f"{when} the ranks differ, first in unit {unit.name!r} ({parts})")

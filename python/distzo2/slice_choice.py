@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from distzo2.errors import UsageError
-from distzo2.preflight import available_memory, gib
+from distzo2.preflight import available_memory, free_bytes, gib
 from distzo2.sliced_store import cut
 from distzo2.store import StreamingStore
 from distzo2.units import Unit
@@ -38,17 +38,25 @@ class _Sample:
     block: int = -1
 
 
-def choose_node(
+class Sharing(NamedTuple):
+    """The ranks of a node, and the share of every streamed block that each of them keeps."""
+
+    node: SliceExchange
+    shares: list[float]
+
+
+def choose_slices(
     mesh: Mesh | None,
     units: Sequence[Unit],
     device: torch.device,
     weights: str,
     directory: str | os.PathLike | None,
-) -> SliceExchange | None:
-    """The ranks that share the streamed units in slices, or None; the same on all ranks, which all call it.
+) -> Sharing | None:
+    """Who shares the streamed units in slices, or None; all ranks call it.
 
     Where the mesh does not say, slices are taken if bringing one and gathering the block is faster than bringing the
-    whole block on every rank at once, both measured here, or if memory does not hold every rank's own copy.
+    whole block on every rank at once, both measured here, or if there is no room for every rank's own copy. GPUs whose
+    links differ get slices in proportion to their rates.
 
     Raises:
         UsageError: slices were asked for, of weights that do not stream.
@@ -60,49 +68,60 @@ def choose_node(
             raise UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
         return None
     streamed = [u for u in units if not u.resident]
-    if mesh.slice or not streamed:
-        return mesh.node if streamed else None
-    chosen, why = _decide(mesh, streamed, device, weights, directory)
-    if mesh.rank == 0:
+    if not streamed:
+        return None
+    sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
+    chosen, why = bool(mesh.slice), ""
+    if mesh.slice is None:
+        chosen, why = _decide(mesh, sum(u.num_bytes for u in streamed), sample, device, weights, directory)
+    if mesh.rank == 0 and why:
         mesh.log(f"slices: {'on' if chosen else 'off'} ({why}; slice= or --slice sets it)")
-    return mesh.node if chosen else None
+    if not chosen:
+        return None
+    return Sharing(mesh.node, _shares(mesh, sample, device))
 
 
 def _decide(
-    mesh: Mesh, streamed: Sequence[Unit], device: torch.device, weights: str, directory: str | os.PathLike | None
+    mesh: Mesh, total: int, sample: int, device: torch.device, weights: str, directory: str | os.PathLike | None
 ) -> tuple[bool, str]:
-    node, total = mesh.node, sum(u.num_bytes for u in streamed)
-    if weights == "host":
-        free = _least(mesh, available_memory()) * (1 - _SPARE)
-        if node.size * total > free:
-            return True, f"{node.size} copies of {gib(total)} do not fit into the {gib(free)} of memory to be had"
-        if device.type == "cpu":
-            return False, "weights in memory are used where they are"
-    sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
-    whole, part, gather = _measure(mesh, sample, device, directory)
-    figures = (
-        f"of {sample / 2**20:.1f} MiB a slice comes in {1e3 * part:.1f} ms and is gathered in {1e3 * gather:.1f} ms"
-    )
-    return part + gather < whole, f"{figures}, the whole comes in {1e3 * whole:.1f} ms"
-
-
-def _least(mesh: Mesh, value: int) -> int:
-    return int(mesh.exchange.gather(torch.tensor([value])).min())
-
-
-def _measure(
-    mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None
-) -> tuple[float, float, float]:
-    """Seconds in which every rank at once brings a whole block, and a slice of it, and in which slices are gathered:
-    medians, each of the slowest rank."""
-    bounds = cut(num_bytes, [1.0] * mesh.node.size)
+    """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
+    node = mesh.node
+    free = available_memory() if weights == "host" else free_bytes(directory)
+    free = int(_of_all(mesh, [free]).min() * (1 - _SPARE))
+    if node.size * total > free:
+        where = "memory" if weights == "host" else "disk"
+        return True, f"{node.size} copies of {gib(total)} do not fit into the {gib(free)} of {where} to be had"
+    if weights == "host" and device.type == "cpu":
+        return False, "weights in memory are used where they are"
+    bounds = cut(sample, [1.0] * node.size)
     seconds = [
-        _bring_seconds(mesh, num_bytes, device, directory),
+        _bring_seconds(mesh, sample, device, directory),
         _bring_seconds(mesh, bounds[1], device, directory),
         _gather_seconds(mesh, bounds, device),
     ]
-    slowest = mesh.exchange.gather(torch.tensor(seconds, dtype=torch.float64)).max(dim=0).values
-    return tuple(slowest.tolist())
+    whole, part, gather = _of_all(mesh, seconds).max(dim=0).values.tolist()
+    figures = f"slices come in {1e3 * part:.1f} ms and are gathered in {1e3 * gather:.1f} ms"
+    return part + gather < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"
+
+
+def _shares(mesh: Mesh, sample: int, device: torch.device) -> list[float]:
+    """Of each rank of this node: in proportion to the rates of their links, all in use; equal ones on a CPU."""
+    if device.type == "cpu":
+        return [1.0] * mesh.node.size
+    seconds = _of_all(mesh, [_bring_seconds(mesh, sample // mesh.node.size, device, None)])[:, 0]
+    return shares_of([float(seconds[rank]) for rank in mesh.node.ranks])
+
+
+def shares_of(seconds: Sequence[float]) -> list[float]:
+    """Shares of ranks that take so long for the same bytes; equal ones unless some are a quarter slower."""
+    if max(seconds) < 1.25 * min(seconds):
+        return [1.0] * len(seconds)
+    return [min(seconds) / s for s in seconds]
+
+
+def _of_all(mesh: Mesh, values: Sequence[float]) -> torch.Tensor:
+    """float64 [ranks, values]"""
+    return mesh.exchange.gather(torch.tensor(values, dtype=torch.float64))
 
 
 def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.exchange import Exchange
 from distzo2.slice_exchange import SliceExchange, Want
 from distzo2.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
 from distzo2.units import ALIGNMENT, Unit
@@ -93,7 +94,7 @@ class SlicedStore:
         directory: str | os.PathLike | None,
         slots: int,
         node: SliceExchange,
-        shares: Sequence[float] | None,
+        shares: Sequence[float],
         update: UpdateSlice,
         version: Callable[[], int],
         on_gathered: Callable[[Unit, int, int], None],
@@ -105,12 +106,11 @@ class SlicedStore:
             directory: of the block file of this rank's slices; None keeps them in host memory.
             slots: how many whole blocks are on the device at once, at least 2.
             node: the ranks that share the units.
-            shares: of each rank of the node; None: equal ones.
+            shares: of each rank of the node.
             update: brings a slice up to date, see `UpdateSlice`.
             version: how many updates have been made.
             on_gathered: called with the unit and the nanoseconds between which a gather was in flight.
         """
-        shares = shares or [1.0] * node.size
         self.parts: dict[int, Slice] = {}
         for block, unit in enumerate(units):
             unit.block = block
@@ -209,6 +209,11 @@ class SlicedStore:
     @property
     def in_host_memory(self) -> bool:
         return False
+
+    @property
+    def exchange(self) -> Exchange:
+        """Of all ranks."""
+        return self._node.exchange
 
     def acquire(self, unit: Unit) -> torch.Tensor:
         """The whole unit with every update made so far; uint8 [unit.num_bytes]. Not to be written."""

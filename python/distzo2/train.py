@@ -87,7 +87,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         objective_name = resolve_objective(options.objective, train)
         if held_out:
             resolve_objective(objective_name, held_out)
-        check_memory(size, device, options.weights, ranks_here())
+        check_memory(size, device, options.weights, ranks_here(), copies_here())
         if leads and not options.resume:
             _check_room(options, size, run)
         train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
@@ -149,6 +149,12 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current() is not None else 1
 
 
+def copies_here() -> int:
+    """Copies of the streamed weights that this machine keeps at least."""
+    mesh = current()
+    return ranks_here() if mesh is None or mesh.node is None else 1
+
+
 def _device(options: Namespace, mesh: Mesh | None) -> torch.device:
     """Where this rank computes: with --device cuda each rank of a machine has a GPU of its own."""
     name = options.device
@@ -189,7 +195,7 @@ def _take_over(
 
 def _check_room(options: Namespace, size: ModelSize, run: RunDirectory) -> None:
     """The block file and the checkpoint must fit on their disks; a checkpoint that is there is replaced."""
-    block_file = {"the file of streamed weights": size.total * ranks_here()} if options.weights == "disk" else {}
+    block_file = {"the file of streamed weights": size.total * copies_here()} if options.weights == "disk" else {}
     checkpoint = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
     if options.weights_dir and block_file:
         check_disk(options.weights_dir, block_file)

@@ -21,7 +21,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.lanes import Emission
 from distzo2.residency import MemoryBudget, keep_blocks
 from distzo2.scratch import Scratch
-from distzo2.slice_exchange import SliceExchange
+from distzo2.slice_choice import Sharing
 from distzo2.sliced_store import Slice, SlicedStore
 from distzo2.store import MemoryStore, StreamingStore
 from distzo2.trace import Trace
@@ -55,31 +55,31 @@ class UnitWeights:
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
-        choose_node: Callable[[Sequence[Unit]], SliceExchange | None] = lambda units: None,
+        choose_slices: Callable[[Sequence[Unit]], Sharing | None] = lambda units: None,
     ) -> None:
-        """`choose_node` says which ranks share the streamed ones of all units in slices; None: they are whole here. The
+        """`choose_slices` says who shares those of all units that stream in slices; None: they are whole here. The
         rest is as for `distzo2.offload`."""
         self.device, self.where = device, weights
         self.params: list[ParamInfo] = collect_params(model)
         if not self.params:
             raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
         self.units: list[Unit] = find_units(model, self.params, units)
-        node = choose_node(self.units)
-        streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or node is not None))
+        sharing = choose_slices(self.units)
+        streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or sharing is not None))
         if streams:
             keep_blocks(self.units, device, memory_budget, slots)
         streamed = [u for u in self.units if streams and not u.resident and not u.kept]
         on_ring = {u.index for u in streamed}
         self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
         self._ring: StreamingStore | SlicedStore | None = None
-        if streamed and node is not None:
+        if streamed and sharing is not None:
             self._ring = SlicedStore(
                 streamed,
                 device,
                 directory=directory,
                 slots=slots,
-                node=node,
-                shares=None,
+                node=sharing.node,
+                shares=sharing.shares,
                 update=self._update_slice,
                 version=lambda: self.version,
                 on_gathered=lambda unit, begun, ended: self.trace.add("gather", unit.name, begun, ended),
