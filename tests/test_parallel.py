@@ -231,6 +231,9 @@ def kill_and_resume(ranks: Ranks, alone: Any, case: int, tmp_path: Path) -> None
     random = np.random.default_rng(case)
     victim = (2, 0, 3, 1)[case % 4]
     run = functools.partial(cases.train, steps=40, journal="journal.jsonl", pace=0.005)
+    killed, resumed = (
+        functools.partial(run, slices=slices) for slices in ((False, False), (True, False), (True, True))[case % 3]
+    )
 
     def kill(pids: list[int]) -> None:
         deadline = time.monotonic() + 60
@@ -242,13 +245,13 @@ def kill_and_resume(ranks: Ranks, alone: Any, case: int, tmp_path: Path) -> None
         time.sleep(float(random.uniform(0, 0.2)))
         os.kill(pids[victim], signal.SIGKILL)
 
-    results = ranks.run(run, 4, (2, 2), tmp_path, meanwhile=kill)
+    results = ranks.run(killed, 4, (2, 2), tmp_path, meanwhile=kill)
     assert results[victim] == Died(-signal.SIGKILL)
     assert {r.kind for rank, r in enumerate(results) if rank != victim} == {"RankFailedError"}
     num_steps = len(read_journal(tmp_path / "journal.jsonl").entries)
     assert 4 <= num_steps < 40
     shape = ((2, 2), (2, 1), (1, 2))[case % 3]
-    for result in ranks.values(functools.partial(run, resume=True), shape[0] * shape[1], shape, tmp_path):
+    for result in ranks.values(functools.partial(resumed, resume=True), shape[0] * shape[1], shape, tmp_path):
         expected = alone(steps=40)
         assert result[0] == expected[0][num_steps:]
         assert_same_run((expected[0], result[1]), expected)

@@ -95,7 +95,14 @@ def one_message(results: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize(
     ("world_size", "more"),
-    [(2, ["--parallel=pert=2", "--verify-every=2"]), (4, ["--parallel=pert=2,data=2"]), (3, []), (2, ["--save=best"])],
+    [
+        (2, ["--parallel=pert=2", "--verify-every=2"]),
+        (4, ["--parallel=pert=2,data=2"]),
+        (3, []),
+        (2, ["--save=best"]),
+        (4, ["--slice=on", "--weights=host", "--verify-every=2"]),
+        (2, ["--slice=on", "--weights=disk", "--save=best"]),
+    ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path, world_size, more):
@@ -103,7 +110,7 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
     assert [r["status"] for r in results] == [0] * world_size
     assert not any(r["out"] or r["err"] for r in results[1:]) and not results[0]["err"]
     if not any("parallel" in option for option in more):
-        mesh = {2: "pert=1,data=2|pert=2,data=1", 3: "pert=1,data=3"}[world_size]
+        mesh = {2: "pert=1,data=2|pert=2,data=1", 3: "pert=1,data=3", 4: "pert=2,data=2"}[world_size]
         assert re.search(f"mesh of {world_size} ranks: ({mesh}) ", results[0]["out"])
     if "--save=best" not in more:
         assert_same_run(tmp_path / "out", alone)
@@ -121,7 +128,7 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
         (["--parallel=pert=3"], "--parallel pert=3: a multiple of 3 ranks would be needed, and there are 2"),
         (["--parallel=pert=2,data=2"], "there are 2; on 2 ranks, pert=1,data=2 or pert=2,data=1 would fit"),
         (["--parallel=data=2", "--micro-batches=1"], "cannot be dealt to 2 data ranks; on 2 ranks, pert=2,data=1"),
-        (["--slice=on"], "--slice on: sliced streaming is not there yet"),
+        (["--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
         (["--parallel=pert=x"], "invalid mesh (such as pert=2,data=2) value"),
         (["--train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--steps=0"], "--steps"),

@@ -73,10 +73,15 @@ class _Buffer:
     version: int = -1
     works: list[Any] = field(default_factory=list)  # what is still to be waited for
     readers: int = 0
+    was_read: bool = False
     number: int = 0  # of the gather
     begun_ns: int = 0
     ended_ns: int = 0
     released: Any = None  # CUDA event: what read it has ended
+
+    def note_the_end(self) -> None:
+        """Called from another thread when a part of the gather has come."""
+        self.ended_ns = time.perf_counter_ns()
 
 
 # (slice, its bytes on the device, where its up-to-date bytes go) -> whether the stored copy was changed
@@ -109,7 +114,7 @@ class SlicedStore:
             shares: of each rank of the node.
             update: brings a slice up to date, see `UpdateSlice`.
             version: how many updates have been made.
-            on_gathered: called with the unit and the nanoseconds between which a gather was in flight.
+            on_gathered: while traced, called with the unit and the times (ns) between which a gather was in flight.
         """
         self.parts: dict[int, Slice] = {}
         for block, unit in enumerate(units):
@@ -132,6 +137,7 @@ class SlicedStore:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spare: torch.Tensor | None = None
         self.gather_wait_ns = 0
+        self._traced = False
         self._closed = False
         self._number = node.register(self)
 
@@ -158,12 +164,15 @@ class SlicedStore:
             raise DistZO2Error(f"unit {part.unit.name!r} is wanted with {version} updates, and this rank {have}")
         buffer = self._free_buffer()
         buffer.unit, buffer.version, buffer.number = index, version, self._num_begun
+        buffer.was_read = False
         self._num_begun += 1
         buffer.begun_ns, buffer.ended_ns = time.perf_counter_ns(), 0
         parts = [buffer.data[a:b] for a, b in pairwise(part.bounds)]
         if self._side is None:
             self._fill(part, parts[self._node.index])
             buffer.works = self._node.gather(parts)
+            for work in buffer.works if self._traced else ():
+                work.get_future().add_done_callback(lambda _: buffer.note_the_end())
         else:
             with torch.cuda.stream(self._side):
                 self._side.wait_event(buffer.released)
@@ -180,20 +189,22 @@ class SlicedStore:
 
     def _free_buffer(self) -> _Buffer:
         """The one that was gathered first, of those that nobody reads; rather one that nobody will."""
-        version = self._version()
         idle = [b for b in self._buffers if not b.readers]
         if not idle:  # nested windows hold more units than there are slots
             self._buffers.append(self._new_buffer())
             return self._buffers[-1]
-        buffer = min(idle, key=lambda b: (b.unit >= 0 and b.version == version, b.number))
+        buffer = min(idle, key=lambda b: (self._is_ahead(b), b.number))
         self._settle(buffer)
         buffer.unit = -1
         return buffer
 
+    def _is_ahead(self, buffer: _Buffer) -> bool:
+        """Whether it holds a block that was gathered ahead of time, and that nobody has read yet."""
+        return buffer.unit >= 0 and buffer.version == self._version() and not buffer.was_read
+
     def _has_room(self) -> bool:
-        """Whether a gather can begin without giving up a block that was brought ahead of time."""
-        version = self._version()
-        return any(not b.readers and (b.unit < 0 or b.version != version) for b in self._buffers)
+        """Whether a gather can begin without giving up a block that was gathered ahead of time."""
+        return any(not b.readers and not self._is_ahead(b) for b in self._buffers)
 
     def _settle(self, buffer: _Buffer) -> None:
         """Until a gather has ended; on CUDA what follows on the current stream waits, and not the host."""
@@ -202,7 +213,8 @@ class SlicedStore:
         for work in buffer.works:
             self._node.wait(work)
         buffer.works = []
-        self._on_gathered(self.parts[buffer.unit].unit, buffer.begun_ns, buffer.ended_ns or time.perf_counter_ns())
+        if self._traced:
+            self._on_gathered(self.parts[buffer.unit].unit, buffer.begun_ns, buffer.ended_ns or time.perf_counter_ns())
 
     # ---- what a pass asks ---------------------------------------------------------------------------------------
 
@@ -223,7 +235,7 @@ class SlicedStore:
         start = time.perf_counter_ns()
         self._settle(buffer)
         self.gather_wait_ns += time.perf_counter_ns() - start
-        buffer.readers += 1
+        buffer.readers, buffer.was_read = buffer.readers + 1, True
         self._held[unit.index] = buffer
         return buffer.data[: unit.num_bytes]
 
@@ -328,6 +340,8 @@ class SlicedStore:
         self._source.reset_stats()
 
     def trace(self, enable: bool) -> None:
+        """Records transfers and, on a CPU, gathers."""
+        self._traced = enable and self._side is None
         self._source.trace(enable)
 
     def events(self) -> list[tuple]:
