@@ -30,6 +30,7 @@ class Tower(nn.Module):
         self.to(dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.to(self.embedding.weight.device)
         x = self.embedding(ids)
         for block in self.blocks:
             x = x + block(x)
@@ -72,12 +73,13 @@ def train(
     sharded: bool | str = False,
     slices: bool = False,
     pace: float = 0.0,
+    device: str = "cpu",
     **options: Any,
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
     if shape is not None:
         mesh_of(*shape, slice=slices)
-    model = tower(weights, directory / f"rank{rank}", dtype)
+    model = tower(weights, directory / f"rank{rank}", dtype, device=device)
     if journal is not None:
         options |= {"journal": directory / journal, "resume": resume}
     opt = optimizer(model, **options)

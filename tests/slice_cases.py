@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +220,31 @@ def traffic(rank: int, world_size: int, shape: tuple[int, int], directory: Path,
     return stats, units, parts, runtime.stats()
 
 
+class Wide(nn.Module):
+    """Blocks of a mebibyte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(512, 512) for _ in range(6))
+        self.head = nn.Linear(512, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x).square().mean()
+
+
+def kept(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
+    """What a rank keeps of a model in host memory."""
+    mesh_of(1, world_size, slice=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = distzo2.offload(Wide(), weights="host")
+    optimizer(model).step([lambda: model(torch.ones(2, 512))] * world_size)
+    runtime = distzo2.runtime_of(model)
+    return {**runtime.stats(), "slices": runtime._ring._source.stats()}
+
+
 def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int | None) -> list[str]:
     """What is said of slices where nothing was asked; `free`: memory or disk that there seems to be."""
     lines: list[str] = []
@@ -267,5 +291,14 @@ def load(rank: int, world_size: int, directory: Path, checkpoint: Path, dtype: s
     return read[0], kept, {name: value.float().numpy() for name, value in model.state_dict().items()}
 
 
-STOP = signal.SIGSTOP
-KILL = signal.SIGKILL
+def train_with_nccl(directory: Path, port: int, weights: str) -> Any:
+    """One rank on a GPU, as torchrun would start it: its gathers go through NCCL."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    mesh = distzo2.parallel.init(1, 1, slice=True, device="cuda")
+    assert mesh.node.backend == "nccl"
+    cases.mesh_of = lambda *shape, **options: mesh
+    result = cases.train(0, 1, (1, 1), directory, weights=weights, slices=True, device="cuda:0")
+    assert distzo2.parallel.stats()["slice_gathers"] > 0
+    distzo2.parallel.shutdown()
+    return result

@@ -199,13 +199,14 @@ def test_traffic_is_its_slices_and_scalars_to_the_byte(ranks: Ranks, weights: st
             assert blocks <= whole <= blocks + 256 * size * len(parts)
 
 
-def test_a_node_keeps_one_copy(ranks: Ranks, tmp_path: Path):
-    results = ranks.values(slice_cases.traffic, 4, (2, 2), tmp_path, 1, "host")
-    streamed = sum(results[0][1])
-    kept = sum(stats["stored_bytes"] for *_, stats in results)
-    slack = 256 * 4 * len(results[0][1])  # of slices this small; of real ones nothing to speak of
-    assert streamed <= kept <= streamed + slack
-    assert all(stats["resident_bytes"] == results[0][3]["resident_bytes"] > 0 for *_, stats in results)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_node_keeps_one_copy(ranks: Ranks, world_size: int, tmp_path: Path):
+    results = ranks.values(slice_cases.kept, world_size, tmp_path)
+    streamed = 6 * (512 * 512 + 512) * 4
+    pools = sum(stats["slices"]["bytes_padded"] for stats in results)
+    assert all(stats["streamed_bytes"] == streamed for stats in results)
+    assert streamed <= pools <= 1.02 * streamed
+    assert all(stats["resident_bytes"] == 512 * 8 * 4 + 256 for stats in results)  # the head, whole on each
 
 
 def test_what_is_chosen_is_said(ranks: Ranks, tmp_path: Path):
@@ -238,3 +239,31 @@ def test_a_rank_reads_its_slices_only(ranks: Ranks, dtype: str | None, tmp_path:
         for name, value in model.state_dict().items():
             wanted = value if dtype is None else value.bfloat16()
             assert np.array_equal(state[name], wanted.float().numpy()), name
+
+
+# ---- on a GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weights", ["host", "disk"])
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+def test_two_ranks_on_one_gpu(ranks: Ranks, shape: tuple[int, int], slices: bool, weights: str, tmp_path: Path):
+    run = functools.partial(cases.train, weights=weights, device="cuda:0")
+    expected = run(0, 1, None, tmp_path)
+    for result in ranks.values(functools.partial(run, slices=slices), 2, shape, tmp_path):
+        assert_same_run(result, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_one_rank_with_nccl(weights: str, tmp_path: Path):
+    import multiprocessing
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        result = pool.apply_async(slice_cases.train_with_nccl, (tmp_path, port, weights)).get(timeout=120)
+    assert_same_run(result, cases.train(0, 1, None, tmp_path, weights=weights, device="cuda:0"))

@@ -175,7 +175,7 @@ def init(
     ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
     try:
         ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
-        node = None if slice is False else _node_of(ranks)
+        node = None if slice is False else _node_of(ranks, alone=bool(slice))
         _current = Mesh(shape, ranks, _device_mesh(shape), slice, node, log)
     except BaseException as error:
         shutdown(error)
@@ -201,8 +201,8 @@ def _device_mesh(shape: MeshShape) -> Any:
     return init_device_mesh(kind, (shape.data, shape.pert), mesh_dim_names=("data", "pert"))
 
 
-def _node_of(ranks: Ranks) -> SliceExchange | None:
-    """The ranks of this node; None where this one is alone on it."""
+def _node_of(ranks: Ranks, alone: bool) -> SliceExchange | None:
+    """The ranks of this node; None where this one is alone on it, unless `alone`."""
     import torch.distributed as dist
 
     from distzo2.heartbeat import host_name
@@ -216,7 +216,7 @@ def _node_of(ranks: Ranks) -> SliceExchange | None:
         members = [rank for rank, other in enumerate(names) if other == name]
         words = dist.new_group(members, backend="gloo", timeout=wait)  # every rank makes the groups of all nodes
         blocks = dist.new_group(members, backend=backend, timeout=wait)
-        if ranks.rank in members and len(members) > 1:
+        if ranks.rank in members and (len(members) > 1 or alone):
             mine = SliceExchange(ranks.exchange, members, words, blocks, backend)
     if mine is not None:
         ranks.nodes.append(mine)
