@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -180,6 +181,24 @@ def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[s
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: list[int], resume: bool) -> list[str]:
+    """Each rank has so many threads. What is logged when a run is begun, or gone on with."""
+    mesh_of(world_size, 1)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("distzo2")
+    logger.addHandler(handler)
+    torch.set_num_threads(threads[rank])
+    try:
+        model = tower("device", None)
+        optimizer(model, journal=directory / "journal.jsonl", resume=resume).close()
+    finally:
+        torch.set_num_threads(1)
+        logger.removeHandler(handler)
+    return told
 
 
 def differing_units(rank: int, world_size: int, directory: Path) -> None:

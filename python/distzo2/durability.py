@@ -15,6 +15,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+from distzo2.heartbeat import bounded
+
 ALWAYS_DURABLE = 2**62  # without a journal nothing waits for one
 LONGEST_WAIT = timedelta(days=365)
 END = b"end"
@@ -73,11 +75,10 @@ class DurabilityListener:
             time.sleep(0.001)
         return self._durable >= durable
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def close(self, seconds: float = 5.0) -> None:
+        """Ends the thread; one that waits for a store which no longer answers is left to itself after `seconds`."""
         self._closing = True
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < deadline:
-            with suppress(Exception):
-                self._store.set(f"{self._prefix}/{self._number}", END)
+            bounded(lambda: self._store.set(f"{self._prefix}/{self._number}", END), 1.0)
             self._thread.join(timeout=0.05)

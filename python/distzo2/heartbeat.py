@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 from distzo2.errors import DistZO2Error
 
+STORE_SECONDS = 5.0  # that a last word to the store may take
 LEFT = b"left"  # instead of a count: the rank has shut down its mesh
 
 
@@ -42,6 +44,23 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def bounded(call: Callable[[], Any], seconds: float) -> Any:
+    """What `call` returns; None if it raises, or takes longer: it then goes on in a thread of its own.
+
+    For calls of a store whose host may be cut off, which end only when TCP gives up, and by no signal before.
+    """
+    results: list[Any] = []
+
+    def run() -> None:
+        with suppress(Exception):
+            results.append(call())
+
+    thread = threading.Thread(target=run, name="distzo2-bounded", daemon=True)
+    thread.start()
+    thread.join(timeout=seconds)
+    return results[0] if results else None
+
+
 class Heartbeat:
     """See the module. `store` is a connection of its own, since a blocked call on one holds all others up."""
 
@@ -49,16 +68,17 @@ class Heartbeat:
         self.rank, self.world_size, self.interval, self.limit = rank, world_size, interval, limit
         self._store = store
         self._processes: dict[int, tuple[int, str]] = {}  # ranks of this machine: process id, start time
+        self._machines: dict[int, str] = {}  # ranks of other machines: the name, as it is put behind a rank
         self._keys = [f"beat/{r}" for r in range(world_size)]
         self._failure: RankFailedError | None = None
         self._callbacks: list[Callable[[BaseException], None]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.left: set[int] = set()
-        store.set(
-            f"process/{rank}",
-            json.dumps({"host": host_name(), "pid": os.getpid(), "start": process_start(os.getpid())}),
-        )
+        self.store_lost = False  # it no longer answers: nothing more can be told through it
+        mine = {"host": host_name(), "name": socket.gethostname(), "pid": os.getpid()}
+        mine["start"] = process_start(os.getpid())
+        store.set(f"process/{rank}", json.dumps(mine))
         store.add(self._keys[rank], 1)
         self._meet()
         self._rounds = 0  # of the heartbeat with the store
@@ -72,7 +92,9 @@ class Heartbeat:
     def _meet(self) -> None:
         for rank, text in enumerate(self._store.multi_get([f"process/{r}" for r in range(self.world_size)])):
             process = json.loads(text)
-            if process["host"] == host_name() and rank != self.rank:
+            if process["host"] != host_name():
+                self._machines[rank] = f" ({process['name']})"
+            elif rank != self.rank:
                 self._processes[rank] = process["pid"], process["start"]
 
     # ---- what others ask ----------------------------------------------------------------------------------------
@@ -95,8 +117,7 @@ class Heartbeat:
 
     def post(self, text: str) -> None:
         """Tells all ranks that this one has failed; the first cause posted is the one that they are told."""
-        with suppress(Exception):
-            self._post({"rank": self.rank, "by": self.rank, "text": text})
+        bounded(lambda: self._post({"rank": self.rank, "by": self.rank, "text": text}), STORE_SECONDS)
 
     def explain(self, error: BaseException) -> RankFailedError:
         """What is behind an error of a connection: waits until it is known which rank failed."""
@@ -132,10 +153,9 @@ class Heartbeat:
         """Ends the threads; the other ranks are told that this one needs them no more, and they it."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=5.0)
+            thread.join(timeout=0.0 if self.store_lost else STORE_SECONDS)
         if not any(thread.is_alive() for thread in self._threads):
-            with suppress(Exception):
-                self._store.set(self._keys[self.rank], LEFT)
+            bounded(lambda: self._store.set(self._keys[self.rank], LEFT), STORE_SECONDS)
 
     def wait_for_others(self, seconds: float) -> None:
         """Until all others have left, or one has failed: for the rank whose process serves the store."""
@@ -164,7 +184,8 @@ class Heartbeat:
                 before, silent = counts.get(rank, (b"", 0))
                 counts[rank] = (beat, 0 if beat != before else silent + 1)
                 if rank != self.rank and beat != LEFT and counts[rank][1] * self.interval > self.limit:
-                    self._lost(rank, f"rank {rank} has not been heard of for {self.limit:g} s: it hangs, or is cut off")
+                    name = f"rank {rank}{self._machines.get(rank, '')}"
+                    self._lost(rank, f"{name} has not been heard of for {self.limit:g} s: it hangs, or is cut off")
 
     def _look_at_processes(self) -> None:
         for rank, (pid, start) in self._processes.items():
@@ -193,8 +214,10 @@ class Heartbeat:
         while not self._stop.wait(self.interval):
             seen, silent = self._rounds, (0 if seen != self._rounds else silent + 1)
             if silent * self.interval > limit:
+                self.store_lost = True
+                where = f" on {os.environ['MASTER_ADDR']}" if "MASTER_ADDR" in os.environ else ""
                 self.fail(
-                    f"the rendezvous store has not answered for {limit:g} s: its host or the network is down", None
+                    f"the rendezvous store{where} has not answered for {limit:g} s: it or the network is down", None
                 )
 
 

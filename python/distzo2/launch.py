@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 
 from distzo2 import parallel
 from distzo2.errors import UsageError
@@ -103,7 +103,7 @@ def first_cause(error: BaseException, terminated: bool) -> BaseException:
 
 def tell(error: BaseException, text: str, show: Callable[[str], None]) -> None:
     """Calls `show(text)` on one rank, for an error that ends all of them."""
-    from distzo2.heartbeat import RankFailedError
+    from distzo2.heartbeat import STORE_SECONDS, RankFailedError, bounded
 
     ranks = parallel.joined()
     if ranks is None:
@@ -113,18 +113,33 @@ def tell(error: BaseException, text: str, show: Callable[[str], None]) -> None:
     if ranks.world_size == 1:
         show(text)
         return
-    first = True
-    with suppress(Exception):  # without a store each rank tells what it knows
+    if ranks.heartbeat.store_lost:  # then each machine tells what it knows
+        if _first_of_this_machine():
+            show(text)
+        return
+
+    def others_tell() -> bool:
         deadline = time.monotonic() + TOLD_SECONDS
         second_hand = isinstance(error, RankFailedError) and error.told
         second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
         while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
             time.sleep(0.02)
-        first = ranks.store.add("tellers", 1) == 1
-    if first:
+        return ranks.store.add("tellers", 1) > 1
+
+    if not bounded(others_tell, TOLD_SECONDS + STORE_SECONDS):
         show(text)
-        with suppress(Exception):
-            ranks.store.set("told", "1")
+        bounded(lambda: ranks.store.set("told", "1"), STORE_SECONDS)
+
+
+def _first_of_this_machine() -> bool:
+    """Whether no rank beside this one, started by the same torchrun, is telling of its error."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0distzo2 told {os.getppid()}")  # a name without a file, free again when this process ends
+    except OSError:
+        return False
+    claim.detach()
+    return True
 
 
 def parse(parser: Parser, arguments: list[str], given: Namespace) -> Namespace:

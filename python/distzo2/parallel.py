@@ -239,56 +239,25 @@ def join(
 
     from distzo2.exchange import Exchange
     from distzo2.heartbeat import Heartbeat
+    from distzo2.meeting import init_process_group, new_gloo_group
 
     if not dist.is_available():
         raise DistZO2Error("this torch was built without torch.distributed")
     owns = not dist.is_initialized()
     if owns:
-        _init_process_group(device, timeout)
+        init_process_group(device, timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
     session = store.add(f"distzo2/sessions of rank {rank}", 1)  # meshes come and go; each has keys of its own
     store = dist.PrefixStore(f"distzo2/{session}", store)
     heartbeat = Heartbeat(store.clone(), rank, world_size, interval=interval, limit=limit)
     # Waiting is limited by the exchange, which asks the heartbeat meanwhile; gloo itself need not give up.
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + 86400))
+    group = new_gloo_group(timeout + 86400)
     exchange = Exchange(group, rank, world_size, heartbeat, timeout)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     _ranks = Ranks(rank, world_size, local_rank, store, exchange, heartbeat, owns, group)
     _watch_for_the_end()
     return _ranks
-
-
-def _init_process_group(device: str | torch.device | None, timeout: float) -> None:
-    import torch
-    import torch.distributed as dist
-
-    if "RANK" not in os.environ:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        return
-    local, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    kind = torch.device(device).type if device is not None else None
-    one_each = torch.cuda.is_available() and torch.cuda.device_count() >= num_local and dist.is_nccl_available()
-    pinned = device is not None and torch.device(device).index is not None and num_local > 1  # a GPU that ranks share
-    wait = timedelta(seconds=timeout)
-    options: dict[str, Any] = {"timeout": wait}
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives its ranks: those that it starts anew must not find the addresses of the dead.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = dist.TCPStore(address, port, world_size, is_master=False, timeout=wait)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            options |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world_size}
-        if kind != "cpu" and one_each and not pinned:
-            gpu = torch.device("cuda", local)
-            torch.cuda.set_device(gpu)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu, **options)
-        else:
-            dist.init_process_group("gloo", **options)
-    except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise DistZO2Error(f"the ranks could not meet: {text}") from error
 
 
 def _watch_for_the_end() -> None:

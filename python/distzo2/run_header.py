@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,19 +73,24 @@ def check_same_run(path: str | os.PathLike, journal: dict[str, Any], run: dict[s
         if theirs != ours:
             raise DistZO2Error(f"{os.fspath(path)}: {key} is {theirs!r} in the journal and {ours!r} in this run")
     before, now = journal["fingerprint"], run["fingerprint"]
-    for rank, ours in enumerate(now.get("ranks", [now])):
-        for key in ours.keys() - {"mesh", "ranks"}:
-            if before.get(key) != ours[key]:
-                where = f"{key} of rank {rank}" if "ranks" in now else key
-                logger.warning(
-                    "%s: %s was %r and is %r: the bits of losses to come may differ",
-                    path,
-                    where,
-                    before.get(key),
-                    ours[key],
-                )
+    ranks_before, ranks_now = before.get("ranks") or [before], now.get("ranks") or [now]
+    for key in sorted({key for each in ranks_now for key in each} - {"mesh", "ranks"}):
+        was, is_now = [each.get(key) for each in ranks_before], [each.get(key) for each in ranks_now]
+        if any(value != was[0] for value in was + is_now):
+            change = f"{key} was {_by_rank(was)} and is {_by_rank(is_now)}"
+            logger.warning("%s: %s: the bits of losses to come may differ", path, change)
     if before.get("mesh") != now.get("mesh"):
         logger.info("%s: the mesh was %s and is %s", path, before.get("mesh"), now.get("mesh"))
+
+
+def _by_rank(values: Sequence[Any]) -> str:
+    """`2`, or of ranks that differ `2 (rank 0), 1 (rank 1, 2)`."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(repr(value), []).append(str(rank))
+    if len(ranks) == 1:
+        return next(iter(ranks))
+    return ", ".join(f"{value} (rank {', '.join(which)})" for value, which in ranks.items())
 
 
 def index_table(optimizer: ZOSGD) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ class SharedStep:
         except (RankFailedError, ReferenceError):  # another rank is gone, or the optimizer
             pass
         finally:
-            listener.close()
+            listener.close(**({"seconds": 0.0} if self.mesh.heartbeat.store_lost else {}))
         if runtime is not None:
             if reached:
                 runtime.set_durable(ALWAYS_DURABLE)

@@ -1,0 +1,131 @@
+"""How ranks meet: at the store of the rendezvous first, then by gloo's connections of each with each, and NCCL's.
+
+gloo takes the interface of the address that this machine's name stands for, which on many is 127.0.1.1: the ranks of
+another machine are then told to connect to themselves. Ranks on several machines therefore look at the store which
+interface leads to the others.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from distzo2.errors import DistZO2Error
+
+CONNECTING = timedelta(seconds=50)  # for ranks that have met at the store; a rank that dies meanwhile is not waited for
+INTERFACE = "GLOO_SOCKET_IFNAME"
+SIOCGIFADDR = 0x8915
+
+
+def init_process_group(device: str | torch.device | None, timeout: float) -> None:
+    """Initializes torch.distributed as torchrun's environment says; of one rank without it.
+
+    Args:
+        device: where the ranks compute; None: a GPU each if there is one for each, else the CPU.
+        timeout: seconds to wait for the other ranks, and that the group's collectives may take.
+
+    Raises:
+        DistZO2Error: they cannot meet.
+    """
+    if "RANK" not in os.environ:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return
+    local, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    kind = torch.device(device).type if device is not None else None
+    one_each = torch.cuda.is_available() and torch.cuda.device_count() >= num_local and dist.is_nccl_available()
+    pinned = device is not None and torch.device(device).index is not None and num_local > 1  # a GPU that ranks share
+    wait = timedelta(seconds=timeout)
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _store(rank, world_size, wait)
+        if num_local < world_size and INTERFACE not in os.environ:
+            interface = _interface_to_others(store, rank, world_size)
+            if interface is not None:
+                os.environ[INTERFACE] = interface
+        options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": CONNECTING}
+        if kind != "cpu" and one_each and not pinned:
+            gpu = torch.device("cuda", local)
+            torch.cuda.set_device(gpu)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu, **options)
+        else:
+            dist.init_process_group("gloo", **options)
+        _allow(None, wait)
+    except (RuntimeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise DistZO2Error(f"the ranks could not meet: {text}") from error
+
+
+def new_gloo_group(timeout: float) -> Any:
+    """A group of all ranks of its own connections, whose collectives may take so many seconds."""
+    group = dist.new_group(backend="gloo", timeout=CONNECTING)
+    _allow(group, timedelta(seconds=timeout))
+    return group
+
+
+def _allow(group: Any, timeout: timedelta) -> None:
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _store(rank: int, world_size: int, wait: timedelta) -> Any:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return next(iter(rendezvous("env://", rank, world_size, timeout=wait)))[0]
+    # torchrun's store outlives its ranks: those that it starts anew must not find the addresses of the dead.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=wait)
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+# ---- interfaces ----------------------------------------------------------------------------------------------------
+
+
+def _interface_to_others(store: Any, rank: int, world_size: int) -> str | None:
+    """The interface by which this machine reaches the others; None where that is not found out, as where all ranks are
+    on this one.
+
+    Ranks of other machines than the store's post the address from which they reach it. Those of the store's machine
+    reach one of these, since their own way to it shows nothing.
+    """
+    mine = _source_of(os.environ["MASTER_ADDR"])
+    store.set(f"address/{rank}", mine or "")
+    posted = [value.decode() for value in store.multi_get([f"address/{r}" for r in range(world_size)])]
+    if mine is None:
+        mine = next((source for address in posted if address and (source := _source_of(address))), None)
+    return None if mine is None else interface_of(mine)
+
+
+def _source_of(host: str) -> str | None:
+    """The address from which this machine reaches another; None if it cannot, or `host` is this machine."""
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # sends nothing
+                source = probe.getsockname()[0]
+                return None if source == probe.getpeername()[0] or source.startswith("127.") else source
+    return None
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has an address; None if none has, or only as one of several."""
+    return next((name for _, name in socket.if_nameindex() if address in _addresses(name)), None)
+
+
+def _addresses(name: str) -> Iterator[str]:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        yield socket.inet_ntoa(answer[20:24])
+    with suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, *_, interface = line.split()
+            if interface == name:
+                yield socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))

@@ -1,0 +1,179 @@
+"""`distzo2 finetune` on two hosts of two ranks each, started by torchrun on both: the bits of one rank, only scalars on
+the link, and what a link that is cut and mended does. The hosts are namespaces of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cli_runs import environment
+from safetensors.torch import load_file
+from tiny_text import choice_lines, make_checkpoint, write_jsonl
+from two_hosts import Host, NoNamespaces, TwoHosts
+
+from distzo2.cli import main
+from distzo2.journal import read_journal
+from distzo2.meeting import interface_of
+
+ENDLESS = 10**6  # steps
+LIMIT = 6  # seconds without a heartbeat
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    root = tmp_path_factory.mktemp("hosts")
+    model = make_checkpoint(root / "model", layers=4)
+    return SimpleNamespace(root=root, model=model, train=write_jsonl(root / "train.jsonl", choice_lines(20)))
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+    try:
+        hosts = TwoHosts(tmp_path)
+    except NoNamespaces as error:
+        pytest.skip(f"two hosts cannot be made of namespaces here: {error}")
+    yield hosts
+    hosts.close()
+
+
+def arguments(files: SimpleNamespace, steps: int, *more: str) -> list[str]:
+    return [
+        "finetune", f"--model={files.model}", f"--train={files.train}", f"--steps={steps}", "--batch-size=6",
+        "--micro-batches=3", "--lr=1e-4", "--quiet", "--threads=1", "--weights=disk", "--out=out", *more,
+    ]  # fmt: skip
+
+
+class Launch:
+    """torchrun on both hosts, each with directories of its own."""
+
+    def __init__(self, hosts: TwoHosts, directory: Path, name: str, command: list[str]) -> None:
+        self.agents: dict[Host, subprocess.Popen] = {}
+        self.directories: dict[Host, Path] = {}
+        self._logs: dict[Host, Path] = {}
+        torchrun = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d",
+            f"--rdzv-id={name}", f"--rdzv-endpoint={hosts.near.name}:29533",
+        ]  # fmt: skip
+        for host in (hosts.near, hosts.far):
+            home = self.directories[host] = directory / host.name
+            (home / "tmp").mkdir(parents=True, exist_ok=True)
+            self._logs[host] = directory / f"{name} on {host.name}.log"
+            variables = {**environment(), "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
+            variables.pop("GLOO_SOCKET_IFNAME", None)
+            with open(self._logs[host], "wb") as log:
+                self.agents[host] = subprocess.Popen(
+                    host.command([*torchrun, "-m", "distzo2", *command], home), env=variables, stdout=log, stderr=log
+                )
+
+    def log(self, host: Host) -> str:
+        return self._logs[host].read_text(errors="replace")
+
+    def logs(self) -> str:
+        return "\n".join(f"== {host.name}\n{self.log(host)}" for host in self.agents)
+
+    def num_steps(self) -> int:
+        """Lines of the journal, which is on rank 0's host."""
+        count = 0
+        for directory in self.directories.values():
+            with suppress(OSError):
+                count = max(count, (directory / "out/journal.jsonl").read_bytes().count(b"\n") - 1)
+        return count
+
+    def wait(self, what: str, until: Callable[[], Any], seconds: float = 120.0) -> None:
+        for _ in range(int(seconds / 0.05)):  # not by the clock: a machine that sleeps takes no time of it
+            if until():
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{what}: not within {seconds:g} s\n{self.logs()}")
+
+    def ended(self) -> list[int | None]:
+        return [agent.poll() for agent in self.agents.values()]
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            if agent.poll() is None:
+                agent.kill()  # nsenter: what it started ends with the host
+            agent.wait()
+
+
+def num_ranks(host: Host) -> int:
+    """Ranks that run on a host; torchrun does not look at those that have ended while it waits for its store."""
+    lines = host.run("ps", "-eo", "stat=,args=").splitlines()
+    return sum("-m distzo2 finetune" in line and "distributed.run" not in line and line[0] != "Z" for line in lines)
+
+
+def alone(files: SimpleNamespace, directory: Path, steps: int) -> Path:
+    """The run of one rank on one host."""
+    before, threads = os.getcwd(), torch.get_num_threads()
+    directory.mkdir()
+    os.chdir(directory)
+    try:
+        assert main(arguments(files, steps)) == 0
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+    return directory / "out"
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (run, expected))
+    assert [(e.update, e.losses) for e in ours] == [(e.update, e.losses) for e in theirs]
+    weights = [load_file(path / "checkpoint/model.safetensors") for path in (run, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)), name
+
+
+def test_the_interface_of_an_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.201") is None
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("slice", ["off"])
+def test_a_cut_link_ends_both_hosts_and_the_run_goes_on(files, hosts, tmp_path, slice):
+    options = ["--parallel=pert=2,data=2", f"--slice={slice}", f"--heartbeat-limit={LIMIT}"]
+    weight_bytes = (files.model / "model.safetensors").stat().st_size
+    with ExitStack() as stack:
+        first = Launch(hosts, tmp_path, "first", arguments(files, ENDLESS, *options))
+        stack.callback(first.close)
+
+        def steps_made(number: int) -> bool:
+            assert first.ended() == [None, None], first.logs()
+            return first.num_steps() >= number
+
+        first.wait("the first steps", lambda: steps_made(3))
+        steps, link_bytes = first.num_steps(), hosts.near.link_bytes()
+        first.wait("more steps", lambda: steps_made(steps + 40))
+        link_bytes = hosts.near.link_bytes() - link_bytes
+        assert link_bytes / (first.num_steps() - steps) < weight_bytes / 4  # scalars and heartbeats, no weights
+
+        hosts.cut()
+        first.wait("the end of all ranks", lambda: num_ranks(hosts.near) + num_ranks(hosts.far) == 0, 60.0)
+        # Rank 0, and with it the store, is of the host whose name sorts first.
+        (told,) = re.findall(r"^distzo2: (.*)", first.log(hosts.far), re.MULTILINE)
+        assert re.fullmatch(rf"error: rank [23] \(dzo-near\) .* {LIMIT} s: it hangs, or is cut off", told)
+        told = re.findall(r"^distzo2: (.*)", first.log(hosts.near), re.MULTILINE)
+        assert told and told[0].startswith("error: the rendezvous store on dzo-far has not answered")
+        hosts.mend()
+        first.wait("the end of torchrun", lambda: None not in first.ended(), 60.0)
+        assert 0 not in first.ended()
+
+        steps = first.num_steps() + 4
+        again = Launch(hosts, tmp_path, "again", arguments(files, steps, *options, "--resume"))
+        stack.callback(again.close)
+        again.wait("the end of the run", lambda: None not in again.ended())
+        assert again.ended() == [0, 0], again.logs()
+        assert f"at step {steps - 4} of {steps}" in again.log(hosts.far)
+        assert_same_run(again.directories[hosts.far] / "out", alone(files, tmp_path / "alone", steps))
+        assert not list((again.directories[hosts.near] / "out").iterdir())
