@@ -71,6 +71,16 @@ TEST(budget_is_shared_by_the_ranks_of_a_machine) {
     const std::string text = testing::thrown_text([&] { make_pool({2 * kMiB}, options); });
     CHECK(text.find("only 1398101 bytes (1.333 MiB) may be taken by each of 3 ranks") != std::string::npos, text);
     CHECK_THROWS(make_pool({1}, {.num_ranks = 0}), "num_ranks must be at least 1");
+
+    // A reading of before any of them was made counts instead of what the machine says by now.
+    MemoryBudget before{.cgroup_bytes = 5'000'000, .available_bytes = 4'000'000};
+    before.limit_to_these();
+    make_pool({439 * kPageBytes}, {.num_ranks = 2, .machine = before});
+    const std::string refusal =
+        testing::thrown_text([&] { make_pool({1'810'000}, {.num_ranks = 2, .machine = before}); });
+    for (const char* part : {"only 1800000 bytes", "by each of 2 ranks", "cgroup limit leaves: 5000000 bytes",
+                             "MemAvailable: 4000000 bytes"})
+        CHECK(refusal.find(part) != std::string::npos, refusal);
 }
 
 TEST(memory_comes_from_the_numa_node_of_the_device) {
