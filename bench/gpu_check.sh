@@ -67,11 +67,22 @@ stage() {
 build() {
     DISTZO2_CUDA=1 "$python" setup.py --quiet build_ext --inplace && cmake --build build/core
 }
-export -f build
+# The runtime's tests over libcuda itself. Of a test that is skipped the log gives the reason; if all of a file are, it
+# fails.
+driver_tests() {
+    local test status=0
+    for test in host_pool_test copy_engine_cuda_test "training_stress_test cuda_"; do
+        # shellcheck disable=SC2086
+        DISTZO2_TEST_DRIVER=real DISTZO2_STRESS_STEPS=300 build/core/tests/$test || status=1
+    done
+    return "$status"
+}
+export -f build driver_tests
 export python
 
 stage build 200 bash -c build || { echo "error: nothing else can run without the build"; exit 1; }
-stage cpp-tests 100 ctest --output-on-failure --no-tests=error --test-dir build/core
+stage cpp-tests 100 ctest --output-on-failure --no-tests=error --label-exclude libcuda --test-dir build/core
+stage cpp-driver 60 bash -c driver_tests
 checked=(tests/test_kernels.py::test_cuda_noise tests/test_kernels.py::test_cuda_{in_place,materialize}"["{0..11}"]"
     tests/test_embedding.py::test_cuda)
 if command -v compute-sanitizer > /dev/null; then

@@ -27,13 +27,15 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available
+    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
 
 # Versions that a journal records: changed bits are a new version.
 NOISE_VERSION = "philox4x32-10/1"
 ROUNDING_VERSION = "stochastic16/1"
 
-_FROM_EXTENSION = ("BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available")
+_FROM_EXTENSION = (
+    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "memory_budget",
+)  # fmt: skip
 
 __all__ = [
     "FAMILIES",
@@ -59,6 +61,7 @@ __all__ = [
     "embedding",
     "encode_program",
     "materialize",
+    "memory_budget",
     "normal",
     "permutation",
     "perturb_",

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
+from distzo2 import memory_share
 
 
 class Tower(nn.Module):
@@ -105,6 +107,25 @@ def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
     """In rank order; the first rank has none, the last has the most."""
     bounds = [len(closures) * r * (r + 1) // (world_size * (world_size + 1)) for r in range(world_size + 1)]
     return closures[bounds[rank] : bounds[rank + 1]]
+
+
+def pools_of_machines(rank: int, world_size: int, machines: list[str], readings: list[int]) -> tuple[Any, list[str]]:
+    """What each rank is told of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
+    mesh_of(1, world_size)
+    budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
+    outcomes = []
+    with (
+        mock.patch.object(memory_share, "memory_budget", lambda: budget),
+        mock.patch.object(memory_share, "_machine", lambda: machines[rank]),
+    ):
+        share = memory_share.memory_share()
+        for width in (72, 64):
+            try:
+                distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), weights="host")).close()
+                outcomes.append("fits")
+            except distzo2.DistZO2Error as error:
+                outcomes.append(str(error))
+    return (share.num_ranks, share.cgroup_bytes, share.available_bytes, share.num_bytes), outcomes
 
 
 # ---- ranks that do different things -----------------------------------------------------------------------------

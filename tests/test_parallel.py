@@ -140,6 +140,20 @@ def kill_at_any_moment(ranks: Ranks, alone: Any, case: int, slice: bool, directo
     raise AssertionError("no run ended")
 
 
+def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> None:
+    """Each read another number, as they do once some have begun to take memory; rank 2 has a machine to itself."""
+    results = ranks.values(cases.pools_of_machines, 3, ["one", "one", "two"], [1_000_000, 600_000, 300_000])
+    for share, (wide, narrow) in results[:2]:
+        assert share == (2, None, 600_000, 300_000)
+        assert narrow == "fits"
+        assert "only 270000 bytes may be taken by each of 2 ranks" in wide
+        assert "cgroup limit leaves: no limit, MemAvailable: 600000 bytes, RLIMIT_MEMLOCK: " in wide
+    share, (wide, narrow) = results[2]
+    assert share == (1, None, 300_000, 300_000)
+    assert narrow == "fits"
+    assert "only 270000 bytes may be taken (" in wide
+
+
 @pytest.mark.parametrize("sharded", [True, "data"])
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2)], ids=str)
 def test_lists_of_the_ranks_own_closures(

@@ -29,13 +29,20 @@ at::Tensor aligned_buffer(size_t num_bytes) {
 }
 
 std::shared_ptr<HostPool> make_pool(std::vector<size_t> sizes, const std::string& device_name, std::optional<bool> pin,
-                                    bool allow_pageable, int num_ranks) {
+                                    bool allow_pageable, int num_ranks, std::optional<size_t> cgroup_bytes,
+                                    std::optional<size_t> available_bytes) {
     const py::gil_scoped_release unlocked; // here, since what pybind11 does after it needs the GIL
     auto device = make_device(device_name);
     HostPoolOptions options;
     options.pin = pin.value_or(!device->is_cpu());
     options.allow_pageable = allow_pageable;
     options.num_ranks = num_ranks;
+    if (cgroup_bytes || available_bytes) {
+        options.machine = read_memory_budget(); // of the process itself: RLIMIT_MEMLOCK
+        options.machine->cgroup_bytes = cgroup_bytes.value_or(kUnlimited);
+        options.machine->available_bytes = available_bytes.value_or(kUnlimited);
+        options.machine->limit_to_these();
+    }
     return std::make_shared<HostPool>(std::move(sizes), std::move(device), options);
 }
 
@@ -182,10 +189,13 @@ void register_pool(py::module_& module) {
                                                     "Host memory for blocks of the given sizes (bytes): one arena, "
                                                     "pages touched in parallel, pinned for a CUDA device\n"
                                                     "in chunks of at most 1 GiB; num_ranks pools like it share what "
-                                                    "the machine has. RuntimeError when the memory budget "
-                                                    "or the pinning refuses it, naming each number.")
+                                                    "the machine has: now, or what memory_budget()\n"
+                                                    "said before any of them was made (cgroup_bytes, available_bytes). "
+                                                    "RuntimeError when the memory budget or the\n"
+                                                    "pinning refuses it, naming each number.")
         .def(py::init(&make_pool), py::arg("sizes"), py::arg("device") = "cpu", py::arg("pin") = py::none(),
-             py::arg("allow_pageable") = false, py::arg("num_ranks") = 1)
+             py::arg("allow_pageable") = false, py::arg("num_ranks") = 1, py::arg("cgroup_bytes") = py::none(),
+             py::arg("available_bytes") = py::none())
         .def("__len__", &HostPool::num_blocks)
         .def(
             "address",

@@ -35,6 +35,7 @@ void BlockFile::fail_read(size_t num_bytes, size_t file_offset, int64_t result) 
 }
 
 void BlockFile::read_plain(void* to, size_t num_bytes, size_t file_offset) const {
+    check_owner();
     auto* address = static_cast<std::byte*>(to);
     size_t done = 0;
     while (done < num_bytes) {
@@ -52,6 +53,7 @@ void BlockFile::read_plain(void* to, size_t num_bytes, size_t file_offset) const
 }
 
 void BlockFile::write_plain(const void* from, size_t num_bytes, size_t file_offset) const {
+    check_owner();
     const auto* address = static_cast<const std::byte*>(from);
     size_t done = 0;
     while (done < num_bytes) {
@@ -349,6 +351,7 @@ void BlockFile::write_entry_copy(size_t block, int copy) {
 
 // A failed sync may have thrown away what it could not write: nothing is committed after it.
 void BlockFile::sync_file() {
+    check_owner();
     syncs_.fetch_add(1, std::memory_order_relaxed);
     int result = 0;
     do

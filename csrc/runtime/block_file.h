@@ -11,8 +11,8 @@
 //
 // So at any instant one copy of the entry is whole, and names a slot whose bytes are on the disk. Commits that come in
 // while another is being synced share the next one's syncs. A scratch file leaves 1 to 4 out: it ends with the process.
-// A file belongs to one process at a time (it is locked, until its forked children have ended too); any thread may
-// call. A block that an engine has on its way must not be written from elsewhere: each chunk is read by itself.
+// A file belongs to one process at a time: it is locked, and a forked child closes it at once. Any thread may call. A
+// block that an engine has on its way must not be written from elsewhere: each chunk is read by itself.
 #pragma once
 
 #include <atomic>
@@ -133,8 +133,10 @@ class BlockFile {
     };
     using Buffer = std::unique_ptr<std::byte, FreeDeleter>;
     static Buffer make_buffer(size_t num_bytes);
+    struct OpenFiles; // of this process
 
     void open(bool create, std::optional<bool> direct);
+    void check_owner() const;
     void check_space(size_t space_freed);
     void allocate();
     void check_file();
@@ -156,7 +158,7 @@ class BlockFile {
     BlockLayout layout_;
     FileCalls& calls_;
     FileId id_{0};
-    int descriptor_ = -1;
+    int descriptor_ = -1; // also in a forked child
     bool direct_ = false;
     bool preallocated_ = true;
     bool unlinked_ = false;

@@ -1,10 +1,13 @@
-// How a block file comes to be: made, or opened and its map read.
+// How a block file comes to be: made, or opened and its map read. And how a forked child lets go of it: the lock
+// belongs to the open file, so that it would outlive a killed process in its children (a data loader's workers).
 #include <fcntl.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 
@@ -31,7 +34,46 @@ BlockFile::BlockFile(std::string path, std::vector<size_t> block_bytes, bool cre
     open(create, direct);
 }
 
-BlockFile::~BlockFile() { calls_.close(descriptor_); }
+// The list is locked over a fork, so that the child finds it whole.
+struct BlockFile::OpenFiles {
+    std::mutex mutex;
+    std::vector<BlockFile*> files;
+
+    static OpenFiles& of_process() {
+        static OpenFiles* const instance = [] { // never destroyed: a fork may come late
+            pthread_atfork([] { of_process().mutex.lock(); }, [] { of_process().mutex.unlock(); }, in_child);
+            return new OpenFiles;
+        }();
+        return *instance;
+    }
+    static void in_child() {
+        OpenFiles& open = of_process();
+        for (BlockFile* file : open.files) {
+            file->calls_.close(file->descriptor_);
+            file->descriptor_ = -1;
+        }
+        open.files.clear();
+        open.mutex.unlock();
+    }
+    void add(BlockFile* file) {
+        const std::lock_guard lock(mutex);
+        files.push_back(file);
+    }
+    // Closes it too, at once: between the two a child would be left with it.
+    void close(BlockFile* file) {
+        const std::lock_guard lock(mutex);
+        std::erase(files, file);
+        if (file->descriptor_ >= 0)
+            file->calls_.close(file->descriptor_);
+    }
+};
+
+BlockFile::~BlockFile() { OpenFiles::of_process().close(this); }
+
+void BlockFile::check_owner() const {
+    if (descriptor_ < 0)
+        fail("block file ", path_, ": belongs to the process that opened it, and this is a forked child");
+}
 
 void BlockFile::open(bool create, std::optional<bool> direct) {
     bool ours = false; // the file may be removed when something fails
@@ -43,10 +85,10 @@ void BlockFile::open(bool create, std::optional<bool> direct) {
         descriptor_ = calls_.open(path_.c_str(), O_RDWR | (create ? O_CREAT : 0));
         if (descriptor_ < 0)
             fail("block file ", path_, ": cannot be opened: ", errno_text(errno));
+        OpenFiles::of_process().add(this);
         if (calls_.lock(descriptor_) != 0)
             fail("block file ", path_,
-                 errno == EWOULDBLOCK ? ": is in use by another run, or by a child of one: " : ": cannot be locked: ",
-                 errno_text(errno));
+                 errno == EWOULDBLOCK ? ": is in use by another run: " : ": cannot be locked: ", errno_text(errno));
         const bool empty = !present || before.st_size == 0;
         if (create && !empty) {
             char magic[kMagicFamily] = {};
@@ -73,8 +115,7 @@ void BlockFile::open(bool create, std::optional<bool> direct) {
     } catch (...) {
         if (ours)
             calls_.unlink(path_.c_str());
-        if (descriptor_ >= 0)
-            calls_.close(descriptor_);
+        OpenFiles::of_process().close(this);
         throw;
     }
 }

@@ -13,8 +13,6 @@
 #include <system_error>
 #include <thread>
 
-#include "runtime/memory_budget.h"
-
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 // Linux 5.14
 #endif
@@ -163,7 +161,7 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
         stats_.bytes_used += num_bytes;
         stats_.bytes_padded += align_up(num_bytes, kPageBytes);
     }
-    MemoryBudget budget = read_memory_budget();
+    MemoryBudget budget = options_.machine ? *options_.machine : read_memory_budget();
     budget.allowed_bytes = std::min(budget.allowed_bytes, options_.budget_bytes);
     check_memory_budget("the host pool", stats_.bytes_padded, budget, options_.num_ranks);
 

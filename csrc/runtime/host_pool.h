@@ -12,11 +12,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "runtime/common.h"
 #include "runtime/device.h"
+#include "runtime/memory_budget.h"
 
 namespace distzo2 {
 
@@ -68,6 +70,8 @@ struct HostPoolOptions {
     size_t chunk_bytes = kGiB;      // smaller in tests
     size_t budget_bytes = SIZE_MAX; // refuses more than this, besides what the machine says
     int num_ranks = 1;              // pools like this one on the machine, which share what it says
+    // What the machine said before any of them was made; none: it is asked now.
+    std::optional<MemoryBudget> machine = std::nullopt;
     double min_huge_bytes_per_s = kMinHugeBytesPerSecond;
 };
 

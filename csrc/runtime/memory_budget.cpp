@@ -118,6 +118,11 @@ std::string limit_text(size_t num_bytes) { return num_bytes == kUnlimited ? "no 
 
 } // namespace
 
+void MemoryBudget::limit_to_these() {
+    const size_t least = std::min(cgroup_bytes, available_bytes);
+    allowed_bytes = least == kUnlimited ? kUnlimited : least - least / 10;
+}
+
 std::string MemoryBudget::text() const {
     return join_text("cgroup limit leaves: ", limit_text(cgroup_bytes), ", MemAvailable: ", limit_text(available_bytes),
                      ", RLIMIT_MEMLOCK: ", limit_text(memlock_bytes));
@@ -129,8 +134,7 @@ MemoryBudget read_memory_budget(const std::string& root) {
     if (const size_t available = read_field(root + "/proc/meminfo", "MemAvailable"))
         budget.available_bytes = available;
     budget.memlock_bytes = memlock_limit(root);
-    const size_t least = std::min(budget.cgroup_bytes, budget.available_bytes);
-    budget.allowed_bytes = least == kUnlimited ? kUnlimited : least - least / 10;
+    budget.limit_to_these();
     return budget;
 }
 

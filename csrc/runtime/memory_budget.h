@@ -14,8 +14,9 @@ struct MemoryBudget {
     size_t cgroup_bytes = kUnlimited;    // limit − usage + clean file cache, least over the levels
     size_t available_bytes = kUnlimited; // MemAvailable
     size_t memlock_bytes = kUnlimited;   // RLIMIT_MEMLOCK; kUnlimited with CAP_IPC_LOCK
-    size_t allowed_bytes = 0;            // 90% of the lesser of the first two
+    size_t allowed_bytes = 0;            // 90% of the lesser of the first two: limit_to_these() sets it
 
+    void limit_to_these();
     // "cgroup limit leaves 1 bytes (..), MemAvailable is .., ..."
     std::string text() const;
 };

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.preflight import available_memory, gib
+from distzo2.memory_share import memory_share
+from distzo2.preflight import gib
 from distzo2.scratch import BUFFERS
 from distzo2.store import slot_bytes_of
 from distzo2.units import Unit
@@ -25,7 +26,8 @@ def keep_blocks(units: Sequence[Unit], device: torch.device, budget: MemoryBudge
         units: all units of the model, in the order of their use.
         device: where it computes, and where kept units live.
         budget: bytes on the device for weights: residents, scratch for their perturbed copies, the ring's slots and
-            kept blocks; "auto": 70% of what is free there now; None: nothing is kept.
+            kept blocks; "auto": 70% of what is free there now (on a CPU, of this rank's share of it); None: nothing
+            is kept.
         slots: of the ring, while anything streams.
 
     Raises:
@@ -63,4 +65,4 @@ def _largest_of_classes(units: Sequence[Unit]) -> list[int]:
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_share().num_bytes

@@ -25,6 +25,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.memory_share import memory_share
 from distzo2.units import Unit
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
@@ -66,7 +67,7 @@ class MemoryStore:
         if not units:
             return
         if device.type == "cpu":
-            self._pool = HostPool([u.num_bytes for u in units], device="cpu")
+            self._pool = HostPool([u.num_bytes for u in units], device="cpu", **memory_share().pool_options())
             self._buffers = {u.index: self._pool.tensor(i) for i, u in enumerate(units)}
         else:
             self._buffers = {u.index: torch.empty(u.num_bytes, dtype=torch.uint8, device=device) for u in units}
@@ -153,7 +154,7 @@ class StreamingStore:
         self._spare: torch.Tensor | None = None  # between units that are written one after another, as in loading
         name = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
         if directory is None:
-            self._pool = HostPool(sizes, device=name)
+            self._pool = HostPool(sizes, device=name, **memory_share().pool_options())
         else:
             path = _new_block_file(Path(directory), BlockFile.file_bytes(sizes))
             try:

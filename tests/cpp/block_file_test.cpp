@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 
 #include "runtime/block_file.h"
 #include "runtime_fixture.h"
@@ -286,6 +287,48 @@ TEST(one_run_at_a_time) {
     CHECK_THROWS(make_file(scratch.file("blocks"), {10}), "in use by another run");
     CHECK_THROWS(make_file(scratch.file("blocks"), {10}, false), "in use by another run");
     CHECK(std::filesystem::file_size(scratch.file("blocks")) == 3 * 4096);
+}
+
+// A run is killed, and a worker that it forked lives on: neither the lock nor the space may stay with it.
+TEST(a_forked_child_lets_go_of_the_file) {
+#ifndef __SANITIZE_THREAD__ // which does not survive a fork beside threads
+    const Watchdog watchdog("a_forked_child_lets_go_of_the_file");
+    const ScratchDirectory scratch;
+    const std::string path = scratch.file("blocks");
+    int told[2], held[2];
+    REQUIRE(pipe(told) == 0 && pipe(held) == 0);
+    const pid_t run = fork();
+    if (run == 0) {
+        close(held[1]);
+        const auto file = make_file(path, {10, 5000}, true, std::nullopt, kDurable);
+        if (fork() == 0) { // the worker
+            char byte = 0;
+            const std::string text = testing::thrown_text([&] { file->read(0, &byte, 1, 0); });
+            file->stats();
+            if (write(told[1], text.data(), text.size()) < 0)
+                _exit(1);
+            close(told[1]);
+            [[maybe_unused]] const ssize_t ended = read(held[0], &byte, 1); // until the test lets it go
+            _exit(0);
+        }
+        sleep_us(60'000'000);
+        _exit(1);
+    }
+    close(told[1]);
+    close(held[0]);
+    char text[1000] = {};
+    REQUIRE(read(told[0], text, sizeof text - 1) > 0);
+    CHECK(std::string(text).find("belongs to the process that opened it, and this is a forked child") !=
+              std::string::npos,
+          text);
+    CHECK_THROWS(make_file(path, {10, 5000}, false), "in use by another run"); // the run itself has it still
+    kill(run, SIGKILL);
+    int status = 0;
+    CHECK(waitpid(run, &status, 0) == run && WIFSIGNALED(status));
+    CHECK_EQ(make_file(path, {10, 5000}, false)->stats().bytes_used, 5010u);
+    close(held[1]);
+    close(told[0]);
+#endif
 }
 
 TEST(too_little_space_is_said_before_writing) {

@@ -1,9 +1,11 @@
-// CopyEngine's CUDA code over the simulated driver: the same contents whatever the delays, the host never blocked,
-// nothing created or pinned in the steady state, nothing left behind, and errors of the driver kept and raised.
+// CopyEngine's CUDA code over the driver under test (test_driver.h): the same contents whatever the delays, the host
+// never blocked, nothing created or pinned in the steady state, nothing left behind, and errors of the driver kept and
+// raised.
 #include "testing.h"
 
 #include "runtime/copy_engine.h"
-#include "simulated_driver.h"
+#include "test_driver.h"
+#include "test_kernels.h"
 #include "watchdog.h"
 
 using namespace distzo2;
@@ -17,21 +19,27 @@ std::atomic<int> num_mismatches{0};
 
 // A kernel on a compute stream: looks at the slot, and perhaps changes it.
 struct Kernel {
-    std::byte* slot;
+    std::byte* slot; // its mirror
     int block;
     int64_t expected;
     int64_t next; // or -1
     int delay_us;
-    static void run(void* argument) {
-        const std::unique_ptr<Kernel> kernel(static_cast<Kernel*>(argument));
-        const size_t num_bytes = kSizes[static_cast<size_t>(kernel->block)];
-        if (first_difference(kernel->slot, kernel->block, kernel->expected, num_bytes, 89) != num_bytes)
+    void look() const {
+        const size_t num_bytes = kSizes[static_cast<size_t>(block)];
+        if (first_difference(slot, block, expected, num_bytes, 89) != num_bytes)
             ++num_mismatches;
+    }
+    static void begin(void* argument) {
+        const auto* kernel = static_cast<Kernel*>(argument);
+        kernel->look();
         random_delay(kernel->delay_us);
+    }
+    static void end(void* argument) {
+        const std::unique_ptr<Kernel> kernel(static_cast<Kernel*>(argument));
         if (kernel->next >= 0)
-            fill(kernel->slot, kernel->block, kernel->next, num_bytes);
-        else if (first_difference(kernel->slot, kernel->block, kernel->expected, num_bytes, 83) != num_bytes)
-            ++num_mismatches; // changed under the reader
+            fill(kernel->slot, kernel->block, kernel->next, kSizes[static_cast<size_t>(kernel->block)]);
+        else
+            kernel->look(); // changed under the reader?
     }
 };
 
@@ -53,6 +61,8 @@ struct Subject {
             }
             for (Stream& stream : streams)
                 cu::driver().stream_create(&stream, cu::kStreamNonBlocking, 0);
+            for (Stream const stream : {streams[0], streams[1], Stream{nullptr}})
+                mirrors[stream] = std::make_unique<Mirror>(driver, kMaxBytes);
         }
         if (from_file) {
             file = std::make_shared<BlockFile>(scratch.file("blocks"), kSizes, true, std::nullopt,
@@ -73,6 +83,7 @@ struct Subject {
     ~Subject() {
         engine.reset();
         staging.reset();
+        synchronize_streams();
         {
             const DeviceGuard guard(*device);
             for (Stream stream : streams)
@@ -82,14 +93,23 @@ struct Subject {
         }
         pool.reset();
         device.reset();
-        CHECK_EQ(driver.leaks(), simulated::Driver::kNoLeaks);
+        CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
         CHECK_EQ(driver.misuse(), "");
         CHECK_EQ(num_mismatches.load(), 0);
     }
     void launch(Stream stream, int slot, int block, int64_t expected, int64_t next = -1) {
         const DeviceGuard guard(*device);
-        device->call(stream, Kernel::run,
-                     new Kernel{slots[static_cast<size_t>(slot)], block, expected, next, max_delay_us});
+        Mirror& mirror = *mirrors.at(stream);
+        std::byte* const memory = slots[static_cast<size_t>(slot)];
+        const size_t num_bytes = kSizes[static_cast<size_t>(block)];
+        auto* const kernel = new Kernel{mirror.data(), block, expected, next, max_delay_us};
+        mirror.load(stream, memory, num_bytes);
+        device->call(stream, Kernel::begin, kernel);
+        if (next < 0)
+            mirror.load(stream, memory, num_bytes);
+        device->call(stream, Kernel::end, kernel);
+        if (next >= 0)
+            mirror.store(stream, memory, num_bytes);
     }
     void synchronize_streams() {
         const DeviceGuard guard(*device);
@@ -106,7 +126,7 @@ struct Subject {
         return first_difference(memory.data(), block, version, num_bytes) == num_bytes;
     }
 
-    simulated::Driver driver;
+    TestDriver driver;
     int max_delay_us;
     ScratchDirectory scratch;
     std::shared_ptr<Device> device;
@@ -115,6 +135,7 @@ struct Subject {
     std::shared_ptr<BlockFile> file;
     std::vector<std::byte*> slots;
     Stream streams[2] = {};
+    std::map<Stream, std::unique_ptr<Mirror>> mirrors;
     std::unique_ptr<CopyEngine> engine;
 };
 
@@ -208,17 +229,7 @@ TEST(stress_file) {
 TEST(host_never_blocks) {
     const Watchdog watchdog("host_never_blocks");
     Subject subject(false, 3, 0);
-    std::atomic<bool> go{false};
-    {
-        const DeviceGuard guard(*subject.device);
-        subject.device->call(
-            subject.streams[0],
-            [](void* argument) {
-                while (!static_cast<std::atomic<bool>*>(argument)->load())
-                    sleep_us(100);
-            },
-            &go);
-    }
+    Gate gate(subject.driver, subject.streams[0]);
     const int num_blocks = static_cast<int>(kSizes.size());
     subject.engine->prefetch(0);
     for (int i = 0; i < 2 * num_blocks; ++i) {
@@ -230,7 +241,7 @@ TEST(host_never_blocks) {
         CHECK(subject.engine->prefetch((block + 2) % num_blocks), "at ", i);
     }
     CHECK(!subject.stored(0, 1));
-    go.store(true);
+    gate.open();
     subject.engine->flush();
     for (int block = 0; block < num_blocks; ++block)
         CHECK(subject.stored(block, 2), "block ", block);
@@ -268,18 +279,8 @@ TEST(a_dropped_upload_still_reads) {
     const Watchdog watchdog("a_dropped_upload_still_reads");
     Subject subject(false, 2, 0);
     CopyEngine& engine = *subject.engine;
-    std::atomic<bool> go{false};
     engine.acquire(0, subject.streams[0]);
-    {
-        const DeviceGuard guard(*subject.device);
-        subject.device->call(
-            subject.streams[0],
-            [](void* argument) {
-                while (!static_cast<std::atomic<bool>*>(argument)->load())
-                    sleep_us(100);
-            },
-            &go);
-    }
+    Gate gate(subject.driver, subject.streams[0]);
     engine.release(0, subject.streams[0], false, 0);
     engine.acquire(1, subject.streams[1]);
     engine.release(1, subject.streams[1], false, 0);
@@ -295,7 +296,7 @@ TEST(a_dropped_upload_still_reads) {
     }
     sleep_us(50000);
     CHECK(subject.stored(2, 0));
-    go.store(true);
+    gate.open();
     engine.flush();
     CHECK(subject.stored(2, 1));
 }
@@ -309,9 +310,9 @@ TEST(steady_state_creates_nothing) {
         int registrations = 0;
         for (int step = 0; step < 12; ++step) {
             if (step == 2) {
-                events = subject.driver.num_events_created;
-                streams = subject.driver.num_streams_created;
-                registrations = subject.driver.num_registrations;
+                events = subject.driver.num_events_created();
+                streams = subject.driver.num_streams_created();
+                registrations = subject.driver.num_registrations();
             }
             for (int block = 0; block < 7; ++block) {
                 subject.engine->prefetch((block + 1) % 7);
@@ -321,9 +322,9 @@ TEST(steady_state_creates_nothing) {
             }
         }
         subject.engine->flush();
-        CHECK_EQ(subject.driver.num_events_created.load(), events);
-        CHECK_EQ(subject.driver.num_streams_created.load(), streams);
-        CHECK_EQ(subject.driver.num_registrations.load(), registrations);
+        CHECK_EQ(subject.driver.num_events_created(), events);
+        CHECK_EQ(subject.driver.num_streams_created(), streams);
+        CHECK_EQ(subject.driver.num_registrations(), registrations);
         CHECK(subject.stored(3, 12));
     }
 }
@@ -376,7 +377,7 @@ TEST(each_driver_call_may_fail) {
         for (const char* call : {"stream_create", "event_create", "event_record", "stream_wait_event", "copy_to_device",
                                  "copy_to_host", "stream_synchronize", "event_query"})
             for (const int after : {0, 1, 5}) {
-                simulated::Driver driver;
+                TestDriver driver;
                 {
                     const auto device = make_device("cuda:0");
                     const auto pool = std::make_shared<HostPool>(kSizes, device, HostPoolOptions{.pin = true});
@@ -413,7 +414,7 @@ TEST(each_driver_call_may_fail) {
                     for (std::byte* slot : slots)
                         cu::driver().memory_free(reinterpret_cast<cu::DevicePtr>(slot));
                 }
-                CHECK_EQ(driver.leaks(), simulated::Driver::kNoLeaks);
+                CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
                 CHECK_EQ(driver.misuse(), "");
             }
 }

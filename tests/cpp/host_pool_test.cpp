@@ -9,7 +9,7 @@
 
 #include "runtime/cuda_device.h"
 #include "runtime/memory_budget.h"
-#include "simulated_driver.h"
+#include "test_driver.h"
 #include "watchdog.h"
 
 using namespace distzo2;
@@ -71,6 +71,16 @@ TEST(budget_is_shared_by_the_ranks_of_a_machine) {
     const std::string text = testing::thrown_text([&] { make_pool({2 * kMiB}, options); });
     CHECK(text.find("only 1398101 bytes (1.333 MiB) may be taken by each of 3 ranks") != std::string::npos, text);
     CHECK_THROWS(make_pool({1}, {.num_ranks = 0}), "num_ranks must be at least 1");
+
+    // A reading of before any of them was made counts instead of what the machine says by now.
+    MemoryBudget before{.cgroup_bytes = 5'000'000, .available_bytes = 4'000'000};
+    before.limit_to_these();
+    make_pool({439 * kPageBytes}, {.num_ranks = 2, .machine = before});
+    const std::string refusal =
+        testing::thrown_text([&] { make_pool({1'810'000}, {.num_ranks = 2, .machine = before}); });
+    for (const char* part : {"only 1800000 bytes", "by each of 2 ranks", "cgroup limit leaves: 5000000 bytes",
+                             "MemAvailable: 4000000 bytes"})
+        CHECK(refusal.find(part) != std::string::npos, refusal);
 }
 
 TEST(memory_comes_from_the_numa_node_of_the_device) {
@@ -145,11 +155,11 @@ TEST(pieces_never_cross_a_chunk) {
 
 TEST(pinning_is_in_chunks_and_undone) {
     const Watchdog watchdog("pinning_is_in_chunks_and_undone");
-    simulated::Driver driver;
+    TestDriver driver;
     driver.max_registration_bytes = 64 * 1024; // as a real one refuses one that is too large
     {
         const auto pool = make_pool({150000, 10}, {.pin = true, .chunk_bytes = 64 * 1024}, "cuda:0");
-        CHECK_EQ(driver.num_registrations.load(), 3);
+        CHECK_EQ(driver.num_registrations(), 3);
         CHECK_EQ(pool->stats().bytes_pinned, pool->stats().bytes_padded);
         CHECK_EQ(pool->stats().chunks, 3u);
         const auto arena = pool->arena();
@@ -157,21 +167,21 @@ TEST(pinning_is_in_chunks_and_undone) {
         CHECK_THROWS(pool->address(0), "closed");
         CHECK_EQ(arena->num_bytes_pinned(), pool->stats().bytes_padded); // as long as somebody holds it
     }
-    CHECK_EQ(driver.leaks(), simulated::Driver::kNoLeaks);
+    CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
     CHECK_EQ(driver.misuse(), "");
 }
 
 TEST(failed_pin_rolls_back) {
     const Watchdog watchdog("failed_pin_rolls_back");
-    simulated::Driver driver;
+    TestDriver driver;
     driver.failing_call = "host_register";
     driver.calls_before_failure = 2;
     const HostPoolOptions options{.pin = true, .chunk_bytes = 4096};
     const std::string text = testing::thrown_text([&] { make_pool({5 * 4096}, options, "cuda"); });
-    for (const char* part : {"cannot pin chunk 2", "CUDA_ERROR_SIMULATED", "RLIMIT_MEMLOCK"})
+    for (const char* part : {"cannot pin chunk 2", "CUDA_ERROR_OUT_OF_MEMORY", "RLIMIT_MEMLOCK"})
         CHECK(text.find(part) != std::string::npos, text);
-    CHECK_EQ(driver.num_registrations.load(), 2);
-    CHECK_EQ(driver.leaks(), simulated::Driver::kNoLeaks);
+    CHECK_EQ(driver.num_registrations(), 2);
+    CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
 
     driver.calls_before_failure = 1;
     HostPoolOptions lenient = options;
@@ -179,18 +189,17 @@ TEST(failed_pin_rolls_back) {
     const auto pool = make_pool({5 * 4096}, lenient, "cuda");
     CHECK_EQ(pool->stats().bytes_pinned, 0u);
     CHECK(pool->stats().pin_error.find("cannot pin chunk 1") != std::string::npos);
-    CHECK_EQ(driver.leaks(), simulated::Driver::kNoLeaks);
+    CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
     CHECK_EQ(driver.misuse(), "");
 }
 
 TEST(missing_devices_are_named) {
-    simulated::Driver driver;
-    driver.num_devices = 2;
+    TestDriver driver(2);
     CHECK_EQ(make_device("cuda:1")->name(), "cuda:1");
-    CHECK_THROWS(make_device("cuda:2"), "cuda:2 was asked for, and the CUDA driver lists 2");
+    CHECK_THROWS(make_device("cuda:99"), "cuda:99 was asked for, and the CUDA driver lists");
     CHECK(cu::available().first);
-    driver.num_devices = 0;
+    driver.lists_no_devices = true;
     CHECK(!cu::available().first);
     CHECK(cu::available().second.find("no CUDA device") != std::string::npos);
-    CHECK_EQ(driver.leaks(), simulated::Driver::kNoLeaks);
+    CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
 }

@@ -1,8 +1,7 @@
 // A CUDA driver of threads, as a cu::DriverTable: each stream is a thread with its own queue, so that work on two
-// streams is ordered by events alone, as on a GPU, and random delays (and poison in every copy's target before it is
-// filled) make a missing wait show. It also refuses what a real driver refuses or only punishes: calls without a
-// context, copies outside of an allocation, from memory that is not pinned or across two registrations, use of
-// destroyed handles.
+// streams is ordered by events alone, as on a GPU. It refuses what a real driver refuses or only punishes: calls
+// without a context or from a host function, copies outside of an allocation, from memory that is not pinned or across
+// two registrations, use of destroyed handles. What tests ask of a driver besides (test_driver.h) is not its affair.
 #pragma once
 
 #include <atomic>
@@ -22,7 +21,6 @@
 
 #include "runtime/common.h"
 #include "runtime/driver.h"
-#include "runtime_fixture.h"
 
 namespace simulated {
 
@@ -76,33 +74,32 @@ class StreamState {
     std::thread thread_;
 };
 
-// One driver per test, in place of libcuda while it lives.
+struct Options {
+    int num_devices = 1;
+    bool serial_host_functions = false; // those of all streams wait for one another, as a real driver's may
+    bool abort_on_misuse = false;       // where nobody can ask for misuse()
+};
+
+// One at a time.
 class Driver {
   public:
-    int num_devices = 1;
-    int max_delay_us = 0;
-    size_t max_registration_bytes = SIZE_MAX;
-    std::string failing_call;     // this call fails ...
-    int calls_before_failure = 0; // ... after so many that succeed
-    Result failure = kOutOfMemory;
-
-    std::atomic<int> num_events_created{0};
-    std::atomic<int> num_streams_created{0};
-    std::atomic<int> num_registrations{0};
-    std::atomic<int> num_contexts{0}; // retained and not released
-
-    Driver() {
+    explicit Driver(const Options& options = {}) : options_(options) {
         current() = this;
-        static const DriverTable table = make_table();
-        distzo2::cu::set_driver(&table);
         streams_[nullptr] = std::make_unique<StreamState>(); // the legacy default stream
     }
     ~Driver() {
         streams_.clear();
         for (const auto& [address, num_bytes] : allocations_)
             std::free(reinterpret_cast<void*>(address));
-        distzo2::cu::set_driver(nullptr);
         current() = nullptr;
+    }
+    Driver(const Driver&) = delete;
+    Driver& operator=(const Driver&) = delete;
+
+    // Of the driver that lives at the time of a call.
+    static const DriverTable& table() {
+        static const DriverTable table = make_table();
+        return table;
     }
 
     // What went wrong so far; empty when nothing was.
@@ -110,13 +107,9 @@ class Driver {
         const std::lock_guard lock(mutex_);
         return misuse_;
     }
-    // Handles that were made and not destroyed; empty when none.
-    std::string leaks() {
-        const std::lock_guard lock(mutex_);
-        return distzo2::join_text(streams_.size() - 1, " streams, ", events_.size(), " events, ", registrations_.size(),
-                                  " registrations, ", num_contexts.load(), " contexts");
-    }
-    static constexpr const char* kNoLeaks = "0 streams, 0 events, 0 registrations, 0 contexts";
+    // cuStreamWaitValue32 (of a value that is at least so large) and cuStreamWriteValue32.
+    static Result stream_wait_value(Stream stream, DevicePtr address, uint32_t value, unsigned flags);
+    static Result stream_write_value(Stream stream, DevicePtr address, uint32_t value, unsigned flags);
 
   private:
     static Driver*& current() {
@@ -135,6 +128,10 @@ class Driver {
     Result complain(const char* call, const std::string& what, Result result) {
         if (misuse_.empty())
             misuse_ = distzo2::join_text(call, ": ", what);
+        if (options_.abort_on_misuse) {
+            std::fprintf(stderr, "simulated driver: %s\n", misuse_.c_str());
+            std::abort();
+        }
         return result;
     }
     // With the lock held: whether the call may go on.
@@ -143,8 +140,6 @@ class Driver {
             return complain(call, "called from a host function", kNotPermitted);
         if (needs_context && contexts().empty())
             return complain(call, "no current context", kInvalidContext);
-        if (failing_call == call && calls_before_failure-- <= 0)
-            return failure;
         return kSuccess;
     }
     static bool inside(const std::map<uintptr_t, size_t>& ranges, uintptr_t address, size_t num_bytes) {
@@ -161,12 +156,7 @@ class Driver {
             return complain(call, "host memory is not within one registration", kInvalidValue);
         auto* to = reinterpret_cast<void*>(up ? device : host);
         const auto* from = reinterpret_cast<const void*>(up ? host : device);
-        streams_.at(stream)->push([to, from, num_bytes, delay = max_delay_us] {
-            random_delay(delay);
-            std::memset(to, 0xFF, num_bytes);
-            random_delay(delay);
-            std::memcpy(to, from, num_bytes);
-        });
+        streams_.at(stream)->push([to, from, num_bytes] { std::memcpy(to, from, num_bytes); });
         return kSuccess;
     }
     static void complete(Record& record) {
@@ -198,8 +188,10 @@ class Driver {
     static DriverTable make_table() {
         DriverTable t;
         t.init = [](unsigned) { return kSuccess; };
-        t.get_error_name = [](Result, const char** text) {
-            *text = "CUDA_ERROR_SIMULATED";
+        t.get_error_name = [](Result result, const char** text) {
+            *text = result == kOutOfMemory ? "CUDA_ERROR_OUT_OF_MEMORY"
+                    : result == kNoDevice  ? "CUDA_ERROR_NO_DEVICE"
+                                           : "CUDA_ERROR_UNKNOWN";
             return kSuccess;
         };
         t.get_error_string = [](Result, const char** text) {
@@ -207,7 +199,7 @@ class Driver {
             return kSuccess;
         };
         t.device_get_count = [](int* count) {
-            *count = current()->num_devices;
+            *count = current()->options_.num_devices;
             return kSuccess;
         };
         t.device_get = [](DeviceId* device, int ordinal) {
@@ -221,12 +213,10 @@ class Driver {
         t.primary_context_retain = [](Context* context, DeviceId device) {
             SIMULATED_CALL("primary_context_retain", false);
             *context = reinterpret_cast<Context>(uintptr_t{0x1000} + static_cast<uintptr_t>(device));
-            ++d.num_contexts;
             return kSuccess;
         };
         t.primary_context_release = [](DeviceId) {
             SIMULATED_CALL("primary_context_release", false);
-            --d.num_contexts;
             return kSuccess;
         };
         t.context_push = [](Context context) {
@@ -251,7 +241,6 @@ class Driver {
                 return d.complain("stream_create", "blocks the default stream", kInvalidValue);
             *stream = reinterpret_cast<Stream>(++d.next_handle_);
             d.streams_[*stream] = std::make_unique<StreamState>();
-            ++d.num_streams_created;
             return kSuccess;
         };
         t.stream_destroy = [](Stream stream) {
@@ -282,7 +271,6 @@ class Driver {
             SIMULATED_CALL("event_create", true);
             *event = reinterpret_cast<Event>(++d.next_handle_);
             d.events_[*event] = {(flags & kEventDisableTiming) == 0, nullptr};
-            ++d.num_events_created;
             return kSuccess;
         };
         t.event_record = [](Event event, Stream stream) {
@@ -342,14 +330,11 @@ class Driver {
         t.host_register = [](void* address, size_t num_bytes, unsigned) {
             SIMULATED_CALL("host_register", true);
             const auto start = reinterpret_cast<uintptr_t>(address);
-            if (num_bytes > d.max_registration_bytes)
-                return kOutOfMemory;
             const auto next = d.registrations_.lower_bound(start);
             if ((next != d.registrations_.end() && next->first < start + num_bytes) ||
                 inside(d.registrations_, start, 1))
                 return d.complain("host_register", "is registered already", kAlreadyRegistered);
             d.registrations_[start] = num_bytes;
-            ++d.num_registrations;
             return kSuccess;
         };
         t.host_unregister = [](void* address) {
@@ -361,8 +346,10 @@ class Driver {
         t.launch_host_function = [](Stream stream, HostFunction function, void* argument) {
             SIMULATED_CALL("launch_host_function", true);
             SIMULATED_HANDLE("launch_host_function", streams_, stream);
-            d.streams_[stream]->push([function, argument, delay = d.max_delay_us] {
-                random_delay(delay);
+            d.streams_[stream]->push([&d, function, argument] {
+                std::unique_lock turn(d.host_functions_, std::defer_lock);
+                if (d.options_.serial_host_functions)
+                    turn.lock();
                 in_callback() = true;
                 function(argument);
                 in_callback() = false;
@@ -372,6 +359,8 @@ class Driver {
         t.memory_allocate = [](DevicePtr* address, size_t num_bytes) {
             SIMULATED_CALL("memory_allocate", true);
             void* memory = std::malloc(num_bytes);
+            if (memory == nullptr)
+                return kOutOfMemory;
             std::memset(memory, 0xFF, num_bytes);
             *address = reinterpret_cast<DevicePtr>(memory);
             d.allocations_[reinterpret_cast<uintptr_t>(memory)] = num_bytes;
@@ -386,9 +375,9 @@ class Driver {
         };
         return t;
     }
-#undef SIMULATED_CALL
-#undef SIMULATED_HANDLE
 
+    const Options options_;
+    std::mutex host_functions_;
     std::mutex mutex_;
     std::string misuse_;
     uintptr_t next_handle_ = 0x100;
@@ -397,5 +386,25 @@ class Driver {
     std::map<uintptr_t, size_t> registrations_; // address to bytes
     std::map<uintptr_t, size_t> allocations_;
 };
+
+inline Result Driver::stream_wait_value(Stream stream, DevicePtr address, uint32_t value, unsigned) {
+    SIMULATED_CALL("stream_wait_value", true);
+    SIMULATED_HANDLE("stream_wait_value", streams_, stream);
+    d.streams_[stream]->push([cell = reinterpret_cast<uint32_t*>(address), value] {
+        while (std::atomic_ref(*cell).load() < value)
+            std::this_thread::sleep_for(std::chrono::microseconds(50));
+    });
+    return kSuccess;
+}
+
+inline Result Driver::stream_write_value(Stream stream, DevicePtr address, uint32_t value, unsigned) {
+    SIMULATED_CALL("stream_write_value", true);
+    SIMULATED_HANDLE("stream_write_value", streams_, stream);
+    d.streams_[stream]->push(
+        [cell = reinterpret_cast<uint32_t*>(address), value] { std::atomic_ref(*cell).store(value); });
+    return kSuccess;
+}
+#undef SIMULATED_CALL
+#undef SIMULATED_HANDLE
 
 } // namespace simulated

@@ -25,6 +25,12 @@ struct Test {
 
 struct Abandoned {}; // thrown by REQUIRE; the failure is already counted
 
+struct Skipped { // thrown by a test that cannot run here
+    std::string reason;
+};
+
+inline constexpr int kAllSkipped = 77; // exit status; ctest's SKIP_RETURN_CODE
+
 inline std::vector<Test>& tests() {
     static std::vector<Test> all;
     return all;
@@ -73,6 +79,7 @@ inline std::string thrown_text(const std::function<void()>& call) {
 inline int run(const char* filter) {
     int num_passed = 0;
     int num_failed = 0;
+    int num_skipped = 0;
     for (const Test& test : tests()) {
         if (filter != nullptr && std::strstr(test.name, filter) == nullptr)
             continue;
@@ -81,6 +88,10 @@ inline int run(const char* filter) {
         try {
             test.body();
         } catch (const Abandoned&) {
+        } catch (const Skipped& skipped) {
+            std::printf("skip %s: %s\n", test.name, skipped.reason.c_str());
+            ++num_skipped;
+            continue;
         } catch (const std::exception& error) {
             report(test.name, 0, "no exception", error.what());
         } catch (...) {
@@ -92,8 +103,10 @@ inline int run(const char* filter) {
         std::printf("%s %s (%.0f ms)\n", passed ? "ok  " : "FAIL", test.name, elapsed.count());
         std::fflush(stdout);
     }
-    std::printf("%d passed, %d failed\n", num_passed, num_failed);
-    return num_failed == 0 && num_passed > 0 ? 0 : 1;
+    std::printf("%d passed, %d failed, %d skipped\n", num_passed, num_failed, num_skipped);
+    if (num_failed > 0 || num_passed + num_skipped == 0)
+        return 1;
+    return num_passed > 0 ? 0 : kAllSkipped;
 }
 
 } // namespace testing

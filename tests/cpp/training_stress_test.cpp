@@ -1,7 +1,7 @@
 // A small model trained by ZO steps, its blocks streamed by the copy engine through few slots, against the same
 // training with resident weights: every step's losses and the weights at the end must be the same bits. Every transfer
 // is delayed at random and poisons its target with NaN first; the journal lags behind; some prefetches are in vain.
-// From memory and from a file, for the CPU and for the simulated CUDA driver, whose compute is asynchronous too.
+// From memory and from a file, for the CPU and for CUDA (test_driver.h), whose compute is asynchronous too.
 //
 // DISTZO2_STRESS_STEPS is the number of steps of each training (1000; fewer under a sanitizer).
 #include "testing.h"
@@ -12,8 +12,9 @@
 #include "counted_allocations.h"
 #include "runtime/copy_engine.h"
 #include "runtime/cpu_device.h"
-#include "simulated_driver.h"
 #include "small_training.h"
+#include "test_driver.h"
+#include "test_kernels.h"
 #include "watchdog.h"
 
 using namespace distzo2;
@@ -67,11 +68,11 @@ struct Made {
     int large_allocations = num_large_allocations;
     size_t mappings = Arena::num_made();
     int events = 0, streams = 0, pins = 0;
-    explicit Made(const simulated::Driver* driver) {
+    explicit Made(const TestDriver* driver) {
         if (driver != nullptr) {
-            events = driver->num_events_created;
-            streams = driver->num_streams_created;
-            pins = driver->num_registrations;
+            events = driver->num_events_created();
+            streams = driver->num_streams_created();
+            pins = driver->num_registrations();
         }
     }
     bool operator==(const Made&) const = default;
@@ -81,7 +82,7 @@ struct Made {
     }
 };
 
-Outcome streamed_training(const Setting& setting, const simulated::Driver* driver, EngineStats& stats) {
+Outcome streamed_training(const Setting& setting, const TestDriver* driver, EngineStats& stats) {
     const std::vector<size_t> sizes = block_bytes();
     const size_t slot_bytes = align_up(max_block_bytes(), kPageBytes);
     const Weights initial = initial_weights();
@@ -96,7 +97,9 @@ Outcome streamed_training(const Setting& setting, const simulated::Driver* drive
     Slots cpu_slots(setting.num_slots, slot_bytes);
     std::vector<std::byte*> slots = cpu_slots.addresses;
     Stream compute = nullptr;
+    std::optional<Mirror> mirror;
     if (setting.cuda) {
+        mirror.emplace(*driver, slot_bytes);
         const DeviceGuard guard(*device);
         for (std::byte*& slot : slots) {
             cu::DevicePtr address = 0;
@@ -153,9 +156,15 @@ Outcome streamed_training(const Setting& setting, const simulated::Driver* drive
                 int64_t& version = versions[static_cast<size_t>(block)];
                 const bool write_back = version < step && (step + block) % setting.write_every == 0;
                 const DeviceGuard guard(*device);
+                std::byte* const memory = slots[static_cast<size_t>(slot)];
+                const size_t num_bytes = sizes[static_cast<size_t>(block)];
+                if (mirror)
+                    mirror->load(compute, memory, num_bytes);
                 device->call(compute, Kernel::run,
-                             new Kernel{&lanes, block, slots[static_cast<size_t>(slot)], write_back,
+                             new Kernel{&lanes, block, mirror ? mirror->data() : memory, write_back,
                                         Program(coefs, version, step, true)});
+                if (mirror && write_back)
+                    mirror->store(compute, memory, num_bytes);
                 if (write_back)
                     version = step;
                 engine->release(block, compute, write_back, version);
@@ -190,9 +199,9 @@ Outcome streamed_training(const Setting& setting, const simulated::Driver* drive
 
 void compare(const char* name, const Setting& setting) {
     Watchdog watchdog(name, 250);
-    std::unique_ptr<simulated::Driver> driver;
+    std::unique_ptr<TestDriver> driver;
     if (setting.cuda) {
-        driver = std::make_unique<simulated::Driver>();
+        driver = std::make_unique<TestDriver>();
         driver->max_delay_us = setting.max_delay_us;
         driver->max_registration_bytes = 2 * kPageBytes;
     }
@@ -211,7 +220,7 @@ void compare(const char* name, const Setting& setting) {
     CHECK(stats.downloads + stats.recalled_downloads >= visits / (2 * static_cast<uint64_t>(setting.write_every)));
     if (driver) {
         CHECK_EQ(driver->misuse(), "");
-        CHECK_EQ(driver->leaks(), simulated::Driver::kNoLeaks);
+        CHECK_EQ(driver->leaks(), TestDriver::kNoLeaks);
     }
 }
 
