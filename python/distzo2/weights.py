@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,6 +85,8 @@ class UnitWeights:
         self._last_streamed: Unit | None = None
         self._busy = False  # a window is open, or a pass under way
         self._closed = False
+        # Called with each unit that is let go of and its clean weights at `unit.version`, not to be changed or kept.
+        self.tap: Callable[[Unit, torch.Tensor], None] | None = None
         self.trace = Trace()
         self.reset_stats()
 
@@ -179,6 +181,8 @@ class UnitWeights:
 
     def _release(self, unit: Unit) -> None:
         present = self._present.pop(unit.index)
+        if self.tap is not None:
+            self.tap(unit, present.buffer)
         self._store(unit).release(unit, present.dirty)
 
     def _views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
@@ -288,6 +292,19 @@ class UnitWeights:
             self._materialize(self._present[unit.index], (), ())
             self._release(unit)
         unit.version = self.version
+
+    def trained_units(self) -> list[Unit]:
+        """The units that updates reach."""
+        return [unit for unit in self.units if self._table(unit) is not None]
+
+    def touch(self, unit: Unit) -> None:
+        """Brings one unit up to date and lets go of it, as a pass that enters it does."""
+        self._check_idle("reading weights")
+        self._bring(unit)
+        try:
+            self._materialize(self._present[unit.index], (), ())
+        finally:
+            self._release(unit)
 
     def visit(self) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
         """Every unit in turn with its parameters on the compute device, every update made so far in them. Each is read
