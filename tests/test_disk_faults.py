@@ -1,5 +1,5 @@
-"""A full disk, or a broken one, at each call of a run that changes a file: it goes on, or ends in one line of error; and
-resumed it ends with the bits of a run that nothing happened to.
+"""A full disk, or a broken one, at each call of a run that changes a file: it goes on, or ends in one line. Then, when
+resumed, it ends with the bits of a run that nothing happened to.
 
 By default every so many calls are tried, another set for each error; DISTZO2_ALL_FAULTS=1 tries every call with both
 (`make faults`).
