@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from test_equivalence import same_bits
 from torch import nn
 
 import distzo2
+from distzo2 import journal as journal_module
 from distzo2 import snapshot_writer
-from distzo2.snapshot import HIDDEN, MANIFEST, Snapshots, snapshots_in
+from distzo2.journal_format import decode_line, encode_line
+from distzo2.snapshot import HIDDEN, MANIFEST, MAX_MANIFEST_BYTES, Snapshots, snapshots_in
 from distzo2.snapshot_resume import find_snapshot
 
 IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -176,6 +179,31 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
     opt.close()
 
 
+def test_no_snapshot_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
+    """All units are written while the journal's thread stands still; the name comes when it goes on."""
+    go_on, commit = threading.Event(), journal_module._Writer._commit
+
+    def waits(self, block):
+        assert go_on.wait(60)
+        commit(self, block)
+
+    monkeypatch.setattr(journal_module._Writer, "_commit", waits)
+    model = place(tmp_path, "host")
+    opt = optimizer(model, tmp_path, every=2)
+    train(model, opt, 2)
+    while opt._snapshots._making.wanted or opt._snapshots._task[:1] != ("publish",):
+        train(model, opt, opt.step_count + 1)
+        assert opt.step_count < 2000
+    time.sleep(0.1)
+    assert opt.journal.durable == 0 and not snapshots_in(tmp_path / "snapshots")
+    go_on.set()
+    while not opt._snapshots.figures.num_made:
+        train(model, opt, opt.step_count + 1)
+        assert opt.step_count < 4000
+    assert snapshots_in(tmp_path / "snapshots")
+    opt.close()
+
+
 def test_minutes_and_no_journal(tmp_path):
     model = place(tmp_path, "host")
     with pytest.raises(distzo2.DistZO2Error, match="need a journal"):
@@ -224,20 +252,79 @@ def damage(path: Path, kind: str, rng: random.Random) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m["units"][1].update(file="../../journal"), "'../../journal'"),
+        (lambda m: m["units"][1].update(file="/etc/passwd"), "'/etc/passwd'"),
+        (lambda m: m["units"][0].update(num_bytes=1 << 60), "1152921504606846976 bytes, where the model has"),
+        (lambda m: m["units"][0].update(version=m["journal"]["steps"] + 1), "version of unit-"),
+        (lambda m: m["units"][0].update(version=True), "version of unit-"),
+        (lambda m: m["units"][0].update(crc32="0x12"), "8 hex digits"),
+        (lambda m: m["units"].reverse(), "where the model has"),
+        (lambda m: m["units"].pop(), "units, the model has"),
+        (lambda m: m.update(seed=4), "a run with seed 4, not 3"),
+        (lambda m: m.update(snapshot=2), "format '2', this program knows 1"),
+        (lambda m: m.update(snapshot=True), "format 'True'"),
+        (lambda m: m.update(more=1), "the manifest: expected"),
+        (lambda m: m["journal"].update(steps=1 << 31), "steps of the journal, which has"),
+        (lambda m: m["journal"].update(sha256="0" * 64), "are not those it holds"),
+        (lambda m: m["journal"].update(steps=m["journal"]["steps"] + 1), "are not those it holds"),
+    ],
+)
+def test_a_manifest_that_is_whole_and_wrong_is_refused(whole_run, change, reason):
+    """One whose CRC is right: of another run, of a later program, or by an enemy."""
+    run, steps, runtime = whole_run
+    manifest = snapshots_in(run / "snapshots")[0] / MANIFEST
+    before = manifest.read_bytes()
+    record = decode_line(before, MAX_MANIFEST_BYTES)
+    change(record)
+    manifest.write_bytes(encode_line(record, MAX_MANIFEST_BYTES))
+    try:
+        found = find_snapshot(run / "snapshots", runtime, run / "journal", steps)
+    finally:
+        manifest.write_bytes(before)
+    assert len(found.reasons) == 1 and reason in found.reasons[0] and "\n" not in found.reasons[0]
+
+
+def test_links_and_devices_are_no_files_of_a_snapshot(whole_run):
+    run, steps, runtime = whole_run
+    newest = snapshots_in(run / "snapshots")[0]
+    for name in (MANIFEST, "unit-00000.safetensors"):
+        path, aside = newest / name, newest / "aside"
+        path.rename(aside)
+        for put in (lambda p, a: p.symlink_to(a), lambda p, a: os.mkfifo(p), lambda p, a: p.mkdir()):
+            put(path, aside)
+            found = find_snapshot(run / "snapshots", runtime, run / "journal", steps)
+            assert found.path != newest and name in found.reasons[0]
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        aside.rename(path)
+    assert find_snapshot(run / "snapshots", runtime, run / "journal", steps).path == newest
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(run, its number of steps, a runtime that is bound to the same parameters)"""
+    path = tmp_path_factory.mktemp("whole")
+    run, steps = run_until_snapshots(path, "host", num=2)
+    (path / "other").mkdir()
+    model = place(path, "host")
+    opt = optimizer(model, path / "other")
+    yield run, steps, distzo2.runtime_of(model)
+    opt.close()
+
+
 def num_damages() -> int:
     return int(os.environ.get("DISTZO2_NUM_DAMAGES", "120"))
 
 
-def test_damage_is_always_found(tmp_path):
-    run, steps = run_until_snapshots(tmp_path, "host", num=2)
+def test_damage_is_always_found(whole_run, tmp_path):
+    run, steps, runtime = whole_run
     older = snapshots_in(run / "snapshots")[1]
     newest = snapshots_in(run / "snapshots")[0]
     whole = tmp_path / "whole"
     shutil.copytree(newest, whole)
-    model = place(tmp_path, "host")
-    (tmp_path / "other").mkdir()
-    opt = optimizer(model, tmp_path / "other")  # only to bind the parameters: what follows reads
-    runtime, journal = distzo2.runtime_of(model), run / "journal"
+    journal = run / "journal"
     rng = random.Random(7)
     assert find_snapshot(run / "snapshots", runtime, journal, steps).path == newest
     for _ in range(num_damages()):
@@ -249,4 +336,3 @@ def test_damage_is_always_found(tmp_path):
         assert file.name in found.reasons[0] and newest.name in found.reasons[0], (kind, found.reasons)
         shutil.copy(whole / file.name, file)
     assert find_snapshot(run / "snapshots", runtime, journal, steps).path == newest
-    opt.close()

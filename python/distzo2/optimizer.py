@@ -244,9 +244,12 @@ class ZOSGD(torch.optim.Optimizer):
             self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
         else:
             invalid = self._open_own_journal(path, resume, snapshots)
-        if snapshots is not None and snapshots.are_made and self.journal is not None:
-            from distzo2.snapshot_writer import SnapshotWriter
+        if snapshots is None or self.journal is None:
+            return
+        from distzo2.snapshot_writer import SnapshotWriter, remove_unfinished
 
+        remove_unfinished(snapshots.directory)
+        if snapshots.are_made:
             self._snapshots = SnapshotWriter(snapshots, self._runtime, self.journal, first, invalid)
             self._runtime.tap = self._snapshots.offer
 

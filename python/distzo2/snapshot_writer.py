@@ -143,7 +143,6 @@ class SnapshotWriter:
         self._failure: str | None = None
         self._published = False
         self._corrections: list[tuple[float, float, int]] = []
-        remove_unfinished(self._directory)
 
     # ---- the thread that trains -------------------------------------------------------------------------------------
 
@@ -224,10 +223,10 @@ class SnapshotWriter:
             if free < num_bytes + _SLACK_BYTES:
                 self._options.log(f"no snapshot of step {step}: it needs {num_bytes} bytes, and {free} are free")
                 return
-            path.mkdir()
             if self._staging is None:
                 self._staging = self._make_staging(max(image.num_bytes for image in self._images.values()))
-        except OSError as error:
+            path.mkdir()
+        except (OSError, RuntimeError, MemoryError) as error:
             self._options.log(f"no snapshot of step {step}: {error}")
             return
         if self._thread is None:
