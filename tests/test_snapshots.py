@@ -180,10 +180,11 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
 
 
 def test_no_snapshot_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
-    """All units are written while the journal's thread stands still; the name comes when it goes on."""
+    """All units are written while the journal's lines are written and not synced; the name comes when they are."""
     go_on, commit = threading.Event(), journal_module._Writer._commit
 
     def waits(self, block):
+        journal_module._write_all(self._descriptor, block, self._num_bytes)
         assert go_on.wait(60)
         commit(self, block)
 
