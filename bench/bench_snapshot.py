@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--weights", choices=("host", "disk"), default="host")
     parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--pace", type=float, default=0.03)
