@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 CORE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE_NEW = cmake -S . -B build/$(1) $(if $(wildcard build/$(1)/CMakeCache.txt),,-G Ninja)
 CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
@@ -76,10 +76,12 @@ stress: $(VENV)/.built ## long trainings through poisoned slots with random dela
 	DISTZO2_STRESS_STEPS=10000 build/core/tests/training_stress_test
 	$(BIN)/pytest tests/test_stress.py
 
-faults: $(VENV)/.built ## disks that fail, power cuts at every byte, limits on memory, failing threads and drivers
+faults: $(VENV)/.built ## disks that fail, kills and power cuts at any instant, damaged files, limits on memory, failing threads and drivers (an hour)
 	$(call CMAKE_NEW,core) && cmake --build build/core
 	$(CTEST) build/core -R 'block_file|copy_engine|host_pool|io_ring'
 	$(BIN)/pytest tests/test_limits.py tests/test_store.py tests/test_safety.py
+	DISTZO2_NUM_KILLS=200 DISTZO2_NUM_DAMAGES=1000 DISTZO2_ALL_FAULTS=1 $(BIN)/pytest --timeout=0 -s \
+		tests/test_kills.py tests/test_snapshots.py tests/test_disk_faults.py tests/test_power_cut.py
 
 mutations: $(VENV)/.installed ## leave out each ordering of copy engine and block file in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \

@@ -7,11 +7,13 @@ checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from distzo2.safetensors_io import CheckpointError, SafetensorsWriter, TensorEnt
 DEFAULT_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+_TMP_PREFIX, _REPLACED_PREFIX = ".checkpoint-", ".replaced-"
 _DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
 
 # What goes with a model's weights and is copied as it is: tokenizers, processors, chat templates, licences.
@@ -80,6 +83,7 @@ class CheckpointWriter:
         self.out_dir = Path(out_dir)
         self._shards: list[SafetensorsWriter] = []
         self._tmp: Path | None = None
+        self._lock: int | None = None  # a descriptor that tells others that `_tmp` is in use
         held = holds_checkpoint(self.out_dir)
         if held and not overwrite:
             raise CheckpointError(f"{self.out_dir}: already holds {held[0]}; name another directory or overwrite=True")
@@ -97,7 +101,9 @@ class CheckpointWriter:
         try:
             self._made_dir = not existed
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            self._tmp = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out_dir))
+            _remove_leftovers(self.out_dir)
+            self._tmp = Path(tempfile.mkdtemp(prefix=_TMP_PREFIX, dir=self.out_dir))
+            self._lock = _lock_directory(self._tmp)
             self._write_companions(self._tmp, len(plan))
             self._place: dict[str, tuple[SafetensorsWriter, TensorEntry]] = {}
             for file, tensors in plan.items():
@@ -253,7 +259,7 @@ class CheckpointWriter:
     def _publish(self) -> None:
         """Renames everything into place; the files of a checkpoint that is replaced stay until the new ones stand."""
         tmp = self._tmp
-        replaced = Path(tempfile.mkdtemp(prefix=".replaced-", dir=self.out_dir))
+        replaced = Path(tempfile.mkdtemp(prefix=_REPLACED_PREFIX, dir=self.out_dir))
         moved: list[tuple[Path, Path]] = []
         try:
             new = sorted(tmp.iterdir())
@@ -275,6 +281,12 @@ class CheckpointWriter:
         tmp.rmdir()
         sync_directory(self.out_dir)
         self._tmp = None
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def abort(self) -> None:
         """Removes what was written so far."""
@@ -283,6 +295,7 @@ class CheckpointWriter:
         if self._tmp is not None:
             shutil.rmtree(self._tmp, ignore_errors=True)
             self._tmp = None
+        self._unlock()
         if getattr(self, "_made_dir", False) and self.out_dir.is_dir() and not any(self.out_dir.iterdir()):
             self.out_dir.rmdir()
 
@@ -309,6 +322,30 @@ def _shard(entries: list[TensorEntry], max_bytes: int) -> dict[str, dict[str, tu
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": tensors for i, tensors in enumerate(shards)}
+
+
+def _lock_directory(path: Path) -> int | None:
+    """A descriptor that holds the lock of a directory; None if another process holds it, or there are no locks here."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What a killed writer left there: its unpublished files, and the place for replaced ones if it is empty."""
+    for path in directory.glob(f"{_TMP_PREFIX}*"):
+        with suppress(OSError):
+            lock = _lock_directory(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+    for path in directory.glob(f"{_REPLACED_PREFIX}*"):
+        with suppress(OSError):
+            path.rmdir()
 
 
 def _files_below(directory: Path) -> Iterator[Path]:

@@ -47,6 +47,13 @@ class CoefficientClip:
         self._in_row = self._in_row + 1 if clipped else 0
         self.remember(coefs)
 
+    def count(self, clipped: bool) -> None:
+        """Takes over from a journal that a step was clipped, or was not. A run that so many ended, and that goes on all
+        the same, has none behind it."""
+        self._in_row = self._in_row + 1 if clipped else 0
+        if self._max_clipped and self._in_row >= self._max_clipped:
+            self._in_row = 0
+
     def _limit(self) -> float | None:
         if self._max_coef is None or len(self._window) < WARM_UP:
             return None

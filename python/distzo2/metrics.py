@@ -6,7 +6,7 @@ A step's line: {"kind": "step", "step", "loss", "coefs", "lr", "skipped", "clipp
 from its first byte to its last, and rates are bytes over them (null: nothing moved); `exposed_wait_s` is what compute
 stood still for them.
 An evaluation's line: {"kind": "eval", "step", "loss", "accuracy", "seconds"}, `step` being the updates made before it.
-The journal is the truth; these lines are for people and plots, so they are not synced to the disk one by one.
+The journal is the truth; lines of steps are for people and plots, so only those of evaluations are synced to the disk.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from distzo2.safetensors_io import sync_directory
+
 
 class Metrics:
     """Appends lines to a metrics file, and knows the evaluations made so far. Without a file, on ranks that write none,
@@ -38,6 +40,8 @@ class Metrics:
             self.evals[line["step"]] = line
         self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
+        if line["kind"] == "eval" and self.path != Path(os.devnull):
+            os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
 
     def match(self, entries: Iterable[Any], num_steps: int) -> None:
         """Makes the file hold the journal's first `num_steps` steps, each once: later lines are dropped, missing ones
@@ -53,9 +57,13 @@ class Metrics:
                 steps[entry.step] = _line_of(entry)
         lines = sorted([*steps.values(), *self.evals.values()], key=lambda s: (s["step"], s["kind"] == "step"))
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(finite(line)) + "\n" for line in lines), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
         self._file.close()
         os.replace(temporary, self.path)
+        sync_directory(self.path.parent)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:

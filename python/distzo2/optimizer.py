@@ -32,8 +32,16 @@ from distzo2.units import Unit
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from distzo2.parallel import Mesh
     from distzo2.shared_step import SharedStep
+    from distzo2.snapshot import Snapshots
+    from distzo2.snapshot_resume import Found
+    from distzo2.snapshot_writer import SnapshotWriter
+
+
+NON_FINITE_LOSS = "non-finite loss"  # why a step was skipped
 
 
 class NonFiniteLossError(DistZO2Error):
@@ -82,6 +90,7 @@ class ZOSGD(torch.optim.Optimizer):
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
             writes the journal.
         verify_every: compare the weights of all ranks after every so many steps; 0: only when the optimizer is made.
+        snapshots: where copies of the weights are made while training goes on, and read on `resume`; needs a journal.
 
     Raises:
         DistZO2Error: the model was not handed over, or an argument is out of range, or the ranks of the mesh have other
@@ -108,6 +117,7 @@ class ZOSGD(torch.optim.Optimizer):
         max_skipped: int = 5,
         mesh: Mesh | None = None,
         verify_every: int = 0,
+        snapshots: Snapshots | None = None,
     ) -> None:
         self._model = model
         self._runtime = runtime_of(model)
@@ -150,7 +160,8 @@ class ZOSGD(torch.optim.Optimizer):
             self._shared.join(journal is not None, resume)
             self._interrupt.also = mesh.heartbeat.check
             self.verify_replicas()
-        self._open_journal(journal, resume)
+        self._snapshots: SnapshotWriter | None = None
+        self._open_journal(journal, resume, snapshots)
 
     # ---- groups -----------------------------------------------------------------------------------------------
 
@@ -222,20 +233,42 @@ class ZOSGD(torch.optim.Optimizer):
 
     # ---- the journal --------------------------------------------------------------------------------------------
 
-    def _open_journal(self, path: str | os.PathLike | None, resume: bool) -> None:
+    def _open_journal(self, path: str | os.PathLike | None, resume: bool, snapshots: Snapshots | None) -> None:
         if path is None:
+            if snapshots is not None:
+                raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
             self._runtime.set_durable(ALWAYS_DURABLE)
             return
+        first, invalid = self._runtime.version, []
         if self._shared is not None:
-            self.journal = self._shared.open_journal(path, resume)
+            self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
+        else:
+            invalid = self._open_own_journal(path, resume, snapshots)
+        if snapshots is None or self.journal is None:
             return
+        from distzo2.snapshot_writer import SnapshotWriter, remove_unfinished
+
+        remove_unfinished(snapshots.directory)
+        if snapshots.are_made:
+            self._snapshots = SnapshotWriter(snapshots, self._runtime, self.journal, first, invalid)
+            self._runtime.tap = self._snapshots.offer
+
+    def _open_own_journal(self, path: str | os.PathLike, resume: bool, snapshots: Snapshots | None) -> list[Path]:
+        """Without a mesh. Returns the snapshots that were found to be damaged."""
+        invalid: list[Path] = []
         header = run_header(self)
         version = self._runtime.version
         if resume:
             journal = Journal.open(path)
             try:
                 check_same_run(path, journal.header, header)
-                self.apply([entry.update for entry in journal.entries])
+                if snapshots is not None:
+                    from distzo2.snapshot_resume import find_snapshot
+
+                    found = find_snapshot(snapshots.directory, self._runtime, path, len(journal.entries))
+                    invalid = found.invalid
+                    self._go_on_from(found, snapshots)
+                self.take_over(journal.entries)
             except BaseException:
                 journal.close()
                 raise
@@ -249,6 +282,29 @@ class ZOSGD(torch.optim.Optimizer):
         runtime.set_durable(version + journal.durable)
         journal.on_durable(lambda durable: runtime.set_durable(version + durable))
         journal.on_failure(runtime.fail)
+        return invalid
+
+    def _go_on_from(self, found: Found, snapshots: Snapshots) -> None:
+        """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
+        from distzo2.snapshot_resume import load_snapshot
+
+        for reason in found.reasons:
+            snapshots.log(reason)
+        if found.manifest is not None:
+            load_snapshot(found, self._runtime, self._runtime.version)
+            snapshots.log(f"went on from the snapshot {found.path.name}")
+        elif found.reasons:
+            snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
+
+    def take_over(self, entries: Sequence[StepEntry]) -> None:
+        """Takes over a journal's steps, as if this optimizer had made them; no forward is run."""
+        self.apply([entry.update for entry in entries])
+        for entry in entries:
+            self._skipped_in_row = self._skipped_in_row + 1 if entry.skipped else 0
+            if entry.skipped != NON_FINITE_LOSS:
+                self._clip.count(bool(entry.extra.get("clipped")))
+        if self._skipped_in_row >= self.max_skipped:  # the run ended itself there, and is to go on all the same
+            self._skipped_in_row = 0
 
     def apply(self, updates: Sequence[Update]) -> None:
         """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run."""
@@ -350,6 +406,8 @@ class ZOSGD(torch.optim.Optimizer):
                 f"step {step}: {record.skipped}, for {self._skipped_in_row} steps in a row; none of them was applied"
             )
         self._clip.check(step)
+        if self._snapshots is not None:
+            self._snapshots.step_done(self._runtime, self.step_count, record.seconds)
         if self.verify_every and self.step_count % self.verify_every == 0:
             self.verify_replicas()
         return torch.tensor(loss, dtype=torch.float64)
@@ -389,7 +447,7 @@ class ZOSGD(torch.optim.Optimizer):
             if not np.isfinite(coefs).all():
                 record.skipped = "non-finite coefficient"
         else:
-            record.skipped = "non-finite loss"
+            record.skipped = NON_FINITE_LOSS
         if record.skipped is not None:
             return Update(step, self._scalars(lr=0.0), ())
         record.coefs = [float(c) for c in coefs]
@@ -572,6 +630,10 @@ class ZOSGD(torch.optim.Optimizer):
     def close(self) -> None:
         """Ends the journal; what was appended is on disk afterwards. No step can follow."""
         self._closed = True
+        snapshots, self._snapshots = self._snapshots, None
+        if snapshots is not None:
+            self._runtime.tap = None
+            snapshots.close()
         journal, self.journal = self.journal, None
         if journal is not None:
             journal.close()

@@ -94,6 +94,13 @@ def whole_float(text: str) -> float:
     return value
 
 
+def share_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 and at most 1 was expected")
+    return value
+
+
 def limit_float(text: str) -> float | None:
     """A number above 1, or "none"."""
     if text.lower() == "none":
@@ -107,7 +114,7 @@ def limit_float(text: str) -> float | None:
 for _type, _text in (
     (num_bytes, "number of bytes (such as 12GiB), or auto"),
     (positive_int, "integer"), (whole_int, "integer"), (seed_int, "integer"),
-    (positive_float, "number"), (whole_float, "number"), (limit_float, "number"),
+    (positive_float, "number"), (whole_float, "number"), (share_float, "number"), (limit_float, "number"),
     (mesh_shape, "mesh (such as pert=2,data=2)"),
 ):  # fmt: skip
     _type.__name__ = _text  # what argparse calls it in "invalid ... value"
@@ -259,6 +266,35 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         default="last",
         help="checkpoint written at the end to OUT/checkpoint: of the last step, of the best (rebuilt from the "
         "journal), or none; any step can be rebuilt later with distzo2 replay",
+    )
+    group.add_argument(
+        "--snapshot-every",
+        type=whole_int,
+        default=0,
+        metavar="STEPS",
+        help="steps between snapshots: copies of the weights, made in the background in OUT/snapshots, from which "
+        "--resume goes on instead of from the model; 0: none",
+    )
+    group.add_argument(
+        "--snapshot-minutes",
+        type=whole_float,
+        default=0.0,
+        metavar="MINUTES",
+        help="minutes between snapshots; 0: none by time",
+    )
+    group.add_argument(
+        "--keep",
+        type=positive_int,
+        default=1,
+        metavar="K",
+        help="snapshots that are kept; an older one goes when a newer one is whole",
+    )
+    group.add_argument(
+        "--snapshot-pace",
+        type=share_float,
+        default=0.03,
+        metavar="SHARE",
+        help="the most that a snapshot may take of the time of the steps that it spans; with more it is whole sooner",
     )
     group.add_argument(
         "--trace",

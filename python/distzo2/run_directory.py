@@ -3,6 +3,7 @@
 journal.jsonl   every step (docs/journal.md); with the base checkpoint it is the run
 run.json        options, what the run was made of, how far it came
 metrics.jsonl   a line a step and an evaluation (distzo2.metrics)
+snapshots/      copies of the weights on the way (docs/snapshots.md)
 checkpoint/     the fine-tuned model
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace named no other file
@@ -23,8 +24,9 @@ from typing import Any
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.metrics import finite
 from distzo2.options import FIXED
+from distzo2.safetensors_io import sync_directory
 
-_OURS = ("run.json", "journal.jsonl", "metrics.jsonl", "checkpoint")
+_OURS = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
 
 
 class RunDirectory:
@@ -35,10 +37,12 @@ class RunDirectory:
         self.journal = self.path / "journal.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"
+        self.snapshots = self.path / "snapshots"
         self.trace = self.path / "trace.json"
         self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}
         self._resumed = False
+        self._unbegun = False
         self._descriptor: int | None = None  # of the lock, while it is held
         self._made: list[Path] = []  # directories that this process made, innermost first
 
@@ -66,6 +70,18 @@ class RunDirectory:
         return run
 
     @classmethod
+    def unbegun(cls, path: str | os.PathLike) -> RunDirectory | None:
+        """The directory of a run that was killed before its journal was there, so that it begins again; None if it is
+        not one."""
+        run = cls(path)
+        run._unbegun = True
+        try:
+            run._look()
+        except (UsageError, DistZO2Error):
+            return None
+        return run
+
+    @classmethod
     def restarted(cls, path: str | os.PathLike, launch: str) -> RunDirectory | None:
         """The directory of a run that this launch of torchrun began and that has steps; None if it holds none. What was
         there of a run of this launch without steps is removed."""
@@ -88,10 +104,16 @@ class RunDirectory:
             if not self.journal.is_file():
                 raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
             return
+        if self._unbegun:
+            if _read_record(self.path).get("status") != "starting" or os.path.lexists(self.journal):
+                raise UsageError(f"{self.path}: another distzo2 finetune has been at work there: --resume it")
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: a directory was expected")
         for name in _OURS:
             if os.path.lexists(self.path / name):
+                if self._descriptor is None and _is_locked(self.lock):
+                    raise UsageError(f"{self.path}: another distzo2 finetune is at work there")
                 raise UsageError(f"{self.path}: already holds a run ({name}): --resume it, or give another --out")
 
     def claim(self) -> None:
@@ -106,6 +128,8 @@ class RunDirectory:
                 missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._made = missing or self._made
+                for path in missing:
+                    sync_directory(path.parent)
                 self._descriptor = _lock(self.lock)
         except BlockingIOError:
             raise UsageError(f"{self.path}: another distzo2 finetune is at work there") from None
@@ -125,12 +149,12 @@ class RunDirectory:
         self.lock.unlink(missing_ok=True)  # while it is locked, the name is this file's
         os.close(descriptor)
 
-    def withdraw(self) -> None:
+    def withdraw(self, with_journal: bool = True) -> None:
         """Takes back what a new run put there before its first step, and releases the directory. Does nothing where it
         was not claimed for a new run: what is there then is someone else's."""
         if self._descriptor is None or self._resumed:
             return
-        for path in (self.metrics, self.journal, self.path / "run.json"):
+        for path in (self.metrics, *([self.journal] if with_journal else []), self.path / "run.json"):
             path.unlink(missing_ok=True)
         self.release()
         for path in self._made:
@@ -143,7 +167,7 @@ class RunDirectory:
             leftover.unlink(missing_ok=True)
 
     def update(self, **values: Any) -> None:
-        """Sets entries of run.json, whole or not at all."""
+        """Sets entries of run.json, whole or not at all, and durable when this returns."""
         self.record.update(values)
         temporary = self.path / "run.json.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
@@ -152,6 +176,7 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path / "run.json")
+        sync_directory(self.path)
 
     def check_same(self, options: dict[str, Any], train_sha256: str) -> list[str]:
         """Compares a resumed run's options with those so far; returns a line for each that changed and may.
@@ -177,11 +202,12 @@ class RunDirectory:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint that this run wrote."""
-        return self.checkpoint.exists() and self.record.get("checkpoint_step") is not None
+        """Whether there is a checkpoint that this run wrote, or had begun to write when it was killed."""
+        steps = (self.record.get("checkpoint_step"), self.record.get("saving_step"))
+        return self.checkpoint.exists() and steps != (None, None)
 
     def drop_checkpoint(self) -> None:
-        """Removes the checkpoint that this run wrote when it had fewer steps."""
+        """Removes the checkpoint that this run wrote when it had fewer steps, or did not end writing."""
         if self.has_checkpoint:
             shutil.rmtree(self.checkpoint)
 
@@ -210,6 +236,22 @@ def _lock(path: Path) -> int | None:
         raise OSError(error.errno, f"cannot be locked: {error.strerror}", os.fspath(path)) from error
     os.close(descriptor)
     return None
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -25,8 +25,12 @@ from distzo2.run_header import check_same_run, fingerprint, index_table, run_hea
 from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from distzo2.optimizer import ZOSGD, StepRecord
     from distzo2.parallel import Mesh
+    from distzo2.snapshot import Snapshots
+    from distzo2.snapshot_resume import Found
 
 logger = logging.getLogger("distzo2")
 
@@ -87,11 +91,13 @@ class SharedStep:
 
     # ---- the journal --------------------------------------------------------------------------------------------
 
-    def open_journal(self, path: Any, resume: bool) -> Journal | None:
-        """Opens or makes the journal on rank 0, and gives every rank the entries that it held.
+    def open_journal(self, path: Any, resume: bool, snapshots: Snapshots | None) -> tuple[Journal | None, list[Path]]:
+        """Opens or makes the journal on rank 0, and gives every rank the entries that it held. Weights are filled from
+        the snapshot that rank 0 chooses, on each rank that sees it; on the others the updates lead from the base to the
+        same weights.
 
         Returns:
-            The journal on rank 0; None on the others.
+            The journal on rank 0, None on the others; and the snapshots that were found to be damaged.
         """
         optimizer, runtime = self._optimizer, self._optimizer._runtime
         self._journal_from = runtime.version
@@ -116,8 +122,11 @@ class SharedStep:
         try:
             lines = self._exchange.from_rank_0("opening the journal", on_rank_0)
             entries = opened[0].entries if opened else [StepEntry.from_line(x) for x in lines.splitlines(True)]
+            found = self._choose_snapshot(snapshots, path, len(entries)) if resume and snapshots is not None else None
             with self._exchange.together("taking over the journal"):
-                optimizer.apply([entry.update for entry in entries])
+                if found is not None:
+                    optimizer._go_on_from(found, snapshots)
+                optimizer.take_over(entries)
         except BaseException:
             for journal in opened:
                 journal.close()
@@ -136,7 +145,7 @@ class SharedStep:
                 lambda durable: runtime.set_durable(first + durable),
             )
             self.mesh.ranks.closers.append(self.close)
-            return None
+            return None, []
         journal, teller = opened[0], DurabilityTeller(self.mesh.ranks.store.clone(), name, self.mesh.world_size)
         heartbeat = self.mesh.heartbeat
         runtime.set_durable(first + journal.durable)
@@ -148,7 +157,23 @@ class SharedStep:
         journal.on_durable(on_durable)
         journal.on_failure(runtime.fail)
         journal.on_failure(lambda error: heartbeat.post(f"rank 0: {error}"))
-        return journal
+        return journal, found.invalid if found is not None else []
+
+    def _choose_snapshot(self, snapshots: Snapshots, journal: Any, num_steps: int) -> Found:
+        """The newest snapshot that is whole, as rank 0 finds it."""
+        from distzo2.snapshot_resume import Found, find_same, find_snapshot
+
+        runtime, chosen = self._optimizer._runtime, []
+
+        def choose() -> bytes:
+            found = find_snapshot(snapshots.directory, runtime, journal, num_steps)
+            chosen.append(found)
+            return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
+
+        name, _, line = self._exchange.from_rank_0("choosing a snapshot", choose).partition(b"\n")
+        if chosen:
+            return chosen[0]
+        return find_same(snapshots.directory, runtime, name.decode(), line) if name else Found(None, None)
 
     def close(self) -> None:
         """Ends what `open_journal` began on ranks that do not write it, once all lines so far are durable. Weights that

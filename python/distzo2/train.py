@@ -33,6 +33,7 @@ from distzo2.parallel import Mesh, current
 from distzo2.preflight import DTYPES, ModelSize, check_device, check_disk, check_memory, gib, model_size
 from distzo2.run_directory import RunDirectory
 from distzo2.schedule import factor_of, make_scheduler
+from distzo2.snapshot import Snapshots, snapshots_in
 
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
@@ -61,12 +62,15 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
     """
     mesh = current()
     leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
+    asked = options.resume
     if mesh is not None:
         options = Namespace(**vars(options))
         options.resume = _resumes(options, mesh, log)
         options.parallel = str(mesh.shape)
     elif launch_id() is not None and restarts() and not options.resume:
         options = Namespace(**{**vars(options), "resume": RunDirectory.restarted(options.out, launch_id()) is not None})
+    elif options.resume:
+        options = Namespace(**{**vars(options), "resume": RunDirectory.unbegun(options.out) is None})
     log = log if leads else (lambda line: None)
     with _together(mesh, "reading data and options"):
         device = _device(options, mesh)
@@ -76,7 +80,8 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
             raise UsageError(f"--trace {options.trace}: its directory does not exist")
         run = RunDirectory(options.out)
         if leads:
-            run = RunDirectory.resumed(options.out) if options.resume else RunDirectory.new(options.out)
+            run = RunDirectory.resumed(options.out) if options.resume else None
+            run = run or (RunDirectory.unbegun(options.out) if asked else None) or RunDirectory.new(options.out)
         size = model_size(options.model, DTYPES.get(options.dtype))
         tokenizer = load_tokenizer(options.model)
         limit = sequence_limit(options.model, options.max_length)
@@ -102,8 +107,9 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
                 run.claim()
                 if options.resume:
                     _take_over(options, log, run, size, settings, train_sha256)
-                elif launch_id() is not None:  # a restart is to know whose these files are
-                    run.update(options=settings, launch=launch_id(), train_sha256=train_sha256, status="starting")
+                else:  # if this process is killed before the journal is there, --resume begins again
+                    launch = {} if launch_id() is None else {"launch": launch_id()}
+                    run.update(options=settings, train_sha256=train_sha256, status="starting", **launch)
         with _together(mesh, "loading the model"):
             model = distzo2.from_pretrained(
                 options.model,
@@ -129,8 +135,8 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
             distzo2.runtime_of(model).close()
     except BaseException as error:
         not_ours = isinstance(error.__cause__, FileExistsError)  # a journal that another program made meanwhile
-        if not not_ours and (loop is None or loop.num_steps == 0):
-            run.withdraw()
+        if loop is None or loop.num_steps == 0:
+            run.withdraw(with_journal=not not_ours)
         raise
     finally:
         run.release()
@@ -166,7 +172,7 @@ def _resumes(options: Namespace, mesh: Mesh, log: Callable[[str], None]) -> bool
 
     def look() -> bytes:
         if options.resume or not restarts() or launch_id() is None:
-            return json.dumps(options.resume).encode()
+            return json.dumps(options.resume and RunDirectory.unbegun(options.out) is None).encode()
         resumes = RunDirectory.restarted(options.out, launch_id()) is not None
         if resumes:
             log(f"restart {restarts()}: going on with the run in {options.out}")
@@ -197,6 +203,9 @@ def _check_room(options: Namespace, size: ModelSize, run: RunDirectory) -> None:
     """The block file and the checkpoint must fit on their disks; a checkpoint that is there is replaced."""
     block_file = {"the file of streamed weights": size.total * copies_here()} if options.weights == "disk" else {}
     checkpoint = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
+    if options.snapshot_every or options.snapshot_minutes:
+        there = len(snapshots_in(run.snapshots))
+        checkpoint["the snapshots"] = size.total * max(1, options.keep + 1 - there)
     if options.weights_dir and block_file:
         check_disk(options.weights_dir, block_file)
         block_file = {}
@@ -249,6 +258,14 @@ class _Loop:
             verify_every=o.verify_every,
             journal=self.run.journal,
             resume=o.resume,
+            snapshots=Snapshots(
+                self.run.snapshots,
+                every=o.snapshot_every,
+                minutes=o.snapshot_minutes,
+                keep=o.keep,
+                pace=o.snapshot_pace,
+                log=self.log,
+            ),
         )
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
@@ -440,6 +457,7 @@ class _Loop:
         step = self.optimizer.step_count if which == "last" or best is None else best
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
+        self.run.update(checkpoint_step=None, saving_step=step)  # whose it is, should this process be killed meanwhile
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
             distzo2.save_pretrained(self.model, self.run.checkpoint)
@@ -448,7 +466,7 @@ class _Loop:
 
             self.optimizer.journal.sync()
             replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-        self.run.update(checkpoint_step=step)
+        self.run.update(checkpoint_step=step, saving_step=None)
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _ended(self, status: str) -> None:

@@ -107,6 +107,8 @@ class UnitWeights:
         self._last_of_pass: Unit | None = streamed[-1] if streamed else None  # as seen last
         self._busy = False  # a window is open, or a pass under way
         self._closed = False
+        # Called with each unit that is let go of and its clean weights at `unit.version`, not to be changed or kept.
+        self.tap: Callable[[Unit, torch.Tensor], None] | None = None
         self.trace = Trace()
         self.reset_stats()
 
@@ -159,6 +161,13 @@ class UnitWeights:
         """How many updates the stored copy holds; of a sliced unit, this rank's slice."""
         part = self._slice_of(unit)
         return unit.version if part is None else part.version
+
+    def set_stored_version(self, unit: Unit, version: int) -> None:
+        """The stored copy was filled from outside with weights that hold so many updates."""
+        part = self._slice_of(unit)
+        unit.version = version
+        if part is not None:
+            part.version = version
 
     def _slice_of(self, unit: Unit) -> Slice | None:
         return self._ring.parts[unit.index] if isinstance(self._ring, SlicedStore) and unit.block >= 0 else None
@@ -216,6 +225,8 @@ class UnitWeights:
 
     def _release(self, unit: Unit) -> None:
         present = self._present.pop(unit.index)
+        if self.tap is not None:
+            self.tap(unit, present.buffer)
         self._store(unit).release(unit, present.dirty)
 
     def _views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
@@ -378,6 +389,19 @@ class UnitWeights:
             self._materialize(self._present[unit.index], (), ())
             self._release(unit)
         unit.version = self.version
+
+    def trained_units(self) -> list[Unit]:
+        """The units that updates reach."""
+        return [unit for unit in self.units if self._table(unit) is not None]
+
+    def touch(self, unit: Unit) -> None:
+        """Brings one unit up to date and lets go of it, as a pass that enters it does."""
+        self._check_idle("reading weights")
+        self._bring(unit)
+        try:
+            self._materialize(self._present[unit.index], (), ())
+        finally:
+            self._release(unit)
 
     def visit(self) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
         """Every unit in turn with its parameters on the compute device, every update made so far in them. Each is read

@@ -1,0 +1,73 @@
+"""Runs of the command line in processes that can be killed: forked from a server that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel_ranks import PRELOADED
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: `killed` by us, or with a status; and what it said."""
+
+    killed: bool
+    status: int | None
+    text: str
+    seconds: float
+
+
+def run(
+    directory: Path,
+    arguments: list[str],
+    kill_after: float | None = None,
+    once: Callable[[], bool] = lambda: True,
+    limit: float = 300.0,
+) -> Ended:
+    """`distzo2 ARGUMENTS` in `directory`, killed so many seconds after `once` became true, unless it ends before."""
+    _context.set_forkserver_preload([*PRELOADED, "kill_cases"])
+    log = directory / "log"
+    process = _context.Process(target=_serve, args=(str(directory), arguments, str(log)), daemon=True)
+    start = time.monotonic()
+    process.start()
+    try:
+        while kill_after is not None and process.exitcode is None and not once():
+            assert time.monotonic() - start < limit, log.read_text()
+            time.sleep(0.001)
+        process.join(limit if kill_after is None else kill_after)
+        alive = process.exitcode is None
+        if alive and kill_after is None:
+            raise AssertionError(f"{arguments} has not ended after {limit} s: {log.read_text()}")
+        if alive:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    finally:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    seconds = time.monotonic() - start
+    text = log.read_text() if log.exists() else ""
+    return Ended(process.exitcode == -signal.SIGKILL, process.exitcode, text, seconds)
+
+
+def _serve(directory: str, arguments: list[str], log: str) -> None:
+    from distzo2.cli import main
+
+    os.chdir(directory)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    status = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,103 @@
+"""A full disk, or a broken one, at each call of a run that changes a file: it goes on, or ends in one line. Then, when
+resumed, it ends with the bits of a run that nothing happened to.
+
+By default every so many calls are tried, another set for each error; DISTZO2_ALL_FAULTS=1 tries every call with both
+(`make faults`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from shimmed_runs import ShimmedRuns, build_shim
+from test_kills import assert_same_run
+from tiny_text import choice_lines, make_checkpoint, write_jsonl
+
+from distzo2.snapshot import HIDDEN, snapshots_in
+
+ALL = bool(os.environ.get("DISTZO2_ALL_FAULTS"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    root = tmp_path_factory.mktemp("faults")
+    return SimpleNamespace(
+        model=make_checkpoint(root / "model", layers=2),
+        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
+        eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShimmedRuns]:
+    try:
+        shim = build_shim(tmp_path_factory.mktemp("shim"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no C++ compiler that makes a shared library: {error}")
+    runs = ShimmedRuns(shim)
+    yield runs
+    runs.close()
+
+
+def arguments(files: SimpleNamespace, *more: str) -> list[str]:
+    return [
+        "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", "--out=out",
+        "--steps=12", "--batch-size=2", "--lr=1e-2", "--quiet", "--threads=1", "--eval-every=6", "--score=loss",
+        "--snapshot-every=3", "--snapshot-pace=1", "--save=best", "--no-check", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files, runs, tmp_path_factory) -> SimpleNamespace:
+    path = tmp_path_factory.mktemp("undisturbed")
+    answer = runs.run(path, arguments(files))
+    assert answer.status == 0, answer.text
+    assert answer.num_calls > 50 and snapshots_in(path / "out/snapshots")
+    return SimpleNamespace(path=path / "out", num_calls=answer.num_calls)
+
+
+@pytest.mark.parametrize(("weights", "error"), [("host", errno.ENOSPC), ("disk", errno.EIO), ("host", errno.EIO)])
+def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, weights, error):
+    outcomes: Counter[str] = Counter()
+    clean = runs.run(tmp_path, arguments(files, f"--weights={weights}"))
+    shutil.rmtree(tmp_path / "out")
+    stride = 1 if ALL else max(1, clean.num_calls // 8)
+    for fail_at in range(1 + (0 if ALL else error % stride), clean.num_calls + 1, stride):
+        directory = tmp_path / str(fail_at)
+        directory.mkdir()
+        command = arguments(files, f"--weights={weights}")
+        answer = runs.run(directory, command, fail_at=fail_at, error=error, and_all_after=fail_at % 3 == 0)
+        where = (fail_at, answer.text)
+        assert "Traceback" not in answer.text, where
+        if answer.status == 0:
+            outcomes["went on"] += 1
+        else:
+            errors = [line for line in answer.text.splitlines() if "error" in line and "given up" not in line]
+            assert answer.status == 1 and len(errors) == 1, where
+            assert os.strerror(error) in errors[0] or "room" in errors[0], where
+            if (directory / "out/run.json").exists():
+                outcomes["ended, went on when resumed"] += 1
+                command = ["finetune", "--resume", "--out=out"]
+            else:
+                outcomes["ended before the first step"] += 1
+            answer = runs.run(directory, command)
+            assert answer.status == 0, (fail_at, where, answer.text)
+        assert_same_run(directory / "out", undisturbed.path)
+        assert not list(directory.glob(f"out/snapshots/{HIDDEN}*")), where
+        shutil.rmtree(directory)
+    print(f"{weights}, {os.strerror(error)}: {clean.num_calls} calls, {dict(outcomes)}")
+    assert outcomes["ended, went on when resumed"]
+
+
+def test_the_shim_fails_the_call_that_it_is_told_to(files, runs, tmp_path):
+    """The first call of all makes the run's directory."""
+    answer = runs.run(tmp_path, arguments(files), fail_at=1, error=errno.ENOSPC)
+    assert answer.status == 1 and "out: No space left on device" in answer.text
+    assert not (tmp_path / "out").exists()

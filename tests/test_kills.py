@@ -1,0 +1,160 @@
+"""SIGKILL at random instants of a run: while it loads, trains, makes snapshots, evaluates, replays and saves. Resumed,
+it ends with the journal, the evaluations and the checkpoint of a run that nothing happened to.
+
+DISTZO2_NUM_KILLS says how many times (`make faults`: 200).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import kill_cases
+import pytest
+import torch
+from cli_runs import make_files, weights
+
+from distzo2.journal import read_journal
+from distzo2.metrics import read_metrics
+from distzo2.snapshot import HIDDEN, snapshots_in
+
+NUM_KILLS = int(os.environ.get("DISTZO2_NUM_KILLS", "10"))
+STEPS = 36
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_files(tmp_path_factory.mktemp("kills"))
+
+
+def arguments(files: SimpleNamespace, save: str, *more: str) -> list[str]:
+    return [
+        "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", "--out=out",
+        f"--steps={STEPS}", "--batch-size=4", "--lr=1e-2", "--quiet", "--threads=1", "--eval-every=9", "--score=loss",
+        "--schedule=cosine", "--snapshot-every=5", "--snapshot-pace=1", "--keep=2", f"--save={save}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """Runs that nothing happens to, by what they save."""
+    runs = {}
+    for save in ("last", "best"):
+        path = tmp_path_factory.mktemp(save)
+        kill_cases.run(path, ["--help"])  # the server has started
+        ended = kill_cases.run(path, arguments(files, save, "--weights=host"))
+        assert ended.status == 0, ended.text
+        runs[save] = SimpleNamespace(path=path / "out", seconds=ended.seconds)
+    return runs
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    ours, theirs = (read_journal(path / "journal.jsonl") for path in (run, expected))
+    assert [(e.update, e.losses) for e in ours.entries] == [(e.update, e.losses) for e in theirs.entries]
+    lines = [
+        [(m["kind"], m["step"], m["loss"], m.get("accuracy")) for m in read_metrics(path / "metrics.jsonl")]
+        for path in (run, expected)
+    ]
+    assert lines[0] == lines[1]
+    records = [json.loads((path / "run.json").read_text()) for path in (run, expected)]
+    for key in ("status", "steps_done", "best_step", "best", "checkpoint_step"):
+        assert records[0][key] == records[1][key], key
+    a, b = weights(run / "checkpoint"), weights(expected / "checkpoint")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
+    names = [{p.name for p in path.iterdir()} - {"snapshots"} for path in (run, expected)]
+    assert names[0] == names[1]
+    assert not [p for p in (run / "checkpoint").iterdir() if p.name.startswith(".")]
+
+
+def phase_of(run: Path) -> str:
+    """What a killed run was at, from what it left."""
+    if not (run / "journal.jsonl").exists():
+        return "starting" if (run / "run.json").exists() else "before anything was written"
+    steps = (run / "journal.jsonl").read_bytes().count(b"\n") - 1
+    if (run / "checkpoint").exists():
+        hidden = [p for p in (run / "checkpoint").iterdir() if p.name.startswith(".")]
+        return "saving" if hidden else "after saving"
+    if steps >= STEPS:
+        return "replaying or saving"
+    if list((run / "snapshots").glob(f"{HIDDEN}*")):
+        return "writing a snapshot"
+    return "training" if steps > 0 else "before the first step"
+
+
+def instant(rng: random.Random, run: Path, seconds: float) -> tuple[float, Callable[[], bool]]:
+    """So many seconds after something: after the start, after some step's line, or after the last one's, where the
+    checkpoint is written."""
+    journal, choice = run / "journal.jsonl", rng.random()
+    if choice < 0.15:
+        return rng.uniform(0, 0.5 * seconds), lambda: True
+    steps = rng.randrange(STEPS) if choice < 0.75 else STEPS
+    after = rng.uniform(0, 0.05) if choice < 0.75 else rng.uniform(0, 0.3)
+    return after, lambda: journal.exists() and journal.read_bytes().count(b"\n") > steps
+
+
+def test_killed_at_any_instant_a_run_ends_with_the_same_bits(files, undisturbed, tmp_path):
+    rng = random.Random(int(os.environ.get("DISTZO2_KILL_SEED", "1")))
+    phases: Counter[str] = Counter()
+    most = 1
+    for number in range(NUM_KILLS):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        save = rng.choice(["last", "best"])
+        kinds = [f"--weights={rng.choice(['host', 'disk', 'device'])}" for _ in range(8)]
+        command = arguments(files, save, kinds[0])
+        num_kills, ended = rng.choice([1, 1, 2, 3]), None
+        for attempt in range(num_kills):
+            after, once = instant(rng, directory / "out", undisturbed[save].seconds)
+            if attempt:
+                command = ["finetune", "--resume", "--out=out", kinds[attempt]]
+            ended = kill_cases.run(directory, command, after, once)
+            if not ended.killed:
+                break
+            phases[phase_of(directory / "out")] += 1
+            if not (directory / "out/run.json").exists():  # nothing to resume: it is said, and a new run may begin
+                refused = kill_cases.run(directory, ["finetune", "--resume", "--out=out"])
+                assert refused.status == 2 and refused.text.count("\n") == 1 and "holds no run" in refused.text
+                command = arguments(files, save, kinds[attempt])
+                break
+        if ended.killed:
+            if (directory / "out/run.json").exists():
+                command = ["finetune", "--resume", "--out=out", kinds[-1]]
+            ended = kill_cases.run(directory, command)
+        assert ended.status == 0 and "Traceback" not in ended.text, (number, phases, ended.text)
+        if "went on from the snapshot" in ended.text:
+            phases["went on from a snapshot"] += 1
+        most = max(most, len(snapshots_in(directory / "out/snapshots")))
+        assert_same_run(directory / "out", undisturbed[save].path)
+        shutil.rmtree(directory)
+    print(dict(phases))
+    assert most <= 2
+    if NUM_KILLS >= 50:
+        assert phases["went on from a snapshot"] and phases["writing a snapshot"] and phases["training"], phases
+
+
+def test_a_killed_replay_leaves_a_clear_refusal_or_the_right_bits(files, undisturbed, tmp_path):
+    rng = random.Random(2)
+    run = undisturbed["last"].path
+    whole = kill_cases.run(tmp_path, ["replay", str(run), "--out=out", "--quiet"])
+    assert whole.status == 0, whole.text
+    shutil.rmtree(tmp_path / "out")
+    for _ in range(max(3, NUM_KILLS // 5)):
+        ended = kill_cases.run(
+            tmp_path, ["replay", str(run), "--out=out", "--quiet"], rng.uniform(0.3, 1.05) * whole.seconds
+        )
+        again = kill_cases.run(tmp_path, ["replay", str(run), "--out=out", "--quiet"])
+        if again.status != 0:  # what was killed had given some files their names
+            assert again.text.count("\n") == 1 and "already holds" in again.text, again.text
+        else:
+            assert not [p for p in (tmp_path / "out").iterdir() if p.name.startswith(".")], ended
+            a, b = weights(tmp_path / "out"), weights(run / "checkpoint")
+            assert all(torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)) for name in b)
+        shutil.rmtree(tmp_path / "out")
