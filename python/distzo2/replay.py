@@ -72,20 +72,29 @@ def verify_checkpoint(directory: str | os.PathLike[str], base: Mapping[str, Any]
     Raises:
         CheckpointError: a file is missing or differs; the message names it.
     """
+    for difference in checkpoint_differences(directory, base):
+        raise CheckpointError(difference)
+
+
+def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
+    """Each difference between a directory and what :func:`digest_checkpoint` returned for it, as a line that names the
+    file; what is quick to see comes first."""
     path = Path(directory)
+    there = []
     for name, record in base["files"].items():
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{file}: the journal's base checkpoint has this file, but it is not there")
+            yield f"{file}: the journal's base checkpoint has this file, but it is not there"
+            continue
         num_bytes = file.stat().st_size
         if num_bytes != record["num_bytes"]:
-            raise CheckpointError(f"{file}: {num_bytes} bytes, the journal's base checkpoint has {record['num_bytes']}")
-    for name, record in _digest_files(path, list(base["files"])).items():
-        if record["sha256"] != base["files"][name]["sha256"]:
-            raise CheckpointError(
-                f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has "
-                f"{base['files'][name]['sha256']}"
-            )
+            yield f"{file}: {num_bytes} bytes, the journal's base checkpoint has {record['num_bytes']}"
+        else:
+            there.append(name)
+    for name, record in _digest_files(path, there).items():
+        expected = base["files"][name]["sha256"]
+        if record["sha256"] != expected:
+            yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
 
 
 def replay(
