@@ -73,8 +73,9 @@ class JournalContents:
     chain: str | None = None
 
 
-def read_journal(path: str | os.PathLike[str]) -> JournalContents:
-    """Reads and verifies a journal without locking or changing it; a run may be appending to it meanwhile.
+def read_journal(path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> JournalContents:
+    """Reads and verifies a journal without locking or changing it; a run may be appending to it meanwhile. A header
+    longer than `max_header_bytes` is refused unread.
 
     Every line's CRC and chained hash is checked, steps must count from 0, and every step must have as many groups as
     the header. A last line that has no newline or a wrong CRC was being written when the run was killed: it is left out
@@ -85,7 +86,7 @@ def read_journal(path: str | os.PathLike[str]) -> JournalContents:
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        return _read(file, os.fspath(path))
+        return _read(file, os.fspath(path), min(max_header_bytes, MAX_HEADER_BYTES))
 
 
 def num_groups_of(path: str | os.PathLike[str]) -> int:
@@ -264,8 +265,8 @@ class Journal:
             self._writer.close_quietly()
 
 
-def _read(file: BinaryIO, path: str) -> JournalContents:
-    line, header, chain = _read_first(file, path)
+def _read(file: BinaryIO, path: str, max_header_bytes: int = MAX_HEADER_BYTES) -> JournalContents:
+    line, header, chain = _read_first(file, path, max_header_bytes)
     entries: list[StepEntry] = []
     num_bytes = len(line)
     line = file.readline(MAX_STEP_BYTES + 1)
@@ -287,10 +288,12 @@ def _read(file: BinaryIO, path: str) -> JournalContents:
     return JournalContents(header, entries, None, num_bytes, chain)
 
 
-def _read_first(file: BinaryIO, path: str) -> tuple[bytes, dict[str, Any], str | None]:
-    line = file.readline(MAX_HEADER_BYTES + 1)
+def _read_first(
+    file: BinaryIO, path: str, max_bytes: int = MAX_HEADER_BYTES
+) -> tuple[bytes, dict[str, Any], str | None]:
+    line = file.readline(max_bytes + 1)
     try:
-        return line, *read_header(line)
+        return line, *read_header(line, max_bytes)
     except JournalError as error:
         raise JournalError(f"{path}: line 1: not the header of a journal: {error}") from None
 

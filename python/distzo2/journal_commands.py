@@ -41,7 +41,9 @@ def sha256_text(text: str) -> str:
 
 def add_journal(parser: Parser) -> None:
     """The commands and options of `journal`."""
-    commands = parser.add_subparsers(dest="journal_command", required=True, metavar="command", parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="journal_command", required=True, metavar="command", parser_class=Parser, help="what to do"
+    )
 
     def command(name: str, text: str) -> Parser:
         return commands.add_parser(

@@ -141,14 +141,14 @@ def check_header(header: Mapping[str, Any]) -> None:
     check_depth(header, MAX_DEPTH)
 
 
-def read_header(line: bytes) -> tuple[dict[str, Any], str | None]:
+def read_header(line: bytes, max_bytes: int = MAX_HEADER_BYTES) -> tuple[dict[str, Any], str | None]:
     """The header in a journal's first line, and the line's hash where lines are chained.
 
     Raises:
         JournalError: it is damaged, or not one of a journal that this reader knows; without file and line.
     """
     chain = stated_chain(line)
-    header = decode_line(line, MAX_HEADER_BYTES, None if chain is None else "")
+    header = decode_line(line, max_bytes, None if chain is None else "")
     check_header(header)
     if is_chained(header) != (chain is not None):
         raise JournalError("the header and its line do not agree on whether lines have a chained hash")
