@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults package lint format bench stats clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults fuzz package lint format bench stats clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -80,6 +80,11 @@ faults: $(VENV)/.built ## disks that fail, power cuts at every byte, limits on m
 	$(call CMAKE_NEW,core) && cmake --build build/core
 	$(CTEST) build/core -R 'block_file|copy_engine|host_pool|io_ring'
 	$(BIN)/pytest tests/test_limits.py tests/test_store.py tests/test_safety.py
+
+FUZZ_SECONDS ?= 75
+
+fuzz: $(VENV)/.built ## fuzz the readers of journals and checkpoints, nine targets of FUZZ_SECONDS each (11 minutes)
+	DISTZO2_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -s -v tests/test_fuzz.py
 
 mutations: $(VENV)/.installed ## leave out each ordering of copy engine and block file in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \
