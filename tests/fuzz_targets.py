@@ -50,7 +50,8 @@ def damage(draw: st.DrawFn, data: bytes) -> bytes:
 
 _TOKENS = [
     b"{", b"}", b"[", b"]", b",", b'"', b"\n", b"\0", b"0x1p-1", b"nan", b"NaN", b"Infinity", b"-0", b"1e309",
-    b"\\u0000", b"9" * 30, b'"crc":"', b'"chain":"', b"9223372036854775808", b"-1", b"true", b"null", b"\xff\xfe", b"[[[[",
+    b"\\u0000", b"9" * 30, b'"crc":"', b'"chain":"', b"9223372036854775808", b"-1", b"true", b"null", b"\xff\xfe",
+    b"[[[[",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from distzo2_core import Segment, SegmentTable, Update, materialize
 logger = logging.getLogger(__name__)
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-PIECE_BYTES = 32 << 20  # of weights that are read, updated and written at once
+PIECE_BYTES = 16 << 20  # of weights that are read, updated and written at once
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one each that is read, updated and written
 
