@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_journal import bits, make_entry, make_test_header, start_python
+from test_journal import ROOT, bits, make_entry, make_test_header, run_python, start_python
 
 from distzo2 import journal_writer
 from distzo2.journal import Journal, JournalError, read_journal
@@ -114,6 +114,18 @@ def test_a_shorter_journal_has_another_last_hash(tmp_path: Path) -> None:
     last = read_journal(path).chain
     path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1]))
     assert len(read_journal(path).entries) == 2 and read_journal(path).chain != last
+
+
+def test_documentation_follows_a_chain(tmp_path: Path) -> None:
+    """The second piece of Python in docs/journal.md, on a journal and on one that was changed."""
+    path = write_chained(tmp_path / "journal.jsonl", 3)
+    code = (ROOT / "docs" / "journal.md").read_text().split("```python\n")[2].split("```", 1)[0]
+    code = code.replace("run/journal.jsonl", os.fspath(path))
+    done = run_python(code)
+    assert done.stdout == f"{read_journal(path).chain}\n", done.stderr
+    lines = path.read_bytes().splitlines(True)
+    path.write_bytes(forge([*lines[:2], lines[2].replace(b'"tokens":64', b'"tokens":65'), *lines[3:]]))
+    assert "line 3, or one before it, was changed" in run_python(code).stderr
 
 
 # Group commit
