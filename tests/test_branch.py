@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli_runs import finetune, make_files, one_line, weights
 
+from distzo2.branch import first_like_step, first_own_step
 from distzo2.cli import main
 from distzo2.journal import read_journal
 from distzo2.journal_header import parents_of
@@ -127,6 +128,28 @@ def test_a_branch_that_joins_groups_is_refused(files: SimpleNamespace) -> None:
     frozen = [{**row, "group": None, "trainable": False} if row["index"] == 3 else row for row in header["table"]]
     with pytest.raises(DistZO2Error, match="trainable is True in the journal and False"):
         branch_of(BranchPoint("out/journal.jsonl"), {**header, "table": frozen})
+
+
+def test_coefficients_of_another_estimate_do_not_count() -> None:
+    """What a branch's clip looks back on: its parents' steps, as far back as they are of its own kind."""
+
+    def header(noise: str = "normal", **options: object) -> dict:
+        return {"options": options, "table": [{"noise": noise, "group": 0}]}
+
+    def parent(steps: int, noise: str = "normal", **options: object) -> dict:
+        return {"steps": steps, "noise": noise, "options": options}
+
+    for parents, first_like, first_own in (
+        ([], 0, 0),
+        ([parent(5, eps=1)], 0, 5),
+        ([parent(5, eps=2)], 5, 5),
+        ([parent(5, "rademacher", eps=1)], 5, 5),
+        ([parent(3, eps=2), parent(5, eps=1)], 3, 5),
+        ([parent(9, eps=2), parent(5, eps=1)], 5, 5),
+        ([parent(3, eps=1), parent(5, eps=1)], 0, 5),
+    ):
+        made = header(eps=1) | {"parents": parents}
+        assert (first_like_step(made), first_own_step(made)) == (first_like, first_own)
 
 
 def test_a_run_goes_on_on_another_machine(files: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
