@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults package lint format bench stats clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults fuzz package lint format bench stats clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -82,6 +82,11 @@ faults: $(VENV)/.built ## disks that fail, kills and power cuts at any instant, 
 	$(BIN)/pytest tests/test_limits.py tests/test_store.py tests/test_safety.py
 	DISTZO2_NUM_KILLS=200 DISTZO2_NUM_DAMAGES=1000 DISTZO2_ALL_FAULTS=1 $(BIN)/pytest --timeout=0 -s \
 		tests/test_kills.py tests/test_snapshots.py tests/test_disk_faults.py tests/test_power_cut.py
+
+FUZZ_SECONDS ?= 75
+
+fuzz: $(VENV)/.built ## fuzz the readers of journals and checkpoints, nine targets of FUZZ_SECONDS each (11 minutes)
+	DISTZO2_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -s -v tests/test_fuzz.py
 
 mutations: $(VENV)/.installed ## leave out each ordering of copy engine and block file in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \

@@ -200,11 +200,17 @@ def test_old_and_compressed_bin_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"expected an archive that torch\.save wrote"):
         TorchArchive(path)
     torch.save({"w": torch.ones(2000)}, path)
-    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "small.bin", "w", zipfile.ZIP_DEFLATED) as small:
-        for info in stored.infolist():
-            small.writestr(info.filename, stored.read(info))
-    with pytest.raises(CheckpointError, match="expected 8000 stored bytes in data/0"):
-        TorchArchive(tmp_path / "small.bin")
+    for name, message in (
+        ("data/0", "expected 8000 stored bytes in data/0"),
+        ("data.pkl", "expected stored bytes in data.pkl"),
+        ("byteorder", "expected stored bytes in byteorder"),
+    ):
+        with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "small.bin", "w") as small:
+            for info in stored.infolist():
+                kind = zipfile.ZIP_DEFLATED if info.filename.endswith(name) else zipfile.ZIP_STORED
+                small.writestr(info.filename, stored.read(info), kind)
+        with pytest.raises(CheckpointError, match=message):
+            TorchArchive(tmp_path / "small.bin")
 
 
 # Layouts: random chains of operations on symbols against the same on tensors.

@@ -34,7 +34,7 @@ from distzo2.journal import (
     read_journal,
     table_row,
 )
-from distzo2.journal_format import MAX_STEP_BYTES, crc_matches, encode_line
+from distzo2.journal_line import MAX_STEP_BYTES, crc_matches, encode_line
 from distzo2_core.types import GroupScalars, Term, Update
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +255,7 @@ def test_header_refused_with_reason(changes: dict[str, Any], reason: str) -> Non
 @pytest.mark.parametrize(
     "change",
     [
+        {"journal": 3},
         {"journal": 2},
         {"journal": True},
         {"noise": "n0"},

@@ -182,6 +182,39 @@ def test_ranks_go_on_from_a_snapshot_that_only_some_of_them_see(ranks, files, tm
     assert_same_run(tmp_path / "out", tmp_path / "alone", 34)
 
 
+def test_ranks_branch_from_a_run_of_one(ranks, files, alone, tmp_path):
+    branch = [
+        "finetune",
+        f"--branch-from={alone}",
+        "--at-step=3",
+        "--out=out",
+        "--parallel=pert=2",
+        "--weight-decay=0.1",
+    ]
+    results = ranks.values(cases.command, 2, tmp_path, branch)
+    assert [r["status"] for r in results] == [0, 0] and "at step 3 of 6" in results[0]["out"]
+    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (tmp_path / "out", alone))
+    assert [e.update.terms for e in ours[:3]] == [e.update.terms for e in theirs[:3]] and len(ours) == STEPS
+    assert ours[3].losses == theirs[3].losses and ours[4].losses != theirs[4].losses
+    assert main(["replay", str(tmp_path / "out"), f"--out={tmp_path / 'again'}", "--quiet"]) == 0
+    weights = [load_file(path / "model.safetensors") for path in (tmp_path / "again", tmp_path / "out" / "checkpoint")]
+    assert all(
+        torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)) for name, value in weights[0].items()
+    )
+    # A branch without decay of a run with it: all ranks must know that groups are kept apart.
+    third = [
+        "finetune",
+        f"--branch-from={tmp_path / 'out'}",
+        "--out=third",
+        "--weight-decay=0",
+        "--steps=7",
+        "--parallel=data=2",
+    ]
+    results = ranks.values(cases.command, 2, tmp_path, third)
+    assert [r["status"] for r in results] == [0, 0], results
+    assert {len(e.update.groups) for e in read_journal(tmp_path / "third" / "journal.jsonl").entries} == {2}
+
+
 def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",

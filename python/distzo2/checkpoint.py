@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distzo2.checkpoint_config import check_config_file, read_json
 from distzo2.checkpoint_map import CheckpointFiles, CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint_trace import one_line
 from distzo2.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
@@ -97,6 +98,11 @@ def open_checkpoint(
     directory = Path(path)
     config = _load_config(directory)
     files = CheckpointFiles(directory)
+    try:
+        check_config_file(directory / "config.json", len(files.entries))
+    except CheckpointError:
+        files.close()
+        raise
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -198,8 +204,9 @@ def _load_config(directory: Path) -> Any:
         raise CheckpointError(f"{directory}: expected a checkpoint directory, got no directory of that name")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: expected a checkpoint with a config.json, found none")
+    check_config_file(directory / "config.json")
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"{directory / 'config.json'}: not a configuration that transformers knows: {one_line(error)}"
@@ -214,8 +221,9 @@ def _load_generation_config(directory: Path, model: nn.Module) -> Any:
 
     if not (directory / "generation_config.json").is_file():
         return getattr(model, "generation_config", None)
+    read_json(directory / "generation_config.json")
     try:
-        return GenerationConfig.from_pretrained(directory)
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"{directory / 'generation_config.json'}: {one_line(error)}") from error
 

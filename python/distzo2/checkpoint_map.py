@@ -9,7 +9,6 @@ block of `SCRATCH_BYTES` a thread.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distzo2.checkpoint_config import MAX_JSON_BYTES, read_json
 from distzo2.checkpoint_layout import Layout, Piece
 from distzo2.checkpoint_trace import MISSING, LayoutTensor, Trace, trace_from_pretrained, trace_save
 from distzo2.parallel_read import CHUNK_BYTES, Range, split
@@ -84,15 +84,17 @@ class CheckpointFiles:
     def _weight_map(self, index_name: str) -> dict[str, str]:
         """Tensor name to file name."""
         index = self.directory / index_name
+        in_files = sum(file.stat().st_size for file in self.directory.iterdir() if file.is_file())
+        content = read_json(index, max(MAX_JSON_BYTES, in_files // 64))
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = content["weight_map"]
             if not weight_map or not all(isinstance(name, str) for pair in weight_map.items() for name in pair):
                 raise ValueError("weight_map is empty or does not map names to file names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: expected JSON with a weight_map: {error!r}") from error
+            raise CheckpointError(f"{index}: expected JSON with a weight_map: {repr(error)[:200]}") from error
         for name in set(weight_map.values()):
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: expected names of files in the same directory, got {name!r}")
+            if Path(name).name != name or "\0" in name or len(name) > 255:
+                raise CheckpointError(f"{index}: expected names of files in the same directory, got {name[:80]!r}")
             if not (self.directory / name).is_file():
                 raise CheckpointError(f"{self.directory / name}: {index_name} names this file, but it is not there")
         return weight_map

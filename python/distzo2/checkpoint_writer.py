@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint_config import read_json
 from distzo2.checkpoint_layout import Layout, Piece
 from distzo2.checkpoint_map import (
     INDEX_FILE,
@@ -230,8 +231,8 @@ class CheckpointWriter:
                 for path in source.glob(pattern):
                     if path.is_file():
                         shutil.copyfile(path, tmp / path.name)
-                    elif path.is_dir():
-                        shutil.copytree(path, tmp / path.name, dirs_exist_ok=True)
+                    elif path.is_dir() and not path.is_symlink():
+                        shutil.copytree(path, tmp / path.name, dirs_exist_ok=True, ignore=_not_plain)
         self._write_configs(tmp)
 
     def _write_configs(self, tmp: Path) -> None:
@@ -241,7 +242,7 @@ class CheckpointWriter:
         if config is not None:
             dtypes = [self.map.mapped[name].dtype for name in self.map.names]
             if source is not None and (source / CONFIG_FILE).is_file():
-                fields = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+                fields = read_json(source / CONFIG_FILE)
             else:
                 fields = json.loads(config.to_json_string())
             dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
@@ -346,6 +347,12 @@ def _remove_leftovers(directory: Path) -> None:
     for path in directory.glob(f"{_REPLACED_PREFIX}*"):
         with suppress(OSError):
             path.rmdir()
+
+
+def _not_plain(directory: str, names: list[str]) -> list[str]:
+    """Of the entries of a directory, those that are no files or directories of its own: a link may lead anywhere."""
+    paths = [Path(directory) / name for name in names]
+    return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
 
 
 def _files_below(directory: Path) -> Iterator[Path]:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.journal_commands import add_journal, run_journal
 from distzo2.options import (
     Formatter,
     Parser,
@@ -83,6 +84,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     sub.add_argument("--to-step", type=whole_int, metavar="N", help="updates to apply (default: all)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    add_journal(command("journal", "show, check or compare the journals of runs", run_journal))
 
     sub = command("report", "a picture of a run: loss, time of a step, memory, transfers", _report)
     sub.add_argument("run_dir", metavar="RUN", help="directory of a run")

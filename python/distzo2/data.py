@@ -76,7 +76,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the many tokenizer classes raise on damaged files
         reason = " ".join(str(error).split())
         raise DistZO2Error(f"{directory}: the tokenizer cannot be loaded: {reason[:200]}") from error
@@ -100,8 +100,12 @@ def sequence_limit(directory: str | os.PathLike, max_length: int | None = None) 
     """
     from transformers import AutoConfig
 
+    from distzo2.checkpoint_config import check_config_file
+
+    if (config := Path(directory) / "config.json").is_file():
+        check_config_file(config)
     try:
-        positions = max_positions(AutoConfig.from_pretrained(directory, local_files_only=True))
+        positions = max_positions(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
     except Exception as error:  # whatever a configuration class raises on values it does not take
         reason = " ".join(str(error).split())[:200]
         raise DistZO2Error(f"{directory}: not a configuration that transformers knows: {reason}") from error

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from distzo2.branch import BranchPoint, first_like_step, first_own_step, open_run_journal
 from distzo2.divergence import CoefficientClip
 from distzo2.durability import ALWAYS_DURABLE
 from distzo2.errors import DistZO2Error
 from distzo2.estimator import Estimator, Evaluation, make_estimator, mean_loss
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.journal import Journal, StepEntry
+from distzo2.journal import Journal, StepEntry, num_groups_of
 from distzo2.lanes import Emission, Lane
 from distzo2.mesh import SHARDED, Deal
 from distzo2.model import no_kv_cache, runtime_of
 from distzo2.parallel import check_mesh, current
 from distzo2.placeholders import use_guard
 from distzo2.random_stream import RandomStream
-from distzo2.run_header import check_same_run, run_header
+from distzo2.run_header import run_header
 from distzo2.streaming import CLEAN
 from distzo2.units import Unit
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
@@ -83,6 +84,10 @@ class ZOSGD(torch.optim.Optimizer):
         seed: of the run, in [0, 2^64).
         journal: path of a journal to write (or to go on with, given `resume`), or None.
         resume: `journal` exists: check that it belongs to this model and seed, and take over its updates.
+        branch_from: a `distzo2.branch.BranchPoint`, (journal of another run, number of its steps or None for all): take
+            over these steps, and begin `journal` with them.
+        journal_chain: each line of a new journal holds a hash over all lines so far.
+        fsync_every: sync the journal to the disk after so many steps; a power cut may cost the steps since.
         max_lanes: at most so many evaluations share a pass (for memory); None: all. The bits are the same.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
         max_clipped: so many clipped steps in a row end the run with an error.
@@ -111,6 +116,9 @@ class ZOSGD(torch.optim.Optimizer):
         seed: int = 0,
         journal: str | os.PathLike | None = None,
         resume: bool = False,
+        branch_from: BranchPoint | None = None,
+        journal_chain: bool = False,
+        fsync_every: int = 1,
         max_lanes: int | None = None,
         max_coef: float | None = 10.0,
         max_clipped: int = 10,
@@ -132,6 +140,17 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error(f"num_probes={num_probes}: expected 1 to {2**20 - 1}")
         if max_lanes is not None and max_lanes < 1:
             raise DistZO2Error(f"max_lanes={max_lanes}: at least 1 was expected")
+        self._branch = None if branch_from is None else BranchPoint(*branch_from)
+        if self._branch is not None and (journal is None or resume):
+            raise DistZO2Error("branch_from begins a new journal: give its name, without resume")
+        if fsync_every < 1:
+            raise DistZO2Error(f"fsync_every={fsync_every}: at least 1 was expected")
+        if fsync_every > 1 and journal is not None and self._runtime.where == "disk":
+            raise DistZO2Error(
+                f"fsync_every={fsync_every} with weights on disk: a block is written back only after its step's "
+                "line is on the disk, so every step is synced"
+            )
+        self._journal_options = {"chain": journal_chain, "fsync_every": fsync_every}
         self.num_probes, self.noise, self.seed, self.max_lanes = num_probes, noise, seed, max_lanes
         self.estimator = make_estimator(estimator)
         self.max_skipped, self.verify_every = max_skipped, verify_every
@@ -143,6 +162,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._warned_dtype = False
         self.last: StepRecord | None = None
         self.step_count = 0  # steps made, skipped ones included: the number of the next step
+        self.first_step = 0  # the first that is the run's own, and not one of the run that it was branched from
         self.journal: Journal | None = None
         self._closed = False
         mesh = mesh or current()
@@ -150,7 +170,10 @@ class ZOSGD(torch.optim.Optimizer):
             check_mesh(mesh, self._evaluations)
 
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
-        super().__init__(self._default_groups(weight_decay) if params is None else params, defaults)
+        if params is None:
+            earlier = self._branch.journal if self._branch else journal if resume else None
+            params = self._default_groups(weight_decay, weight_decay != 0 or _has_groups(earlier, mesh))
+        super().__init__(params, defaults)
         self._bind()
         self._shared: SharedStep | None = None
         if mesh is not None:
@@ -165,11 +188,11 @@ class ZOSGD(torch.optim.Optimizer):
 
     # ---- groups -----------------------------------------------------------------------------------------------
 
-    def _default_groups(self, weight_decay: float) -> list[dict]:
+    def _default_groups(self, weight_decay: float, split: bool) -> list[dict]:
         trainable = [p for p in self._runtime.params if p.trainable]
         if not trainable:
             raise DistZO2Error("no parameter of the model is trainable")
-        if weight_decay == 0:
+        if not split:
             return [{"params": [p.tensor for p in trainable]}]
         groups = [
             {"params": [p.tensor for p in trainable if len(p.shape) > 1]},
@@ -256,27 +279,20 @@ class ZOSGD(torch.optim.Optimizer):
     def _open_own_journal(self, path: str | os.PathLike, resume: bool, snapshots: Snapshots | None) -> list[Path]:
         """Without a mesh. Returns the snapshots that were found to be damaged."""
         invalid: list[Path] = []
-        header = run_header(self)
         version = self._runtime.version
-        if resume:
-            journal = Journal.open(path)
-            try:
-                check_same_run(path, journal.header, header)
-                if snapshots is not None:
-                    from distzo2.snapshot_resume import find_snapshot
+        journal = open_run_journal(path, run_header(self), resume=resume, branch=self._branch, **self._journal_options)
+        try:
+            self.first_step = first_own_step(journal.header)
+            if resume and snapshots is not None:
+                from distzo2.snapshot_resume import find_snapshot
 
-                    found = find_snapshot(snapshots.directory, self._runtime, path, len(journal.entries))
-                    invalid = found.invalid
-                    self._go_on_from(found, snapshots)
-                self.take_over(journal.entries)
-            except BaseException:
-                journal.close()
-                raise
-        else:
-            try:
-                journal = Journal.create(path, header)
-            except FileExistsError as error:
-                raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
+                found = find_snapshot(snapshots.directory, self._runtime, path, len(journal.entries))
+                invalid = found.invalid
+                self._go_on_from(found, snapshots)
+            self.take_over(journal.entries, first_like_step(journal.header))
+        except BaseException:
+            journal.close()
+            raise
         self.journal = journal
         runtime = self._runtime
         runtime.set_durable(version + journal.durable)
@@ -296,18 +312,20 @@ class ZOSGD(torch.optim.Optimizer):
         elif found.reasons:
             snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
 
-    def take_over(self, entries: Sequence[StepEntry]) -> None:
-        """Takes over a journal's steps, as if this optimizer had made them; no forward is run."""
-        self.apply([entry.update for entry in entries])
-        for entry in entries:
+    def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
+        """Takes over a journal's steps, those from `first_like` on as if this optimizer had made them; no forward is
+        run."""
+        self.apply([entry.update for entry in entries], first_like)
+        for entry in entries[first_like:]:
             self._skipped_in_row = self._skipped_in_row + 1 if entry.skipped else 0
             if entry.skipped != NON_FINITE_LOSS:
                 self._clip.count(bool(entry.extra.get("clipped")))
         if self._skipped_in_row >= self.max_skipped:  # the run ended itself there, and is to go on all the same
             self._skipped_in_row = 0
 
-    def apply(self, updates: Sequence[Update]) -> None:
-        """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run."""
+    def apply(self, updates: Sequence[Update], first_like: int = 0) -> None:
+        """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run. From step
+        `first_like` on, their coefficients count in the running median that clips those to come."""
         for update in updates:
             if update.step != self.step_count:
                 raise DistZO2Error(f"update of step {update.step} where step {self.step_count} must follow")
@@ -317,7 +335,8 @@ class ZOSGD(torch.optim.Optimizer):
                     f"{len(self.param_groups)}"
                 )
             self._runtime.push([update])
-            self._clip.remember([t.c for t in update.terms])
+            if update.step >= first_like:
+                self._clip.remember([t.c for t in update.terms])
             self.step_count += 1
 
     # ---- a step -----------------------------------------------------------------------------------------------
@@ -640,3 +659,12 @@ class ZOSGD(torch.optim.Optimizer):
             self._runtime.set_durable(ALWAYS_DURABLE)
         elif self._shared is not None:
             self._shared.close()
+
+
+def _has_groups(journal: str | os.PathLike | None, mesh: Mesh | None) -> bool:
+    """Whether the run so far, if there is one, keeps weights and biases in groups of their own."""
+    if journal is None:
+        return False
+    if mesh is None:
+        return num_groups_of(journal) > 1
+    return int(mesh.exchange.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(journal))) > 1

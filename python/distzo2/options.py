@@ -187,6 +187,15 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         help="go on with the run in --out from its last durable step; options not given are the run's",
     )
     group.add_argument(
+        "--branch-from",
+        metavar="RUN",
+        help="begin with the first steps of the run in that directory, and go on in --out with other options; options "
+        "not given are that run's, and --seed, --model and --dtype must be",
+    )
+    group.add_argument(
+        "--at-step", type=whole_int, metavar="N", help="how many of its steps --branch-from takes over (default: all)"
+    )
+    group.add_argument(
         "--config", metavar="FILE", help="TOML or JSON whose keys are the names of these options; the command line wins"
     )
 
@@ -297,6 +306,20 @@ def add_finetune(parser: argparse.ArgumentParser) -> None:
         help="the most that a snapshot may take of the time of the steps that it spans; with more it is whole sooner",
     )
     group.add_argument(
+        "--journal-chain",
+        action="store_true",
+        help="each line of the journal holds a hash over all lines so far, so that none can be changed, removed or "
+        "reordered unnoticed; the last hash, which is printed at the end, stands for the whole run",
+    )
+    group.add_argument(
+        "--fsync-every",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="sync the journal to the disk after so many steps, behind the steps that follow; a power cut may cost the "
+        "steps since, a kill does not",
+    )
+    group.add_argument(
         "--trace",
         nargs="?",
         const="",
@@ -379,6 +402,13 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
     """
     given = parser.parse_args(arguments)
     layers: list[str] = []
+    if given.resume and given.branch_from:
+        raise UsageError("--resume goes on with the run in --out, --branch-from begins another: give one of them")
+    if given.branch_from:
+        from distzo2.run_directory import saved_options
+
+        parent = saved_options(given.branch_from)
+        layers += to_arguments(parser, parent, f"{given.branch_from}/run.json")
     if given.resume and given.out:
         from distzo2.run_directory import saved_options
 
@@ -387,6 +417,11 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
         layers += to_arguments(parser, read_config(given.config), given.config)
     options = parser.parse_args([*layers, *arguments])
     _check(options)
+    if options.branch_from:
+        for name in ("seed", "dtype"):
+            if getattr(options, name) != parent.get(name, getattr(options, name)):
+                change = f"was {parent[name]!r} in {options.branch_from} and is {getattr(options, name)!r}"
+                raise UsageError(f"--{name} {change}: a branch keeps it")
     return options
 
 
@@ -400,6 +435,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
     if options.warmup > options.steps:
         raise UsageError(f"--warmup {options.warmup} is more than --steps {options.steps}")
+    if options.fsync_every > 1 and options.weights == "disk":
+        raise UsageError(
+            f"--fsync-every {options.fsync_every} with --weights disk: a block is written back only after its step's "
+            "line is on the disk, so every step is synced"
+        )
+    if options.at_step is not None and not options.branch_from:
+        raise UsageError("--at-step needs --branch-from")
     if options.eval is None and (options.save == "best" or options.eval_every):
         raise UsageError(f"--{'save best' if options.save == 'best' else 'eval-every'} needs --eval")
 
@@ -428,7 +470,8 @@ def to_arguments(parser: argparse.ArgumentParser, values: dict[str, Any], source
     Raises:
         UsageError: a key is no option, or a value is not of its kind.
     """
-    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config", "resume")}
+    once = ("help", "config", "resume", "branch_from", "at_step")
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in once}
     arguments: list[str] = []
     for key, value in values.items():
         action = actions.get(key.replace("-", "_"))

@@ -27,12 +27,14 @@ from distzo2.checkpoint_layout import Layout
 from distzo2.checkpoint_map import INDEX_FILE, CheckpointFiles, CheckpointMap, MappedTensor
 from distzo2.checkpoint_writer import CheckpointWriter, holds_checkpoint
 from distzo2.journal import JournalError, read_journal, table_difference
-from distzo2.safetensors_io import CheckpointError, sha256_file
+from distzo2.journal_line import brief
+from distzo2.safetensors_io import DTYPES, CheckpointError, header_limit, sha256_file
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 32 << 20  # of weights that are read, updated and written at once
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+PIECE_BYTES = 16 << 20  # of weights that are read, updated and written at once
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one each that is read, updated and written
 
@@ -72,20 +74,29 @@ def verify_checkpoint(directory: str | os.PathLike[str], base: Mapping[str, Any]
     Raises:
         CheckpointError: a file is missing or differs; the message names it.
     """
+    for difference in checkpoint_differences(directory, base):
+        raise CheckpointError(difference)
+
+
+def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
+    """Each difference between a directory and what :func:`digest_checkpoint` returned for it, as a line that names the
+    file; what is quick to see comes first."""
     path = Path(directory)
+    there = []
     for name, record in base["files"].items():
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{file}: the journal's base checkpoint has this file, but it is not there")
+            yield f"{file}: the journal's base checkpoint has this file, but it is not there"
+            continue
         num_bytes = file.stat().st_size
         if num_bytes != record["num_bytes"]:
-            raise CheckpointError(f"{file}: {num_bytes} bytes, the journal's base checkpoint has {record['num_bytes']}")
-    for name, record in _digest_files(path, list(base["files"])).items():
-        if record["sha256"] != base["files"][name]["sha256"]:
-            raise CheckpointError(
-                f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has "
-                f"{base['files'][name]['sha256']}"
-            )
+            yield f"{file}: {num_bytes} bytes, the journal's base checkpoint has {record['num_bytes']}"
+        else:
+            there.append(name)
+    for name, record in _digest_files(path, there).items():
+        expected = base["files"][name]["sha256"]
+        if record["sha256"] != expected:
+            yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
 
 
 def replay(
@@ -117,7 +128,7 @@ def replay(
             A replay that fails leaves `out_dir` as it was.
     """
     # What is quick to refuse is refused before gigabytes are hashed.
-    contents = read_journal(journal_path)
+    contents = read_journal(journal_path, max_header_bytes=header_limit(_num_bytes_in(base_dir)))
     num_journal_steps = len(contents.entries)
     num_steps = num_journal_steps if to_step is None else to_step
     if not 0 <= num_steps <= num_journal_steps:
@@ -136,6 +147,8 @@ def replay(
 
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
     updates = [entry.update for entry in contents.entries[:num_steps]]
+    torn = contents.torn
+    del contents  # losses and the like are not needed any more
     params = [checkpoint_map.mapped[name] for name in checkpoint_map.names]
     num_bytes = sum(param.numel * param.dtype.itemsize for param in params)
     try:
@@ -151,7 +164,7 @@ def replay(
                 bar.update(done)
     finally:
         checkpoint_map.close()
-    return ReplayReport(num_steps, num_journal_steps, num_bytes, contents.torn)
+    return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
 
 
 def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_class: Any = None) -> CheckpointMap:
@@ -323,6 +336,14 @@ def _apply(
         materialize(buffer, table, seed=seed, updates=updates, write_back=True, backend=backend)
 
 
+def _num_bytes_in(directory: str | os.PathLike[str]) -> int:
+    """Bytes of the files in a directory."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(directory) if entry.is_file())
+    except OSError:
+        return 0
+
+
 def _digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     def digest(name: str) -> dict[str, Any]:
         return {"sha256": sha256_file(directory / name), "num_bytes": (directory / name).stat().st_size}
@@ -332,9 +353,9 @@ def _digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, 
 
 
 def _torch_dtype(row: Mapping[str, Any]) -> torch.dtype:
-    dtype = getattr(torch, row["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise JournalError(f"parameter {row['index']} {row['name']!r}: torch has no dtype {row['dtype']!r}")
+    dtype = _DTYPES.get(row["dtype"])
+    if dtype is None:
+        raise JournalError(f"parameter {row['index']} {row['name']!r}: no dtype of weights is {brief(row['dtype'])}")
     return dtype
 
 

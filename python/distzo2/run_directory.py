@@ -197,7 +197,7 @@ class RunDirectory:
         return [
             f"{name.replace('_', '-')} {before.get(name)} -> {value}"
             for name, value in options.items()
-            if name not in ("resume", "config", "out") and before.get(name) != value
+            if name not in ("resume", "config", "out", "branch_from", "at_step") and before.get(name) != value
         ]
 
     @property
@@ -282,7 +282,8 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
         UsageError: it holds none.
     """
     options = dict(_read_record(Path(path))["options"])
-    for name in ("resume", "config", "out", "parallel", "slice"):  # a run may go on on other ranks
+    # A run may go on on other ranks, and is branched once.
+    for name in ("resume", "config", "out", "parallel", "slice", "branch_from", "at_step"):
         options.pop(name, None)
     if not isinstance(options.get("trace"), str):
         options["trace"] = None  # a number of steps, once

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ import torch
 
 from distzo2.errors import DistZO2Error
 
+# Bounds on what a file from anyone may say. A header in memory takes some 25 times its length.
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_SMALL_HEADER_BYTES = 4 << 20  # of a file of any length; that of a longer one may be 1/32 of it
+MAX_DIMS = 64  # as torch's
 _MAX_IO_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 
 DTYPES: dict[str, torch.dtype] = {
@@ -85,27 +89,41 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(keys) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise CheckpointError(f"the name {twice!r} occurs twice")
+        raise CheckpointError(f"the name {brief(twice)} occurs twice")
     return keys
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def header_limit(num_bytes: int) -> int:
+    """The longest header that is read of a file of so many bytes, lest it take more memory than the tensors."""
+    return min(MAX_HEADER_BYTES, max(MAX_SMALL_HEADER_BYTES, num_bytes // 32))
+
+
+def is_size(value: object) -> bool:
+    """Whether a value is a whole number that a size, an offset or a stride can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def brief(value: object) -> str:
+    """A value of a file from anyone in a message."""
+    return repr(value[:200]) if isinstance(value, str) else reprlib.repr(value)[:200]
 
 
 def _parse_entry(path: Path, name: str, fields: object, data_start: int) -> TensorEntry:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {brief(name)}"
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {str(fields)[:80]}")
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {brief(fields)}")
     dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
-        raise CheckpointError(f"{where}: expected a dtype among {', '.join(DTYPES)}, got {fields['dtype']!r}")
+        raise CheckpointError(f"{where}: expected a dtype among {', '.join(DTYPES)}, got {brief(fields['dtype'])}")
     shape, offsets = fields["shape"], fields["data_offsets"]
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise CheckpointError(f"{where}: expected a shape of non-negative whole numbers, got {str(shape)[:80]}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at) for at in offsets):
-        raise CheckpointError(f"{where}: expected data_offsets [begin, end], got {str(offsets)[:80]}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(is_size(size) for size in shape):
+        raise CheckpointError(f"{where}: expected a shape of non-negative whole numbers, got {brief(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(at) for at in offsets):
+        raise CheckpointError(f"{where}: expected data_offsets [begin, end], got {brief(offsets)}")
     num_bytes = math.prod(shape) * dtype.itemsize
+    # Of an empty tensor, strides are computed all the same.
+    if math.prod(size for size in shape if size) >= 1 << 63:
+        raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
     if offsets[1] - offsets[0] != num_bytes:
         raise CheckpointError(
             f"{where}: expected {num_bytes} bytes for {fields['dtype']} {shape}, got data_offsets {offsets}"
@@ -197,7 +215,12 @@ class SafetensorsFile(RangeFile):
         prefix = bytearray(8)
         self.read_into(memoryview(prefix), 0)
         (length,) = struct.unpack("<Q", prefix)
-        if length > min(self.num_bytes - 8, MAX_HEADER_BYTES):
+        if header_limit(self.num_bytes) < length <= self.num_bytes - 8:
+            raise CheckpointError(
+                f"{path}: it announces a header of {length} bytes, and has {self.num_bytes} in all: at most "
+                f"{header_limit(self.num_bytes)} were expected"
+            )
+        if length > self.num_bytes - 8:
             raise CheckpointError(
                 f"{path}: truncated or no safetensors file: it announces a header of {length} bytes and has "
                 f"{self.num_bytes - 8} bytes after the first 8"
@@ -214,7 +237,7 @@ class SafetensorsFile(RangeFile):
             raise CheckpointError(f"{path}: expected a JSON object as the header, got {type(header).__name__}")
         metadata = header.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict):
-            raise CheckpointError(f"{path}: expected __metadata__ to be an object, got {str(metadata)[:80]}")
+            raise CheckpointError(f"{path}: expected __metadata__ to be an object, got {brief(metadata)}")
         self.metadata = {str(key): str(value) for key, value in metadata.items()}
 
         data_start = 8 + length

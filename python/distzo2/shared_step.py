@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from distzo2.branch import first_like_step, first_own_step, open_run_journal
 from distzo2.durability import ALWAYS_DURABLE, DurabilityListener, DurabilityTeller
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.exchange import hash64
 from distzo2.heartbeat import RankFailedError
 from distzo2.journal import Journal, StepEntry
 from distzo2.mesh import GLOBAL, OWN, SHARDED, Deal, check_step, deal_lanes
-from distzo2.run_header import check_same_run, fingerprint, index_table, run_header
+from distzo2.run_header import fingerprint, index_table, run_header
 from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class SharedStep:
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
             "having a journal": journal,
             "resume": resume,
+            "branching": optimizer._branch is not None,
             "verify_every": optimizer.verify_every,
             **self._scalar_fields(optimizer._scalars()),
         }
@@ -109,24 +111,22 @@ class SharedStep:
                 "mesh": {"pert": self.mesh.shape.pert, "data": self.mesh.shape.data},
                 "ranks": self.fingerprints,
             }
-            if not resume:
-                try:
-                    opened.append(Journal.create(path, header))
-                except FileExistsError as error:
-                    raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
-                return b""
-            opened.append(Journal.open(path))
-            check_same_run(path, opened[0].header, header)
-            return b"".join(entry.to_line() for entry in opened[0].entries)
+            journal = open_run_journal(
+                path, header, resume=resume, branch=optimizer._branch, **optimizer._journal_options
+            )
+            opened.append(journal)
+            firsts = b"%d %d\n" % (first_own_step(journal.header), first_like_step(journal.header))
+            return firsts + b"".join(entry.to_line() for entry in journal.entries)
 
         try:
-            lines = self._exchange.from_rank_0("opening the journal", on_rank_0)
-            entries = opened[0].entries if opened else [StepEntry.from_line(x) for x in lines.splitlines(True)]
+            firsts, *lines = self._exchange.from_rank_0("opening the journal", on_rank_0).splitlines(True)
+            entries = opened[0].entries if opened else [StepEntry.from_line(line) for line in lines]
             found = self._choose_snapshot(snapshots, path, len(entries)) if resume and snapshots is not None else None
             with self._exchange.together("taking over the journal"):
+                optimizer.first_step, first_like = (int(number) for number in firsts.split())
                 if found is not None:
                     optimizer._go_on_from(found, snapshots)
-                optimizer.take_over(entries)
+                optimizer.take_over(entries, first_like)
         except BaseException:
             for journal in opened:
                 journal.close()

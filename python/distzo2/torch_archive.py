@@ -1,25 +1,32 @@
 """PyTorch checkpoints (`pytorch_model.bin`), read by ranges as safetensors files are, and without running their pickle.
 
 Since version 1.6 torch saves a zip archive whose members are stored as they are: `data.pkl`, which describes the
-tensors, and one member of raw bytes for each storage. The description is unpickled by a reader that knows storages and
-tensors and nothing else; the bytes are then read in place with `pread`.
+tensors, and one member of raw bytes for each storage. The description is read as data (`distzo2.pickle_records`), never
+unpickled; the bytes are then read in place with `pread`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from distzo2.checkpoint_layout import row_major_strides
-from distzo2.safetensors_io import MAX_HEADER_BYTES, CheckpointError, RangeFile, TensorEntry
+from distzo2.pickle_records import Global, read_records
+from distzo2.safetensors_io import (
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    CheckpointError,
+    RangeFile,
+    TensorEntry,
+    header_limit,
+    is_size,
+)
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -48,29 +55,31 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _tensor(storage: Any, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+def _call(function: Global, arguments: tuple) -> _Tensor:
+    """The tensor that torch's own functions would rebuild; no other function is known."""
+    if function == ("torch._utils", "_rebuild_parameter") and arguments and isinstance(arguments[0], _Tensor):
+        return arguments[0]
+    if function != ("torch._utils", "_rebuild_tensor_v2"):
+        raise ValueError(f"{function} has no place in a file of weights")
+    storage, offset, shape, strides = arguments[:4]
+    if not isinstance(storage, _Storage) or not all(_is_shape(numbers) for numbers in ((offset,), shape, strides)):
+        raise ValueError("a tensor whose storage, offset, shape or strides are of the wrong kind")
+    return _Tensor(storage, offset, shape, strides)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that a state dict of tensors is made of; any other is refused before it is looked up."""
+def _storage(pid: tuple) -> _Storage:
+    """The storage that a persistent id names."""
+    kind, dtype, key, _, numel = pid
+    known = isinstance(dtype, Global) and dtype.module == "torch" and dtype.name in _STORAGE_DTYPES
+    if kind == "storage" and isinstance(dtype, Global) and not known:
+        raise ValueError(f"{dtype} has no place in a file of weights")
+    if kind != "storage" or not known or not isinstance(key, str) or not _is_shape((numel,)):
+        raise ValueError("a record of something other than a storage")
+    return _Storage(_STORAGE_DTYPES[dtype.name], key, numel)
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of weights")
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"unknown record {str(pid)[:80]}")
-        return _Storage(dtype, str(key), int(numel))
+def _is_shape(numbers: object) -> bool:
+    return isinstance(numbers, tuple) and len(numbers) <= MAX_DIMS and all(is_size(number) for number in numbers)
 
 
 class TorchArchive(RangeFile):
@@ -93,14 +102,19 @@ class TorchArchive(RangeFile):
 
     def _read_archive(self, archive: zipfile.ZipFile) -> dict[str, TensorEntry]:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if "data.pkl" not in members or members["data.pkl"].file_size > MAX_HEADER_BYTES:
+        if "data.pkl" not in members or members["data.pkl"].file_size > header_limit(self.num_bytes):
             raise CheckpointError(
                 f"{self.path}: expected a description data.pkl of the tensors, got none that can be read"
             )
-        if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-            raise CheckpointError(f"{self.path}: expected little-endian tensors")
+        for name in ("data.pkl", "byteorder"):
+            if name in members and members[name].compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{self.path}: expected stored bytes in {name}, got compressed ones")
+        if "byteorder" in members:
+            with archive.open(members["byteorder"]) as stream:
+                if stream.read(16) != b"little":
+                    raise CheckpointError(f"{self.path}: expected little-endian tensors")
         with archive.open(members["data.pkl"]) as stream:
-            tensors = _Unpickler(stream).load()
+            tensors = read_records(stream.read(MAX_HEADER_BYTES), _call, _storage)
         if not isinstance(tensors, dict) or not all(isinstance(t, _Tensor) for t in tensors.values()):
             raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors")
         begins: dict[str, int] = {}
@@ -109,6 +123,10 @@ class TorchArchive(RangeFile):
             storage = tensor.storage
             if storage.key not in begins:
                 begins[storage.key] = self._data_offset(members, storage)
+            if not isinstance(name, str) or len(tensor.shape) != len(tensor.strides):
+                raise CheckpointError(
+                    f"{self.path}: tensor {str(name)[:80]!r} has no name, or strides of another number"
+                )
             numel = math.prod(tensor.shape)
             steps = zip(tensor.shape, tensor.strides, row_major_strides(tensor.shape), strict=True)
             if numel and any(size > 1 and stride != wanted for size, stride, wanted in steps):
@@ -117,7 +135,7 @@ class TorchArchive(RangeFile):
                 raise CheckpointError(f"{self.path}: tensor {name!r} reaches beyond its storage of {storage.numel}")
             item = storage.dtype.itemsize
             begin = begins[storage.key] + tensor.offset * item
-            entries[str(name)] = TensorEntry(str(name), storage.dtype, tensor.shape, begin, numel * item)
+            entries[name] = TensorEntry(name, storage.dtype, tensor.shape, begin, numel * item)
         return entries
 
     def _data_offset(self, members: dict[str, zipfile.ZipInfo], storage: _Storage) -> int:
@@ -125,13 +143,13 @@ class TorchArchive(RangeFile):
         info = members.get(f"data/{storage.key}")
         num_bytes = storage.numel * storage.dtype.itemsize
         if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size != num_bytes:
-            raise CheckpointError(f"{self.path}: expected {num_bytes} stored bytes in data/{storage.key}")
+            raise CheckpointError(f"{self.path}: expected {num_bytes} stored bytes in data/{storage.key[:80]}")
         local = bytearray(30)
         self.read_into(memoryview(local), info.header_offset)
         signature, name_length, extra_length = struct.unpack("<4s22xHH", local)
         begin = info.header_offset + 30 + name_length + extra_length
         if signature != b"PK\x03\x04" or begin + num_bytes > self.num_bytes:
-            raise CheckpointError(f"{self.path}: data/{storage.key} is not where the archive says")
+            raise CheckpointError(f"{self.path}: data/{storage.key[:80]} is not where the archive says")
         return begin
 
 

@@ -23,6 +23,7 @@ import torch
 import distzo2
 from distzo2 import ZOSGD
 from distzo2.batches import DataOrder
+from distzo2.branch import BranchPoint
 from distzo2.data import Example, load_examples, load_tokenizer, sequence_limit
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.journal import Journal
@@ -135,7 +136,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
             distzo2.runtime_of(model).close()
     except BaseException as error:
         not_ours = isinstance(error.__cause__, FileExistsError)  # a journal that another program made meanwhile
-        if loop is None or loop.num_steps == 0:
+        if loop is None or not loop.has_stepped:
             run.withdraw(with_journal=not not_ours)
         raise
     finally:
@@ -266,10 +267,16 @@ class _Loop:
                 pace=o.snapshot_pace,
                 log=self.log,
             ),
+            branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if o.branch_from else None,
+            journal_chain=o.journal_chain,
+            fsync_every=o.fsync_every,
         )
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
         self.metrics = Metrics(self.run.metrics if self.leads else None)
+        if o.branch_from and self.leads:
+            self.metrics.match(optimizer.journal.entries, optimizer.step_count)
+            self.log(f"branched from {o.branch_from} at step {optimizer.step_count} of {o.steps}")
         if o.resume and self.leads:
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             self.log(f"resumed {self.run.path} at step {optimizer.step_count} of {o.steps}")
@@ -315,7 +322,7 @@ class _Loop:
         return Result(
             self.run.path,
             optimizer.step_count,
-            self._score(evals.get(0)),
+            self._score(evals.get(optimizer.first_step)),
             self._score(evals.get(optimizer.step_count)),
             best,
             self.size,
@@ -325,9 +332,9 @@ class _Loop:
         )
 
     @property
-    def num_steps(self) -> int:
-        """Steps made so far, earlier processes' included."""
-        return self.optimizer.step_count if self.optimizer is not None else 0
+    def has_stepped(self) -> bool:
+        """Whether the run has made a step of its own, in this process or an earlier one."""
+        return self.optimizer is not None and self.optimizer.step_count > self.optimizer.first_step
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -414,7 +421,7 @@ class _Loop:
 
     def _evaluate_if_due(self, bar: Any = None) -> None:
         o, step = self.options, self.optimizer.step_count
-        due = step in (0, o.steps) or (o.eval_every and step % o.eval_every == 0)
+        due = step in (self.optimizer.first_step, o.steps) or (o.eval_every and step % o.eval_every == 0)
         if not self.held_out or not due or step in self.metrics.evals:
             return
         start = time.perf_counter()
@@ -476,6 +483,11 @@ class _Loop:
             self._end_trace()
         stats = self.runtime.stats()
         with suppress(OSError):
+            journal = self.optimizer.journal
+            if journal.chain is not None:
+                journal.sync()
+                self.run.update(journal_chain=journal.chain)
+                self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
             self.run.update(
                 status=status,
                 steps_done=self.optimizer.step_count,

@@ -1,0 +1,181 @@
+"""Fuzzing the readers of journals and checkpoints: a few seconds of it here, `make fuzz` for as long as one likes.
+
+DISTZO2_FUZZ_SECONDS is how long each test goes on; without it, each tries a fixed number of examples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fuzz_targets as targets
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_journal import bits, json_values, make_entry, make_test_header
+
+from distzo2.journal import Journal, JournalError, read_journal
+from distzo2.replay import digest_checkpoint, verify_checkpoint
+from distzo2.safetensors_io import CheckpointError, SafetensorsFile
+
+SECONDS = float(os.environ.get("DISTZO2_FUZZ_SECONDS", "0"))
+EXAMPLES = 150
+pytestmark = pytest.mark.timeout(300 + 2 * SECONDS)
+
+
+def fuzz(strategy: st.SearchStrategy, check: Callable) -> None:
+    """Tries examples of the strategy until the time is up, each round with another seed."""
+    deadline = time.monotonic() + SECONDS
+    total = 0
+    for number in itertools.count():
+
+        @seed(number)
+        @settings(
+            max_examples=EXAMPLES if not SECONDS else 2000,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        )
+        @given(strategy)
+        def round_of_examples(example) -> None:
+            nonlocal total
+            if not SECONDS or time.monotonic() < deadline:
+                total += 1
+                check(example)
+
+        round_of_examples()
+        if time.monotonic() >= deadline:
+            print(f"fuzz: {total} examples")
+            return
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_damaged_journals(tmp_path: Path, chain: bool) -> None:
+    path = tmp_path / "journal.jsonl"
+    data = targets.journal_bytes(path, 3, chain)
+    fuzz(targets.damage(data), lambda damaged: targets.check_damaged_journal(path, damaged))
+
+
+def test_forged_journals(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    fuzz(targets.forged_journals(), lambda data: targets.check_forged_journal(path, data))
+
+
+def test_lines_of_anything() -> None:
+    good = make_entry(0).to_line()
+    fuzz(st.binary(max_size=200) | targets.damage(good) | targets.damage(good[:-19]), targets.check_line)
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    data = targets.good_safetensors(path)
+    fuzz(targets.damage(data), lambda damaged: targets.check_safetensors(path, damaged))
+
+
+def test_forged_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    strategy = st.tuples(targets.safetensors_headers(), st.sampled_from([0, 0, 0, 1, -1]))
+    fuzz(strategy, lambda made: targets.check_safetensors(path, targets.forged_safetensors(*made)))
+
+
+def test_pickle_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    streams = st.sampled_from(targets.good_streams()).flatmap(targets.damage)
+    fuzz(streams, lambda stream: targets.check_stream(path, stream))
+    assert not Path("it-ran").exists()
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(3.0), "b": torch.ones(2, 2)}, path)
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        targets.check_archive(path)
+
+    fuzz(targets.damage(path.read_bytes()), check)
+
+
+def test_indices(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_file({"w": torch.ones(2)}, tmp_path.parent / "x.safetensors")
+    good = b'{"metadata":{"total_size":8},"weight_map":{"w":"x.safetensors"}}'
+    contents = targets.damage(good) | st.dictionaries(st.text(max_size=3) | st.just("weight_map"), json_values).map(
+        lambda record: repr(record).replace("'", '"').encode()
+    )
+    fuzz(contents, lambda content: targets.check_index(tmp_path, content))
+
+
+# Counted, not left to chance: more than a thousand truncations and flipped bits each, every one found.
+
+
+NUM_DAMAGES = 1200
+
+
+def damages(data: bytes, rng: random.Random) -> list[bytes]:
+    """Half of them truncations, half of them files with up to three flipped bits."""
+    out = [data[: rng.randrange(len(data))] for _ in range(NUM_DAMAGES // 2)]
+    for _ in range(NUM_DAMAGES // 2):
+        damaged = bytearray(data)
+        for position in rng.sample(range(8 * len(data)), rng.randint(1, 3)):
+            damaged[position // 8] ^= 1 << position % 8
+        out.append(bytes(damaged))
+    return out
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_every_damage_of_a_journal_is_found(tmp_path: Path, chain: bool) -> None:
+    """Refused, or told as torn with the steps before it; or cut between two lines, where a shorter run is what is left:
+    then its chained hash is another, and so is the number of its steps."""
+    path = tmp_path / "journal.jsonl"
+    entries = [make_entry(step) for step in range(8)]
+    Journal.create(path, make_test_header(chain=chain), entries).close()
+    whole = read_journal(path)
+    found = {"refused": 0, "torn": 0, "shorter": 0}
+    for damaged in damages(path.read_bytes(), random.Random(chain)):
+        path.write_bytes(damaged)
+        try:
+            contents = read_journal(path)
+        except JournalError as error:
+            assert str(path) in str(error) and ": line " in str(error)
+            found["refused"] += 1
+            continue
+        assert [bits(e) for e in contents.entries] == [bits(e) for e in entries[: len(contents.entries)]]
+        assert len(contents.entries) < 8
+        if contents.torn is None:
+            assert contents.chain is None or contents.chain != whole.chain
+        found["torn" if contents.torn else "shorter"] += 1
+    assert sum(found.values()) == NUM_DAMAGES and found["refused"] > 500 and found["torn"] > 100
+
+
+def test_every_damage_of_a_base_is_found(tmp_path: Path) -> None:
+    """By its SHA-256; and of what the file's own header tells, by the reader."""
+    path = tmp_path / "model.safetensors"
+    tensors = {f"w{i}": torch.randn(16, 4) for i in range(8)}
+    save_file(tensors, path)
+    record = digest_checkpoint(tmp_path)
+    data = path.read_bytes()
+    opened = 0
+    for damaged in damages(data, random.Random(0)):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: (SHA-256|\d+ bytes)"):
+            verify_checkpoint(tmp_path, record)
+        try:
+            with SafetensorsFile(path) as file:
+                assert len(damaged) == len(data)  # every truncation is refused by the reader itself
+                assert sum(entry.num_bytes for entry in file.tensors.values()) == 8 * 16 * 4 * 4
+            opened += 1
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+    assert opened < NUM_DAMAGES // 2 + 1
+    path.write_bytes(data)
+    verify_checkpoint(tmp_path, record)
+    assert load_file(path).keys() == tensors.keys()
