@@ -17,9 +17,9 @@ from test_equivalence import same_bits
 from torch import nn
 
 import distzo2
-from distzo2 import journal as journal_module
 from distzo2 import snapshot_writer
-from distzo2.journal_format import decode_line, encode_line
+from distzo2.journal_line import decode_line, encode_line
+from distzo2.journal_writer import JournalWriter
 from distzo2.snapshot import HIDDEN, MANIFEST, MAX_MANIFEST_BYTES, Snapshots, snapshots_in
 from distzo2.snapshot_resume import find_snapshot
 
@@ -181,14 +181,13 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
 
 def test_no_snapshot_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
     """All units are written while the journal's lines are written and not synced; the name comes when they are."""
-    go_on, commit = threading.Event(), journal_module._Writer._commit
+    go_on, sync = threading.Event(), JournalWriter._sync
 
-    def waits(self, block):
-        journal_module._write_all(self._descriptor, block, self._num_bytes)
+    def waits(self):
         assert go_on.wait(60)
-        commit(self, block)
+        sync(self)
 
-    monkeypatch.setattr(journal_module._Writer, "_commit", waits)
+    monkeypatch.setattr(JournalWriter, "_sync", waits)
     model = place(tmp_path, "host")
     opt = optimizer(model, tmp_path, every=2)
     train(model, opt, 2)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.journal_format import JournalError, decode_line, encode_line
+from distzo2.journal_line import JournalError, decode_line, encode_line
 from distzo2.safetensors_io import DTYPE_NAMES
 from distzo2.units import Unit
 from distzo2.version import __version__
