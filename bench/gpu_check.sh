@@ -73,7 +73,7 @@ driver_tests() {
     local test status=0
     for test in host_pool_test copy_engine_cuda_test "training_stress_test cuda_"; do
         # shellcheck disable=SC2086
-        DISTZO2_TEST_DRIVER=real DISTZO2_STRESS_STEPS=300 build/core/tests/$test || status=1
+        DISTZO2_TEST_DRIVER=real DISTZO2_STRESS_STEPS=500 build/core/tests/$test || status=1
     done
     return "$status"
 }

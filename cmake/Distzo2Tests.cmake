@@ -33,12 +33,17 @@ target_compile_definitions(old_libcuda PRIVATE FAKE_LIBCUDA_OLD)
 
 # The same executables over a loaded libcuda: ours, and the machine's, where there is one (sanitizers cannot see into it).
 # Of the training, what uses the driver, in its short form; over ours one of them.
+set(steps_training_stress_test 150)
+set(steps_copy_engine_cuda_test 500)
 set(filter_training_stress_test cuda_)
 set(fake_filter_training_stress_test cuda_from_file_by_threads)
 foreach(name host_pool_test copy_engine_cuda_test training_stress_test)
     add_test(NAME ${name}.fake_libcuda COMMAND ${launcher} $<TARGET_FILE:${name}> ${fake_filter_${name}})
     add_dependencies(${name} fake_libcuda)
-    set(driver_environment "DISTZO2_TEST_DRIVER=real;DISTZO2_STRESS_STEPS=150;${sanitizer_environment}")
+    set(driver_environment "DISTZO2_TEST_DRIVER=real;${sanitizer_environment}")
+    if(steps_${name})
+        list(APPEND driver_environment DISTZO2_STRESS_STEPS=${steps_${name}})
+    endif()
     set_tests_properties(${name}.fake_libcuda PROPERTIES TIMEOUT 300 ENVIRONMENT "${driver_environment}"
         ENVIRONMENT_MODIFICATION "LD_LIBRARY_PATH=path_list_prepend:$<TARGET_FILE_DIR:fake_libcuda>")
     if(NOT DISTZO2_SANITIZE)

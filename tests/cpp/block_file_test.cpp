@@ -311,6 +311,7 @@ TEST(a_forked_child_lets_go_of_the_file) {
             [[maybe_unused]] const ssize_t ended = read(held[0], &byte, 1); // until the test lets it go
             _exit(0);
         }
+        close(told[1]);
         sleep_us(60'000'000);
         _exit(1);
     }

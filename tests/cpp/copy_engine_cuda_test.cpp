@@ -141,6 +141,8 @@ struct Subject {
 
 void stress(bool from_file, int num_slots, int max_delay_us, int num_steps, unsigned seed,
             ReadsBy reads_by = ReadsBy::kAuto) {
+    if (const char* const at_most = std::getenv("DISTZO2_STRESS_STEPS"))
+        num_steps = std::min(num_steps, std::atoi(at_most));
     Subject subject(from_file, num_slots, max_delay_us, reads_by);
     CopyEngine& engine = *subject.engine;
     std::vector<int64_t> versions(kSizes.size(), 0);
