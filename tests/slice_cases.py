@@ -27,7 +27,7 @@ def train_with(rank: int, world_size: int, shape: tuple[int, int], directory: Pa
     options: dict[str, Any] = {"weights": "disk", "slices": True, "steps": 5}
     shares = slice_choice._shares
     if what == "unequal slices":
-        slice_choice._shares = lambda mesh, sample, device: [1.0 + r for r in range(mesh.node.size)]
+        slice_choice._shares = lambda mesh, *_: [1.0 + r for r in range(mesh.node.size)]
     if what == "write_every":
         cases.tower = lambda *args, **kwargs: tower(*args, **kwargs, write_every=3)
     if what == "memory_budget":  # room for two of the five blocks beside what streaming needs
@@ -182,11 +182,11 @@ def killed(rank: int, world_size: int, directory: Path, signum: int, limit: floa
 def _stop_at_third_gather(store: SlicedStore, signum: int) -> None:
     begin, begun = store.begin, []
 
-    def begin_or_stop(*args: Any) -> None:
+    def begin_or_stop(*args: Any, **options: Any) -> None:
         begun.append(args)
         if len(begun) == 3:
             os.kill(os.getpid(), signum)
-        begin(*args)
+        begin(*args, **options)
 
     store.begin = begin_or_stop
 

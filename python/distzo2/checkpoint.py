@@ -28,6 +28,7 @@ from distzo2.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.model import offload, runtime_of
 from distzo2.parallel_read import ParallelReader
 from distzo2.safetensors_io import CheckpointError
+from distzo2.streaming import StreamingRuntime
 
 _UNITS_AHEAD = 2
 
@@ -169,6 +170,11 @@ def save_pretrained(
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Unit by unit; where they are filled in place, the reads of the next ones go on while one is waited for."""
     runtime = runtime_of(model)
+    with runtime.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
+        _fill(runtime, checkpoint_map)
+
+
+def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
     filling: deque[tuple[ExitStack, list[Future[None]]]] = deque()
     try:
         with ParallelReader() as reader:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from distzo2.parallel_read import CHUNK_BYTES, Range, split
 from distzo2.safetensors_io import CheckpointError, RangeFile, TensorEntry, bytes_of
 from distzo2.torch_archive import open_weights
 
+_SAMPLED_PAGES = 16
 SCRATCH_BYTES = 16 << 20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -102,6 +104,19 @@ class CheckpointFiles:
     def close(self) -> None:
         for file in self.files:
             file.close()
+
+    def sample(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and a CRC of pages here and there, of each file: what two ranks that load the same have alike."""
+        result = []
+        page = memoryview(bytearray(4096))
+        for file in self.files:
+            crc = 0
+            for i in range(_SAMPLED_PAGES):
+                part = page[: min(len(page), file.num_bytes)]
+                file.read_into(part, (file.num_bytes - len(part)) * i // (_SAMPLED_PAGES - 1))
+                crc = zlib.crc32(part, crc)
+            result.append((file.path.name, file.num_bytes, crc))
+        return result
 
     def read_piece(self, piece: Piece, flat: torch.Tensor) -> None:
         """Copies one piece into `flat`, the row-major elements of its parameter in CPU memory."""

@@ -19,11 +19,13 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.heartbeat import Heartbeat, RankFailedError, describe
+from distzo2.interrupts import check_for_interrupt
 
 WORD = 24  # int64 numbers of a word: what, failed, two plain numbers, hashes of up to 20 fields
 NUMBERS = 2
 TEXT_BYTES = 1000  # of an error's description
 LONGEST_PAUSE = 5e-4  # seconds between two looks at a collective in flight
+PATIENCE = 2.0  # seconds of waiting after which Ctrl-C need not wait for a safe point
 LAST_WORDS = 2.0  # seconds in which what a rank sent before it left must arrive
 
 
@@ -45,6 +47,7 @@ class Exchange:
         self._group, self._timeout = group, timeout
         self._broken: str | None = None
         self.before_each: Callable[[], None] | None = None  # called before each collective
+        self.number = 0  # of the next collective
         self.reset_stats()
 
     @property
@@ -108,6 +111,7 @@ class Exchange:
         if self.before_each is not None:
             self.before_each()
         self.wait(self.start(start))
+        self.number += 1
         self._num_collectives += 1
 
     def start(self, start: Callable[[], Any]) -> Any:
@@ -120,19 +124,25 @@ class Exchange:
         except BaseException as error:
             raise self.give_up(error) from None
 
-    def wait(self, work: Any) -> None:
-        """Until a collective that was begun has ended on this rank, unless another rank is lost."""
+    def wait(self, work: Any, quiet: bool = False) -> None:
+        """Until a collective that was begun has ended on this rank, unless another rank is lost.
+
+        Args:
+            quiet: this rank does not need it: the others are told of nothing.
+        """
         if self._broken is not None:
             raise RankFailedError(self._broken)
         try:
-            left_at = time.monotonic()
+            begun_at = left_at = time.monotonic()
             deadline, pause = left_at + self._timeout, 2e-5
             while not work.is_completed():
                 self.heartbeat.check()
                 if not self.heartbeat.left:
                     left_at = time.monotonic()
                 elif time.monotonic() > left_at + LAST_WORDS:
-                    raise self.heartbeat.explain(self.heartbeat.gone())
+                    raise self.heartbeat.gone() if quiet else self.heartbeat.explain(self.heartbeat.gone())
+                if time.monotonic() > begun_at + PATIENCE:
+                    check_for_interrupt()
                 if time.monotonic() > deadline:
                     raise RankFailedError(
                         f"rank {self.rank} has waited {self._timeout:g} s for the other ranks, which are alive: one of "
@@ -142,16 +152,18 @@ class Exchange:
                 pause = min(2 * pause, LONGEST_PAUSE)
             work.wait()
         except BaseException as error:
-            raise self.give_up(error) from None
+            raise self.give_up(error, quiet) from None
 
-    def give_up(self, error: BaseException) -> BaseException:
+    def give_up(self, error: BaseException, quiet: bool = False) -> BaseException:
         """A collective did not end, or cannot be begun, for this error: the others may or may not have what was sent,
         so nothing can follow. They are told. Returns the error to raise."""
-        if isinstance(error, RuntimeError):  # gloo's
+        if isinstance(error, RuntimeError) and not quiet:  # gloo's
             error = self.heartbeat.explain(error)
         if self._broken is None:
             self._broken = f"this mesh cannot be used any more: {describe(error)}"
-        if not isinstance(error, RankFailedError):
+        if quiet and isinstance(error, RuntimeError):
+            error = RankFailedError(str(error))
+        if not isinstance(error, RankFailedError) and not quiet:
             self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
         return error
 

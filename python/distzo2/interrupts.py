@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+_entered: list[DeferredInterrupt] = []  # by the main thread; the last is the innermost
+
 
 class DeferredInterrupt:
     """While entered in the main thread, SIGINT is kept; `check` raises it, and leaving does.
@@ -31,12 +33,14 @@ class DeferredInterrupt:
                     self._previous, self._pending = previous, False
                     signal.signal(signal.SIGINT, self._keep)
             self._depth += 1
+            _entered.append(self)
         return self
 
     def __exit__(self, *error) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         self._depth -= 1
+        _entered.remove(self)
         if self._depth == 0 and self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
@@ -51,3 +55,12 @@ class DeferredInterrupt:
             self._previous(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt
         if self.also is not None:
             self.also()
+
+
+def check_for_interrupt() -> None:
+    """Raises an interrupt that came and is kept; for waits that may be long, whose end can be given up."""
+    if threading.current_thread() is threading.main_thread():
+        for interrupt in reversed(_entered):
+            if interrupt._pending:
+                interrupt._pending = False
+                interrupt._previous(signal.SIGINT, None)

@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -64,6 +64,14 @@ def init_process_group(device: str | torch.device | None, timeout: float) -> Non
     except (RuntimeError, ValueError, KeyError) as error:
         text = " ".join(str(error).split())
         raise DistZO2Error(f"the ranks could not meet: {text}") from error
+
+
+def new_group(ranks: Sequence[int], backend: str) -> Any:
+    """A group of some ranks; all ranks call it. Whoever waits for its collectives limits the waiting."""
+    group = dist.new_group(list(ranks), backend=backend, timeout=CONNECTING)
+    if dist.get_rank() in ranks:
+        _allow(group, timedelta(days=365))
+    return group
 
 
 def new_gloo_group(timeout: float) -> Any:

@@ -173,27 +173,33 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
         DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
     """
     runtime = runtime_of(model)
-    runtime.flush()
+    failure: BaseException | None = None
     try:
-        for unit in runtime.units:
-            with runtime.reading(unit) as views:
-                for param in unit.params:
-                    param.tensor.data = views[param.name].clone()
-        with runtime.editing():
-            yield model
-        edited = {param.index: param.tensor.data for param in runtime.params}
-        for param in runtime.params:
-            now = edited[param.index]
-            if (now.shape, now.dtype, now.device.type) != (param.shape, param.dtype, "cpu"):
-                raise DistZO2Error(
-                    f"parameter {param.name} is {now.dtype} {tuple(now.shape)} on {now.device} after the edit; "
-                    f"{param.dtype} {tuple(param.shape)} on cpu was expected"
-                )
-        for unit in runtime.units:
-            with runtime.writing(unit) as views:
-                for param in unit.params:
-                    views[param.name].copy_(edited[param.index])
-        runtime.rebase()
+        try:
+            with runtime.replacing("edit"):  # no rank is in a forward
+                runtime.flush()
+            for unit in runtime.units:
+                with runtime.reading(unit) as views:
+                    for param in unit.params:
+                        param.tensor.data = views[param.name].clone()
+            with runtime.editing():
+                yield model
+            edited = {param.index: param.tensor.data for param in runtime.params}
+            for param in runtime.params:
+                now = edited[param.index]
+                if (now.shape, now.dtype, now.device.type) != (param.shape, param.dtype, "cpu"):
+                    raise DistZO2Error(
+                        f"parameter {param.name} is {now.dtype} {tuple(now.shape)} on {now.device} after the edit; "
+                        f"{param.dtype} {tuple(param.shape)} on cpu was expected"
+                    )
+        except BaseException as error:
+            failure = error
+        with runtime.replacing("edit", error=failure):
+            for unit in runtime.units:
+                with runtime.writing(unit) as views:
+                    for param in unit.params:
+                        views[param.name].copy_(edited[param.index])
+            runtime.rebase()
     finally:
         for param in runtime.params:
             runtime.place_placeholder(param)

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from distzo2.errors import DistZO2Error
@@ -72,7 +71,7 @@ class Mesh:
     ranks: Ranks
     device_mesh: Any  # torch.distributed.device_mesh.DeviceMesh, of dimensions ("data", "pert")
     slice: bool | None  # whether streamed blocks are kept in slices; None: by what is measured
-    node: SliceExchange | None  # the ranks of this node that may share them; None: this one is alone there
+    node: SliceExchange | None  # the ranks of this node, which may share them; None: no slices
     log: Callable[[str], None]
 
     @property
@@ -109,6 +108,10 @@ class Mesh:
         """`with mesh.together("loading"):` an exception of one rank in it is an error of all at its end. The others
         wait there as long as it takes, unless a rank is lost."""
         return self.exchange.together(what)
+
+    def barrier(self) -> None:
+        """Waits for all ranks, and serves them slices meanwhile, as barriers of torch.distributed do not."""
+        self.exchange.agree("barrier")
 
     def __str__(self) -> str:
         return str(self.shape)
@@ -175,7 +178,7 @@ def init(
     ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
     try:
         ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
-        node = None if slice is False else _node_of(ranks, alone=bool(slice))
+        node = None if slice is False or (slice is None and shape.size == 1) else _node_of(ranks)
         _current = Mesh(shape, ranks, _device_mesh(shape), slice, node, log)
     except BaseException as error:
         shutdown(error)
@@ -201,27 +204,19 @@ def _device_mesh(shape: MeshShape) -> Any:
     return init_device_mesh(kind, (shape.data, shape.pert), mesh_dim_names=("data", "pert"))
 
 
-def _node_of(ranks: Ranks, alone: bool) -> SliceExchange | None:
-    """The ranks of this node; None where this one is alone on it, unless `alone`."""
+def _node_of(ranks: Ranks) -> SliceExchange:
+    """The ranks of this node."""
     import torch.distributed as dist
 
     from distzo2.heartbeat import host_name
     from distzo2.slice_exchange import SliceExchange, node_name
 
     names = ranks.exchange.gather_bytes(node_name(os.environ, host_name()).encode())
-    backend = "nccl" if "nccl" in dist.get_backend_config() else "gloo"
-    wait = timedelta(days=1)  # the exchange limits the waiting
-    mine: SliceExchange | None = None
-    for name in dict.fromkeys(names):
-        members = [rank for rank, other in enumerate(names) if other == name]
-        words = dist.new_group(members, backend="gloo", timeout=wait)  # every rank makes the groups of all nodes
-        blocks = dist.new_group(members, backend=backend, timeout=wait)
-        if ranks.rank in members and (len(members) > 1 or alone):
-            mine = SliceExchange(ranks.exchange, members, words, blocks, backend)
-    if mine is not None:
-        ranks.nodes.append(mine)
-        ranks.heartbeat.on_failure(lambda error: mine.abort())
-    return mine
+    nodes = [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
+    node = SliceExchange(ranks.exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
+    ranks.nodes.append(node)
+    ranks.heartbeat.on_failure(lambda error: node.abort())
+    return node
 
 
 def join(
@@ -311,7 +306,7 @@ def shutdown(error: BaseException | None = None) -> None:
         ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
     for node in ranks.nodes if error is None and not ranks.failed else ():
         with suppress(DistZO2Error):
-            node.leave()  # the others may still want slices of this rank
+            node.leave(ends=True)  # the others may still want slices of this rank
     for close in ranks.closers:
         with suppress(Exception):
             close()

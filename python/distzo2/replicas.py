@@ -11,7 +11,6 @@ from distzo2.errors import DistZO2Error
 
 if TYPE_CHECKING:
     from distzo2.exchange import Exchange
-    from distzo2.units import Unit
     from distzo2.weights import UnitWeights
 
 PIECE = 1 << 20  # words that are worked on at once
@@ -50,17 +49,8 @@ def compare_replicas(runtime: UnitWeights, exchange: Exchange, step: int) -> Non
     with exchange.together(f"comparing replicas at step {step}"):
         for unit, views in runtime.visit():
             sums[unit.index] = checksum(views)
-    compare_sums(runtime.units, sums, exchange, f"after {step} steps")
-
-
-def compare_sums(units: Sequence[Unit], sums: torch.Tensor, exchange: Exchange, when: str) -> None:
-    """Compares a checksum of each unit (int64 [units]) across ranks.
-
-    Raises:
-        ReplicasDifferError: as `compare_replicas`.
-    """
     all_sums = exchange.gather(sums)
-    for unit, row in zip(units, all_sums.T.tolist(), strict=True):
+    for unit, row in zip(runtime.units, all_sums.T.tolist(), strict=True):
         if len(set(row)) > 1:
             groups: dict[int, list[int]] = {}
             for rank, value in enumerate(row):
@@ -68,4 +58,4 @@ def compare_sums(units: Sequence[Unit], sums: torch.Tensor, exchange: Exchange, 
             parts = "; ".join(
                 f"rank{'s' if len(r) > 1 else ''} {', '.join(map(str, r))}: {v:016x}" for v, r in groups.items()
             )
-            raise ReplicasDifferError(f"{when} the ranks differ, first in unit {unit.name!r} ({parts})")
+            raise ReplicasDifferError(f"after {step} steps the ranks differ, first in unit {unit.name!r} ({parts})")

@@ -39,10 +39,11 @@ class _Sample:
 
 
 class Sharing(NamedTuple):
-    """The ranks of a node, and the share of every streamed block that each of them keeps."""
+    """The ranks of a node, the share of every streamed block that each of them keeps, and a number for the store."""
 
     node: SliceExchange
     shares: list[float]
+    number: int
 
 
 def choose_slices(
@@ -52,7 +53,7 @@ def choose_slices(
     weights: str,
     directory: str | os.PathLike | None,
 ) -> Sharing | None:
-    """Who shares the streamed units in slices, or None; all ranks call it.
+    """Who shares the streamed units in slices, or None: the same on all ranks, which all call it.
 
     Where the mesh does not say, slices are taken if bringing one and gathering the block is faster than bringing the
     whole block on every rank at once, both measured here, or if there is no room for every rank's own copy. GPUs whose
@@ -60,25 +61,34 @@ def choose_slices(
 
     Raises:
         UsageError: slices were asked for, of weights that do not stream.
+        RanksDisagreeError: the ranks hand over different models.
     """
-    if mesh is None or mesh.node is None or mesh.slice is False:
+    if mesh is None or mesh.node is None:
         return None
-    if weights == "device":
-        if mesh.slice:
-            raise UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
-        return None
+    failure = None
+    if weights == "device" and mesh.slice:
+        failure = UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
+    fields = {
+        "weights": weights,
+        "device": device.type,
+        "the units": [(u.name, u.num_bytes, u.resident) for u in units],
+    }
+    mesh.exchange.agree("handing over a model", fields, error=failure)
     streamed = [u for u in units if not u.resident]
-    if not streamed:
+    node, total = mesh.node, sum(u.num_bytes for u in streamed)
+    if not streamed or weights == "device" or (node.most_ranks == 1 and not mesh.slice):
         return None
+    node.connect()
     sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
-    chosen, why = bool(mesh.slice), ""
+    chosen, why = True, "as asked"
     if mesh.slice is None:
-        chosen, why = _decide(mesh, sum(u.num_bytes for u in streamed), sample, device, weights, directory)
-    if mesh.rank == 0 and why:
-        mesh.log(f"slices: {'on' if chosen else 'off'} ({why}; slice= or --slice sets it)")
-    if not chosen:
-        return None
-    return Sharing(mesh.node, _shares(mesh, sample, device))
+        chosen, why = _decide(mesh, total, sample, device, weights, directory)
+        why += "; slice= or --slice sets it"
+    shares = _shares(mesh, sample, device, directory) if chosen else []
+    if mesh.rank == 0:
+        kept = f"; {gib(int(total * shares[node.index] / sum(shares)))} of blocks a rank" if chosen else ""
+        mesh.log(f"slices: {'on' if chosen else 'off'} ({why}{kept})")
+    return Sharing(node, shares, node.new_store()) if chosen else None
 
 
 def _decide(
@@ -87,10 +97,11 @@ def _decide(
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     free = available_memory() if weights == "host" else free_bytes(directory)
-    free = int(_of_all(mesh, [free]).min() * (1 - _SPARE))
-    if node.size * total > free:
-        where = "memory" if weights == "host" else "disk"
-        return True, f"{node.size} copies of {gib(total)} do not fit into the {gib(free)} of {where} to be had"
+    room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
+    for needed, free in room.tolist():
+        if needed > free:
+            where = "memory" if weights == "host" else "disk"
+            return True, f"a copy for each rank, {gib(needed)}, does not fit into the {gib(free)} of {where} to be had"
     if weights == "host" and device.type == "cpu":
         return False, "weights in memory are used where they are"
     bounds = cut(sample, [1.0] * node.size)
@@ -104,11 +115,11 @@ def _decide(
     return part + gather < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"
 
 
-def _shares(mesh: Mesh, sample: int, device: torch.device) -> list[float]:
+def _shares(mesh: Mesh, sample: int, device: torch.device, directory: str | os.PathLike | None) -> list[float]:
     """Of each rank of this node: in proportion to the rates of their links, all in use; equal ones on a CPU."""
     if device.type == "cpu":
         return [1.0] * mesh.node.size
-    seconds = _of_all(mesh, [_bring_seconds(mesh, sample // mesh.node.size, device, None)])[:, 0]
+    seconds = _of_all(mesh, [_bring_seconds(mesh, sample // mesh.node.most_ranks, device, directory)])[:, 0]
     return shares_of([float(seconds[rank]) for rank in mesh.node.ranks])
 
 

@@ -23,7 +23,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.exchange import Exchange
-from distzo2.slice_exchange import SliceExchange, Want
+from distzo2.slice_exchange import WANTS, SliceExchange, Word
 from distzo2.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
 from distzo2.units import ALIGNMENT, Unit
 from distzo2_core import aligned_buffer
@@ -70,10 +70,10 @@ class _Buffer:
 
     data: torch.Tensor  # uint8
     unit: int = -1
-    version: int = -1
+    stamp: int = -1
     works: list[Any] = field(default_factory=list)  # what is still to be waited for
     readers: int = 0
-    was_read: bool = False
+    is_ahead: bool = False  # gathered because this rank wants it, and not read yet
     number: int = 0  # of the gather
     begun_ns: int = 0
     ended_ns: int = 0
@@ -101,7 +101,8 @@ class SlicedStore:
         node: SliceExchange,
         shares: Sequence[float],
         update: UpdateSlice,
-        version: Callable[[], int],
+        number: int,
+        stamp: Callable[[], int],
         on_gathered: Callable[[Unit, int, int], None],
     ) -> None:
         """
@@ -113,7 +114,8 @@ class SlicedStore:
             node: the ranks that share the units.
             shares: of each rank of the node.
             update: brings a slice up to date, see `UpdateSlice`.
-            version: how many updates have been made.
+            number: from `node.new_store`.
+            stamp: of the weights as they are now; it changes with every update and replacement.
             on_gathered: while traced, called with the unit and the times (ns) between which a gather was in flight.
         """
         self.parts: dict[int, Slice] = {}
@@ -130,16 +132,17 @@ class SlicedStore:
         self.num_slots = max(2, min(slots, len(units) + 1))
         self.slot_bytes = -(-max(p.bounds[-1] for p in parts) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
         self._device, self._node = device, node
-        self._update, self._version, self._on_gathered = update, version, on_gathered
+        self._update, self._stamp, self._on_gathered = update, stamp, on_gathered
         self._buffers = [self._new_buffer() for _ in range(self.num_slots)]
         self._held: dict[int, _Buffer] = {}
         self._num_begun = 0
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spare: torch.Tensor | None = None
-        self.gather_wait_ns = 0
+        self.gather_wait_ns = self.gathers_ahead = 0
         self._traced = False
         self._closed = False
-        self._number = node.register(self)
+        self._number = number
+        node.register(number, self)
 
     def _new_buffer(self) -> _Buffer:
         if self._device.type == "cpu":
@@ -149,35 +152,48 @@ class SlicedStore:
 
     # ---- gathers ------------------------------------------------------------------------------------------------
 
-    def _want(self, unit: Unit) -> Want:
-        return Want(1, self._number, unit.index, self._version())
+    def _want(self, unit: Unit) -> Word:
+        return Word(WANTS, self._number, unit.index, self._stamp())
 
     def _find(self, unit: Unit) -> _Buffer | None:
-        version = self._version()
-        return next((b for b in self._buffers if b.unit == unit.index and b.version == version), None)
+        stamp = self._stamp()
+        return next((b for b in self._buffers if b.unit == unit.index and b.stamp == stamp), None)
 
-    def begin(self, index: int, version: int) -> None:
-        """Begins the gather of a unit: called in the same order on all ranks of the node."""
+    def begin(self, index: int, stamp: int, ours: bool) -> None:
+        """Begins the gather of a unit: called in the same order on all ranks of the node.
+
+        Args:
+            stamp: of the weights that the unit must have.
+            ours: this rank wants it too.
+        """
         part = self.parts[index]
-        if self._closed or version != self._version():
-            have = "has closed the model" if self._closed else f"has made {self._version()}"
-            raise DistZO2Error(f"unit {part.unit.name!r} is wanted with {version} updates, and this rank {have}")
+        if stamp != self._stamp():
+            raise DistZO2Error(
+                f"unit {part.unit.name!r} is wanted with other updates than this rank has made: weights are replaced, "
+                "and updates applied, by all ranks together"
+            )
+        if self._side is None:
+            self._begin(part, stamp, ours)
+            return
+        with torch.cuda.stream(self._side):
+            self._begin(part, stamp, ours)
+
+    def _begin(self, part: Slice, stamp: int, ours: bool) -> None:
+        for buffer in self._buffers:
+            if buffer.unit == part.index and not buffer.readers:
+                self._settle(buffer)
+                buffer.unit = -1  # of two copies of a unit the later one counts
         buffer = self._free_buffer()
-        buffer.unit, buffer.version, buffer.number = index, version, self._num_begun
-        buffer.was_read = False
+        if buffer.released is not None:
+            self._side.wait_event(buffer.released)
+        buffer.unit, buffer.stamp, buffer.number, buffer.is_ahead = part.index, stamp, self._num_begun, ours
         self._num_begun += 1
         buffer.begun_ns, buffer.ended_ns = time.perf_counter_ns(), 0
         parts = [buffer.data[a:b] for a, b in pairwise(part.bounds)]
-        if self._side is None:
-            self._fill(part, parts[self._node.index])
-            buffer.works = self._node.gather(parts)
-            for work in buffer.works if self._traced else ():
-                work.get_future().add_done_callback(lambda _: buffer.note_the_end())
-        else:
-            with torch.cuda.stream(self._side):
-                self._side.wait_event(buffer.released)
-                self._fill(part, parts[self._node.index])
-                buffer.works = self._node.gather(parts)
+        self._fill(part, parts[self._node.index])
+        buffer.works = self._node.gather(parts)
+        for work in buffer.works if self._traced else ():
+            work.get_future().add_done_callback(lambda _: buffer.note_the_end())
 
     def _fill(self, part: Slice, own: torch.Tensor) -> None:
         """This rank's slice, up to date, into its place in a buffer."""
@@ -199,12 +215,15 @@ class SlicedStore:
         return buffer
 
     def _is_ahead(self, buffer: _Buffer) -> bool:
-        """Whether it holds a block that was gathered ahead of time, and that nobody has read yet."""
-        return buffer.unit >= 0 and buffer.version == self._version() and not buffer.was_read
+        """Whether it holds a block that was gathered ahead of time, and that this rank is yet to read."""
+        return buffer.unit >= 0 and buffer.stamp == self._stamp() and buffer.is_ahead
 
     def _has_room(self) -> bool:
-        """Whether a gather can begin without giving up a block that was gathered ahead of time."""
-        return any(not b.readers and not self._is_ahead(b) for b in self._buffers)
+        """Whether a gather can begin without waiting, and without giving up a block that was gathered ahead of time."""
+        return any(
+            not b.readers and not self._is_ahead(b) and all(work.is_completed() for work in b.works)
+            for b in self._buffers
+        )
 
     def _settle(self, buffer: _Buffer) -> None:
         """Until a gather has ended; on CUDA what follows on the current stream waits, and not the host."""
@@ -235,7 +254,7 @@ class SlicedStore:
         start = time.perf_counter_ns()
         self._settle(buffer)
         self.gather_wait_ns += time.perf_counter_ns() - start
-        buffer.readers, buffer.was_read = buffer.readers + 1, True
+        buffer.readers, buffer.is_ahead = buffer.readers + 1, False
         self._held[unit.index] = buffer
         return buffer.data[: unit.num_bytes]
 
@@ -265,6 +284,7 @@ class SlicedStore:
         """Begins the gathers whose turn has come. Never waits for another rank."""
         while self._node.answered and self._has_room():
             self._node.act()
+            self.gathers_ahead += 1
 
     def set_durable(self, version: int) -> None:
         self._source.set_durable(version)
@@ -307,7 +327,7 @@ class SlicedStore:
             whole = self.acquire(unit)
             self.expect(following[: self.num_slots - 1], len(following))
             try:
-                host = whole.clone() if write else whole.cpu()
+                host = whole.to("cpu", copy=write)
                 if not write:
                     yield host
             finally:
@@ -321,7 +341,7 @@ class SlicedStore:
         with self._source.open(part, write=True, keep=False) as stored:
             end = min(part.begin + part.num_bytes, unit.num_bytes)
             stored[: max(end - part.begin, 0)].copy_(host[part.begin : end])
-        part.version = self._version()
+        part.version = unit.version
         self.forget()
         if not keep:
             self._spare = host
@@ -331,12 +351,13 @@ class SlicedStore:
     def stats(self) -> dict[str, int | float]:
         return {
             **self._source.stats(),
+            "gathers_ahead": self.gathers_ahead,
             "stored_bytes": sum(part.num_bytes for part in self.parts.values()),
             "gather_wait_s": self.gather_wait_ns * 1e-9,
         }
 
     def reset_stats(self) -> None:
-        self.gather_wait_ns = 0
+        self.gather_wait_ns = self.gathers_ahead = 0
         self._source.reset_stats()
 
     def trace(self, enable: bool) -> None:
@@ -349,17 +370,20 @@ class SlicedStore:
         return self._source.events()
 
     def close(self) -> None:
-        """Serves the other ranks of the node until they need no slice of this one, and ends."""
+        """Serves the other ranks of the node while they want slices of this one, and ends."""
         if self._closed:
             return
-        self._node.leave()
         self._closed = True
-        for buffer in self._buffers:
-            try:
-                self._settle(buffer)
-            except DistZO2Error:  # a rank is lost, and its bytes may come when the memory is another's
-                _abandoned.append(buffer)
-        self._held.clear()
-        self._buffers.clear()
-        self._spare = None
-        self._source.close()
+        try:
+            self._node.leave(ends=False)
+            self._node.register(self._number, None)
+            for buffer in self._buffers:
+                try:
+                    self._settle(buffer)
+                except DistZO2Error:  # a rank is lost, and its bytes may come when the memory is another's
+                    _abandoned.append(buffer)
+        finally:
+            self._held.clear()
+            self._buffers.clear()
+            self._spare = None
+            self._source.close()

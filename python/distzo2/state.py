@@ -57,6 +57,8 @@ class StateHooks:
         """Pre-hook of load_state_dict: something that can be copied into."""
         if metadata.get("assign_to_params_buffers"):
             raise DistZO2Error("load_state_dict(assign=True) would take the parameters away from the streamed model")
+        with self._runtime.replacing("load_state_dict"):  # no rank is in a forward
+            pass
         for _, unit, param in self._own(module):
             with self._runtime.reading(unit) as views:
                 param.tensor.data = views[param.name].clone()
@@ -64,14 +66,15 @@ class StateHooks:
 
     def _store(self, module: nn.Module, incompatible_keys: Any) -> None:
         """Post-hook of load_state_dict: what was loaded becomes the stored copy, and the base of what follows."""
-        stored = False
-        for _, unit, param in self._own(module):
-            if self._loading.pop(param.index, None) is not None:
+        own = [(unit, param) for _, unit, param in self._own(module) if param.index in self._loading]
+        if not own:
+            return
+        with self._runtime.replacing("load_state_dict"):
+            for unit, param in own:
+                del self._loading[param.index]
                 with self._runtime.writing(unit, keep=True) as views:
                     views[param.name].copy_(param.tensor.data)
                 self._runtime.place_placeholder(param)
-                stored = True
-        if stored:
             self._runtime.rebase()
 
 

@@ -24,10 +24,8 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.lanes import CallerState, Emission, Lane, LaneGroup
 from distzo2.placeholders import Placeholders, use_guard
 from distzo2.random_stream import RandomStream
-from distzo2.replicas import checksum, compare_sums
 from distzo2.residency import MemoryBudget
 from distzo2.slice_choice import Sharing
-from distzo2.sliced_store import SlicedStore
 from distzo2.units import ParamInfo, Unit
 from distzo2.weights import UnitWeights
 from distzo2.windows import Windows
@@ -86,19 +84,15 @@ class StreamingRuntime(UnitWeights):
 
     def _take_over(self) -> None:
         """Moves the model's weights to where they are to live, unit by unit, freeing as it goes."""
-        sums = torch.zeros(len(self.units), dtype=torch.int64)
-        for unit in self.units:
-            present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
-            if present:
-                if self._slice_of(unit) is not None:
-                    sums[unit.index] = checksum([p.tensor.detach().contiguous() for p in present])
-                with self.writing(unit, keep=len(present) < len(unit.params)) as views:
-                    for param in present:
-                        views[param.name].copy_(param.tensor.detach())
-            for param in unit.params:
-                self._placeholders.take_over(param)
-        if isinstance(self._ring, SlicedStore):  # once in slices, weights that differ can no longer be told apart
-            compare_sums(self.units, sums, self._ring.exchange, "when the model was handed over,")
+        with self.replacing("handing over a model's weights"):
+            for unit in self.units:
+                present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
+                if present:
+                    with self.writing(unit, keep=len(present) < len(unit.params)) as views:
+                        for param in present:
+                            views[param.name].copy_(param.tensor.detach())
+                for param in unit.params:
+                    self._placeholders.take_over(param)
 
     # ---- passes -------------------------------------------------------------------------------------------------
 

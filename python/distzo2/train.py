@@ -93,7 +93,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         objective_name = resolve_objective(options.objective, train)
         if held_out:
             resolve_objective(objective_name, held_out)
-        check_memory(size, device, options.weights, ranks_here(), copies_here())
+        check_memory(size, device, options.weights, ranks_here(), copies_here(options.weights))
         if leads and not options.resume:
             _check_room(options, size, run)
         train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
@@ -156,10 +156,10 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current() is not None else 1
 
 
-def copies_here() -> int:
+def copies_here(weights: str) -> int:
     """Copies of the streamed weights that this machine keeps at least."""
     mesh = current()
-    return ranks_here() if mesh is None or mesh.node is None else 1
+    return ranks_here() if mesh is None or mesh.node is None or weights == "device" else 1
 
 
 def _device(options: Namespace, mesh: Mesh | None) -> torch.device:
@@ -202,7 +202,9 @@ def _take_over(
 
 def _check_room(options: Namespace, size: ModelSize, run: RunDirectory) -> None:
     """The block file and the checkpoint must fit on their disks; a checkpoint that is there is replaced."""
-    block_file = {"the file of streamed weights": size.total * copies_here()} if options.weights == "disk" else {}
+    block_file = (
+        {"the file of streamed weights": size.total * copies_here(options.weights)} if options.weights == "disk" else {}
+    )
     checkpoint = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
     if options.snapshot_every or options.snapshot_minutes:
         there = len(snapshots_in(run.snapshots))

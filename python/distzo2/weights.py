@@ -13,12 +13,16 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
+from distzo2.exchange import RanksDisagreeError
+from distzo2.heartbeat import RankFailedError
 from distzo2.lanes import Emission
+from distzo2.replicas import checksum
 from distzo2.residency import MemoryBudget, keep_blocks
 from distzo2.scratch import Scratch
 from distzo2.slice_choice import Sharing
@@ -66,33 +70,38 @@ class UnitWeights:
         self.units: list[Unit] = find_units(model, self.params, units)
         sharing = choose_slices(self.units)
         streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or sharing is not None))
-        if streams:
-            keep_blocks(self.units, device, memory_budget, slots)
-        streamed = [u for u in self.units if streams and not u.resident and not u.kept]
-        on_ring = {u.index for u in streamed}
-        self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
+        self._exchange = sharing.node.exchange if sharing is not None else None  # of what must be done by all ranks
+        self.epoch = 0  # how often the weights were replaced from outside
+        self.version = 0  # updates made so far
+        self._memory: MemoryStore | None = None
         self._ring: StreamingStore | SlicedStore | None = None
-        if streamed and sharing is not None:
-            self._ring = SlicedStore(
-                streamed,
-                device,
-                directory=directory,
-                slots=slots,
-                node=sharing.node,
-                shares=sharing.shares,
-                update=self._update_slice,
-                version=lambda: self.version,
-                on_gathered=lambda unit, begun, ended: self.trace.add("gather", unit.name, begun, ended),
-            )
-        elif streamed:
-            self._ring = StreamingStore(streamed, device, directory=directory, slots=slots)
+        with self._all_ranks("handing over a model") as agreed:
+            if streams:
+                keep_blocks(self.units, device, memory_budget, slots)
+            streamed = [u for u in self.units if streams and not u.resident and not u.kept]
+            on_ring = {u.index for u in streamed}
+            agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
+            self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
+            if streamed and sharing is not None:
+                self._ring = SlicedStore(
+                    streamed,
+                    device,
+                    directory=directory,
+                    slots=slots,
+                    node=sharing.node,
+                    shares=sharing.shares,
+                    number=sharing.number,
+                    update=self._update_slice,
+                    stamp=lambda: (self.epoch << 32) + self.version,
+                    on_gathered=lambda unit, begun, ended: self.trace.add("gather", unit.name, begun, ended),
+                )
+            elif streamed:
+                self._ring = StreamingStore(streamed, device, directory=directory, slots=slots)
         self._write_every = write_every
         self._scratch = Scratch([u for u in self.units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
-        self.version = 0  # updates made so far
         self._updates: list[Update] = []  # the last of them; the first one's number is version - len(_updates)
-        self.epoch = 0  # how often the weights were replaced from outside
         self.seed = 0
         self._owner: weakref.ref | None = None
         self._group_of: dict[int, int] = {}  # parameter index -> group; absent: read, never changed
@@ -105,12 +114,30 @@ class UnitWeights:
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
         self._last_of_pass: Unit | None = streamed[-1] if streamed else None  # as seen last
+        self._written: list[tuple[str, int]] | None = None  # checksums of sliced units, while they are compared
         self._busy = False  # a window is open, or a pass under way
         self._closed = False
         # Called with each unit that is let go of and its clean weights at `unit.version`, not to be changed or kept.
         self.tap: Callable[[Unit, torch.Tensor], None] | None = None
         self.trace = Trace()
         self.reset_stats()
+
+    @contextmanager
+    def _all_ranks(self, what: str) -> Iterator[dict[str, Any]]:
+        """With slices, what all ranks do together: an exception of one rank is an error of all at the end, and so are
+        entries that differ in the dict that is given."""
+        agreed: dict[str, Any] = {}
+        if self._exchange is None:
+            yield agreed
+            return
+        failure: BaseException | None = None
+        try:
+            yield agreed
+        except BaseException as error:
+            failure = error
+            if isinstance(error, RankFailedError | RanksDisagreeError) or self._exchange.broken:
+                raise  # all ranks know of it
+        self._exchange.agree(what, {} if failure is not None else agreed, error=failure)
 
     # ---- what the optimizer tells -----------------------------------------------------------------------------
 
@@ -430,6 +457,40 @@ class UnitWeights:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
     @contextmanager
+    def replacing(
+        self, what: str, *, error: BaseException | None = None, source: Callable[[], Any] | None = None
+    ) -> Iterator[None]:
+        """Around all that replaces weights from outside. With slices all ranks enter and leave it together, so that
+        none gathers a block that is half replaced, and what they wrote is compared, since later a difference could not
+        be seen; or, where each writes its slices only, what `source` returns before it.
+
+        Args:
+            what: the name of it, in words.
+            error: this rank cannot enter; no rank does then.
+        """
+        if self._exchange is None:
+            if error is not None:
+                raise error
+            yield
+            return
+        fields: dict[str, Any] = {}
+        try:
+            if source is not None and error is None:
+                fields["the source"] = source()
+        except Exception as not_readable:
+            error = not_readable
+        self._exchange.agree(what, {} if error is not None else fields, error=error)
+        self._written = [] if source is None else None
+        try:
+            with self._all_ranks(f"{what}: the end") as agreed:
+                yield
+                agreed["the weights"] = self._written
+        finally:
+            self._written = None
+        if self._ring is not None:
+            self._ring.forget()
+
+    @contextmanager
     def writing(self, unit: Unit, keep: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """The unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
 
@@ -441,7 +502,10 @@ class UnitWeights:
         unit.version = self.version
         self._scratch.forget()
         with self._store(unit).open(unit, write=True, keep=keep) as buffer:
-            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+            views = unit.views(buffer)
+            yield {p.name: view for p, view in zip(unit.params, views, strict=True)}
+            if self._written is not None and self._slice_of(unit) is not None:
+                self._written.append((unit.name, checksum(views)))
 
     def kept_elements(self, unit: Unit) -> dict[str, range]:
         """Which elements of each parameter `writing` keeps on this rank: all, unless the unit is in slices."""
