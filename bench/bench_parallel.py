@@ -66,7 +66,8 @@ def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> N
         model = distzo2.offload(copy.deepcopy(base), weights=args.weights, directory=args.directory)
         opt = distzo2.ZOSGD(model, lr=1e-7, eps=1e-3, num_probes=args.probes)
         parts = ids.chunk(args.micro_batches)
-        opt.step([lambda model=model, part=part: loss(model, part[:1, :8]) for part in parts])  # threads, buffers
+        for _ in range(3):  # threads, and the first touch of buffers, which units take in turn
+            opt.step([lambda model=model, part=part: loss(model, part[:1, :8]) for part in parts])
         stats = {} if order == "alone" else distzo2.parallel.stats()
         runtime = distzo2.runtime_of(model)
         runtime.reset_stats()
@@ -75,8 +76,9 @@ def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> N
         seconds = time.perf_counter() - start
         now = {} if order == "alone" else distzo2.parallel.stats()
         figures = {name: now[name] - stats[name] for name in now}
-        if "gather_wait_s" in runtime.stats():
-            figures["gather_wait_s"] = runtime.stats()["gather_wait_s"]
+        for name in ("compute_s", "noise_s", "exposed_wait_s", "gather_wait_s"):
+            if name in runtime.stats():
+                figures[name] = round(runtime.stats()[name], 3)
         losses = opt.last.losses
         opt.close()
         runtime.close()
@@ -143,7 +145,7 @@ def main() -> int:
     for number in range(args.repeats):
         for ranks, times in yardstick.items():
             times.append(run("yardstick", ranks)[0])
-        for name, shape in CONTENDERS.items():
+        for name, shape in list(CONTENDERS.items())[:: 1 if number % 2 else -1]:
             elapsed, figures[name], losses[name] = run(shape or "alone", 1 if shape is None else 2)
             seconds[name].append(elapsed)
             print(
