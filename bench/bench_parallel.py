@@ -3,7 +3,11 @@
     python bench/bench_parallel.py --model opt-125m --batch 16 --tokens 128 --micro-batches 2
 
 One rank, PertP on two and DDP on two run the same lanes in turn, several times: the processes are started once, and the
-ones that are not measured wait. The median of each is told, and the bytes that a step exchanges.
+ones that are not measured wait. The median of each is told, and the bytes that a step exchanges. A step of OPT-125M at
+16 x 128 tokens is 1.3 TFLOP: half a minute on a core of 45 GFLOP/s, so that a round takes a minute.
+
+Beside them, in the same rounds, two processes multiply matrices that stay in their caches, each as often as one does
+alone: what the machine's two cores give to two ranks at best.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from bench_common import machine
 from distzo2.shapes import SHAPES, opt_config
 
 TINY = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
-CONTENDERS = {"one rank": None, "PertP, 2 ranks": (2, 1), "DDP, 2 ranks": (1, 2)}
+SIDE = 512  # of the yardstick's matrices: 3 MiB in fp32
+CONTENDERS: dict[str, tuple[int, int] | None] = {"one rank": None, "PertP, 2 ranks": (2, 1), "DDP, 2 ranks": (1, 2)}
 
 
 def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> None:
-    """A rank: makes its model once, then steps on the mesh that it is told. Rank 0 has another model for steps alone,
-    since replicas must stay equal."""
+    """A rank: runs what it is told, the yardstick or a step on a mesh, with a model made anew of the same weights."""
+    import copy
+
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
@@ -42,11 +48,8 @@ def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> N
     config = opt_config("opt-125m" if args.model == "tiny" else args.model)
     for name, value in TINY.items() if args.model == "tiny" else ():
         setattr(config, name, value)
-    models = []
-    for _ in range(2 if rank == 0 else 1):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, args.dtype)).eval()
-        models.append(distzo2.offload(model, weights=args.weights, directory=args.directory))
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).to(getattr(torch, args.dtype)).eval()
     ids = torch.randint(4, 50000, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0))
 
     def loss(model: torch.nn.Module, part: torch.Tensor) -> torch.Tensor:
@@ -54,21 +57,43 @@ def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> N
 
     store = dist.PrefixStore("bench", dist.TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    while (shape := pipe.recv()) is not None:
-        alone = shape == (1, 1)
-        if not alone:
-            distzo2.parallel.init(*shape)
-        model = models[-1 if alone else 0]
-        closures = [lambda model=model, part=part: loss(model, part) for part in ids.chunk(args.micro_batches)]
+    while (order := pipe.recv()) is not None:
+        if order == "yardstick":
+            pipe.send((multiply(args.yardstick), {}, None))
+            continue
+        if order != "alone":
+            distzo2.parallel.init(*order, slice=args.slice == "on")
+        model = distzo2.offload(copy.deepcopy(base), weights=args.weights, directory=args.directory)
         opt = distzo2.ZOSGD(model, lr=1e-7, eps=1e-3, num_probes=args.probes)
-        opt.step(closures)  # its threads and buffers are made here
-        stats = {} if alone else distzo2.parallel.stats()
+        parts = ids.chunk(args.micro_batches)
+        for _ in range(3):  # threads, and the first touch of buffers, which units take in turn
+            opt.step([lambda model=model, part=part: loss(model, part[:1, :8]) for part in parts])
+        stats = {} if order == "alone" else distzo2.parallel.stats()
+        runtime = distzo2.runtime_of(model)
+        runtime.reset_stats()
         start = time.perf_counter()
-        opt.step(closures, tokens=args.batch * args.tokens)
+        opt.step([lambda model=model, part=part: loss(model, part) for part in parts], tokens=ids.numel())
         seconds = time.perf_counter() - start
-        now = {} if alone else distzo2.parallel.stats()
+        now = {} if order == "alone" else distzo2.parallel.stats()
+        figures = {name: now[name] - stats[name] for name in now}
+        for name in ("compute_s", "noise_s", "exposed_wait_s", "gather_wait_s"):
+            if name in runtime.stats():
+                figures[name] = round(runtime.stats()[name], 3)
+        losses = opt.last.losses
+        opt.close()
+        runtime.close()
         distzo2.parallel.shutdown()
-        pipe.send((seconds, {name: now[name] - stats[name] for name in now}, opt.last.losses))
+        pipe.send((seconds, figures, losses))
+
+
+def multiply(count: int) -> float:
+    """Seconds of so many products of matrices in the caches."""
+    a, b, result = torch.rand(SIDE, SIDE), torch.rand(SIDE, SIDE), torch.empty(SIDE, SIDE)
+    torch.mm(a, b, out=result)
+    start = time.perf_counter()
+    for _ in range(count):
+        torch.mm(a, b, out=result)
+    return time.perf_counter() - start
 
 
 def main() -> int:
@@ -85,7 +110,9 @@ def main() -> int:
     parser.add_argument("--probes", type=int, default=1, help="perturbations a step")
     parser.add_argument("--weights", default="host", help="where the weights live: host, disk, device")
     parser.add_argument("--directory", default="/tmp/distzo2-bench", help="of block files, with --weights disk")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved repetitions; the median is told")
+    parser.add_argument("--slice", choices=["on", "off"], default="off", help="slices of the streamed weights")
+    parser.add_argument("--yardstick", type=int, default=500, help="products of the yardstick")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions; the median is told")
     parser.add_argument("--json", type=Path, help="append the result to this file, one line of JSON")
     args = parser.parse_args()
     import torch.distributed as dist
@@ -103,37 +130,52 @@ def main() -> int:
         pipes.append(ours)
         processes.append(process)
 
-    def step(shape: tuple[int, int] | None) -> tuple[float, dict[str, int], Any]:
+    def run(order: Any, ranks: int) -> tuple[float, dict[str, Any], Any]:
         """Seconds of the slowest rank, what rank 0 exchanged, the losses."""
-        used = pipes[:1] if shape is None else pipes
-        for pipe in used:
-            pipe.send(shape or (1, 1))
-        results = [pipe.recv() for pipe in used]
+        for pipe in pipes[:ranks]:
+            pipe.send(order)
+        results = [pipe.recv() for pipe in pipes[:ranks]]
         return max(r[0] for r in results), results[0][1], results[0][2]
 
-    for shape in CONTENDERS.values():
-        step(shape)
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    exchanged: dict[str, dict[str, int]] = {}
-    for _ in range(args.repeats):
-        for name, shape in CONTENDERS.items():
-            elapsed, exchanged[name], _losses = step(shape)
+    yardstick: dict[int, list[float]] = {1: [], 2: []}
+    figures: dict[str, dict[str, Any]] = {}
+    losses: dict[str, Any] = {}
+    begun = time.perf_counter()
+    for number in range(args.repeats):
+        for ranks, times in yardstick.items():
+            times.append(run("yardstick", ranks)[0])
+        for name, shape in list(CONTENDERS.items())[:: 1 if number % 2 else -1]:
+            elapsed, figures[name], losses[name] = run(shape or "alone", 1 if shape is None else 2)
             seconds[name].append(elapsed)
+            print(
+                f"{time.perf_counter() - begun:5.0f} s  round {number + 1} of {args.repeats}: {name} {elapsed:.2f} s",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        if any(losses[name] != losses["one rank"] for name in CONTENDERS):
+            raise SystemExit(f"the losses differ: {losses}")
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send(None)
         process.join(timeout=10.0)
 
     rows = []
-    alone = statistics.median(seconds["one rank"])
+    best = 2 * statistics.median(one / two for one, two in zip(yardstick[1], yardstick[2], strict=True))
+    print(f"two processes that only multiply do {best:.3f}x the work of one")
     for name, times in seconds.items():
         median = statistics.median(times)
         rate = args.batch * args.tokens / median
-        row = {"what": name, "seconds": median, "min": min(times), "max": max(times), "tokens_per_second": rate}
-        rows.append(row | {"speedup": alone / median, **exchanged[name]})
-        print(f"{name:16s} {median:8.3f} s  {rate:9.1f} tokens/s  {alone / median:.3f}x  {exchanged[name] or ''}")
+        speedup = statistics.median(one / time for one, time in zip(seconds["one rank"], times, strict=True))
+        row = {"what": name, "seconds": median, "all_seconds": times, "tokens_per_second": rate, "speedup": speedup}
+        rows.append(row | figures[name])
+        print(f"{name:16s} {median:8.3f} s  {rate:9.1f} tokens/s  {speedup:.3f}x  {figures[name] or ''}")
     if args.json:
         options = {k: v for k, v in vars(args).items() if k != "json"}
-        result = {"bench": "parallel", "options": options, "rows": rows}
+        result = {
+            "bench": "parallel",
+            "options": options,
+            "rows": rows,
+            "yardstick": {"speedup": best, "seconds": yardstick},
+        }
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(result | {"command": " ".join(sys.argv), "machine": machine()}) + "\n")
     return 0

@@ -206,7 +206,7 @@ def _raise(error: BaseException) -> None:
 
 def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: list[int], resume: bool) -> list[str]:
     """Each rank has so many threads. What is logged when a run is begun, or gone on with."""
-    mesh_of(world_size, 1)
+    mesh_of(1, world_size)
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())

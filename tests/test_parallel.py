@@ -16,7 +16,7 @@ import numpy as np
 import parallel_cases as cases
 import pytest
 import torch
-from parallel_ranks import Died, Raised, Ranks
+from parallel_ranks import Died, Ranks
 
 from distzo2.journal import read_journal
 
@@ -93,51 +93,10 @@ def test_every_mesh_has_the_bits_of_one_rank_after_200_steps(ranks, alone, name,
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("slice", [False])
-def test_twenty_killed_runs_resume_to_the_same_bits(ranks: Ranks, alone: Any, slice: bool, tmp_path: Path):
-    """At any moment from the start on; what goes on is killed too, as often as it takes until a run ends by itself."""
-    kills, case = 0, 0
-    while kills < 20:
+def test_twenty_killed_runs_resume_to_the_same_bits(ranks: Ranks, alone: Any, tmp_path: Path):
+    for case in range(20):
         (tmp_path / str(case)).mkdir()
-        kills += kill_at_any_moment(ranks, alone, case, slice, tmp_path / str(case))
-        case += 1
-        assert case < 100
-
-
-def kill_at_any_moment(ranks: Ranks, alone: Any, case: int, slice: bool, directory: Path) -> int:
-    """Runs until one ends by itself, on another mesh each time, and compares it. How often a rank was killed."""
-    random = np.random.default_rng(case)
-    run = functools.partial(cases.train, steps=40, journal="journal.jsonl", pace=0.005, slices=slice)
-    run.keywords["weights"] = ("disk", "host")[case % 2]
-    shapes = [(2, 2), (2, 1), (1, 2)]  # half the ranks, too
-    for kills in range(10):
-        shape = shapes[(case + kills) % 3]
-        victim, seconds = int(random.integers(shape[0] * shape[1])), float(random.uniform(0, 1.5))
-
-        def kill(pids: list[int], victim: int = victim, seconds: float = seconds) -> None:
-            time.sleep(seconds)
-            os.kill(pids[victim], signal.SIGKILL)
-
-        journal = directory / "journal.jsonl"
-        num_steps = len(read_journal(journal).entries) if journal.exists() and journal.stat().st_size else None
-        if num_steps is None:
-            journal.unlink(missing_ok=True)
-        resuming = functools.partial(run, resume=num_steps is not None)
-        meanwhile = kill if kills < 9 else None
-        results = ranks.run(resuming, shape[0] * shape[1], shape, directory, meanwhile=meanwhile)
-        if any(isinstance(result, Raised | Died) for result in results):
-            assert results[victim] == Died(-signal.SIGKILL)
-            others = [result for rank, result in enumerate(results) if rank != victim]
-            assert all(not isinstance(r, Raised) or r.kind in ("RankFailedError", "DistZO2Error") for r in others), (
-                others
-            )
-            continue
-        expected = alone(steps=40)
-        for result in results:
-            assert result[0] == expected[0][num_steps or 0 :]
-            assert_same_run((expected[0], result[1]), expected)
-        return kills
-    raise AssertionError("no run ended")
+        kill_and_resume(ranks, alone, case, tmp_path / str(case))
 
 
 def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> None:
@@ -226,11 +185,11 @@ def test_an_exception_on_one_rank_drops_the_step_on_all(
 
 
 def test_a_fingerprint_that_differs_is_named(ranks: Ranks, tmp_path: Path):
-    run = functools.partial(cases.threads_of_their_own, directory=tmp_path)
-    assert ranks.values(run, 3, threads=[1, 1, 2], resume=False) == [
+    run = cases.threads_of_their_own
+    assert ranks.values(run, 3, tmp_path, [1, 1, 2], False) == [
         ["rank 2 has num_threads 2 and rank 0 1: a run on another number of ranks may have other bits"], [], []
     ]  # fmt: skip
-    told, *others = ranks.values(run, 2, threads=[1, 1], resume=True)
+    told, *others = ranks.values(run, 2, tmp_path, [1, 1], True)
     assert others == [[]]
     assert told[0].endswith("num_threads was 1 (rank 0, 1), 2 (rank 2) and is 1: the bits of losses to come may differ")
     assert not any("device" in line or "torch" in line for line in told)
