@@ -93,6 +93,16 @@ def test_a_branch_of_a_branch_without_decay_keeps_its_groups(files: SimpleNamesp
     assert updates("third")[:2] == updates("out")[:2]
 
 
+def test_a_branch_that_torchrun_starts_anew_goes_on(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finetune(files, "--steps=6") == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert branch("--at-step=3", "--steps=4") == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert branch("--at-step=3", "--steps=6") == 0
+    assert updates("new") == updates("out")
+    assert_same_bits("out/checkpoint", "new/checkpoint")
+
+
 def test_what_cannot_be_branched_is_refused(files: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune(files, "--steps=2") == 0
     capsys.readouterr()

@@ -17,7 +17,7 @@ from torch import nn
 from zoo import BY_NAME
 
 import distzo2
-from distzo2 import journal as journal_module
+from distzo2 import journal_writer
 from distzo2.journal import read_journal
 from distzo2.replay import replay
 
@@ -56,7 +56,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(journal_module, "_write_all", full)
+    monkeypatch.setattr(journal_writer, "write_all", full)
     done = threading.Event()
 
     def train():

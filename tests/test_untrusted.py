@@ -10,7 +10,6 @@ import os
 import pickle
 import struct
 import sys
-import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -42,7 +41,6 @@ PER_BYTE = (
 def refused(read: Callable[[], Any], kind: type[Exception] | tuple[type[Exception], ...], reason: str = "") -> int:
     """Checks that `read` raises an error of one short line; returns the most memory that python took meanwhile."""
     tracemalloc.start()
-    start = time.perf_counter()
     try:
         with pytest.raises(kind) as caught:
             read()
@@ -51,7 +49,6 @@ def refused(read: Callable[[], Any], kind: type[Exception] | tuple[type[Exceptio
         tracemalloc.stop()
     text = str(caught.value)
     assert reason in text and "\n" not in text and len(text) < 2000, text[:3000]
-    assert time.perf_counter() - start < 60
     return peak
 
 

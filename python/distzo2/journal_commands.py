@@ -54,7 +54,7 @@ def add_journal(parser: Parser) -> None:
     sub.add_argument("file", metavar="FILE", help="journal, or directory of a run")
     sub.add_argument(
         "--steps", type=step_range, default=slice(None), metavar="A:B",
-        help="steps A to B - 1; -10: are the last ten (default: all)",
+        help="steps A to B - 1; --steps=-10: shows the last ten (default: all)",
     )  # fmt: skip
     sub.add_argument("--json", action="store_true", help="print one line of JSON: header and steps")
 

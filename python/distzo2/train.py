@@ -269,14 +269,14 @@ class _Loop:
                 pace=o.snapshot_pace,
                 log=self.log,
             ),
-            branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if o.branch_from else None,
+            branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             journal_chain=o.journal_chain,
             fsync_every=o.fsync_every,
         )
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
         self.metrics = Metrics(self.run.metrics if self.leads else None)
-        if o.branch_from and self.leads:
+        if self.branches and self.leads:
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             self.log(f"branched from {o.branch_from} at step {optimizer.step_count} of {o.steps}")
         if o.resume and self.leads:
@@ -332,6 +332,11 @@ class _Loop:
             self.totals,
             peak_bytes(),
         )
+
+    @property
+    def branches(self) -> bool:
+        """Whether the run is to begin with another's steps: not where torchrun has started it anew."""
+        return bool(self.options.branch_from) and not self.options.resume
 
     @property
     def has_stepped(self) -> bool:
