@@ -87,7 +87,7 @@ def load_snapshot(found: Found, runtime: UnitWeights, first_version: int) -> Non
         with runtime.writing(unit) as views:
             places = [bytes_of(views[p.name]) for p in unit.params]
             check_file(found.path / record.file, record, unit, places)
-        runtime.set_stored_version(unit, first_version + record.version)
+        runtime.set_version(unit, first_version + record.version)
 
 
 def _check_journal(where: Path, manifest: Manifest, journal: str | os.PathLike[str], num_steps: int) -> None:

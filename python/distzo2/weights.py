@@ -189,13 +189,6 @@ class UnitWeights:
         part = self._slice_of(unit)
         return unit.version if part is None else part.version
 
-    def set_stored_version(self, unit: Unit, version: int) -> None:
-        """The stored copy was filled from outside with weights that hold so many updates."""
-        part = self._slice_of(unit)
-        unit.version = version
-        if part is not None:
-            part.version = version
-
     def _slice_of(self, unit: Unit) -> Slice | None:
         return self._ring.parts[unit.index] if isinstance(self._ring, SlicedStore) and unit.block >= 0 else None
 
@@ -422,13 +415,22 @@ class UnitWeights:
         return [unit for unit in self.units if self._table(unit) is not None]
 
     def touch(self, unit: Unit) -> None:
-        """Brings one unit up to date and lets go of it, as a pass that enters it does."""
+        """Brings one unit up to date and lets go of it, as a pass that enters it does. Not one in slices, which all
+        ranks would have to bring."""
+        if self._slice_of(unit) is not None:
+            return
         self._check_idle("reading weights")
         self._bring(unit)
         try:
             self._materialize(self._present[unit.index], (), ())
         finally:
             self._release(unit)
+
+    def set_version(self, unit: Unit, version: int) -> None:
+        """What was written last, with `writing`, holds so many updates; those after it are still to come."""
+        unit.version = version
+        if (part := self._slice_of(unit)) is not None:
+            part.version = version
 
     def visit(self) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
         """Every unit in turn with its parameters on the compute device, every update made so far in them. Each is read
