@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from distzo2.checkpoint import from_pretrained, save_pretrained
     from distzo2.model import edit, evaluate, offload, runtime_of
     from distzo2.optimizer import ZOSGD, StepRecord
+    from distzo2.snapshot import Snapshots
 
 # Imported when first used, so that `distzo2 --help` does not wait for torch and transformers.
 _MODULE_OF = {
     "ZOSGD": "optimizer",
+    "Snapshots": "snapshot",
     "StepRecord": "optimizer",
     "edit": "model",
     "evaluate": "model",
@@ -28,6 +30,7 @@ _MODULE_OF = {
 __all__ = [
     "ZOSGD",
     "DistZO2Error",
+    "Snapshots",
     "StepRecord",
     "__version__",
     "edit",
