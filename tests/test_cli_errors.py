@@ -170,6 +170,27 @@ def test_one_run_in_a_directory(files: SimpleNamespace, capsys, monkeypatch: pyt
     assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "run.json", "metrics.jsonl", "checkpoint"}
 
 
+def test_a_run_that_was_killed_before_its_journal_was_there_begins_again(files: SimpleNamespace, capsys) -> None:
+    assert finetune(files, "--steps=2") == 0
+    record = json.loads(Path("out/run.json").read_text())
+    for name in ("journal.jsonl", "metrics.jsonl"):
+        Path("out", name).unlink()
+    shutil.rmtree("out/checkpoint")
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out=out"]) == 2  # it had begun, and its journal is gone
+    assert "the run has no journal" in one_line(capsys)
+    Path("out/run.json").write_text(json.dumps({**record, "status": "starting"}))
+    assert finetune(files) == 2
+    assert "already holds a run (run.json): --resume it" in one_line(capsys)
+    other = RunDirectory.unbegun("out")
+    other.claim()
+    assert main(["finetune", "--resume", "--out=out"]) == 2
+    assert "at work there" in one_line(capsys)
+    other.release()
+    assert main(["finetune", "--resume", "--out=out"]) == 0
+    assert len(read_journal("out/journal.jsonl").entries) == 2 and Path("out/checkpoint").is_dir()
+
+
 def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
     first, second = RunDirectory.new("a/b"), RunDirectory.new("a/b")
     second.withdraw()
