@@ -38,10 +38,13 @@ class Metrics:
     def write(self, **line: Any) -> None:
         if line["kind"] == "eval":
             self.evals[line["step"]] = line
-        self._file.write(json.dumps(finite(line)) + "\n")
-        self._file.flush()
-        if line["kind"] == "eval" and self.path != Path(os.devnull):
-            os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
+        try:
+            self._file.write(json.dumps(finite(line)) + "\n")
+            self._file.flush()
+            if line["kind"] == "eval" and self.path != Path(os.devnull):
+                os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
 
     def match(self, entries: Iterable[Any], num_steps: int) -> None:
         """Makes the file hold the journal's first `num_steps` steps, each once: later lines are dropped, missing ones

@@ -161,20 +161,24 @@ class RunDirectory:
             with suppress(OSError):
                 path.rmdir()
 
-    def remove_block_files(self) -> None:
-        """Removes the weights that a killed run streamed from here."""
-        for leftover in self.path.glob("weights-*.dzo2"):
-            leftover.unlink(missing_ok=True)
+    def remove_leftovers(self) -> None:
+        """Removes the weights that a killed run streamed from here, and files that it had not named yet."""
+        for pattern in ("weights-*.dzo2", f".{self.journal.name}.*.tmp", "*.tmp"):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink(missing_ok=True)
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""
         self.record.update(values)
         temporary = self.path / "run.json.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(finite(self.record), file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(finite(self.record), file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(temporary)) from error
         os.replace(temporary, self.path / "run.json")
         sync_directory(self.path)
 

@@ -196,7 +196,7 @@ def _take_over(
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)
-    run.remove_block_files()  # they take the room that this run's will
+    run.remove_leftovers()  # they take the room that this run's will
     _check_room(options, size, run)
 
 
