@@ -70,13 +70,26 @@ def odd_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
             seen += [float(v) for v in distzo2.evaluate(model.eval(), [lambda m=m: model(batch(m)) for m in range(3)])]
         for i in range(3 * rank):
             with torch.no_grad():
-                seen.append(float(model.eval()(batch(i))))
+                seen.append(float(model.eval()(batch(i % 3))))
         model.train()
     if rank == world_size - 1:
         distzo2.save_pretrained(model, directory / "saved")
     state = state_of(model) if rank == 1 else {}
     opt.step(closures_of(model, 4, 5))
     return {"losses": opt.last.losses, "seen": seen, "state": state}
+
+
+def forwards(directory: Path) -> list[list[float]]:
+    """Losses of three batches after each step of `odd_ranks`, of one rank."""
+    model = tower("device", directory)
+    opt = optimizer(model)
+    seen = []
+    for step in range(4):
+        opt.step(closures_of(model, step, 5))
+        with torch.no_grad():
+            seen.append([float(model.eval()(batch(m))) for m in range(3)])
+        model.train()
+    return seen
 
 
 def no_lanes(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:

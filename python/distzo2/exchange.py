@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,6 +31,11 @@ LAST_WORDS = 2.0  # seconds in which what a rank sent before it left must arrive
 
 class RanksDisagreeError(DistZO2Error):
     """The ranks are about to do different things; raised on all of them."""
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether all ranks know of an error already, so that it is not told once more where it passes."""
+    return isinstance(error, RankFailedError | RanksDisagreeError) or getattr(error, "told_to_all_ranks", False)
 
 
 def hash64(value: Any) -> int:
@@ -213,6 +218,8 @@ class Exchange:
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
         rows = self.gather(padded)
         if error is not None:
+            with suppress(AttributeError):
+                error.told_to_all_ranks = True  # see `is_known`
             raise error
         first = list(failed).index(True)
         cause = rows[first].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
@@ -240,8 +247,8 @@ class Exchange:
             yield
         except BaseException as error:
             failure = error
-        if failure is not None and isinstance(failure, RankFailedError | RanksDisagreeError):
-            raise failure  # all ranks know of it already
+        if failure is not None and is_known(failure):
+            raise failure
         self.agree(what, error=failure)
 
     def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:

@@ -194,8 +194,9 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                     )
         except BaseException as error:
             failure = error
-        with runtime.replacing("edit", error=failure):
+        with runtime.replacing("edit", error=failure) as note:
             for unit in runtime.units:
+                note(unit.name, [edited[param.index] for param in unit.params])
                 with runtime.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])

@@ -280,11 +280,12 @@ def _at_exit_of_child() -> None:
 
 
 def _post(error: BaseException) -> None:
-    from distzo2.heartbeat import RankFailedError, describe
+    from distzo2.exchange import is_known
+    from distzo2.heartbeat import describe
 
     if _ranks is not None:
         _ranks.failed = True
-    if _ranks is not None and not isinstance(error, RankFailedError):
+    if _ranks is not None and not is_known(error):
         _ranks.heartbeat.post(f"rank {_ranks.rank}: {describe(error)}")
 
 
@@ -300,9 +301,10 @@ def shutdown(error: BaseException | None = None) -> None:
         return
     import torch.distributed as dist
 
-    from distzo2.heartbeat import RankFailedError, describe
+    from distzo2.exchange import is_known
+    from distzo2.heartbeat import describe
 
-    if error is not None and not isinstance(error, RankFailedError):
+    if error is not None and not is_known(error):
         ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
     for node in ranks.nodes if error is None and not ranks.failed else ():
         with suppress(DistZO2Error):

@@ -320,31 +320,30 @@ class SlicedStore:
     def open(
         self, unit: Unit, write: bool, keep: bool = True, following: Sequence[Unit] = ()
     ) -> Iterator[torch.Tensor]:
-        """The unit's bytes in host memory. To read them, every rank of the node takes part; what is written must be
-        written on every rank, of which each keeps its slice. `following` may be read next."""
-        part, host = self.parts[unit.index], None
-        if keep or not write:
+        """The unit's bytes in host memory. Every rank of the node takes part in reading them; `following` may be read
+        next. What is written must be written on every rank, of which each keeps its slice; with `keep` that slice is
+        what it was at first."""
+        if not write:
             whole = self.acquire(unit)
-            self.expect(following[: self.num_slots - 1], len(following))
             try:
-                host = whole.to("cpu", copy=write)
-                if not write:
-                    yield host
+                self.expect(following[: self.num_slots - 1], len(following))
+                yield whole.cpu()
             finally:
                 self.release(unit, False)
-        if not write:
             return
-        if host is None:
-            host = self._spare if self._spare is not None else aligned_buffer(self.slot_bytes)
-            self._spare = None
+        part = self.parts[unit.index]
+        mine = slice(part.begin, max(part.begin, min(part.begin + part.num_bytes, unit.num_bytes)))
+        host = self._spare if self._spare is not None else aligned_buffer(self.slot_bytes)
+        self._spare = None
+        if keep:
+            with self._source.open(part, write=False) as stored:
+                host[mine].copy_(stored[: mine.stop - mine.start])
         yield host[: unit.num_bytes]
         with self._source.open(part, write=True, keep=False) as stored:
-            end = min(part.begin + part.num_bytes, unit.num_bytes)
-            stored[: max(end - part.begin, 0)].copy_(host[part.begin : end])
+            stored[: mine.stop - mine.start].copy_(host[mine])
         part.version = unit.version
         self.forget()
-        if not keep:
-            self._spare = host
+        self._spare = host
 
     # ---- figures and the end --------------------------------------------------------------------------------------
 

@@ -69,9 +69,10 @@ class StateHooks:
         own = [(unit, param) for _, unit, param in self._own(module) if param.index in self._loading]
         if not own:
             return
-        with self._runtime.replacing("load_state_dict"):
+        with self._runtime.replacing("load_state_dict") as note:
             for unit, param in own:
                 del self._loading[param.index]
+                note(param.name, [param.tensor.data])
                 with self._runtime.writing(unit, keep=True) as views:
                     views[param.name].copy_(param.tensor.data)
                 self._runtime.place_placeholder(param)

@@ -84,13 +84,14 @@ class StreamingRuntime(UnitWeights):
 
     def _take_over(self) -> None:
         """Moves the model's weights to where they are to live, unit by unit, freeing as it goes."""
-        with self.replacing("handing over a model's weights"):
+        with self.replacing("handing over a model's weights") as note:
             for unit in self.units:
                 present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
                 if present:
                     with self.writing(unit, keep=len(present) < len(unit.params)) as views:
                         for param in present:
                             views[param.name].copy_(param.tensor.detach())
+                    note(unit.name, [param.tensor.detach() for param in present])
                 for param in unit.params:
                     self._placeholders.take_over(param)
 

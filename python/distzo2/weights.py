@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
-from distzo2.exchange import RanksDisagreeError
-from distzo2.heartbeat import RankFailedError
+from distzo2.exchange import is_known
 from distzo2.lanes import Emission
 from distzo2.replicas import checksum
 from distzo2.residency import MemoryBudget, keep_blocks
@@ -114,7 +113,6 @@ class UnitWeights:
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
         self._last_of_pass: Unit | None = streamed[-1] if streamed else None  # as seen last
-        self._written: list[tuple[str, int]] | None = None  # checksums of sliced units, while they are compared
         self._busy = False  # a window is open, or a pass under way
         self._closed = False
         # Called with each unit that is let go of and its clean weights at `unit.version`, not to be changed or kept.
@@ -135,8 +133,8 @@ class UnitWeights:
             yield agreed
         except BaseException as error:
             failure = error
-            if isinstance(error, RankFailedError | RanksDisagreeError) or self._exchange.broken:
-                raise  # all ranks know of it
+            if is_known(error) or self._exchange.broken:
+                raise
         self._exchange.agree(what, {} if failure is not None else agreed, error=failure)
 
     # ---- what the optimizer tells -----------------------------------------------------------------------------
@@ -461,19 +459,23 @@ class UnitWeights:
     @contextmanager
     def replacing(
         self, what: str, *, error: BaseException | None = None, source: Callable[[], Any] | None = None
-    ) -> Iterator[None]:
+    ) -> Iterator[Callable[[str, Sequence[torch.Tensor]], None]]:
         """Around all that replaces weights from outside. With slices all ranks enter and leave it together, so that
-        none gathers a block that is half replaced, and what they wrote is compared, since later a difference could not
-        be seen; or, where each writes its slices only, what `source` returns before it.
+        none gathers a block that is half replaced, and what they write must be the same, since later a difference could
+        not be seen.
 
         Args:
             what: the name of it, in words.
             error: this rank cannot enter; no rank does then.
+            source: what it returns must be the same, where each rank writes its slices only.
+
+        Yields:
+            A function to be called with the name and the tensors of what is written; they are compared.
         """
         if self._exchange is None:
             if error is not None:
                 raise error
-            yield
+            yield lambda name, tensors: None
             return
         fields: dict[str, Any] = {}
         try:
@@ -482,13 +484,10 @@ class UnitWeights:
         except Exception as not_readable:
             error = not_readable
         self._exchange.agree(what, {} if error is not None else fields, error=error)
-        self._written = [] if source is None else None
-        try:
-            with self._all_ranks(f"{what}: the end") as agreed:
-                yield
-                agreed["the weights"] = self._written
-        finally:
-            self._written = None
+        written: list[tuple[str, int]] = []
+        with self._all_ranks(f"{what}: the end") as agreed:
+            yield lambda name, tensors: written.append((name, checksum([t.contiguous() for t in tensors])))
+            agreed["the weights"] = written
         if self._ring is not None:
             self._ring.forget()
 
@@ -496,7 +495,8 @@ class UnitWeights:
     def writing(self, unit: Unit, keep: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         """The unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
 
-        All of them must be filled; with `keep`, they hold their up-to-date values at first.
+        All of them must be filled; with `keep`, they hold their up-to-date values at first (of a unit in slices, those
+        of this rank's slice).
         """
         self._check_idle("writing weights")
         if keep:
@@ -504,10 +504,7 @@ class UnitWeights:
         unit.version = self.version
         self._scratch.forget()
         with self._store(unit).open(unit, write=True, keep=keep) as buffer:
-            views = unit.views(buffer)
-            yield {p.name: view for p, view in zip(unit.params, views, strict=True)}
-            if self._written is not None and self._slice_of(unit) is not None:
-                self._written.append((unit.name, checksum(views)))
+            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
     def kept_elements(self, unit: Unit) -> dict[str, range]:
         """Which elements of each parameter `writing` keeps on this rank: all, unless the unit is in slices."""

@@ -1,0 +1,186 @@
+"""Slices where ranks differ, fail, leave or want different things: an error on all of them, or the right bits."""
+# ruff: noqa: F811 (fixtures of test_parallel)
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parallel_cases as cases
+import pytest
+import slice_trouble as trouble
+import torch
+from parallel_ranks import Ranks
+from test_parallel import alone, one_thread, ranks  # noqa: F401 (fixtures)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distzo2.sliced_store import SlicedStore
+from distzo2.units import Unit
+
+# ---- replacing weights ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "edit"])
+def test_no_rank_computes_with_half_replaced_weights(ranks: Ranks, how: str, tmp_path: Path):
+    old, new = (trouble.loss_of(cases.Tower(seed=seed)) for seed in (5, 9))
+    for rank, (before, after) in enumerate(ranks.values(trouble.forward_and_load, 2, tmp_path, how)):
+        assert before == ([old] * 3 if rank == 1 else [])
+        assert after == [new, new]
+
+
+def test_an_edit_that_fails_on_one_rank_changes_nothing(ranks: Ranks, tmp_path: Path):
+    results = ranks.values(trouble.edit_fails, 2, tmp_path)
+    assert [told for told, _ in results] == [
+        "RankFailedError: rank 1 failed in edit: ValueError: not like this",
+        "ValueError: not like this",
+    ]
+    assert all(same for _, same in results)
+
+
+def test_ranks_that_load_other_weights_are_told(ranks: Ranks, tmp_path: Path):
+    for result in ranks.run(trouble.load_other_weights, 2, tmp_path):
+        assert result.kind == "RanksDisagreeError", result
+        assert re.match(r"load_state_dict.*: the ranks do not agree on the weights: .*'blocks.2.0.weight'", result.text)
+
+
+# ---- handing over and loading -----------------------------------------------------------------------------------
+
+HAND_OVER = {
+    "directory": ("", r"rank 1 failed in .*: .*rank1"),
+    "memory_budget": (
+        r"handing over a model: the ranks do not agree on the blocks that stream \(memory_budget=\)",
+        None,
+    ),
+    "alone": (r"the ranks do different things: loading on rank 0, handing over a model on rank 1", None),
+}
+
+
+@pytest.mark.parametrize("what", HAND_OVER)
+def test_a_model_is_handed_over_by_all_ranks_or_none(ranks: Ranks, what: str, tmp_path: Path):
+    text, others = HAND_OVER[what]
+    first, second = ranks.run(trouble.hand_over, 2, tmp_path, what, timeout=60.0)
+    assert re.match(others or text, first.text), first
+    assert re.match(text, second.text), second
+
+
+def make_checkpoints(directory: Path, other: bool) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=96,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    for rank in range(2):
+        torch.manual_seed(rank if other else 0)
+        LlamaForCausalLM(config).save_pretrained(directory / f"checkpoint{rank}")
+
+
+def test_a_checkpoint_that_one_rank_cannot_read(ranks: Ranks, tmp_path: Path):
+    make_checkpoints(tmp_path, other=False)
+    first, second = ranks.run(trouble.load, 2, tmp_path, "EIO", timeout=60.0)
+    assert (second.kind, first.kind) == ("OSError", "RankFailedError")
+    assert re.match(r"rank 1 failed in loading.*: OSError: .*Input/output error", first.text)
+
+
+def test_ranks_that_load_other_checkpoints_are_told(ranks: Ranks, tmp_path: Path):
+    make_checkpoints(tmp_path, other=True)
+    for result in ranks.run(trouble.load, 2, tmp_path, "other", timeout=60.0):
+        assert result.kind == "RanksDisagreeError", result
+        assert result.text.startswith("loading a checkpoint: the ranks do not agree on the source")
+
+
+# ---- coming and going -------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_closed_on_one_rank_only(ranks: Ranks, alone: Any, tmp_path: Path):
+    losses, state = alone(steps=2)
+    for result in ranks.values(trouble.two_models, 2, tmp_path, timeout=60.0):
+        assert result[0] == losses[-1][0]
+        for name, value in state.items():
+            assert np.array_equal(result[1][name], value), name
+
+
+def test_ranks_whose_programs_end_serve_the_others_until_the_end(ranks: Ranks, alone: Any, tmp_path: Path):
+    results = ranks.values(trouble.ends_first, 3, tmp_path, "read", timeout=60.0)
+    for name, value in alone(steps=1, micro_batches=3)[1].items():
+        assert np.array_equal(results[0][name], value), name
+    assert results[1:] == [None, None]
+    results = ranks.run(trouble.ends_first, 3, tmp_path, "step", timeout=60.0)
+    assert results[0].kind == "RankFailedError" and re.match(r"rank [12] has left the mesh", results[0].text)
+
+
+def test_an_interrupt_ends_a_long_wait_for_another_rank(ranks: Ranks, tmp_path: Path):
+    results = ranks.run(trouble.interrupted, 2, tmp_path, timeout=60.0)
+    assert results[0] < 8.0
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 1, 0)], ids=str)
+def test_slices_stay_within_their_node(ranks: Ranks, alone: Any, numbers: tuple[int, ...], tmp_path: Path):
+    losses, state = alone(steps=4, micro_batches=4)
+    results = ranks.values(trouble.on_nodes, 4, tmp_path, numbers, timeout=60.0)
+    for rank, (node, _, last, mine) in enumerate(results):
+        assert node == tuple(r for r in range(4) if numbers[r] == numbers[rank])
+        assert last == losses[-1][0]
+        for name, value in state.items():
+            assert np.array_equal(mine[name], value), name
+
+
+# ---- gathers ahead of time --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_gathers_run_beside_compute(ranks: Ranks, evaluates: bool, tmp_path: Path):
+    for num_ahead, num_gathers in ranks.values(trouble.ahead, 2, tmp_path, evaluates):
+        assert num_gathers == 8
+        assert num_ahead >= 5  # the first of a pass cannot; one or two more may wait for the other rank
+
+
+class _Work:
+    def __init__(self) -> None:
+        self.done = False
+
+    def is_completed(self) -> bool:
+        return self.done
+
+
+class _Node:
+    """A node of two ranks whose gathers end when they are waited for."""
+
+    size, index, backend, exchange = 2, 0, "gloo", None
+
+    def __init__(self) -> None:
+        self.works: list[_Work] = []
+        self.waited: list[_Work] = []
+
+    def register(self, number: int, store: Any) -> None: ...
+    def leave(self, ends: bool) -> None: ...
+
+    def gather(self, parts: Any) -> list[_Work]:
+        self.works.append(_Work())
+        return self.works[-1:]
+
+    def wait(self, work: _Work) -> None:
+        work.done = True
+        self.waited.append(work)
+
+
+def test_a_buffer_is_filled_again_only_after_its_gather_has_ended():
+    node, stamp = _Node(), [0]
+
+    def update(part: Any, stored: torch.Tensor, out: torch.Tensor) -> bool:
+        assert all(work in node.waited for work in node.works[:-2])  # of three buffers two may be in flight
+        out.fill_(part.index)
+        return False
+
+    units = [Unit(i, str(i), [], [], resident=False) for i in range(8)]
+    store = SlicedStore(
+        units, torch.device("cpu"), directory=None, slots=3, node=node, shares=[1.0, 1.0], number=0, update=update,
+        stamp=lambda: stamp[0], on_gathered=lambda *times: None,
+    )  # fmt: skip
+    for index in range(8):
+        store.begin(index, 0, ours=False)
+    assert len(node.works) == 8
+    stamp[0] = 1
+    with pytest.raises(Exception, match="wanted with other updates"):
+        store.begin(0, 0, ours=False)
+    store.close()
