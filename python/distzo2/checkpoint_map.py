@@ -131,11 +131,12 @@ class CheckpointFiles:
             file.read_into(bytes_of(buffer), entry.offset + block.src_offset * item)
             strided_view(flat, block).copy_(buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset()))
 
-    def ranges_of(self, piece: Piece, flat: torch.Tensor, within: range) -> Iterator[Range]:
+    def ranges_of(self, piece: Piece, flat: torch.Tensor, within: range | None = None) -> Iterator[Range]:
         """What `read_piece` reads, as ranges for a `ParallelReader`, in the order of the file; of `flat` at least the
         elements `within`."""
         file, entry = self.file_of[piece.source], self.entries[piece.source]
         item = entry.dtype.itemsize
+        within = range(flat.numel()) if within is None else within
         if piece.is_run and entry.dtype == flat.dtype:
             begin = max(piece.dst_offset, within.start)
             end = max(begin, min(piece.dst_offset + piece.numel, within.stop))
@@ -321,7 +322,7 @@ class CheckpointMap:
         mapped = self._checked(name, out, self.mapped[name].shape)
         flat = out.detach().view(-1)
         for piece in mapped.pieces:
-            yield from self.files.ranges_of(piece, flat, range(flat.numel()) if within is None else within)
+            yield from self.files.ranges_of(piece, flat, within)
 
     def _checked(self, name: str, out: torch.Tensor, shape: tuple[int, ...]) -> MappedTensor:
         mapped = self.mapped[name]
