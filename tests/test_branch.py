@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from cli_runs import finetune, make_files, one_line, weights
 
+import distzo2
 from distzo2.branch import first_like_step, first_own_step
 from distzo2.cli import main
 from distzo2.journal import read_journal
@@ -101,6 +104,33 @@ def test_a_branch_that_torchrun_starts_anew_goes_on(files: SimpleNamespace, monk
     assert branch("--at-step=3", "--steps=6") == 0
     assert updates("new") == updates("out")
     assert_same_bits("out/checkpoint", "new/checkpoint")
+
+
+def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: SimpleNamespace) -> None:
+    assert finetune(files, "--steps=5") == 0
+    command = ["finetune", "--branch-from=out", "--at-step=3", "--out=new", "--steps=6"]
+    killed = (
+        "import os, distzo2\nfrom distzo2.cli import main\n"
+        f"distzo2.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    assert not Path("new/journal.jsonl").exists()
+    assert main(["finetune", "--resume", "--out=new"]) == 0
+    (parent,) = parents_of(read_journal("new/journal.jsonl").header)
+    assert (parent["name"], parent["steps"]) == ("out", 3)
+    assert updates("new")[:3] == updates("out")[:3] and len(updates("new")) == 6
+
+
+def test_a_checkpoint_is_never_ahead_of_the_journal(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, save = [], distzo2.save_pretrained
+
+    def noting(model: torch.nn.Module, out: Path, **options: object) -> None:
+        saved.append(len(read_journal("out/journal.jsonl").entries))
+        save(model, out, **options)
+
+    monkeypatch.setattr(distzo2, "save_pretrained", noting)
+    assert finetune(files, "--steps=5", "--fsync-every=100") == 0
+    assert saved == [5]
 
 
 def test_what_cannot_be_branched_is_refused(files: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

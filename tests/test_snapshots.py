@@ -204,6 +204,16 @@ def test_no_snapshot_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
     opt.close()
 
 
+def test_snapshots_of_another_run_are_left_alone(tmp_path):
+    run, _ = run_until_snapshots(tmp_path, "host")
+    theirs = snapshots_in(run / "snapshots")
+    assert theirs
+    model = place(tmp_path, "host")
+    with pytest.raises(distzo2.DistZO2Error, match="a snapshot of another run"):
+        distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal", snapshots=Snapshots(run / "snapshots", every=2))
+    assert snapshots_in(run / "snapshots") == theirs
+
+
 def test_minutes_and_no_journal(tmp_path):
     model = place(tmp_path, "host")
     with pytest.raises(distzo2.DistZO2Error, match="need a journal"):

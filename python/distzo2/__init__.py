@@ -43,6 +43,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "parallel":
+        return importlib.import_module("distzo2.parallel")
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"distzo2.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'distzo2' has no attribute {name!r}")

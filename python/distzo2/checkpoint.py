@@ -124,6 +124,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
     checkpoint_map = CheckpointMap.build(model, path)
     try:
         fill(model, checkpoint_map)
+        runtime = runtime_of(model)
+        if runtime.owner is not None or runtime.replaced:  # in the middle of a run
+            runtime.rebase()
         buffers = dict(model.named_buffers())
         for name in checkpoint_map.buffer_names:
             mapped = checkpoint_map.mapped[name]

@@ -33,9 +33,11 @@ class RanksDisagreeError(DistZO2Error):
     """The ranks are about to do different things; raised on all of them."""
 
 
-def is_known(error: BaseException) -> bool:
-    """Whether all ranks know of an error already, so that it is not told once more where it passes."""
-    return isinstance(error, RankFailedError | RanksDisagreeError) or getattr(error, "told_to_all_ranks", False)
+def is_known(error: BaseException, since: int) -> bool:
+    """Whether all ranks know of an error already, so that it is not told once more where it passes. `since`: number of
+    the collective that was next when what it ends began; the same object may have been told in an earlier failure."""
+    told = getattr(error, "told_to_all_ranks", -1)  # number of the collective after which it was
+    return isinstance(error, RankFailedError | RanksDisagreeError) or told > since
 
 
 def hash64(value: Any) -> int:
@@ -219,7 +221,7 @@ class Exchange:
         rows = self.gather(padded)
         if error is not None:
             with suppress(AttributeError):
-                error.told_to_all_ranks = True  # see `is_known`
+                error.told_to_all_ranks = self.number  # see `is_known`
             raise error
         first = list(failed).index(True)
         cause = rows[first].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
@@ -243,11 +245,12 @@ class Exchange:
     def together(self, what: str) -> Iterator[None]:
         """A phase that every rank goes through: an exception of one rank in it is an error of all at its end."""
         failure: BaseException | None = None
+        since = self.number
         try:
             yield
         except BaseException as error:
             failure = error
-        if failure is not None and is_known(failure):
+        if failure is not None and is_known(failure, since):
             raise failure
         self.agree(what, error=failure)
 

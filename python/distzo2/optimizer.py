@@ -267,10 +267,16 @@ class ZOSGD(torch.optim.Optimizer):
             self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
         else:
             invalid = self._open_own_journal(path, resume, snapshots)
+        if self._shared is not None and self._shared.from_snapshot:
+            self.verify_replicas()
         if snapshots is None or self.journal is None:
             return
+        from distzo2.snapshot import snapshots_in
         from distzo2.snapshot_writer import SnapshotWriter, remove_unfinished
 
+        others = [] if resume else snapshots_in(snapshots.directory)
+        if others:
+            raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
         remove_unfinished(snapshots.directory)
         if snapshots.are_made:
             self._snapshots = SnapshotWriter(snapshots, self._runtime, self.journal, first, invalid)
@@ -318,10 +324,10 @@ class ZOSGD(torch.optim.Optimizer):
         self.apply([entry.update for entry in entries], first_like)
         for entry in entries[first_like:]:
             self._skipped_in_row = self._skipped_in_row + 1 if entry.skipped else 0
+            if self._skipped_in_row >= self.max_skipped:  # the run ended itself there, and was to go on all the same
+                self._skipped_in_row = 0
             if entry.skipped != NON_FINITE_LOSS:
                 self._clip.count(bool(entry.extra.get("clipped")))
-        if self._skipped_in_row >= self.max_skipped:  # the run ended itself there, and is to go on all the same
-            self._skipped_in_row = 0
 
     def apply(self, updates: Sequence[Update], first_like: int = 0) -> None:
         """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run. From step
@@ -650,15 +656,17 @@ class ZOSGD(torch.optim.Optimizer):
         """Ends the journal; what was appended is on disk afterwards. No step can follow."""
         self._closed = True
         snapshots, self._snapshots = self._snapshots, None
-        if snapshots is not None:
-            self._runtime.tap = None
-            snapshots.close()
-        journal, self.journal = self.journal, None
-        if journal is not None:
-            journal.close()
-            self._runtime.set_durable(ALWAYS_DURABLE)
-        elif self._shared is not None:
-            self._shared.close()
+        try:
+            if snapshots is not None:
+                self._runtime.tap = None
+                snapshots.close()
+        finally:
+            journal, self.journal = self.journal, None
+            if journal is not None:
+                journal.close()
+                self._runtime.set_durable(ALWAYS_DURABLE)
+            elif self._shared is not None:
+                self._shared.close()
 
 
 def _has_groups(journal: str | os.PathLike | None, mesh: Mesh | None) -> bool:

@@ -412,12 +412,20 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
     if given.resume and given.out:
         from distzo2.run_directory import saved_options
 
-        layers += to_arguments(parser, saved_options(given.out), f"{given.out}/run.json")
+        saved = saved_options(given.out)
+        for name in ("branch_from", "at_step"):  # of a run that has not begun
+            if (value := saved.pop(name, None)) is not None:
+                layers.append(f"--{name.replace('_', '-')}={value}")
+        layers += to_arguments(parser, saved, f"{given.out}/run.json")
     if given.config:
         layers += to_arguments(parser, read_config(given.config), given.config)
     options = parser.parse_args([*layers, *arguments])
     _check(options)
     if options.branch_from:
+        if not given.branch_from:  # of a run that has not begun
+            from distzo2.run_directory import saved_options
+
+            parent = saved_options(options.branch_from)
         for name in ("seed", "dtype"):
             if getattr(options, name) != parent.get(name, getattr(options, name)):
                 change = f"was {parent[name]!r} in {options.branch_from} and is {getattr(options, name)!r}"

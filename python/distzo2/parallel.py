@@ -6,7 +6,8 @@
     opt = distzo2.ZOSGD(model, lr=1e-6)            # takes part in what `current()` is
     opt.step([closure, ...])                       # the same list on every rank
 
-Weights are whole on every rank and stay bit-identical; only scalars travel, over gloo. See docs/parallel.md.
+Weights are whole on every rank, or in slices that the ranks of a node gather, and stay bit-identical; besides slices
+only scalars travel, over gloo. See docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -285,7 +286,7 @@ def _post(error: BaseException) -> None:
 
     if _ranks is not None:
         _ranks.failed = True
-    if _ranks is not None and not is_known(error):
+    if _ranks is not None and not is_known(error, _ranks.exchange.number - 1):
         _ranks.heartbeat.post(f"rank {_ranks.rank}: {describe(error)}")
 
 
@@ -304,7 +305,7 @@ def shutdown(error: BaseException | None = None) -> None:
     from distzo2.exchange import is_known
     from distzo2.heartbeat import describe
 
-    if error is not None and not is_known(error):
+    if error is not None and not is_known(error, ranks.exchange.number - 1):
         ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
     for node in ranks.nodes if error is None and not ranks.failed else ():
         with suppress(DistZO2Error):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.memory_share import memory_share
-from distzo2.preflight import gib
+from distzo2.memory_share import MemoryShare
+from distzo2.preflight import available_memory, gib
 from distzo2.scratch import BUFFERS
 from distzo2.store import slot_bytes_of
 from distzo2.units import Unit
@@ -19,7 +19,13 @@ AUTO_SHARE = 0.7  # of what is free; the rest is for the lanes' hidden states, w
 MemoryBudget = int | Literal["auto"] | None
 
 
-def keep_blocks(units: Sequence[Unit], device: torch.device, budget: MemoryBudget, slots: int) -> None:
+def keep_blocks(
+    units: Sequence[Unit],
+    device: torch.device,
+    budget: MemoryBudget,
+    slots: int,
+    free_bytes: Callable[[], int] | None = None,
+) -> None:
     """Marks as `kept` as many streamed units as the budget allows, spread so that transfers interleave with compute.
 
     Args:
@@ -29,6 +35,7 @@ def keep_blocks(units: Sequence[Unit], device: torch.device, budget: MemoryBudge
             kept blocks; "auto": 70% of what is free there now (on a CPU, of this rank's share of it); None: nothing
             is kept.
         slots: of the ring, while anything streams.
+        free_bytes: what "auto" is a part of; None: `free_memory` of the device.
 
     Raises:
         DistZO2Error: the budget is less than what streaming itself needs; the message gives each part.
@@ -37,7 +44,7 @@ def keep_blocks(units: Sequence[Unit], device: torch.device, budget: MemoryBudge
     if budget is None or not streamed:
         return
     if budget == "auto":
-        budget = int(AUTO_SHARE * _free_bytes(device))
+        budget = int(AUTO_SHARE * (free_memory(device, None) if free_bytes is None else free_bytes()))
     residents = sum(u.num_bytes for u in units if u.resident)
     scratch = BUFFERS * sum(_largest_of_classes(units))
     ring = slots * slot_bytes_of(streamed)
@@ -64,5 +71,8 @@ def _largest_of_classes(units: Sequence[Unit]) -> list[int]:
     return [max(streamed, default=0), *(u.num_bytes for u in trainable if u.resident)]
 
 
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_share().num_bytes
+def free_memory(device: torch.device, share: MemoryShare | None) -> int:
+    """Bytes that are free on the device; on a CPU, in this rank's share of its machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() if share is None else share.num_bytes

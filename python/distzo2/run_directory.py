@@ -286,8 +286,9 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
         UsageError: it holds none.
     """
     options = dict(_read_record(Path(path))["options"])
-    # A run may go on on other ranks, and is branched once.
-    for name in ("resume", "config", "out", "parallel", "slice", "branch_from", "at_step"):
+    # A run may go on on other ranks, and is branched once: when it begins.
+    begun = () if RunDirectory.unbegun(path) is not None else ("branch_from", "at_step")
+    for name in ("resume", "config", "out", "parallel", "slice", *begun):
         options.pop(name, None)
     if not isinstance(options.get("trace"), str):
         options["trace"] = None  # a number of steps, once

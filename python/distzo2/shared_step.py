@@ -47,6 +47,7 @@ class SharedStep:
         self._optimizer = weakref.proxy(optimizer)
         self._units = hash64([(u.name, u.num_bytes) for u in optimizer._runtime.units])
         self._listener: DurabilityListener | None = None
+        self.from_snapshot = False  # some ranks may have read one, and others made the updates before it again
         self._journal_from = 0  # version of the weights before the journal's first entry
         self.fingerprints: list[dict[str, Any]] = []
         self._runtime = runtime = weakref.ref(optimizer._runtime)
@@ -171,6 +172,7 @@ class SharedStep:
             return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
 
         name, _, line = self._exchange.from_rank_0("choosing a snapshot", choose).partition(b"\n")
+        self.from_snapshot = bool(name)
         if chosen:
             return chosen[0]
         return find_same(snapshots.directory, runtime, name.decode(), line) if name else Found(None, None)
@@ -183,8 +185,9 @@ class SharedStep:
             return
         runtime, reached = self._runtime(), False
         try:
-            wanted = self._optimizer.step_count
-            reached = listener.wait_until(wanted, self.mesh.heartbeat.limit, self.mesh.heartbeat.check)
+            in_memory = runtime is not None and runtime.where != "disk"  # such weights do not wait for the journal
+            wanted, heartbeat = self._optimizer.step_count, self.mesh.heartbeat
+            reached = in_memory or listener.wait_until(wanted, heartbeat.limit, heartbeat.check)
         except (RankFailedError, ReferenceError):  # another rank is gone, or the optimizer
             pass
         finally:

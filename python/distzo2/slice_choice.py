@@ -96,7 +96,8 @@ def _decide(
 ) -> tuple[bool, str]:
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
-    free = available_memory() if weights == "host" else free_bytes(directory)
+    with mesh.together("looking for room"):
+        free = available_memory() if weights == "host" else free_bytes(directory)
     room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
     for needed, free in room.tolist():
         if needed > free:
@@ -146,14 +147,15 @@ def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: 
     try:
         for _ in range(ROUNDS):
             mesh.exchange.agree("measuring transfers")
-            start = time.perf_counter()
-            for i, sample in enumerate(samples):
-                store.acquire(sample)
-                store.release(sample, False)
-                store.expect(samples[i + 1 :], 0)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append((time.perf_counter() - start) / SAMPLE_BLOCKS)
+            with mesh.together("measuring transfers"):
+                start = time.perf_counter()
+                for i, sample in enumerate(samples):
+                    store.acquire(sample)
+                    store.release(sample, False)
+                    store.expect(samples[i + 1 :], 0)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append((time.perf_counter() - start) / SAMPLE_BLOCKS)
             for sample in samples:
                 store.engine.drop(sample.block)
     finally:

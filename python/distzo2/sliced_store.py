@@ -23,6 +23,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.exchange import Exchange
+from distzo2.memory_share import MemoryShare
 from distzo2.slice_exchange import WANTS, SliceExchange, Word
 from distzo2.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
 from distzo2.units import ALIGNMENT, Unit
@@ -102,6 +103,7 @@ class SlicedStore:
         shares: Sequence[float],
         update: UpdateSlice,
         number: int,
+        share: MemoryShare | None = None,
         stamp: Callable[[], int],
         on_gathered: Callable[[Unit, int, int], None],
     ) -> None:
@@ -115,6 +117,7 @@ class SlicedStore:
             shares: of each rank of the node.
             update: brings a slice up to date, see `UpdateSlice`.
             number: from `node.new_store`.
+            share: this rank's of its machine's memory; None: all of it.
             stamp: of the weights as they are now; it changes with every update and replacement.
             on_gathered: while traced, called with the unit and the times (ns) between which a gather was in flight.
         """
@@ -127,7 +130,9 @@ class SlicedStore:
         parts = list(self.parts.values())
         in_place = device.type == "cpu" and directory is None
         self._source = (
-            MemoryStore(parts, device) if in_place else StreamingStore(parts, device, directory=directory, slots=slots)
+            MemoryStore(parts, device, share)
+            if in_place
+            else StreamingStore(parts, device, directory=directory, slots=slots, share=share)
         )
         self.num_slots = max(2, min(slots, len(units) + 1))
         self.slot_bytes = -(-max(p.bounds[-1] for p in parts) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT

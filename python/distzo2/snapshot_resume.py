@@ -83,11 +83,15 @@ def load_snapshot(found: Found, runtime: UnitWeights, first_version: int) -> Non
     Raises:
         SnapshotError: a file changed since it was checked. The weights are then of no use.
     """
-    for unit, record in zip(runtime.trained_units(), found.manifest.units, strict=True):
-        with runtime.writing(unit) as views:
-            places = [bytes_of(views[p.name]) for p in unit.params]
-            check_file(found.path / record.file, record, unit, places)
-        runtime.set_version(unit, first_version + record.version)
+    try:
+        for unit, record in zip(runtime.trained_units(), found.manifest.units, strict=True):
+            with runtime.writing(unit) as views:
+                places = [bytes_of(views[p.name]) for p in unit.params]
+                check_file(found.path / record.file, record, unit, places)
+            runtime.set_version(unit, first_version + record.version)
+    except BaseException:
+        runtime.close()  # weights of which some are of another step are no model
+        raise
 
 
 def _check_journal(where: Path, manifest: Manifest, journal: str | os.PathLike[str], num_steps: int) -> None:

@@ -177,6 +177,7 @@ class SnapshotWriter:
     def step_done(self, runtime: UnitWeights, step: int, seconds: float) -> None:
         """`step` steps are made, the last one in `seconds`."""
         with self._changed:
+            is_idle = not self._task  # looked at together with what it ended with
             failure, published, corrections = self._failure, self._published, self._corrections
             self._failure, self._published, self._corrections = None, False, []
         making = self._making
@@ -192,7 +193,7 @@ class SnapshotWriter:
             self._making = making = None
         if making is not None:
             making.num_steps += 1
-            if not making.wanted and not self._task:
+            if not making.wanted and is_idle:
                 self._hand_over(("publish", making))
         self._pace.earn(seconds)
         options = self._options

@@ -25,7 +25,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.memory_share import memory_share
+from distzo2.memory_share import MemoryShare
 from distzo2.units import Unit
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
@@ -61,13 +61,14 @@ class MemoryStore:
     """Packed units in memory on the compute device, used in place."""
 
     @_core_errors
-    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
+    def __init__(self, units: Sequence[Unit], device: torch.device, share: MemoryShare | None = None) -> None:
+        """`share`: this rank's of its machine's memory; None: all of it."""
         self._pool: HostPool | None = None
         self._buffers: dict[int, torch.Tensor] = {}
         if not units:
             return
         if device.type == "cpu":
-            self._pool = HostPool([u.num_bytes for u in units], device="cpu", **memory_share().pool_options())
+            self._pool = HostPool([u.num_bytes for u in units], device="cpu", **(share.pool_options() if share else {}))
             self._buffers = {u.index: self._pool.tensor(i) for i, u in enumerate(units)}
         else:
             self._buffers = {u.index: torch.empty(u.num_bytes, dtype=torch.uint8, device=device) for u in units}
@@ -132,7 +133,13 @@ class StreamingStore:
 
     @_core_errors
     def __init__(
-        self, units: Sequence[Unit], device: torch.device, *, directory: str | os.PathLike | None, slots: int
+        self,
+        units: Sequence[Unit],
+        device: torch.device,
+        *,
+        directory: str | os.PathLike | None,
+        slots: int,
+        share: MemoryShare | None = None,
     ) -> None:
         """
         Args:
@@ -140,6 +147,7 @@ class StreamingStore:
             device: where it computes.
             directory: of the block file; None keeps the weights in a pinned host pool.
             slots: number of slots of the ring, at least 2.
+            share: this rank's of its machine's memory; None: all of it.
         """
         sizes = [u.num_bytes for u in units]
         for i, unit in enumerate(units):
@@ -154,7 +162,7 @@ class StreamingStore:
         self._spare: torch.Tensor | None = None  # between units that are written one after another, as in loading
         name = str(device) if device.index is not None or device.type == "cpu" else f"{device.type}:0"
         if directory is None:
-            self._pool = HostPool(sizes, device=name, **memory_share().pool_options())
+            self._pool = HostPool(sizes, device=name, **(share.pool_options() if share else {}))
         else:
             path = _new_block_file(Path(directory), BlockFile.file_bytes(sizes))
             try:

@@ -100,7 +100,9 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
     if mesh is not None:
         mesh.exchange.agree("the data", {"the training file": train_sha256, "the bytes of the model": size.total})
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
-    settings |= {k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval", "trace") if settings[k]}
+    settings |= {
+        k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval", "trace", "branch_from") if settings[k]
+    }
     loop = None
     try:
         with _together(mesh, "claiming the run directory"):
@@ -468,6 +470,7 @@ class _Loop:
         which = self.options.save
         if which == "none":
             return
+        self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
         step = self.optimizer.step_count if which == "last" or best is None else best
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
@@ -478,7 +481,6 @@ class _Loop:
         else:
             from distzo2.replay import replay
 
-            self.optimizer.journal.sync()
             replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
         self.run.update(checkpoint_step=step, saving_step=None)
         self.log(f"wrote {self.run.checkpoint} (step {step})")

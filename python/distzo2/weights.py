@@ -21,8 +21,9 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.exchange import is_known
 from distzo2.lanes import Emission
+from distzo2.memory_share import memory_share
 from distzo2.replicas import checksum
-from distzo2.residency import MemoryBudget, keep_blocks
+from distzo2.residency import MemoryBudget, free_memory, keep_blocks
 from distzo2.scratch import Scratch
 from distzo2.slice_choice import Sharing
 from distzo2.sliced_store import Slice, SlicedStore
@@ -75,12 +76,13 @@ class UnitWeights:
         self._memory: MemoryStore | None = None
         self._ring: StreamingStore | SlicedStore | None = None
         with self._all_ranks("handing over a model") as agreed:
+            share = memory_share()
             if streams:
-                keep_blocks(self.units, device, memory_budget, slots)
+                keep_blocks(self.units, device, memory_budget, slots, lambda: self._least(free_memory(device, share)))
             streamed = [u for u in self.units if streams and not u.resident and not u.kept]
             on_ring = {u.index for u in streamed}
             agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
-            self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device)
+            self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device, share)
             if streamed and sharing is not None:
                 self._ring = SlicedStore(
                     streamed,
@@ -90,12 +92,13 @@ class UnitWeights:
                     node=sharing.node,
                     shares=sharing.shares,
                     number=sharing.number,
+                    share=share,
                     update=self._update_slice,
                     stamp=lambda: (self.epoch << 32) + self.version,
                     on_gathered=lambda unit, begun, ended: self.trace.add("gather", unit.name, begun, ended),
                 )
             elif streamed:
-                self._ring = StreamingStore(streamed, device, directory=directory, slots=slots)
+                self._ring = StreamingStore(streamed, device, directory=directory, slots=slots, share=share)
         self._write_every = write_every
         self._scratch = Scratch([u for u in self.units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -120,6 +123,12 @@ class UnitWeights:
         self.trace = Trace()
         self.reset_stats()
 
+    def _least(self, num_bytes: int) -> int:
+        """With slices, the least of all ranks'."""
+        if self._exchange is None:
+            return num_bytes
+        return min(row[0] for row in self._exchange.agree("memory_budget", numbers=(num_bytes,)))
+
     @contextmanager
     def _all_ranks(self, what: str) -> Iterator[dict[str, Any]]:
         """With slices, what all ranks do together: an exception of one rank is an error of all at the end, and so are
@@ -129,11 +138,12 @@ class UnitWeights:
             yield agreed
             return
         failure: BaseException | None = None
+        since = self._exchange.number
         try:
             yield agreed
         except BaseException as error:
             failure = error
-            if is_known(error) or self._exchange.broken:
+            if is_known(error, since) or self._exchange.broken:
                 raise
         self._exchange.agree(what, {} if failure is not None else agreed, error=failure)
 
@@ -413,10 +423,7 @@ class UnitWeights:
         return [unit for unit in self.units if self._table(unit) is not None]
 
     def touch(self, unit: Unit) -> None:
-        """Brings one unit up to date and lets go of it, as a pass that enters it does. Not one in slices, which all
-        ranks would have to bring."""
-        if self._slice_of(unit) is not None:
-            return
+        """Brings one unit up to date and lets go of it, as a pass that enters it does."""
         self._check_idle("reading weights")
         self._bring(unit)
         try:
