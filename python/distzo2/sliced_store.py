@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.exchange import Exchange
 from distzo2.memory_share import MemoryShare
 from distzo2.slice_exchange import WANTS, SliceExchange, Word
 from distzo2.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
@@ -245,11 +244,6 @@ class SlicedStore:
     @property
     def in_host_memory(self) -> bool:
         return False
-
-    @property
-    def exchange(self) -> Exchange:
-        """Of all ranks."""
-        return self._node.exchange
 
     def acquire(self, unit: Unit) -> torch.Tensor:
         """The whole unit with every update made so far; uint8 [unit.num_bytes]. Not to be written."""
