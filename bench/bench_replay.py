@@ -3,9 +3,9 @@
     python bench/bench_replay.py --dtype bfloat16    # a random checkpoint is made where there is none
 
 Turns, interleaved: a replay of --few steps, one of --many, and --few steps of `update_` in memory. A thousand steps
-are reckoned from the two replays, as what a replay takes at all and what each step adds; --whole makes them. The
-weights that `update_` leaves must have the bits of the replay. Memory is the peak (VmHWM) of a process that does
-nothing but replay.
+are reckoned from the two replays, as what a replay takes at all and what each step adds; --whole makes them, both ways:
+a replay of all, all steps of `update_`, and a replay again. The weights that `update_` leaves must have the bits of the
+replay. Memory is the peak (VmHWM) of a process that does nothing but replay: two steps, or with --whole all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench_common import write_results
 from random_checkpoint import write_random_checkpoint
 
 from distzo2.checkpoint import open_checkpoint
-from distzo2.journal import Journal, StepEntry, make_header, table_row
+from distzo2.journal import Journal, JournalContents, StepEntry, make_header, table_row
 from distzo2.replay import digest_checkpoint, open_map, replay
 from distzo2_core import GroupScalars, Term, Update, update_
 
@@ -104,6 +104,21 @@ def peak_of_a_replay(base: Path, journal: Path, out: Path, num_steps: int) -> in
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def whole(base: Path, journal: Path, out: Path, contents: JournalContents) -> dict:
+    """What --whole puts in the place of figures from a few steps."""
+    peak = peak_of_a_replay(base, journal, out, STEPS)
+    weights = load(base, contents.header)
+    before = timed_replay(base, journal, out, STEPS)
+    update = live(weights, contents.entries)
+    after = timed_replay(base, journal, out, STEPS)
+    return {
+        "peak_bytes": peak,
+        "update_1000_s": update,
+        "replay_1000_s": (before + after) / 2,
+        "same_bits": same_bits(weights, out, base, contents.header),
+    }
+
+
 def bench(base: Path, work: Path, args: argparse.Namespace) -> dict:
     journal, out = work / "journal.jsonl", work / "out"
     family = ("normal", "rademacher").index(args.noise)
@@ -129,10 +144,10 @@ def bench(base: Path, work: Path, args: argparse.Namespace) -> dict:
     update = figures["update_"] / args.few
     step = (figures["many"] - figures["few"]) / (args.many - args.few)
     row |= {"update_s": update, "replay_step_s": step, "replay_alone_s": figures["few"] - args.few * step}
-    row["replay_1000_s"] = row["replay_alone_s"] + STEPS * step
+    row |= {"whole": args.whole, "update_1000_s": STEPS * update, "replay_1000_s": row["replay_alone_s"] + STEPS * step}
     if args.whole:
-        row["replay_1000_s"] = timed_replay(base, journal, out, STEPS)
-    row["rate_of_update"] = STEPS * update / row["replay_1000_s"]
+        row |= whole(base, journal, out, contents)
+    row["rate_of_update"] = row["update_1000_s"] / row["replay_1000_s"]
     row["elements_per_s"] = STEPS * row["num_elements"] / row["replay_1000_s"]
     return row
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,6 +248,27 @@ def test_resuming_takes_the_room_that_the_run_had(files: SimpleNamespace, capsys
     assert main(["finetune", "--resume", "--out=out", "--steps=3"]) == 1
     assert "are free on its disk" in capsys.readouterr().err
     assert len(read_journal("out/journal.jsonl").entries) == 2 and not Path("out/run.lock").exists()
+
+
+def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files: SimpleNamespace, capsys, monkeypatch) -> None:
+    update = RunDirectory.update
+
+    def fails_at_the_end(self, **values):
+        if values.get("status") == "finished":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.path / "run.json.tmp"))
+        update(self, **values)
+
+    monkeypatch.setattr(RunDirectory, "update", fails_at_the_end)
+    assert finetune(files, "--steps=2") == 1
+    assert "run.json.tmp: Input/output error" in one_line(capsys)
+    assert json.loads(Path("out/run.json").read_text())["status"] == "running"
+    before = weights("out/checkpoint")
+    monkeypatch.setattr(RunDirectory, "update", update)
+    assert main(["finetune", "--resume", "--out=out", "--quiet"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert (record["status"], record["steps_done"], record["checkpoint_step"]) == ("finished", 2, 2)
+    after = weights("out/checkpoint")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_loss_that_is_not_finite(files: SimpleNamespace, tmp_path: Path, capsys) -> None:

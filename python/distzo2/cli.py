@@ -143,7 +143,7 @@ def _end_with(error: BaseException, terminated: bool) -> int:
     interrupted = isinstance(error, KeyboardInterrupt)
     if not interrupted and (os.environ.get("DISTZO2_TRACEBACK") or not _expected(error)):
         raise error
-    text = " ".join(str(error).split()) or ("interrupted" if interrupted else type(error).__name__)
+    text = " ".join(_text_of(error).split()) or ("interrupted" if interrupted else type(error).__name__)
 
     def show(text: str) -> None:
         print(f"distzo2: {'' if interrupted else 'error: '}{text}", file=sys.stderr, flush=True)
@@ -153,6 +153,13 @@ def _end_with(error: BaseException, terminated: bool) -> int:
     if interrupted:
         return TERMINATED if terminated else INTERRUPTED
     return 2 if isinstance(error, UsageError) else 1
+
+
+def _text_of(error: BaseException) -> str:
+    """What an error says; of the system's, the file and the reason, without the number."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _expected(error: Exception) -> bool:

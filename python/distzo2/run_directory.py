@@ -169,17 +169,18 @@ class RunDirectory:
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""
-        self.record.update(values)
+        record = self.record | values
         temporary = self.path / "run.json.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(finite(self.record), file, indent=1)
+                json.dump(finite(record), file, indent=1)
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(temporary)) from error
         os.replace(temporary, self.path / "run.json")
+        self.record = record
         sync_directory(self.path)
 
     def check_same(self, options: dict[str, Any], train_sha256: str) -> list[str]:

@@ -312,16 +312,16 @@ class _Loop:
                     self._step(bar)
                     self._evaluate_if_due(bar)
         except KeyboardInterrupt:
-            self._ended("interrupted")
+            self._stopped("interrupted")
             raise
         except DistZO2Error as error:
-            self._ended(f"stopped: {error}")
+            self._stopped(f"stopped: {error}")
             raise
         best = self._best()
         with _together(self.mesh, "saving"):
             if self.leads:
                 self._save(best)
-        self._ended("finished")
+                self._ended("finished")  # a run of which that cannot be written has not ended: it is to be resumed
         evals = self.metrics.evals
         return Result(
             self.run.path,
@@ -485,25 +485,29 @@ class _Loop:
         self.run.update(checkpoint_step=step, saving_step=None)
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
+    def _stopped(self, status: str) -> None:
+        """Of a run that ends with an error: what cannot be written now is not told in its place."""
+        if self.leads:
+            with suppress(OSError, DistZO2Error):
+                self._ended(status)
+
     def _ended(self, status: str) -> None:
-        if not self.leads:
-            return
         if self._traced > 0:
             self._end_trace()
-        stats = self.runtime.stats()
-        with suppress(OSError):
-            journal = self.optimizer.journal
-            if journal.chain is not None:
-                journal.sync()
-                self.run.update(journal_chain=journal.chain)
-                self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
-            self.run.update(
-                status=status,
-                steps_done=self.optimizer.step_count,
-                peak_bytes=peak_bytes(),
-                weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
-                totals=self.totals,
-            )
+        stats, journal = self.runtime.stats(), self.optimizer.journal
+        chain = {}
+        if journal.chain is not None:
+            journal.sync()
+            chain = {"journal_chain": journal.chain}
+            self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
+        self.run.update(
+            status=status,
+            steps_done=self.optimizer.step_count,
+            peak_bytes=peak_bytes(),
+            weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
+            totals=self.totals,
+            **chain,
+        )
 
     def close(self) -> None:
         if self.metrics is not None:
