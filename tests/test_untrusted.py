@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_journal import make_entry, make_test_header
 from test_replay import make_llama, make_table, make_updates, named_weights, write_run
@@ -27,6 +28,7 @@ from distzo2.checkpoint_map import CheckpointFiles
 from distzo2.journal import Journal, JournalError, StepEntry, make_header, read_journal
 from distzo2.journal_audit import audit_journal
 from distzo2.journal_line import MAX_HEADER_BYTES, MAX_STEP_BYTES, seal_line
+from distzo2.metrics import peak_bytes
 from distzo2.pickle_records import read_records
 from distzo2.replay import digest_checkpoint, replay
 from distzo2.safetensors_io import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile
@@ -452,6 +454,25 @@ def test_a_configuration_of_more_parts_than_the_checkpoint_is_refused(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | changes))
     assert refused(lambda: distzo2.from_pretrained(base), CheckpointError, reason) < 64 << 20
+
+
+def test_buffers_are_in_proportion_to_the_checkpoint(tmp_path: Path) -> None:
+    """GPT-Neo has a mask of positions by positions in each layer: here of 400 MB, for a checkpoint of 80 kB."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=8, hidden_size=1, num_heads=1, num_layers=1, attention_types=[[["global"], 1]],
+        intermediate_size=1, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    distzo2.from_pretrained(tmp_path)
+    most = 20_000
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.wpe.weight"] = torch.zeros(most, 1)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": most}))
+    before = peak_bytes()
+    refused(lambda: distzo2.from_pretrained(tmp_path), CheckpointError, "config.json asks for ")
+    assert peak_bytes() - before < most * most // 4
 
 
 def test_files_of_settings_are_bounded(tmp_path: Path) -> None:

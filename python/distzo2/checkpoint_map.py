@@ -30,6 +30,7 @@ from distzo2.torch_archive import open_weights
 
 _SAMPLED_PAGES = 16
 SCRATCH_BYTES = 16 << 20
+SMALL_BUFFER_BYTES = 256 << 20  # of buffers that are in no file, whatever the size of the checkpoint
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LEGACY_FILE = "pytorch_model.bin"
@@ -382,7 +383,8 @@ def trace_checkpoint(
         entry.name: LayoutTensor(Layout.leaf(number, entry.shape), entry.dtype, trace)
         for number, entry in enumerate(files.entries)
     }
-    model, report = trace_from_pretrained(model_class, config, symbols, trace, where, **kwargs)
+    max_bytes = max(SMALL_BUFFER_BYTES, sum(entry.num_bytes for entry in files.entries))
+    model, report = trace_from_pretrained(model_class, config, symbols, trace, where, max_bytes, **kwargs)
 
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from distzo2.allocation_bound import AllocationBound
 from distzo2.checkpoint_layout import Layout, LayoutError
 from distzo2.safetensors_io import CheckpointError
 
@@ -274,13 +275,19 @@ def quiet_transformers() -> Any:
 
 
 def trace_from_pretrained(
-    model_class: Any, config: Any, symbols: dict[str, LayoutTensor], trace: Trace, where: str, **kwargs: Any
+    model_class: Any,
+    config: Any,
+    symbols: dict[str, LayoutTensor],
+    trace: Trace,
+    where: str,
+    max_bytes: int,
+    **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`model_class.from_pretrained` over symbols: the model, whose loaded tensors are symbols, and the loading report.
 
-    Raises CheckpointError naming `where` if transformers cannot load it.
+    Raises CheckpointError naming `where` if transformers cannot load it, or makes more than `max_bytes` of buffers.
     """
-    with quiet_transformers(), torch.device("cpu"), _MissingStaysMissing(trace):
+    with quiet_transformers(), torch.device("cpu"), AllocationBound(max_bytes), _MissingStaysMissing(trace):
         try:
             return model_class.from_pretrained(
                 None,
