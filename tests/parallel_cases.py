@@ -164,7 +164,14 @@ def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) ->
     if rank == 1 and what == "frozen":
         model.head.requires_grad_(False)
     distzo2.offload(model, weights="disk", directory=directory / f"rank{rank}")
-    optimizer(model, seed=12 if rank == 1 and what == "seed" else 11)
+    options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
+    if what in ("journal options", "snapshots"):
+        options["journal"] = directory / "journal.jsonl"
+    if rank == 1 and what == "journal options":
+        options["journal_chain"] = True
+    if rank == 1 and what == "snapshots":
+        options["snapshots"] = distzo2.Snapshots(directory / "snapshots")
+    optimizer(model, **options)
 
 
 class Boom(Exception):

@@ -155,6 +155,8 @@ def test_ranks_that_do_different_things_are_all_told(ranks: Ranks, what: str, tm
         ("seed", "RanksDisagreeError", "seed: 11 on rank 0, 12 on rank 1"),
         ("frozen", "RanksDisagreeError", "the parameters: "),
         ("weights", "ReplicasDifferError", "first in unit "),
+        ("journal options", "RanksDisagreeError", "the journal's options: "),
+        ("snapshots", "RanksDisagreeError", "having snapshots: False on rank 0, True on rank 1"),
     ],
 )
 def test_ranks_with_different_models_are_refused(ranks: Ranks, what: str, kind: str, text: str, tmp_path: Path):

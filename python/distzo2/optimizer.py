@@ -180,7 +180,7 @@ class ZOSGD(torch.optim.Optimizer):
             from distzo2.shared_step import SharedStep
 
             self._shared = SharedStep(mesh, self)
-            self._shared.join(journal is not None, resume)
+            self._shared.join(journal is not None, snapshots is not None, resume)
             self._interrupt.also = mesh.heartbeat.check
             self.verify_replicas()
         self._snapshots: SnapshotWriter | None = None

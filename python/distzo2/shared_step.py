@@ -55,7 +55,7 @@ class SharedStep:
 
     # ---- joining ------------------------------------------------------------------------------------------------
 
-    def join(self, journal: bool, resume: bool) -> None:
+    def join(self, journal: bool, snapshots: bool, resume: bool) -> None:
         """Compares the optimizers of all ranks, and what the bits of their forwards depend on.
 
         Raises:
@@ -71,6 +71,8 @@ class SharedStep:
             "the estimator": type(optimizer.estimator).__name__,
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
             "having a journal": journal,
+            "having snapshots": snapshots,
+            "the journal's options": optimizer._journal_options,
             "resume": resume,
             "branching": optimizer._branch is not None,
             "verify_every": optimizer.verify_every,
