@@ -18,7 +18,7 @@ from tiny_text import choice_lines, write_jsonl
 from distzo2 import checkpoint, preflight
 from distzo2.cli import main
 from distzo2.errors import UsageError
-from distzo2.journal import read_journal
+from distzo2.journal import Journal, read_journal
 from distzo2.metrics import read_metrics
 from distzo2.run_directory import RunDirectory
 
@@ -269,6 +269,27 @@ def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files: SimpleNamespac
     assert (record["status"], record["steps_done"], record["checkpoint_step"]) == ("finished", 2, 2)
     after = weights("out/checkpoint")
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_no_checkpoint_is_ahead_of_the_durable_journal(files: SimpleNamespace, monkeypatch) -> None:
+    """Steps that a power cut may take back are synced before a checkpoint holds them."""
+    save, durable = checkpoint.save_pretrained, []
+
+    def saves(model, path, **options):
+        durable.append(made[-1].durable)
+        save(model, path, **options)
+
+    made: list[Journal] = []
+    create = Journal.create
+
+    def creates(*args, **kwargs):
+        made.append(create(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(Journal, "create", creates)
+    monkeypatch.setattr("distzo2.save_pretrained", saves)
+    assert finetune(files, "--steps=3", "--fsync-every=1000000") == 0
+    assert durable == [3]
 
 
 def test_a_loss_that_is_not_finite(files: SimpleNamespace, tmp_path: Path, capsys) -> None:

@@ -53,13 +53,16 @@ def place(tmp_path: Path, weights: str, device: str = "cpu", **options) -> nn.Mo
     return distzo2.offload(Mixed(), device=device, weights=weights, directory=tmp_path / "blocks", **options)
 
 
-def optimizer(model: nn.Module, run: Path, resume: bool = False, log=None, **snapshots) -> distzo2.ZOSGD:
+def optimizer(
+    model: nn.Module, run: Path, resume: bool = False, log=None, fsync_every: int = 1, **snapshots
+) -> distzo2.ZOSGD:
     if snapshots:
         snapshots = {"pace": 1.0, "log": log or (lambda line: None), **snapshots}
     options = Snapshots(run / "snapshots", **snapshots) if snapshots else None
     return distzo2.ZOSGD(
-        model, lr=1e-2, seed=3, journal=run / "journal", resume=resume, snapshots=options, weight_decay=0.1
-    )
+        model, lr=1e-2, seed=3, journal=run / "journal", resume=resume, snapshots=options, weight_decay=0.1,
+        fsync_every=fsync_every,
+    )  # fmt: skip
 
 
 def train(model: nn.Module, opt: distzo2.ZOSGD, until: int) -> None:
@@ -189,7 +192,7 @@ def test_no_snapshot_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
 
     monkeypatch.setattr(JournalWriter, "_sync", waits)
     model = place(tmp_path, "host")
-    opt = optimizer(model, tmp_path, every=2)
+    opt = optimizer(model, tmp_path, every=2, fsync_every=10**6)
     train(model, opt, 2)
     while opt._snapshots._making.wanted or opt._snapshots._task[:1] != ("publish",):
         train(model, opt, opt.step_count + 1)
