@@ -189,8 +189,11 @@ def test_a_run_that_was_killed_before_its_journal_was_there_begins_again(files: 
     assert main(["finetune", "--resume", "--out=out"]) == 2
     assert "at work there" in one_line(capsys)
     other.release()
+    for leftover in (".journal.jsonl.0a1b2c3d.tmp", "weights-killed.dzo2"):
+        Path("out", leftover).write_text("what it was at")
     assert main(["finetune", "--resume", "--out=out"]) == 0
-    assert len(read_journal("out/journal.jsonl").entries) == 2 and Path("out/checkpoint").is_dir()
+    assert len(read_journal("out/journal.jsonl").entries) == 2
+    assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "run.json", "metrics.jsonl", "checkpoint"}
 
 
 def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:

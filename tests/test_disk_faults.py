@@ -63,16 +63,39 @@ def undisturbed(files, runs, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(path=path / "out", num_calls=answer.num_calls)
 
 
-@pytest.mark.parametrize(("weights", "error"), [("host", errno.ENOSPC), ("disk", errno.EIO), ("host", errno.EIO)])
-def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, weights, error):
+KINDS = {  # of runs: where the weights are, and the options that differ
+    "host": ["--weights=host"],
+    "disk": ["--weights=disk"],
+    "chained": ["--weights=host", "--save=last", "--journal-chain", "--fsync-every=5", "--trace"],
+    "branch": ["--weights=disk", "--at-step=5", "--lr=5e-3"],
+}
+
+
+def calls_to_fail(num_calls: int, error: int) -> range:
+    stride = 1 if ALL else max(1, num_calls // 8)
+    return range(1 + (0 if ALL else error % stride), num_calls + 1, stride)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("host", errno.ENOSPC), ("disk", errno.EIO), ("host", errno.EIO), ("disk", errno.ENOSPC),
+        ("chained", errno.ENOSPC), ("chained", errno.EIO), ("branch", errno.EIO), ("branch", errno.ENOSPC),
+    ],
+)  # fmt: skip
+def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, kind, error):
     outcomes: Counter[str] = Counter()
-    clean = runs.run(tmp_path, arguments(files, f"--weights={weights}"))
-    shutil.rmtree(tmp_path / "out")
-    stride = 1 if ALL else max(1, clean.num_calls // 8)
-    for fail_at in range(1 + (0 if ALL else error % stride), clean.num_calls + 1, stride):
+    command = arguments(files, *KINDS[kind])
+    if kind == "branch":
+        command.append(f"--branch-from={undisturbed.path}")
+    clean = runs.run(tmp_path, command)
+    assert clean.status == 0, clean.text
+    expected = (tmp_path / "out").rename(tmp_path / "clean")
+    if kind in ("host", "disk"):
+        assert_same_run(expected, undisturbed.path)
+    for fail_at in calls_to_fail(clean.num_calls, error):
         directory = tmp_path / str(fail_at)
         directory.mkdir()
-        command = arguments(files, f"--weights={weights}")
         answer = runs.run(directory, command, fail_at=fail_at, error=error, and_all_after=fail_at % 3 == 0)
         where = (fail_at, answer.text)
         assert "Traceback" not in answer.text, where
@@ -82,18 +105,49 @@ def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, weig
             errors = [line for line in answer.text.splitlines() if line.startswith("distzo2")]
             assert answer.status == 1 and len(errors) == 1, where
             assert os.strerror(error) in errors[0] or "room" in errors[0], where
+            again = command
             if (directory / "out/run.json").exists():
                 outcomes["ended, went on when resumed"] += 1
-                command = ["finetune", "--resume", "--out=out"]
+                again = ["finetune", "--resume", "--out=out"]
             else:
                 outcomes["ended before the first step"] += 1
-            answer = runs.run(directory, command)
+            answer = runs.run(directory, again)
             assert answer.status == 0, (fail_at, where, answer.text)
-        assert_same_run(directory / "out", undisturbed.path)
+        assert_same_run(directory / "out", expected)
         assert not list(directory.glob(f"out/snapshots/{HIDDEN}*")), where
         shutil.rmtree(directory)
-    print(f"{weights}, {os.strerror(error)}: {clean.num_calls} calls, {dict(outcomes)}")
+    print(f"{kind}, {os.strerror(error)}: {clean.num_calls} calls, {dict(outcomes)}")
     assert outcomes["ended, went on when resumed"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_each_call_of_a_replay_that_fails_ends_well(runs, undisturbed, tmp_path, error):
+    """In one line; made again, it writes the same bits, or says which files were left there under their names."""
+    command = ["replay", str(undisturbed.path), "--out=out", "--to-step=9", "--quiet"]
+    clean = runs.run(tmp_path, command)
+    assert clean.status == 0, clean.text
+    expected = (tmp_path / "out").rename(tmp_path / "clean")
+    outcomes: Counter[str] = Counter()
+    for fail_at in calls_to_fail(clean.num_calls, error):
+        for all_after in (False, True):
+            directory = tmp_path / f"{fail_at}-{all_after}"
+            directory.mkdir()
+            answer = runs.run(directory, command, fail_at=fail_at, error=error, and_all_after=all_after)
+            where = (fail_at, all_after, answer.text)
+            assert answer.status == 1 and answer.text.count("\n") == 1, where
+            assert os.strerror(error) in answer.text or "room" in answer.text, where
+            again = runs.run(directory, command)
+            if again.status != 0:  # not even what had its name could be removed
+                assert all_after and again.text.count("\n") == 1 and "already holds" in again.text, (where, again.text)
+                outcomes["refused"] += 1
+            else:
+                assert {p.name for p in (directory / "out").iterdir()} == {p.name for p in expected.iterdir()}, where
+                for path in expected.iterdir():
+                    assert (directory / "out" / path.name).read_bytes() == path.read_bytes(), (where, path)
+                outcomes["made again"] += 1
+            shutil.rmtree(directory)
+    print(f"replay, {os.strerror(error)}: {clean.num_calls} calls, {dict(outcomes)}")
+    assert outcomes["made again"]
 
 
 def test_the_shim_fails_the_call_that_it_is_told_to(files, runs, tmp_path):

@@ -96,6 +96,7 @@ class RunDirectory:
             return cls.resumed(path)
         for leftover in (run.metrics, run.journal, run.path / "run.json"):
             leftover.unlink(missing_ok=True)
+        run.remove_leftovers()
         return None
 
     def _look(self) -> None:
@@ -204,6 +205,11 @@ class RunDirectory:
             for name, value in options.items()
             if name not in ("resume", "config", "out", "branch_from", "at_step") and before.get(name) != value
         ]
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether it holds a run that was killed before its journal was there."""
+        return self._unbegun
 
     @property
     def has_checkpoint(self) -> bool:

@@ -94,7 +94,7 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         if held_out:
             resolve_objective(objective_name, held_out)
         check_memory(size, device, options.weights, ranks_here(), copies_here(options.weights))
-        if leads and not options.resume:
+        if leads and not options.resume and not run.begins_again:
             _check_room(options, size, run)
         train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     if mesh is not None:
@@ -111,6 +111,9 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
                 if options.resume:
                     _take_over(options, log, run, size, settings, train_sha256)
                 else:  # if this process is killed before the journal is there, --resume begins again
+                    if run.begins_again:
+                        run.remove_leftovers()
+                        _check_room(options, size, run)
                     launch = {} if launch_id() is None else {"launch": launch_id()}
                     run.update(options=settings, train_sha256=train_sha256, status="starting", **launch)
         with _together(mesh, "loading the model"):
