@@ -209,6 +209,15 @@ def test_hostile_lines_are_refused() -> None:
     ):
         with pytest.raises(JournalError):
             StepEntry.from_line(with_crc(body))
+    for body in (  # they say the same as the good one
+        b" " + good,
+        good.replace(b'"tokens":64', b'"tokens": 64'),
+        good.replace(b'"step":0,', b"") + b',"step":0',
+        good.replace(b'"step"', b'"st\\u0065p"'),
+    ):
+        with pytest.raises(JournalError, match="not spelled as"):
+            StepEntry.from_line(with_crc(body))
+    assert StepEntry.from_line(with_crc(good)).to_line() == with_crc(good)
     with pytest.raises(JournalError, match="longer than"):
         StepEntry.from_line(b"x" * (MAX_STEP_BYTES + 1))
 

@@ -317,7 +317,7 @@ def test_a_journal_takes_memory_in_proportion_to_its_length(tmp_path: Path, case
         text = json.loads(header)
         text.pop("crc")
         text[key] = "HERE"
-        record = json.dumps(text).encode().replace(b'"HERE"', value)[:-1]
+        record = json.dumps(text, separators=(",", ":")).encode().replace(b'"HERE"', value)[:-1]
         path.write_bytes(sealed(record))
         if (key, case) in (("options", "keys"), ("groups", "empty objects")):
             assert read_journal(path).entries == []  # these may be anything of the kind

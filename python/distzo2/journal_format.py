@@ -28,7 +28,7 @@ from distzo2.journal_line import (
 from distzo2_core.types import FAMILIES, MAX_PROBE, MAX_STEP, GroupScalars, Term, Update
 
 _GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
-_STEP_KEYS = {"step", "groups", "terms", "eps", "losses", "skipped", "tokens", "seconds", "extra"}
+_STEP_KEYS = ("step", "groups", "terms", "eps", "losses", "skipped", "tokens", "seconds", "extra")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class StepEntry:
         ``previous``. Raises JournalError with the reason."""
         record = decode_line(line, MAX_STEP_BYTES, previous)
         expect_keys(record, _STEP_KEYS, "a step")
+        if tuple(record) != _STEP_KEYS:
+            raise JournalError(f"the members of a step are not spelled as {', '.join(_STEP_KEYS)}, in this order")
         groups = tuple(
             GroupScalars(*(from_hex32(v, "group") for v in sized(row, len(_GROUP_FIELDS), "group")))
             for row in a_list(record["groups"], "groups")

@@ -114,6 +114,8 @@ def decode_line(line: bytes, max_bytes: int, previous: str | None = None) -> dic
         raise JournalError(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise JournalError("not a JSON object")
+    if encode_record(record, max_bytes) != body:  # one spelling for each record, so that equal ones are equal lines
+        raise JournalError("the JSON is not spelled as it is written here: compact, in ASCII, each value in one way")
     return record
 
 
