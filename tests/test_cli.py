@@ -176,7 +176,7 @@ def test_interrupted_before_the_first_step(files: SimpleNamespace, capsys, monke
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distzo2.train.evaluate_examples", interrupted)
+    monkeypatch.setattr("distzo2.train_loop.evaluate_examples", interrupted)
     assert finetune(files, f"--eval={files.eval}") == 130
     assert "interrupted before the first step" in one_line(capsys)
     assert not Path("out").exists()
