@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distzo2.branch import BranchPoint, first_like_step, first_own_step, open_run_journal
+from distzo2.branch import BranchPoint
 from distzo2.divergence import CoefficientClip
 from distzo2.durability import ALWAYS_DURABLE
 from distzo2.errors import DistZO2Error
@@ -22,23 +21,21 @@ from distzo2.estimator import Estimator, Evaluation, make_estimator, mean_loss
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.journal import Journal, StepEntry, num_groups_of
 from distzo2.lanes import Emission, Lane
+from distzo2.loss_reader import LossReader
 from distzo2.mesh import SHARDED, Deal
 from distzo2.model import no_kv_cache, runtime_of
 from distzo2.parallel import check_mesh, current
+from distzo2.parameter_groups import default_groups, group_of_each, scalars_of
 from distzo2.placeholders import use_guard
 from distzo2.random_stream import RandomStream
-from distzo2.run_header import run_header
 from distzo2.streaming import CLEAN
 from distzo2.units import Unit
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from distzo2.parallel import Mesh
     from distzo2.shared_step import SharedStep
     from distzo2.snapshot import Snapshots
-    from distzo2.snapshot_resume import Found
     from distzo2.snapshot_writer import SnapshotWriter
 
 
@@ -159,7 +156,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._interrupt = DeferredInterrupt()
         self._skipped_in_row = 0
         self._diagnosed = False
-        self._warned_dtype = False
+        self._mean_losses = LossReader()
         self.last: StepRecord | None = None
         self.step_count = 0  # steps made, skipped ones included: the number of the next step
         self.first_step = 0  # the first that is the run's own, and not one of the run that it was branched from
@@ -172,7 +169,7 @@ class ZOSGD(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         if params is None:
             earlier = self._branch.journal if self._branch else journal if resume else None
-            params = self._default_groups(weight_decay, weight_decay != 0 or _has_groups(earlier, mesh))
+            params = default_groups(self._runtime.params, weight_decay != 0 or _has_groups(earlier, mesh))
         super().__init__(params, defaults)
         self._bind()
         self._shared: SharedStep | None = None
@@ -187,18 +184,6 @@ class ZOSGD(torch.optim.Optimizer):
         self._open_journal(journal, resume, snapshots)
 
     # ---- groups -----------------------------------------------------------------------------------------------
-
-    def _default_groups(self, weight_decay: float, split: bool) -> list[dict]:
-        trainable = [p for p in self._runtime.params if p.trainable]
-        if not trainable:
-            raise DistZO2Error("no parameter of the model is trainable")
-        if not split:
-            return [{"params": [p.tensor for p in trainable]}]
-        groups = [
-            {"params": [p.tensor for p in trainable if len(p.shape) > 1]},
-            {"params": [p.tensor for p in trainable if len(p.shape) <= 1], "weight_decay": 0.0},
-        ]
-        return [g for g in groups if g["params"]]
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; the updates made so far are applied first."""
@@ -216,43 +201,12 @@ class ZOSGD(torch.optim.Optimizer):
             raise
 
     def _bind(self) -> None:
-        known = {id(p.tensor): p for p in self._runtime.params}
-        group_of: dict[int, int] = {}
-        for number, group in enumerate(self.param_groups):
-            for tensor in group["params"]:
-                param = known.get(id(tensor))
-                if param is None:
-                    raise DistZO2Error(
-                        f"parameter group {number} holds a tensor of shape {tuple(tensor.shape)} that is no parameter "
-                        "of the model; take parameters from the model after it was handed over"
-                    )
-                if not param.trainable:
-                    raise DistZO2Error(
-                        f"parameter {param.name} in group {number} was frozen when the model was handed over"
-                    )
-                group_of[param.index] = number
+        group_of = group_of_each(self._runtime.params, self.param_groups)
         other = self._runtime.owner
         if other is not None and other is not self and other.journal is not None:
             raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
         self._runtime.bind(self, group_of, len(self.param_groups), self.seed)
         self._epoch = self._runtime.epoch
-
-    def _scalars(self, lr: float | None = None) -> tuple[GroupScalars, ...]:
-        def exact(value: Any, name: str, group: int) -> float:
-            number = float(np.float32(float(value)))
-            if not np.isfinite(number):
-                raise DistZO2Error(f"{name} of parameter group {group} is {value!r}; a finite number was expected")
-            return number
-
-        return tuple(
-            GroupScalars(
-                *(
-                    exact(lr if lr is not None and key == "lr" else group[key], key, number)
-                    for key in ("lr", "weight_decay", "perturb_scale", "update_scale")
-                )
-            )
-            for number, group in enumerate(self.param_groups)
-        )
 
     # ---- the journal --------------------------------------------------------------------------------------------
 
@@ -262,61 +216,17 @@ class ZOSGD(torch.optim.Optimizer):
                 raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
             self._runtime.set_durable(ALWAYS_DURABLE)
             return
-        first, invalid = self._runtime.version, []
+        from distzo2.run_journal import open_own_journal, start_snapshots
+
+        first = self._runtime.version
         if self._shared is not None:
             self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
         else:
-            invalid = self._open_own_journal(path, resume, snapshots)
+            self.journal, invalid = open_own_journal(self, path, resume, snapshots)
         if self._shared is not None and self._shared.from_snapshot:
             self.verify_replicas()
-        if snapshots is None or self.journal is None:
-            return
-        from distzo2.snapshot import snapshots_in
-        from distzo2.snapshot_writer import SnapshotWriter, remove_unfinished
-
-        others = [] if resume else snapshots_in(snapshots.directory)
-        if others:
-            raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
-        remove_unfinished(snapshots.directory)
-        if snapshots.are_made:
-            self._snapshots = SnapshotWriter(snapshots, self._runtime, self.journal, first, invalid)
-            self._runtime.tap = self._snapshots.offer
-
-    def _open_own_journal(self, path: str | os.PathLike, resume: bool, snapshots: Snapshots | None) -> list[Path]:
-        """Without a mesh. Returns the snapshots that were found to be damaged."""
-        invalid: list[Path] = []
-        version = self._runtime.version
-        journal = open_run_journal(path, run_header(self), resume=resume, branch=self._branch, **self._journal_options)
-        try:
-            self.first_step = first_own_step(journal.header)
-            if resume and snapshots is not None:
-                from distzo2.snapshot_resume import find_snapshot
-
-                found = find_snapshot(snapshots.directory, self._runtime, path, len(journal.entries))
-                invalid = found.invalid
-                self._go_on_from(found, snapshots)
-            self.take_over(journal.entries, first_like_step(journal.header))
-        except BaseException:
-            journal.close()
-            raise
-        self.journal = journal
-        runtime = self._runtime
-        runtime.set_durable(version + journal.durable)
-        journal.on_durable(lambda durable: runtime.set_durable(version + durable))
-        journal.on_failure(runtime.fail)
-        return invalid
-
-    def _go_on_from(self, found: Found, snapshots: Snapshots) -> None:
-        """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
-        from distzo2.snapshot_resume import load_snapshot
-
-        for reason in found.reasons:
-            snapshots.log(reason)
-        if found.manifest is not None:
-            load_snapshot(found, self._runtime, self._runtime.version)
-            snapshots.log(f"went on from the snapshot {found.path.name}")
-        elif found.reasons:
-            snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
+        if snapshots is not None and self.journal is not None:
+            self._snapshots = start_snapshots(snapshots, self._runtime, self.journal, resume, first, invalid)
 
     def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
         """Takes over a journal's steps, those from `first_like` on as if this optimizer had made them; no forward is
@@ -447,10 +357,10 @@ class ZOSGD(torch.optim.Optimizer):
     ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
         """The groups' scalars, who runs which lane, and how many tokens all ranks have."""
         if self._shared is None:
-            return self._scalars(), Deal.alone(len(self._evaluations), len(closures)), tokens
+            return scalars_of(self.param_groups), Deal.alone(len(self._evaluations), len(closures)), tokens
         scalars: tuple[GroupScalars, ...] = ()
         try:
-            scalars = self._scalars()
+            scalars = scalars_of(self.param_groups)
         except Exception as error:
             failure = failure or error
         return scalars, *self._shared.open(step, scalars, len(closures), tokens, sharded, failure)
@@ -474,7 +384,7 @@ class ZOSGD(torch.optim.Optimizer):
         else:
             record.skipped = NON_FINITE_LOSS
         if record.skipped is not None:
-            return Update(step, self._scalars(lr=0.0), ())
+            return Update(step, scalars_of(self.param_groups, lr=0.0), ())
         record.coefs = [float(c) for c in coefs]
         terms = tuple(Term(FAMILIES[self.noise], step, k, 0, c) for k, c in enumerate(record.coefs))
         return Update(step, scalars, terms)
@@ -529,33 +439,7 @@ class ZOSGD(torch.optim.Optimizer):
             for first in range(0, len(lanes), wave or 1):
                 self._interrupt.check()
                 expected = runtime.run(lanes[first : first + wave], expected=expected, interrupt=self._interrupt)
-        return self._to_float64([lane.result for lane in lanes]), expected or ()
-
-    def _to_float64(self, results: Sequence[Any]) -> np.ndarray:
-        """The lanes' losses, each a mean in float64; one transfer for all where they are on a device."""
-        if not results:
-            return np.zeros(0)
-        means = []
-        for result in results:
-            if isinstance(result, torch.Tensor):
-                if result.dtype in (torch.float16, torch.bfloat16) and not self._warned_dtype:
-                    self._warned_dtype = True
-                    warnings.warn(
-                        f"the closure returned a {result.dtype} loss: a step is made of differences of losses, so "
-                        "compute the loss in float32",
-                        stacklevel=4,
-                    )
-                if result.numel() == 0:
-                    raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
-                means.append(result.detach().double().mean())
-            else:
-                try:
-                    means.append(torch.tensor(float(result), dtype=torch.float64))
-                except (TypeError, ValueError):
-                    raise DistZO2Error(
-                        f"the closure returned {type(result).__name__}; a loss was expected (a tensor or a number)"
-                    ) from None
-        return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy()
+        return self._mean_losses([lane.result for lane in lanes]), expected or ()
 
     def _diagnose(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
         """Once: a non-finite loss may come from a parameter used where it is not present. Then say which."""
@@ -581,7 +465,7 @@ class ZOSGD(torch.optim.Optimizer):
         lanes = [Lane(CLEAN, 0, closure, stream) for stream in streams]
         with self._interrupt, no_kv_cache(self._model):
             self._runtime.run(lanes, interrupt=self._interrupt)
-        first, second = (float(v) for v in self._to_float64([lane.result for lane in lanes]))
+        first, second = (float(v) for v in self._mean_losses([lane.result for lane in lanes]))
         if np.float64(first).tobytes() != np.float64(second).tobytes():
             raise DistZO2Error(
                 f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "

@@ -11,7 +11,7 @@ from distzo2.errors import DistZO2Error
 
 if TYPE_CHECKING:
     from distzo2.exchange import Exchange
-    from distzo2.weights import UnitWeights
+    from distzo2.weight_access import WeightAccess
 
 PIECE = 1 << 20  # words that are worked on at once
 _ODD = 0x9E3779B97F4A7C15 - 2**64  # of the golden ratio, as a signed number
@@ -39,7 +39,7 @@ def checksum(tensors: Sequence[torch.Tensor]) -> int:
     return result - 2**64 if result >= 2**63 else result
 
 
-def compare_replicas(runtime: UnitWeights, exchange: Exchange, step: int) -> None:
+def compare_replicas(runtime: WeightAccess, exchange: Exchange, step: int) -> None:
     """Reads every unit once, with every update made so far, and compares it across ranks.
 
     Raises:

@@ -22,6 +22,7 @@ from distzo2.exchange import hash64
 from distzo2.heartbeat import RankFailedError
 from distzo2.journal import Journal, StepEntry
 from distzo2.mesh import GLOBAL, OWN, SHARDED, Deal, check_step, deal_lanes
+from distzo2.parameter_groups import scalars_of
 from distzo2.run_header import fingerprint, index_table, run_header
 from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
 
@@ -76,7 +77,7 @@ class SharedStep:
             "resume": resume,
             "branching": optimizer._branch is not None,
             "verify_every": optimizer.verify_every,
-            **self._scalar_fields(optimizer._scalars()),
+            **self._scalar_fields(scalars_of(optimizer.param_groups)),
         }
         self._exchange.agree("making the optimizer", fields)
         mine = json.dumps(fingerprint(optimizer._runtime.device)).encode()
@@ -121,6 +122,8 @@ class SharedStep:
             firsts = b"%d %d\n" % (first_own_step(journal.header), first_like_step(journal.header))
             return firsts + b"".join(entry.to_line() for entry in journal.entries)
 
+        from distzo2.run_journal import go_on_from
+
         try:
             firsts, *lines = self._exchange.from_rank_0("opening the journal", on_rank_0).splitlines(True)
             entries = opened[0].entries if opened else [StepEntry.from_line(line) for line in lines]
@@ -128,7 +131,7 @@ class SharedStep:
             with self._exchange.together("taking over the journal"):
                 optimizer.first_step, first_like = (int(number) for number in firsts.split())
                 if found is not None:
-                    optimizer._go_on_from(found, snapshots)
+                    go_on_from(found, runtime, snapshots)
                 optimizer.take_over(entries, first_like)
         except BaseException:
             for journal in opened:

@@ -26,7 +26,7 @@ from distzo2.snapshot import (
     snapshots_in,
 )
 from distzo2.units import Unit
-from distzo2.weights import UnitWeights
+from distzo2.weight_access import WeightAccess
 
 _NUM_READERS = 2
 
@@ -44,7 +44,7 @@ class Found:
 
 def find_snapshot(
     directory: str | os.PathLike[str],
-    runtime: UnitWeights,
+    runtime: WeightAccess,
     journal: str | os.PathLike[str],
     num_steps: int,
 ) -> Found:
@@ -63,7 +63,7 @@ def find_snapshot(
     return Found(None, None, invalid, reasons)
 
 
-def find_same(directory: str | os.PathLike[str], runtime: UnitWeights, name: str, line: bytes) -> Found:
+def find_same(directory: str | os.PathLike[str], runtime: WeightAccess, name: str, line: bytes) -> Found:
     """On another rank: the snapshot that rank 0 goes on from, where this rank sees the same one."""
     path = Path(directory) / name
     try:
@@ -76,7 +76,7 @@ def find_same(directory: str | os.PathLike[str], runtime: UnitWeights, name: str
     return Found(path, manifest)
 
 
-def load_snapshot(found: Found, runtime: UnitWeights, first_version: int) -> None:
+def load_snapshot(found: Found, runtime: WeightAccess, first_version: int) -> None:
     """Fills the units. Each must then still get the journal's updates from its own version on, which
     `runtime.push` brings; `first_version` is that of the weights before the journal's first entry.
 

@@ -41,7 +41,7 @@ from distzo2.snapshot import (
     unit_file,
 )
 from distzo2.units import Unit
-from distzo2.weights import UnitWeights
+from distzo2.weight_access import WeightAccess
 from distzo2_core import HostPool, aligned_buffer
 
 _STEPS_UNSEEN = 2  # after so many, a unit that no forward enters is fetched
@@ -109,7 +109,7 @@ class SnapshotWriter:
     def __init__(
         self,
         options: Snapshots,
-        runtime: UnitWeights,
+        runtime: WeightAccess,
         journal: Journal,
         first_version: int,
         invalid: Iterable[Path] = (),
@@ -174,7 +174,7 @@ class SnapshotWriter:
         guess = self._pace.spend(seconds, image.num_bytes if self._charges_writing else 0)
         self._hand_over(("write", making, unit, unit.version - self._first_version, event, guess))
 
-    def step_done(self, runtime: UnitWeights, step: int, seconds: float) -> None:
+    def step_done(self, runtime: WeightAccess, step: int, seconds: float) -> None:
         """`step` steps are made, the last one in `seconds`."""
         with self._changed:
             is_idle = not self._task  # looked at together with what it ended with
@@ -205,7 +205,7 @@ class SnapshotWriter:
         elif is_due or (options.minutes and time.monotonic() - self._last_begun >= 60 * options.minutes):
             self._begin(step)
 
-    def _fetch_unseen(self, runtime: UnitWeights, making: _Making) -> None:
+    def _fetch_unseen(self, runtime: WeightAccess, making: _Making) -> None:
         if making.num_steps < _STEPS_UNSEEN or self._task or not self._pace.allows():
             return
         unseen = next((u for u in making.wanted.values() if u.index not in making.seen), None)

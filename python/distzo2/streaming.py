@@ -27,7 +27,7 @@ from distzo2.random_stream import RandomStream
 from distzo2.residency import MemoryBudget
 from distzo2.slice_choice import Sharing
 from distzo2.units import ParamInfo, Unit
-from distzo2.weights import UnitWeights
+from distzo2.weight_access import WeightAccess
 from distzo2.windows import Windows
 
 CLEAN = Emission()
@@ -40,7 +40,7 @@ def _code_of(closure: Callable[[], Any]) -> Hashable:
     return getattr(closure, "__code__", type(closure))
 
 
-class StreamingRuntime(UnitWeights):
+class StreamingRuntime(WeightAccess):
     """The weights of one model and the passes over them. Made by `distzo2.offload`."""
 
     def __init__(

@@ -22,7 +22,6 @@ from distzo2.errors import DistZO2Error
 from distzo2.exchange import is_known
 from distzo2.lanes import Emission
 from distzo2.memory_share import memory_share
-from distzo2.replicas import checksum
 from distzo2.residency import MemoryBudget, free_memory, keep_blocks
 from distzo2.scratch import Scratch
 from distzo2.slice_choice import Sharing
@@ -30,9 +29,8 @@ from distzo2.sliced_store import Slice, SlicedStore
 from distzo2.store import MemoryStore, StreamingStore
 from distzo2.trace import Trace
 from distzo2.units import ParamInfo, Unit, collect_params, find_units
-from distzo2_core import Emit, Program, Segment, SegmentTable, Update, encode_program, materialize
-
-MAX_PROGRAMS = 64  # encoded visits that are kept within a step
+from distzo2.updates import Updates
+from distzo2_core import Program, SegmentTable, Update, materialize
 
 
 @dataclass(eq=False)
@@ -72,7 +70,7 @@ class UnitWeights:
         streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or sharing is not None))
         self._exchange = sharing.node.exchange if sharing is not None else None  # of what must be done by all ranks
         self.epoch = 0  # how often the weights were replaced from outside
-        self.version = 0  # updates made so far
+        self._updates = Updates()
         self._memory: MemoryStore | None = None
         self._ring: StreamingStore | SlicedStore | None = None
         with self._all_ranks("handing over a model") as agreed:
@@ -103,15 +101,7 @@ class UnitWeights:
         self._scratch = Scratch([u for u in self.units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
 
-        self._updates: list[Update] = []  # the last of them; the first one's number is version - len(_updates)
-        self.seed = 0
         self._owner: weakref.ref | None = None
-        self._group_of: dict[int, int] = {}  # parameter index -> group; absent: read, never changed
-        self._perturb_scales: tuple[float, ...] = ()
-        self._tables: dict[int, SegmentTable | None] = {}
-        self._slice_tables: dict[int, tuple[SegmentTable | None, bool]] = {}
-        self._programs: dict[tuple, Program] = {}
-
         self._present: dict[int, Present] = {}
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
@@ -156,12 +146,18 @@ class UnitWeights:
         """
         self.flush()
         self._owner = weakref.ref(owner)
-        self.seed, self._group_of = seed, dict(group_of)
-        self._perturb_scales = (1.0,) * num_groups
-        self._tables.clear()
-        self._slice_tables.clear()
-        self._programs.clear()
+        self._updates.bind(group_of, num_groups, seed)
         self._scratch.forget()
+
+    @property
+    def version(self) -> int:
+        """Updates made so far."""
+        return self._updates.version
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self._updates.seed
 
     @property
     def owner(self) -> object | None:
@@ -175,22 +171,17 @@ class UnitWeights:
 
     def set_perturb_scales(self, scales: Sequence[float]) -> None:
         """One factor on eps for each group, for the perturbations to come."""
-        if self._perturb_scales != tuple(scales):
-            self._perturb_scales = tuple(scales)
-            self._programs.clear()
+        self._updates.set_perturb_scales(scales)
 
     def push(self, updates: Iterable[Update]) -> None:
         """Adds updates; each unit applies them at its next visit."""
-        for update in updates:
-            self._updates.append(update)
-            self.version += 1
-        self._programs.clear()
+        self._updates.push(updates)
 
     @property
     def pending(self) -> list[Update]:
         """The updates that some stored copy has not got yet, oldest first."""
-        stored = (self._stored_version(u) for u in self.units if self._table(u) is not None)
-        return self._missed(min(stored, default=self.version))
+        stored = (self._stored_version(u) for u in self.units if self._updates.table(u) is not None)
+        return self._updates.missed_at(min(stored, default=self.version))
 
     def _stored_version(self, unit: Unit) -> int:
         """How many updates the stored copy holds; of a sliced unit, this rank's slice."""
@@ -202,10 +193,7 @@ class UnitWeights:
 
     def trim(self) -> None:
         """Forgets the updates that every stored copy holds."""
-        self._updates = self.pending
-
-    def _missed(self, version: int) -> list[Update]:
-        return self._updates[len(self._updates) - (self.version - version) :] if version < self.version else []
+        self._updates.forget_but(len(self.pending))
 
     def set_durable(self, version: int) -> None:
         """Write-ahead rule: journal lines before `version` are on disk, so stored copies up to it may be."""
@@ -278,7 +266,7 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present[unit.index]
-        if self._table(unit) is None or (emission.clean and not self._elides(unit)):
+        if self._updates.table(unit) is None or (emission.clean and not self._elides(unit)):
             self._materialize(present, (), ())
             return present.views, 0
         buffer = self._scratch.find(unit, self._key(emission))
@@ -293,11 +281,11 @@ class UnitWeights:
                 raise
             buffer = outs[0]
         views = self._views_of(unit, buffer)
-        mixed = [views[i] if p.index in self._group_of else present.views[i] for i, p in enumerate(unit.params)]
+        mixed = [views[i] if p.index in self._updates.group_of else present.views[i] for i, p in enumerate(unit.params)]
         return mixed, buffer.data_ptr()
 
     def _key(self, emission: Emission) -> tuple:
-        return self.version, emission.terms, self._perturb_scales
+        return self.version, emission.terms, self._updates.perturb_scales
 
     def _elides(self, unit: Unit | Slice) -> bool:
         """Whether the stored copy stays behind at this visit: it is written at every `write_every`-th update, units in
@@ -306,11 +294,11 @@ class UnitWeights:
         return unit.block >= 0 and unit.version < self.version and (self.version + unit.block) % self._write_every != 0
 
     def _materialize(self, present: Present, emissions: Sequence[Emission], outs: Sequence[torch.Tensor]) -> None:
-        unit, table = present.unit, self._table(present.unit)
-        missed = self._missed(unit.version)
+        unit, table = present.unit, self._updates.table(present.unit)
+        missed = self._updates.missed_at(unit.version)
         write_back = bool(missed) and not (emissions and self._elides(unit))
         if table is not None and (missed or emissions):
-            program = self._program(unit.version, tuple(emissions))
+            program = self._updates.program(unit.version, tuple(emissions))
             outs = [out[: unit.num_bytes] for out in outs]
             self._timed_materialize(unit, present.buffer, table, program, outs, write_back=write_back)
             present.dirty |= write_back
@@ -336,7 +324,7 @@ class UnitWeights:
     def _update_slice(self, part: Slice, stored: torch.Tensor, out: torch.Tensor) -> bool:
         """Writes a slice with every update made so far to `out`, and to `stored` too unless that copy stays behind.
         Returns whether `stored` was changed."""
-        (table, is_whole), missed = self._slice_table(part), self._missed(part.version)
+        (table, is_whole), missed = self._updates.slice_table(part), self._updates.missed_at(part.version)
         if table is None or not missed or not is_whole:
             out.copy_(stored)
         if table is None or not missed:
@@ -344,7 +332,7 @@ class UnitWeights:
             return False
         write_back = not self._elides(part)
         self._timed_materialize(
-            part.unit, stored, table, self._program(part.version, (Emission(),)), [out], write_back=write_back
+            part.unit, stored, table, self._updates.program(part.version, (Emission(),)), [out], write_back=write_back
         )
         if write_back:
             part.version = self.version
@@ -352,51 +340,13 @@ class UnitWeights:
 
     def _catch_up_slice(self, part: Slice, stored: torch.Tensor) -> bool:
         """The same in place."""
-        (table, _), missed = self._slice_table(part), self._missed(part.version)
+        (table, _), missed = self._updates.slice_table(part), self._updates.missed_at(part.version)
         if table is not None and missed:
-            self._timed_materialize(part.unit, stored, table, self._program(part.version, ()), [], write_back=True)
+            self._timed_materialize(
+                part.unit, stored, table, self._updates.program(part.version, ()), [], write_back=True
+            )
         part.version = self.version
         return table is not None and bool(missed)
-
-    def _slice_table(self, part: Slice) -> tuple[SegmentTable | None, bool]:
-        """As `_table`, of the part of the unit that is in the slice; and whether nothing else is in it."""
-        if part.index not in self._slice_tables:
-            segments, is_whole = [], True
-            for p in part.unit.params:
-                begin = max(p.byte_offset, part.begin)
-                end = min(p.byte_offset + p.num_bytes, part.begin + part.num_bytes)
-                if begin >= end:
-                    continue
-                group = self._group_of.get(p.index)
-                is_whole &= group is not None
-                if group is not None:
-                    numel, first = (end - begin) // p.dtype.itemsize, (begin - p.byte_offset) // p.dtype.itemsize
-                    segments.append(Segment(begin - part.begin, numel, p.dtype, p.index, first, group, *p.matrix_shape))
-            self._slice_tables[part.index] = SegmentTable(segments) if segments else None, is_whole
-        return self._slice_tables[part.index]
-
-    def _program(self, version: int, emissions: tuple[Emission, ...]) -> Program:
-        """What a visit of a unit at `version` does, encoded once for all units."""
-        key = version, self.version, emissions
-        if key not in self._programs:
-            if len(self._programs) >= MAX_PROGRAMS:
-                self._programs.clear()
-            emits = [Emit(e.terms, self._perturb_scales) for e in emissions]
-            self._programs[key] = encode_program(self._missed(version), emits, len(self._perturb_scales))
-        return self._programs[key]
-
-    def _table(self, unit: Unit) -> SegmentTable | None:
-        """The segments of the unit that updates and perturbations reach; None if there are none."""
-        if unit.index not in self._tables:
-            segments = [
-                Segment(p.byte_offset, p.numel, p.dtype, p.index, 0, self._group_of[p.index], *p.matrix_shape)
-                for p in unit.params
-                if p.index in self._group_of and p.numel
-            ]
-            self._tables[unit.index] = SegmentTable(segments) if segments else None
-        return self._tables[unit.index]
-
-    # ---- reading and writing from outside -------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Brings every stored copy to the current version, and waits until it is where the weights live."""
@@ -405,142 +355,18 @@ class UnitWeights:
             self._catch_up(unit)
         if self._ring is not None:
             self._ring.flush()
-        self._updates.clear()
+        self._updates.forget_but(0)
 
     def _catch_up(self, unit: Unit) -> None:
         part = self._slice_of(unit)
         if part is not None:
             if part.version < self.version:
                 self._ring.catch_up(unit, self._catch_up_slice)
-        elif unit.version < self.version and self._table(unit) is not None:
+        elif unit.version < self.version and self._updates.table(unit) is not None:
             self._bring(unit)
             self._materialize(self._present[unit.index], (), ())
             self._release(unit)
         unit.version = self.version
-
-    def trained_units(self) -> list[Unit]:
-        """The units that updates reach."""
-        return [unit for unit in self.units if self._table(unit) is not None]
-
-    def touch(self, unit: Unit) -> None:
-        """Brings one unit up to date and lets go of it, as a pass that enters it does."""
-        self._check_idle("reading weights")
-        self._bring(unit)
-        try:
-            self._materialize(self._present[unit.index], (), ())
-        finally:
-            self._release(unit)
-
-    def set_version(self, unit: Unit, version: int) -> None:
-        """What was written last, with `writing`, holds so many updates; those after it are still to come."""
-        unit.version = version
-        if (part := self._slice_of(unit)) is not None:
-            part.version = version
-
-    def visit(self) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
-        """Every unit in turn with its parameters on the compute device, every update made so far in them. Each is read
-        once, and written back if it had missed any."""
-        self._check_idle("visiting the weights")
-        for unit in self.units:
-            self._bring(unit)
-            try:
-                present = self._present[unit.index]
-                self._materialize(present, (), ())
-                yield unit, present.views
-            finally:
-                self._release(unit)
-
-    @contextmanager
-    def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
-        """The unit's parameters in host memory, by name, with every update made so far. They must not be changed."""
-        self._check_idle("reading weights")
-        if self._slice_of(unit) is None:
-            self._catch_up(unit)
-            opened = self._store(unit).open(unit, write=False)
-        else:  # whoever reads one unit is likely to read the next ones
-            following = [u for u in self.units[unit.index + 1 :] if u.block >= 0]
-            opened = self._ring.open(unit, write=False, following=following)
-        with opened as buffer:
-            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
-
-    @contextmanager
-    def replacing(
-        self, what: str, *, error: BaseException | None = None, source: Callable[[], Any] | None = None
-    ) -> Iterator[Callable[[str, Sequence[torch.Tensor]], None]]:
-        """Around all that replaces weights from outside. With slices all ranks enter and leave it together, so that
-        none gathers a block that is half replaced, and what they write must be the same, since later a difference could
-        not be seen.
-
-        Args:
-            what: the name of it, in words.
-            error: this rank cannot enter; no rank does then.
-            source: what it returns must be the same, where each rank writes its slices only.
-
-        Yields:
-            A function to be called with the name and the tensors of what is written; they are compared.
-        """
-        if self._exchange is None:
-            if error is not None:
-                raise error
-            yield lambda name, tensors: None
-            return
-        fields: dict[str, Any] = {}
-        try:
-            if source is not None and error is None:
-                fields["the source"] = source()
-        except Exception as not_readable:
-            error = not_readable
-        self._exchange.agree(what, {} if error is not None else fields, error=error)
-        written: list[tuple[str, int]] = []
-        with self._all_ranks(f"{what}: the end") as agreed:
-            yield lambda name, tensors: written.append((name, checksum([t.contiguous() for t in tensors])))
-            agreed["the weights"] = written
-        if self._ring is not None:
-            self._ring.forget()
-
-    @contextmanager
-    def writing(self, unit: Unit, keep: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """The unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
-
-        All of them must be filled; with `keep`, they hold their up-to-date values at first (of a unit in slices, those
-        of this rank's slice).
-        """
-        self._check_idle("writing weights")
-        if keep:
-            self._catch_up(unit)
-        unit.version = self.version
-        self._scratch.forget()
-        with self._store(unit).open(unit, write=True, keep=keep) as buffer:
-            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
-
-    def kept_elements(self, unit: Unit) -> dict[str, range]:
-        """Which elements of each parameter `writing` keeps on this rank: all, unless the unit is in slices."""
-        part, result = self._slice_of(unit), {}
-        for p in unit.params:
-            result[p.name] = range(p.numel)
-            if part is not None:
-                begin, end = part.begin - p.byte_offset, part.begin + part.num_bytes - p.byte_offset
-                item = p.dtype.itemsize
-                result[p.name] = range(min(max(begin, 0), p.num_bytes) // item, min(max(end, 0), p.num_bytes) // item)
-        return result
-
-    def fills_in_place(self, unit: Unit) -> bool:
-        """Whether `writing` a unit is writing its stored copy, so that several may be open at no cost in memory."""
-        return self._store(unit).in_host_memory
-
-    def rebase(self) -> None:
-        """The weights were replaced from outside: the updates of before no longer lead to them."""
-        self.flush()
-        self.version = 0
-        for unit in self.units:
-            unit.version = 0
-            if (part := self._slice_of(unit)) is not None:
-                part.version = 0
-        if self._ring is not None:
-            self._ring.forget()
-        self._scratch.forget()
-        self._programs.clear()
-        self.epoch += 1
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 

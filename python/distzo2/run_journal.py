@@ -1,0 +1,84 @@
+"""How an optimizer begins or goes on with its journal and snapshots; with a mesh `shared_step.py` opens it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distzo2.branch import first_like_step, first_own_step, open_run_journal
+from distzo2.errors import DistZO2Error
+from distzo2.journal import Journal
+from distzo2.run_header import run_header
+from distzo2.snapshot import Snapshots, snapshots_in
+from distzo2.snapshot_resume import Found, find_snapshot, load_snapshot
+from distzo2.snapshot_writer import SnapshotWriter, remove_unfinished
+
+if TYPE_CHECKING:
+    from distzo2.optimizer import ZOSGD
+    from distzo2.weight_access import WeightAccess
+
+
+def open_own_journal(
+    optimizer: ZOSGD, path: str | os.PathLike, resume: bool, snapshots: Snapshots | None
+) -> tuple[Journal, list[Path]]:
+    """Opens or makes it, and takes over its steps, from a snapshot on where there is one.
+
+    Returns:
+        The journal, and the snapshots that were found to be damaged.
+    """
+    runtime, invalid = optimizer._runtime, []
+    version = runtime.version
+    journal = open_run_journal(
+        path, run_header(optimizer), resume=resume, branch=optimizer._branch, **optimizer._journal_options
+    )
+    try:
+        optimizer.first_step = first_own_step(journal.header)
+        if resume and snapshots is not None:
+            found = find_snapshot(snapshots.directory, runtime, path, len(journal.entries))
+            invalid = found.invalid
+            go_on_from(found, runtime, snapshots)
+        optimizer.take_over(journal.entries, first_like_step(journal.header))
+    except BaseException:
+        journal.close()
+        raise
+    runtime.set_durable(version + journal.durable)
+    journal.on_durable(lambda durable: runtime.set_durable(version + durable))
+    journal.on_failure(runtime.fail)
+    return journal, invalid
+
+
+def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> None:
+    """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
+    for reason in found.reasons:
+        snapshots.log(reason)
+    if found.manifest is not None:
+        load_snapshot(found, runtime, runtime.version)
+        snapshots.log(f"went on from the snapshot {found.path.name}")
+    elif found.reasons:
+        snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
+
+
+def start_snapshots(
+    snapshots: Snapshots,
+    runtime: WeightAccess,
+    journal: Journal,
+    resume: bool,
+    first_version: int,
+    invalid: list[Path],
+) -> SnapshotWriter | None:
+    """What makes them from now on, if any are to be made. `first_version` is that of the weights before the journal's
+    first entry; `invalid` are removed when the next is whole.
+
+    Raises:
+        DistZO2Error: their directory holds those of another run.
+    """
+    others = [] if resume else snapshots_in(snapshots.directory)
+    if others:
+        raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
+    remove_unfinished(snapshots.directory)
+    if not snapshots.are_made:
+        return None
+    writer = SnapshotWriter(snapshots, runtime, journal, first_version, invalid)
+    runtime.tap = writer.offer
+    return writer
