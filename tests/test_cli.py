@@ -92,7 +92,7 @@ def test_a_run_goes_on(files: SimpleNamespace, capsys) -> None:
     with open("out/journal.jsonl", "ab") as file:
         file.write(b'{"step": 4, "gro')
     metrics = Path("out/metrics.jsonl").read_text().splitlines()
-    kept = [*metrics[:2], *metrics[3:5], metrics[-1].replace('"step": 4', '"step": 9'), '{"ki']
+    kept = [*metrics[:2], *metrics[3:5], metrics[-2].replace('"step": 3', '"step": 9'), '{"ki']
     Path("out/metrics.jsonl").write_text("\n".join(kept))
     Path("out/weights-x.dzo2").write_bytes(b"x")
     capsys.readouterr()

@@ -8,6 +8,7 @@ By default every so many calls are tried, another set for each error; DISTZO2_AL
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -49,8 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShimmedRuns]:
 def arguments(files: SimpleNamespace, *more: str) -> list[str]:
     return [
         "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", "--out=out",
-        "--steps=12", "--batch-size=2", "--lr=1e-2", "--quiet", "--threads=1", "--eval-every=6", "--score=loss",
-        "--snapshot-every=3", "--snapshot-pace=1", "--save=best", "--no-check", *more,
+        "--steps=12", "--batch-size=2", "--lr=3e-4", "--seed=1", "--quiet", "--threads=1",
+        "--eval-every=6", "--score=loss", "--snapshot-every=3", "--snapshot-pace=1", "--save=best", "--no-check", *more,
     ]  # fmt: skip
 
 
@@ -59,6 +60,7 @@ def undisturbed(files, runs, tmp_path_factory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("undisturbed")
     answer = runs.run(path, arguments(files))
     assert answer.status == 0, answer.text
+    assert json.loads((path / "out/run.json").read_text())["best_step"] == 6  # so that saving it is replaying six
     assert answer.num_calls > 50 and snapshots_in(path / "out/snapshots")
     return SimpleNamespace(path=path / "out", num_calls=answer.num_calls)
 
@@ -67,7 +69,7 @@ KINDS = {  # of runs: where the weights are, and the options that differ
     "host": ["--weights=host"],
     "disk": ["--weights=disk"],
     "chained": ["--weights=host", "--save=last", "--journal-chain", "--fsync-every=5", "--trace"],
-    "branch": ["--weights=disk", "--at-step=5", "--lr=5e-3"],
+    "branch": ["--weights=disk", "--at-step=5", "--lr=2e-4"],
 }
 
 

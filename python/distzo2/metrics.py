@@ -5,44 +5,64 @@ A step's line: {"kind": "step", "step", "loss", "coefs", "lr", "skipped", "clipp
 "transfer_s", "up_bytes_per_s", "down_bytes_per_s", "rss", "peak"}. The seconds of transfers are sums over blocks, each
 from its first byte to its last, and rates are bytes over them (null: nothing moved); `exposed_wait_s` is what compute
 stood still for them.
-An evaluation's line: {"kind": "eval", "step", "loss", "accuracy", "seconds"}, `step` being the updates made before it.
-The journal is the truth; lines of steps are for people and plots, so only those of evaluations are synced to the disk.
+An evaluation's line: {"kind": "eval", "step", "loss", "accuracy", "examples", "tokens", "seconds", "data",
+"crc"}, where `step` is the updates made before it and `data` the beginning of the SHA-256 of what was evaluated on.
+The journal is the truth; lines of steps are for people and plots. Which step is best depends on those of evaluations,
+so they are synced to the disk, and have a CRC-32 as the journal's lines have.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from distzo2.journal_line import decode_line, encode_line
 from distzo2.safetensors_io import sync_directory
+
+MAX_LINE_BYTES = 1 << 16
 
 
 class Metrics:
     """Appends lines to a metrics file, and knows the evaluations made so far. Without a file, on ranks that write none,
-    it only knows them."""
+    it only knows them.
 
-    def __init__(self, path: str | os.PathLike | None) -> None:
+    `data` says what is evaluated on: only evaluations on it count. `log` is told what is left out.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike | None, data: str | None = None, log: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.path = Path(path or os.devnull)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._data, self._log = data, log
         self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
 
     def write(self, **line: Any) -> None:
+        """Appends a line.
+
+        Raises:
+            OSError: it cannot be written, or the file is no longer there.
+        """
         if line["kind"] == "eval":
+            line["data"] = self._data
             self.evals[line["step"]] = line
         try:
-            self._file.write(json.dumps(finite(line)) + "\n")
+            self._file.write(_text(line))
             self._file.flush()
             if line["kind"] == "eval" and self.path != Path(os.devnull):
                 os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
+                if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                    raise FileNotFoundError(errno.ENOENT, "another file has taken its place", os.fspath(self.path))
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
 
@@ -50,18 +70,25 @@ class Metrics:
         """Makes the file hold the journal's first `num_steps` steps, each once: later lines are dropped, missing ones
         are made from the journal's `entries`, a torn last line is cut."""
         steps: dict[int, dict[str, Any]] = {}
-        for line in read_metrics(self.path):
+        others = []
+        for line in read_metrics(self.path, self._log):
             if line["kind"] == "step" and line["step"] < num_steps:
                 steps[line["step"]] = line
             elif line["kind"] == "eval" and line["step"] <= num_steps:
-                self.evals[line["step"]] = line
+                if line["data"] == self._data:
+                    self.evals[line["step"]] = line
+                else:
+                    others.append(line)
+        if others:
+            told = ", ".join(str(line["step"]) for line in others)
+            self._log(f"evaluations on other examples, of steps {told}, do not count in the choice of the best step")
         for entry in entries:
             if entry.step < num_steps and entry.step not in steps:
                 steps[entry.step] = _line_of(entry)
-        lines = sorted([*steps.values(), *self.evals.values()], key=lambda s: (s["step"], s["kind"] == "step"))
+        lines = sorted([*steps.values(), *others, *self.evals.values()], key=lambda s: (s["step"], s["kind"] == "step"))
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+            file.writelines(_text(line) for line in lines)
             file.flush()
             os.fsync(file.fileno())
         self._file.close()
@@ -87,17 +114,41 @@ def _line_of(entry: Any) -> dict[str, Any]:
     }
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file, in order; a torn last line is left out."""
+def read_metrics(path: str | os.PathLike, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, in order. A torn last line is left out; so is a damaged one, and `tell` is
+    told of it."""
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    *texts, _torn = Path(path).read_bytes().split(b"\n")
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and line.get("kind") in ("step", "eval") and isinstance(line.get("step"), int):
-            lines.append(line)
+            lines.append(_read_line(text + b"\n"))
+        except ValueError as error:
+            tell(f"{path}: line {number} is left out: {error}")
     return lines
+
+
+def _text(line: dict[str, Any]) -> str:
+    if line["kind"] == "eval":
+        return encode_line({k: v for k, v in finite(line).items() if k != "crc"}, MAX_LINE_BYTES).decode("ascii")
+    return json.dumps(finite(line)) + "\n"
+
+
+def _read_line(text: bytes) -> dict[str, Any]:
+    """Raises ValueError: it is none of ours."""
+    try:
+        line = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise ValueError("not a line of metrics")
+    if line.get("kind") == "eval":
+        line = decode_line(text, MAX_LINE_BYTES)
+        missing = [key for key in ("loss", "accuracy", "examples", "tokens", "data") if key not in line]
+        if missing:
+            raise ValueError(f"an evaluation without {missing[0]}")
+    elif line.get("kind") != "step":
+        raise ValueError("not a line of metrics")
+    return line
 
 
 def finite(value: Any) -> Any:

@@ -164,7 +164,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Removes the weights that a killed run streamed from here, and files that it had not named yet."""
-        for pattern in ("weights-*.dzo2", f".{self.journal.name}.*.tmp", "*.tmp"):
+        for pattern in ("weights-*.dzo2", f".{self.journal.name}.*.tmp", "run.json.tmp", "metrics.tmp"):
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
 
@@ -196,7 +196,7 @@ class RunDirectory:
                 flag = "--" + name.replace("_", "-")
                 change = f"{flag} was {before.get(name)!r} and is {options.get(name)!r}"
                 raise UsageError(f"{self.path}: {change}: start a new run for that")
-        if self.record["train_sha256"] != train_sha256:
+        if self.record.get("train_sha256") != train_sha256:
             raise UsageError(
                 f"{self.path}: the training file is not the one that the run began with: {options['train']}"
             )
@@ -216,6 +216,29 @@ class RunDirectory:
         """Whether there is a checkpoint that this run wrote, or had begun to write when it was killed."""
         steps = (self.record.get("checkpoint_step"), self.record.get("saving_step"))
         return self.checkpoint.exists() and steps != (None, None)
+
+    def check_checkpoint(self) -> None:
+        """Looks whether what is in the checkpoint's place, if anything is, may be replaced.
+
+        Raises:
+            DistZO2Error: it is not, or not all, this run's.
+        """
+        if not os.path.lexists(self.checkpoint):
+            return
+        advice = "move it away, or give --save none"
+        if self.checkpoint.is_symlink() or not self.checkpoint.is_dir():
+            raise DistZO2Error(f"{self.checkpoint}: the checkpoint's directory was expected, or nothing: {advice}")
+        if not self.has_checkpoint:
+            raise DistZO2Error(f"{self.checkpoint}: not written by this run, so it is not replaced: {advice}")
+        known = self.record.get("checkpoint_files")
+        if self.record.get("checkpoint_step") is not None and isinstance(known, list):
+            others = [name for name in self.files_of_checkpoint() if name not in known]
+            if others:
+                raise DistZO2Error(f"{self.checkpoint / others[0]}: not written by this run: {advice}")
+
+    def files_of_checkpoint(self) -> list[str]:
+        """The names of all that is in it, sorted."""
+        return sorted(str(path.relative_to(self.checkpoint)) for path in self.checkpoint.rglob("*"))
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint that this run wrote when it had fewer steps, or did not end writing."""
@@ -270,7 +293,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads((path / "run.json").read_bytes())
     except OSError as error:
         raise UsageError(f"{path}: holds no run (run.json: {error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DistZO2Error(f"{path / 'run.json'}: not valid JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
         raise DistZO2Error(f"{path / 'run.json'}: not the record of a run")

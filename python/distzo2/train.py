@@ -78,7 +78,9 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         mesh.exchange.agree("the data", {"the training file": train_sha256, "the bytes of the model": size.total})
     settings = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
     settings |= {
-        k: str(Path(settings[k]).absolute()) for k in ("model", "train", "eval", "trace", "branch_from") if settings[k]
+        k: str(Path(settings[k]).absolute())
+        for k in ("model", "train", "eval", "trace", "branch_from", "weights_dir")
+        if settings[k]
     }
     loop = None
     try:
@@ -170,6 +172,8 @@ def _take_over(
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)
+    if options.save != "none":
+        run.check_checkpoint()
     run.remove_leftovers()  # they take the room that this run's will
     _check_room(options, size, run)
 

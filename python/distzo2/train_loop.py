@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -29,6 +30,7 @@ from distzo2.run_directory import RunDirectory
 from distzo2.schedule import factor_of, make_scheduler
 from distzo2.snapshot import Snapshots
 
+_SCORES = ("loss", "accuracy")
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
@@ -112,7 +114,7 @@ class TrainLoop:
         )
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
-        self.metrics = Metrics(self.run.metrics if self.leads else None)
+        self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
         if self.branches and self.leads:
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             self.log(f"branched from {o.branch_from} at step {optimizer.step_count} of {o.steps}")
@@ -133,6 +135,7 @@ class TrainLoop:
                 model_bytes=self.size.total,
                 model_elements=self.size.num_elements,
                 status="running",
+                **self._best_so_far(),
                 **({} if launch_id() is None else {"launch": launch_id()}),
             )
         self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
@@ -283,9 +286,8 @@ class TrainLoop:
             bar.clear()
         figures = f"loss {score.loss:.4f}, accuracy {score.accuracy:.2%}"
         self.log(f"step {step}: held-out {figures} ({score.num_examples} examples)")
-        best = self._best()
         if self.leads:
-            self.run.update(best_step=best, best={k: self.metrics.evals[best][k] for k in ("loss", "accuracy")})
+            self.run.update(**self._best_so_far())
 
     def _score(self, line: dict[str, Any] | None) -> Score | None:
         if line is None:
@@ -297,7 +299,18 @@ class TrainLoop:
         """The step whose evaluation is best; of equals the first."""
         scores = {step: self._score(line).value(self.score_name) for step, line in self.metrics.evals.items()}
         finite = {step: value for step, value in scores.items() if value == value}
-        return max(sorted(finite), key=finite.get) if finite else (0 if scores else None)
+        return max(sorted(finite), key=finite.get) if finite else min(scores, default=None)
+
+    def _best_so_far(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        best = self._best()
+        return {} if best is None else {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
+
+    def _eval_data(self) -> str | None:
+        """What evaluations are made on; two of other data cannot be compared."""
+        if not self.options.eval:
+            return None
+        return hashlib.sha256(Path(self.options.eval).read_bytes()).hexdigest()[:16]
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
@@ -309,6 +322,7 @@ class TrainLoop:
         step = self.optimizer.step_count if which == "last" or best is None else best
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
+        self.run.check_checkpoint()
         self.run.update(checkpoint_step=None, saving_step=step)  # whose it is, should this process be killed meanwhile
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
@@ -317,7 +331,7 @@ class TrainLoop:
             from distzo2.replay import replay
 
             replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-        self.run.update(checkpoint_step=step, saving_step=None)
+        self.run.update(checkpoint_step=step, saving_step=None, checkpoint_files=self.run.files_of_checkpoint())
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _stopped(self, status: str) -> None:
@@ -330,9 +344,9 @@ class TrainLoop:
         if self._traced > 0:
             self._end_trace()
         stats, journal = self.runtime.stats(), self.optimizer.journal
+        journal.sync()  # nothing is said of steps that a power cut could take back
         chain = {}
         if journal.chain is not None:
-            journal.sync()
             chain = {"journal_chain": journal.chain}
             self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
         self.run.update(
@@ -341,6 +355,7 @@ class TrainLoop:
             peak_bytes=peak_bytes(),
             weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
             totals=self.totals,
+            **self._best_so_far(),
             **chain,
         )
 
