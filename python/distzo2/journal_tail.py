@@ -14,7 +14,8 @@ from distzo2.journal_line import crc_matches
 
 SECTOR_BYTES = 512  # the least that a disk writes at once
 
-_STEP = re.compile(rb'\{"step":(\d{1,10}),')  # begins each line but the header
+_BEGIN = b'{"step":'  # of each line but the header
+_STEP = re.compile(_BEGIN + rb"(\d{1,10}),")
 _HOLE = re.compile(rb"\0+")
 _NEVER_WRITTEN = re.compile(rb"[^\0\n -~]")
 
@@ -48,7 +49,8 @@ def _holes_are_unwritten(tail: bytes, offset: int) -> bool:
         if end == len(tail):
             continue
         begins = begin == 0 or tail[begin - 1 : begin] == b"\n" or (offset + begin) % SECTOR_BYTES == 0
-        ends = _STEP.match(tail, end) or (offset + end) % SECTOR_BYTES == 0
+        following = tail[end : end + len(_BEGIN)].partition(b"\0")[0]  # the next hole may be as near
+        ends = _BEGIN.startswith(following) or (offset + end) % SECTOR_BYTES == 0
         if not (begins and ends):
             return False
     return True
@@ -58,15 +60,19 @@ def _whole_lines(tail: bytes, step: int) -> int | None:
     """How many lines without a hole there are, the last one aside if it has no newline; None if one is damaged, or is
     not of a step that may be there."""
     num_whole, follows = 0, True
-    for line in tail.split(b"\n")[:-1]:
-        if b"\0" in line:  # one line, or what holes have left of several
+    for text in tail.split(b"\n")[:-1]:
+        _, hole, line = text.rpartition(b"\0")
+        found = _STEP.match(line) if crc_matches(line + b"\n") else None
+        if hole:  # in place of one line at least
             step += 1
             follows = False
-            continue
-        found = _STEP.match(line) if crc_matches(line + b"\n") else None
-        if found is None or int(found[1]) < step or (follows and int(found[1]) != step):
+        if found is not None:
+            number = int(found[1])
+            if number < step or (follows and number != step):
+                return None
+            step = number + 1
+            num_whole += 1
+            follows = True
+        elif not hole:
             return None
-        step = int(found[1]) + 1
-        num_whole += 1
-        follows = True
     return num_whole
