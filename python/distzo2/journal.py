@@ -218,8 +218,8 @@ class Journal:
 
         Raises:
             JournalError: the entry is not step :attr:`next_step`, has another number of groups than the header, or
-            holds a
-                value that a line cannot hold exactly. Nothing is queued then.
+                holds a value that a line cannot hold exactly. Nothing is queued then. Or the file was removed, replaced
+                or changed by another program; the journal takes no more entries.
             OSError: an earlier entry could not be written; names the file. The journal takes no more entries.
         """
         _check_follows(entry, self.next_step, self.header, os.fspath(self.path))
@@ -243,6 +243,7 @@ class Journal:
         """Waits until every entry appended so far is durable and the callbacks have been told.
 
         Raises:
+            JournalError: the file was removed, replaced or changed by another program.
             OSError: one could not be written; names the file.
         """
         self._writer.sync()
@@ -251,6 +252,7 @@ class Journal:
         """Writes what is queued, ends the thread and unlocks the file. Safe to call twice.
 
         Raises:
+            JournalError: the file was removed, replaced or changed by another program.
             OSError: entries were lost because they could not be written; names the file.
         """
         self._finalizer.detach()
