@@ -1,139 +1,231 @@
-"""What the journal costs a step: the time of `append`, and what its thread takes from the compute beside it.
+"""What the journal costs a step of 100 ms that streams its weights from disk.
 
     python bench/bench_journal.py --directory /the/disk/of/the/runs
 
-A step is a matrix product on all of torch's threads, repeated until it takes --step-ms. Turns, interleaved: steps
-alone, the same once more, steps that each append an entry, and the same with chained hashes. The journal is on the disk
-of --directory, each line synced. `fsync` is what a step would wait for if it waited.
-Where wall time is too unsteady to tell (see "again"), the CPU time of an entry, in both threads, bounds what it costs.
+Two runs of ZOSGD on equal models, each a few small blocks in a block file, whose forward takes so long that a step
+takes --step-ms: either it waits, as for a device that computes, or it is fixed work of one thread. One run has a
+journal; each line is synced, and a block is written back only when its step's line is. Steps of the two take turns, and
+just before each that is timed the same run makes one with next to no forward: the line of that step is written and
+synced beside the timed one, as in a run. In every other row an fsync takes --fsync-ms more.
+
+`exposed_of_step` is the mean difference over rounds (the far tenths on each side cut), and `error` its standard error,
+both as shares of a step. `append` is the time of the call on the thread that trains, and `cpu` the processor time of
+the journal's thread: no more than that can the two take from the forward where they share a core. Work of a thread is
+less steady than a wait on a machine that others use too, so the errors of those rows may be above what is to be shown.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
-import struct
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from bench_common import write_results
+from torch import nn
 
-from distzo2.journal import Journal, StepEntry, make_header, table_row
-from distzo2_core import GroupScalars, Term, Update
+import distzo2
 
-
-def f32(value: float) -> float:
-    return struct.unpack("<f", struct.pack("<f", value))[0]
-
-
-def make_entry(step: int, num_probes: int) -> StepEntry:
-    terms = tuple(Term(0, step, k, 0, f32(0.1 + k)) for k in range(num_probes))
-    losses = [[2.5 + k / 7] for k in range(2 * num_probes)]
-    return StepEntry(step, Update(step, (GroupScalars(f32(1e-6), 0.0),), terms), f32(1e-3), losses, tokens=512)
+NUM_BLOCKS = 8
+WIDTH = 64
+CUT = 0.1  # of the rounds, on each side
 
 
-def make_journal(path: Path, chain: bool) -> Journal:
-    table = [table_row(i, f"layer.{i}.weight", (64, 64), "bfloat16", (64, 1), True, 0, "normal") for i in range(200)]
-    header = make_header(seed=0, base={"name": "", "files": {}}, table=table, groups=[{}], chain=chain)
-    return Journal.create(path, header)
+class Computes:
+    """Fixed work of one thread that leaves the interpreter to others; `repeats` is its amount."""
 
-
-STEPS_A_TURN = 2
-
-
-class Steps:
-    """Work of a fixed amount, about `seconds` of it when nothing else runs."""
-
-    def __init__(self, seconds: float) -> None:
-        self.a = torch.randn(1024, 1024)
-        self.repeats = 1
-        for _ in range(2):  # the first is a warm-up
-            start = time.perf_counter()
-            for _ in range(10):
-                self.a @ self.a
-            once = (time.perf_counter() - start) / 10
-        self.repeats = max(1, round(seconds / once))
+    def __init__(self) -> None:
+        self.a = torch.randn(192, 192)
+        self.repeats = 0
 
     def __call__(self) -> None:
         for _ in range(self.repeats):
-            self.a @ self.a
+            torch.mm(self.a, self.a)
+
+
+class Waits:
+    """A wait of `repeats` times 10 us."""
+
+    def __init__(self) -> None:
+        self.repeats = 0
+
+    def __call__(self) -> None:
+        if self.repeats:
+            time.sleep(1e-5 * self.repeats)
+
+
+FORWARDS = {"waits": Waits, "computes": Computes}
+
+
+class Block(nn.Module):
+    def __init__(self, work: Computes | Waits) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.work = work
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.work()
+        return x + self.linear(x)
+
+
+class Model(nn.Module):
+    def __init__(self, work: Computes | Waits) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(work) for _ in range(NUM_BLOCKS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class Run:
+    """An optimizer with or without a journal. `appends`: seconds of each call in a timed step; `num_lines`: since
+    `start_cpu`."""
+
+    def __init__(self, directory: Path, forward: str, journal: bool, chain: bool = False) -> None:
+        directory.mkdir()
+        self.work, self.appends, self.num_lines = FORWARDS[forward](), [], 0
+        torch.manual_seed(0)
+        self.model = distzo2.offload(Model(self.work), weights="disk", directory=directory)
+        self.x = torch.randn(4, WIDTH)
+        path = directory / "journal.jsonl" if journal else None
+        self.optimizer = distzo2.ZOSGD(self.model, lr=1e-7, journal=path, journal_chain=chain)
+        self.journal = self.optimizer.journal
+        if self.journal is not None:
+            self._append, self.journal.append = self.journal.append, self._timed_append
+            thread = self.journal._writer._thread
+            self._clock = time.pthread_getcpuclockid(thread.ident)
+            self.start_cpu()
+
+    def start_cpu(self) -> None:
+        self.appends, self.num_lines, self._cpu_begun = [], 0, time.clock_gettime(self._clock)
+
+    def cpu_of_line(self) -> float:
+        return (time.clock_gettime(self._clock) - self._cpu_begun) / self.num_lines
+
+    def _timed_append(self, entry: distzo2.journal.StepEntry) -> None:
+        start = time.perf_counter()
+        self._append(entry)
+        if self.work.repeats:
+            self.appends.append(time.perf_counter() - start)
+        self.num_lines += 1
+
+    def step(self, repeats: int) -> None:
+        self.work.repeats = repeats
+        self.optimizer.step(lambda: self.model(self.x))
+
+    def timed_step(self, repeats: int) -> float:
+        self.step(0)
+        start = time.perf_counter()
+        self.step(repeats)
+        seconds = time.perf_counter() - start
+        if self.journal is not None:
+            self.journal.sync()  # what is left of it is not the next run's
+        return seconds
+
+    def close(self) -> None:
+        self.optimizer.close()
+        distzo2.runtime_of(self.model).close()
+
+
+def calibrated(run: Run, seconds: float) -> int:
+    """Repeats of the work in each block that make a step take so long."""
+    repeats = 20
+    for _ in range(4):
+        taken = statistics.median(run.timed_step(repeats) for _ in range(3))
+        repeats = max(1, round(repeats * seconds / taken))
+    return repeats
+
+
+def trimmed(values: list[float]) -> tuple[float, float]:
+    """The mean without the CUT on each side, and its standard error."""
+    values = sorted(values)
+    cut = int(CUT * len(values))
+    kept = values[cut : len(values) - cut]
+    # Tukey and McLaughlin: the error is that of the winsorized sample.
+    winsorized = [kept[0]] * cut + kept + [kept[-1]] * cut
+    error = statistics.stdev(winsorized) / ((1 - 2 * CUT) * math.sqrt(len(values)))
+    return statistics.mean(kept), error
+
+
+def measure(directory: Path, forward: str, step_seconds: float, rounds: int, slower: float, chain: bool) -> dict:
+    """A row: `slower` seconds are added to each fsync of a journal."""
+    real_fsync, fsyncs = os.fsync, []
+
+    def timed_fsync(descriptor: int) -> None:
+        start = time.perf_counter()
+        time.sleep(slower) if slower else None
+        real_fsync(descriptor)
+        fsyncs.append(time.perf_counter() - start)
+
+    runs = {
+        "alone": Run(directory / "alone", forward, journal=False),
+        "journal": Run(directory / "journal", forward, journal=True, chain=chain),
+    }
+    repeats = calibrated(runs["alone"], step_seconds)
+    journaled = runs["journal"]
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    os.fsync = timed_fsync
+    try:
+        for run in runs.values():
+            run.timed_step(repeats)
+        journaled.start_cpu()
+        for number in range(rounds):
+            for name in runs if number % 2 else reversed(runs):
+                seconds[name].append(runs[name].timed_step(repeats))
+        cpu = journaled.cpu_of_line()
+    finally:
+        os.fsync = real_fsync
+    for run in runs.values():
+        run.close()
+    step = statistics.median(seconds["alone"])
+    exposed, error = trimmed([b - a for a, b in zip(seconds["alone"], seconds["journal"], strict=True)])
+    return {
+        "forward": forward,
+        "rounds": rounds,
+        "chain": chain,
+        "step_s": step,
+        "fsync_s": statistics.median(fsyncs),
+        "append_of_step": statistics.median(journaled.appends) / step,
+        "cpu_of_step": cpu / step,
+        "exposed_of_step": exposed / step,
+        "error": error / step,
+        "median_s": {name: statistics.median(values) for name, values in seconds.items()},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="on the disk to measure (default: a temporary one)")
     parser.add_argument("--step-ms", type=float, default=100.0)
-    parser.add_argument("--probes", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=48, help="turns of each")
+    parser.add_argument("--fsync-ms", type=float, default=6.0, help="that an fsync takes longer in the second row")
+    parser.add_argument("--rounds", type=int, default=150, help="timed steps of each run, with forwards that wait")
+    parser.add_argument("--compute-rounds", type=int, default=25, help="the same with forwards that compute")
+    parser.add_argument("--chain", action="store_true", help="lines have chained hashes")
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
-    work = Steps(args.step_ms / 1e3)
-    seconds: dict[str, list[float]] = {"alone": [], "again": [], "journal": [], "chained": []}
-    names = list(seconds)
-    appends: list[float] = []
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        journals = {name: make_journal(Path(directory) / name, name == "chained") for name in ("journal", "chained")}
-        for number in range(args.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                journal = journals.get(name)
-                start = time.perf_counter()
-                for _ in range(STEPS_A_TURN):
-                    work()
-                    if journal is not None:
-                        before = time.perf_counter()
-                        journal.append(make_entry(journal.next_step, args.probes))
-                        appends.append(time.perf_counter() - before)
-                seconds[name].append((time.perf_counter() - start) / STEPS_A_TURN)
-                if journal is not None:
-                    journal.sync()  # what is left of it is not the next turn's
-        fsyncs = []
-        with open(Path(directory) / "fsync", "wb") as file:
-            for _ in range(20):
-                file.write(bytes(300))
-                file.flush()
-                start = time.perf_counter()
-                os.fsync(file.fileno())
-                fsyncs.append(time.perf_counter() - start)
-        cpu = {}
-        for name, journal in journals.items():
-            start = time.process_time()
-            for _ in range(200):
-                journal.append(make_entry(journal.next_step, args.probes))
-                journal.sync()
-            cpu[name] = (time.process_time() - start) / 200
-            journal.close()
-    step = statistics.median(seconds["alone"])
-    row = {
-        "probes": args.probes,
-        "step_s": step,
-        "append_s": statistics.median(appends),
-        "append_of_step": statistics.median(appends) / step,
-        "fsync_s": statistics.median(fsyncs),
-        "cpu_s": cpu,
-        "cpu_of_step": {name: value / (args.step_ms / 1e3) for name, value in cpu.items()},
-        # What else runs on a machine only ever adds: the best turns are compared. "again" shows what that leaves.
-        "least_s": {name: min(values) for name, values in seconds.items()},
-        "exposed_of_step": {name: min(seconds[name]) / min(seconds["alone"]) - 1 for name in names[1:]},
-        "median_difference_of_step": {
-            name: statistics.median(b - a for a, b in zip(seconds["alone"], seconds[name], strict=True)) / step
-            for name in names[1:]
-        },
-    }
-    print(json.dumps(row))
-    shares = ", ".join(f"{name} {100 * share:+.2f}%" for name, share in row["exposed_of_step"].items())
-    busy = ", ".join(f"{name} {100 * share:.2f}%" for name, share in row["cpu_of_step"].items())
-    print(
-        f"a step of {1e3 * step:.0f} ms, best turns: {shares}; append {1e6 * row['append_s']:.0f} us "
-        f"({100 * row['append_of_step']:.2f}%), an fsync {1e3 * row['fsync_s']:.1f} ms; "
-        f"CPU time of both threads, of a step of {args.step_ms:.0f} ms: {busy}"
-    )
+    torch.set_num_threads(1)
+    rows = []
+    rounds_of = {"waits": args.rounds, "computes": args.compute_rounds}
+    for (forward, rounds), slower in itertools.product(rounds_of.items(), (0.0, args.fsync_ms / 1e3)):
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            row = measure(Path(directory), forward, args.step_ms / 1e3, rounds, slower, args.chain)
+        rows.append(row)
+        print(json.dumps(row))
+        print(
+            f"{forward}: a step of {1e3 * row['step_s']:.1f} ms, an fsync of {1e3 * row['fsync_s']:.1f} ms. "
+            f"Exposed: {100 * row['exposed_of_step']:+.2f}% (± {100 * row['error']:.2f}), "
+            f"append: {100 * row['append_of_step']:.2f}%, CPU of the journal's thread: {100 * row['cpu_of_step']:.2f}%"
+        )
     if args.json:
-        write_results(args.json, "journal", [row])
+        write_results(args.json, "journal", rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A file's bytes are kept from its last fsync, a name from the last fsync of its directory. Of what came after, a disk may
 keep any part: `some` takes names up to a random instant, in their order, as a journaling file system does, and of each
-file a random choice of its writes, the last of them torn.
+file a random choice of its writes' pages, the last of them torn; what is missing before them reads as zeros, and at
+times so does what is missing after them, up to the size that the file had.
 """
 
 from __future__ import annotations
@@ -12,16 +13,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+PAGE_BYTES = 4096  # that a file's data reaches the disk by
+
 
 @dataclass(eq=False)
 class File:
     kept: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)  # (offset, data), or (size, None)
 
+    def write(self, at: int, data: bytes) -> None:
+        while data:
+            room = PAGE_BYTES - at % PAGE_BYTES
+            self.pending.append((at, data[:room]))
+            at, data = at + room, data[room:]
+
     def sync(self) -> None:
         for at, data in self.pending:
             _apply(self.kept, at, data)
         self.pending.clear()
+
+    def some(self, rng: random.Random) -> bytes:
+        """What a disk may hold of it."""
+        content, size = bytearray(self.kept), len(self.kept)
+        for at, data in self.pending:
+            size = at if data is None else max(size, at + len(data))
+        taken = [call for call in self.pending if rng.random() < 0.5]
+        for i, (at, data) in enumerate(taken):
+            if data is not None and i == len(taken) - 1:
+                data = data[: rng.randrange(len(data) + 1)]
+            _apply(content, at, data)
+        if rng.random() < 0.25:
+            content.extend(b"\0" * (size - len(content)))
+        return bytes(content)
 
 
 @dataclass(eq=False)
@@ -88,7 +111,7 @@ class Disk:
             if truncated == "1":
                 self._files[ino].pending.append((0, None))
         elif kind == "W":
-            self._files[rest[0]].pending.append((int(rest[1]), data))
+            self._files[rest[0]].write(int(rest[1]), data)
         elif kind == "T":
             self._files[rest[0]].pending.append((int(rest[1]), None))
         elif kind == "S":
@@ -131,14 +154,7 @@ class Disk:
             if isinstance(node, Folder):
                 path.mkdir()
                 continue
-            content = bytearray(node.kept)
-            if some is not None:
-                taken = [call for call in node.pending if some.random() < 0.5]
-                for i, (at, data) in enumerate(taken):
-                    if data is not None and i == len(taken) - 1:
-                        data = data[: some.randrange(len(data) + 1)]
-                    _apply(content, at, data)
-            path.write_bytes(content)
+            path.write_bytes(bytes(node.kept) if some is None else node.some(some))
 
     def _left(self, folder: Folder, path: Path, until: int) -> Iterator[tuple[Path, File | Folder]]:
         yield path, folder

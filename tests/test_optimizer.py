@@ -247,3 +247,22 @@ def test_clipping_needs_a_history_and_can_be_off():
     assert clip(np.array([1e6], np.float32))[1] is False
     off = CoefficientClip(None, 3)
     assert all(off(np.array([v], np.float32))[1] is False for v in [1.0] * 40 + [1e30])
+
+
+def test_a_journal_that_is_removed_ends_the_run(tmp_path):
+    """However the steps go on: no later than at the end."""
+    path = tmp_path / "journal.jsonl"
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2, journal=path)
+    opt.step(lambda: model(IDS))
+    path.unlink()
+    try:
+        for _ in range(3):
+            opt.step(lambda: model(IDS))
+    except distzo2.DistZO2Error as error:
+        assert "not there any more" in str(error)
+    with pytest.raises(distzo2.DistZO2Error) as caught:
+        opt.close()
+    assert str(caught.value).startswith(f"{path}: the journal was changed by another program") and "\n" not in str(
+        caught.value
+    )

@@ -6,11 +6,26 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from power_cut import Disk, read_record
+from shimmed_runs import ShimmedRuns
 from test_disk_faults import ALL, arguments, files, runs, undisturbed  # noqa: F401  (fixtures)
 from test_kills import assert_same_run
+
+RARELY_SYNCED = ["--snapshot-every=0", "--eval-every=0", "--save=last"]  # nothing but the journal needs an fsync
+
+
+def go_on(runs: ShimmedRuns, directory: Path, command: list[str]) -> str:  # noqa: F811
+    """What the run says that goes on with what a cut has left, to its end."""
+    where = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
+    if (directory / "out/run.json").exists():
+        command = ["finetune", "--resume", "--out=out"]
+    answer = runs.run(directory, command)
+    assert answer.status == 0, (where, answer.text)
+    return answer.text
 
 
 @pytest.mark.parametrize("keeps", ["what was synced", "some of the rest"])
@@ -30,18 +45,53 @@ def test_a_power_cut_loses_nothing(files, runs, undisturbed, tmp_path, keeps):  
         directory = tmp_path / f"{number}"
         directory.mkdir()
         disk.leave(directory / "out", rng if keeps == "some of the rest" else None)
-        where = (number, fields, sorted(str(p.relative_to(directory)) for p in directory.rglob("*")))
-        if (directory / "out/run.json").exists():
-            answer = runs.run(directory, ["finetune", "--resume", "--out=out"])
-        else:
-            answer = runs.run(directory, arguments(files))
-        assert answer.status == 0, (where, answer.text)
+        text = go_on(runs, directory, arguments(files))
         # A snapshot's name comes after all that it names, and after the journal's lines.
-        assert "cannot be used" not in answer.text, (where, answer.text)
-        outcomes["from a snapshot" if "went on from" in answer.text else "from the base"] += 1
+        assert "cannot be used" not in text, (number, fields, text)
+        outcomes["from a snapshot" if "went on from" in text else "from the base"] += 1
         assert_same_run(directory / "out", undisturbed.path)
         shutil.rmtree(directory)
     print(f"{keeps}: cuts at {len(chosen)} of {len(calls)} calls, {dict(outcomes)}")
+
+
+@pytest.fixture(scope="module")
+def rarely_synced(files, runs, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
+    """A run that nothing happens to; it has four probes, so that its journal has more than a page."""
+    path = tmp_path_factory.mktemp("rarely")
+    command = arguments(files, *RARELY_SYNCED, "--probes=4")
+    answer = runs.run(path, command)
+    assert answer.status == 0, answer.text
+    return SimpleNamespace(path=path / "out", command=command)
+
+
+@pytest.mark.parametrize("options", [["--fsync-every=64"], ["--fsync-every=5", "--journal-chain"]])
+def test_a_power_cut_with_lines_that_are_not_synced(files, runs, rarely_synced, tmp_path, options):  # noqa: F811
+    whole, record = tmp_path / "whole", tmp_path / "record"
+    whole.mkdir()
+    command = [*rarely_synced.command, *options]
+    answer = runs.run(whole, command, record=record)
+    assert answer.status == 0, answer.text
+    calls = read_record(record)
+    disk, rng = Disk(whole / "out"), random.Random(3)
+    lines = [i for i, (fields, data) in enumerate(calls) if fields[0] == "W" and data.startswith(b'{"step":')]
+    assert len(lines) > 6
+    chosen = set(lines if ALL else lines[5::3])
+    outcomes: Counter[str] = Counter()
+    for number, (fields, data) in enumerate(calls):
+        disk.play(fields, data)
+        for keeps in (None, rng, rng) if number in chosen else ():
+            directory = tmp_path / f"{number}"
+            directory.mkdir()
+            disk.leave(directory / "out", keeps)
+            journal = directory / "out/journal.jsonl"
+            outcomes["with holes"] += journal.exists() and b"\0" in journal.read_bytes()
+            text = go_on(runs, directory, command)
+            outcomes["torn"] += "torn and left out" in text
+            outcomes["cuts"] += 1
+            assert_same_run(directory / "out", rarely_synced.path)
+            shutil.rmtree(directory)
+    print(f"{options}: {dict(outcomes)}")
+    assert outcomes["with holes"] and outcomes["torn"] >= outcomes["with holes"]
 
 
 def test_the_player_ends_with_what_is_there(files, runs, tmp_path):  # noqa: F811

@@ -39,6 +39,7 @@ from distzo2.journal_line import (
     seal_line,
     stated_chain,
 )
+from distzo2.journal_tail import torn_line, torn_tail
 from distzo2.journal_writer import JournalWriter, write_all
 
 __all__ = [
@@ -79,7 +80,8 @@ def read_journal(path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HE
 
     Every line's CRC and chained hash is checked, steps must count from 0, and every step must have as many groups as
     the header. A last line that has no newline or a wrong CRC was being written when the run was killed: it is left out
-    and told in ``torn``.
+    and told in ``torn``; so are all lines from the first one on of which a power cut has left zeros
+    (:mod:`distzo2.journal_tail`).
 
     Raises:
         JournalError: anything else is wrong; the message names file and line.
@@ -102,7 +104,7 @@ class Journal:
         path: the file.
         header: the header line as a dict.
         entries: the entries that the file held when it was opened (an empty list for a new file).
-        torn: None, or one line about the torn last line that :meth:`open` cut.
+        torn: None, or one line about the torn end of the file that :meth:`open` cut.
     """
 
     def __init__(self, path: Path, descriptor: int, contents: JournalContents, fsync_every: int) -> None:
@@ -172,12 +174,12 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, fsync_every: int = 1) -> Journal:
-        """Opens a journal to go on from its last whole line. A torn last line is cut from the file and told in
-        ``torn``. ``fsync_every`` as for :meth:`create`.
+        """Opens a journal to go on from its last line with nothing torn before it. What is torn is cut from the file
+        and told in ``torn`` (see :func:`read_journal`). ``fsync_every`` as for :meth:`create`.
 
         Raises:
             JournalLockedError: it is open for appending elsewhere.
-            JournalError: the file is damaged before its last line, or unknown; the message names file and line.
+            JournalError: the file is damaged in another way, or unknown; the message names file and line.
             OSError: the file cannot be read or cut.
         """
         path = Path(path)
@@ -216,8 +218,8 @@ class Journal:
 
         Raises:
             JournalError: the entry is not step :attr:`next_step`, has another number of groups than the header, or
-            holds a
-                value that a line cannot hold exactly. Nothing is queued then.
+                holds a value that a line cannot hold exactly. Nothing is queued then. Or the file was removed, replaced
+                or changed by another program; the journal takes no more entries.
             OSError: an earlier entry could not be written; names the file. The journal takes no more entries.
         """
         _check_follows(entry, self.next_step, self.header, os.fspath(self.path))
@@ -241,6 +243,7 @@ class Journal:
         """Waits until every entry appended so far is durable and the callbacks have been told.
 
         Raises:
+            JournalError: the file was removed, replaced or changed by another program.
             OSError: one could not be written; names the file.
         """
         self._writer.sync()
@@ -249,6 +252,7 @@ class Journal:
         """Writes what is queued, ends the thread and unlocks the file. Safe to call twice.
 
         Raises:
+            JournalError: the file was removed, replaced or changed by another program.
             OSError: entries were lost because they could not be written; names the file.
         """
         self._finalizer.detach()
@@ -272,8 +276,14 @@ def _read(file: BinaryIO, path: str, max_header_bytes: int = MAX_HEADER_BYTES) -
     line = file.readline(MAX_STEP_BYTES + 1)
     while line:
         following = file.readline(MAX_STEP_BYTES + 1)
-        if not following and not crc_matches(line):
-            return JournalContents(header, entries, torn_line(line, len(entries), path), num_bytes, chain)
+        torn = None
+        if not crc_matches(line):
+            if not following:
+                torn = torn_line(line, len(entries), path)
+            elif b"\0" in line:
+                torn = torn_tail(line + following + file.read(), num_bytes, len(entries), path)
+        if torn is not None:
+            return JournalContents(header, entries, torn, num_bytes, chain)
         try:
             entry = StepEntry.from_line(line, chain)
             if entry.step != len(entries):
@@ -296,12 +306,6 @@ def _read_first(
         return line, *read_header(line, max_bytes)
     except JournalError as error:
         raise JournalError(f"{path}: line 1: not the header of a journal: {error}") from None
-
-
-def torn_line(line: bytes, step: int, path: str) -> str:
-    """Says of a file's last line that it was being written when the run was killed."""
-    reason = "its CRC does not match" if line.endswith(b"\n") else "it has no newline"
-    return f"{path}: line {step + 2} (step {step}) was torn and left out: {len(line)} bytes, {reason}"
 
 
 def _check_follows(entry: StepEntry, step: int, header: Mapping[str, Any], path: str) -> None:

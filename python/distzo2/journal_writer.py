@@ -1,7 +1,8 @@
 """The thread that puts a journal's lines on the disk, in order, and says how far they are there.
 
 It owns the descriptor. Lines are written as they come; one fsync serves all that were written since the last (group
-commit), after every line, after every N-th, or when somebody waits for it.
+commit), after every line, after every N-th, or when somebody waits for it. Each time the file must still be the one of
+that name and hold what was written, or the lines would be lost with nobody told.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class JournalWriter:
         self._written_chain = chain
         self._queue: collections.deque[bytes] = collections.deque()  # records, not sealed yet
         self._taken = num_entries  # entries that the thread has taken from the queue, or found in the file
-        self._told = num_entries
-        self._wanted = num_entries  # entries that somebody waits for
+        self._place = os.path.abspath(path)  # wherever the process goes
+        self._num_asked = 0  # times that somebody waited for all entries, and that this was answered
+        self._num_answered = 0
         self._callbacks: tuple[Callable[[int], None], ...] = ()
         self.failure_callbacks: tuple[Callable[[BaseException], None], ...] = ()
         self._error: BaseException | None = None
@@ -75,11 +77,12 @@ class JournalWriter:
             raise RuntimeError("sync() would wait for itself in an on_durable callback")
         with self._changed:
             target = self._taken + len(self._queue)
-            self._wanted = max(self._wanted, target)
+            self._num_asked += 1
+            mine = self._num_asked
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._told >= target or self._error is not None or self._closed)
+            self._changed.wait_for(lambda: self._num_answered >= mine or self._error is not None or self._closed)
             self._raise_error()
-            if self._told < target:
+            if self.durable < target:
                 raise JournalError(f"{self.path}: the journal was closed with entries unwritten")
 
     def close(self) -> None:
@@ -113,18 +116,17 @@ class JournalWriter:
         self._closing = self._closed = True
 
     def _run(self) -> None:
-        while True:
+        is_last = False
+        while not is_last:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing or self._wanted > self.durable)
-                if not self._queue and self._written == self.durable:
-                    return
+                self._changed.wait_for(lambda: self._queue or self._closing or self._num_asked > self._num_answered)
                 records = list(self._queue)
                 self._taken += len(records)
                 self._queue.clear()
-                ends = self._closing or self._wanted > self.durable
+                asked, is_last = self._num_asked, self._closing
             try:
                 self._write(records)
-                if ends or self._written - self.durable >= self._fsync_every:
+                if is_last or asked > self._num_answered or self._written - self.durable >= self._fsync_every:
                     self._sync()
             except BaseException as error:  # a callback's too: kept for the next append or sync
                 with self._changed:
@@ -133,8 +135,14 @@ class JournalWriter:
                 for callback in self.failure_callbacks:
                     callback(error)
                 return
+            with self._changed:
+                self._num_answered = asked
+                self._changed.notify_all()
 
     def _write(self, records: list[bytes]) -> None:
+        if not records:
+            return
+        self._check_size()  # a line written after the end of a file that was cut would leave a hole before it
         lines = []
         chain = self._written_chain
         for record in records:
@@ -148,7 +156,8 @@ class JournalWriter:
                 os.ftruncate(self._descriptor, self._written_bytes)
             failure = self._failure(error)
             # Lines that wait for their group are whole, and are kept where the disk can still do that.
-            self._sync()
+            with contextlib.suppress(JournalError):
+                self._sync()
             raise failure from error
         self._written += len(records)
         self._written_bytes += len(block)
@@ -156,15 +165,17 @@ class JournalWriter:
 
     def _sync(self) -> None:
         """Makes what was written durable, and tells."""
-        try:
-            # A failed fsync is final: the kernel may have dropped the pages, so a second try would prove nothing.
-            os.fsync(self._descriptor)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._durable_bytes)
+        if self._written > self.durable:
+            try:
+                # A failed fsync is final: the kernel may have dropped the pages, so a second try would prove nothing.
                 os.fsync(self._descriptor)
-            self._written = self.durable
-            raise self._failure(error) from error
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, self._durable_bytes)
+                    os.fsync(self._descriptor)
+                self._written = self.durable
+                raise self._failure(error) from error
+        self._check_file()
         if self._written == self.durable:
             return
         with self._changed:
@@ -174,9 +185,24 @@ class JournalWriter:
             callbacks = self._callbacks
         for callback in callbacks:
             callback(self.durable)
-        with self._changed:
-            self._told = self.durable
-            self._changed.notify_all()
+
+    def _check_file(self) -> None:
+        """The journal must be found under its name, with the bytes that were written."""
+        try:
+            found = os.stat(self._place)
+        except OSError as error:
+            raise self._changed_file(f"it is not there any more ({error.strerror})") from None
+        if not os.path.samestat(found, os.fstat(self._descriptor)):
+            raise self._changed_file("another file has its name")
+        self._check_size()
+
+    def _check_size(self) -> None:
+        num_bytes = os.fstat(self._descriptor).st_size
+        if num_bytes != self._written_bytes:
+            raise self._changed_file(f"it has {num_bytes} bytes, and {self._written_bytes} were written")
+
+    def _changed_file(self, what: str) -> JournalError:
+        return JournalError(f"{self.path}: the journal was changed by another program while the run goes on: {what}")
 
     def _failure(self, error: OSError) -> OSError:
         reason = f"step {self._written} and later could not be written to the journal: {error.strerror}"

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from distzo2.weight_access import WeightAccess
 
 
+def check_no_others(snapshots: Snapshots | None, resume: bool) -> None:
+    """Before a new journal is made: the directory of its snapshots must not hold those of another run.
+
+    Raises:
+        DistZO2Error: it does.
+    """
+    others = [] if resume or snapshots is None else snapshots_in(snapshots.directory)
+    if others:
+        raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
+
+
 def open_own_journal(
     optimizer: ZOSGD, path: str | os.PathLike, resume: bool, snapshots: Snapshots | None
 ) -> tuple[Journal, list[Path]]:
@@ -27,6 +38,7 @@ def open_own_journal(
     Returns:
         The journal, and the snapshots that were found to be damaged.
     """
+    check_no_others(snapshots, resume)
     runtime, invalid = optimizer._runtime, []
     version = runtime.version
     journal = open_run_journal(
@@ -68,17 +80,13 @@ def start_snapshots(
     invalid: list[Path],
 ) -> SnapshotWriter | None:
     """What makes them from now on, if any are to be made. `first_version` is that of the weights before the journal's
-    first entry; `invalid` are removed when the next is whole.
-
-    Raises:
-        DistZO2Error: their directory holds those of another run.
-    """
-    others = [] if resume else snapshots_in(snapshots.directory)
-    if others:
-        raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
+    first entry; `invalid` are removed when the next is whole. Of a run that goes on, those that a killed process had no
+    time to remove go now."""
     remove_unfinished(snapshots.directory)
     if not snapshots.are_made:
         return None
     writer = SnapshotWriter(snapshots, runtime, journal, first_version, invalid)
+    if resume:
+        writer.remove_surplus()
     runtime.tap = writer.offer
     return writer

@@ -105,11 +105,14 @@ class SharedStep:
         Returns:
             The journal on rank 0, None on the others; and the snapshots that were found to be damaged.
         """
+        from distzo2.run_journal import check_no_others, go_on_from
+
         optimizer, runtime = self._optimizer, self._optimizer._runtime
         self._journal_from = runtime.version
         opened: list[Journal] = []
 
         def on_rank_0() -> bytes:
+            check_no_others(snapshots, resume)
             header = run_header(optimizer)
             header["fingerprint"] |= {
                 "mesh": {"pert": self.mesh.shape.pert, "data": self.mesh.shape.data},
@@ -121,8 +124,6 @@ class SharedStep:
             opened.append(journal)
             firsts = b"%d %d\n" % (first_own_step(journal.header), first_like_step(journal.header))
             return firsts + b"".join(entry.to_line() for entry in journal.entries)
-
-        from distzo2.run_journal import go_on_from
 
         try:
             firsts, *lines = self._exchange.from_rank_0("opening the journal", on_rank_0).splitlines(True)

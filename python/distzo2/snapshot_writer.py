@@ -341,6 +341,14 @@ class SnapshotWriter:
         self._invalid.clear()
         self._remove(snapshots_in(self._directory)[self._options.keep :])
 
+    def remove_surplus(self) -> None:
+        """Before the first is made: of those not known to be damaged, all but the newest that are to be kept."""
+        valid = [path for path in snapshots_in(self._directory) if path not in self._invalid]
+        try:
+            self._remove(valid[self._options.keep :])
+        except OSError as error:
+            self._options.log(f"a snapshot that is not kept could not be removed: {error}")
+
     def _remove(self, snapshots: Sequence[Path]) -> None:
         """Takes their names away first: a snapshot is whole or is none."""
         for path in snapshots:
