@@ -44,6 +44,7 @@ class Metrics:
     ) -> None:
         self.path = Path(path or os.devnull)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._place = os.path.abspath(self.path)  # the working directory may change
         self._data, self._log = data, log
         self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
 
@@ -61,7 +62,7 @@ class Metrics:
             self._file.flush()
             if line["kind"] == "eval" and self.path != Path(os.devnull):
                 os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
-                if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._place)):
                     raise FileNotFoundError(errno.ENOENT, "another file has taken its place", os.fspath(self.path))
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
