@@ -47,7 +47,8 @@ def copy_companions(source: Path, out: Path, num_weight_bytes: int) -> None:
             logger.warning("%s: left out: %d bytes, with at most %d to be copied", path, num_bytes, room)
             continue
         room -= num_bytes
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (out / name).parent.is_dir():
+            (out / name).parent.mkdir(parents=True)
         copy_file(path, out / name)
 
 
