@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from checkpoint_models import MODELS, T, assert_same_weights, load, make, stored
 from torch import nn
 
 import distzo2
-from distzo2 import checkpoint_writer
+from distzo2 import checkpoint_companions, checkpoint_writer
 from distzo2.checkpoint import load_weights, open_checkpoint
 from distzo2.checkpoint_map import SINGLE_FILE, CheckpointMap
 from distzo2.checkpoint_writer import CheckpointWriter
@@ -109,6 +110,118 @@ def test_companions_go_along(tmp_path: Path) -> None:
         writer.write_param("model.decoder.final_layer_norm.bias", torch.ones(32))
         writer.write_param("model.decoder.final_layer_norm.bias", torch.ones(32))
     assert not (tmp_path / "twice").exists()
+
+
+def test_what_goes_along_is_the_checkpoints_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Links out of the checkpoint, and more than goes with weights, are left out and told; a cache's links are not."""
+    monkeypatch.setattr(checkpoint_companions, "MAX_BYTES", 1 << 20)
+    cache = tmp_path / "models--x"
+    source = cache / "snapshots" / "abc"
+    reference = make("opt", source)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "1234").write_text("merges")
+    (tmp_path / "secret").write_text("secret")
+    (source / "merges.txt").symlink_to("../../blobs/1234")
+    (source / "vocab.json").write_text("{}")
+    (source / "vocab.own").symlink_to("vocab.json")
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    (source / "vocab.up").symlink_to("../../blobs/../../secret")
+    (source / "vocab.loop").symlink_to("vocab.loop")
+    (source / "vocab.gone").symlink_to("nowhere")
+    with (source / "LICENSE").open("wb") as file:
+        file.truncate(3 << 30)
+    os.rename(source / "generation_config.json", tmp_path / "generation.json")
+    (source / "generation_config.json").symlink_to(tmp_path / "generation.json")
+    _, checkpoint = open_checkpoint(source)
+    write_all(checkpoint, reference, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    settings = {"config.json", "generation_config.json"}
+    assert names == {"merges.txt", "vocab.json", "vocab.own", SINGLE_FILE, *settings}
+    assert (tmp_path / "out" / "merges.txt").read_text() == "merges"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    told = [record.getMessage().partition(": left out")[0] for record in caplog.records]
+    left_out = ("LICENSE", "vocab.gone", "vocab.loop", "vocab.txt", "vocab.up")
+    assert told == [str(source / name) for name in left_out]
+    # Outside a cache, the same links lead elsewhere.
+    plain = tmp_path / "plain"
+    os.rename(source, plain)
+    (plain / "merges.txt").unlink()
+    (plain / "merges.txt").symlink_to(cache / "blobs" / "1234")
+    _, checkpoint = open_checkpoint(plain)
+    write_all(checkpoint, reference, tmp_path / "out2")
+    assert {path.name for path in (tmp_path / "out2").iterdir()} == names - {"merges.txt"}
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty directory", "a link to one"])
+def test_a_checkpoint_has_its_name_by_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str) -> None:
+    """Everything in it is synced before, and the names above it after."""
+    reference = make("opt", tmp_path / "in")
+    (tmp_path / "in" / "tokenizer_more").mkdir()
+    (tmp_path / "in" / "tokenizer_more" / "file").write_text("more")
+    _, checkpoint = open_checkpoint(tmp_path / "in")
+    out = real = tmp_path / "a" / "b" / "out"
+    if there != "nothing":
+        out.mkdir(parents=True, mode=0o750)
+    if there == "a link to one":
+        out = tmp_path / "link"
+        out.symlink_to(real)
+    calls: list[tuple[str, str]] = []
+    rename, fsync = os.rename, os.fsync
+
+    def noted_rename(before: Any, after: Any) -> None:
+        calls.append(("rename", str(after)))
+        rename(before, after)
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    write_all(checkpoint, reference, out)
+    assert [call for call in calls if call[0] == "rename"] == [("rename", str(real))]
+    at = calls.index(("rename", str(real)))
+    (hidden,) = {Path(path).parent for _, path in calls[:at] if path.endswith("config.json")} - {real}
+    assert hidden.parent == real.parent and hidden.name.startswith(".distzo2-checkpoint-")
+    synced = {path for _, path in calls[:at]}
+    written = [path for path in real.rglob("*")]
+    assert len(written) >= 4 and synced >= {str(hidden / path.relative_to(real)) for path in written} | {str(hidden)}
+    assert ("sync", str(real.parent)) in calls[at:]
+    if there == "nothing":
+        assert {("sync", str(tmp_path)), ("sync", str(tmp_path / "a"))} <= set(calls[:at])
+        assert real.stat().st_mode == (tmp_path / "in").stat().st_mode
+    else:
+        assert real.stat().st_mode & 0o777 == 0o750
+    assert [path.name for path in real.parent.iterdir()] == ["out"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    reference = make("opt", tmp_path / "in")
+    _, checkpoint = open_checkpoint(tmp_path / "in")
+    out = tmp_path / "out"
+    ours = [".distzo2-checkpoint-0123456789abcdef", ".distzo2-checkpoint-fedcba9876543210"]
+    theirs = [
+        ".checkpoint-abc", ".distzo2-checkpoint-mine", ".distzo2-checkpoint-0123456789abcdef0", ".replaced-x",
+        "x.distzo2-checkpoint-0123456789abcdef",
+    ]  # fmt: skip
+    for home, more in ((tmp_path, []), (out, ["notes.txt"])):
+        for name in (*ours, *theirs, *more):
+            (home / name).mkdir(parents=True)
+            (home / name / "file").write_text("x")
+        living = os.open(home / ours[1], os.O_RDONLY)
+        fcntl.flock(living, fcntl.LOCK_EX)
+        target = out if more else tmp_path / "new"
+        write_all(checkpoint, reference, target)
+        left = {path.name for path in home.iterdir()}
+        assert left >= {*theirs, ours[1], *more} and ours[0] not in left
+        assert (home / ours[1] / "file").exists()
+        os.close(living)
+    # An empty directory but for leftovers is as good as empty.
+    (tmp_path / "last" / ours[0]).mkdir(parents=True)
+    write_all(checkpoint, reference, tmp_path / "last")
+    assert (tmp_path / "last" / "config.json").exists() and not (tmp_path / "last" / ours[0]).exists()
 
 
 # With the runtime

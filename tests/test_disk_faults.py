@@ -125,10 +125,10 @@ def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, kind
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 def test_each_call_of_a_replay_that_fails_ends_well(runs, undisturbed, tmp_path, error):
     """In one line; made again, it writes the same bits, or says which files were left there under their names."""
-    command = ["replay", str(undisturbed.path), "--out=out", "--to-step=9", "--quiet"]
+    command = ["replay", str(undisturbed.path), "--out=out/new", "--to-step=9", "--quiet"]
     clean = runs.run(tmp_path, command)
     assert clean.status == 0, clean.text
-    expected = (tmp_path / "out").rename(tmp_path / "clean")
+    expected = (tmp_path / "out/new").rename(tmp_path / "clean")
     outcomes: Counter[str] = Counter()
     for fail_at in calls_to_fail(clean.num_calls, error):
         for all_after in (False, True):
@@ -143,9 +143,11 @@ def test_each_call_of_a_replay_that_fails_ends_well(runs, undisturbed, tmp_path,
                 assert all_after and again.text.count("\n") == 1 and "already holds" in again.text, (where, again.text)
                 outcomes["refused"] += 1
             else:
-                assert {p.name for p in (directory / "out").iterdir()} == {p.name for p in expected.iterdir()}, where
+                assert {p.name for p in (directory / "out/new").iterdir()} == {p.name for p in expected.iterdir()}, (
+                    where
+                )
                 for path in expected.iterdir():
-                    assert (directory / "out" / path.name).read_bytes() == path.read_bytes(), (where, path)
+                    assert (directory / "out/new" / path.name).read_bytes() == path.read_bytes(), (where, path)
                 outcomes["made again"] += 1
             shutil.rmtree(directory)
     print(f"replay, {os.strerror(error)}: {clean.num_calls} calls, {dict(outcomes)}")

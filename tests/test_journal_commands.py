@@ -10,13 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cli_runs import finetune, make_files, one_line
 from test_journal import make_entry, make_test_header, write_journal
 from test_journal_chain import forge, renumbered, write_chained
+from test_replay import make_llama
 
+import distzo2
 from distzo2.cli import main
 from distzo2.journal import Journal, read_journal
 from distzo2_core.types import GroupScalars, Update
+
+IDS = torch.arange(8).reshape(1, 8)
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +232,96 @@ def test_a_branch_is_compared_with_its_parent(
         other = tmp_path / f"{name}.jsonl"
         header = read_journal(run.journal).header
         Journal.create(other, header, [entries[0], *([changed] if changed else [])]).close()
-        (found,) = findings(capsys, new, f"--parent={other}")
-        assert ("another SHA-256" in found) if changed else ("1 steps, and its branch took over 2" in found)
+        found = findings(capsys, new, f"--parent={other}")
+        assert ("another SHA-256" in found[0]) if changed else ("1 steps, and its branch took over 2" in found[0])
+        assert len(found) == (2 if changed else 1) and (not changed or "eps 0.00" in found[1]), found
     (found,) = findings(capsys, run.path, f"--parent={new}")
     assert "not branched from another run" in found
+
+
+def test_a_branchs_first_steps_are_the_parents_in_all_but_time(
+    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forged with whole lines and the parent's true SHA-256: rates, losses and eps too are compared."""
+    new = tmp_path / "new"
+    assert main(["finetune", f"--branch-from={run.path}", "--at-step=2", f"--out={new}", "--steps=3"]) == 0
+    capsys.readouterr()
+    contents = read_journal(new / "journal.jsonl")
+    first, other = contents.entries[:2]
+    group = other.update.groups[1]
+    rates = (other.update.groups[0], group._replace(lr=group.lr / 2))
+    for changes, reason in (
+        ({"update": other.update._replace(groups=rates)}, "group 1 lr "),
+        ({"eps": 0.5}, "eps "),
+        ({"losses": [[1.0], [2.0]]}, "losses "),
+        ({"extra": {"clipped": True}}, "extra "),
+        ({"tokens": 1}, "tokens "),
+        ({"seconds": 1e6}, None),
+    ):
+        path = tmp_path / "forged.jsonl"
+        path.unlink(missing_ok=True)
+        entries = [first, dataclasses.replace(other, **changes), *contents.entries[2:]]
+        Journal.create(path, contents.header, entries).close()
+        found = findings(capsys, path, f"--parent={run.path}")
+        if reason is None:
+            assert found == []
+        else:
+            assert len(found) == 1 and "line 3: step 1 is not the parent's" in found[0] and reason in found[0], found
+
+
+def test_a_branch_that_split_a_group_is_its_parents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_llama(tmp_path / "base")
+    journals = []
+    for num_groups, branch in ((1, None), (2, 3)):
+        model = distzo2.from_pretrained(base)
+        params = list(model.parameters())
+        groups = [{"params": params[: len(params) // 2] if num_groups == 2 else params}]
+        groups += [{"params": params[len(params) // 2 :], "lr": 0.5}] if num_groups == 2 else []
+        path = tmp_path / f"{num_groups}.jsonl"
+        more = {} if branch is None else {"branch_from": (journals[0], branch)}
+        opt = distzo2.ZOSGD(model, groups, lr=1e-3, seed=1, journal=path, **more)
+        for _ in range(4):
+            opt.step(lambda model=model: model(input_ids=IDS, labels=IDS).loss)
+        opt.close()
+        journals.append(path)
+    assert findings(capsys, journals[1], f"--parent={journals[0]}") == []
+
+
+def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[2J\x9b\r\n\u202e\ud800"
+    header = make_test_header(
+        base={"name": f"b{evil}", "files": {}},
+        options={f"key{evil}": f"value{evil}"},
+        software={"x": evil},
+        fingerprint={"device": evil},
+    )
+    skipped = Update(0, (GroupScalars(0.0, 0.0),), ())
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, text in zip(paths, (evil, "other"), strict=True):
+        Journal.create(path, header, [make_entry(0, update=skipped, skipped=text)]).close()
+    other = tmp_path / "c.jsonl"
+    Journal.create(other, header | {"options": {}}).close()
+    for arguments in (["show", paths[0]], ["show", paths[0], "--json"], ["diff", *paths], ["diff", paths[0], other],
+                      ["verify", paths[0], f"--base={tmp_path}"]):  # fmt: skip
+        journal(*arguments)
+        captured = capsys.readouterr()
+        assert captured.out and all(c.isprintable() or c == "\n" for c in captured.out + captured.err), arguments
+    journal("show", paths[0])
+    assert "b\\x1b[2J\\x9b\\r\\n\\u202e\\ud800" in capsys.readouterr().out
+
+
+def test_replay_takes_a_base_and_a_journal(
+    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = run.files.model, tmp_path / "out"
+    expected = (run.path / "checkpoint" / "model.safetensors").read_bytes()
+    for number, arguments in enumerate(([base, run.journal], [base, run.path], [run.path])):
+        assert main(["replay", *map(str, arguments), "-o", f"{out}{number}", "--quiet"]) == 0
+        assert (Path(f"{out}{number}") / "model.safetensors").read_bytes() == expected
+    assert main(["replay", str(base), str(run.journal), "-o", str(out), "--to-step", "1", "--quiet"]) == 0
+    assert "1 of 4 steps" in capsys.readouterr().out.splitlines()[-1]
+    assert main(["replay", str(base), str(run.journal), f"--base={base}", f"--out={out}2"]) == 2
+    assert "neither --base nor --journal" in one_line(capsys)
 
 
 # diff

@@ -24,7 +24,9 @@ from test_journal import make_entry, make_test_header
 from test_replay import make_llama, make_table, make_updates, named_weights, write_run
 
 import distzo2
+from distzo2.checkpoint_config import check_config_file
 from distzo2.checkpoint_map import CheckpointFiles
+from distzo2.data import load_tokenizer
 from distzo2.journal import Journal, JournalError, StepEntry, make_header, read_journal
 from distzo2.journal_audit import audit_journal
 from distzo2.journal_line import MAX_HEADER_BYTES, MAX_STEP_BYTES, seal_line
@@ -454,6 +456,55 @@ def test_a_configuration_of_more_parts_than_the_checkpoint_is_refused(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | changes))
     assert refused(lambda: distzo2.from_pretrained(base), CheckpointError, reason) < 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_labels": 20_000_000}, "num_labels is 20000000, at most 65536"),
+        ({"vision_config": {"num_labels": 20_000_000}}, "num_labels is"),
+        (
+            {"model_type": "gpt_neo", "attention_types": [[["global"], 200_000_000]], "num_layers": 2},
+            "attention_types is 200000000, at most",
+        ),
+        ({"model_type": "albert", "inner_group_num": 20_000}, "inner_group_num is 20000, at most 256"),
+        ({"attention_types": [[["global"], 2000]]}, "attention_types is 2000, at most 256"),
+        ({"something_new": [[[1, [{"7": 257}]]]]}, "something_new is 257"),
+    ],
+)
+def test_every_number_of_a_configuration_is_bounded(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    base = make_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    assert refused(lambda: distzo2.from_pretrained(base), CheckpointError, reason) < 64 << 20
+    (base / "tokenizer_config.json").write_text("{}")
+    if "num_labels" in reason:
+        refused(lambda: load_tokenizer(base), CheckpointError, reason)
+    widths = {"num_labels": 1 << 16, "label2id": {"hidden": 10**6}, "n_inner": 10**6, "some_new_dims": [10**6]}
+    (base / "config.json").write_text(json.dumps(config | widths))
+    distzo2.from_pretrained(base)
+
+
+def test_numbers_that_multiply_are_bounded_by_the_modules_they_make(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    albert = {"model_type": "albert", "num_hidden_groups": 250, "inner_group_num": 250}
+    (base / "config.json").write_text(json.dumps(albert | {"architectures": ["AlbertForMaskedLM"]}))
+    with pytest.raises(CheckpointError, match="a model of more than 4096 modules"):
+        distzo2.from_pretrained(base)
+
+
+def test_no_model_of_transformers_is_refused_for_its_numbers(tmp_path: Path) -> None:
+    """The default configuration of each model type, with the tensors of a small checkpoint."""
+    path, num_checked = tmp_path / "config.json", 0
+    for name in transformers.CONFIG_MAPPING:
+        try:
+            text = transformers.CONFIG_MAPPING[name]().to_json_string(use_diff=False)
+        except Exception:  # it needs arguments, or what is not installed
+            continue
+        path.write_text(text)
+        check_config_file(path, 100)
+        num_checked += 1
+    assert num_checked > 300
 
 
 def test_buffers_are_in_proportion_to_the_checkpoint(tmp_path: Path) -> None:

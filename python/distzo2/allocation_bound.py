@@ -1,19 +1,47 @@
 """How much memory the making of a model may take: what it makes is told by its config.json, which may come from anyone.
 
 Parameters are symbols and take none. Buffers do, and some models have some of a size that is not that of any tensor in
-the checkpoint: a mask of positions by positions, say.
+the checkpoint: a mask of positions by positions, say. Modules do too, and numbers that are each small can multiply:
+layers, groups in a layer, experts in a group.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distzo2.safetensors_io import CheckpointError
+
+FEW_MODULES = 1 << 12
+MODULES_PER_TENSOR = 32  # those without parameters: dropouts, activations, containers
+
+
+@contextmanager
+def module_bound(num_tensors: int) -> Iterator[None]:
+    """Refuses modules beyond those that a checkpoint of so many tensors can need, as soon as one is made."""
+    most, count = max(FEW_MODULES, MODULES_PER_TENSOR * num_tensors), 0
+
+    def on_module(parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise CheckpointError(
+                f"config.json asks for a model of more than {most} modules ({type(parent).__name__} takes one more), "
+                f"and the checkpoint has {num_tensors} tensors"
+            )
+
+    hook = register_module_module_registration_hook(on_module)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class AllocationBound(TorchDispatchMode):

@@ -86,11 +86,8 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict
     difference = table_difference(_weights_only(parent["table"]), _weights_only(header["table"]))
     if difference is not None:
         raise DistZO2Error(f"{path}: its run is of another model: {difference}")
-    source = _parent_groups(path, parent, header)
-    entries = [
-        replace(entry, update=entry.update._replace(groups=tuple(entry.update.groups[g] for g in source)))
-        for entry in contents.entries[:num_steps]
-    ]
+    source = parent_groups(path, parent, header)
+    entries = [with_groups(entry, source) for entry in contents.entries[:num_steps]]
     sha256, chain = digest_lines(path, 1 + num_steps)
     record = {
         "name": Path(path).absolute().parent.name,
@@ -131,7 +128,12 @@ def _weights_only(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("group", "noise")} for row in table]
 
 
-def _parent_groups(path: str, parent: Mapping[str, Any], header: Mapping[str, Any]) -> list[int]:
+def with_groups(entry: StepEntry, source: Sequence[int]) -> StepEntry:
+    """A parent's step as its branch has it, where group g is the parent's group `source[g]`."""
+    return replace(entry, update=entry.update._replace(groups=tuple(entry.update.groups[g] for g in source)))
+
+
+def parent_groups(path: str, parent: Mapping[str, Any], header: Mapping[str, Any]) -> list[int]:
     """For each parameter group of the branch, the group of the parent that its parameters were in."""
     source: list[int | None] = [None] * len(header["groups"])
     for theirs, ours in zip(parent["table"], header["table"], strict=True):

@@ -16,10 +16,27 @@ from typing import Any
 from distzo2.safetensors_io import CheckpointError, brief
 
 MAX_JSON_BYTES = 16 << 20  # of a file of settings; an index of tensors may have as much for each GiB of them
-MAX_COUNT = 1 << 16  # layers, experts
-FEW = 256  # of them, whatever the checkpoint holds
-# Modules are made one by one for these; widths are only numbers in a shape on the meta device.
-_COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts|depths?|stages)$|^(num|n)_.*(layers?|blocks?|experts)")
+MAX_COUNT = 1 << 16  # layers, experts, labels
+FEW = 256  # of any of them, whatever the checkpoint holds
+# Parts are made one by one for a number, in lists or as modules, and a number is free only where its name says that it
+# is a width, an identity or the like, which makes a shape no more than another shape.
+_PARTS = re.compile(r"(^|_)(layers?|blocks?|depths?|stages|repeats?)$|^(num|n)_.*(layers?|blocks?)")
+_EXPERTS = re.compile(r"(^|_)experts$|^(num|n)_.*experts?")  # often one parameter for all of them
+_LABELS = re.compile(r"^_?num_(labels|classes)$")
+_FREE = re.compile(
+    r"""(^|[_.])(
+    d|dff|\w*dims?|\w*dimensions?|\w*sizes?|width|height|n_inner|units|proj|rank|lowrank|channels?|inplanes|filters
+    |features?|embds?|embeds?|emb|embeddings|latents|vocab|vocabulary|codes|codevectors|centroids|clusters|bins
+    |positions?|pos|ids?|index|tokens?|length|len|seq|ctx|context|window|extent|chunk|chunksize|distance|radius|offset
+    |theta|base|temperature|scale|scaling|factor|period|frequency|freqs?|rate|timescale|alpha|limits?|floor|clipping
+    |logit_softcapping|value|val|image|vision|resolutions?|patch|patches|pinpoints|points|keypoints|pixels|hop|strides?
+    |kernel|shape|frames|rows|columns|queries|query|proposals|objects|prompts|speakers|spkrs|langs|languages|registers
+    |negatives|samples?|labels|buckets?|hash|hashes|groups|ngram|topk|top_k|nms_topk_test|nms_topk_train|local_attention
+    |start|end|seed|steps?|epochs?|batch|expand|landmarks|compressed_attention|block_configs|stage_configs|context|budget
+    |label2id|language|max_depth|capacity|multiple_of|divisor|softcap|dilations?
+    )(_|$)""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _CODE = ("attn_implementation", "_attn_implementation", "experts_implementation")
 
 
@@ -45,31 +62,39 @@ def check_config_file(path: Path, num_tensors: int = MAX_COUNT) -> None:
     has some of its own.
 
     Raises:
-        CheckpointError: it is too long, no JSON object, asks for code that is not there, or for a model of more parts
-            than any has.
+        CheckpointError: it is too long, no JSON object, asks for code that is not there, or for more of something that
+            is not known to be a width than any model of so many tensors has.
     """
     config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    most = min(MAX_COUNT, max(FEW, num_tensors))
     for key, value in _members(config):
         if key in _CODE and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{path}: {key} names code from elsewhere, {value[:80]!r}, which is not run")
-        if isinstance(value, int) and value > most and _COUNTS.search(key):
-            raise CheckpointError(f"{path}: {key} is {brief(value)}, at most {most} were expected")
+        most = most_of(key, num_tensors)
+        if isinstance(value, int) and most is not None and value > most:
+            raise CheckpointError(f"{path}: {key[:80]} is {brief(value)}, at most {most} were expected")
+
+
+def most_of(key: str, num_tensors: int = MAX_COUNT) -> int | None:
+    """How large a whole number may be that a configuration has under this name; None for any."""
+    if _LABELS.search(key) or _EXPERTS.search(key):
+        return MAX_COUNT
+    if _PARTS.search(key) or not _FREE.search(key):
+        return min(MAX_COUNT, max(FEW, num_tensors))
+    return None
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    todo = [value]
+    """All values that hold no others, each with the name that it or the list around it has."""
+    todo = [("", value)]
     while todo:
-        value = todo.pop()
+        key, value = todo.pop()
         if isinstance(value, dict):
-            for key, child in value.items():
-                if isinstance(child, (dict, list)):
-                    todo.append(child)
-                if isinstance(child, list):
-                    yield from ((key, item) for item in child if not isinstance(item, (dict, list)))
-                else:
-                    yield key, child
+            # A number as a name says nothing, and labels are anyone's words.
+            is_free = key == "label2id"
+            todo += [(key if is_free or name.isdigit() else name, child) for name, child in value.items()]
         elif isinstance(value, list):
-            todo += [child for child in value if isinstance(child, (dict, list))]
+            todo += [(key, child) for child in value]
+        else:
+            yield key, value

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distzo2.allocation_bound import AllocationBound
+from distzo2.allocation_bound import AllocationBound, module_bound
 from distzo2.checkpoint_layout import Layout, LayoutError
 from distzo2.safetensors_io import CheckpointError
 
@@ -285,9 +285,11 @@ def trace_from_pretrained(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`model_class.from_pretrained` over symbols: the model, whose loaded tensors are symbols, and the loading report.
 
-    Raises CheckpointError naming `where` if transformers cannot load it, or makes more than `max_bytes` of buffers.
+    Raises CheckpointError naming `where` if transformers cannot load it, or makes more than `max_bytes` of buffers, or
+    more modules than so many symbols can need.
     """
-    with quiet_transformers(), torch.device("cpu"), AllocationBound(max_bytes), _MissingStaysMissing(trace):
+    bounds = AllocationBound(max_bytes), module_bound(len(symbols))
+    with quiet_transformers(), torch.device("cpu"), bounds[0], bounds[1], _MissingStaysMissing(trace):
         try:
             return model_class.from_pretrained(
                 None,

@@ -1,18 +1,18 @@
 """Writes a checkpoint through a `CheckpointMap`, parameter by parameter, in the layout that its files had.
 
-Everything is written under a temporary name inside the output directory, made durable, and renamed at the end: until
-`close` returns, what the directory held before is untouched or can be put back, and a failure leaves no partial
-checkpoint.
+Everything is written into a hidden directory, made durable, and renamed at the end. Where the output directory is not
+there, or is empty, that is one rename of the hidden directory beside it: whenever the process is killed, the checkpoint
+is whole or not there. Where it holds other files, the hidden directory is inside it and the files are renamed one by
+one: until `close` returns, what was there before is untouched or can be put back, but a kill between two renames leaves
+some of both.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint_companions import copy_companions, copy_file, is_own_file
 from distzo2.checkpoint_config import read_json
+from distzo2.checkpoint_hidden import (
+    can_take_name_of,
+    make_hidden,
+    make_place_for_replaced,
+    remove_leftovers,
+    sync_tree,
+)
 from distzo2.checkpoint_layout import Layout, Piece
 from distzo2.checkpoint_map import (
     INDEX_FILE,
@@ -35,23 +43,7 @@ from distzo2.safetensors_io import CheckpointError, SafetensorsWriter, TensorEnt
 DEFAULT_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-_TMP_PREFIX, _REPLACED_PREFIX = ".checkpoint-", ".replaced-"
 _DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
-
-# What goes with a model's weights and is copied as it is: tokenizers, processors, chat templates, licences.
-COMPANION_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "*chat_template*",
-    "*processor_config.json",
-    "LICENSE*",
-)
 
 
 def holds_checkpoint(directory: str | os.PathLike) -> list[str]:
@@ -84,6 +76,7 @@ class CheckpointWriter:
         self.out_dir = Path(out_dir)
         self._shards: list[SafetensorsWriter] = []
         self._tmp: Path | None = None
+        self._made: list[Path] = []
         self._lock: int | None = None  # a descriptor that tells others that `_tmp` is in use
         held = holds_checkpoint(self.out_dir)
         if held and not overwrite:
@@ -97,14 +90,20 @@ class CheckpointWriter:
         self._num_bytes = sum(entry.num_bytes for entry in planned)
         self._missing = {name: tensor.numel for name, tensor in checkpoint_map.mapped.items() if tensor.pieces}
 
-        existed = self.out_dir.exists()
         self._check_room()
+        self._made = [path for path in (self.out_dir, *self.out_dir.parents) if not path.exists()]  # innermost first
         try:
-            self._made_dir = not existed
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.out_dir)
-            self._tmp = Path(tempfile.mkdtemp(prefix=_TMP_PREFIX, dir=self.out_dir))
-            self._lock = _lock_directory(self._tmp)
+            if self.out_dir.is_dir():
+                remove_leftovers(self.out_dir)
+            self._is_alone = can_take_name_of(self.out_dir)
+            home = self._target.parent if self._is_alone else self.out_dir
+            home.mkdir(parents=True, exist_ok=True)
+            for path in self._made:
+                if path.exists():
+                    sync_directory(path.parent)
+            if self._is_alone:
+                remove_leftovers(home)
+            self._tmp, self._lock = make_hidden(home)
             self._write_companions(self._tmp, len(plan))
             self._place: dict[str, tuple[SafetensorsWriter, TensorEntry]] = {}
             for file, tensors in plan.items():
@@ -214,9 +213,11 @@ class CheckpointWriter:
                 )
             for shard in self._shards:
                 shard.close()
-            for path in _files_below(self._tmp):
-                _sync_file(path)
-            self._publish()
+            sync_tree(self._tmp)
+            if self._is_alone:
+                self._publish_alone()
+            else:
+                self._publish()
         except BaseException:
             self.abort()
             raise
@@ -225,14 +226,8 @@ class CheckpointWriter:
         if num_files > 1:
             index = {"metadata": {"total_size": self._num_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
             (tmp / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        source = self.map.directory
-        if source is not None:
-            for pattern in COMPANION_PATTERNS:
-                for path in source.glob(pattern):
-                    if path.is_file():
-                        shutil.copyfile(path, tmp / path.name)
-                    elif path.is_dir() and not path.is_symlink():
-                        shutil.copytree(path, tmp / path.name, dirs_exist_ok=True, ignore=_not_plain)
+        if self.map.directory is not None:
+            copy_companions(self.map.directory, tmp, self._num_bytes)
         self._write_configs(tmp)
 
     def _write_configs(self, tmp: Path) -> None:
@@ -253,14 +248,44 @@ class CheckpointWriter:
             fields["architectures"] = [self.map.model_class]
             (tmp / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if source is not None and (source / GENERATION_FILE).is_file():
-            shutil.copyfile(source / GENERATION_FILE, tmp / GENERATION_FILE)
+            fields = read_json(source / GENERATION_FILE)  # as long as it may be, and JSON
+            if is_own_file(source / GENERATION_FILE, source):
+                copy_file(source / GENERATION_FILE, tmp / GENERATION_FILE)
+            else:
+                (tmp / GENERATION_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         elif generation is not None:
             (tmp / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf-8")
+
+    @property
+    def _target(self) -> Path:
+        """The output directory itself, where `out_dir` may be a link to it."""
+        return Path(os.path.realpath(self.out_dir))
+
+    def _publish_alone(self) -> None:
+        """Gives the hidden directory the name of the output directory, which is not there or empty."""
+        target, existed = self._target, self.out_dir.is_dir()
+        if existed:
+            shutil.copymode(target, self._tmp)
+        try:
+            os.rename(self._tmp, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise CheckpointError(f"{self.out_dir}: it was empty, and something was put there meanwhile") from None
+            raise
+        try:
+            sync_directory(target.parent)
+        except BaseException:
+            os.rename(target, self._tmp)
+            if existed:
+                target.mkdir()
+            raise
+        self._tmp = None
+        self._unlock()
 
     def _publish(self) -> None:
         """Renames everything into place; the files of a checkpoint that is replaced stay until the new ones stand."""
         tmp = self._tmp
-        replaced = Path(tempfile.mkdtemp(prefix=_REPLACED_PREFIX, dir=self.out_dir))
+        replaced = make_place_for_replaced(self.out_dir)
         moved: list[tuple[Path, Path]] = []
         try:
             new = sorted(tmp.iterdir())
@@ -297,8 +322,9 @@ class CheckpointWriter:
             shutil.rmtree(self._tmp, ignore_errors=True)
             self._tmp = None
         self._unlock()
-        if getattr(self, "_made_dir", False) and self.out_dir.is_dir() and not any(self.out_dir.iterdir()):
-            self.out_dir.rmdir()
+        for path in self._made:
+            with suppress(OSError):  # it is not there, or someone else uses it by now
+                path.rmdir()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -323,45 +349,3 @@ def _shard(entries: list[TensorEntry], max_bytes: int) -> dict[str, dict[str, tu
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": tensors for i, tensors in enumerate(shards)}
-
-
-def _lock_directory(path: Path) -> int | None:
-    """A descriptor that holds the lock of a directory; None if another process holds it, or there are no locks here."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """What a killed writer left there: its unpublished files, and the place for replaced ones if it is empty."""
-    for path in directory.glob(f"{_TMP_PREFIX}*"):
-        with suppress(OSError):
-            lock = _lock_directory(path)
-            if lock is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
-    for path in directory.glob(f"{_REPLACED_PREFIX}*"):
-        with suppress(OSError):
-            path.rmdir()
-
-
-def _not_plain(directory: str, names: list[str]) -> list[str]:
-    """Of the entries of a directory, those that are no files or directories of its own: a link may lead anywhere."""
-    paths = [Path(directory) / name for name in names]
-    return [path.name for path in paths if path.is_symlink() or not (path.is_file() or path.is_dir())]
-
-
-def _files_below(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.rglob("*") if path.is_file())
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.journal_commands import add_journal, run_journal
+from distzo2.journal_commands import add_journal, journal_path, printable, run_journal
 from distzo2.options import (
     Formatter,
     Parser,
@@ -75,12 +75,17 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     sub = command("replay", "rebuild the checkpoint of any step from a run's journal, bit for bit", _replay)
     sub.add_argument(
-        "run_dir", nargs="?", metavar="RUN", help="directory of a run; its base checkpoint is the one it names"
+        "run_dir",
+        nargs="?",
+        metavar="RUN",
+        help="directory of a run; its base checkpoint is the one it names. Or BASE,"
+        " a base checkpoint, with JOURNAL after it",
     )
+    sub.add_argument("journal_file", nargs="?", metavar="JOURNAL", help="journal, or run, of a run on BASE")
     sub.add_argument("--base", metavar="DIR", help="base checkpoint (default: the one that RUN names)")
     sub.add_argument("--journal", metavar="FILE", help="journal (default: RUN/journal.jsonl)")
     sub.add_argument(
-        "--out", required=True, metavar="DIR", help="where the checkpoint is written; it must not hold one"
+        "-o", "--out", required=True, metavar="DIR", help="where the checkpoint is written; it must not hold one"
     )
     sub.add_argument("--to-step", type=whole_int, metavar="N", help="updates to apply (default: all)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -143,7 +148,7 @@ def _end_with(error: BaseException, terminated: bool) -> int:
     interrupted = isinstance(error, KeyboardInterrupt)
     if not interrupted and (os.environ.get("DISTZO2_TRACEBACK") or not _expected(error)):
         raise error
-    text = " ".join(_text_of(error).split()) or ("interrupted" if interrupted else type(error).__name__)
+    text = printable(" ".join(_text_of(error).split())) or ("interrupted" if interrupted else type(error).__name__)
 
     def show(text: str) -> None:
         print(f"distzo2: {'' if interrupted else 'error: '}{text}", file=sys.stderr, flush=True)
@@ -279,13 +284,17 @@ def _replay(options: argparse.Namespace) -> int:
     from distzo2.replay import replay
     from distzo2.run_directory import saved_options
 
+    if options.journal_file is not None:
+        if options.base is not None or options.journal is not None:
+            raise UsageError("replay BASE JOURNAL takes neither --base nor --journal")
+        options.base, options.journal = options.run_dir, os.fspath(journal_path(options.journal_file))
     if options.run_dir is None and (options.base is None or options.journal is None):
-        raise UsageError("replay needs RUN, or both --base and --journal")
+        raise UsageError("replay needs RUN, or BASE and JOURNAL, or both --base and --journal")
     base = options.base or saved_options(options.run_dir)["model"]
     journal = options.journal or os.path.join(options.run_dir, "journal.jsonl")
     report = replay(base, journal, options.out, to_step=options.to_step, progress=not options.quiet)
     if report.torn:
-        print(report.torn, file=sys.stderr)
+        print(printable(report.torn), file=sys.stderr)
     print(f"wrote {options.out}: {report.num_steps} of {report.num_journal_steps} steps")
     return 0
 

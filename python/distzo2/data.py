@@ -75,6 +75,10 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}, ...)")
     from transformers import AutoTokenizer
 
+    from distzo2.checkpoint_config import check_config_file
+
+    if (config := directory / "config.json").is_file():  # transformers looks there for the tokenizer's class
+        check_config_file(config)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the many tokenizer classes raise on damaged files

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distzo2.branch import digest_lines
+from distzo2.branch import digest_lines, parent_groups, with_groups
 from distzo2.errors import DistZO2Error
 from distzo2.journal import JournalError, StepEntry, read_journal, torn_line
+from distzo2.journal_diff import step_differences
 from distzo2.journal_header import parents_of, read_header
 from distzo2.journal_line import MAX_HEADER_BYTES, MAX_STEP_BYTES, crc_matches, stated_chain, unchained
 
@@ -167,16 +168,24 @@ def parent_findings(audit: Audit, path: str | os.PathLike[str]) -> Iterator[str]
         return
     num_steps = parents[-1]["steps"]
     try:
-        theirs = read_journal(path).entries
+        parent = read_journal(path)
     except DistZO2Error as error:
         yield str(error)
         return
+    theirs = parent.entries
     if len(theirs) < num_steps:
         yield f"{os.fspath(path)}: {len(theirs)} steps, and its branch took over {num_steps}"
         return
     if digest_lines(os.fspath(path), 1 + num_steps)[0] != parents[-1]["sha256"]:
         yield f"{os.fspath(path)}: another SHA-256 up to step {num_steps} than the journal that was branched from"
+    try:
+        source = parent_groups(os.fspath(path), parent.header, audit.header)
+    except (DistZO2Error, ValueError) as error:
+        yield f"{os.fspath(path)}: not of the branch's model: {error}"
+        return
     for mine, other in zip(audit.entries[:num_steps], theirs, strict=False):
-        if mine.update.terms != other.update.terms:
-            yield f"{audit.path}: line {mine.step + 2}: step {mine.step} has other terms than the parent's"
+        parts = step_differences(mine, with_groups(other, source))
+        if parts:
+            line = f"{audit.path}: line {mine.step + 2}: step {mine.step} is not the parent's"
+            yield f"{line}: its own and the parent's {'; '.join(parts)}"
             return

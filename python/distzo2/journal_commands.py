@@ -39,6 +39,11 @@ def sha256_text(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """Text of a file from anyone, for a terminal: what is no printable character is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def add_journal(parser: Parser) -> None:
     """The commands and options of `journal`."""
     commands = parser.add_subparsers(
@@ -63,7 +68,8 @@ def add_journal(parser: Parser) -> None:
     sub.add_argument("--base", metavar="DIR", help="also compare the base checkpoint in DIR with its SHA-256s")
     sub.add_argument(
         "--run", dest="with_run", action="store_true",
-        help="also check the run's directory, which FILE is in: base checkpoint, training file, metrics",
+        help="also check base checkpoint, training file, run.json and metrics.jsonl of the run whose directory FILE is "
+        "in; its snapshots and checkpoint are not looked at",
     )  # fmt: skip
     sub.add_argument("--parent", metavar="FILE", help="also compare the journal, or run, that it was branched from")
     sub.add_argument(
@@ -102,13 +108,13 @@ def _show(options: argparse.Namespace) -> int:
         print(json.dumps({"header": contents.header, "steps": steps, "torn": contents.torn, "chain": contents.chain}))
         return 0
     for name, text in _summary(path, contents):
-        print(f"{name:<9} {text}")
+        print(printable(f"{name:<9} {text}"))
     if entries:
         print(_TITLE)
     for entry in entries:
-        print(_row(entry))
+        print(printable(_row(entry)))
     if contents.torn:
-        print(contents.torn, file=sys.stderr)
+        print(printable(contents.torn), file=sys.stderr)
     return 0
 
 
@@ -205,7 +211,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.parent:
         findings += parent_findings(audit, journal_path(options.parent))
     for finding in findings:
-        print(" ".join(finding.split()))
+        print(printable(" ".join(finding.split())))
     if findings:
         kinds = Counter("torn last line" if " was torn and left out" in text else "finding" for text in findings)
         counts = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
@@ -213,7 +219,7 @@ def _verify(options: argparse.Namespace) -> int:
         return 1
     checked = ["every line"]
     checked += ["the base checkpoint"] if options.base or options.with_run else []
-    checked += ["the run's directory"] if options.with_run else []
+    checked += ["the training file", "run.json", "metrics.jsonl"] if options.with_run else []
     checked += ["its parent's journal"] if options.parent else []
     chain = f", chained hash {audit.chain}" if audit.chain is not None else ""
     print(f"{path}: in order: {len(audit.entries)} steps{chain}; checked {_enumerate(checked)}")
@@ -243,8 +249,8 @@ def _diff(options: argparse.Namespace) -> int:
         return 0
     print(f"{paths[0]}: {len(first.entries)} steps; {paths[1]}: {len(second.entries)} steps")
     if difference.header is not None:
-        print(f"header: {difference.header}")
+        print(printable(f"header: {difference.header}"))
     if difference.step is not None:
-        print(difference.step)
+        print(printable(difference.step))
     print(f"the first {difference.same_updates} steps make the same updates")
     return 1
