@@ -123,14 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     terminated = _Terminated()
-    parser, commands = build_parser()
     try:
-        options = parser.parse_args(arguments)
-        if options.command == "finetune":
-            from distzo2 import launch
-
-            options = launch.parse(commands["finetune"], arguments[arguments.index("finetune") + 1 :], options)
         with terminated:
+            parser, commands = build_parser()
+            options = parser.parse_args(arguments)
+            if options.command == "finetune":
+                from distzo2 import launch
+
+                options = launch.parse(commands["finetune"], arguments[arguments.index("finetune") + 1 :], options)
             _quiet_libraries()
             return options.run(options)
     except BrokenPipeError:

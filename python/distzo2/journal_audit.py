@@ -153,7 +153,10 @@ def run_findings(audit: Audit, base: str | os.PathLike[str] | None = None) -> It
         elif hashlib.sha256(Path(train).read_bytes()).hexdigest() != record.get("train_sha256"):
             yield f"{train}: not the training file that the run began with"
     coefs = {entry.step: [term.c for term in entry.update.terms] for entry in audit.entries}
-    for line in read_metrics(run.metrics) if run.metrics.is_file() else ():
+    left_out: list[str] = []
+    metrics = read_metrics(run.metrics, left_out.append) if run.metrics.is_file() else []
+    yield from left_out
+    for line in metrics:
         if line["kind"] == "step" and line["step"] in coefs and line.get("coefs") != coefs[line["step"]]:
             yield f"{run.metrics}: step {line['step']}: other coefficients than the journal has"
 

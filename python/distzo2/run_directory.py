@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distzo2 import checkpoint_hidden
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.metrics import finite
 from distzo2.options import FIXED
@@ -167,6 +168,7 @@ class RunDirectory:
         for pattern in ("weights-*.dzo2", f".{self.journal.name}.*.tmp", "run.json.tmp", "metrics.tmp"):
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
+        checkpoint_hidden.remove_leftovers(self.path)
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""
