@@ -124,7 +124,8 @@ def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, kind
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 def test_each_call_of_a_replay_that_fails_ends_well(runs, undisturbed, tmp_path, error):
-    """In one line; made again, it writes the same bits, or says which files were left there under their names."""
+    """In one line; made again, it writes the same bits, or says that they are there already. Or it goes on: a copy that
+    the kernel cannot make is made by hand."""
     command = ["replay", str(undisturbed.path), "--out=out/new", "--to-step=9", "--quiet"]
     clean = runs.run(tmp_path, command)
     assert clean.status == 0, clean.text
@@ -136,22 +137,25 @@ def test_each_call_of_a_replay_that_fails_ends_well(runs, undisturbed, tmp_path,
             directory.mkdir()
             answer = runs.run(directory, command, fail_at=fail_at, error=error, and_all_after=all_after)
             where = (fail_at, all_after, answer.text)
-            assert answer.status == 1 and answer.text.count("\n") == 1, where
-            assert os.strerror(error) in answer.text or "room" in answer.text, where
-            again = runs.run(directory, command)
-            if again.status != 0:  # not even what had its name could be removed
-                assert all_after and again.text.count("\n") == 1 and "already holds" in again.text, (where, again.text)
-                outcomes["refused"] += 1
+            assert answer.text.count("\n") == 1, where
+            if answer.status == 0:
+                outcomes["went on"] += 1
             else:
-                assert {p.name for p in (directory / "out/new").iterdir()} == {p.name for p in expected.iterdir()}, (
-                    where
+                assert answer.status == 1, where
+                assert os.strerror(error) in answer.text or "room" in answer.text, where
+                again = runs.run(directory, command)
+                assert again.text.count("\n") == 1 and (again.status == 0 or "already holds" in again.text), (
+                    where,
+                    again,
                 )
-                for path in expected.iterdir():
-                    assert (directory / "out/new" / path.name).read_bytes() == path.read_bytes(), (where, path)
-                outcomes["made again"] += 1
+                outcomes["made again" if again.status == 0 else "was there"] += 1
+            assert {p.name for p in (directory / "out/new").iterdir()} == {p.name for p in expected.iterdir()}, where
+            assert {p.name for p in (directory / "out").iterdir()} == {"new"}, where
+            for path in expected.iterdir():
+                assert (directory / "out/new" / path.name).read_bytes() == path.read_bytes(), (where, path)
             shutil.rmtree(directory)
     print(f"replay, {os.strerror(error)}: {clean.num_calls} calls, {dict(outcomes)}")
-    assert outcomes["made again"]
+    assert outcomes["made again"] > outcomes["was there"]
 
 
 def test_the_shim_fails_the_call_that_it_is_told_to(files, runs, tmp_path):
