@@ -6,6 +6,7 @@ configuration is handed over, it is looked at as data.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -71,9 +72,28 @@ def check_config_file(path: Path, num_tensors: int = MAX_COUNT) -> None:
     for key, value in _members(config):
         if key in _CODE and isinstance(value, str) and "/" in value:
             raise CheckpointError(f"{path}: {key} names code from elsewhere, {value[:80]!r}, which is not run")
+    for key, value in _members(config, _names_read(config)):
         most = most_of(key, num_tensors)
         if isinstance(value, int) and most is not None and value > most:
             raise CheckpointError(f"{path}: {key[:80]} is {brief(value)}, at most {most} were expected")
+
+
+def _names_read(config: dict[str, Any]) -> set[str] | None:
+    """The names that transformers' own configurations of these types have; None if one of them is not known. Any other
+    is a note of the checkpoint's author, which no model reads."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    names = set(inspect.signature(PreTrainedConfig.__init__).parameters)
+    types = {value for key, value in _members(config) if key == "model_type" and isinstance(value, str)}
+    for model_type in types:
+        try:
+            kind = CONFIG_MAPPING[model_type]
+            default = kind().to_dict()
+        except Exception:  # no type of this transformers', or one that needs arguments
+            return None
+        names |= {key for key, _ in _members(default)} | set(default) | set(kind.attribute_map)
+        names |= set(inspect.signature(kind.__init__).parameters)
+    return names if types else None
 
 
 def most_of(key: str, num_tensors: int = MAX_COUNT) -> int | None:
@@ -85,16 +105,19 @@ def most_of(key: str, num_tensors: int = MAX_COUNT) -> int | None:
     return None
 
 
-def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """All values that hold no others, each with the name that it or the list around it has."""
-    todo = [("", value)]
+def _members(value: Any, known: set[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """All values that hold no others, each with the name that it or the list around it has. With `known`, of what a
+    configuration has under other names only those that sound like a number of parts."""
+    todo = [("", value, known is not None, False)]
     while todo:
-        key, value = todo.pop()
+        key, value, is_config, is_note = todo.pop()
         if isinstance(value, dict):
-            # A number as a name says nothing, and labels are anyone's words.
-            is_free = key == "label2id"
-            todo += [(key if is_free or name.isdigit() else name, child) for name, child in value.items()]
+            is_config |= known is not None and "model_type" in value
+            for name, child in value.items():
+                # A number as a name says nothing, and labels are anyone's words.
+                inner = key if key == "label2id" or str(name).isdigit() else str(name)
+                todo.append((inner, child, False, is_note or (is_config and name not in known)))
         elif isinstance(value, list):
-            todo += [(key, child) for child in value]
-        else:
+            todo += [(key, child, False, is_note) for child in value]
+        elif not is_note or any(pattern.search(key) for pattern in (_PARTS, _EXPERTS, _LABELS)):
             yield key, value

@@ -39,7 +39,7 @@ from distzo2.journal_line import (
     seal_line,
     stated_chain,
 )
-from distzo2.journal_tail import torn_line, torn_tail
+from distzo2.journal_tail import MAX_TAIL_BYTES, torn_line, torn_tail
 from distzo2.journal_writer import JournalWriter, write_all
 
 __all__ = [
@@ -280,8 +280,8 @@ def _read(file: BinaryIO, path: str, max_header_bytes: int = MAX_HEADER_BYTES) -
         if not crc_matches(line):
             if not following:
                 torn = torn_line(line, len(entries), path)
-            elif b"\0" in line:
-                torn = torn_tail(line + following + file.read(), num_bytes, len(entries), path)
+            elif b"\0" in line and os.fstat(file.fileno()).st_size - num_bytes <= MAX_TAIL_BYTES:
+                torn = torn_tail(line + following + file.read(MAX_TAIL_BYTES), num_bytes, len(entries), path)
         if torn is not None:
             return JournalContents(header, entries, torn, num_bytes, chain)
         try:

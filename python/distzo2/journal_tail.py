@@ -13,6 +13,7 @@ import re
 from distzo2.journal_line import crc_matches
 
 SECTOR_BYTES = 512  # the least that a disk writes at once
+MAX_TAIL_BYTES = 16 << 20  # some 50,000 steps without a sync; of more the file is refused, and not read
 
 _BEGIN = b'{"step":'  # of each line but the header
 _STEP = re.compile(_BEGIN + rb"(\d{1,10}),")
