@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_common import write_results
 from torch import nn
 
 import distzo2
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=50.0)
     parser.add_argument("--pace", type=float, default=0.03)
     parser.add_argument("--directory", help="where the files are made (default: a temporary directory)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file of results that the row is added to")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
@@ -90,6 +92,9 @@ def main() -> None:
         "turns": [[n, round(a, 3), round(b, 3)] for n, a, b in turns],
     }
     print(json.dumps(row))
+    if options.json:
+        rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+        write_results(options.json, "snapshot", [*rows, row])
 
 
 if __name__ == "__main__":
