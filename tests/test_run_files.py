@@ -14,7 +14,7 @@ from cli_runs import finetune, make_files, one_line
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli import main
-from distzo2.journal import read_journal
+from distzo2.journal import JournalError, read_journal
 from distzo2.journal_line import encode_line
 from distzo2.journal_writer import JournalWriter
 from distzo2.metrics import MAX_LINE_BYTES, read_metrics
@@ -124,6 +124,20 @@ def test_a_run_has_not_finished_before_its_journal_is_durable(files, capsys, mon
     assert finetune(files, "--steps=3", "--save=none", "--fsync-every=100") == 1
     assert "journal.jsonl" in one_line(capsys)
     assert record()["status"] != "finished"
+
+
+def test_a_journal_that_fails_is_what_stopped_the_run(files, capsys, monkeypatch) -> None:
+    sync = JournalWriter._sync
+
+    def fails_in_between(self):
+        if self._written >= 2:
+            raise JournalError(f"{self.path}: {os.strerror(errno.EIO)}")
+        sync(self)
+
+    monkeypatch.setattr(JournalWriter, "_sync", fails_in_between)
+    assert finetune(files, "--steps=40", "--save=none") == 1
+    assert "journal.jsonl" in one_line(capsys)
+    assert record()["status"].startswith("stopped: ") and record()["steps_done"] < 40
 
 
 def test_a_branch_without_a_finite_score_ends_in_one_line_or_well(files, capsys) -> None:

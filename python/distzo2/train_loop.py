@@ -159,6 +159,7 @@ class TrainLoop:
         with together(self.mesh, "saving"):
             if self.leads:
                 self._save(best)
+                optimizer.journal.sync()  # nothing is said of steps that a power cut could take back
                 self._ended("finished")  # a run of which that cannot be written has not ended: it is to be resumed
         evals = self.metrics.evals
         return Result(
@@ -336,15 +337,17 @@ class TrainLoop:
 
     def _stopped(self, status: str) -> None:
         """Of a run that ends with an error: what cannot be written now is not told in its place."""
-        if self.leads:
-            with suppress(OSError, DistZO2Error):
-                self._ended(status)
+        if not self.leads:
+            return
+        with suppress(OSError, DistZO2Error):
+            self.optimizer.journal.sync()
+        with suppress(OSError, DistZO2Error):  # also where the journal is what failed
+            self._ended(status)
 
     def _ended(self, status: str) -> None:
         if self._traced > 0:
             self._end_trace()
         stats, journal = self.runtime.stats(), self.optimizer.journal
-        journal.sync()  # nothing is said of steps that a power cut could take back
         chain = {}
         if journal.chain is not None:
             chain = {"journal_chain": journal.chain}
