@@ -258,7 +258,7 @@ def test_a_killed_run_resumes_to_the_same_bits(ranks: Ranks, alone: Any, case: i
 def kill_and_resume(ranks: Ranks, alone: Any, case: int, tmp_path: Path) -> None:
     random = np.random.default_rng(case)
     victim = (2, 0, 3, 1)[case % 4]
-    run = functools.partial(cases.train, steps=40, journal="journal.jsonl", pace=0.005)
+    run = functools.partial(cases.train, steps=40, journal="journal.jsonl", pace=0.02)
     killed, resumed = (
         functools.partial(run, slices=slices) for slices in ((False, False), (True, False), (True, True))[case % 3]
     )

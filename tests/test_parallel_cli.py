@@ -227,10 +227,12 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + 200
+            victim = None
             while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
                 assert process.poll() is None
-                time.sleep(0.01)
-            os.kill(_child_with_rank(process.pid, 1), signal.SIGKILL)
+                victim = victim or _child_with_rank(process.pid, 1)
+                time.sleep(0.002)
+            os.kill(victim, signal.SIGKILL)
             assert process.wait(timeout=250) == 0
         finally:
             if process.poll() is None:
@@ -244,10 +246,10 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
     assert_same_run(tmp_path / "out", alone)
 
 
-def _child_with_rank(pid: int, rank: int) -> int:
+def _child_with_rank(pid: int, rank: int) -> int | None:
     for process in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == pid and f"\0RANK={rank}\0" in "\0" + (process / "environ").read_text():
                 return int(process.name)
-    raise AssertionError(f"process {pid} has no child of rank {rank}")
+    return None

@@ -313,7 +313,7 @@ def test_gate_opens_from_another_thread(tmp_path: Path) -> None:
 
     def journal() -> None:
         for version in (1, 2):
-            time.sleep(0.05)
+            time.sleep(0.2)
             engine.set_durable(version)
 
     thread = threading.Thread(target=journal)

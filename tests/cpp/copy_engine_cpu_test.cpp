@@ -175,7 +175,9 @@ void stress(bool from_file, int num_slots, int max_delay_us, unsigned seed, Read
         CHECK(subject.stored(static_cast<int>(block), versions[block]), "block ", block);
     CHECK_EQ(num_early.load(), 0);
     const EngineStats stats = engine.stats();
-    CHECK(stats.downloads > 50 && stats.uploads > 100 && stats.hits > 100, stats.downloads, " ", stats.uploads);
+    // That it was a stress; with 2 slots 113 to 138 hits were seen, by which prefetches were in time.
+    CHECK(stats.downloads > 50 && stats.uploads > 100 && stats.hits > 40, stats.downloads, " ", stats.uploads, " ",
+          stats.hits);
     if (from_file)
         CHECK(stats.reads_by ==
                   (reads_by == ReadsBy::kThreads || !stats.reads_fallback.empty() ? "threads" : "io_uring"),
@@ -510,8 +512,9 @@ TEST(acquire_goes_before_prefetches_that_have_not_begun) {
         if (!order.empty())
             break;
     }
-    std::thread opener([&] {
-        sleep_us(20000);
+    std::thread opener([&] { // once the acquire has its place in the queue
+        while (subject.engine->stats().recalled_uploads == 0)
+            sleep_us(100);
         hold.store(false);
     });
     subject.engine->acquire(4, nullptr); // takes block 5's place, the last in the queue
