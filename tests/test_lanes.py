@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import threading
 
 import numpy as np
@@ -483,3 +484,21 @@ def test_language_model_under_dropout_in_train_mode(tmp_path):
     opt.step(case.closure(model))
     plus, minus = opt.last.losses[0][0], opt.last.losses[1][0]
     assert abs(plus - minus) < 0.05
+
+
+def test_a_model_that_is_dropped_takes_its_threads_with_it(tmp_path):
+    def lanes() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("distzo2-lane")]
+
+    def use() -> list[threading.Thread]:
+        model = offloaded(Blocks(), tmp_path)
+        distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
+        return [thread for thread in lanes() if thread not in before]
+
+    before = lanes()
+    threads = use()
+    assert len(threads) == 2
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()

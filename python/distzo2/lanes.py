@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import weakref
 from _thread import allocate_lock
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,8 @@ class LaneGroup:
         self._back.acquire()
         self._threads: list[LaneThread] = []
         self.running: Lane | None = None
+        # A group that is dropped without close() takes its threads with it.
+        weakref.finalize(self, _end, self._threads).atexit = False
 
     def begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
         """Gives every lane a thread, with one of `callers` each; none runs yet."""
@@ -198,13 +201,18 @@ class LaneGroup:
         """A lane does not come back: its threads are daemons and get a group of their own."""
         self._back = allocate_lock()
         self._back.acquire()
-        self._threads = []
+        self._threads.clear()
         self.running = None
 
     def close(self) -> None:
         """Ends the threads; they hold no lane between passes."""
-        for thread in self._threads:
-            thread.resume()
-        for thread in self._threads:
+        threads = self._threads[:]
+        _end(self._threads)
+        for thread in threads:
             thread.join(timeout=1.0)
-        self._threads = []
+
+
+def _end(threads: list[LaneThread]) -> None:
+    """Lets idle threads run to their end."""
+    while threads:
+        threads.pop().resume()
