@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import shutil
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from distzo2.journal_line import decode_line, encode_line
 from distzo2.journal_writer import JournalWriter
 from distzo2.snapshot import HIDDEN, MANIFEST, MAX_MANIFEST_BYTES, Snapshots, snapshots_in
 from distzo2.snapshot_resume import find_snapshot
+from distzo2.snapshot_writer import Pace, SnapshotWriter
 
 IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(1))
 
@@ -208,16 +211,22 @@ def test_a_run_that_goes_on_removes_what_a_killed_one_had_no_time_to(tmp_path, d
 def test_no_snapshot_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
     """All units are written while the journal's lines are written and not synced; the name comes when they are."""
     go_on, sync = threading.Event(), JournalWriter._sync
+    publishing, publish = threading.Event(), SnapshotWriter._publish
 
     def waits(self):
         assert go_on.wait(60)
         sync(self)
 
+    def publishes(self, making):
+        publishing.set()
+        publish(self, making)
+
     monkeypatch.setattr(JournalWriter, "_sync", waits)
+    monkeypatch.setattr(SnapshotWriter, "_publish", publishes)
     model = place(tmp_path, "host")
     opt = optimizer(model, tmp_path, every=2, fsync_every=10**6)
     train(model, opt, 2)
-    while opt._snapshots._making.wanted or opt._snapshots._task[:1] != ("publish",):
+    while not publishing.is_set():
         train(model, opt, opt.step_count + 1)
         assert opt.step_count < 2000
     time.sleep(0.1)
@@ -244,6 +253,30 @@ def test_snapshots_of_another_run_are_left_alone(tmp_path):
     distzo2.ZOSGD(model, lr=1e-2, journal=journal, snapshots=Snapshots(tmp_path / "own", every=2)).close()
 
 
+def test_a_run_that_is_dropped_lets_go_of_everything(tmp_path):
+    """Without close(): model, files and threads, and no one's snapshot is harmed."""
+    before = threading.enumerate()
+
+    def use() -> weakref.ref:
+        model = place(tmp_path, "disk")
+        opt = optimizer(model, tmp_path, every=2)
+        while not opt._snapshots.figures.num_made:
+            train(model, opt, opt.step_count + 1)
+        return weakref.ref(distzo2.runtime_of(model))
+
+    runtime = use()
+    threads = [thread for thread in threading.enumerate() if thread not in before]
+    assert "distzo2-snapshot" in {thread.name for thread in threads}
+    deadline = time.monotonic() + 60  # it may be in the middle of the next snapshot
+    while runtime() is not None and time.monotonic() < deadline:
+        gc.collect()
+    assert runtime() is None
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), thread.name
+    optimizer(place(tmp_path, "host"), tmp_path, resume=True, every=2).close()
+
+
 def test_minutes_and_no_journal(tmp_path):
     model = place(tmp_path, "host")
     with pytest.raises(distzo2.DistZO2Error, match="need a journal"):
@@ -259,7 +292,7 @@ def test_minutes_and_no_journal(tmp_path):
 
 def test_a_pace_is_kept(tmp_path):
     """One unit at a time is taken, and none while what was taken is not earned."""
-    pace = snapshot_writer.Pace(0.1)
+    pace = Pace(0.1)
     assert not pace.allows()
     pace.earn(1.0)
     assert pace.allows()

@@ -50,6 +50,7 @@ class JournalWriter:
         self._error: BaseException | None = None
         self._closing = False
         self._closed = False
+        self._ends_alone = False  # nobody waits for the thread
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="distzo2-journal", daemon=True)
         self._thread.start()
@@ -103,6 +104,9 @@ class JournalWriter:
             self._raise_error()
 
     def close_quietly(self) -> None:
+        if threading.current_thread() is self._thread:  # where the garbage of a dropped journal may be collected
+            self._closing = self._ends_alone = True
+            return
         with contextlib.suppress(Exception):
             self.close()
 
@@ -134,10 +138,14 @@ class JournalWriter:
                     self._changed.notify_all()
                 for callback in self.failure_callbacks:
                     callback(error)
-                return
+                break
             with self._changed:
                 self._num_answered = asked
                 self._changed.notify_all()
+        if self._ends_alone:
+            with self._changed:
+                self._closed = True
+                os.close(self._descriptor)
 
     def _write(self, records: list[bytes]) -> None:
         if not records:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +57,26 @@ def open_own_journal(
         journal.close()
         raise
     runtime.set_durable(version + journal.durable)
-    journal.on_durable(lambda durable: runtime.set_durable(version + durable))
-    journal.on_failure(runtime.fail)
+    tell_durable, tell_failure = tellers(runtime, version)
+    journal.on_durable(tell_durable)
+    journal.on_failure(tell_failure)
     return journal, invalid
+
+
+def tellers(runtime: WeightAccess, first_version: int) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:
+    """What a journal's thread calls as its lines become durable, and when they cannot. It keeps neither weights nor
+    model: they are dropped together with a journal that nobody closed."""
+    held = weakref.ref(runtime)
+
+    def tell_durable(durable: int) -> None:
+        if (alive := held()) is not None:
+            alive.set_durable(first_version + durable)
+
+    def tell_failure(error: BaseException) -> None:
+        if (alive := held()) is not None:
+            alive.fail(error)
+
+    return tell_durable, tell_failure
 
 
 def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> None:

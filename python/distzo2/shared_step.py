@@ -105,7 +105,7 @@ class SharedStep:
         Returns:
             The journal on rank 0, None on the others; and the snapshots that were found to be damaged.
         """
-        from distzo2.run_journal import check_no_others, go_on_from
+        from distzo2.run_journal import check_no_others, go_on_from, tellers
 
         optimizer, runtime = self._optimizer, self._optimizer._runtime
         self._journal_from = runtime.version
@@ -140,17 +140,11 @@ class SharedStep:
             raise
         name = self.mesh.ranks.unique_name("durable")
         first = self._journal_from
+        tell_durable, tell_failure = tellers(runtime, first)
         if self._rank != 0:
             runtime.set_durable(first + len(entries))
             store = self.mesh.ranks.store
-            self._listener = DurabilityListener(
-                store,
-                store.clone(),
-                name,
-                self._rank,
-                len(entries),
-                lambda durable: runtime.set_durable(first + durable),
-            )
+            self._listener = DurabilityListener(store, store.clone(), name, self._rank, len(entries), tell_durable)
             self.mesh.ranks.closers.append(self.close)
             return None, []
         journal, teller = opened[0], DurabilityTeller(self.mesh.ranks.store.clone(), name, self.mesh.world_size)
@@ -158,11 +152,11 @@ class SharedStep:
         runtime.set_durable(first + journal.durable)
 
         def on_durable(durable: int) -> None:
-            runtime.set_durable(first + durable)
+            tell_durable(durable)
             teller.tell(durable)
 
         journal.on_durable(on_durable)
-        journal.on_failure(runtime.fail)
+        journal.on_failure(tell_failure)
         journal.on_failure(lambda error: heartbeat.post(f"rank 0: {error}"))
         return journal, found.invalid if found is not None else []
 

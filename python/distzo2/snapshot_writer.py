@@ -17,11 +17,14 @@ import secrets
 import shutil
 import threading
 import time
+import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,6 +105,36 @@ class SnapshotFigures:
     write_seconds: float = 0.0  # processor time of the writer's thread
 
 
+@dataclass
+class _Errand:
+    """What a writer and its thread share, under `changed`. An idle thread knows no more than this, and so a writer that
+    is dropped without close() is let go of, with the model that it writes, and its thread ends."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    task: Callable[[], None] | None = None  # to do, or being done; it sets this to None at its end
+    closing: bool = False
+
+    def hand_over(self, task: Callable[[], None]) -> None:
+        with self.changed:
+            self.task = task
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.task is not None or self.closing)
+                if self.closing:
+                    return
+                task = self.task
+            task()
+            del task
+
+
 class SnapshotWriter:
     """Makes the snapshots of one run. The public functions are for the thread that trains, and raise nothing that a
     disk may be to blame for."""
@@ -135,11 +168,10 @@ class SnapshotWriter:
         self._making: _Making | None = None
         self._last_begun = time.monotonic()
         self.figures = SnapshotFigures()
-        # Shared with the thread, under _changed:
-        self._changed = threading.Condition()
-        self._task: tuple[str, ...] | tuple = ()  # what the thread is to do, or is doing; empty: it is idle
-        self._closing = False
+        self._errand = _Errand()
+        weakref.finalize(self, self._errand.close).atexit = False
         self._thread: threading.Thread | None = None
+        # What the thread leaves, under the errand's lock:
         self._failure: str | None = None
         self._published = False
         self._corrections: list[tuple[float, float, int]] = []
@@ -152,7 +184,7 @@ class SnapshotWriter:
         if making is None or unit.index not in making.wanted:
             return
         making.seen.add(unit.index)
-        if self._task or self._failure is not None or not self._pace.allows():
+        if self._errand.task or self._failure is not None or not self._pace.allows():
             return
         self._take(making, unit, buffer)
 
@@ -172,12 +204,13 @@ class SnapshotWriter:
         seconds = time.perf_counter() - start
         making.seconds += seconds
         guess = self._pace.spend(seconds, image.num_bytes if self._charges_writing else 0)
-        self._hand_over(("write", making, unit, unit.version - self._first_version, event, guess))
+        version = unit.version - self._first_version
+        self._errand.hand_over(partial(self._attempt, self._write_unit, making, unit, version, event, guess))
 
     def step_done(self, runtime: WeightAccess, step: int, seconds: float) -> None:
         """`step` steps are made, the last one in `seconds`."""
-        with self._changed:
-            is_idle = not self._task  # looked at together with what it ended with
+        with self._errand.changed:
+            is_idle = not self._errand.task  # looked at together with what it ended with
             failure, published, corrections = self._failure, self._published, self._corrections
             self._failure, self._published, self._corrections = None, False, []
         making = self._making
@@ -194,7 +227,7 @@ class SnapshotWriter:
         if making is not None:
             making.num_steps += 1
             if not making.wanted and is_idle:
-                self._hand_over(("publish", making))
+                self._errand.hand_over(partial(self._attempt, self._publish, making))
         self._pace.earn(seconds)
         options = self._options
         is_due = bool(options.every) and step % options.every == 0
@@ -206,7 +239,7 @@ class SnapshotWriter:
             self._begin(step)
 
     def _fetch_unseen(self, runtime: WeightAccess, making: _Making) -> None:
-        if making.num_steps < _STEPS_UNSEEN or self._task or not self._pace.allows():
+        if making.num_steps < _STEPS_UNSEEN or self._errand.task or not self._pace.allows():
             return
         unseen = next((u for u in making.wanted.values() if u.index not in making.seen), None)
         if unseen is not None:
@@ -231,7 +264,7 @@ class SnapshotWriter:
             self._options.log(f"no snapshot of step {step}: {error}")
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="distzo2-snapshot", daemon=True)
+            self._thread = threading.Thread(target=self._errand.run, name="distzo2-snapshot", daemon=True)
             self._thread.start()
         self._making = _Making(step, path, {u.index: u for u in self._units})
 
@@ -248,16 +281,9 @@ class SnapshotWriter:
         figures.num_steps += making.num_steps
         figures.copy_seconds += making.seconds
 
-    def _hand_over(self, task: tuple) -> None:
-        with self._changed:
-            self._task = task
-            self._changed.notify_all()
-
     def close(self) -> None:
         """Gives up a snapshot that is not whole, and ends the thread. Safe to call twice."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._errand.close()
         if self._thread is not None:
             self._thread.join()
         making, self._making, self._staging, self._pool = self._making, None, None, None
@@ -268,27 +294,17 @@ class SnapshotWriter:
 
     # ---- the writer's thread ----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._task or self._closing)
-                if self._closing:
-                    return
-                task = self._task
-            making = task[1]
-            failure = None
-            try:
-                if task[0] == "write":
-                    self._write_unit(*task[1:])
-                else:
-                    self._publish(making)
-            except Exception as error:  # whatever it is, the run does not depend on it
-                failure = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-                shutil.rmtree(making.directory, ignore_errors=True)
-            with self._changed:
-                self._task = ()
-                self._failure = failure
-                self._published = failure is None and task[0] == "publish"
+    def _attempt(self, task: Callable[..., None], making: _Making, *arguments: Any) -> None:
+        failure = None
+        try:
+            task(making, *arguments)
+        except Exception as error:  # whatever it is, the run does not depend on it
+            failure = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            shutil.rmtree(making.directory, ignore_errors=True)
+        with self._errand.changed:
+            self._errand.task = None
+            self._failure = failure
+            self._published = failure is None and task == self._publish
 
     def _write_unit(
         self, making: _Making, unit: Unit, version: int, event: torch.cuda.Event | None, guess: float
@@ -304,7 +320,7 @@ class SnapshotWriter:
         crc = 0
         try:
             for begin in range(0, len(data), CHUNK_BYTES):
-                if self._closing:
+                if self._errand.closing:
                     return
                 chunk = data[begin : begin + CHUNK_BYTES]
                 crc = zlib.crc32(chunk, crc)
@@ -316,7 +332,7 @@ class SnapshotWriter:
         finally:
             os.close(descriptor)
         making.records[unit.index] = UnitRecord(unit.name, path.name, version, len(data), crc)
-        with self._changed:
+        with self._errand.changed:
             self._corrections.append((guess, time.thread_time() - start, len(data)))
 
     def _publish(self, making: _Making) -> None:
