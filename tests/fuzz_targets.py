@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_journal import bits, json_values, make_entry, make_test_header, step_entries
 from test_untrusted import STREAMS, TENSOR, archive_of
 
-from distzo2.checkpoint_map import CheckpointFiles
+from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.journal import Journal, JournalError, StepEntry, read_journal
 from distzo2.journal_audit import audit_journal
 from distzo2.journal_line import encode_record, seal_line

@@ -25,7 +25,7 @@ from test_replay import make_llama, make_table, make_updates, named_weights, wri
 
 import distzo2
 from distzo2.checkpoint_config import check_config_file
-from distzo2.checkpoint_map import CheckpointFiles
+from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.data import load_tokenizer
 from distzo2.journal import Journal, JournalError, StepEntry, make_header, read_journal
 from distzo2.journal_audit import audit_journal
