@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from test_journal import bits, json_values, make_entry, make_test_header, step_entries
+from journal_cases import bits, json_values, make_entry, make_test_header, step_entries
 from test_untrusted import STREAMS, TENSOR, archive_of
 
 from distzo2.checkpoint_files import CheckpointFiles

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from journal_cases import make_entry, make_test_header
 from safetensors.torch import load_file, save_file
-from test_journal import make_entry, make_test_header
 from test_replay import make_llama, make_table, make_updates, named_weights, write_run
 
 import distzo2
