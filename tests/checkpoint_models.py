@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distzo2.checkpoint_map import SINGLE_FILE, CheckpointMap, persistent_buffers
+from distzo2.checkpoint_files import SINGLE_FILE
+from distzo2.checkpoint_map import CheckpointMap, persistent_buffers
 from distzo2.checkpoint_writer import CheckpointWriter
 
 T = transformers

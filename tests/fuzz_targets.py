@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hostile_files import STREAMS, TENSOR, archive_of
 from hypothesis import strategies as st
-from test_journal import bits, json_values, make_entry, make_test_header, step_entries
-from test_untrusted import STREAMS, TENSOR, archive_of
+from journal_cases import bits, json_values, make_entry, make_test_header, step_entries
 
-from distzo2.checkpoint_map import CheckpointFiles
+from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.journal import Journal, JournalError, StepEntry, read_journal
 from distzo2.journal_audit import audit_journal
 from distzo2.journal_line import encode_record, seal_line

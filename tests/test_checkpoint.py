@@ -30,10 +30,11 @@ from checkpoint_models import (
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 
-from distzo2 import checkpoint_map
+from distzo2 import checkpoint_files
 from distzo2.checkpoint import open_checkpoint
+from distzo2.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from distzo2.checkpoint_layout import Layout
-from distzo2.checkpoint_map import INDEX_FILE, SINGLE_FILE, CheckpointMap, persistent_buffers
+from distzo2.checkpoint_map import CheckpointMap, persistent_buffers
 from distzo2.checkpoint_trace import LayoutTensor, Trace
 from distzo2.checkpoint_writer import CheckpointWriter
 from distzo2.safetensors_io import CheckpointError
@@ -236,7 +237,7 @@ def test_transformers_conversions(tmp_path: Path, number: int) -> None:
     name, convert = conversions()[number]
     tensors = [torch.randn(16, 24) for _ in range(4)]
     save_file({f"w{i}": t for i, t in enumerate(tensors)}, tmp_path / SINGLE_FILE)
-    files = checkpoint_map.CheckpointFiles(tmp_path)
+    files = checkpoint_files.CheckpointFiles(tmp_path)
     trace = Trace([e.name for e in files.entries])
     where = {e.name: (i, e) for i, e in enumerate(files.entries)}
     symbols = [LayoutTensor(Layout.leaf(where[f"w{i}"][0], (16, 24)), torch.float32, trace) for i in range(4)]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distzo2 import checkpoint_map
+from distzo2 import checkpoint_files
+from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.checkpoint_layout import Layout, LayoutError
-from distzo2.checkpoint_map import CheckpointFiles, CheckpointMap, MappedTensor
+from distzo2.checkpoint_map import CheckpointMap, MappedTensor
 from distzo2.checkpoint_trace import LayoutTensor, Trace
 from distzo2.checkpoint_writer import CheckpointWriter
 from distzo2.safetensors_io import DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter, bytes_of, sha256_file
@@ -270,7 +271,7 @@ def test_symbols_follow_tensors_and_files_follow_symbols(
 ) -> None:
     rng = random.Random(seed)
     # A small scratch block, so that pieces are cut into many.
-    monkeypatch.setattr(checkpoint_map, "SCRATCH_BYTES", rng.choice([8, 64, 500]))
+    monkeypatch.setattr(checkpoint_files, "SCRATCH_BYTES", rng.choice([8, 64, 500]))
     shapes = [(4, 6), *(tuple(rng.choice([1, 2, 3, 4, 6]) for _ in range(rng.randrange(4))) for _ in range(2))]
     names = ["a", "b", "c"]
     generator = torch.Generator().manual_seed(seed)
@@ -296,7 +297,7 @@ def test_symbols_follow_tensors_and_files_follow_symbols(
 @pytest.mark.parametrize("seed", range(10))
 def test_writing_runs_the_pieces_backwards(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(checkpoint_map, "SCRATCH_BYTES", 64)
+    monkeypatch.setattr(checkpoint_files, "SCRATCH_BYTES", 64)
     monkeypatch.setattr("distzo2.checkpoint_writer.SCRATCH_BYTES", 64)
     (tmp_path / "in").mkdir()
     stored = {"x": torch.randn(8, 6), "y": torch.randn(4, 6, 2), "z": torch.randn(8, 6)}
@@ -335,14 +336,14 @@ def test_writing_runs_the_pieces_backwards(tmp_path: Path, seed: int, monkeypatc
 
 def test_reading_needs_one_scratch_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    real = checkpoint_map.scratch
+    real = checkpoint_files.scratch
 
     def watched(dtype: torch.dtype, numel: int) -> torch.Tensor:
         asked.append(numel * dtype.itemsize)
         return real(dtype, numel)
 
-    monkeypatch.setattr(checkpoint_map, "scratch", watched)
-    monkeypatch.setattr(checkpoint_map, "SCRATCH_BYTES", 1 << 16)
+    monkeypatch.setattr(checkpoint_files, "scratch", watched)
+    monkeypatch.setattr(checkpoint_files, "SCRATCH_BYTES", 1 << 16)
     weight = torch.randn(300, 500)
     save_file({"w": weight}, tmp_path / "model.safetensors")
     files = CheckpointFiles(tmp_path)

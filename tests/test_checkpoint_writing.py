@@ -17,7 +17,8 @@ from torch import nn
 import distzo2
 from distzo2 import checkpoint_companions, checkpoint_writer
 from distzo2.checkpoint import load_weights, open_checkpoint
-from distzo2.checkpoint_map import SINGLE_FILE, CheckpointMap
+from distzo2.checkpoint_files import SINGLE_FILE
+from distzo2.checkpoint_map import CheckpointMap
 from distzo2.checkpoint_writer import CheckpointWriter
 from distzo2.safetensors_io import CheckpointError
 

@@ -12,7 +12,7 @@ from cli_runs import environment, one_line
 
 from distzo2.cli import build_parser, main
 from distzo2.errors import UsageError
-from distzo2.options import parse_finetune
+from distzo2.finetune_options import parse_finetune
 
 
 @pytest.fixture(autouse=True)

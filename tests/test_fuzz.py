@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from journal_cases import bits, json_values, make_entry, make_test_header
 from safetensors.torch import load_file, save_file
-from test_journal import bits, json_values, make_entry, make_test_header
 
 from distzo2.journal import Journal, JournalError, read_journal
 from distzo2.replay import digest_checkpoint, verify_checkpoint

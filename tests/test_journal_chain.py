@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_journal import ROOT, bits, make_entry, make_test_header, run_python, start_python
+from journal_cases import ROOT, bits, make_entry, make_test_header, run_python, start_python
 
 from distzo2 import journal_writer
 from distzo2.journal import Journal, JournalError, read_journal

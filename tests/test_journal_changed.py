@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_journal import make_entry, make_test_header
+from journal_cases import make_entry, make_test_header
 
 from distzo2.journal import Journal, JournalError
 

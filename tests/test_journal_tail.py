@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from journal_cases import bits, make_entry, make_test_header
 from power_cut import File
-from test_journal import bits, make_entry, make_test_header
 
 from distzo2.journal import Journal, JournalError, StepEntry, read_journal
 from distzo2.journal_tail import SECTOR_BYTES

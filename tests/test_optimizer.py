@@ -7,9 +7,9 @@ import functools
 import numpy as np
 import pytest
 import torch
+from block_models import IDS, Blocks, offloaded
 from plain import plain_loop
 from test_equivalence import assert_same, same_bits
-from test_lanes import IDS, Blocks, offloaded
 
 import distzo2
 from distzo2.divergence import WARM_UP, CoefficientClip, DivergenceError

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import distzo2
 from distzo2 import parallel_read
 from distzo2.checkpoint import load_weights
+from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.checkpoint_layout import Layout
-from distzo2.checkpoint_map import CheckpointFiles
 from distzo2.parallel_read import CHUNK_BYTES, ParallelReader, Range, _batches, _is_cached, split
 from distzo2.safetensors_io import CheckpointError, SafetensorsFile
 

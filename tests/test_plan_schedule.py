@@ -14,7 +14,8 @@ import distzo2
 from distzo2.lanes import Emission
 from distzo2.plan_model import ModelPlan, Part, plan_module
 from distzo2.plan_rates import Host
-from distzo2.plan_schedule import Played, Slicing, Transfers, Work, play_steps
+from distzo2.plan_schedule import Slicing, Transfers, Work
+from distzo2.plan_steady import Played, play_steps
 from distzo2.plan_tasks import Sharing, Task, busy_seconds, play
 from distzo2.timeline import read_trace
 from distzo2.units import ParamInfo, Unit

@@ -11,8 +11,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from block_models import IDS, Blocks, offloaded
 from test_equivalence import same_bits
-from test_lanes import IDS, Blocks, offloaded
 from torch import nn
 from zoo import BY_NAME
 

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out of an offloaded model, one unit at a time.
 
 Weights go from the files straight into the pool or the block file, and from there into new files; at no time is there a
-second copy of more than one piece (`checkpoint_map.SCRATCH_BYTES`) in memory.
+second copy of more than one piece (`checkpoint_files.SCRATCH_BYTES`) in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from distzo2.checkpoint_config import check_config_file, read_json
-from distzo2.checkpoint_map import CheckpointFiles, CheckpointMap, persistent_buffers, trace_checkpoint
+from distzo2.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint_map import CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint_trace import one_line
 from distzo2.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.model import offload, runtime_of

@@ -22,6 +22,7 @@ import torch
 
 from distzo2.checkpoint_companions import copy_companions, copy_file, is_own_file
 from distzo2.checkpoint_config import read_json
+from distzo2.checkpoint_files import INDEX_FILE, SCRATCH_BYTES, SINGLE_FILE, scratch, strided_view
 from distzo2.checkpoint_hidden import (
     can_take_name_of,
     make_hidden,
@@ -30,14 +31,7 @@ from distzo2.checkpoint_hidden import (
     sync_tree,
 )
 from distzo2.checkpoint_layout import Layout, Piece
-from distzo2.checkpoint_map import (
-    INDEX_FILE,
-    SCRATCH_BYTES,
-    SINGLE_FILE,
-    CheckpointMap,
-    scratch,
-    strided_view,
-)
+from distzo2.checkpoint_map import CheckpointMap
 from distzo2.safetensors_io import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, sync_directory
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -17,12 +17,12 @@ from types import FrameType
 from typing import Any
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.finetune_options import add_finetune
 from distzo2.journal_commands import add_journal, journal_path, printable, run_journal
 from distzo2.options import (
     Formatter,
     Parser,
     add_data,
-    add_finetune,
     add_placement,
     positive_int,
     seed_int,

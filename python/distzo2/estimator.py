@@ -6,7 +6,7 @@ update is w <- w - lr * sum of c_k·z_k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -91,3 +91,23 @@ def make_estimator(estimator: str | Estimator) -> Estimator:
     if not isinstance(estimator, Estimator):
         raise DistZO2Error(f"estimator={estimator!r} has no evaluations() and coefficients()")
     return estimator
+
+
+def coefficients_of(
+    estimator: Estimator, losses: np.ndarray, evaluations: Sequence[Evaluation], num_probes: int, eps: float
+) -> np.ndarray:
+    """float32 [num_probes] from finite losses, float64 [evaluations, micro-batches]; infinite where float32 does not
+    hold them.
+
+    Raises:
+        DistZO2Error: the estimator gave another number of coefficients.
+    """
+    values = {e: losses[i] for i, e in enumerate(evaluations)}
+    coefs = np.asarray(estimator.coefficients(values, num_probes, eps))
+    if coefs.shape != (num_probes,):
+        raise DistZO2Error(
+            f"estimator {type(estimator).__name__} gave coefficients of shape {coefs.shape}; one for each "
+            f"of {num_probes} probes was expected"
+        )
+    with np.errstate(over="ignore"):
+        return coefs.astype(np.float64).astype(np.float32)

@@ -144,7 +144,7 @@ def _first_of_this_machine() -> bool:
 
 def parse(parser: Parser, arguments: list[str], given: Namespace) -> Namespace:
     """The options of `finetune`, on any number of ranks."""
-    from distzo2.options import parse_finetune
+    from distzo2.finetune_options import parse_finetune
 
     if not under_torchrun():
         return parse_finetune(parser, arguments)

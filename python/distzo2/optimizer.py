@@ -17,19 +17,15 @@ from distzo2.branch import BranchPoint
 from distzo2.divergence import CoefficientClip
 from distzo2.durability import ALWAYS_DURABLE
 from distzo2.errors import DistZO2Error
-from distzo2.estimator import Estimator, Evaluation, make_estimator, mean_loss
+from distzo2.estimator import Estimator, Evaluation, coefficients_of, make_estimator, mean_loss
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.journal import Journal, StepEntry, num_groups_of
-from distzo2.lanes import Emission, Lane
-from distzo2.loss_reader import LossReader
+from distzo2.journal import StepEntry, num_groups_of
 from distzo2.mesh import SHARDED, Deal
-from distzo2.model import no_kv_cache, runtime_of
+from distzo2.model import runtime_of
+from distzo2.optimizer_state import NON_FINITE_LOSS, OptimizerState
 from distzo2.parallel import check_mesh, current
-from distzo2.parameter_groups import default_groups, group_of_each, scalars_of
-from distzo2.placeholders import use_guard
-from distzo2.random_stream import RandomStream
-from distzo2.streaming import CLEAN
-from distzo2.units import Unit
+from distzo2.parameter_groups import default_groups, scalars_of
+from distzo2.step_lanes import StepLanes
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
 if TYPE_CHECKING:
@@ -37,9 +33,7 @@ if TYPE_CHECKING:
     from distzo2.shared_step import SharedStep
     from distzo2.snapshot import Snapshots
     from distzo2.snapshot_writer import SnapshotWriter
-
-
-NON_FINITE_LOSS = "non-finite loss"  # why a step was skipped
+    from distzo2.units import Unit
 
 
 class NonFiniteLossError(DistZO2Error):
@@ -61,7 +55,7 @@ class StepRecord:
     lr: list[float] = field(default_factory=list)
 
 
-class ZOSGD(torch.optim.Optimizer):
+class ZOSGD(OptimizerState):
     """Zeroth-order SGD: w <- round(w - lr * (sum of c_k·z_k + weight_decay·w)), with c_k from forward passes only.
 
     SPSA as in MeZO (arXiv 2305.17333) or FZOO. The perturbed weights are made out of place, so clean weights do not
@@ -124,12 +118,11 @@ class ZOSGD(torch.optim.Optimizer):
         verify_every: int = 0,
         snapshots: Snapshots | None = None,
     ) -> None:
-        self._model = model
-        self._runtime = runtime_of(model)
+        runtime = runtime_of(model)
         if noise not in FAMILIES:
             raise DistZO2Error(f"noise={noise!r}: expected one of {', '.join(FAMILIES)}")
-        self.eps = float(np.float32(eps))
-        if not (np.isfinite(self.eps) and self.eps > 0):
+        exact_eps = float(np.float32(eps))
+        if not (np.isfinite(exact_eps) and exact_eps > 0):
             raise DistZO2Error(f"eps={eps!r}: a positive number that float32 can hold was expected")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise DistZO2Error(f"seed={seed!r}: an integer in [0, 2^64) was expected")
@@ -137,41 +130,39 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error(f"num_probes={num_probes}: expected 1 to {2**20 - 1}")
         if max_lanes is not None and max_lanes < 1:
             raise DistZO2Error(f"max_lanes={max_lanes}: at least 1 was expected")
-        self._branch = None if branch_from is None else BranchPoint(*branch_from)
-        if self._branch is not None and (journal is None or resume):
+        branch = None if branch_from is None else BranchPoint(*branch_from)
+        if branch is not None and (journal is None or resume):
             raise DistZO2Error("branch_from begins a new journal: give its name, without resume")
         if fsync_every < 1:
             raise DistZO2Error(f"fsync_every={fsync_every}: at least 1 was expected")
-        if fsync_every > 1 and journal is not None and self._runtime.where == "disk":
+        if fsync_every > 1 and journal is not None and runtime.where == "disk":
             raise DistZO2Error(
                 f"fsync_every={fsync_every} with weights on disk: a block is written back only after its step's "
                 "line is on the disk, so every step is synced"
             )
-        self._journal_options = {"chain": journal_chain, "fsync_every": fsync_every}
-        self.num_probes, self.noise, self.seed, self.max_lanes = num_probes, noise, seed, max_lanes
         self.estimator = make_estimator(estimator)
-        self.max_skipped, self.verify_every = max_skipped, verify_every
         self._evaluations = self.estimator.evaluations(num_probes)
-        self._clip = CoefficientClip(max_coef, max_clipped)
-        self._interrupt = DeferredInterrupt()
-        self._skipped_in_row = 0
-        self._diagnosed = False
-        self._mean_losses = LossReader()
-        self.last: StepRecord | None = None
-        self.step_count = 0  # steps made, skipped ones included: the number of the next step
-        self.first_step = 0  # the first that is the run's own, and not one of the run that it was branched from
-        self.journal: Journal | None = None
-        self._closed = False
+        clip = CoefficientClip(max_coef, max_clipped)
         mesh = mesh or current()
         if mesh is not None:
             check_mesh(mesh, self._evaluations)
 
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         if params is None:
-            earlier = self._branch.journal if self._branch else journal if resume else None
-            params = default_groups(self._runtime.params, weight_decay != 0 or _has_groups(earlier, mesh))
-        super().__init__(params, defaults)
-        self._bind()
+            earlier = branch.journal if branch else journal if resume else None
+            params = default_groups(runtime.params, weight_decay != 0 or _has_groups(earlier, mesh))
+        super().__init__(
+            runtime, params, defaults,
+            eps=exact_eps, num_probes=num_probes, noise=noise, seed=seed, clip=clip, max_skipped=max_skipped,
+        )  # fmt: skip
+        self._model, self._branch = model, branch
+        self._journal_options = {"chain": journal_chain, "fsync_every": fsync_every}
+        self.max_lanes, self.verify_every = max_lanes, verify_every
+        self.first_step = 0  # the first that is the run's own, and not one of the run that it was branched from
+        self.last: StepRecord | None = None
+        self._interrupt = DeferredInterrupt()
+        self._lanes = StepLanes(self, self._interrupt)
+        self._diagnosed = self._closed = False
         self._shared: SharedStep | None = None
         if mesh is not None:
             from distzo2.shared_step import SharedStep
@@ -182,31 +173,6 @@ class ZOSGD(torch.optim.Optimizer):
             self.verify_replicas()
         self._snapshots: SnapshotWriter | None = None
         self._open_journal(journal, resume, snapshots)
-
-    # ---- groups -----------------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict) -> None:
-        """As in torch; the updates made so far are applied first."""
-        if not hasattr(self, "_epoch"):  # from the constructor
-            super().add_param_group(param_group)
-            return
-        if self.journal is not None:
-            raise DistZO2Error(f"the groups of a run are in its journal {self.journal.path}: they cannot change")
-        super().add_param_group(param_group)
-        try:
-            self._bind()
-        except BaseException:
-            self.param_groups.pop()
-            self._bind()
-            raise
-
-    def _bind(self) -> None:
-        group_of = group_of_each(self._runtime.params, self.param_groups)
-        other = self._runtime.owner
-        if other is not None and other is not self and other.journal is not None:
-            raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
-        self._runtime.bind(self, group_of, len(self.param_groups), self.seed)
-        self._epoch = self._runtime.epoch
 
     # ---- the journal --------------------------------------------------------------------------------------------
 
@@ -227,33 +193,6 @@ class ZOSGD(torch.optim.Optimizer):
             self.verify_replicas()
         if snapshots is not None and self.journal is not None:
             self._snapshots = start_snapshots(snapshots, self._runtime, self.journal, resume, first, invalid)
-
-    def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
-        """Takes over a journal's steps, those from `first_like` on as if this optimizer had made them; no forward is
-        run."""
-        self.apply([entry.update for entry in entries], first_like)
-        for entry in entries[first_like:]:
-            self._skipped_in_row = self._skipped_in_row + 1 if entry.skipped else 0
-            if self._skipped_in_row >= self.max_skipped:  # the run ended itself there, and was to go on all the same
-                self._skipped_in_row = 0
-            if entry.skipped != NON_FINITE_LOSS:
-                self._clip.count(bool(entry.extra.get("clipped")))
-
-    def apply(self, updates: Sequence[Update], first_like: int = 0) -> None:
-        """Takes over updates made elsewhere (a journal's), as the steps that follow; no forward is run. From step
-        `first_like` on, their coefficients count in the running median that clips those to come."""
-        for update in updates:
-            if update.step != self.step_count:
-                raise DistZO2Error(f"update of step {update.step} where step {self.step_count} must follow")
-            if len(update.groups) != len(self.param_groups):
-                raise DistZO2Error(
-                    f"update of step {update.step} has {len(update.groups)} parameter groups, the optimizer has "
-                    f"{len(self.param_groups)}"
-                )
-            self._runtime.push([update])
-            if update.step >= first_like:
-                self._clip.remember([t.c for t in update.terms])
-            self.step_count += 1
 
     # ---- a step -----------------------------------------------------------------------------------------------
 
@@ -317,7 +256,10 @@ class ZOSGD(torch.optim.Optimizer):
         failure: BaseException | None,
     ) -> torch.Tensor:
         start, step = time.perf_counter(), self.step_count
-        scalars, deal, tokens = self._open_step(step, closures, tokens, sharded, failure)
+        if self._shared is None:
+            scalars, deal = scalars_of(self.param_groups), Deal.alone(len(self._evaluations), len(closures))
+        else:
+            scalars, deal, tokens = self._shared.open(step, len(closures), tokens, sharded, failure)
         self._runtime.set_perturb_scales([g.perturb_scale for g in scalars])
         losses = self._evaluate(step, deal, closures)
         loss = mean_loss(losses.reshape(-1))
@@ -347,37 +289,11 @@ class ZOSGD(torch.optim.Optimizer):
             self.verify_replicas()
         return torch.tensor(loss, dtype=torch.float64)
 
-    def _open_step(
-        self,
-        step: int,
-        closures: Sequence[Callable[[], Any]],
-        tokens: int,
-        sharded: bool | str,
-        failure: BaseException | None,
-    ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
-        """The groups' scalars, who runs which lane, and how many tokens all ranks have."""
-        if self._shared is None:
-            return scalars_of(self.param_groups), Deal.alone(len(self._evaluations), len(closures)), tokens
-        scalars: tuple[GroupScalars, ...] = ()
-        try:
-            scalars = scalars_of(self.param_groups)
-        except Exception as error:
-            failure = failure or error
-        return scalars, *self._shared.open(step, scalars, len(closures), tokens, sharded, failure)
-
     def _update_from(self, losses: np.ndarray, scalars: tuple[GroupScalars, ...], record: StepRecord) -> Update:
         """What the losses make of the weights; fills `record`."""
         step = record.step
         if np.isfinite(losses).all():
-            values = {e: losses[i] for i, e in enumerate(self._evaluations)}
-            coefs = np.asarray(self.estimator.coefficients(values, self.num_probes, self.eps))
-            if coefs.shape != (self.num_probes,):
-                raise DistZO2Error(
-                    f"estimator {type(self.estimator).__name__} gave coefficients of shape {coefs.shape}; one for each "
-                    f"of {self.num_probes} probes was expected"
-                )
-            with np.errstate(over="ignore"):
-                coefs = coefs.astype(np.float64).astype(np.float32)
+            coefs = coefficients_of(self.estimator, losses, self._evaluations, self.num_probes, self.eps)
             coefs, record.clipped = self._clip(coefs)
             if not np.isfinite(coefs).all():
                 record.skipped = "non-finite coefficient"
@@ -405,41 +321,13 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _evaluate(self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]]) -> np.ndarray:
         """float64 [evaluations, micro-batches], of all ranks."""
-        if self._shared is None:
-            losses, _ = self._run_lanes(step, deal.lanes[0], closures, 0)
-            return losses.reshape(len(self._evaluations), len(closures))
-        rank, losses, entered, failure = self._shared.mesh.rank, np.zeros(0), (), None
-        try:
-            losses, entered = self._run_lanes(step, deal.lanes[rank], closures, deal.first_batch[rank])
-        except BaseException as error:
-            failure = error
-            if self._shared.mesh.exchange.broken:  # in a gather of slices: the others know
-                raise
-        return self._shared.gather(step, deal, losses, entered, failure)
 
-    def _run_lanes(
-        self,
-        step: int,
-        places: Sequence[tuple[int, int]],
-        closures: Sequence[Callable[[], Any]],
-        first_batch: int,
-    ) -> tuple[np.ndarray, Sequence[Unit]]:
-        """float64 [lanes], and the units entered. `places` are lanes as (evaluation, micro-batch), of which
-        `closures[0]` is number `first_batch`."""
-        runtime, family = self._runtime, FAMILIES[self.noise]
-        lanes = []
-        for index, batch in places:
-            probe, sign = self._evaluations[index]
-            emission = Emission((Term(family, step, probe, 0, sign * self.eps),)) if sign else CLEAN
-            stream = RandomStream.seeded(runtime.device, self.seed, step, batch)
-            lanes.append(Lane(emission, batch, closures[batch - first_batch], stream))
-        wave = self.max_lanes or len(lanes)
-        expected = None
-        with no_kv_cache(self._model):
-            for first in range(0, len(lanes), wave or 1):
-                self._interrupt.check()
-                expected = runtime.run(lanes[first : first + wave], expected=expected, interrupt=self._interrupt)
-        return self._mean_losses([lane.result for lane in lanes]), expected or ()
+        def run(rank: int) -> tuple[np.ndarray, Sequence[Unit]]:
+            return self._lanes.run(step, deal.lanes[rank], closures, deal.first_batch[rank])
+
+        if self._shared is None:
+            return run(0)[0].reshape(len(self._evaluations), len(closures))
+        return self._shared.gather(step, deal, run)
 
     def _diagnose(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
         """Once: a non-finite loss may come from a parameter used where it is not present. Then say which."""
@@ -448,12 +336,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._diagnosed = True
         with self._shared.mesh.together(f"step {step}") if self._shared is not None else nullcontext():
             if closures and not self._runtime.has_compiled():
-                self._run_guarded(step, closures)
-
-    def _run_guarded(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
-        stream = RandomStream.seeded(self._runtime.device, self.seed, step, 0)
-        with no_kv_cache(self._model):
-            self._runtime.run([Lane(CLEAN, 0, use_guard(self._runtime, closures[0]), stream)])
+                self._lanes.run_guarded(step, closures[0])
 
     def check(self, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and returns their loss.
@@ -461,17 +344,7 @@ class ZOSGD(torch.optim.Optimizer):
         Raises:
             DistZO2Error: they differ. The forward is not deterministic, and every estimate would be made of that noise.
         """
-        streams = [RandomStream.seeded(self._runtime.device, self.seed, self.step_count, 0) for _ in range(2)]
-        lanes = [Lane(CLEAN, 0, closure, stream) for stream in streams]
-        with self._interrupt, no_kv_cache(self._model):
-            self._runtime.run(lanes, interrupt=self._interrupt)
-        first, second = (float(v) for v in self._mean_losses([lane.result for lane in lanes]))
-        if np.float64(first).tobytes() != np.float64(second).tobytes():
-            raise DistZO2Error(
-                f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "
-                "deterministic, and a difference of two losses would be made of that"
-            )
-        return first
+        return self._lanes.check(self.step_count, closure)
 
     def verify_replicas(self) -> None:
         """Reads all weights once and compares them across the ranks of the mesh; all ranks call it. Nothing to do
@@ -486,55 +359,6 @@ class ZOSGD(torch.optim.Optimizer):
 
         with self._interrupt:
             compare_replicas(self._runtime, self._shared.mesh.exchange, self.step_count)
-
-    # ---- state ------------------------------------------------------------------------------------------------
-
-    def _rebase(self) -> None:
-        """The weights were replaced (load_state_dict, edit): a journal of the old ones cannot go on."""
-        if self.journal is not None:
-            raise DistZO2Error(
-                f"the weights were replaced from outside, so the journal {self.journal.path} no longer leads to them: "
-                "start a new run from a checkpoint of them"
-            )
-        self._epoch = self._runtime.epoch
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """There are no gradients; loops that call it may go on calling it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Groups (without tensors), seed, step and the updates that stored weights have not got yet: none, since the
-        weights are brought up to date here, so that a `model.state_dict()` at any time goes with it."""
-        self._runtime.flush()
-        state = super().state_dict()
-        state["distzo2"] = {
-            "seed": self.seed,
-            "step": self.step_count,
-            "eps": self.eps,
-            "noise": self.noise,
-            "num_probes": self.num_probes,
-            "clip": self._clip.state(),
-            "pending": [],
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
-
-        Raises:
-            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written.
-        """
-        mine = state_dict.get("distzo2")
-        if mine is None:
-            raise DistZO2Error("this is not a state of ZOSGD: it has no entry 'distzo2'")
-        if self.journal is not None:
-            raise DistZO2Error("a run with a journal is resumed from it, with ZOSGD(journal=..., resume=True)")
-        for key in ("noise", "num_probes", "eps"):
-            if mine[key] != getattr(self, key):
-                raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {getattr(self, key)!r} in this optimizer")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
-        self.seed, self.step_count = mine["seed"], mine["step"]
-        self._clip.load(mine["clip"])
-        self._bind()
 
     def close(self) -> None:
         """Ends the journal; what was appended is on disk afterwards. No step can follow."""

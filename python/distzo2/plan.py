@@ -33,7 +33,8 @@ from distzo2.lanes import Emission
 from distzo2.plan_machine import Duplex, Machine, find_machine
 from distzo2.plan_mesh import Mesh, busiest_share, parse_mesh, possible_meshes
 from distzo2.plan_model import ModelPlan, plan_model
-from distzo2.plan_schedule import Played, Slicing, Transfers, Work, play_steps
+from distzo2.plan_schedule import Slicing, Transfers, Work
+from distzo2.plan_steady import Played, play_steps
 from distzo2.preflight import DTYPES, gib
 from distzo2.residency import AUTO_SHARE, keep_blocks
 from distzo2.store import slot_bytes_of

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from distzo2.plan_schedule import Played, wait_intervals
+from distzo2.plan_steady import Played, wait_intervals
 from distzo2.timeline import draw_step, read_trace
 from distzo2.trace import Trace
 

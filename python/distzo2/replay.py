@@ -23,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from distzo2.checkpoint import open_checkpoint
+from distzo2.checkpoint_files import INDEX_FILE, CheckpointFiles
 from distzo2.checkpoint_layout import Layout
-from distzo2.checkpoint_map import INDEX_FILE, CheckpointFiles, CheckpointMap, MappedTensor
+from distzo2.checkpoint_map import CheckpointMap, MappedTensor
 from distzo2.checkpoint_writer import CheckpointWriter, holds_checkpoint
 from distzo2.journal import JournalError, read_journal, table_difference
 from distzo2.journal_line import brief

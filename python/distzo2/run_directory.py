@@ -23,8 +23,8 @@ from typing import Any
 
 from distzo2 import checkpoint_hidden
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.finetune_options import FIXED
 from distzo2.metrics import finite
-from distzo2.options import FIXED
 from distzo2.safetensors_io import sync_directory
 
 _OURS = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")

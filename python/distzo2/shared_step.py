@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from distzo2.parallel import Mesh
     from distzo2.snapshot import Snapshots
     from distzo2.snapshot_resume import Found
+    from distzo2.units import Unit
 
 logger = logging.getLogger("distzo2")
 
@@ -203,21 +204,25 @@ class SharedStep:
     def open(
         self,
         step: int,
-        scalars: Sequence[GroupScalars],
         num_closures: int,
         tokens: int,
         sharded: bool | str,
         error: BaseException | None,
-    ) -> tuple[Deal, int]:
-        """The agreed word of a step.
+    ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
+        """The agreed word of a step. `error` is why this rank cannot take part.
 
         Returns:
-            Who runs which lane, and the tokens of all ranks.
+            The groups' scalars, who runs which lane, and the tokens of all ranks.
 
         Raises:
             RanksDisagreeError: the ranks are about to make different steps; on all of them.
         """
         optimizer, mode = self._optimizer, SHARDED.get(sharded, GLOBAL)
+        scalars: tuple[GroupScalars, ...] = ()
+        try:
+            scalars = scalars_of(optimizer.param_groups)
+        except Exception as unfit:
+            error = error or unfit
         fields = {
             "the step": step,
             "sharded": sharded,
@@ -239,17 +244,22 @@ class SharedStep:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
         deal = deal_lanes(self.mesh.shape, optimizer._evaluations, counts, mode)
         rows = range(0, self.mesh.world_size, 1 if mode == OWN else self.mesh.shape.pert)
-        return deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
+        return scalars, deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
 
-    def gather(
-        self, step: int, deal: Deal, losses: np.ndarray, entered: Sequence[Any], error: BaseException | None
-    ) -> np.ndarray:
-        """float64 [evaluations, micro-batches] of all ranks, from this rank's losses in the order of its lanes.
+    def gather(self, step: int, deal: Deal, run: Callable[[int], tuple[np.ndarray, Sequence[Unit]]]) -> np.ndarray:
+        """float64 [evaluations, micro-batches] of all ranks.
 
         Args:
-            entered: the units that its lanes entered.
-            error: what ended its pass; it is raised here, and an error on the other ranks.
+            run: runs the lanes of this rank, and gives their losses and the units that they entered. What ends it is
+                raised here, and an error on the other ranks.
         """
+        losses, entered, error = np.zeros(0), (), None
+        try:
+            losses, entered = run(self._rank)
+        except BaseException as raised:
+            error = raised
+            if self._exchange.broken:  # in a gather of slices: the others know
+                raise
         most = max(len(lanes) for lanes in deal.lanes)
         mine = np.zeros(2 + most, dtype=np.int64)  # failed, hash of the units, the bits of the losses
         mine[0] = error is not None

@@ -32,7 +32,7 @@ from distzo2.train_loop import Result, TrainLoop, together
 
 
 def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None) -> Result:
-    """Runs `options` (see distzo2.options) to the end.
+    """Runs `options` (see distzo2.finetune_options) to the end.
 
     Raises:
         DistZO2Error: bad input, or the run stopped itself. The journal holds every step that was made.

@@ -1,0 +1,36 @@
+"""A small model of blocks, with room for mischief, and its hand-over."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import distzo2
+
+
+def offloaded(model, directory=None, **options):
+    weights = "host" if directory is None else "disk"
+    return distzo2.offload(model, weights=weights, directory=directory, **options)
+
+
+class Blocks(nn.Module):
+    """Embedding, a list of blocks and a head, with room for mischief."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.embedding = nn.Embedding(32, 8)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout)) for _ in range(4)
+            )
+            self.head = nn.Linear(8, 32, bias=False)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.flatten())
+
+
+IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(1))
