@@ -78,6 +78,14 @@ def test_a_picture(tmp_path: Path, lines: list[dict], trace: bool | str) -> None
     assert other.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_of_any_name_is_a_png(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step(0)])
+    assert imread(write_report(run, tmp_path / "loss.txt"), format="png").size > 0
+    with pytest.raises(IsADirectoryError):
+        write_report(run, run)
+    assert not (tmp_path / "run.png").exists()
+
+
 def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         write_report(tmp_path)

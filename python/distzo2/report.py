@@ -67,7 +67,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
             draw_step(figure.add_subplot(grid[rows - 1, :]), trace)
         figure.suptitle(_title(run_dir, record, steps))
         path = Path(out) if out is not None else run_dir / "report.png"
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, format="png")
     return path
 
 
