@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tomllib
 from collections.abc import Sequence
@@ -34,7 +33,10 @@ class Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.option_strings and action.default not in (None, argparse.SUPPRESS, False) and "default" not in text:
+        told = (
+            action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        )  # 0 is a default
+        if action.option_strings and not told and "default" not in text:
             text += " (default: %(default)s)"
         return text
 
@@ -45,24 +47,24 @@ def num_bytes(text: str) -> int | str:
         return text
     for suffix, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("", 1)):
         if text.endswith(suffix):
-            value = int(float(text.removesuffix(suffix)) * scale)
+            value = float(text.removesuffix(suffix)) * scale
             break
-    if value <= 0:
+    if not 1 <= value < 2**63:
         raise ValueError
-    return value
+    return int(value)
 
 
 def positive_int(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 was expected")
+    if not 1 <= value < 2**32:  # as many as there are steps
+        raise argparse.ArgumentTypeError(f"{text}: {'at least 1' if value < 1 else 'less than 2^32'} was expected")
     return value
 
 
 def whole_int(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: 0 or more was expected")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: {'0 or more' if value < 0 else 'less than 2^32'} was expected")
     return value
 
 
@@ -80,17 +82,22 @@ def seed_int(text: str) -> int:
     return value
 
 
+def _is_float32(value: float) -> bool:
+    """Whether it is in the range of float32, in which steps are computed: 0, or neither too large nor too small."""
+    return value == 0 or 2.0**-149 <= abs(value) < 2.0**128
+
+
 def positive_float(text: str) -> float:
     value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text}: a positive number was expected")
+    if not (value > 0 and _is_float32(value)):
+        raise argparse.ArgumentTypeError(f"{text}: a positive number was expected, in the range of float32")
     return value
 
 
 def whole_float(text: str) -> float:
     value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text}: 0 or a positive number was expected")
+    if not (value >= 0 and _is_float32(value)):
+        raise argparse.ArgumentTypeError(f"{text}: 0 or a positive number was expected, in the range of float32")
     return value
 
 
@@ -409,7 +416,9 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 
         parent = saved_options(given.branch_from)
         layers += to_arguments(parser, parent, f"{given.branch_from}/run.json")
-    if given.resume and given.out:
+    if given.resume and not given.out:
+        raise UsageError("--resume needs --out, the directory of the run")
+    if given.resume:
         from distzo2.run_directory import saved_options
 
         saved = saved_options(given.out)
@@ -435,8 +444,8 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 
 def _check(options: argparse.Namespace) -> None:
     for name in ("model", "train", "out", "steps"):
-        if getattr(options, name) is None:
-            raise UsageError(f"--{name} is missing")
+        if getattr(options, name) in (None, ""):
+            raise UsageError(f"--{name} is {'missing' if getattr(options, name) is None else 'empty'}")
     if options.batch_size % options.micro_batches:
         raise UsageError(f"--micro-batches {options.micro_batches} does not divide --batch-size {options.batch_size}")
     if options.estimator == "fzoo" and options.probes < 2:
