@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminated = _Terminated()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown escaped
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a stream that is broken says so when it is written
+                stream.reconfigure(errors="backslashreplace")
     try:
         with terminated:
             parser, commands = build_parser()
