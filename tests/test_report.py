@@ -106,6 +106,18 @@ def test_the_transfers_of_a_step_in_one_line() -> None:
     assert transfer_line(only_up) == "a step: 8.00 MiB up at 2.00 GB/s, exposed wait 1.0 ms of 20.0 ms"
 
 
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step(0)])
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_report(run, "/dev/full")
+    metrics = Metrics(run / "metrics.jsonl")
+    metrics._file.close()
+    metrics._file = Path("/dev/full").open("w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        metrics.write(**step(1))
+    metrics.close()  # the unwritten line fails again here, which must not hide the first error
+
+
 def test_hidden_share() -> None:
     assert hidden_share(2.0, 0.5) == 0.75
     assert hidden_share(1.0, 3.0) == 0.0
