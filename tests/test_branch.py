@@ -153,7 +153,7 @@ def test_what_cannot_be_branched_is_refused(files: SimpleNamespace, capsys: pyte
     data[-1] ^= 1
     file.write_bytes(data)
     assert branch(f"--model={other.model}") == 1
-    assert "base checkpoint is" in one_line(capsys) and not Path("new").exists()
+    assert "base checkpoint: model.safetensors is" in one_line(capsys) and not Path("new").exists()
 
 
 def test_a_branch_that_joins_groups_is_refused(files: SimpleNamespace) -> None:

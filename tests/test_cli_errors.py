@@ -6,12 +6,15 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from cli_runs import finetune, make_files, one_line, weights
+from cli_runs import environment, finetune, make_files, one_line, weights
 from safetensors.torch import load_file, save_file
 from tiny_text import choice_lines, write_jsonl
 
@@ -93,6 +96,12 @@ def test_bad_data(files: SimpleNamespace, capsys, line: str, reason: str, which:
         (["--train=nowhere.jsonl"], 1, "nowhere.jsonl: No such file"),
         (["--device=tpu"], 2, "--device tpu"),
         (["--device=cpux"], 2, "--device cpux"),
+        (["--device=cpu:3"], 2, "--device cpu:3: expected cpu"),
+        (["--threads=1000000"], 2, "--threads 1000000: at most"),
+        (["--trace=."], 2, "--trace .: a file was expected"),
+        (["--train="], 2, "--train is empty"),
+        (["--out="], 2, "--out is empty"),
+        (["--objective=choices", "--train=text.jsonl"], 2, "text.jsonl: objective 'choices' needs"),
         (["--micro-batches=3"], 2, "does not divide"),
         (["--estimator=fzoo"], 2, "needs --probes 2"),
         (["--warmup=9"], 2, "--warmup 9"),
@@ -103,13 +112,18 @@ def test_bad_data(files: SimpleNamespace, capsys, line: str, reason: str, which:
     ],
 )
 def test_bad_options(files: SimpleNamespace, capsys, options: list[str], status: int, reason: str) -> None:
+    write_jsonl(Path("text.jsonl"), ['{"text": "a cat"}'])
     assert finetune(files, *options) == status
     assert reason in one_line(capsys)
-    assert not Path("out").exists()
+    assert [path.name for path in Path().iterdir()] == ["text.jsonl"]
 
 
 @pytest.mark.parametrize(
-    "option", ["--lr=-1", "--eps=0", "--seed=-1", "--steps=0", "--max-coef=0.5", "--nonsense", "--lr=x"]
+    "option",
+    [
+        *("--lr=-1", "--eps=0", "--seed=-1", "--steps=0", "--max-coef=0.5", "--nonsense", "--lr=x"),
+        *("--lr=1e60", "--lr=1e-60", "--eps=1e39", "--steps=4294967296", "--memory-budget=infGiB", "--keep=9e9"),
+    ],
 )
 def test_bad_values(files: SimpleNamespace, capsys, option: str) -> None:
     with pytest.raises(SystemExit) as error:
@@ -134,6 +148,41 @@ def test_too_little_room(files: SimpleNamespace, capsys, monkeypatch: pytest.Mon
     assert finetune(files, f"--out={Path.cwd() / 'out'}") == 1
     assert "of memory" in one_line(capsys)
     assert not Path("out").exists()
+
+
+def test_a_missing_directory_is_called_that(files: SimpleNamespace, capsys) -> None:
+    for command in ("eval", "generate"):
+        option = f"--eval={files.eval}" if command == "eval" else "--prompt=a"
+        assert main([command, "--model=nowhere", option]) == 1
+        assert "nowhere: expected a checkpoint directory" in one_line(capsys)
+    assert main(["eval", f"--model={files.model}", f"--eval={files.eval}", "--threads=99999"]) == 2
+    assert "--threads 99999: at most" in one_line(capsys)
+    assert main(["finetune", "--resume"]) == 2
+    assert "--resume needs --out" in one_line(capsys)
+
+
+def test_fewer_steps_than_were_made(files: SimpleNamespace, capsys) -> None:
+    assert finetune(files, "--save=none") == 0
+    record = Path("out/run.json").read_bytes()
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out=out", "--steps=3"]) == 2
+    assert "--steps 3: out has made 4 already; distzo2 replay out --to-step 3" in one_line(capsys)
+    assert Path("out/run.json").read_bytes() == record
+    for options in (["--at-step=4"], []):
+        assert main(["finetune", "--branch-from=out", "--out=new", "--steps=3", *options]) == 2
+        assert "--steps 3: the branch takes over 4 steps" in one_line(capsys)
+        assert not Path("new").exists()
+
+
+def test_where_a_replay_cannot_write(files: SimpleNamespace, capsys) -> None:
+    assert finetune(files, "--save=none") == 0
+    capsys.readouterr()
+    Path("file").write_text("")
+    for out, reason in (("", "--out is empty"), ("file", "--out file: a directory was expected")):
+        assert main(["replay", "out", f"--out={out}"]) == 2
+        assert reason in one_line(capsys)
+    assert main(["replay", f"--base={files.model}", "--journal=out", "--out=again", "--quiet"]) == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["again", "file", "out"]
 
 
 def test_a_run_is_not_overwritten(files: SimpleNamespace, capsys) -> None:
@@ -308,3 +357,22 @@ def test_a_loss_that_is_not_finite(files: SimpleNamespace, tmp_path: Path, capsy
     lines = read_metrics("out/metrics.jsonl")
     assert [line["loss"] for line in lines] == [None, None] and lines[0]["skipped"] == "non-finite loss"
     assert json.loads(Path("out/run.json").read_text())["status"].startswith("stopped: ")
+
+
+def test_streams_that_are_not_as_usual(files: SimpleNamespace) -> None:
+    """Standard input closed or no text, and an output whose encoding lacks most characters."""
+    command = [sys.executable, "-m", "distzo2", "generate", f"--model={files.model}", "--max-new-tokens=5"]
+    latin = {**environment(), "PYTHONIOENCODING": "ascii"}
+
+    def generate(*options: str, **more: Any) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *options], capture_output=True, check=False, **more)
+
+    closed = generate(env=environment(), stdin=None, preexec_fn=lambda: os.close(0))
+    assert closed.returncode == 2 and b"standard input is closed" in closed.stderr
+    no_text = generate(env={**environment(), "PYTHONIOENCODING": "utf-8:strict"}, input=b"cat \xff")
+    assert no_text.returncode == 1
+    assert no_text.stderr == b"distzo2: error: standard input: not utf-8: invalid start byte at byte 4\n"
+    usual, escaped = generate("--prompt=the cat", env=environment()), generate("--prompt=the cat", env=latin)
+    assert (usual.returncode, escaped.returncode) == (0, 0)
+    assert not usual.stdout.isascii()
+    assert escaped.stdout == usual.stdout.decode().encode("ascii", "backslashreplace")

@@ -64,6 +64,8 @@ def test_help_names_every_option(capsys) -> None:
         for action in sub._actions:
             assert action.help, action
             assert all(flag in text for flag in action.option_strings)
+            if type(action.default) in (int, float) and "default" not in action.help:
+                assert f"(default: {action.default})" in " ".join(text.split()), action
     with pytest.raises(SystemExit) as error:
         main([])
     assert error.value.code == 2

@@ -27,6 +27,11 @@ def tokenizer():
     ("line", "reason"),
     [
         ("{", "not valid JSON"),
+        ('{"text": "ab', "not valid JSON: Unterminated string starting at column 10"),
+        ('{"text": "a \\ud800 b"}', r"'text' holds \ud800, half of a surrogate pair, at character 2"),
+        ('{"prompt": "\\udfff", "completion": "b"}', r"'prompt' holds \udfff"),
+        ('{"prompt": "a", "choices": ["b", "c\\ud800"], "label": 0}', r"choice 1 holds \ud800"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', r"message 0 holds \ud800"),
         ("[1, 2]", "a JSON object was expected, not an array"),
         ("3", "a JSON object was expected, not a number"),
         ('{"prompt": "a"}', "none of them"),

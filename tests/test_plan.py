@@ -16,7 +16,7 @@ from distzo2.cli import build_parser, main
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.estimator import make_estimator
 from distzo2.measure_forward import VISITS
-from distzo2.plan import CONTEXT_BYTES, FORMAT, Planner
+from distzo2.plan import CONTEXT_BYTES, FORMAT, Planner, count, significant
 from distzo2.plan_machine import GPUS, find_machine, machine_from, named_machine
 from distzo2.plan_mesh import Mesh, busiest_share, parse_mesh, perturbation_shares, possible_meshes
 from distzo2.plan_model import Op, plan_model, plan_module
@@ -362,6 +362,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert figures.seconds == pytest.approx(best["step_s"], rel=0.01)
     assert figures.bytes_up == pytest.approx(best["up_bytes"], rel=0.05)
     json.dumps(result, allow_nan=False)
+
+
+def test_numbers_for_people() -> None:
+    assert [significant(n) for n in (0.012345, 219.04, 999.96, 74741.3, 1.5e6)] == [
+        *("0.01235", "219", "1000", "74741", "1500000"),
+    ]
+    assert [count(n) for n in (63_200, 6_320_000, 125_239_296, 175e9)] == ["63200", "6.32 M", "0.125 G", "175 G"]
 
 
 def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

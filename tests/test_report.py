@@ -78,6 +78,14 @@ def test_a_picture(tmp_path: Path, lines: list[dict], trace: bool | str) -> None
     assert other.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_of_any_name_is_a_png(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step(0)])
+    assert imread(write_report(run, tmp_path / "loss.txt"), format="png").size > 0
+    with pytest.raises(IsADirectoryError):
+        write_report(run, run)
+    assert not (tmp_path / "run.png").exists()
+
+
 def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         write_report(tmp_path)
@@ -96,6 +104,18 @@ def test_the_transfers_of_a_step_in_one_line() -> None:
     assert transfer_line(steps) == line
     only_up = [step(0, **MOVED | {"bytes_down": 0, "down_bytes_per_s": None})]
     assert transfer_line(only_up) == "a step: 8.00 MiB up at 2.00 GB/s, exposed wait 1.0 ms of 20.0 ms"
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step(0)])
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_report(run, "/dev/full")
+    metrics = Metrics(run / "metrics.jsonl")
+    metrics._file.close()
+    metrics._file = Path("/dev/full").open("w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        metrics.write(**step(1))
+    metrics.close()  # the unwritten line fails again here, which must not hide the first error
 
 
 def test_hidden_share() -> None:

@@ -79,7 +79,10 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict
         ("seed", parent["seed"], header["seed"]),
         ("noise", parent["noise"], header["noise"]),
         ("rounding", parent["rounding"], header["rounding"]),
-        ("base checkpoint", parent["base"]["files"], header["base"]["files"]),
+        *(
+            (f"base checkpoint: {name}", parent["base"]["files"].get(name), header["base"]["files"].get(name))
+            for name in sorted({*parent["base"]["files"], *header["base"]["files"]})
+        ),
     ):
         if theirs != ours:
             raise DistZO2Error(f"{path}: {key} is {theirs!r} in the parent's journal and {ours!r} in its branch")

@@ -142,8 +142,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(existing).free
         if free < self._num_bytes + _DISK_SLACK_BYTES:
             raise CheckpointError(
-                f"{self.out_dir}: too little room on its disk: the checkpoint needs {self._num_bytes} bytes, "
-                f"{free} are free"
+                f"{self.out_dir}: too little room on its disk: the checkpoint needs {self._num_bytes} bytes "
+                f"and {_DISK_SLACK_BYTES} to spare, {free} are free"
             )
 
     def write_param(self, name: str, tensor: torch.Tensor) -> None:

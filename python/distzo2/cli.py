@@ -6,12 +6,14 @@ Expected errors are one line on stderr and exit status 1, wrong usage is 2, Ctrl
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -123,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     terminated = _Terminated()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown escaped
+            with suppress(OSError):  # a stream that is broken says so when it is written
+                stream.reconfigure(errors="backslashreplace")
     try:
         with terminated:
             parser, commands = build_parser()
@@ -274,10 +280,19 @@ def _generate(options: argparse.Namespace) -> int:
     from distzo2.inference import generate_text
 
     if options.prompt is None:
-        options.prompt = sys.stdin.read()
+        options.prompt = _standard_input()
     generate_text(options, lambda text: print(text, end="", flush=True))
     print()
     return 0
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UsageError("--prompt is missing, and standard input is closed")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DistZO2Error(f"standard input: not {error.encoding}: {error.reason} at byte {error.start}") from error
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -290,8 +305,14 @@ def _replay(options: argparse.Namespace) -> int:
         options.base, options.journal = options.run_dir, os.fspath(journal_path(options.journal_file))
     if options.run_dir is None and (options.base is None or options.journal is None):
         raise UsageError("replay needs RUN, or BASE and JOURNAL, or both --base and --journal")
+    if not options.out:
+        raise UsageError("replay --out is empty")
+    if os.path.lexists(options.out) and not os.path.isdir(options.out):
+        raise UsageError(f"--out {options.out}: a directory was expected")
     base = options.base or saved_options(options.run_dir)["model"]
-    journal = options.journal or os.path.join(options.run_dir, "journal.jsonl")
+    journal = (
+        os.fspath(journal_path(options.journal)) if options.journal else os.path.join(options.run_dir, "journal.jsonl")
+    )
     report = replay(base, journal, options.out, to_step=options.to_step, progress=not options.quiet)
     if report.torn:
         print(printable(report.torn), file=sys.stderr)

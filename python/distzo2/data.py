@@ -71,6 +71,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
         DistZO2Error: the directory has none, or it cannot be loaded.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise DistZO2Error(f"{directory}: expected a checkpoint directory, got no directory of that name")
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}, ...)")
     from transformers import AutoTokenizer
@@ -146,7 +148,8 @@ def _check_line(content: bytes, where: str) -> Line:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+        reason = error.msg.removesuffix(" at")
+        raise DataError(f"{where}: not valid JSON: {reason} at column {error.colno}") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply") from error
     if not isinstance(record, dict):
@@ -182,6 +185,18 @@ def _check_text(record: dict[str, Any], key: str, where: str, *, allow_empty: bo
         raise DataError(f"{where}: {key!r} must be a string, not {_name(value)}")
     if not value and not allow_empty:
         raise DataError(f"{where}: {key!r} is empty")
+    _check_encodable(value, repr(key), where)
+
+
+def _check_encodable(text: str, name: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell, and which is no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(
+            f"{where}: {name} holds {half}, half of a surrogate pair, at character {error.start}"
+        ) from error
 
 
 def _check_choices(record: dict[str, Any], where: str) -> None:
@@ -191,6 +206,7 @@ def _check_choices(record: dict[str, Any], where: str) -> None:
     for i, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice:
             raise DataError(f"{where}: choice {i} must be a string that is not empty")
+        _check_encodable(choice, f"choice {i}", where)
     if len(set(choices)) < len(choices):
         raise DataError(f"{where}: two choices are the same")
     if "label" not in record:
@@ -214,6 +230,7 @@ def _check_messages(messages: Any, where: str) -> None:
             raise DataError(f"{where}: message {i}: 'role' must be one of {', '.join(_ROLES)}")
         if not isinstance(message.get("content"), str):
             raise DataError(f"{where}: message {i}: 'content' must be a string")
+        _check_encodable(message["content"], f"message {i}", where)
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise DataError(f"{where}: no message of the assistant, so there is nothing to learn")
 

@@ -243,7 +243,9 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 
         parent = saved_options(given.branch_from)
         layers += to_arguments(parser, parent, f"{given.branch_from}/run.json")
-    if given.resume and given.out:
+    if given.resume and not given.out:
+        raise UsageError("--resume needs --out, the directory of the run")
+    if given.resume:
         from distzo2.run_directory import saved_options
 
         saved = saved_options(given.out)
@@ -269,8 +271,8 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 
 def _check(options: argparse.Namespace) -> None:
     for name in ("model", "train", "out", "steps"):
-        if getattr(options, name) is None:
-            raise UsageError(f"--{name} is missing")
+        if getattr(options, name) in (None, ""):
+            raise UsageError(f"--{name} is {'missing' if getattr(options, name) is None else 'empty'}")
     if options.batch_size % options.micro_batches:
         raise UsageError(f"--micro-batches {options.micro_batches} does not divide --batch-size {options.batch_size}")
     if options.estimator == "fzoo" and options.probes < 2:

@@ -14,15 +14,14 @@ import distzo2
 from distzo2.data import load_examples, load_tokenizer, sequence_limit
 from distzo2.errors import DistZO2Error
 from distzo2.objectives import Objective, Score, evaluate_examples, resolve_objective
-from distzo2.preflight import DTYPES, check_device, check_disk, check_memory, model_size
+from distzo2.preflight import DTYPES, check_device, check_disk, check_memory, model_size, set_threads
 
 
 @contextmanager
 def loaded(options: Namespace) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, after the checks of its device and of the room it needs."""
     device = check_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
     check_memory(size, device, options.weights)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
@@ -49,7 +48,7 @@ def evaluate_file(options: Namespace) -> tuple[Score, str]:
     tokenizer = load_tokenizer(options.model)
     limit = sequence_limit(options.model, options.max_length)
     examples = load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate)
-    name = resolve_objective(options.objective, examples)
+    name = resolve_objective(options.objective, examples, options.eval)
     with loaded(options) as (model, device):
         objective = Objective(model, name, pad_id=tokenizer.pad_token_id or 0, device=device)
         return evaluate_examples(objective, examples, batch_size=options.batch_size), name

@@ -20,6 +20,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ class Metrics:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
-        self._file.close()
+        """What a failed write left is dropped: the write has told of it, and closing must not hide that."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _line_of(entry: Any) -> dict[str, Any]:

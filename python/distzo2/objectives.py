@@ -43,8 +43,8 @@ class Score:
         return self.accuracy if name == "accuracy" else -self.loss
 
 
-def resolve_objective(name: str | None, examples: Sequence[Example]) -> str:
-    """The objective called `name`, or the data's own where it is None.
+def resolve_objective(name: str | None, examples: Sequence[Example], source: str = "the data") -> str:
+    """The objective called `name`, or the data's own where it is None; `source` is the data's file.
 
     Raises:
         UsageError: the data is not of the kind that the objective needs.
@@ -55,7 +55,7 @@ def resolve_objective(name: str | None, examples: Sequence[Example]) -> str:
     if name not in OBJECTIVES:
         raise UsageError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
     if name == "choices" and not has_choices:
-        raise UsageError("objective 'choices' needs lines with 'choices' and 'label'")
+        raise UsageError(f"{source}: objective 'choices' needs lines with 'choices' and 'label'")
     return name
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from typing import NoReturn
 
@@ -25,7 +24,8 @@ class Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if action.option_strings and action.default not in (None, argparse.SUPPRESS, False) and "default" not in text:
+        has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False  # 0 is one
+        if action.option_strings and has_default and "default" not in text:
             text += " (default: %(default)s)"
         return text
 
@@ -36,24 +36,24 @@ def num_bytes(text: str) -> int | str:
         return text
     for suffix, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("", 1)):
         if text.endswith(suffix):
-            value = int(float(text.removesuffix(suffix)) * scale)
+            value = float(text.removesuffix(suffix)) * scale
             break
-    if value <= 0:
+    if not 1 <= value < 2**63:
         raise ValueError
-    return value
+    return int(value)
 
 
 def positive_int(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 was expected")
+    if not 1 <= value < 2**32:  # as many as there are steps
+        raise argparse.ArgumentTypeError(f"{text}: {'at least 1' if value < 1 else 'less than 2^32'} was expected")
     return value
 
 
 def whole_int(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: 0 or more was expected")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: {'0 or more' if value < 0 else 'less than 2^32'} was expected")
     return value
 
 
@@ -71,17 +71,22 @@ def seed_int(text: str) -> int:
     return value
 
 
+def _is_float32(value: float) -> bool:
+    """Whether it is in the range of float32, in which steps are computed: 0, or neither too large nor too small."""
+    return value == 0 or 2.0**-149 <= abs(value) < 2.0**128
+
+
 def positive_float(text: str) -> float:
     value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text}: a positive number was expected")
+    if not (value > 0 and _is_float32(value)):
+        raise argparse.ArgumentTypeError(f"{text}: a positive number was expected, in the range of float32")
     return value
 
 
 def whole_float(text: str) -> float:
     value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text}: 0 or a positive number was expected")
+    if not (value >= 0 and _is_float32(value)):
+        raise argparse.ArgumentTypeError(f"{text}: 0 or a positive number was expected, in the range of float32")
     return value
 
 

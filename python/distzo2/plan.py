@@ -330,6 +330,19 @@ def _row(plan: Prediction, first: Prediction) -> dict[str, Any]:
     }
 
 
+def significant(number: float) -> str:
+    """Four digits of a number, or all of those before the point, never as a power of ten."""
+    return f"{number:.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def count(number: int) -> str:
+    """A number of elements for people."""
+    for unit, scale in ((" G", 1e9), (" M", 1e6)):
+        if number >= scale / 10:
+            return f"{number / scale:.3g}{unit}"
+    return str(number)
+
+
 def table(planner: Planner, plans: Sequence[Prediction]) -> list[str]:
     """The predictions as lines of text."""
     r, model = planner.request, next(iter(planner._models.values()))
@@ -337,7 +350,7 @@ def table(planner: Planner, plans: Sequence[Prediction]) -> list[str]:
     dtype = str(model.dtype).removeprefix("torch.")
     forwards = len(planner.evaluations)
     lines = [
-        f"{model.name}, {dtype}, {model.num_elements / 1e9:.3g} G weights, {gib(model.num_bytes)}; {r.batch} x "
+        f"{model.name}, {dtype}, {count(model.num_elements)} weights, {gib(model.num_bytes)}; {r.batch} x "
         f"{r.tokens} tokens, {forwards} forwards a step ({r.estimator}, {r.probes} probe{'s' * (r.probes > 1)}); "
         f"weights on {r.weights}",
         planner.machine.name,
@@ -350,7 +363,8 @@ def table(planner: Planner, plans: Sequence[Prediction]) -> list[str]:
         moved = "".join(f"{size / 1e9:>7.3g}GB" if size else f"{'-':>9}" for size in sizes)
         lines.append(
             f"{plan.mesh!s:<16}{('on' if plan.sliced else 'off') if plan.mesh.num_ranks > 1 else '-':>7}"
-            f"{plan.step_s:>10.4g}{plan.tokens_per_s:>10.4g}{plan.tokens_per_s / plans[0].tokens_per_s:>7.2f}  "
+            f"{plan.step_s:>10.4g}{significant(plan.tokens_per_s):>10}"
+            f"{plan.tokens_per_s / plans[0].tokens_per_s:>7.2f}  "
             f"{plan.bound:<25}{gib(plan.rank_bytes.total):>10}{gib(plan.host_bytes):>10}{moved}"
             + ("  <- best" if i == best and len(plans) > 1 else "")
         )

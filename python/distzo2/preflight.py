@@ -53,7 +53,7 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cpu":
+    if device.type == "cpu" and device.index is None:
         return device
     if device.type != "cuda":
         raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
@@ -64,6 +64,20 @@ def check_device(name: str) -> torch.device:
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise DistZO2Error(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Sets how many CPU threads torch computes with; None: torch's choice.
+
+    Raises:
+        UsageError: far more than there are cores.
+    """
+    if num_threads is None:
+        return
+    most = 16 * (os.cpu_count() or 1)
+    if num_threads > most:
+        raise UsageError(f"--threads {num_threads}: at most {most} were expected, 16 for each core of this machine")
+    torch.set_num_threads(num_threads)
 
 
 def check_memory(

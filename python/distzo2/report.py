@@ -67,7 +67,10 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
             draw_step(figure.add_subplot(grid[rows - 1, :]), trace)
         figure.suptitle(_title(run_dir, record, steps))
         path = Path(out) if out is not None else run_dir / "report.png"
-        figure.savefig(path, dpi=130)
+        try:
+            figure.savefig(path, dpi=130, format="png")
+        except OSError as error:  # a full disk's has no name in it
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     return path
 
 

@@ -25,7 +25,7 @@ from distzo2.journal import Journal
 from distzo2.launch import launch_id, restarts
 from distzo2.objectives import Objective, resolve_objective
 from distzo2.parallel import Mesh, current
-from distzo2.preflight import DTYPES, ModelSize, check_device, check_disk, check_memory, model_size
+from distzo2.preflight import DTYPES, ModelSize, check_device, check_disk, check_memory, model_size, set_threads
 from distzo2.run_directory import RunDirectory
 from distzo2.snapshot import snapshots_in
 from distzo2.train_loop import Result, TrainLoop, together
@@ -52,10 +52,11 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
     log = log if leads else (lambda line: None)
     with together(mesh, "reading data and options"):
         device = _device(options, mesh)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        set_threads(options.threads)
         if options.trace and not Path(options.trace).absolute().parent.is_dir():
             raise UsageError(f"--trace {options.trace}: its directory does not exist")
+        if options.trace and Path(options.trace).is_dir():
+            raise UsageError(f"--trace {options.trace}: a file was expected, not a directory")
         run = RunDirectory(options.out)
         if leads:
             run = RunDirectory.resumed(options.out) if options.resume else None
@@ -67,9 +68,9 @@ def finetune(options: Namespace, log: Callable[[str], None] = lambda line: None)
         held_out = (
             load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate) if options.eval else []
         )
-        objective_name = resolve_objective(options.objective, train)
+        objective_name = resolve_objective(options.objective, train, options.train)
         if held_out:
-            resolve_objective(objective_name, held_out)
+            resolve_objective(objective_name, held_out, options.eval)
         check_memory(size, device, options.weights, ranks_here(), copies_here(options.weights))
         if leads and not options.resume and not run.begins_again:
             _check_room(options, size, run)
@@ -172,6 +173,10 @@ def _take_over(
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)
+        num_steps = len(journal.entries)
+    if num_steps > options.steps:
+        advice = f"distzo2 replay {run.path} --to-step {options.steps} makes an earlier checkpoint again"
+        raise UsageError(f"--steps {options.steps}: {run.path} has made {num_steps} already; {advice}")
     if options.save != "none":
         run.check_checkpoint()
     run.remove_leftovers()  # they take the room that this run's will

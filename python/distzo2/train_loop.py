@@ -20,7 +20,7 @@ from distzo2 import ZOSGD
 from distzo2.batches import DataOrder
 from distzo2.branch import BranchPoint
 from distzo2.data import Example
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, UsageError
 from distzo2.launch import launch_id
 from distzo2.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
 from distzo2.objectives import Objective, Score, evaluate_examples
@@ -112,6 +112,8 @@ class TrainLoop:
             journal_chain=o.journal_chain,
             fsync_every=o.fsync_every,
         )
+        if optimizer.step_count > o.steps:  # of a branch: a resumed run is looked at before it is claimed
+            raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
         self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
