@@ -98,7 +98,9 @@ def _audit_record(run: RunDirectory, audit: Audit, base: str | os.PathLike[str] 
     if done == num_steps and record.get("journal_chain") not in (None, audit.chain):
         report.findings.append(f"{where}: the chained hash was {brief(record['journal_chain'])}, and is {audit.chain}")
     train = options.get("train")
-    if isinstance(train, str):
+    if not isinstance(train, str):
+        report.findings.append(f"{where}: it names no training file")
+    else:
         with _told(report):
             if not Path(train).is_file():
                 report.findings.append(f"{train}: the training file is not there")
