@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from distzo2 import checkpoint_hidden
+from distzo2.audit import FILE, kind_of
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.file_checksum import FileChecksum, file_checksum
 from distzo2.metrics import finite
@@ -257,7 +258,7 @@ class RunDirectory:
         names = self.files_of_checkpoint()
         contents = {}
         for name in names:
-            if (self.checkpoint / name).is_file():
+            if kind_of(self.checkpoint / name) == FILE:
                 checksum = weights.get(name) or file_checksum(self.checkpoint / name)
                 contents[name] = {"num_bytes": checksum.num_bytes, "crc32": f"{checksum.crc32:08x}"}
         return {"checkpoint_files": names, "checkpoint_contents": contents}
