@@ -9,9 +9,17 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint_models import assert_checksums
+from safetensors.torch import save_file
 
 from distzo2 import file_checksum
+from distzo2.checkpoint_layout import Layout
+from distzo2.checkpoint_map import CheckpointFiles, CheckpointMap, MappedTensor
+from distzo2.checkpoint_trace import LayoutTensor, Trace
+from distzo2.checkpoint_writer import CheckpointWriter
 from distzo2.file_checksum import FileChecksum, WriteChecksum, joined
+from distzo2.safetensors_io import SafetensorsWriter
 
 
 class Memory:
@@ -94,3 +102,32 @@ def test_a_file_is_read_in_pieces_and_no_link_is_followed(tmp_path: Path, monkey
     for name in ("link", "pipe", "none", "."):
         with pytest.raises(OSError):
             file_checksum.file_checksum(tmp_path / name)
+
+
+def test_of_a_checkpoint_only_what_is_written_in_strides_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"plain": torch.randn(64, 64), "y": torch.randn(4, 6, 2)}, tmp_path / "in" / "model.safetensors")
+    files = CheckpointFiles(tmp_path / "in")
+    trace = Trace([entry.name for entry in files.entries])
+    symbols = {e.name: LayoutTensor(Layout.leaf(n, e.shape), e.dtype, trace) for n, e in enumerate(files.entries)}
+    even, odd = symbols["y"].unbind(2)
+    params = {"plain": symbols["plain"], "even": even, "odd": odd}
+    mapped = {n: MappedTensor(n, torch.float32, tuple(s.shape), s.where.pieces) for n, s in params.items()}
+    plan = CheckpointMap(files.entries, mapped, files=files)
+    with CheckpointWriter(plan, tmp_path / "out") as writer:
+        for name in params:
+            value = torch.empty(mapped[name].shape)
+            plan.read_param(name, value)
+            writer.write_param(name, value)
+        num_read, read_into = [], SafetensorsWriter.read_into
+
+        def counted(self: SafetensorsWriter, buffer: memoryview, offset: int) -> None:
+            num_read.append(len(buffer))
+            read_into(self, buffer, offset)
+
+        monkeypatch.setattr(SafetensorsWriter, "read_into", counted)
+    assert 0 < sum(num_read) <= 4 * 6 * 2 * 4
+    assert_checksums(writer.checksums, tmp_path / "out")
+    files.close()

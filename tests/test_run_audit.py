@@ -139,7 +139,9 @@ def test_every_changed_file_of_the_checkpoint_is_named(run: Path, capsys: pytest
     assert found[-1].startswith(f"{checkpoint}/model.safetensors: too long")
 
 
-def test_files_that_came_and_went_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_came_and_went_are_named(
+    made: SimpleNamespace, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = run / "checkpoint"
     (checkpoint / "tokenizer.json").unlink()
     (checkpoint / "config.json").rename(run / "config.json")
@@ -157,6 +159,12 @@ def test_files_that_came_and_went_are_named(run: Path, capsys: pytest.CaptureFix
     (checkpoint / "deep\x1b" / "pipe").unlink()
     os.mkfifo(checkpoint / "deep\x1b" / "pipe")
     assert "neither a file nor a directory" in verify(capsys, run).findings[1]
+    shutil.rmtree(checkpoint)
+    shutil.copytree(made.run / "checkpoint", checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to(made.run / "checkpoint" / "model.safetensors")
+    (found,) = verify(capsys, run).findings  # and it is not read
+    assert found == f"{checkpoint / 'model.safetensors'}: a link, where a file was expected"
     shutil.rmtree(checkpoint)
     (found,) = verify(capsys, run).findings
     step = record(run)["checkpoint_step"]
@@ -260,10 +268,10 @@ def test_no_link_and_no_device_is_read(run: Path, tmp_path: Path, capsys: pytest
 def test_a_directory_that_cannot_be_read_hides_nothing_else(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    listdir = os.listdir
+    listdir, refused = os.listdir, ["run", "snapshots"]
 
     def refusing(path: Any) -> list[str]:
-        if Path(path).name in ("run", "snapshots"):
+        if Path(path).name in refused:
             raise PermissionError(13, "Permission denied", str(path))
         return listdir(path)
 
@@ -272,6 +280,8 @@ def test_a_directory_that_cannot_be_read_hides_nothing_else(
     found = verify(capsys, run).findings
     assert found[:2] == [f"{run}: Permission denied", f"{run / 'snapshots'}: Permission denied"]
     assert found[2].startswith(f"{run / 'checkpoint' / 'config.json'}: CRC-32") and len(found) == 3
+    refused.append("checkpoint")
+    assert verify(capsys, run).findings[2] == f"{run / 'checkpoint'}: Permission denied"
 
 
 ODD = [None, True, -1, 1 << 70, 1e300, "\x1b\ud800\0", [], [[]], {}, {"\x1b": {"x": []}}]
@@ -289,10 +299,15 @@ def test_whatever_the_record_says_the_look_ends_in_lines(run: Path) -> None:
         (run / "run.json").write_text(json.dumps(whole | {"options": whole["options"] | {name: value}}))
         assert bool(audit_run(audit).findings) == (name != "save")
     (run / "run.json").write_text(json.dumps(whole))
-    for value in ODD:
+    pieces = {"a": ["float32", [1], [[0, [1], 0, [1], 0, [1]]]], "b": ["float8_e5m2", [1], [[0, [1], 0, [1], 0, [1]]]]}
+    maps = [{"params": value, "tensors": []} for value in (*ODD, pieces)] + [{"params": pieces, "tensors": {}}]
+    for value in (*ODD, *maps):
         audit.header["map"] = value
-        (found,) = audit_run(audit).findings
-        assert "does not say which tensors it must hold" in found
+        found = audit_run(audit).findings
+        assert all(
+            "which tensors it must hold" in text or "is not in a checkpoint of this run" in text for text in found
+        )
+        assert found
 
 
 def test_a_run_without_a_readable_header_is_looked_at(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,10 +236,17 @@ def forged(number: int, snapshot: Path) -> str:
             with_header(second, [name])
             reseal(snapshot)
             return f"{second.name}: its header is not that of unit "
+        case 15:
+            data = second.read_bytes()
+            (length,) = struct.unpack("<Q", data[:8])
+            longer = data[8 : 8 + length].ljust(1 << 20)
+            second.write_bytes(struct.pack("<Q", len(longer)) + longer + data[8 + length :])
+            reseal(snapshot)
+            return f"{second.name}: it announces a header of {1 << 20} bytes, which no unit has"
     raise AssertionError
 
 
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(16))
 def test_what_is_forged_is_named(run: Path, capsys: pytest.CaptureFixture[str], number: int) -> None:
     snapshot = run / "snapshots" / SNAPSHOTS[1]
     assert verify(capsys, run).findings == []
