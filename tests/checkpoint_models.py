@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from distzo2.checkpoint_files import SINGLE_FILE
 from distzo2.checkpoint_map import CheckpointMap, persistent_buffers
 from distzo2.checkpoint_writer import CheckpointWriter
+from distzo2.file_checksum import FileChecksum
 
 T = transformers
 SMALL = {
@@ -100,6 +102,13 @@ def write_all(checkpoint: CheckpointMap, source: nn.Module, out: Path, **options
     with CheckpointWriter(checkpoint, out, **options) as writer:
         for name in checkpoint.names:
             writer.write_param(name, held[name].detach())
+    assert_checksums(writer.checksums, out)
+
+
+def assert_checksums(checksums: Mapping[str, FileChecksum], directory: Path) -> None:
+    """What the writer of a checkpoint says of its files of weights must be so."""
+    files = {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+    assert checksums == {name: FileChecksum(len(data), zlib.crc32(data)) for name, data in files.items()}
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

@@ -7,7 +7,9 @@ of its kind, what that file says, within its bounds. Any other exception, and an
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from journal_cases import bits, json_values, make_entry, make_test_header, step_
 from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.journal import Journal, JournalError, StepEntry, read_journal
 from distzo2.journal_audit import audit_journal
-from distzo2.journal_line import encode_record, seal_line
+from distzo2.journal_line import decode_line, encode_record, seal_line
+from distzo2.run_audit import audit_run
 from distzo2.safetensors_io import DTYPE_NAMES, DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter
+from distzo2.snapshot import MANIFEST
 from distzo2.torch_archive import TorchArchive
 
 
@@ -148,6 +152,76 @@ def check_forged_journal(path: Path, data: bytes) -> None:
         assert data[at : at + len(line)] == line
         at += len(line)
     assert chain == contents.chain
+
+
+# ---- runs
+
+
+class ForgedRun:
+    """A whole run. One file at a time is forged: JSON with a place changed, and every checksum over it right."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        snapshot, _, last = sorted((run / "snapshots").iterdir())
+        shutil.rmtree(last)  # one that is forged, one that is not
+        self._manifest = snapshot / MANIFEST
+        self._unit = min(snapshot.glob("unit-*"))
+        self._journal = run / "journal.jsonl"
+        self._header, *self._steps = self._journal.read_bytes().splitlines(True)
+        self._before = {
+            path: path.read_bytes() for path in (run / "run.json", self._manifest, self._unit, self._journal)
+        }
+        data = self._before[self._unit]
+        (length,) = struct.unpack("<Q", data[:8])
+        self._data = data[8 + length :]
+        self.records: dict[str, Any] = {
+            "run.json": json.loads(self._before[run / "run.json"]),
+            "manifest": decode_line(self._before[self._manifest], 1 << 20),
+            "unit": json.loads(data[8 : 8 + length]),
+            "header": decode_line(self._header, 1 << 20),
+        }
+
+    def strategy(self) -> st.SearchStrategy[tuple[str, Any]]:
+        return st.one_of(*(st.tuples(st.just(name), _forged(record)) for name, record in self.records.items()))
+
+    def check(self, example: tuple[str, Any]) -> None:
+        """The look at it ends, in lines; what was not touched is in order."""
+        name, record = example
+        try:
+            self._write(name, record)
+        except JournalError:  # cannot be written at all
+            return
+        try:
+            report = audit_run(audit_journal(self._journal))
+            for line in (*report.findings, *report.notes):
+                one_line(Exception(" ".join(line.split())))
+            assert report.num_whole >= (report.num_snapshots - 1 if name in ("manifest", "unit") else 0)
+            assert name != "unit" or record == self.records["unit"] or report.num_whole < report.num_snapshots
+        finally:
+            for path, data in self._before.items():
+                path.write_bytes(data)
+
+    def _write(self, name: str, record: Any) -> None:
+        if name == "run.json":
+            (self.run / name).write_text(json.dumps(record))
+        elif name == "header":
+            self._journal.write_bytes(seal_line(encode_record(record, 1 << 20), None)[0] + b"".join(self._steps))
+        elif name == "manifest":
+            self._manifest.write_bytes(seal_line(encode_record(record, 1 << 20), None)[0])
+        else:
+            text = json.dumps(record, separators=(",", ":")).encode()
+            text += b" " * (-(8 + len(text)) % 4096)
+            data = struct.pack("<Q", len(text)) + text + self._data
+            self._unit.write_bytes(data)
+            manifest = json.loads(json.dumps(self.records["manifest"]))
+            (row,) = (row for row in manifest["units"] if row["file"] == self._unit.name)
+            row |= {"num_bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+            self._manifest.write_bytes(seal_line(encode_record(manifest, 1 << 20), None)[0])
+
+
+@st.composite
+def _forged(draw: st.DrawFn, record: Any) -> Any:
+    return _changed(draw, record)
 
 
 # ---- safetensors

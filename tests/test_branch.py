@@ -124,9 +124,9 @@ def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: Simpl
 def test_a_checkpoint_is_never_ahead_of_the_journal(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, save = [], distzo2.save_pretrained
 
-    def noting(model: torch.nn.Module, out: Path, **options: object) -> None:
+    def noting(model: torch.nn.Module, out: Path, **options: object) -> dict:
         saved.append(len(read_journal("out/journal.jsonl").entries))
-        save(model, out, **options)
+        return save(model, out, **options)
 
     monkeypatch.setattr(distzo2, "save_pretrained", noting)
     assert finetune(files, "--steps=5", "--fsync-every=100") == 0

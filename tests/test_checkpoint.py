@@ -31,7 +31,9 @@ from checkpoint_models import (
 from safetensors.torch import load_file, save_file
 
 from distzo2 import checkpoint_files
+from distzo2.audit import tree_of
 from distzo2.checkpoint import open_checkpoint
+from distzo2.checkpoint_audit import tensor_findings
 from distzo2.checkpoint_files import INDEX_FILE, SINGLE_FILE
 from distzo2.checkpoint_layout import Layout
 from distzo2.checkpoint_map import CheckpointMap, persistent_buffers
@@ -60,6 +62,8 @@ def test_loads_and_writes_as_transformers_does(tmp_path: Path, name: str) -> Non
     assert_same_weights(load(type(reference), out), reference)
     _, again = open_checkpoint(out)
     assert_reads_as(again, reference)
+    header = {"map": json.loads(json.dumps(checkpoint.to_json()))}
+    assert list(tensor_findings(out, dict(tree_of(out)), header)) == []
 
     # A model that came from elsewhere is written as transformers would write it.
     plan = CheckpointMap.for_saving(reference, [(n, p.dtype, p.shape) for n, p in reference.named_parameters()])
@@ -84,6 +88,8 @@ def test_converts_dtypes_as_transformers_does(tmp_path: Path, name: str, dtype: 
     write_all(checkpoint, reference, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
+    header = {"map": json.loads(json.dumps(checkpoint.to_json()))}
+    assert list(tensor_findings(tmp_path / "out", dict(tree_of(tmp_path / "out")), header)) == []
     assert_same_weights(load(type(reference), tmp_path / "out"), reference)
 
 

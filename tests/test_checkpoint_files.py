@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_models import assert_checksums
 from safetensors.torch import load_file, save_file
 
 from distzo2 import checkpoint_files
@@ -330,6 +331,7 @@ def test_writing_runs_the_pieces_backwards(tmp_path: Path, seed: int, monkeypatc
                 middle = rng.randrange(1, len(value))
                 writer.write_range(name, middle, len(value), value[middle:])
                 writer.write_range(name, 0, middle, value[:middle])
+    assert_checksums(writer.checksums, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == stored.keys() and all(torch.equal(written[n], stored[n]) for n in stored)
 

@@ -329,7 +329,7 @@ def test_no_checkpoint_is_ahead_of_the_durable_journal(files: SimpleNamespace, m
 
     def saves(model, path, **options):
         durable.append(made[-1].durable)
-        save(model, path, **options)
+        return save(model, path, **options)
 
     made: list[Journal] = []
     create = Journal.create

@@ -15,6 +15,8 @@ from pathlib import Path
 import fuzz_targets as targets
 import pytest
 import torch
+from audited_runs import make_run
+from cli_runs import make_files
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from journal_cases import bits, json_values, make_entry, make_test_header
@@ -29,7 +31,7 @@ EXAMPLES = 150
 pytestmark = pytest.mark.timeout(300 + 2 * SECONDS)
 
 
-def fuzz(strategy: st.SearchStrategy, check: Callable) -> None:
+def fuzz(strategy: st.SearchStrategy, check: Callable, examples: int = EXAMPLES) -> None:
     """Tries examples of the strategy until the time is up, each round with another seed."""
     deadline = time.monotonic() + SECONDS
     total = 0
@@ -37,7 +39,7 @@ def fuzz(strategy: st.SearchStrategy, check: Callable) -> None:
 
         @seed(number)
         @settings(
-            max_examples=EXAMPLES if not SECONDS else 2000,
+            max_examples=examples if not SECONDS else 2000,
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
@@ -112,6 +114,11 @@ def test_indices(tmp_path: Path) -> None:
         lambda record: repr(record).replace("'", '"').encode()
     )
     fuzz(contents, lambda content: targets.check_index(tmp_path, content))
+
+
+def test_forged_runs(tmp_path: Path) -> None:
+    run = targets.ForgedRun(make_run(make_files(tmp_path), tmp_path / "run"))
+    fuzz(run.strategy(), run.check, examples=60)
 
 
 # Counted, not left to chance: more than a thousand truncations and flipped bits each, every one found.

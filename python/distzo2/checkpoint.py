@@ -26,6 +26,7 @@ from distzo2.checkpoint_files import CheckpointFiles
 from distzo2.checkpoint_map import CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint_trace import one_line
 from distzo2.checkpoint_writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from distzo2.file_checksum import FileChecksum
 from distzo2.model import offload, runtime_of
 from distzo2.parallel_read import ParallelReader
 from distzo2.safetensors_io import CheckpointError
@@ -145,12 +146,13 @@ def save_pretrained(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
+) -> dict[str, FileChecksum]:
     """Writes an offloaded model, with every update made so far, as a safetensors checkpoint into `out_dir`.
 
     A model from `from_pretrained` is written under the names and in the layout of its checkpoint, with its
     configuration, generation settings and tokenizer files; another transformers model as transformers would write it;
     any other module by parameter and buffer names. Files are of at most `max_shard_bytes` of tensors, or one tensor.
+    Returns length and CRC-32 of each, by name.
 
     Raises CheckpointError if `out_dir` already holds a checkpoint and `overwrite` is false, or if its disk has too
     little room; a save that fails leaves `out_dir` as it was.
@@ -169,6 +171,7 @@ def save_pretrained(
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
                 writer.write_param(name, buffer)
+    return writer.checksums
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:

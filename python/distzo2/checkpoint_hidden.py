@@ -60,12 +60,18 @@ def make_place_for_replaced(home: Path) -> Path:
     return path
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a writer of checkpoints gives such a name to a directory that is no checkpoint yet, or no more."""
+    return bool(
+        re.fullmatch(f"({re.escape(_TMP_PREFIX)}|{re.escape(_REPLACED_PREFIX)})[0-9a-f]{{{_HEX_DIGITS}}}", name)
+    )
+
+
 def remove_leftovers(directory: Path) -> None:
     """What killed writers left there: their unpublished files, and the place for replaced ones if it is empty. Only
     names that a writer gives are looked at."""
-    ours = re.compile(f"({re.escape(_TMP_PREFIX)}|{re.escape(_REPLACED_PREFIX)})[0-9a-f]{{{_HEX_DIGITS}}}")
     try:
-        names = [name for name in os.listdir(directory) if ours.fullmatch(name)]
+        names = [name for name in os.listdir(directory) if is_hidden(name)]
     except OSError:  # it may be written, and not be listed
         return
     for path in (directory / name for name in names):

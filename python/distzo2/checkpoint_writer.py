@@ -32,6 +32,7 @@ from distzo2.checkpoint_hidden import (
 )
 from distzo2.checkpoint_layout import Layout, Piece
 from distzo2.checkpoint_map import CheckpointMap
+from distzo2.file_checksum import FileChecksum
 from distzo2.safetensors_io import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, sync_directory
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -68,6 +69,7 @@ class CheckpointWriter:
     ):
         self.map = checkpoint_map
         self.out_dir = Path(out_dir)
+        self.checksums: dict[str, FileChecksum] = {}  # of the files of weights, by name, once it is closed
         self._shards: list[SafetensorsWriter] = []
         self._tmp: Path | None = None
         self._made: list[Path] = []
@@ -188,7 +190,7 @@ class CheckpointWriter:
             if not block.src_is_dense:  # other pieces own the elements in between
                 shard.read_into(bytes_of(buffer), begin)
             buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset()).copy_(strided_view(flat, block))
-            shard.write_bytes(bytes_of(buffer), begin)
+            shard.write_bytes(bytes_of(buffer), begin, is_last=block.src_is_dense)
 
     def close(self) -> None:
         """Adds what goes with the weights, makes all of it durable, and gives the files their names."""
@@ -206,6 +208,7 @@ class CheckpointWriter:
                     f"{self.out_dir}: {len(self._missing)} parameters were not written, {name!r} lacks {numel} elements"
                 )
             for shard in self._shards:
+                self.checksums[shard.path.name] = shard.checksum()
                 shard.close()
             sync_tree(self._tmp)
             if self._is_alone:

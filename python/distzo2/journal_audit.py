@@ -2,18 +2,17 @@
 
 A reader that is to use a journal stops at the first thing that is wrong (:func:`distzo2.journal.read_journal`). Here
 the findings are gathered instead, one line each, with file and line number; also those of what a journal refers to: its
-base checkpoint, the directory of its run, the journal that it was branched from.
+base checkpoint, the journal that it was branched from. run_audit.py looks at the directory of its run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from distzo2.audit import MAX_FINDINGS
 from distzo2.branch import digest_lines, parent_groups, with_groups
 from distzo2.errors import DistZO2Error
 from distzo2.journal import JournalError, StepEntry, read_journal, torn_line
@@ -21,15 +20,15 @@ from distzo2.journal_diff import step_differences
 from distzo2.journal_header import parents_of, read_header
 from distzo2.journal_line import MAX_HEADER_BYTES, MAX_STEP_BYTES, crc_matches, stated_chain, unchained
 
-MAX_FINDINGS = 100  # of one file that are told one by one
-
 
 @dataclass
 class Audit:
-    """What was found. `entries` are the steps that could be read; `chain` is the hash that the last line states."""
+    """What was found. `entries` are the steps that could be read; `chain` is the hash that the last line states;
+    `header_bytes`, the length of the first line."""
 
     path: str
     header: dict[str, Any] | None = None
+    header_bytes: int = 0
     entries: list[StepEntry] = field(default_factory=list)
     chain: str | None = None
     findings: list[str] = field(default_factory=list)
@@ -48,6 +47,7 @@ def audit_journal(path: str | os.PathLike[str]) -> Audit:
     audit = Audit(os.fspath(path))
     with open(path, "rb") as file:
         line = _next_line(file, MAX_HEADER_BYTES)
+        audit.header_bytes = len(line)
         try:
             audit.header, audit.chain = read_header(line)
         except JournalError as error:
@@ -121,44 +121,6 @@ def base_findings(directory: str | os.PathLike[str], base: Mapping[str, Any]) ->
     if not base["files"]:
         yield f"{os.fspath(directory)}: the journal's run did not start from a checkpoint"
     yield from checkpoint_differences(directory, base)
-
-
-def run_findings(audit: Audit, base: str | os.PathLike[str] | None = None) -> Iterator[str]:
-    """What does not fit together in the directory of a run, with its journal read. `base`: where its base checkpoint is
-    now, if not where run.json says."""
-    from distzo2.metrics import read_metrics
-    from distzo2.run_directory import RunDirectory
-
-    try:
-        run = RunDirectory.resumed(Path(audit.path).parent)
-    except DistZO2Error as error:
-        yield str(error)
-        return
-    record, where = run.record, run.path / "run.json"
-    options = record["options"]
-    if audit.header is not None:
-        if options.get("seed") != audit.header["seed"]:
-            yield f"{where}: seed {options.get('seed')}, the journal has {audit.header['seed']}"
-        yield from base_findings(base or str(options.get("model")), audit.header["base"])
-    num_steps = len(audit.entries)
-    done = record.get("steps_done")
-    if isinstance(done, int) and done > num_steps:
-        yield f"{where}: {done} steps were made, and {num_steps} are in the journal"
-    if done == num_steps and record.get("journal_chain") not in (None, audit.chain):
-        yield f"{where}: the chained hash was {record['journal_chain']}, and is {audit.chain}"
-    train = options.get("train")
-    if isinstance(train, str):
-        if not Path(train).is_file():
-            yield f"{train}: the training file is not there"
-        elif hashlib.sha256(Path(train).read_bytes()).hexdigest() != record.get("train_sha256"):
-            yield f"{train}: not the training file that the run began with"
-    coefs = {entry.step: [term.c for term in entry.update.terms] for entry in audit.entries}
-    left_out: list[str] = []
-    metrics = read_metrics(run.metrics, left_out.append) if run.metrics.is_file() else []
-    yield from left_out
-    for line in metrics:
-        if line["kind"] == "step" and line["step"] in coefs and line.get("coefs") != coefs[line["step"]]:
-            yield f"{run.metrics}: step {line['step']}: other coefficients than the journal has"
 
 
 def parent_findings(audit: Audit, path: str | os.PathLike[str]) -> Iterator[str]:

@@ -68,8 +68,8 @@ def add_journal(parser: Parser) -> None:
     sub.add_argument("--base", metavar="DIR", help="also compare the base checkpoint in DIR with its SHA-256s")
     sub.add_argument(
         "--run", dest="with_run", action="store_true",
-        help="also check base checkpoint, training file, run.json and metrics.jsonl of the run whose directory FILE is "
-        "in; its snapshots and checkpoint are not looked at",
+        help="also check all of the run whose directory FILE is in: base checkpoint, training file, run.json, "
+        "metrics.jsonl, every snapshot, and the checkpoint",
     )  # fmt: skip
     sub.add_argument("--parent", metavar="FILE", help="also compare the journal, or run, that it was branched from")
     sub.add_argument(
@@ -197,32 +197,40 @@ def _pairs(record: Mapping[str, Any]) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from distzo2.journal_audit import audit_journal, base_findings, parent_findings, run_findings
+    from distzo2.audit import FILE, Report, kind_of
+    from distzo2.journal_audit import audit_journal, base_findings, parent_findings
+    from distzo2.run_audit import audit_run
 
     path = journal_path(options.file)
+    if options.with_run and kind_of(path) not in (FILE, None):
+        raise DistZO2Error(f"{path}: {kind_of(path)}, where the journal of a run was expected")
     audit = audit_journal(path)
     findings = audit.findings
     if options.chain is not None and options.chain != audit.chain:
         findings.append(f"{path}: the chained hash of its last line is {audit.chain}, not {options.chain}")
+    report = Report()
     if options.with_run:
-        findings += run_findings(audit, options.base)
+        report = audit_run(audit, options.base)
+        findings += report.findings
     elif options.base and audit.header is not None:
         findings += base_findings(options.base, audit.header["base"])
+        report.checked.append("the base checkpoint")
     if options.parent:
         findings += parent_findings(audit, journal_path(options.parent))
+        report.checked.append("its parent's journal")
+    for note in report.notes:
+        print(printable(f"note: {' '.join(note.split())}"))
     for finding in findings:
         print(printable(" ".join(finding.split())))
     if findings:
         kinds = Counter("torn last line" if " was torn and left out" in text else "finding" for text in findings)
         counts = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
-        print(f"{path}: not in order: {counts}")
+        whole = f"; {report.num_whole} of {report.num_snapshots} snapshots are whole" if report.num_snapshots else ""
+        print(printable(f"{path}: not in order: {counts}{whole}"))
         return 1
-    checked = ["every line"]
-    checked += ["the base checkpoint"] if options.base or options.with_run else []
-    checked += ["the training file", "run.json", "metrics.jsonl"] if options.with_run else []
-    checked += ["its parent's journal"] if options.parent else []
     chain = f", chained hash {audit.chain}" if audit.chain is not None else ""
-    print(f"{path}: in order: {len(audit.entries)} steps{chain}; checked {_enumerate(checked)}")
+    checked = _enumerate(["every line", *report.checked])
+    print(printable(f"{path}: in order: {len(audit.entries)} steps{chain}; checked {checked}"))
     return 0
 
 

@@ -27,6 +27,7 @@ from distzo2.checkpoint_files import INDEX_FILE, CheckpointFiles
 from distzo2.checkpoint_layout import Layout
 from distzo2.checkpoint_map import CheckpointMap, MappedTensor
 from distzo2.checkpoint_writer import CheckpointWriter, holds_checkpoint
+from distzo2.file_checksum import FileChecksum
 from distzo2.journal import JournalError, read_journal, table_difference
 from distzo2.journal_line import brief
 from distzo2.safetensors_io import DTYPES, CheckpointError, header_limit, sha256_file
@@ -43,12 +44,13 @@ _PIECES_IN_FLIGHT = 3  # one each that is read, updated and written
 @dataclass(frozen=True)
 class ReplayReport:
     """What a replay did: `num_steps` of the journal's `num_journal_steps` over `num_bytes` of weights. `torn` is the
-    journal's torn last line in words, or None."""
+    journal's torn last line in words, or None; `checksums`: of the files of weights that were written, by name."""
 
     num_steps: int
     num_journal_steps: int
     num_bytes: int
     torn: str | None
+    checksums: Mapping[str, FileChecksum]
 
 
 def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def replay(
                 bar.update(done)
     finally:
         checkpoint_map.close()
-    return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
+    return ReplayReport(num_steps, num_journal_steps, num_bytes, torn, writer.checksums)
 
 
 def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_class: Any = None) -> CheckpointMap:

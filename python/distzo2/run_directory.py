@@ -17,17 +17,22 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distzo2 import checkpoint_hidden
+from distzo2.audit import FILE, kind_of
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.file_checksum import FileChecksum, file_checksum
 from distzo2.finetune_options import FIXED
 from distzo2.metrics import finite
 from distzo2.safetensors_io import sync_directory
 
 _OURS = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
+NAMES = (*_OURS, "report.png", "trace.json", "run.lock")
+LEFTOVERS = ("weights-*.dzo2", ".journal.jsonl.*.tmp", "run.json.tmp", "metrics.tmp")  # of a killed run
 
 
 class RunDirectory:
@@ -165,7 +170,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Removes the weights that a killed run streamed from here, and files that it had not named yet."""
-        for pattern in ("weights-*.dzo2", f".{self.journal.name}.*.tmp", "run.json.tmp", "metrics.tmp"):
+        for pattern in LEFTOVERS:
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
         checkpoint_hidden.remove_leftovers(self.path)
@@ -209,6 +214,11 @@ class RunDirectory:
         ]
 
     @property
+    def is_in_use(self) -> bool:
+        """Whether a process is at work there."""
+        return self._descriptor is not None or _is_locked(self.lock)
+
+    @property
     def begins_again(self) -> bool:
         """Whether it holds a run that was killed before its journal was there."""
         return self._unbegun
@@ -241,6 +251,17 @@ class RunDirectory:
     def files_of_checkpoint(self) -> list[str]:
         """The names of all that is in it, sorted."""
         return sorted(str(path.relative_to(self.checkpoint)) for path in self.checkpoint.rglob("*"))
+
+    def describe_checkpoint(self, weights: Mapping[str, FileChecksum]) -> dict[str, Any]:
+        """What run.json says of a checkpoint that was just written, with the checksums of its files of `weights`: the
+        names of all that is in it, and the length and CRC-32 of each file."""
+        names = self.files_of_checkpoint()
+        contents = {}
+        for name in names:
+            if kind_of(self.checkpoint / name) == FILE:
+                checksum = weights.get(name) or file_checksum(self.checkpoint / name)
+                contents[name] = {"num_bytes": checksum.num_bytes, "crc32": f"{checksum.crc32:08x}"}
+        return {"checkpoint_files": names, "checkpoint_contents": contents}
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint that this run wrote when it had fewer steps, or did not end writing."""
@@ -276,7 +297,7 @@ def _lock(path: Path) -> int | None:
 
 def _is_locked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:

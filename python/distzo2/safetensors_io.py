@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.file_checksum import FileChecksum, WriteChecksum
 
 # Bounds on what a file from anyone may say. A header in memory takes some 25 times its length.
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -259,7 +260,8 @@ class SafetensorsFile(RangeFile):
 class SafetensorsWriter:
     """A file whose tensors are known up front and whose bytes come in any order.
 
-    The header is written and the whole file allocated at once, so that a full disk shows before any work is done.
+    The header is written and the whole file allocated at once, so that a full disk shows before any work is done. Its
+    CRC-32 is found from the bytes as they are written.
     """
 
     def __init__(
@@ -270,6 +272,7 @@ class SafetensorsWriter:
     ):
         self.path = Path(path)
         self._fd = -1
+        self._written = WriteChecksum()
         header: dict[str, Any] = {"__metadata__": dict(metadata if metadata is not None else {"format": "pt"})}
         layout: list[TensorEntry] = []
         end = 0
@@ -303,11 +306,17 @@ class SafetensorsWriter:
                 raise CheckpointError(f"{self.path}: no room for {self.num_bytes} bytes on its disk") from error
             os.ftruncate(self._fd, self.num_bytes)  # a file system that cannot allocate ahead
 
-    def write_bytes(self, buffer: memoryview, offset: int) -> None:
-        """Writes `buffer` at byte `offset` of the file."""
+    def write_bytes(self, buffer: memoryview, offset: int, is_last: bool = True) -> None:
+        """Writes `buffer` at byte `offset` of the file. Unless it `is_last`, some of the bytes may be written again."""
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._fd, buffer[done : done + _MAX_IO_BYTES], offset + done)
+        if is_last:
+            self._written.note(buffer, offset)
+
+    def checksum(self) -> FileChecksum:
+        """Of the file as it is now."""
+        return self._written.finish(self.num_bytes, self.read_into)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Reads back what was written at byte `offset`."""

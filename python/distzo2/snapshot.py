@@ -17,17 +17,17 @@ import json
 import logging
 import os
 import re
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.file_checksum import CHUNK_BYTES, open_plain
 from distzo2.journal_line import JournalError, decode_line, encode_line
 from distzo2.safetensors_io import DTYPE_NAMES
 from distzo2.units import Unit
@@ -37,7 +37,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 HIDDEN = ".writing-"  # begins the name of a directory that is no snapshot yet, or no more
-CHUNK_BYTES = 4 << 20  # of a read or a write
 _HEADER_ALIGNMENT = 4096  # bytes; where the data of a unit's file begins
 _NAME = re.compile(r"step-(\d{8,10})")
 _MANIFEST_KEYS = {"snapshot", "step", "seed", "journal", "units", "software"}
@@ -84,6 +83,13 @@ class Snapshots:
         return self.every > 0 or self.minutes > 0
 
 
+class StoredUnit(Protocol):
+    """What a unit's file depends on; a `Unit` is one. Parameters have name, dtype, shape and num_bytes."""
+
+    name: str
+    params: Sequence[Any]
+
+
 @dataclass(frozen=True)
 class UnitImage:
     """The bytes of a unit's file but for the tensors: `header`, and for each parameter its index in `unit.params` and
@@ -94,7 +100,7 @@ class UnitImage:
     num_bytes: int
 
     @classmethod
-    def of(cls, unit: Unit) -> UnitImage:
+    def of(cls, unit: StoredUnit) -> UnitImage:
         # Wide dtypes first: every tensor then starts on a multiple of its own item size.
         order = sorted(range(len(unit.params)), key=lambda i: (-unit.params[i].dtype.itemsize, i))
         record: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -207,15 +213,17 @@ def decode_manifest(line: bytes) -> Manifest:
     )
 
 
-def read_manifest(snapshot: Path) -> Manifest:
-    """Raises SnapshotError: there is none, or it is damaged; names the file."""
+def read_manifest(snapshot: Path, max_bytes: int = MAX_MANIFEST_BYTES) -> Manifest:
+    """Raises SnapshotError: there is none, or it is longer or damaged; names the file."""
     path = snapshot / MANIFEST
     try:
-        with open_file(path) as file:
-            line = file.read(MAX_MANIFEST_BYTES + 1)
+        with open_plain(path) as file:
+            line = file.read(min(max_bytes, MAX_MANIFEST_BYTES) + 1)
     except OSError as error:
         raise SnapshotError(f"{path}: {error.strerror}") from None
     try:
+        if len(line) > max_bytes:
+            raise SnapshotError(f"longer than {max_bytes} bytes")
         return decode_manifest(line)
     except SnapshotError as error:
         raise SnapshotError(f"{path}: {error}") from None
@@ -236,16 +244,7 @@ def check_units(manifest: Manifest, units: Sequence[Unit], seed: int) -> None:
             )
 
 
-def open_file(path: Path) -> Any:
-    """A plain file opened for reading; a link or a device, which no snapshot holds, is refused."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "not a plain file")
-    return os.fdopen(descriptor, "rb", buffering=0)
-
-
-def check_file(path: Path, record: UnitRecord, unit: Unit, fill: Sequence[memoryview] | None = None) -> None:
+def check_file(path: Path, record: UnitRecord, unit: StoredUnit, fill: Sequence[memoryview] | None = None) -> None:
     """Reads a unit's file through and compares size, header and CRC with what they must be.
 
     Args:
@@ -257,23 +256,23 @@ def check_file(path: Path, record: UnitRecord, unit: Unit, fill: Sequence[memory
     """
     image = UnitImage.of(unit)
     try:
-        with open_file(path) as file:
+        with open_plain(path) as file:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes != record.num_bytes:
                 raise SnapshotError(f"{path}: {num_bytes} bytes, the manifest has {record.num_bytes}")
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             header = bytearray(len(image.header))
-            crc = _read_into(file, memoryview(header), 0, path)
+            crc = read_into(file, memoryview(header), 0, path)
             if header != image.header:
                 raise SnapshotError(f"{path}: its header is not that of unit {unit.name!r}")
             passed = memoryview(bytearray(min(CHUNK_BYTES, record.num_bytes))) if fill is None else None
             for i, _ in image.places:
                 left = unit.params[i].num_bytes
                 if fill is not None:
-                    crc = _read_into(file, fill[i], crc, path)
+                    crc = read_into(file, fill[i], crc, path)
                     continue
                 while left:
-                    crc = _read_into(file, passed[: min(left, len(passed))], crc, path)
+                    crc = read_into(file, passed[: min(left, len(passed))], crc, path)
                     left -= min(left, len(passed))
     except OSError as error:
         raise SnapshotError(f"{path}: {error.strerror}") from None
@@ -281,7 +280,8 @@ def check_file(path: Path, record: UnitRecord, unit: Unit, fill: Sequence[memory
         raise SnapshotError(f"{path}: CRC-32 {crc:08x}, the manifest has {record.crc32:08x}")
 
 
-def _read_into(file: Any, place: memoryview, crc: int, path: Path) -> int:
+def read_into(file: Any, place: memoryview, crc: int, path: Path) -> int:
+    """Fills `place` from where the file stands; returns the CRC with its bytes."""
     done = 0
     while done < len(place):
         count = file.readinto(place[done : done + CHUNK_BYTES])

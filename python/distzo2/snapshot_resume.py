@@ -53,7 +53,7 @@ def find_snapshot(
     for path in snapshots_in(directory):
         try:
             manifest = read_manifest(path)
-            _check_journal(path / MANIFEST, manifest, journal, num_steps)
+            check_journal(path / MANIFEST, manifest, journal, num_steps)
             _check_all(path, manifest, runtime.trained_units(), runtime.seed)
         except SnapshotError as error:
             invalid.append(path)
@@ -94,7 +94,8 @@ def load_snapshot(found: Found, runtime: WeightAccess, first_version: int) -> No
         raise
 
 
-def _check_journal(where: Path, manifest: Manifest, journal: str | os.PathLike[str], num_steps: int) -> None:
+def check_journal(where: Path, manifest: Manifest, journal: str | os.PathLike[str], num_steps: int) -> None:
+    """Raises SnapshotError unless the manifest is of the first of a journal's `num_steps` steps; names `where`."""
     if manifest.journal_steps > num_steps:
         raise SnapshotError(
             f"{where}: it holds {manifest.journal_steps} steps of the journal, which has {num_steps} now"
@@ -122,4 +123,4 @@ def _check_all(path: Path, manifest: Manifest, units: Sequence[Unit], seed: int)
                 check.cancel()
 
 
-__all__ = ["Found", "SnapshotError", "find_same", "find_snapshot", "load_snapshot"]
+__all__ = ["Found", "SnapshotError", "check_journal", "find_same", "find_snapshot", "load_snapshot"]

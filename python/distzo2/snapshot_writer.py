@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
+from distzo2.file_checksum import CHUNK_BYTES
 from distzo2.journal import Journal
 from distzo2.safetensors_io import bytes_of, sync_directory
 from distzo2.snapshot import (
-    CHUNK_BYTES,
     HIDDEN,
     MANIFEST,
     JournalDigest,

@@ -329,12 +329,13 @@ class TrainLoop:
         self.run.update(checkpoint_step=None, saving_step=step)  # whose it is, should this process be killed meanwhile
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
-            distzo2.save_pretrained(self.model, self.run.checkpoint)
+            checksums = distzo2.save_pretrained(self.model, self.run.checkpoint)
         else:
             from distzo2.replay import replay
 
-            replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-        self.run.update(checkpoint_step=step, saving_step=None, checkpoint_files=self.run.files_of_checkpoint())
+            report = replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
+            checksums = report.checksums
+        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint(checksums))
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _stopped(self, status: str) -> None:
