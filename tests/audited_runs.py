@@ -36,7 +36,7 @@ def _when_idle(method: Callable[..., None]) -> Callable[..., None]:
     step in which it comes by."""
 
     def call(self: SnapshotWriter, *args: Any) -> None:
-        while self._task:
+        while self._errand.task:
             time.sleep(0.0005)
         method(self, *args)
 

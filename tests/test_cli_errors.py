@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2 import checkpoint, preflight
+from distzo2.checkpoint_writer import DISK_SLACK_BYTES
 from distzo2.cli import main
 from distzo2.errors import UsageError
 from distzo2.journal import Journal, read_journal
@@ -143,6 +144,9 @@ def test_too_little_room(files: SimpleNamespace, capsys, monkeypatch: pytest.Mon
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert finetune(files, "--weights=disk") == 1
     assert "are free on its disk" in one_line(capsys)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
+    assert finetune(files) == 1  # told before the first step, not when the checkpoint is to be written
+    assert "to spare 64.00 MiB" in one_line(capsys)
     monkeypatch.undo()
     monkeypatch.setattr(preflight, "available_memory", lambda: 1000)
     assert finetune(files, f"--out={Path.cwd() / 'out'}") == 1
@@ -290,7 +294,7 @@ def test_resuming_takes_the_room_that_the_run_had(files: SimpleNamespace, capsys
     leftover.write_bytes(b"x" * size)
 
     def disk_usage(path):  # room for the block file, not for a second checkpoint
-        return SimpleNamespace(free=0 if leftover.exists() else size * 3 // 2)
+        return SimpleNamespace(free=0 if leftover.exists() else DISK_SLACK_BYTES + size * 3 // 2)
 
     monkeypatch.setattr(preflight, "shutil", SimpleNamespace(disk_usage=disk_usage))
     assert main(["finetune", "--resume", "--out=out", "--steps=2"]) == 0

@@ -153,6 +153,27 @@ def test_a_journal_that_is_dropped_keeps_what_was_appended(tmp_path: Path) -> No
         assert journal.durable == 50
 
 
+def test_a_journal_that_is_dropped_in_its_own_thread_ends(tmp_path: Path) -> None:
+    """Garbage is collected in whatever thread is running, and the journal's must not wait for itself."""
+    path = tmp_path / "journal.jsonl"
+    held = [Journal.create(path, make_test_header(), fsync_every=1)]
+    thread = held[0]._writer._thread
+
+    def drop(durable: int) -> None:
+        if durable == 2:
+            held.clear()
+            gc.collect()
+
+    held[0].on_durable(drop)
+    held[0].append(make_entry(0))
+    held[0].sync()
+    held[0]._writer.put(make_entry(1).to_record())
+    thread.join(timeout=60)
+    assert not thread.is_alive() and not held
+    with Journal.open(path) as journal:  # and the lock is free
+        assert journal.durable == 2
+
+
 def test_killed_at_any_instant_what_was_durable_is_there(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     source = os.fspath(write_journal(tmp_path / "source.jsonl", 1))

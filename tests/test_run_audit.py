@@ -256,6 +256,10 @@ def test_no_link_and_no_device_is_read(run: Path, tmp_path: Path, capsys: pytest
         assert f"{run / name}: a link" in verify(capsys, run).findings[0]
         (run / name).unlink()
         shutil.copy(tmp_path / name, run / name)
+    (run / "snapshots").rename(tmp_path / "elsewhere")
+    (run / "snapshots").symlink_to(tmp_path / "elsewhere")  # as on a larger disk
+    seen = verify(capsys, run)
+    assert seen.findings == [] and any("snapshots: a link, which is not followed" in note for note in seen.notes)
     (run / "metrics.jsonl").unlink()
     assert verify(capsys, run).findings == [f"{run / 'metrics.jsonl'}: not there"]
     (run / "journal.jsonl").unlink()

@@ -38,7 +38,7 @@ from distzo2.safetensors_io import CheckpointError, SafetensorsWriter, TensorEnt
 DEFAULT_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-_DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
+DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
 
 
 def holds_checkpoint(directory: str | os.PathLike) -> list[str]:
@@ -142,10 +142,10 @@ class CheckpointWriter:
         if not existing.is_dir():
             raise CheckpointError(f"{self.out_dir}: expected a directory, got the file {existing}")
         free = shutil.disk_usage(existing).free
-        if free < self._num_bytes + _DISK_SLACK_BYTES:
+        if free < self._num_bytes + DISK_SLACK_BYTES:
             raise CheckpointError(
                 f"{self.out_dir}: too little room on its disk: the checkpoint needs {self._num_bytes} bytes "
-                f"and {_DISK_SLACK_BYTES} to spare, {free} are free"
+                f"and {DISK_SLACK_BYTES} to spare, {free} are free"
             )
 
     def write_param(self, name: str, tensor: torch.Tensor) -> None:

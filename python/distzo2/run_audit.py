@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distzo2.audit import DIRECTORY, FILE, Report, entries_of, kind_of
+from distzo2.audit import DIRECTORY, FILE, LINK, Report, entries_of, kind_of
 from distzo2.checkpoint_audit import audit_checkpoint
 from distzo2.checkpoint_hidden import is_hidden
 from distzo2.errors import DistZO2Error
@@ -132,6 +132,9 @@ def _audit_metrics(run: RunDirectory, audit: Audit, report: Report) -> None:
 def _audit_snapshots(run: RunDirectory, audit: Audit, report: Report) -> None:
     kind = kind_of(run.snapshots)
     if kind is None:
+        return
+    if kind == LINK:  # to a larger disk, say; a resume follows it
+        report.notes.append(f"{run.snapshots}: a link, which is not followed: no snapshot was looked at")
         return
     if kind != DIRECTORY:
         report.findings.append(f"{run.snapshots}: {kind}, where a directory of snapshots was expected")

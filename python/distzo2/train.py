@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import distzo2
+from distzo2.checkpoint_writer import DISK_SLACK_BYTES
 from distzo2.data import load_examples, load_tokenizer, sequence_limit
 from distzo2.errors import UsageError
 from distzo2.journal import Journal
@@ -192,6 +193,8 @@ def _check_room(options: Namespace, size: ModelSize, run: RunDirectory) -> None:
     if options.snapshot_every or options.snapshot_minutes:
         there = len(snapshots_in(run.snapshots))
         checkpoint["the snapshots"] = size.total * max(1, options.keep + 1 - there)
+    if options.save != "none":  # the writer of the checkpoint asks for it at the end
+        checkpoint["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir and block_file:
         check_disk(options.weights_dir, block_file)
         block_file = {}
