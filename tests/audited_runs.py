@@ -37,6 +37,7 @@ def _when_idle(method: Callable[..., None]) -> Callable[..., None]:
 
     def call(self: SnapshotWriter, *args: Any) -> None:
         while self._errand.task:
+            assert self._thread.is_alive()
             time.sleep(0.0005)
         method(self, *args)
 

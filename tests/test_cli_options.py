@@ -53,6 +53,10 @@ def test_options_of_a_file_and_of_the_command_line() -> None:
         parse("--config=bad.toml")
     with pytest.raises(UsageError, match="--model is missing"):
         parse()
+    Path("no-out.toml").write_text("steps = 3")
+    for given in ((), ("--config=no-out.toml",)):
+        with pytest.raises(UsageError, match="--resume needs --out"):
+            parse("--resume", *given)
 
 
 def test_help_names_every_option(capsys) -> None:

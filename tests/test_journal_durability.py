@@ -16,6 +16,7 @@ from journal_cases import make_entry, make_test_header, run_python, start_python
 
 from distzo2 import journal as journal_module
 from distzo2.journal import Journal, read_journal
+from distzo2.snapshot_writer import _Errand
 
 
 def test_durable_counts_what_was_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +173,34 @@ def test_a_journal_that_is_dropped_in_its_own_thread_ends(tmp_path: Path) -> Non
     assert not thread.is_alive() and not held
     with Journal.open(path) as journal:  # and the lock is free
         assert journal.durable == 2
+
+
+@pytest.mark.parametrize("thread", ["journal", "snapshots"])
+def test_garbage_that_is_collected_just_before_a_thread_waits(tmp_path: Path, monkeypatch, thread: str) -> None:
+    """What ends the thread comes after its look whether to end, and before anybody can wake it: at the lock that a wait
+    makes."""
+    if thread == "journal":
+        journal = Journal.create(tmp_path / "journal.jsonl", make_test_header())
+        owner = journal._writer
+        running, condition, end = owner._thread, owner._changed, owner.close_quietly
+    else:
+        owner = _Errand()
+        running, condition, end = threading.Thread(target=owner.run, daemon=True), owner.changed, owner.close
+        running.start()
+    wait, ended = condition.wait, threading.Event()
+
+    def wait_after_the_end(timeout: float | None = None) -> bool:
+        if threading.current_thread() is running and not ended.is_set():
+            end()
+            ended.set()
+        return wait(timeout)
+
+    with condition:
+        monkeypatch.setattr(condition, "wait", wait_after_the_end)
+        condition.notify_all()
+    assert ended.wait(60)
+    running.join(timeout=60)
+    assert not running.is_alive()
 
 
 def test_killed_at_any_instant_what_was_durable_is_there(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +112,37 @@ def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, c
     assert {k: record()[k] for k in ("best_step", "best", "checkpoint_step")} == {
         k: whole[k] for k in ("best_step", "best", "checkpoint_step")
     }
+
+
+def test_a_best_step_of_evaluations_that_count_no_more_is_forgotten(files, capsys) -> None:
+    options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best"]
+    assert finetune(files, *options, "--steps=2") == 0
+    assert record()["best_step"] is not None
+    assert main([*RESUME, "--eval=", "--eval-every=0", "--save=last", "--steps=3"]) == 0
+    assert record()["best_step"] is record()["best"] is None and record()["checkpoint_step"] == 3
+    assert main(["journal", "verify", "out", "--run"]) == 0
+
+
+def test_a_run_of_a_file_of_options_is_resumed_by_it(files) -> None:
+    assert finetune(files, "--steps=2", "--seed=5", "--lr=1e-4") == 0
+    os.rename("out", "elsewhere")
+    Path("run.toml").write_text('out = "elsewhere"\nsteps = 3\n')
+    assert main(["finetune", "--resume", "--config=run.toml", "--quiet"]) == 0
+    entries = read_journal("elsewhere/journal.jsonl").entries
+    assert len(entries) == 3 and json.loads(Path("elsewhere/run.json").read_text())["options"]["seed"] == 5
+
+
+def test_a_look_at_the_lock_keeps_nobody_out(files) -> None:
+    """Who asks whether a directory is in use has its lock for an instant."""
+    assert finetune(files, "--steps=1", "--save=none") == 0
+    lock = Path("out/run.lock")
+    lock.touch()  # of a run that was killed
+    held = os.open(lock, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, (held,)).start()
+    run = RunDirectory.resumed("out")
+    run.claim()
+    run.release()
 
 
 def test_a_run_has_not_finished_before_its_journal_is_durable(files, capsys, monkeypatch) -> None:

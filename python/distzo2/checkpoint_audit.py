@@ -44,14 +44,16 @@ def audit_checkpoint(run: RunDirectory, header: Mapping[str, Any] | None, num_st
     if kind != DIRECTORY:
         report.findings.append(f"{directory}: {kind}, where the checkpoint's directory was expected")
         return
+    if not is_known and saving is not None and record.get("status") != "finished":
+        report.notes.append(f"{directory}: may not be written, or not be removed, to its end: a resumed run writes it")
+        return
     if record and not is_known:
-        whose = "not written by this run" if saving is None else "not written, or not removed, to its end by this run"
-        report.findings.append(f"{directory}: {whose}, as run.json has it")
+        report.findings.append(f"{directory}: not written by this run, as run.json has it")
     there = dict(sorted(tree_of(directory)))
     odd = [name for name, kind in there.items() if kind not in (FILE, DIRECTORY)]
     report.find(directory, (f"{directory / name}: {there[name]}, where a file was expected" for name in odd))
     contents = None
-    if is_known and "checkpoint_contents" in record:
+    if is_known and record.get("checkpoint_contents") is not None:
         contents = _contents(record["checkpoint_contents"])
         if contents is None:
             report.findings.append(f"{where}: checkpoint_contents is not what a run writes there")

@@ -126,8 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     terminated = _Terminated()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is shown escaped
-            with suppress(OSError):  # a stream that is broken says so when it is written
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # what its encoding lacks is escaped
+            with suppress(OSError, ValueError):  # a stream that is broken says so when it is written
                 stream.reconfigure(errors="backslashreplace")
     try:
         with terminated:

@@ -7,6 +7,7 @@ import stat
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,19 @@ class WriteChecksum:
 def joined(first: int, second: int, num_bytes: int) -> int:
     """The CRC-32 of bytes with CRC `first` followed by `num_bytes` with CRC `second`: as polynomials modulo 2,
     first · x^(8·num_bytes) + second."""
-    if not first:
-        return second
-    power, square, exponent = 1 << 31, 1 << 30, 8 * num_bytes  # x^0, x^1
+    return _product(first, _power(8 * num_bytes)) ^ second if first else second
+
+
+@lru_cache(maxsize=256)  # the pieces of a file are of few lengths
+def _power(exponent: int) -> int:
+    """x^exponent modulo the polynomial."""
+    power, square = 1 << 31, 1 << 30  # x^0, x^1
     while exponent:
         if exponent & 1:
             power = _product(power, square)
         square = _product(square, square)
         exponent >>= 1
-    return _product(first, power) ^ second
+    return power
 
 
 def _product(a: int, b: int) -> int:

@@ -243,18 +243,19 @@ def parse_finetune(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 
         parent = saved_options(given.branch_from)
         layers += to_arguments(parser, parent, f"{given.branch_from}/run.json")
-    if given.resume and not given.out:
-        raise UsageError("--resume needs --out, the directory of the run")
+    config = read_config(given.config) if given.config else {}
     if given.resume:
         from distzo2.run_directory import saved_options
 
-        saved = saved_options(given.out)
+        out = given.out or config.get("out")
+        if not out or not isinstance(out, str):
+            raise UsageError("--resume needs --out, the directory of the run")
+        saved = saved_options(out)
         for name in ("branch_from", "at_step"):  # of a run that has not begun
             if (value := saved.pop(name, None)) is not None:
                 layers.append(f"--{name.replace('_', '-')}={value}")
-        layers += to_arguments(parser, saved, f"{given.out}/run.json")
-    if given.config:
-        layers += to_arguments(parser, read_config(given.config), given.config)
+        layers += to_arguments(parser, saved, f"{out}/run.json")
+    layers += to_arguments(parser, config, given.config)
     options = parser.parse_args([*layers, *arguments])
     _check(options)
     if options.branch_from:
@@ -286,7 +287,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.at_step is not None and not options.branch_from:
         raise UsageError("--at-step needs --branch-from")
-    if options.eval is None and (options.save == "best" or options.eval_every):
+    if not options.eval and (options.save == "best" or options.eval_every):
         raise UsageError(f"--{'save best' if options.save == 'best' else 'eval-every'} needs --eval")
 
 

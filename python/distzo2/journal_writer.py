@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from distzo2.journal_line import JournalError, seal_line
 
+_LONGEST_SLEEP = 1.0  # seconds; garbage may be collected, and end this thread, just before it waits
+
 _open_writers: weakref.WeakSet[JournalWriter] = weakref.WeakSet()
 
 
@@ -123,7 +125,8 @@ class JournalWriter:
         is_last = False
         while not is_last:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing or self._num_asked > self._num_answered)
+                while not (self._queue or self._closing or self._num_asked > self._num_answered):
+                    self._changed.wait(_LONGEST_SLEEP)
                 records = list(self._queue)
                 self._taken += len(records)
                 self._queue.clear()

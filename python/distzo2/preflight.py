@@ -53,8 +53,8 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cpu" and device.index is None:
-        return device
+    if device.type == "cpu" and device.index in (None, 0):
+        return torch.device("cpu")
     if device.type != "cuda":
         raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
     if torch.version.cuda is None:
@@ -74,9 +74,9 @@ def set_threads(num_threads: int | None) -> None:
     """
     if num_threads is None:
         return
-    most = 16 * (os.cpu_count() or 1)
+    most = max(1024, 16 * (os.cpu_count() or 1))
     if num_threads > most:
-        raise UsageError(f"--threads {num_threads}: at most {most} were expected, 16 for each core of this machine")
+        raise UsageError(f"--threads {num_threads}: at most {most} were expected")
     torch.set_num_threads(num_threads)
 
 

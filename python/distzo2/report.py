@@ -70,6 +70,8 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
         try:
             figure.savefig(path, dpi=130, format="png")
         except OSError as error:  # a full disk's has no name in it
+            if error.errno is None:  # the encoder's
+                raise DistZO2Error(f"{path}: {error}") from error
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     return path
 

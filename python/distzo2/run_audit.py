@@ -148,6 +148,8 @@ def _audit_snapshots(run: RunDirectory, audit: Audit, report: Report) -> None:
         report.findings.append(str(error))
         return
     for path in reversed(snapshots_in(run.snapshots)):
+        if kind_of(path) is None:  # a run at work has removed it meanwhile
+            continue
         report.num_snapshots += 1
         with _told(report):
             report.num_whole += not report.find(path, auditor.findings(path))

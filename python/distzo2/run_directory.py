@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,8 @@ from distzo2.safetensors_io import sync_directory
 _OURS = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
 NAMES = (*_OURS, "report.png", "trace.json", "run.lock")
 LEFTOVERS = ("weights-*.dzo2", ".journal.jsonl.*.tmp", "run.json.tmp", "metrics.tmp")  # of a killed run
+
+_PATIENCE = 0.5  # seconds: who looks whether a directory is in use locks it for an instant
 
 
 class RunDirectory:
@@ -130,6 +133,7 @@ class RunDirectory:
             UsageError: another process is at work there, or has been since this was made.
             DistZO2Error: the directory cannot be made, or not be locked.
         """
+        deadline = time.monotonic() + _PATIENCE
         try:
             while self._descriptor is None:
                 missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
@@ -137,7 +141,12 @@ class RunDirectory:
                 self._made = missing or self._made
                 for path in missing:
                     sync_directory(path.parent)
-                self._descriptor = _lock(self.lock)
+                try:
+                    self._descriptor = _lock(self.lock)
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.01)
         except BlockingIOError:
             raise UsageError(f"{self.path}: another distzo2 finetune is at work there") from None
         except OSError as error:

@@ -192,7 +192,7 @@ def others_in(directory: Path, in_use: bool = False) -> Iterator[str]:
         if entry.name.startswith(HIDDEN):
             if not in_use:
                 yield f"{entry}: being made or removed when a run was killed, and no snapshot: the next run removes it"
-        elif entry not in snapshots:
+        elif entry not in snapshots and kind_of(entry) is not None:
             yield f"{entry}: not a snapshot, and not looked at"
 
 

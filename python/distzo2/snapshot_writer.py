@@ -47,6 +47,7 @@ from distzo2.units import Unit
 from distzo2.weight_access import WeightAccess
 from distzo2_core import HostPool, aligned_buffer
 
+_LONGEST_SLEEP = 1.0  # seconds; garbage may be collected, and end the thread, just before it waits
 _STEPS_UNSEEN = 2  # after so many, a unit that no forward enters is fetched
 _SLACK_BYTES = 64 << 20  # of the disk, left to others
 _FIRST_GUESS = 4e-9  # seconds a byte, before any was measured
@@ -127,7 +128,8 @@ class _Errand:
     def run(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.task is not None or self.closing)
+                while self.task is None and not self.closing:
+                    self.changed.wait(_LONGEST_SLEEP)
                 if self.closing:
                     return
                 task = self.task

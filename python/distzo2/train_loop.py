@@ -307,7 +307,9 @@ class TrainLoop:
     def _best_so_far(self) -> dict[str, Any]:
         """What run.json says of it."""
         best = self._best()
-        return {} if best is None else {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
+        if best is None:  # what it says may be of evaluations that count no more
+            return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
+        return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
 
     def _eval_data(self) -> str | None:
         """What evaluations are made on; two of other data cannot be compared."""
@@ -326,7 +328,8 @@ class TrainLoop:
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
         self.run.check_checkpoint()
-        self.run.update(checkpoint_step=None, saving_step=step)  # whose it is, should this process be killed meanwhile
+        # Whose it is, should this process be killed meanwhile.
+        self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None, checkpoint_contents=None)
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
             checksums = distzo2.save_pretrained(self.model, self.run.checkpoint)
