@@ -22,7 +22,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.journal import StepEntry, num_groups_of
 from distzo2.mesh import SHARDED, Deal
 from distzo2.model import runtime_of
-from distzo2.optimizer_state import NON_FINITE_LOSS, OptimizerState
+from distzo2.optimizer_state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS, OptimizerState
 from distzo2.parallel import check_mesh, current
 from distzo2.parameter_groups import default_groups, scalars_of
 from distzo2.step_lanes import StepLanes
@@ -296,7 +296,7 @@ class ZOSGD(OptimizerState):
             coefs = coefficients_of(self.estimator, losses, self._evaluations, self.num_probes, self.eps)
             coefs, record.clipped = self._clip(coefs)
             if not np.isfinite(coefs).all():
-                record.skipped = "non-finite coefficient"
+                record.skipped = NON_FINITE_COEFFICIENT
         else:
             record.skipped = NON_FINITE_LOSS
         if record.skipped is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distzo2.journal import Journal, StepEntry
     from distzo2.streaming import StreamingRuntime
 
-NON_FINITE_LOSS = "non-finite loss"  # why a step was skipped
+NON_FINITE_LOSS, NON_FINITE_COEFFICIENT = "non-finite loss", "non-finite coefficient"  # why a step was skipped
 
 
 class OptimizerState(torch.optim.Optimizer):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distzo2 import checkpoint_hidden
-from distzo2.audit import FILE, kind_of
+from distzo2.audit import FILE, tree_of
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.file_checksum import FileChecksum, file_checksum
 from distzo2.finetune_options import FIXED
@@ -253,24 +253,20 @@ class RunDirectory:
             raise DistZO2Error(f"{self.checkpoint}: not written by this run, so it is not replaced: {advice}")
         known = self.record.get("checkpoint_files")
         if self.record.get("checkpoint_step") is not None and isinstance(known, list):
-            others = [name for name in self.files_of_checkpoint() if name not in known]
+            others = sorted(name for name, _ in tree_of(self.checkpoint) if name not in known)
             if others:
                 raise DistZO2Error(f"{self.checkpoint / others[0]}: not written by this run: {advice}")
-
-    def files_of_checkpoint(self) -> list[str]:
-        """The names of all that is in it, sorted."""
-        return sorted(str(path.relative_to(self.checkpoint)) for path in self.checkpoint.rglob("*"))
 
     def describe_checkpoint(self, weights: Mapping[str, FileChecksum]) -> dict[str, Any]:
         """What run.json says of a checkpoint that was just written, with the checksums of its files of `weights`: the
         names of all that is in it, and the length and CRC-32 of each file."""
-        names = self.files_of_checkpoint()
+        kinds = dict(sorted(tree_of(self.checkpoint)))
         contents = {}
-        for name in names:
-            if kind_of(self.checkpoint / name) == FILE:
+        for name, kind in kinds.items():
+            if kind == FILE:
                 checksum = weights.get(name) or file_checksum(self.checkpoint / name)
                 contents[name] = {"num_bytes": checksum.num_bytes, "crc32": f"{checksum.crc32:08x}"}
-        return {"checkpoint_files": names, "checkpoint_contents": contents}
+        return {"checkpoint_files": list(kinds), "checkpoint_contents": contents}
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint that this run wrote when it had fewer steps, or did not end writing."""

@@ -22,6 +22,7 @@ from distzo2.exchange import hash64
 from distzo2.heartbeat import RankFailedError
 from distzo2.journal import Journal, StepEntry
 from distzo2.mesh import GLOBAL, OWN, SHARDED, Deal, check_step, deal_lanes
+from distzo2.optimizer_state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
 from distzo2.parameter_groups import scalars_of
 from distzo2.run_header import fingerprint, index_table, run_header
 from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distzo2")
 
-SKIPPED = (None, "non-finite loss", "non-finite coefficient")  # by their numbers in what rank 0 broadcasts
+SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
 GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
 
 
@@ -304,7 +305,7 @@ class SharedStep:
         record.skipped, record.clipped = SKIPPED[int(made[1])], bool(made[2])
         if record.skipped is None:
             record.coefs = made[3 : 3 + num_probes].tolist()
-        if record.skipped != SKIPPED[1]:
+        if record.skipped != NON_FINITE_LOSS:
             optimizer._clip.take(record.coefs, record.clipped)
         groups = made[3 + num_probes :].reshape(num_groups, len(GROUP_FIELDS)).tolist()
         family = FAMILIES[optimizer.noise]
