@@ -27,7 +27,7 @@ import torch
 from bench_common import interleaved_seconds, synchronize, write_results
 
 import distzo2_core
-from distzo2.measure_transfers import raw_cpu
+from distzo2.planning.transfers import raw_cpu
 
 MIB = 2**20
 SLOTS = 3

@@ -30,7 +30,7 @@ import torch
 from bench_common import write_results
 
 import distzo2_core
-from distzo2.measure_transfers import raw_disk
+from distzo2.planning.transfers import raw_disk
 
 MIB = 2**20
 SLOTS = 3

@@ -110,7 +110,7 @@ class Run:
     def cpu_of_line(self) -> float:
         return (time.clock_gettime(self._clock) - self._cpu_begun) / self.num_lines
 
-    def _timed_append(self, entry: distzo2.journal.StepEntry) -> None:
+    def _timed_append(self, entry: distzo2.record.journal.StepEntry) -> None:
         start = time.perf_counter()
         self._append(entry)
         if self.work.repeats:

@@ -28,11 +28,11 @@ from bench_common import write_results
 from random_checkpoint import write_random_checkpoint
 
 import distzo2
-from distzo2.checkpoint import fill, open_checkpoint
-from distzo2.checkpoint_map import CheckpointMap
-from distzo2.metrics import peak_bytes, resident_bytes
-from distzo2.parallel_read import CHUNK_BYTES, NUM_THREADS
-from distzo2.shapes import SHAPES
+from distzo2.checkpoint.mapping import CheckpointMap
+from distzo2.checkpoint.pretrained import fill, open_checkpoint
+from distzo2.checkpoint.reading import CHUNK_BYTES, NUM_THREADS
+from distzo2.planning.shapes import SHAPES
+from distzo2.run.metrics import peak_bytes, resident_bytes
 from distzo2_core import aligned_buffer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

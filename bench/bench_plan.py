@@ -25,15 +25,15 @@ from bench_step import loss_closure, machine
 from random_checkpoint import write_random_checkpoint
 
 import distzo2
-from distzo2.cli import build_parser
-from distzo2.measure import measure
-from distzo2.measure_compute import measure_noise
-from distzo2.measure_forward import measure_forward, measure_visits
-from distzo2.measure_step import measure_step
-from distzo2.measure_timing import Effort
-from distzo2.plan import Planner
-from distzo2.plan_machine import machine_from
-from distzo2.plan_mesh import Mesh
+from distzo2.cli.main import build_parser
+from distzo2.planning.measure import measure
+from distzo2.planning.measure_compute import measure_noise
+from distzo2.planning.measure_forward import measure_forward, measure_visits
+from distzo2.planning.measure_step import measure_step
+from distzo2.planning.measure_timing import Effort
+from distzo2.planning.plan import Planner
+from distzo2.planning.plan_machine import machine_from
+from distzo2.planning.plan_mesh import Mesh
 
 CONFIGURATIONS = {
     "host": "--model opt-125m --dtype float32 --batch 4 --tokens 128 --weights host",

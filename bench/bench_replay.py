@@ -25,9 +25,9 @@ import torch
 from bench_common import write_results
 from random_checkpoint import write_random_checkpoint
 
-from distzo2.checkpoint import open_checkpoint
-from distzo2.journal import Journal, JournalContents, StepEntry, make_header, table_row
-from distzo2.replay import digest_checkpoint, open_map, replay
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.replay import digest_checkpoint, open_map, replay
+from distzo2.record.journal import Journal, JournalContents, StepEntry, make_header, table_row
 from distzo2_core import GroupScalars, Term, Update, update_
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -97,7 +97,7 @@ def peak_of_a_replay(base: Path, journal: Path, out: Path, num_steps: int) -> in
     """VmHWM of a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
     code = (
-        "import sys\nfrom distzo2.replay import replay\nfrom distzo2.metrics import peak_bytes\n"
+        "import sys\nfrom distzo2.checkpoint.replay import replay\nfrom distzo2.run.metrics import peak_bytes\n"
         "replay(*sys.argv[1:4], to_step=int(sys.argv[4]), progress=False)\nprint(peak_bytes())"
     )
     command = [sys.executable, "-c", code, str(base), str(journal), str(out), str(num_steps)]
@@ -123,7 +123,7 @@ def bench(base: Path, work: Path, args: argparse.Namespace) -> dict:
     journal, out = work / "journal.jsonl", work / "out"
     family = ("normal", "rademacher").index(args.noise)
     make_journal(journal, base, STEPS, family)
-    from distzo2.journal import read_journal
+    from distzo2.record.journal import read_journal
 
     contents = read_journal(journal)
     few = contents.entries[: args.few]

@@ -22,7 +22,7 @@ from bench_common import write_results
 from torch import nn
 
 import distzo2
-from distzo2.store import StreamingStore
+from distzo2.weights.store import StreamingStore
 
 WIDTH = 8
 CALLS = ("acquire", "release", "prefetch")

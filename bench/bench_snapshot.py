@@ -20,7 +20,7 @@ from bench_common import write_results
 from torch import nn
 
 import distzo2
-from distzo2.snapshot import Snapshots
+from distzo2.record.snapshot import Snapshots
 
 
 class Blocks(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from cli_runs import finetune
 
-from distzo2.cli import main
-from distzo2.snapshot_writer import SnapshotWriter
+from distzo2.cli.main import main
+from distzo2.record.snapshot_writer import SnapshotWriter
 
 STEPS = 8
 SNAPSHOTS = ["step-00000002", "step-00000004", "step-00000006"]

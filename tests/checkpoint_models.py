@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distzo2.checkpoint_files import SINGLE_FILE
-from distzo2.checkpoint_map import CheckpointMap, persistent_buffers
-from distzo2.checkpoint_writer import CheckpointWriter
-from distzo2.file_checksum import FileChecksum
+from distzo2.checkpoint.checkpoint_files import SINGLE_FILE
+from distzo2.checkpoint.file_checksum import FileChecksum
+from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
+from distzo2.checkpoint.writing import CheckpointWriter
 
 T = transformers
 SMALL = {

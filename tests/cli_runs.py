@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
-from distzo2.cli import main
+from distzo2.cli.main import main
 
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
 

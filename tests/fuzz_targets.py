@@ -19,14 +19,14 @@ from hostile_files import STREAMS, TENSOR, archive_of
 from hypothesis import strategies as st
 from journal_cases import bits, json_values, make_entry, make_test_header, step_entries
 
-from distzo2.checkpoint_files import CheckpointFiles
-from distzo2.journal import Journal, JournalError, StepEntry, read_journal
-from distzo2.journal_audit import audit_journal
-from distzo2.journal_line import decode_line, encode_record, seal_line
-from distzo2.run_audit import audit_run
-from distzo2.safetensors_io import DTYPE_NAMES, DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter
-from distzo2.snapshot import MANIFEST
-from distzo2.torch_archive import TorchArchive
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.torch_archive import TorchArchive
+from distzo2.checkpoint.weight_files import DTYPE_NAMES, DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter
+from distzo2.cli.journal_audit import audit_journal
+from distzo2.cli.run_audit import audit_run
+from distzo2.record.journal import Journal, JournalError, StepEntry, read_journal
+from distzo2.record.line import decode_line, encode_record, seal_line
+from distzo2.record.snapshot import MANIFEST
 
 
 @st.composite

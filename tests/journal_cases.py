@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from distzo2.journal import Journal, StepEntry, make_header, table_row
+from distzo2.record.journal import Journal, StepEntry, make_header, table_row
 from distzo2_core.types import GroupScalars, Term, Update
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -60,7 +60,7 @@ def run(
 
 
 def _serve(directory: str, arguments: list[str], log: str) -> None:
-    from distzo2.cli import main
+    from distzo2.cli.main import main
 
     os.chdir(directory)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

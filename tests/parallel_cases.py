@@ -17,7 +17,7 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
-from distzo2 import memory_share
+from distzo2.parallel import memory_share
 
 
 class Tower(nn.Module):

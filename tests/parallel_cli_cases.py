@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from distzo2.cli import main
+from distzo2.cli.main import main
 
 
 def command(rank: int, world_size: int, directory: Path, arguments: list[str], trouble: str = "") -> dict[str, Any]:
@@ -29,8 +29,8 @@ def command(rank: int, world_size: int, directory: Path, arguments: list[str], t
 @contextlib.contextmanager
 def _trouble(kind: str, rank: int):
     """On rank 1, step 2 of a run fails, or the file system of rank 0 is not seen."""
-    from distzo2 import snapshot_resume
-    from distzo2.optimizer import ZOSGD
+    from distzo2.optim.zosgd import ZOSGD
+    from distzo2.record import snapshot_resume
 
     step, find_same = ZOSGD.step, snapshot_resume.find_same
     if kind == "blind" and rank == 1:

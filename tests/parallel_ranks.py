@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOADED = [
-    "torch", "torch._dynamo", "torch.distributed.device_mesh", "distzo2.shared_step", "distzo2.optimizer",
-    "distzo2.replicas", "distzo2.train", "distzo2.cli", "transformers.models.llama.modeling_llama",
+    "torch", "torch._dynamo", "torch.distributed.device_mesh", "distzo2.optim.shared_step", "distzo2.optim.zosgd",
+    "distzo2.parallel.replicas", "distzo2.run.train", "distzo2.cli.main", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 INTERVAL, LIMIT = 0.1, 30.0  # seconds, of heartbeats
 

@@ -80,10 +80,10 @@ class ShimmedRuns:
 def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import distzo2.shared_step
-    import distzo2.snapshot_resume
-    import distzo2.snapshot_writer
-    import distzo2.train  # noqa: F401
+    import distzo2.optim.shared_step
+    import distzo2.record.snapshot_resume
+    import distzo2.record.snapshot_writer
+    import distzo2.run.train  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -99,7 +99,7 @@ def _serve() -> None:
 
 
 def _run(request: dict) -> None:
-    from distzo2.cli import main
+    from distzo2.cli.main import main
 
     shim = ctypes.CDLL(None)
     os.chdir(request["directory"])

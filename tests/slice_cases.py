@@ -14,8 +14,8 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
-from distzo2 import slice_choice
-from distzo2.sliced_store import SlicedStore
+from distzo2.parallel import node as slice_choice
+from distzo2.parallel.sliced_store import SlicedStore
 
 
 def sliced_tower(rank: int, directory: Path, weights: str = "disk", **options: Any) -> nn.Module:
@@ -268,7 +268,7 @@ def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int 
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
     finally:
-        from distzo2 import preflight
+        from distzo2.run import preflight
 
         slice_choice.available_memory, slice_choice.free_bytes = preflight.available_memory, preflight.free_bytes
     lines.append(str(isinstance(distzo2.runtime_of(model)._ring, SlicedStore)))
@@ -277,7 +277,7 @@ def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int 
 
 def load(rank: int, world_size: int, directory: Path, checkpoint: Path, dtype: str | None) -> tuple[int, int, Any]:
     """Bytes read of a checkpoint's files, bytes that the rank keeps, and the weights."""
-    from distzo2 import parallel_read
+    from distzo2.checkpoint import reading as parallel_read
 
     mesh_of(1, world_size, slice=True)
     read = [0]

@@ -19,7 +19,7 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
-from distzo2 import parallel_read
+from distzo2.checkpoint import reading as parallel_read
 
 
 @contextmanager

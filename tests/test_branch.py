@@ -15,12 +15,12 @@ import torch
 from cli_runs import finetune, make_files, one_line, weights
 
 import distzo2
-from distzo2.branch import first_like_step, first_own_step
-from distzo2.cli import main
-from distzo2.journal import read_journal
-from distzo2.journal_header import parents_of
-from distzo2.metrics import read_metrics
-from distzo2.run_directory import RunDirectory
+from distzo2.cli.main import main
+from distzo2.record.header import parents_of
+from distzo2.record.journal import read_journal
+from distzo2.record.lineage import first_like_step, first_own_step
+from distzo2.run.directory import RunDirectory
+from distzo2.run.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: Simpl
     assert finetune(files, "--steps=5") == 0
     command = ["finetune", "--branch-from=out", "--at-step=3", "--out=new", "--steps=6"]
     killed = (
-        "import os, distzo2\nfrom distzo2.cli import main\n"
+        "import os, distzo2\nfrom distzo2.cli.main import main\n"
         f"distzo2.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
     )
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
@@ -157,8 +157,8 @@ def test_what_cannot_be_branched_is_refused(files: SimpleNamespace, capsys: pyte
 
 
 def test_a_branch_that_joins_groups_is_refused(files: SimpleNamespace) -> None:
-    from distzo2.branch import BranchPoint, branch_of
     from distzo2.errors import DistZO2Error
+    from distzo2.record.lineage import BranchPoint, branch_of
 
     assert finetune(files, "--steps=2", "--weight-decay=0.1") == 0
     header = read_journal("out/journal.jsonl").header

@@ -30,16 +30,16 @@ from checkpoint_models import (
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 
-from distzo2 import checkpoint_files
-from distzo2.audit import tree_of
-from distzo2.checkpoint import open_checkpoint
-from distzo2.checkpoint_audit import tensor_findings
-from distzo2.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from distzo2.checkpoint_layout import Layout
-from distzo2.checkpoint_map import CheckpointMap, persistent_buffers
-from distzo2.checkpoint_trace import LayoutTensor, Trace
-from distzo2.checkpoint_writer import CheckpointWriter
-from distzo2.safetensors_io import CheckpointError
+from distzo2.checkpoint import checkpoint_files
+from distzo2.checkpoint.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.symbols import LayoutTensor, Trace
+from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.writing import CheckpointWriter
+from distzo2.cli.checkpoint_audit import tensor_findings
+from distzo2.run.audit import tree_of
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,14 +14,21 @@ import torch
 from checkpoint_models import assert_checksums
 from safetensors.torch import load_file, save_file
 
-from distzo2 import checkpoint_files
-from distzo2.checkpoint_files import CheckpointFiles
-from distzo2.checkpoint_layout import Layout, LayoutError
-from distzo2.checkpoint_map import CheckpointMap, MappedTensor
-from distzo2.checkpoint_trace import LayoutTensor, Trace
-from distzo2.checkpoint_writer import CheckpointWriter
-from distzo2.safetensors_io import DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter, bytes_of, sha256_file
-from distzo2.torch_archive import TorchArchive
+from distzo2.checkpoint import checkpoint_files
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.layout import Layout, LayoutError
+from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
+from distzo2.checkpoint.symbols import LayoutTensor, Trace
+from distzo2.checkpoint.torch_archive import TorchArchive
+from distzo2.checkpoint.weight_files import (
+    DTYPES,
+    CheckpointError,
+    SafetensorsFile,
+    SafetensorsWriter,
+    bytes_of,
+    sha256_file,
+)
+from distzo2.checkpoint.writing import CheckpointWriter
 
 
 def write_raw(path: Path, header: object, data: bytes, length: int | None = None) -> Path:
@@ -299,7 +306,7 @@ def test_symbols_follow_tensors_and_files_follow_symbols(
 def test_writing_runs_the_pieces_backwards(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(checkpoint_files, "SCRATCH_BYTES", 64)
-    monkeypatch.setattr("distzo2.checkpoint_writer.SCRATCH_BYTES", 64)
+    monkeypatch.setattr("distzo2.checkpoint.writing.SCRATCH_BYTES", 64)
     (tmp_path / "in").mkdir()
     stored = {"x": torch.randn(8, 6), "y": torch.randn(4, 6, 2), "z": torch.randn(8, 6)}
     save_file(stored, tmp_path / "in" / "model.safetensors")

@@ -15,12 +15,13 @@ from checkpoint_models import MODELS, T, assert_same_weights, load, make, stored
 from torch import nn
 
 import distzo2
-from distzo2 import checkpoint_companions, checkpoint_writer
-from distzo2.checkpoint import load_weights, open_checkpoint
-from distzo2.checkpoint_files import SINGLE_FILE
-from distzo2.checkpoint_map import CheckpointMap
-from distzo2.checkpoint_writer import CheckpointWriter
-from distzo2.safetensors_io import CheckpointError
+from distzo2.checkpoint import checkpoint_companions
+from distzo2.checkpoint import writing as checkpoint_writer
+from distzo2.checkpoint.checkpoint_files import SINGLE_FILE
+from distzo2.checkpoint.mapping import CheckpointMap
+from distzo2.checkpoint.pretrained import load_weights, open_checkpoint
+from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.writing import CheckpointWriter
 
 
 def test_an_existing_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import torch
 from cli_runs import STEPS, environment, finetune, make_files, one_line, weights
 from tiny_text import choice_lines, write_jsonl
 
-from distzo2.cli import main
-from distzo2.journal import read_journal
-from distzo2.metrics import read_metrics
+from distzo2.cli.main import main
+from distzo2.record.journal import read_journal
+from distzo2.run.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_interrupted_before_the_first_step(files: SimpleNamespace, capsys, monke
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distzo2.train_loop.evaluate_examples", interrupted)
+    monkeypatch.setattr("distzo2.run.loop.evaluate_examples", interrupted)
     assert finetune(files, f"--eval={files.eval}") == 130
     assert "interrupted before the first step" in one_line(capsys)
     assert not Path("out").exists()

@@ -18,13 +18,14 @@ from cli_runs import environment, finetune, make_files, one_line, weights
 from safetensors.torch import load_file, save_file
 from tiny_text import choice_lines, write_jsonl
 
-from distzo2 import checkpoint, preflight
-from distzo2.checkpoint_writer import DISK_SLACK_BYTES
-from distzo2.cli import main
+from distzo2.checkpoint import pretrained as checkpoint
+from distzo2.checkpoint.writing import DISK_SLACK_BYTES
+from distzo2.cli.main import main
 from distzo2.errors import UsageError
-from distzo2.journal import Journal, read_journal
-from distzo2.metrics import read_metrics
-from distzo2.run_directory import RunDirectory
+from distzo2.record.journal import Journal, read_journal
+from distzo2.run import preflight
+from distzo2.run.directory import RunDirectory
+from distzo2.run.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from cli_runs import environment, one_line
 
-from distzo2.cli import build_parser, main
+from distzo2.cli.main import build_parser, main
 from distzo2.errors import UsageError
-from distzo2.finetune_options import parse_finetune
+from distzo2.run.finetune_options import parse_finetune
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_help_names_every_option(capsys) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
-from distzo2.cli import main
+from distzo2.cli.main import main
 try:
     main(["finetune", "--help"])
 finally:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_text import choice_lines, make_checkpoint, make_tokenizer, write_jsonl
 
-from distzo2.batches import IGNORED, DataOrder, collate
-from distzo2.data import Tokenize, load_examples, load_tokenizer, max_positions, read_lines
 from distzo2.errors import DataError, DistZO2Error, UsageError
+from distzo2.tasks.batches import IGNORED, DataOrder, collate
+from distzo2.tasks.lines import Tokenize, load_examples, load_tokenizer, max_positions, read_lines
 
 GOOD = {"prompt": "the cat", "completion": " sat"}
 CHOICES = {"prompt": "the cat is", "choices": [" good", " bad"], "label": 1}
@@ -90,7 +90,7 @@ def one(tokenizer, line: dict, **options):
 
 
 def read_line(record: dict):
-    from distzo2.data import _check_line
+    from distzo2.tasks.lines import _check_line
 
     return _check_line(json.dumps(record).encode(), "f:1")
 

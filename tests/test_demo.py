@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from distzo2.data import load_tokenizer, read_lines
-from distzo2.demo import MARKER, SETTINGS, run_demo
-from distzo2.demo_base import SUFFIX, Recipe, prepare
-from distzo2.demo_data import LABELS, LIBRARIES, MAX_PER_FILE, Docstring, collect, docstrings_of, mask, roots, split
+from distzo2.demo.demo import MARKER, SETTINGS, run_demo
+from distzo2.demo.demo_base import SUFFIX, Recipe, prepare
+from distzo2.demo.demo_data import (
+    LABELS,
+    LIBRARIES,
+    MAX_PER_FILE,
+    Docstring,
+    collect,
+    docstrings_of,
+    mask,
+    roots,
+    split,
+)
 from distzo2.errors import UsageError
+from distzo2.tasks.lines import load_tokenizer, read_lines
 
 LONG = "A docstring that is long enough to be taken, since it has more than eighty characters in it."
 

@@ -21,7 +21,7 @@ from shimmed_runs import ShimmedRuns, build_shim
 from test_kills import assert_same_run
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
-from distzo2.snapshot import HIDDEN, snapshots_in
+from distzo2.record.snapshot import HIDDEN, snapshots_in
 
 ALL = bool(os.environ.get("DISTZO2_ALL_FAULTS"))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import distzo2
 import distzo2_core
-from distzo2.estimator import FZOO, SPSA, mean_loss
+from distzo2.optim.estimator import FZOO, SPSA, mean_loss
 
 
 class InDouble(nn.Module):

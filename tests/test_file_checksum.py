@@ -13,14 +13,14 @@ import torch
 from checkpoint_models import assert_checksums
 from safetensors.torch import save_file
 
-from distzo2 import file_checksum
-from distzo2.checkpoint_files import CheckpointFiles
-from distzo2.checkpoint_layout import Layout
-from distzo2.checkpoint_map import CheckpointMap, MappedTensor
-from distzo2.checkpoint_trace import LayoutTensor, Trace
-from distzo2.checkpoint_writer import CheckpointWriter
-from distzo2.file_checksum import FileChecksum, WriteChecksum, joined
-from distzo2.safetensors_io import SafetensorsWriter
+from distzo2.checkpoint import file_checksum
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.file_checksum import FileChecksum, WriteChecksum, joined
+from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
+from distzo2.checkpoint.symbols import LayoutTensor, Trace
+from distzo2.checkpoint.weight_files import SafetensorsWriter
+from distzo2.checkpoint.writing import CheckpointWriter
 
 
 class Memory:

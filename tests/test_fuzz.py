@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from journal_cases import bits, json_values, make_entry, make_test_header
 from safetensors.torch import load_file, save_file
 
-from distzo2.journal import Journal, JournalError, read_journal
-from distzo2.replay import digest_checkpoint, verify_checkpoint
-from distzo2.safetensors_io import CheckpointError, SafetensorsFile
+from distzo2.checkpoint.replay import digest_checkpoint, verify_checkpoint
+from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
+from distzo2.record.journal import Journal, JournalError, read_journal
 
 SECONDS = float(os.environ.get("DISTZO2_FUZZ_SECONDS", "0"))
 EXAMPLES = 150

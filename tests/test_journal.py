@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from journal_cases import bits, make_entry, make_test_header, run_python, write_journal
 
-from distzo2.journal import Journal, JournalError, JournalLockedError, read_journal
-from distzo2.journal_line import crc_matches
+from distzo2.record.journal import Journal, JournalError, JournalLockedError, read_journal
+from distzo2.record.line import crc_matches
 from distzo2_core.types import GroupScalars, Update
 
 
@@ -126,7 +126,7 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
     with Journal.open(path):
         with pytest.raises(JournalLockedError, match=r"journal\.jsonl: another run"):
             Journal.open(path)
-        script = f"from distzo2.journal import Journal; Journal.open({os.fspath(path)!r})"
+        script = f"from distzo2.record.journal import Journal; Journal.open({os.fspath(path)!r})"
         done = run_python(script)
         assert done.returncode != 0 and "JournalLockedError" in done.stderr
         assert len(read_journal(path).entries) == 1

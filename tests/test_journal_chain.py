@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from journal_cases import ROOT, bits, make_entry, make_test_header, run_python, start_python
 
-from distzo2 import journal_writer
-from distzo2.journal import Journal, JournalError, read_journal
-from distzo2.journal_line import decode_line, encode_line, seal_line, stated_chain
+from distzo2.record import writer as journal_writer
+from distzo2.record.journal import Journal, JournalError, read_journal
+from distzo2.record.line import decode_line, encode_line, seal_line, stated_chain
 
 
 def write_chained(path: Path, num_steps: int) -> Path:
@@ -205,7 +205,7 @@ def test_a_kill_keeps_what_was_written_and_not_yet_synced(tmp_path: Path) -> Non
     Journal.create(source, make_test_header(chain=True), [make_entry(step) for step in range(5)]).close()
     script = f"""
         import os, signal, time
-        from distzo2.journal import Journal, read_journal
+        from distzo2.record.journal import Journal, read_journal
         source = read_journal({os.fspath(source)!r})
         journal = Journal.create({os.fspath(path)!r}, source.header, fsync_every=100)
         for entry in source.entries:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from journal_cases import make_entry, make_test_header
 
-from distzo2.journal import Journal, JournalError
+from distzo2.record.journal import Journal, JournalError
 
 
 def remove(path: Path) -> str:

@@ -17,8 +17,8 @@ from test_journal_chain import forge, renumbered, write_chained
 from test_replay import make_llama
 
 import distzo2
-from distzo2.cli import main
-from distzo2.journal import Journal, read_journal
+from distzo2.cli.main import main
+from distzo2.record.journal import Journal, read_journal
 from distzo2_core.types import GroupScalars, Update
 
 IDS = torch.arange(8).reshape(1, 8)

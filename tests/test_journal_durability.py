@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from journal_cases import make_entry, make_test_header, run_python, start_python, write_journal
 
-from distzo2 import journal as journal_module
-from distzo2.journal import Journal, read_journal
-from distzo2.snapshot_writer import _Errand
+from distzo2.record import journal as journal_module
+from distzo2.record.journal import Journal, read_journal
+from distzo2.record.snapshot_writer import _Errand
 
 
 def test_durable_counts_what_was_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_full_disk_is_told_and_leaves_whole_lines(tmp_path: Path) -> None:
     # A limit on the file's size is a real short write (then EFBIG), at every place in the line.
     script = f"""
         import resource, signal
-        from distzo2.journal import Journal, read_journal
+        from distzo2.record.journal import Journal, read_journal
         entries = read_journal({source!r}).entries
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         for room in (0, 1, 100, len(entries[2].to_line()) - 1):
@@ -133,7 +133,7 @@ def test_the_end_of_the_process_keeps_what_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     source = os.fspath(write_journal(tmp_path / "source.jsonl", 50))
     done = run_python(f"""
-        from distzo2.journal import Journal, read_journal
+        from distzo2.record.journal import Journal, read_journal
         source = read_journal({source!r})
         journal = Journal.create({os.fspath(path)!r}, source.header)
         for entry in source.entries:
@@ -208,7 +208,7 @@ def test_killed_at_any_instant_what_was_durable_is_there(tmp_path: Path) -> None
     source = os.fspath(write_journal(tmp_path / "source.jsonl", 1))
     script = f"""
         import dataclasses, os
-        from distzo2.journal import Journal, read_journal
+        from distzo2.record.journal import Journal, read_journal
         source = read_journal({source!r})
         journal = Journal.create({os.fspath(path)!r}, source.header)
         journal.on_durable(lambda durable: os.write(1, b"%d\\n" % durable))

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from journal_cases import ROOT, bits, json_values, make_entry, make_test_header, run_python, step_entries
 
-from distzo2.journal import Journal, JournalError, StepEntry, check_table, read_journal, table_row
-from distzo2.journal_line import MAX_STEP_BYTES, encode_line
+from distzo2.record.journal import Journal, JournalError, StepEntry, check_table, read_journal, table_row
+from distzo2.record.line import MAX_STEP_BYTES, encode_line
 from distzo2_core.types import GroupScalars, Term
 
 # Lines

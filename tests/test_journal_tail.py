@@ -9,8 +9,8 @@ import pytest
 from journal_cases import bits, make_entry, make_test_header
 from power_cut import File
 
-from distzo2.journal import Journal, JournalError, StepEntry, read_journal
-from distzo2.journal_tail import SECTOR_BYTES
+from distzo2.record.journal import Journal, JournalError, StepEntry, read_journal
+from distzo2.record.tail import SECTOR_BYTES
 
 NUM_STEPS = 40  # some 10 KB: three pages
 

@@ -21,9 +21,9 @@ import pytest
 import torch
 from cli_runs import make_files, weights
 
-from distzo2.journal import read_journal
-from distzo2.metrics import read_metrics
-from distzo2.snapshot import HIDDEN, snapshots_in
+from distzo2.record.journal import read_journal
+from distzo2.record.snapshot import HIDDEN, snapshots_in
+from distzo2.run.metrics import read_metrics
 
 NUM_KILLS = int(os.environ.get("DISTZO2_NUM_KILLS", "10"))
 STEPS = 36

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import distzo2
-from distzo2.scratch import Scratch
+from distzo2.weights.scratch import Scratch
 
 # Forks a training for each limit, since a limit once hit leaves its traces in a process.
 SCRIPT = """
 import faulthandler, os, resource, sys, tempfile
-import torch, torch._dynamo, distzo2, distzo2.model, distzo2.optimizer
+import torch, torch._dynamo, distzo2, distzo2.streaming.offload, distzo2.optim.zosgd
 from torch import nn
 
 WIDTH, MIB = 1024, 2**20

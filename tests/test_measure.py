@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distzo2 import measure_gather as gather_module
-from distzo2.cli import main
+from distzo2.cli.main import main
 from distzo2.errors import DistZO2Error
-from distzo2.machine import (
+from distzo2.planning import measure_gather as gather_module
+from distzo2.planning.machines import (
     Link,
     check_engine,
     check_file_system,
@@ -32,11 +32,11 @@ from distzo2.machine import (
     read_link,
     simd_level,
 )
-from distzo2.measure import FORMAT, table
-from distzo2.measure_gather import measure_gather
-from distzo2.measure_timing import Effort, interleaved_seconds
-from distzo2.measure_transfers import measure_copies
-from distzo2.plan_machine import machine_from
+from distzo2.planning.measure import FORMAT, table
+from distzo2.planning.measure_gather import measure_gather
+from distzo2.planning.measure_timing import Effort, interleaved_seconds
+from distzo2.planning.plan_machine import machine_from
+from distzo2.planning.transfers import measure_copies
 
 
 def numbers(value: object, path: str = "") -> Iterator[tuple[str, float]]:
@@ -127,8 +127,8 @@ def test_nothing_is_left_behind(measured: tuple[dict, Path]) -> None:
 
 def test_where_it_is_saved_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("distzo2.measure.measure", lambda *_: {"seconds": 1.0})
-    monkeypatch.setattr("distzo2.measure.table", lambda result: [])
+    monkeypatch.setattr("distzo2.planning.measure.measure", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr("distzo2.planning.measure.table", lambda result: [])
     assert main(["measure"]) == 0
     assert json.loads((tmp_path / "cache/distzo2/measure.json").read_text()) == {"seconds": 1.0}
     assert [p.name for p in (tmp_path / "cache/distzo2").iterdir()] == ["measure.json"]
@@ -199,7 +199,14 @@ def test_ranks_that_fail_or_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_rank_ends_with_its_parent(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distzo2.measure_gather", f"--meet={tmp_path}/m", "--backend=gloo", "--ranks=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "distzo2.planning.measure_gather",
+        f"--meet={tmp_path}/m",
+        "--backend=gloo",
+        "--ranks=2",
+    ]
     rank = subprocess.Popen([*command, "--rank=0", "--bytes=16", "--rounds=1"], stdin=subprocess.PIPE)
     try:
         rank.stdin.close()  # as when the parent dies; rank 1 never comes

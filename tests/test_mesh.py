@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distzo2.errors import UsageError
-from distzo2.estimator import FZOO, SPSA
-from distzo2.mesh import (
+from distzo2.optim.estimator import FZOO, SPSA
+from distzo2.parallel.mesh import (
     GLOBAL,
     OWN,
     ROW,

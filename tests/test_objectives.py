@@ -11,10 +11,10 @@ from tiny_text import choice_lines, make_checkpoint, make_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import distzo2
-from distzo2.batches import collate
-from distzo2.data import Example, load_examples
 from distzo2.errors import UsageError
-from distzo2.objectives import Objective, evaluate_examples, resolve_objective
+from distzo2.tasks.batches import collate
+from distzo2.tasks.lines import Example, load_examples
+from distzo2.tasks.objectives import Objective, evaluate_examples, resolve_objective
 
 LM = [
     {"prompt": "the cat", "completion": " sat on the mat"},

@@ -12,8 +12,8 @@ from plain import plain_loop
 from test_equivalence import assert_same, same_bits
 
 import distzo2
-from distzo2.divergence import WARM_UP, CoefficientClip, DivergenceError
-from distzo2.optimizer import NonFiniteLossError
+from distzo2.optim.clipping import WARM_UP, CoefficientClip, DivergenceError
+from distzo2.optim.zosgd import NonFiniteLossError
 
 
 def losses_of(opt) -> list[float]:
@@ -121,7 +121,7 @@ def test_a_non_finite_loss_is_not_applied(tmp_path):
     with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
         opt.step(lambda: model(IDS) * float("inf"))
     opt.close()
-    entries = distzo2.journal.read_journal(tmp_path / "journal.jsonl").entries
+    entries = distzo2.record.journal.read_journal(tmp_path / "journal.jsonl").entries
     assert [e.skipped for e in entries] == [None, *["non-finite loss"] * 3]
     assert all(not e.update.terms for e in entries[1:])
 

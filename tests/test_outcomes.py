@@ -8,7 +8,7 @@ from test_equivalence import same_bits
 from zoo import BY_NAME
 
 import distzo2
-from distzo2.replay import replay
+from distzo2.checkpoint.replay import replay
 
 
 def loss_of(path, batch, dtype):

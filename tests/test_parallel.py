@@ -18,7 +18,7 @@ import pytest
 import torch
 from parallel_ranks import Died, Ranks
 
-from distzo2.journal import read_journal
+from distzo2.record.journal import read_journal
 
 MESHES = {
     "pert=2": ((2, 1), {}),

@@ -22,9 +22,9 @@ from parallel_ranks import Ranks
 from safetensors.torch import load_file
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
-from distzo2.cli import main
-from distzo2.journal import read_journal
-from distzo2.metrics import read_metrics
+from distzo2.cli.main import main
+from distzo2.record.journal import read_journal
+from distzo2.run.metrics import read_metrics
 
 STEPS = 6
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 from two_hosts import Host, NoNamespaces, TwoHosts
 
-from distzo2.cli import main
-from distzo2.journal import read_journal
-from distzo2.meeting import interface_of
+from distzo2.cli.main import main
+from distzo2.parallel.rendezvous import interface_of
+from distzo2.record.journal import read_journal
 
 ENDLESS = 10**6  # steps
 LIMIT = 12  # seconds without a heartbeat

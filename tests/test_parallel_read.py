@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 import distzo2
-from distzo2 import parallel_read
-from distzo2.checkpoint import load_weights
-from distzo2.checkpoint_files import CheckpointFiles
-from distzo2.checkpoint_layout import Layout
-from distzo2.parallel_read import CHUNK_BYTES, ParallelReader, Range, _batches, _is_cached, split
-from distzo2.safetensors_io import CheckpointError, SafetensorsFile
+from distzo2.checkpoint import reading as parallel_read
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.pretrained import load_weights
+from distzo2.checkpoint.reading import CHUNK_BYTES, ParallelReader, Range, _batches, _is_cached, split
+from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
 
 
 def make_files(directory: Path) -> dict[str, torch.Tensor]:

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from distzo2.cli import build_parser, main
+from distzo2.cli.main import build_parser, main
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.estimator import make_estimator
-from distzo2.measure_forward import VISITS
-from distzo2.plan import CONTEXT_BYTES, FORMAT, Planner, count, significant
-from distzo2.plan_machine import GPUS, find_machine, machine_from, named_machine
-from distzo2.plan_mesh import Mesh, busiest_share, parse_mesh, perturbation_shares, possible_meshes
-from distzo2.plan_model import Op, plan_model, plan_module
-from distzo2.plan_rates import Curve, Products
-from distzo2.timeline import read_trace, step_figures
+from distzo2.optim.estimator import make_estimator
+from distzo2.planning.measure_forward import VISITS
+from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, count, significant
+from distzo2.planning.plan_machine import GPUS, find_machine, machine_from, named_machine
+from distzo2.planning.plan_mesh import Mesh, busiest_share, parse_mesh, perturbation_shares, possible_meshes
+from distzo2.planning.plan_model import Op, plan_model, plan_module
+from distzo2.planning.plan_rates import Curve, Products
+from distzo2.planning.timeline import read_trace, step_figures
 
 SMALL = ["plan", "--model=opt-125m", "--machine=a100", "--batch=8", "--tokens=64"]
 

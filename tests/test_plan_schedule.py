@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import distzo2
-from distzo2.lanes import Emission
-from distzo2.plan_model import ModelPlan, Part, plan_module
-from distzo2.plan_rates import Host
-from distzo2.plan_schedule import Slicing, Transfers, Work
-from distzo2.plan_steady import Played, play_steps
-from distzo2.plan_tasks import Sharing, Task, busy_seconds, play
-from distzo2.timeline import read_trace
-from distzo2.units import ParamInfo, Unit
+from distzo2.planning.plan_model import ModelPlan, Part, plan_module
+from distzo2.planning.plan_rates import Host
+from distzo2.planning.plan_steady import Played, play_steps
+from distzo2.planning.plan_tasks import Sharing, Task, busy_seconds, play
+from distzo2.planning.schedule import Slicing, Transfers, Work
+from distzo2.planning.timeline import read_trace
+from distzo2.streaming.lanes import Emission
+from distzo2.weights.units import ParamInfo, Unit
 from distzo2_core import Term
 
 BLOCKS = 6
@@ -288,8 +288,8 @@ def test_the_runtime_does_the_same(
     kind: str, estimator: str, probes: int, batches: int, every: int, tmp_path: Path
 ) -> None:
     """Parts, noise and transfers come in the runtime's order; bytes of transfers and memory are equal."""
-    from distzo2.plan import Planner
-    from distzo2.plan_machine import named_machine
+    from distzo2.planning.plan import Planner
+    from distzo2.planning.plan_machine import named_machine
 
     with torch.device("meta"):
         plan = plan_module(tiny(kind).eval(), kind, torch.float32, 2, 9)
@@ -300,7 +300,7 @@ def test_the_runtime_does_the_same(
     )  # fmt: skip
     planner = Planner(request, named_machine("a100"))
     planner._models[2] = plan
-    from distzo2.plan_mesh import Mesh
+    from distzo2.planning.plan_mesh import Mesh
 
     predicted = planner.predict(Mesh())
 

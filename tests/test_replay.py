@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import distzo2
-from distzo2.checkpoint import open_checkpoint
-from distzo2.journal import Journal, JournalError, StepEntry, make_header, table_row
-from distzo2.replay import digest_checkpoint, plan_pieces, replay, verify_checkpoint
-from distzo2.safetensors_io import CheckpointError
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.replay import digest_checkpoint, plan_pieces, replay, verify_checkpoint
+from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.record.journal import Journal, JournalError, StepEntry, make_header, table_row
 from distzo2_core import GroupScalars, Term, Update, update_
 
 SEED = 2**63 + 12345

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.metrics import Metrics, read_metrics
-from distzo2.report import hidden_share, transfer_line, write_report
+from distzo2.planning.report import hidden_share, transfer_line, write_report
+from distzo2.run.metrics import Metrics, read_metrics
 
 
 def step(i: int, **more) -> dict:

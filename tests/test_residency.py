@@ -10,8 +10,8 @@ import torch
 
 import distzo2
 from distzo2.errors import DistZO2Error
-from distzo2.options import num_bytes
-from distzo2.residency import keep_blocks
+from distzo2.run.options import num_bytes
+from distzo2.weights.residency import keep_blocks
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ from audited_runs import copied, flip, make_run, verify
 from cli_runs import make_files
 from safetensors.torch import load_file, save_file
 
-from distzo2.cli import main
-from distzo2.journal_audit import audit_journal
-from distzo2.run_audit import audit_run
+from distzo2.cli.journal_audit import audit_journal
+from distzo2.cli.main import main
+from distzo2.cli.run_audit import audit_run
 
 
 @pytest.fixture(scope="module")

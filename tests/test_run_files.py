@@ -15,12 +15,12 @@ import pytest
 from cli_runs import finetune, make_files, one_line
 from tiny_text import choice_lines, write_jsonl
 
-from distzo2.cli import main
-from distzo2.journal import JournalError, read_journal
-from distzo2.journal_line import encode_line
-from distzo2.journal_writer import JournalWriter
-from distzo2.metrics import MAX_LINE_BYTES, read_metrics
-from distzo2.run_directory import RunDirectory
+from distzo2.cli.main import main
+from distzo2.record.journal import JournalError, read_journal
+from distzo2.record.line import encode_line
+from distzo2.record.writer import JournalWriter
+from distzo2.run.directory import RunDirectory
+from distzo2.run.metrics import MAX_LINE_BYTES, read_metrics
 
 RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
 
@@ -75,7 +75,7 @@ def test_a_link_in_the_place_of_the_checkpoint_is_left_alone(files, capsys) -> N
 
 
 def test_metrics_that_are_taken_away_end_the_run(files, capsys, monkeypatch) -> None:
-    from distzo2 import train_loop
+    from distzo2.run import loop as train_loop
 
     evaluate = train_loop.evaluate_examples
 

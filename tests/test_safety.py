@@ -17,9 +17,9 @@ from torch import nn
 from zoo import BY_NAME
 
 import distzo2
-from distzo2 import journal_writer
-from distzo2.journal import read_journal
-from distzo2.replay import replay
+from distzo2.checkpoint.replay import replay
+from distzo2.record import writer as journal_writer
+from distzo2.record.journal import read_journal
 
 
 def test_requires_grad_after_the_hand_over_does_not_reach_autocasts_cache():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distzo2.errors import UsageError
-from distzo2.schedule import SCHEDULES, factor_of, make_scheduler
+from distzo2.run.rate import SCHEDULES, factor_of, make_scheduler
 
 
 def rates(schedule: str, num_steps: int, warmup: int, first: int = 0) -> list[float]:

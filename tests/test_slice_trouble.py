@@ -16,8 +16,8 @@ from parallel_ranks import Ranks
 from test_parallel import alone, one_thread, ranks  # noqa: F401 (fixtures)
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distzo2.sliced_store import SlicedStore
-from distzo2.units import Unit
+from distzo2.parallel.sliced_store import SlicedStore
+from distzo2.weights.units import Unit
 
 # ---- replacing weights ------------------------------------------------------------------------------------------
 

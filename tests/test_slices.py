@@ -17,8 +17,8 @@ import torch
 from parallel_ranks import Died, Ranks
 from test_parallel import MESHES, alone, assert_same_run, one_thread, ranks  # noqa: F401 (fixtures)
 
-from distzo2.slice_choice import shares_of
-from distzo2.sliced_store import cut
+from distzo2.parallel.node import shares_of
+from distzo2.parallel.sliced_store import cut
 
 # ---- where slices are cut --------------------------------------------------------------------------------------
 

@@ -21,12 +21,12 @@ from cli_runs import make_files
 from test_snapshots import optimizer, place, run_until_snapshots
 
 import distzo2
-from distzo2.audit import MAX_FINDINGS
-from distzo2.journal import read_journal
-from distzo2.journal_line import decode_line, encode_line
-from distzo2.snapshot import MANIFEST, MAX_MANIFEST_BYTES, SnapshotError, snapshots_in
-from distzo2.snapshot_audit import SnapshotAuditor
-from distzo2.snapshot_resume import find_snapshot
+from distzo2.cli.snapshot_audit import SnapshotAuditor
+from distzo2.record.journal import read_journal
+from distzo2.record.line import decode_line, encode_line
+from distzo2.record.snapshot import MANIFEST, MAX_MANIFEST_BYTES, SnapshotError, snapshots_in
+from distzo2.record.snapshot_resume import find_snapshot
+from distzo2.run.audit import MAX_FINDINGS
 
 
 @pytest.fixture(scope="module")

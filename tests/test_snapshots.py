@@ -19,12 +19,12 @@ from test_equivalence import same_bits
 from torch import nn
 
 import distzo2
-from distzo2 import snapshot_writer
-from distzo2.journal_line import decode_line, encode_line
-from distzo2.journal_writer import JournalWriter
-from distzo2.snapshot import HIDDEN, MANIFEST, MAX_MANIFEST_BYTES, Snapshots, snapshots_in
-from distzo2.snapshot_resume import find_snapshot
-from distzo2.snapshot_writer import Pace, SnapshotWriter
+from distzo2.record import snapshot_writer
+from distzo2.record.line import decode_line, encode_line
+from distzo2.record.snapshot import HIDDEN, MANIFEST, MAX_MANIFEST_BYTES, Snapshots, snapshots_in
+from distzo2.record.snapshot_resume import find_snapshot
+from distzo2.record.snapshot_writer import Pace, SnapshotWriter
+from distzo2.record.writer import JournalWriter
 
 IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(1))
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distzo2.store import StreamingStore
+from distzo2.weights.store import StreamingStore
 
 SCRIPT = """
 import resource, signal, sys, torch, distzo2

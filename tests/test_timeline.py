@@ -11,10 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
-from distzo2.cli import main
-from distzo2.metrics import read_metrics
-from distzo2.timeline import draw_step, one_step, read_trace, step_figures
-from distzo2.trace import Trace
+from distzo2.cli.main import main
+from distzo2.planning.timeline import draw_step, one_step, read_trace, step_figures
+from distzo2.run.metrics import read_metrics
+from distzo2.weights.trace import Trace
 
 
 def event(kind: str, begin: float, end: float, **args) -> dict:

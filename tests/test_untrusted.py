@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from test_replay import make_llama, make_table, make_updates, write_run
 
 import distzo2
-from distzo2.checkpoint_files import CheckpointFiles
-from distzo2.journal import JournalError
-from distzo2.replay import replay
-from distzo2.safetensors_io import CheckpointError
-from distzo2.torch_archive import TorchArchive
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.replay import replay
+from distzo2.checkpoint.torch_archive import TorchArchive
+from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.record.journal import JournalError
 
 ROOT = Path(__file__).resolve().parent.parent
 

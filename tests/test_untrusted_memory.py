@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from test_replay import make_llama, make_table, named_weights
 
 import distzo2
-from distzo2.checkpoint_config import check_config_file
-from distzo2.checkpoint_files import CheckpointFiles
-from distzo2.data import load_tokenizer
-from distzo2.journal import Journal, JournalError, StepEntry, make_header, read_journal
-from distzo2.journal_audit import audit_journal
-from distzo2.journal_line import MAX_HEADER_BYTES, MAX_STEP_BYTES, seal_line
-from distzo2.metrics import peak_bytes
-from distzo2.pickle_records import read_records
-from distzo2.replay import digest_checkpoint, replay
-from distzo2.safetensors_io import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile
-from distzo2.torch_archive import TorchArchive
+from distzo2.checkpoint.checkpoint_config import check_config_file
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.pickle_records import read_records
+from distzo2.checkpoint.replay import digest_checkpoint, replay
+from distzo2.checkpoint.torch_archive import TorchArchive
+from distzo2.checkpoint.weight_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile
+from distzo2.cli.journal_audit import audit_journal
+from distzo2.record.journal import Journal, JournalError, StepEntry, make_header, read_journal
+from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, seal_line
+from distzo2.run.metrics import peak_bytes
+from distzo2.tasks.lines import load_tokenizer
 
 PER_BYTE = (
     40  # of memory for each byte of JSON: `{},` makes a dictionary and a place for it in a list, twice for a moment

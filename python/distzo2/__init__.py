@@ -9,22 +9,22 @@ from distzo2.errors import DistZO2Error
 from distzo2.version import __version__
 
 if TYPE_CHECKING:
-    from distzo2.checkpoint import from_pretrained, save_pretrained
-    from distzo2.model import edit, evaluate, offload, runtime_of
-    from distzo2.optimizer import ZOSGD, StepRecord
-    from distzo2.snapshot import Snapshots
+    from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
+    from distzo2.optim.zosgd import ZOSGD, StepRecord
+    from distzo2.record.snapshot import Snapshots
+    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
 
 # Imported when first used, so that `distzo2 --help` does not wait for torch and transformers.
 _MODULE_OF = {
-    "ZOSGD": "optimizer",
-    "Snapshots": "snapshot",
-    "StepRecord": "optimizer",
-    "edit": "model",
-    "evaluate": "model",
-    "from_pretrained": "checkpoint",
-    "offload": "model",
-    "runtime_of": "model",
-    "save_pretrained": "checkpoint",
+    "ZOSGD": "optim.zosgd",
+    "Snapshots": "record.snapshot",
+    "StepRecord": "optim.zosgd",
+    "edit": "streaming.offload",
+    "evaluate": "streaming.offload",
+    "from_pretrained": "checkpoint.pretrained",
+    "offload": "streaming.offload",
+    "runtime_of": "streaming.offload",
+    "save_pretrained": "checkpoint.pretrained",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from distzo2.cli import main
+from distzo2.cli.main import main
 
 sys.exit(main())

@@ -1,0 +1,1 @@
+"""Weights and files: reading, mapping, writing, replay."""

@@ -1,0 +1,326 @@
+"""What transformers does to a checkpoint while it loads it, found by letting it load symbols.
+
+`LayoutTensor` stands for a tensor that is never read: it knows its shape, its dtype, and from which ranges of which
+checkpoint tensors its elements come. A model class's own `from_pretrained` is given a state dict of such symbols, so
+that renamed keys, prefixes, tied weights and converted layouts (experts stacked and joined, chunks, transposes, rotary
+permutations) are exactly those of the transformers that is installed. Operations that move elements are followed; one
+that computes is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from distzo2.checkpoint.allocation_bound import AllocationBound, module_bound
+from distzo2.checkpoint.layout import Layout, LayoutError
+from distzo2.checkpoint.weight_files import CheckpointError
+
+aten = torch.ops.aten
+
+
+MISSING = "no tensor in the checkpoint fills it"
+
+
+class Trace:
+    """What the symbols of one load share: the names of the sources, and how to compare the values of two symbols."""
+
+    def __init__(self, sources: Sequence[str], equal: Callable[[LayoutTensor, LayoutTensor], bool] | None = None):
+        self.sources = list(sources)
+        self.equal = equal
+
+
+class LayoutTensor(torch.Tensor):
+    """A tensor known by where its elements come from (`where`); `cast` if its dtype is no longer the source's.
+
+    One whose elements have no such place carries the reason as its `problem`, and so does all that is made of it: what
+    is thrown away later, as initial values are, does no harm, and what ends up in a parameter is refused.
+    """
+
+    where: Layout
+    trace: Trace
+    cast: bool
+    problem: str | None
+
+    @staticmethod
+    def __new__(
+        cls, where: Layout, dtype: torch.dtype, trace: Trace, cast: bool = False, problem: str | None = None
+    ) -> LayoutTensor:
+        symbol = torch.Tensor._make_wrapper_subclass(cls, where.shape, dtype=dtype, device="cpu")
+        symbol.where, symbol.trace, symbol.cast, symbol.problem = where, trace, cast, problem
+        return symbol
+
+    def __repr__(self, **_: Any) -> str:
+        return f"LayoutTensor({list(self.shape)}, {self.dtype}, {self.problem or f'{len(self.where.pieces)} pieces'})"
+
+    def moved(self, where: Layout) -> LayoutTensor:
+        """The same elements elsewhere."""
+        return LayoutTensor(where, self.dtype, self.trace, self.cast)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        symbols = [a for a in tree_leaves((args, kwargs)) if isinstance(a, LayoutTensor)]
+        problem = next((symbol.problem for symbol in symbols if symbol.problem), None)
+        if problem is None:
+            try:
+                if func not in _RULES:
+                    raise LayoutError(f"{func} computes, or is not known to only move elements")
+                return _RULES[func](*args, **kwargs)
+            except LayoutError as error:
+                sources = sorted({piece.source for symbol in symbols for piece in symbol.where.pieces})
+                names = ", ".join(symbols[0].trace.sources[source] for source in sources[:2])
+                problem = f"{names}{', ...' if len(sources) > 2 else ''}: {error}"
+                if func._schema.is_mutable:
+                    raise LayoutError(problem) from error
+        elif func._schema.is_mutable:
+            return args[0]
+
+        def on_meta(value: Any) -> Any:
+            return (
+                torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, torch.Tensor) else value
+            )
+
+        def with_problem(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                raise LayoutError(problem)
+            return LayoutTensor(Layout(tuple(value.shape), ()), value.dtype, symbols[0].trace, problem=problem)
+
+        args, kwargs = tree_map(on_meta, (args, {name: v for name, v in kwargs.items() if name != "device"}))
+        try:
+            shapes = func(*args, **kwargs)
+        except Exception as error:  # it looks at values
+            raise LayoutError(problem) from error
+        return tree_map(with_problem, shapes)
+
+
+def _same(symbol: LayoutTensor, *_: Any, **__: Any) -> LayoutTensor:
+    return symbol.moved(symbol.where)
+
+
+def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> LayoutTensor:
+    if device is not None and torch.device(device).type != "cpu":
+        raise LayoutError(f"a checkpoint is mapped on the CPU, not on {device}")
+    if dtype is None or dtype == symbol.dtype:
+        return _same(symbol)
+    if symbol.cast:
+        raise LayoutError(f"a second conversion, from {symbol.dtype} to {dtype}, is not expressed")
+    return LayoutTensor(symbol.where, dtype, symbol.trace, cast=True)
+
+
+def _view(symbol: LayoutTensor, shape: Sequence[int], *_: Any) -> LayoutTensor:
+    shape = list(shape)
+    if -1 in shape:
+        known = 1
+        for size in shape:
+            known *= size if size != -1 else 1
+        shape[shape.index(-1)] = symbol.where.numel // max(known, 1)
+    return symbol.moved(symbol.where.reshape(shape))
+
+
+def _permute(symbol: LayoutTensor, order: Sequence[int]) -> LayoutTensor:
+    return symbol.moved(symbol.where.permute([d % symbol.dim() for d in order]))
+
+
+def _transpose(symbol: LayoutTensor, dim0: int = 0, dim1: int = 1) -> LayoutTensor:
+    if symbol.dim() < 2:
+        return _same(symbol)
+    order = list(range(symbol.dim()))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(symbol, order)
+
+
+def _slice(
+    symbol: LayoutTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> LayoutTensor:
+    if step != 1:
+        raise LayoutError(f"a slice with step {step} is not expressed")
+    begin, stop, _ = slice(start, end).indices(symbol.shape[dim])
+    return symbol.moved(symbol.where.narrow(dim % symbol.dim(), begin, max(stop - begin, 0)))
+
+
+def _select(symbol: LayoutTensor, dim: int, index: int) -> LayoutTensor:
+    dim, index = dim % symbol.dim(), index % symbol.shape[dim]
+    row = symbol.where.narrow(dim, index, 1)
+    return symbol.moved(row.reshape([size for d, size in enumerate(symbol.shape) if d != dim]))
+
+
+def _split_sizes(symbol: LayoutTensor, sizes: Sequence[int], dim: int = 0) -> list[LayoutTensor]:
+    parts, at = [], 0
+    for size in sizes:
+        parts.append(symbol.moved(symbol.where.narrow(dim % symbol.dim(), at, size)))
+        at += size
+    return parts
+
+
+def _split(symbol: LayoutTensor, size: int, dim: int = 0) -> list[LayoutTensor]:
+    total = symbol.shape[dim]
+    return _split_sizes(symbol, [min(size, total - at) for at in range(0, total, size)], dim)
+
+
+def _unbind(symbol: LayoutTensor, dim: int = 0) -> list[LayoutTensor]:
+    return [_select(symbol, dim, index) for index in range(symbol.shape[dim])]
+
+
+def _squeeze(symbol: LayoutTensor, dims: int | Sequence[int] | None = None) -> LayoutTensor:
+    dims = range(symbol.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    drop = {d % symbol.dim() for d in dims if symbol.shape[d] == 1} if symbol.dim() else set()
+    return symbol.moved(symbol.where.reshape([size for d, size in enumerate(symbol.shape) if d not in drop]))
+
+
+def _unsqueeze(symbol: LayoutTensor, dim: int) -> LayoutTensor:
+    dim %= symbol.dim() + 1
+    return symbol.moved(symbol.where.reshape([*symbol.shape[:dim], 1, *symbol.shape[dim:]]))
+
+
+def _cat(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
+    if not all(isinstance(symbol, LayoutTensor) for symbol in symbols):
+        raise LayoutError("a checkpoint tensor is joined with one that is in no checkpoint")
+    if len({(symbol.dtype, symbol.cast) for symbol in symbols}) > 1:
+        raise LayoutError(f"tensors of different dtypes are joined: {sorted({str(s.dtype) for s in symbols})}")
+    first = symbols[0]
+    return first.moved(Layout.cat([symbol.where for symbol in symbols], dim % first.dim()))
+
+
+def _stack(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
+    dim %= symbols[0].dim() + 1
+    return _cat([_unsqueeze(symbol, dim) for symbol in symbols], dim)
+
+
+def _pad(symbol: LayoutTensor, pad: Sequence[int], value: float = 0) -> LayoutTensor:
+    if any(pad):
+        raise LayoutError(f"padding by {list(pad)} is not expressed")
+    return _same(symbol)
+
+
+def _expand(symbol: LayoutTensor, shape: Sequence[int], **_: Any) -> LayoutTensor:
+    sizes = [1] * (len(shape) - symbol.dim()) + list(symbol.shape)
+    asked = [size if want == -1 else want for size, want in zip(sizes, shape, strict=True)]
+    if asked != sizes:
+        raise LayoutError(f"repeating {list(symbol.shape)} to {list(shape)} is not expressed")
+    return symbol.moved(symbol.where.reshape(sizes))
+
+
+def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
+    if not (isinstance(a, LayoutTensor) and isinstance(b, LayoutTensor) and a.trace.equal):
+        raise LayoutError("the values of a checkpoint are compared with others")
+    return a.shape == b.shape and a.trace.equal(a, b)
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.alias.default: _same,
+    aten.clone.default: _same,
+    aten.detach.default: _same,
+    aten.lift_fresh.default: _same,
+    aten._to_copy.default: _to_copy,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten._reshape_alias.default: _view,
+    aten.reshape.default: _view,
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split_sizes,
+    aten.unbind.int: _unbind,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    aten.constant_pad_nd.default: _pad,
+    aten.expand.default: _expand,
+    aten.equal.default: _equal,
+}
+
+
+class _MissingStaysMissing(TorchDispatchMode):
+    """Gives a symbol for each parameter that transformers would allocate and fill with random values."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        allocates = func is aten.empty_like.default and torch.device(kwargs.get("device") or "meta").type != "meta"
+        if allocates and isinstance(args[0], nn.Parameter) and args[0].is_meta:
+            return LayoutTensor(Layout(tuple(args[0].shape), ()), args[0].dtype, self.trace, problem=MISSING)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def quiet_transformers() -> Any:
+    """transformers without its progress bar and its load report; what it found is reported by the caller."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def trace_from_pretrained(
+    model_class: Any,
+    config: Any,
+    symbols: dict[str, LayoutTensor],
+    trace: Trace,
+    where: str,
+    max_bytes: int,
+    **kwargs: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`model_class.from_pretrained` over symbols: the model, whose loaded tensors are symbols, and the loading report.
+
+    Raises CheckpointError naming `where` if transformers cannot load it, or makes more than `max_bytes` of buffers, or
+    more modules than so many symbols can need.
+    """
+    bounds = AllocationBound(max_bytes), module_bound(len(symbols))
+    with quiet_transformers(), torch.device("cpu"), bounds[0], bounds[1], _MissingStaysMissing(trace):
+        try:
+            return model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=symbols,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"{where}: this checkpoint cannot be mapped onto {model_class.__name__}: {one_line(error)}"
+            ) from error
+
+
+def trace_save(model: nn.Module, symbols: dict[str, LayoutTensor]) -> dict[str, LayoutTensor]:
+    """What transformers would write for a model whose state dict is `symbols`: checkpoint names and layouts."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return symbols
+    try:
+        written = revert_weight_conversion(model, symbols)
+    except Exception as error:
+        raise CheckpointError(f"{type(model).__name__} has no checkpoint layout: {one_line(error)}") from error
+    for name, symbol in written.items():
+        if symbol.problem:
+            raise CheckpointError(f"{type(model).__name__} has no checkpoint layout for {name!r}: {symbol.problem}")
+    return written
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message that says anything."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""The optimizer: from losses to an update."""

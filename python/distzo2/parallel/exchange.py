@@ -1,0 +1,286 @@
+"""The scalars that ranks exchange: few, small collectives over gloo, each preceded by an agreed word.
+
+The word says what a rank is about to do. Ranks that are about to do different things all get an error that names the
+difference, and an exception on one rank is an error on all: nobody waits for a rank that will not come. While waiting,
+the heartbeat is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from distzo2.errors import DistZO2Error
+from distzo2.interrupts import check_for_interrupt
+from distzo2.parallel.heartbeat import Heartbeat, RankFailedError, describe
+
+WORD = 24  # int64 numbers of a word: what, failed, two plain numbers, hashes of up to 20 fields
+NUMBERS = 2
+TEXT_BYTES = 1000  # of an error's description
+LONGEST_PAUSE = 5e-4  # seconds between two looks at a collective in flight
+PATIENCE = 2.0  # seconds of waiting after which Ctrl-C need not wait for a safe point
+LAST_WORDS = 2.0  # seconds in which what a rank sent before it left must arrive
+
+
+class RanksDisagreeError(DistZO2Error):
+    """The ranks are about to do different things; raised on all of them."""
+
+
+def is_known(error: BaseException, since: int) -> bool:
+    """Whether all ranks know of an error already, so that it is not told once more where it passes. `since`: number of
+    the collective that was next when what it ends began; the same object may have been told in an earlier failure."""
+    told = getattr(error, "told_to_all_ranks", -1)  # number of the collective after which it was
+    return isinstance(error, RankFailedError | RanksDisagreeError) or told > since
+
+
+def hash64(value: Any) -> int:
+    """A 64-bit hash of a value's text, as a signed number."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class Exchange:
+    """Collectives of all ranks. Every rank calls the same ones in the same order; `agree` and what is built on it make
+    sure."""
+
+    def __init__(self, group: Any, rank: int, world_size: int, heartbeat: Heartbeat, timeout: float) -> None:
+        self.rank, self.world_size, self.heartbeat = rank, world_size, heartbeat
+        self._group, self._timeout = group, timeout
+        self._broken: str | None = None
+        self.before_each: Callable[[], None] | None = None  # called before each collective
+        self.number = 0  # of the next collective
+        self.reset_stats()
+
+    @property
+    def broken(self) -> bool:
+        """Whether a collective did not end, so that none can follow."""
+        return self._broken is not None
+
+    # ---- bytes ----------------------------------------------------------------------------------------------------
+
+    def reset_stats(self) -> None:
+        self._num_collectives = self._sent = self._received = 0
+
+    def stats(self) -> dict[str, int]:
+        """Collectives, and the bytes of their payloads: an all-gather of b bytes sends b and receives b from each other
+        rank; a broadcast sends or receives them."""
+        return {"collectives": self._num_collectives, "bytes_sent": self._sent, "bytes_received": self._received}
+
+    # ---- collectives --------------------------------------------------------------------------------------------
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """[n] on each rank -> [ranks, n]."""
+        import torch.distributed as dist
+
+        values = values.contiguous()
+        result = torch.empty(self.world_size, *values.shape, dtype=values.dtype)
+        self._run(lambda: dist.all_gather(list(result.unbind(0)), values, group=self._group, async_op=True))
+        num_bytes = values.numel() * values.element_size()
+        self._sent += num_bytes
+        self._received += num_bytes * (self.world_size - 1)
+        return result
+
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """Rank 0's values, into those of the others."""
+        import torch.distributed as dist
+
+        self._run(lambda: dist.broadcast(values, group_src=0, group=self._group, async_op=True))
+        num_bytes = values.numel() * values.element_size()
+        if self.rank == 0:
+            self._sent += num_bytes
+        else:
+            self._received += num_bytes
+        return values
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Each rank's bytes, of any length."""
+        lengths = self.gather(torch.tensor([len(data)]))[:, 0].tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
+        rows = self.gather(padded) if max(lengths) else torch.zeros(self.world_size, 0, dtype=torch.uint8)
+        return [row.numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def broadcast_bytes(self, data: bytes = b"") -> bytes:
+        """Rank 0's bytes, of any length."""
+        length = int(self.broadcast(torch.tensor([len(data)]))[0])
+        if not length:
+            return b""
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else None
+        return self.broadcast(torch.empty(length, dtype=torch.uint8) if mine is None else mine).numpy().tobytes()
+
+    def _run(self, start: Callable[[], Any]) -> None:
+        if self.before_each is not None:
+            self.before_each()
+        self.wait(self.start(start))
+        self.number += 1
+        self._num_collectives += 1
+
+    def start(self, start: Callable[[], Any]) -> Any:
+        """Begins a collective of any group; returns what `wait` waits for."""
+        if self._broken is not None:
+            raise RankFailedError(self._broken)
+        self.heartbeat.check()
+        try:
+            return start()
+        except BaseException as error:
+            raise self.give_up(error) from None
+
+    def wait(self, work: Any, quiet: bool = False) -> None:
+        """Until a collective that was begun has ended on this rank, unless another rank is lost.
+
+        Args:
+            quiet: this rank does not need it: the others are told of nothing.
+        """
+        if self._broken is not None:
+            raise RankFailedError(self._broken)
+        try:
+            begun_at = left_at = time.monotonic()
+            deadline, pause = left_at + self._timeout, 2e-5
+            while not work.is_completed():
+                self.heartbeat.check()
+                if not self.heartbeat.left:
+                    left_at = time.monotonic()
+                elif time.monotonic() > left_at + LAST_WORDS:
+                    raise self.heartbeat.gone() if quiet else self.heartbeat.explain(self.heartbeat.gone())
+                if time.monotonic() > begun_at + PATIENCE:
+                    check_for_interrupt()
+                if time.monotonic() > deadline:
+                    raise RankFailedError(
+                        f"rank {self.rank} has waited {self._timeout:g} s for the other ranks, which are alive: one of "
+                        "them is busy elsewhere (timeout= sets how long is waited)"
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            work.wait()
+        except BaseException as error:
+            raise self.give_up(error, quiet) from None
+
+    def give_up(self, error: BaseException, quiet: bool = False) -> BaseException:
+        """A collective did not end, or cannot be begun, for this error: the others may or may not have what was sent,
+        so nothing can follow. They are told. Returns the error to raise."""
+        if isinstance(error, RuntimeError) and not quiet:  # gloo's
+            error = self.heartbeat.explain(error)
+        if self._broken is None:
+            self._broken = f"this mesh cannot be used any more: {describe(error)}"
+        if quiet and isinstance(error, RuntimeError):
+            error = RankFailedError(str(error))
+        if not isinstance(error, RankFailedError) and not quiet:
+            self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
+        return error
+
+    # ---- agreement ------------------------------------------------------------------------------------------------
+
+    def agree(
+        self,
+        what: str,
+        fields: Mapping[str, Any] | None = None,
+        *,
+        numbers: Sequence[int] = (),
+        error: BaseException | None = None,
+    ) -> list[list[int]]:
+        """Opens something that all ranks do together.
+
+        Args:
+            what: the name of it, in words.
+            fields: what must be equal on all ranks, by name; compared by the hash of their `repr`.
+            numbers: up to two numbers, for the other ranks to know.
+            error: this rank cannot take part; the others are told why, and it is raised.
+
+        Returns:
+            `numbers` of each rank.
+
+        Raises:
+            RanksDisagreeError: on all ranks; what differs, and on which.
+            RankFailedError: another rank cannot take part, or is gone.
+        """
+        fields = fields or {}
+        word = [hash64(what), int(error is not None), *numbers, *[0] * (NUMBERS - len(numbers))]
+        word += [hash64(value) for value in fields.values()]
+        if len(word) > WORD:
+            raise ValueError(f"{len(word)} numbers in a word of {WORD}")
+        words = self.gather(torch.tensor(word + [0] * (WORD - len(word)))).numpy()
+        self.settle(what, [bool(f) for f in words[:, 1]], error)
+        compared = np.delete(words, range(1, 2 + NUMBERS), axis=1)
+        if (compared != compared[0]).any():
+            self._raise_difference(what, fields, compared)
+        return words[:, 2 : 2 + NUMBERS].tolist()
+
+    def settle(self, what: str, failed: Sequence[bool], error: BaseException | None) -> None:
+        """Ends on all ranks what has failed on one. `failed` is the same on all ranks, `error` this one's own."""
+        if not any(failed):
+            return
+        text = describe(error).encode()[:TEXT_BYTES] if error is not None else b""
+        padded = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
+        rows = self.gather(padded)
+        if error is not None:
+            with suppress(AttributeError):
+                error.told_to_all_ranks = self.number  # see `is_known`
+            raise error
+        first = list(failed).index(True)
+        cause = rows[first].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
+        raise RankFailedError(f"rank {first} failed in {what}: {cause}", first, told=True)
+
+    def _raise_difference(self, what: str, fields: Mapping[str, Any], words: np.ndarray) -> NoReturn:
+        mine = {"what": what, "fields": {name: repr(value) for name, value in fields.items()}}
+        all_ranks = [json.loads(text) for text in self.gather_bytes(json.dumps(mine).encode())]
+        if len({other["what"] for other in all_ranks}) > 1:
+            raise RanksDisagreeError(f"the ranks do different things: {_groups([o['what'] for o in all_ranks])}")
+        differing = [
+            f"{name}: {_groups([other['fields'].get(name, 'nothing') for other in all_ranks])}"
+            for name in all_ranks[0]["fields"]
+            if len({other["fields"].get(name) for other in all_ranks}) > 1
+        ]
+        raise RanksDisagreeError(f"{what}: the ranks do not agree on {'; '.join(differing)}")
+
+    # ---- built on it ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A phase that every rank goes through: an exception of one rank in it is an error of all at its end."""
+        failure: BaseException | None = None
+        since = self.number
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        if failure is not None and is_known(failure, since):
+            raise failure
+        self.agree(what, error=failure)
+
+    def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:
+        """What `make` returns on rank 0, on all ranks; what it raises there is an error of all."""
+        data, failure = b"", None
+        try:
+            if self.rank == 0:
+                data = make()
+        except BaseException as error:
+            failure = error
+        self.agree(what, error=failure)
+        return self.broadcast_bytes(data)
+
+
+def _groups(texts: Sequence[str]) -> str:
+    """`a on ranks 0, 2; b on rank 1`; of long texts the part where they differ."""
+    same = min(_common(texts[0], text) for text in texts)
+    start = max(0, same - 40) if max(map(len, texts)) > 120 else 0
+    by_text: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        part = text[start : start + 120]
+        by_text.setdefault(("..." if start else "") + part, []).append(rank)
+    return ", ".join(
+        f"{text} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" for text, ranks in by_text.items()
+    )
+
+
+def _common(a: str, b: str) -> int:
+    """Characters of `a` up to where `b` differs; all of them if they are equal."""
+    if a == b:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,359 @@
+"""Ranks that share every step: perturbations (PertP), micro-batches (DDP) or both, over torch.distributed.
+
+    torchrun --nproc-per-node 2 train.py
+
+    distzo2.parallel.init(pert=2)                  # before the optimizer is made
+    opt = distzo2.ZOSGD(model, lr=1e-6)            # takes part in what `current()` is
+    opt.step([closure, ...])                       # the same list on every rank
+
+Weights are whole on every rank, or in slices that the ranks of a node gather, and stay bit-identical; besides slices
+only scalars travel, over gloo. See docs/parallel.md.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distzo2.errors import DistZO2Error
+from distzo2.optim.estimator import Estimator, Evaluation, make_estimator
+from distzo2.parallel.mesh import MeshShape, resolve_mesh
+
+if TYPE_CHECKING:
+    import torch
+
+    from distzo2.parallel.exchange import Exchange
+    from distzo2.parallel.heartbeat import Heartbeat
+    from distzo2.parallel.slice_rounds import SliceExchange
+
+INTERVAL = 1.0  # seconds between heartbeats
+LIMIT = 30.0  # seconds without one after which a rank is given up
+TIMEOUT = 1800.0
+
+_current: Mesh | None = None
+_ranks: Ranks | None = None
+_previous_excepthook: Any = None
+
+
+@dataclass(eq=False)
+class Ranks:
+    """The processes of this run, met and watched; their mesh is another matter."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store: Any
+    exchange: Exchange
+    heartbeat: Heartbeat
+    owns_default_group: bool
+    group: Any
+    names: int = 0  # given out by `unique_name`
+    failed: bool = False  # an exception is about to end this rank
+    nodes: list[SliceExchange] = field(default_factory=list)  # of their meshes
+    closers: list[Callable[[], Any]] = field(default_factory=list)  # called before these ranks part
+
+    def unique_name(self, kind: str) -> str:
+        """A name for keys of the store; the same on all ranks if all ask in the same order."""
+        self.names += 1
+        return f"{kind}/{self.names}"
+
+
+@dataclass(eq=False)
+class Mesh:
+    """This rank's place among the others, and what they do together."""
+
+    shape: MeshShape
+    ranks: Ranks
+    device_mesh: Any  # torch.distributed.device_mesh.DeviceMesh, of dimensions ("data", "pert")
+    slice: bool | None  # whether streamed blocks are kept in slices; None: by what is measured
+    node: SliceExchange | None  # the ranks of this node, which may share them; None: no slices
+    log: Callable[[str], None]
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def local_rank(self) -> int:
+        return self.ranks.local_rank
+
+    @property
+    def pert_rank(self) -> int:
+        """This rank's coordinate along perturbations."""
+        return self.rank % self.shape.pert
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's coordinate along micro-batches: what a DistributedSampler of `shape.data` replicas wants."""
+        return self.rank // self.shape.pert
+
+    @property
+    def exchange(self) -> Exchange:
+        return self.ranks.exchange
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        return self.ranks.heartbeat
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        """`with mesh.together("loading"):` an exception of one rank in it is an error of all at its end. The others
+        wait there as long as it takes, unless a rank is lost."""
+        return self.exchange.together(what)
+
+    def barrier(self) -> None:
+        """Waits for all ranks, and serves them slices meanwhile, as barriers of torch.distributed do not."""
+        self.exchange.agree("barrier")
+
+    def __str__(self) -> str:
+        return str(self.shape)
+
+
+def current() -> Mesh | None:
+    """The mesh that `init` made; None without one."""
+    return _current
+
+
+def joined() -> Ranks | None:
+    """The ranks that `join` or `init` met; None before."""
+    return _ranks
+
+
+def world_size_of_environment() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init(
+    pert: int | None = None,
+    data: int | None = None,
+    slice: bool | None = None,
+    *,
+    timeout: float = TIMEOUT,
+    device: str | torch.device | None = None,
+    num_probes: int | None = None,
+    estimator: str | Estimator = "spsa",
+    micro_batches: int | None = None,
+    interval: float = INTERVAL,
+    limit: float = LIMIT,
+    log: Callable[[str], None] = print,
+) -> Mesh:
+    """Makes the mesh that steps are shared over. Every rank calls it, before it makes an optimizer.
+
+    Under torchrun, torch.distributed is initialized if it is not: gloo, and NCCL beside it where each rank of this
+    machine has a GPU of its own. Without torchrun the mesh has one rank.
+
+    Args:
+        pert: ranks along perturbations; up to 2K for K probes of SPSA.
+        data: ranks along micro-batches. Where one of the two is not given it follows from the number of ranks; where
+            neither is, a mesh is chosen and told through `log`.
+        slice: each rank of a node keeps a slice of every streamed block (weights in host memory or on disk), and the
+            ranks of the node gather a block together when they want it. None: where that is faster than bringing the
+            whole block, by a measurement when the model is handed over, or where memory holds one copy only.
+        timeout: seconds that a rank waits for others that are alive.
+        device: where the ranks compute; None: a GPU each if there is one for each, else the CPU.
+        num_probes, estimator, micro_batches: of the steps to come, if known: what does not fit is refused now, and a
+            mesh that is chosen suits them.
+        interval: seconds between heartbeats.
+        limit: seconds without a heartbeat after which a rank is given up.
+        log: called on rank 0 with what was chosen: the mesh, slices.
+
+    Raises:
+        UsageError: the mesh is impossible; the message says what would fit.
+        DistZO2Error: there is a mesh already, or the ranks cannot meet.
+    """
+    global _current
+    if _current is not None:
+        raise DistZO2Error(f"there is a mesh already ({_current}): call distzo2.parallel.shutdown() first")
+    evaluations = None if num_probes is None else make_estimator(estimator).evaluations(num_probes)
+    shape = resolve_mesh(_world_size(), pert, data, evaluations=evaluations, micro_batches=micro_batches)
+    ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
+    try:
+        ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
+        node = None if slice is False or (slice is None and shape.size == 1) else _node_of(ranks)
+        _current = Mesh(shape, ranks, _device_mesh(shape), slice, node, log)
+    except BaseException as error:
+        shutdown(error)
+        raise
+    if pert is None and data is None and ranks.rank == 0 and ranks.world_size > 1:
+        log(f"mesh of {ranks.world_size} ranks: {shape} (chosen; pert= and data= set it)")
+    return _current
+
+
+def _world_size() -> int:
+    if _ranks is not None:
+        return _ranks.world_size
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else world_size_of_environment()
+
+
+def _device_mesh(shape: MeshShape) -> Any:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+    return init_device_mesh(kind, (shape.data, shape.pert), mesh_dim_names=("data", "pert"))
+
+
+def _node_of(ranks: Ranks) -> SliceExchange:
+    """The ranks of this node."""
+    import torch.distributed as dist
+
+    from distzo2.parallel.heartbeat import host_name
+    from distzo2.parallel.slice_rounds import SliceExchange, node_name
+
+    names = ranks.exchange.gather_bytes(node_name(os.environ, host_name()).encode())
+    nodes = [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
+    node = SliceExchange(ranks.exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
+    ranks.nodes.append(node)
+    ranks.heartbeat.on_failure(lambda error: node.abort())
+    return node
+
+
+def join(
+    *,
+    timeout: float = TIMEOUT,
+    device: str | torch.device | None = None,
+    interval: float = INTERVAL,
+    limit: float = LIMIT,
+) -> Ranks:
+    """Meets the other ranks and watches over them from then on; `init` does it too. Safe to call twice."""
+    global _ranks
+    if _ranks is not None:
+        return _ranks
+    import torch.distributed as dist
+
+    from distzo2.parallel.exchange import Exchange
+    from distzo2.parallel.heartbeat import Heartbeat
+    from distzo2.parallel.rendezvous import init_process_group, new_gloo_group
+
+    if not dist.is_available():
+        raise DistZO2Error("this torch was built without torch.distributed")
+    owns = not dist.is_initialized()
+    if owns:
+        init_process_group(device, timeout)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    session = store.add(f"distzo2/sessions of rank {rank}", 1)  # meshes come and go; each has keys of its own
+    store = dist.PrefixStore(f"distzo2/{session}", store)
+    heartbeat = Heartbeat(store.clone(), rank, world_size, interval=interval, limit=limit)
+    # Waiting is limited by the exchange, which asks the heartbeat meanwhile; gloo itself need not give up.
+    group = new_gloo_group(timeout + 86400)
+    exchange = Exchange(group, rank, world_size, heartbeat, timeout)
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    _ranks = Ranks(rank, world_size, local_rank, store, exchange, heartbeat, owns, group)
+    _watch_for_the_end()
+    return _ranks
+
+
+def _watch_for_the_end() -> None:
+    """A program that ends tells the other ranks why, also where multiprocessing started it."""
+    global _previous_excepthook
+    from multiprocessing import util
+
+    if _previous_excepthook is None:
+        _previous_excepthook = sys.excepthook
+        sys.excepthook = _on_uncaught
+        atexit.register(shutdown)
+        util.Finalize(None, _at_exit_of_child, exitpriority=100)
+
+
+def _on_uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    _post(error)
+    _previous_excepthook(kind, error, traceback)
+
+
+def _at_exit_of_child() -> None:
+    error = sys.exc_info()[1]
+    if isinstance(error, SystemExit):
+        error = error.__context__ if error.code else None
+    shutdown(error)
+
+
+def _post(error: BaseException) -> None:
+    from distzo2.parallel.exchange import is_known
+    from distzo2.parallel.heartbeat import describe
+
+    if _ranks is not None:
+        _ranks.failed = True
+    if _ranks is not None and not is_known(error, _ranks.exchange.number - 1):
+        _ranks.heartbeat.post(f"rank {_ranks.rank}: {describe(error)}")
+
+
+def shutdown(error: BaseException | None = None) -> None:
+    """Leaves the mesh. Steps of this rank are its own afterwards, and the others' next ones fail.
+
+    Args:
+        error: why, if this rank has failed: the first such cause is what all ranks are told.
+    """
+    global _current, _ranks
+    ranks, _ranks, _current = _ranks, None, None
+    if ranks is None:
+        return
+    import torch.distributed as dist
+
+    from distzo2.parallel.exchange import is_known
+    from distzo2.parallel.heartbeat import describe
+
+    if error is not None and not is_known(error, ranks.exchange.number - 1):
+        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
+    for node in ranks.nodes if error is None and not ranks.failed else ():
+        with suppress(DistZO2Error):
+            node.leave(ends=True)  # the others may still want slices of this rank
+    for close in ranks.closers:
+        with suppress(Exception):
+            close()
+    if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        ranks.heartbeat.wait_for_others(ranks.heartbeat.limit)  # this process serves the store
+    ranks.heartbeat.leave()
+    for group in [ranks.group, *(group for node in ranks.nodes for group in node.groups)]:
+        if ranks.exchange.broken or ranks.heartbeat.failure is not None:
+            # gloo's destructor waits for what is in flight, without end where a peer hangs: it is never called.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        else:
+            with suppress(Exception):
+                dist.destroy_process_group(group)
+    if ranks.owns_default_group:
+        with suppress(Exception):
+            dist.destroy_process_group()
+
+
+def stats() -> dict[str, int]:
+    """Collectives of this rank and the bytes of their payloads since the mesh was made or `reset_stats` was called.
+
+    `collectives`, `bytes_sent`, `bytes_received` are of scalars, between all ranks. With slices there are also
+    `slice_rounds` and `slice_gathers` between the ranks of the node, and `slice_bytes_sent`, `slice_bytes_received`.
+    """
+    if _ranks is None:
+        raise DistZO2Error("there is no mesh: call distzo2.parallel.init() first")
+    of_slices = [node.stats() for node in _ranks.nodes if node.in_use]
+    totals = {f"slice_{key}": sum(stats[key] for stats in of_slices) for key in (of_slices[0] if of_slices else ())}
+    return {**_ranks.exchange.stats(), **totals}
+
+
+def reset_stats() -> None:
+    """Starts the counting of `stats` anew."""
+    if _ranks is not None:
+        _ranks.exchange.reset_stats()
+        for node in _ranks.nodes:
+            node.reset_stats()
+
+
+def check_mesh(mesh: Mesh, evaluations: Sequence[Evaluation]) -> None:
+    """Raises UsageError, with what would fit, unless the mesh can share these evaluations."""
+    from distzo2.parallel.mesh import check_step
+
+    check_step(mesh.shape, evaluations, None)
+
+
+__all__ = ["Mesh", "check_mesh", "current", "init", "join", "reset_stats", "shutdown", "stats"]

@@ -1,0 +1,245 @@
+"""Shapes of a mesh of ranks, and which rank runs which lane of a step. Plain arithmetic: nothing here communicates.
+
+A mesh is (data, pert): rank r has data coordinate r div pert and perturbation coordinate r mod pert. A lane is an
+(evaluation, micro-batch) pair; its noise and its random stream are functions of the pair, so that the dealing never
+changes a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from distzo2.errors import UsageError
+from distzo2.optim.estimator import Evaluation
+
+GLOBAL, OWN, ROW = 0, 1, 2  # whose the list of closures is: the step's, the rank's own, the data coordinate's
+SHARDED = {False: GLOBAL, True: OWN, "data": ROW}
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Ranks along perturbations and along micro-batches."""
+
+    pert: int
+    data: int
+
+    @property
+    def size(self) -> int:
+        return self.pert * self.data
+
+    def __str__(self) -> str:
+        return f"pert={self.pert},data={self.data}"
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`pert=2,data=2` as a dict; either may be left out.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("pert", "data") or name in sizes or int(size) < 1:
+            raise ValueError
+        sizes[name] = int(size)
+    return sizes
+
+
+def num_perturbations(evaluations: Sequence[Evaluation]) -> int:
+    """Distinct perturbations, signs not counted."""
+    return len({probe for probe, sign in evaluations if sign})
+
+
+def pert_fits(evaluations: Sequence[Evaluation], pert: int) -> bool:
+    """Whether `pert` ranks can share the evaluations: it divides the perturbations, or else their evaluations."""
+    return num_perturbations(evaluations) % pert == 0 or len(evaluations) % pert == 0
+
+
+def deal_evaluations(evaluations: Sequence[Evaluation], pert: int) -> list[list[int]]:
+    """For each of `pert` ranks the indices of its evaluations, ascending.
+
+    Where `pert` divides the perturbations, both signs of one stay together: their difference is divided by 2·eps, so
+    they should come from the same hardware. An evaluation of the clean weights then goes to the first rank.
+    """
+    probes = sorted({probe for probe, sign in evaluations if sign})
+    if probes and len(probes) % pert == 0:
+        part = len(probes) // pert
+        rank_of = {probe: i // part for i, probe in enumerate(probes)}
+        dealt: list[list[int]] = [[] for _ in range(pert)]
+        for index, (probe, sign) in enumerate(evaluations):
+            dealt[rank_of[probe] if sign else 0].append(index)
+        return dealt
+    return [list(part) for part in deal_evenly(len(evaluations), pert)]
+
+
+def deal_evenly(count: int, parts: int) -> list[range]:
+    """`count` things in `parts` consecutive ranges whose lengths differ by at most one, the longer ones first."""
+    part, longer = divmod(count, parts)
+    starts = [i * part + min(i, longer) for i in range(parts + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
+def resolve_mesh(
+    world_size: int,
+    pert: int | None = None,
+    data: int | None = None,
+    *,
+    evaluations: Sequence[Evaluation] | None = None,
+    micro_batches: int | None = None,
+) -> MeshShape:
+    """The mesh asked for, checked, or the best one for what is known of the step.
+
+    Where nothing is asked, the mesh is the one whose busiest rank has the fewest lanes; of equals one that keeps both
+    signs of a perturbation on one rank; of equals the one with the largest `pert`, whose ranks make the least noise.
+
+    Args:
+        world_size: number of ranks.
+        pert, data: what was asked; None: to be chosen.
+        evaluations: of the estimator; None: not known yet, those of one two-sided probe if a choice is needed.
+        micro_batches: closures of a step; None: not known yet.
+
+    Raises:
+        UsageError: the mesh is impossible; the message says what would fit.
+    """
+    for name, size in (("pert", pert), ("data", data)):
+        if size is not None and size < 1:
+            raise UsageError(f"{name}={size}: at least 1 was expected")
+    asked = ",".join(f"{name}={size}" for name, size in (("pert", pert), ("data", data)) if size is not None)
+    if (pert or 1) * (data or 1) > world_size or world_size % ((pert or 1) * (data or 1)):
+        raise UsageError(
+            f"{asked}: {_needs(pert, data, world_size)}; {_fitting(world_size, evaluations, micro_batches)}"
+        )
+    if pert is None and data is None:
+        return _best(world_size, evaluations, micro_batches)
+    shape = MeshShape(pert or world_size // data, data or world_size // pert)
+    if shape.size != world_size:
+        raise UsageError(
+            f"{asked}: {_needs(pert, data, world_size)}; {_fitting(world_size, evaluations, micro_batches)}"
+        )
+    reason = _misfit(shape, evaluations, micro_batches)
+    if reason:
+        raise UsageError(f"{shape}: {reason}; {_fitting(world_size, evaluations, micro_batches)}")
+    return shape
+
+
+def _needs(pert: int | None, data: int | None, world_size: int) -> str:
+    least = (pert or 1) * (data or 1)
+    what = f"{least} ranks" if pert and data else f"a multiple of {least} ranks"
+    return f"{what} would be needed, and {'there is 1' if world_size == 1 else f'there are {world_size}'}"
+
+
+def _misfit(shape: MeshShape, evaluations: Sequence[Evaluation] | None, micro_batches: int | None) -> str | None:
+    if evaluations is not None and not pert_fits(evaluations, shape.pert):
+        count = num_perturbations(evaluations)
+        return f"{shape.pert} ranks share neither {count} perturbations nor their {len(evaluations)} evaluations evenly"
+    if micro_batches is not None and micro_batches < shape.data:
+        return f"{_counted(micro_batches, 'micro-batch')} a step cannot be dealt to {shape.data} data ranks"
+    return None
+
+
+def check_step(shape: MeshShape, evaluations: Sequence[Evaluation], micro_batches: int | None) -> None:
+    """Raises UsageError, with what would fit, unless a step's lanes can be dealt to the mesh."""
+    reason = _misfit(shape, evaluations, micro_batches)
+    if reason:
+        raise UsageError(f"{shape}: {reason}; {_fitting(shape.size, evaluations, micro_batches)}")
+
+
+def _counted(count: int, what: str) -> str:
+    plural = what + ("es" if what.endswith("ch") else "s")
+    return f"{count} {what if count == 1 else plural}"
+
+
+def _shapes(world_size: int) -> list[MeshShape]:
+    return [MeshShape(pert, world_size // pert) for pert in range(1, world_size + 1) if world_size % pert == 0]
+
+
+def _fitting(world_size: int, evaluations: Sequence[Evaluation] | None, micro_batches: int | None) -> str:
+    fitting = [str(s) for s in _shapes(world_size) if _misfit(s, evaluations, micro_batches) is None]
+    ranks = _counted(world_size, "rank")
+    if fitting:
+        return f"on {ranks}, {' or '.join(fitting)} would fit"
+    return (
+        f"no mesh of {ranks} fits: more micro-batches or more probes would help, or as many ranks as divide "
+        f"{_counted(len(evaluations or ()), 'evaluation')} x {_counted(micro_batches or 0, 'micro-batch')}"
+    )
+
+
+def _best(world_size: int, evaluations: Sequence[Evaluation] | None, micro_batches: int | None) -> MeshShape:
+    evaluations = [(0, +1), (0, -1)] if evaluations is None else evaluations
+    shapes = [
+        s for s in _shapes(world_size) if _misfit(s, evaluations, 1 if micro_batches is None else micro_batches) is None
+    ]
+    if not shapes and micro_batches is None:  # a step of one closure fits nowhere: then there will be more
+        micro_batches = world_size
+        shapes = [s for s in _shapes(world_size) if _misfit(s, evaluations, None) is None]
+    if not shapes:
+        raise UsageError(_fitting(world_size, evaluations, micro_batches))
+
+    def cost(shape: MeshShape) -> tuple[int, bool, int]:
+        dealt = deal_evaluations(evaluations, shape.pert)
+        busiest = max(len(part) for part in dealt) * -(-(micro_batches or 1) // shape.data)
+        split = sum(len({evaluations[i][0] for i in part if evaluations[i][1]}) for part in dealt)
+        return busiest, split > num_perturbations(evaluations), -shape.pert
+
+    return min(shapes, key=cost)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Who runs which lane of a step. A lane is (index of the evaluation, global index of the micro-batch)."""
+
+    num_batches: int
+    lanes: list[list[tuple[int, int]]]  # [ranks], in the order in which a rank runs them
+    first_batch: list[int]  # [ranks]: the micro-batch of a rank's closure 0
+
+    @classmethod
+    def alone(cls, num_evaluations: int, num_batches: int) -> Deal:
+        """Every lane on one rank."""
+        return cls(num_batches, [[(e, m) for e in range(num_evaluations) for m in range(num_batches)]], [0])
+
+
+def deal_lanes(shape: MeshShape, evaluations: Sequence[Evaluation], num_closures: Sequence[int], mode: int) -> Deal:
+    """Deals a step's lanes; each is run by exactly one rank.
+
+    Args:
+        shape: of the mesh.
+        evaluations: of the step.
+        num_closures: of each rank.
+        mode: GLOBAL: all ranks have the same list; OWN: each rank's closures are its own micro-batches, numbered in the
+            order of ranks, and it runs all evaluations of them; ROW: the ranks of one data coordinate have the same
+            list, numbered in the order of data coordinates.
+
+    Raises:
+        UsageError: ranks that should have equally many closures do not, or there is no closure at all.
+    """
+    ranks = range(shape.size)
+    if mode == OWN:
+        firsts = [sum(num_closures[:r]) for r in ranks]
+        everything = list(range(len(evaluations)))
+        batches = [range(firsts[r], firsts[r] + num_closures[r]) for r in ranks]
+        parts = [everything for _ in ranks]
+        total = sum(num_closures)
+    else:
+        dealt = deal_evaluations(evaluations, shape.pert)
+        rows = [num_closures[d * shape.pert] for d in range(shape.data)]
+        for r in ranks:
+            if num_closures[r] != rows[r // shape.pert]:
+                raise UsageError(
+                    f"rank {r} has {_counted(num_closures[r], 'closure')} and rank {r - r % shape.pert}, of the same "
+                    f"data coordinate, {rows[r // shape.pert]}"
+                )
+        if mode == ROW:
+            starts = [sum(rows[:d]) for d in range(shape.data)]
+            spans = [range(starts[d], starts[d] + rows[d]) for d in range(shape.data)]
+            firsts, total = [starts[r // shape.pert] for r in ranks], sum(rows)
+        else:
+            spans = deal_evenly(rows[0], shape.data)
+            firsts, total = [0 for _ in ranks], rows[0]
+        batches = [spans[r // shape.pert] for r in ranks]
+        parts = [dealt[r % shape.pert] for r in ranks]
+    if total == 0:
+        raise UsageError("no rank has a closure: a step needs at least one")
+    return Deal(total, [[(e, m) for e in parts[r] for m in batches[r]] for r in ranks], firsts)

@@ -1,0 +1,178 @@
+"""Whether the ranks of a node keep streamed blocks in slices: as asked, or by what is measured, which is printed."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from distzo2.errors import UsageError
+from distzo2.parallel.sliced_store import cut
+from distzo2.run.preflight import available_memory, free_bytes, gib
+from distzo2.weights.store import StreamingStore
+from distzo2.weights.units import Unit
+
+if TYPE_CHECKING:
+    from distzo2.parallel.group import Mesh
+    from distzo2.parallel.slice_rounds import SliceExchange
+
+SAMPLE_BYTES = 32 << 20  # of a block, at most
+SAMPLE_BLOCKS = 4
+ROUNDS = 3
+_SPARE = 0.1  # of the memory that is available
+
+
+@dataclass(eq=False)
+class _Sample:
+    """As much of a unit as a store asks for."""
+
+    index: int
+    num_bytes: int
+    version: int = 0
+    block: int = -1
+
+
+class Sharing(NamedTuple):
+    """The ranks of a node, the share of every streamed block that each of them keeps, and a number for the store."""
+
+    node: SliceExchange
+    shares: list[float]
+    number: int
+
+
+def choose_slices(
+    mesh: Mesh | None,
+    units: Sequence[Unit],
+    device: torch.device,
+    weights: str,
+    directory: str | os.PathLike | None,
+) -> Sharing | None:
+    """Who shares the streamed units in slices, or None: the same on all ranks, which all call it.
+
+    Where the mesh does not say, slices are taken if bringing one and gathering the block is faster than bringing the
+    whole block on every rank at once, both measured here, or if there is no room for every rank's own copy. GPUs whose
+    links differ get slices in proportion to their rates.
+
+    Raises:
+        UsageError: slices were asked for, of weights that do not stream.
+        RanksDisagreeError: the ranks hand over different models.
+    """
+    if mesh is None or mesh.node is None:
+        return None
+    failure = None
+    if weights == "device" and mesh.slice:
+        failure = UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
+    fields = {
+        "weights": weights,
+        "device": device.type,
+        "the units": [(u.name, u.num_bytes, u.resident) for u in units],
+    }
+    mesh.exchange.agree("handing over a model", fields, error=failure)
+    streamed = [u for u in units if not u.resident]
+    node, total = mesh.node, sum(u.num_bytes for u in streamed)
+    if not streamed or weights == "device" or (node.most_ranks == 1 and not mesh.slice):
+        return None
+    node.connect()
+    sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
+    chosen, why = True, "as asked"
+    if mesh.slice is None:
+        chosen, why = _decide(mesh, total, sample, device, weights, directory)
+        why += "; slice= or --slice sets it"
+    shares = _shares(mesh, sample, device, directory) if chosen else []
+    if mesh.rank == 0:
+        kept = f"; {gib(int(total * shares[node.index] / sum(shares)))} of blocks a rank" if chosen else ""
+        mesh.log(f"slices: {'on' if chosen else 'off'} ({why}{kept})")
+    return Sharing(node, shares, node.new_store()) if chosen else None
+
+
+def _decide(
+    mesh: Mesh, total: int, sample: int, device: torch.device, weights: str, directory: str | os.PathLike | None
+) -> tuple[bool, str]:
+    """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
+    node = mesh.node
+    with mesh.together("looking for room"):
+        free = available_memory() if weights == "host" else free_bytes(directory)
+    room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
+    for needed, free in room.tolist():
+        if needed > free:
+            where = "memory" if weights == "host" else "disk"
+            return True, f"a copy for each rank, {gib(needed)}, does not fit into the {gib(free)} of {where} to be had"
+    if weights == "host" and device.type == "cpu":
+        return False, "weights in memory are used where they are"
+    bounds = cut(sample, [1.0] * node.size)
+    seconds = [
+        _bring_seconds(mesh, sample, device, directory),
+        _bring_seconds(mesh, bounds[1], device, directory),
+        _gather_seconds(mesh, bounds, device),
+    ]
+    whole, part, gather = _of_all(mesh, seconds).max(dim=0).values.tolist()
+    figures = f"slices come in {1e3 * part:.1f} ms and are gathered in {1e3 * gather:.1f} ms"
+    return part + gather < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"
+
+
+def _shares(mesh: Mesh, sample: int, device: torch.device, directory: str | os.PathLike | None) -> list[float]:
+    """Of each rank of this node: in proportion to the rates of their links, all in use; equal ones on a CPU."""
+    if device.type == "cpu":
+        return [1.0] * mesh.node.size
+    seconds = _of_all(mesh, [_bring_seconds(mesh, sample // mesh.node.most_ranks, device, directory)])[:, 0]
+    return shares_of([float(seconds[rank]) for rank in mesh.node.ranks])
+
+
+def shares_of(seconds: Sequence[float]) -> list[float]:
+    """Shares of ranks that take so long for the same bytes; equal ones unless some are a quarter slower."""
+    if max(seconds) < 1.25 * min(seconds):
+        return [1.0] * len(seconds)
+    return [min(seconds) / s for s in seconds]
+
+
+def _of_all(mesh: Mesh, values: Sequence[float]) -> torch.Tensor:
+    """float64 [ranks, values]"""
+    return mesh.exchange.gather(torch.tensor(values, dtype=torch.float64))
+
+
+def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None) -> float:
+    samples: list[Any] = [_Sample(i, num_bytes) for i in range(SAMPLE_BLOCKS)]
+    times = []
+    with mesh.together("measuring transfers"):
+        store = StreamingStore(samples, device, directory=directory, slots=3)
+        for sample in samples if directory is not None else ():
+            with store.open(sample, write=True, keep=False) as buffer:
+                buffer.fill_(1)  # a file's holes are read faster
+    try:
+        for _ in range(ROUNDS):
+            mesh.exchange.agree("measuring transfers")
+            with mesh.together("measuring transfers"):
+                start = time.perf_counter()
+                for i, sample in enumerate(samples):
+                    store.acquire(sample)
+                    store.release(sample, False)
+                    store.expect(samples[i + 1 :], 0)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append((time.perf_counter() - start) / SAMPLE_BLOCKS)
+            for sample in samples:
+                store.engine.drop(sample.block)
+    finally:
+        store.close()
+    return statistics.median(times)
+
+
+def _gather_seconds(mesh: Mesh, bounds: Sequence[int], device: torch.device) -> float:
+    whole = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(ROUNDS):
+        mesh.exchange.agree("measuring gathers")
+        start = time.perf_counter()
+        works = mesh.node.gather([whole[a:b] for a, b in pairwise(bounds)])
+        for work in works:
+            mesh.node.wait(work)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

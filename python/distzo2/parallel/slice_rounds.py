@@ -1,0 +1,258 @@
+"""Whose turn a block is: the ranks of a node, each of which holds a slice of every streamed block, gather one together.
+
+A gather needs every rank of the node, and the ranks run code of their own: other lanes, none, an evaluation on one of
+them, an exception. So the gathers of a node are a sequence of **rounds**. In each round every rank says one word: which
+block it wants, or that it wants none, since it stands before a collective of scalars, closes a model or ends. All see
+all words, and bring a block that one of them wants, each rank's in its turn; a collective of scalars begins when all
+stand before it. So every rank is served, and a rank with no lanes serves the others meanwhile. Words are said ahead of
+time, for the blocks that are expected next, and while the lanes compute the gathers go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from distzo2.errors import DistZO2Error
+from distzo2.parallel.heartbeat import RankFailedError, describe
+
+if TYPE_CHECKING:
+    from distzo2.parallel.exchange import Exchange
+    from distzo2.parallel.sliced_store import SlicedStore
+
+WORD_BYTES = 32
+READY, WANTS, LEAVES, ENDS = range(4)
+
+
+class Word(NamedTuple):
+    """What a rank is about to do: READY for a collective of scalars, WANTS a block, LEAVES a model, or ENDS."""
+
+    kind: int
+    store: int = 0  # in the order in which the ranks made them
+    unit: int = 0
+    stamp: int = 0  # of a block that is wanted: what it must hold; READY: the collective's number
+
+
+class _Round(NamedTuple):
+    mine: Word
+    words: torch.Tensor  # int64 [ranks of the node, 4]
+    work: Any
+
+
+class SliceExchange:
+    """The rounds and the gathers of this rank's node. Used by one thread."""
+
+    def __init__(self, exchange: Exchange, nodes: Sequence[Sequence[int]], backend: str) -> None:
+        """
+        Args:
+            exchange: of all ranks; once there are stores, the rounds come to an end before each of its collectives.
+            nodes: the ranks of every node, ascending.
+            backend: of what blocks go through: "gloo" or "nccl".
+        """
+        self.ranks = next(tuple(ranks) for ranks in nodes if exchange.rank in ranks)
+        self.index = self.ranks.index(exchange.rank)
+        self.exchange, self.backend = exchange, backend
+        self.most_ranks = max(len(ranks) for ranks in nodes)
+        self._nodes = nodes
+        self._words_group: Any = None
+        self._bytes_group: Any = None
+        self._num_stores = 0
+        self._stores: dict[int, SlicedStore] = {}
+        self._rounds: deque[_Round] = deque()  # said, and not yet acted on
+        self.num_acted = 0
+        self.reset_stats()
+
+    @property
+    def size(self) -> int:
+        """Ranks of this node."""
+        return len(self.ranks)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there has been a store."""
+        return self._num_stores > 0
+
+    @property
+    def groups(self) -> list[Any]:
+        return [group for group in (self._words_group, self._bytes_group) if group is not None]
+
+    def connect(self) -> None:
+        """Makes the groups, once; all ranks of all nodes call it."""
+        if self._words_group is not None:
+            return
+        from distzo2.parallel.rendezvous import new_group
+
+        for ranks in self._nodes:
+            words, blocks = new_group(ranks, "gloo"), new_group(ranks, self.backend)
+            if self.exchange.rank in ranks:
+                self._words_group, self._bytes_group = words, blocks
+
+    def new_store(self) -> int:
+        """The number of a store that all ranks are about to make. From here on collectives of scalars wait for the
+        rounds."""
+        self.exchange.before_each = self.meet
+        self._num_stores += 1
+        return self._num_stores - 1
+
+    def register(self, number: int, store: SlicedStore | None) -> None:
+        """The store of a number; None: it is closed."""
+        if store is None:
+            self._stores.pop(number, None)
+        else:
+            self._stores[number] = store
+
+    # ---- figures --------------------------------------------------------------------------------------------------
+
+    def reset_stats(self) -> None:
+        self.num_rounds = self.num_gathers = self.bytes_sent = self.bytes_received = 0
+
+    def stats(self) -> dict[str, int]:
+        """Rounds, gathers, and the bytes of both: each rank sends its word or slice, and receives the others'."""
+        words = WORD_BYTES * self.num_rounds
+        return {
+            "rounds": self.num_rounds,
+            "gathers": self.num_gathers,
+            "bytes_sent": self.bytes_sent + words,
+            "bytes_received": self.bytes_received + words * (self.size - 1),
+        }
+
+    # ---- rounds -------------------------------------------------------------------------------------------------
+
+    def say(self, word: Word) -> None:
+        """This rank's word of the next round; returns at once."""
+        mine = torch.tensor(word, dtype=torch.int64, device="cpu")
+        words = torch.empty(self.size, len(word), dtype=torch.int64, device="cpu")
+        # Of the group itself: torch.distributed's own function takes longer than the exchange.
+        work = self.exchange.start(lambda: self._words_group.allgather([list(words.unbind(0))], [mine]))
+        self._rounds.append(_Round(word, words, work))
+        self.num_rounds += 1
+
+    def is_said(self, word: Word) -> bool:
+        """Whether this rank has said it in a round that has not been acted on."""
+        return any(r.mine == word for r in self._rounds)
+
+    @property
+    def answered(self) -> bool:
+        """Whether all words of the oldest such round are here."""
+        return bool(self._rounds) and self._rounds[0].work.is_completed()
+
+    def act(self, quiet: bool = False) -> list[Word] | None:
+        """Waits for the words of the oldest round and begins its gather.
+
+        Args:
+            quiet: a rank that has left is no failure that others are to be told of.
+
+        Returns:
+            The words, if none of them is for a block.
+        """
+        self.exchange.wait(self._rounds[0].work, quiet=quiet)
+        this = self._rounds.popleft()
+        words = [Word(*row) for row in this.words.tolist()]
+        first = self.num_acted % self.size  # each rank's turn
+        self.num_acted += 1
+        wanted = next((word for word in words[first:] + words[:first] if word.kind == WANTS), None)
+        if wanted is None:
+            return words
+        try:
+            store = self._stores.get(wanted.store)
+            if store is None:
+                raise DistZO2Error("another rank wants a block of a model that this one has closed")
+            store.begin(wanted.unit, wanted.stamp, ours=this.mine == wanted)
+        except RuntimeError as error:
+            raise self.exchange.give_up(DistZO2Error(describe(error))) from error
+        except BaseException as error:  # the others wait for this rank's slice, which will not come
+            raise self.exchange.give_up(error) from error.__cause__
+        return None
+
+    def bring(self, word: Word, begun: Callable[[], bool]) -> None:
+        """Takes part in rounds until the gather that is wanted has begun."""
+        while not begun():
+            if not self._rounds:
+                self.say(word)
+            self._check_nobody_ended(self.act())
+
+    def meet(self) -> None:
+        """Serves the other ranks of the node until all of them stand before the same collective of scalars."""
+        word = Word(READY, stamp=self.exchange.number)
+        while True:
+            if not self._rounds:
+                self.say(word)
+            words = self.act()
+            if words is not None and all(w == word for w in words):
+                return
+            self._check_nobody_ended(words)
+
+    def leave(self, ends: bool) -> None:
+        """A model is closed: serves the others until none of them wants a block at this moment. Or this rank's program
+        ends: until those of all do."""
+        if not self.in_use or self.exchange.broken or self.exchange.heartbeat.failure is not None:
+            return
+        word = Word(ENDS if ends else LEAVES)
+        with suppress(RankFailedError):
+            while True:
+                if not self._rounds:
+                    self.say(word)
+                words = self.act(quiet=True)
+                if words is not None and (not ends or all(w.kind == ENDS for w in words)):
+                    return
+
+    def _check_nobody_ended(self, words: Sequence[Word] | None) -> None:
+        for rank, word in zip(self.ranks, words or (), strict=False):
+            if word.kind == ENDS:
+                raise RankFailedError(f"rank {rank} has left the mesh: its program ended, or called shutdown()", rank)
+
+    # ---- bytes ----------------------------------------------------------------------------------------------------
+
+    def gather(self, parts: Sequence[torch.Tensor]) -> list[Any]:
+        """Begins a gather: `parts` are the ranks' slices, consecutive in memory, this rank's own filled.
+
+        Returns:
+            What to `wait` for.
+        """
+        import torch.distributed as dist
+
+        own, total = parts[self.index].numel(), sum(part.numel() for part in parts)
+        self.num_gathers += 1
+        self.bytes_sent += own
+        self.bytes_received += total - own
+        if self.backend == "nccl":
+            group, mine, same = self._bytes_group, parts[self.index], len({part.numel() for part in parts}) == 1
+            if not same:  # NCCL's broadcasts, as one group
+                return [self.exchange.start(lambda: dist.all_gather(list(parts), mine, group=group, async_op=True))]
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name
+            whole = parts[0].as_strided((total,), (1,))
+            return [self.exchange.start(lambda: all_gather(whole, mine, group, True))]
+        # gloo's all-gather goes through a copy of the whole; its broadcasts write where the bytes belong.
+        return [self._broadcast(part, i) for i, part in enumerate(parts)]
+
+    def _broadcast(self, part: torch.Tensor, index: int) -> Any:
+        import torch.distributed as dist
+
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = index, 0
+        return self.exchange.start(lambda: self._bytes_group.broadcast([part], options))
+
+    def wait(self, work: Any) -> None:
+        """Until a part of a gather has ended; on a GPU what follows on the current stream waits, and not the host."""
+        if self.backend != "nccl":
+            self.exchange.wait(work)
+            return
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.exchange.give_up(error) from error
+
+    def abort(self) -> None:
+        """Ends what is in flight on a GPU, where a rank that is lost would be waited for without end."""
+        if self.backend == "nccl" and self._bytes_group is not None:
+            self._bytes_group._get_backend(torch.device("cuda")).abort()
+
+
+def node_name(environment: dict[str, str], host: str) -> str:
+    """Names the node of a rank: torchrun's number for it, or else the machine."""
+    number = environment.get("GROUP_RANK")
+    return host if number is None else f"{host} {number}"

@@ -1,0 +1,1 @@
+"""What is measured and predicted, and not needed to train."""

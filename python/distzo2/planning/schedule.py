@@ -1,0 +1,378 @@
+"""The schedule of a rank's steps, by the rules of the runtime: which unit is brought when and to which slot, what a
+visit perturbs and updates, when blocks go back. It issues tasks; `plan_tasks.play` says when they run.
+
+Resources: compute; host, which issues (where the host computes, it is the same as compute); upload, download; and,
+where blocks are sliced, side, which updates a slice, and gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from distzo2.planning.plan_model import ModelPlan
+from distzo2.planning.plan_rates import Rates
+from distzo2.planning.plan_tasks import Task
+from distzo2.streaming.lanes import Emission
+from distzo2.weights.scratch import Scratch
+from distzo2.weights.units import Unit
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Seconds a byte up and down alone; `up_speed` and `down_speed`: what is left of each while both are busy."""
+
+    up_s: float
+    down_s: float
+    up_speed: float
+    down_speed: float
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Blocks are kept in `num_ranks` slices; an all-gather takes `gather_s` a byte of the block. `over_link`: it goes
+    where the uploads go."""
+
+    num_ranks: int
+    gather_s: float
+    over_link: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank does."""
+
+    model: ModelPlan
+    rates: Rates
+    on_host: bool  # the host computes
+    streamed: Collection[int]  # indices of units that stream; their Unit.block is set
+    slots: int
+    transfers: Transfers | None
+    passes: Sequence[Sequence[Emission]]  # of a step: the lanes' emissions in their order
+    num_terms: int  # of a step's update
+    family: str
+    write_every: int = 1
+    slicing: Slicing | None = None
+    exchange_s: float = 0.0  # of the scalars, at a step's end
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Stands for memory in a `Scratch` that only counts."""
+
+    num_bytes: int
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def numel(self) -> int:
+        return self.num_bytes
+
+
+class _Ledger(Scratch):
+    """The runtime's scratch, without its memory."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        super().__init__(units, None)
+        self._allocated = 0
+
+    def _allocate(self, num_bytes: int) -> _Buffer:
+        self._allocated += 1
+        return _Buffer(num_bytes, self._allocated)
+
+
+@dataclass(eq=False)
+class _Slot:
+    unit: Unit | None = None
+    held: bool = False
+    wanted: bool = False
+    last_use: int = 0
+    ready: Task | None = None  # the upload, or what completes the block
+    readers: Task | None = None  # of the visit that ended last
+    stored: Task | None = None  # the last download from here
+    version: int = -1  # sliced blocks: updates that the gathered block holds
+
+
+@dataclass
+class _Step:
+    dirty: set[int] = field(default_factory=set)
+    visited: set[int] = field(default_factory=set)  # in the pass
+
+
+class Schedule:
+    """Issues the tasks of steps, one after another."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.units = work.model.units
+        self.tasks: list[Task] = []
+        self.step_ends: list[Task] = []
+        self._version = 0
+        self._stored = {u.index: 0 for u in self.units}  # versions
+        self._scratch = _Ledger([u for u in self.units if u.trainable])
+        self._slots = [_Slot() for _ in range(work.slots)]
+        self._slot_of: dict[int, _Slot] = {}
+        self._store_of: dict[int, Task] = {}  # by unit: its last download
+        self._uses = 0
+        streamed = [u for u in self.units if u.index in work.streamed]
+        self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}
+        self._last: Unit | None = None
+        self._present: set[int] = set()
+        self._state = _Step()
+        self._to_complete: list[Unit] = []  # sliced blocks uploaded ahead of the update that they miss
+        self._host: Task | None = None  # the last one that the host has issued from
+        self._compute: Task | None = None
+        self._part_s = [work.rates.part_s(p) for p in work.model.parts]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory of the perturbed copies."""
+        return self._scratch.num_bytes
+
+    # ---- tasks ------------------------------------------------------------------------------------------------------
+
+    def _add(
+        self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **args: float | int
+    ) -> Task:
+        task = Task(resource, kind, name, seconds, tuple(t for t in after if t is not None), dict(args))
+        self.tasks.append(task)
+        return task
+
+    def _issue(self, seconds: float) -> float:
+        """The host issues something for so long; what of it falls to compute, which on a CPU is the host's own."""
+        if self.work.on_host:
+            return seconds
+        self._host = self._add("host", "host", "", seconds)
+        return 0.0
+
+    def _run(self, kind: str, name: str, seconds: float, *after: Task | None) -> Task:
+        """A task of compute, behind all that was issued before."""
+        self._compute = self._add("compute", kind, name, seconds, self._host, *after)
+        if self.work.on_host:
+            self._host = self._compute
+        return self._compute
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        for emissions in self.work.passes:
+            self._pass(emissions)
+        host = self.work.rates.host
+        name = f"step {self._version}"
+        if self.work.on_host:
+            end = self._run("host", name, host.step_s + self.work.exchange_s)
+        else:  # the losses are read: the host waits for the device
+            end = self._host = self._add(
+                "host", "host", name, host.step_s + self.work.exchange_s, self._compute, self._host
+            )
+        self.step_ends.append(end)
+        self._version += 1
+
+    def _pass(self, emissions: Sequence[Emission]) -> None:
+        self._state = _Step()
+        distinct = list(dict.fromkeys(emissions))
+        for unit in self._to_complete:
+            self._complete(unit)
+        self._to_complete.clear()
+        parts, host = self.work.model.parts, self.work.rates.host
+        by_index = {u.index: u for u in self.units}
+        for number, part in enumerate(parts):
+            if part.units:
+                for index in self._present - set(part.units):
+                    self._release(by_index[index])
+                entered = by_index[part.units[-1]]
+                overhead = self._issue(host.visit_s)
+                if entered.index not in self._present:
+                    self._bring(entered)
+                if overhead:
+                    self._run("compute", entered.name, overhead)
+            for emission in emissions:
+                pinned: set[int] = set()
+                for index in part.units:
+                    pinned.add(self._point(by_index[index], emission, distinct, pinned))
+                seconds = self._part_s[number]
+                overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
+                name = by_index[part.units[-1]].name if part.units else "(start)"
+                self._run("compute", name, seconds + overhead)
+        for index in list(self._present):
+            self._release(by_index[index])
+
+    # ---- as UnitWeights ---------------------------------------------------------------------------------------------
+
+    def _bring(self, unit: Unit) -> None:
+        self._present.add(unit.index)
+        self._state.visited.add(unit.index)
+        if unit.index not in self.work.streamed:
+            return
+        slot = self._acquire(unit)
+        if self.work.slicing is not None and slot.version != self._version:
+            self._complete(unit)  # present since the last pass
+        self._run("wait" if self.work.on_host else "stall", unit.name, 0.0, slot.ready, slot.stored)
+        if self._last is not None:
+            self._next[self._last.index] = unit
+        self._last = unit
+        after = unit
+        for _ in range(self.work.slots - 1):
+            after = self._next[after.index]
+            if not self._prefetch(after):
+                return
+
+    def _release(self, unit: Unit) -> None:
+        self._present.discard(unit.index)
+        dirty = unit.index in self._state.dirty
+        self._state.dirty.discard(unit.index)
+        if unit.index not in self.work.streamed:
+            return
+        slot = self._slot_of[unit.index]
+        slot.held, slot.readers = False, self._compute
+        self._uses += 1
+        slot.last_use = self._uses
+        if dirty:
+            self._download(unit, slot, unit.num_bytes, self._compute)
+
+    def _is_sliced(self, unit: Unit) -> bool:
+        """Whether the block comes to its slot with every update made."""
+        return self.work.slicing is not None and unit.index in self.work.streamed
+
+    def _elides(self, unit: Unit) -> bool:
+        behind = unit.index in self.work.streamed and self._stored[unit.index] < self._version
+        return behind and (self._version + unit.block) % self.work.write_every != 0
+
+    def _point(self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]) -> int:
+        """The address of the perturbed copy that the lane uses; 0: the clean one."""
+        stays_behind = self._elides(unit) and not self._is_sliced(unit)
+        if not unit.trainable or (emission.clean and not stays_behind):
+            self._materialize(unit, (), 0)
+            return 0
+        key = (self._version, emission.terms)
+        buffer = self._scratch.find(unit, key)
+        if buffer is None:
+            mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
+            missing = (e for e in mirrored if self._scratch.find(unit, (self._version, e.terms)) is None)
+            wanted = [emission, *missing]
+            buffer = self._scratch.take(unit, [(self._version, e.terms) for e in wanted], pinned)[0]
+            self._materialize(unit, wanted, 0 if emission.clean else 1)
+        return buffer.data_ptr()
+
+    def _materialize(self, unit: Unit, emissions: Sequence[Emission], num_noises: int) -> None:
+        if not unit.trainable:
+            return
+        missed = 0 if self._is_sliced(unit) else self._version - self._stored[unit.index]
+        writes = missed > 0 and not (emissions and self._elides(unit))
+        if missed or emissions:
+            seconds = self._noise_s(unit, 1.0, missed, num_noises, len(emissions), writes)
+            overhead = self._issue(self.work.rates.host.materialize_s)
+            self._run("materialize", unit.name, seconds + overhead)
+            if writes:
+                self._state.dirty.add(unit.index)
+        if writes or not (missed or self._is_sliced(unit)):
+            self._stored[unit.index] = self._version
+
+    def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:
+        return sum(
+            self.work.rates.noise_s(
+                round(p.numel * share),
+                p.dtype,
+                self.work.family,
+                terms=missed * self.work.num_terms,
+                emissions=noises,
+                outs=outs,
+                write=writes,
+            )
+            for p in unit.params
+            if p.trainable
+        )
+
+    # ---- as the copy engine -----------------------------------------------------------------------------------------
+
+    def _acquire(self, unit: Unit) -> _Slot:
+        slot = self._slot_of.get(unit.index)
+        if slot is None:
+            slot = self._choose(for_acquire=True)
+            if slot is None:
+                raise RuntimeError(f"{unit.name} finds no slot: all {len(self._slots)} are held")
+            self._assign(slot, unit)
+        slot.held, slot.wanted = True, False
+        return slot
+
+    def _prefetch(self, unit: Unit) -> bool:
+        slot = self._slot_of.get(unit.index)
+        if slot is None:
+            slot = self._choose(for_acquire=False)
+            if slot is None:
+                return False
+            self._assign(slot, unit)
+        if not slot.held:
+            slot.wanted = True
+            self._uses += 1
+            slot.last_use = self._uses
+        return True
+
+    def _choose(self, for_acquire: bool) -> _Slot | None:
+        """The slot released longest ago; for an acquire, in need, the one wanted last."""
+        free = [s for s in self._slots if not s.held and not s.wanted]
+        if free:
+            return min(free, key=lambda s: -1 if s.unit is None else s.last_use)
+        wanted = [s for s in self._slots if not s.held] if for_acquire else []
+        return max(wanted, key=lambda s: s.last_use, default=None)
+
+    def _assign(self, slot: _Slot, unit: Unit) -> None:
+        if slot.unit is not None:
+            del self._slot_of[slot.unit.index]
+        slot.unit, slot.wanted, slot.version = unit, False, -1
+        self._slot_of[unit.index] = slot
+        slicing, share = self.work.slicing, 1
+        if slicing is not None:
+            share = slicing.num_ranks
+        num_bytes = unit.num_bytes / share
+        slot.ready = self._add(
+            "upload",
+            "upload",
+            unit.name,
+            num_bytes * self.work.transfers.up_s,
+            self._host,
+            slot.readers,
+            slot.stored,
+            self._store_of.get(unit.index),
+            bytes=num_bytes,
+            slot=self._slots.index(slot),
+        )
+        slot.stored = None
+        if slicing is not None:
+            if unit.index in self._state.visited:  # it is for the next pass, and may miss an update not yet known
+                self._to_complete.append(unit)
+            else:
+                self._complete(unit)
+
+    def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
+        slot.stored = self._store_of[unit.index] = self._add(
+            "download",
+            "download",
+            unit.name,
+            num_bytes * self.work.transfers.down_s,
+            after,
+            slot.ready,
+            bytes=num_bytes,
+            slot=self._slots.index(slot),
+        )
+
+    def _complete(self, unit: Unit) -> None:
+        """A slice that was uploaded: updated, written back, and gathered with the others."""
+        slicing, slot = self.work.slicing, self._slot_of[unit.index]
+        share = 1.0 / slicing.num_ranks
+        ready, slot.version = slot.ready, self._version
+        missed = self._version - self._stored[unit.index] if unit.trainable else 0
+        if missed:
+            writes = not self._elides(unit)
+            seconds = self._noise_s(unit, share, missed, 0, 0, writes)
+            ready = self._add("side", "update", unit.name, seconds, ready, self._host)
+            if writes:
+                self._download(unit, slot, unit.num_bytes * share, ready)
+                # Blocks behind by elision are brought up to date in the slot only, at every visit.
+                self._stored[unit.index] = self._version
+        where = "upload" if slicing.over_link else "gather"
+        received = unit.num_bytes * (slicing.num_ranks - 1) * share
+        slot.ready = self._add(
+            where, "gather", unit.name, unit.num_bytes * slicing.gather_s, ready, self._host, bytes=received
+        )

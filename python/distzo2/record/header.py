@@ -1,0 +1,243 @@
+"""The journal's first line: what the scalars of its steps refer to (docs/journal.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distzo2.record.line import (
+    MAX_DEPTH,
+    MAX_HEADER_BYTES,
+    MAX_INT64,
+    JournalError,
+    a_list,
+    brief,
+    check_depth,
+    decode_line,
+    expect_keys,
+    stated_chain,
+    whole,
+)
+from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
+from distzo2_core.types import FAMILIES, MAX_SEED, MAX_STEP, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING
+
+# A header without chained hashes and parents is written as version 1, which all readers know.
+FORMAT_VERSION = 2
+CHAIN_HASH = "sha256"
+MAX_NAME = 4096  # characters of a parameter's name
+# Purposes of the noise's counter that this format can hold; a term's family is the purpose of its noise.
+PURPOSES = {**FAMILIES, "rounding": PURPOSE_ROUNDING, "data order": PURPOSE_DATA_ORDER}
+
+_HEADER_KEYS = {
+    "journal", "noise", "rounding", "purposes", "seed", "base", "map", "table", "groups", "options", "software",
+    "fingerprint",
+}  # fmt: skip
+_HEADER_KEYS_2 = _HEADER_KEYS | {"hash", "parents"}
+_PARENT_KEYS = {"name", "steps", "sha256", "chain", "options", "noise", "software", "fingerprint"}
+_ROW_FIELDS = ("index", "name", "shape", "dtype", "stride", "trainable", "group", "noise")
+
+
+def table_row(
+    index: int,
+    name: str,
+    shape: Sequence[int],
+    dtype: object,
+    stride: Sequence[int],
+    trainable: bool,
+    group: int | None,
+    noise: str,
+) -> dict[str, Any]:
+    """One row of the index table. ``dtype`` is a torch dtype or its name; ``group`` may be None for a frozen
+    parameter."""
+    return {
+        "index": int(index),
+        "name": name,
+        "shape": [int(v) for v in shape],
+        "dtype": str(dtype).removeprefix("torch."),
+        "stride": [int(v) for v in stride],
+        "trainable": bool(trainable),
+        "group": None if group is None else int(group),
+        "noise": noise,
+    }
+
+
+def make_header(
+    *,
+    seed: int,
+    base: Mapping[str, Any],
+    table: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    noise_version: str = NOISE_VERSION,
+    rounding_version: str = ROUNDING_VERSION,
+    checkpoint_map: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    software: Mapping[str, Any] | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    chain: bool = False,
+    parents: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """A header, checked. ``base`` is what `digest_checkpoint` returns, or ``{"name": ...,
+    "files": {}}`` for a model that came from no checkpoint; ``checkpoint_map`` is
+    `CheckpointMap.to_json`, so that a replay under another version of transformers reads
+    the base as the run did, or is refused; ``groups`` has one JSON object for each parameter group, in order.
+    ``chain`` and ``parents`` are those of :func:`with_lineage`."""
+    header = {
+        "journal": 1,
+        "noise": noise_version,
+        "rounding": rounding_version,
+        "purposes": dict(PURPOSES),
+        "seed": seed,
+        "base": dict(base),
+        "map": None if checkpoint_map is None else dict(checkpoint_map),
+        "table": [dict(row) for row in table],
+        "groups": [dict(group) for group in groups],
+        "options": dict(options or {}),
+        "software": dict(software or {}),
+        "fingerprint": dict(fingerprint or {}),
+    }
+    header = with_lineage(header, chain, parents)
+    check_header(header)
+    return header
+
+
+def with_lineage(
+    header: Mapping[str, Any], chain: bool = False, parents: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The header of a journal whose lines each hold a hash over all lines so far (``chain``), or of a run that was
+    branched from ``parents``, the nearest last (:mod:`distzo2.record.lineage`)."""
+    if not chain and not parents:
+        return dict(header)
+    lineage = {"hash": CHAIN_HASH if chain else None, "parents": [dict(parent) for parent in parents]}
+    return {**header, "journal": FORMAT_VERSION, **lineage}
+
+
+def check_header(header: Mapping[str, Any]) -> None:
+    """Raises JournalError unless this version of the software understands every part of the header and can make its
+    noise."""
+    version = header.get("journal")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise JournalError(f"format version {brief(version)}, this reader knows 1 to {FORMAT_VERSION}")
+    expect_keys(header, _HEADER_KEYS if version == 1 else _HEADER_KEYS_2, "the header")
+    for key, known in (("noise", NOISE_VERSION), ("rounding", ROUNDING_VERSION)):
+        if header[key] != known:
+            raise JournalError(f"{key} version {brief(header[key])}, this reader makes {known!r}")
+    purposes = header["purposes"]
+    if not isinstance(purposes, dict) or any(type(v) is not int or PURPOSES.get(k) != v for k, v in purposes.items()):
+        raise JournalError(f"purposes {brief(purposes)}, this reader knows {PURPOSES}")
+    whole(header["seed"], 0, MAX_SEED, "seed")
+    for key in ("options", "software", "fingerprint"):
+        if not isinstance(header[key], dict):
+            raise JournalError(f"{key} must be an object")
+    if header["map"] is not None and not isinstance(header["map"], dict):
+        raise JournalError("map must be null or an object")
+    groups = a_list(header["groups"], "groups")
+    if not all(isinstance(group, dict) for group in groups):
+        raise JournalError("groups must be a list of objects")
+    _check_base(header["base"])
+    if version > 1:
+        _check_lineage(header)
+    for position, row in enumerate(a_list(header["table"], "table")):
+        _check_row(row, position, len(groups))
+    check_depth(header, MAX_DEPTH)
+
+
+def read_header(line: bytes, max_bytes: int = MAX_HEADER_BYTES) -> tuple[dict[str, Any], str | None]:
+    """The header in a journal's first line, and the line's hash where lines are chained.
+
+    Raises:
+        JournalError: it is damaged, or not one of a journal that this reader knows; without file and line.
+    """
+    chain = stated_chain(line)
+    header = decode_line(line, max_bytes, None if chain is None else "")
+    check_header(header)
+    if is_chained(header) != (chain is not None):
+        raise JournalError("the header and its line do not agree on whether lines have a chained hash")
+    return header, chain
+
+
+def table_difference(
+    journal_table: Sequence[Mapping[str, Any]], model_table: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """The first difference of two index tables in one line (parameter and field), or None where they are equal."""
+    for theirs, ours in zip(journal_table, model_table, strict=False):
+        for name in _ROW_FIELDS:
+            if theirs.get(name) != ours.get(name):
+                where = f"parameter {theirs.get('index')} {theirs.get('name')!r}"
+                return f"{where}: {name} is {theirs.get(name)!r} in the journal and {ours.get(name)!r} in the model"
+    if len(journal_table) != len(model_table):
+        longer, has = (journal_table, "journal") if len(journal_table) > len(model_table) else (model_table, "model")
+        row = longer[min(len(journal_table), len(model_table))]
+        return f"parameter {row.get('index')} {row.get('name')!r}: only the {has} has it"
+    return None
+
+
+def check_table(header: Mapping[str, Any], model_table: Sequence[Mapping[str, Any]]) -> None:
+    """Raises JournalError naming the first difference between the header's index table and the model's."""
+    difference = table_difference(header["table"], model_table)
+    if difference is not None:
+        raise JournalError(f"the journal is of another model: {difference}")
+
+
+def is_chained(header: Mapping[str, Any]) -> bool:
+    """Whether each line of the header's journal holds a hash over all lines so far."""
+    return header.get("hash") is not None
+
+
+def parents_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that the header's run was branched from, the nearest last."""
+    return header.get("parents", [])
+
+
+def _check_lineage(header: Mapping[str, Any]) -> None:
+    if header["hash"] not in (None, CHAIN_HASH):
+        raise JournalError(f"hash {brief(header['hash'])}, this reader knows {CHAIN_HASH!r}")
+    for parent in a_list(header["parents"], "parents"):
+        expect_keys(parent, _PARENT_KEYS, "a parent")
+        whole(parent["steps"], 0, MAX_STEP, "steps of a parent")
+        if not isinstance(parent["name"], str) or not _is_sha256(parent["sha256"]):
+            raise JournalError("a parent must have a name and the SHA-256 of its journal")
+        if parent["chain"] is not None and not _is_sha256(parent["chain"]):
+            raise JournalError("chain of a parent must be null or a SHA-256")
+        if (
+            not isinstance(parent["noise"], str)
+            or parent["noise"] not in FAMILIES
+            or not all(isinstance(parent[key], dict) for key in ("options", "software", "fingerprint"))
+        ):
+            raise JournalError("noise, options, software or fingerprint of a parent is of the wrong kind")
+
+
+def _is_sha256(text: Any) -> bool:
+    return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, dict) or not isinstance(base.get("name"), str) or not isinstance(base.get("files"), dict):
+        raise JournalError("base must hold a name and files")
+    for name, record in base["files"].items():
+        # The names become paths below the base directory, so they may not lead out of it.
+        if not 0 < len(name) <= 255 or name in (".", "..") or any(c in name for c in "/\\\0"):
+            raise JournalError(f"base file {brief(name)} is not a plain file name")
+        digest = record.get("sha256") if isinstance(record, dict) else None
+        if not _is_sha256(digest):
+            raise JournalError(f"base file {name!r} has no SHA-256")
+        whole(record.get("num_bytes"), 0, MAX_INT64, f"num_bytes of base file {name!r}")
+
+
+def _check_row(row: Any, position: int, num_groups: int) -> None:
+    expect_keys(row, set(_ROW_FIELDS), f"table row {position}")
+    name = row["name"]
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        raise JournalError(f"table row {position} has no name of at most {MAX_NAME} characters")
+    if row["index"] != position or type(row["index"]) is not int:
+        raise JournalError(f"table row {position} ({name!r}) has index {brief(row['index'])}")
+    for key in ("shape", "stride"):
+        for value in a_list(row[key], f"{key} of {name!r}"):
+            whole(value, 0, MAX_INT64, f"{key} of {name!r}")
+    if len(row["shape"]) != len(row["stride"]) or len(row["shape"]) > 32:
+        raise JournalError(f"shape and stride of {name!r} do not fit together")
+    if not isinstance(row["dtype"], str) or not isinstance(row["trainable"], bool):
+        raise JournalError(f"dtype or trainable of {name!r} is of the wrong kind")
+    if not isinstance(row["noise"], str) or row["noise"] not in FAMILIES:
+        raise JournalError(f"unknown noise {brief(row['noise'])} of {name!r}")
+    if row["group"] is not None or row["trainable"]:
+        whole(row["group"], 0, num_groups - 1, f"group of {name!r}")

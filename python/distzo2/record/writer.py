@@ -1,0 +1,243 @@
+"""The thread that puts a journal's lines on the disk, in order, and says how far they are there.
+
+It owns the descriptor. Lines are written as they come; one fsync serves all that were written since the last (group
+commit), after every line, after every N-th, or when somebody waits for it. Each time the file must still be the one of
+that name and hold what was written, or the lines would be lost with nobody told.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Callable
+
+from distzo2.record.line import JournalError, seal_line
+
+_LONGEST_SLEEP = 1.0  # seconds; garbage may be collected, and end this thread, just before it waits
+
+_open_writers: weakref.WeakSet[JournalWriter] = weakref.WeakSet()
+
+
+class JournalWriter:
+    """Owns the descriptor and the thread. Fields are guarded by ``_changed``; only the thread writes to the file.
+
+    num_bytes, num_entries: what the file holds, all of it durable.
+    chain: the hash of its last line, where lines are chained.
+    fsync_every: lines that may be written before they are synced.
+    """
+
+    def __init__(
+        self, path: str, descriptor: int, num_bytes: int, num_entries: int, chain: str | None, fsync_every: int
+    ) -> None:
+        self.path = path
+        self.durable = num_entries
+        self.chain = chain  # of the last durable line
+        self._fsync_every = fsync_every
+        self._descriptor = descriptor
+        self._durable_bytes = num_bytes
+        self._written = num_entries  # entries whose lines the file was given, with so many bytes and this last hash
+        self._written_bytes = num_bytes
+        self._written_chain = chain
+        self._queue: collections.deque[bytes] = collections.deque()  # records, not sealed yet
+        self._taken = num_entries  # entries that the thread has taken from the queue, or found in the file
+        self._place = os.path.abspath(path)  # wherever the process goes
+        self._num_asked = 0  # times that somebody waited for all entries, and that this was answered
+        self._num_answered = 0
+        self._callbacks: tuple[Callable[[int], None], ...] = ()
+        self.failure_callbacks: tuple[Callable[[BaseException], None], ...] = ()
+        self._error: BaseException | None = None
+        self._closing = False
+        self._closed = False
+        self._ends_alone = False  # nobody waits for the thread
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="distzo2-journal", daemon=True)
+        self._thread.start()
+        _open_writers.add(self)
+
+    @property
+    def queued(self) -> int:
+        with self._changed:
+            return self._taken + len(self._queue)
+
+    def put(self, record: bytes) -> None:
+        with self._changed:
+            self._raise_error()
+            if self._closing:
+                raise JournalError(f"{self.path}: the journal is closed")
+            self._queue.append(record)  # and nothing else: an interrupt finds the entry appended or not
+            self._changed.notify_all()
+
+    def add_callback(self, callback: Callable[[int], None]) -> None:
+        with self._changed:
+            self._callbacks += (callback,)
+
+    def sync(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("sync() would wait for itself in an on_durable callback")
+        with self._changed:
+            target = self._taken + len(self._queue)
+            self._num_asked += 1
+            mine = self._num_asked
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._num_answered >= mine or self._error is not None or self._closed)
+            self._raise_error()
+            if self.durable < target:
+                raise JournalError(f"{self.path}: the journal was closed with entries unwritten")
+
+    def close(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("close() would wait for itself in an on_durable callback")
+        with self._changed:
+            if self._closed:
+                return
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            os.close(self._descriptor)
+            self._raise_error()
+
+    def close_quietly(self) -> None:
+        if threading.current_thread() is self._thread:  # where the garbage of a dropped journal may be collected
+            self._closing = self._ends_alone = True
+            return
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def forget(self) -> None:
+        """In a forked child: lets go of the inherited descriptor, which would keep the lock after the parent's
+        death."""
+        self._changed = threading.Condition()
+        self._queue.clear()
+        if not self._closed:
+            os.close(self._descriptor)
+        self._closing = self._closed = True
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            with self._changed:
+                while not (self._queue or self._closing or self._num_asked > self._num_answered):
+                    self._changed.wait(_LONGEST_SLEEP)
+                records = list(self._queue)
+                self._taken += len(records)
+                self._queue.clear()
+                asked, is_last = self._num_asked, self._closing
+            try:
+                self._write(records)
+                if is_last or asked > self._num_answered or self._written - self.durable >= self._fsync_every:
+                    self._sync()
+            except BaseException as error:  # a callback's too: kept for the next append or sync
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                for callback in self.failure_callbacks:
+                    callback(error)
+                break
+            with self._changed:
+                self._num_answered = asked
+                self._changed.notify_all()
+        if self._ends_alone:
+            with self._changed:
+                self._closed = True
+                os.close(self._descriptor)
+
+    def _write(self, records: list[bytes]) -> None:
+        if not records:
+            return
+        self._check_size()  # a line written after the end of a file that was cut would leave a hole before it
+        lines = []
+        chain = self._written_chain
+        for record in records:
+            line, chain = seal_line(record, chain)
+            lines.append(line)
+        block = b"".join(lines)
+        try:
+            write_all(self._descriptor, block, self._written_bytes)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._written_bytes)
+            failure = self._failure(error)
+            # Lines that wait for their group are whole, and are kept where the disk can still do that.
+            with contextlib.suppress(JournalError):
+                self._sync()
+            raise failure from error
+        self._written += len(records)
+        self._written_bytes += len(block)
+        self._written_chain = chain
+
+    def _sync(self) -> None:
+        """Makes what was written durable, and tells."""
+        if self._written > self.durable:
+            try:
+                # A failed fsync is final: the kernel may have dropped the pages, so a second try would prove nothing.
+                os.fsync(self._descriptor)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._descriptor, self._durable_bytes)
+                    os.fsync(self._descriptor)
+                self._written = self.durable
+                raise self._failure(error) from error
+        self._check_file()
+        if self._written == self.durable:
+            return
+        with self._changed:
+            self.durable = self._written
+            self.chain = self._written_chain
+            self._durable_bytes = self._written_bytes
+            callbacks = self._callbacks
+        for callback in callbacks:
+            callback(self.durable)
+
+    def _check_file(self) -> None:
+        """The journal must be found under its name, with the bytes that were written."""
+        try:
+            found = os.stat(self._place)
+        except OSError as error:
+            raise self._changed_file(f"it is not there any more ({error.strerror})") from None
+        if not os.path.samestat(found, os.fstat(self._descriptor)):
+            raise self._changed_file("another file has its name")
+        self._check_size()
+
+    def _check_size(self) -> None:
+        num_bytes = os.fstat(self._descriptor).st_size
+        if num_bytes != self._written_bytes:
+            raise self._changed_file(f"it has {num_bytes} bytes, and {self._written_bytes} were written")
+
+    def _changed_file(self, what: str) -> JournalError:
+        return JournalError(f"{self.path}: the journal was changed by another program while the run goes on: {what}")
+
+    def _failure(self, error: OSError) -> OSError:
+        reason = f"step {self._written} and later could not be written to the journal: {error.strerror}"
+        return OSError(error.errno, reason, self.path)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+
+def _forget_after_fork() -> None:
+    for writer in list(_open_writers):
+        writer.forget()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def write_all(descriptor: int, block: bytes, offset: int) -> None:
+    """Writes a block whole, in as many calls as it takes."""
+    view = memoryview(block)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "write() took no bytes")
+        view = view[written:]
+        offset += written

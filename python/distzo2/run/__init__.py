@@ -1,0 +1,1 @@
+"""A run of `distzo2 finetune`: options, directory, loop."""

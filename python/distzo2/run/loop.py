@@ -1,0 +1,379 @@
+"""The training loop of a run: its steps, evaluations, metrics and the checkpoint at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distzo2
+from distzo2 import ZOSGD
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.parallel.group import Mesh, current
+from distzo2.record.lineage import BranchPoint
+from distzo2.record.snapshot import Snapshots
+from distzo2.run.directory import RunDirectory
+from distzo2.run.launch import launch_id
+from distzo2.run.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
+from distzo2.run.preflight import ModelSize, gib
+from distzo2.run.rate import factor_of, make_scheduler
+from distzo2.tasks.batches import DataOrder
+from distzo2.tasks.lines import Example
+from distzo2.tasks.objectives import Objective, Score, evaluate_examples
+
+_SCORES = ("loss", "accuracy")
+TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. Scores are None where there was nothing to evaluate on."""
+
+    out: Path
+    num_steps: int
+    before: Score | None
+    after: Score | None
+    best_step: int | None
+    size: ModelSize
+    seconds: float
+    totals: dict[str, float]  # of this process's steps: seconds by kind, bytes
+    peak_bytes: int
+
+
+def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
+    """What the ranks of a mesh, if there is one, do together: an exception of one is an error of all."""
+    return nullcontext() if mesh is None else mesh.together(what)
+
+
+class TrainLoop:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        options: Namespace,
+        log: Callable[[str], None],
+        run: RunDirectory,
+        model: torch.nn.Module,
+        objective: Objective,
+        train: list[Example],
+        held_out: list[Example],
+        size: ModelSize,
+    ) -> None:
+        self.options, self.log, self.run, self.model = options, log, run, model
+        self.objective, self.train, self.held_out, self.size = objective, train, held_out, size
+        self.runtime = distzo2.runtime_of(model)
+        self.mesh = current()
+        self.leads = self.mesh is None or self.mesh.rank == 0
+        self.order = DataOrder(len(train), options.batch_size, options.seed)
+        self.score_name = options.score or ("accuracy" if train[0].options else "loss")
+        self.totals: dict[str, float] = {}
+        self.metrics: Metrics | None = None
+        self.optimizer: ZOSGD | None = None
+        self._start = time.perf_counter()
+        self._traced = 0
+
+    def start(self, settings: dict[str, Any], train_sha256: str) -> None:
+        """Opens journal and metrics; of a resumed run, takes over what was done."""
+        o = self.options
+        optimizer = self.optimizer = ZOSGD(
+            self.model,
+            lr=o.lr,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            num_probes=o.probes,
+            noise=o.noise,
+            estimator=o.estimator,
+            seed=o.seed,
+            max_lanes=o.max_lanes,
+            max_coef=o.max_coef,
+            max_clipped=o.max_clipped,
+            max_skipped=o.max_skipped,
+            verify_every=o.verify_every,
+            journal=self.run.journal,
+            resume=o.resume,
+            snapshots=Snapshots(
+                self.run.snapshots,
+                every=o.snapshot_every,
+                minutes=o.snapshot_minutes,
+                keep=o.keep,
+                pace=o.snapshot_pace,
+                log=self.log,
+            ),
+            branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
+            journal_chain=o.journal_chain,
+            fsync_every=o.fsync_every,
+        )
+        if optimizer.step_count > o.steps:  # of a branch: a resumed run is looked at before it is claimed
+            raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
+        if not o.resume and not o.no_check:
+            optimizer.check(self.objective.closure(self._batches(0)[0]))
+        self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
+        if self.branches and self.leads:
+            self.metrics.match(optimizer.journal.entries, optimizer.step_count)
+            self.log(f"branched from {o.branch_from} at step {optimizer.step_count} of {o.steps}")
+        if o.resume and self.leads:
+            self.metrics.match(optimizer.journal.entries, optimizer.step_count)
+            self.log(f"resumed {self.run.path} at step {optimizer.step_count} of {o.steps}")
+        if o.resume and self.mesh is not None:
+            evals = self.mesh.exchange.from_rank_0(
+                "the evaluations so far", lambda: json.dumps(list(self.metrics.evals.values())).encode()
+            )
+            self.metrics.evals = {line["step"]: line for line in json.loads(evals)}
+        if self.leads:
+            self.run.update(
+                options=settings,
+                distzo2=distzo2.__version__,
+                train_sha256=train_sha256,
+                objective=self.objective.name,
+                model_bytes=self.size.total,
+                model_elements=self.size.num_elements,
+                status="running",
+                **self._best_so_far(),
+                **({} if launch_id() is None else {"launch": launch_id()}),
+            )
+        self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
+
+    def run_to_end(self) -> Result:
+        o, optimizer = self.options, self.optimizer
+        self._evaluate_if_due()
+        bar = progress_bar(o.quiet or not self.leads, total=o.steps, initial=optimizer.step_count)
+        try:
+            with bar:
+                while optimizer.step_count < o.steps:
+                    self._step(bar)
+                    self._evaluate_if_due(bar)
+        except KeyboardInterrupt:
+            self._stopped("interrupted")
+            raise
+        except DistZO2Error as error:
+            self._stopped(f"stopped: {error}")
+            raise
+        best = self._best()
+        with together(self.mesh, "saving"):
+            if self.leads:
+                self._save(best)
+                optimizer.journal.sync()  # nothing is said of steps that a power cut could take back
+                self._ended("finished")  # a run of which that cannot be written has not ended: it is to be resumed
+        evals = self.metrics.evals
+        return Result(
+            self.run.path,
+            optimizer.step_count,
+            self._score(evals.get(optimizer.first_step)),
+            self._score(evals.get(optimizer.step_count)),
+            best,
+            self.size,
+            time.perf_counter() - self._start,
+            self.totals,
+            peak_bytes(),
+        )
+
+    @property
+    def branches(self) -> bool:
+        """Whether the run is to begin with another's steps: not where torchrun has started it anew."""
+        return bool(self.options.branch_from) and not self.options.resume
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the run has made a step of its own, in this process or an earlier one."""
+        return self.optimizer is not None and self.optimizer.step_count > self.optimizer.first_step
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def _batches(self, step: int) -> list[Any]:
+        """The micro-batches of a step."""
+        indices = self.order.batch(step)
+        part = len(indices) // self.options.micro_batches
+        groups = [indices[i : i + part] for i in range(0, len(indices), part)]
+        return [self.objective.batch([self.train[i] for i in group]) for group in groups]
+
+    def _step(self, bar: Any) -> None:
+        optimizer, step = self.optimizer, self.optimizer.step_count
+        self._trace(step)
+        batches = self._batches(step)
+        tokens = sum(b.num_tokens for b in batches)
+        self.runtime.reset_stats()
+        start, start_ns = time.perf_counter(), time.perf_counter_ns()
+        try:
+            optimizer.step([self.objective.closure(b) for b in batches], tokens=tokens)
+        finally:
+            # A step that ends the run was made all the same: the journal has it, and so have the metrics.
+            self.runtime.trace.add("step", f"step {step}", start_ns, time.perf_counter_ns())
+            if optimizer.step_count > step:
+                self._note(tokens, time.perf_counter() - start, bar)
+        self.scheduler.step()
+
+    def _note(self, tokens: int, seconds: float, bar: Any) -> None:
+        last, stats = self.optimizer.last, self.runtime.stats()
+        times = {
+            "seconds": seconds,
+            "compute_s": stats["compute_s"],
+            "noise_s": stats["noise_s"],
+            # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
+            "exposed_wait_s": stats["exposed_wait_s"] + stats.get("stall_s", 0.0),
+            "upload_s": stats.get("upload_s", 0.0),
+            "download_s": stats.get("download_s", 0.0),
+            "transfer_s": stats.get("upload_s", 0.0) + stats.get("download_s", 0.0),
+            "bytes_up": stats.get("bytes_up", 0),
+            "bytes_down": stats.get("bytes_down", 0),
+        }
+        for name, value in times.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+        memory = resident_bytes()
+        self.metrics.write(
+            kind="step",
+            step=last.step,
+            loss=last.loss,
+            coefs=last.coefs,
+            lr=last.lr[0],
+            skipped=last.skipped,
+            clipped=last.clipped,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            **times,
+            up_bytes_per_s=_rate(times["bytes_up"], times["upload_s"]),
+            down_bytes_per_s=_rate(times["bytes_down"], times["download_s"]),
+            rss=memory,
+            peak=peak_bytes(),
+            device_peak=device_peak_bytes(self.runtime.device),
+        )
+        if last.skipped:
+            bar.write(f"step {last.step}: {last.skipped}: not applied")
+        bar.set_postfix_str(f"loss {last.loss:.4f}, {tokens / seconds:.0f} tokens/s, {gib(memory)}", refresh=False)
+        bar.update()
+
+    def _trace(self, step: int) -> None:
+        """Records --trace-steps steps from the third on, or from the first where there are no more."""
+        if self.options.trace is None or self._traced < 0 or not self.leads:
+            return
+        first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
+        if step >= first and self._traced == 0:
+            self.runtime.enable_trace(True)
+        if step >= first:
+            self._traced += 1
+        if self._traced > self.options.trace_steps:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        self.runtime.save_trace(self.options.trace or self.run.trace)
+        self.runtime.enable_trace(False)
+        self._traced = -1
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate_if_due(self, bar: Any = None) -> None:
+        o, step = self.options, self.optimizer.step_count
+        due = step in (self.optimizer.first_step, o.steps) or (o.eval_every and step % o.eval_every == 0)
+        if not self.held_out or not due or step in self.metrics.evals:
+            return
+        start = time.perf_counter()
+        score = evaluate_examples(self.objective, self.held_out, batch_size=o.eval_batch_size, mesh=self.mesh)
+        self.metrics.write(
+            kind="eval",
+            step=step,
+            loss=score.loss,
+            accuracy=score.accuracy,
+            examples=score.num_examples,
+            tokens=score.num_tokens,
+            seconds=time.perf_counter() - start,
+        )
+        if bar is not None and not bar.disable:
+            bar.clear()
+        figures = f"loss {score.loss:.4f}, accuracy {score.accuracy:.2%}"
+        self.log(f"step {step}: held-out {figures} ({score.num_examples} examples)")
+        if self.leads:
+            self.run.update(**self._best_so_far())
+
+    def _score(self, line: dict[str, Any] | None) -> Score | None:
+        if line is None:
+            return None
+        loss = math.nan if line["loss"] is None else line["loss"]  # JSON has no NaN
+        return Score(loss, line["accuracy"], line["examples"], line["tokens"])
+
+    def _best(self) -> int | None:
+        """The step whose evaluation is best; of equals the first."""
+        scores = {step: self._score(line).value(self.score_name) for step, line in self.metrics.evals.items()}
+        finite = {step: value for step, value in scores.items() if value == value}
+        return max(sorted(finite), key=finite.get) if finite else min(scores, default=None)
+
+    def _best_so_far(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        best = self._best()
+        if best is None:  # what it says may be of evaluations that count no more
+            return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
+        return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
+
+    def _eval_data(self) -> str | None:
+        """What evaluations are made on; two of other data cannot be compared."""
+        if not self.options.eval:
+            return None
+        return hashlib.sha256(Path(self.options.eval).read_bytes()).hexdigest()[:16]
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def _save(self, best: int | None) -> None:
+        which = self.options.save
+        if which == "none":
+            return
+        self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
+        step = self.optimizer.step_count if which == "last" or best is None else best
+        if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
+            return
+        self.run.check_checkpoint()
+        # Whose it is, should this process be killed meanwhile.
+        self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None, checkpoint_contents=None)
+        self.run.drop_checkpoint()
+        if step == self.optimizer.step_count:
+            checksums = distzo2.save_pretrained(self.model, self.run.checkpoint)
+        else:
+            from distzo2.checkpoint.replay import replay
+
+            report = replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
+            checksums = report.checksums
+        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint(checksums))
+        self.log(f"wrote {self.run.checkpoint} (step {step})")
+
+    def _stopped(self, status: str) -> None:
+        """Of a run that ends with an error: what cannot be written now is not told in its place."""
+        if not self.leads:
+            return
+        with suppress(OSError, DistZO2Error):
+            self.optimizer.journal.sync()
+        with suppress(OSError, DistZO2Error):  # also where the journal is what failed
+            self._ended(status)
+
+    def _ended(self, status: str) -> None:
+        if self._traced > 0:
+            self._end_trace()
+        stats, journal = self.runtime.stats(), self.optimizer.journal
+        chain = {}
+        if journal.chain is not None:
+            chain = {"journal_chain": journal.chain}
+            self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
+        self.run.update(
+            status=status,
+            steps_done=self.optimizer.step_count,
+            peak_bytes=peak_bytes(),
+            weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
+            totals=self.totals,
+            **self._best_so_far(),
+            **chain,
+        )
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.optimizer is not None:
+            self.optimizer.close()
+
+
+def _rate(num_bytes: float, seconds: float) -> float | None:
+    return num_bytes / seconds if seconds > 0 else None

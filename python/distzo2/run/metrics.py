@@ -1,0 +1,188 @@
+"""A run's metrics: one line of JSON a step, one an evaluation; and how much memory the process takes.
+
+A step's line: {"kind": "step", "step", "loss", "coefs", "lr", "skipped", "clipped", "tokens", "seconds",
+"tokens_per_second", "compute_s", "noise_s", "exposed_wait_s", "bytes_up", "bytes_down", "upload_s", "download_s",
+"transfer_s", "up_bytes_per_s", "down_bytes_per_s", "rss", "peak"}. The seconds of transfers are sums over blocks, each
+from its first byte to its last, and rates are bytes over them (null: nothing moved); `exposed_wait_s` is what compute
+stood still for them.
+An evaluation's line: {"kind": "eval", "step", "loss", "accuracy", "examples", "tokens", "seconds", "data",
+"crc"}, where `step` is the updates made before it and `data` the beginning of the SHA-256 of what was evaluated on.
+The journal is the truth; lines of steps are for people and plots. Which step is best depends on those of evaluations,
+so they are synced to the disk, and have a CRC-32 as the journal's lines have.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from distzo2.checkpoint.weight_files import sync_directory
+from distzo2.record.line import decode_line, encode_line
+
+MAX_LINE_BYTES = 1 << 16
+
+
+class Metrics:
+    """Appends lines to a metrics file, and knows the evaluations made so far. Without a file, on ranks that write none,
+    it only knows them.
+
+    `data` says what is evaluated on: only evaluations on it count. `log` is told what is left out.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike | None, data: str | None = None, log: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.path = Path(path or os.devnull)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._place = os.path.abspath(self.path)  # the working directory may change
+        self._data, self._log = data, log
+        self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
+
+    def write(self, **line: Any) -> None:
+        """Appends a line.
+
+        Raises:
+            OSError: it cannot be written, or the file is no longer there.
+        """
+        if line["kind"] == "eval":
+            line["data"] = self._data
+            self.evals[line["step"]] = line
+        try:
+            self._file.write(_text(line))
+            self._file.flush()
+            if line["kind"] == "eval" and self.path != Path(os.devnull):
+                os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
+                if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._place)):
+                    raise FileNotFoundError(errno.ENOENT, "another file has taken its place", os.fspath(self.path))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
+
+    def match(self, entries: Iterable[Any], num_steps: int) -> None:
+        """Makes the file hold the journal's first `num_steps` steps, each once: later lines are dropped, missing ones
+        are made from the journal's `entries`, a torn last line is cut."""
+        steps: dict[int, dict[str, Any]] = {}
+        others = []
+        for line in read_metrics(self.path, self._log):
+            if line["kind"] == "step" and line["step"] < num_steps:
+                steps[line["step"]] = line
+            elif line["kind"] == "eval" and line["step"] <= num_steps:
+                if line["data"] == self._data:
+                    self.evals[line["step"]] = line
+                else:
+                    others.append(line)
+        if others:
+            told = ", ".join(str(line["step"]) for line in others)
+            self._log(f"evaluations on other examples, of steps {told}, do not count in the choice of the best step")
+        for entry in entries:
+            if entry.step < num_steps and entry.step not in steps:
+                steps[entry.step] = _line_of(entry)
+        lines = sorted([*steps.values(), *others, *self.evals.values()], key=lambda s: (s["step"], s["kind"] == "step"))
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(_text(line) for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._file.close()
+        os.replace(temporary, self.path)
+        sync_directory(self.path.parent)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def close(self) -> None:
+        """What a failed write left is dropped: the write has told of it, and closing must not hide that."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def _line_of(entry: Any) -> dict[str, Any]:
+    losses = [value for row in entry.losses for value in row]
+    return {
+        "kind": "step",
+        "step": entry.step,
+        "loss": sum(losses) / len(losses) if losses else math.nan,
+        "coefs": [term.c for term in entry.update.terms],
+        "lr": entry.update.groups[0].lr if entry.update.groups else 0.0,
+        "skipped": entry.skipped,
+        "tokens": entry.tokens,
+        "seconds": entry.seconds,
+    }
+
+
+def read_metrics(path: str | os.PathLike, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, in order. A torn last line is left out; so is a damaged one, and `tell` is
+    told of it."""
+    lines = []
+    *texts, _torn = Path(path).read_bytes().split(b"\n")
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(_read_line(text + b"\n"))
+        except ValueError as error:
+            tell(f"{path}: line {number} is left out: {error}")
+    return lines
+
+
+def _text(line: dict[str, Any]) -> str:
+    if line["kind"] == "eval":
+        return encode_line({k: v for k, v in finite(line).items() if k != "crc"}, MAX_LINE_BYTES).decode("ascii")
+    return json.dumps(finite(line)) + "\n"
+
+
+def _read_line(text: bytes) -> dict[str, Any]:
+    """Raises ValueError: it is none of ours."""
+    try:
+        line = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise ValueError("not a line of metrics")
+    if line.get("kind") == "eval":
+        line = decode_line(text, MAX_LINE_BYTES)
+        missing = [key for key in ("loss", "accuracy", "examples", "tokens", "data") if key not in line]
+        if missing:
+            raise ValueError(f"an evaluation without {missing[0]}")
+    elif line.get("kind") != "step":
+        raise ValueError("not a line of metrics")
+    return line
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(child) for key, child in value.items()}
+    return [finite(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+def progress_bar(quiet: bool, **options: Any) -> tqdm:
+    """A bar over steps on stderr; where that is a file, a line of it every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(unit="step", disable=quiet, dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident."""
+    # Not getrusage: after fork and exec its figure includes what the parent had.
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """The most memory that torch has had allocated on a CUDA device; None on others."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,183 @@
+"""Checks made before anything is allocated or written: the device, room on the disk, room in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.errors import DistZO2Error, UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SPARE = 0.05  # of what is free, left to others
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a checkpoint's tensors in the dtype of the run."""
+
+    total: int
+    largest: int  # of one tensor
+    num_elements: int
+
+
+def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> ModelSize:
+    """Read from the headers of the checkpoint's files.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a file of it is truncated or corrupt.
+    """
+    files = CheckpointFiles(directory)
+    try:
+        sizes = [
+            e.numel * (dtype if dtype is not None and e.dtype.is_floating_point else e.dtype).itemsize
+            for e in files.entries
+        ]
+        return ModelSize(sum(sizes), max(sizes, default=0), sum(e.numel for e in files.entries))
+    finally:
+        files.close()
+
+
+def check_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        UsageError: not a name of a device.
+        DistZO2Error: there is no such device here; the message says what is missing.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cpu" and device.index in (None, 0):
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if torch.version.cuda is None:
+        raise DistZO2Error(f"--device {name}: this torch ({torch.__version__}) was built without CUDA")
+    if not torch.cuda.is_available():
+        raise DistZO2Error(f"--device {name}: torch finds no NVIDIA GPU, or its driver is missing or too old")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise DistZO2Error(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Sets how many CPU threads torch computes with; None: torch's choice.
+
+    Raises:
+        UsageError: far more than there are cores.
+    """
+    if num_threads is None:
+        return
+    most = max(1024, 16 * (os.cpu_count() or 1))
+    if num_threads > most:
+        raise UsageError(f"--threads {num_threads}: at most {most} were expected")
+    torch.set_num_threads(num_threads)
+
+
+def check_memory(
+    size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1, num_copies: int | None = None
+) -> None:
+    """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor.
+
+    `num_ranks` of this machine have a device each, and keep `num_copies` of the weights, if not one each.
+    """
+    scratch = 3 * size.largest
+    on_host = size.total if weights == "host" or (device.type == "cpu" and weights == "device") else 0
+    on_host *= num_copies or num_ranks
+    if device.type == "cpu":
+        on_host += scratch * num_ranks
+    free = available_memory()
+    if on_host > free * (1 - _SPARE):
+        hint = "" if weights == "disk" else " (--weights disk needs little)"
+        raise DistZO2Error(f"the run needs about {gib(on_host)} of memory, and {gib(free)} are available{hint}")
+    if device.type == "cuda":
+        on_device = scratch + (size.total if weights == "device" else 0)
+        free = torch.cuda.mem_get_info(device)[0]
+        if on_device > free * (1 - _SPARE):
+            hint = "" if weights != "device" else " (--weights host needs little)"
+            raise DistZO2Error(f"{device} has {gib(free)} free, and the run needs about {gib(on_device)} there{hint}")
+
+
+def check_disk(directory: str | os.PathLike, needs: dict[str, int]) -> None:
+    """Raises DistZO2Error unless the disk of `directory`, which need not exist, has room for `needs` (name: bytes)."""
+    free = free_bytes(directory)
+    total = sum(needs.values())
+    if total > free:
+        parts = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in needs.items())
+        raise DistZO2Error(f"{directory}: {gib(total)} are needed ({parts}), and {gib(free)} are free on its disk")
+
+
+def free_bytes(directory: str | os.PathLike) -> int:
+    """Bytes that are free on the disk of `directory`, which need not exist."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: the least of the machine's and its control groups'."""
+    available = [_meminfo_available()]
+    for level in _cgroup_levels():
+        limit, usage = _read_number(level / "memory.max"), _read_number(level / "memory.current")
+        if limit is None:  # version 1
+            limit, usage = _read_number(level / "memory.limit_in_bytes"), _read_number(level / "memory.usage_in_bytes")
+        if limit is not None and usage is not None:
+            available.append(max(0, limit - usage + _file_cache(level)))
+    return min(available)
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_levels() -> list[Path]:
+    levels = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / ("memory" if controllers else "")
+        level = root / path.lstrip("/")
+        while level != root and root in level.parents:
+            levels.append(level)
+            level = level.parent
+        levels.append(root)
+    return levels
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # "max" is no limit
+        return None
+
+
+def _file_cache(level: Path) -> int:
+    """Bytes of a control group's usage that are file cache, which the kernel gives back when memory is asked for."""
+    try:
+        rows = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(rows.get("inactive_file", rows.get("total_inactive_file", 0)))
+
+
+def gib(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= scale:
+            return f"{num_bytes / scale:.2f} {unit}" if num_bytes < 100 * scale else f"{num_bytes / scale:.0f} {unit}"
+    return f"{num_bytes:.0f} bytes"

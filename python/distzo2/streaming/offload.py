@@ -1,0 +1,220 @@
+"""Handing a model over: `offload`, and what the model can still do afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from distzo2.errors import DistZO2Error
+from distzo2.parallel.group import current
+from distzo2.parallel.node import choose_slices
+from distzo2.streaming.lanes import Lane
+from distzo2.streaming.random_stream import RandomStream
+from distzo2.streaming.runtime import CLEAN, StreamingRuntime, cuda_device
+from distzo2.streaming.state_dict import StateHooks
+from distzo2.weights.residency import MemoryBudget
+from distzo2_core import cuda_available
+
+WEIGHTS = ("device", "host", "disk")
+
+
+def offload(
+    model: nn.Module,
+    device: str | torch.device = "cpu",
+    weights: str = "host",
+    *,
+    units: Iterable[str] | None = None,
+    directory: str | os.PathLike | None = None,
+    slots: int = 3,
+    memory_budget: MemoryBudget = None,
+    write_every: int = 1,
+    train: bool = False,
+) -> nn.Module:
+    """Hands a model's weights over, to be streamed through `device` unit by unit.
+
+    The model stays a model: calling it, `generate`, `state_dict` and `load_state_dict` work and see every update.
+    Between forwards its parameters are placeholders; `distzo2.edit(model)` makes them real for other changes.
+
+    Args:
+        model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).writing`.
+            What has `requires_grad=False` now is frozen for good: read, never perturbed, never written back.
+        device: where it computes: "cpu", "cuda", "cuda:1".
+        weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
+        units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
+            groups by bytes where it has none. Other parameters stay on the device.
+        directory: where the block file is made (weights="disk"); it is a working file, and goes with the model. On a
+            CPU, glibc is then told to give freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_
+            is set.
+        slots: blocks that are on the device at once, at least 2.
+        memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
+            blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
+            stream. Activations are not in it. The bits are the same.
+        write_every: a streamed block's stored copy is written at every so many updates, blocks in turn, and the updates
+            in between are made again at each visit. 1 writes every block at every step; more spares a disk, at the cost
+            of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
+        train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
+            difference of two losses.
+
+    Returns:
+        The same module.
+
+    Raises:
+        DistZO2Error: the device is not there, an argument is not one of those named, or the model cannot be streamed.
+    """
+    if not isinstance(model, nn.Module):
+        raise DistZO2Error(f"offload expects a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_distzo2_runtime"):
+        raise DistZO2Error(f"this {type(model).__name__} was handed over already")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise DistZO2Error("hand over the plain model; compile its blocks with block.compile() instead of the whole")
+    if weights not in WEIGHTS:
+        raise DistZO2Error(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+    if weights == "disk" and directory is None:
+        raise DistZO2Error("weights='disk' needs directory=, where the block file is made")
+    if slots < 2:
+        raise DistZO2Error(f"slots={slots}: at least 2 were expected")
+    if type(write_every) is not int or write_every < 1:
+        raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
+    if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
+        raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
+    device = _usable_device(device)
+    directory = directory if weights == "disk" else None
+    runtime = StreamingRuntime(
+        model,
+        device=device,
+        weights=weights,
+        units=units,
+        directory=directory,
+        slots=slots,
+        memory_budget=memory_budget,
+        write_every=write_every,
+        choose_slices=lambda units: choose_slices(current(), units, device, weights, directory),
+    )
+    _move_buffers(model, device)
+    if not train:
+        model.eval()
+    object.__setattr__(model, "_distzo2_runtime", runtime)
+    object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
+    return model
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise DistZO2Error(f"device={device!r}: expected cpu or cuda") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise DistZO2Error(f"device={str(device)!r}: expected cpu or cuda")
+    if not torch.cuda.is_available():
+        built = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        usable, reason = cuda_available()
+        raise DistZO2Error(f"device={str(device)!r} cannot be used: {built}" + ("" if usable else f" ({reason})"))
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise DistZO2Error(f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return cuda_device(device)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def runtime_of(model: nn.Module) -> StreamingRuntime:
+    """The runtime of a model that was handed over.
+
+    Raises:
+        DistZO2Error: it was not.
+    """
+    runtime = getattr(model, "_distzo2_runtime", None)
+    if runtime is None:
+        raise DistZO2Error(
+            f"this {type(model).__name__} was not handed over: call distzo2.offload or distzo2.from_pretrained first"
+        )
+    return runtime
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs every closure on the clean, up-to-date weights, all in one pass over them, under no_grad.
+
+    Args:
+        model: a model that was handed over.
+        closures: each a function of no arguments that calls the model; they must enter the same units in order.
+
+    Returns:
+        What the closures returned, in order.
+    """
+    runtime = runtime_of(model)
+    lanes = [Lane(CLEAN, i, c, RandomStream.seeded(runtime.device, 0, 0, i)) for i, c in enumerate(closures)]
+    if lanes:
+        with no_kv_cache(model):
+            runtime.run(lanes)
+    return [lane.result for lane in lanes]
+
+
+@contextmanager
+def edit(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it, parameters are real tensors in host memory with every update made so far, and may be changed in place.
+
+    Afterwards the changed weights are the model's, and the updates of before belong to the past: a journal that is
+    being written cannot go on. If the body raises, the weights are as they were. No forward may run within it. With
+    weights on disk the whole model is in memory meanwhile.
+
+    Raises:
+        DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
+    """
+    runtime = runtime_of(model)
+    failure: BaseException | None = None
+    try:
+        try:
+            with runtime.replacing("edit"):  # no rank is in a forward
+                runtime.flush()
+            for unit in runtime.units:
+                with runtime.reading(unit) as views:
+                    for param in unit.params:
+                        param.tensor.data = views[param.name].clone()
+            with runtime.editing():
+                yield model
+            edited = {param.index: param.tensor.data for param in runtime.params}
+            for param in runtime.params:
+                now = edited[param.index]
+                if (now.shape, now.dtype, now.device.type) != (param.shape, param.dtype, "cpu"):
+                    raise DistZO2Error(
+                        f"parameter {param.name} is {now.dtype} {tuple(now.shape)} on {now.device} after the edit; "
+                        f"{param.dtype} {tuple(param.shape)} on cpu was expected"
+                    )
+        except BaseException as error:
+            failure = error
+        with runtime.replacing("edit", error=failure) as note:
+            for unit in runtime.units:
+                note(unit.name, [edited[param.index] for param in unit.params])
+                with runtime.writing(unit) as views:
+                    for param in unit.params:
+                        views[param.name].copy_(edited[param.index])
+            runtime.rebase()
+    finally:
+        for param in runtime.params:
+            runtime.place_placeholder(param)
+
+
+@contextmanager
+def no_kv_cache(model: nn.Module) -> Iterator[None]:
+    """Lanes need no key-value cache: `use_cache` is off meanwhile in every configuration of the model that has it."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    switched = [c for c in configs.values() if getattr(c, "use_cache", None)]
+    for config in switched:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in switched:
+            config.use_cache = True

@@ -1,0 +1,353 @@
+"""One pass over the weights: units are made present in turn, and every lane runs on each as it passes.
+
+Outside a pass the model is just a model: a forward streams one lane, with clean weights, in the caller's thread.
+Parameters whose window is not open are placeholders.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from distzo2.errors import DistZO2Error
+from distzo2.interrupts import DeferredInterrupt
+from distzo2.parallel.node import Sharing
+from distzo2.streaming.buffers import BufferGuard
+from distzo2.streaming.lanes import CallerState, Emission, Lane, LaneGroup
+from distzo2.streaming.placeholders import Placeholders, use_guard
+from distzo2.streaming.random_stream import RandomStream
+from distzo2.streaming.windows import Windows
+from distzo2.weights.access import WeightAccess
+from distzo2.weights.residency import MemoryBudget
+from distzo2.weights.units import ParamInfo, Unit
+
+CLEAN = Emission()
+MAX_WATCHED = 256
+
+
+def _code_of(closure: Callable[[], Any]) -> Hashable:
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    return getattr(closure, "__code__", type(closure))
+
+
+class StreamingRuntime(WeightAccess):
+    """The weights of one model and the passes over them. Made by `distzo2.offload`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        weights: str,
+        units: Iterable[str] | None,
+        directory: str | os.PathLike | None,
+        slots: int,
+        memory_budget: MemoryBudget = None,
+        write_every: int = 1,
+        choose_slices: Callable[[Sequence[Unit]], Sharing | None] = lambda units: None,
+    ) -> None:
+        super().__init__(
+            model,
+            device=device,
+            weights=weights,
+            units=units,
+            directory=directory,
+            slots=slots,
+            memory_budget=memory_budget,
+            write_every=write_every,
+            choose_slices=choose_slices,
+        )
+        self.model = model
+        self._lanes = LaneGroup()
+        self._buffers = BufferGuard(model)
+        self._placeholders = Placeholders(self.params, device)
+        self._unit_of = {p.index: u for u in self.units for p in u.params}
+        self._pointed: dict[int, tuple[Emission, int]] = {}  # open unit -> what it points at, scratch address
+        self._emissions: list[Emission] = []  # of the pass that runs
+        self._in_pass = False
+        self._alone: list[Unit] = []  # open windows outside a pass
+        self._alone_thread: int | None = None
+        self._interrupt = DeferredInterrupt()
+        self._watched: set[Hashable] = set()  # closures' code that has been seen to use parameters in their windows
+        self._take_over()
+        self._windows = Windows(self)
+
+    def _take_over(self) -> None:
+        """Moves the model's weights to where they are to live, unit by unit, freeing as it goes."""
+        with self.replacing("handing over a model's weights") as note:
+            for unit in self.units:
+                present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
+                if present:
+                    with self.writing(unit, keep=len(present) < len(unit.params)) as views:
+                        for param in present:
+                            views[param.name].copy_(param.tensor.detach())
+                    note(unit.name, [param.tensor.detach() for param in present])
+                for param in unit.params:
+                    self._placeholders.take_over(param)
+
+    # ---- passes -------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        lanes: Sequence[Lane],
+        *,
+        expected: Sequence[Unit] | None = None,
+        interrupt: DeferredInterrupt | None = None,
+    ) -> list[Unit]:
+        """Runs every lane to its end in one pass over the weights.
+
+        Args:
+            lanes: lanes of the same emission should stand next to each other.
+            expected: the units that the lanes must enter, in order; None: those of the first lane.
+            interrupt: asked between units, the only points where Ctrl-C ends a pass.
+
+        Returns:
+            The units that the lanes entered.
+
+        Raises:
+            DistZO2Error: lanes entered different units, or none. What a lane raises comes as it was raised.
+        """
+        self._check_idle("a pass")
+        self._windows.check_not_compiled_whole()
+        interrupt = interrupt or self._interrupt
+        callers = [CallerState(self.device) for _ in lanes]
+        with interrupt, torch._C.DisableTorchFunction():  # the caller's modes are for the lanes
+            caller = RandomStream(self.device)
+            self._busy = self._in_pass = True
+            self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
+            try:
+                self._begin(lanes, callers)
+                self._visit_units(lanes, interrupt)
+                self._check_sequence(lanes, expected)
+                self._close_windows(lanes)
+                self._last_of_pass = self._last_streamed
+            except BaseException:
+                self._lanes.unwind(lanes)
+                with suppress(Exception):  # the first exception is the one to be seen
+                    self._close_windows(lanes)
+                raise
+            finally:
+                self._buffers.end()
+                caller.restore()
+                self._busy = self._in_pass = False
+            return lanes[0].visited
+
+    def _begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
+        self._watch_new_code(lanes)
+        self._buffers.begin()
+        self._lanes.begin(lanes, callers)
+
+    def _watch_new_code(self, lanes: Sequence[Lane]) -> None:
+        """The first lanes that run some code are watched for parameters used outside their windows."""
+        codes = {_code_of(lane.closure) for lane in lanes}
+        if codes <= self._watched or self.has_compiled():
+            return
+        for lane in lanes:
+            lane.closure = use_guard(self, lane.closure)
+        if len(self._watched) < MAX_WATCHED:
+            self._watched |= codes
+
+    def _visit_units(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> None:
+        for lane in lanes:
+            self._advance(lane)
+        while (unit := self._agreed_unit(lanes)) is not None:
+            interrupt.check()
+            self._release_closed(lanes, keep=unit)
+            self._bring(unit)
+            for lane in lanes:
+                self._advance(lane)
+
+    def _advance(self, lane: Lane) -> None:
+        """Lets one lane run to its next unit or its end, with what is its own swapped in and out."""
+        wanted = lane.windows if lane.request is None else [*lane.windows, lane.request]
+        for index in [i for i in self._pointed if all(u.index != i for u in wanted)]:
+            self._hide(self.units[index])
+        for unit in wanted:
+            self._point(unit, lane.emission, wanted)
+        lane.stream.restore()
+        self._buffers.swap_in(lane.changed_buffers)
+        start = time.perf_counter_ns()
+        try:
+            self._lanes.advance(lane)
+        finally:
+            end = time.perf_counter_ns()
+            self._compute_ns += end - start
+            self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
+            self._buffers.swap_out(lane.changed_buffers)
+        lane.stream.capture()
+        if self._ring is not None:
+            self._ring.poll()
+
+    def _release_closed(self, lanes: Sequence[Lane], keep: Unit) -> None:
+        """Releases what no open window needs any more; a dirty unit starts on its way back."""
+        held = {u.index for lane in lanes for u in lane.windows} | {keep.index}
+        for index in [i for i in self._present if i not in held]:
+            self._release(self.units[index])
+
+    def _close_windows(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            lane.windows.clear()
+        for index in list(self._pointed):
+            self._hide(self.units[index])
+        for index in list(self._present):
+            self._release(self.units[index])
+
+    # ---- the order of units -------------------------------------------------------------------------------------
+
+    def _agreed_unit(self, lanes: Sequence[Lane]) -> Unit | None:
+        """The unit at which every lane stands; None when all have ended."""
+        first = lanes[0]
+        for lane in lanes:
+            if lane.request is not first.request:
+                self._raise_difference(first.visited, first.done, lane)
+        return first.request
+
+    def _check_sequence(self, lanes: Sequence[Lane], expected: Sequence[Unit] | None) -> None:
+        if not lanes[0].visited:
+            raise DistZO2Error(
+                "the closure ended without entering any unit of the model, so no perturbation reached it: is the "
+                "model that it calls the one that was handed over? (Whole-model torch.compile and CUDA graphs skip "
+                "the hooks; compile blocks with block.compile() instead.)"
+            )
+        if expected is not None and list(expected) != lanes[0].visited:
+            self._raise_difference(expected, True, lanes[0])
+
+    @staticmethod
+    def _raise_difference(first: Sequence[Unit], first_ended: bool, lane: Lane) -> NoReturn:
+        other = lane.visited
+        differing = (i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a is not b)
+        at = next(differing, min(len(first), len(other)))
+
+        def entered(units: Sequence[Unit], ended: bool) -> str:
+            return f"unit {units[at].name!r}" if at < len(units) else ("no further unit" if ended else "another unit")
+
+        raise DistZO2Error(
+            f"the lanes of a step must enter the same units in the same order: at position {at} one lane entered "
+            f"{entered(first, first_ended)}, and the lane of batch {lane.batch} {entered(other, lane.done)}. "
+            "Where a forward skips blocks for some batches or perturbations, name with units= a module around them."
+        )
+
+    # ---- entering and leaving a window (from the hooks: in the running lane, or in the caller's thread) -----------
+
+    def enter(self, unit: Unit) -> None:
+        """The forward of one of the unit's windows begins."""
+        lane = self._lanes.running
+        if lane is None:
+            self._enter_alone(unit)
+            return
+        if unit not in lane.windows:
+            self._lanes.park(unit)
+        lane.windows.append(unit)
+
+    def exit(self, unit: Unit) -> None:
+        """The forward of one of the unit's windows has ended, or has failed."""
+        lane = self._lanes.running
+        windows = self._alone if lane is None else lane.windows
+        if unit not in windows:
+            return  # its entry failed
+        del windows[len(windows) - 1 - windows[::-1].index(unit)]
+        if unit in windows:
+            return
+        self._hide(unit)
+        if lane is None:
+            with self._interrupt:
+                self._release(unit)
+            self._busy = bool(self._alone)
+
+    def _enter_alone(self, unit: Unit) -> None:
+        thread = threading.get_ident()
+        if self._in_pass:
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of the pass under way")
+        if self._alone:
+            self._drop_stale_windows()
+        if not self._alone:
+            self._check_idle("a forward")
+            self._alone_thread = thread
+        elif thread != self._alone_thread:
+            raise DistZO2Error("another thread is in the middle of a forward of this model")
+        with self._interrupt, torch._C.DisableTorchFunction():
+            self._bring(unit)
+            self._busy = True
+            self._alone.append(unit)
+            self._point(unit, CLEAN, self._alone)
+
+    def _check_idle(self, what: str) -> None:
+        self._drop_stale_windows()
+        super()._check_idle(what)
+
+    def _drop_stale_windows(self) -> None:
+        """Ctrl-C in a forward ends it without torch calling the hooks: its windows are closed here, at the next use."""
+        if not self._alone or threading.get_ident() != self._alone_thread or self.has_compiled():
+            return
+        running, frame = set(), sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "_call_impl":
+                running.add(id(frame.f_locals.get("self")))
+            frame = frame.f_back
+        if any(id(module) in running for unit in self._alone for module in unit.windows):
+            return
+        self._alone.clear()
+        self._close_windows(())
+        self._busy = False
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """While entered, no forward and no pass may run."""
+        self._check_idle("editing")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    # ---- pointing parameters ----------------------------------------------------------------------------------------
+
+    def _point(self, unit: Unit, emission: Emission, open_units: Sequence[Unit]) -> None:
+        if self._pointed.get(unit.index, (None, 0))[0] == emission:
+            return
+        pinned = {self._pointed[u.index][1] for u in open_units if u is not unit and u.index in self._pointed}
+        views, address = self._views_under(unit, emission, self._emissions, pinned)
+        for param, view in zip(unit.params, views, strict=True):
+            if param.tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
+                param.tensor.requires_grad_(False)
+            param.tensor.data = view
+        self._pointed[unit.index] = emission, address
+
+    def _hide(self, unit: Unit) -> None:
+        for param in unit.params:
+            self._placeholders.place(param)
+        del self._pointed[unit.index]
+
+    def is_open(self, param: ParamInfo) -> bool:
+        """Whether `param` may be used now: the window of its unit is open."""
+        return self._unit_of[param.index].index in self._pointed
+
+    def has_compiled(self) -> bool:
+        """Whether a part of the model is compiled."""
+        return self._windows.has_compiled()
+
+    def place_placeholder(self, param: ParamInfo) -> None:
+        """Puts the placeholder of `param` back, after it was pointed elsewhere from outside."""
+        self._placeholders.place(param)
+
+    def close(self) -> None:
+        """Ends threads and transfers and deletes the working block file; the model cannot be run afterwards."""
+        if not self._closed:
+            self._lanes.close()
+            self._windows.remove()
+            super().close()
+
+
+def cuda_device(device: torch.device) -> torch.device:
+    """A CUDA device with its index."""
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

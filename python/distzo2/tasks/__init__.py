@@ -1,0 +1,1 @@
+"""Lines of data files become batches and losses."""

@@ -1,0 +1,172 @@
+"""Batches: which examples a step sees, and how they become tensors.
+
+The order is a function of (seed, epoch) alone, and the batch of any step is computed directly: a resumed run sees the
+same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from distzo2.errors import UsageError
+from distzo2.tasks.lines import Example
+from distzo2_core import permutation
+
+IGNORED = -100  # torch's label of a position that is not learned
+
+
+class DataOrder:
+    """An endless sequence of examples: one permutation of all of them an epoch, epoch after epoch."""
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
+        if num_examples < 1 or batch_size < 1:
+            raise UsageError(f"{num_examples} examples in batches of {batch_size}: at least 1 of each was expected")
+        self._num_examples, self._batch_size = num_examples, batch_size
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(num_examples, seed, epoch))
+
+    def batch(self, step: int) -> list[int]:
+        """The indices of the examples of step `step`. A batch may begin in one epoch and end in the next."""
+        first = step * self._batch_size
+        places = (divmod(p, self._num_examples) for p in range(first, first + self._batch_size))
+        return [int(self._permutation(epoch)[i]) for epoch, i in places]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as tensors, with what is scored in it.
+
+    A score is the log-likelihood of one token at one position; scores belong to spans (a choice, or a completion), and
+    spans to examples. Choices of one token share the row of their prompt, and a row that begins another is left out: so
+    there may be fewer rows than choices. It holds for causal models, whose logits depend on the past only.
+    """
+
+    input_ids: torch.Tensor  # int64 [rows, positions]
+    attention_mask: torch.Tensor  # int64 [rows, positions]; 1 on tokens
+    position_ids: torch.Tensor | None  # int64 [rows, positions], where padding is on the left
+    keep: torch.Tensor | None  # int64 [kept], ascending: the positions whose logits are read; None: all of them
+    rows: torch.Tensor  # int64 [scored]: distinct (row, kept position) pairs
+    columns: torch.Tensor  # int64 [scored]: indices into the kept positions
+    scored: torch.Tensor  # int64 [scores]: index of a score's (row, position) pair
+    tokens: torch.Tensor  # int64 [scores]: the token whose likelihood is asked
+    spans: torch.Tensor  # int64 [spans, longest]: scores of a span in order; `num_scores` where it is shorter
+    span_lengths: torch.Tensor  # int64 [spans]
+    choices: torch.Tensor | None  # int64 [examples, most choices]: spans of an example; `num_spans` where it has fewer
+    labels: torch.Tensor | None  # int64 [examples]: the right choice
+    num_tokens: int  # that the model reads, padding left out
+    num_examples: int
+
+    def lm_labels(self) -> torch.Tensor:
+        """int64 [rows, positions]: torch's labels, IGNORED on prompts and padding; for batches without choices."""
+        if self.choices is not None:
+            raise ValueError("a batch of choices has several labels at a position")
+        labels = torch.full_like(self.input_ids, IGNORED)
+        kept = self.columns if self.keep is None else self.keep[self.columns]
+        labels[self.rows[self.scored], kept[self.scored] + 1] = self.tokens
+        return labels
+
+
+def collate(
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    side: str = "right",
+    multiple: int = 1,
+    merge: bool = True,
+) -> Batch:
+    """Makes the tensors of a micro-batch.
+
+    Args:
+        examples: all with choices, or all without.
+        pad_id: token that fills rows up; any, since no scored position sees it.
+        device: where the tensors go.
+        side: where the padding is, "right" or "left".
+        multiple: rows are padded to the longest, rounded up to this multiple.
+        merge: choices share rows where they can; False gives each choice a row of its own.
+    """
+    sequences: list[np.ndarray] = []
+    scores: list[tuple[int, int, int]] = []  # (row, position whose logits are read, token)
+    spans: list[list[int]] = []
+    choices: list[list[int]] = []
+    for example in examples:
+        if not example.options:
+            (places,) = np.nonzero(example.targets)
+            spans.append(list(range(len(scores), len(scores) + len(places))))
+            scores += [(len(sequences), int(p) - 1, int(example.tokens[p])) for p in places]
+            sequences.append(example.tokens)
+            continue
+        rows = _option_rows(example, sequences, merge)
+        choices.append([])
+        for option, row in zip(example.options, rows, strict=True):
+            choices[-1].append(len(spans))
+            spans.append(list(range(len(scores), len(scores) + len(option))))
+            scores += [(row, len(example.tokens) - 1 + i, int(token)) for i, token in enumerate(option)]
+
+    width = -(-max(len(s) for s in sequences) // multiple) * multiple
+    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    starts = np.zeros(len(sequences), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        starts[row] = width - len(sequence) if side == "left" else 0
+        place = slice(starts[row], starts[row] + len(sequence))
+        input_ids[row, place] = sequence
+        mask[row, place] = 1
+
+    pairs = [(row, int(starts[row]) + position) for row, position, _ in scores]
+    distinct = sorted(set(pairs))
+    index = {pair: i for i, pair in enumerate(distinct)}
+    kept = sorted({position for _, position in distinct})
+    column = {position: i for i, position in enumerate(kept)}
+
+    def tensor(values: Sequence[int] | np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
+
+    return Batch(
+        input_ids=tensor(input_ids),
+        attention_mask=tensor(mask),
+        position_ids=tensor((mask.cumsum(1) - 1).clip(min=0)) if side == "left" else None,
+        keep=tensor(kept) if len(kept) < width else None,
+        rows=tensor([row for row, _ in distinct]),
+        columns=tensor([column[p] if len(kept) < width else p for _, p in distinct]),
+        scored=tensor([index[pair] for pair in pairs]),
+        tokens=tensor([token for _, _, token in scores]),
+        spans=tensor(_padded(spans, len(scores))),
+        span_lengths=tensor([len(span) for span in spans]),
+        choices=tensor(_padded(choices, len(spans))) if choices else None,
+        labels=tensor([e.label for e in examples]) if choices else None,
+        num_tokens=int(mask.sum()),
+        num_examples=len(examples),
+    )
+
+
+def _option_rows(example: Example, sequences: list[np.ndarray], merge: bool) -> list[int]:
+    """Appends the rows that an example's choices need to `sequences`; returns the row of each choice.
+
+    A choice's last token is only predicted, never read, so its row is the prompt and all tokens but the last.
+    """
+    wanted = [option[:-1] for option in example.options]
+    order = sorted(range(len(wanted)), key=lambda i: -len(wanted[i])) if merge else range(len(wanted))
+    rows = [0] * len(wanted)
+    made: list[tuple[int, np.ndarray]] = []
+    for i in order:
+        fits = (row for row, other in made if np.array_equal(other[: len(wanted[i])], wanted[i]))
+        row = next(fits, None) if merge else None
+        if row is None:
+            row = len(sequences)
+            sequences.append(np.concatenate([example.tokens, wanted[i]]))
+            made.append((row, wanted[i]))
+        rows[i] = row
+    return rows
+
+
+def _padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
+    """int64 [lists, longest]."""
+    result = np.full((len(lists), max(1, *(len(items) for items in lists)) if lists else 1), fill, dtype=np.int64)
+    for row, items in enumerate(lists):
+        result[row, : len(items)] = items
+    return result

@@ -1,0 +1,1 @@
+"""Units of weights: where they are stored, and what they have missed."""
