@@ -74,20 +74,20 @@ tsan: $(VENV)/.installed ## the C++ tests under the thread sanitizer
 stress: $(VENV)/.built ## long trainings through poisoned slots with random delays, against resident weights (minutes)
 	$(call CMAKE_NEW,core) && cmake --build build/core --target training_stress_test
 	DISTZO2_STRESS_STEPS=10000 build/core/tests/training_stress_test
-	$(BIN)/pytest tests/test_stress.py
+	$(BIN)/pytest tests/streaming/test_stress.py
 
 faults: $(VENV)/.built ## disks that fail, kills and power cuts at any instant, damaged files, limits on memory, failing threads and drivers (an hour)
 	$(call CMAKE_NEW,core) && cmake --build build/core
 	$(CTEST) build/core -R 'block_file|copy_engine|host_pool|io_ring'
-	$(BIN)/pytest tests/test_limits.py tests/test_store.py tests/test_safety.py
-	$(BIN)/pytest tests/test_fuzz.py -k every_damage
+	$(BIN)/pytest tests/faults/test_limits.py tests/weights/test_store.py tests/optim/test_safety.py
+	$(BIN)/pytest tests/faults/test_fuzz.py -k every_damage
 	DISTZO2_NUM_KILLS=200 DISTZO2_NUM_DAMAGES=2500 DISTZO2_ALL_FAULTS=1 $(BIN)/pytest --timeout=0 -s \
-		tests/test_kills.py tests/test_snapshots.py tests/test_disk_faults.py tests/test_power_cut.py
+		tests/faults/test_kills.py tests/record/test_snapshots.py tests/faults/test_disk_faults.py tests/faults/test_power_cut.py
 
 FUZZ_SECONDS ?= 160
 
 fuzz: $(VENV)/.built ## fuzz the readers of journals and checkpoints, nine targets of FUZZ_SECONDS each (24 minutes, 10 of them the journal)
-	DISTZO2_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -s -v tests/test_fuzz.py
+	DISTZO2_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/pytest -s -v tests/faults/test_fuzz.py
 
 mutations: $(VENV)/.installed ## leave out each ordering of copy engine and block file in turn: a test must notice
 	$(call CMAKE_NEW,mutations) -DDISTZO2_MUTATIONS=ON -DDISTZO2_CUDA=0 && \

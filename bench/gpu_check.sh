@@ -83,8 +83,8 @@ export python
 stage build 200 bash -c build || { echo "error: nothing else can run without the build"; exit 1; }
 stage cpp-tests 100 ctest --output-on-failure --no-tests=error --label-exclude libcuda --test-dir build/core
 stage cpp-driver 60 bash -c driver_tests
-checked=(tests/test_kernels.py::test_cuda_noise tests/test_kernels.py::test_cuda_{in_place,materialize}"["{0..11}"]"
-    tests/test_embedding.py::test_cuda)
+checked=(tests/core/test_kernels.py::test_cuda_noise tests/core/test_kernels.py::test_cuda_{in_place,materialize}"["{0..11}"]"
+    tests/core/test_embedding.py::test_cuda)
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         stage "$tool" 90 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 --print-limit 20 \

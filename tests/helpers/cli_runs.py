@@ -29,7 +29,7 @@ def finetune(files: SimpleNamespace, *options: str) -> int:
 
 
 def environment() -> dict[str, str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

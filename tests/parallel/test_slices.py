@@ -1,5 +1,4 @@
 """Blocks in slices, one a rank, gathered by turns: the same bits, the right bytes, and nobody waits for ever."""
-# ruff: noqa: F811 (fixtures of test_parallel)
 
 from __future__ import annotations
 
@@ -14,11 +13,13 @@ import parallel_cases as cases
 import pytest
 import slice_cases
 import torch
+from mesh_runs import MESHES, assert_same_run
 from parallel_ranks import Died, Ranks
-from test_parallel import MESHES, alone, assert_same_run, one_thread, ranks  # noqa: F401 (fixtures)
 
 from distzo2.parallel.node import shares_of
 from distzo2.parallel.sliced_store import cut
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- where slices are cut --------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
 from plain import plain_loop
-from test_equivalence import assert_same, same_bits
+from same_bits import assert_same, same_bits
 
 import distzo2
 from distzo2.optim.clipping import WARM_UP, CoefficientClip, DivergenceError

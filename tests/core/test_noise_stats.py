@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import noise_stats
+import noise_sums
 import pytest
 import torch
 
 import distzo2_core
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import noise_stats
-import noise_sums
 
 pytestmark = pytest.mark.skipif(not distzo2_core.build_info()["native"], reason="the reference would take minutes")
 Make = Callable[[str, int, noise_sums.Place], torch.Tensor]

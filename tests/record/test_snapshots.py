@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_equivalence import same_bits
+from same_bits import same_bits
 from torch import nn
 
 import distzo2

@@ -1,5 +1,4 @@
 """Slices where ranks differ, fail, leave or want different things: an error on all of them, or the right bits."""
-# ruff: noqa: F811 (fixtures of test_parallel)
 
 from __future__ import annotations
 
@@ -13,11 +12,12 @@ import pytest
 import slice_trouble as trouble
 import torch
 from parallel_ranks import Ranks
-from test_parallel import alone, one_thread, ranks  # noqa: F401 (fixtures)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distzo2.parallel.sliced_store import SlicedStore
 from distzo2.weights.units import Unit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- replacing weights ------------------------------------------------------------------------------------------
 

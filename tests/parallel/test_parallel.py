@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,53 +15,12 @@ import numpy as np
 import parallel_cases as cases
 import pytest
 import torch
+from mesh_runs import MESHES, assert_same_run
 from parallel_ranks import Died, Ranks
 
 from distzo2.record.journal import read_journal
 
-MESHES = {
-    "pert=2": ((2, 1), {}),
-    "data=2": ((1, 2), {}),
-    "data=2 of 3 micro-batches": ((1, 2), {"micro_batches": 3}),
-    "pert=2,data=2": ((2, 2), {}),
-    "pert=4 with two probes": ((4, 1), {"num_probes": 2}),
-    "pert=2 with two probes": ((2, 1), {"num_probes": 2}),
-    "data=4": ((1, 4), {"micro_batches": 5}),
-    "pert=2 of fzoo": ((2, 1), {"num_probes": 4, "estimator": "fzoo", "noise": "rademacher", "lr": 1e-4}),
-}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run of one rank with the same lanes; its bits do not depend on where the weights live."""
-
-    @functools.cache
-    def run(**options: Any) -> Any:
-        return cases.train(0, 1, None, tmp_path_factory.mktemp("alone"), weights="device", **options)
-
-    return run
-
-
-def assert_same_run(result: Any, expected: Any) -> None:
-    assert result[0] == expected[0]
-    assert result[1].keys() == expected[1].keys()
-    for name, value in expected[1].items():
-        assert np.array_equal(result[1][name], value), name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from cli_runs import finetune, make_files, one_line
 from journal_cases import make_entry, make_test_header, write_journal
+from replay_cases import make_llama
 from test_journal_chain import forge, renumbered, write_chained
-from test_replay import make_llama
 
 import distzo2
 from distzo2.cli.main import main

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hostile_files import STREAMS, TENSOR, archive_of, refused
 from journal_cases import make_test_header
+from replay_cases import make_llama, make_table, make_updates, write_run
 from safetensors.torch import load_file, save_file
-from test_replay import make_llama, make_table, make_updates, write_run
 
 import distzo2
 from distzo2.checkpoint.checkpoint_files import CheckpointFiles
@@ -24,7 +24,7 @@ from distzo2.checkpoint.torch_archive import TorchArchive
 from distzo2.checkpoint.weight_files import CheckpointError
 from distzo2.record.journal import JournalError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # No code

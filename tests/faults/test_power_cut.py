@@ -10,15 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fault_forms import ALL, arguments
 from power_cut import Disk, read_record
+from same_run import assert_same_run
 from shimmed_runs import ShimmedRuns
-from test_disk_faults import ALL, arguments, files, runs, undisturbed  # noqa: F401  (fixtures)
-from test_kills import assert_same_run
 
 RARELY_SYNCED = ["--snapshot-every=0", "--eval-every=0", "--save=last"]  # nothing but the journal needs an fsync
 
 
-def go_on(runs: ShimmedRuns, directory: Path, command: list[str]) -> str:  # noqa: F811
+def go_on(runs: ShimmedRuns, directory: Path, command: list[str]) -> str:
     """What the run says that goes on with what a cut has left, to its end."""
     where = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
     if (directory / "out/run.json").exists():
@@ -29,7 +29,7 @@ def go_on(runs: ShimmedRuns, directory: Path, command: list[str]) -> str:  # noq
 
 
 @pytest.mark.parametrize("keeps", ["what was synced", "some of the rest"])
-def test_a_power_cut_loses_nothing(files, runs, undisturbed, tmp_path, keeps):  # noqa: F811
+def test_a_power_cut_loses_nothing(files, runs, undisturbed, tmp_path, keeps):
     whole, record = tmp_path / "whole", tmp_path / "record"
     whole.mkdir()
     answer = runs.run(whole, arguments(files), record=record)
@@ -55,7 +55,7 @@ def test_a_power_cut_loses_nothing(files, runs, undisturbed, tmp_path, keeps):  
 
 
 @pytest.fixture(scope="module")
-def rarely_synced(files, runs, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
+def rarely_synced(files, runs, tmp_path_factory) -> SimpleNamespace:
     """A run that nothing happens to; it has four probes, so that its journal has more than a page."""
     path = tmp_path_factory.mktemp("rarely")
     command = arguments(files, *RARELY_SYNCED, "--probes=4")
@@ -65,7 +65,7 @@ def rarely_synced(files, runs, tmp_path_factory) -> SimpleNamespace:  # noqa: F8
 
 
 @pytest.mark.parametrize("options", [["--fsync-every=64"], ["--fsync-every=5", "--journal-chain"]])
-def test_a_power_cut_with_lines_that_are_not_synced(files, runs, rarely_synced, tmp_path, options):  # noqa: F811
+def test_a_power_cut_with_lines_that_are_not_synced(files, runs, rarely_synced, tmp_path, options):
     whole, record = tmp_path / "whole", tmp_path / "record"
     whole.mkdir()
     command = [*rarely_synced.command, *options]
@@ -94,7 +94,7 @@ def test_a_power_cut_with_lines_that_are_not_synced(files, runs, rarely_synced, 
     assert outcomes["with holes"] and outcomes["torn"] >= outcomes["with holes"]
 
 
-def test_the_player_ends_with_what_is_there(files, runs, tmp_path):  # noqa: F811
+def test_the_player_ends_with_what_is_there(files, runs, tmp_path):
     """With everything synced at the end, the disk holds what the run left."""
     record = tmp_path / "record"
     assert runs.run(tmp_path, arguments(files), record=record).status == 0

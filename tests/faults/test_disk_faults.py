@@ -8,62 +8,15 @@ By default every so many calls are tried, another set for each error; DISTZO2_AL
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
-from shimmed_runs import ShimmedRuns, build_shim
-from test_kills import assert_same_run
-from tiny_text import choice_lines, make_checkpoint, write_jsonl
+from fault_forms import ALL, arguments
+from same_run import assert_same_run
 
-from distzo2.record.snapshot import HIDDEN, snapshots_in
-
-ALL = bool(os.environ.get("DISTZO2_ALL_FAULTS"))
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("faults")
-    return SimpleNamespace(
-        model=make_checkpoint(root / "model", layers=2),
-        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
-        eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
-    )
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShimmedRuns]:
-    try:
-        shim = build_shim(tmp_path_factory.mktemp("shim"))
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no C++ compiler that makes a shared library: {error}")
-    runs = ShimmedRuns(shim)
-    yield runs
-    runs.close()
-
-
-def arguments(files: SimpleNamespace, *more: str) -> list[str]:
-    return [
-        "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", "--out=out",
-        "--steps=12", "--batch-size=2", "--lr=3e-4", "--seed=1", "--quiet", "--threads=1",
-        "--eval-every=6", "--score=loss", "--snapshot-every=3", "--snapshot-pace=1", "--save=best", "--no-check", *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(files, runs, tmp_path_factory) -> SimpleNamespace:
-    path = tmp_path_factory.mktemp("undisturbed")
-    answer = runs.run(path, arguments(files))
-    assert answer.status == 0, answer.text
-    assert json.loads((path / "out/run.json").read_text())["best_step"] == 6  # so that saving it is replaying six
-    assert answer.num_calls > 50 and snapshots_in(path / "out/snapshots")
-    return SimpleNamespace(path=path / "out", num_calls=answer.num_calls)
-
+from distzo2.record.snapshot import HIDDEN
 
 KINDS = {  # of runs: where the weights are, and the options that differ
     "host": ["--weights=host"],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from distzo2.record.journal import Journal, StepEntry, make_header, table_row
 from distzo2_core.types import GroupScalars, Term, Update
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 json_values = st.recursive(

@@ -13,8 +13,8 @@ import torch
 import transformers
 from hostile_files import archive_of, refused
 from journal_cases import make_entry, make_test_header
+from replay_cases import make_llama, make_table, named_weights
 from safetensors.torch import load_file, save_file
-from test_replay import make_llama, make_table, named_weights
 
 import distzo2
 from distzo2.checkpoint.checkpoint_config import check_config_file

@@ -7,20 +7,13 @@ import functools
 import pytest
 import torch
 from plain import plain_loop
+from same_bits import assert_same, same_bits
 from zoo import ALL, BY_NAME, LANGUAGE, Case
 
 import distzo2
 
 MODES = ["device", "host", "disk"]
 STEPS = 4
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    )
 
 
 def train(case: Case, weights: str, directory, *, dtype=torch.float32, micro_batches=1, steps=STEPS, **options):
@@ -60,15 +53,6 @@ def plain(case: Case, *, dtype=torch.float32, micro_batches=1, steps=STEPS, **op
         model.config.use_cache = False
     losses = plain_loop(model, closures, lr=lambda step: 1e-2, eps=1e-3, seed=11, **options)
     return losses, model.state_dict()
-
-
-def assert_same(streamed, expected) -> None:
-    losses, state = streamed
-    expected_losses, expected_state = expected
-    assert losses == expected_losses
-    assert state.keys() == expected_state.keys()
-    for name, value in expected_state.items():
-        assert same_bits(state[name], value), name
 
 
 @pytest.mark.parametrize("weights", MODES)

@@ -20,10 +20,9 @@ import kill_cases
 import pytest
 import torch
 from cli_runs import make_files, weights
+from same_run import assert_same_run
 
-from distzo2.record.journal import read_journal
 from distzo2.record.snapshot import HIDDEN, snapshots_in
-from distzo2.run.metrics import read_metrics
 
 NUM_KILLS = int(os.environ.get("DISTZO2_NUM_KILLS", "10"))
 STEPS = 36
@@ -56,26 +55,6 @@ def undisturbed(files, tmp_path_factory) -> dict[str, SimpleNamespace]:
         assert 0 < best < STEPS  # so that saving it is replaying some of the steps
         runs[save] = SimpleNamespace(path=path / "out", seconds=ended.seconds)
     return runs
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    ours, theirs = (read_journal(path / "journal.jsonl") for path in (run, expected))
-    assert [(e.update, e.losses) for e in ours.entries] == [(e.update, e.losses) for e in theirs.entries]
-    lines = [
-        [(m["kind"], m["step"], m["loss"], m.get("accuracy")) for m in read_metrics(path / "metrics.jsonl")]
-        for path in (run, expected)
-    ]
-    assert lines[0] == lines[1]
-    records = [json.loads((path / "run.json").read_text()) for path in (run, expected)]
-    for key in ("status", "steps_done", "best_step", "best", "checkpoint_step"):
-        assert records[0][key] == records[1][key], key
-    a, b = weights(run / "checkpoint"), weights(expected / "checkpoint")
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
-    names = [{p.name for p in path.iterdir()} - {"snapshots", "trace.json"} for path in (run, expected)]
-    assert names[0] == names[1]
-    assert not [p for p in (run / "checkpoint").iterdir() if p.name.startswith(".")]
 
 
 def phase_of(run: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
 from plain import plain_loop
-from test_equivalence import assert_same
+from same_bits import assert_same
 from torch import nn
 
 import distzo2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
-from test_equivalence import same_bits
+from same_bits import same_bits
 from torch import nn
 from zoo import BY_NAME, CONV
 

@@ -99,7 +99,7 @@ def test_the_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
 
 
 def test_the_whole_demo_in_small(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     options = Namespace(out=str(tmp_path / "out"), cache=str(cache), device="cpu", seed=0, quiet=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_equivalence import same_bits
+from same_bits import same_bits
 from zoo import BY_NAME
 
 import distzo2
