@@ -1,9 +1,17 @@
-"""What all tests share: no network, no random order, and a skip of CUDA tests where there is no GPU."""
+"""What all tests share: no network, no random order, this checkout in child processes, no CUDA tests without a GPU."""
 
 import os
+from pathlib import Path
 
 # Before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For the processes that tests start; what pytest itself imports from is in pyproject.toml.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [
+        *(str(Path(__file__).parents[1] / name) for name in ("", "python", "tests/helpers")),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+)
 
 import hypothesis
 import pytest

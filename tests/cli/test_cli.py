@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_runs import STEPS, environment, finetune, make_files, one_line, weights
+from cli_runs import STEPS, finetune, make_files, one_line, weights
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
@@ -120,7 +120,6 @@ def start(files: SimpleNamespace, out: str, *options: str) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may be told to ignore it
     )
 

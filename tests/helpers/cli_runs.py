@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,12 +25,6 @@ def make_files(root: Path) -> SimpleNamespace:
 
 def finetune(files: SimpleNamespace, *options: str) -> int:
     return main(["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", *STEPS, *options])
-
-
-def environment() -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import environment
 from safetensors.torch import load_file
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 from two_hosts import Host, NoNamespaces, TwoHosts
@@ -68,7 +67,7 @@ class Launch:
             home = self.directories[host] = directory / host.name
             (home / "tmp").mkdir(parents=True, exist_ok=True)
             self._logs[host] = directory / f"{name} on {host.name}.log"
-            variables = {**environment(), "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
             variables.pop("GLOO_SOCKET_IFNAME", None)
             with open(self._logs[host], "wb") as log:
                 self.agents[host] = subprocess.Popen(
