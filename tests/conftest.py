@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A tiny checkpoint and data for runs of the command line; a test that changes them copies them first."""
+    from cli_runs import make_files
+
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def in_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test works in its `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

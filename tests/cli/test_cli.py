@@ -11,30 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from cli_runs import STEPS, finetune, make_files, one_line, weights
+from cli_runs import STEPS, assert_same_bits, finetune, one_line
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
 from distzo2.run.metrics import read_metrics
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_files(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def assert_same_bits(first: str | Path, second: str | Path) -> None:
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
+pytestmark = pytest.mark.usefixtures("in_own_directory")
 
 
 def test_a_run_and_what_comes_of_it(files: SimpleNamespace, capsys) -> None:

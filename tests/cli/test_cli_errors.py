@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import finetune, make_files, one_line, weights
+from cli_runs import finetune, one_line, weights
 from safetensors.torch import load_file, save_file
 from tiny_text import choice_lines, write_jsonl
 
@@ -27,15 +27,7 @@ from distzo2.run import preflight
 from distzo2.run.directory import RunDirectory
 from distzo2.run.metrics import read_metrics
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_files(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_directory")
 
 
 def _truncated(model: Path) -> None:

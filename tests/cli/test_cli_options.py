@@ -14,10 +14,7 @@ from distzo2.cli.main import build_parser, main
 from distzo2.errors import UsageError
 from distzo2.run.finetune_options import parse_finetune
 
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_directory")
 
 
 def parse(*arguments: str):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_bits import assert_same_tensors
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
 from distzo2.cli.main import main
@@ -15,9 +16,9 @@ from distzo2.cli.main import main
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
 
 
-def make_files(root: Path) -> SimpleNamespace:
+def make_files(root: Path, *, layers: int = 5) -> SimpleNamespace:
     return SimpleNamespace(
-        model=make_checkpoint(root / "model", layers=5),
+        model=make_checkpoint(root / "model", layers=layers),
         train=write_jsonl(root / "train.jsonl", choice_lines(20)),
         eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
     )
@@ -35,3 +36,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def weights(directory: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(directory) / "model.safetensors")
+
+
+def assert_same_bits(first: str | Path, second: str | Path) -> None:
+    """Of two checkpoints' directories."""
+    assert_same_tensors(weights(first), weights(second))
