@@ -37,15 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A tiny checkpoint and data for runs of the command line; a test that changes them copies them first."""
+    """A checkpoint and data that no test changes."""
     from cli_runs import make_files
 
     return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture
-def in_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test works in its `tmp_path`."""
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test in an empty directory."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -11,14 +11,30 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cli_runs import STEPS, assert_same_bits, finetune, one_line
+import torch
+from cli_runs import STEPS, environment, finetune, make_files, one_line, weights
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
 from distzo2.run.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("in_own_directory")
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_files(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def assert_same_bits(first: str | Path, second: str | Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
 
 
 def test_a_run_and_what_comes_of_it(files: SimpleNamespace, capsys) -> None:
@@ -104,6 +120,7 @@ def start(files: SimpleNamespace, out: str, *options: str) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may be told to ignore it
     )
 

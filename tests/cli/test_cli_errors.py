@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import finetune, one_line, weights
+from cli_runs import environment, finetune, make_files, one_line, weights
 from safetensors.torch import load_file, save_file
 from tiny_text import choice_lines, write_jsonl
 
@@ -27,7 +27,15 @@ from distzo2.run import preflight
 from distzo2.run.directory import RunDirectory
 from distzo2.run.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("in_own_directory")
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_files(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def _truncated(model: Path) -> None:
@@ -359,17 +367,17 @@ def test_a_loss_that_is_not_finite(files: SimpleNamespace, tmp_path: Path, capsy
 def test_streams_that_are_not_as_usual(files: SimpleNamespace) -> None:
     """Standard input closed or no text, and an output whose encoding lacks most characters."""
     command = [sys.executable, "-m", "distzo2", "generate", f"--model={files.model}", "--max-new-tokens=5"]
-    latin = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    latin = {**environment(), "PYTHONIOENCODING": "ascii"}
 
     def generate(*options: str, **more: Any) -> subprocess.CompletedProcess:
         return subprocess.run([*command, *options], capture_output=True, check=False, **more)
 
-    closed = generate(stdin=None, preexec_fn=lambda: os.close(0))
+    closed = generate(env=environment(), stdin=None, preexec_fn=lambda: os.close(0))
     assert closed.returncode == 2 and b"standard input is closed" in closed.stderr
-    no_text = generate(env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, input=b"cat \xff")
+    no_text = generate(env={**environment(), "PYTHONIOENCODING": "utf-8:strict"}, input=b"cat \xff")
     assert no_text.returncode == 1
     assert no_text.stderr == b"distzo2: error: standard input: not utf-8: invalid start byte at byte 4\n"
-    usual, escaped = generate("--prompt=the cat"), generate("--prompt=the cat", env=latin)
+    usual, escaped = generate("--prompt=the cat", env=environment()), generate("--prompt=the cat", env=latin)
     assert (usual.returncode, escaped.returncode) == (0, 0)
     assert not usual.stdout.isascii()
     assert escaped.stdout == usual.stdout.decode().encode("ascii", "backslashreplace")

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runs import one_line
+from cli_runs import environment, one_line
 
 from distzo2.cli.main import build_parser, main
 from distzo2.errors import UsageError
 from distzo2.run.finetune_options import parse_finetune
 
-pytestmark = pytest.mark.usefixtures("in_own_directory")
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def parse(*arguments: str):
@@ -82,4 +85,4 @@ try:
 finally:
     assert not {"torch", "transformers", "numpy"} & set(sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True).returncode == 0

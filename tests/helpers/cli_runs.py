@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,10 @@ def make_files(root: Path, *, layers: int = 5) -> SimpleNamespace:
 
 def finetune(files: SimpleNamespace, *options: str) -> int:
     return main(["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", *STEPS, *options])
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

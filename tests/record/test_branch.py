@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_runs import assert_same_bits, finetune, make_files, one_line
+from cli_runs import finetune, make_files, one_line, weights
 
 import distzo2
 from distzo2.cli.main import main
@@ -22,7 +22,21 @@ from distzo2.record.lineage import first_like_step, first_own_step
 from distzo2.run.directory import RunDirectory
 from distzo2.run.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("in_own_directory")
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_files(tmp_path_factory.mktemp("branch"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def assert_same_bits(first: str, second: str) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)) for name in a)
 
 
 def updates(run: str) -> list:

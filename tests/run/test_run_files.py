@@ -9,9 +9,10 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from cli_runs import finetune, one_line
+from cli_runs import finetune, make_files, one_line
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
@@ -24,7 +25,14 @@ from distzo2.run.metrics import MAX_LINE_BYTES, read_metrics
 RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
 
 
-pytestmark = pytest.mark.usefixtures("in_own_directory")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def record() -> dict:
