@@ -15,12 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from cli_runs import run_alone
 from same_run import assert_same_steps
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 from two_hosts import Host, NoNamespaces, TwoHosts
 
-from distzo2.cli.main import main
 from distzo2.parallel.rendezvous import interface_of
 
 ENDLESS = 10**6  # steps
@@ -110,19 +109,6 @@ def num_ranks(host: Host) -> int:
     return sum("-m distzo2 finetune" in line and "distributed.run" not in line and line[0] != "Z" for line in lines)
 
 
-def alone(files: SimpleNamespace, directory: Path, steps: int) -> Path:
-    """The run of one rank on one host."""
-    before, threads = os.getcwd(), torch.get_num_threads()
-    directory.mkdir()
-    os.chdir(directory)
-    try:
-        assert main(arguments(files, steps)) == 0
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
-    return directory / "out"
-
-
 def test_the_interface_of_an_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.201") is None
@@ -164,5 +150,5 @@ def test_a_cut_link_ends_both_hosts_and_the_run_goes_on(files, hosts, tmp_path, 
         again.wait("the end of the run", lambda: None not in again.ended())
         assert again.ended() == [0, 0], again.logs()
         assert f"at step {steps - 4} of {steps}" in again.log(hosts.far)
-        assert_same_steps(again.directories[hosts.far] / "out", alone(files, tmp_path / "alone", steps))
+        assert_same_steps(again.directories[hosts.far] / "out", run_alone(tmp_path / "alone", arguments(files, steps)))
         assert not list((again.directories[hosts.near] / "out").iterdir())
