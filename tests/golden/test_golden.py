@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import parallel_cli_cases
 import pytest
 import torch
 from forward_bits import forward_bits
-from parallel_ranks import Ranks
 from safetensors.torch import load_file
 
 from distzo2.cli.main import main
@@ -93,13 +94,10 @@ def test_resumed_it_ends_as_its_twin(name: str, tmp_path: Path) -> None:
     if golden["num_ranks"] == 1:
         assert main(resume) == 0
     else:
-        ranks = Ranks(golden["num_ranks"])
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={golden['num_ranks']}"]
         mesh = ["--parallel=pert=2,data=1", "--slice=on"]  # not taken from run.json: a run may change its ranks
-        try:
-            ends = ranks.values(parallel_cli_cases.command, golden["num_ranks"], tmp_path, [*resume, *mesh])
-        finally:
-            ranks.close()
-        assert [end["status"] for end in ends] == [0, 0], ends
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *torchrun, "-m", "distzo2", *resume, *mesh], env=environment, check=True)
 
     steps, tensors = steps_of(run / "journal.jsonl"), tensors_of(run / "checkpoint")
     assert steps[: len(done)] == done

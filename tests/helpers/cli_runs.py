@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,18 +41,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def weights(directory: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(directory) / "model.safetensors")
-
-
-def run_alone(directory: Path, arguments: list[str]) -> Path:
-    """Makes a run in a new directory, in this process, whose directory and threads stay as they were; returns its OUT."""
-    threads = torch.get_num_threads()
-    directory.mkdir()
-    try:
-        with chdir(directory):
-            assert main(arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
-    return directory / "out"
 
 
 def assert_same_bits(first: str | Path, second: str | Path) -> None:

@@ -15,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli_runs import run_alone
-from same_run import assert_same_steps
+import torch
+from cli_runs import environment
+from safetensors.torch import load_file
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 from two_hosts import Host, NoNamespaces, TwoHosts
 
+from distzo2.cli.main import main
 from distzo2.parallel.rendezvous import interface_of
+from distzo2.record.journal import read_journal
 
 ENDLESS = 10**6  # steps
 LIMIT = 12  # seconds without a heartbeat
@@ -65,7 +68,7 @@ class Launch:
             home = self.directories[host] = directory / host.name
             (home / "tmp").mkdir(parents=True, exist_ok=True)
             self._logs[host] = directory / f"{name} on {host.name}.log"
-            variables = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
+            variables = {**environment(), "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
             variables.pop("GLOO_SOCKET_IFNAME", None)
             with open(self._logs[host], "wb") as log:
                 self.agents[host] = subprocess.Popen(
@@ -109,6 +112,28 @@ def num_ranks(host: Host) -> int:
     return sum("-m distzo2 finetune" in line and "distributed.run" not in line and line[0] != "Z" for line in lines)
 
 
+def alone(files: SimpleNamespace, directory: Path, steps: int) -> Path:
+    """The run of one rank on one host."""
+    before, threads = os.getcwd(), torch.get_num_threads()
+    directory.mkdir()
+    os.chdir(directory)
+    try:
+        assert main(arguments(files, steps)) == 0
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+    return directory / "out"
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (run, expected))
+    assert [(e.update, e.losses) for e in ours] == [(e.update, e.losses) for e in theirs]
+    weights = [load_file(path / "checkpoint/model.safetensors") for path in (run, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)), name
+
+
 def test_the_interface_of_an_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.201") is None
@@ -150,5 +175,5 @@ def test_a_cut_link_ends_both_hosts_and_the_run_goes_on(files, hosts, tmp_path, 
         again.wait("the end of the run", lambda: None not in again.ended())
         assert again.ended() == [0, 0], again.logs()
         assert f"at step {steps - 4} of {steps}" in again.log(hosts.far)
-        assert_same_steps(again.directories[hosts.far] / "out", run_alone(tmp_path / "alone", arguments(files, steps)))
+        assert_same_run(again.directories[hosts.far] / "out", alone(files, tmp_path / "alone", steps))
         assert not list((again.directories[hosts.near] / "out").iterdir())
