@@ -17,9 +17,9 @@ from distzo2.cli.main import main
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
 
 
-def make_files(root: Path, *, layers: int = 5) -> SimpleNamespace:
+def make_files(root: Path) -> SimpleNamespace:
     return SimpleNamespace(
-        model=make_checkpoint(root / "model", layers=layers),
+        model=make_checkpoint(root / "model", layers=5),
         train=write_jsonl(root / "train.jsonl", choice_lines(20)),
         eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -97,7 +98,10 @@ def test_the_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
     assert (out / "mine").exists() and not (out / MARKER).exists()
 
 
-def test_the_whole_demo_in_small(tmp_path: Path, cache: Path) -> None:
+def test_the_whole_demo_in_small(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     options = Namespace(out=str(tmp_path / "out"), cache=str(cache), device="cpu", seed=0, quiet=True)
     said: list[str] = []
     for _ in range(2):  # the second replaces the first
