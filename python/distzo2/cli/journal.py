@@ -71,8 +71,8 @@ def add_journal(parser: Parser) -> None:
         "--parent", metavar="FILE",
         help="journal, or run, that the run was branched from (default: the one of that name beside it)",
     )  # fmt: skip
-    sub.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
-    sub.add_argument("--chain", help=argparse.SUPPRESS)
+    sub.add_argument("--run", dest="left_run", action="store_true", help=argparse.SUPPRESS)
+    sub.add_argument("--chain", dest="left_chain", help=argparse.SUPPRESS)
 
     sub = command(
         "diff", "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
@@ -181,7 +181,7 @@ def _verify(options: argparse.Namespace) -> int:
     from distzo2.record.journal import JournalError, read_journal
 
     for name, instead in LEFT.items():
-        if getattr(options, name):
+        if getattr(options, f"left_{name}"):
             raise UsageError(f"journal verify --{name} left: {instead}")
     path, findings, checked = journal_path(options.file), [], ["every line"]
     num_steps = 0
