@@ -115,7 +115,7 @@ def test_a_line_without_an_end_is_not_read_to_its_end(tmp_path: Path) -> None:
             file.truncate(1 << 30)  # a hole: one line of zeros, a gibibyte long
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
-        assert refused(read_untorn, JournalError) < 3 * limit + (1 << 20)
+        assert refused(read_untorn, JournalError) < 6 * limit + (1 << 20)  # several lines at once
 
 
 def test_a_header_must_be_in_proportion_to_the_base(tmp_path: Path) -> None:
