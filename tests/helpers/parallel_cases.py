@@ -152,12 +152,13 @@ def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) ->
     model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
     if rank == 1 and what == "frozen":
         model.head.requires_grad_(False)
-    distzo2.offload(model, weights="disk", directory=directory / f"rank{rank}")
+    weights = "host" if what == "journal options" else "disk"
+    distzo2.offload(model, weights=weights, directory=directory / f"rank{rank}")
     options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
     if what in ("journal options", "snapshots"):
         options["journal"] = directory / "journal.jsonl"
     if rank == 1 and what == "journal options":
-        options["journal_chain"] = True
+        options["fsync_every"] = 2
     if rank == 1 and what == "snapshots":
         options["snapshots"] = distzo2.Snapshots(directory / "snapshots")
     optimizer(model, **options)
