@@ -402,7 +402,7 @@ A tuple for each transfer: (kind, block, slot, bytes, start_ns, end_ns), kind be
         .def("close", &CopyEngine::close, Unlocked(),
              R"(Ends what is under way, and stores what was released dirty as far as set_durable() allows.
 
-Every later call but close(), fail() and set_durable() raises RuntimeError.)");
+Later calls that move blocks raise RuntimeError.)");
 }
 
 } // namespace

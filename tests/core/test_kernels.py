@@ -11,23 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
+    BACKENDS,
     DTYPES,
     Visit,
     assert_same_bits,
     check_in_place,
     check_noise,
+    check_splits,
     check_visit,
+    needs_native,
     random_visit,
     random_weights,
 )
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, reference
-from distzo2_core.types import DTYPE_CODES, MAX_ELEMENTS
-
-NATIVE = distzo2_core.build_info()["native"]
-needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+from distzo2_core.types import DTYPE_CODES
 
 # The contract of each op, in plain float32 terms. One term at a time, so that NumPy's float64 shows what is meant.
 
@@ -187,26 +186,6 @@ def test_native_splits(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
     slices = [visit(begin, end) for begin, end in itertools.pairwise(edges)]
     for index, whole in enumerate(visit(0, 2000)):
         assert_same_bits(torch.cat([part[index] for part in slices]), whole)
-
-
-def check_splits(rng: np.random.Generator, dtype: torch.dtype, edges: list[int]) -> None:
-    """Noise and in-place ops on the slices between `edges`, in place in one tensor, against the whole at once."""
-    numel = edges[-1]
-    weights = random_weights(rng, numel, dtype)
-    offset = int(rng.choice([0, 3, 2**34 - 1000, 2**35 - 999, MAX_ELEMENTS - numel, rng.integers(0, 2**37)]))
-    place = {"seed": int(rng.integers(0, 2**64, dtype=np.uint64)), "step": 4, "param": 2**32 - 1, "probe": 2**20 - 1}
-    place["backend"] = "native"
-    for function in (distzo2_core.normal, distzo2_core.rademacher):
-        whole = function(numel, **place, offset=offset, dtype=dtype)
-        parts = [function(b - a, **place, offset=offset + a, dtype=dtype) for a, b in itertools.pairwise(edges)]
-        assert_same_bits(torch.cat(parts), whole, (function.__name__, offset, edges))
-    ops = [(distzo2_core.perturb_, (0.5,)), (distzo2_core.restore_, (1e-3,)), (distzo2_core.update_, (1e-2, 0.7))]
-    for (function, scalars), family in itertools.product(ops, ("normal", "rademacher")):
-        whole, parts = weights.clone(), weights.clone()
-        function(whole, *scalars, **place, offset=offset, family=family)
-        for a, b in itertools.pairwise(edges):
-            function(parts[a:b], *scalars, **place, offset=offset + a, family=family)
-        assert_same_bits(parts, whole, (function.__name__, family, offset, edges))
 
 
 @needs_native

@@ -11,15 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import Visit, assert_same_bits
+from kernel_cases import BACKENDS, Visit, assert_same_bits, needs_native
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, reference
 from distzo2_core.types import CODE_DTYPES, DTYPE_CODES
-
-NATIVE = distzo2_core.build_info()["native"]
-needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 BF16, FP16 = DTYPE_CODES[torch.bfloat16], DTYPE_CODES[torch.float16]
 LARGEST = {BF16: Fraction(2) ** 128 - Fraction(2) ** 120, FP16: Fraction(65504)}
