@@ -313,9 +313,10 @@ template <class Source, class Make>
 auto engine_init(Make make) {
     return py::init([make](const std::string& device, const Source& source,
                            const std::vector<uintptr_t>& slot_addresses, size_t slot_bytes,
-                           const std::shared_ptr<HostPool>& staging) {
+                           const std::optional<std::shared_ptr<HostPool>>& staging) {
         const py::gil_scoped_release unlocked;
-        return remember(make(make_device(device), source, to_pointers(slot_addresses), slot_bytes, staging));
+        return remember(
+            make(make_device(device), source, to_pointers(slot_addresses), slot_bytes, staging.value_or(nullptr)));
     });
 }
 
@@ -346,9 +347,9 @@ Raises:
     ValueError: too few slots, slots that are too small or misaligned, an unknown device.
     RuntimeError: the device is missing, or a thread, stream or event cannot be made.)")
         .def(engine_init<std::shared_ptr<HostPool>>(over_pool), py::arg("device"), py::arg("source").none(false),
-             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = std::shared_ptr<HostPool>())
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none())
         .def(engine_init<PyBlockFile>(over_file), py::arg("device"), py::arg("source").none(false),
-             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = std::shared_ptr<HostPool>())
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none())
         .def("prefetch", &CopyEngine::prefetch, py::arg("block"), Unlocked(),
              R"(Starts an upload of the block, unless it is present or on its way.
 

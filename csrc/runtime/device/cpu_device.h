@@ -1,5 +1,5 @@
-// The CPU as a device: each stream is a thread that works through a queue, a copy is a memcpy. All of the copy engine's
-// stream code so runs, and is tested, with no GPU.
+// The CPU as a device: each stream is a thread that works through a queue, and a copy is a memcpy. So all of the copy
+// engine's stream code runs, and is tested, without a GPU.
 #pragma once
 
 #include <functional>

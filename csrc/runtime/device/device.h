@@ -1,13 +1,13 @@
-// A device as the copy engine sees it: streams of work that run in order, events that mark points in them, copies
-// between host memory and slots, and registration of host memory. Two kinds stand behind this interface: CpuDevice,
-// whose streams are threads and whose copies are memcpy, and CudaDevice, over the driver's table.
+// A device as the copy engine sees it: streams, which run work in order; events, which mark points in them; copies
+// between host memory and slots; and registration of host memory. CpuDevice's streams are threads and its copies are
+// memcpy; CudaDevice calls the driver's table.
 //
 // The caller's own stream is a Stream too. On a CPU it is nullptr, the calling thread: a record on it has happened, and
 // a wait by it blocks. On CUDA it is the handle that torch gives (nullptr is the legacy default stream), and only
 // synchronize() blocks.
 //
-// An event may be recorded again once nothing needs its last record; a wait that was issued keeps to the record of its
-// time. Records of one event must complete in order: on one stream, or each behind a wait for the one before.
+// An event may be recorded again once nothing needs its last record; a wait refers to the last record before it.
+// Records of one event must complete in order: on one stream, or each behind a wait for the one before.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,7 @@ class Device {
 
     virtual const std::string& name() const = 0;
     virtual bool is_cpu() const = 0;
-    virtual int numa_node() const = 0;           // that its host memory had best be on; -1 where there is no choice
+    virtual int numa_node() const = 0;           // the best one for its host memory; -1 where there is no choice
     virtual size_t copy_chunk_bytes() const = 0; // a copy is issued in pieces of at most this many bytes
 
     virtual Stream create_stream(bool urgent) = 0;

@@ -1,6 +1,7 @@
-// The CUDA driver as a table of functions, so that nothing here needs a CUDA toolkit to build or a driver to load. The
-// process's table comes from libcuda.so.1 by dlopen at the first use; tests put a simulated one in its place. Types are
-// those of the driver's binary interface: handles are pointers, device addresses 64-bit integers, results ints.
+// The CUDA driver as a table of functions, so that the runtime builds without a CUDA toolkit and loads without a
+// driver. The process's table comes from libcuda.so.1 by dlopen at the first use; tests replace it by a simulated one.
+// Types are those of the driver's binary interface: handles are pointers, device addresses 64-bit integers, results
+// ints.
 #pragma once
 
 #include <cstddef>
@@ -72,7 +73,7 @@ struct DriverTable {
 // library, a symbol, or what cuInit said. A failure is remembered.
 const DriverTable& driver();
 
-// Puts `table` (which must outlive its users) in the place of libcuda; nullptr brings libcuda back. For tests.
+// Replaces libcuda by `table`, which must outlive its users; nullptr restores libcuda. For tests.
 void set_driver(const DriverTable* table);
 
 // True with "" where a driver and at least one device exist, otherwise false with the reason.

@@ -1,6 +1,6 @@
-// Weights on disk: one preallocated file of blocks (block_layout.h has its format), read and written with O_DIRECT
-// where the file system allows it, past the page cache straight from and to the (page-aligned) memory given; what is
-// not aligned goes through a small buffer. Every read of whole parts is held against their checksums.
+// Weights on disk: one preallocated file of blocks (block_layout.h has its format). It is read and written with
+// O_DIRECT where the file system allows that, past the page cache, straight from and to page-aligned memory; other
+// memory goes through a small buffer. Reads of whole parts are checked against their checksums.
 //
 // A block is replaced by a transaction: its new bytes go to a spare slot, and commit() makes them the block. In a
 // durable file that is, in this order:
@@ -9,10 +9,10 @@
 //   2 the entry's first copy is written      4 the entry's second copy is written; the sync of the next commit covers
 //   it
 //
-// So at any instant one copy of the entry is whole, and names a slot whose bytes are on the disk. Commits that come in
-// while another is being synced share the next one's syncs. A scratch file leaves 1 to 4 out: it ends with the process.
-// A file belongs to one process at a time: it is locked, and a forked child closes it at once. Any thread may call. A
-// block that an engine has on its way must not be written from elsewhere: each chunk is read by itself.
+// So at any instant one copy of the entry is whole, and names a slot whose bytes are on the disk. Commits that arrive
+// during a sync share the next one's syncs. A scratch file omits 1 to 4: it ends with the process. A file belongs to
+// one process at a time: it is locked, and a forked child closes it at once. Any thread may call. A block that an
+// engine has on its way must not be written from elsewhere, since each chunk is read by itself.
 #pragma once
 
 #include <atomic>
@@ -32,17 +32,17 @@
 namespace distzo2 {
 
 struct BlockFileOptions {
-    bool durable = false;     // survives a crash at any byte, and can be opened again; one that is opened always is
+    bool durable = false;     // survives a crash at any byte and can be opened again; an opened file always is durable
     size_t part_bytes = kMiB; // that a checksum covers; smaller in tests
     FileCalls* calls = nullptr;
 };
 
 class BlockFile {
   public:
-    // With `create`, makes the file of blocks of zeros at version 0 (one that is there already must be a block file,
-    // and is replaced); without, opens a durable one of the same layout. direct: true demands O_DIRECT, false does
-    // without, nothing tries it and falls back. Throws std::runtime_error naming the path, the offset and the cause; a
-    // file it began to make is removed then.
+    // With `create`, makes the file, of zeros at version 0; an existing file must be a block file, and is replaced.
+    // Without, opens a durable file of the same layout. direct: true demands O_DIRECT, false does without, no value
+    // tries it and falls back. Throws std::runtime_error naming the path, the offset and the cause, and removes a file
+    // that it began to make.
     BlockFile(std::string path, std::vector<size_t> block_bytes, bool create, std::optional<bool> direct,
               const BlockFileOptions& options = {});
     ~BlockFile();
@@ -55,20 +55,20 @@ class BlockFile {
     bool is_durable() const { return layout_.durable; }
     int64_t version(size_t block) const; // of the last commit
 
-    // Copies bytes [offset, offset + num_bytes) of a block to memory: any size, any alignment. With `tail_bytes`, that
-    // many bytes of memory after the end may be overwritten (by the block's padding), which saves the last page a
-    // detour. Throws std::runtime_error naming file, offset and cause, or the part that is not what was written.
+    // Copies bytes [offset, offset + num_bytes) of a block to memory: any size, any alignment. The `tail_bytes` of
+    // memory after the end may be overwritten by the block's padding, which saves the last page a copy. Throws
+    // std::runtime_error naming file, offset and cause, or the part whose checksum differs.
     void read(size_t block, void* to, size_t num_bytes, size_t offset, size_t tail_bytes = 0);
-    // Replaces part of a block by a transaction of its own, which copies the rest. Without `version` it stays.
+    // Replaces part of a block in one transaction, which copies the rest. Without `version` the block keeps its own.
     void write(size_t block, const void* from, size_t num_bytes, size_t offset,
                std::optional<int64_t> version = std::nullopt);
     // Reads every block against its checksums; returns the bytes read, or throws as read() does.
     size_t verify();
-    void sync(); // what was written is on the disk when it returns
+    void sync(); // returns when all that was written is on the disk
 
-    // A transaction: begin (waits for a spare slot, and for one of this block that is under way), every part once, in
-    // chunks of whole parts by any threads, and an end. After a failed chunk or commit only abandon() may follow.
-    // With `given_up`, the wait ends with an error when that is set and wake() is called.
+    // A transaction: a begin (which waits for a spare slot, and for the block's transaction under way), every part
+    // once, in chunks of whole parts by any threads, and a commit. After a failed chunk or commit only abandon() may
+    // follow. The wait ends with an error when `given_up` is set and wake() is called.
     void begin_write(size_t block, const std::atomic<bool>* given_up = nullptr);
     void wake();
     void write_chunk(size_t block, const void* from, size_t num_bytes, size_t offset, size_t tail_bytes = 0);
@@ -76,7 +76,7 @@ class BlockFile {
         size_t block;
         int64_t version;
     };
-    // In a durable file, they are on the disk when this returns.
+    // In a durable file, returns when they are on the disk.
     void commit(const std::vector<Commit>& commits);
     void commit(size_t block, int64_t version) { commit({{block, version}}); }
     void abandon(size_t block) noexcept; // if one is under way

@@ -2,11 +2,11 @@
 //
 //   | header, 4096 | entry of block 0 | its copy | entry of block 1 | its copy ... | slots of class 0 | of class 1 ...
 //
-// Blocks of about one size (an eighth at most is wasted) form a class, and share slots of the largest one's size. A
-// class has a slot a block and up to three to spare, for what is written before it replaces what was there. The entry
-// of a block says which slot holds it, its version, and the checksum of each part of `part_bytes`; a scratch file,
-// which ends with its process, has no map. Header and entries are whole pages, each with a checksum over all of it.
-// Everything is little-endian.
+// Blocks of similar size (at most an eighth is wasted) form a class and share slots of the largest one's size. A class
+// has one slot a block and up to three spare ones, where new bytes go before they replace the old. A block's entry says
+// which slot holds it, its version, and the checksum of each part of `part_bytes`. A scratch file, which ends with its
+// process, has no entries. Header and entries are whole pages, each with a checksum over all of it. All numbers are
+// little-endian.
 #pragma once
 
 #include <cstddef>
@@ -47,7 +47,7 @@ struct BlockLayout {
     uint64_t hash = 0; // tells one layout from another
 };
 
-// What the header says beside the layout: which file this is, so that an entry of another one is not taken for its own.
+// Identifies a file, in its header and entries, so that no entry of another file is taken for its own.
 struct FileId {
     uint64_t value;
 };
@@ -57,7 +57,7 @@ constexpr size_t kMagicFamily = 14; // bytes that every version of the format be
 
 // Both write to and read from whole pages.
 void write_header(const BlockLayout& layout, FileId id, std::byte* page);
-// Empty, or what is wrong with it, with the offset in the file and what was expected.
+// Empty where the page is this layout's header; else what is wrong, with the offset in the file and what was expected.
 std::string check_header(const BlockLayout& layout, const std::byte* page, FileId* id);
 
 struct MapEntry {

@@ -7,7 +7,7 @@
 
 namespace distzo2 {
 
-// Of `num_bytes` at `data`, going on from the checksum of what came before (0 at the start).
+// Of `num_bytes` at `data`, continuing the checksum of what came before (0 at the start).
 uint32_t crc32c(const void* data, size_t num_bytes, uint32_t before = 0);
 
 // The two ways, for tests; has_crc32c_instruction() says whether the first may be called.

@@ -1,9 +1,8 @@
-// The copy engine: a ring of slots on the device that compute uses, a cache over the blocks of a HostPool or a
-// BlockFile. It decides which block has which slot; a Transport moves them and keeps the order safe. Any thread may
-// call it.
+// The copy engine: a cache over the blocks of a HostPool or a BlockFile, in slots on the device that computes. The
+// engine decides which block has which slot; a Transport moves the blocks and keeps the order safe. Any thread may
+// call.
 //
-//   prefetch(b) ... acquire(b, stream) -> slot;  compute on `stream` reads or writes the slot;  release(b, stream,
-//   dirty)
+//   prefetch(b);  acquire(b, stream) -> slot;  work on `stream` reads or writes the slot;  release(b, stream, dirty)
 //
 // A slot is empty, or holds one block: on its way, present, or acquired. A dirty release queues a download; the block
 // stays present. When a slot is needed, the one released longest ago goes first, prefetched ones last. The slots'
@@ -28,22 +27,21 @@ class CopyEngine {
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
 
-    // A failure from outside (a journal that cannot be written): what waits, or is called from now on, throws `reason`.
+    // For a failure outside (a journal that cannot be written): calls that wait, and later ones, throw `reason`.
     void fail(const std::string& reason);
 
-    // Every function below but set_durable(), stats(), trace(), events() and close() throws the first failure of any
-    // transfer, again and again; std::out_of_range for a block that is not there; std::logic_error for a call that its
-    // state forbids.
+    // Every function below but set_durable(), stats(), trace(), events() and close() throws: the first failure of any
+    // transfer, every time; std::out_of_range for an unknown block; std::logic_error for a call that the state forbids.
 
     // Starts an upload unless the block is present or on its way; false if no slot can be taken for it now.
     bool prefetch(int block);
-    // The block's slot, which stays the block's until it has been released as often as acquired.
+    // The block's slot, which it keeps until it has been released as often as acquired.
     int acquire(int block, Stream stream);
     void release(int block, Stream stream, bool dirty, int64_t version);
-    // Journal lines before `version` are on disk. Never throws: the journal's thread has nothing to do with a failure
-    // or with an engine that was closed meanwhile.
+    // Journal lines before `version` are on disk. Never throws: a failed or closed engine is no concern of the
+    // journal's.
     void set_durable(int64_t version);
-    void drop(int block);       // forgets a copy that is present, so that the next acquire reads the source
+    void drop(int block);       // forgets the copy in a slot, so that the next acquire reads the source
     std::vector<int> present(); // blocks whose upload is complete
     void flush();               // returns when every download that was queued has ended
 

@@ -1,6 +1,6 @@
-// Times of what runs on streams: a ring of pairs of timed events, created once, read when both have happened. Times are
-// put on the monotonic clock by a base event whose host time is known; the base moves on, because the device gives
-// differences as 32-bit floats.
+// Times of work on streams: a ring of pairs of timed events, created once, read when both have happened. A base event
+// whose host time is known puts the times on the monotonic clock. The base moves, because the device gives differences
+// as 32-bit floats.
 #pragma once
 
 #include <vector>
@@ -16,8 +16,8 @@ class EventTimer {
     void create(Stream stream); // blocks until `stream` has done what it has
     void destroy() noexcept;
 
-    // Brackets a piece of work. begin() gives a ticket for end(), or -1 when too many are unread: that one goes
-    // untimed.
+    // Brackets a piece of work. begin() gives a ticket for end(), or -1 when too many are unread: that work is not
+    // timed.
     int begin(TicketKind kind, int block, int slot, size_t num_bytes, Stream stream);
     void end(int ticket, Stream stream);
 

@@ -62,7 +62,7 @@ class Transport {
     virtual SlotPhase phase(int slot) = 0;
     // Whether the slot may be given to another block now; recalls an upload to it that has not begun.
     virtual bool take(int slot) = 0;
-    // The slot that still has the block's bytes, since its download has not ended, or -1. An upload of the block to
+    // The slot that still holds the block's bytes because its download has not ended, or -1. An upload of the block to
     // that slot moves nothing.
     virtual int storing_slot(int block) = 0;
     virtual void upload(int block, int slot, bool urgent) = 0;
@@ -70,8 +70,7 @@ class Transport {
     virtual void download(int block, int slot, int64_t version) = 0;
     // Takes a download of `block` from the slot back if it has not begun, and returns its version.
     virtual std::optional<int64_t> recall_download(int block, int slot) = 0;
-    // Makes `stream` (on a CPU: this thread, with the lock let go meanwhile) wait until the slot may be read and
-    // written.
+    // Makes `stream` (on a CPU: this thread, without the lock meanwhile) wait until the slot may be read and written.
     virtual void await(Lock& lock, int block, int slot, Stream stream) = 0;
     virtual bool times_waits() const = 0; // records kWait itself
     virtual void reader_done(int slot, Stream stream) = 0;
@@ -79,7 +78,7 @@ class Transport {
     virtual void set_durable(int64_t version) = 0;
     virtual void flush(Lock& lock) = 0; // returns when every download has ended
     virtual void update_stats() = 0;    // brings the recorder up to date
-    // Ends what is in flight; queued downloads are made where the journal allows it. No call may follow.
+    // Ends what is under way, and makes the queued downloads that the journal allows. No call may follow.
     virtual void stop() noexcept = 0;
 };
 

@@ -1,6 +1,6 @@
 // Host memory of the weights: one contiguous arena of blocks, each aligned to a page. The arena is mapped without
-// reservation, touched in parallel, and pinned in chunks of at most 1 GiB, since one registration of very many bytes
-// fails, and a copy may not cross two registrations (for_each_chunk splits it). Blocks may be larger than a chunk.
+// reservation, touched in parallel, and pinned in chunks of at most 1 GiB, since large registrations fail. A copy must
+// not cross two registrations: for_each_chunk splits it. Blocks may be larger than a chunk.
 //
 //   | block 0 | pad | block 1        | pad | block 2 ...            padding: less than a page a block
 //   | chunk 0: 1 GiB, pinned | chunk 1: 1 GiB, pinned | ...
@@ -22,11 +22,11 @@
 
 namespace distzo2 {
 
-// One thread makes pages present at 1 to 3 GB/s on a bare machine, and at a tenth of that where a hypervisor finds the
-// memory first; less, while the kernel counts stalls for compaction, is what huge pages cost.
+// One thread makes pages present at 1 to 3 GB/s on a bare machine, and at a tenth of that under a hypervisor. A lower
+// rate, while the kernel counts stalls for compaction, is the price of huge pages.
 inline constexpr double kMinHugeBytesPerSecond = 2e8;
-// Whether making `num_bytes` present in so many seconds was slow because memory had to be compacted, by the kernel's
-// counter of stalls before and after. An infinite rate is never reached, whatever the counter says.
+// Whether making `num_bytes` present in `seconds` was slow because memory was compacted: the kernel's counter of stalls
+// rose. An infinite rate is never reached, whatever the counter says.
 bool stalled_for_huge_pages(size_t num_bytes, double seconds, double min_bytes_per_s, uint64_t stalls_before,
                             uint64_t stalls_after);
 
@@ -43,13 +43,13 @@ class Arena {
     size_t num_bytes_pinned() const { return num_bytes_pinned_; }
     static size_t num_made(); // by this process so far
 
-    // Pages that become present from now on come from this NUMA node while it has any. False where there is no such
-    // node, or the kernel does not let us choose.
+    // Takes the pages that become present from now on from this NUMA node while it has any. False where the node does
+    // not exist or the kernel refuses.
     bool prefer_node(int node) noexcept;
-    // Makes every page of [offset, offset + num_bytes) present, from several threads. Where that stalls, from then on
-    // the arena does with small ones. Throws std::runtime_error.
+    // Makes every page of [offset, offset + num_bytes) present, from several threads. Once that stalls, the arena uses
+    // small pages. Throws std::runtime_error.
     void touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s = kMinHugeBytesPerSecond);
-    bool uses_huge_pages() const { return huge_pages_.load(); } // asks for them, that is
+    bool uses_huge_pages() const { return huge_pages_.load(); } // asked for, not always given
     // Pins [offset, offset + num_bytes) for the device; throws what the driver says.
     void pin(const std::shared_ptr<Device>& device, size_t offset, size_t num_bytes);
     void unpin() noexcept;
@@ -66,11 +66,11 @@ class Arena {
 
 struct HostPoolOptions {
     bool pin = false;
-    bool allow_pageable = false;    // go on with plain memory where pinning fails
+    bool allow_pageable = false;    // use plain memory where pinning fails
     size_t chunk_bytes = kGiB;      // smaller in tests
     size_t budget_bytes = SIZE_MAX; // refuses more than this, besides what the machine says
     int num_ranks = 1;              // pools like this one on the machine, which share what it says
-    // What the machine said before any of them was made; none: it is asked now.
+    // What the machine said before any of them was made; without a value it is read now.
     std::optional<MemoryBudget> machine = std::nullopt;
     double min_huge_bytes_per_s = kMinHugeBytesPerSecond;
 };
@@ -112,7 +112,7 @@ class HostPool {
     }
     size_t chunk_bytes() const { return options_.chunk_bytes; }
 
-    // Lets go of the arena; memory that an engine or a tensor still holds is given back when they are done.
+    // Releases the arena; memory that an engine or a tensor holds is freed with the last holder.
     void close() noexcept;
 
   private:

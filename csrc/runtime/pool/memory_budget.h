@@ -1,5 +1,5 @@
-// How much host memory this process may still take: the least of what its control groups leave (v2 and v1, every level)
-// and what the machine has available, with a tenth kept to spare. Read from /proc and /sys at each call.
+// How much host memory this process may still take: 90% of the least of what its control groups leave (v2 and v1, every
+// level) and what the machine has available. Read from /proc and /sys at each call.
 #pragma once
 
 #include <cstddef>
