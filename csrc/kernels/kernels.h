@@ -43,9 +43,9 @@ void perturb_cpu(const InPlace& place, float scale);
 // One update of one term; rounding bits are those of (seed, step, param, element).
 void update_cpu(const InPlace& place, float lr, float coef, float weight_decay);
 
-// before * kChecksumOdd + sum of w_i * m_i + 3 * tail + num_bytes, modulo 2^64. w_i are the data's 8-byte words, tail is
-// what remains as a little-endian number, m_i = i * kChecksumOdd | 1 is odd, so that a change of one word always shows.
-// `before` is the checksum of what came before, 0 at the start.
+// before * kChecksumOdd + sum of w_i * m_i + 3 * tail + num_bytes, modulo 2^64. w_i are the data's 8-byte words, tail
+// is what remains as a little-endian number, m_i = i * kChecksumOdd | 1 is odd, so that a change of one word always
+// shows. `before` is the checksum of what came before, 0 at the start.
 inline constexpr uint64_t kChecksumOdd = 0x9E3779B97F4A7C15; // of the golden ratio
 uint64_t checksum_cpu(const void* data, int64_t num_bytes, uint64_t before);
 
