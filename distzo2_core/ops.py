@@ -314,7 +314,7 @@ def checksum(tensors: Sequence[torch.Tensor], *, backend: str | None = None) -> 
 
     Args:
         tensors: of any dtypes, shapes and devices, in an order that matters; one that is not contiguous is copied.
-        backend: as for `normal`. Only native on the CPU has code of its own; the others sum with torch's operations.
+        backend: as for `normal`. Native on the CPU is compiled; the others sum with torch's operations.
 
     Returns:
         An integer of [-2^63, 2^63), 0 for no tensors.

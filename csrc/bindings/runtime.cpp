@@ -1,4 +1,4 @@
-// Python's HostPool, BlockFile and CopyEngine (distzo2_core._C) over csrc/runtime. Whatever may block lets go of the
+// Python's HostPool, BlockFile and CopyEngine (distzo2_core._C) over csrc/runtime. Calls that may block release the
 // GIL. Engines that are still open when the interpreter ends are closed by then, so that queued downloads are not lost.
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/utils/pybind.h>
@@ -59,7 +59,7 @@ py::dict pool_stats(const HostPool& pool) {
     return result;
 }
 
-// A file that Python may close while an engine goes on using it.
+// A file that Python may close while an engine still uses it.
 struct PyBlockFile {
     std::shared_ptr<BlockFile> file;
     std::string path;
@@ -192,7 +192,7 @@ Args:
     sizes: bytes of each block; each block starts at a multiple of 4096.
     device: "cpu", "cuda" or "cuda:N", the device that the blocks travel to.
     pin: whether to pin; None pins for CUDA devices.
-    allow_pageable: whether to go on with plain memory where pinning fails; stats()["pin_error"] then says
+    allow_pageable: whether to use plain memory where pinning fails; stats()["pin_error"] then says
         why.
     num_ranks: processes on this machine that make such a pool; each may take its share of the memory.
     cgroup_bytes, available_bytes: what memory_budget() said before any of them made its pool; None reads it
@@ -211,7 +211,7 @@ Raises:
             [](const HostPool& self, size_t block) { return reinterpret_cast<uintptr_t>(self.address(block)); },
             py::arg("block"), R"(The address of the block's first byte, a multiple of 4096.
 
-Raises IndexError for a block that the pool has not, RuntimeError after close().)")
+Raises IndexError for an unknown block, RuntimeError after close().)")
         .def("nbytes", &HostPool::num_bytes, py::arg("block"), "Bytes of the block. Raises IndexError.")
         .def(
             "tensor",
@@ -221,13 +221,13 @@ Raises IndexError for a block that the pool has not, RuntimeError after close().
             py::arg("block"),
             R"(A uint8 CPU tensor [nbytes(block)] over the block's memory, which it keeps alive after close().
 
-Raises IndexError for a block that the pool has not, RuntimeError after close().)")
+Raises IndexError for an unknown block, RuntimeError after close().)")
         .def("stats", &pool_stats, R"(What the pool takes.
 
 bytes_used, bytes_padded, bytes_pinned; chunks: registrations; pin_error: "" or why it is not pinned;
 numa_node: -1 where there is no choice; huge_pages: whether they were asked for.)")
         .def("close", &HostPool::close, Unlocked(),
-             "Lets go of the memory. It is freed when no engine and no tensor holds it.");
+             "Releases the memory. It is freed when no engine and no tensor holds it.");
 }
 
 void register_file(py::module_& module) {
@@ -269,8 +269,7 @@ Raises:
             py::arg("block"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0, Unlocked(),
             R"(Reads bytes [offset, offset + nbytes) of a block to memory at `address`, of any alignment.
 
-Raises IndexError for a range that the block has not, RuntimeError for a failed read, or a checksum that
-differs.)")
+Raises IndexError for a range outside the block, RuntimeError for a failed read or a checksum that differs.)")
         .def(
             "write",
             [](const PyBlockFile& self, size_t block, uintptr_t address, size_t nbytes, size_t offset,
@@ -305,7 +304,7 @@ syncs: since it was opened.)")
             },
             py::arg("sizes"), py::arg("durable") = false, "Bytes that a file of such blocks takes on the disk.")
         .def("close", &PyBlockFile::close, py::arg("unlink") = false, Unlocked(),
-             "Lets go of the file, and removes its name with unlink=True. An engine that uses it can still do so.");
+             "Closes the file, and removes its name with unlink=True. An engine that uses the file keeps it open.");
 }
 
 // Two constructors differ in their source.

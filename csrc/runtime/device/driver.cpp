@@ -18,7 +18,7 @@ struct Loader {
     std::string failure;
 };
 
-// Never destroyed: streams and registrations may be let go of while the process ends.
+// Never destroyed: streams and registrations may be released while the process ends.
 Loader& loader() {
     static Loader* instance = new Loader;
     return *instance;

@@ -96,7 +96,7 @@ class BlockFile {
     };
     Stats stats() const;
 
-    void unlink(); // removes the name; the space is given back with the last holder
+    void unlink(); // removes the name; the space is freed with the last holder
 
   private:
     struct Slot {

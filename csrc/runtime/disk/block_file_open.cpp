@@ -1,4 +1,4 @@
-// How a block file comes to be: made, or opened and its map read. And how a forked child lets go of it: the lock
+// Makes a block file, or opens one and reads its map. A forked child closes the files of its parent at once: the lock
 // belongs to the open file, so that it would outlive a killed process in its children (a data loader's workers).
 #include <fcntl.h>
 #include <pthread.h>

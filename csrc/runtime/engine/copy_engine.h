@@ -50,7 +50,7 @@ class CopyEngine {
     void trace(bool enable);
     std::vector<TraceEvent> events();
 
-    // Ends what is in flight, makes the downloads that the journal allows, and lets go of source and device.
+    // Ends what is under way, makes the downloads that the journal allows, and releases source and device.
     void close() noexcept;
 
   private:

@@ -109,7 +109,7 @@ void DiskTransport::run_writer(const Piece& piece) {
 // Called with the lock held.
 void DiskTransport::fail_all(const std::string& failure) {
     state_.fail(failure);
-    stores_.notify_all(); // to let go of what they have begun
+    stores_.notify_all(); // writers abandon what they have begun
 }
 
 // Whether a download that the journal allows is to be begun or gone on with, now or after what it waits for. Called
@@ -121,7 +121,7 @@ bool DiskTransport::has_stores() const {
            });
 }
 
-// After a failure: what no writer is at any more lets go of its slot of the file, for which others may be waiting.
+// After a failure: abandons the downloads that no writer works on. Others may be waiting for their slots of the file.
 // Called with the lock held.
 void DiskTransport::abandon_failed() {
     if (state_.error.empty())

@@ -141,7 +141,7 @@ void StreamTransport::download(int block, int slot, int64_t /*version*/) {
 void StreamTransport::await(Lock& lock, int block, int slot, Stream stream) {
     SlotState& state = slots_[slot];
     if (device_.is_cpu()) {
-        // The slot is acquired, so that neither its events nor its readers change while the lock is let go.
+        // The slot is acquired, so that neither its events nor its readers change while the lock is released.
         lock.unlock();
         if (kept(Ordering::reader_after_upload))
             device_.synchronize(state.ready);

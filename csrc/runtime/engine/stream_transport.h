@@ -1,6 +1,6 @@
 // Blocks in host memory: every transfer is issued at once, as copies on the engine's own streams behind waits for
 // events, and nothing but the CPU's own acquire and flush ever blocks the host. Two streams a direction share a block's
-// pieces; an acquire that misses has streams of its own, so that it does not queue behind prefetches.
+// pieces; an acquire that misses uses other streams, so that it does not queue behind prefetches.
 #pragma once
 
 #include <array>

@@ -166,7 +166,7 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
     check_memory_budget("the host pool", stats_.bytes_padded, budget, options_.num_ranks);
 
     // Chunk by chunk, so that a pin that fails does so before all memory was touched. What was pinned before it is
-    // given back with the arena, or by unpin() where plain memory will do.
+    // unpinned with the arena, or by unpin() where plain memory will do.
     auto arena = std::make_shared<Arena>(stats_.bytes_padded);
     stats_.numa_node = device ? device->numa_node() : -1;
     if (!arena->prefer_node(stats_.numa_node))

@@ -48,7 +48,7 @@ size_t read_field(const std::string& path, const std::string& key) {
 struct CgroupFiles {
     const char* limit;
     const char* usage;
-    const char* inactive; // file cache, given back before anything is refused
+    const char* inactive; // file cache, which the kernel frees before it refuses memory
     const char* active;
 };
 

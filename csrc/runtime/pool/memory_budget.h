@@ -21,7 +21,7 @@ struct MemoryBudget {
     std::string text() const;
 };
 
-// `root` stands before /proc and /sys; tests give a directory of their own.
+// `root` stands before /proc and /sys; tests give their own directory.
 MemoryBudget read_memory_budget(const std::string& root = "");
 
 // Throws std::runtime_error "<what> needs N bytes .." with every number of the budget unless it covers `num_bytes` for
