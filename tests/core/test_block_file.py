@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ring import SIZES, Ring, pattern
+from ring import SIZES, pattern
 
 from distzo2_core import BlockFile
 
@@ -49,28 +49,6 @@ def test_scratch_files_cannot_be_opened_again(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="blocks: is a scratch file"):
         BlockFile(file.path, SIZES, create=False)
     assert BlockFile.file_bytes([1 << 20] * 24) == 4096 + (24 + 3) * (1 << 20)  # three to spare
-
-
-def test_damaged_bytes_are_named(tmp_path: Path) -> None:
-    """In the file and under an engine: block, place and both checksums."""
-    for durable in (False, True):
-        ring = Ring("disk", tmp_path, durable=durable)
-        content = Path(ring.file.path).read_bytes()
-        place = content.index(bytes(pattern(2, 0)))
-        with open(ring.file.path, "r+b") as raw:
-            raw.seek(place + 100_000)
-            raw.write(bytes([content[place + 100_000] ^ 4]))
-        where = f"blocks: bytes 0 to 131072 of block 2, 131072 bytes at offset {place}"
-        text = rf"{where}, are not what was written: checksum 0x\w+, expected 0x"
-        with pytest.raises(RuntimeError, match=text):
-            ring.file.verify()
-        with pytest.raises(RuntimeError, match=text):
-            ring.stored(2)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=text):
-                ring.acquire(2)
-        ring.engine.close()
-        ring.file.close()
 
 
 def test_block_file_errors_name_file_and_cause(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ tested on it as well, on torch's own streams.
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -113,17 +112,6 @@ def test_gate_opens_from_another_thread(tmp_path: Path) -> None:
     assert engine.stats()["wait_s"] > 0.02
 
 
-def test_close_discards_what_the_journal_does_not_allow(tmp_path: Path) -> None:
-    ring = Ring("disk", tmp_path)
-    ring.change(0, 1)
-    ring.change(1, 1, gate=1)
-    ring.engine.close()
-    assert torch.equal(ring.stored(0), pattern(0, 1))
-    assert torch.equal(ring.stored(1), pattern(1, 0))
-    with pytest.raises(RuntimeError, match="is closed"):
-        ring.engine.acquire(0)
-
-
 def test_misuse_is_refused_and_leaves_the_engine_usable(kind: str, tmp_path: Path) -> None:
     ring = Ring(kind, tmp_path, num_slots=2)
     with pytest.raises(IndexError, match="no block 5"):
@@ -145,16 +133,6 @@ def test_misuse_is_refused_and_leaves_the_engine_usable(kind: str, tmp_path: Pat
         CopyEngine("cpu", source, [s.data_ptr() for s in ring.slots], 4096)
     with pytest.raises(TypeError):
         CopyEngine("cpu", None, [s.data_ptr() for s in ring.slots], SLOT_BYTES)
-
-
-def test_failed_read_is_raised_by_every_later_call(tmp_path: Path) -> None:
-    ring = Ring("disk", tmp_path)
-    os.truncate(tmp_path / "blocks", 90_000)
-    ring.engine.prefetch(2)
-    for call in (lambda: ring.engine.acquire(2), lambda: ring.engine.acquire(0), ring.engine.flush):
-        with pytest.raises(RuntimeError, match=r"blocks: is truncated: wanted \d+ bytes at offset \d+, got"):
-            call()
-    ring.engine.close()
 
 
 def test_trace_is_on_pythons_clock(kind: str, tmp_path: Path) -> None:

@@ -183,14 +183,7 @@ def one_row(table: torch.Tensor, column: int, value: float) -> torch.Tensor:
 # Of each table, what is changed and the error; the rest is as in materialize_arguments.
 TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ("segments", lambda t: row(numel=9), "9 elements of 4 bytes at byte 0 of 32"),
-    ("segments", lambda t: row(byte_offset=4), "8 elements of 4 bytes at byte 4 of 32"),
-    ("segments", lambda t: row(byte_offset=-4), "at byte -4"),
-    ("segments", lambda t: row(byte_offset=2**63 - 4), "8 elements of 4 bytes"),
-    ("segments", lambda t: row(numel=-1), "numel -1"),
-    ("segments", lambda t: row(numel=2**62), "numel 4611686018427387904"),
     ("segments", lambda t: row(dtype=3), "dtype code 3"),
-    ("segments", lambda t: row(dtype=-1), "dtype code -1"),
-    ("segments", lambda t: row(group=-1), "group -1 of 1"),
     ("segments", lambda t: row(group=1), "group 1 of 1"),
     ("segments", lambda t: t[:, :7].contiguous(), r"segments must have shape \[1, 8\], got \[1, 7\]"),
     ("segments", lambda t: t[0], r"segments must have shape \[8, 8\], got \[8\]"),
@@ -202,9 +195,6 @@ TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ("coefs", lambda t: t[:-1], r"coefs must have shape \[3\], got \[2\]"),
     ("coefs", lambda t: t.half(), "coefs must be Float, got Half"),
     ("updates", lambda t: one_row(t, 1, -1), "update 0: terms -1"),
-    ("updates", lambda t: one_row(t, 1, 2**63 - 1), "update 0: terms"),
-    ("updates", lambda t: one_row(t, 2, 4), "update 0: terms"),
-    ("updates", lambda t: one_row(t, 2, -1), "update 0: terms"),
     ("updates", lambda t: t[:-1], r"update_groups must have shape \[0, 1, 4\], got \[1, 1, 4\]"),
     ("update_groups", lambda t: t[:-1], r"update_groups must have shape \[1, 1, 4\], got \[0, 1, 4\]"),
     (
@@ -214,8 +204,6 @@ TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ),
     ("update_groups", lambda t: t[:, :0], "must have shape"),
     ("emits", lambda t: one_row(t, 0, -1), "emit 0: terms -1"),
-    ("emits", lambda t: one_row(t, 1, 3), "emit 0: terms"),
-    ("emits", lambda t: one_row(t, 1, 2**62), "emit 0: terms"),
     ("emits", lambda t: t[:-1], "emit_scales must have shape"),
     ("emit_scales", lambda t: t[:-1], r"emit_scales must have shape \[2, 1\], got \[1, 1\]"),
     ("emit_scales", lambda t: t.repeat(1, 2), r"emit_scales must have shape \[2, 1\], got \[2, 2\]"),
