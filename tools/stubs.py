@@ -25,7 +25,7 @@ def make_stubs() -> str:
         text = (Path(folder) / "distzo2_core" / "_C.pyi").read_text()
     text = text.replace("typing.SupportsInt | typing.SupportsIndex", "int")
     text = "\n".join(line.rstrip() for line in text.splitlines())
-    ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(STUBS), "-"]
+    ruff = [sys.executable, "-m", "ruff", "format", "--stdin-filename", "stubs.pyi", "-"]
     return subprocess.run(ruff, check=True, input=HEAD + text, capture_output=True, text=True).stdout
 
 
