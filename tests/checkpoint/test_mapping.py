@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import resource
-import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from checkpoint_models import (
     MODELS,
-    SMALL,
     T,
     assert_reads_as,
     assert_same_weights,
-    edit_config,
     load,
     make,
     rewrite,
     stored,
     write_all,
 )  # fmt: skip
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE
-from distzo2.checkpoint.weight_files import CheckpointError
 from distzo2.checkpoint.writing import CheckpointWriter
 
 

@@ -132,7 +132,7 @@ def test_companions_go_along(tmp_path: Path) -> None:
 def test_what_goes_along_is_the_checkpoints_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Links out of the checkpoint, and more than goes with weights, are left out with a warning; a cache's links are followed."""
+    """Links out of the checkpoint, and more than goes with weights, are left out with a warning."""
     monkeypatch.setattr(writing, "_COMPANION_BYTES", 1 << 20)
     cache = tmp_path / "models--x"
     source = cache / "snapshots" / "abc"

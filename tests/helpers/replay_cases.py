@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from distzo2.checkpoint.replay import digest_checkpoint
+from distzo2.checkpoint.pretrained import digest_checkpoint
 from distzo2.record.journal import Journal, StepEntry, make_header, table_row
 from distzo2_core import GroupScalars, Term, Update
 

@@ -31,7 +31,7 @@ from distzo2.streaming.offload import offload, runtime_of
 from distzo2.streaming.runtime import StreamingRuntime
 
 _UNITS_AHEAD = 2
-_MOST_TENSORS = 1 << 14  # of a configuration that comes without a checkpoint
+_MOST_TENSORS = 1 << 12  # of a configuration that comes without a checkpoint
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # may name kernels of a hub
 
 logger = logging.getLogger(__name__)

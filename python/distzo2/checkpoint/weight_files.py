@@ -303,8 +303,10 @@ class TorchFile(RangeFile):
                     raise CheckpointError(f"{self.path}: {module[:80]}.{name[:80]} has no place in a file of weights")
 
     def _entry(self, name: object, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorEntry:
-        if not isinstance(name, str):
-            raise CheckpointError(f"{self.path}: expected names of tensors, got {brief(name)}")
+        if not isinstance(name, str) or tensor.dim() > MAX_DIMS:
+            raise CheckpointError(
+                f"{self.path}: expected named tensors of at most {MAX_DIMS} dimensions: {brief(name)}"
+            )
         shape, where = tuple(tensor.shape), f"{self.path}: tensor {brief(name)}"
         steps = zip(shape, tensor.stride(), row_major_strides(shape), strict=True)
         if tensor.numel() and any(size > 1 and stride != wanted for size, stride, wanted in steps):
