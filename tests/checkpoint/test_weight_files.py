@@ -145,7 +145,7 @@ class Payload:
         ({"w": bytearray(3)}, "has no place in a file of weights"),
         ({"state_dict": {"w": torch.ones(2)}}, "a flat dictionary of tensors"),
         ([torch.ones(2)], "a flat dictionary of tensors"),
-        ({7: torch.ones(2)}, "expected named tensors of at most 64 dimensions: 7"),
+        ({7: torch.ones(2)}, "expected names, and at most 64 dimensions: 7"),
         ({"w": torch.ones(2, 3).t()}, "'w' is not contiguous"),
         ({"w": torch.ones(2).to_sparse()}, "has no place in a file of weights"),
     ],

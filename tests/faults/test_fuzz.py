@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from journal_cases import bits, json_values, make_entry, make_test_header
 from safetensors.torch import load_file, save_file
 
-from distzo2.checkpoint.replay import digest_checkpoint, verify_checkpoint
+from distzo2.checkpoint.pretrained import digest_checkpoint
+from distzo2.checkpoint.replay import verify_checkpoint
 from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
 from distzo2.record.journal import Journal, JournalError, read_journal
 

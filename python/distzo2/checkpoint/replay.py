@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint, open_checkpoint  # noqa: F401
+from distzo2.checkpoint.pretrained import checkpoint_differences, open_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir

@@ -116,7 +116,7 @@ def _readable(line: bytes) -> StepEntry | None:
 
 def base_findings(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
     """What differs between a directory and the base checkpoint that a header records."""
-    from distzo2.checkpoint.replay import checkpoint_differences
+    from distzo2.checkpoint.pretrained import checkpoint_differences
 
     if not base["files"]:
         yield f"{os.fspath(directory)}: the journal's run did not start from a checkpoint"

@@ -55,7 +55,7 @@ def base_record(path: os.PathLike | None) -> dict[str, Any]:
     """Name and checksums of the checkpoint that the run started from; no files for a model that came from none."""
     if path is None:
         return {"name": "", "files": {}}
-    from distzo2.checkpoint.replay import digest_checkpoint
+    from distzo2.checkpoint.pretrained import digest_checkpoint
 
     return digest_checkpoint(path)
 
