@@ -197,18 +197,6 @@ def test_an_output_that_holds_a_checkpoint_is_refused(run: tuple[Path, Path, Pat
     assert (out / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("name", "model.other"), ("shape", [96, 16]), ("dtype", "float99"), ("dtype", "save")]
-)
-def test_another_table_is_refused(run: tuple[Path, Path, Path], field: str, value: Any) -> None:
-    base, journal, out = run
-    journal.unlink()
-    table = make_table(named_weights(base))
-    table[0] = table[0] | {field: value}
-    write_run(journal, base, table, make_updates())
-    assert_refused(base, journal, out, "parameter 0", JournalError)
-
-
 def test_a_table_of_fewer_or_more_parameters_is_refused(run: tuple[Path, Path, Path]) -> None:
     base, journal, out = run
     table = make_table(named_weights(base))

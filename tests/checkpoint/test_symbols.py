@@ -99,7 +99,7 @@ def test_what_symbols_cannot_express_is_refused() -> None:
     cases = {
         "a, b: aten.add": a + b,
         "a: a slice with step 2": a[::2],
-        "a: repeating [4, 6]": a.expand(3, 4, 6),
+        "a: aten.expand": a.expand(3, 4, 6),
         "a: a second conversion, from torch.bfloat16": a.bfloat16().float(),
         "a: aten.sum": a.sum(),
         "b: aten.mul": torch.cat([a, 2 * b]).t()[:2],

@@ -245,14 +245,6 @@ def _stack(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
     return _cat([_unsqueeze(symbol, dim) for symbol in symbols], dim)
 
 
-def _expand(symbol: LayoutTensor, shape: Sequence[int], **_: Any) -> LayoutTensor:
-    sizes = [1] * (len(shape) - symbol.dim()) + list(symbol.shape)
-    asked = [size if want == -1 else want for size, want in zip(sizes, shape, strict=True)]
-    if asked != sizes:
-        raise LayoutError(f"repeating {list(symbol.shape)} to {list(shape)} is not expressed")
-    return symbol.moved(symbol.where.reshape(sizes))
-
-
 def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
     if not (isinstance(a, LayoutTensor) and isinstance(b, LayoutTensor) and a.trace.equal):
         raise LayoutError("the values of a checkpoint are compared with others")
@@ -263,13 +255,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _same,
     aten.clone.default: _same,
     aten.detach.default: _same,
-    aten.lift_fresh.default: _same,
     aten._to_copy.default: _to_copy,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
-    aten._reshape_alias.default: _view,
-    aten.reshape.default: _view,
-    aten.t.default: _transpose,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
@@ -283,7 +271,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
-    aten.expand.default: _expand,
     aten.equal.default: _equal,
 }
 
