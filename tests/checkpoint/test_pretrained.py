@@ -32,7 +32,7 @@ def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> No
     reference = load(getattr(T, MODELS[name][0]), source)
     model = distzo2.from_pretrained(source, weights=weights, directory=tmp_path)
     base = distzo2.runtime_of(model).base
-    assert not model.training and base.directory == source and base.describe() == digest_checkpoint(source)
+    assert not model.training and base.directory == source and base.digest() == digest_checkpoint(source)
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)

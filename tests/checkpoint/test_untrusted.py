@@ -25,8 +25,9 @@ from distzo2.checkpoint.pretrained import digest_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.weight_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile, TorchFile
-from distzo2.record.journal import Journal, JournalError, make_header, read_journal
-from distzo2.record.line import seal_line
+from distzo2.record.header import make_header
+from distzo2.record.journal import Journal, read_journal
+from distzo2.record.line import JournalError, seal_line
 from distzo2.run.metrics import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,10 +184,6 @@ def test_replay_writes_below_its_output_directory_only(tmp_path: Path) -> None:
 # No more memory than the bytes account for
 
 
-def sealed(record: bytes) -> bytes:
-    return seal_line(record, None)[0]
-
-
 def test_a_header_must_be_in_proportion_to_the_base(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base")
     journal = tmp_path / "journal.jsonl"
@@ -228,7 +225,7 @@ def test_a_table_that_is_not_the_bases_is_refused(tmp_path: Path, changes: dict[
     header = make_header(seed=0, base=digest_checkpoint(base), table=table, groups=[{}, {}])
     header["table"][0] |= changes
     journal = tmp_path / "journal.jsonl"
-    journal.write_bytes(sealed(json.dumps(header).encode()[:-1]) + make_entry(0).to_line())
+    journal.write_bytes(seal_line(json.dumps(header).encode()[:-1]) + make_entry(0).to_line())
     refused(lambda: replay(base, journal, tmp_path / "out", progress=False), (JournalError, CheckpointError))
     assert not (tmp_path / "out").exists()
 

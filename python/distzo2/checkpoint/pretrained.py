@@ -47,8 +47,8 @@ class Base:
     def __fspath__(self) -> str:
         return os.fspath(self.directory)
 
-    def describe(self) -> dict[str, Any]:
-        """The base checkpoint in a journal's header. Reads all of its files."""
+    def digest(self) -> dict[str, Any]:
+        """What a journal's header records of the files, all of which are read."""
         return digest_checkpoint(self.directory)
 
 

@@ -29,7 +29,9 @@ from distzo2.checkpoint.pretrained import checkpoint_differences, open_checkpoin
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
-from distzo2.record.journal import JournalError, read_journal, table_difference
+from distzo2.record.header import table_difference
+from distzo2.record.journal import read_journal
+from distzo2.record.line import JournalError
 from distzo2.text import brief
 from distzo2_core import Segment, SegmentTable, Update, materialize
 

@@ -304,9 +304,7 @@ class TorchFile(RangeFile):
 
     def _entry(self, name: object, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorEntry:
         if not isinstance(name, str) or tensor.dim() > MAX_DIMS:
-            raise CheckpointError(
-                f"{self.path}: expected names, and at most {MAX_DIMS} dimensions: {brief(name)}"
-            )
+            raise CheckpointError(f"{self.path}: expected names, and at most {MAX_DIMS} dimensions: {brief(name)}")
         shape, where = tuple(tensor.shape), f"{self.path}: tensor {brief(name)}"
         steps = zip(shape, tensor.stride(), row_major_strides(shape), strict=True)
         if tensor.numel() and any(size > 1 and stride != wanted for size, stride, wanted in steps):
