@@ -7,38 +7,31 @@ file that is missing means that nothing is known, never that something is wrong:
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from distzo2.run.preflight import gib
 
 ROOT = Path("/")
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
-_LEVELS = {  # what the compiled kernels ask of a processor; the last level that it has is used
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+_FILE_SYSTEMS = {
+    **dict.fromkeys(("tmpfs", "ramfs"), "its files are memory, so that weights on it save none"),
+    **dict.fromkeys(
+        ("overlay", "overlayfs", "aufs"),
+        "a layer of a container, slower than the disk below it; a volume or a bind mount is not",
+    ),
+    **dict.fromkeys(
+        (*NETWORK, "fuse"), "weights would come over the network or through another process; use a local disk"
+    ),
 }
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """Something that is below what it should be: a word to search for, and one line for people."""
 
     code: str
     text: str
-
-
-@dataclass(frozen=True)
-class Link:
-    """A PCIe device's link. Speeds are in GT/s a lane; None where the system does not say."""
-
-    address: str
-    width: int | None
-    width_max: int | None
-    speed: float | None
-    speed_max: float | None
-    numa_node: int | None
 
 
 def _text(path: Path) -> str:
@@ -49,70 +42,59 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text.lstrip("-").isdigit() else None
+def read_link(address: str, root: Path = ROOT) -> dict[str, Any]:
+    """The PCIe link of the device at `address`, such as 0000:01:00.0: widths, speeds in GT/s a lane, NUMA node; None
+    where the system does not say. A link that is idle may run slower than it can."""
+    device = root / "sys/bus/pci/devices" / address
+
+    def number(name: str, unknown: tuple[float, ...]) -> float | None:
+        words = _text(device / name).split()  # "16", "16.0 GT/s PCIe", "Unknown"
+        try:
+            value = float(words[0]) if "." in words[0] else int(words[0])
+        except (IndexError, ValueError):
+            return None
+        return None if value in unknown else value
+
+    return {
+        "pcie_width": number("current_link_width", (0,)),
+        "pcie_width_max": number("max_link_width", (0, 255)),
+        "pcie_gt_per_s": number("current_link_speed", ()),
+        "pcie_gt_per_s_max": number("max_link_speed", ()),
+        "numa_node": number("numa_node", (-1,)),
+    }
 
 
-def _speed(path: Path) -> float | None:
-    """Of "16.0 GT/s PCIe", 16.0; None of "Unknown"."""
-    try:
-        return float(_text(path).split()[0])
-    except (IndexError, ValueError):
-        return None
-
-
-def read_link(address: str, root: Path = ROOT) -> Link:
-    """The link of the PCI device at `address`, such as 0000:01:00.0. A link that is idle may run slower than it can."""
-    device = root / "sys/bus/pci/devices" / address.lower()
-    node = _number(device / "numa_node")
-    width_max = _number(device / "max_link_width")
-    return Link(
-        address.lower(),
-        _number(device / "current_link_width") or None,
-        width_max if width_max and width_max < 255 else None,  # 255: not known
-        _speed(device / "current_link_speed"),
-        _speed(device / "max_link_speed"),
-        node if node is not None and node >= 0 else None,
-    )
-
-
-def check_link(name: str, link: Link) -> list[Finding]:
+def check_link(name: str, link: Mapping[str, Any]) -> list[Finding]:
     """Whether a device's link is as wide and as fast as both of its ends allow."""
     found = []
-    where = f"{name} ({link.address}): its PCIe link"
-    if link.width and link.width_max and link.width < link.width_max:
-        found.append(Finding("pcie_width", f"{where} is x{link.width}, and x{link.width_max} is possible"))
-    if link.speed and link.speed_max and link.speed < link.speed_max:
-        text = f"{where} runs at {link.speed:g} GT/s under load, and {link.speed_max:g} are possible"
+    width, widest = link["pcie_width"], link["pcie_width_max"]
+    if width and widest and width < widest:
+        found.append(Finding("pcie_width", f"{name}: its PCIe link is x{width}, and x{widest} is possible"))
+    speed, fastest = link["pcie_gt_per_s"], link["pcie_gt_per_s_max"]
+    if speed and fastest and speed < fastest:
+        text = f"{name}: its PCIe link runs at {speed:g} GT/s under load, and {fastest:g} are possible"
         found.append(Finding("pcie_speed", text))
     return found
 
 
-def parse_list(text: str) -> set[int]:
-    """Of the kernel's "0-3,8", {0, 1, 2, 3, 8}."""
-    numbers: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return numbers
-
-
-def check_node(name: str, link: Link, cpus: Collection[int], root: Path = ROOT) -> list[Finding]:
-    """Whether a device is attached to a NUMA node on which this process may run."""
+def check_node(name: str, node: int | None, cpus: Collection[int], root: Path = ROOT) -> list[Finding]:
+    """Whether a device on NUMA node `node` is on one on which this process may run."""
     nodes = {
         int(directory.name.removeprefix("node"))
         for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
         if parse_list(_text(directory / "cpulist")) & set(cpus)
     }
-    if link.numa_node is None or not nodes or link.numa_node in nodes:
+    if node is None or not nodes or node in nodes:
         return []
-    text = (
-        f"{name} ({link.address}) is on NUMA node {link.numa_node}, and this process runs on node "
-        f"{', '.join(map(str, sorted(nodes)))}: start it with numactl --cpunodebind={link.numa_node} "
-        f"--membind={link.numa_node}"
-    )
-    return [Finding("numa", text)]
+    own = ", ".join(map(str, sorted(nodes)))
+    how = f"start it with numactl --cpunodebind={node} --membind={node}"
+    return [Finding("numa", f"{name} is on NUMA node {node}, and this process runs on node {own}: {how}")]
+
+
+def parse_list(text: str) -> set[int]:
+    """Of the kernel's "0-3,8", {0, 1, 2, 3, 8}."""
+    ends = [part.split("-") for part in text.split(",") if part]
+    return {number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)}
 
 
 def file_system(directory: str | os.PathLike, root: Path = ROOT) -> str | None:
@@ -130,15 +112,8 @@ def file_system(directory: str | os.PathLike, root: Path = ROOT) -> str | None:
 
 def check_file_system(directory: str | os.PathLike, kind: str | None) -> list[Finding]:
     """Whether the file system is one to stream weights from."""
-    if kind in ("tmpfs", "ramfs"):
-        why = "its files are memory, so that weights on it save none"
-    elif kind in ("overlay", "overlayfs", "aufs"):
-        why = "a layer of a container, slower than the disk below it; a volume or a bind mount is not"
-    elif kind is not None and (kind in NETWORK or kind.startswith("fuse")):
-        why = "weights would come over the network or through another process; use a local disk"
-    else:
-        return []
-    return [Finding("file_system", f"{directory} is on {kind}: {why}")]
+    why = _FILE_SYSTEMS.get((kind or "").partition(".")[0])  # fuse.sshfs is fuse
+    return [Finding("file_system", f"{directory} is on {kind}: {why}")] if why else []
 
 
 def check_memlock(limit: int | None, wanted: int) -> list[Finding]:
@@ -150,31 +125,6 @@ def check_memlock(limit: int | None, wanted: int) -> list[Finding]:
         "taken: pinning more fails on drivers that count it; raise it in /etc/security/limits.conf"
     )
     return [Finding("memlock", text)]
-
-
-def cpu_info(name: str, root: Path = ROOT) -> str | None:
-    """A field of the first processor, such as `model name` or `flags`."""
-    for line in _text(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None
-
-
-def simd_level(compiled: Sequence[str], environment: Mapping[str, str], root: Path = ROOT) -> str:
-    """Which of the compiled levels the noise kernels use here: DISTZO2_SIMD, or the best that the processor has."""
-    if environment.get("DISTZO2_SIMD"):
-        return environment["DISTZO2_SIMD"]
-    flags = set((cpu_info("flags", root) or "").split())
-    usable = [level for level, needs in _LEVELS.items() if level in compiled and needs <= flags]
-    return usable[-1] if usable else "portable"
-
-
-def check_kernels(level: str) -> list[Finding]:
-    """Whether the CPU's noise comes from vector instructions."""
-    if level != "portable":
-        return []
-    return [Finding("noise_portable", "the noise kernels run at their portable level, without vector instructions")]
 
 
 def check_governor(root: Path = ROOT) -> list[Finding]:
@@ -210,17 +160,15 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 def check_threads(num_threads: int, cpus: Collection[int], num_cpus: int, root: Path = ROOT) -> list[Finding]:
     """Whether the computing threads and the CPUs that they may use agree."""
-    found = []
-    allowed, quota = len(cpus), cpu_quota(root)
-    if allowed < num_cpus:
-        found.append(Finding("affinity", f"this process may run on {allowed} of the machine's {num_cpus} CPUs"))
-    if quota is not None and quota < min(allowed, num_threads):
-        text = f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute"
-        found.append(Finding("cpu_quota", text))
-    if num_threads > allowed:
-        text = f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way"
-        found.append(Finding("threads", text))
-    elif 2 * num_threads < min(allowed, quota or allowed):  # half is usual: one for each core of two threads
-        text = f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)"
-        found.append(Finding("threads", text))
-    return found
+    allowed, quota = len(cpus), cpu_quota(root) or num_cpus
+    usual = min(allowed, quota) / 2  # one thread for each core of two
+    checks = (
+        (allowed < num_cpus, "affinity", f"this process may run on {allowed} of the machine's {num_cpus} CPUs"),
+        (quota < min(allowed, num_threads), "cpu_quota",
+         f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute"),
+        (num_threads > allowed, "threads",
+         f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way"),
+        (num_threads < usual, "threads",
+         f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)"),
+    )  # fmt: skip
+    return [Finding(code, text) for is_wrong, code, text in checks if is_wrong]

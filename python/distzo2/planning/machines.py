@@ -15,7 +15,8 @@ import torch
 from distzo2.errors import UsageError
 from distzo2.planning.plan_model import Op, Part
 
-MEASURED = "distzo2-measure/3"
+MEASURED = "distzo2-measure/3"  # the format of its file
+EXCHANGE_S = 1e-3  # of a step's scalars between ranks
 ATTENTION_SHARE = 0.5  # of a product's rate
 
 
@@ -92,7 +93,6 @@ class Machine:
     gather_bytes_per_s: float | None  # what a rank receives in an all-gather; None: not known
     host_bytes_per_s: float | None = None  # memory of the host, reads and writes together
     devices_per_switch: int = 1
-    exchange_s: float = 1e-3  # of a step's scalars between ranks
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -177,7 +177,7 @@ GPUS = {
 
 
 def default_path() -> Path:
-    """Where `distzo2 measure` saves its figures by default: the user's cache directory."""
+    """Where `distzo2 measure` saves its figures by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distzo2" / "measure.json"
 
 
@@ -226,7 +226,7 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
     if not gpus:
         notes.append("ranks share the CPU's cores evenly, and their memory's rate with them")
     return Machine(
-        name=f"{gpus[0]['name']} x {len(gpus)}" if gpus else f"{about['cpu'] or 'CPU'}, {about['threads']} threads",
+        name=f"{gpus[0]['name']} x {len(gpus)}" if gpus else f"{about['cpu']}, {about['threads']} threads",
         device="cuda" if gpus else "cpu",
         num_devices=len(gpus) or max(1, about["threads"]),
         device_bytes=gpus[0]["memory_bytes"] if gpus else host_bytes,

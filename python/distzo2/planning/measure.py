@@ -1,18 +1,6 @@
 """`distzo2 measure`: what this machine's links, disk, cores and GPUs do, in one JSON file and one table.
 
-A plan of a run is made from the file. Units are in the names; rates are medians.
-
-    format       "distzo2-measure/3"
-    versions     of distzo2, torch, python; "quick": the figures are rough
-    machine      cpu, cores, threads, simd, memory and memlock (bytes; null: no limit), gpus: name, memory, PCIe link
-    copies       a row a device: up_bytes_per_s, down_bytes_per_s, both_bytes_per_s (of both directions together);
-                 "cpu" is memory to memory
-    disk         directory, file system, direct; reads up, writes down, as above; fsync_s, of one appended line
-    noise        rows: device, backend, family (normal, rademacher), threads, elements_per_s
-    matmul       rows: device, dtype, size (of square matrices), threads, flop_per_s
-    memory       rows: device, threads, bytes_per_s, read and written by an operation with a large new result
-    gather       backend, ranks, block_bytes, bytes_per_s (of the whole block, at the slowest rank); null: not measured
-    findings     rows: code, text: what is below what it should be
+A plan of a run is made from the file, whose keys `docs/measure.md` lists. Units are in the names; rates are medians.
 """
 
 from __future__ import annotations
@@ -25,7 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +25,11 @@ from distzo2.planning.findings import (
     Finding,
     check_file_system,
     check_governor,
-    check_kernels,
     check_link,
     check_memlock,
     check_node,
     check_threads,
-    cpu_info,
     file_system,
-    simd_level,
 )
 from distzo2.planning.machines import MEASURED, default_path
 from distzo2.planning.transfers import (
@@ -61,13 +45,11 @@ from distzo2.planning.transfers import (
 from distzo2.run.preflight import gib
 from distzo2.version import __version__
 
-_MAX_MATRIX = 8192
-
 
 def measure(
     directory: str | os.PathLike, quick: bool = False, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Measures everything; returns the content of the JSON file, as the module's docstring lists it.
+    """Measures everything; returns the content of the JSON file.
 
     Args:
         directory: one on the disk to measure.
@@ -101,9 +83,10 @@ def measure(
     log("copies")
     result["copies"] = [measure_copies(device, effort) for device in gpus or [torch.device("cpu")]]
     for device in gpus:
-        gpu, found = _gpu(device, cpus)
+        gpu = _gpu(device)
         machine["gpus"].append(gpu)
-        findings += found
+        where = f"{device} ({gpu['pci_address']})"
+        findings += check_link(where, gpu) + check_node(where, gpu["numa_node"], cpus)
 
     log("noise and matrix products")
     devices = [torch.device("cpu"), *gpus]
@@ -121,24 +104,28 @@ def measure(
         except DistZO2Error as error:
             findings.append(Finding("gather", str(error)))
 
-    findings += check_kernels(machine["simd"])
+    if machine["simd"] == "portable":
+        text = "the noise kernels run at their portable level, without vector instructions"
+        findings.append(Finding("noise_portable", text))
     if gpus:
         findings += check_memlock(budget["memlock_bytes"], budget["allowed_bytes"] or 0)
         if not core.build_info()["cuda"]:
             findings.append(Finding("no_cuda_kernels", "the CUDA kernels were not compiled: GPUs use Triton's"))
     findings += check_governor() + check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)
-    result["findings"] = [asdict(finding) for finding in findings]
+    result["findings"] = [finding._asdict() for finding in findings]
     result["seconds"] = time.perf_counter() - start
     return result
 
 
 def _machine(budget: Mapping[str, Any]) -> dict[str, Any]:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    best = torch.backends.cpu.get_cpu_capability().lower()
     return {
-        "cpu": cpu_info("model name"),
+        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
         "cores": os.cpu_count(),
         "allowed_cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "simd": simd_level(core.build_info().get("simd", ()), os.environ),
+        "simd": os.environ.get("DISTZO2_SIMD") or (best if best in core.build_info()["simd"] else "portable"),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "allowed_bytes": budget["allowed_bytes"],
         "memlock_bytes": budget["memlock_bytes"],
@@ -146,34 +133,14 @@ def _machine(budget: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gpu(device: torch.device, cpus: set[int]) -> tuple[dict[str, Any], list[Finding]]:
-    """What is known of a GPU, and what is wrong with its link."""
-    properties = torch.cuda.get_device_properties(device)
-    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-    link = link_under_load(device, address)
-    gpu = {
-        "device": str(device),
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "pci_address": address,
-        "pcie_width": link.width,
-        "pcie_width_max": link.width_max,
-        "pcie_gt_per_s": link.speed,
-        "pcie_gt_per_s_max": link.speed_max,
-        "numa_node": link.numa_node,
-    }
-    return gpu, check_link(str(device), link) + check_node(str(device), link, cpus)
+def _gpu(device: torch.device) -> dict[str, Any]:
+    about = torch.cuda.get_device_properties(device)
+    address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
+    names = {"device": str(device), "name": about.name, "memory_bytes": about.total_memory, "pci_address": address}
+    return names | link_under_load(device, address)
 
 
 # ---- rates of a device --------------------------------------------------------------------------------------------
-
-
-def _synchronizer(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-
-
-def _threads(device: torch.device) -> int | None:
-    return torch.get_num_threads() if device.type == "cpu" else None
 
 
 def measure_noise(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
@@ -181,28 +148,22 @@ def measure_noise(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
     numel = 1 << (16 if effort.quick else 20 if device.type == "cpu" else 26)
     backend = core.resolve_backend(None, device)
     rows = []
-    for family in ("normal", "rademacher"):
+    for family in core.FAMILIES:
         make = functools.partial(getattr(core, family), numel, seed=1, step=2, param=3, device=device, backend=backend)
-        rate = numel / seconds_of(make, effort, _synchronizer(device))
-        row = {"device": str(device), "backend": backend, "family": family, "threads": _threads(device)}
-        rows.append({**row, "elements_per_s": rate})
+        rate = numel / seconds_of(make, effort, device)
+        rows.append({"device": str(device), "backend": backend, "family": family, "elements_per_s": rate})
     return rows
 
 
 @torch.no_grad()
 def measure_matmul(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
-    """Square products x·Wᵀ as a linear layer makes them, in flop/s, as large as a turn's time allows."""
+    """Square products x·Wᵀ as a linear layer makes them, in flop/s."""
+    size = effort.pick(256, 1024 if device.type == "cpu" else 8192)
     rows = []
     for name in ("float32", "bfloat16"):
-        size, seconds = 128, 0.0
-        while seconds < effort.batch_s / 4 and size < _MAX_MATRIX:
-            size *= 2
-            x, w = (torch.full((size, size), 0.01, dtype=getattr(torch, name), device=device) for _ in range(2))
-            product = functools.partial(F.linear, x, w)
-            seconds = seconds_of(product, Effort(quick=True), _synchronizer(device))
-        rate = 2 * size**3 / seconds_of(product, effort, _synchronizer(device))
-        row = {"device": str(device), "dtype": name, "size": size, "threads": _threads(device)}
-        rows.append({**row, "flop_per_s": rate})
+        x, w = (torch.full((size, size), 0.01, dtype=getattr(torch, name), device=device) for _ in range(2))
+        rate = 2 * size**3 / seconds_of(functools.partial(F.linear, x, w), effort, device)
+        rows.append({"device": str(device), "dtype": name, "size": size, "flop_per_s": rate})
     return rows
 
 
@@ -211,21 +172,13 @@ def measure_memory(device: torch.device, effort: Effort) -> dict[str, Any]:
     """Bytes/s that an operation of a forward reads and writes: relu to a new tensor."""
     num_bytes = effort.pick(2, 32 if device.type == "cpu" else 512) * MIB
     x = torch.full((num_bytes // 4,), 0.01, device=device)
-    seconds = seconds_of(functools.partial(F.relu, x), effort, _synchronizer(device))
-    return {"device": str(device), "threads": _threads(device), "bytes_per_s": 2 * num_bytes / seconds}
+    return {
+        "device": str(device),
+        "bytes_per_s": 2 * num_bytes / seconds_of(functools.partial(F.relu, x), effort, device),
+    }
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """Writes the JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -233,7 +186,7 @@ def table(result: dict[str, Any]) -> list[str]:
     machine, disk, gather = result["machine"], result["disk"], result["gather"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
     lines = [
-        f"{machine['cpu'] or platform.machine()}, {machine['allowed_cores']} cores, {machine['threads']} threads, "
+        f"{machine['cpu']}, {machine['allowed_cores']} cores, {machine['threads']} threads, "
         f"{machine['simd']}, {gib(machine['memory_bytes'])}; {gpus}",
         "",
         f"{'GB/s':<34}{'up, read':>12}{'down, write':>12}{'both':>12}",
@@ -269,7 +222,7 @@ def run_measure(options: Any, log: Callable[[str], None]) -> int:
     for line in table(result):
         log(line)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(result, path)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     log(f"\nwrote {path} in {result['seconds']:.0f} s")
     return 0
 

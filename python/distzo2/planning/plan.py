@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import make_estimator
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
-from distzo2.planning.machines import Duplex, Machine, find_machine
+from distzo2.planning.machines import EXCHANGE_S, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
 from distzo2.planning.schedule import Played, Slicing, Transfers, Work, play_steps
 from distzo2.run.preflight import DTYPES, gib
@@ -47,61 +47,15 @@ ONE_DEVICE = MeshShape(pert=1, data=1)
 
 
 @dataclass(frozen=True)
-class RankBytes:
-    """Memory of the device (of the host, where it computes) that one rank takes."""
-
-    residents: int
-    slots: int
-    scratch: int  # perturbed copies
-    lanes: int  # hidden states, workspaces, logits
-
-    @property
-    def total(self) -> int:
-        return self.residents + self.slots + self.scratch + self.lanes
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """One mesh, sliced or not."""
+    """One mesh, sliced or not: a row of the file, and the schedule behind it."""
 
-    mesh: MeshShape
-    sliced: bool
-    micro_batches: int
-    tokens: int  # of a step
-    played: Played = field(repr=False)
-    rank_bytes: RankBytes
-    host_bytes: int
-    disk_bytes: int
-    misfit: str | None  # what it lacks
-
-    @property
-    def name(self) -> str:
-        return str(self.mesh) if self.mesh.size > 1 else "one device"
+    row: dict[str, Any]
+    played: Played
 
     @property
     def step_s(self) -> float:
         return self.played.step_s
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.played.step_s
-
-    @property
-    def busy(self) -> dict[str, float]:
-        """Share of the step, by resource."""
-        return {r: s / self.played.step_s for r, s in self.played.busy_s.items()}
-
-    @property
-    def bound(self) -> str:
-        """The busiest resource, with its share of the step."""
-        busy = self.busy
-        resource = max(busy, key=busy.get)
-        name = "updates" if resource == "side" else resource
-        if resource in ("upload", "download") and min(busy.get("upload", 0), busy.get("download", 0)) > 0.9:
-            name = "transfers both ways"
-        if resource == "compute" and self.played.noise_s > 0.5 * self.played.busy_s["compute"]:
-            name = "noise"
-        return f"{name} {busy[resource]:.0%}"
 
 
 class Planner:
@@ -158,26 +112,50 @@ class Planner:
             family=r.noise,
             write_every=r.write_every,
             slicing=self._slicing(ranks) if sliced and streamed else None,
-            exchange_s=machine.exchange_s if ranks > 1 else 0.0,
+            exchange_s=EXCHANGE_S if ranks > 1 else 0.0,
         )
         played = play_steps(work)
-        rank_bytes = RankBytes(
-            residents=sum(u.num_bytes for u in model.units if u.block < 0),
-            slots=slot_bytes_of(streamed) * work.slots if streamed else 0,
-            scratch=played.scratch_bytes,
-            lanes=model.lane_bytes(min(wave, len(lanes))),
-        )
+        rank = {  # of the device; of the host, where it computes
+            "residents": sum(u.num_bytes for u in model.units if u.block < 0),
+            "slots": slot_bytes_of(streamed) * work.slots if streamed else 0,
+            "scratch": played.scratch_bytes,
+            "lanes": model.lane_bytes(min(wave, len(lanes))),
+        }
+        rank["total"] = sum(rank.values())
         stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
-        on_disk = r.weights == "disk"
-        host = 0 if on_disk else stored
+        host, disk = (0, stored) if r.weights == "disk" else (stored, 0)
         if machine.computes_on_host:
-            host += ranks * rank_bytes.total
-        elif on_disk and streamed:
+            host += ranks * rank["total"]
+        elif disk:
             host += ranks * STAGING_BYTES
-        return Prediction(
-            mesh, sliced, num_batches, r.batch * r.tokens, played, rank_bytes, host, stored if on_disk else 0,
-            self._misfit(rank_bytes, host),
-        )  # fmt: skip
+        misfit = None
+        if not machine.computes_on_host and rank["total"] > machine.device_bytes - CONTEXT_BYTES:
+            misfit = f"{gib(rank['total'])} of {gib(machine.device_bytes)} on a device"
+        elif host > machine.host_bytes:
+            misfit = f"{gib(host)} of {gib(machine.host_bytes)} on the host"
+        row = {
+            "mesh": str(mesh) if ranks > 1 else "one device",
+            "pert": mesh.pert,
+            "data": mesh.data,
+            "ranks": ranks,
+            "slice": sliced,
+            "micro_batches": num_batches,
+            "step_s": played.step_s,
+            "tokens_per_s": r.batch * r.tokens / played.step_s,
+            "bound": _bound(played),
+            "busy": {resource: seconds / played.step_s for resource, seconds in played.busy_s.items()},
+            "wait_s": played.wait_s,
+            "noise_s": played.noise_s,
+            "up_bytes": played.bytes_up,
+            "down_bytes": played.bytes_down,
+            "gather_bytes": played.bytes_gathered,
+            "rank_bytes": rank,
+            "host_bytes": host,
+            "disk_bytes": disk,
+            "fits": misfit is None,
+            "misfit": misfit,
+        }
+        return Prediction(row, played)
 
     def _place(self, model: ModelPlan, sliced: bool) -> list[Unit]:
         """The units that stream, marked as the runtime marks them."""
@@ -213,14 +191,6 @@ class Planner:
         if machine.computes_on_host:
             raise DistZO2Error(f"the rate of a gather on {machine.name} was not measured")
         return Slicing(ranks, received * self._transfers(ranks).up_s, over_link=True)
-
-    def _misfit(self, rank_bytes: RankBytes, host: int) -> str | None:
-        machine = self.machine
-        if not machine.computes_on_host and rank_bytes.total > machine.device_bytes - CONTEXT_BYTES:
-            return f"{gib(rank_bytes.total)} of {gib(machine.device_bytes)} on a device"
-        if host > machine.host_bytes:
-            return f"{gib(host)} of {gib(machine.host_bytes)} on the host"
-        return None
 
     def plans(self) -> list[Prediction]:
         """One device first, then what the request names: a mesh, or all meshes of a number of ranks.
@@ -258,12 +228,11 @@ class Planner:
         """What the figures rest on."""
         r = self.request
         return [
-            *self.model().notes,
             f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
             "transformers runs them here",
             *self.machine.assumptions,
             *(() if self.machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
-            f"ranks start each step together; their scalars take {1e3 * self.machine.exchange_s:g} ms"
+            f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
             if r.parallel or r.nproc
             else "nothing else runs on the machine",
         ]
@@ -294,10 +263,16 @@ def possible_meshes(
     return found
 
 
-def best_of(plans: Sequence[Prediction]) -> int | None:
-    """Index of the one with the most tokens/s among those that fit."""
-    fitting = [i for i, p in enumerate(plans) if p.misfit is None]
-    return max(fitting, key=lambda i: plans[i].tokens_per_s, default=None)
+def _bound(played: Played) -> str:
+    """The busiest resource, with its share of the step."""
+    busy = played.busy_s
+    resource = max(busy, key=busy.get)
+    name = "updates" if resource == "side" else resource
+    if resource in ("upload", "download") and min(busy["upload"], busy.get("download", 0)) > 0.9 * played.step_s:
+        name = "transfers both ways"
+    if resource == "compute" and played.noise_s > 0.5 * busy["compute"]:
+        name = "noise"
+    return f"{name} {busy[resource] / played.step_s:.0%}"
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------
@@ -305,7 +280,10 @@ def best_of(plans: Sequence[Prediction]) -> int | None:
 
 def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
     """The content of the JSON file, as the module's docstring lists it."""
-    model = planner.model()
+    model, rows = planner.model(), [plan.row for plan in plans]
+    for row in rows:
+        row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    fitting = [i for i, row in enumerate(rows) if row["fits"]]
     unasked = ("run", "command", "json", "picture", "trace")
     return {
         "format": FORMAT,
@@ -313,41 +291,15 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         "model": {
             "name": model.name,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "elements": model.num_elements,
-            "bytes": model.num_bytes,
+            "elements": sum(p.numel for u in model.units for p in u.params),
+            "bytes": sum(u.num_bytes for u in model.units),
             "units": len(model.units),
             "blocks": sum(not u.resident for u in model.units),
         },
         "request": {k: v for k, v in vars(planner.request).items() if k not in unasked},
         "machine": {"name": planner.machine.name, "assumptions": planner.assumptions()},
-        "rows": [_row(p, plans[0]) for p in plans],
-        "best": best_of(plans),
-    }
-
-
-def _row(plan: Prediction, first: Prediction) -> dict[str, Any]:
-    return {
-        "mesh": plan.name,
-        "pert": plan.mesh.pert,
-        "data": plan.mesh.data,
-        "ranks": plan.mesh.size,
-        "slice": plan.sliced,
-        "micro_batches": plan.micro_batches,
-        "step_s": plan.step_s,
-        "tokens_per_s": plan.tokens_per_s,
-        "speedup": plan.tokens_per_s / first.tokens_per_s,
-        "bound": plan.bound,
-        "busy": plan.busy,
-        "wait_s": plan.played.wait_s,
-        "noise_s": plan.played.noise_s,
-        "up_bytes": plan.played.bytes_up,
-        "down_bytes": plan.played.bytes_down,
-        "gather_bytes": plan.played.bytes_gathered,
-        "rank_bytes": {**asdict(plan.rank_bytes), "total": plan.rank_bytes.total},
-        "host_bytes": plan.host_bytes,
-        "disk_bytes": plan.disk_bytes,
-        "fits": plan.misfit is None,
-        "misfit": plan.misfit,
+        "rows": rows,
+        "best": max(fitting, key=lambda i: rows[i]["tokens_per_s"], default=None),
     }
 
 
@@ -356,48 +308,38 @@ def significant(number: float) -> str:
     return f"{number:.0f}" if number >= 1000 else f"{number:.4g}"
 
 
-def count(number: int) -> str:
-    """A number of elements for people."""
-    for unit, scale in ((" G", 1e9), (" M", 1e6)):
-        if number >= scale / 10:
-            return f"{number / scale:.3g}{unit}"
-    return str(number)
-
-
-def table(planner: Planner, plans: Sequence[Prediction]) -> list[str]:
-    """The predictions as lines of text."""
-    r, model, best = planner.request, planner.model(), best_of(plans)
-    dtype = str(model.dtype).removeprefix("torch.")
+def table(result: dict[str, Any]) -> list[str]:
+    """The result as lines of text."""
+    r, model, rows, best = result["request"], result["model"], result["rows"], result["best"]
     lines = [
-        f"{model.name}, {dtype}, {count(model.num_elements)} weights, {gib(model.num_bytes)}; {r.batch} x "
-        f"{r.tokens} tokens, {len(planner.evaluations)} forwards a step ({r.estimator}, {r.probes} "
-        f"probe{'s' * (r.probes > 1)}); weights on {r.weights}",
-        planner.machine.name,
+        f"{model['name']}, {model['dtype']}, {model['elements'] / 1e9:.3g} G weights, {gib(model['bytes'])}; "
+        f"{r['batch']} x {r['tokens']} tokens a step, {r['estimator']}, {r['probes']} probe{'s' * (r['probes'] > 1)}; "
+        f"weights on {r['weights']}",
+        result["machine"]["name"],
         "",
         f"{'mesh':<16}{'slices':>7}{'step s':>10}{'tokens/s':>10}{'x one':>7}  {'bound by':<25}{'a rank':>10}"
         f"{'host':>10}{'up':>9}{'down':>9}{'gather':>9}",
     ]
-    for i, plan in enumerate(plans):
-        sizes = (plan.played.bytes_up, plan.played.bytes_down, plan.played.bytes_gathered)
+    for i, row in enumerate(rows):
+        sizes = (row["up_bytes"], row["down_bytes"], row["gather_bytes"])
         moved = "".join(f"{size / 1e9:>7.3g}GB" if size else f"{'-':>9}" for size in sizes)
-        slices = ("on" if plan.sliced else "off") if plan.mesh.size > 1 else "-"
+        slices = ("on" if row["slice"] else "off") if row["ranks"] > 1 else "-"
         lines.append(
-            f"{plan.name:<16}{slices:>7}{plan.step_s:>10.4g}{significant(plan.tokens_per_s):>10}"
-            f"{plan.tokens_per_s / plans[0].tokens_per_s:>7.2f}  "
-            f"{plan.bound:<25}{gib(plan.rank_bytes.total):>10}{gib(plan.host_bytes):>10}{moved}"
-            + ("  <- best" if i == best and len(plans) > 1 else "")
+            f"{row['mesh']:<16}{slices:>7}{row['step_s']:>10.4g}{significant(row['tokens_per_s']):>10}"
+            f"{row['speedup']:>7.2f}  {row['bound']:<25}{gib(row['rank_bytes']['total']):>10}"
+            f"{gib(row['host_bytes']):>10}{moved}" + ("  <- best" if i == best and len(rows) > 1 else "")
         )
-        if plan.misfit:
-            lines.append(f"{'':<16}  does not fit: {plan.misfit}")
-    chosen = plans[best or 0]
-    parts = chosen.rank_bytes
+        if row["misfit"]:
+            lines.append(f"{'':<16}  does not fit: {row['misfit']}")
+    chosen = rows[best or 0]
+    parts = {name: gib(size) for name, size in chosen["rank_bytes"].items()}
     lines += [
         "",
-        f"memory of a rank, {chosen.name}: residents {gib(parts.residents)}, slots {gib(parts.slots)}, perturbed "
-        f"copies {gib(parts.scratch)}, lanes {gib(parts.lanes)}",
+        f"memory of a rank, {chosen['mesh']}: residents {parts['residents']}, slots {parts['slots']}, perturbed "
+        f"copies {parts['scratch']}, lanes {parts['lanes']}",
         "",
         "assumed:",
-        *(f"  - {text}" for text in planner.assumptions()),
+        *(f"  - {text}" for text in result["machine"]["assumptions"]),
     ]
     return lines
 
@@ -418,18 +360,19 @@ def run_plan(request: Any, log: Callable[[str], None]) -> int:
         json.dump(result, sys.stdout, indent=1)
         print()
     else:
-        for line in table(planner, plans):
+        for line in table(result):
             log(line)
         if request.json:
             Path(request.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     chosen = plans[result["best"] or 0]
     if request.trace or request.picture:
-        from distzo2.planning.report import draw_plan, save_plan_trace
+        from distzo2.planning.report import draw_plan, plan_events
 
         if request.trace:
-            save_plan_trace(chosen.played, request.trace)
+            Path(request.trace).write_text(json.dumps({"traceEvents": plan_events(chosen.played)}), encoding="utf-8")
         if request.picture:
-            title = f"{result['model']['name']} on {machine.name}: {chosen.name}" + (", sliced" * chosen.sliced)
+            how = ", sliced" * chosen.row["slice"]
+            title = f"{result['model']['name']} on {machine.name}: {chosen.row['mesh']}{how}"
             draw_plan(chosen.played, request.picture, title)
     written = [path for path in (request.json, request.trace, request.picture) if path]
     if written and request.json != "-":

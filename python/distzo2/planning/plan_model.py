@@ -102,15 +102,6 @@ class ModelPlan:
     dtype: torch.dtype
     units: Sequence[Unit]
     parts: Sequence[Part]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def num_elements(self) -> int:
-        return sum(p.numel for u in self.units for p in u.params)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(u.num_bytes for u in self.units)
 
     @property
     def flop(self) -> float:
@@ -175,19 +166,12 @@ def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, toke
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")
     units = find_units(model, collect_params(model))
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    notes: tuple[str, ...] = ()
     try:
         parts = _traced(model, units, ids)
-    except DistZO2Error:
-        raise
-    except Exception as error:  # a forward that looks at values, as mixtures of experts do
+    except (RuntimeError, NotImplementedError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        notes = (
-            f"the forward cannot be followed without values ({why[:80]}): products are those of the weights, "
-            "attention and everything else is left out",
-        )
-        parts = _from_weights(model, units, rows * tokens)
-    return ModelPlan(name, dtype, units, parts, notes)
+        raise DistZO2Error(f"the forward of {name} cannot be planned, it needs values: {why}") from error
+    return ModelPlan(name, dtype, units, parts)
 
 
 # ---- following a forward ------------------------------------------------------------------------------------------
@@ -255,7 +239,8 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Attention is one operation, as its kernels are; questions about values are answered with yes."""
+    """Attention and a mixture's experts are one operation each, as their kernels are; questions about values are
+    answered with yes."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -265,6 +250,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is torch._grouped_mm:
+            return self._experts(*args, **kwargs)
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return True  # such as: are all positions of the mask 1, is no row packed
         return func(*args, **kwargs)
@@ -273,6 +260,13 @@ class _Functions(TorchFunctionMode):
         size = (q.shape[-2], k.shape[-2], v.shape[-1])
         self._recorder.add(Op("attention", size, q.dtype, math.prod(q.shape[:-2]), is_causal))
         return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+    def _experts(self, x, weights, offs, **others):
+        """Rows of `x` [rows, inner] in groups, each times an expert of [experts, inner, columns]: evenly dealt."""
+        experts, inner, columns = weights.shape
+        rows = -(-x.shape[0] // experts)
+        self._recorder.add(Op("product", (rows, inner, columns), x.dtype, experts))
+        return x.new_empty(x.shape[0], columns)
 
 
 def _traced(model: nn.Module, units: Sequence[Unit], ids: torch.Tensor) -> list[Part]:
@@ -303,8 +297,6 @@ def _traced(model: nn.Module, units: Sequence[Unit], ids: torch.Tensor) -> list[
     finally:
         for handle in handles:
             handle.remove()
-    if len(recorder.parts) == 1:
-        raise DistZO2Error(f"the forward of {type(model).__name__} enters no unit")
     return recorder.parts
 
 
@@ -315,9 +307,6 @@ def _op_of(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
         a, b = inputs[-2:]
         batch = a.shape[0] if a.dim() == 3 else 1
         return Op("product", (a.shape[-2], a.shape[-1], b.shape[-1]), a.dtype, batch)
-    if name == "convolution":
-        x, weight = inputs[:2]
-        return Op("product", (outputs[0].numel() // weight.shape[0], weight[0].numel(), weight.shape[0]), x.dtype)
     written = sum(t.numel() * t.dtype.itemsize for t in outputs)
     if name in _EXPONENTIALS:
         return Op("stream", (3 * written,), dtype)  # read for the sum, then again for the result
@@ -330,28 +319,3 @@ def _read_bytes(tensor: torch.Tensor) -> int:
     """Bytes of memory behind a tensor: an expanded dimension counts once."""
     sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
     return math.prod(sizes) * tensor.dtype.itemsize
-
-
-def _from_weights(model: nn.Module, units: Sequence[Unit], num_tokens: int) -> list[Part]:
-    """Every matrix is used once a token; of stacked experts, as many as the configuration says."""
-    config = getattr(model, "config", None)
-    experts = getattr(config, "num_experts_per_tok", None)
-    hidden = getattr(config, "hidden_size", 0)
-    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    order = sorted(units, key=lambda u: (u.resident and head is not None and head in u.windows, u.index))
-    parts = [Part((), (), 0, 0, 0, 0)]
-    for unit in order:
-        ops: Counter[Op] = Counter()
-        for p in unit.params:
-            used_by_head = head is not None and any(o is head for o in p.owners)
-            if len(p.shape) < 2 or (id(p.tensor) in lookups and not used_by_head):
-                continue
-            stacked = p.shape[0] if len(p.shape) == 3 else 1
-            share = min(1.0, experts / stacked) if stacked > 1 and experts else 1.0
-            rows = max(1, round(num_tokens * share))
-            ops[Op("product", (rows, p.shape[-1], p.shape[-2]), p.dtype, stacked)] += 1
-        live = num_tokens * hidden * unit.params[0].dtype.itemsize
-        widest = max((op.size[0] * op.size[2] * op.batch for op in ops), default=0) * unit.params[0].dtype.itemsize
-        parts.append(Part((unit.index,), tuple(ops.items()), 12, live, live + 2 * widest, live))
-    return parts

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from distzo2.planning.schedule import Played, wait_intervals
 from distzo2.run.directory import trace_of
 from distzo2.run.metrics import read_metrics
 from distzo2.run.preflight import gib
-from distzo2.weights.trace import Trace
 
 # Lanes of a trace from top to bottom: kind, name, colour.
 LANES = (
@@ -33,7 +31,6 @@ LANES = (
     ("download", "download", "#aa3377"),
 )
 COLOURS = {name: colour for _, name, colour in LANES} | {"other": "#bbbbbb"}
-_WITHOUT_STEPS_US = 1e6  # drawn of a trace that does not say where its steps are
 
 Interval = tuple[float, float]
 Lines = Sequence[dict[str, Any]]  # of metrics, or events of a trace
@@ -223,9 +220,7 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
             label = f"{kind}, {gib(statistics.median(moved))} a step"
             axes.plot(x, _smooth(rates), color=COLOURS[kind], label=label)
             axes.plot(x, rates, color=COLOURS[kind], alpha=0.3, linewidth=0.8)
-    axes.set(title="rate of the transfers", xlabel="step", ylabel="GB/s")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _finish(axes, "rate of the transfers", "GB/s")
 
 
 def _draw_exposed(axes: Any, steps: Lines) -> None:
@@ -233,9 +228,7 @@ def _draw_exposed(axes: Any, steps: Lines) -> None:
     transfers, waits = (_smooth(_column(steps, key, 1e3)) for key in ("transfer_s", "exposed_wait_s"))
     axes.plot(x, transfers, color=COLOURS["upload"], label="time of its transfers")
     axes.plot(x, waits, color=COLOURS["waiting for transfers"], label="exposed wait")
-    axes.set(title="transfers of a step, and the wait for them", xlabel="step", ylabel="ms")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _finish(axes, "transfers of a step, and the wait for them", "ms")
 
 
 def _draw_memory(axes: Any, steps: Lines, record: dict[str, Any]) -> None:
@@ -247,7 +240,11 @@ def _draw_memory(axes: Any, steps: Lines, record: dict[str, Any]) -> None:
     if record.get("model_bytes"):
         size = record["model_bytes"]
         axes.axhline(size * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(size)}")
-    axes.set(title="memory", xlabel="step", ylabel="MiB")
+    _finish(axes, "memory", "MiB")
+
+
+def _finish(axes: Any, title: str, ylabel: str) -> None:
+    axes.set(title=title, xlabel="step", ylabel=ylabel)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
@@ -297,8 +294,8 @@ def one_step(events: Lines) -> tuple[str, float, float]:
     if steps:
         step = steps[len(steps) // 2]
         return step["name"], step["ts"], step["ts"] + step["dur"]
-    begin = min(e["ts"] for e in events)
-    return "the trace's first part", begin, min(begin + _WITHOUT_STEPS_US, max(e["ts"] + e["dur"] for e in events))
+    begin, end = min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events)
+    return "the trace", begin, end
 
 
 def step_figures(events: Lines) -> StepFigures:
@@ -365,36 +362,30 @@ def draw_step(axes: Any, events: Lines) -> None:
 # ---- a plan -------------------------------------------------------------------------------------------------------
 
 
-def save_plan_trace(played: Played, path: str | os.PathLike) -> None:
-    """Writes the steps of the steady state as a Chrome trace."""
-    trace = Trace()
-    trace.enable()
-    begin = played.steps[0][0]
+def plan_events(played: Played) -> list[dict[str, Any]]:
+    """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
+    begin, events = played.steps[0][0], []
 
-    def add(kind: str, name: str, start: float, end: float) -> None:
+    def add(kind: str, name: str, start: float, end: float, row: int, **args: float) -> None:
         if end > max(start, begin):
-            trace.add(kind, name, round(1e9 * max(start, begin)), round(1e9 * end))
+            start = max(start, begin)
+            event = {"ph": "X", "cat": kind, "name": name, "ts": 1e6 * start, "dur": 1e6 * (end - start), "args": args}
+            events.append({**event, "pid": 0, "tid": row})
 
     for number, (start, end) in enumerate(played.steps):
-        add("step", f"step {number}", start, end)
+        add("step", f"step {number}", start, end, 0)
     for start, end, name in wait_intervals(played.tasks):
-        add("wait", name, start, end)
-    transfers, blocks = [], {}
+        add("wait", name, start, end, 1)
+    kinds = {"compute": 2, "materialize": 3, "update": 4, "gather": 5, "upload": 16, "download": 32}
     for task in played.tasks:
-        if task.kind in ("compute", "materialize", "update", "gather"):
-            add(task.kind, task.name, task.start, task.end)
-        elif task.kind in ("upload", "download") and task.end > begin:
-            block = blocks.setdefault(task.name, len(blocks))
-            start, end, num_bytes = round(1e9 * task.start), round(1e9 * task.end), round(task.args["bytes"])
-            transfers.append((task.kind, block, task.args["slot"], num_bytes, start, end))
-    trace.save(path, transfers, {block: name for name, block in blocks.items()})
+        if task.kind in kinds:
+            args = {"bytes": round(task.num_bytes), "slot": task.slot}
+            add(task.kind, task.name, task.start, task.end, kinds[task.kind] + task.slot, **args)
+    return events
 
 
 def draw_plan(played: Played, path: str | os.PathLike, title: str) -> None:
     """Draws one step as a PNG, as a run's own trace is drawn."""
-    with tempfile.TemporaryDirectory(prefix="distzo2-plan-") as directory:
-        save_plan_trace(played, f"{directory}/trace.json")
-        events = read_trace(f"{directory}/trace.json")
     with _figure(Path(path), 12, 4) as figure:
-        draw_step(figure.add_subplot(), events)
+        draw_step(figure.add_subplot(), plan_events(played))
         figure.suptitle(title)

@@ -9,11 +9,12 @@ of their issue.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
 
 from distzo2.planning.machines import Rates
 from distzo2.planning.plan_model import ModelPlan
@@ -26,6 +27,7 @@ from distzo2.weights.units import Unit
 WARM_STEPS = (2, 6, 14)
 SAME = 1e-3
 MOST_STEPS = 16  # that are played, where blocks are written in turn
+_ADDRESSES = itertools.count(1)  # of memory that only counts
 
 
 @dataclass(eq=False)
@@ -37,35 +39,30 @@ class Task:
     name: str
     seconds: float
     after: tuple[Task, ...] = ()
-    args: dict[str, Any] = field(default_factory=dict)
+    num_bytes: float = 0.0  # of a transfer
+    slot: int = 0
     start: float = -1.0
     end: float = -1.0
 
 
-@dataclass(frozen=True)
-class Contention:
-    """How resources slow each other down.
+def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: Collection[str] = ()) -> None:
+    """Sets start and end of every task.
 
-    `pairs`: two resources, and the speed of each while both are busy (1: as alone). `pool`: resources that share one
-    processor: while k of them are busy, each runs at 1/k.
+    Args:
+        tasks: in the order of their issue.
+        duplex: speeds of upload and download while both are busy; 1: as alone.
+        pool: resources that share one processor: while k of them are busy, each runs at 1/k.
     """
 
-    pairs: tuple[tuple[str, str, float, float], ...] = ()
-    pool: frozenset[str] = frozenset()
-
-    def speeds(self, busy: Collection[str]) -> dict[str, float]:
+    def speeds(busy: Collection[str]) -> dict[str, float]:
         result = dict.fromkeys(busy, 1.0)
-        for first, second, a, b in self.pairs:
-            if first in result and second in result:
-                result[first], result[second] = a, b
-        inside = [r for r in result if r in self.pool]
+        if "upload" in result and "download" in result:
+            result["upload"], result["download"] = duplex
+        inside = [r for r in result if r in pool]
         for resource in inside:
             result[resource] /= len(inside)
         return result
 
-
-def play(tasks: Iterable[Task], contention: Contention) -> None:
-    """Sets start and end of every task."""
     queues: dict[str, deque[Task]] = {}
     waiting: dict[Task, int] = {}
     behind: dict[Task, list[Task]] = {}
@@ -98,11 +95,11 @@ def play(tasks: Iterable[Task], contention: Contention) -> None:
         if not running:
             assert not any(queues.values()), "tasks wait for one another"
             return
-        speeds = contention.speeds(running)
-        step = min(left / speeds[r] for r, (_, left) in running.items())
+        speed = speeds(running)
+        step = min(left / speed[r] for r, (_, left) in running.items())
         now += step
         for resource, (task, left) in list(running.items()):
-            left -= step * speeds[resource]
+            left -= step * speed[resource]
             if left <= 1e-12 * max(1.0, task.seconds):
                 del running[resource]
                 finish(task)
@@ -145,17 +142,15 @@ class Played:
 
 def play_steps(work: Work) -> Played:
     """Plays steps until they repeat, and takes the mean of those after."""
-    pairs = ()
-    if work.transfers is not None:
-        pairs = (("upload", "download", work.transfers.up_speed, work.transfers.down_speed),)
+    duplex = (work.transfers.up_speed, work.transfers.down_speed) if work.transfers else (1.0, 1.0)
     # A slice's update takes from the device what compute would have; on a CPU so does a gather.
-    pool = frozenset({"compute", "side", "gather"} if work.on_host else {"compute", "side"})
+    pool = {"compute", "side", "gather"} if work.on_host else {"compute", "side"}
     num_steps = max(2, min(work.write_every, MOST_STEPS))
     for warm in WARM_STEPS:
         schedule = Schedule(work)
         for _ in range(warm + num_steps):
             schedule.step()
-        play(schedule.tasks, Contention(pairs, pool))
+        play(schedule.tasks, duplex, pool)
         ends = [task.end for task in schedule.step_ends]
         lengths = [b - a for a, b in pairwise(ends)]
         before, after = sum(lengths[-2 * num_steps : -num_steps]), sum(lengths[-num_steps:])
@@ -179,7 +174,7 @@ def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: in
         if task.kind in ("materialize", "update"):
             noise_s += inside / num_steps
         elif task.kind in num_bytes:
-            num_bytes[task.kind] += task.args["bytes"] * inside / (task.end - task.start) / num_steps
+            num_bytes[task.kind] += task.num_bytes * inside / (task.end - task.start) / num_steps
     waits = wait_intervals(schedule.tasks)
     return Played(
         (end - begin) / num_steps,
@@ -234,30 +229,12 @@ class Work:
     exchange_s: float = 0.0  # of the scalars, at a step's end
 
 
-@dataclass(frozen=True)
-class _Buffer:
-    """Stands for memory in a `Scratch` that only counts."""
-
-    num_bytes: int
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-    def numel(self) -> int:
-        return self.num_bytes
-
-
 class _Ledger(Scratch):
     """The runtime's scratch, without its memory."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
-        super().__init__(units, None)
-        self._allocated = 0
-
-    def _allocate(self, num_bytes: int) -> _Buffer:
-        self._allocated += 1
-        return _Buffer(num_bytes, self._allocated)
+    def _allocate(self, num_bytes: int) -> SimpleNamespace:
+        address = next(_ADDRESSES)
+        return SimpleNamespace(data_ptr=lambda: address, numel=lambda: num_bytes)
 
 
 @dataclass(eq=False)
@@ -283,7 +260,7 @@ class Schedule:
         self.step_ends: list[Task] = []
         self._version = 0
         self._stored = {u.index: 0 for u in self.units}  # versions
-        self._scratch = _Ledger([u for u in self.units if u.trainable])
+        self._scratch = _Ledger([u for u in self.units if u.trainable], None)
         self._slots = [_Slot(number) for number in range(work.slots)]
         self._slot_of: dict[int, _Slot] = {}
         self._store_of: dict[int, Task] = {}  # by unit: its last download
@@ -306,8 +283,8 @@ class Schedule:
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 
-    def _add(self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **args: float) -> Task:
-        task = Task(resource, kind, name, seconds, tuple(t for t in after if t is not None), args)
+    def _add(self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **more: float) -> Task:
+        task = Task(resource, kind, name, seconds, tuple(t for t in after if t is not None), **more)
         self.tasks.append(task)
         return task
 
@@ -438,27 +415,14 @@ class Schedule:
             self._stored[unit.index] = self._version
 
     def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:
-        return sum(
-            self.work.rates.noise_s(
-                round(p.numel * share),
-                p.dtype,
-                self.work.family,
-                terms=missed * self.work.num_terms,
-                emissions=noises,
-                outs=outs,
-                write=writes,
-            )
-            for p in unit.params
-            if p.trainable
-        )
+        call = {"terms": missed * self.work.num_terms, "emissions": noises, "outs": outs, "write": writes}
+        made = ((round(p.numel * share), p.dtype) for p in unit.params if p.trainable)
+        return sum(self.work.rates.noise_s(numel, dtype, self.work.family, **call) for numel, dtype in made)
 
     # ---- as the copy engine -----------------------------------------------------------------------------------------
 
     def _acquire(self, unit: Unit) -> _Slot:
-        slot = self._slot_of.get(unit.index)
-        if slot is None:
-            slot = self._choose(for_acquire=True)
-            self._assign(slot, unit)
+        slot = self._slot_of.get(unit.index) or self._assign(self._choose(for_acquire=True), unit)
         slot.held, slot.wanted = True, False
         return slot
 
@@ -483,43 +447,27 @@ class Schedule:
         wanted = [s for s in self._slots if not s.held] if for_acquire else []
         return max(wanted, key=lambda s: s.last_use, default=None)
 
-    def _assign(self, slot: _Slot, unit: Unit) -> None:
+    def _assign(self, slot: _Slot, unit: Unit) -> _Slot:
         if slot.unit is not None:
             del self._slot_of[slot.unit.index]
         slot.unit, slot.wanted, slot.version = unit, False, -1
         self._slot_of[unit.index] = slot
-        slicing = self.work.slicing
-        num_bytes = unit.num_bytes / (slicing.num_ranks if slicing else 1)
-        slot.ready = self._add(
-            "upload",
-            "upload",
-            unit.name,
-            num_bytes * self.work.transfers.up_s,
-            self._host,
-            slot.readers,
-            slot.stored,
-            self._store_of.get(unit.index),
-            bytes=num_bytes,
-            slot=slot.number,
-        )
+        num_bytes = unit.num_bytes / (self.work.slicing.num_ranks if self.work.slicing else 1)
+        seconds = num_bytes * self.work.transfers.up_s
+        after = (self._host, slot.readers, slot.stored, self._store_of.get(unit.index))
+        slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
         slot.stored = None
-        if slicing is not None:
+        if self.work.slicing is not None:
             if unit.index in self._visited:  # for the next pass: it may miss an update that is not known yet
                 self._to_complete.append(unit)
             else:
                 self._complete(unit)
+        return slot
 
     def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
-        slot.stored = self._store_of[unit.index] = self._add(
-            "download",
-            "download",
-            unit.name,
-            num_bytes * self.work.transfers.down_s,
-            after,
-            slot.ready,
-            bytes=num_bytes,
-            slot=slot.number,
-        )
+        seconds, more = num_bytes * self.work.transfers.down_s, {"num_bytes": num_bytes, "slot": slot.number}
+        slot.stored = self._add("download", "download", unit.name, seconds, after, slot.ready, **more)
+        self._store_of[unit.index] = slot.stored
 
     def _complete(self, unit: Unit) -> None:
         """Updates a slice that was uploaded, writes it back, and gathers the block."""
@@ -537,6 +485,5 @@ class Schedule:
                 self._stored[unit.index] = self._version
         where = "upload" if slicing.over_link else "gather"
         received = unit.num_bytes * (slicing.num_ranks - 1) * share
-        slot.ready = self._add(
-            where, "gather", unit.name, unit.num_bytes * slicing.gather_s, ready, self._host, bytes=received
-        )
+        seconds = unit.num_bytes * slicing.gather_s
+        slot.ready = self._add(where, "gather", unit.name, seconds, ready, self._host, num_bytes=received)

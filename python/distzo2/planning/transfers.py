@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.planning.findings import Link, read_link
-from distzo2.run.preflight import gib
+from distzo2.planning.findings import read_link
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 MIB = 2**20
@@ -50,14 +49,19 @@ class Effort:
         return quick if self.quick else whole
 
 
-def seconds_of(call: Callable[[], Any], effort: Effort, synchronize: Callable[[], None] = lambda: None) -> float:
-    """Median seconds of a call over the rounds; `synchronize` waits for what a call has only started."""
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], effort: Effort, device: torch.device) -> float:
+    """Median seconds of a call on the device over the rounds."""
 
     def turn(num_calls: int) -> float:
         start = time.perf_counter()
         for _ in range(num_calls):
             call()
-        synchronize()
+        _synchronize(device)
         return (time.perf_counter() - start) / num_calls
 
     turn(1)  # pages, caches, threads and kernels are made at the first call
@@ -68,59 +72,50 @@ def seconds_of(call: Callable[[], Any], effort: Effort, synchronize: Callable[[]
 # ---- the copy engine ----------------------------------------------------------------------------------------------
 
 
-class _Ring:
-    """Passes of an engine over its blocks, each to the end of all its copies."""
-
-    def __init__(self, engine: CopyEngine, device: torch.device) -> None:
-        self._engine, self._device = engine, device
-        self._stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-    def prepare(self, direction: str) -> None:
-        """Drops all blocks, then brings those that `down` changes."""
-        for block in self._engine.present():
-            self._engine.drop(block)
-        for block in range(SLOTS if direction == "down" else 0):
-            self._visit(block, dirty=False)
-        self._synchronize()
-
-    def run(self, direction: str) -> None:
-        if direction == "down":
-            for _ in range(NUM_BLOCKS // SLOTS):
-                for block in range(SLOTS):
-                    self._visit(block, dirty=True)
-                self._engine.flush()  # else a download that has not begun when its block is acquired is put off
-        else:
-            ahead = SLOTS - 1
-            for block in range(ahead):
-                self._engine.prefetch(block)
-            for block in range(NUM_BLOCKS):
-                self._visit(block, dirty=direction == "both")
-                if block + ahead < NUM_BLOCKS:
-                    self._engine.prefetch(block + ahead)
-            self._engine.flush()
-        self._synchronize()
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _visit(self, block: int, dirty: bool) -> None:
-        self._engine.acquire(block, self._stream)
-        self._engine.release(block, self._stream, dirty=dirty, version=0)
-
-
 def _rates(
     engine: CopyEngine, device: torch.device, block_bytes: int, effort: Effort, before: Callable[[], None]
 ) -> dict[str, float]:
     """Bytes/s by direction; `both` counts those of both directions together."""
-    ring, rates = _Ring(engine, device), {}
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    ahead = SLOTS - 1
+
+    def visit(block: int, dirty: bool) -> None:
+        engine.acquire(block, stream)
+        engine.release(block, stream, dirty=dirty, version=0)
+
+    def prepare(direction: str) -> None:
+        """Drops all blocks, then brings those that `down` changes."""
+        for block in engine.present():
+            engine.drop(block)
+        for block in range(SLOTS if direction == "down" else 0):
+            visit(block, dirty=False)
+        _synchronize(device)
+        before()
+
+    def run(direction: str) -> None:
+        """One pass, to the end of all its copies."""
+        if direction == "down":
+            for _ in range(NUM_BLOCKS // SLOTS):
+                for block in range(SLOTS):
+                    visit(block, dirty=True)
+                engine.flush()  # else a download that has not begun when its block is acquired is put off
+        else:
+            for block in range(ahead):
+                engine.prefetch(block)
+            for block in range(NUM_BLOCKS):
+                visit(block, dirty=direction == "both")
+                if block + ahead < NUM_BLOCKS:
+                    engine.prefetch(block + ahead)
+            engine.flush()
+        _synchronize(device)
+
+    rates = {}
     for direction in DIRECTIONS:
         samples = []
         for _ in range(effort.rounds + 1):  # one to warm up
-            ring.prepare(direction)
-            before()
+            prepare(direction)
             start = time.perf_counter()
-            ring.run(direction)
+            run(direction)
             samples.append(time.perf_counter() - start)
         moved = block_bytes * NUM_BLOCKS * (2 if direction == "both" else 1)
         rates[f"{direction}_bytes_per_s"] = moved / statistics.median(samples[1:])
@@ -153,7 +148,7 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
     return {"device": name, "block_bytes": block_bytes, **rates}
 
 
-def link_under_load(device: torch.device, address: str) -> Link:
+def link_under_load(device: torch.device, address: str) -> dict[str, Any]:
     """The GPU's link while it is in use: an idle one is slowed down to save power."""
     host = torch.zeros(64 * MIB, dtype=torch.uint8).pin_memory()
     there = torch.empty_like(host, device=device)
@@ -177,10 +172,6 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
     if not os.path.isdir(directory):
         raise UsageError(f"--directory {directory}: a directory on the disk to measure was expected")
     block_bytes = effort.pick(2, 32) * MIB
-    status, num_bytes = os.statvfs(directory), 2 * NUM_BLOCKS * block_bytes  # a block may have a spare place
-    free = status.f_bavail * status.f_frsize
-    if free < num_bytes:
-        raise DistZO2Error(f"{directory}: measuring its disk takes {gib(num_bytes)}, and {gib(free)} are free there")
     try:
         descriptor, path = tempfile.mkstemp(prefix="distzo2-measure-", dir=directory)
     except OSError as error:
