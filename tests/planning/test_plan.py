@@ -149,7 +149,7 @@ def test_a_measured_machine(tmp_path: Path) -> None:
     assert slower.step_s == pytest.approx(2 * whole.step_s, rel=0.01)
     asked.weights = "disk"
     streamed = Planner(asked, machine).predict()
-    assert streamed.step_s >= whole.step_s and streamed.row["up_bytes"] > 0
+    assert streamed.step_s >= 0.999 * whole.step_s and streamed.row["up_bytes"] > 0
     assert streamed.row["host_bytes"] < whole.row["host_bytes"] and streamed.row["disk_bytes"] > 0
     two = Planner(asked, machine).predict(MeshShape(2, 1)).row
     assert two["host_bytes"] == 2 * two["rank_bytes"]["total"]

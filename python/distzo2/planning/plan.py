@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Prediction:
     """One mesh, sliced or not: a row of the file, and the schedule behind it."""
 
     row: dict[str, Any]
-    played: Played
+    played: Played = field(repr=False)
 
     @property
     def step_s(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ class Task:
     kind: str
     name: str
     seconds: float
-    after: tuple[Task, ...] = ()
+    after: tuple[Task, ...] = field(default=(), repr=False)
     num_bytes: float = 0.0  # of a transfer
     slot: int = 0
     start: float = -1.0
