@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,11 +299,13 @@ def test_the_runtime_does_the_same(
     closures = [lambda: model(input_ids=ids, labels=ids).loss.float()] * batches
     for _ in range(2 * every + 2):
         opt.step(closures)
+    time.sleep(0.2)  # blocks prefetched across the step's end arrive first
     runtime.reset_stats()
     runtime.enable_trace()
     steps = max(2, every)
     for _ in range(steps):
         opt.step(closures)
+    time.sleep(0.2)
     runtime._ring.flush()
     stats = runtime.stats()
     runtime.save_trace(tmp_path / "trace.json")
