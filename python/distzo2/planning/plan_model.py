@@ -103,11 +103,6 @@ class ModelPlan:
     units: Sequence[Unit]
     parts: Sequence[Part]
 
-    @property
-    def flop(self) -> float:
-        """Of one lane."""
-        return sum(op.flop * count for part in self.parts for op, count in part.ops)
-
     def lane_bytes(self, num_lanes: int) -> int:
         """The most that the lanes of a pass hold together: one runs, the others are parked on either side of it."""
         return max(p.peak + (num_lanes - 1) * max(p.live_before, p.live_after) for p in self.parts)

@@ -82,8 +82,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
         _draw_time(figure.add_subplot(grid[1, 0]), steps)
         _draw_memory(figure.add_subplot(grid[1, 1]), steps, record)
         if moved:
-            _draw_rates(figure.add_subplot(grid[2, 0]), steps)
-            _draw_exposed(figure.add_subplot(grid[2, 1]), steps)
+            _draw_rates(figure.add_subplot(grid[2, :]), steps)
         for axes in figure.axes:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if trace:
@@ -221,14 +220,6 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
             axes.plot(x, _smooth(rates), color=COLOURS[kind], label=label)
             axes.plot(x, rates, color=COLOURS[kind], alpha=0.3, linewidth=0.8)
     _finish(axes, "rate of the transfers", "GB/s")
-
-
-def _draw_exposed(axes: Any, steps: Lines) -> None:
-    x = [s["step"] for s in steps]
-    transfers, waits = (_smooth(_column(steps, key, 1e3)) for key in ("transfer_s", "exposed_wait_s"))
-    axes.plot(x, transfers, color=COLOURS["upload"], label="time of its transfers")
-    axes.plot(x, waits, color=COLOURS["waiting for transfers"], label="exposed wait")
-    _finish(axes, "transfers of a step, and the wait for them", "ms")
 
 
 def _draw_memory(axes: Any, steps: Lines, record: dict[str, Any]) -> None:
