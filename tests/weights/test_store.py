@@ -6,12 +6,12 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from distzo2.weights.store import StreamingStore
+from distzo2.weights.store import StoredCopy, StreamingStore, streaming_store
+from distzo2.weights.units import Unit
 
 SCRIPT = """
 import resource, signal, sys, torch, distzo2
@@ -32,13 +32,12 @@ def test_a_file_that_may_not_grow_is_told_by_its_own_error(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fallbacks", [{}, {"reads_fallback": "no ring"}, {"direct_fallback": "no flag"}])
+@pytest.mark.parametrize("fallbacks", [{}, {"direct_fallback": "no flag"}])
 def test_what_is_slower_than_it_could_be_is_said(fallbacks, tmp_path: Path, monkeypatch, caplog) -> None:
     stats = StreamingStore.stats
-    monkeypatch.setattr(
-        StreamingStore, "stats", lambda self: stats(self) | {"reads_fallback": "", "direct_fallback": ""} | fallbacks
-    )
-    units = [SimpleNamespace(num_bytes=8192, index=i, block=-1) for i in range(3)]
+    monkeypatch.setattr(StreamingStore, "stats", lambda self: stats(self) | {"direct_fallback": ""} | fallbacks)
+    unit = Unit(0, "unit", [], [], resident=False)
+    copies = [StoredCopy(unit, 0, 8192, block=i) for i in range(3)]
     with caplog.at_level(logging.WARNING, logger="distzo2"):
-        StreamingStore(units, torch.device("cpu"), directory=tmp_path, slots=2).close()
+        streaming_store(copies, torch.device("cpu"), directory=tmp_path, slots=2).close()
     assert [r.message.split(": ")[1] for r in caplog.records] == list(fallbacks.values())

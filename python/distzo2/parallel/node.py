@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from distzo2.errors import UsageError
+from distzo2.parallel import group
+from distzo2.parallel.exchange import hash64
 from distzo2.parallel.sliced_store import cut
-from distzo2.run.preflight import available_memory, free_bytes, gib
-from distzo2.weights.store import StreamingStore
+from distzo2.text import gib
+from distzo2.weights.residency import MemoryShare, free_disk_bytes, free_host_bytes
+from distzo2.weights.store import StoredCopy, streaming_store
 from distzo2.weights.units import Unit
+from distzo2_core import memory_budget
 
 if TYPE_CHECKING:
     from distzo2.parallel.group import Mesh
@@ -26,24 +31,42 @@ SAMPLE_BYTES = 32 << 20  # of a block, at most
 SAMPLE_BLOCKS = 4
 ROUNDS = 3
 _SPARE = 0.1  # of the memory that is available
+_NO_LIMIT = (1 << 63) - 1
 
 
-@dataclass(eq=False)
-class _Sample:
-    """As much of a unit as a store asks for."""
-
-    index: int
-    num_bytes: int
-    version: int = 0
-    block: int = -1
-
-
-class Sharing(NamedTuple):
+class NodeSlices(NamedTuple):
     """The ranks of a node, the share of every streamed block that each of them keeps, and a number for the store."""
 
     node: SliceExchange
     shares: list[float]
     number: int
+
+
+def memory_share() -> MemoryShare:
+    """Returns this rank's share of its machine's memory: one reading, divided among the ranks that are on the machine.
+
+    Ranks that have met (`distzo2.parallel.init`) all call it, and take nothing before it returns: the least reading of
+    a machine's ranks counts. A rank that read for itself would count what others had already taken twice, or would not
+    see what they are about to take.
+    """
+    budget, ranks = memory_budget(), group.joined()
+    mine = (budget["cgroup_bytes"], budget["available_bytes"])
+    if ranks is None or ranks.world_size == 1:
+        return MemoryShare(1, *mine)
+    what = "sharing the memory of a machine"
+    machines = [numbers[0] for numbers in ranks.exchange.agree(what, numbers=(hash64(_machine()),))]
+    readings = ranks.exchange.agree(what, numbers=[_NO_LIMIT if limit is None else limit for limit in mine])
+    here = [numbers for machine, numbers in zip(machines, readings, strict=True) if machine == machines[ranks.rank]]
+    least = [min(limits) for limits in zip(*here, strict=True)]
+    return MemoryShare(len(here), *(None if limit == _NO_LIMIT else limit for limit in least))
+
+
+def _machine() -> str:
+    """The kernel's name for this boot of the machine: containers on it share its memory, whatever they are called."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"{platform.node()} {os.environ.get('GROUP_RANK', '')}"
 
 
 def choose_slices(
@@ -52,7 +75,7 @@ def choose_slices(
     device: torch.device,
     weights: str,
     directory: str | os.PathLike | None,
-) -> Sharing | None:
+) -> NodeSlices | None:
     """Who shares the streamed units in slices, or None: the same on all ranks, which all call it.
 
     Where the mesh does not say, slices are taken if bringing one and gathering the block is faster than bringing the
@@ -88,7 +111,7 @@ def choose_slices(
     if mesh.rank == 0:
         kept = f"; {gib(int(total * shares[node.index] / sum(shares)))} of blocks a rank" if chosen else ""
         mesh.log(f"slices: {'on' if chosen else 'off'} ({why}{kept})")
-    return Sharing(node, shares, node.new_store()) if chosen else None
+    return NodeSlices(node, shares, node.new_store()) if chosen else None
 
 
 def _decide(
@@ -97,7 +120,7 @@ def _decide(
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_bytes(directory)
+        free = free_host_bytes() if weights == "host" else free_disk_bytes(directory)
     room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
     for needed, free in room.tolist():
         if needed > free:
@@ -137,10 +160,11 @@ def _of_all(mesh: Mesh, values: Sequence[float]) -> torch.Tensor:
 
 
 def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None) -> float:
-    samples: list[Any] = [_Sample(i, num_bytes) for i in range(SAMPLE_BLOCKS)]
+    sample_unit = Unit(0, "a sample", [], [], resident=False)
+    samples = [StoredCopy(sample_unit, 0, num_bytes, block=i) for i in range(SAMPLE_BLOCKS)]
     times = []
     with mesh.together("measuring transfers"):
-        store = StreamingStore(samples, device, directory=directory, slots=3)
+        store = streaming_store(samples, device, directory=directory, slots=3)
         for sample in samples if directory is not None else ():
             with store.open(sample, write=True, keep=False) as buffer:
                 buffer.fill_(1)  # a file's holes are read faster

@@ -41,50 +41,50 @@ def open_own_journal(
         The journal, and the snapshots that were found to be damaged.
     """
     check_no_others(snapshots, resume)
-    runtime, invalid = optimizer._runtime, []
-    version = runtime.version
+    access, invalid = optimizer._runtime.access, []
+    version = access.weights.version
     journal = open_run_journal(
         path, run_header(optimizer), resume=resume, branch=optimizer._branch, **optimizer._journal_options
     )
     try:
         optimizer.first_step = first_own_step(journal.header)
         if resume and snapshots is not None:
-            found = find_snapshot(snapshots.directory, runtime, path, len(journal.entries))
+            found = find_snapshot(snapshots.directory, access, path, len(journal.entries))
             invalid = found.invalid
-            go_on_from(found, runtime, snapshots)
+            go_on_from(found, access, snapshots)
         optimizer.take_over(journal.entries, first_like_step(journal.header))
     except BaseException:
         journal.close()
         raise
-    runtime.set_durable(version + journal.durable)
-    tell_durable, tell_failure = tellers(runtime, version)
+    access.weights.set_durable(version + journal.durable)
+    tell_durable, tell_failure = tellers(access, version)
     journal.on_durable(tell_durable)
     journal.on_failure(tell_failure)
     return journal, invalid
 
 
-def tellers(runtime: WeightAccess, first_version: int) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:
+def tellers(access: WeightAccess, first_version: int) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:
     """What a journal's thread calls as its lines become durable, and when they cannot. It keeps neither weights nor
     model: they are dropped together with a journal that nobody closed."""
-    held = weakref.ref(runtime)
+    held = weakref.ref(access)
 
     def tell_durable(durable: int) -> None:
         if (alive := held()) is not None:
-            alive.set_durable(first_version + durable)
+            alive.weights.set_durable(first_version + durable)
 
     def tell_failure(error: BaseException) -> None:
         if (alive := held()) is not None:
-            alive.fail(error)
+            alive.weights.fail(error)
 
     return tell_durable, tell_failure
 
 
-def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> None:
+def go_on_from(found: Found, access: WeightAccess, snapshots: Snapshots) -> None:
     """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
     for reason in found.reasons:
         snapshots.log(reason)
     if found.manifest is not None:
-        load_snapshot(found, runtime, runtime.version)
+        load_snapshot(found, access, access.weights.version)
         snapshots.log(f"went on from the snapshot {found.path.name}")
     elif found.reasons:
         snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
@@ -92,7 +92,7 @@ def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> Non
 
 def start_snapshots(
     snapshots: Snapshots,
-    runtime: WeightAccess,
+    access: WeightAccess,
     journal: Journal,
     resume: bool,
     first_version: int,
@@ -104,8 +104,8 @@ def start_snapshots(
     remove_unfinished(snapshots.directory)
     if not snapshots.are_made:
         return None
-    writer = SnapshotWriter(snapshots, runtime, journal, first_version, invalid)
+    writer = SnapshotWriter(snapshots, access, journal, first_version, invalid)
     if resume:
         writer.remove_surplus()
-    runtime.tap = writer.offer
+    access.weights.tap = writer.offer
     return writer

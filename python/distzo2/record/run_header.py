@@ -25,7 +25,7 @@ def run_header(optimizer: ZOSGD) -> dict[str, Any]:
     """The journal header of `optimizer`'s run: index table, base checkpoint, versions, options, fingerprint."""
     runtime = optimizer._runtime
     # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
-    source = None if runtime.replaced else getattr(optimizer._model, "distzo2_source", None)
+    source = None if runtime.weights.replaced else getattr(optimizer._model, "distzo2_source", None)
     return make_header(
         seed=optimizer.seed,
         base=base_record(source),

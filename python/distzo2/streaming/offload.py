@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +12,18 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.parallel.group import current
-from distzo2.parallel.node import choose_slices
+from distzo2.parallel.node import choose_slices, memory_share
+from distzo2.parallel.sliced_store import SlicedStore, slices_of
+from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane
-from distzo2.streaming.random_stream import RandomStream
-from distzo2.streaming.runtime import CLEAN, StreamingRuntime, cuda_device
+from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
-from distzo2.weights.residency import MemoryBudget
+from distzo2.weights.access import WeightAccess
+from distzo2.weights.residency import MemoryBudget, blocks_to_stream, free_memory
+from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_store
+from distzo2.weights.unit_weights import UnitWeights
+from distzo2.weights.units import collect_params, find_units
+from distzo2.weights.updates import CLEAN
 from distzo2_core import cuda_available
 
 WEIGHTS = ("device", "host", "disk")
@@ -83,17 +89,15 @@ def offload(
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
     device = _usable_device(device)
-    directory = directory if weights == "disk" else None
-    runtime = StreamingRuntime(
+    runtime = _hand_over(
         model,
-        device=device,
-        weights=weights,
+        device,
+        weights,
         units=units,
-        directory=directory,
+        directory=directory if weights == "disk" else None,
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
-        choose_slices=lambda units: choose_slices(current(), units, device, weights, directory),
     )
     _move_buffers(model, device)
     if not train:
@@ -101,6 +105,57 @@ def offload(
     object.__setattr__(model, "_distzo2_runtime", runtime)
     object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
     return model
+
+
+def _hand_over(
+    model: nn.Module,
+    device: torch.device,
+    weights: str,
+    *,
+    units: Iterable[str] | None,
+    directory: str | os.PathLike | None,
+    slots: int,
+    memory_budget: MemoryBudget,
+    write_every: int,
+) -> StreamingRuntime:
+    """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
+
+    Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all.
+    """
+    found = find_units(model, collect_params(model), units)
+    slices = choose_slices(current(), found, device, weights, directory)
+    together = slices.node.exchange if slices is not None else None
+    streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or slices is not None))
+    with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
+        share = memory_share()
+
+        def free_bytes() -> int:
+            free = free_memory(device, share)
+            return free if together is None else min(n[0] for n in together.agree("memory_budget", numbers=(free,)))
+
+        streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
+        agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
+        if slices is None:
+            copies = [StoredCopy(u, 0, u.num_bytes, block=i) for i, u in enumerate(streamed)]
+        else:
+            copies = slices_of(streamed, slices.shares, slices.node.index)
+        streaming = {copy.unit.index: copy for copy in copies}
+        staying = {u.index: StoredCopy.whole(u) for u in found if u.index not in streaming}
+        options = share.pool_options()
+        memory = MemoryStore(list(staying.values()), device, **options)
+        if not copies:
+            ring = Store()
+        elif device.type == "cpu" and directory is None:  # slices in memory
+            ring = MemoryStore(copies, device, **options)
+        else:
+            ring = streaming_store(copies, device, directory=directory, slots=slots, **options)
+        if copies and slices is not None:
+            ring = SlicedStore(ring, copies, device, slots=slots, node=slices.node, shares=slices.shares)
+    stored = [streaming.get(u.index) or staying[u.index] for u in found]
+    held = UnitWeights(found, stored, memory, ring, device=device, write_every=write_every)
+    if isinstance(ring, SlicedStore):
+        ring.serve(held, slices.number)
+    return StreamingRuntime(model, held, WeightAccess(held, together), weights)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
@@ -118,7 +173,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
         raise DistZO2Error(f"device={str(device)!r} cannot be used: {built}" + ("" if usable else f" ({reason})"))
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise DistZO2Error(f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return cuda_device(device)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -173,13 +228,14 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
         DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
     """
     runtime = runtime_of(model)
+    access = runtime.access
     failure: BaseException | None = None
     try:
         try:
-            with runtime.replacing("edit"):  # no rank is in a forward
-                runtime.flush()
+            with access.replacing("edit"):  # no rank is in a forward
+                runtime.weights.flush()
             for unit in runtime.units:
-                with runtime.reading(unit) as views:
+                with access.reading(unit) as views:
                     for param in unit.params:
                         param.tensor.data = views[param.name].clone()
             with runtime.editing():
@@ -194,13 +250,13 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                     )
         except BaseException as error:
             failure = error
-        with runtime.replacing("edit", error=failure) as note:
+        with access.replacing("edit", error=failure) as note:
             for unit in runtime.units:
                 note(unit.name, [edited[param.index] for param in unit.params])
-                with runtime.writing(unit) as views:
+                with access.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])
-            runtime.rebase()
+            access.rebase()
     finally:
         for param in runtime.params:
             runtime.place_placeholder(param)
