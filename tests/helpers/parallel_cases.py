@@ -18,6 +18,7 @@ from torch import nn
 import distzo2
 import distzo2.parallel
 from distzo2.parallel import node
+from distzo2.weights import residency
 
 
 class Tower(nn.Module):
@@ -115,10 +116,10 @@ def pools_of_machines(rank: int, world_size: int, machines: list[str], readings:
     budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
     outcomes = []
     with (
-        mock.patch.object(node, "memory_budget", lambda: budget),
+        mock.patch.object(residency, "memory_budget", lambda: budget),
         mock.patch.object(node, "_machine", lambda: machines[rank]),
     ):
-        share = node.memory_share()
+        share = node.memory_share(distzo2.parallel.joined())
         for width in (72, 64):
             try:
                 distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), weights="host")).close()

@@ -267,7 +267,7 @@ def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int 
     with ExitStack() as stack:
         if free is not None:
             stack.enter_context(mock.patch.object(slice_choice, "free_disk_bytes", lambda directory: free))
-            stack.enter_context(mock.patch.object(slice_choice, "free_host_bytes", lambda: free))
+            stack.enter_context(mock.patch.object(slice_choice, "available_memory", lambda: free))
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
     lines.append(str(isinstance(distzo2.runtime_of(model).weights.ring, SlicedStore)))

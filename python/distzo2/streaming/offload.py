@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
-from distzo2.parallel.group import current
+from distzo2.parallel.group import current, joined
 from distzo2.parallel.node import choose_slices, memory_share
 from distzo2.parallel.sliced_store import SlicedStore, slices_of
 from distzo2.streaming.isolation import RandomStream
@@ -127,7 +127,7 @@ def _hand_over(
     together = slices.node.exchange if slices is not None else None
     streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or slices is not None))
     with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
-        share = memory_share()
+        share = memory_share(joined())
 
         def free_bytes() -> int:
             free = free_memory(device, share)

@@ -32,6 +32,12 @@ class MemoryShare:
     cgroup_bytes: int | None
     available_bytes: int | None
 
+    @classmethod
+    def of_one_rank(cls) -> MemoryShare:
+        """Reads what the machine and the control groups of this process leave to it now."""
+        budget = memory_budget()
+        return cls(1, budget["cgroup_bytes"], budget["available_bytes"])
+
     @property
     def num_bytes(self) -> int:
         """One rank's share, with nothing to spare."""
@@ -43,10 +49,9 @@ class MemoryShare:
         return vars(self).copy()
 
 
-def free_host_bytes() -> int:
-    """Returns the bytes of memory that the machine and the control groups of this process leave to it now."""
-    budget = memory_budget()
-    return MemoryShare(1, budget["cgroup_bytes"], budget["available_bytes"]).num_bytes
+def available_memory() -> int:
+    """Returns the bytes of memory that this process may still take."""
+    return MemoryShare.of_one_rank().num_bytes
 
 
 def free_disk_bytes(directory: str | os.PathLike) -> int:
