@@ -30,7 +30,7 @@ class LaneCancelled(BaseException):
 
 @dataclass(eq=False)
 class Lane:
-    """One evaluation: one emission on one batch, with the random stream `stream`."""
+    """One evaluation: the loss of one batch under one emission, with its own random stream."""
 
     emission: Emission
     batch: int
@@ -114,7 +114,7 @@ class LaneGroup:
         weakref.finalize(self, _end, self._threads).atexit = False
 
     def begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
-        """Gives every lane a thread, with one of `callers` each; none runs yet."""
+        """Gives every lane a thread and one of `callers`; none runs yet."""
         while len(self._threads) < len(lanes):
             self._threads.append(LaneThread(self._back, len(self._threads)))
         for lane, thread, caller in zip(lanes, self._threads, callers, strict=False):

@@ -41,28 +41,27 @@ def offload(
     write_every: int = 1,
     train: bool = False,
 ) -> nn.Module:
-    """Hands a model's weights over, to be streamed through `device` unit by unit.
+    """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
     The model stays a model: calling it, `generate`, `state_dict` and `load_state_dict` work and see every update.
     Between forwards its parameters are placeholders; `distzo2.edit(model)` makes them real for other changes.
 
     Args:
-        model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).writing`.
-            What has `requires_grad=False` now is frozen for good: read, never perturbed, never written back.
+        model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).access`. A
+            parameter with `requires_grad=False` is frozen for good: read, never perturbed, never written back.
         device: where it computes: "cpu", "cuda", "cuda:1".
         weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
         units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
             groups by bytes where it has none. Other parameters stay on the device.
         directory: where the block file is made (weights="disk"); it is a working file, and goes with the model. On a
-            CPU, glibc is then told to give freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_
-            is set.
+            CPU, glibc then gives freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_ is set.
         slots: blocks that are on the device at once, at least 2.
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
             stream. Activations are not in it. The bits are the same.
-        write_every: a streamed block's stored copy is written at every so many updates, blocks in turn, and the updates
-            in between are made again at each visit. 1 writes every block at every step; more spares a disk, at the cost
-            of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
+        write_every: a streamed block's stored copy is written at every `write_every`-th update, blocks in turn, and the
+            updates in between are made again at each visit. 1 writes every block at every step; more spares a disk, at
+            the cost of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -135,27 +134,24 @@ def _hand_over(
 
         streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
         agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
-        if slices is None:
-            copies = [StoredCopy(u, 0, u.num_bytes, block=i) for i, u in enumerate(streamed)]
-        else:
-            copies = slices_of(streamed, slices.shares, slices.node.index)
-        streaming = {copy.unit.index: copy for copy in copies}
-        staying = {u.index: StoredCopy.whole(u) for u in found if u.index not in streaming}
+        shares, index = ([1.0], 0) if slices is None else (slices.shares, slices.node.index)
+        moving = slices_of(streamed, shares, index)  # a whole block is a slice of one
+        staying = [StoredCopy.whole(u) for u in found if u not in streamed]
         options = share.pool_options()
-        memory = MemoryStore(list(staying.values()), device, **options)
-        if not copies:
+        memory = MemoryStore(staying, device, **options)
+        if not moving:
             ring = Store()
-        elif device.type == "cpu" and directory is None:  # slices in memory
-            ring = MemoryStore(copies, device, **options)
+        elif device.type == "cpu" and directory is None:  # slices are in the memory that computes
+            ring = MemoryStore(moving, device, **options)
         else:
-            ring = streaming_store(copies, device, directory=directory, slots=slots, **options)
-        if copies and slices is not None:
-            ring = SlicedStore(ring, copies, device, slots=slots, node=slices.node, shares=slices.shares)
-    stored = [streaming.get(u.index) or staying[u.index] for u in found]
-    held = UnitWeights(found, stored, memory, ring, device=device, write_every=write_every)
+            ring = streaming_store(moving, device, directory=directory, slots=slots, **options)
+        if moving and slices is not None:
+            ring = SlicedStore(ring, moving, device, slots=slots, node=slices.node, shares=shares)
+    copies = sorted([*staying, *moving], key=lambda copy: copy.unit.index)
+    unit_weights = UnitWeights(found, copies, memory, ring, device=device, write_every=write_every)
     if isinstance(ring, SlicedStore):
-        ring.serve(held, slices.number)
-    return StreamingRuntime(model, held, WeightAccess(held, together), weights)
+        ring.serve(unit_weights, slices.number)
+    return StreamingRuntime(model, unit_weights, WeightAccess(unit_weights, together), weights)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
@@ -184,10 +180,10 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def runtime_of(model: nn.Module) -> StreamingRuntime:
-    """The runtime of a model that was handed over.
+    """Returns the runtime of a model that was handed over.
 
     Raises:
-        DistZO2Error: it was not.
+        DistZO2Error: the model was not handed over.
     """
     runtime = getattr(model, "_distzo2_runtime", None)
     if runtime is None:
@@ -203,10 +199,10 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
     Args:
         model: a model that was handed over.
-        closures: each a function of no arguments that calls the model; they must enter the same units in order.
+        closures: functions without arguments that call the model; they must enter the same units in the same order.
 
     Returns:
-        What the closures returned, in order.
+        The closures' results, in order.
     """
     runtime = runtime_of(model)
     lanes = [Lane(CLEAN, i, c, RandomStream.seeded(runtime.device, 0, 0, i)) for i, c in enumerate(closures)]
@@ -218,11 +214,11 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
 @contextmanager
 def edit(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, parameters are real tensors in host memory with every update made so far, and may be changed in place.
+    """Makes parameters real tensors in host memory, with every update made so far, that may be changed in place.
 
-    Afterwards the changed weights are the model's, and the updates of before belong to the past: a journal that is
-    being written cannot go on. If the body raises, the weights are as they were. No forward may run within it. With
-    weights on disk the whole model is in memory meanwhile.
+    Afterwards the changed weights are the model's, and no journal leads to them: one that is being written ends. If the
+    body raises, the weights stay as they were. No forward may run in the body. With weights on disk the whole model is
+    in memory meanwhile.
 
     Raises:
         DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
@@ -264,7 +260,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def no_kv_cache(model: nn.Module) -> Iterator[None]:
-    """Lanes need no key-value cache: `use_cache` is off meanwhile in every configuration of the model that has it."""
+    """Switches `use_cache` off in every configuration of the model, since lanes need no key-value cache."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     switched = [c for c in configs.values() if getattr(c, "use_cache", None)]
     for config in switched:

@@ -1,4 +1,4 @@
-"""What a handed-over model does when its state is read, loaded or moved."""
+"""What a model that was handed over does when its state is read, loaded or moved."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StateHooks:
         return own
 
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:
-        """Post-hook of state_dict: real values in host memory instead of placeholders."""
+        """Post-hook of state_dict: puts real values in host memory in the place of placeholders."""
         for name, unit, param in self._own(module):
             if prefix + name in state:
                 with self._access.reading(unit) as views:
@@ -52,7 +52,7 @@ class StateHooks:
     def _make_room(
         self, module: nn.Module, state: dict, prefix: str, metadata: dict, strict: bool, missing, unexpected, errors
     ) -> None:
-        """Pre-hook of load_state_dict: something that can be copied into."""
+        """Pre-hook of load_state_dict: makes parameters real, so that they can be copied into."""
         if metadata.get("assign_to_params_buffers"):
             raise DistZO2Error("load_state_dict(assign=True) would take the parameters away from the streamed model")
         with self._access.replacing("load_state_dict"):  # no rank is in a forward
@@ -63,7 +63,7 @@ class StateHooks:
             self._loading[param.index] = param
 
     def _store(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Post-hook of load_state_dict: what was loaded becomes the stored copy, and the base of what follows."""
+        """Post-hook of load_state_dict: stores what was loaded, as the base of the updates that follow."""
         own = [(unit, param) for _, unit, param in self._own(module) if param.index in self._loading]
         if not own:
             return

@@ -71,6 +71,7 @@ class StoredCopy:
 
     @classmethod
     def whole(cls, unit: Unit, version: int = 0) -> StoredCopy:
+        """Returns a copy of the whole unit, which does not stream."""
         return cls(unit, 0, unit.num_bytes, version)
 
     def elements_of(self, param: ParamInfo) -> range:
