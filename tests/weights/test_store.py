@@ -1,4 +1,4 @@
-"""Where weights live: errors of the disk come as they are, what is slower is said, and nothing is left behind."""
+"""Where weights live: errors of the disk come as they are, slower ways are reported, and no file is left behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_models import IDS, Blocks, offloaded
 
+import distzo2
 from distzo2.weights.store import StoredCopy, StreamingStore, streaming_store
 from distzo2.weights.units import Unit
 
@@ -25,7 +27,7 @@ except distzo2.DistZO2Error as error:
 """
 
 
-def test_a_file_that_may_not_grow_is_told_by_its_own_error(tmp_path: Path) -> None:
+def test_a_file_that_may_not_grow_is_reported_by_its_own_error(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "block file" in done.stdout and "File too large" in done.stdout, done.stdout + done.stderr
@@ -33,7 +35,7 @@ def test_a_file_that_may_not_grow_is_told_by_its_own_error(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fallbacks", [{}, {"direct_fallback": "no flag"}])
-def test_what_is_slower_than_it_could_be_is_said(fallbacks, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_slower_ways_are_reported(fallbacks, tmp_path: Path, monkeypatch, caplog) -> None:
     stats = StreamingStore.stats
     monkeypatch.setattr(StreamingStore, "stats", lambda self: stats(self) | {"direct_fallback": ""} | fallbacks)
     unit = Unit(0, "unit", [], [], resident=False)
@@ -41,3 +43,9 @@ def test_what_is_slower_than_it_could_be_is_said(fallbacks, tmp_path: Path, monk
     with caplog.at_level(logging.WARNING, logger="distzo2"):
         streaming_store(copies, torch.device("cpu"), directory=tmp_path, slots=2).close()
     assert [r.message.split(": ")[1] for r in caplog.records] == list(fallbacks.values())
+
+
+def test_no_block_file_is_left_behind(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
+    assert list(tmp_path.iterdir()) == []
