@@ -343,7 +343,7 @@ def test_what_is_in_order_is_what_a_resume_takes(tmp_path: Path) -> None:
         before = path and path.read_bytes()
         if path:
             flip(path, len(before) // 2)
-        found = find_snapshot(run / "snapshots", runtime, run / "journal", num_steps)
+        found = find_snapshot(run / "snapshots", runtime.access, run / "journal", num_steps)
         assert (found.path == snapshot) == (not list(auditor.findings(snapshot))) == (path is None)
         if path:
             path.write_bytes(before)
