@@ -243,7 +243,7 @@ class StreamingRuntime:
     def _enter_alone(self, unit: Unit) -> None:
         thread = threading.get_ident()
         if self._in_pass:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of the pass under way")
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of the pass under way")
         if self._alone:
             self._drop_stale_windows()
         if not self._alone:
