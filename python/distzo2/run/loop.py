@@ -109,7 +109,6 @@ class TrainLoop:
                 log=self.log,
             ),
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
-            journal_chain=o.journal_chain,
             fsync_every=o.fsync_every,
         )
         if optimizer.step_count > o.steps:  # of a branch: a resumed run is looked at before it is claimed
@@ -332,13 +331,12 @@ class TrainLoop:
         self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None, checkpoint_contents=None)
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
-            checksums = distzo2.save_pretrained(self.model, self.run.checkpoint)
+            distzo2.save_pretrained(self.model, self.run.checkpoint)
         else:
             from distzo2.checkpoint.replay import replay
 
-            report = replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-            checksums = report.checksums
-        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint(checksums))
+            replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
+        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint())
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _stopped(self, status: str) -> None:
@@ -353,11 +351,7 @@ class TrainLoop:
     def _ended(self, status: str) -> None:
         if self._traced > 0:
             self._end_trace()
-        stats, journal = self.runtime.stats(), self.optimizer.journal
-        chain = {}
-        if journal.chain is not None:
-            chain = {"journal_chain": journal.chain}
-            self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
+        stats = self.runtime.stats()
         self.run.update(
             status=status,
             steps_done=self.optimizer.step_count,
@@ -365,7 +359,6 @@ class TrainLoop:
             weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
             totals=self.totals,
             **self._best_so_far(),
-            **chain,
         )
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import Unit
+from distzo2_core import checksum
 
 
 class Together(Protocol):
@@ -89,8 +90,6 @@ class WeightAccess:
                 raise error
             yield lambda name, tensors: None
             return
-        from distzo2.parallel.replicas import checksum
-
         fields: dict[str, Any] = {}
         try:
             if source is not None and error is None:
@@ -100,7 +99,7 @@ class WeightAccess:
         self._together.agree(what, {} if error is not None else fields, error=error)
         written: list[tuple[str, int]] = []
         with self._together.together(f"{what}: the end") as agreed:
-            yield lambda name, tensors: written.append((name, checksum([t.contiguous() for t in tensors])))
+            yield lambda name, tensors: written.append((name, checksum(tensors)))
             agreed["the weights"] = written
         self.weights.forget_derived()
 

@@ -1,0 +1,182 @@
+"""Checkpoints read through the map, bit for bit as transformers reads them, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_models import (
+    MODELS,
+    T,
+    assert_reads_as,
+    assert_same_weights,
+    load,
+    make,
+    rewrite,
+    stored,
+    write_all,
+)  # fmt: skip
+from safetensors.torch import load_file
+
+from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE
+from distzo2.checkpoint.writing import CheckpointWriter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loads_and_writes_as_transformers_does(tmp_path: Path, name: str) -> None:
+    source, out, out2 = tmp_path / "in", tmp_path / "out", tmp_path / "plain"
+    make(name, source)
+    reference = load(getattr(T, MODELS[name][0]), source)
+    model, checkpoint = open_checkpoint(source)
+    assert type(model) is type(reference) and not model.training and checkpoint.unexpected == []
+    assert all(param.is_meta for param in model.parameters())
+    assert_reads_as(checkpoint, reference)
+    for (key, buffer), (other, expected) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
+        assert key == other and buffer.dtype == expected.dtype and torch.equal(buffer, expected), key
+
+    # Written back: the same tensors under the same names, in shards, and transformers reads them as its own.
+    write_all(checkpoint, reference, out, max_shard_bytes=20_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 1 and (out / INDEX_FILE).is_file()
+    ours, theirs = stored(out), stored(source)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert_same_weights(load(type(reference), out), reference)
+    _, again = open_checkpoint(out)
+    assert_reads_as(again, reference)
+
+    # A model that came from elsewhere is written as transformers would write it.
+    plan = CheckpointMap.for_saving(reference, [(n, p.dtype, p.shape) for n, p in reference.named_parameters()])
+    with CheckpointWriter(plan, out2) as writer:
+        for key, tensor in (*reference.named_parameters(), *persistent_buffers(reference)):
+            writer.write_param(key, tensor.detach())
+    ours = stored(out2)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mixtral", "t5", "gpt2", "deepseek_v3"])
+def test_converts_dtypes_as_transformers_does(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    make(name, tmp_path / "in")
+    reference = load(getattr(T, MODELS[name][0]), tmp_path / "in", dtype=dtype)
+    model, checkpoint = open_checkpoint(tmp_path / "in", dtype=dtype)
+    assert_reads_as(checkpoint, reference)  # T5 keeps some in float32 for float16
+    assert [b.dtype for b in model.buffers()] == [b.dtype for b in reference.buffers()]
+    write_all(checkpoint, reference, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert_same_weights(load(type(reference), tmp_path / "out"), reference)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_reads_rows_of_a_parameter(tmp_path: Path, name: str) -> None:
+    make(name, tmp_path)
+    reference = dict(load(getattr(T, MODELS[name][0]), tmp_path).named_parameters())
+    _, checkpoint = open_checkpoint(tmp_path)
+    for key, param in reference.items():
+        middle = param.shape[0] // 2
+        out = torch.empty(param.shape)
+        checkpoint.read_range(key, 0, middle, out[:middle])
+        checkpoint.read_range(key, middle, param.shape[0], out[middle:])
+        assert torch.equal(out, param), key
+    key = "lm_head.weight" if name == "mixtral" else "transformer.wte.weight"
+    with pytest.raises(ValueError, match=r"expected torch.float32 \[96, 32\], got torch.bfloat16"):
+        checkpoint.read_param(key, reference[key].bfloat16())
+
+
+def test_gpt2_without_its_prefix_and_with_the_old_masks(tmp_path: Path) -> None:
+    expected = make("gpt2", tmp_path)
+
+    def old(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+        return tensors | {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64) for i in range(2)}
+
+    rewrite(tmp_path, old)
+    reference = load(T.GPT2LMHeadModel, tmp_path)
+    assert_same_weights(reference, expected)
+    _, checkpoint = open_checkpoint(tmp_path)
+    assert_reads_as(checkpoint, reference)
+    write_all(checkpoint, reference, tmp_path / "out")
+    assert stored(tmp_path / "out").keys() == {n for n in stored(tmp_path) if not n.endswith(".attn.bias")}
+    assert_same_weights(load(T.GPT2LMHeadModel, tmp_path / "out"), reference)
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "qwen3"])
+def test_a_bare_base_model_becomes_a_language_model(tmp_path: Path, name: str) -> None:
+    base = make(name).base_model
+    base.config.architectures = None
+    base.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(base).__name__]
+    model, checkpoint = open_checkpoint(tmp_path)
+    assert type(model).__name__ == MODELS[name][0]
+    assert_reads_as(checkpoint, load(type(model), tmp_path))
+    model, checkpoint = open_checkpoint(tmp_path, auto_class=T.AutoModel)
+    assert type(model) is type(base)
+    assert_reads_as(checkpoint, load(type(base), tmp_path))
+
+
+def test_legacy_names(tmp_path: Path) -> None:
+    make("bert", tmp_path)
+
+    def old(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for new, legacy in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            tensors = {name.replace(new, legacy): t for name, t in tensors.items()}
+        return tensors | {
+            "bert.embeddings.position_ids": torch.arange(4)[None],
+            "cls.seq_relationship.bias": torch.ones(2),
+        }
+
+    rewrite(tmp_path, old)
+    reference = load(T.BertForMaskedLM, tmp_path)
+    _, checkpoint = open_checkpoint(tmp_path)
+    assert any("gamma" in t.name for t in checkpoint.tensors)
+    assert checkpoint.unexpected == ["cls.seq_relationship.bias"]
+    assert_reads_as(checkpoint, reference)
+    write_all(checkpoint, reference, tmp_path / "out")
+    assert_same_weights(load(T.BertForMaskedLM, tmp_path / "out"), reference)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", ["opt", "mixtral"])
+def test_pytorch_bin_files(tmp_path: Path, name: str, sharded: bool) -> None:
+    model = make(name, tmp_path)
+    tensors = model.state_dict()  # with the head, which shares its storage where it is tied
+    legacy = load_file(tmp_path / SINGLE_FILE) | (
+        {"lm_head.weight": tensors["lm_head.weight"]} if name == "opt" else {}
+    )
+    (tmp_path / SINGLE_FILE).unlink()
+    parts = [dict(list(legacy.items())[i::2]) for i in range(2)] if sharded else [legacy]
+    files = [f"pytorch_model-{i}.bin" for i in range(2)] if sharded else ["pytorch_model.bin"]
+    for file, part in zip(files, parts, strict=True):
+        torch.save(part, tmp_path / file)
+    if sharded:
+        weight_map = {key: file for file, part in zip(files, parts, strict=True) for key in part}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    reference = load(type(model), tmp_path)
+    loaded, checkpoint = open_checkpoint(tmp_path)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is (name == "opt")
+    assert_reads_as(checkpoint, reference)
+    write_all(checkpoint, reference, tmp_path / "out")
+    assert_same_weights(load(type(model), tmp_path / "out"), reference)
+
+
+@pytest.mark.parametrize("kept", ["both_equal", "both_differ", "head_only"])
+def test_tied_weights(tmp_path: Path, kept: str) -> None:
+    make("qwen3", tmp_path)
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        head = tensors["model.embed_tokens.weight"].clone()
+        if kept == "head_only":
+            del tensors["model.embed_tokens.weight"]
+        return tensors | {"lm_head.weight": head + 1 if kept == "both_differ" else head}
+
+    rewrite(tmp_path, change)
+    reference = load(T.Qwen3ForCausalLM, tmp_path)
+    model, checkpoint = open_checkpoint(tmp_path)
+    tied = kept != "both_differ"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert_reads_as(checkpoint, reference)
+    write_all(checkpoint, reference, tmp_path / "out")
+    assert_same_weights(load(T.Qwen3ForCausalLM, tmp_path / "out"), reference)

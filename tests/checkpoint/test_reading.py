@@ -1,0 +1,240 @@
+"""Reads of a checkpoint: the bytes of any range, through the page cache or past it, and clear errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hostile_files import refused
+from safetensors.torch import save_file
+
+from distzo2.checkpoint import reading
+from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.reading import (
+    CHUNK_BYTES,
+    INDEX_FILE,
+    CheckpointFiles,
+    ParallelReader,
+    Range,
+    _batches,
+    _is_cached,
+    split,
+)
+from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
+
+
+def make_files(directory: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint in one file, of tensors from bytes to chunks, none of which starts at a multiple of its item."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "a": torch.randint(0, 255, (3,), dtype=torch.uint8, generator=g),
+        "b": torch.randn(7, 5, generator=g),
+        "c": torch.randn(CHUNK_BYTES // 4 + 999, generator=g),
+        "d": torch.randn(300, 401, generator=g).to(torch.bfloat16),
+        "e": torch.randn(2500, 1000, generator=g),
+        "f": torch.zeros(0, 4),
+    }
+    save_file(tensors, directory / "model.safetensors")
+    data = (directory / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = data[8 : 8 + length].rstrip()
+    header += b" " * (5 - len(header) % 8)  # the format asks for no alignment
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+    return tensors
+
+
+@pytest.fixture(params=["cached", "direct", "no O_DIRECT"])
+def how(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the files made by `make_files` are read."""
+    make_files(tmp_path)
+    if request.param == "cached":
+        return request.param
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if _is_cached(file):
+            pytest.skip("this file system keeps its files in memory")
+    if request.param == "no O_DIRECT":
+        opened = os.open
+
+        def refuse(path, flags, *args, **kwargs):
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return opened(path, flags, *args, **kwargs)
+
+        monkeypatch.setattr(reading.os, "open", refuse)
+    return request.param
+
+
+def read_all(files: CheckpointFiles, jobs: list[tuple[Layout, torch.Tensor]]) -> None:
+    with ParallelReader(3) as reader:
+        ranges = (r for where, out in jobs for piece in where.pieces for r in files.ranges_of(piece, out.view(-1)))
+        reader.finish(reader.start(ranges))
+
+
+def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
+    files = CheckpointFiles(tmp_path)
+    (tmp_path / "again").mkdir()
+    tensors = make_files(tmp_path / "again")
+    number = {entry.name: i for i, entry in enumerate(files.entries)}
+    jobs, expected = [], []
+    for name, tensor in tensors.items():
+        leaf = Layout.leaf(number[name], tensor.shape)
+        jobs.append((leaf, torch.full_like(tensor, 1)))
+        expected.append(tensor)
+        if tensor.dim() == 2:  # transposed, sliced, and in another dtype: what is rearranged
+            jobs.append((leaf.permute((1, 0)), torch.full(tuple(tensor.shape[::-1]), 1, dtype=tensor.dtype)))
+            expected.append(tensor.t())
+            jobs.append((leaf.permute((1, 0)), torch.full(tuple(tensor.shape[::-1]), 1, dtype=torch.float16)))
+            expected.append(tensor.t().half())
+            if len(tensor) > 3:
+                jobs.append((leaf.narrow(0, 1, 3), torch.full((3, tensor.shape[1]), 1, dtype=tensor.dtype)))
+                expected.append(tensor[1:4])
+    with ParallelReader() as reader:
+        path = files.files[0]
+        reader.start([Range(path, 0, 1, fill=lambda data: None)])
+        assert (reader._direct[path] is not None) == (how == "direct")
+    read_all(files, jobs)
+    for (_, out), tensor in zip(jobs, expected, strict=True):
+        assert out.shape == tensor.shape
+        assert torch.equal(out.flatten().view(torch.uint8), tensor.contiguous().flatten().view(torch.uint8))
+    files.close()
+
+
+def test_neighbours_are_read_at_once(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        ranges = [Range(file, at, 1000) for at in range(0, 40_000, 1000)]
+        ranges += split(file, 50_000, torch.empty(3 * CHUNK_BYTES + 1, dtype=torch.uint8))
+        ranges += [Range(file, 10, 5), Range(file, 1 << 20, 5)]
+        batches = list(_batches(ranges))
+        assert [r for batch in batches for r in batch] == ranges
+        assert [len(batch) for batch in batches] == [41, 1, 1, 1, 1, 1]
+        for batch in batches:
+            assert batch[0].offset // CHUNK_BYTES == (batch[-1].end - 1) // CHUNK_BYTES
+            assert all(b.offset >= a.end for a, b in pairwise(batch))
+    assert list(_batches([])) == []
+
+
+def threads_alive() -> int:
+    return sum(thread.name.startswith("distzo2-read") for thread in threading.enumerate())
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "model.safetensors"
+    with SafetensorsFile(path) as file:
+        os.truncate(path, 10_000_001)
+        place = torch.zeros(CHUNK_BYTES, dtype=torch.uint8)
+        with ParallelReader() as reader:
+            futures = reader.start(split(file, 9_000_000, place))
+            with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated while it was read: expected"):
+                reader.finish(futures)
+    assert threads_alive() == 0
+
+
+def test_a_read_that_fails_names_the_file_and_the_byte(tmp_path: Path, how: str, monkeypatch) -> None:
+    read = os.preadv
+
+    def broken(descriptor, buffers, offset, *flags):
+        if offset >= 8_000_000 and not flags:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, buffers, offset, *flags)
+
+    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+        monkeypatch.setattr(os, "preadv", broken)
+        place = torch.zeros(10_000_000, dtype=torch.uint8)
+        with ParallelReader() as reader:
+            futures = reader.start(split(file, 1000, place))
+            with pytest.raises(CheckpointError, match=r"safetensors: cannot be read at byte 8\d+: Input/output error"):
+                reader.finish(futures)
+    assert threads_alive() == 0
+
+
+def test_a_name_that_belongs_to_another_file_by_now(tmp_path: Path, how: str) -> None:
+    """Shards that a download replaces meanwhile: what was checked is what is read."""
+    path = tmp_path / "model.safetensors"
+    with SafetensorsFile(path) as file:
+        entry = file.tensors["b"]
+        (tmp_path / "new").write_bytes(bytes(file.num_bytes))
+        os.replace(tmp_path / "new", path)
+        out = torch.zeros(entry.shape)
+        with ParallelReader() as reader:
+            reader.finish(reader.start(split(file, entry.offset, out)))
+    (tmp_path / "again").mkdir()
+    assert torch.equal(out, make_files(tmp_path / "again")["b"])
+
+
+def test_what_waits_behind_a_failure_is_not_read(tmp_path: Path, monkeypatch) -> None:
+    make_files(tmp_path)
+    begun = []
+
+    def broken(self, direct, batch):
+        begun.append(batch)
+        time.sleep(0.02)
+        raise CheckpointError("a shard is gone")
+
+    monkeypatch.setattr(ParallelReader, "_read", broken)
+    with SafetensorsFile(tmp_path / "model.safetensors") as file, ParallelReader(1) as reader:
+        futures = reader.start([Range(file, at, 1) for at in range(0, 14_000_000, 140_000)])
+        assert len(futures) == 100
+        with pytest.raises(CheckpointError, match="a shard is gone"):
+            reader.finish(futures)
+        assert len(begun) < 50
+
+
+def test_reading_in_one_thread_takes_a_block_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    real = reading.scratch
+
+    def watched(dtype: torch.dtype, numel: int) -> torch.Tensor:
+        asked.append(numel * dtype.itemsize)
+        return real(dtype, numel)
+
+    monkeypatch.setattr(reading, "scratch", watched)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1 << 16)
+    weight = torch.randn(300, 500)
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    files, where = CheckpointFiles(tmp_path), Layout.leaf(0, (300, 500))
+    out = torch.empty(500, 300)
+    files.read_pieces(where.permute((1, 0)).pieces, out)
+    assert torch.equal(out, weight.t())
+    assert len(asked) >= weight.numel() * 4 // (1 << 16) and max(asked) <= 1 << 16
+    asked.clear()
+    files.read_pieces(where.pieces, out)
+    assert torch.equal(out.view(300, 500), weight) and not asked  # same layout and dtype: straight into its place
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\0b", "x" * 300, "./x"]
+)
+def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
+    base = tmp_path / "base"
+    (base / "sub").mkdir(parents=True)
+    for place in (tmp_path / "secret.safetensors", base / "sub" / "x.safetensors"):
+        save_file({"w": torch.ones(2)}, place)
+    (base / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": name}}))
+    refused(lambda: CheckpointFiles(base), CheckpointError, "index.json")
+
+
+def test_a_tensor_is_in_one_file(tmp_path: Path) -> None:
+    """The index may choose between two; a tensor that it does not name must be in one file only."""
+    for name in ("a", "b"):
+        save_file({"w": torch.full((2,), float(ord(name))), "v": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": "b.safetensors", "v": "a.safetensors"}}))
+    files = CheckpointFiles(tmp_path)
+    assert {entry.name: file.path.name for entry, file in zip(files.entries, files.file_of, strict=True)} == {
+        "w": "b.safetensors",
+        "v": "a.safetensors",
+    }
+    for name in ("a", "b"):
+        save_file({name: torch.ones(2), "u": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    refused(lambda: CheckpointFiles(tmp_path), CheckpointError, "b.safetensors: tensor 'u' is in a.safetensors too")

@@ -1,0 +1,329 @@
+"""The played schedule: against ones made out by hand, and against what the runtime does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import distzo2
+from distzo2.planning.machines import GPUS, Host
+from distzo2.planning.plan import Planner
+from distzo2.planning.plan_model import ModelPlan, Part, plan_module
+from distzo2.planning.report import read_trace
+from distzo2.planning.schedule import Played, Slicing, Task, Transfers, Work, play, play_steps
+from distzo2.streaming.lanes import Emission
+from distzo2.weights.units import ParamInfo, Unit
+from distzo2_core import Term
+
+BLOCKS = 6
+NO_HOST = Host(0.0, 0.0, 0.0, 0.0, 0.0)
+CLEAN = Emission()
+PAIR = [Emission((Term(0, 0, 0, 0, sign),)) for sign in (1e-3, -1e-3)]
+
+
+class FixedRates:
+    """Every lane takes `compute` on a unit; noise `noise` a tensor and unit, of a share of it that share."""
+
+    def __init__(self, compute: float, noise: float = 0.0, host: Host = NO_HOST) -> None:
+        self._compute, self._noise, self.host = compute, noise, host
+
+    def part_s(self, part: Part) -> float:
+        return self._compute if part.units else 0.0
+
+    def noise_s(self, numel: int, dtype, family, *, terms, emissions, outs, write) -> float:
+        return self._noise * (terms + emissions) * numel / 64
+
+
+def blocks(num: int = BLOCKS, trainable: bool = True) -> list[Unit]:
+    """Units of 64 elements, which are 256 bytes."""
+    made = []
+    for i in range(num):
+        param = ParamInfo(i, f"b{i}.w", torch.Size([64]), torch.float32, (1,), trainable, nn.Parameter())
+        unit = Unit(i, f"b{i}", [param], [], resident=False)
+        unit.block = i
+        made.append(unit)
+    return made
+
+
+def played(
+    compute: float,
+    up: float,
+    down: float = 0.0,
+    *,
+    speeds: tuple[float, float] = (1.0, 1.0),
+    slots: int = 3,
+    lanes: Sequence[Emission] = (CLEAN,),
+    trainable: bool = True,
+    noise: float = 0.0,
+    num_blocks: int = BLOCKS,
+    on_host: bool = False,
+    slicing: Slicing | None = None,
+    write_every: int = 1,
+    host: Host = NO_HOST,
+) -> Played:
+    """Steps whose transfers take `up` and `down` a block, alone."""
+    units = blocks(num_blocks, trainable)
+    parts = [Part((), (), 0, 0, 0, 0), *(Part((u.index,), (), 0, 0, 0, 0) for u in units)]
+    model = ModelPlan("made", torch.float32, units, parts)
+    transfers = Transfers(up / 256, down / 256, *speeds)
+    return play_steps(
+        Work(
+            model=model,
+            rates=FixedRates(compute, noise, host),
+            on_host=on_host,
+            streamed={u.index for u in units},
+            slots=slots,
+            transfers=transfers,
+            passes=[list(lanes)],
+            num_terms=1,
+            family="normal",
+            write_every=write_every,
+            slicing=slicing,
+        )
+    )
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def test_transfers_that_slow_each_other() -> None:
+    up, down = Task("upload", "upload", "a", 4.0), Task("download", "download", "a", 2.0)
+    last = Task("upload", "upload", "b", 1.0, (down,))
+    play([up, down, last], duplex=(0.5, 0.5))
+    assert down.end == pytest.approx(4.0)  # 2 s of work at half speed
+    assert up.end == pytest.approx(6.0)  # 2 of 4 s done by then, the rest alone
+    assert last.end == pytest.approx(7.0)
+
+
+def test_a_shared_processor() -> None:
+    a, b = Task("compute", "compute", "a", 3.0), Task("side", "update", "b", 1.0)
+    play([a, b], pool={"compute", "side"})
+    assert (a.end, b.end) == pytest.approx((4.0, 2.0))
+
+
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_compute_bound(on_host: bool) -> None:
+    """Two lanes of 4 s on each of 6 blocks; uploads of 1 s are behind them."""
+    result = played(4.0, 1.0, lanes=[CLEAN, CLEAN], trainable=False, on_host=on_host)
+    assert result.step_s == pytest.approx(48.0)
+    assert result.wait_s == pytest.approx(0.0) and result.busy_s["compute"] == pytest.approx(48.0)
+    assert result.bytes_up == pytest.approx(6 * 256) and result.bytes_down == 0
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_upload_bound(on_host: bool) -> None:
+    """An upload of 3 s for 1 s of compute: the link never rests, and compute waits 2 of 3 s."""
+    result = played(1.0, 3.0, trainable=False, on_host=on_host)
+    assert result.step_s == pytest.approx(18.0)
+    assert result.busy_s["upload"] == pytest.approx(18.0)
+    assert result.wait_s == pytest.approx(12.0)
+
+
+def test_both_ways() -> None:
+    """Blocks go back as well: at full speed both ways hide behind each other, at half speed they do not. A slot's round
+    is 3 + 1 + 3 (6 + 1 + 6) s, in which three blocks pass."""
+    free = played(1.0, 3.0, 3.0, lanes=PAIR[:1])
+    assert free.step_s == pytest.approx(18.0)
+    shared = played(1.0, 3.0, 3.0, lanes=PAIR[:1], speeds=(0.5, 0.5))
+    assert shared.step_s == pytest.approx(36.0)
+    assert shared.bytes_down == pytest.approx(6 * 256) == shared.bytes_up
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_two_slots(on_host: bool) -> None:
+    """A slot's round is 3 + 1 + 3 s, in which two blocks pass."""
+    result = played(1.0, 3.0, 3.0, lanes=PAIR[:1], slots=2, on_host=on_host)
+    assert result.step_s == pytest.approx(6 * 3.5)
+
+
+def test_uploads_go_ahead_across_the_end_of_a_step() -> None:
+    """With 4 slots, 3 blocks come in while the host ends the step. In it: 0, 1, 2 at once, 3 when its upload (begun
+    with the step) has ended, 4 and 5 behind theirs, at 6 and 9 s."""
+    slow_end = Host(0.0, 0.0, 0.0, 0.0, step_s=100.0)
+    result = played(1.0, 3.0, trainable=False, slots=4, host=slow_end)
+    assert result.step_s == pytest.approx(110.0)
+
+
+@pytest.mark.parametrize("slicing", [None, Slicing(2, 1.0 / 256)])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_slot_is_filled_after_its_readers(slicing: Slicing | None, trainable: bool) -> None:
+    """And read after it was filled; blocks are uploaded after their downloads."""
+    result = played(5.0, 1.0, 1.0, lanes=PAIR, trainable=trainable, slicing=slicing)
+    uploads = [t for t in result.tasks if t.kind == "upload"]
+    readers = [t for t in result.tasks if t.kind == "compute"]
+    assert len(uploads) > 12
+    for upload in uploads:
+        later = [u for u in uploads if u.slot == upload.slot and u.start > upload.start]
+        refilled = min((u.start for u in later), default=float("inf"))
+        mine = [t for t in readers if t.name == upload.name and upload.start < t.start]
+        again = min(
+            (u.start for u in uploads if u.name == upload.name and u.start > upload.start), default=float("inf")
+        )
+        for reader in (t for t in mine if t.start < again):
+            assert upload.end <= reader.start and reader.end <= refilled
+        for down in result.tasks:
+            if down.kind == "download" and down.name == upload.name:
+                assert down.end <= upload.start or upload.end <= down.start
+
+
+def test_gather_bound() -> None:
+    """Gathers of 4 s, one after another; the first of a step waits for the last visit of the one before, 1 s, because
+    only then is the update known."""
+    result = played(1.0, 1.0, 1.0, lanes=PAIR[:1], slicing=Slicing(2, 4.0 / 256))
+    assert result.step_s == pytest.approx(25.0)
+    assert result.busy_s["gather"] == pytest.approx(24.0)
+    assert result.bytes_up == pytest.approx(6 * 128) == result.bytes_down == result.bytes_gathered
+
+
+def test_slices_hide_where_compute_is_long() -> None:
+    """The slices' updates take the device from compute: 6 blocks x (10 s + 1/2 x 1 noise tensor of 1 s + 1 of the
+    emission). What cannot hide is the first block's update and gather, the next one's update beside them."""
+    result = played(10.0, 2.0, 2.0, lanes=PAIR[:1], noise=1.0, slicing=Slicing(2, 2.0 / 256))
+    work = 6 * (10.0 + 0.5 + 1.0)
+    assert work < result.step_s < work + 0.5 + 2.0 + 0.5
+    assert result.noise_s >= 6 * 1.5 - 1e-9
+
+
+def test_gathers_over_the_links() -> None:
+    """Without NVLink a block's slice and the rest of it come the same way: 0.5 + 0.5 s a block."""
+    result = played(0.1, 1.0, trainable=False, slicing=Slicing(2, 0.5 / 256, over_link=True))
+    assert result.busy_s["upload"] == pytest.approx(6.0) == result.step_s
+
+
+def test_noise_of_a_visit() -> None:
+    """An update's tensor and one for both signs of a probe, whose copies are made by one call; 3 lanes of a sign share
+    it. Two probes: two tensors of update, and each probe's copies as its turn comes."""
+    assert played(0.0, 0.0, lanes=PAIR, noise=1.0).noise_s == pytest.approx(6 * 2)
+    assert played(0.0, 0.0, lanes=[e for e in PAIR for _ in range(3)], noise=1.0).noise_s == pytest.approx(6 * 2)
+    other = [Emission((Term(0, 0, 1, 0, sign),)) for sign in (1e-3, -1e-3)]
+    assert played(0.0, 0.0, lanes=[*PAIR, *other], noise=1.0).noise_s == pytest.approx(6 * 3)  # num_terms is 1 here
+    back = [PAIR[0], other[0], PAIR[1], other[1]]  # the pair's copies stay, so that nothing is made twice
+    assert played(0.0, 0.0, lanes=back, noise=1.0).noise_s >= 6 * 3
+
+
+def test_blocks_that_all_fit_stay() -> None:
+    result = played(1.0, 3.0, 3.0, lanes=PAIR, num_blocks=3)
+    assert result.bytes_up == 0 and result.bytes_down == pytest.approx(3 * 256)
+    assert result.step_s == pytest.approx(3 * 3.0)  # downloads of 3 s, which a block's next reader waits for
+
+
+def test_frozen_blocks_do_not_go_back() -> None:
+    result = played(1.0, 1.0, 1.0, lanes=PAIR, trainable=False, noise=1.0)
+    assert result.bytes_down == 0 and result.noise_s == 0
+
+
+def test_blocks_written_in_turn() -> None:
+    every = played(1.0, 1.0, 1.0, lanes=PAIR, noise=0.1)
+    third = played(1.0, 1.0, 1.0, lanes=PAIR, noise=0.1, write_every=3)
+    assert third.bytes_down == pytest.approx(every.bytes_down / 3)
+    # Between writes the updates are made again: (1 + 2 + 3) / 3 update tensors a visit instead of 1.
+    assert every.noise_s == pytest.approx(6 * 0.2) and third.noise_s == pytest.approx(6 * 0.3)
+
+
+def test_the_host_may_be_the_slowest() -> None:
+    slow = Host(visit_s=0.0, lane_s=2.0, materialize_s=0.0, op_s=0.0, step_s=0.0)
+    result = played(1.0, 0.1, trainable=False, host=slow)
+    assert result.step_s == pytest.approx(7 * 2.0, rel=0.1)  # 6 blocks and the part before the first
+    on_cpu = played(1.0, 0.1, trainable=False, host=slow, on_host=True)
+    assert on_cpu.step_s == pytest.approx(7 * 2.0 + 6 * 1.0)
+
+
+@pytest.mark.parametrize("slicing", [None, Slicing(2, 1.0 / 256)])
+def test_no_faster_part_makes_a_step_slower(slicing: Slicing | None) -> None:
+    base = {"compute": 2.0, "up": 3.0, "down": 3.0, "noise": 0.5}
+    whole = played(lanes=PAIR, slicing=slicing, **base).step_s
+    for name in base:
+        faster = played(lanes=PAIR, slicing=slicing, **{**base, name: 0.7 * base[name]}).step_s
+        assert faster <= whole + 1e-9, name
+    assert played(lanes=PAIR, slicing=slicing, slots=4, **base).step_s <= whole + 1e-9
+
+
+# ---- as the runtime does it -----------------------------------------------------------------------------------------
+
+
+def tiny(kind: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=131, hidden_size=64, num_hidden_layers=7, intermediate_size=96, num_attention_heads=2,
+            max_position_embeddings=32,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+    config = OPTConfig(
+        vocab_size=131, hidden_size=64, num_hidden_layers=5, ffn_dim=128, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=64,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+CASES = [
+    ("llama", "spsa", 1, 1, 1),
+    ("llama", "spsa", 2, 2, 1),
+    ("opt", "spsa", 1, 1, 1),
+    ("opt", "fzoo", 3, 1, 1),
+    ("opt", "spsa", 2, 1, 3),
+]
+
+
+@pytest.mark.parametrize(("kind", "estimator", "probes", "batches", "every"), CASES)
+def test_the_runtime_does_the_same(
+    kind: str, estimator: str, probes: int, batches: int, every: int, tmp_path: Path
+) -> None:
+    """Parts, noise and transfers come in the runtime's order; bytes of transfers and memory are equal."""
+    with torch.device("meta"):
+        plan = plan_module(tiny(kind).eval(), kind, torch.float32, 2, 9)
+    request = SimpleNamespace(
+        batch=2 * batches, tokens=9, micro_batches=batches, probes=probes, estimator=estimator, noise="normal",
+        slots=3, weights="disk", memory_budget=None, max_lanes=None, write_every=every, model="", dtype="auto",
+        parallel=None, nproc=None,
+    )  # fmt: skip
+    planner = Planner(request, GPUS["a100"])
+    planner._models[2] = plan
+    predicted = planner.predict()
+
+    torch.manual_seed(0)
+    model = distzo2.offload(tiny(kind), weights="disk", directory=tmp_path, write_every=every)
+    runtime = distzo2.runtime_of(model)
+    opt = distzo2.ZOSGD(model, lr=1e-3, num_probes=probes, estimator=estimator, max_coef=None)
+    ids = torch.randint(3, 131, (2, 9))
+    closures = [lambda: model(input_ids=ids, labels=ids).loss.float()] * batches
+    for _ in range(2 * every + 2):
+        opt.step(closures)
+    time.sleep(0.2)  # blocks prefetched across the step's end arrive first
+    runtime.reset_stats()
+    runtime.weights.enable_trace()
+    steps = max(2, every)
+    for _ in range(steps):
+        opt.step(closures)
+    time.sleep(0.2)
+    runtime._ring.flush()
+    stats = runtime.stats()
+    runtime.weights.save_trace(tmp_path / "trace.json")
+    runtime.close()
+
+    for part, key in (("residents", "resident_bytes"), ("slots", "slot_bytes"), ("scratch", "scratch_bytes")):
+        assert predicted.row["rank_bytes"][part] == stats[key]
+    assert predicted.played.bytes_up == pytest.approx(stats["bytes_up"] / steps)
+    assert predicted.played.bytes_down == pytest.approx(stats["bytes_down"] / steps)
+
+    events = read_trace(tmp_path / "trace.json")
+    begin, end = predicted.played.steps[-steps][0], predicted.played.steps[-1][1]
+    for category in ("compute", "materialize", "upload"):
+        real = [e["name"] for e in events if e["cat"] == category]
+        mine = [t for t in predicted.played.tasks if t.kind == category and begin <= t.start < end]
+        names = [t.name for t in sorted(mine, key=lambda t: t.start)]
+        if category == "upload":  # which transfers a step's end cuts depends on time: compare the order alone
+            length = min(len(names), len(real)) - 4
+            assert any(real[i : i + length] == names[j : j + length] for i in range(4) for j in range(4))
+        else:
+            assert names == real, category
