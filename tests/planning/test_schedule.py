@@ -306,7 +306,7 @@ def test_the_runtime_does_the_same(
     for _ in range(steps):
         opt.step(closures)
     time.sleep(0.2)
-    runtime._ring.flush()
+    runtime.weights.ring.flush()
     stats = runtime.stats()
     runtime.weights.save_trace(tmp_path / "trace.json")
     runtime.close()
