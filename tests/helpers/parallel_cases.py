@@ -18,7 +18,8 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
-from distzo2.parallel import memory_share
+from distzo2.parallel import node
+from distzo2.weights import residency
 
 
 class Tower(Blocks):
@@ -104,10 +105,10 @@ def pools_of_machines(rank: int, world_size: int, machines: list[str], readings:
     budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
     outcomes = []
     with (
-        mock.patch.object(memory_share, "memory_budget", lambda: budget),
-        mock.patch.object(memory_share, "_machine", lambda: machines[rank]),
+        mock.patch.object(residency, "memory_budget", lambda: budget),
+        mock.patch.object(node, "_machine", lambda: machines[rank]),
     ):
-        share = memory_share.memory_share()
+        share = node.memory_share(distzo2.parallel.joined())
         for width in (72, 64):
             try:
                 distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), weights="host")).close()
@@ -272,7 +273,7 @@ def changed_replica(rank: int, world_size: int, directory: Path) -> None:
     for step in range(4):
         if step == 3 and rank == 1:
             unit = next(u for u in runtime.units if u.name == "blocks.3")
-            with runtime.writing(unit, keep=True) as views:
+            with runtime.access.writing(unit, keep=True) as views:
                 views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
         opt.step(closures_of(model, step, 2))
 

@@ -56,7 +56,7 @@ class SharedStep:
         self._journal_from = 0  # version of the weights before the journal's first entry
         self.fingerprints: list[dict[str, Any]] = []
         self._runtime = runtime = weakref.ref(optimizer._runtime)
-        mesh.heartbeat.on_failure(lambda error: (alive := runtime()) is not None and alive.fail(error))
+        mesh.heartbeat.on_failure(lambda error: (alive := runtime()) is not None and alive.weights.fail(error))
 
     # ---- joining ------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class SharedStep:
             The journal on rank 0, None on the others; and the snapshots that were found to be damaged.
         """
         optimizer, runtime = self._optimizer, self._optimizer._runtime
-        self._journal_from = runtime.version
+        self._journal_from = runtime.weights.version
         opened: list[Journal] = []
 
         def on_rank_0() -> bytes:
@@ -134,7 +134,7 @@ class SharedStep:
             with self._exchange.together("taking over the journal"):
                 optimizer.first_step, first_like = (int(number) for number in firsts.split())
                 if found is not None:
-                    go_on_from(found, runtime, snapshots)
+                    go_on_from(found, runtime.access, snapshots)
                 optimizer.take_over(entries, first_like)
         except BaseException:
             for journal in opened:
@@ -142,16 +142,16 @@ class SharedStep:
             raise
         name = self.mesh.ranks.unique_name("durable")
         first = self._journal_from
-        tell_durable, tell_failure = durability_callbacks(runtime, first)
+        tell_durable, tell_failure = durability_callbacks(runtime.access, first)
         if self._rank != 0:
-            runtime.set_durable(first + len(entries))
+            runtime.weights.set_durable(first + len(entries))
             store = self.mesh.ranks.store
             self._listener = DurabilityListener(store, store.clone(), name, self._rank, len(entries), tell_durable)
             self.mesh.ranks.closers.append(self.close)
             return None, []
         journal, teller = opened[0], DurabilityTeller(self.mesh.ranks.store.clone(), name, self.mesh.world_size)
         heartbeat = self.mesh.heartbeat
-        runtime.set_durable(first + journal.durable)
+        runtime.weights.set_durable(first + journal.durable)
 
         def on_durable(durable: int) -> None:
             tell_durable(durable)
@@ -169,7 +169,7 @@ class SharedStep:
         runtime, chosen = self._optimizer._runtime, []
 
         def choose() -> bytes:
-            found = find_snapshot(snapshots.directory, runtime, journal, num_steps)
+            found = find_snapshot(snapshots.directory, runtime.access, journal, num_steps)
             chosen.append(found)
             return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
 
@@ -177,7 +177,7 @@ class SharedStep:
         self.from_snapshot = bool(name)
         if chosen:
             return chosen[0]
-        return find_same(snapshots.directory, runtime, name.decode(), line) if name else Found(None, None)
+        return find_same(snapshots.directory, runtime.access, name.decode(), line) if name else Found(None, None)
 
     def close(self) -> None:
         """Ends what `open_journal` began on ranks that do not write it, once all lines so far are durable. Weights that
@@ -196,9 +196,10 @@ class SharedStep:
             listener.close(**({"seconds": 0.0} if self.mesh.heartbeat.store_lost else {}))
         if runtime is not None:
             if reached:
-                runtime.set_durable(ALWAYS_DURABLE)
+                runtime.weights.set_durable(ALWAYS_DURABLE)
             else:
-                runtime.fail(DistZO2Error("the journal on rank 0 is not known to be durable up to the last steps"))
+                error = DistZO2Error("the journal on rank 0 is not known to be durable up to the last steps")
+                runtime.weights.fail(error)
 
     # ---- a step -------------------------------------------------------------------------------------------------
 

@@ -69,11 +69,11 @@ class OptimizerState(torch.optim.Optimizer):
 
     def _bind(self) -> None:
         group_of = group_of_each(self._runtime.params, self.param_groups)
-        other = self._runtime.owner
+        other = self._runtime.weights.owner
         if other is not None and other is not self and other.journal is not None:
             raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
-        self._runtime.bind(self, group_of, len(self.param_groups), self.seed)
-        self._epoch = self._runtime.epoch
+        self._runtime.weights.bind(self, group_of, len(self.param_groups), self.seed)
+        self._epoch = self._runtime.weights.epoch
 
     def _rebase(self) -> None:
         """The weights were replaced (load_state_dict, edit): a journal of the old ones cannot go on."""
@@ -82,7 +82,7 @@ class OptimizerState(torch.optim.Optimizer):
                 f"the weights were replaced from outside, so the journal {self.journal.path} no longer leads to them: "
                 "start a new run from a checkpoint of them"
             )
-        self._epoch = self._runtime.epoch
+        self._epoch = self._runtime.weights.epoch
 
     # ---- the updates so far -------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class OptimizerState(torch.optim.Optimizer):
                     f"update of step {update.step} has {len(update.groups)} parameter groups, the optimizer has "
                     f"{len(self.param_groups)}"
                 )
-            self._runtime.push([update])
+            self._runtime.weights.push([update])
             if update.step >= first_like:
                 self._clip.remember([t.c for t in update.terms])
             self.step_count += 1
@@ -121,7 +121,7 @@ class OptimizerState(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Groups (without tensors), seed, step and the updates that stored weights have not got yet: none, since the
         weights are brought up to date here, so that a `model.state_dict()` at any time goes with it."""
-        self._runtime.flush()
+        self._runtime.weights.flush()
         state = super().state_dict()
         state["distzo2"] = {
             "seed": self.seed,

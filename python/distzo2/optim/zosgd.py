@@ -181,24 +181,24 @@ class ZOSGD(OptimizerState):
         if path is None:
             if snapshots is not None:
                 raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
-            self._runtime.set_durable(ALWAYS_DURABLE)
+            self._runtime.weights.set_durable(ALWAYS_DURABLE)
             return
-        first = self._runtime.version
+        first = self._runtime.weights.version
         if self._shared is not None:
             self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
         else:
             self.journal, invalid = open_own_journal(
-                path, self.journal_header(), self._runtime, self._take_over_journal,
+                path, self.journal_header(), self._runtime.access, self._take_over_journal,
                 resume=resume, branch=self._branch, snapshots=snapshots, **self._journal_options,
             )  # fmt: skip
         if self._shared is not None and self._shared.from_snapshot:
             self.verify_replicas()
         if snapshots is not None and self.journal is not None:
-            self._snapshots = start_snapshots(snapshots, self._runtime, self.journal, resume, first, invalid)
+            self._snapshots = start_snapshots(snapshots, self._runtime.access, self.journal, resume, first, invalid)
 
     def journal_header(self) -> dict[str, Any]:
         """The header of this optimizer's run: everything that a line's scalars refer to."""
-        base = None if self._runtime.replaced else getattr(self._model, "distzo2_source", None)
+        base = None if self._runtime.weights.replaced else getattr(self._model, "distzo2_source", None)
         return make_header(
             seed=self.seed,
             table=index_table(self._runtime.params, self.param_groups, self.noise),
@@ -261,9 +261,9 @@ class ZOSGD(OptimizerState):
             raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
         if self._closed:
             raise DistZO2Error("this optimizer was closed, and its journal with it")
-        if self._runtime.owner is not self:
+        if self._runtime.weights.owner is not self:
             raise DistZO2Error("another optimizer was made for this model since: only the last one can step")
-        if self._epoch != self._runtime.epoch:
+        if self._epoch != self._runtime.weights.epoch:
             self._rebase()
         return closures
 
@@ -279,7 +279,7 @@ class ZOSGD(OptimizerState):
             scalars, deal = scalars_of(self.param_groups), Deal.alone(len(self._evaluations), len(closures))
         else:
             scalars, deal, tokens = self._shared.open(step, len(closures), tokens, sharded, failure)
-        self._runtime.set_perturb_scales([g.perturb_scale for g in scalars])
+        self._runtime.weights.set_perturb_scales([g.perturb_scale for g in scalars])
         losses = self._evaluate(step, deal, closures)
         loss = mean_loss(losses.reshape(-1))
         record = StepRecord(step, loss, losses.tolist(), self._evaluations, [], lr=[g.lr for g in scalars])
@@ -303,7 +303,7 @@ class ZOSGD(OptimizerState):
             )
         self._clip.check(step)
         if self._snapshots is not None:
-            self._snapshots.step_done(self._runtime, self.step_count, record.seconds)
+            self._snapshots.step_done(self._runtime.access, self.step_count, record.seconds)
         if self.verify_every and self.step_count % self.verify_every == 0:
             self.verify_replicas()
         return torch.tensor(loss, dtype=torch.float64)
@@ -333,8 +333,8 @@ class ZOSGD(OptimizerState):
             )
 
     def _push(self, update: Update, record: StepRecord) -> None:
-        self._runtime.trim()
-        self._runtime.push([update])
+        self._runtime.weights.trim()
+        self._runtime.weights.push([update])
         self.step_count += 1
         self.last = record
 
@@ -377,7 +377,7 @@ class ZOSGD(OptimizerState):
         from distzo2.parallel.replicas import compare_replicas
 
         with self._interrupt:
-            compare_replicas(self._runtime, self._shared.mesh.exchange, self.step_count)
+            compare_replicas(self._runtime.access, self._shared.mesh.exchange, self.step_count)
 
     def close(self) -> None:
         """Ends the journal; what was appended is on disk afterwards. No step can follow."""
@@ -385,13 +385,13 @@ class ZOSGD(OptimizerState):
         snapshots, self._snapshots = self._snapshots, None
         try:
             if snapshots is not None:
-                self._runtime.tap = None
+                self._runtime.weights.tap = None
                 snapshots.close()
         finally:
             journal, self.journal = self.journal, None
             if journal is not None:
                 journal.close()
-                self._runtime.set_durable(ALWAYS_DURABLE)
+                self._runtime.weights.set_durable(ALWAYS_DURABLE)
             elif self._shared is not None:
                 self._shared.close()
 

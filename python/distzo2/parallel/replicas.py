@@ -39,18 +39,18 @@ def checksum(tensors: Sequence[torch.Tensor]) -> int:
     return result - 2**64 if result >= 2**63 else result
 
 
-def compare_replicas(runtime: WeightAccess, exchange: Exchange, step: int) -> None:
+def compare_replicas(access: WeightAccess, exchange: Exchange, step: int) -> None:
     """Reads every unit once, with every update made so far, and compares it across ranks.
 
     Raises:
         ReplicasDifferError: on all ranks; names the first unit that differs and which ranks agree with each other.
     """
-    sums = torch.zeros(len(runtime.units), dtype=torch.int64)
+    sums = torch.zeros(len(access.weights.units), dtype=torch.int64)
     with exchange.together(f"comparing replicas at step {step}"):
-        for unit, views in runtime.visit():
+        for unit, views in access.visit():
             sums[unit.index] = checksum(views)
     all_sums = exchange.gather(sums)
-    for unit, row in zip(runtime.units, all_sums.T.tolist(), strict=True):
+    for unit, row in zip(access.weights.units, all_sums.T.tolist(), strict=True):
         if len(set(row)) > 1:
             groups: dict[int, list[int]] = {}
             for rank, value in enumerate(row):

@@ -105,7 +105,7 @@ def open_run_journal(
 def open_own_journal(
     path: str | os.PathLike[str],
     header: Mapping[str, Any],
-    runtime: WeightAccess,
+    access: WeightAccess,
     take_over: Callable[[Journal], None],
     *,
     resume: bool,
@@ -122,40 +122,40 @@ def open_own_journal(
         The journal, and the snapshots that were found to be damaged.
     """
     check_no_others(snapshots, resume)
-    version, invalid = runtime.version, []
+    version, invalid = access.weights.version, []
     journal = open_run_journal(path, header, resume=resume, branch=branch, fsync_every=fsync_every)
     try:
         if resume and snapshots is not None:
-            found = find_snapshot(snapshots.directory, runtime, path, len(journal.entries))
+            found = find_snapshot(snapshots.directory, access, path, len(journal.entries))
             invalid = found.invalid
-            go_on_from(found, runtime, snapshots)
+            go_on_from(found, access, snapshots)
         take_over(journal)
     except BaseException:
         journal.close()
         raise
-    runtime.set_durable(version + journal.durable)
-    on_durable, on_failure = durability_callbacks(runtime, version)
+    access.weights.set_durable(version + journal.durable)
+    on_durable, on_failure = durability_callbacks(access, version)
     journal.on_durable(on_durable)
     journal.on_failure(on_failure)
     return journal, invalid
 
 
 def durability_callbacks(
-    runtime: WeightAccess, first_version: int
+    access: WeightAccess, first_version: int
 ) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:
     """What a journal's thread calls as its lines become durable, and when they cannot.
 
     They hold the weights weakly: a journal that nobody closed is dropped together with them and the model.
     """
-    held = weakref.ref(runtime)
+    held = weakref.ref(access)
 
     def on_durable(durable: int) -> None:
         if (alive := held()) is not None:
-            alive.set_durable(first_version + durable)
+            alive.weights.set_durable(first_version + durable)
 
     def on_failure(error: BaseException) -> None:
         if (alive := held()) is not None:
-            alive.fail(error)
+            alive.weights.fail(error)
 
     return on_durable, on_failure
 
@@ -170,12 +170,12 @@ def check_no_others(snapshots: Snapshots | None, resume: bool) -> None:
         raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
 
 
-def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> None:
+def go_on_from(found: Found, access: WeightAccess, snapshots: Snapshots) -> None:
     """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
     for reason in found.reasons:
         snapshots.log(reason)
     if found.manifest is not None:
-        load_snapshot(found, runtime, runtime.version)
+        load_snapshot(found, access, access.weights.version)
         snapshots.log(f"went on from the snapshot {found.path.name}")
     elif found.reasons:
         snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
@@ -183,7 +183,7 @@ def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> Non
 
 def start_snapshots(
     snapshots: Snapshots,
-    runtime: WeightAccess,
+    access: WeightAccess,
     journal: Journal,
     resume: bool,
     first_version: int,
@@ -198,8 +198,8 @@ def start_snapshots(
     remove_unfinished(snapshots.directory)
     if not snapshots.are_made:
         return None
-    writer = SnapshotWriter(snapshots, runtime, journal, first_version, invalid)
+    writer = SnapshotWriter(snapshots, access, journal, first_version, invalid)
     if resume:
         writer.remove_surplus()
-    runtime.tap = writer.offer
+    access.weights.tap = writer.offer
     return writer
