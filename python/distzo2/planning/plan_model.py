@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distzo2.checkpoint.pretrained import _load_config, _model_class
+from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.weights.units import Unit, collect_params, find_units
 
@@ -138,20 +138,17 @@ def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -
     if source in SHAPES:
         from transformers import OPTForCausalLM
 
-        config, cls, name = opt_config(source), OPTForCausalLM, source
-        dtype = dtype or torch.float16
+        with torch.device("meta"):
+            model = OPTForCausalLM._from_config(opt_config(source), dtype=dtype or torch.float16)
+        name = source
     elif path.is_dir() or (path.is_file() and path.name == "config.json"):
         directory = path if path.is_dir() else path.parent
-        config = _load_config(directory)
-        cls, name = _model_class(directory, config, None), directory.resolve().name
+        model, name = meta_model(directory, dtype), directory.resolve().name
     else:
         raise UsageError(
             f"--model {source}: expected a checkpoint's directory, a config.json, or one of {', '.join(SHAPES)}"
         )
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = cls._from_config(config, dtype=dtype)
-    return plan_module(model.eval(), name, dtype, rows, tokens)
+    return plan_module(model.eval(), name, model.dtype, rows, tokens)
 
 
 def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int) -> ModelPlan:
