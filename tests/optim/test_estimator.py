@@ -45,7 +45,7 @@ def estimate(opt, model_params, steps: range, noise: str) -> torch.Tensor:
     for step, coefs in steps:
         for probe, c in enumerate(coefs):
             for i, p in enumerate(model_params):
-                total[i] += c * draw(p.numel(), seed=opt.seed, step=step, param=i, probe=probe).double()
+                total[i] += c * draw(p.numel(), seed=opt.settings.seed, step=step, param=i, probe=probe).double()
     return torch.cat(total)
 
 

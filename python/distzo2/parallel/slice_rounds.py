@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 
 from distzo2.errors import DistZO2Error
+from distzo2.parallel.exchange import Exchange
 from distzo2.parallel.heartbeat import RankFailedError, describe
-
-if TYPE_CHECKING:
-    from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.sliced_store import SlicedStore
+from distzo2.parallel.rendezvous import new_group
 
 WORD_BYTES = 32
 READY, WANTS, LEAVES, ENDS = range(4)
@@ -35,6 +34,13 @@ class Word(NamedTuple):
     store: int = 0  # in the order in which the ranks made them
     unit: int = 0
     stamp: int = 0  # of a block that is wanted: what it must hold; READY: the collective's number
+
+
+class GathersUnits(Protocol):
+    """A store of slices, as the rounds know it."""
+
+    def begin(self, index: int, stamp: int, ours: bool) -> None:
+        """Begins to gather unit `index`, with the weights of `stamp`; `ours`: this rank wants it too."""
 
 
 class _Round(NamedTuple):
@@ -61,7 +67,7 @@ class SliceExchange:
         self._words_group: Any = None
         self._bytes_group: Any = None
         self._num_stores = 0
-        self._stores: dict[int, SlicedStore] = {}
+        self._stores: dict[int, GathersUnits] = {}
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
         self.num_acted = 0
         self.reset_stats()
@@ -84,8 +90,6 @@ class SliceExchange:
         """Makes the groups, once; all ranks of all nodes call it."""
         if self._words_group is not None:
             return
-        from distzo2.parallel.rendezvous import new_group
-
         for ranks in self._nodes:
             words, blocks = new_group(ranks, "gloo"), new_group(ranks, self.backend)
             if self.exchange.rank in ranks:
@@ -98,7 +102,7 @@ class SliceExchange:
         self._num_stores += 1
         return self._num_stores - 1
 
-    def register(self, number: int, store: SlicedStore | None) -> None:
+    def register(self, number: int, store: GathersUnits | None) -> None:
         """The store of a number; None: it is closed."""
         if store is None:
             self._stores.pop(number, None)
@@ -213,8 +217,6 @@ class SliceExchange:
         Returns:
             What to `wait` for.
         """
-        import torch.distributed as dist
-
         own, total = parts[self.index].numel(), sum(part.numel() for part in parts)
         self.num_gathers += 1
         self.bytes_sent += own
@@ -230,8 +232,6 @@ class SliceExchange:
         return [self._broadcast(part, i) for i, part in enumerate(parts)]
 
     def _broadcast(self, part: torch.Tensor, index: int) -> Any:
-        import torch.distributed as dist
-
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = index, 0
         return self.exchange.start(lambda: self._bytes_group.broadcast([part], options))
@@ -250,9 +250,3 @@ class SliceExchange:
         """Ends what is in flight on a GPU, where a rank that is lost would be waited for without end."""
         if self.backend == "nccl" and self._bytes_group is not None:
             self._bytes_group._get_backend(torch.device("cuda")).abort()
-
-
-def node_name(environment: dict[str, str], host: str) -> str:
-    """Names the node of a rank: torchrun's number for it, or else the machine."""
-    number = environment.get("GROUP_RANK")
-    return host if number is None else f"{host} {number}"

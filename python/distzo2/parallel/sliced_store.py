@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.parallel.memory_share import MemoryShare
 from distzo2.parallel.slice_rounds import WANTS, SliceExchange, Word
+from distzo2.weights.residency import MemoryShare
 from distzo2.weights.store import SLOT_ALIGNMENT, MemoryStore, StreamingStore
 from distzo2.weights.units import ALIGNMENT, Unit
 from distzo2_core import aligned_buffer

@@ -1,8 +1,7 @@
-"""How an optimizer begins or goes on with its journal and snapshots; with a mesh `shared_step.py` opens it."""
+"""What an optimizer does with its journal and snapshots when it begins or continues a run."""
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import TYPE_CHECKING
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.journal import Journal
-from distzo2.record.lineage import first_like_step, first_own_step, open_run_journal
-from distzo2.record.run_header import run_header
 from distzo2.record.snapshot import Snapshots, snapshots_in
-from distzo2.record.snapshot_resume import Found, find_snapshot, load_snapshot
+from distzo2.record.snapshot_resume import Found, load_snapshot
 from distzo2.record.snapshot_writer import SnapshotWriter, remove_unfinished
 
 if TYPE_CHECKING:
-    from distzo2.optim.zosgd import ZOSGD
     from distzo2.weights.access import WeightAccess
 
 
@@ -30,37 +26,6 @@ def check_no_others(snapshots: Snapshots | None, resume: bool) -> None:
     others = [] if resume or snapshots is None else snapshots_in(snapshots.directory)
     if others:
         raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
-
-
-def open_own_journal(
-    optimizer: ZOSGD, path: str | os.PathLike, resume: bool, snapshots: Snapshots | None
-) -> tuple[Journal, list[Path]]:
-    """Opens or makes it, and takes over its steps, from a snapshot on where there is one.
-
-    Returns:
-        The journal, and the snapshots that were found to be damaged.
-    """
-    check_no_others(snapshots, resume)
-    runtime, invalid = optimizer._runtime, []
-    version = runtime.version
-    journal = open_run_journal(
-        path, run_header(optimizer), resume=resume, branch=optimizer._branch, **optimizer._journal_options
-    )
-    try:
-        optimizer.first_step = first_own_step(journal.header)
-        if resume and snapshots is not None:
-            found = find_snapshot(snapshots.directory, runtime, path, len(journal.entries))
-            invalid = found.invalid
-            go_on_from(found, runtime, snapshots)
-        optimizer.take_over(journal.entries, first_like_step(journal.header))
-    except BaseException:
-        journal.close()
-        raise
-    runtime.set_durable(version + journal.durable)
-    tell_durable, tell_failure = tellers(runtime, version)
-    journal.on_durable(tell_durable)
-    journal.on_failure(tell_failure)
-    return journal, invalid
 
 
 def tellers(runtime: WeightAccess, first_version: int) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:

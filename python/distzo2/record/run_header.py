@@ -5,49 +5,56 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.journal import check_table, make_header, table_row
 from distzo2.version import __version__
+from distzo2.weights.units import ParamInfo
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
-
-if TYPE_CHECKING:
-    from distzo2.optim.zosgd import ZOSGD
 
 logger = logging.getLogger("distzo2")
 
 
-def run_header(optimizer: ZOSGD) -> dict[str, Any]:
-    """The journal header of `optimizer`'s run: index table, base checkpoint, versions, options, fingerprint."""
-    runtime = optimizer._runtime
-    # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
-    source = None if runtime.replaced else getattr(optimizer._model, "distzo2_source", None)
+def run_header(
+    *,
+    seed: int,
+    options: dict[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    table: list[dict[str, Any]],
+    source: Any | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The journal header of a run: index table, base checkpoint, versions, options, fingerprint.
+
+    Args:
+        seed: of the run.
+        options: of the estimate: eps, num_probes, estimator.
+        groups: the parameter groups, with their tensors.
+        table: from `index_table`.
+        source: the checkpoint that the weights are those of; None: of none.
+        device: where forwards run.
+    """
     return make_header(
-        seed=optimizer.seed,
+        seed=seed,
         base=base_record(source),
         checkpoint_map=None if source is None else source.map.to_json(),
-        table=index_table(optimizer),
+        table=table,
         groups=[
-            {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str))}
-            for group in optimizer.param_groups
+            {k: v for k, v in group.items() if k != "params" and isinstance(v, (int, float, str))} for group in groups
         ],
         noise_version=NOISE_VERSION,
         rounding_version=ROUNDING_VERSION,
-        options={
-            "eps": optimizer.eps,
-            "num_probes": optimizer.num_probes,
-            "estimator": type(optimizer.estimator).__name__,
-        },
+        options=options,
         software={
             "distzo2": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        fingerprint=fingerprint(runtime.device),
+        fingerprint=fingerprint(device),
     )
 
 
@@ -93,21 +100,12 @@ def _by_rank(values: Sequence[Any]) -> str:
     return ", ".join(f"{value} (rank {', '.join(which)})" for value, which in ranks.items())
 
 
-def index_table(optimizer: ZOSGD) -> list[dict[str, Any]]:
-    """What the noise depends on: one row for each parameter, in order."""
-    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+def index_table(params: Iterable[ParamInfo], group_of: Mapping[int, int], noise: str) -> list[dict[str, Any]]:
+    """What the noise depends on: one row for each parameter, in order. `group_of` maps a parameter's index to its
+    group."""
     return [
-        table_row(
-            p.index,
-            p.name,
-            p.shape,
-            p.dtype,
-            p.stride,
-            id(p.tensor) in group_of,
-            group_of.get(id(p.tensor)),
-            optimizer.noise,
-        )
-        for p in optimizer._runtime.params
+        table_row(p.index, p.name, p.shape, p.dtype, p.stride, p.index in group_of, group_of.get(p.index), noise)
+        for p in params
     ]
 
 

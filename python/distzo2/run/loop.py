@@ -109,7 +109,6 @@ class TrainLoop:
                 log=self.log,
             ),
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
-            journal_chain=o.journal_chain,
             fsync_every=o.fsync_every,
         )
         if optimizer.step_count > o.steps:  # of a branch: a resumed run is looked at before it is claimed

@@ -20,7 +20,7 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.parallel.node import Sharing
+from distzo2.parallel.node import Slicing
 from distzo2.streaming.buffers import BufferGuard
 from distzo2.streaming.lanes import CallerState, Emission, Lane, LaneGroup
 from distzo2.streaming.placeholders import Placeholders, use_guard
@@ -54,7 +54,7 @@ class StreamingRuntime(WeightAccess):
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
-        choose_slices: Callable[[Sequence[Unit]], Sharing | None] = lambda units: None,
+        choose_slices: Callable[[Sequence[Unit]], Slicing | None] = lambda units: None,
     ) -> None:
         super().__init__(
             model,

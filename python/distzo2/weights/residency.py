@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.parallel.memory_share import MemoryShare
-from distzo2.run.preflight import available_memory, gib
+from distzo2.text import gib
 from distzo2.weights.scratch import BUFFERS
 from distzo2.weights.store import slot_bytes_of
 from distzo2.weights.units import Unit
+from distzo2_core import memory_budget
 
 AUTO_SHARE = 0.7  # of what is free; the rest is for the lanes' hidden states, workspaces and logits
+_NO_LIMIT = (1 << 63) - 1
 
 MemoryBudget = int | Literal["auto"] | None
+
+
+@dataclass(frozen=True)
+class MemoryShare:
+    """How many ranks are on this machine, and the bytes they may take together; None means no limit."""
+
+    num_ranks: int
+    cgroup_bytes: int | None
+    available_bytes: int | None
+
+    @classmethod
+    def of_one_rank(cls) -> MemoryShare:
+        """Reads what the machine and the control groups of this process leave to it now."""
+        budget = memory_budget()
+        return cls(1, budget["cgroup_bytes"], budget["available_bytes"])
+
+    @property
+    def num_bytes(self) -> int:
+        """One rank's share, with nothing to spare."""
+        limits = [limit for limit in (self.cgroup_bytes, self.available_bytes) if limit is not None]
+        return min(limits, default=_NO_LIMIT) // self.num_ranks
+
+    def pool_options(self) -> dict[str, Any]:
+        """Arguments for this rank's `HostPool`, beside which the other ranks make theirs."""
+        return vars(self).copy()
+
+
+def free_disk_bytes(directory: str | os.PathLike) -> int:
+    """Returns the bytes that are free on the disk of `directory`, which need not exist."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def keep_blocks(
@@ -75,4 +113,4 @@ def free_memory(device: torch.device, share: MemoryShare | None) -> int:
     """Bytes that are free on the device; on a CPU, in this rank's share of its machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_memory() if share is None else share.num_bytes
+    return MemoryShare.of_one_rank().num_bytes if share is None else share.num_bytes

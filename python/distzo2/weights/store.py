@@ -20,14 +20,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.parallel.memory_share import MemoryShare
 from distzo2.weights.units import Unit
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
+
+if TYPE_CHECKING:
+    from distzo2.weights.residency import MemoryShare
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
 _M_MMAP_THRESHOLD = -3  # of malloc.h

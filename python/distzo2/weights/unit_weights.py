@@ -20,8 +20,8 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.parallel.exchange import is_known
-from distzo2.parallel.memory_share import memory_share
-from distzo2.parallel.node import Sharing
+from distzo2.parallel.group import joined
+from distzo2.parallel.node import Slicing, memory_share
 from distzo2.parallel.sliced_store import Slice, SlicedStore
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.residency import MemoryBudget, free_memory, keep_blocks
@@ -57,7 +57,7 @@ class UnitWeights:
         slots: int,
         memory_budget: MemoryBudget = None,
         write_every: int = 1,
-        choose_slices: Callable[[Sequence[Unit]], Sharing | None] = lambda units: None,
+        choose_slices: Callable[[Sequence[Unit]], Slicing | None] = lambda units: None,
     ) -> None:
         """`choose_slices` says who shares those of all units that stream in slices; None: they are whole here. The
         rest is as for `distzo2.offload`."""
@@ -74,7 +74,7 @@ class UnitWeights:
         self._memory: MemoryStore | None = None
         self._ring: StreamingStore | SlicedStore | None = None
         with self._all_ranks("handing over a model") as agreed:
-            share = memory_share()
+            share = memory_share(joined())
             if streams:
                 keep_blocks(self.units, device, memory_budget, slots, lambda: self._least(free_memory(device, share)))
             streamed = [u for u in self.units if streams and not u.resident and not u.kept]
