@@ -17,7 +17,8 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
-from distzo2.parallel import memory_share
+from distzo2.parallel import node
+from distzo2.weights import residency
 
 
 class Tower(nn.Module):
@@ -111,14 +112,14 @@ def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
 
 def pools_of_machines(rank: int, world_size: int, machines: list[str], readings: list[int]) -> tuple[Any, list[str]]:
     """What each rank is told of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
-    mesh_of(1, world_size)
+    mesh_of(1, world_size, slice=False)
     budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
     outcomes = []
     with (
-        mock.patch.object(memory_share, "memory_budget", lambda: budget),
-        mock.patch.object(memory_share, "_machine", lambda: machines[rank]),
+        mock.patch.object(residency, "memory_budget", lambda: budget),
+        mock.patch.object(node, "_machine", lambda: machines[rank]),
     ):
-        share = memory_share.memory_share()
+        share = node.memory_share(distzo2.parallel.joined())
         for width in (72, 64):
             try:
                 distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), weights="host")).close()
@@ -142,7 +143,7 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
     if other and what == "lr":
         opt.param_groups[0]["lr"] = 0.5
     if other and what == "step":
-        opt.step_count += 1
+        opt._progress.step += 1
     try:
         if other and what == "kind":
             opt.verify_replicas()
@@ -151,7 +152,7 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
             opt.step(closures_of(model, 1, number), tokens=6 if other and what == "tokens" else 5)
     except distzo2.DistZO2Error as error:
         told = f"{type(error).__name__}: {error}"
-    opt.param_groups[0]["lr"], opt.step_count = 1e-2, 1
+    opt.param_groups[0]["lr"], opt._progress.step = 1e-2, 1
     opt.step(closures_of(model, 1, 4))
     distzo2.runtime_of(model).close()
     return [told, str(opt.last.losses)]
@@ -163,12 +164,12 @@ def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) ->
     model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
     if rank == 1 and what == "frozen":
         model.head.requires_grad_(False)
-    distzo2.offload(model, weights="disk", directory=directory / f"rank{rank}")
+    distzo2.offload(model, weights="host")
     options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
     if what in ("journal options", "snapshots"):
         options["journal"] = directory / "journal.jsonl"
     if rank == 1 and what == "journal options":
-        options["journal_chain"] = True
+        options["fsync_every"] = 4
     if rank == 1 and what == "snapshots":
         options["snapshots"] = distzo2.Snapshots(directory / "snapshots")
     optimizer(model, **options)
@@ -189,7 +190,7 @@ def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[s
         good = list(closures)
         spoilt = opt.step_count == 2 and not told
         if spoilt and what == "estimator" and rank == 0:
-            opt.estimator.coefficients = lambda *args: np.zeros(7)
+            opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
         if spoilt and what == "closure" and rank == last:
             closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
         if spoilt and what == "interrupt" and rank == last:
@@ -200,7 +201,7 @@ def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[s
             opt.step(closures, tokens=14)
         except (Boom, distzo2.DistZO2Error, KeyboardInterrupt) as error:
             told = f"{type(error).__name__}: {error}"
-            opt.estimator.__dict__.clear()
+            opt.settings.estimator.__dict__.clear()
     state = state_of(model)
     opt.close()
     distzo2.runtime_of(model).close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import parallel_cases as cases
 import torch
@@ -262,15 +263,10 @@ def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int 
     """What is said of slices where nothing was asked; `free`: memory or disk that there seems to be."""
     lines: list[str] = []
     mesh_of(1, world_size, log=lines.append)
-    if free is not None:
-        slice_choice.available_memory = slice_choice.free_bytes = lambda *args: free
-    try:
+    real = slice_choice.free_disk_bytes
+    with mock.patch.object(slice_choice, "free_disk_bytes", lambda place: real(place) if free is None else free):
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
-    finally:
-        from distzo2.run import preflight
-
-        slice_choice.available_memory, slice_choice.free_bytes = preflight.available_memory, preflight.free_bytes
     lines.append(str(isinstance(distzo2.runtime_of(model)._ring, SlicedStore)))
     return lines
 

@@ -186,8 +186,8 @@ def test_traffic_is_its_slices_and_scalars_to_the_byte(ranks: Ranks, weights: st
     for shape, lanes in (((2, 2), 4), ((1, 2), 8)):
         size = shape[0] * shape[1]
         results = ranks.values(slice_cases.traffic, size, shape, tmp_path, steps, weights)
-        scalars = (24 + 2 + lanes) * 8
-        outcome = (3 + num_probes + 4) * 8
+        scalars = (5 + 2 + lanes) * 8
+        outcome = (4 + num_probes + 4) * 8
         blocks = sum(results[0][1])
         for rank, (stats, _, parts, _) in enumerate(results):
             rounds = steps * (len(parts) + 3)  # before each of the three collectives all ranks meet
