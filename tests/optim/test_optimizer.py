@@ -238,7 +238,7 @@ def test_clipping_against_the_running_median():
     assert clipped and used[0] == pytest.approx(-2 * used[1])
     assert used[0] < 20
     use(clip, 1e6)
-    with pytest.raises(DivergenceError, match="step 7: .* running median for 3 steps in a row"):
+    with pytest.raises(DivergenceError, match=r"step 7: .* running median for 3 steps in a row"):
         use(clip, 1e6)
     use(clip, 1e6)  # a run that is resumed after it begins to count again
 

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +26,8 @@ from distzo2.parallel.exchange import hash64
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, MeshShape, check_step, deal_lanes
 from distzo2.parallel.replicas import checksum
-from distzo2.record.journal import Journal, StepEntry
-from distzo2.record.lineage import first_like_step, first_own_step
+from distzo2.record.journal import Journal
 from distzo2.record.run_header import fingerprint
-from distzo2.record.snapshot_resume import Found, find_same, find_snapshot
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
 from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
@@ -49,20 +47,12 @@ class ReplicasDifferError(DistZO2Error):
     """Weights that must be bit-identical on all ranks are not; raised on all of them."""
 
 
-class Opened(NamedTuple):
-    """A run's journal: open on rank 0, None on the others; and what it held."""
-
-    journal: Journal | None
-    entries: list[StepEntry]
-    first_step: int  # the run's own first
-    first_like: int  # the first whose coefficients can be compared with those to come
-
-
 class Alone:
     """A process without a mesh: as `SharedStep`, with nobody to ask."""
 
-    first_version: int | None = None
+    world_size = 1
     fingerprint: Mapping[str, Any] = {}
+    first_version: int | None = None
 
     def __init__(self, runtime: StreamingRuntime, settings: Settings) -> None:
         self.settings, self._runtime = settings, runtime
@@ -78,13 +68,6 @@ class Alone:
 
     def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:
         return make()
-
-    def open_journal(self, open_or_make: Callable[[], Journal]) -> Opened:
-        journal = open_or_make()
-        return Opened(journal, journal.entries, first_own_step(journal.header), first_like_step(journal.header))
-
-    def find_snapshot(self, directory: Any, journal: Any, num_steps: int) -> Found:
-        return find_snapshot(directory, self._runtime, journal, num_steps)
 
     def open(
         self,
@@ -122,9 +105,9 @@ class SharedStep:
         self.settings = settings
         self.first_version: int | None = None  # of the weights before the journal's first entry; None: no journal
         self.fingerprint: dict[str, Any] = {}  # for the journal's header
-        self.check, self.together, self.from_rank_0 = mesh.heartbeat.check, mesh.together, mesh.exchange.from_rank_0
+        self.world_size, self.check = mesh.world_size, mesh.heartbeat.check
+        self.together, self.from_rank_0 = mesh.together, mesh.exchange.from_rank_0
         self._mesh, self._exchange, self._rank, self._runtime = mesh, mesh.exchange, mesh.rank, runtime
-        self._units = hash64([(u.name, u.num_bytes) for u in runtime.units])
         self._syncs = False  # rank 0 syncs each line before the update is broadcast
 
     # ---- when the optimizer is made -----------------------------------------------------------------------------
@@ -142,15 +125,12 @@ class SharedStep:
         """
         s = self.settings
         fields = {
+            "the units": [(u.name, u.num_bytes) for u in self._runtime.units],
             "the parameters": table,
-            "seed": s.seed,
-            "eps": s.eps,
-            "noise": s.noise,
-            "num_probes": s.num_probes,
+            **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
+            "the evaluations": s.evaluations,
             "the estimator": type(s.estimator).__name__,
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
-            "fsync_every": s.fsync_every,
-            "verify_every": s.verify_every,
             **given,
             **_fields_of(scalars_of(groups)),
         }
@@ -166,41 +146,6 @@ class SharedStep:
                         "rank %d has %s %r and rank 0 %r: a run on another number of ranks may have other bits",
                         rank, key, other.get(key), value,
                     )  # fmt: skip
-
-    def open_journal(self, open_or_make: Callable[[], Journal]) -> Opened:
-        """Calls `open_or_make` on rank 0, and gives every rank the entries that the journal holds."""
-        opened: list[Journal] = []
-
-        def on_rank_0() -> bytes:
-            opened.append(open_or_make())
-            header, entries = opened[0].header, opened[0].entries
-            firsts = b"%d %d\n" % (first_own_step(header), first_like_step(header))
-            return firsts + b"".join(entry.to_line() for entry in entries)
-
-        try:
-            firsts, *lines = self.from_rank_0("opening the journal", on_rank_0).splitlines(True)
-            journal = opened[0] if opened else None
-            entries = journal.entries if journal is not None else [StepEntry.from_line(line) for line in lines]
-            return Opened(journal, entries, *map(int, firsts.split()))
-        except BaseException:
-            for journal in opened:
-                journal.close()
-            raise
-
-    def find_snapshot(self, directory: Any, journal: Any, num_steps: int) -> Found:
-        """The newest snapshot that is whole, as rank 0 finds it, where this rank sees it too. A rank that does not see
-        it makes the journal's updates again, which lead to the same weights."""
-        chosen: list[Found] = []
-
-        def choose() -> bytes:
-            found = find_snapshot(directory, self._runtime, journal, num_steps)
-            chosen.append(found)
-            return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
-
-        name, _, line = self.from_rank_0("choosing a snapshot", choose).partition(b"\n")
-        if chosen:
-            return chosen[0]
-        return find_same(directory, self._runtime, name.decode(), line) if name else Found(None, None)
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -232,11 +177,7 @@ class SharedStep:
             "sharded": sharded,
             "the number of closures": num_closures if mode == GLOBAL else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
-            "seed": s.seed,
-            "eps": s.eps,
-            "noise": s.noise,
-            "the evaluations": s.evaluations,
-            "the units": self._units,
+            "seed": s.seed,  # what else does not change was compared in `join`
             **_fields_of(scalars),
         }
         numbers = self._exchange.agree(f"step {step}", fields, numbers=(num_closures, tokens), error=error)

@@ -24,8 +24,8 @@ from distzo2.optim.step_lanes import StepLanes
 from distzo2.parallel.group import Mesh, current
 from distzo2.parallel.mesh import SHARDED, Deal
 from distzo2.record.journal import Journal, StepEntry, num_groups_of
-from distzo2.record.lineage import BranchPoint, open_run_journal
-from distzo2.record.opening import check_no_others, go_on_from, start_snapshots, tellers
+from distzo2.record.lineage import BranchPoint
+from distzo2.record.opening import open_run
 from distzo2.record.run_header import index_table, run_header
 from distzo2.record.snapshot import Snapshots
 from distzo2.record.snapshot_writer import SnapshotWriter
@@ -141,8 +141,15 @@ class ZOSGD(torch.optim.Optimizer):
         self.verify_replicas()
         if journal is None:
             runtime.set_durable(ALWAYS_DURABLE)
-        else:
-            self._open_journal(journal, resume, branch, snapshots)
+            return
+        self._ranks.first_version = runtime.version
+        run = open_run(
+            self._ranks, journal, self._header, runtime, self.take_over,
+            resume=resume, branch=branch, fsync_every=fsync_every, snapshots=snapshots,
+        )  # fmt: skip
+        self.journal, self._snapshots, self.first_step = run.journal, run.snapshots, run.first_step
+        if resume and snapshots is not None:
+            self.verify_replicas()  # ranks that do not see a snapshot have made the updates again
 
     # ---- groups -----------------------------------------------------------------------------------------------
 
@@ -176,44 +183,6 @@ class ZOSGD(torch.optim.Optimizer):
         return int(self._ranks.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(journal))) > 1
 
     # ---- the journal --------------------------------------------------------------------------------------------
-
-    def _open_journal(
-        self, path: str | os.PathLike, resume: bool, branch: BranchPoint | None, snapshots: Snapshots | None
-    ) -> None:
-        """Opens or makes the journal and takes over its steps, from a snapshot on where there is one."""
-        runtime, ranks, found = self._runtime, self._ranks, None
-        first = runtime.version  # of the weights before the journal's first entry
-
-        def open_or_make() -> Journal:
-            check_no_others(snapshots, resume)
-            fsync_every = self.settings.fsync_every
-            return open_run_journal(path, self._header(), resume=resume, branch=branch, fsync_every=fsync_every)
-
-        opened = ranks.open_journal(open_or_make)
-        self.journal, self.first_step = opened.journal, opened.first_step
-        try:
-            if resume and snapshots is not None:
-                found = ranks.find_snapshot(snapshots.directory, path, len(opened.entries))
-            with ranks.together("taking over the journal"):
-                if found is not None:
-                    go_on_from(found, runtime, snapshots)
-                self.take_over(opened.entries, opened.first_like)
-        except BaseException:
-            journal, self.journal = self.journal, None
-            if journal is not None:
-                journal.close()
-            raise
-        ranks.first_version = first
-        runtime.set_durable(first + len(opened.entries))
-        if self.journal is not None:
-            tell_durable, tell_failure = tellers(runtime, first)
-            self.journal.on_durable(tell_durable)
-            self.journal.on_failure(tell_failure)
-        if found is not None:
-            self.verify_replicas()  # ranks that do not see a snapshot have made the updates again
-        if snapshots is not None and self.journal is not None:
-            invalid = found.invalid if found is not None else []
-            self._snapshots = start_snapshots(snapshots, runtime, self.journal, resume, first, invalid)
 
     def _header(self) -> dict[str, Any]:
         s, runtime = self.settings, self._runtime
