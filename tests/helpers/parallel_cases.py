@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel run: functions of (rank, world_size, ...) whose results can be pickled."""
+"""What the ranks of test_group run: functions of (rank, world_size, ...) whose results can be pickled."""
 
 from __future__ import annotations
 
@@ -19,6 +19,29 @@ import distzo2
 import distzo2.parallel
 from distzo2.parallel import node
 from distzo2.weights import residency
+
+MESHES = {
+    "pert=2": ((2, 1), {}),
+    "data=2": ((1, 2), {}),
+    "data=2 of 3 micro-batches": ((1, 2), {"micro_batches": 3}),
+    "pert=2,data=2": ((2, 2), {}),
+    "pert=4 with two probes": ((4, 1), {"num_probes": 2}),
+    "pert=2 with two probes": ((2, 1), {"num_probes": 2}),
+    "data=4": ((1, 4), {"micro_batches": 5}),
+    "pert=2 of fzoo": ((2, 1), {"num_probes": 4, "estimator": "fzoo", "noise": "rademacher", "lr": 1e-4}),
+}
+
+
+def assert_same_weights(state: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(state[name], value), name
+
+
+def assert_same_run(result: Any, expected: Any) -> None:
+    """Both as `train` returns them."""
+    assert result[0] == expected[0]
+    assert_same_weights(result[1], expected[1])
 
 
 class Tower(nn.Module):
@@ -111,7 +134,7 @@ def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
 
 
 def pools_of_machines(rank: int, world_size: int, machines: list[str], readings: list[int]) -> tuple[Any, list[str]]:
-    """What each rank is told of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
+    """What each rank reads of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
     mesh_of(1, world_size, slice=False)
     budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
     outcomes = []
@@ -179,9 +202,9 @@ class Boom(Exception):
     pass
 
 
-def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[str, Any]:
+def fail_once(rank: int, world_size: int, directory: Path, what: str, slices: bool) -> tuple[str, Any]:
     """Rank `world_size - 1` (rank 0 for what it alone does) fails in step 2, which is then made again."""
-    mesh_of(2, world_size // 2)
+    mesh_of(2, world_size // 2, slice=slices)
     model = tower("disk", directory / f"rank{rank}")
     opt = optimizer(model, journal=directory / f"{what}.jsonl")
     told, last = "", world_size - 1
@@ -213,7 +236,7 @@ def _raise(error: BaseException) -> None:
 
 
 def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: list[int], resume: bool) -> list[str]:
-    """Each rank has so many threads. What is logged when a run is begun, or gone on with."""
+    """Each rank has `threads[rank]` threads. What is logged when a run is begun or resumed."""
     mesh_of(1, world_size)
     told: list[str] = []
     handler = logging.Handler()
@@ -230,28 +253,40 @@ def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: l
     return told
 
 
-def differing_units(rank: int, world_size: int, directory: Path) -> None:
-    """The lanes of rank 1 leave a block out."""
-    mesh_of(1, 2)
-    model = tower("device", None)
+def differing_units(rank: int, world_size: int, directory: Path, slices: bool) -> list[str]:
+    """In step 1 the lanes of rank 1 leave a block out. What the rank was told, and the losses of the next step."""
+    mesh_of(1, 2, slice=slices)
+    model = tower("disk", directory / f"rank{rank}")
     opt = optimizer(model)
-    if rank == 1:
-        model.blocks = model.blocks[:4]
     opt.step(closures_of(model, 0, 2))
+    blocks, told = model.blocks, ""
+    if rank == 1:
+        model.blocks = blocks[:2] + blocks[3:]
+    try:
+        opt.step(closures_of(model, 1, 2))
+    except distzo2.DistZO2Error as error:
+        told = str(error)
+    model.blocks = blocks
+    opt.step(closures_of(model, 1, 2))
+    return [told, str(opt.last.losses)]
 
 
 # ---- figures, samplers, replicas ------------------------------------------------------------------------------------
 
 
-def traffic(rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int) -> dict[str, int]:
-    """Collectives and bytes of some steps."""
-    mesh_of(*shape)
-    model = tower("device", None)
+def traffic(
+    rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int, weights: str, slices: bool
+) -> tuple[dict[str, int], list[int]]:
+    """Collectives and bytes of some steps, and the bytes of this rank's slices."""
+    mesh_of(*shape, slice=slices)
+    model = tower(weights, directory / f"rank{rank}")
     opt = optimizer(model, num_probes=2)
+    opt.step(closures_of(model, 0, 4))
     distzo2.parallel.reset_stats()
     for step in range(steps):
-        opt.step(closures_of(model, step, 4))
-    return distzo2.parallel.stats()
+        opt.step(closures_of(model, 1 + step, 4))
+    ring = distzo2.runtime_of(model)._ring
+    return distzo2.parallel.stats(), [part.num_bytes for part in ring.parts.values()] if slices else []
 
 
 def sampled(rank: int, world_size: int, directory: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel_cli run: the command line, in processes that are kept."""
+"""What the ranks of test_torchrun run: the command line, in processes that are kept."""
 
 from __future__ import annotations
 
