@@ -271,6 +271,20 @@ def differing_units(rank: int, world_size: int, directory: Path, slices: bool) -
     return [told, str(opt.last.losses)]
 
 
+def durable_versions(rank: int, world_size: int, directory: Path, weights: str, fsync_every: int) -> list[int]:
+    """The versions up to which this rank could store weights, as it learned them."""
+    mesh_of(1, 2)
+    model = tower(weights, directory / f"rank{rank}")
+    runtime, versions = distzo2.runtime_of(model), []
+    set_durable = runtime.set_durable
+    runtime.set_durable = lambda version: (versions.append(version), set_durable(version))[1]
+    opt = optimizer(model, journal=directory / "journal.jsonl", fsync_every=fsync_every)
+    for step in range(4):
+        opt.step(closures_of(model, step, 2))
+    opt.close()
+    return versions
+
+
 # ---- figures, samplers, replicas ------------------------------------------------------------------------------------
 
 

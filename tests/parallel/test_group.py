@@ -132,6 +132,14 @@ def test_an_error_on_one_rank_drops_the_step_on_all(ranks: Ranks, alone: Any, wh
     assert [e.step for e in read_journal(tmp_path / f"{what}.jsonl").entries] == list(range(6))
 
 
+def test_a_line_is_durable_before_a_rank_may_store_its_update(ranks: Ranks, tmp_path: Path):
+    """Where weights are on disk; elsewhere a rank learns with each update how far the journal is synced."""
+    for weights, fsync_every, versions in (("disk", 1, [0, 1, 2, 3, 4]), ("host", 64, [0] * 5)):
+        directory = tmp_path / weights
+        directory.mkdir()
+        assert ranks.values(cases.durable_versions, 2, directory, weights, fsync_every)[1] == versions
+
+
 def test_a_fingerprint_that_differs_is_named(ranks: Ranks, tmp_path: Path):
     run = cases.threads_of_their_own
     assert ranks.values(run, 3, tmp_path, [1, 1, 2], False) == [
