@@ -8,7 +8,6 @@ import signal
 import threading
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
@@ -193,19 +192,6 @@ def test_deeply_nested_owners_stream(tmp_path):
     for _ in range(2):
         opt.step(lambda: model(x).square().mean())
     assert opt.last.losses[0] != opt.last.losses[1]
-
-
-def test_an_estimator_must_give_one_coefficient_a_probe():
-    class TooMany:
-        def evaluations(self, num_probes):
-            return [(0, 1), (0, -1)]
-
-        def coefficients(self, losses, num_probes, eps):
-            return np.zeros(3)
-
-    model = offloaded(Blocks())
-    with pytest.raises(distzo2.DistZO2Error, match=r"shape \(3,\)"):
-        distzo2.ZOSGD(model, lr=1e-2, estimator=TooMany()).step(lambda: model(IDS))
 
 
 def test_a_parameter_added_after_the_hand_over_is_named():

@@ -54,8 +54,8 @@ class Alone:
     fingerprint: Mapping[str, Any] = {}
     first_version: int | None = None
 
-    def __init__(self, runtime: StreamingRuntime, settings: Settings) -> None:
-        self.settings, self._runtime = settings, runtime
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
     def join(self, table: Sequence[Any], groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
         """No-op: there is nobody to agree with."""

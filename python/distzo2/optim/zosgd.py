@@ -117,7 +117,7 @@ class ZOSGD(torch.optim.Optimizer):
                 "line is on the disk, so every step is synced"
             )
         mesh = mesh or current()
-        self._ranks = Alone(runtime, settings) if mesh is None else SharedStep(mesh, runtime, settings)
+        self._ranks = Alone(settings) if mesh is None else SharedStep(mesh, runtime, settings)
         self._interrupt = DeferredInterrupt()
         self._interrupt.also = self._ranks.check
         self._lanes = StepLanes(model, runtime, settings, self._interrupt)

@@ -100,8 +100,8 @@ def _store(rank: int, world_size: int, wait: timedelta) -> Any:
 def _interface_to_others(store: Any, rank: int, world_size: int) -> str | None:
     """The interface by which this machine reaches the others; None where none is found, or all ranks are on this one.
 
-    Ranks on other machines than the store's post the address from which they reach it. Those on the store's machine look
-    for the way to one of these addresses, since their own way to the store shows nothing.
+    Ranks on other machines than the store's post the address from which they reach it. Those on the store's machine
+    look for the way to one of these, since their own way to the store shows nothing.
     """
     mine = _source_of(os.environ["MASTER_ADDR"])
     store.set(f"address/{rank}", mine or "")
