@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from distzo2.record.journal import Journal, StepEntry, make_header, table_row
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import make_header, table_row
+from distzo2.record.journal import Journal
 from distzo2_core.types import GroupScalars, Term, Update
 
 ROOT = Path(__file__).resolve().parents[2]

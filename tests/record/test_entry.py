@@ -1,24 +1,19 @@
-"""The lines and the header of a journal: what is written is read to the bit, and all else is refused with a reason."""
+"""A step's line: what is written is read to the bit, and all else is refused with a reason."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import zlib
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from journal_cases import ROOT, bits, json_values, make_entry, make_test_header, run_python, step_entries
+from journal_cases import bits, json_values, make_entry, step_entries
 
-from distzo2.record.journal import Journal, JournalError, StepEntry, check_table, read_journal, table_row
-from distzo2.record.line import MAX_STEP_BYTES, encode_line
+from distzo2.record.entry import StepEntry
+from distzo2.record.line import MAX_STEP_BYTES, JournalError, encode_line, seal_line
 from distzo2_core.types import GroupScalars, Term
-
-# Lines
 
 
 @given(step_entries())
@@ -35,7 +30,7 @@ def test_line_round_trip(entry: StepEntry) -> None:
 @settings(deadline=None)
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
     # With and without a right CRC, so that the parser behind it is reached too.
-    for line in (data + b"\n", data + b',"crc":"%08x"}\n' % zlib.crc32(data)):
+    for line in (data + b"\n", seal_line(data)):
         with pytest.raises(JournalError):
             StepEntry.from_line(line)
 
@@ -88,9 +83,6 @@ def test_line_refused_with_reason(changes: dict[str, Any], reason: str) -> None:
 
 
 def test_hostile_lines_are_refused() -> None:
-    def with_crc(body: bytes) -> bytes:
-        return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
-
     good = make_entry(0).to_line()[:-19]
     for body in (
         b'{"step":' + b"[" * 100_000 + b"]" * 100_000,
@@ -102,7 +94,7 @@ def test_hostile_lines_are_refused() -> None:
         good.replace(b'"tokens":64', b'"tokens":' + b"9" * 4000),
     ):
         with pytest.raises(JournalError):
-            StepEntry.from_line(with_crc(body))
+            StepEntry.from_line(seal_line(body))
     for body in (  # they say the same as the good one
         b" " + good,
         good.replace(b'"tokens":64', b'"tokens": 64'),
@@ -110,8 +102,8 @@ def test_hostile_lines_are_refused() -> None:
         good.replace(b'"step"', b'"st\\u0065p"'),
     ):
         with pytest.raises(JournalError, match="not spelled as"):
-            StepEntry.from_line(with_crc(body))
-    assert StepEntry.from_line(with_crc(good)).to_line() == with_crc(good)
+            StepEntry.from_line(seal_line(body))
+    assert StepEntry.from_line(seal_line(good)).to_line() == seal_line(good)
     with pytest.raises(JournalError, match="longer than"):
         StepEntry.from_line(b"x" * (MAX_STEP_BYTES + 1))
 
@@ -132,83 +124,3 @@ def test_values_that_a_line_cannot_hold_are_refused() -> None:
         make_entry(0, extra={1: 2}).to_line()
     with pytest.raises(JournalError, match="at most"):
         make_entry(0, extra={"x": "y" * MAX_STEP_BYTES}).to_line()
-
-
-# Header
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"seed": 2**64}, "seed"),
-        ({"base": {"name": "b", "files": {"../x": {"sha256": "0" * 64, "num_bytes": 0}}}}, "plain file name"),
-        ({"base": {"name": "b", "files": {"x": {"sha256": "0" * 63, "num_bytes": 0}}}}, "SHA-256"),
-        ({"table": [table_row(1, "w", (2,), "float32", (1,), True, 0, "normal")]}, "index 1"),
-        ({"table": [table_row(0, "w", (2,), "float32", (1,), True, 1, "normal")]}, "group"),
-        ({"table": [table_row(0, "w", (2,), "float32", (1,), True, None, "normal")]}, "group"),
-        ({"table": [table_row(0, "w", (2,), "float32", (1,), True, 0, "lowrank")]}, "lowrank"),
-        ({"table": [table_row(0, "w", (-2,), "float32", (1,), True, 0, "normal")]}, "shape"),
-    ],
-)
-def test_header_refused_with_reason(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(JournalError, match=reason):
-        make_test_header(**changes)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"journal": 3},
-        {"journal": 2},
-        {"journal": True},
-        {"noise": "n0"},
-        {"rounding": ""},
-        {"purposes": {"lowrank": 4}},
-        {"purposes": {"normal": 1}},
-        {"map": []},
-        {"new": 1},
-        {"seed": "0"},
-    ],
-)
-def test_unknown_header_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    path = tmp_path / "journal.jsonl"
-    path.write_bytes(encode_line(make_test_header() | change, 1 << 20))
-    for reader in (read_journal, Journal.open):
-        with pytest.raises(JournalError, match=r"journal.jsonl: line 1: not the header"):
-            reader(path)
-
-
-@pytest.mark.parametrize("data", [b"", b"\n", b"\x00" * 100, b"\x80\x04K\x01.", b'{"journal":1}\n'])
-def test_no_journal_is_refused(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "journal.jsonl"
-    path.write_bytes(data)
-    with pytest.raises(JournalError, match="line 1"):
-        Journal.open(path)
-    assert path.read_bytes() == data
-
-
-def test_check_table_names_the_first_difference() -> None:
-    header = make_test_header()
-    check_table(header, header["table"])
-    other = [dict(row) for row in header["table"]]
-    other[1]["shape"] = [4, 8]
-    other[1]["dtype"] = "float32"
-    with pytest.raises(JournalError) as caught:
-        check_table(header, other)
-    assert "parameter 1 'layer.weight': shape is [4, 4] in the journal and [4, 8] in the model" in str(caught.value)
-    with pytest.raises(JournalError, match=r"'layer.weight': only the journal has it"):
-        check_table(header, header["table"][:1])
-
-
-def test_documentation_example_reads_a_journal(tmp_path: Path) -> None:
-    """The Python in docs/journal.md is run on the example line in docs/journal.md."""
-    text = (ROOT / "docs" / "journal.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith('{"')]
-    assert [json.loads(line).get("journal", json.loads(line).get("step")) for line in lines] == [1, 0]
-    path = tmp_path / "journal.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    assert len(read_journal(path).entries) == 1
-    code = text.split("```python\n", 1)[1].split("```", 1)[0].replace("run/journal.jsonl", os.fspath(path))
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("0 ")
