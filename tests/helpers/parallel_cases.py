@@ -275,9 +275,9 @@ def durable_versions(rank: int, world_size: int, directory: Path, weights: str, 
     """The versions up to which this rank could store weights, as it learned them."""
     mesh_of(1, 2)
     model = tower(weights, directory / f"rank{rank}")
-    runtime, versions = distzo2.runtime_of(model), []
-    set_durable = runtime.set_durable
-    runtime.set_durable = lambda version: (versions.append(version), set_durable(version))[1]
+    weights, versions = distzo2.runtime_of(model).weights, []
+    set_durable = weights.set_durable
+    weights.set_durable = lambda version: (versions.append(version), set_durable(version))[1]
     opt = optimizer(model, journal=directory / "journal.jsonl", fsync_every=fsync_every)
     for step in range(4):
         opt.step(closures_of(model, step, 2))
@@ -299,8 +299,8 @@ def traffic(
     distzo2.parallel.reset_stats()
     for step in range(steps):
         opt.step(closures_of(model, 1 + step, 4))
-    ring = distzo2.runtime_of(model)._ring
-    return distzo2.parallel.stats(), [part.num_bytes for part in ring.parts.values()] if slices else []
+    copies = distzo2.runtime_of(model).weights.copies
+    return distzo2.parallel.stats(), [c.num_bytes for c in copies if c.block >= 0] if slices else []
 
 
 def sampled(rank: int, world_size: int, directory: Path) -> list[int]:
@@ -332,7 +332,7 @@ def changed_replica(rank: int, world_size: int, directory: Path) -> None:
     for step in range(4):
         if step == 3 and rank == 1:
             unit = next(u for u in runtime.units if u.name == "blocks.3")
-            with runtime.writing(unit, keep=True) as views:
+            with runtime.access.writing(unit, keep=True) as views:
                 views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
         opt.step(closures_of(model, step, 2))
 

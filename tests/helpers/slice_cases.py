@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -161,7 +162,7 @@ def killed(rank: int, world_size: int, directory: Path, signum: int, limit: floa
     opt = optimizer(model)
     for step in range(3):
         if step == 2 and rank == 1:
-            _stop_at_third_gather(distzo2.runtime_of(model)._ring, signum)
+            _stop_at_third_gather(distzo2.runtime_of(model).weights.ring, signum)
         opt.step(closures_of(model, step, world_size))
 
 
@@ -212,18 +213,20 @@ def kept(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         model = distzo2.offload(Wide(), weights="host")
     optimizer(model).step([lambda: model(torch.ones(2, 512))] * world_size)
     runtime = distzo2.runtime_of(model)
-    return {**runtime.stats(), "slices": runtime._ring._source.stats()}
+    return {**runtime.stats(), "slices": runtime.weights.ring.source.stats()}
 
 
 def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int | None) -> list[str]:
     """What is said of slices where nothing was asked; `free`: memory or disk that there seems to be."""
     lines: list[str] = []
     mesh_of(1, world_size, log=lines.append)
-    real = slice_choice.free_disk_bytes
-    with mock.patch.object(slice_choice, "free_disk_bytes", lambda place: real(place) if free is None else free):
+    with ExitStack() as stack:
+        if free is not None:
+            stack.enter_context(mock.patch.object(slice_choice, "free_disk_bytes", lambda directory: free))
+            stack.enter_context(mock.patch.object(slice_choice, "available_memory", lambda: free))
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
-    lines.append(str(isinstance(distzo2.runtime_of(model)._ring, SlicedStore)))
+    lines.append(str(isinstance(distzo2.runtime_of(model).weights.ring, SlicedStore)))
     return lines
 
 
@@ -246,13 +249,7 @@ def load(rank: int, world_size: int, directory: Path, checkpoint: Path, dtype: s
     finally:
         parallel_read.ParallelReader.start = start
     runtime = distzo2.runtime_of(model)
-    kept = sum(p.num_bytes for u in runtime.units if u.block < 0 for p in u.params)
-    kept += sum(
-        len(elements) * p.dtype.itemsize
-        for u in runtime.units
-        if u.block >= 0
-        for p, elements in zip(u.params, runtime.kept_elements(u).values(), strict=True)
-    )
+    kept = sum(len(c.elements_of(p)) * p.dtype.itemsize for c in runtime.weights.copies for p in c.unit.params)
     return read[0], kept, {name: value.float().numpy() for name, value in model.state_dict().items()}
 
 

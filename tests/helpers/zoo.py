@@ -19,8 +19,11 @@ class Case:
     build: Callable[[], nn.Module]
     batch: Callable[[int], dict[str, torch.Tensor]]
 
-    def closure(self, model: nn.Module, batch_index: int = 0) -> Callable[[], torch.Tensor]:
-        batch = self.batch(batch_index)
+    def closure(
+        self, model: nn.Module, batch_index: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Callable[[], torch.Tensor]:
+        """Returns the loss of a batch, whose inputs are of `dtype`, in float32."""
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.batch(batch_index).items()}
 
         def loss() -> torch.Tensor:
             output = model(**batch)

@@ -14,7 +14,8 @@ from parallel_cases import assert_same_weights
 from parallel_ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distzo2.parallel.sliced_store import SlicedStore
+from distzo2.parallel.sliced_store import SlicedStore, slices_of
+from distzo2.weights.store import MemoryStore, StoredCopy
 from distzo2.weights.units import Unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,22 +163,25 @@ class _Node:
 
 
 def test_a_buffer_is_filled_again_only_after_its_gather_has_ended():
-    node, stamp = _Node(), [0]
+    node = _Node()
 
-    def update(part: Any, stored: torch.Tensor, out: torch.Tensor) -> bool:
-        assert all(work in node.waited for work in node.works[:-2])  # of three buffers two may be in flight
-        out.fill_(part.index)
-        return False
+    class Weights:
+        stamp = 0
+
+        def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
+            assert all(work in node.waited for work in node.works[:-2])  # of three buffers two may be in flight
+            out.fill_(copy.block)
+            return False
 
     units = [Unit(i, str(i), [], [], resident=False) for i in range(8)]
-    store = SlicedStore(
-        units, torch.device("cpu"), directory=None, slots=3, node=node, shares=[1.0, 1.0], number=0, update=update,
-        stamp=lambda: stamp[0], on_gathered=lambda *times: None,
-    )  # fmt: skip
+    shares, device, weights = [1.0, 1.0], torch.device("cpu"), Weights()
+    copies = slices_of(units, shares, 0)
+    store = SlicedStore(MemoryStore(copies, device), copies, device, slots=3, node=node, shares=shares)
+    store.serve(weights, 0)
     for index in range(8):
         store.begin(index, 0, ours=False)
     assert len(node.works) == 8
-    stamp[0] = 1
+    weights.stamp = 1
     with pytest.raises(Exception, match="wanted with other updates"):
         store.begin(0, 0, ours=False)
     store.close()

@@ -313,13 +313,13 @@ def test_the_runtime_does_the_same(
     for _ in range(2 * every + 2):
         opt.step(closures)
     runtime.reset_stats()
-    runtime.enable_trace()
+    runtime.weights.enable_trace()
     steps = max(2, every)
     for _ in range(steps):
         opt.step(closures)
-    runtime._ring.flush()
+    runtime.weights.ring.flush()
     stats = runtime.stats()
-    runtime.save_trace(tmp_path / "trace.json")
+    runtime.weights.save_trace(tmp_path / "trace.json")
     runtime.close()
 
     assert predicted.rank_bytes.residents == stats["resident_bytes"]

@@ -125,7 +125,8 @@ def test_goes_on_with_the_same_bits(tmp_path, made, resumed, options, device):
     model = place(tmp_path, resumed, device)
     opt = optimizer(model, run, resume=True, log=said.append, every=0)
     assert any("went on from the snapshot" in line for line in said)
-    versions = {u.version for u in distzo2.runtime_of(model).trained_units()}
+    runtime = distzo2.runtime_of(model)
+    versions = {runtime.weights.copies[u.index].version for u in runtime.access.trained_units()}
     assert min(versions) > 0 and max(versions) <= steps
     train(model, opt, steps + 3)
     opt.close()

@@ -131,8 +131,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
     try:
         fill(model, checkpoint_map)
         runtime = runtime_of(model)
-        if runtime.owner is not None or runtime.replaced:  # in the middle of a run
-            runtime.rebase()
+        if runtime.weights.owner is not None or runtime.weights.replaced:  # in the middle of a run
+            runtime.access.rebase()
         buffers = dict(model.named_buffers())
         for name in checkpoint_map.buffer_names:
             mapped = checkpoint_map.mapped[name]
@@ -169,7 +169,7 @@ def save_pretrained(
         checkpoint_map = CheckpointMap.for_saving(model, [(p.name, p.dtype, p.shape) for p in runtime.params])
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:
-            with runtime.reading(unit) as views:
+            with runtime.access.reading(unit) as views:
                 for name, view in views.items():
                     writer.write_param(name, view)
         for name, buffer in persistent_buffers(model):
@@ -181,7 +181,7 @@ def save_pretrained(
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Unit by unit; where they are filled in place, the reads of the next ones go on while one is waited for."""
     runtime = runtime_of(model)
-    with runtime.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
+    with runtime.access.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
         _fill(runtime, checkpoint_map)
 
 
@@ -191,12 +191,12 @@ def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
         with ParallelReader() as reader:
             for unit in runtime.units:
                 stack = ExitStack()
-                views = stack.enter_context(runtime.writing(unit))
+                views = stack.enter_context(runtime.access.writing(unit))
                 filling.append((stack, []))
-                kept = runtime.kept_elements(unit)
+                kept = runtime.access.kept_elements(unit)
                 ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
                 filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
-                while len(filling) > (_UNITS_AHEAD if runtime.fills_in_place(unit) else 0):
+                while len(filling) > (_UNITS_AHEAD if runtime.access.fills_in_place(unit) else 0):
                     _settle(reader, filling)
             while filling:
                 _settle(reader, filling)

@@ -251,7 +251,7 @@ class SharedStep:
         if update is not None:
             return update
         if self.first_version is not None:
-            self._runtime.set_durable(self.first_version + int(durable))
+            self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
         record.coefs = values[:num_probes] if record.skipped is None else []
         groups = np.reshape(values[num_probes:], (num_groups, len(GROUP_FIELDS))).tolist()
@@ -268,7 +268,7 @@ class SharedStep:
         units = self._runtime.units
         sums = torch.zeros(len(units), dtype=torch.int64)
         with self.together(f"comparing replicas at step {step}"):
-            for unit, views in self._runtime.visit():
+            for unit, views in self._runtime.access.visit():
                 sums[unit.index] = checksum(views)
         for unit, row in zip(units, self._exchange.gather(sums).T.tolist(), strict=True):
             if len(set(row)) > 1:

@@ -13,12 +13,12 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.settings import Settings
-from distzo2.streaming.lanes import Emission, Lane
+from distzo2.streaming.isolation import RandomStream
+from distzo2.streaming.lanes import Lane
 from distzo2.streaming.offload import no_kv_cache
-from distzo2.streaming.placeholders import use_guard
-from distzo2.streaming.random_stream import RandomStream
-from distzo2.streaming.runtime import CLEAN, StreamingRuntime
+from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
+from distzo2.weights.updates import CLEAN, Emission
 from distzo2_core import FAMILIES, Term
 
 
@@ -73,7 +73,7 @@ class StepLanes:
             DistZO2Error: a parameter is used where its weights are not present; names it.
         """
         with no_kv_cache(self._model):
-            self._runtime.run([Lane(CLEAN, 0, use_guard(self._runtime, closure), self._stream(step, 0))])
+            self._runtime.run([Lane(CLEAN, 0, self._runtime.guarded(closure), self._stream(step, 0))])
 
     def check(self, step: int, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and returns their loss.

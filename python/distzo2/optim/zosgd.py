@@ -140,11 +140,11 @@ class ZOSGD(torch.optim.Optimizer):
         self._ranks.join(self._index_table(), self.param_groups, {**given, "resume": resume})
         self.verify_replicas()
         if journal is None:
-            runtime.set_durable(ALWAYS_DURABLE)
+            runtime.weights.set_durable(ALWAYS_DURABLE)
             return
-        self._ranks.first_version = runtime.version
+        self._ranks.first_version = runtime.weights.version
         run = open_run(
-            self._ranks, journal, self._header, runtime, self.take_over,
+            self._ranks, journal, self._header, runtime.access, self.take_over,
             resume=resume, branch=branch, fsync_every=fsync_every, snapshots=snapshots,
         )  # fmt: skip
         self.journal, self._snapshots, self.first_step = run.journal, run.snapshots, run.first_step
@@ -170,11 +170,11 @@ class ZOSGD(torch.optim.Optimizer):
     def _bind(self) -> None:
         """Makes this the model's optimizer: its updates are of these groups and this seed from here on."""
         group_of = group_of_each(self._runtime.params, self.param_groups)
-        other = self._runtime.owner
+        other = self._runtime.weights.owner
         if other is not None and other is not self and other.journal is not None:
             raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
-        self._runtime.bind(self, group_of, len(self.param_groups), self.settings.seed)
-        self._epoch, self._bound = self._runtime.epoch, True
+        self._runtime.weights.bind(self, group_of, len(self.param_groups), self.settings.seed)
+        self._epoch, self._bound = self._runtime.weights.epoch, True
 
     def _had_groups(self, journal: str | os.PathLike | None) -> bool:
         """Whether the run so far, if there is one, keeps weights and biases in groups of their own."""
@@ -187,7 +187,8 @@ class ZOSGD(torch.optim.Optimizer):
     def _header(self) -> dict[str, Any]:
         """The header of this optimizer's run: everything that a line's scalars refer to."""
         s, runtime = self.settings, self._runtime
-        source = None if runtime.replaced else self._source  # weights that were changed are not the checkpoint's
+        # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
+        source = None if runtime.weights.replaced else self._source
         return make_header(
             seed=s.seed,
             table=self._index_table(),
@@ -205,7 +206,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Takes over the steps of a journal; no forward is run. Those from step `first_like` on count in the running
         median that clips later coefficients, as if this optimizer had made them."""
         for entry in entries:
-            self._runtime.push([entry.update])
+            self._runtime.weights.push([entry.update])
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
@@ -278,22 +279,22 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error("step expects a closure or a non-empty list of closures")
         if sharded not in SHARDED:
             raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
-        if self._runtime.owner is not self:
+        if self._runtime.weights.owner is not self:
             raise DistZO2Error("a newer optimizer exists for this model; only the newest may call step()")
-        if self._epoch != self._runtime.epoch:  # by load_state_dict or edit
+        if self._epoch != self._runtime.weights.epoch:  # by load_state_dict or edit
             if self.journal is not None:
                 raise DistZO2Error(
                     f"the weights were replaced from outside, so the journal {self.journal.path} no longer leads to "
                     "them: start a new run from a checkpoint of them"
                 )
-            self._epoch = self._runtime.epoch
+            self._epoch = self._runtime.weights.epoch
         return closures
 
     def _evaluate(
         self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
     ) -> np.ndarray:
         """float64 [evaluations, micro-batches], of all ranks."""
-        self._runtime.set_perturb_scales(scales)
+        self._runtime.weights.set_perturb_scales(scales)
         losses = self._ranks.gather(
             step, deal, lambda lanes, first_batch: self._lanes.run(step, lanes, closures, first_batch)
         )
@@ -330,13 +331,13 @@ class ZOSGD(torch.optim.Optimizer):
             )
 
     def _push(self, update: Update, record: StepRecord, start: float) -> None:
-        self._runtime.trim()
-        self._runtime.push([update])
+        self._runtime.weights.trim()
+        self._runtime.weights.push([update])
         self.last = record
         record.seconds = record.seconds or time.perf_counter() - start
         self._progress.count(record.coefs, record.skipped, record.clipped)
         if self._snapshots is not None:
-            self._snapshots.step_done(self._runtime, self.step_count, record.seconds)
+            self._snapshots.step_done(self._runtime.access, self.step_count, record.seconds)
         if self.settings.verify_every and self.step_count % self.settings.verify_every == 0:
             self.verify_replicas()
 
@@ -365,7 +366,7 @@ class ZOSGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The groups without their tensors, the settings, and the number of the next step. Stored weights are brought
         up to date, so that a `model.state_dict()` made now or later goes with it."""
-        self._runtime.flush()
+        self._runtime.weights.flush()
         s, state = self.settings, super().state_dict()
         state["distzo2"] = {
             "seed": s.seed,
@@ -406,9 +407,9 @@ class ZOSGD(torch.optim.Optimizer):
         journal, self.journal = self.journal, None
         try:
             if snapshots is not None:
-                self._runtime.tap = None
+                self._runtime.weights.tap = None
                 snapshots.close()
         finally:
             if journal is not None:
                 journal.close()
-                self._runtime.set_durable(ALWAYS_DURABLE)
+                self._runtime.weights.set_durable(ALWAYS_DURABLE)

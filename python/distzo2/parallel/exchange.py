@@ -230,17 +230,19 @@ class Exchange:
     # ---- built on it ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """Around a phase that every rank goes through: an exception of one rank in it is an error of all at its end."""
+    def together(self, what: str) -> Iterator[dict[str, Any]]:
+        """Around what every rank does: an exception of one rank in it is an error of all at its end, and so are entries
+        that differ in the dict that it gives."""
+        agreed: dict[str, Any] = {}
         failure: BaseException | None = None
         since = self.number
         try:
-            yield
+            yield agreed
         except BaseException as error:
             failure = error
-        if failure is not None and is_known(failure, since):
-            raise failure
-        self.agree(what, error=failure)
+            if is_known(error, since) or self.broken:
+                raise
+        self.agree(what, agreed, error=failure)
 
     def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:
         """Returns on all ranks what `make` returns on rank 0; what it raises there is an error of all."""

@@ -11,10 +11,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +23,8 @@ from distzo2.parallel.group import Mesh, Ranks
 from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.parallel.sliced_store import cut
 from distzo2.text import gib
-from distzo2.weights.residency import MemoryShare, free_disk_bytes
-from distzo2.weights.store import StreamingStore
+from distzo2.weights.residency import MemoryShare, available_memory, free_disk_bytes
+from distzo2.weights.store import StoredCopy, streaming_store
 from distzo2.weights.units import Unit
 
 SAMPLE_BYTES = 32 << 20  # of a block, at most
@@ -61,16 +60,6 @@ def _machine() -> str:
 
 
 # ---- slices -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Sample:
-    """Stands for a unit: what a store needs to know of one."""
-
-    index: int
-    num_bytes: int
-    version: int = 0
-    block: int = -1
 
 
 class Slicing(NamedTuple):
@@ -133,7 +122,7 @@ def _decide(
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = MemoryShare.of_one_rank().num_bytes if weights == "host" else free_disk_bytes(directory)
+        free = available_memory() if weights == "host" else free_disk_bytes(directory)
     room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
     for needed, free in room.tolist():
         if needed > free:
@@ -173,10 +162,11 @@ def _of_all(mesh: Mesh, values: Sequence[float]) -> torch.Tensor:
 
 
 def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None) -> float:
-    samples: list[Any] = [_Sample(i, num_bytes) for i in range(SAMPLE_BLOCKS)]
+    unit = Unit(0, "a sample", [], [], resident=False)
+    samples = [StoredCopy(unit, 0, num_bytes, block=i) for i in range(SAMPLE_BLOCKS)]
     times = []
     with mesh.together("measuring transfers"):
-        store = StreamingStore(samples, device, directory=directory, slots=3)
+        store = streaming_store(samples, device, directory=directory, slots=3)
         for sample in samples if directory is not None else ():
             with store.open(sample, write=True, keep=False) as buffer:
                 buffer.fill_(1)  # a file's holes are read faster

@@ -130,7 +130,7 @@ def open_run(
     ranks: Ranks,
     path: str | os.PathLike[str],
     make_header: Callable[[], Mapping[str, Any]],
-    runtime: WeightAccess,
+    access: WeightAccess,
     take_over: Callable[[Sequence[StepEntry], int], None],
     *,
     resume: bool,
@@ -145,7 +145,7 @@ def open_run(
         take_over: called with the journal's entries, and the first of them whose coefficients can be compared with
             those to come. It pushes their updates; a snapshot may have filled the weights before.
     """
-    first = runtime.version  # of the weights before the journal's first entry
+    first = access.weights.version  # of the weights before the journal's first entry
     opened: list[Journal] = []
 
     def on_rank_0() -> bytes:
@@ -162,19 +162,19 @@ def open_run(
         entries = [StepEntry.from_line(line) for line in lines] if journal is None else journal.entries
         found = Found(None, None)
         if resume and snapshots is not None:
-            found = _choose_snapshot(ranks, snapshots, runtime, path, len(entries))
+            found = _choose_snapshot(ranks, snapshots, access, path, len(entries))
         with ranks.together("taking over the journal"):
             if snapshots is not None:
-                go_on_from(found, runtime, snapshots)
+                go_on_from(found, access, snapshots)
             take_over(entries, first_like)
-        runtime.set_durable(first + len(entries))
+        access.weights.set_durable(first + len(entries))
         writer = None
         if journal is not None:
-            on_durable, on_failure = durability_callbacks(runtime, first)
+            on_durable, on_failure = durability_callbacks(access, first)
             journal.on_durable(on_durable)
             journal.on_failure(on_failure)
             if snapshots is not None:
-                writer = start_snapshots(snapshots, runtime, journal, resume, first, found.invalid)
+                writer = start_snapshots(snapshots, access, journal, resume, first, found.invalid)
         return OpenedRun(journal, writer, first_step)
     except BaseException:
         for journal in opened:
@@ -183,39 +183,39 @@ def open_run(
 
 
 def _choose_snapshot(
-    ranks: Ranks, snapshots: Snapshots, runtime: WeightAccess, journal: str | os.PathLike[str], num_steps: int
+    ranks: Ranks, snapshots: Snapshots, access: WeightAccess, journal: str | os.PathLike[str], num_steps: int
 ) -> Found:
     """The newest snapshot that is whole, as rank 0 finds it, where this rank sees it too. A rank that does not see it
     makes the journal's updates again, which lead to the same weights."""
     chosen: list[Found] = []
 
     def choose() -> bytes:
-        found = find_snapshot(snapshots.directory, runtime, journal, num_steps)
+        found = find_snapshot(snapshots.directory, access, journal, num_steps)
         chosen.append(found)
         return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
 
     name, _, line = ranks.from_rank_0("choosing a snapshot", choose).partition(b"\n")
     if chosen:
         return chosen[0]
-    return find_same(snapshots.directory, runtime, name.decode(), line) if name else Found(None, None)
+    return find_same(snapshots.directory, access, name.decode(), line) if name else Found(None, None)
 
 
 def durability_callbacks(
-    runtime: WeightAccess, first_version: int
+    access: WeightAccess, first_version: int
 ) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:
     """What a journal's thread calls as its lines become durable, and when they cannot.
 
     They hold the weights weakly: a journal that nobody closed is dropped together with them and the model.
     """
-    held = weakref.ref(runtime)
+    held = weakref.ref(access)
 
     def on_durable(durable: int) -> None:
         if (alive := held()) is not None:
-            alive.set_durable(first_version + durable)
+            alive.weights.set_durable(first_version + durable)
 
     def on_failure(error: BaseException) -> None:
         if (alive := held()) is not None:
-            alive.fail(error)
+            alive.weights.fail(error)
 
     return on_durable, on_failure
 
@@ -230,12 +230,12 @@ def check_no_others(snapshots: Snapshots | None, resume: bool) -> None:
         raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
 
 
-def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> None:
+def go_on_from(found: Found, access: WeightAccess, snapshots: Snapshots) -> None:
     """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
     for reason in found.reasons:
         snapshots.log(reason)
     if found.manifest is not None:
-        load_snapshot(found, runtime, runtime.version)
+        load_snapshot(found, access, access.weights.version)
         snapshots.log(f"went on from the snapshot {found.path.name}")
     elif found.reasons:
         snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
@@ -243,7 +243,7 @@ def go_on_from(found: Found, runtime: WeightAccess, snapshots: Snapshots) -> Non
 
 def start_snapshots(
     snapshots: Snapshots,
-    runtime: WeightAccess,
+    access: WeightAccess,
     journal: Journal,
     resume: bool,
     first_version: int,
@@ -258,8 +258,8 @@ def start_snapshots(
     remove_unfinished(snapshots.directory)
     if not snapshots.are_made:
         return None
-    writer = SnapshotWriter(snapshots, runtime, journal, first_version, invalid)
+    writer = SnapshotWriter(snapshots, access, journal, first_version, invalid)
     if resume:
         writer.remove_surplus()
-    runtime.tap = writer.offer
+    access.weights.tap = writer.offer
     return writer

@@ -255,15 +255,15 @@ class TrainLoop:
             return
         first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
         if step >= first and self._traced == 0:
-            self.runtime.enable_trace(True)
+            self.runtime.weights.enable_trace(True)
         if step >= first:
             self._traced += 1
         if self._traced > self.options.trace_steps:
             self._end_trace()
 
     def _end_trace(self) -> None:
-        self.runtime.save_trace(self.options.trace or self.run.trace)
-        self.runtime.enable_trace(False)
+        self.runtime.weights.save_trace(self.options.trace or self.run.trace)
+        self.runtime.weights.enable_trace(False)
         self._traced = -1
 
     # ---- evaluation -------------------------------------------------------------------------------------------------

@@ -1,32 +1,39 @@
-"""Windows: a forward finds each unit's weights, perturbed, where its module uses them and only there; what a draft got
-silently wrong, each as a test."""
+"""Hooks: a forward finds each unit's weights, perturbed, where its module uses them and only there."""
 
 from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
-from plain import plain_loop
+from plain import flat_losses, plain_loop
 from same_bits import assert_same
 from torch import nn
 
 import distzo2
 
 
-def run_both(build, make_closure, tmp_path, steps=3, train=False, **options):
-    """Streams from disk and runs the plain loop; asserts the same bits of losses and weights."""
-    model = build()
-    reference = build()
-    if not train:
-        reference.eval()
-    model = offloaded(model, tmp_path, train=train, **options)
+def run_both(build, loss, tmp_path, *, steps=3, prepare=lambda model: None, around=None, plain_loss=None, **options):
+    """Streams from disk and runs the plain loop; asserts the same bits of losses and weights.
+
+    `prepare` changes the model that `build` makes before it is handed over; steps run within `around`; `plain_loss` is
+    the reference's, where it is not `loss`.
+    """
+    model, reference = build(), build().eval()
+    prepare(model)
+    offloaded(model, tmp_path, **options)
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
     losses = []
     for _ in range(steps):
-        opt.step(make_closure(model))
-        losses.append([v for row in opt.last.losses for v in row])
-    expected = plain_loop(reference, [[make_closure(reference)]] * steps, lr=lambda step: 1e-2, eps=1e-3, seed=3)
+        with around or nullcontext():
+            opt.step(lambda: loss(model))
+        losses.append(flat_losses(opt))
+    closure = functools.partial(plain_loss or loss, reference)
+    expected = plain_loop(reference, [[closure]] * steps, lr=lambda step: 1e-2, eps=1e-3, seed=3)
     assert_same((losses, model.state_dict()), (expected, reference.state_dict()))
+    assert losses[0][0] != losses[0][1]
     return losses
 
 
@@ -45,12 +52,11 @@ def test_vit_owner_parameters_used_after_an_inner_unit(tmp_path):
     )  # fmt: skip
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1])
-    losses = run_both(
+    run_both(
         lambda: _seeded(lambda: ViTForImageClassification(config)),
-        lambda model: lambda: model(pixel_values=pixels, labels=labels).loss,
+        lambda model: model(pixel_values=pixels, labels=labels).loss,
         tmp_path,
     )
-    assert losses[0][0] != losses[0][1]
 
 
 def test_clip_nested_windows(tmp_path):
@@ -68,7 +74,7 @@ def test_clip_nested_windows(tmp_path):
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     run_both(
         lambda: _seeded(lambda: CLIPModel(config)),
-        lambda model: lambda: model(input_ids=ids, pixel_values=pixels, return_loss=True).loss,
+        lambda model: model(input_ids=ids, pixel_values=pixels, return_loss=True).loss,
         tmp_path,
     )
 
@@ -94,7 +100,7 @@ def test_other_shapes_of_models(name, tmp_path):
     ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
     run_both(
         lambda: _seeded(build),
-        lambda model: lambda: model(input_ids=ids, labels=ids, **_no_cache(model)).loss,
+        lambda model: model(input_ids=ids, labels=ids, **_no_cache(model)).loss,
         tmp_path,
         steps=2,
     )
@@ -119,7 +125,7 @@ def test_use_of_a_weight_outside_its_module_is_named(tmp_path):
     with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight"):
         opt.step(lambda: model(IDS))
     assert torch.isfinite(torch.stack([v.abs().max() for v in model.state_dict().values()])).all()
-    run_both(TiedByHand, lambda m: lambda: m(IDS), tmp_path / "whole", units=["."])
+    run_both(TiedByHand, lambda model: model(IDS), tmp_path / "whole", units=["."])
 
 
 def test_a_later_use_outside_its_module_is_named_when_the_loss_is_nan(tmp_path):
@@ -132,59 +138,39 @@ def test_a_later_use_outside_its_module_is_named_when_the_loss_is_nan(tmp_path):
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast_inside_and_around_the_closure(inside, tmp_path):
-    model, reference = offloaded(Blocks(), tmp_path), Blocks().eval()
-    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
-    losses = []
+    def loss(model, cached=True):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            return model(IDS)
 
-    def forward(m):
-        if not inside:
-            return m(IDS)
-        with torch.autocast("cpu", torch.bfloat16):
-            return m(IDS)
-
-    for _ in range(3):
-        if inside:
-            opt.step(lambda: forward(model))
-        else:
-            with torch.autocast("cpu", torch.bfloat16):
-                opt.step(lambda: forward(model))
-        losses.append([v for row in opt.last.losses for v in row])
-    reference.requires_grad_(False)
-
-    def plain_closure():
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            return reference(IDS)
-
-    expected = plain_loop(reference, [[plain_closure]] * 3, lr=lambda step: 1e-2, eps=1e-3, seed=3)
-    assert_same((losses, model.state_dict()), (expected, reference.state_dict()))
-    assert losses[0][0] != losses[0][1]
+    losses = run_both(
+        Blocks,
+        loss if inside else lambda model: model(IDS),
+        tmp_path,
+        around=None if inside else torch.autocast("cpu", torch.bfloat16),
+        plain_loss=functools.partial(loss, cached=False),
+    )
     assert losses[0][0] != Blocks().eval()(IDS).item()  # it did run in 16 bits
 
 
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_blocks(backend, tmp_path):
-    torch._dynamo.reset()
+    def compile_blocks(model):
+        for block in model.blocks:
+            block.compile(backend=backend)
 
-    def build():
-        return Blocks()
-
-    model = build()
-    reference = build().eval()
-    for block in model.blocks:
-        block.compile(backend=backend)
-    model = offloaded(model, tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
-    losses = []
-    for _ in range(3):
-        opt.step(lambda: model(IDS))
-        losses.append([v for row in opt.last.losses for v in row])
-    expected = plain_loop(reference, [[lambda: reference(IDS)]] * 3, lr=lambda step: 1e-2, eps=1e-3, seed=3)
-    assert_same((losses, model.state_dict()), (expected, reference.state_dict()))
-    torch._dynamo.reset()
+    run_both(Blocks, lambda model: model(IDS), tmp_path, prepare=compile_blocks)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_whole_model_compile_is_refused():
-    torch._dynamo.reset()
     model = offloaded(Blocks())
     opt = distzo2.ZOSGD(model, lr=1e-2)
     whole = torch.compile(model, backend="eager")
@@ -195,15 +181,49 @@ def test_whole_model_compile_is_refused():
         opt.step(lambda: model(IDS))
     with pytest.raises(distzo2.DistZO2Error, match="compile"):
         distzo2.offload(torch.compile(Blocks(), backend="eager"))
-    torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_model_compiled_and_run_before_the_hand_over_is_refused():
-    torch._dynamo.reset()
     model = Blocks().eval()
     whole = torch.compile(model, backend="eager")
     whole(IDS)
     opt = distzo2.ZOSGD(offloaded(model), lr=1e-2)
     with pytest.raises(distzo2.DistZO2Error, match="compile"):
         opt.step(lambda: whole(IDS))
-    torch._dynamo.reset()
+
+
+def test_requires_grad_after_the_hand_over_does_not_reach_autocasts_cache():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        opt.step(lambda: model(IDS))
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_deeply_nested_owners_stream(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((8,), 0.9))
+            self.inner = Nested(depth - 1) if depth else nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x * self.scale) + self.scale
+
+    model = offloaded(Nested(8), tmp_path)
+    x = torch.ones(2, 8)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    for _ in range(2):
+        opt.step(lambda: model(x).square().mean())
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_each_new_closure_is_watched(tmp_path):
+    """An objective that stays finite on NaN must not hide a weight that is not there."""
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight"):
+        opt.step(lambda: model(IDS) + (IDS.float() @ model.head.weight[:7]).argmax().float())
