@@ -1,7 +1,7 @@
 """What an optimizer exchanges with the other ranks of its mesh, and `Alone`, which stands in for them without a mesh.
 
-A step opens with an agreed word, runs this rank's lanes, gathers all losses as float64, and takes over what rank 0
-makes of them: three collectives. Rank 0 alone writes the journal.
+A step opens with an agreed word, runs this rank's lanes, gathers all losses as float64, and takes over the coefficients
+that rank 0 makes of them: three collectives. Rank 0 alone writes the journal.
 
 Write-ahead rule: a stored copy at version v may reach a disk once the journal's lines before v are durable. Where a
 rank keeps its weights on disk, rank 0 therefore syncs a step's line before it broadcasts the update, and no rank waits
@@ -29,7 +29,7 @@ from distzo2.record.journal import Journal
 from distzo2.record.opening import fingerprint
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
-from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update, checksum
+from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 
 logger = logging.getLogger("distzo2")
 
@@ -85,8 +85,8 @@ class Alone:
     def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
         return run(deal.lanes[0], 0)[0].reshape(len(self.settings.evaluations), deal.num_batches)
 
-    def decide(self, record: StepRecord, make: Callable[[], Update], journal: Journal | None) -> Update:
-        return make()
+    def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
+        make()
 
     def verify(self, step: int) -> None:
         """No-op: there is one replica."""
@@ -228,36 +228,29 @@ class SharedStep:
                 result[lane] = loss
         return result
 
-    def decide(self, record: StepRecord, make: Callable[[], Update], journal: Journal | None) -> Update:
-        """The step's update. Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take
-        both over."""
-        num_probes, num_groups = self.settings.num_probes, len(record.lr)
-        update, failure = None, None
-        made = np.zeros(_HEAD + num_probes + len(GROUP_FIELDS) * num_groups)
+    def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
+        """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
+        num_probes, failure = self.settings.num_probes, None
+        made = np.zeros(_HEAD + num_probes)
         if self._rank == 0:
             try:
-                update = make()
+                make()
                 if journal is not None and self._syncs:
                     journal.sync()
                 durable = 0 if journal is None else journal.durable
-                coefs = record.coefs or [0.0] * num_probes
                 made[:_HEAD] = 0.0, SKIPPED.index(record.skipped), record.clipped, durable
-                made[_HEAD:] = [*coefs, *(value for group in update.groups for value in group)]
+                made[_HEAD:] = record.coefs or [0.0] * num_probes
             except BaseException as error:
                 failure, made[0] = error, 1.0
-        failed, skipped, clipped, durable, *values = self._exchange.broadcast(torch.from_numpy(made)).tolist()
+        failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
         others = [False] * (self._mesh.world_size - 1)
         self._exchange.settle(f"step {record.step}", [bool(failed), *others], failure)
-        if update is not None:
-            return update
+        if self._rank == 0:
+            return
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs = values[:num_probes] if record.skipped is None else []
-        groups = np.reshape(values[num_probes:], (num_groups, len(GROUP_FIELDS))).tolist()
-        family = FAMILIES[self.settings.noise]
-        terms = tuple(Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs))
-        return Update(record.step, tuple(GroupScalars(*group) for group in groups), terms)
+        record.coefs = coefs if record.skipped is None else []
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.

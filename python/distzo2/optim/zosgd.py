@@ -263,13 +263,13 @@ class ZOSGD(torch.optim.Optimizer):
             loss = mean_loss(losses.reshape(-1))
             record = StepRecord(step, loss, losses.tolist(), self.settings.evaluations, [], lr=[g.lr for g in scalars])
 
-            def decide() -> Update:
-                update = self._update(losses, scalars, record)
+            def decide() -> None:
+                self._decide(losses, record)
                 record.seconds = time.perf_counter() - start
-                self._append(update, record, tokens)
-                return update
+                self._append(self._update(record, scalars), record, tokens)
 
-            self._push(self._ranks.decide(record, decide, self.journal), record, start)
+            self._ranks.decide(record, decide, self.journal)
+            self._push(self._update(record, scalars), record, start)
         return torch.tensor(loss, dtype=torch.float64)
 
     def _closures(self, closure: Any, sharded: bool | str) -> list[Callable[[], Any]]:
@@ -305,21 +305,27 @@ class ZOSGD(torch.optim.Optimizer):
                     self._lanes.run_guarded(step, closures[0])
         return losses
 
-    def _update(self, losses: np.ndarray, scalars: tuple[GroupScalars, ...], record: StepRecord) -> Update:
-        """The update that the losses lead to; fills `record`."""
+    def _decide(self, losses: np.ndarray, record: StepRecord) -> None:
+        """Fills `record` with the coefficients that the losses lead to, or why the step is skipped."""
         s = self.settings
         if not np.isfinite(losses).all():
             record.skipped = NON_FINITE_LOSS
-        else:
-            coefs = coefficients_of(s.estimator, losses, s.evaluations, s.num_probes, s.eps)
-            coefs, record.clipped = self._progress.clip(coefs)
+            return
+        coefs, record.clipped = self._progress.clip(
+            coefficients_of(s.estimator, losses, s.evaluations, s.num_probes, s.eps)
+        )
+        if np.isfinite(coefs).all():
             record.coefs = coefs.tolist()
-            if not np.isfinite(coefs).all():
-                record.skipped, record.coefs = NON_FINITE_COEFFICIENT, []
+        else:
+            record.skipped = NON_FINITE_COEFFICIENT
+
+    def _update(self, record: StepRecord, scalars: tuple[GroupScalars, ...]) -> Update:
         if record.skipped is not None:
             scalars = tuple(group._replace(lr=0.0) for group in scalars)
-        terms = tuple(Term(FAMILIES[s.noise], record.step, k, 0, c) for k, c in enumerate(record.coefs))
-        return Update(record.step, scalars, terms)
+        family = FAMILIES[self.settings.noise]
+        return Update(
+            record.step, scalars, tuple(Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs))
+        )
 
     def _append(self, update: Update, record: StepRecord, tokens: int) -> None:
         """From here on the step is made: in the journal, and in every unit at its next visit."""
