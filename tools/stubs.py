@@ -2,6 +2,8 @@
 
     python tools/stubs.py            # after a change of csrc/bindings
     python tools/stubs.py --check    # fails where the file is not current
+
+The extension must be built as csrc says.
 """
 
 from __future__ import annotations
