@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,8 @@ def add_journal(parser: Parser) -> None:
         "--parent", metavar="FILE",
         help="journal, or run, that the run was branched from (default: the one of that name beside it)",
     )  # fmt: skip
-    sub.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
-    sub.add_argument("--chain", help=argparse.SUPPRESS)
+    sub.add_argument("--run", dest="left_run", action="store_true", help=argparse.SUPPRESS)
+    sub.add_argument("--chain", dest="left_chain", help=argparse.SUPPRESS)
 
     sub = command(
         "diff", "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
@@ -181,7 +182,7 @@ def _verify(options: argparse.Namespace) -> int:
     from distzo2.record.journal import JournalError, read_journal
 
     for name, instead in LEFT.items():
-        if getattr(options, name):
+        if getattr(options, f"left_{name}"):
             raise UsageError(f"journal verify --{name} left: {instead}")
     path, findings, checked = journal_path(options.file), [], ["every line"]
     num_steps = 0
@@ -213,12 +214,10 @@ def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) 
     from distzo2.run.directory import saved_options
 
     base, parent, is_run = options.base, options.parent, Path(options.file).is_dir()
-    if base is None and is_run:
-        try:
-            base = str(saved_options(options.file).get("model"))
-        except DistZO2Error:  # no run.json that can be read
-            base = ""
-        base = base if header["base"]["files"] and Path(base).is_dir() else None
+    if base is None and is_run and header["base"]["files"]:
+        with suppress(DistZO2Error):  # no run.json that can be read
+            named = saved_options(options.file).get("model")
+            base = named if isinstance(named, str) and Path(named).is_dir() else None
     if base is not None:
         no_files = [] if header["base"]["files"] else [f"{base}: the journal's run did not start from a checkpoint"]
         yield "the base checkpoint", [*no_files, *checkpoint_differences(base, header["base"])]

@@ -13,6 +13,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from distzo2.errors import DistZO2Error
@@ -45,12 +46,12 @@ def encode_line(record: Mapping[str, Any], max_bytes: int) -> bytes:
 
 def seal_line(body: bytes) -> bytes:
     """The line of JSON without its closing brace."""
-    return body + _CRC_MARK + b'%08x"}\n' % zlib.crc32(body)
+    return body + _crc_member(body)
 
 
 def crc_matches(line: bytes) -> bool:
     """Whether the line ends in a newline and in the CRC of its other bytes."""
-    return line == seal_line(line[:-_CRC_BYTES])
+    return line[-_CRC_BYTES:] == _crc_member(memoryview(line)[:-_CRC_BYTES])
 
 
 def decode_line(line: bytes, max_bytes: int) -> dict[str, Any]:
@@ -91,10 +92,10 @@ def torn_tail(line: bytes, rest: Iterable[bytes]) -> tuple[int, int]:
         line: a line whose CRC does not match, and which is the last or holds a zero byte.
         rest: the lines after it.
     """
-    num_bytes, num_whole = len(line), int(crc_matches(line.rpartition(b"\0")[2]))
-    for line in rest:
-        num_bytes += len(line)
-        num_whole += crc_matches(line.rpartition(b"\0")[2])
+    num_bytes = num_whole = 0
+    for each in chain([line], rest):
+        num_bytes += len(each)
+        num_whole += crc_matches(each[each.rfind(b"\0") + 1 :])
     return num_bytes, num_whole
 
 
@@ -170,6 +171,10 @@ def check_depth(value: Any, depth: int = MAX_DEPTH) -> None:
     if isinstance(value, (list, tuple)):
         for child in value:
             check_depth(child, depth - 1)
+
+
+def _crc_member(body: bytes | memoryview) -> bytes:
+    return _CRC_MARK + b'%08x"}\n' % zlib.crc32(body)
 
 
 def _encode(record: Mapping[str, Any], max_bytes: int) -> bytes:
