@@ -378,13 +378,13 @@ def test_links_and_devices_are_no_files_of_a_snapshot(whole_run):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """(run, its number of steps, a runtime that is bound to the same parameters)"""
+    """(run, its number of steps, the access to weights that are bound to the same parameters)"""
     path = tmp_path_factory.mktemp("whole")
     run, steps = run_until_snapshots(path, "host", num=2)
     (path / "other").mkdir()
     model = place(path, "host")
     opt = optimizer(model, path / "other")
-    yield run, steps, distzo2.runtime_of(model)
+    yield run, steps, distzo2.runtime_of(model).access
     opt.close()
 
 

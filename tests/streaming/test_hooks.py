@@ -37,77 +37,45 @@ def run_both(build, loss, tmp_path, *, steps=3, prepare=lambda model: None, arou
     return losses
 
 
-def _seeded(build):
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return build().float().eval()
+IMAGE = {"image_size": 8, "patch_size": 4}
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 40, "max_position_embeddings": 16}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+CLIP_TEXT = {**TEXT, "eos_token_id": 2, "bos_token_id": 1}
 
 
-def test_vit_owner_parameters_used_after_an_inner_unit(tmp_path):
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
-        attn_implementation="eager",
-    )  # fmt: skip
-    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([0, 1])
-    run_both(
-        lambda: _seeded(lambda: ViTForImageClassification(config)),
-        lambda model: model(pixel_values=pixels, labels=labels).loss,
-        tmp_path,
-    )
-
-
-def test_clip_nested_windows(tmp_path):
-    from transformers import CLIPConfig, CLIPModel
-
-    config = CLIPConfig(
-        text_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-                     "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1},
-        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-                       "image_size": 8, "patch_size": 4},
-        projection_dim=8,
-        attn_implementation="eager",
-    )  # fmt: skip
-    ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
-    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    run_both(
-        lambda: _seeded(lambda: CLIPModel(config)),
-        lambda model: model(input_ids=ids, pixel_values=pixels, return_loss=True).loss,
-        tmp_path,
-    )
-
-
-@pytest.mark.parametrize("name", ["T5", "Bert", "Albert", "Mamba"])
-def test_other_shapes_of_models(name, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "head", "options"),
+    [
+        ("ViT", "ForImageClassification", {**SMALL, **IMAGE}),  # the owner's parameters are used after an inner unit
+        ("CLIP", "Model", {"text_config": CLIP_TEXT, "vision_config": {**SMALL, **IMAGE}, "projection_dim": 8}),
+        ("T5", "ForConditionalGeneration", {"vocab_size": 40, **T5}),
+        ("Bert", "ForMaskedLM", {**TEXT, "num_hidden_layers": 3}),
+        ("Albert", "ForMaskedLM", {**TEXT, "num_hidden_layers": 3, "embedding_size": 16}),  # visits a unit again
+        ("Mamba", "ForCausalLM", {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_windows_of_many_shapes_of_models(kind, head, options, tmp_path):
     import transformers
 
-    if name == "T5":
-        config = transformers.T5Config(
-            vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
-        )
-        build = lambda: transformers.T5ForConditionalGeneration(config)  # noqa: E731
-    elif name == "Mamba":
-        config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4)
-        build = lambda: transformers.MambaForCausalLM(config)  # noqa: E731
-    else:
-        config = getattr(transformers, f"{name}Config")(
-            vocab_size=40, hidden_size=16, embedding_size=16, num_hidden_layers=3, num_attention_heads=2,
-            intermediate_size=24, max_position_embeddings=16,
-        )  # fmt: skip
-        build = lambda: getattr(transformers, f"{name}ForMaskedLM")(config)  # noqa: E731
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            config = getattr(transformers, f"{kind}Config")(**options)
+            if kind in ("ViT", "CLIP"):
+                config._attn_implementation = "eager"
+            return getattr(transformers, f"{kind}{head}")(config).float().eval()
+
     ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
-    run_both(
-        lambda: _seeded(build),
-        lambda model: model(input_ids=ids, labels=ids, **_no_cache(model)).loss,
-        tmp_path,
-        steps=2,
-    )
-
-
-def _no_cache(model):
-    return {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = {
+        "ViT": {"pixel_values": pixels, "labels": torch.tensor([0, 1])},
+        "CLIP": {"pixel_values": pixels, "input_ids": ids, "return_loss": True},
+    }.get(kind, {"input_ids": ids, "labels": ids})
+    if kind in ("T5", "Mamba"):
+        batch["use_cache"] = False
+    run_both(build, lambda model: model(**batch).loss, tmp_path)
 
 
 def test_use_of_a_weight_outside_its_module_is_named(tmp_path):

@@ -7,7 +7,7 @@ import contextvars
 import numpy as np
 import torch
 from block_models import IDS, Blocks, offloaded
-from zoo import BY_NAME, CONV
+from zoo import CONV
 
 import distzo2
 
@@ -22,15 +22,6 @@ def test_dropout_is_the_same_for_both_signs(tmp_path):
     assert abs(first[0, 0] - first[0, 1]) > 1e-2  # micro-batches have streams of their own
     opt.step([lambda: model(IDS), lambda: model(IDS)])
     assert abs(np.array(opt.last.losses)[0, 0] - first[0, 0]) > 1e-2  # and so have steps
-
-
-def test_language_model_under_dropout_in_train_mode(tmp_path):
-    case = BY_NAME["gpt2"]
-    model = offloaded(case.build().train(), tmp_path, train=True)
-    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3)
-    opt.step(case.closure(model))
-    plus, minus = opt.last.losses[0][0], opt.last.losses[1][0]
-    assert abs(plus - minus) < 0.05
 
 
 def test_batch_norm_statistics_are_left_alone(tmp_path):

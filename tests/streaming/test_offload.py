@@ -38,3 +38,13 @@ def test_a_parameter_added_after_the_hand_over_is_named():
     model.head.bias = nn.Parameter(torch.zeros(32))
     with pytest.raises(distzo2.DistZO2Error, match="parameter bias of a Linear was added"):
         model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "expected"),
+    [("write_every", value, "an integer of at least 1 was expected") for value in (0, -3, 2.0, True, None)]
+    + [("memory_budget", value, "expected a positive number of bytes") for value in (0, -1, 1.5, True, "all")],
+)
+def test_numbers_out_of_range_are_refused(option, wrong, expected):
+    with pytest.raises(distzo2.DistZO2Error, match=f"{option}=.*: {expected}"):
+        distzo2.offload(nn.Linear(2, 2), **{option: wrong})

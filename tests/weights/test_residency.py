@@ -10,7 +10,6 @@ import torch
 
 import distzo2
 from distzo2.errors import DistZO2Error
-from distzo2.run.options import num_bytes
 from distzo2.weights.residency import blocks_to_stream
 
 CPU = torch.device("cpu")
@@ -135,28 +134,3 @@ def test_a_forward_alone_writes_nothing_that_is_not_due(tmp_path: Path) -> None:
     with torch.no_grad():
         assert model(input_ids=ids, labels=ids).loss == first
     runtime.close()
-
-
-@pytest.mark.parametrize("wrong", [0, -3, 2.0, True, None])
-def test_what_is_no_interval(wrong: object) -> None:
-    with pytest.raises(DistZO2Error, match=r"write_every=.*: an integer of at least 1 was expected"):
-        distzo2.offload(torch.nn.Linear(2, 2), write_every=wrong)
-
-
-@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "all"])
-def test_what_is_no_budget(wrong: object, tmp_path: Path) -> None:
-    with pytest.raises(DistZO2Error, match=r"memory_budget=.*: expected a positive number of bytes"):
-        distzo2.offload(torch.nn.Linear(2, 2), memory_budget=wrong)
-
-
-def test_sizes_on_the_command_line() -> None:
-    assert [num_bytes(text) for text in ("auto", "12GiB", "1.5MiB", "3KiB", "77")] == [
-        "auto",
-        12 * 2**30,
-        1572864,
-        3072,
-        77,
-    ]
-    for wrong in ("0", "-1GiB", "GiB", "much"):
-        with pytest.raises(ValueError):
-            num_bytes(wrong)

@@ -1,12 +1,12 @@
-"""Weights of which each rank of a node keeps a slice: a block is the slices of all, gathered when it is wanted.
+"""Weights of which each rank of a node keeps a slice: the ranks gather a block when one of them wants it.
 
     this rank's slice, in its pool or its block file
       -> brought to the device; the updates that it has missed are applied, and written back
       -> gathered with the other ranks' slices into a buffer that holds the whole block
 
-Slices are cut at 256-byte boundaries, never by tensor, so that every rank moves the same share of every block. The
-noise is a function of the element, so that the update of a slice is that of its part of the block. A buffer holds a
-block as it is after the last update: the pass perturbs from it, and never writes it.
+Slices are cut at 256-byte boundaries, never by tensor, so that every rank moves the same share of every block. Noise is
+a function of the element, so a slice is updated as its part of the block is. A buffer holds a block as it is after the
+last update: a pass perturbs from it, and never writes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _abandoned: list[Any] = []  # buffers of gathers that never end, since a rank wa
 
 
 def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
-    """Where the slices of a block begin, and the end of the last: multiples of 256 bytes, in proportion to `shares`.
+    """Returns where the slices of a block begin, and where the last ends: multiples of 256 bytes, by `shares`.
 
     The end is at least `num_bytes`. Equal shares give equal slices, of at least 256 bytes each.
     """
@@ -58,7 +58,7 @@ def slices_of(units: Sequence[Unit], shares: Sequence[float], index: int) -> lis
 
 @dataclass(eq=False)
 class _Buffer:
-    """A block as it was gathered, or is being gathered."""
+    """A place for a gathered block."""
 
     data: torch.Tensor  # uint8
     unit: Unit | None = None
@@ -190,11 +190,11 @@ class SlicedStore(Store):
         return buffer
 
     def _is_ahead(self, buffer: _Buffer) -> bool:
-        """Whether it holds a block that was gathered ahead of time, and that this rank is yet to read."""
+        """Whether the buffer holds a block that was gathered ahead, and that this rank is yet to read."""
         return buffer.unit is not None and buffer.stamp == self._weights.stamp and buffer.is_ahead
 
     def _has_room(self) -> bool:
-        """Whether a gather can begin without waiting, and without giving up a block that was gathered ahead of time."""
+        """Whether a gather can begin without waiting, and without giving up a block that was gathered ahead."""
         return any(
             not b.readers and not self._is_ahead(b) and all(work.is_completed() for work in b.works)
             for b in self._buffers
@@ -313,7 +313,6 @@ class SlicedStore(Store):
         self._source.trace(enable)
 
     def events(self) -> list[tuple]:
-        """Returns transfers of slices, see `CopyEngine.events`."""
         return self._source.events()
 
     def close(self) -> None:

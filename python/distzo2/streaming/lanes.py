@@ -1,4 +1,4 @@
-"""Lanes: the evaluations of one pass, each the user's own code in a thread of its own, one running at a time.
+"""Lanes: the evaluations of one pass, each the user's own code in its own thread, one running at a time.
 
 A lane parks where it enters a unit. `LaneGroup.advance` lets one lane run to its next unit or to its end; everything
 that belongs to a lane rather than to the process (random streams, changed buffers, open windows) is swapped there.
@@ -133,7 +133,7 @@ class LaneGroup:
         """Called in the running lane, at the entry of `unit`."""
         lane = self.running
         if lane is None or threading.current_thread() is not lane.thread:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of this pass")
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
         lane.request = unit
         lane.visited.append(unit)
         lane.thread.park()
@@ -159,7 +159,7 @@ class LaneGroup:
                 self.running = None
 
     def _abandon(self) -> None:
-        """A lane does not come back: its threads are daemons and get a group of their own."""
+        """Leaves a lane that does not come back behind: the threads of its pass are daemons, and new ones are made."""
         self._back = allocate_lock()
         self._back.acquire()
         self._threads.clear()

@@ -113,7 +113,9 @@ class StreamingRuntime:
             self.weights.busy = self._in_pass = True
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             try:
-                self._begin(lanes, callers)
+                self._watch_new_code(lanes)
+                self._buffers.begin()
+                self._lanes.begin(lanes, callers)
                 self._visit_units(lanes, interrupt)
                 self._check_sequence(lanes, expected)
                 self._close_windows(lanes)
@@ -129,13 +131,8 @@ class StreamingRuntime:
                 self.weights.busy = self._in_pass = False
             return lanes[0].visited
 
-    def _begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
-        self._watch_new_code(lanes)
-        self._buffers.begin()
-        self._lanes.begin(lanes, callers)
-
     def _watch_new_code(self, lanes: Sequence[Lane]) -> None:
-        """The first lanes that run some code are watched for parameters used outside their windows."""
+        """Watches the first lanes that run some code for parameters used outside their windows."""
         codes = {_code_of(lane.closure) for lane in lanes}
         if codes <= self._watched or self.has_compiled():
             return
@@ -184,7 +181,7 @@ class StreamingRuntime:
     # ---- the order of units -------------------------------------------------------------------------------------
 
     def _agreed_unit(self, lanes: Sequence[Lane]) -> Unit | None:
-        """The unit at which every lane stands; None when all have ended."""
+        """Returns the unit at which every lane stands; None when all have ended."""
         first = lanes[0]
         for lane in lanes:
             if lane.request is not first.request:
@@ -246,7 +243,7 @@ class StreamingRuntime:
     def _enter_alone(self, unit: Unit) -> None:
         thread = threading.get_ident()
         if self._in_pass:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of the pass under way")
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of the pass under way")
         if self._alone:
             self._drop_stale_windows()
         if not self._alone:
@@ -261,7 +258,7 @@ class StreamingRuntime:
             self._point(unit, CLEAN, self._alone)
 
     def _drop_stale_windows(self) -> None:
-        """Ctrl-C in a forward ends it without torch calling the hooks: its windows are closed here, at the next use."""
+        """Closes, at the next use, windows that Ctrl-C left open: it ends a forward without torch calling the hooks."""
         if not self._alone or threading.get_ident() != self._alone_thread or self.has_compiled():
             return
         running, frame = set(), sys._getframe(1)

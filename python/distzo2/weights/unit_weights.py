@@ -53,7 +53,7 @@ class UnitWeights:
             memory: the store of the copies that do not stream.
             ring: the store of those that do.
             device: where it computes.
-            write_every: each streamed copy is written at every so many updates, blocks in turn.
+            write_every: each streamed copy is written at every `write_every`-th update, blocks in turn.
         """
         self.units, self.copies, self.device = list(units), list(copies), device
         self.params = sorted((p for unit in units for p in unit.params), key=lambda p: p.index)
