@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distzo2.cli.journal import add_journal, journal_path, printable, run_journal
+from distzo2.cli.journal import add_journal, journal_path, run_journal
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.planning.plan_options import add_plan
 from distzo2.run.finetune_options import add_finetune
@@ -32,6 +32,7 @@ from distzo2.run.options import (
     whole_float,
     whole_int,
 )
+from distzo2.text import printable
 from distzo2.version import __version__
 
 INTERRUPTED = 130

@@ -25,12 +25,11 @@ from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
 from distzo2.parallel.exchange import hash64
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, MeshShape, check_step, deal_lanes
-from distzo2.parallel.replicas import checksum
 from distzo2.record.journal import Journal
-from distzo2.record.run_header import fingerprint
+from distzo2.record.opening import fingerprint
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
-from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars
+from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 
 logger = logging.getLogger("distzo2")
 

@@ -23,10 +23,10 @@ from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS, NonFini
 from distzo2.optim.step_lanes import StepLanes
 from distzo2.parallel.group import Mesh, current
 from distzo2.parallel.mesh import SHARDED, Deal
+from distzo2.record.header import index_table, make_header
 from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
-from distzo2.record.opening import open_run
-from distzo2.record.run_header import index_table, run_header
+from distzo2.record.opening import fingerprint, open_run
 from distzo2.record.snapshot import Snapshots
 from distzo2.record.snapshot_writer import SnapshotWriter
 from distzo2.streaming.offload import runtime_of
@@ -185,22 +185,21 @@ class ZOSGD(torch.optim.Optimizer):
     # ---- the journal --------------------------------------------------------------------------------------------
 
     def _header(self) -> dict[str, Any]:
+        """The header of this optimizer's run: everything that a line's scalars refer to."""
         s, runtime = self.settings, self._runtime
-        header = run_header(
+        source = None if runtime.replaced else self._source  # weights that were changed are not the checkpoint's
+        return make_header(
             seed=s.seed,
-            options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
-            groups=self.param_groups,
             table=self._index_table(),
-            # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
-            source=None if runtime.replaced else self._source,
-            device=runtime.device,
+            groups=self.param_groups,
+            base=None if source is None else source.digest(),
+            checkpoint_map=None if source is None else source.map.to_json(),
+            options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
+            fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
         )
-        header["fingerprint"] |= self._ranks.fingerprint
-        return header
 
     def _index_table(self) -> list[dict[str, Any]]:
-        runtime = self._runtime
-        return index_table(runtime.params, group_of_each(runtime.params, self.param_groups), self.settings.noise)
+        return index_table(self._runtime.params, self.param_groups, self.settings.noise)
 
     def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
         """Takes over the steps of a journal; no forward is run. Those from step `first_like` on count in the running

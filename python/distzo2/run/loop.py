@@ -352,11 +352,7 @@ class TrainLoop:
     def _ended(self, status: str) -> None:
         if self._traced > 0:
             self._end_trace()
-        stats, journal = self.runtime.stats(), self.optimizer.journal
-        chain = {}
-        if journal.chain is not None:
-            chain = {"journal_chain": journal.chain}
-            self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
+        stats = self.runtime.stats()
         self.run.update(
             status=status,
             steps_done=self.optimizer.step_count,
@@ -364,7 +360,6 @@ class TrainLoop:
             weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
             totals=self.totals,
             **self._best_so_far(),
-            **chain,
         )
 
     def close(self) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from distzo2.parallel.replicas import checksum
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import Unit
+from distzo2_core import checksum
 
 
 class WeightAccess(UnitWeights):
