@@ -129,6 +129,16 @@ def random_visit(rng: np.random.Generator, dtypes: tuple[torch.dtype, ...], max_
     return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))
 
 
+def random_place(rng: np.random.Generator) -> dict[str, int]:
+    return {
+        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
+        "step": int(rng.integers(0, 2**32)),
+        "param": int(rng.integers(0, 2**32)),
+        "probe": int(rng.integers(0, 2**20)),
+        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
+    }
+
+
 def check_visit(visit: Visit, backend: str, device: str = "cpu") -> None:
     """A backend against the reference, with and without write-back."""
     for write_back in (False, True):
@@ -156,13 +166,7 @@ def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, 
     """embedding against rows of the table that the reference has perturbed as a whole, for one random table."""
     rows = 11
     table = random_weights(rng, rows * cols, dtype).view(rows, cols)
-    place = {
-        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
-        "step": int(rng.integers(0, 2**32)),
-        "param": int(rng.integers(0, 2**32)),
-        "probe": int(rng.integers(0, 2**20)),
-        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
-    }
+    place = random_place(rng)
     ids = torch.tensor([[10, 0, 3], [3, 7, 10]])
     for family, scale in itertools.product(("normal", "rademacher"), (0.0, random_coef(rng))):
         before = table.to(device, copy=True)
@@ -175,13 +179,7 @@ def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, 
 def check_in_place(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel: int, device: str = "cpu") -> None:
     """perturb_, restore_ and update_ against the reference, for one random tensor and place."""
     weights = random_weights(rng, numel, dtype)
-    place = {
-        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
-        "step": int(rng.integers(0, 2**32)),
-        "param": int(rng.integers(0, 2**32)),
-        "probe": int(rng.integers(0, 2**20)),
-        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
-    }
+    place = random_place(rng)
     lr = float(rng.choice([0.0, 1e-2, 1e-6]))
     calls = [
         (distzo2_core.perturb_, (random_coef(rng),), {}),

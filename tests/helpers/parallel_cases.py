@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from block_models import Blocks
 from parallel_ranks import mesh_of
 from torch import nn
 
@@ -44,24 +45,12 @@ def assert_same_run(result: Any, expected: Any) -> None:
     assert_same_weights(result[1], expected[1])
 
 
-class Tower(nn.Module):
-    """Embedding, blocks with dropout, head; its forward returns the loss of a batch of tokens."""
+class Tower(Blocks):
+    """Blocks with dropout, so that a lane's random stream is in the bits."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 5) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embedding = nn.Embedding(32, 24)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Dropout(0.1)) for _ in range(5))
-            self.head = nn.Linear(24, 32, bias=False)
+        super().__init__(0.1, width=24, num_blocks=5, seed=seed)
         self.to(dtype)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        ids = ids.to(self.embedding.weight.device)
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = x + block(x)
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.flatten())
 
 
 def batch(index: int) -> torch.Tensor:
@@ -73,7 +62,7 @@ def closures_of(model: nn.Module, step: int, micro_batches: int) -> list[Any]:
 
 
 def tower(weights: str, directory: Any, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """Dropout is on, so that a lane's random stream is in the bits."""
+    """A streamed tower, with dropout on."""
     return distzo2.offload(Tower(dtype), weights=weights, directory=directory, train=True, **options)
 
 

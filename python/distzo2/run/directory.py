@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from distzo2.checkpoint import checkpoint_hidden
-from distzo2.checkpoint.file_checksum import FileChecksum, file_checksum
+from distzo2.checkpoint.file_checksum import FileChecksum
 from distzo2.checkpoint.weight_files import sync_directory
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.run.audit import FILE, tree_of
 from distzo2.run.finetune_options import FIXED
 from distzo2.run.metrics import finite
 
@@ -253,20 +252,13 @@ class RunDirectory:
             raise DistZO2Error(f"{self.checkpoint}: not written by this run, so it is not replaced: {advice}")
         known = self.record.get("checkpoint_files")
         if self.record.get("checkpoint_step") is not None and isinstance(known, list):
-            others = sorted(name for name, _ in tree_of(self.checkpoint) if name not in known)
+            others = [name for name in tree_of(self.checkpoint) if name not in known]
             if others:
                 raise DistZO2Error(f"{self.checkpoint / others[0]}: not written by this run: {advice}")
 
     def describe_checkpoint(self, weights: Mapping[str, FileChecksum]) -> dict[str, Any]:
-        """What run.json says of a checkpoint that was just written, with the checksums of its files of `weights`: the
-        names of all that is in it, and the length and CRC-32 of each file."""
-        kinds = dict(sorted(tree_of(self.checkpoint)))
-        contents = {}
-        for name, kind in kinds.items():
-            if kind == FILE:
-                checksum = weights.get(name) or file_checksum(self.checkpoint / name)
-                contents[name] = {"num_bytes": checksum.num_bytes, "crc32": f"{checksum.crc32:08x}"}
-        return {"checkpoint_files": list(kinds), "checkpoint_contents": contents}
+        """What run.json says of a checkpoint that was just written: the names of all that is in it."""
+        return {"checkpoint_files": tree_of(self.checkpoint)}
 
     def drop_checkpoint(self) -> None:
         """Removes the checkpoint that this run wrote when it had fewer steps, or did not end writing."""
@@ -326,6 +318,14 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
         raise DistZO2Error(f"{path / 'run.json'}: not the record of a run")
     return record
+
+
+def tree_of(directory: Path) -> list[str]:
+    """The names of everything below a directory, relative to it. No link is followed."""
+    names = []
+    for parent, directories, others in os.walk(directory):
+        names += [os.path.relpath(os.path.join(parent, name), directory) for name in (*directories, *others)]
+    return sorted(names)
 
 
 def trace_of(path: str | os.PathLike) -> Path:
