@@ -90,7 +90,6 @@ class WeightAccess:
                 raise error
             yield lambda name, tensors: None
             return
-
         fields: dict[str, Any] = {}
         try:
             if source is not None and error is None:
@@ -100,7 +99,7 @@ class WeightAccess:
         self._together.agree(what, {} if error is not None else fields, error=error)
         written: list[tuple[str, int]] = []
         with self._together.together(f"{what}: the end") as agreed:
-            yield lambda name, tensors: written.append((name, checksum([t.contiguous() for t in tensors])))
+            yield lambda name, tensors: written.append((name, checksum(tensors)))
             agreed["the weights"] = written
         self.weights.forget_derived()
 
