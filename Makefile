@@ -25,7 +25,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 demo: $(VENV)/.built ## set up, then fine-tune a small real model streamed from disk (a few minutes)
-	$(BIN)/distzo2 demo
+	$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/.built ## set up, then run the Python tests
 	$(BIN)/pytest -m "not slow"

@@ -22,7 +22,9 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +32,38 @@ import torch
 from bench_common import write_results
 
 import distzo2_core
-from distzo2.planning.transfers import raw_disk
 
 MIB = 2**20
 SLOTS = 3
 CHUNK = 4 * MIB  # of the engine's transfers
+READERS = 4  # threads of raw transfers
 DEPTH = {"read": 4, "write": 2}  # its threads
+
+
+@contextmanager
+def raw_disk(descriptor: int, num_bytes: int) -> Iterator[Callable[[str], None]]:
+    """pread and pwrite of chunks over the whole file, by other threads for each direction."""
+    # The same kind of memory as the slots': on huge pages a transfer has fewer segments.
+    memory = distzo2_core.aligned_buffer(2 * READERS * CHUNK).random_(generator=torch.Generator().manual_seed(1))
+    buffers = memory.view(2, READERS, CHUNK).numpy()
+
+    def transfer(thread: int, write: bool) -> None:
+        view = memoryview(buffers[int(write), thread])
+        move = os.pwritev if write else os.preadv
+        for start in range(thread * CHUNK, num_bytes, READERS * CHUNK):
+            part, offset = view[: min(CHUNK, num_bytes - start)], start
+            while part:  # transfers may be short; what is left stays aligned
+                moved = move(descriptor, [part], offset)
+                part, offset = part[moved:], offset + moved
+
+    with ThreadPoolExecutor(2 * READERS) as threads:
+
+        def run(direction: str) -> None:
+            ways = {"up": [False], "down": [True], "both": [False, True]}[direction]
+            for future in [threads.submit(transfer, t, write) for t in range(READERS) for write in ways]:
+                future.result()
+
+        yield run
 
 
 class Engine:

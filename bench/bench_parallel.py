@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bench_common import machine
 
-from distzo2.planning.shapes import SHAPES, opt_config
+from distzo2.planning.plan_model import SHAPES, opt_config
 
 TINY = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 SIDE = 512  # of the yardstick's matrices: 3 MiB in fp32

@@ -1,22 +1,20 @@
-"""What `distzo2 plan` predicts for this machine, beside what a step takes: four configurations.
+"""What `distzo2 plan` predicts for this machine, beside what a step takes.
 
     python bench/bench_plan.py --json bench/results/plan-amd-epyc.json
 
-In each of several rounds every rate is measured once and one step is made, since what a shared machine does changes
-within seconds. The plan is made of the rates' medians, and told beside the steps' median. Links, disk, gather and the
-host's part are measured once, or come from --measure, a file that `distzo2 measure` wrote.
+In each of several rounds every rate of the roofline is measured once and one step is made, since what a shared machine
+does changes within seconds. The plan is made of the rates' medians, and stands beside the steps' median. Links, disk
+and gather are measured once, or come from --measure, a file that `distzo2 measure` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,10 @@ from random_checkpoint import write_random_checkpoint
 
 import distzo2
 from distzo2.cli.main import build_parser
-from distzo2.planning.measure import measure
-from distzo2.planning.measure_compute import measure_noise
-from distzo2.planning.measure_forward import measure_forward, measure_visits
-from distzo2.planning.measure_step import measure_step
-from distzo2.planning.measure_timing import Effort
+from distzo2.planning.machines import machine_from
+from distzo2.planning.measure import measure, measure_matmul, measure_memory, measure_noise
 from distzo2.planning.plan import Planner
-from distzo2.planning.plan_machine import machine_from
-from distzo2.planning.plan_mesh import Mesh
+from distzo2.planning.transfers import Effort
 
 CONFIGURATIONS = {
     "host": "--model opt-125m --dtype float32 --batch 4 --tokens 128 --weights host",
@@ -45,56 +39,31 @@ CONFIGURATIONS = {
 }
 
 
-def request_of(text: str) -> Namespace:
-    """The options of `distzo2 plan`."""
-    return build_parser()[0].parse_args(["plan", *text.split()])
-
-
 class Turn(Effort):
-    """Every piece once or a few times: rounds are the bench's own, with a step of the model in each."""
+    """Every rate once: rounds are the bench's own, with a step of the model in each."""
 
     rounds = 1
-    batch_s = 0.01
 
 
-def one_round(dtypes: dict[str, torch.dtype]) -> dict[str, list[dict[str, Any]]]:
+def one_round() -> dict[str, list[dict[str, Any]]]:
     """Rates as they are now."""
     cpu, turn = torch.device("cpu"), Turn()
-    return {
-        "noise": measure_noise(cpu, turn),
-        "forward": measure_forward(cpu, turn, dtypes),
-        "visits": measure_visits(cpu, turn, dtypes),
-        "steps": measure_step(cpu, turn, dtypes),
-    }
-
-
-def key_of(row: dict[str, Any]) -> tuple:
-    """What a row is about: all of it that is no measured figure."""
-    return tuple((k, str(v)) for k, v in row.items() if not isinstance(v, float))
+    rates = {"noise": measure_noise(cpu, turn), "matmul": measure_matmul(cpu, turn)}
+    return {**rates, "memory": [measure_memory(cpu, turn)]}
 
 
 def median_rows(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Each row's figures as medians over the rounds. What was too slow in a round is missing there."""
-    samples: dict[tuple, list[dict[str, Any]]] = {}
-    for row in (row for rows in rounds for row in rows):
-        samples.setdefault(key_of(row), []).append(row)
+    """The rows of a table, each figure the median over the rounds."""
     return [
-        {k: statistics.median(r[k] for r in rows) if isinstance(v, float) else v for k, v in rows[0].items()}
-        for rows in samples.values()
-        if len(rows) > len(rounds) / 2
+        {k: statistics.median(row[k] for row in rows) if isinstance(v, float) else v for k, v in rows[0].items()}
+        for rows in zip(*rounds, strict=True)
     ]
-
-
-def merged(base: list[dict], fresh: list[dict]) -> list[dict]:
-    """The fresh rows, and those of the base that are about something else."""
-    known = {key_of(row) for row in fresh}
-    return fresh + [row for row in base if key_of(row) not in known]
 
 
 def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One configuration: in each round the rates and a step; the plan of the rates' medians beside the steps'."""
-    request, directory = request_of(text), Path(options.directory)
-    dtype = getattr(torch, request.dtype)
+    request = build_parser()[0].parse_args(["plan", *text.split()])
+    directory, dtype = Path(options.directory), getattr(torch, request.dtype)
     checkpoint = directory / f"{request.model}-{request.dtype}"
     write_random_checkpoint(checkpoint, request.model, dtype)
     rounds, samples = [], []
@@ -115,21 +84,16 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
             opt.step(closures)
         stats = []
         for _ in range(options.repeats):
-            rounds.append(one_round({request.dtype: dtype}))
+            rounds.append(one_round())
             runtime.reset_stats()
             start = time.perf_counter()
             opt.step(closures)
             samples.append(time.perf_counter() - start)
             stats.append(runtime.stats())
         runtime.close()
-    result = copy.deepcopy(base)
-    for key in rounds[0]:
-        result[key] = merged(result.get(key, []), median_rows([r[key] for r in rounds]))
-    if options.rates:
-        Path(options.rates).write_text(json.dumps(result))
-    machine_now = machine_from(result)
-    plan = Planner(request, machine_now).predict(Mesh())
-    measured, played = statistics.median(samples), plan.played
+    rates = {key: median_rows([r[key] for r in rounds]) for key in rounds[0]}
+    plan = Planner(request, machine_from({**base, **rates})).predict()
+    measured, played, memory = statistics.median(samples), plan.played, plan.row["rank_bytes"]
     row = {
         "name": name,
         "options": text,
@@ -147,15 +111,14 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
             "noise_s": statistics.median(s["noise_s"] for s in stats),
             "wait_s": statistics.median(s["exposed_wait_s"] for s in stats),
         },
-        "factors": [machine_now.rates.compute_factor[request.dtype], machine_now.rates.noise_factor[request.dtype]],
-        "predicted_bytes": [plan.rank_bytes.residents, plan.rank_bytes.slots, plan.rank_bytes.scratch],
+        "predicted_bytes": [memory[k] for k in ("residents", "slots", "scratch")],
         "measured_bytes": [stats[-1][k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")],
+        "rates": rates,
     }
     pieces = "  ".join(f"{k[:-2]} {row['predicted'][k]:.3f}/{row['measured'][k]:.3f}" for k in row["predicted"])
     print(
         f"{name:8s} predicted {plan.step_s:7.3f} s  measured {measured:7.3f} s ({min(samples):.3f} to "
-        f"{max(samples):.3f})  ratio {row['ratio']:.3f}  {pieces}  factors {row['factors'][0]:.2f} "
-        f"{row['factors'][1]:.2f}",
+        f"{max(samples):.3f})  ratio {row['ratio']:.3f}  {pieces}",
         flush=True,
     )
     return row
@@ -164,11 +127,10 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="host,disk,long,fzoo", help=f"of {', '.join(CONFIGURATIONS)}")
-    parser.add_argument("--repeats", type=int, default=7, help="steps that are timed; their median is told")
+    parser.add_argument("--repeats", type=int, default=7, help="steps that are timed; their median is reported")
     kept = tempfile.gettempdir() + "/distzo2-bench"
     parser.add_argument("--directory", default=kept, help="where random models and block files are kept")
     parser.add_argument("--measure", help="a measurement to take links, disk and gather from")
-    parser.add_argument("--rates", help="write the rates that the last plan was made of to this file")
     parser.add_argument("--json", help="write the results to this file; rows of other configurations in it are kept")
     options = parser.parse_args()
     Path(options.directory).mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from random_checkpoint import write_random_checkpoint
 from transformers import AutoModelForCausalLM
 
 import distzo2
-from distzo2.planning.shapes import SHAPES, opt_config
+from distzo2.planning.plan_model import SHAPES, opt_config
 
 
 def peak_resident_bytes(reset: bool = False) -> int:

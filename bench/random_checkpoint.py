@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from distzo2.planning.shapes import opt_config
+from distzo2.planning.plan_model import opt_config
 
 
 def write_random_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Journals and checkpoints from anyone run no code and write nowhere else."""
+"""Checkpoints of unknown origin run no code, write nowhere else, and take memory in proportion to their bytes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import io
 import json
 import os
 import pickle
+import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hostile_files import STREAMS, TENSOR, archive_of, refused
-from journal_cases import make_test_header
-from replay_cases import make_llama, make_table, make_updates, write_run
+import transformers
+from hostile_files import HOSTILE_VALUES, PER_BYTE, STREAMS, TENSOR, archive_of, refused
+from journal_cases import make_entry
+from replay_cases import make_llama, make_table, make_updates, named_weights, write_run
 from safetensors.torch import load_file, save_file
 
 import distzo2
-from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.pretrained import digest_checkpoint
+from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.replay import replay
-from distzo2.checkpoint.torch_archive import TorchArchive
-from distzo2.checkpoint.weight_files import CheckpointError
-from distzo2.record.journal import JournalError
+from distzo2.checkpoint.weight_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile, TorchFile
+from distzo2.record.header import make_header
+from distzo2.record.journal import Journal, read_journal
+from distzo2.record.line import JournalError, seal_line
+from distzo2.run.metrics import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +40,7 @@ FORBIDDEN = {
     "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy",
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__"}
-METHODS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch", "compile"), ("pickle", "loads")}
+METHODS = {("np", "load"), ("numpy", "load"), ("torch", "compile"), ("pickle", "loads")}
 
 
 def test_no_source_can_unpickle_or_evaluate() -> None:
@@ -51,13 +57,16 @@ def test_no_source_can_unpickle_or_evaluate() -> None:
                 assert (node.value.id, node.attr) not in METHODS - {("torch", "compile")}, (path, node.lineno)
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                assert options.get("weights_only") == "True", path
 
 
 @pytest.mark.parametrize("case", STREAMS)
 def test_a_pickle_of_anything_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.chdir(tmp_path)
     path = archive_of(tmp_path / "pytorch_model.bin", STREAMS[case])
-    assert refused(lambda: TorchArchive(path), CheckpointError) < 1 << 20
+    assert refused(lambda: TorchFile(path), CheckpointError) < 1 << 20
     assert not Path("it-ran").exists()
 
 
@@ -91,10 +100,27 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(
 ) -> None:
     good = archive_of(tmp_path / "pytorch_model.bin", TENSOR % (b"K\x02", b"K\x00", b"K\x02\x85", b"K\x01\x85"),
                       {"data/0": bytes(8)})  # fmt: skip
-    with TorchArchive(good) as file:
+    with TorchFile(good) as file:
         assert file.tensors["w"].shape == (2,)
     bad = archive_of(tmp_path / "bad.bin", TENSOR % (numel, offset, shape, strides), {"data/0": bytes(8)})
-    refused(lambda: TorchArchive(bad), CheckpointError)
+    refused(lambda: TorchFile(bad), CheckpointError)
+
+
+def test_a_description_takes_memory_in_proportion_to_its_length(tmp_path: Path) -> None:
+    """What weights_only alone would run: memo entries without end, a bytearray and a tensor of any length."""
+    laughs = b"\x80\x02)" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(60))  # tuples of 2^60 items
+    streams = {
+        "a memo of 2147483647 entries": b"\x80\x02}r\xff\xff\xff\x7f.",
+        "builtins.bytearray has no place": b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R.",
+        "torch.Tensor has no place": b"\x80\x02ctorch\nTensor\n\x8a\x06\0\0\0\0\0\x01\x85R.",
+        "pytorch_model.bin": laughs + b".",
+    }
+    for reason, stream in streams.items():
+        path = archive_of(tmp_path / "pytorch_model.bin", stream)
+        assert refused(lambda path=path: TorchFile(path), CheckpointError, reason) < 1 << 20
+    for end in (b"Q.", b"}q\x7f0h\x7fh\x3bK\x01s."):
+        path = archive_of(tmp_path / "pytorch_model.bin", laughs + end)
+        assert refused(lambda path=path: TorchFile(path), CheckpointError) < 1 << 20
 
 
 def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,24 +152,6 @@ def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest
 # No path out of the directory
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\0b", "x" * 300, "./x"]
-)
-def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
-    base = tmp_path / "base"
-    (base / "sub").mkdir(parents=True)
-    for place in (tmp_path / "secret.safetensors", base / "sub" / "x.safetensors"):
-        save_file({"w": torch.ones(2)}, place)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    refused(lambda: CheckpointFiles(base), CheckpointError, "index.json")
-
-
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "a\\b", "x" * 256])
-def test_a_journal_names_files_of_its_base_only(name: str) -> None:
-    base = {"name": "b", "files": {name: {"sha256": "0" * 64, "num_bytes": 0}}}
-    refused(lambda: make_test_header(base=base), JournalError, "not a plain file name")
-
-
 def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
@@ -158,12 +166,9 @@ def test_replay_writes_below_its_output_directory_only(tmp_path: Path) -> None:
     names = ("../../evil", "/tmp/evil", "a/../../b", "\n", "x\0y", "model.safetensors")
     weights = {name: torch.arange(6, dtype=torch.float32) + i for i, name in enumerate(names)}
     save_file(weights, base / "model.safetensors")
-    (base / "tokenizer_plain").mkdir()
-    (base / "tokenizer_plain" / "file").write_text("plain")
-    (base / "tokenizer_plain" / "out").symlink_to(secret)
-    (base / "tokenizer_plain" / "loop").symlink_to(base)
-    (base / "tokenizer_plain" / "key").symlink_to(secret / "key")
-    os.mkfifo(base / "tokenizer_plain" / "pipe")
+    (base / "tokenizer.json").write_text("plain")
+    (base / "tokenizer_key").symlink_to(secret / "key")
+    (base / "additional_chat_templates").symlink_to(secret)
     (base / "tokenizer_link").symlink_to(secret)
     os.mkfifo(base / "tokenizer_pipe")
     journal = write_run(tmp_path / "journal.jsonl", base, make_table(weights), make_updates())
@@ -171,6 +176,148 @@ def test_replay_writes_below_its_output_directory_only(tmp_path: Path) -> None:
     replay(base, journal, tmp_path / "out" / "deep", progress=False)
     after = tree(tmp_path)
     new = {name for name in after if name not in before}
-    assert new == {"out/deep/model.safetensors", "out/deep/tokenizer_plain/file"}
+    assert new == {"out/deep/model.safetensors", "out/deep/tokenizer.json"}
     assert all(after[name] == content for name, content in before.items())
     assert load_file(tmp_path / "out" / "deep" / "model.safetensors").keys() == weights.keys()
+
+
+# No more memory than the bytes account for
+
+
+def test_a_header_must_be_in_proportion_to_the_base(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    journal = tmp_path / "journal.jsonl"
+    header = make_header(
+        seed=0,
+        base=digest_checkpoint(base),
+        table=make_table(named_weights(base)),
+        groups=[{}, {}],
+        options={"x": [0] * (MAX_SMALL_HEADER_BYTES // 2)},
+    )
+    Journal.create(journal, header).close()
+    read_journal(journal)
+    peak = refused(lambda: replay(base, journal, tmp_path / "out", progress=False), JournalError, "line 1")
+    assert peak < 3 * MAX_SMALL_HEADER_BYTES and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "load"},
+        {"dtype": "float64"},
+        {"dtype": "Tensor"},
+        {"dtype": "x" * 100_000},
+        {"name": "x" * 100_000},
+        {"name": "model.other"},
+        {"shape": [96, 16], "stride": [16, 1]},
+        {"noise": ["normal"]},
+        {"noise": {}},
+        {"shape": [2**62, 2**62, 96], "stride": [1, 1, 1]},
+        {"shape": [2**63, 32]},
+        {"stride": [-1, 1]},
+        {"index": [0]},
+        {"group": {}},
+    ],
+)
+def test_a_table_that_is_not_the_bases_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    base = make_llama(tmp_path / "base")
+    table = make_table(named_weights(base))
+    header = make_header(seed=0, base=digest_checkpoint(base), table=table, groups=[{}, {}])
+    header["table"][0] |= changes
+    journal = tmp_path / "journal.jsonl"
+    journal.write_bytes(seal_line(json.dumps(header).encode()[:-1]) + make_entry(0).to_line())
+    refused(lambda: replay(base, journal, tmp_path / "out", progress=False), (JournalError, CheckpointError))
+    assert not (tmp_path / "out").exists()
+
+
+def raw_file(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+@pytest.mark.parametrize("case", HOSTILE_VALUES)
+def test_a_safetensors_header_takes_memory_in_proportion_to_its_length(tmp_path: Path, case: str) -> None:
+    value = HOSTILE_VALUES[case]
+    for header in (
+        b'{"t":%s}' % value,
+        b'{"t":{"dtype":"F32","shape":%s,"data_offsets":[0,4]}}' % value,
+        b'{"t":{"dtype":"F32","shape":[1],"data_offsets":%s}}' % value,
+        b'{"t":{"dtype":%s,"shape":[1],"data_offsets":[0,4]}}' % value,
+        b'{"__metadata__":%s,"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' % value,
+    ):
+        path = raw_file(tmp_path / "model.safetensors", header, bytes(4))
+        assert refused(lambda path=path: SafetensorsFile(path), CheckpointError) < PER_BYTE * len(header) + (1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([2**62, 4], [0, 4]),
+        ([2**32, 2**32], [0, 0]),
+        ([2**61], [0, 4]),
+        ([2**61], [0, 2**63]),
+        ([2**64], [0, 0]),
+        ([0, 2**62, 2**62], [0, 0]),
+        ([1] * 65, [0, 4]),
+        ([1], [2**62, 2**62 + 4]),
+        ([1], [-4, 0]),
+    ],
+)
+def test_shapes_beyond_the_file_are_refused(tmp_path: Path, shape: list[int], offsets: list[int]) -> None:
+    header = json.dumps({"t": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    path = raw_file(tmp_path / "model.safetensors", header, bytes(4))
+    assert refused(lambda: SafetensorsFile(path), CheckpointError, "model.safetensors") < 1 << 20
+
+
+def test_a_header_is_not_longer_than_its_tensors_warrant(tmp_path: Path) -> None:
+    path = raw_file(tmp_path / "model.safetensors", b"{" + b" " * MAX_SMALL_HEADER_BYTES + b"}")
+    assert refused(lambda: SafetensorsFile(path), CheckpointError, "it announces a header of") < 1 << 20
+    path = raw_file(tmp_path / "model.safetensors", b"{}", length=2**63 + 5)
+    assert refused(lambda: SafetensorsFile(path), CheckpointError) < 1 << 20
+    # Of a file of a gibibyte (a hole), it may be as long as 1/32 of it.
+    header = json.dumps({"t": {"dtype": "U8", "shape": [1 << 30], "data_offsets": [0, 1 << 30]}}).encode()
+    raw_file(path, header + b" " * (5 << 20))
+    os.truncate(path, 8 + len(header) + (5 << 20) + (1 << 30))
+    with SafetensorsFile(path) as file:
+        assert file.tensors["t"].num_bytes == 1 << 30
+
+
+def test_numbers_that_multiply_are_bounded_by_the_modules_they_make(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    albert = {"model_type": "albert", "num_hidden_groups": 250, "inner_group_num": 250}
+    (base / "config.json").write_text(json.dumps(albert | {"architectures": ["AlbertForMaskedLM"]}))
+    with pytest.raises(CheckpointError, match="a model of more than 4096 modules"):
+        distzo2.from_pretrained(base)
+
+
+def test_buffers_are_in_proportion_to_the_checkpoint(tmp_path: Path) -> None:
+    """GPT-Neo has a mask of positions by positions in each layer: here of 400 MB, for a checkpoint of 80 kB."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=8, hidden_size=1, num_heads=1, num_layers=1, attention_types=[[["global"], 1]],
+        intermediate_size=1, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    distzo2.from_pretrained(tmp_path)
+    most = 20_000
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.wpe.weight"] = torch.zeros(most, 1)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": most}))
+    before = peak_bytes()
+    refused(lambda: distzo2.from_pretrained(tmp_path), CheckpointError, "config.json asks for ")
+    assert peak_bytes() - before < most * most // 4
+
+
+def test_files_of_settings_are_bounded(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base")
+    good = (base / "config.json").read_bytes()
+    for content in (b"[" * 100_000, b"[]", b"{", b"\xff", b" " * (17 << 20), b'{"a":' * 5000 + b"1" + b"}" * 5000):
+        (base / "config.json").write_bytes(content)
+        assert refused(lambda: distzo2.from_pretrained(base), CheckpointError, "config.json") < 64 << 20
+    (base / "config.json").write_bytes(good)
+    os.rename(base / "model.safetensors", base / "x.safetensors")
+    index = base / "model.safetensors.index.json"
+    for content in (b"[" * 100_000, b"[]", b"{}", b'{"weight_map":[]}', b'{"weight_map":{"a":1}}', b" " * (17 << 20)):
+        index.write_bytes(content)
+        assert refused(lambda: CheckpointFiles(base), CheckpointError, "index.json") < 64 << 20

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distzo2.checkpoint.checkpoint_files import SINGLE_FILE
-from distzo2.checkpoint.file_checksum import FileChecksum
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
+from distzo2.checkpoint.reading import SINGLE_FILE
+from distzo2.checkpoint.weight_files import RangeFile, bytes_of
 from distzo2.checkpoint.writing import CheckpointWriter
 
 T = transformers
@@ -102,13 +101,14 @@ def write_all(checkpoint: CheckpointMap, source: nn.Module, out: Path, **options
     with CheckpointWriter(checkpoint, out, **options) as writer:
         for name in checkpoint.names:
             writer.write_param(name, held[name].detach())
-    assert_checksums(writer.checksums, out)
 
 
-def assert_checksums(checksums: Mapping[str, FileChecksum], directory: Path) -> None:
-    """What the writer of a checkpoint says of its files of weights must be so."""
-    files = {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
-    assert checksums == {name: FileChecksum(len(data), zlib.crc32(data)) for name, data in files.items()}
+def read_tensor(file: RangeFile, name: str) -> torch.Tensor:
+    """A whole tensor of an opened file of weights."""
+    entry = file.tensors[name]
+    out = torch.empty(entry.shape, dtype=entry.dtype)
+    file.read_into(bytes_of(out), entry.offset)
+    return out
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_models import read_tensor
 from hostile_files import STREAMS, TENSOR, archive_of
 from hypothesis import strategies as st
 from journal_cases import bits, json_values, make_entry, make_test_header, step_entries
+from safetensors.torch import save_file
 
-from distzo2.checkpoint.checkpoint_files import CheckpointFiles
-from distzo2.checkpoint.torch_archive import TorchArchive
-from distzo2.checkpoint.weight_files import DTYPE_NAMES, DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter
+from distzo2.checkpoint.reading import CheckpointFiles
+from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, SafetensorsFile, TorchFile, bytes_of
 from distzo2.record.entry import StepEntry
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, encode_line, seal_line
@@ -201,21 +202,14 @@ def check_safetensors(path: Path, data: bytes) -> None:
         assert not spans or spans[-1][1] == len(data)
         for name, entry in file.tensors.items():
             assert entry.num_bytes == entry.numel * entry.dtype.itemsize
-            out = torch.empty(entry.shape, dtype=entry.dtype)
-            file.read(name, out)
-            raw = out.reshape(-1).view(torch.uint8).numpy().tobytes() if out.numel() else b""
+            raw = bytes(bytes_of(read_tensor(file, name)))
             assert raw == data[entry.offset : entry.offset + entry.num_bytes]
-            assert DTYPE_NAMES[entry.dtype] in DTYPES
 
 
 def good_safetensors(path: Path) -> bytes:
     path.unlink(missing_ok=True)
     tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(0, 2)}
-    writer = SafetensorsWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    for name, tensor in tensors.items():
-        raw = tensor.reshape(-1).view(torch.uint8).numpy()
-        writer.write_bytes(memoryview(raw), writer.tensors[name].offset)
-    writer.close()
+    save_file(tensors, path)
     return path.read_bytes()
 
 
@@ -235,14 +229,14 @@ def check_stream(path: Path, stream: bytes) -> None:
 
 def check_archive(path: Path) -> None:
     try:
-        file = TorchArchive(path)
+        file = TorchFile(path)
     except CheckpointError as error:
         one_line(error)
         return
     with file:
         for name, entry in file.tensors.items():
             assert 0 <= entry.offset <= entry.offset + entry.num_bytes <= file.num_bytes
-            file.read(name, torch.empty(entry.shape, dtype=entry.dtype))
+            read_tensor(file, name)
 
 
 def check_index(directory: Path, content: bytes) -> None:

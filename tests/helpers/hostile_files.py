@@ -1,4 +1,4 @@
-"""Pickles and archives that were made to do harm, and the check that a file is refused."""
+"""Pickles, archives and JSON that were made to do harm, and the check that a file is refused."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def refused(read: Callable[[], Any], kind: type[Exception] | tuple[type[Exceptio
 def archive_of(path: Path, stream: bytes, members: dict[str, bytes] | None = None) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", stream)
+        archive.writestr("archive/version", "3\n")
         archive.writestr("archive/byteorder", "little")
         for name, content in (members or {}).items():
             archive.writestr(f"archive/{name}", content)
@@ -73,3 +74,19 @@ TENSOR = (
     b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpu%stQ%s%s%s\x89}tRs."
 )
+
+# Bytes of memory for a byte of JSON: `{},` makes a dictionary and a place for it in a list, twice for a moment.
+PER_BYTE = 40
+HOSTILE_VALUES = {
+    "empty lists": b"[" + b"[]," * 30_000 + b"[]]",
+    "empty objects": b"[" + b"{}," * 30_000 + b"{}]",
+    "floats": b"[" + b"1e1," * 25_000 + b"1]",
+    "texts": b"[" + b'"\\u00e9x",' * 10_000 + b"1]",
+    "keys": b"{" + b",".join(b'"%d":0' % i for i in range(10_000)) + b"}",
+    "nested": b"[" * 50_000 + b"]" * 50_000,
+    "nested objects": b'{"a":' * 20_000 + b"0" + b"}" * 20_000,
+    "a long number": b"9" * 100_000,
+    "numbers": b"[" + b",".join(b"9" * 4000 for _ in range(25)) + b"]",
+    "a long text": b'"' + b"x" * 100_000 + b'"',
+    "infinity": b"1e400",
+}

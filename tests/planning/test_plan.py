@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from torch import nn
 from distzo2.cli.main import build_parser, main
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import make_estimator
-from distzo2.planning.measure_forward import VISITS
-from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, count, significant
-from distzo2.planning.plan_machine import GPUS, find_machine, machine_from, named_machine
-from distzo2.planning.plan_mesh import Mesh, busiest_share, parse_mesh, perturbation_shares, possible_meshes
+from distzo2.parallel.mesh import MeshShape
+from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
+from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, possible_meshes, significant
 from distzo2.planning.plan_model import Op, plan_model, plan_module
-from distzo2.planning.plan_rates import Curve, Products
-from distzo2.planning.timeline import read_trace, step_figures
+from distzo2.planning.report import read_trace, step_figures
 
 SMALL = ["plan", "--model=opt-125m", "--machine=a100", "--batch=8", "--tokens=64"]
 
@@ -34,12 +31,6 @@ def planned(*arguments: str) -> list:
     asked = request(*arguments)
     machine = find_machine(asked.machine, devices_per_switch=asked.devices_per_switch, nvlink=not asked.no_nvlink)
     return Planner(asked, machine).plans()
-
-
-def write_config(directory: Path, config: Any) -> Path:
-    directory.mkdir(exist_ok=True)
-    config.save_pretrained(directory)
-    return directory
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -59,7 +50,8 @@ def test_products_of_a_forward() -> None:
     }
     weights = 12 * (4 * 768**2 + 2 * 768 * 3072) + 50272 * 768
     attention = 12 * 2 * 48 * 128 * 128 * 64
-    assert plan.flop == pytest.approx(2 * 512 * weights + attention)
+    flop = sum(op.flop * count for part in plan.parts for op, count in part.ops)
+    assert flop == pytest.approx(2 * 512 * weights + attention)
     assert [plan.units[p.units[-1]].name for p in plan.parts[1:3]] == [
         "model.decoder.embed_tokens", "model.decoder.embed_positions"
     ]  # fmt: skip
@@ -74,21 +66,33 @@ def test_what_lanes_hold() -> None:
     assert plan.parts[-1].peak == pytest.approx(2 * logits + hidden, rel=0.01)
     assert plan.lane_bytes(1) == max(p.peak for p in plan.parts)
     assert plan.lane_bytes(3) == plan.parts[-1].peak + 2 * plan.parts[-1].live_before
-    assert plan.lane_bytes(0) == 0
 
 
-def test_other_models_and_their_files(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, Qwen3Config
+def test_models_and_their_files(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
 
-    for name, config in {
-        "llama": LlamaConfig(num_hidden_layers=3, hidden_size=64, intermediate_size=96, num_attention_heads=2),
-        "qwen3": Qwen3Config(num_hidden_layers=3, hidden_size=64, intermediate_size=96, num_attention_heads=2),
-    }.items():
-        config.architectures = ["LlamaForCausalLM" if name == "llama" else "Qwen3ForCausalLM"]
-        directory = write_config(tmp_path / name, config)
-        plan = plan_model(str(directory), None, 2, 16)
-        assert plan.name == name and plan.notes == () and sum(not u.resident for u in plan.units) == 3
-        assert plan_model(str(directory / "config.json"), torch.bfloat16, 2, 16).num_bytes < 0.51 * plan.num_bytes
+    config = LlamaConfig(num_hidden_layers=3, hidden_size=64, intermediate_size=96, num_attention_heads=2)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "llama")
+    plan = plan_model(str(tmp_path / "llama"), None, 2, 16)
+    assert plan.name == "llama" and sum(not u.resident for u in plan.units) == 3
+    half = plan_model(str(tmp_path / "llama/config.json"), torch.bfloat16, 2, 16)
+    assert sum(u.num_bytes for u in half.units) < 0.51 * sum(u.num_bytes for u in plan.units)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixture_of_experts(dtype: torch.dtype) -> None:
+    """Two of four experts a token, evenly dealt; their weights are all read."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=100,
+    )  # fmt: skip
+    with torch.device("meta"):
+        plan = plan_module(MixtralForCausalLM._from_config(config, dtype=dtype).eval(), "mixtral", dtype, 2, 16)
+    ops = {op: count for part in plan.parts[2:3] for op, count in part.ops if op.batch == 4 and op.kind == "product"}
+    assert ops == {Op("product", (16, 64, 192), dtype, 4): 1, Op("product", (16, 96, 64), dtype, 4): 1}
 
 
 def test_a_forward_that_looks_at_values() -> None:
@@ -100,73 +104,27 @@ def test_a_forward_that_looks_at_values() -> None:
         def forward(self, input_ids, labels, use_cache):
             return self.blocks[int(input_ids.sum().item())](input_ids.float())
 
-    with torch.device("meta"):
-        plan = plan_module(Choosy(), "choosy", torch.float32, 2, 3)
-    assert len(plan.notes) == 1 and "cannot be followed without values" in plan.notes[0]
-    assert plan.flop == 2 * (2 * 6 * 8 * 16)
+    with torch.device("meta"), pytest.raises(DistZO2Error, match="of choosy cannot be planned, it needs values"):
+        plan_module(Choosy(), "choosy", torch.float32, 2, 3)
 
 
 # ---- rates ----------------------------------------------------------------------------------------------------------
 
 
-def test_curves() -> None:
-    curve = Curve(((10.0, 1.0), (1000.0, 100.0), (2000.0, 50.0)))
-    assert curve(1.0) == pytest.approx(0.1) and curve(100.0) == pytest.approx(10.0) and curve(4000.0) == 100.0
-    assert curve(1000.0 * math.sqrt(2)) == pytest.approx(100.0 / math.sqrt(2))
-
-
-def test_products_are_fitted() -> None:
-    """Costs of a flop and a byte are found again, also for shapes that were not measured; what was measured is kept."""
-    result = Curve(((1.0, 1e-10),))
-    true = Products(1e-11, 3e-10, result)
-    shapes = [(64, 512, 512), (512, 512, 512), (512, 512, 2048), (2048, 1024, 256), (128, 1024, 8192)]
-    fitted = Products.fit(shapes, [true(s, 4) for s in shapes], 4, result)
-    assert fitted.largest_residual < 1e-6
-    for shape in [(300, 700, 900), (8, 4096, 4096), (4096, 512, 512)]:
-        assert fitted(shape, 4) == pytest.approx(true(shape, 4), rel=1e-4)
-    odd = Products.fit(shapes, [true(s, 4) * (1.5 if s == shapes[2] else 1.0) for s in shapes], 4, result)
-    for shape in shapes:
-        assert odd(shape, 4) == pytest.approx(true(shape, 4) * (1.5 if shape == shapes[2] else 1.0), rel=1e-3)
-
-
 def measured_cpu(scale: float = 1.0) -> dict[str, Any]:
     """A measurement of a made CPU; `scale` times as slow."""
-    both = {"engine_bytes_per_s": 4e9 / scale, "raw_bytes_per_s": 5e9}
-    about = {"device": "cpu", "threads": 2}
-    forward = []
-    for dtype in ("float32", "bfloat16"):
-        for size in ((128, 768, 768), (512, 768, 3072), (512, 3072, 768), (256, 768, 32768)):
-            forward.append({"what": "product", "dtype": dtype, "size": list(size), "seconds": 2e-11 * math.prod(size)})
-        for size in (2**20, 2**26):
-            forward.append({"what": "stream", "dtype": dtype, "size": [size], "seconds": 2e-10 * size})
-        forward.append({"what": "attention", "dtype": dtype, "size": [128, 128, 64, 8], "seconds": 1e-3})
-    forward.append({"what": "softmax", "dtype": "float32", "size": [256, 32768], "seconds": 2e-2})
-    # A normal takes 1 ns an element and a sign 0.1, each pass over memory 0.25, rounding an update 0.5.
-    visits = [
-        {
-            "backend": "native", "what": what, "family": family, "dtype": dtype,
-            "elements_per_s": 1e9
-            / (made * (updates + min(1, emits)) + 0.25 * (1 + updates + emits) + 0.5 * updates)
-            / scale,
-        }
-        for what, (updates, emits) in VISITS.items()
-        for family, made in (("normal", 1.0), ("rademacher", 0.1))
-        for dtype in ("float32", "bfloat16")
-    ]  # fmt: skip
-    host = {"visit_s": 1e-4, "lane_s": 1e-4, "materialize_s": 1e-4, "op_s": 1e-6, "step_s": 1e-3}
+    ways = {f"{way}_bytes_per_s": 4e9 / scale for way in ("up", "down", "both")}
+    noise = {"normal": 1e9, "rademacher": 10e9}
     return {
-        "format": "distzo2-measure/2",
+        "format": MEASURED,
         "versions": {"distzo2": "0"},
         "quick": False,
         "machine": {"cpu": "made", "threads": 2, "memory_bytes": 8 * 2**30, "allowed_bytes": None, "gpus": []},
-        "copies": [{"device": "cpu", "up": both, "down": both, "both": both}],
-        "disk": {"read": both, "write": both, "both": both},
-        "forward": [about | row | {"seconds": row["seconds"] * scale} for row in forward],
-        "visits": [about | row for row in visits],
-        "steps": [
-            {**about, "dtype": "float32", "rows": 1, "tokens": 16, "compute_s": 0.05 * scale, "noise_s": 0.4 * scale}
-        ],
-        "host": [{"device": "cpu", **{k: v * scale for k, v in host.items()}}],
+        "copies": [{"device": "cpu", **ways}],
+        "disk": ways,
+        "noise": [{"device": "cpu", "family": f, "elements_per_s": rate / scale} for f, rate in noise.items()],
+        "matmul": [{"device": "cpu", "dtype": d, "flop_per_s": 1e11 / scale} for d in ("float32", "bfloat16")],
+        "memory": [{"device": "cpu", "bytes_per_s": 8e9 / scale}],
         "gather": {"backend": "gloo", "ranks": 2, "block_bytes": 2**20, "bytes_per_s": 0.4e9},
     }
 
@@ -176,24 +134,29 @@ def test_a_measured_machine(tmp_path: Path) -> None:
     assert machine.computes_on_host and machine.num_devices == 2
     assert machine.gather_bytes_per_s == pytest.approx(0.2e9)  # half of the block is the rank's own
     rates = machine.rates
-    assert rates.op_s(Op("product", (512, 768, 3072), torch.float32)) == pytest.approx(2e-11 * 512 * 768 * 3072)
-    assert rates.op_s(Op("softmax", (256 * 32768,), torch.float32)) == pytest.approx(2e-2)
+    large, small = Op("product", (512, 768, 3072), torch.float32), Op("product", (1, 768, 3072), torch.float32)
+    assert rates.op_s(large) == pytest.approx(large.flop / 1e11)
+    assert rates.op_s(small) == pytest.approx(small.num_bytes / 8e9)  # bound by reading the weights
+    attention = Op("attention", (512, 512, 64), torch.float32, 8, causal=True)
+    assert rates.op_s(attention) == pytest.approx(attention.flop / 0.5e11)
     call = {"terms": 4, "emissions": 1, "outs": 1, "write": True}
-    assert rates.noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(5 * 1.0 + 3 * 0.25 + 0.5)
-    assert rates.noise_s(10**9, torch.float16, "rademacher", **call) == pytest.approx(5 * 0.1 + 3 * 0.25 + 0.5)
-    assert rates.shared_by(2).noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(2 * 6.25)
+    assert rates.noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(5 * 1.0 + 3 * 0.25)
+    assert rates.noise_s(10**9, torch.float32, "rademacher", **call) == pytest.approx(5 * 0.1 + 3 * 0.5)
 
     asked = request("--dtype=float32")
-    whole = Planner(asked, machine).predict(Mesh())
-    assert whole.played.bytes_up == 0 and whole.rank_bytes.slots == 0  # a CPU uses memory in place
-    slower = Planner(asked, machine_from(measured_cpu(2.0))).predict(Mesh())
+    whole = Planner(asked, machine).predict()
+    assert whole.row["up_bytes"] == 0 and whole.row["rank_bytes"]["slots"] == 0  # a CPU uses memory in place
+    slower = Planner(asked, machine_from(measured_cpu(2.0))).predict()
     assert slower.step_s == pytest.approx(2 * whole.step_s, rel=0.01)
     asked.weights = "disk"
-    streamed = Planner(asked, machine).predict(Mesh())
-    assert streamed.step_s >= whole.step_s and streamed.played.bytes_up > 0
-    assert streamed.host_bytes < whole.host_bytes and streamed.disk_bytes > 0
-    two = Planner(asked, machine).predict(Mesh(pert=2))
-    assert two.host_bytes == 2 * two.rank_bytes.total
+    streamed = Planner(asked, machine).predict()
+    assert streamed.step_s >= 0.999 * whole.step_s and streamed.row["up_bytes"] > 0
+    assert streamed.row["host_bytes"] < whole.row["host_bytes"] and streamed.row["disk_bytes"] > 0
+    two = Planner(asked, machine).predict(MeshShape(2, 1)).row
+    assert two["host_bytes"] == 2 * two["rank_bytes"]["total"]
+    asked.weights = "host"
+    sliced = Planner(asked, machine).predict(MeshShape(2, 1), sliced=True).row
+    assert sliced["up_bytes"] > 0 and sliced["gather_bytes"] > 0
 
 
 def test_a_file_that_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,57 +169,37 @@ def test_a_file_that_is_no_measurement(tmp_path: Path, monkeypatch: pytest.Monke
     for text, message in (
         ("{", "is no measurement"),
         ("[]", "format list"),
-        ('{"format": "distzo2-measure/1"}', "/1;"),
+        ('{"format": "distzo2-measure/2"}', r"/2; distzo2-measure/3 was expected: run distzo2 measure again"),
     ):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             find_machine(str(path))
-    result = measured_cpu()
-    result["forward"] = [row for row in result["forward"] if row["what"] != "attention"]
-    path.write_text(json.dumps(result))
-    with pytest.raises(DistZO2Error, match=r"holds no forward of cpu, .*attention.*: run distzo2 measure there"):
-        find_machine(str(path))
 
 
 def test_named_machines() -> None:
-    for name in GPUS:
-        machine = named_machine(name)
-        assert machine.num_devices == 8 and machine.assumptions
-    a100, h100, h200 = (named_machine(name) for name in ("a100", "h100", "h200"))
-    assert a100.link.up == 26e9 and h100.link.up == h200.link.up == 55e9
-    assert a100.device_bytes == h100.device_bytes < h200.device_bytes
-    with pytest.raises(UsageError, match="--machine b52: expected a100, h100, h200, this"):
-        find_machine("b52")
+    assert all(machine.num_devices == 8 and machine.assumptions for machine in GPUS.values())
+    assert GPUS["a100"].link.up == 26e9 and GPUS["h100"].link.up == GPUS["h200"].link.up == 55e9
+    assert GPUS["a100"].device_bytes == GPUS["h100"].device_bytes < GPUS["h200"].device_bytes
 
 
 # ---- meshes ---------------------------------------------------------------------------------------------------------
 
 
-def test_dealing() -> None:
+def test_possible_meshes() -> None:
     two = make_estimator("spsa").evaluations(2)
-    assert perturbation_shares(two, 1) == [two]
-    assert perturbation_shares(two, 2) == [[(0, 1), (0, -1)], [(1, 1), (1, -1)]]
-    assert perturbation_shares(two, 4) == [[(0, 1)], [(0, -1)], [(1, 1)], [(1, -1)]]
-    assert perturbation_shares(two, 3) is None and perturbation_shares(two, 8) is None
-    one_sided = make_estimator("fzoo").evaluations(3)
-    assert perturbation_shares(one_sided, 2) == [[(0, 0), (0, 1)], [(1, 1), (2, 1)]]
-    assert perturbation_shares(one_sided, 3) == [[(0, 0), (0, 1)], [(1, 1)], [(2, 1)]]
-    assert busiest_share(Mesh(2, 3), two, 7) == ([(0, 1), (0, -1)], 3)
-    assert possible_meshes(8, two, None, 8) == [Mesh(1, 8), Mesh(2, 4), Mesh(4, 2)]
-    assert possible_meshes(4, two, 2, 8) == [Mesh(2, 2), Mesh(4, 1)]
-    assert parse_mesh("data=4,pert=2") == Mesh(2, 4)
-    assert str(Mesh(2, 4)) == "pert=2,data=4" and str(Mesh()) == "one device"
+    assert possible_meshes(8, two, None, 8) == [MeshShape(1, 8), MeshShape(2, 4), MeshShape(4, 2)]
+    assert possible_meshes(4, two, 2, 8) == [MeshShape(2, 2), MeshShape(4, 1)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parallel=pert=3"], "pert=3 does not divide the step's 2 perturbations: pert=1, 2 would"),
-        (["--parallel=data=4", "--micro-batches=2"], "data=4 needs as many micro-batches, and there are 2"),
+        (["--parallel=pert=3"], "pert=3,data=1: 3 ranks share neither 1 perturbations nor their 2 evaluations evenly"),
+        (["--parallel=data=4", "--micro-batches=2"], "2 micro-batches a step cannot be dealt to 4 data ranks"),
         (["--parallel=data=3"], "data=3 does not divide --batch 8"),
         (["--parallel=data=16", "--batch=16"], "is 16 ranks, and 8 x A100"),
         (["--nproc=16"], "--nproc 16: 8 x A100"),
-        (["--nproc=7"], "no mesh of 7 ranks can share 2 perturbations and a batch of 8: more --probes"),
+        (["--nproc=7"], "no mesh of 7 ranks can share 2 evaluations and a batch of 8: more --probes"),
         (["--parallel=pert=2", "--nproc=4"], "--parallel pert=2 is 2 ranks, and --nproc says 4"),
         (["--parallel=pert=two"], "--parallel pert=two: expected pert=P,data=D"),
         (["--parallel=2x4"], "expected pert=P,data=D"),
@@ -281,15 +224,14 @@ def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 
 
 def test_slices_share_the_transfers() -> None:
-    one, *rest = planned("--nproc=4", "--probes=2")
-    assert [(p.mesh, p.sliced) for p in rest] == [
-        (mesh, sliced) for mesh in (Mesh(1, 4), Mesh(2, 2), Mesh(4, 1)) for sliced in (False, True)
-    ]
+    one, *rest = (plan.row for plan in planned("--nproc=4", "--probes=2"))
+    meshes = ("pert=1,data=4", "pert=2,data=2", "pert=4,data=1")
+    assert [(p["mesh"], p["slice"]) for p in rest] == [(mesh, sliced) for mesh in meshes for sliced in (False, True)]
     for plan in rest:
-        blocks = one.played.bytes_up
-        assert plan.played.bytes_up == pytest.approx(blocks / 4 if plan.sliced else blocks, rel=0.02)
-        assert plan.played.bytes_gathered == pytest.approx(0.75 * blocks if plan.sliced else 0, rel=0.02)
-        assert plan.host_bytes == (1 if plan.sliced else 4) * one.host_bytes
+        blocks, sliced = one["up_bytes"], plan["slice"]
+        assert plan["up_bytes"] == pytest.approx(blocks / 4 if sliced else blocks, rel=0.02)
+        assert plan["gather_bytes"] == pytest.approx(0.75 * blocks if sliced else 0, rel=0.02)
+        assert plan["host_bytes"] == (1 if sliced else 4) * one["host_bytes"]
 
 
 @pytest.mark.parametrize(
@@ -311,19 +253,19 @@ def test_what_is_better_is_not_slower(better: list[str], worse: list[str]) -> No
     assert planned(*better)[-1].step_s <= 1.001 * planned(*worse)[-1].step_s
 
 
-def test_a_switch_that_all_share_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_switch_that_all_share_bounds() -> None:
     alone, shared = (
         planned("--parallel=data=8", "--slice=off", f"--devices-per-switch={n}", "--tokens=16")[-1] for n in (1, 8)
     )
-    assert shared.step_s > 3 * alone.step_s and "transfers" in shared.bound
+    assert shared.step_s > 3 * alone.step_s and "transfers" in shared.row["bound"]
 
 
 def test_memory_that_does_not_fit() -> None:
-    machine = named_machine("a100")
-    fits = Planner(request("--model=opt-13b", "--batch=1"), machine).predict(Mesh())
-    assert fits.misfit is None and fits.rank_bytes.total < machine.device_bytes - CONTEXT_BYTES
-    whole = Planner(request("--model=opt-66b", "--batch=1", "--weights=device"), machine).predict(Mesh())
-    assert "on a device" in whole.misfit
+    machine = GPUS["a100"]
+    fits = Planner(request("--model=opt-13b", "--batch=1"), machine).predict().row
+    assert fits["fits"] and fits["rank_bytes"]["total"] < machine.device_bytes - CONTEXT_BYTES
+    whole = Planner(request("--model=opt-66b", "--batch=1", "--weights=device"), machine).predict().row
+    assert not whole["fits"] and "on a device" in whole["misfit"]
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -365,10 +307,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_numbers_for_people() -> None:
-    assert [significant(n) for n in (0.012345, 219.04, 999.96, 74741.3, 1.5e6)] == [
-        *("0.01235", "219", "1000", "74741", "1500000"),
-    ]
-    assert [count(n) for n in (63_200, 6_320_000, 125_239_296, 175e9)] == ["63200", "6.32 M", "0.125 G", "175 G"]
+    numbers = {0.012345: "0.01235", 219.04: "219", 999.96: "1000", 74741.3: "74741", 1.5e6: "1500000"}
+    assert [significant(n) for n in numbers] == list(numbers.values())
 
 
 def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

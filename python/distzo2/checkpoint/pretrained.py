@@ -1,16 +1,17 @@
 """Hugging Face checkpoints in and out of an offloaded model, one unit at a time.
 
-Weights go from the files straight into the pool or the block file, and from there into new files; at no time is there a
-second copy of more than one piece (`checkpoint_files.SCRATCH_BYTES`) in memory.
+Weights go from the files straight into the pool or the block file, and from there into new files. At no time is a
+second copy of more than a few blocks (`reading.CHUNK_BYTES`) in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -21,25 +22,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from distzo2.checkpoint.checkpoint_config import check_config_file, read_json
-from distzo2.checkpoint.checkpoint_files import INDEX_FILE, CheckpointFiles
-from distzo2.checkpoint.file_checksum import FileChecksum
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers, trace_checkpoint
-from distzo2.checkpoint.reading import ParallelReader
-from distzo2.checkpoint.symbols import one_line
-from distzo2.checkpoint.weight_files import CheckpointError, sha256_file
-from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
+from distzo2.checkpoint.reading import INDEX_FILE, CheckpointFiles, ParallelReader
+from distzo2.checkpoint.symbols import creation_bound, one_line
+from distzo2.checkpoint.weight_files import CheckpointError, read_json
+from distzo2.checkpoint.writing import CONFIG_FILE, DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
 from distzo2.streaming.offload import offload, runtime_of
 from distzo2.streaming.runtime import StreamingRuntime
 
 _UNITS_AHEAD = 2
+_MOST_TENSORS = 1 << 12  # of a configuration that comes without a checkpoint
+_CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # may name kernels of a hub
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CheckpointSource:
-    """Where a model came from: set as `model.distzo2_source` by `from_pretrained`. Also a path, of the directory."""
+class Base:
+    """The checkpoint that a model came from, and the map that filled it: `runtime_of(model).base`. Also a path."""
 
     directory: Path
     map: CheckpointMap
@@ -65,14 +65,20 @@ def from_pretrained(
     train: bool = False,
     **offload_options: Any,
 ) -> nn.Module:
-    """A transformers model from the checkpoint directory `path`, offloaded; in `eval()` mode unless `train`.
+    """Loads the transformers model of a checkpoint directory and offloads it.
 
-    `device`, `weights`, `units`, `directory` and `offload_options` are those of `distzo2.offload`. `dtype` is that of
-    the parameters: None or "auto" for the checkpoint's own. `auto_class` is a transformers auto class or model class;
-    None takes the class that the checkpoint was saved from, or the causal language model if that was a bare base model.
+    Args:
+        path: the checkpoint: config.json and safetensors or `pytorch_model.bin` files, in shards or not.
+        device, weights, units, directory, offload_options: as for `distzo2.offload`.
+        dtype: of the parameters; None or "auto" for the checkpoint's.
+        auto_class: a transformers auto class or model class; None for the class that the checkpoint was saved from, or
+            the causal language model if that was a bare base model.
+        attn_implementation: as for transformers' `from_pretrained`.
+        train: whether the model is in training mode; otherwise it is in `eval()` mode.
 
-    Raises CheckpointError (one line) if the directory holds no checkpoint, a file of it is truncated or corrupt, a
-    parameter has no tensor in it, or a conversion of it cannot be expressed as ranges.
+    Raises:
+        CheckpointError: the directory holds no checkpoint, a file is truncated or corrupt, a parameter has no tensor
+            in it, or a conversion cannot be expressed as ranges.
     """
     model, checkpoint_map = open_checkpoint(
         path, dtype=dtype, auto_class=auto_class, attn_implementation=attn_implementation
@@ -90,7 +96,7 @@ def from_pretrained(
         fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()
-    model.distzo2_source = CheckpointSource(Path(path), checkpoint_map)
+    model.distzo2_source = runtime_of(model).base = Base(Path(path), checkpoint_map)
     return model
 
 
@@ -103,17 +109,12 @@ def open_checkpoint(
 ) -> tuple[nn.Module, CheckpointMap]:
     """The model of a checkpoint with its parameters on meta and its buffers real, and the map that fills it."""
     directory = Path(path)
-    config = _load_config(directory)
-    files = CheckpointFiles(directory)
-    try:
-        check_config_file(directory / "config.json", len(files.entries))
-    except CheckpointError:
-        files.close()
-        raise
+    config = load_config(directory)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    model, checkpoint_map = trace_checkpoint(files, _model_class(directory, config, auto_class), config, **options)
+    model_class = _model_class(directory, config, auto_class)
+    model, checkpoint_map = trace_checkpoint(CheckpointFiles(directory), model_class, config, **options)
     checkpoint_map.generation_config = model.generation_config = _load_generation_config(directory, model)
     if checkpoint_map.unexpected:
         names = checkpoint_map.unexpected
@@ -121,27 +122,19 @@ def open_checkpoint(
     return model.eval(), checkpoint_map
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> list[str]:
-    """Fills an offloaded model, of any kind, from the checkpoint in directory `path`.
+def meta_model(directory: Path, dtype: torch.dtype | str | None = None) -> nn.Module:
+    """The model of a directory's config.json with all of its tensors on meta; no weights are needed.
 
-    A transformers model is filled as transformers would, any other module by parameter and buffer names. Returns the
-    names of the checkpoint's tensors that the model has no use for.
+    `dtype` is that of the parameters; None for the configuration's, or float32.
+
+    Raises:
+        CheckpointError: there is no configuration that transformers knows, or its model has too many modules.
     """
-    checkpoint_map = CheckpointMap.build(model, path)
-    try:
-        fill(model, checkpoint_map)
-        runtime = runtime_of(model)
-        if runtime.owner is not None or runtime.replaced:  # in the middle of a run
-            runtime.rebase()
-        buffers = dict(model.named_buffers())
-        for name in checkpoint_map.buffer_names:
-            mapped = checkpoint_map.mapped[name]
-            value = torch.empty(mapped.shape, dtype=mapped.dtype)
-            checkpoint_map.read_param(name, value)
-            buffers[name].copy_(value)
-    finally:
-        checkpoint_map.close()
-    return checkpoint_map.unexpected
+    config = load_config(directory)
+    model_class = _model_class(directory, config, None)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"), creation_bound(_MOST_TENSORS, sys.maxsize):
+        return model_class._from_config(config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
 
 
 def save_pretrained(
@@ -150,21 +143,22 @@ def save_pretrained(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> dict[str, FileChecksum]:
+) -> None:
     """Writes an offloaded model, with every update made so far, as a safetensors checkpoint into `out_dir`.
 
     A model from `from_pretrained` is written under the names and in the layout of its checkpoint, with its
     configuration, generation settings and tokenizer files; another transformers model as transformers would write it;
-    any other module by parameter and buffer names. Files are of at most `max_shard_bytes` of tensors, or one tensor.
-    Returns length and CRC-32 of each, by name.
+    any other module by parameter and buffer names. Files hold at most `max_shard_bytes` of tensors, or one tensor.
+    Other files in `out_dir` stay.
 
-    Raises CheckpointError if `out_dir` already holds a checkpoint and `overwrite` is false, or if its disk has too
-    little room; a save that fails leaves `out_dir` as it was.
+    Raises:
+        CheckpointError: `out_dir` already holds a checkpoint and `overwrite` is false, or its disk has too little
+            room. A save that fails while it writes leaves `out_dir` as it was.
     """
     runtime = runtime_of(model)
-    source = getattr(model, "distzo2_source", None)
-    if source is not None:
-        checkpoint_map = source.map
+    base = getattr(runtime, "base", None)
+    if base is not None:
+        checkpoint_map = base.map
     else:
         checkpoint_map = CheckpointMap.for_saving(model, [(p.name, p.dtype, p.shape) for p in runtime.params])
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
@@ -175,20 +169,24 @@ def save_pretrained(
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
                 writer.write_param(name, buffer)
-    return writer.checksums
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
-    """Unit by unit; where they are filled in place, the reads of the next ones go on while one is waited for."""
+    """Fills an offloaded model unit by unit. Where units are filled in place, the reads of the next ones overlap."""
     runtime = runtime_of(model)
     with runtime.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
         _fill(runtime, checkpoint_map)
 
 
 def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
-    filling: deque[tuple[ExitStack, list[Future[None]]]] = deque()
+    filling: deque[tuple[ExitStack, list[Future[None]]]] = deque()  # windows, and what is read into them
     try:
         with ParallelReader() as reader:
+
+            def finish_first() -> None:
+                reader.finish(filling[0][1])
+                filling.popleft()[0].close()
+
             for unit in runtime.units:
                 stack = ExitStack()
                 views = stack.enter_context(runtime.writing(unit))
@@ -197,37 +195,86 @@ def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
                 ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
                 filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
                 while len(filling) > (_UNITS_AHEAD if runtime.fills_in_place(unit) else 0):
-                    _settle(reader, filling)
+                    finish_first()
             while filling:
-                _settle(reader, filling)
+                finish_first()
     except BaseException:
         for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
             with suppress(BaseException):
                 stack.__exit__(*sys.exc_info())
-        runtime.close()  # weights of which some are missing are no model
+        runtime.close()  # a model that lacks some of its weights is of no use
         raise
 
 
-def _settle(reader: ParallelReader, filling: deque[tuple[ExitStack, list[Future[None]]]]) -> None:
-    """The unit that was begun first is full, and is stored."""
-    reader.finish(filling[0][1])
-    filling.popleft()[0].close()
+def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
+
+    The files are those that decide the weights: files of weights, their safetensors index, and config.json.
+
+    Raises:
+        CheckpointError: there is no checkpoint in `directory`.
+    """
+    path = Path(directory)
+    files = CheckpointFiles(path)
+    files.close()
+    names = {file.path.name for file in files.files}
+    names |= {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
+    return {"name": path.resolve().name, "files": _digest_files(path, sorted(names))}
 
 
-def _load_config(directory: Path) -> Any:
+def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
+    """Each difference between a directory and what `digest_checkpoint` returned for it, as a line that names the file.
+    Missing files and other lengths come first, since they are found quickly."""
+    path = Path(directory)
+    same_length = []
+    for name, record in base["files"].items():
+        file = path / name
+        if not file.is_file():
+            yield f"{file}: the journal's base checkpoint has this file, but it is not there"
+        elif file.stat().st_size != record["num_bytes"]:
+            yield f"{file}: {file.stat().st_size} bytes, the journal's base checkpoint has {record['num_bytes']}"
+        else:
+            same_length.append(name)
+    for name, record in _digest_files(path, same_length).items():
+        expected = base["files"][name]["sha256"]
+        if record["sha256"] != expected:
+            yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
+
+
+def _digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def digest(name: str) -> dict[str, Any]:
+        with open(directory / name, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"sha256": sha256, "num_bytes": os.fstat(file.fileno()).st_size}
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "sha256") as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a directory. No code that comes with it, or from a hub, is run.
+
+    Raises:
+        CheckpointError: there is none that transformers knows, or it asks for code, or its weights are quantized.
+    """
     from transformers import AutoConfig
 
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: expected a checkpoint directory, got no directory of that name")
-    if not (directory / "config.json").is_file():
+    path = directory / CONFIG_FILE
+    if not path.is_file():
         raise CheckpointError(f"{directory}: expected a checkpoint with a config.json, found none")
-    check_config_file(directory / "config.json")
+    todo: list[Any] = [read_json(path)]
+    while todo:
+        part = todo.pop()
+        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        for key in _CODE_KEYS if isinstance(part, dict) else ():
+            if "/" in str(part.get(key)):
+                raise CheckpointError(f"{path}: {key} names code from elsewhere, {str(part[key])[:80]!r}: not run")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: not a configuration that transformers knows: {one_line(error)}"
-        ) from error
+        raise CheckpointError(f"{path}: not a configuration that transformers knows: {one_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(f"{directory}: quantized weights (quantization_config) cannot be perturbed or updated")
     return config
@@ -236,13 +283,14 @@ def _load_config(directory: Path) -> Any:
 def _load_generation_config(directory: Path, model: nn.Module) -> Any:
     from transformers import GenerationConfig
 
-    if not (directory / "generation_config.json").is_file():
+    path = directory / GENERATION_FILE
+    if not path.is_file():
         return getattr(model, "generation_config", None)
-    read_json(directory / "generation_config.json")
+    read_json(path)  # checks its length
     try:
         return GenerationConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"{directory / 'generation_config.json'}: {one_line(error)}") from error
+        raise CheckpointError(f"{path}: {one_line(error)}") from error
 
 
 def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
@@ -269,31 +317,3 @@ def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
     if chosen is None:
         raise CheckpointError(f"{directory}: transformers has no model class for {type(config).__name__}")
     return chosen
-
-
-def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
-
-    The files are those that decide the weights: safetensors, their index, and config.json.
-
-    Raises:
-        CheckpointError: there is no checkpoint in `directory`.
-    """
-    path = Path(directory)
-    files = CheckpointFiles(path)
-    try:
-        names = {file.path.name for file in files.files}
-    finally:
-        files.close()
-    names |= {name for name in (INDEX_FILE, "config.json") if (path / name).is_file()}
-    return {"name": path.resolve().name, "files": digest_files(path, sorted(names))}
-
-
-def digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """SHA-256 and length of files, by name."""
-
-    def digest(name: str) -> dict[str, Any]:
-        return {"sha256": sha256_file(directory / name), "num_bytes": (directory / name).stat().st_size}
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "sha256") as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -1,37 +1,68 @@
-"""Many ranges of files at once, by a few threads, into memory that is already there.
+"""The tensors of a checkpoint directory, and many byte ranges of its files read by a few threads.
 
 A file that the page cache holds is read through it; any other with O_DIRECT, so that a checkpoint larger than memory
-drives nothing out of it. Direct reads need aligned offsets and memory, which tensors in a file do not have: each thread
-reads into a block of its own, on huge pages (a read is then a few segments and not a thousand), and copies from there.
-That block is all the memory that reading takes, whatever is read.
+drives nothing out of the cache. Direct reads need aligned offsets and memory, which tensors in a file do not have: each
+thread reads into its own block, on huge pages (a read is then a few segments and not a thousand), and copies from
+there. That block is all the memory that reading takes, whatever is read.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from distzo2.checkpoint.weight_files import CheckpointError, RangeFile, bytes_of
+from distzo2.checkpoint.layout import Piece
+from distzo2.checkpoint.symbols import LayoutTensor
+from distzo2.checkpoint.weight_files import (
+    MAX_JSON_BYTES,
+    CheckpointError,
+    RangeFile,
+    TensorEntry,
+    bytes_of,
+    open_weights,
+    read_json,
+)
+from distzo2.text import brief
 from distzo2_core import aligned_buffer
 
 CHUNK_BYTES = 4 << 20  # of one read
 NUM_THREADS = 6
-_PAGE = 4096  # O_DIRECT asks for less on most disks, and for more on none
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_TORCH_FILE = "pytorch_model.bin"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
+_PAGE = 4096  # most disks allow O_DIRECT at less, none asks for more
 _HUGE_PAGE = 2 << 20
-_GAP_BYTES = 64 << 10  # what may be read for nothing to save a read
+_GAP_BYTES = 64 << 10  # may be read in vain to save a read
+_SAMPLED_PAGES = 16
+
+_scratch = threading.local()
+
+
+def scratch(dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """This thread's scratch block as `numel` elements of `dtype`, contents undefined."""
+    num_bytes = numel * dtype.itemsize
+    block = getattr(_scratch, "block", None)
+    if block is None or block.numel() < num_bytes:
+        block = _scratch.block = torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
+    return block[:num_bytes].view(dtype)
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bytes [offset, offset + num_bytes) of a file, at most `CHUNK_BYTES`, and what becomes of them.
+    """Bytes [offset, offset + num_bytes) of a file, at most `CHUNK_BYTES`, and where they go.
 
-    `fill` is called with them as a uint8 tensor, in one of the threads. A range whose `place` is set is copied there.
+    They are copied to `place`, or `fill` is called with them as a uint8 tensor, in one of the reading threads.
     """
 
     file: RangeFile
@@ -44,6 +75,13 @@ class Range:
     def end(self) -> int:
         return self.offset + self.num_bytes
 
+    def read(self) -> None:
+        """Reads through the page cache, in the calling thread."""
+        data = self.place if self.place is not None else scratch(torch.uint8, self.num_bytes)
+        self.file.read_into(bytes_of(data), self.offset)
+        if self.fill is not None:
+            self.fill(data)
+
 
 def split(file: RangeFile, offset: int, place: torch.Tensor) -> Iterator[Range]:
     """The ranges of a long run of bytes that belongs at `place`, cut where the file's chunks end."""
@@ -55,10 +93,199 @@ def split(file: RangeFile, offset: int, place: torch.Tensor) -> Iterator[Range]:
         begin = end
 
 
-def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
-    """Ranges that are read at once: neighbours in one chunk of a file. Chunks begin at multiples of `CHUNK_BYTES`:
-    what is a page longer than a disk's largest request (4 MiB on many) takes two.
+class CheckpointFiles:
+    """All tensors of a checkpoint directory, in one file or in shards with an index; safetensors before `.bin`.
+
+    Raises CheckpointError if there is no checkpoint, an indexed tensor is in no file, or two files hold the same one.
     """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.files: list[RangeFile] = []
+        self.entries: list[TensorEntry] = []  # by the number that pieces name as their source
+        self.file_of: list[RangeFile] = []
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: expected a checkpoint directory, got no directory of that name")
+        for single, index in ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, _TORCH_INDEX)):
+            if (self.directory / single).is_file() or (self.directory / index).is_file():
+                break
+        else:
+            raise CheckpointError(f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+        weight_map = {} if (self.directory / single).is_file() else self._weight_map(index)
+        seen: dict[str, RangeFile] = {}
+        for name in dict.fromkeys(weight_map.values()) or (single,):
+            file = open_weights(self.directory / name)
+            self.files.append(file)
+            for entry in file.tensors.values():
+                if weight_map.get(entry.name, name) != name:
+                    continue  # the index takes this tensor from another file
+                if entry.name in seen:
+                    raise CheckpointError(f"{file.path}: tensor {entry.name!r} is in {seen[entry.name].path.name} too")
+                seen[entry.name] = file
+                self.entries.append(entry)
+                self.file_of.append(file)
+        lost = sorted(weight_map.keys() - seen.keys())
+        if lost:
+            where = self.directory / weight_map[lost[0]]
+            raise CheckpointError(f"{where}: expected tensor {lost[0]!r} as {index} says, got none of that name")
+
+    def _weight_map(self, index_name: str) -> dict[str, str]:
+        """Tensor names to file names."""
+        index = self.directory / index_name
+        num_bytes = sum(file.stat().st_size for file in self.directory.iterdir() if file.is_file())
+        weight_map = read_json(index, max(MAX_JSON_BYTES, num_bytes // 64)).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: expected JSON with a weight_map from tensors to files")
+        for name in set(weight_map.values()):
+            if Path(name).name != name or "\0" in name or len(name) > 255:
+                raise CheckpointError(f"{index}: expected names of files in the same directory, got {brief(name)}")
+            if not (self.directory / name).is_file():
+                raise CheckpointError(f"{self.directory / name}: {index_name} names this file, but it is not there")
+        if not weight_map:
+            raise CheckpointError(f"{index}: expected JSON with a weight_map, got an empty one")
+        return weight_map
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def sample(self) -> list[tuple[str, int, int]]:
+        """Name, length and a CRC of some pages of each file, for ranks to agree that they load the same checkpoint."""
+        result = []
+        page = memoryview(bytearray(_PAGE))
+        for file in self.files:
+            crc = 0
+            for i in range(_SAMPLED_PAGES):
+                part = page[: min(len(page), file.num_bytes)]
+                file.read_into(part, (file.num_bytes - len(part)) * i // (_SAMPLED_PAGES - 1))
+                crc = zlib.crc32(part, crc)
+            result.append((file.path.name, file.num_bytes, crc))
+        return result
+
+    def ranges_of(self, piece: Piece, flat: torch.Tensor, within: range | None = None) -> Iterator[Range]:
+        """The ranges that fill one piece of `flat`, the row-major elements of its parameter in CPU memory, in the
+        order of the file. Elements outside `within` may be left out."""
+        file, entry = self.file_of[piece.source], self.entries[piece.source]
+        item = entry.dtype.itemsize
+        within = range(flat.numel()) if within is None else within
+        if piece.is_run and entry.dtype == flat.dtype:
+            begin = max(piece.dst_offset, within.start)
+            end = max(begin, min(piece.dst_offset + piece.numel, within.stop))
+            source = piece.src_offset + begin - piece.dst_offset
+            yield from split(file, entry.offset + source * item, flat[begin:end])
+            return
+        for block in piece.blocks(CHUNK_BYTES // item):
+            last = block.dst_offset + sum((n - 1) * s for n, s in zip(block.sizes, block.dst_strides, strict=True))
+            if block.dst_offset >= within.stop or last < within.start:
+                continue
+            fill = partial(_rearrange, block, entry.dtype, flat)
+            yield Range(file, entry.offset + block.src_offset * item, block.src_span * item, fill=fill)
+
+    def read_pieces(self, pieces: Iterable[Piece], out: torch.Tensor) -> None:
+        """Fills `out` (contiguous, on the CPU) from the pieces, in the calling thread."""
+        flat = out.detach().view(-1)
+        for piece in pieces:
+            for part in self.ranges_of(piece, flat):
+                part.read()
+
+    def equal(self, a: LayoutTensor, b: LayoutTensor) -> bool:
+        """Whether two symbols have equal values, compared a block of rows at a time."""
+        rows = max(1, CHUNK_BYTES // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
+        for begin in range(0, a.shape[0], rows) if a.shape else (None,):
+            pair = []
+            for symbol in (a, b):
+                where = symbol.where
+                if begin is not None:
+                    where = where.narrow(0, begin, min(rows, a.shape[0] - begin))
+                pair.append(torch.empty(where.shape, dtype=symbol.dtype))
+                self.read_pieces(where.pieces, pair[-1])
+            if not torch.equal(*pair):
+                return False
+        return True
+
+
+def _rearrange(block: Piece, dtype: torch.dtype, flat: torch.Tensor, data: torch.Tensor) -> None:
+    """Puts a block, whose source span is in `data` as bytes, where it belongs in `flat`."""
+    if data.data_ptr() % dtype.itemsize:  # a tensor may start at any byte of its file
+        data = data.clone()
+    source = data.view(dtype)
+    strided_view(flat, block).copy_(source.as_strided(block.sizes, block.src_strides, source.storage_offset()))
+
+
+def strided_view(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The elements of `flat` that a piece's destination walk visits."""
+    return flat.as_strided(piece.sizes, piece.dst_strides, flat.storage_offset() + piece.dst_offset)
+
+
+class ParallelReader:
+    """A few threads that read ranges. One thread at a time may use it.
+
+    After an error, reads that are still queued are dropped, and `finish` raises the first error.
+    """
+
+    def __init__(self, num_threads: int = NUM_THREADS) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="distzo2-read")
+        self._local = threading.local()
+        self._direct: dict[RangeFile, int | None] = {}  # descriptors with O_DIRECT; None: through the page cache
+
+    def start(self, ranges: Iterable[Range]) -> list[Future[None]]:
+        """Queues reads. Ranges that are neighbours in a file should be neighbours here."""
+        futures = []
+        for batch in _batches(ranges):
+            file = batch[0].file
+            if file not in self._direct:
+                self._direct[file] = _open_direct(file)
+            futures.append(self._threads.submit(self._read, self._direct[file], batch))
+        return futures
+
+    def finish(self, futures: list[Future[None]]) -> None:
+        """Waits for reads that `start` queued.
+
+        Raises:
+            CheckpointError: a file is truncated or unreadable (file, offset, what was expected).
+        """
+        _, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+
+    def close(self) -> None:
+        """Ends the threads; queued reads are dropped."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for descriptor in self._direct.values():
+            if descriptor is not None:
+                os.close(descriptor)
+        self._direct.clear()
+
+    def __enter__(self) -> ParallelReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read(self, direct: int | None, batch: list[Range]) -> None:
+        if direct is None:
+            for part in batch:
+                part.read()
+            return
+        if not hasattr(self._local, "block"):
+            self._local.block = aligned_buffer(CHUNK_BYTES + _HUGE_PAGE)  # a range may begin and end within a page
+        block, begin = self._local.block, batch[0].offset // _PAGE * _PAGE
+        _read_direct(batch[0].file, direct, bytes_of(block), begin, batch[-1].end)
+        for part in batch:
+            data = block[part.offset - begin : part.end - begin]
+            if part.place is not None:
+                ctypes.memmove(part.place.data_ptr(), data.data_ptr(), part.num_bytes)  # releases the GIL
+            if part.fill is not None:
+                part.fill(data)
+
+
+def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
+    """Ranges that one read covers: neighbours in one chunk of a file. Chunks begin at multiples of `CHUNK_BYTES`,
+    since a read that is a page longer than a disk's largest request (4 MiB on many) takes two requests."""
     batch: list[Range] = []
     for part in ranges:
         fits = (
@@ -75,123 +302,44 @@ def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
         yield batch
 
 
-class ParallelReader:
-    """A few threads that read ranges. Not for use by several threads at once.
-
-    After an error, reads that were waiting are dropped, and `finish` raises the first error.
-    """
-
-    def __init__(self, num_threads: int = NUM_THREADS) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="distzo2-read")
-        self._local = threading.local()
-        self._files: dict[RangeFile, _Descriptors] = {}
-
-    def start(self, ranges: Iterable[Range]) -> list[Future[None]]:
-        """Queues reads; ranges that follow one another in a file should follow one another here."""
-        futures = []
-        for batch in _batches(ranges):
-            file = batch[0].file
-            if file not in self._files:
-                self._files[file] = _Descriptors(file)
-            futures.append(self._threads.submit(self._read, self._files[file], batch))
-        return futures
-
-    def finish(self, futures: list[Future[None]]) -> None:
-        """Waits for reads that were started.
-
-        Raises CheckpointError (one line: file, offset, what was expected) for a file that is truncated or unreadable.
-        """
-        _, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
-
-    def close(self) -> None:
-        """Ends the threads; reads that have not begun are dropped."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for descriptors in self._files.values():
-            descriptors.close()
-        self._files.clear()
-
-    def __enter__(self) -> ParallelReader:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _block(self) -> torch.Tensor:
-        if not hasattr(self._local, "block"):
-            self._local.block = aligned_buffer(CHUNK_BYTES + _HUGE_PAGE)  # a range may begin and end within a page
-        return self._local.block
-
-    def _read(self, descriptors: _Descriptors, batch: list[Range]) -> None:
-        begin, end = batch[0].offset, batch[-1].end
-        direct = descriptors.direct
-        if direct is None and len(batch) == 1 and batch[0].place is not None:
-            batch[0].file.read_into(bytes_of(batch[0].place), begin)
-            return
-        block = self._block()
-        if direct is None:
-            first = begin
-            batch[0].file.read_into(bytes_of(block[: end - begin]), begin)
-        else:
-            first = begin // _PAGE * _PAGE
-            self._read_direct(batch[0].file, direct, block, first, end)
-        for part in batch:
-            data = block[part.offset - first : part.end - first]
-            if part.place is not None:
-                ctypes.memmove(part.place.data_ptr(), data.data_ptr(), part.num_bytes)  # lets go of the GIL
-            if part.fill is not None:
-                part.fill(data)
-
-    @staticmethod
-    def _read_direct(file: RangeFile, descriptor: int, block: torch.Tensor, begin: int, end: int) -> None:
-        """Whole pages from `begin` on, which is aligned, until `end` is in the block."""
-        wanted = -(-(end - begin) // _PAGE) * _PAGE
-        view, done = bytes_of(block), 0
-        while done < end - begin:
-            try:
-                count = os.preadv(descriptor, [view[done:wanted]], begin + done)
-            except OSError as error:
-                where = f"{file.path}: cannot be read at byte {begin + done}"
-                raise CheckpointError(f"{where}: {error.strerror}") from error
-            done += count
-            if count == 0 or (done < end - begin and done % _PAGE != 0):  # the file's end
-                where = f"{file.path}: truncated while it was read"
-                raise CheckpointError(f"{where}: expected {end - begin} bytes at {begin}, got {done}")
+def _read_direct(file: RangeFile, descriptor: int, view: memoryview, begin: int, end: int) -> None:
+    """Reads whole pages from `begin`, which is aligned, until byte `end` of the file is in `view`."""
+    wanted, done = -(-(end - begin) // _PAGE) * _PAGE, 0
+    while done < end - begin:
+        try:
+            count = os.preadv(descriptor, [view[done:wanted]], begin + done)
+        except OSError as error:
+            where = f"{file.path}: cannot be read at byte {begin + done}"
+            raise CheckpointError(f"{where}: {error.strerror}") from error
+        done += count
+        if count == 0 or (done < end - begin and done % _PAGE != 0):  # the file's end
+            where = f"{file.path}: truncated while it was read"
+            raise CheckpointError(f"{where}: expected {end - begin} bytes at {begin}, got {done}")
 
 
-class _Descriptors:
-    """How a file is read: `direct` is a descriptor with O_DIRECT, or None where its own descriptor does better."""
-
-    def __init__(self, file: RangeFile) -> None:
-        self.direct: int | None = None
-        if not _is_cached(file):
-            try:
-                self.direct = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                os.preadv(self.direct, [bytes_of(aligned_buffer(_PAGE))], 0)  # some take the flag and refuse the read
-            except OSError:
-                self.close()  # this file system has no O_DIRECT
-        if self.direct is not None and not os.path.samestat(os.fstat(self.direct), os.fstat(file.fileno())):
-            self.close()  # the name belongs to another file by now
-
-    def close(self) -> None:
-        if self.direct is not None:
-            os.close(self.direct)
-            self.direct = None
+def _open_direct(file: RangeFile) -> int | None:
+    """A descriptor with O_DIRECT; None where the page cache holds the file, or its file system has no direct reads."""
+    if _is_cached(file):
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        os.preadv(descriptor, [bytes_of(aligned_buffer(_PAGE))], 0)  # some take the flag and refuse the read
+        if os.path.samestat(os.fstat(descriptor), os.fstat(file.fileno())):  # else the name is another file's by now
+            return descriptor
+    except OSError:
+        pass
+    if descriptor is not None:
+        os.close(descriptor)
+    return None
 
 
 def _is_cached(file: RangeFile) -> bool:
-    """Whether the page cache holds the file, by a look at its first page, its last, and some between."""
+    """Whether the page cache holds the file: its first page, its last, and some between."""
     page = memoryview(bytearray(1))
     for place in range(8):
         try:
             os.preadv(file.fileno(), [page], max(0, file.num_bytes - 1) * place // 7, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:  # not on this file system, which is then read through its cache unless O_DIRECT works
+        except OSError:  # not cached, or a file system that cannot tell
             return False
     return True

@@ -1,46 +1,102 @@
 """What transformers does to a checkpoint while it loads it, found by letting it load symbols.
 
-`LayoutTensor` stands for a tensor that is never read: it knows its shape, its dtype, and from which ranges of which
+A `LayoutTensor` stands for a tensor that is never read: it knows its shape, its dtype, and from which ranges of which
 checkpoint tensors its elements come. A model class's own `from_pretrained` is given a state dict of such symbols, so
 that renamed keys, prefixes, tied weights and converted layouts (experts stacked and joined, chunks, transposes, rotary
-permutations) are exactly those of the transformers that is installed. Operations that move elements are followed; one
-that computes is refused by name.
+permutations) are exactly those of the installed transformers. Operations that move elements are followed; one that
+computes is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distzo2.checkpoint.allocation_bound import AllocationBound, module_bound
 from distzo2.checkpoint.layout import Layout, LayoutError
 from distzo2.checkpoint.weight_files import CheckpointError
 
 aten = torch.ops.aten
 
-
 MISSING = "no tensor in the checkpoint fills it"
+SMALL_BUFFER_BYTES = 256 << 20  # of buffers that are in no file, whatever the size of the checkpoint
+_FEW_MODULES = 1 << 12
+_MODULES_PER_TENSOR = 32  # most have no parameters: dropouts, activations, containers
 
 
+@contextmanager
+def creation_bound(num_tensors: int, num_bytes: int) -> Iterator[None]:
+    """Bounds a model that transformers makes from a config.json of unknown origin, where numbers that are each small
+    multiply: layers, groups in a layer, experts in a group.
+
+    Transformers makes a model on meta first, so what is refused here has taken no memory for tensors yet.
+
+    Args:
+        num_tensors: of the checkpoint; a tensor may come with 32 modules (and any model may have 4096).
+        num_bytes: of the checkpoint; the buffers may take as much (or 256 MiB).
+
+    Raises:
+        CheckpointError: the model asks for more.
+    """
+    max_modules = max(_FEW_MODULES, _MODULES_PER_TENSOR * num_tensors)
+    max_bytes = max(SMALL_BUFFER_BYTES, num_bytes)
+    num_modules = total = 0
+    buffer_bytes: dict[tuple[int, str], int] = {}  # a buffer that is replaced counts once
+
+    def on_module(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        nonlocal num_modules
+        num_modules += 1
+        if num_modules > max_modules:
+            raise CheckpointError(
+                f"config.json asks for a model of more than {max_modules} modules ({type(parent).__name__} takes one "
+                f"more), and the checkpoint has {num_tensors} tensors"
+            )
+
+    def on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
+        nonlocal total
+        if buffer is None:
+            return
+        now = buffer.numel() * buffer.itemsize
+        total += now - buffer_bytes.get((id(module), name), 0)
+        buffer_bytes[id(module), name] = now
+        if total > max_bytes:
+            raise CheckpointError(
+                f"config.json asks for {total} bytes beside the parameters ({type(module).__name__}.{name}), at most "
+                f"{max_bytes} were expected"
+            )
+
+    hooks = register_module_module_registration_hook(on_module), register_module_buffer_registration_hook(on_buffer)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
 class Trace:
     """What the symbols of one load share: the names of the sources, and how to compare the values of two symbols."""
 
-    def __init__(self, sources: Sequence[str], equal: Callable[[LayoutTensor, LayoutTensor], bool] | None = None):
-        self.sources = list(sources)
-        self.equal = equal
+    sources: Sequence[str]
+    equal: Callable[[LayoutTensor, LayoutTensor], bool] | None = None
 
 
 class LayoutTensor(torch.Tensor):
     """A tensor known by where its elements come from (`where`); `cast` if its dtype is no longer the source's.
 
-    One whose elements have no such place carries the reason as its `problem`, and so does all that is made of it: what
-    is thrown away later, as initial values are, does no harm, and what ends up in a parameter is refused.
+    A symbol whose elements have no such place carries the reason as its `problem`, and so does everything made of it.
+    Initial values, which are thrown away later, do no harm; a parameter with a problem is refused.
     """
 
     where: Layout
@@ -60,7 +116,7 @@ class LayoutTensor(torch.Tensor):
         return f"LayoutTensor({list(self.shape)}, {self.dtype}, {self.problem or f'{len(self.where.pieces)} pieces'})"
 
     def moved(self, where: Layout) -> LayoutTensor:
-        """The same elements elsewhere."""
+        """A symbol of the same dtype with other places."""
         return LayoutTensor(where, self.dtype, self.trace, self.cast)
 
     @classmethod
@@ -83,9 +139,8 @@ class LayoutTensor(torch.Tensor):
             return args[0]
 
         def on_meta(value: Any) -> Any:
-            return (
-                torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, torch.Tensor) else value
-            )
+            is_tensor = isinstance(value, torch.Tensor)
+            return torch.empty(value.shape, dtype=value.dtype, device="meta") if is_tensor else value
 
         def with_problem(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -115,12 +170,9 @@ def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, device: 
 
 
 def _view(symbol: LayoutTensor, shape: Sequence[int], *_: Any) -> LayoutTensor:
-    shape = list(shape)
     if -1 in shape:
-        known = 1
-        for size in shape:
-            known *= size if size != -1 else 1
-        shape[shape.index(-1)] = symbol.where.numel // max(known, 1)
+        known = math.prod(size for size in shape if size != -1)
+        shape = [symbol.where.numel // max(known, 1) if size == -1 else size for size in shape]
     return symbol.moved(symbol.where.reshape(shape))
 
 
@@ -193,20 +245,6 @@ def _stack(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
     return _cat([_unsqueeze(symbol, dim) for symbol in symbols], dim)
 
 
-def _pad(symbol: LayoutTensor, pad: Sequence[int], value: float = 0) -> LayoutTensor:
-    if any(pad):
-        raise LayoutError(f"padding by {list(pad)} is not expressed")
-    return _same(symbol)
-
-
-def _expand(symbol: LayoutTensor, shape: Sequence[int], **_: Any) -> LayoutTensor:
-    sizes = [1] * (len(shape) - symbol.dim()) + list(symbol.shape)
-    asked = [size if want == -1 else want for size, want in zip(sizes, shape, strict=True)]
-    if asked != sizes:
-        raise LayoutError(f"repeating {list(symbol.shape)} to {list(shape)} is not expressed")
-    return symbol.moved(symbol.where.reshape(sizes))
-
-
 def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
     if not (isinstance(a, LayoutTensor) and isinstance(b, LayoutTensor) and a.trace.equal):
         raise LayoutError("the values of a checkpoint are compared with others")
@@ -237,14 +275,12 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
-    aten.constant_pad_nd.default: _pad,
-    aten.expand.default: _expand,
     aten.equal.default: _equal,
 }
 
 
 class _MissingStaysMissing(TorchDispatchMode):
-    """Gives a symbol for each parameter that transformers would allocate and fill with random values."""
+    """Puts a symbol in the place of each missing parameter, which transformers would allocate and fill at random."""
 
     def __init__(self, trace: Trace):
         super().__init__()
@@ -260,7 +296,7 @@ class _MissingStaysMissing(TorchDispatchMode):
 
 @contextmanager
 def quiet_transformers() -> Any:
-    """transformers without its progress bar and its load report; what it found is reported by the caller."""
+    """Silences transformers' progress bar and load report; the caller reports what was found."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -280,16 +316,16 @@ def trace_from_pretrained(
     symbols: dict[str, LayoutTensor],
     trace: Trace,
     where: str,
-    max_bytes: int,
+    num_bytes: int,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`model_class.from_pretrained` over symbols: the model, whose loaded tensors are symbols, and the loading report.
 
-    Raises CheckpointError naming `where` if transformers cannot load it, or makes more than `max_bytes` of buffers, or
-    more modules than so many symbols can need.
+    `num_bytes` of the checkpoint bound what the model may take beside its parameters (`creation_bound`). Raises
+    CheckpointError, which begins with `where`, if transformers cannot load it.
     """
-    bounds = AllocationBound(max_bytes), module_bound(len(symbols))
-    with quiet_transformers(), torch.device("cpu"), bounds[0], bounds[1], _MissingStaysMissing(trace):
+    bound = creation_bound(len(symbols), num_bytes)
+    with quiet_transformers(), torch.device("cpu"), bound, _MissingStaysMissing(trace):
         try:
             return model_class.from_pretrained(
                 None,
@@ -307,10 +343,8 @@ def trace_from_pretrained(
 
 def trace_save(model: nn.Module, symbols: dict[str, LayoutTensor]) -> dict[str, LayoutTensor]:
     """What transformers would write for a model whose state dict is `symbols`: checkpoint names and layouts."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return symbols
+    from transformers.core_model_loading import revert_weight_conversion
+
     try:
         written = revert_weight_conversion(model, symbols)
     except Exception as error:
@@ -322,5 +356,5 @@ def trace_save(model: nn.Module, symbols: dict[str, LayoutTensor]) -> dict[str, 
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message that says anything."""
+    """The first line of an error's message that is not empty, or the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

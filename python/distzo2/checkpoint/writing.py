@@ -1,18 +1,18 @@
 """Writes a checkpoint through a `CheckpointMap`, parameter by parameter, in the layout that its files had.
 
-Everything is written into a hidden directory, made durable, and renamed at the end. Where the output directory is not
-there, or is empty, that is one rename of the hidden directory beside it: whenever the process is killed, the checkpoint
-is whole or not there. Where it holds other files, the hidden directory is inside it and the files are renamed one by
-one: until `close` returns, what was there before is untouched or can be put back, but a kill between two renames leaves
-some of both.
+All files are written into a hidden directory inside the output directory, synced, and then renamed into place one by
+one: weights first, the index and config.json last. Other files there stay. So a checkpoint that is being replaced has
+no config.json between the first rename and the last, and a killed writer never leaves a mixture that loads.
 """
 
 from __future__ import annotations
 
-import errno
 import json
+import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -20,43 +20,54 @@ from typing import Any
 
 import torch
 
-from distzo2.checkpoint.checkpoint_companions import copy_companions, copy_file, is_own_file
-from distzo2.checkpoint.checkpoint_config import read_json
-from distzo2.checkpoint.checkpoint_files import INDEX_FILE, SCRATCH_BYTES, SINGLE_FILE, scratch, strided_view
-from distzo2.checkpoint.checkpoint_hidden import (
-    can_take_name_of,
-    make_hidden,
-    make_place_for_replaced,
-    remove_leftovers,
-    sync_tree,
-)
-from distzo2.checkpoint.file_checksum import FileChecksum
-from distzo2.checkpoint.layout import Layout, Piece
-from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, sync_directory
+from distzo2.checkpoint.layout import Piece
+from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
+from distzo2.checkpoint.reading import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, scratch, strided_view
+from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
+from distzo2.files import sync_directory
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
+HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed yet
+_OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# Files that go with the weights and are copied as they are: tokenizers, processors, chat templates, licences.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "*chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "LICENSE*",
+)
+_COMPANION_BYTES = 256 << 20  # of all of them together; or as many as the weights have
+
+logger = logging.getLogger(__name__)
 
 
 def holds_checkpoint(directory: str | os.PathLike) -> list[str]:
     """Names of the files in `directory` that make up a checkpoint."""
     path = Path(directory)
-    if not path.is_dir():
-        return []
-    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "config.json")
+    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", CONFIG_FILE)
     return sorted({file.name for pattern in patterns for file in path.glob(pattern) if not file.name.startswith(".")})
 
 
 class CheckpointWriter:
-    """Streams parameters into `out_dir`; a context manager that gives everything up if its block raises.
+    """Streams parameters into `out_dir`; a context manager that removes what it wrote if its block raises.
 
-    `max_shard_bytes` bounds the tensors of one file (a larger tensor gets a file of its own). Persistent buffers that
-    are not written are copied from the map's own files. Raises CheckpointError, before anything is written, if
-    `out_dir` holds a checkpoint and `overwrite` is false, if its disk has too little room, or if the model's tensors
-    do not make up whole checkpoint tensors.
+    `max_shard_bytes` bounds the tensors of one file (a larger tensor gets its own file). Persistent buffers that are
+    not written are copied from the map's own files. With `overwrite`, files of weights that a `CheckpointWriter` made
+    before are replaced; so are those that a killed one left.
+
+    Raises CheckpointError, before anything is written, if `out_dir` holds a checkpoint that may not be replaced, if its
+    disk has too little room, or if the model's tensors do not make up whole checkpoint tensors.
     """
 
     def __init__(
@@ -69,43 +80,31 @@ class CheckpointWriter:
     ):
         self.map = checkpoint_map
         self.out_dir = Path(out_dir)
-        self.checksums: dict[str, FileChecksum] = {}  # of the files of weights, by name, once it is closed
+        self._hidden = self.out_dir / HIDDEN
         self._shards: list[SafetensorsWriter] = []
-        self._tmp: Path | None = None
-        self._made: list[Path] = []
-        self._lock: int | None = None  # a descriptor that tells others that `_tmp` is in use
-        held = holds_checkpoint(self.out_dir)
-        if held and not overwrite:
-            raise CheckpointError(f"{self.out_dir}: already holds {held[0]}; name another directory or overwrite=True")
+        if not overwrite:
+            check_out_dir(self.out_dir, "name another directory or overwrite=True")
         source = checkpoint_map.directory
         if source is not None and self.out_dir.exists() and source.exists() and source.samefile(self.out_dir):
             raise CheckpointError(f"{self.out_dir}: the checkpoint that the model came from cannot be overwritten")
-        planned = self._plan()
-        plan = _shard(planned, max_shard_bytes)
-        self._weight_map = {name: file for file, tensors in plan.items() for name in tensors}
-        self._num_bytes = sum(entry.num_bytes for entry in planned)
+        tensors = self._plan()
+        self._num_bytes = sum(entry.num_bytes for entry in tensors)
         self._missing = {name: tensor.numel for name, tensor in checkpoint_map.mapped.items() if tensor.pieces}
-
         self._check_room()
         self._made = [path for path in (self.out_dir, *self.out_dir.parents) if not path.exists()]  # innermost first
         try:
-            if self.out_dir.is_dir():
-                remove_leftovers(self.out_dir)
-            self._is_alone = can_take_name_of(self.out_dir)
-            home = self._target.parent if self._is_alone else self.out_dir
-            home.mkdir(parents=True, exist_ok=True)
+            self.out_dir.mkdir(parents=True, exist_ok=True)
             for path in self._made:
-                if path.exists():
-                    sync_directory(path.parent)
-            if self._is_alone:
-                remove_leftovers(home)
-            self._tmp, self._lock = make_hidden(home)
-            self._write_companions(self._tmp, len(plan))
+                sync_directory(path.parent)
+            if self._hidden.is_dir():  # a killed writer's
+                shutil.rmtree(self._hidden)
+            self._hidden.mkdir()
             self._place: dict[str, tuple[SafetensorsWriter, TensorEntry]] = {}
-            for file, tensors in plan.items():
-                shard = SafetensorsWriter(self._tmp / file, tensors)
+            for file, part in _shard(tensors, max_shard_bytes).items():
+                shard = SafetensorsWriter(self._hidden / file, {e.name: (e.dtype, e.shape) for e in part})
                 self._shards.append(shard)
                 self._place |= {name: (shard, entry) for name, entry in shard.tensors.items()}
+            self._write_settings()
         except BaseException:
             self.abort()
             raise
@@ -122,20 +121,17 @@ class CheckpointWriter:
                 dtypes[number] = torch.promote_types(dtypes.get(number, mapped.dtype), mapped.dtype)
                 if piece.is_run:
                     runs.setdefault(number, []).append((piece.src_offset, piece.src_offset + piece.numel))
+        plan = []
         for number, numel in covered.items():
-            entry = self.map.tensors[number]
-            spans = sorted(runs.get(number, []))
-            overlap = any(a[1] > b[0] for a, b in pairwise(spans))
+            entry, dtype = self.map.tensors[number], dtypes[number]
+            overlap = any(a[1] > b[0] for a, b in pairwise(sorted(runs.get(number, []))))
             if numel != entry.numel or overlap:
                 raise CheckpointError(
                     f"checkpoint tensor {entry.name!r} cannot be written: the model's parameters hold {numel} elements "
                     f"of its {entry.numel}{' and some twice' if overlap else ''}"
                 )
-        return [
-            TensorEntry(t.name, dtypes[number], t.shape, 0, t.numel * dtypes[number].itemsize)
-            for number in covered
-            for t in (self.map.tensors[number],)
-        ]
+            plan.append(TensorEntry(entry.name, dtype, entry.shape, 0, numel * dtype.itemsize))
+        return plan
 
     def _check_room(self) -> None:
         existing = next(path for path in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if path.exists())
@@ -151,25 +147,25 @@ class CheckpointWriter:
     def write_param(self, name: str, tensor: torch.Tensor) -> None:
         """Writes a whole parameter or buffer, of the map's shape and dtype."""
         mapped = self.map.mapped[name]
-        if tuple(tensor.shape) != mapped.shape:
-            raise ValueError(f"{name}: expected shape {list(mapped.shape)}, got {list(tensor.shape)}")
-        self._write(name, mapped.pieces, tensor)
+        self._write(mapped, mapped.pieces, mapped.shape, tensor)
 
     def write_range(self, name: str, row_begin: int, row_end: int, tensor: torch.Tensor) -> None:
-        """Writes rows `row_begin` to `row_end` (of the first dimension) of a parameter; each row once."""
+        """Writes rows [row_begin, row_end) of the first dimension of a parameter; each row once."""
         mapped = self.map.mapped[name]
-        if tuple(tensor.shape) != (row_end - row_begin, *mapped.shape[1:]):
-            raise ValueError(f"{name}: rows {row_begin} to {row_end} do not have the shape {list(tensor.shape)}")
-        part = Layout(mapped.shape, mapped.pieces).narrow(0, row_begin, row_end - row_begin)
-        self._write(name, part.pieces, tensor)
+        shape = (row_end - row_begin, *mapped.shape[1:])
+        self._write(mapped, mapped.rows(row_begin, row_end), shape, tensor)
 
-    def _write(self, name: str, pieces: tuple[Piece, ...], tensor: torch.Tensor) -> None:
-        if tensor.dtype != self.map.mapped[name].dtype:
-            raise ValueError(f"{name}: expected {self.map.mapped[name].dtype}, got {tensor.dtype}")
+    def _write(
+        self, mapped: MappedTensor, pieces: tuple[Piece, ...], shape: tuple[int, ...], tensor: torch.Tensor
+    ) -> None:
+        name = mapped.name
+        if tuple(tensor.shape) != shape or tensor.dtype != mapped.dtype:
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name}: expected {mapped.dtype} {list(shape)}, got {got}")
         if not pieces:
             return  # no element, or a tensor that is not saved
         if self._missing.get(name, 0) < tensor.numel():
-            raise ValueError(f"{name}: {tensor.numel()} elements more than it still lacks were written")
+            raise ValueError(f"{name}: {tensor.numel()} elements were written, more than it still lacks")
         flat = tensor.detach().cpu().contiguous().view(-1)
         for piece in pieces:
             self._write_piece(piece, flat)
@@ -184,143 +180,91 @@ class CheckpointWriter:
             run = flat[piece.dst_offset : piece.dst_offset + piece.numel]
             shard.write_bytes(bytes_of(run), entry.offset + piece.src_offset * item)
             return
-        for block in piece.blocks(SCRATCH_BYTES // item):
+        for block in piece.blocks(CHUNK_BYTES // item):
             begin = entry.offset + block.src_offset * item
             buffer = scratch(entry.dtype, block.src_span)
             if not block.src_is_dense:  # other pieces own the elements in between
                 shard.read_into(bytes_of(buffer), begin)
             buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset()).copy_(strided_view(flat, block))
-            shard.write_bytes(bytes_of(buffer), begin, is_last=block.src_is_dense)
+            shard.write_bytes(bytes_of(buffer), begin)
+
+    def _write_settings(self) -> None:
+        """Writes the index and the settings, and copies what goes with the weights."""
+        if len(self._shards) > 1:
+            files = {name: shard.path.name for name, (shard, _) in sorted(self._place.items())}
+            self._write_json(INDEX_FILE, {"metadata": {"total_size": self._num_bytes}, "weight_map": files})
+        config, generation, source = self.map.config, self.map.generation_config, self.map.directory
+        if config is not None:  # with the dtype and the class of what is written
+            has_file = source is not None and (source / CONFIG_FILE).is_file()
+            fields = read_json(source / CONFIG_FILE) if has_file else json.loads(config.to_json_string())
+            dtypes = [self.map.mapped[name].dtype for name in self.map.names]
+            dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
+            for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+                if part is fields or "dtype" in part or "torch_dtype" in part:
+                    part.pop("torch_dtype", None)  # the older name of dtype
+                    part["dtype"] = dtype
+            self._write_json(CONFIG_FILE, fields | {"architectures": [self.map.model_class]})
+        if source is not None and (source / GENERATION_FILE).is_file():
+            self._write_json(GENERATION_FILE, read_json(source / GENERATION_FILE))
+        elif generation is not None:
+            self._write_json(GENERATION_FILE, json.loads(generation.to_json_string()))
+        for path in _companions(source, self._num_bytes) if source is not None else ():
+            target = self._hidden / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+    def _write_json(self, name: str, fields: dict[str, Any]) -> None:
+        (self._hidden / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        """Adds what goes with the weights, makes all of it durable, and gives the files their names."""
-        if self._tmp is None:
-            return
+        """Makes all files durable and renames them into place. Until the first rename, `out_dir` is as it was."""
         try:
             for name in self.map.buffer_names:
                 if name in self._missing and self.map.files is not None:
                     mapped = self.map.mapped[name]
-                    where = Layout(mapped.shape, mapped.pieces)
-                    self.write_param(name, self.map.files.read_layout(where, mapped.dtype))
+                    value = torch.empty(mapped.shape, dtype=mapped.dtype)
+                    self.map.read_param(name, value)
+                    self.write_param(name, value)
             if self._missing:
                 name, numel = next(iter(self._missing.items()))
                 raise CheckpointError(
                     f"{self.out_dir}: {len(self._missing)} parameters were not written, {name!r} lacks {numel} elements"
                 )
             for shard in self._shards:
-                self.checksums[shard.path.name] = shard.checksum()
                 shard.close()
-            sync_tree(self._tmp)
-            if self._is_alone:
-                self._publish_alone()
-            else:
-                self._publish()
+            _sync_tree(self._hidden)
+            self._publish()
         except BaseException:
             self.abort()
             raise
 
-    def _write_companions(self, tmp: Path, num_files: int) -> None:
-        if num_files > 1:
-            index = {"metadata": {"total_size": self._num_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-            (tmp / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        if self.map.directory is not None:
-            copy_companions(self.map.directory, tmp, self._num_bytes)
-        self._write_configs(tmp)
-
-    def _write_configs(self, tmp: Path) -> None:
-        """config.json with the dtype and the class of what is written; otherwise the source's own, as it stands."""
-        config, generation = self.map.config, self.map.generation_config
-        source = self.map.directory
-        if config is not None:
-            dtypes = [self.map.mapped[name].dtype for name in self.map.names]
-            if source is not None and (source / CONFIG_FILE).is_file():
-                fields = read_json(source / CONFIG_FILE)
-            else:
-                fields = json.loads(config.to_json_string())
-            dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
-            for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
-                if part is fields or "dtype" in part or "torch_dtype" in part:
-                    part.pop("torch_dtype", None)  # the older name of dtype
-                    part["dtype"] = dtype
-            fields["architectures"] = [self.map.model_class]
-            (tmp / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if source is not None and (source / GENERATION_FILE).is_file():
-            fields = read_json(source / GENERATION_FILE)  # as long as it may be, and JSON
-            if is_own_file(source / GENERATION_FILE, source):
-                copy_file(source / GENERATION_FILE, tmp / GENERATION_FILE)
-            else:
-                (tmp / GENERATION_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        elif generation is not None:
-            (tmp / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf-8")
-
-    @property
-    def _target(self) -> Path:
-        """The output directory itself, where `out_dir` may be a link to it."""
-        return Path(os.path.realpath(self.out_dir))
-
-    def _publish_alone(self) -> None:
-        """Gives the hidden directory the name of the output directory, which is not there or empty."""
-        target, existed = self._target, self.out_dir.is_dir()
-        if existed:
-            shutil.copymode(target, self._tmp)
-        try:
-            os.rename(self._tmp, target)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise CheckpointError(f"{self.out_dir}: it was empty, and something was put there meanwhile") from None
-            raise
-        try:
-            sync_directory(target.parent)
-        except BaseException:
-            os.rename(target, self._tmp)
-            if existed:
-                target.mkdir()
-            raise
-        self._tmp = None
-        self._unlock()
-
     def _publish(self) -> None:
-        """Renames everything into place; the files of a checkpoint that is replaced stay until the new ones stand."""
-        tmp = self._tmp
-        replaced = make_place_for_replaced(self.out_dir)
-        moved: list[tuple[Path, Path]] = []
-        try:
-            new = sorted(tmp.iterdir())
-            for name in {*holds_checkpoint(self.out_dir), *(path.name for path in new)}:
-                if (self.out_dir / name).exists():
-                    moved.append((self.out_dir / name, replaced / name))
-                    os.rename(*moved[-1])
-            for path in new:
-                moved.append((path, self.out_dir / path.name))
-                os.rename(*moved[-1])
+        new = {str(path.relative_to(self._hidden)) for path in self._hidden.rglob("*") if path.is_file()}
+        weights = {name for name in new if _OUR_WEIGHTS.fullmatch(name)}
+        last = [name for name in (INDEX_FILE, CONFIG_FILE) if name in new]
+        old = {name for name in holds_checkpoint(self.out_dir) if _OUR_WEIGHTS.fullmatch(name)}
+        if old:  # a checkpoint that is being replaced cannot be loaded before the last rename
+            for name in (CONFIG_FILE, INDEX_FILE):
+                (self.out_dir / name).unlink(missing_ok=True)
             sync_directory(self.out_dir)
-        except BaseException:
-            for before, after in reversed(moved):
-                if after.exists():
-                    os.rename(after, before)
-            replaced.rmdir()
-            raise
-        shutil.rmtree(replaced)
-        tmp.rmdir()
+        for name in (*sorted(weights), *sorted(new - weights - {*last})):
+            (self.out_dir / name).parent.mkdir(exist_ok=True)
+            os.rename(self._hidden / name, self.out_dir / name)
+        for name in old - weights:
+            (self.out_dir / name).unlink()
         sync_directory(self.out_dir)
-        self._tmp = None
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        for name in last:
+            os.rename(self._hidden / name, self.out_dir / name)
+        shutil.rmtree(self._hidden)
+        sync_directory(self.out_dir)
 
     def abort(self) -> None:
         """Removes what was written so far."""
         for shard in self._shards:
-            shard.close(sync=False)
-        if self._tmp is not None:
-            shutil.rmtree(self._tmp, ignore_errors=True)
-            self._tmp = None
-        self._unlock()
+            shard.close()
+        shutil.rmtree(self._hidden, ignore_errors=True)
         for path in self._made:
-            with suppress(OSError):  # it is not there, or someone else uses it by now
+            with suppress(OSError):  # not there, or someone else's by now
                 path.rmdir()
 
     def __enter__(self) -> CheckpointWriter:
@@ -333,16 +277,60 @@ class CheckpointWriter:
             self.abort()
 
 
-def _shard(entries: list[TensorEntry], max_bytes: int) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def check_out_dir(out_dir: Path, advice: str = "name another directory") -> None:
+    """Refuses a directory that holds a checkpoint, unless a killed writer left it unfinished.
+
+    Raises:
+        CheckpointError: it does; the message ends with `advice`.
+    """
+    held = holds_checkpoint(out_dir)
+    unfinished = (out_dir / HIDDEN).is_dir() and CONFIG_FILE not in held and all(map(_OUR_WEIGHTS.fullmatch, held))
+    if held and not unfinished:
+        raise CheckpointError(f"{out_dir}: already holds {held[0]}; {advice}")
+
+
+def _shard(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[TensorEntry]]:
     """File names and their tensors, filled in order up to `max_bytes` each."""
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    shards: list[list[TensorEntry]] = [[]]
     filled = 0
     for entry in entries:
         if shards[-1] and filled + entry.num_bytes > max_bytes:
-            shards.append({})
+            shards.append([])
             filled = 0
-        shards[-1][entry.name] = (entry.dtype, entry.shape)
+        shards[-1].append(entry)
         filled += entry.num_bytes
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
-    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": tensors for i, tensors in enumerate(shards)}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards)}
+
+
+def _companions(source: Path, num_weight_bytes: int) -> Iterator[Path]:
+    """The files in `source` that go with the weights. Left out, with a warning, are links to files that are neither the
+    checkpoint's nor in its Hugging Face cache, and what would be more bytes than such files have."""
+    room = max(_COMPANION_BYTES, num_weight_bytes)
+    homes = [source.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
+    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            continue
+        if not target.is_file() or not any(target.is_relative_to(home) for home in homes):
+            logger.warning("%s: left out: not a file of this checkpoint", path)
+        elif target.stat().st_size > room:
+            logger.warning("%s: left out: %d bytes, at most %d are copied", path, target.stat().st_size, room)
+        else:
+            room -= target.stat().st_size
+            yield path
+
+
+def _sync_tree(directory: Path) -> None:
+    """Makes all files below a directory durable, and their names."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(parent)

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -108,17 +107,6 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     sub = command("plan", "memory, time of a step and the best mesh of a run, before it is started", _plan)
     add_plan(sub)
-
-    sub = command("demo", "fine-tune a small model on real data from this machine, its weights on disk", _demo)
-    sub.add_argument(
-        "--out", default="demo-run", metavar="DIR", help="directory of the run; an earlier demo's is replaced"
-    )
-    sub.add_argument("--cache", metavar="DIR", help="where the pre-trained model is kept (default: ~/.cache/distzo2)")
-    sub.add_argument(
-        "--device", default="auto", metavar="auto|cpu|cuda", help="where it computes; auto: a GPU if there is one"
-    )
-    sub.add_argument("--seed", type=seed_int, default=0, help="of the fine-tuning")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser, commands.choices
 
 
@@ -323,21 +311,9 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from distzo2.planning.report import transfer_line, write_report
-    from distzo2.planning.timeline import read_trace, step_figures
-    from distzo2.run.directory import trace_of
-    from distzo2.run.metrics import read_metrics
+    from distzo2.planning.report import run_report
 
-    path = write_report(options.run_dir, options.out)
-    run_dir = Path(options.run_dir)
-    line = transfer_line([s for s in read_metrics(run_dir / "metrics.jsonl") if s["kind"] == "step"])
-    if line is not None:
-        print(line)
-    trace = read_trace(trace_of(run_dir))
-    if trace:
-        print(f"trace: {step_figures(trace).text()}")
-    print(f"wrote {path}")
-    return 0
+    return run_report(options, print)
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -350,9 +326,3 @@ def _plan(options: argparse.Namespace) -> int:
     from distzo2.planning.plan import run_plan
 
     return run_plan(options, _log)
-
-
-def _demo(options: argparse.Namespace) -> int:
-    from distzo2.demo.demo import run_demo
-
-    return run_demo(options, _log)

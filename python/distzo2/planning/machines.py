@@ -1,276 +1,278 @@
-"""What this machine is, read from /proc and /sys, and what about it makes streaming slower than it should be.
-
-Every function takes the root of the file system that it reads, so that a made tree can stand for another machine. A
-file that is not there means that nothing is known, never that nothing is wrong: such checks are silent.
-"""
+"""Machines to plan for: a roofline of one device, its links, its disk and its host. One is this machine, as `distzo2
+measure` found it; GPU nodes by name come from published and measured figures, whose source is given."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from distzo2.run.preflight import gib
+import torch
 
-ROOT = Path("/")
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
-SLOW_SHARE = 0.9  # of the raw rate; an engine below it is named
-_LEVELS = {  # what the compiled kernels ask of a processor; the last one that it has is used
-    "avx2": ("avx2", "fma", "f16c"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-}
+from distzo2.errors import UsageError
+from distzo2.planning.plan_model import Op, Part
 
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is below what it should be: a word to search for, and one line for people."""
-
-    code: str
-    text: str
-
-    def to_json(self) -> dict[str, str]:
-        return {"code": self.code, "text": self.text}
+MEASURED = "distzo2-measure/3"  # the format of its file
+EXCHANGE_S = 1e-3  # of a step's scalars between ranks
+ATTENTION_SHARE = 0.5  # of a product's rate
 
 
 @dataclass(frozen=True)
-class Link:
-    """A PCIe device's link. Speeds are in GT/s a lane; None where the system does not tell."""
+class Duplex:
+    """Bytes/s of a link or a disk: one way, the other, and of both ways together."""
 
-    address: str
-    width: int | None
-    width_max: int | None
-    speed: float | None
-    speed_max: float | None
-    numa_node: int | None
+    up: float
+    down: float
+    both: float
 
 
-def read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
+@dataclass(frozen=True)
+class Host:
+    """Seconds that the host needs to issue: a unit of a pass, a lane on it, a call that perturbs, an operation, and
+    what a step does once."""
+
+    visit_s: float
+    lane_s: float
+    materialize_s: float
+    op_s: float
+    step_s: float
 
 
-def _number(path: Path) -> int | None:
-    text = read_text(path)
-    return int(text) if text is not None and text.lstrip("-").isdigit() else None
+# Lanes as steps of blocks of next to no work took on a Zen 3; beside a GPU an operation as PyTorch usually takes.
+CPU_HOST = Host(visit_s=100e-6, lane_s=150e-6, materialize_s=100e-6, op_s=2e-6, step_s=2e-3)
+GPU_HOST = replace(CPU_HOST, op_s=10e-6)
 
 
-def _speed(path: Path) -> float | None:
-    """Of "16.0 GT/s PCIe", 16.0; None of "Unknown"."""
-    words = (read_text(path) or "").split()
-    try:
-        return float(words[0])
-    except (IndexError, ValueError):
-        return None
+@dataclass(frozen=True)
+class Rates:
+    """A roofline of one device: an operation takes the longer of its arithmetic and its memory traffic."""
+
+    flop_per_s: Mapping[str, float]  # of products: float32, bfloat16 (which stands for float16)
+    bytes_per_s: float  # of memory, reads and writes together
+    noise_per_s: Mapping[str, float]  # elements, by family
+    host: Host
+    slowdown: float = 1  # ranks that share the device divide it evenly
+
+    def op_s(self, op: Op) -> float:
+        """Seconds of an operation."""
+        seconds = op.num_bytes / self.bytes_per_s
+        if op.flop:
+            rate = self.flop_per_s["bfloat16" if op.dtype.itemsize == 2 else "float32"]
+            seconds = max(seconds, op.flop / (rate * (ATTENTION_SHARE if op.kind == "attention" else 1.0)))
+        return seconds * self.slowdown
+
+    def part_s(self, part: Part) -> float:
+        """Seconds of a lane's part."""
+        return sum(self.op_s(op) * count for op, count in part.ops)
+
+    def noise_s(
+        self, numel: int, dtype: torch.dtype, family: str, *, terms: int, emissions: int, outs: int, write: bool
+    ) -> float:
+        """Seconds of a visit of `numel` weights: it makes noise for an update of `terms` and for `emissions`, reads
+        the weights, writes `outs` perturbed copies, and the weights themselves if `write`."""
+        made_s = (terms + emissions) / self.noise_per_s[family]
+        moved_s = (1 + outs + write) * dtype.itemsize / self.bytes_per_s
+        return self.slowdown * numel * (made_s + moved_s)
 
 
-def read_link(address: str, root: Path = ROOT) -> Link:
-    """The link of the PCI device at `address`, such as 0000:01:00.0. A link that is idle may run slower than it can."""
-    device = root / "sys/bus/pci/devices" / address.lower()
-    node = _number(device / "numa_node")
-    width, width_max = _number(device / "current_link_width"), _number(device / "max_link_width")
-    return Link(
-        address.lower(),
-        width or None,
-        width_max if width_max and width_max < 255 else None,  # 255: not known
-        _speed(device / "current_link_speed"),
-        _speed(device / "max_link_speed"),
-        node if node is not None and node >= 0 else None,
+@dataclass(frozen=True)
+class Machine:
+    """One node: its devices are alike, and each has its own link unless switches are shared."""
+
+    name: str
+    device: str  # cpu or cuda
+    num_devices: int
+    device_bytes: int
+    host_bytes: int
+    rates: Rates
+    link: Duplex  # host memory to device
+    disk: Duplex
+    gather_bytes_per_s: float | None  # what a rank receives in an all-gather; None: not known
+    host_bytes_per_s: float | None = None  # memory of the host, reads and writes together
+    devices_per_switch: int = 1
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def computes_on_host(self) -> bool:
+        return self.device == "cpu"
+
+
+# ---- nodes by name ------------------------------------------------------------------------------------------------
+
+_GEN4 = Duplex(26e9, 26e9, 2 * 18.6e9)
+_GEN5 = Duplex(55e9, 55e9, 55e9 * 2 * 18.6 / 26)
+_GEN4_TEXT = "PCIe 4 x16: 26 GB/s one way, 18.6 each way in both at once, as measured on such links"
+_GEN5_TEXT = "PCIe 5 x16: 55 GB/s one way as measured; both ways at once by the share that PCIe 4 keeps (39 each way)"
+_SHARE_TEXT = "products at 80% of the peak without sparsity, as measured on an H200 for bf16 (790 TFLOP/s)"
+_COPY_TEXT = "memory at 90% of its peak, as measured on an H200 (4.3 TB/s read and written)"
+_NOISE_TEXT = "normals: 353 G/s as measured on an H20 (78 multiprocessors at 1.98 GHz), by multiprocessors and clock"
+_H20 = 353e9 / (78 * 1.98)
+_NODE_HOST_BYTES = 2 * 2**40
+_NODE_TEXTS = (
+    "attention at half the products' rate; everything else of a forward at the memory's",
+    "a visit makes its noise, then reads and writes its weights: four passes for an update and two copies",
+    "a sign takes 17.75 / 38 of a normal's time (instructions counted on sm_90)",
+    "the host starts an operation in 10 us and hands a lane over in 150 us a unit (assumed)",
+    f"host memory {_NODE_HOST_BYTES / 2**40:.0f} TiB; a disk of 6 GB/s each way, 8 in both at once (assumed)",
+)
+
+
+def _node(
+    name: str, gigabytes: int, half: float, single: float, copies: float, normals: float, link: Duplex, gather: float,
+    host_bytes_per_s: float, *sources: str,
+) -> Machine:  # fmt: skip
+    """A node of 8 GPUs. Rates (flop/s, bytes/s, elements/s) are those that a program sees, not peaks."""
+    noise = {"normal": normals, "rademacher": normals * 38.0 / 17.75}
+    return Machine(
+        name=name,
+        device="cuda",
+        num_devices=8,
+        device_bytes=gigabytes * 10**9,
+        host_bytes=_NODE_HOST_BYTES,
+        rates=Rates({"bfloat16": half, "float32": single}, copies, noise, GPU_HOST),
+        link=link,
+        disk=Duplex(6e9, 6e9, 8e9),
+        gather_bytes_per_s=gather,
+        host_bytes_per_s=host_bytes_per_s,
+        assumptions=(*sources, *_NODE_TEXTS),
     )
 
 
-def check_link(name: str, link: Link) -> list[Finding]:
-    """Whether a device's link is as wide and as fast as both of its ends allow."""
-    found = []
-    where = f"{name} ({link.address})"
-    if link.width and link.width_max and link.width < link.width_max:
-        found.append(
-            Finding("pcie_width", f"{where}: its PCIe link is x{link.width}, and x{link.width_max} is possible")
+_H100_TEXTS = (
+    _NOISE_TEXT + ", at most 540 G/s by the count of instructions", _GEN5_TEXT,
+    "NVLink 4: 360 GB/s of an all-gather received, as measured on H100",
+    "host memory: 80% of two sockets of 8 channels of DDR5-4800, shared by the links",
+)  # fmt: skip
+_H100_NORMALS = min(540e9, _H20 * 132 * 1.98)
+
+GPUS = {
+    "a100": _node(
+        "8 x A100 SXM 80 GB, PCIe 4, NVLink 3", 80, 0.8 * 312e12, 0.8 * 19.5e12, 0.9 * 2.039e12, _H20 * 108 * 1.41,
+        _GEN4, 360e9 * 300 / 450, 2 * 8 * 25.6e9 * 0.8,
+        _SHARE_TEXT + "; A100: 312 TFLOP/s in 16 bits, 19.5 in fp32 (NVIDIA's data sheet)",
+        _COPY_TEXT + "; A100: 2.039 TB/s (data sheet)",
+        _NOISE_TEXT + ": 348 G/s", _GEN4_TEXT,
+        "NVLink 3: 240 GB/s of an all-gather received, from 360 measured on H100's NVLink 4, by 300 / 450 one way",
+        "host memory: 80% of two sockets of 8 channels of DDR4-3200, shared by the links",
+    ),
+    "h100": _node(
+        "8 x H100 SXM 80 GB, PCIe 5, NVLink 4", 80, 790e12, 0.8 * 67e12, 0.9 * 3.35e12, _H100_NORMALS, _GEN5, 360e9,
+        2 * 8 * 38.4e9 * 0.8,
+        _SHARE_TEXT + ", the same chip; fp32 67 TFLOP/s peak (data sheet)", _COPY_TEXT + "; H100: 3.35 TB/s",
+        *_H100_TEXTS,
+    ),
+    "h200": _node(
+        "8 x H200 SXM 141 GB, PCIe 5, NVLink 4", 141, 790e12, 0.8 * 67e12, 4.3e12, _H100_NORMALS, _GEN5, 360e9,
+        2 * 8 * 38.4e9 * 0.8,
+        "bf16 products at 790 TFLOP/s, memory at 4.3 TB/s read and written, as measured; fp32 at 80% of 67 TFLOP/s",
+        *_H100_TEXTS,
+    ),
+}  # fmt: skip
+
+
+# ---- measured machines --------------------------------------------------------------------------------------------
+
+
+def default_path() -> Path:
+    """Where `distzo2 measure` saves its figures by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distzo2" / "measure.json"
+
+
+def measured_machine(source: str) -> Machine:
+    """The machine of a file that `distzo2 measure` wrote, or, of "this", of where it writes by default.
+
+    Raises:
+        UsageError: there is no such file, or it is no measurement of this version's format.
+    """
+    path = default_path() if source == "this" else Path(source)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = ": run distzo2 measure first, or name a machine" if source == "this" else ""
+        raise UsageError(f"--machine {source}: {path}: {error.strerror}{hint}") from error
+    except ValueError as error:
+        raise UsageError(f"--machine {source}: {path} is no measurement: {error}") from error
+    if not isinstance(result, dict) or result.get("format") != MEASURED:
+        found = result.get("format") if isinstance(result, dict) else type(result).__name__
+        raise UsageError(
+            f"--machine {source}: {path} is of format {found}; {MEASURED} was expected: run distzo2 measure again"
         )
-    if link.speed and link.speed_max and link.speed < link.speed_max:
-        found.append(
-            Finding(
-                "pcie_speed",
-                f"{where}: its PCIe link runs at {link.speed:g} GT/s under load, and {link.speed_max:g} are possible",
-            )
-        )
-    return found
+    return machine_from(result)
 
 
-def parse_list(text: str) -> set[int]:
-    """Of the kernel's "0-3,8", {0, 1, 2, 3, 8}."""
-    numbers: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return numbers
+def machine_from(result: Mapping[str, Any]) -> Machine:
+    """The machine that a measurement describes, with its GPUs if it has any."""
+    about, gpus = result["machine"], result["machine"]["gpus"]
+    device = gpus[0]["device"] if gpus else "cpu"
+
+    def row(table: str, **wanted: str) -> Mapping[str, Any]:
+        return next(r for r in result[table] if r["device"] == device and wanted.items() <= r.items())
+
+    def duplex(rates: Mapping[str, Any]) -> Duplex:
+        return Duplex(*(rates[f"{way}_bytes_per_s"] for way in ("up", "down", "both")))
+
+    gather = result["gather"]
+    host_bytes = min(about["memory_bytes"], about["allowed_bytes"] or about["memory_bytes"])
+    notes = [f"rates as measured through the copy engine, by distzo2 {result['versions']['distzo2']}"]
+    if result["quick"]:
+        notes.append("the measurement was quick: its figures are rough")
+    notes.append(
+        "products at the rate of a large square one, attention at half of it, everything else at the memory's; "
+        "float16 at bfloat16's"
+    )
+    if not gpus:
+        notes.append("ranks share the CPU's cores evenly, and their memory's rate with them")
+    return Machine(
+        name=f"{gpus[0]['name']} x {len(gpus)}" if gpus else f"{about['cpu']}, {about['threads']} threads",
+        device="cuda" if gpus else "cpu",
+        num_devices=len(gpus) or max(1, about["threads"]),
+        device_bytes=gpus[0]["memory_bytes"] if gpus else host_bytes,
+        host_bytes=host_bytes,
+        rates=Rates(
+            {dtype: row("matmul", dtype=dtype)["flop_per_s"] for dtype in ("float32", "bfloat16")},
+            row("memory")["bytes_per_s"],
+            {family: row("noise", family=family)["elements_per_s"] for family in ("normal", "rademacher")},
+            GPU_HOST if gpus else CPU_HOST,
+        ),
+        link=duplex(row("copies")),
+        disk=duplex(result["disk"]),
+        gather_bytes_per_s=gather and gather["bytes_per_s"] * (gather["ranks"] - 1) / gather["ranks"],
+        assumptions=tuple(notes),
+    )
 
 
-def nodes_of(cpus: Collection[int], root: Path = ROOT) -> set[int]:
-    """The NUMA nodes of these CPUs; empty where the system does not tell."""
-    nodes = set()
-    for directory in (root / "sys/devices/system/node").glob("node[0-9]*"):
-        if parse_list(read_text(directory / "cpulist") or "") & set(cpus):
-            nodes.add(int(directory.name.removeprefix("node")))
-    return nodes
+def find_machine(source: str, *, devices_per_switch: int = 1, nvlink: bool = True) -> Machine:
+    """The machine called `source`, with what is known of its wiring.
 
+    Args:
+        source: a name of `GPUS`, "this", or the path of a measurement.
+        devices_per_switch: GPUs that share one link to the host.
+        nvlink: whether GPUs reach each other over NVLink; without it, gathers use the links to the host.
 
-def check_node(name: str, link: Link, cpus: Collection[int], root: Path = ROOT) -> list[Finding]:
-    """Whether a device hangs on a NUMA node on which this process may run."""
-    nodes = nodes_of(cpus, root)
-    if link.numa_node is None or not nodes or link.numa_node in nodes:
-        return []
-    own = ", ".join(map(str, sorted(nodes)))
-    return [
-        Finding(
-            "numa",
-            f"{name} ({link.address}) is on NUMA node {link.numa_node}, and this process runs on node {own}: start it "
-            f"with numactl --cpunodebind={link.numa_node} --membind={link.numa_node}",
-        )
-    ]
-
-
-def file_system(directory: str | os.PathLike, root: Path = ROOT) -> str | None:
-    """The type of the file system that holds `directory`, such as ext4: that of the longest mount point above it."""
-    place = os.path.realpath(directory)
-    found: tuple[int, str] | None = None
-    for line in (read_text(root / "proc/self/mountinfo") or "").splitlines():
-        fields, separator, rest = line.partition(" - ")
-        if not separator or len(fields.split()) < 5 or not rest.split():
-            continue
-        mount = fields.split()[4].encode().decode("unicode_escape")  # a space is \040
-        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
-        if inside and (found is None or len(mount) >= found[0]):  # of mounts on one another, the last is seen
-            found = (len(mount), rest.split()[0])
-    return found[1] if found else None
-
-
-def check_file_system(directory: str | os.PathLike, kind: str | None) -> list[Finding]:
-    """Whether the file system is one to stream weights from."""
-    if kind is None:
-        return []
-    if kind in ("tmpfs", "ramfs"):
-        why = "its files are memory, so that weights on it save none"
-    elif kind in ("overlay", "overlayfs", "aufs"):
-        why = "a layer of a container, slower than the disk below it; a volume or a bind mount is not"
-    elif kind in NETWORK or kind.startswith("fuse"):
-        why = "weights would come over the network or through another process; use a local disk"
+    Raises:
+        UsageError: no such machine, or no measurement there (see `measured_machine`).
+    """
+    if source == "this" or "/" in source or source.endswith(".json"):
+        machine = measured_machine(source)
+    elif source in GPUS:
+        machine = GPUS[source]
     else:
-        return []
-    return [Finding("file_system", f"{directory} is on {kind}: {why}")]
-
-
-def check_memlock(limit: int | None, wanted: int) -> list[Finding]:
-    """Whether so many bytes may be pinned. `limit` is RLIMIT_MEMLOCK, None where it does not bind."""
-    if limit is None or limit >= wanted:
-        return []
-    return [
-        Finding(
-            "memlock",
-            f"the limit of locked memory (ulimit -l) is {gib(limit)}, under the {gib(wanted)} of memory that may be "
-            "taken: pinning more fails on drivers that count it; raise it in /etc/security/limits.conf",
+        raise UsageError(
+            f"--machine {source}: expected {', '.join(GPUS)}, this (what distzo2 measure saved), or a file it wrote"
         )
-    ]
-
-
-def cpu_model(root: Path = ROOT) -> str | None:
-    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return None
-
-
-def simd_level(compiled: Sequence[str], environment: Mapping[str, str], root: Path = ROOT) -> str:
-    """Which of the compiled levels the noise kernels use here: DISTZO2_SIMD, or the best that the processor has."""
-    if environment.get("DISTZO2_SIMD"):
-        return environment["DISTZO2_SIMD"]
-    flags: set[str] = set()
-    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
-        if line.startswith("flags"):
-            flags = set(line.partition(":")[2].split())
-            break
-    usable = [level for level, needs in _LEVELS.items() if level in compiled and flags.issuperset(needs)]
-    return usable[-1] if usable else "portable"
-
-
-def check_kernels(native: bool, level: str) -> list[Finding]:
-    """Whether the CPU's noise comes from vector instructions."""
-    if not native:
-        return [Finding("noise_portable", "the noise kernels were not compiled: the reference in NumPy is used")]
-    if level == "portable":
-        return [Finding("noise_portable", "the noise kernels run at their portable level, without vector instructions")]
-    return []
-
-
-def check_governor(root: Path = ROOT) -> list[Finding]:
-    """Whether a governor holds the clocks down. With the pstate drivers `powersave` follows the load, and is fine."""
-    slow = []
-    for cpu in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")):
-        governor, driver = read_text(cpu / "scaling_governor"), read_text(cpu / "scaling_driver") or ""
-        if governor == "powersave" and "pstate" not in driver:
-            slow.append(cpu.parent.name)
-    if not slow:
-        return []
-    return [Finding("governor", f"{len(slow)} CPUs ({slow[0]} first) are held at their lowest clock by powersave")]
-
-
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """How many CPUs' time the control groups allow this process; None: all."""
-    quotas = []
-    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
-        if line.count(":") < 2:
-            continue
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        # A container sees its own group as the mount's root, although it is named by the path outside.
-        levels = [mount]
-        for part in Path(path.lstrip("/")).parts:
-            levels.append(levels[-1] / part)
-        quotas += [quota for level in levels if (quota := _quota(level)) is not None]
-    return min(quotas, default=None)
-
-
-def _quota(group: Path) -> float | None:
-    words = (read_text(group / "cpu.max") or "").split()  # "max 100000" or "150000 100000"
-    if len(words) == 2 and words[0].isdigit():
-        return int(words[0]) / int(words[1])
-    quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")  # version 1; -1: none
-    return quota / period if quota is not None and quota > 0 and period else None
-
-
-def check_threads(num_threads: int, cpus: Collection[int], num_cpus: int, root: Path = ROOT) -> list[Finding]:
-    """Whether the computing threads and the CPUs that they may use agree."""
-    found = []
-    allowed = len(cpus)
-    quota = cpu_quota(root)
-    if allowed < num_cpus:
-        found.append(Finding("affinity", f"this process may run on {allowed} of the machine's {num_cpus} CPUs"))
-    if quota is not None and quota < min(allowed, num_threads):
-        found.append(
-            Finding("cpu_quota", f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute")
-        )
-    if num_threads > allowed:
-        found.append(
-            Finding("threads", f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way")
-        )
-    elif 2 * num_threads < min(allowed, quota or allowed):  # half is usual: one for each core of two threads
-        found.append(
-            Finding("threads", f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)")
-        )
-    return found
-
-
-def check_engine(what: str, engine: float, raw: float) -> list[Finding]:
-    """Whether the copy engine reaches `SLOW_SHARE` of the raw rate (bytes/s)."""
-    if engine >= SLOW_SHARE * raw:
-        return []
-    return [
-        Finding(
-            "engine_slow",
-            f"{what}: the copy engine moves {engine / 1e9:.2f} GB/s, {engine / raw:.1%} of raw copies' {raw / 1e9:.2f}",
-        )
-    ]
+    if machine.num_devices % devices_per_switch:
+        raise UsageError(f"--devices-per-switch {devices_per_switch} does not divide {machine.num_devices} devices")
+    notes = list(machine.assumptions)
+    if devices_per_switch > 1:
+        notes.append(f"{devices_per_switch} devices share each link to the host")
+    if not nvlink:
+        notes.append("no NVLink: an all-gather goes over the links to the host, beside the uploads")
+    return replace(
+        machine,
+        devices_per_switch=devices_per_switch,
+        gather_bytes_per_s=machine.gather_bytes_per_s if nvlink else None,
+        assumptions=tuple(notes),
+    )

@@ -1,185 +1,131 @@
 """`distzo2 measure`: what this machine's links, disk, cores and GPUs do, in one JSON file and one table.
 
-The file is what a plan of a run is made from. Units are in the names; rates are medians of interleaved repetitions.
-
-    format       "distzo2-measure/2"
-    versions     of distzo2, torch, python; "quick": the figures are rough
-    machine      cpu, cores, threads, simd, memory and memlock (bytes; null: no limit), gpus: name, memory, PCIe link
-    copies       a row a device: "up", "down", "both", each {engine_bytes_per_s, raw_bytes_per_s}; "both" counts the
-                 bytes of both directions together; "cpu" is memory to memory
-    disk         directory, file system, direct; "read", "write", "both" as above; fsync_s, of one appended line
-    noise        rows: device, backend, what (normal, rademacher, perturb_bfloat16), threads, elements_per_s
-    matmul       rows: device, dtype, size (of square matrices), threads, flop_per_s
-    forward      rows: device, what (product, attention, stream, softmax), dtype, size, threads, seconds
-    visits       rows: device, backend, what (visit, update, pair, single), family, dtype, threads, elements_per_s
-    steps        rows: device, dtype, rows, tokens, threads, compute_s, noise_s: of a small model, see measure_step
-    host         rows: device; visit_s, lane_s, materialize_s, op_s, step_s: the host's time, see measure_forward
-    gather       backend, ranks, block_bytes, bytes_per_s (of the whole block, at the slowest rank); null: not measured
-    findings     rows: code, text: what is below what it should be
+A plan of a run is made from the file, whose keys `docs/measure.md` lists. Units are in the names; rates are medians.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import shutil
-import subprocess
+import sys
 import time
-from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-import distzo2
+import distzo2_core as core
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.planning.machines import (
+from distzo2.planning.findings import (
     Finding,
-    Link,
-    check_engine,
     check_file_system,
     check_governor,
-    check_kernels,
     check_link,
     check_memlock,
     check_node,
     check_threads,
-    cpu_model,
     file_system,
-    simd_level,
 )
-from distzo2.planning.measure_compute import measure_matmul, measure_noise
-from distzo2.planning.measure_forward import measure_forward, measure_host, measure_visits
-from distzo2.planning.measure_gather import measure_gather
-from distzo2.planning.measure_step import measure_step
-from distzo2.planning.measure_timing import Effort
-from distzo2.planning.transfers import DIRECTIONS, MIB, link_under_load, measure_copies, measure_disk
+from distzo2.planning.machines import MEASURED, default_path
+from distzo2.planning.transfers import (
+    DIRECTIONS,
+    MIB,
+    Effort,
+    link_under_load,
+    measure_copies,
+    measure_disk,
+    measure_gather,
+    seconds_of,
+)
 from distzo2.run.preflight import gib
-from distzo2_core import build_info, require_extension
-
-FORMAT = "distzo2-measure/2"
-DISK_NAMES = {"read": "read", "write": "write", "both": "both at once"}
-
-
-def default_path() -> Path:
-    """Where measurements are kept unless told otherwise: the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distzo2" / "measure.json"
+from distzo2.version import __version__
 
 
 def measure(
     directory: str | os.PathLike, quick: bool = False, log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Measures everything (see the module for the result).
+    """Measures everything; returns the content of the JSON file.
 
     Args:
         directory: one on the disk to measure.
-        quick: a few seconds, and rough figures.
-        log: is told what is measured now.
+        quick: takes a few seconds, and gives rough figures.
+        log: called with what is measured next.
 
     Raises:
-        UsageError: the directory is not there or not writable.
+        UsageError: the directory is missing or not writable.
         DistZO2Error: memory or disk space is short. BackendError: the extension was not built.
     """
-    budget = require_extension("distzo2 measure").memory_budget()
+    budget = core.require_extension("distzo2 measure").memory_budget()
     effort, start = Effort(quick), time.perf_counter()
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     cpus = os.sched_getaffinity(0)
     findings: list[Finding] = []
+    machine = _machine(budget)
     result: dict[str, Any] = {
-        "format": FORMAT,
-        "versions": {"distzo2": distzo2.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "format": MEASURED,
+        "versions": {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "quick": quick,
-        "machine": _machine(budget),
+        "machine": machine,
     }
 
     log("disk")  # first, since its directory may be wrong
-    result["disk"] = {**measure_disk(directory, effort), "file_system": (kind := file_system(directory))}
+    kind = file_system(directory)
+    disk = result["disk"] = {**measure_disk(directory, effort), "file_system": kind}
     findings += check_file_system(directory, kind)
-    if not result["disk"]["direct"]:
+    if not disk["direct"]:
         findings.append(Finding("no_direct_io", f"{directory}: the file system refuses O_DIRECT: reads fill its cache"))
-    for name, text in DISK_NAMES.items():
-        findings += _check(f"disk, {text}", result["disk"][name], quick)
 
-    result["copies"] = []
-    for device in gpus or [torch.device("cpu")]:
-        log(f"copies, {device}")
-        row = measure_copies(device, effort)
-        result["copies"].append(row)
-        for direction in DIRECTIONS:
-            findings += _check(f"{device} {direction}", row[direction], quick)
+    log("copies")
+    result["copies"] = [measure_copies(device, effort) for device in gpus or [torch.device("cpu")]]
     for device in gpus:
         gpu = _gpu(device)
-        result["machine"]["gpus"].append(gpu)
-        if gpu["pci_address"]:
-            link = link_under_load(device, gpu["pci_address"])
-            gpu |= _link_fields(link)
-            findings += check_link(str(device), link) + check_node(str(device), link, cpus)
+        machine["gpus"].append(gpu)
+        where = f"{device} ({gpu['pci_address']})"
+        findings += check_link(where, gpu) + check_node(where, gpu["numa_node"], cpus)
 
     log("noise and matrix products")
     devices = [torch.device("cpu"), *gpus]
     result["noise"] = [row for device in devices for row in measure_noise(device, effort)]
     result["matmul"] = [row for device in devices for row in measure_matmul(device, effort)]
-    result |= measure_rates(effort, gpus, log)
+    result["memory"] = [measure_memory(device, effort) for device in devices]
 
     log("gather")
-    result["gather"], found = _gather(len(gpus), effort)
-    findings += found
+    result["gather"] = None
+    if len(gpus) != 1:  # one GPU has nobody to share with
+        backend, ranks = ("nccl", len(gpus)) if gpus else ("gloo", 2)
+        block_bytes = effort.pick(1, 256 if gpus else 64) * MIB
+        try:
+            result["gather"] = measure_gather(backend, ranks, block_bytes, effort.pick(2, 10))
+        except DistZO2Error as error:
+            findings.append(Finding("gather", str(error)))
 
-    level = result["machine"]["simd"]
-    findings += check_kernels(True, level)
+    if machine["simd"] == "portable":
+        text = "the noise kernels run at their portable level, without vector instructions"
+        findings.append(Finding("noise_portable", text))
     if gpus:
         findings += check_memlock(budget["memlock_bytes"], budget["allowed_bytes"] or 0)
-        if not build_info()["cuda"]:
+        if not core.build_info()["cuda"]:
             findings.append(Finding("no_cuda_kernels", "the CUDA kernels were not compiled: GPUs use Triton's"))
     findings += check_governor() + check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)
-    result["findings"] = [finding.to_json() for finding in findings]
+    result["findings"] = [finding._asdict() for finding in findings]
     result["seconds"] = time.perf_counter() - start
     return result
 
 
-def measure_rates(
-    effort: Effort, gpus: Sequence[torch.device] = (), log: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
-    """What a forward, a visit and the hand-over of lanes take on the CPU and on each GPU."""
-    effort = Effort(effort.quick, brief=True)
-    devices = [torch.device("cpu"), *gpus]
-    log("forward")
-    forward = [row for device in devices for row in measure_forward(device, effort)]
-    log("visits and lanes")
-    visits = [row for device in devices for row in measure_visits(device, effort)]
-    host = [measure_host(device, effort) for device in devices]
-    log("steps")
-    steps = [row for device in devices for row in measure_step(device, effort)]
-    return {"forward": forward, "visits": visits, "host": host, "steps": steps}
-
-
-def _check(what: str, rates: dict[str, float], quick: bool) -> list[Finding]:
-    """Rough figures, of blocks too small for an engine, are not judged."""
-    return [] if quick else check_engine(what, rates["engine_bytes_per_s"], rates["raw_bytes_per_s"])
-
-
-def _gather(num_gpus: int, effort: Effort) -> tuple[dict[str, Any] | None, list[Finding]]:
-    """Between all GPUs, or between two processes where there is none; one GPU has nobody to share with."""
-    if num_gpus == 1:
-        return None, []
-    backend, num_ranks = ("nccl", num_gpus) if num_gpus else ("gloo", 2)
-    block_bytes = effort.pick(1, 256 if num_gpus else 64) * MIB
-    try:
-        return measure_gather(backend, num_ranks, block_bytes, effort.pick(2, 10)), []
-    except DistZO2Error as error:
-        return None, [Finding("gather", str(error))]
-
-
-def _machine(budget: dict[str, Any]) -> dict[str, Any]:
+def _machine(budget: Mapping[str, Any]) -> dict[str, Any]:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    best = torch.backends.cpu.get_cpu_capability().lower()
     return {
-        "cpu": cpu_model(),
+        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
         "cores": os.cpu_count(),
         "allowed_cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "simd": simd_level(build_info().get("simd", ()), os.environ),
+        "simd": os.environ.get("DISTZO2_SIMD") or (best if best in core.build_info()["simd"] else "portable"),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "allowed_bytes": budget["allowed_bytes"],
         "memlock_bytes": budget["memlock_bytes"],
@@ -188,111 +134,100 @@ def _machine(budget: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
+    about = torch.cuda.get_device_properties(device)
+    address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
+    names = {"device": str(device), "name": about.name, "memory_bytes": about.total_memory, "pci_address": address}
+    return names | link_under_load(device, address)
+
+
+# ---- rates of a device --------------------------------------------------------------------------------------------
+
+
+def measure_noise(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+    """Normals and signs in elements/s, made again and again in memory that the caches hold."""
+    numel = 1 << (16 if effort.quick else 20 if device.type == "cpu" else 26)
+    backend = core.resolve_backend(None, device)
+    rows = []
+    for family in core.FAMILIES:
+        make = functools.partial(getattr(core, family), numel, seed=1, step=2, param=3, device=device, backend=backend)
+        rate = numel / seconds_of(make, effort, device)
+        rows.append({"device": str(device), "backend": backend, "family": family, "elements_per_s": rate})
+    return rows
+
+
+@torch.no_grad()
+def measure_matmul(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+    """Square products x·Wᵀ as a linear layer makes them, in flop/s."""
+    size = effort.pick(256, 1024 if device.type == "cpu" else 8192)
+    rows = []
+    for name in ("float32", "bfloat16"):
+        x, w = (torch.full((size, size), 0.01, dtype=getattr(torch, name), device=device) for _ in range(2))
+        rate = 2 * size**3 / seconds_of(functools.partial(F.linear, x, w), effort, device)
+        rows.append({"device": str(device), "dtype": name, "size": size, "flop_per_s": rate})
+    return rows
+
+
+@torch.no_grad()
+def measure_memory(device: torch.device, effort: Effort) -> dict[str, Any]:
+    """Bytes/s that an operation of a forward reads and writes: relu to a new tensor."""
+    num_bytes = effort.pick(2, 32 if device.type == "cpu" else 512) * MIB
+    x = torch.full((num_bytes // 4,), 0.01, device=device)
     return {
         "device": str(device),
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "pci_address": _pci_address(device, properties),
+        "bytes_per_s": 2 * num_bytes / seconds_of(functools.partial(F.relu, x), effort, device),
     }
 
 
-def _pci_address(device: torch.device, properties: Any) -> str | None:
-    """As /sys names it, such as 0000:01:00.0."""
-    with suppress(AttributeError):  # a torch that does not tell
-        domain, bus, slot = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
-        return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
-    command = ["nvidia-smi", f"--id={device.index}", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    domain, _, rest = text.lower().partition(":")
-    return f"{domain[-4:]}:{rest}" if rest else None
-
-
-def _link_fields(link: Link) -> dict[str, Any]:
-    return {
-        "pcie_width": link.width,
-        "pcie_width_max": link.width_max,
-        "pcie_gt_per_s": link.speed,
-        "pcie_gt_per_s_max": link.speed_max,
-        "numa_node": link.numa_node,
-    }
-
-
-def save(result: dict[str, Any], path: str | os.PathLike) -> None:
-    """Writes the JSON file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# ---- what is written ----------------------------------------------------------------------------------------------
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
-    machine = result["machine"]
+    machine, disk, gather = result["machine"], result["disk"], result["gather"]
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
     lines = [
-        f"{machine['cpu'] or platform.machine()}, {machine['allowed_cores']} cores, {machine['threads']} threads, "
+        f"{machine['cpu']}, {machine['allowed_cores']} cores, {machine['threads']} threads, "
         f"{machine['simd']}, {gib(machine['memory_bytes'])}; {gpus}",
         "",
-        f"{'GB/s':<34}{'engine':>9}{'raw':>9}{'ratio':>8}",
+        f"{'GB/s':<34}{'up, read':>12}{'down, write':>12}{'both':>12}",
     ]
-    disk = result["disk"]
-    names = {"up": "upload", "down": "download", "both": "both at once"}
-    rates = [(f"{row['device']} {names[d]}", row[d]) for row in result["copies"] for d in DIRECTIONS]
     how = "" if disk["direct"] else ", no O_DIRECT"
-    rates += [(f"disk {text} ({disk['file_system'] or 'unknown'}{how})", disk[d]) for d, text in DISK_NAMES.items()]
-    for name, rate in rates:
-        engine, raw = rate["engine_bytes_per_s"], rate["raw_bytes_per_s"]
-        lines.append(f"{name:<34}{engine / 1e9:>9.2f}{raw / 1e9:>9.2f}{engine / raw:>8.2f}")
-    if result["gather"] is not None:
-        gather = result["gather"]
+    rates = [(f"{row['device']} copies", row) for row in result["copies"]]
+    for name, row in [*rates, (f"disk ({disk['file_system'] or 'unknown'}{how})", disk)]:
+        lines.append(f"{name:<34}" + "".join(f"{row[f'{d}_bytes_per_s'] / 1e9:>12.2f}" for d in DIRECTIONS))
+    if gather is not None:
         name = f"gather, {gather['ranks']} ranks ({gather['backend']})"
-        lines.append(f"{name:<34}{gather['bytes_per_s'] / 1e9:>9.2f}")
-    lines += [f"{'disk, until a line is durable':<34}{1e3 * disk['fsync_s']:>9.2f} ms", ""]
-    lines.append(f"{'noise, G elements/s':<34}{'normals':>9}{'signs':>9}{'perturb bf16':>14}")
-    groups: dict[str, dict[str, float]] = {}
+        lines.append(f"{name:<34}{gather['bytes_per_s'] / 1e9:>12.2f}")
+    for row in result["memory"]:
+        lines.append(f"{row['device'] + ' memory, read and written':<34}{row['bytes_per_s'] / 1e9:>12.2f}")
+    lines += ["", f"{'disk, until a line is durable':<34}{1e3 * disk['fsync_s']:>12.2f} ms"]
     for row in result["noise"]:
-        threads = (
-            "" if row["threads"] is None else f", {row['threads']} threads" if row["threads"] > 1 else ", 1 thread"
-        )
-        groups.setdefault(f"{row['device']} {row['backend']}{threads}", {})[row["what"]] = row["elements_per_s"] / 1e9
-    for name, values in groups.items():
-        normal, signs, perturb = values["normal"], values["rademacher"], values["perturb_bfloat16"]
-        lines.append(f"{name:<34}{normal:>9.3f}{signs:>9.3f}{perturb:>14.3f}")
-    lines += ["", f"{'matrix products':<34}{'TFLOP/s':>9}{'size':>9}"]
+        name = f"{row['device']} {row['family']} ({row['backend']})"
+        lines.append(f"{name:<34}{row['elements_per_s'] / 1e9:>12.3f} G elements/s")
     for row in result["matmul"]:
-        lines.append(f"{row['device'] + ' ' + row['dtype']:<34}{row['flop_per_s'] / 1e12:>9.3f}{row['size']:>9}")
+        name = f"{row['device']} {row['dtype']} products, {row['size']}"
+        lines.append(f"{name:<34}{row['flop_per_s'] / 1e12:>12.3f} TFLOP/s")
     if result["findings"]:
         lines += ["", "below what it should be:"] + [f"  {finding['text']}" for finding in result["findings"]]
     return lines
 
 
-def run_measure(options: Namespace, log: Callable[[str], None]) -> int:
-    """The command: measures, prints the table, saves the file."""
+def run_measure(options: Any, log: Callable[[str], None]) -> int:
+    """The command: measures, prints the table, saves the file. `options` has `directory`, `json` and `quick`."""
     path = Path(options.json) if options.json else default_path()
     if options.json and not path.absolute().parent.is_dir():
         raise UsageError(f"--json {options.json}: its directory is not there")
-    width = shutil.get_terminal_size().columns
-    result = measure(options.directory, options.quick, lambda line: _progress(f"measuring: {line}", width))
-    _progress("", width)
+    result = measure(options.directory, options.quick, lambda what: _progress(f"measuring: {what}"))
+    _progress("")
     for line in table(result):
         log(line)
-    if not options.json:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    save(result, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     log(f"\nwrote {path} in {result['seconds']:.0f} s")
     return 0
 
 
-def _progress(text: str, width: int) -> None:
-    """What is measured now, on a line of a terminal that the next one takes the place of."""
-    import sys
-
+def _progress(text: str) -> None:
+    """Shows what is measured now, on one line of a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{text[: width - 1]}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)

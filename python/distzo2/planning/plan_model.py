@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,23 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distzo2.checkpoint.pretrained import _load_config, _model_class
+from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.planning.shapes import SHAPES, opt_config
 from distzo2.weights.units import Unit, collect_params, find_units
+
+if TYPE_CHECKING:
+    from transformers import OPTConfig
+
+SHAPES = {  # hidden size, layers, heads (arXiv 2205.01068, table 1)
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-2.7b": (2560, 32, 32),
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+    "opt-30b": (7168, 48, 56),
+    "opt-66b": (9216, 64, 72),
+    "opt-175b": (12288, 96, 96),
+}
 
 # Reads rows of its first argument, not all of it.
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "nll_loss_forward"}
@@ -38,10 +51,10 @@ class Op:
     """An operation of a forward.
 
     product: `size` is (rows, inner, columns), times `batch`; attention: (queries, keys, head width), times batch and
-    heads, `causal` if the upper half is left out; softmax: elements; stream: bytes read and written.
+    heads, `causal` if the upper half is left out; stream, everything else: bytes read and written.
     """
 
-    kind: Literal["product", "attention", "softmax", "stream"]
+    kind: Literal["product", "attention", "stream"]
     size: tuple[int, ...]
     dtype: torch.dtype
     batch: int = 1
@@ -49,7 +62,7 @@ class Op:
 
     @property
     def flop(self) -> float:
-        """Of products and attention; an addition and a multiplication are two."""
+        """Of products and attention; a multiplication with its addition is two."""
         if self.kind == "product":
             return 2.0 * self.batch * math.prod(self.size)
         if self.kind == "attention":
@@ -61,12 +74,9 @@ class Op:
         """Read and written."""
         if self.kind == "stream":
             return float(self.size[0])
-        if self.kind == "softmax":
-            return 2.0 * self.size[0] * self.dtype.itemsize
         a, b, c = self.size
-        if self.kind == "product":
-            return float(self.batch * (a * b + b * c + a * c) * self.dtype.itemsize)
-        return float(self.batch * (2 * a * c + 2 * b * c) * self.dtype.itemsize)
+        elements = a * b + b * c + a * c if self.kind == "product" else 2 * a * c + 2 * b * c
+        return float(self.batch * elements * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,10 @@ class Part:
 
     units: tuple[int, ...]
     ops: tuple[tuple[Op, int], ...]  # with how often each occurs
-    num_ops: int  # kernels, those that cost nothing else included
+    num_ops: int
     live_before: int  # bytes of the lane's own tensors
     peak: int
     live_after: int
-
-    @property
-    def flop(self) -> float:
-        return sum(op.flop * count for op, count in self.ops)
 
 
 @dataclass(frozen=True)
@@ -96,97 +102,68 @@ class ModelPlan:
     dtype: torch.dtype
     units: Sequence[Unit]
     parts: Sequence[Part]
-    rows: int  # sequences of a micro-batch
-    tokens: int  # of a sequence
-    notes: tuple[str, ...] = ()
-
-    @property
-    def num_elements(self) -> int:
-        return sum(p.numel for u in self.units for p in u.params)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(u.num_bytes for u in self.units)
-
-    @property
-    def flop(self) -> float:
-        """Of one lane."""
-        return sum(part.flop for part in self.parts)
 
     def lane_bytes(self, num_lanes: int) -> int:
         """The most that the lanes of a pass hold together: one runs, the others are parked on either side of it."""
-        if num_lanes == 0:
-            return 0
         return max(p.peak + (num_lanes - 1) * max(p.live_before, p.live_after) for p in self.parts)
 
 
-def build_model(source: str, dtype: torch.dtype | None) -> tuple[str, nn.Module, torch.dtype]:
-    """Name, module on the meta device, and dtype of what `source` names: a shape, a checkpoint or a config.json.
+def opt_config(name: str, num_layers: int | None = None) -> OPTConfig:
+    """The configuration of a published OPT; `num_layers` replaces its number of layers."""
+    from transformers import OPTConfig
+
+    hidden, layers, heads = SHAPES[name]
+    return OPTConfig(
+        vocab_size=50272,
+        hidden_size=hidden,
+        num_hidden_layers=num_layers or layers,
+        ffn_dim=4 * hidden,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        word_embed_proj_dim=hidden,
+    )
+
+
+def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -> ModelPlan:
+    """The units of a model, and the parts of a forward with the loss of all its tokens, at [rows, tokens].
+
+    Args:
+        source: a published OPT's name, a checkpoint's directory, or a config.json.
+        dtype: of the weights; None: the configuration's, float16 for a name.
 
     Raises:
-        UsageError: it is none of these. CheckpointError: its configuration is not one that transformers knows.
+        UsageError: `source` is none of these. CheckpointError: its configuration is not one that transformers knows.
     """
     path = Path(source)
     if source in SHAPES:
         from transformers import OPTForCausalLM
 
-        config, cls, name = opt_config(source), OPTForCausalLM, source
-        dtype = dtype or torch.float16
+        with torch.device("meta"):
+            model = OPTForCausalLM._from_config(opt_config(source), dtype=dtype or torch.float16)
+        name = source
     elif path.is_dir() or (path.is_file() and path.name == "config.json"):
         directory = path if path.is_dir() else path.parent
-        config = _load_config(directory)
-        cls, name = _model_class(directory, config, None), directory.resolve().name
+        model, name = meta_model(directory, dtype), directory.resolve().name
     else:
         raise UsageError(
             f"--model {source}: expected a checkpoint's directory, a config.json, or one of {', '.join(SHAPES)}"
         )
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    with torch.device("meta"):
-        model = cls._from_config(config, dtype=dtype)
-    return name, model.eval(), dtype
+    return plan_module(model.eval(), name, model.dtype, rows, tokens)
 
 
-def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -> ModelPlan:
-    """The units of a model, and the parts of a forward with the loss of all its tokens, at [rows, tokens]."""
-    name, model, dtype = build_model(source, dtype)
-    return plan_module(model, name, dtype, rows, tokens)
-
-
-def plan_module(
-    model: nn.Module,
-    name: str,
-    dtype: torch.dtype,
-    rows: int,
-    tokens: int,
-    forward: Callable[[torch.Tensor], Any] | None = None,
-) -> ModelPlan:
-    """As `plan_model`, for a model on the meta device; `forward` is called with the ids, and by default takes a
-    language model's loss of them."""
+def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int) -> ModelPlan:
+    """As `plan_model`, for a language model on the meta device."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")
     units = find_units(model, collect_params(model))
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-    notes: tuple[str, ...] = ()
-    if forward is None:
-
-        def forward(ids: torch.Tensor) -> Any:
-            return model(input_ids=ids, labels=ids, use_cache=False).loss.float()
-
     try:
-        parts = _traced(model, units, lambda: forward(ids))
-    except DistZO2Error:
-        raise
-    except Exception as error:  # a forward that looks at values, as mixtures of experts do
+        parts = _traced(model, units, ids)
+    except (RuntimeError, NotImplementedError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        notes = (
-            f"the forward cannot be followed without values ({why[:80]}): products are those of the weights, "
-            "attention and everything else is left out",
-        )
-        parts = _from_weights(model, units, rows * tokens)
-    return ModelPlan(name, dtype, units, parts, rows, tokens, notes)
+        raise DistZO2Error(f"the forward of {name} cannot be planned, it needs values: {why}") from error
+    return ModelPlan(name, dtype, units, parts)
 
 
 # ---- following a forward ------------------------------------------------------------------------------------------
@@ -195,54 +172,48 @@ def plan_module(
 class _Recorder(TorchDispatchMode):
     """The operations that reach the device, and the storages that they make."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.parts: list[Part] = []
-        self.muted = 0
+        self.open: list[Unit] = []
         self._live = 0
-        self._known: dict[int, Any] = {}  # storage -> weak reference
-        self._open: list[Unit] = []
+        self._known = {}  # id of a storage -> weak reference to it
+        for tensor in known:  # these belong to the model, not to a lane
+            storage = tensor.untyped_storage()
+            self._known[id(storage)] = weakref.ref(storage)
         self._begin(())
 
     def _begin(self, units: tuple[int, ...]) -> None:
-        self._units, self._ops, self._num_ops = units, Counter(), 0
+        self._units, self._ops = units, Counter()
         self._before = self._peak = self._live
 
     def hand_over(self, unit: Unit) -> None:
-        """The lane parks here: the part so far is done."""
+        """The lane parks here: the part so far ends."""
         self.finish()
-        self._begin((*(u.index for u in self._open), unit.index))
-        self._open.append(unit)
-
-    def close(self, unit: Unit) -> None:
-        self._open.remove(unit)
-
-    def is_open(self, unit: Unit) -> bool:
-        return unit in self._open
+        self.open.append(unit)
+        self._begin(tuple(u.index for u in self.open))
 
     def finish(self) -> None:
         ops = tuple(self._ops.items())
-        self.parts.append(Part(self._units, ops, self._num_ops, self._before, self._peak, self._live))
+        self.parts.append(Part(self._units, ops, self._ops.total(), self._before, self._peak, self._live))
 
     def add(self, op: Op) -> None:
         self._ops[op] += 1
-        self._num_ops += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         outputs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
-        inputs = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
-        made = [t for t in outputs if self._note(t)]
+        flat = (x for a in args for x in (a if isinstance(a, (tuple, list)) else (a,)))
+        inputs = [t for t in flat if isinstance(t, torch.Tensor)]
+        made = [t for t in outputs if self._is_new(t)]
         name = func.overloadpacket.__name__
         in_place = name.endswith("_") and not name.startswith("_")
-        if (made or in_place) and not self.muted and name not in _FREE:
-            op = _op_of(name, inputs, made or outputs)
-            if op is not None:
-                self.add(op)
+        if (made or in_place) and name not in _FREE:
+            self.add(_op_of(name, inputs, made or outputs))
         return out
 
-    def _note(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor has a storage of its own that was not there before; from now on it counts."""
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage was not there before; from now on it counts, until it is freed."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known and self._known[key]() is storage:
@@ -258,15 +229,10 @@ class _Recorder(TorchDispatchMode):
         self._peak = max(self._peak, self._live)
         return True
 
-    def know(self, tensors: Sequence[torch.Tensor]) -> None:
-        """These are no lane's."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._known[id(storage)] = weakref.ref(storage)
-
 
 class _Functions(TorchFunctionMode):
-    """Attention is one operation, as its kernels are; questions about values are answered with yes."""
+    """Attention and a mixture's experts are one operation each, as their kernels are; questions about values are
+    answered with yes."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -276,103 +242,72 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is torch._grouped_mm:
+            return self._experts(*args, **kwargs)
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return True  # such as: are all positions of the mask 1, is no row packed
         return func(*args, **kwargs)
 
     def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **others):
-        queries, keys, width = q.shape[-2], k.shape[-2], v.shape[-1]
-        batch = math.prod(q.shape[:-2])
-        self._recorder.add(Op("attention", (queries, keys, width), q.dtype, batch, is_causal))
-        return q.new_empty((*q.shape[:-1], width))
+        size = (q.shape[-2], k.shape[-2], v.shape[-1])
+        self._recorder.add(Op("attention", size, q.dtype, math.prod(q.shape[:-2]), is_causal))
+        return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+    def _experts(self, x, weights, offs, **others):
+        """Rows of `x` [rows, inner] in groups, each times an expert of [experts, inner, columns]: evenly dealt."""
+        experts, inner, columns = weights.shape
+        rows = -(-x.shape[0] // experts)
+        self._recorder.add(Op("product", (rows, inner, columns), x.dtype, experts))
+        return x.new_empty(x.shape[0], columns)
 
 
-def _traced(model: nn.Module, units: Sequence[Unit], forward: Callable[[], Any]) -> list[Part]:
-    recorder = _Recorder()
-    recorder.know([*model.parameters(), *model.buffers()])
-    units_of: dict[int, list[Unit]] = {}
-    modules: dict[int, nn.Module] = {}
+def _traced(model: nn.Module, units: Sequence[Unit], ids: torch.Tensor) -> list[Part]:
+    recorder = _Recorder([*model.parameters(), *model.buffers()])
+    units_of: dict[nn.Module, list[Unit]] = {}
     for unit in units:
         for module in unit.windows:
-            units_of.setdefault(id(module), []).append(unit)
-            modules[id(module)] = module
-    entered: list[tuple[int, list[Unit]]] = []
+            units_of.setdefault(module, []).append(unit)
+    entered: list[list[Unit]] = []
 
     def before(module, args) -> None:
-        new = [unit for unit in units_of[id(module)] if not recorder.is_open(unit)]
-        for unit in new:
+        entered.append([unit for unit in units_of[module] if unit not in recorder.open])
+        for unit in entered[-1]:
             recorder.hand_over(unit)
-        entered.append((id(module), new))
 
     def after(module, args, output) -> None:
-        for unit in entered.pop()[1]:
-            recorder.close(unit)
+        for unit in entered.pop():
+            recorder.open.remove(unit)
 
     handles = []
-    for module in modules.values():
+    for module in units_of:
         handles.append(module.register_forward_pre_hook(before, prepend=True))
         handles.append(module.register_forward_hook(after, always_call=True))
     try:
         with torch.no_grad(), recorder, _Functions(recorder):
-            forward()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.float()
         recorder.finish()
     finally:
         for handle in handles:
             handle.remove()
-    if len(recorder.parts) == 1:
-        raise DistZO2Error(f"the forward of {type(model).__name__} enters no unit")
     return recorder.parts
 
 
-def _flat(args: Sequence[Any]) -> list[Any]:
-    return [x for a in args for x in (a if isinstance(a, (tuple, list)) else (a,))]
-
-
-def _op_of(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Op | None:
+def _op_of(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Op:
     """The operation `name` as one of our kinds."""
     dtype = outputs[0].dtype
     if name in _PRODUCTS:
         a, b = inputs[-2:]
         batch = a.shape[0] if a.dim() == 3 else 1
         return Op("product", (a.shape[-2], a.shape[-1], b.shape[-1]), a.dtype, batch)
-    if name == "convolution":
-        x, weight = inputs[:2]
-        inner = weight[0].numel()
-        return Op("product", (outputs[0].numel() // weight.shape[0], inner, weight.shape[0]), x.dtype)
-    if name in _EXPONENTIALS:
-        return Op("softmax", (outputs[0].numel(),), dtype)
     written = sum(t.numel() * t.dtype.itemsize for t in outputs)
+    if name in _EXPONENTIALS:
+        return Op("stream", (3 * written,), dtype)  # read for the sum, then again for the result
     if name in _LOOKUPS:
         return Op("stream", (2 * written,), dtype)
     return Op("stream", (written + sum(_read_bytes(t) for t in inputs),), dtype)
 
 
 def _read_bytes(tensor: torch.Tensor) -> int:
-    """Of a tensor that was expanded, what is there."""
+    """Bytes of memory behind a tensor: an expanded dimension counts once."""
     sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
     return math.prod(sizes) * tensor.dtype.itemsize
-
-
-def _from_weights(model: nn.Module, units: Sequence[Unit], num_tokens: int) -> list[Part]:
-    """Every matrix is used once a token; of stacked experts, as many as the configuration says."""
-    config = getattr(model, "config", None)
-    experts = getattr(config, "num_experts_per_tok", None)
-    hidden = getattr(config, "hidden_size", 0)
-    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    order = sorted(units, key=lambda u: (u.resident and head is not None and head in u.windows, u.index))
-    parts = [Part((), (), 0, 0, 0, 0)]
-    for unit in order:
-        ops: Counter[Op] = Counter()
-        for p in unit.params:
-            used_by_head = head is not None and any(o is head for o in p.owners)
-            if len(p.shape) < 2 or (id(p.tensor) in lookups and not used_by_head):
-                continue
-            stacked = p.shape[0] if len(p.shape) == 3 else 1
-            share = min(1.0, experts / stacked) if stacked > 1 and experts else 1.0
-            rows = max(1, round(num_tokens * share))
-            ops[Op("product", (rows, p.shape[-1], p.shape[-2]), p.dtype, stacked)] += 1
-        live = num_tokens * hidden * unit.params[0].dtype.itemsize
-        widest = max((op.size[0] * op.size[2] * op.batch for op in ops), default=0) * unit.params[0].dtype.itemsize
-        parts.append(Part((unit.index,), tuple(ops.items()), 12, live, live + 2 * widest, live))
-    return parts

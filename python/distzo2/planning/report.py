@@ -1,4 +1,5 @@
-"""`distzo2 report`: a run's directory as one picture."""
+"""`distzo2 report`: a run's directory as one picture. Also one step of any trace, a run's or a plan's: its figures, and
+what ran when, lane by lane."""
 
 from __future__ import annotations
 
@@ -6,18 +7,47 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.planning.timeline import LANES, draw_step, read_trace
+from distzo2.planning.schedule import Played, wait_intervals
 from distzo2.run.directory import trace_of
 from distzo2.run.metrics import read_metrics
 from distzo2.run.preflight import gib
 
-# One colour for each kind of time, wherever it is drawn.
+# Lanes of a trace from top to bottom: kind, name, colour.
+LANES = (
+    ("compute", "compute", "#4477aa"),
+    ("materialize", "noise and updates", "#ccbb44"),
+    ("wait", "waiting for transfers", "#ee6677"),
+    ("stall", "device waits", "#ee6677"),
+    ("update", "updates of slices", "#bbaa33"),
+    ("upload", "upload", "#228833"),
+    ("gather", "gather", "#66ccee"),
+    ("download", "download", "#aa3377"),
+)
 COLOURS = {name: colour for _, name, colour in LANES} | {"other": "#bbbbbb"}
+
+Interval = tuple[float, float]
+Lines = Sequence[dict[str, Any]]  # of metrics, or events of a trace
+
+
+def run_report(options: Any, log: Callable[[str], None]) -> int:
+    """The command; `options` has `run_dir` and `out`."""
+    path = write_report(options.run_dir, options.out)
+    run_dir = Path(options.run_dir)
+    line = transfer_line([s for s in read_metrics(run_dir / "metrics.jsonl") if s["kind"] == "step"])
+    if line is not None:
+        log(line)
+    trace = read_trace(trace_of(run_dir))
+    if trace:
+        log(f"trace: {step_figures(trace).text()}")
+    log(f"wrote {path}")
+    return 0
 
 
 def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
@@ -25,7 +55,7 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
     trace if the run has one.
 
     Args:
-        run_dir: a run's directory; the run may still go on.
+        run_dir: a run's directory; the run may still be running.
         out: the PNG; None: `report.png` in the run's directory.
 
     Raises:
@@ -42,38 +72,42 @@ def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = Non
         raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
     record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
     trace = read_trace(trace_of(run_dir))
-
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        moved = any(s.get("up_bytes_per_s") or s.get("down_bytes_per_s") for s in steps)
-        rows = 2 + moved + bool(trace)
-        figure = Figure(figsize=(11, 1 + 3 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
+    moved = any(s.get("up_bytes_per_s") or s.get("down_bytes_per_s") for s in steps)
+    rows = 2 + moved + bool(trace)
+    path = Path(out) if out is not None else run_dir / "report.png"
+    with _figure(path, 11, 1 + 3 * rows) as figure:
         grid = figure.add_gridspec(rows, 2)
         _draw_loss(figure.add_subplot(grid[0, 0]), steps, evals)
         _draw_accuracy(figure.add_subplot(grid[0, 1]), steps, evals)
         _draw_time(figure.add_subplot(grid[1, 0]), steps)
         _draw_memory(figure.add_subplot(grid[1, 1]), steps, record)
         if moved:
-            _draw_rates(figure.add_subplot(grid[2, 0]), steps)
-            _draw_exposed(figure.add_subplot(grid[2, 1]), steps)
+            _draw_rates(figure.add_subplot(grid[2, :]), steps)
         for axes in figure.axes:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if trace:
             draw_step(figure.add_subplot(grid[rows - 1, :]), trace)
         figure.suptitle(_title(run_dir, record, steps))
-        path = Path(out) if out is not None else run_dir / "report.png"
+    return path
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of `width` x `height` inches, saved as a PNG at the end."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
         try:
             figure.savefig(path, dpi=130, format="png")
-        except OSError as error:  # a full disk's has no name in it
+        except OSError as error:  # a full disk's error has no file name
             if error.errno is None:  # the encoder's
                 raise DistZO2Error(f"{path}: {error}") from error
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-    return path
 
 
 def hidden_share(transfer_s: float, exposed_wait_s: float) -> float | None:
@@ -81,7 +115,7 @@ def hidden_share(transfer_s: float, exposed_wait_s: float) -> float | None:
     return max(0.0, 1.0 - exposed_wait_s / transfer_s) if transfer_s > 0 else None
 
 
-def transfer_line(steps: Sequence[dict[str, Any]]) -> str | None:
+def transfer_line(steps: Lines) -> str | None:
     """The transfers of a step in one line, medians; None where nothing was transferred."""
     parts = []
     for way in ("up", "down"):
@@ -92,13 +126,15 @@ def transfer_line(steps: Sequence[dict[str, Any]]) -> str | None:
             parts.append(f"{gib(num_bytes)} {way} at {rate / 1e9:.2f} GB/s")
     if not parts:
         return None
-    waits = [s["exposed_wait_s"] for s in steps if s.get("exposed_wait_s") is not None]
-    seconds = [s["seconds"] for s in steps if s.get("exposed_wait_s") is not None]
-    wait, whole = 1e3 * statistics.median(waits), 1e3 * statistics.median(seconds)
+    timed = [s for s in steps if s.get("exposed_wait_s") is not None]
+    wait, whole = (1e3 * statistics.median(s[key] for s in timed) for key in ("exposed_wait_s", "seconds"))
     return f"a step: {', '.join(parts)}, exposed wait {wait:.1f} ms of {whole:.1f} ms"
 
 
-def _title(run_dir: Path, record: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
+# ---- a run's metrics ----------------------------------------------------------------------------------------------
+
+
+def _title(run_dir: Path, record: dict[str, Any], steps: Lines) -> str:
     options = record.get("options", {})
     parts = [str(run_dir), f"{len(steps)} steps"]
     if options:
@@ -108,8 +144,8 @@ def _title(run_dir: Path, record: dict[str, Any], steps: Sequence[dict[str, Any]
     return "\n".join([" · ".join(parts[:2]), " · ".join(parts[2:])]).strip()
 
 
-def _column(lines: Sequence[dict[str, Any]], name: str) -> list[float]:
-    return [math.nan if line.get(name) is None else float(line[name]) for line in lines]
+def _column(lines: Lines, name: str, scale: float = 1.0) -> list[float]:
+    return [math.nan if line.get(name) is None else scale * line[name] for line in lines]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -124,14 +160,13 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return result
 
 
-def _draw_loss(axes: Any, steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> None:
+def _draw_loss(axes: Any, steps: Lines, evals: Lines) -> None:
     x, losses = [s["step"] for s in steps], _column(steps, "loss")
     axes.plot(x, losses, color="#4477aa", alpha=0.3, linewidth=0.8, label="each step")
     axes.plot(x, _smooth(losses), color="#4477aa", linewidth=1.6, label="smoothed")
     if evals:
-        axes.plot(
-            [e["step"] for e in evals], _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out"
-        )
+        x = [e["step"] for e in evals]
+        axes.plot(x, _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out")
     skipped = [s["step"] for s in steps if s.get("skipped")]
     if skipped:
         axes.plot(skipped, [axes.get_ylim()[0]] * len(skipped), "x", color="black", label="not applied")
@@ -139,12 +174,12 @@ def _draw_loss(axes: Any, steps: Sequence[dict[str, Any]], evals: Sequence[dict[
     axes.legend(frameon=False)
 
 
-def _draw_accuracy(axes: Any, steps: Sequence[dict[str, Any]], evals: Sequence[dict[str, Any]]) -> None:
+def _draw_accuracy(axes: Any, steps: Lines, evals: Lines) -> None:
     if not evals:
         axes.plot([s["step"] for s in steps], _column(steps, "lr"), color="#4477aa")
         axes.set(title="learning rate", xlabel="step")
         return
-    x, y = [e["step"] for e in evals], [100 * a for a in _column(evals, "accuracy")]
+    x, y = [e["step"] for e in evals], _column(evals, "accuracy", 100)
     axes.plot(x, y, "o-", color="#ee6677", markersize=4)
     for place in dict.fromkeys((0, len(x) - 1)):
         axes.annotate(f"{y[place]:.1f}%", (x[place], y[place]), xytext=(0, 7), textcoords="offset points", ha="center")
@@ -152,25 +187,20 @@ def _draw_accuracy(axes: Any, steps: Sequence[dict[str, Any]], evals: Sequence[d
     axes.margins(y=0.15)
 
 
-def _draw_time(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
+def _draw_time(axes: Any, steps: Lines) -> None:
     timed = [s for s in steps if s.get("compute_s") is not None]
     if not timed:
-        axes.plot([s["step"] for s in steps], [1e3 * v for v in _column(steps, "seconds")], color=COLOURS["compute"])
+        axes.plot([s["step"] for s in steps], _column(steps, "seconds", 1e3), color=COLOURS["compute"])
         axes.set(title="time of a step", xlabel="step", ylabel="ms")
         return
-    parts = {
-        "compute": _column(timed, "compute_s"),
-        "noise and updates": _column(timed, "noise_s"),
-        "waiting for transfers": _column(timed, "exposed_wait_s"),
-    }
+    names = {"compute": "compute_s", "noise and updates": "noise_s", "waiting for transfers": "exposed_wait_s"}
+    parts = {name: _column(timed, key) for name, key in names.items()}
     known = [sum(values) for values in zip(*parts.values(), strict=True)]
     parts["other"] = [max(0.0, total - k) for total, k in zip(_column(timed, "seconds"), known, strict=True)]
-    x = [s["step"] for s in timed]
-    means = {name: 1e3 * sum(values) / len(values) for name, values in parts.items()}
     axes.stackplot(
-        x,
+        [s["step"] for s in timed],
         [[1e3 * v for v in _smooth(values)] for values in parts.values()],
-        labels=[f"{name} {means[name]:.1f} ms" for name in parts],
+        labels=[f"{name} {1e3 * statistics.fmean(values):.1f} ms" for name, values in parts.items()],
         colors=[COLOURS[name] for name in parts],
     )
     hidden = hidden_share(sum(_column(timed, "transfer_s")), sum(parts["waiting for transfers"]))
@@ -180,41 +210,173 @@ def _draw_time(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
     axes.legend(frameon=False, loc="upper center", ncols=2)
 
 
-def _draw_rates(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
+def _draw_rates(axes: Any, steps: Lines) -> None:
     x = [s["step"] for s in steps]
     for way, kind in (("up", "upload"), ("down", "download")):
-        rates = [v / 1e9 for v in _column(steps, f"{way}_bytes_per_s")]
+        rates = _column(steps, f"{way}_bytes_per_s", 1e-9)
         moved = [v for v in _column(steps, f"bytes_{way}") if v > 0]
         if moved:
             label = f"{kind}, {gib(statistics.median(moved))} a step"
             axes.plot(x, _smooth(rates), color=COLOURS[kind], label=label)
             axes.plot(x, rates, color=COLOURS[kind], alpha=0.3, linewidth=0.8)
-    axes.set(title="rate of the transfers", xlabel="step", ylabel="GB/s")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    _finish(axes, "rate of the transfers", "GB/s")
 
 
-def _draw_exposed(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
-    x = [s["step"] for s in steps]
-    for name, label, colour in (
-        ("transfer_s", "time of its transfers", COLOURS["upload"]),
-        ("exposed_wait_s", "exposed wait", COLOURS["waiting for transfers"]),
-    ):
-        axes.plot(x, _smooth([1e3 * v for v in _column(steps, name)]), color=colour, label=label)
-    axes.set(title="transfers of a step, and what was waited for them", xlabel="step", ylabel="ms")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-
-
-def _draw_memory(axes: Any, steps: Sequence[dict[str, Any]], record: dict[str, Any]) -> None:
-    x = [s["step"] for s in steps]
-    axes.plot(x, [v / 2**20 for v in _column(steps, "rss")], color="#4477aa", label="process, now")
-    axes.plot(x, [v / 2**20 for v in _column(steps, "peak")], color="#4477aa", linestyle=":", label="process, peak")
+def _draw_memory(axes: Any, steps: Lines, record: dict[str, Any]) -> None:
+    x, mib = [s["step"] for s in steps], 2**-20
+    axes.plot(x, _column(steps, "rss", mib), color="#4477aa", label="process, now")
+    axes.plot(x, _column(steps, "peak", mib), color="#4477aa", linestyle=":", label="process, peak")
     if any(s.get("device_peak") for s in steps):
-        axes.plot(x, [v / 2**20 for v in _column(steps, "device_peak")], color="#228833", label="device, peak")
+        axes.plot(x, _column(steps, "device_peak", mib), color="#228833", label="device, peak")
     if record.get("model_bytes"):
         size = record["model_bytes"]
-        axes.axhline(size / 2**20, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(size)}")
-    axes.set(title="memory", xlabel="step", ylabel="MiB")
+        axes.axhline(size * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(size)}")
+    _finish(axes, "memory", "MiB")
+
+
+def _finish(axes: Any, title: str, ylabel: str) -> None:
+    axes.set(title=title, xlabel="step", ylabel=ylabel)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+
+
+# ---- one step of a trace ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """A step's transfers. Seconds are of the clock: intervals that overlap count once."""
+
+    name: str
+    seconds: float
+    bytes_up: float
+    bytes_down: float
+    upload_s: float
+    download_s: float
+    transfer_s: float  # anything going up or down
+    exposed_wait_s: float
+
+    def text(self) -> str:
+        parts = [f"{self.name}, {1e3 * self.seconds:.1f} ms"]
+        if self.upload_s > 0:
+            parts.append(f"{gib(self.bytes_up)} up at {self.bytes_up / self.upload_s / 1e9:.2f} GB/s")
+        if self.download_s > 0:
+            parts.append(f"{gib(self.bytes_down)} down at {self.bytes_down / self.download_s / 1e9:.2f} GB/s")
+        hidden = hidden_share(self.transfer_s, self.exposed_wait_s)
+        if hidden is not None:
+            parts.append(f"exposed wait {1e3 * self.exposed_wait_s:.1f} ms, {hidden:.0%} of the transfers hidden")
+        return "; ".join(parts)
+
+
+def read_trace(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The intervals of a Chrome trace, in order of time; empty if there is no such file."""
+    if not Path(path).is_file():
+        return []
+    try:
+        events = json.loads(Path(path).read_text())["traceEvents"]
+        return sorted((e for e in events if e.get("ph") == "X" and "cat" in e), key=lambda e: e["ts"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DistZO2Error(f"{path}: not a trace: {error}") from error
+
+
+def one_step(events: Lines) -> tuple[str, float, float]:
+    """Name, begin and end (µs) of the step in the middle of a trace; of one without steps, its first second."""
+    steps = [e for e in events if e["cat"] == "step"]
+    if steps:
+        step = steps[len(steps) // 2]
+        return step["name"], step["ts"], step["ts"] + step["dur"]
+    begin, end = min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events)
+    return "the trace", begin, end
+
+
+def step_figures(events: Lines) -> StepFigures:
+    """The figures of the step that `one_step` names; of a transfer that reaches beyond it, the part within."""
+    name, begin, end = one_step(events)
+
+    def seconds(*kinds: str) -> float:
+        """Length of the union of the intervals within the step."""
+        total, reached = 0.0, begin
+        for a, b in _clip((e for e in events if e["cat"] in kinds), begin, end):
+            total += max(0.0, b - max(a, reached))
+            reached = max(reached, b)
+        return total * 1e-6
+
+    def num_bytes(kind: str) -> float:
+        total = 0.0
+        for e in events:
+            if e["cat"] == kind:
+                inside = min(e["ts"] + e["dur"], end) - max(e["ts"], begin)
+                share = inside / e["dur"] if e["dur"] > 0 else float(begin <= e["ts"] < end)
+                total += max(0.0, share) * e.get("args", {}).get("bytes", 0)
+        return total
+
+    return StepFigures(
+        name,
+        (end - begin) * 1e-6,
+        num_bytes("upload"),
+        num_bytes("download"),
+        seconds("upload"),
+        seconds("download"),
+        seconds("upload", "download"),
+        seconds("wait", "stall"),
+    )
+
+
+def _clip(events: Iterable[dict[str, Any]], begin: float, end: float) -> list[Interval]:
+    """The events' intervals as far as they lie in [begin, end], in order."""
+    clipped = ((max(e["ts"], begin), min(e["ts"] + e["dur"], end)) for e in events)
+    return sorted((a, b) for a, b in clipped if b > a)
+
+
+def draw_step(axes: Any, events: Lines) -> None:
+    """Draws the lanes of one step; transfers to different slots lie one above the other."""
+    _, begin, end = one_step(events)
+    seen = {e["cat"] for e in events}
+    lanes = [lane for lane in LANES if lane[0] in seen]
+    slots = 1 + max((e.get("args", {}).get("slot", 0) for e in events), default=0)
+    for row, (kind, _, colour) in enumerate(reversed(lanes)):
+        parts = slots if kind in ("upload", "download") else 1
+        height = 0.8 / parts
+        for part in range(parts):
+            mine = [e for e in events if e["cat"] == kind and (parts == 1 or e.get("args", {}).get("slot", 0) == part)]
+            axes.broken_barh(
+                [((a - begin) / 1e3, (b - a) / 1e3) for a, b in _clip(mine, begin, end)],
+                (row - 0.4 + part * height, height),
+                facecolor=colour,
+                edgecolor="white" if kind == "compute" else colour,  # keeps short bars visible
+                linewidth=0.3,
+            )
+    axes.set_yticks(range(len(lanes)), [name for _, name, _ in reversed(lanes)])
+    axes.set(title=step_figures(events).text(), xlabel="ms", xlim=(0, (end - begin) / 1e3))
+
+
+# ---- a plan -------------------------------------------------------------------------------------------------------
+
+
+def plan_events(played: Played) -> list[dict[str, Any]]:
+    """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
+    begin, events = played.steps[0][0], []
+
+    def add(kind: str, name: str, start: float, end: float, row: int, **args: float) -> None:
+        if end > max(start, begin):
+            start = max(start, begin)
+            event = {"ph": "X", "cat": kind, "name": name, "ts": 1e6 * start, "dur": 1e6 * (end - start), "args": args}
+            events.append({**event, "pid": 0, "tid": row})
+
+    for number, (start, end) in enumerate(played.steps):
+        add("step", f"step {number}", start, end, 0)
+    for start, end, name in wait_intervals(played.tasks):
+        add("wait", name, start, end, 1)
+    kinds = {"compute": 2, "materialize": 3, "update": 4, "gather": 5, "upload": 16, "download": 32}
+    for task in played.tasks:
+        if task.kind in kinds:
+            args = {"bytes": round(task.num_bytes), "slot": task.slot}
+            add(task.kind, task.name, task.start, task.end, kinds[task.kind] + task.slot, **args)
+    return events
+
+
+def draw_plan(played: Played, path: str | os.PathLike, title: str) -> None:
+    """Draws one step as a PNG, as a run's own trace is drawn."""
+    with _figure(Path(path), 12, 4) as figure:
+        draw_step(figure.add_subplot(), plan_events(played))
+        figure.suptitle(title)

@@ -1,21 +1,194 @@
 """The schedule of a rank's steps, by the rules of the runtime: which unit is brought when and to which slot, what a
-visit perturbs and updates, when blocks go back. It issues tasks; `plan_tasks.play` says when they run.
+visit perturbs and updates, when blocks go back. `Schedule` issues tasks; `play` says when they run; `play_steps` plays
+steps until they repeat.
 
 Resources: compute; host, which issues (where the host computes, it is the same as compute); upload, download; and,
-where blocks are sliced, side, which updates a slice, and gather.
+where blocks are sliced, side, which updates a slice, and gather. A resource runs its tasks one at a time, in the order
+of their issue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from types import SimpleNamespace
 
+from distzo2.planning.machines import Rates
 from distzo2.planning.plan_model import ModelPlan
-from distzo2.planning.plan_rates import Rates
-from distzo2.planning.plan_tasks import Task
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.units import Unit
+
+# Steps that are played first: the first has no update to make and nothing prefetched, and where transfers bound, they
+# pile up for a while. More of them while the steps after still differ.
+WARM_STEPS = (2, 6, 14)
+SAME = 1e-3
+MOST_STEPS = 16  # that are played, where blocks are written in turn
+_ADDRESSES = itertools.count(1)  # of memory that only counts
+
+
+@dataclass(eq=False)
+class Task:
+    """`seconds` of work on `resource`, at full speed, once every task of `after` has ended."""
+
+    resource: str
+    kind: str
+    name: str
+    seconds: float
+    after: tuple[Task, ...] = field(default=(), repr=False)
+    num_bytes: float = 0.0  # of a transfer
+    slot: int = 0
+    start: float = -1.0
+    end: float = -1.0
+
+
+def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: Collection[str] = ()) -> None:
+    """Sets start and end of every task.
+
+    Args:
+        tasks: in the order of their issue.
+        duplex: speeds of upload and download while both are busy; 1: as alone.
+        pool: resources that share one processor: while k of them are busy, each runs at 1/k.
+    """
+
+    def speeds(busy: Collection[str]) -> dict[str, float]:
+        result = dict.fromkeys(busy, 1.0)
+        if "upload" in result and "download" in result:
+            result["upload"], result["download"] = duplex
+        inside = [r for r in result if r in pool]
+        for resource in inside:
+            result[resource] /= len(inside)
+        return result
+
+    queues: dict[str, deque[Task]] = {}
+    waiting: dict[Task, int] = {}
+    behind: dict[Task, list[Task]] = {}
+    for task in tasks:
+        queues.setdefault(task.resource, deque()).append(task)
+        waiting[task] = len(task.after)
+        for before in task.after:
+            behind.setdefault(before, []).append(task)
+    now = 0.0
+    running: dict[str, tuple[Task, float]] = {}  # by resource: what runs there, seconds left at full speed
+
+    def finish(task: Task) -> None:
+        task.end = now
+        for follower in behind.get(task, ()):
+            waiting[follower] -= 1
+
+    while True:
+        moved = True
+        while moved:
+            moved = False
+            for resource, queue in queues.items():
+                while queue and resource not in running and waiting[queue[0]] == 0:
+                    task = queue.popleft()
+                    task.start = now
+                    moved = True
+                    if task.seconds > 0:
+                        running[resource] = task, task.seconds
+                    else:
+                        finish(task)
+        if not running:
+            assert not any(queues.values()), "tasks wait for one another"
+            return
+        speed = speeds(running)
+        step = min(left / speed[r] for r, (_, left) in running.items())
+        now += step
+        for resource, (task, left) in list(running.items()):
+            left -= step * speed[resource]
+            if left <= 1e-12 * max(1.0, task.seconds):
+                del running[resource]
+                finish(task)
+            else:
+                running[resource] = task, left
+
+
+def wait_intervals(tasks: Sequence[Task]) -> list[tuple[float, float, str]]:
+    """When compute stood still for a transfer, and the unit it waited for."""
+    result, reached = [], 0.0
+    for task in tasks:
+        if task.resource != "compute":
+            continue
+        if task.kind in ("wait", "stall") and task.end > reached:
+            issued = max((t.end for t in task.after if t.resource == "host"), default=0.0)
+            if task.end > max(reached, issued):
+                result.append((max(reached, issued), task.end, task.name))
+        reached = max(reached, task.end)
+    return result
+
+
+# ---- steps in the steady state ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the work takes, a step in the steady state."""
+
+    step_s: float
+    busy_s: dict[str, float]  # by resource
+    wait_s: float  # of compute, for transfers
+    noise_s: float  # part of compute, and of side
+    bytes_up: float
+    bytes_down: float
+    bytes_gathered: float  # received from other ranks
+    scratch_bytes: int
+    tasks: Sequence[Task]
+    steps: Sequence[tuple[float, float]]  # begin and end of each step of the steady state
+
+
+def play_steps(work: Work) -> Played:
+    """Plays steps until they repeat, and takes the mean of those after."""
+    duplex = (work.transfers.up_speed, work.transfers.down_speed) if work.transfers else (1.0, 1.0)
+    # A slice's update takes from the device what compute would have; on a CPU so does a gather.
+    pool = {"compute", "side", "gather"} if work.on_host else {"compute", "side"}
+    num_steps = max(2, min(work.write_every, MOST_STEPS))
+    for warm in WARM_STEPS:
+        schedule = Schedule(work)
+        for _ in range(warm + num_steps):
+            schedule.step()
+        play(schedule.tasks, duplex, pool)
+        ends = [task.end for task in schedule.step_ends]
+        lengths = [b - a for a, b in pairwise(ends)]
+        before, after = sum(lengths[-2 * num_steps : -num_steps]), sum(lengths[-num_steps:])
+        if len(lengths) >= 2 * num_steps and abs(after - before) <= SAME * after:
+            break
+        if work.write_every > 1 and warm >= work.write_every:
+            break
+    return _figures(schedule, ends, warm, num_steps)
+
+
+def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: int) -> Played:
+    begin, end = ends[warm - 1], ends[-1]
+    busy: dict[str, float] = {}
+    num_bytes = {"upload": 0.0, "download": 0.0, "gather": 0.0}
+    noise_s = 0.0
+    for task in schedule.tasks:
+        inside = min(task.end, end) - max(task.start, begin)
+        if inside <= 0:
+            continue
+        busy[task.resource] = busy.get(task.resource, 0.0) + inside / num_steps
+        if task.kind in ("materialize", "update"):
+            noise_s += inside / num_steps
+        elif task.kind in num_bytes:
+            num_bytes[task.kind] += task.num_bytes * inside / (task.end - task.start) / num_steps
+    waits = wait_intervals(schedule.tasks)
+    return Played(
+        (end - begin) / num_steps,
+        busy,
+        sum(max(0.0, min(b, end) - max(a, begin)) for a, b, _ in waits) / num_steps,
+        noise_s,
+        *num_bytes.values(),
+        schedule.scratch_bytes,
+        schedule.tasks,
+        list(pairwise(ends[warm - 1 :])),
+    )
+
+
+# ---- the rules ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -30,8 +203,8 @@ class Transfers:
 
 @dataclass(frozen=True)
 class Slicing:
-    """Blocks are kept in `num_ranks` slices; an all-gather takes `gather_s` a byte of the block. `over_link`: it goes
-    where the uploads go."""
+    """Blocks are kept in `num_ranks` slices; an all-gather takes `gather_s` a byte of the block. `over_link`: it uses
+    the link of the uploads."""
 
     num_ranks: int
     gather_s: float
@@ -56,34 +229,17 @@ class Work:
     exchange_s: float = 0.0  # of the scalars, at a step's end
 
 
-@dataclass(frozen=True)
-class _Buffer:
-    """Stands for memory in a `Scratch` that only counts."""
-
-    num_bytes: int
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-    def numel(self) -> int:
-        return self.num_bytes
-
-
 class _Ledger(Scratch):
     """The runtime's scratch, without its memory."""
 
-    def __init__(self, units: Sequence[Unit]) -> None:
-        super().__init__(units, None)
-        self._allocated = 0
-
-    def _allocate(self, num_bytes: int) -> _Buffer:
-        self._allocated += 1
-        return _Buffer(num_bytes, self._allocated)
+    def _allocate(self, num_bytes: int) -> SimpleNamespace:
+        address = next(_ADDRESSES)
+        return SimpleNamespace(data_ptr=lambda: address, numel=lambda: num_bytes)
 
 
 @dataclass(eq=False)
 class _Slot:
+    number: int
     unit: Unit | None = None
     held: bool = False
     wanted: bool = False
@@ -94,14 +250,8 @@ class _Slot:
     version: int = -1  # sliced blocks: updates that the gathered block holds
 
 
-@dataclass
-class _Step:
-    dirty: set[int] = field(default_factory=set)
-    visited: set[int] = field(default_factory=set)  # in the pass
-
-
 class Schedule:
-    """Issues the tasks of steps, one after another."""
+    """Issues the tasks of steps, one after another, as the runtime would."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -110,8 +260,8 @@ class Schedule:
         self.step_ends: list[Task] = []
         self._version = 0
         self._stored = {u.index: 0 for u in self.units}  # versions
-        self._scratch = _Ledger([u for u in self.units if u.trainable])
-        self._slots = [_Slot() for _ in range(work.slots)]
+        self._scratch = _Ledger([u for u in self.units if u.trainable], None)
+        self._slots = [_Slot(number) for number in range(work.slots)]
         self._slot_of: dict[int, _Slot] = {}
         self._store_of: dict[int, Task] = {}  # by unit: its last download
         self._uses = 0
@@ -119,7 +269,8 @@ class Schedule:
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}
         self._last: Unit | None = None
         self._present: set[int] = set()
-        self._state = _Step()
+        self._dirty: set[int] = set()
+        self._visited: set[int] = set()  # in the pass
         self._to_complete: list[Unit] = []  # sliced blocks uploaded ahead of the update that they miss
         self._host: Task | None = None  # the last one that the host has issued from
         self._compute: Task | None = None
@@ -132,22 +283,20 @@ class Schedule:
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 
-    def _add(
-        self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **args: float | int
-    ) -> Task:
-        task = Task(resource, kind, name, seconds, tuple(t for t in after if t is not None), dict(args))
+    def _add(self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **more: float) -> Task:
+        task = Task(resource, kind, name, seconds, tuple(t for t in after if t is not None), **more)
         self.tasks.append(task)
         return task
 
     def _issue(self, seconds: float) -> float:
-        """The host issues something for so long; what of it falls to compute, which on a CPU is the host's own."""
+        """The host spends `seconds` on issuing; returns what of it falls to compute: all where the host computes."""
         if self.work.on_host:
             return seconds
         self._host = self._add("host", "host", "", seconds)
         return 0.0
 
     def _run(self, kind: str, name: str, seconds: float, *after: Task | None) -> Task:
-        """A task of compute, behind all that was issued before."""
+        """Adds a task of compute, behind everything issued before."""
         self._compute = self._add("compute", kind, name, seconds, self._host, *after)
         if self.work.on_host:
             self._host = self._compute
@@ -158,26 +307,24 @@ class Schedule:
     def step(self) -> None:
         for emissions in self.work.passes:
             self._pass(emissions)
-        host = self.work.rates.host
-        name = f"step {self._version}"
+        name, seconds = f"step {self._version}", self.work.rates.host.step_s + self.work.exchange_s
         if self.work.on_host:
-            end = self._run("host", name, host.step_s + self.work.exchange_s)
+            end = self._run("host", name, seconds)
         else:  # the losses are read: the host waits for the device
-            end = self._host = self._add(
-                "host", "host", name, host.step_s + self.work.exchange_s, self._compute, self._host
-            )
+            end = self._host = self._add("host", "host", name, seconds, self._compute, self._host)
         self.step_ends.append(end)
         self._version += 1
 
     def _pass(self, emissions: Sequence[Emission]) -> None:
-        self._state = _Step()
+        self._dirty.clear()
+        self._visited.clear()
         distinct = list(dict.fromkeys(emissions))
         for unit in self._to_complete:
             self._complete(unit)
         self._to_complete.clear()
         parts, host = self.work.model.parts, self.work.rates.host
         by_index = {u.index: u for u in self.units}
-        for number, part in enumerate(parts):
+        for part, seconds in zip(parts, self._part_s, strict=True):
             if part.units:
                 for index in self._present - set(part.units):
                     self._release(by_index[index])
@@ -191,7 +338,6 @@ class Schedule:
                 pinned: set[int] = set()
                 for index in part.units:
                     pinned.add(self._point(by_index[index], emission, distinct, pinned))
-                seconds = self._part_s[number]
                 overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
                 name = by_index[part.units[-1]].name if part.units else "(start)"
                 self._run("compute", name, seconds + overhead)
@@ -202,7 +348,7 @@ class Schedule:
 
     def _bring(self, unit: Unit) -> None:
         self._present.add(unit.index)
-        self._state.visited.add(unit.index)
+        self._visited.add(unit.index)
         if unit.index not in self.work.streamed:
             return
         slot = self._acquire(unit)
@@ -220,19 +366,18 @@ class Schedule:
 
     def _release(self, unit: Unit) -> None:
         self._present.discard(unit.index)
-        dirty = unit.index in self._state.dirty
-        self._state.dirty.discard(unit.index)
         if unit.index not in self.work.streamed:
             return
         slot = self._slot_of[unit.index]
         slot.held, slot.readers = False, self._compute
         self._uses += 1
         slot.last_use = self._uses
-        if dirty:
+        if unit.index in self._dirty:
+            self._dirty.discard(unit.index)
             self._download(unit, slot, unit.num_bytes, self._compute)
 
     def _is_sliced(self, unit: Unit) -> bool:
-        """Whether the block comes to its slot with every update made."""
+        """Whether the block reaches its slot with every update made."""
         return self.work.slicing is not None and unit.index in self.work.streamed
 
     def _elides(self, unit: Unit) -> bool:
@@ -240,7 +385,7 @@ class Schedule:
         return behind and (self._version + unit.block) % self.work.write_every != 0
 
     def _point(self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]) -> int:
-        """The address of the perturbed copy that the lane uses; 0: the clean one."""
+        """The address of the perturbed copy that the lane uses; 0: the clean weights."""
         stays_behind = self._elides(unit) and not self._is_sliced(unit)
         if not unit.trainable or (emission.clean and not stays_behind):
             self._materialize(unit, (), 0)
@@ -265,34 +410,19 @@ class Schedule:
             overhead = self._issue(self.work.rates.host.materialize_s)
             self._run("materialize", unit.name, seconds + overhead)
             if writes:
-                self._state.dirty.add(unit.index)
+                self._dirty.add(unit.index)
         if writes or not (missed or self._is_sliced(unit)):
             self._stored[unit.index] = self._version
 
     def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:
-        return sum(
-            self.work.rates.noise_s(
-                round(p.numel * share),
-                p.dtype,
-                self.work.family,
-                terms=missed * self.work.num_terms,
-                emissions=noises,
-                outs=outs,
-                write=writes,
-            )
-            for p in unit.params
-            if p.trainable
-        )
+        call = {"terms": missed * self.work.num_terms, "emissions": noises, "outs": outs, "write": writes}
+        made = ((round(p.numel * share), p.dtype) for p in unit.params if p.trainable)
+        return sum(self.work.rates.noise_s(numel, dtype, self.work.family, **call) for numel, dtype in made)
 
     # ---- as the copy engine -----------------------------------------------------------------------------------------
 
     def _acquire(self, unit: Unit) -> _Slot:
-        slot = self._slot_of.get(unit.index)
-        if slot is None:
-            slot = self._choose(for_acquire=True)
-            if slot is None:
-                raise RuntimeError(f"{unit.name} finds no slot: all {len(self._slots)} are held")
-            self._assign(slot, unit)
+        slot = self._slot_of.get(unit.index) or self._assign(self._choose(for_acquire=True), unit)
         slot.held, slot.wanted = True, False
         return slot
 
@@ -317,48 +447,30 @@ class Schedule:
         wanted = [s for s in self._slots if not s.held] if for_acquire else []
         return max(wanted, key=lambda s: s.last_use, default=None)
 
-    def _assign(self, slot: _Slot, unit: Unit) -> None:
+    def _assign(self, slot: _Slot, unit: Unit) -> _Slot:
         if slot.unit is not None:
             del self._slot_of[slot.unit.index]
         slot.unit, slot.wanted, slot.version = unit, False, -1
         self._slot_of[unit.index] = slot
-        slicing, share = self.work.slicing, 1
-        if slicing is not None:
-            share = slicing.num_ranks
-        num_bytes = unit.num_bytes / share
-        slot.ready = self._add(
-            "upload",
-            "upload",
-            unit.name,
-            num_bytes * self.work.transfers.up_s,
-            self._host,
-            slot.readers,
-            slot.stored,
-            self._store_of.get(unit.index),
-            bytes=num_bytes,
-            slot=self._slots.index(slot),
-        )
+        num_bytes = unit.num_bytes / (self.work.slicing.num_ranks if self.work.slicing else 1)
+        seconds = num_bytes * self.work.transfers.up_s
+        after = (self._host, slot.readers, slot.stored, self._store_of.get(unit.index))
+        slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
         slot.stored = None
-        if slicing is not None:
-            if unit.index in self._state.visited:  # it is for the next pass, and may miss an update not yet known
+        if self.work.slicing is not None:
+            if unit.index in self._visited:  # for the next pass: it may miss an update that is not known yet
                 self._to_complete.append(unit)
             else:
                 self._complete(unit)
+        return slot
 
     def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
-        slot.stored = self._store_of[unit.index] = self._add(
-            "download",
-            "download",
-            unit.name,
-            num_bytes * self.work.transfers.down_s,
-            after,
-            slot.ready,
-            bytes=num_bytes,
-            slot=self._slots.index(slot),
-        )
+        seconds, more = num_bytes * self.work.transfers.down_s, {"num_bytes": num_bytes, "slot": slot.number}
+        slot.stored = self._add("download", "download", unit.name, seconds, after, slot.ready, **more)
+        self._store_of[unit.index] = slot.stored
 
     def _complete(self, unit: Unit) -> None:
-        """A slice that was uploaded: updated, written back, and gathered with the others."""
+        """Updates a slice that was uploaded, writes it back, and gathers the block."""
         slicing, slot = self.work.slicing, self._slot_of[unit.index]
         share = 1.0 / slicing.num_ranks
         ready, slot.version = slot.ready, self._version
@@ -373,6 +485,5 @@ class Schedule:
                 self._stored[unit.index] = self._version
         where = "upload" if slicing.over_link else "gather"
         received = unit.num_bytes * (slicing.num_ranks - 1) * share
-        slot.ready = self._add(
-            where, "gather", unit.name, unit.num_bytes * slicing.gather_s, ready, self._host, bytes=received
-        )
+        seconds = unit.num_bytes * slicing.gather_s
+        slot.ready = self._add(where, "gather", unit.name, seconds, ready, self._host, num_bytes=received)

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,6 @@ from typing import Any, Protocol
 
 import torch
 
-from distzo2.checkpoint.file_checksum import CHUNK_BYTES, open_plain
 from distzo2.checkpoint.weight_files import DTYPE_NAMES
 from distzo2.errors import DistZO2Error
 from distzo2.record.line import JournalError, decode_line, encode_line
@@ -34,6 +34,7 @@ from distzo2.version import __version__
 from distzo2.weights.units import Unit
 
 FORMAT_VERSION = 1
+CHUNK_BYTES = 4 << 20  # of a read or a write
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 HIDDEN = ".writing-"  # begins the name of a directory that is no snapshot yet, or no more
@@ -331,3 +332,16 @@ def _hex(value: Any, digits: int) -> str:
     if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
         raise SnapshotError(f"{digits} hex digits were expected, got {str(value)[:80]!r}")
     return value
+
+
+def open_plain(path: Path) -> Any:
+    """A plain file opened for reading, unbuffered.
+
+    Raises:
+        OSError: it cannot be opened, or is a link or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "not a plain file")
+    return os.fdopen(descriptor, "rb", buffering=0)

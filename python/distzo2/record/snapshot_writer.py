@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
-from distzo2.checkpoint.file_checksum import CHUNK_BYTES
-from distzo2.checkpoint.weight_files import bytes_of, sync_directory
+from distzo2.checkpoint.weight_files import bytes_of
+from distzo2.files import sync_directory
 from distzo2.record.journal import Journal
 from distzo2.record.snapshot import (
+    CHUNK_BYTES,
     HIDDEN,
     MANIFEST,
     JournalDigest,

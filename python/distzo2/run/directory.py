@@ -18,15 +18,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distzo2.checkpoint import checkpoint_hidden
-from distzo2.checkpoint.file_checksum import FileChecksum
-from distzo2.checkpoint.weight_files import sync_directory
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.files import sync_directory
 from distzo2.run.finetune_options import FIXED
 from distzo2.run.metrics import finite
 
@@ -181,7 +178,6 @@ class RunDirectory:
         for pattern in LEFTOVERS:
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
-        checkpoint_hidden.remove_leftovers(self.path)
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""
@@ -256,7 +252,7 @@ class RunDirectory:
             if others:
                 raise DistZO2Error(f"{self.checkpoint / others[0]}: not written by this run: {advice}")
 
-    def describe_checkpoint(self, weights: Mapping[str, FileChecksum]) -> dict[str, Any]:
+    def describe_checkpoint(self) -> dict[str, Any]:
         """What run.json says of a checkpoint that was just written: the names of all that is in it."""
         return {"checkpoint_files": tree_of(self.checkpoint)}
 

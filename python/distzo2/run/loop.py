@@ -331,13 +331,12 @@ class TrainLoop:
         self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None, checkpoint_contents=None)
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
-            checksums = distzo2.save_pretrained(self.model, self.run.checkpoint)
+            distzo2.save_pretrained(self.model, self.run.checkpoint)
         else:
             from distzo2.checkpoint.replay import replay
 
-            report = replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-            checksums = report.checksums
-        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint(checksums))
+            replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
+        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint())
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _stopped(self, status: str) -> None:

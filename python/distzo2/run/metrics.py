@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from distzo2.checkpoint.weight_files import sync_directory
+from distzo2.files import sync_directory
 from distzo2.record.line import decode_line, encode_line
 
 MAX_LINE_BYTES = 1 << 16

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -77,10 +77,10 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}, ...)")
     from transformers import AutoTokenizer
 
-    from distzo2.checkpoint.checkpoint_config import check_config_file
+    from distzo2.checkpoint.weight_files import read_json
 
     if (config := directory / "config.json").is_file():  # transformers looks there for the tokenizer's class
-        check_config_file(config)
+        read_json(config)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the many tokenizer classes raise on damaged files
@@ -106,10 +106,10 @@ def sequence_limit(directory: str | os.PathLike, max_length: int | None = None) 
     """
     from transformers import AutoConfig
 
-    from distzo2.checkpoint.checkpoint_config import check_config_file
+    from distzo2.checkpoint.weight_files import read_json
 
     if (config := Path(directory) / "config.json").is_file():
-        check_config_file(config)
+        read_json(config)
     try:
         positions = max_positions(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
     except Exception as error:  # whatever a configuration class raises on values it does not take

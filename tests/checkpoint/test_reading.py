@@ -1,8 +1,9 @@
-"""Reads by several threads: the bytes of any range, through the page cache or past it, and clear errors."""
+"""Reads of a checkpoint: the bytes of any range, through the page cache or past it, and clear errors."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import struct
 import threading
@@ -12,14 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile_files import refused
 from safetensors.torch import save_file
 
-import distzo2
-from distzo2.checkpoint import reading as parallel_read
-from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint import reading
 from distzo2.checkpoint.layout import Layout
-from distzo2.checkpoint.pretrained import load_weights
-from distzo2.checkpoint.reading import CHUNK_BYTES, ParallelReader, Range, _batches, _is_cached, split
+from distzo2.checkpoint.reading import (
+    CHUNK_BYTES,
+    INDEX_FILE,
+    CheckpointFiles,
+    ParallelReader,
+    Range,
+    _batches,
+    _is_cached,
+    split,
+)
 from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
 
 
@@ -62,7 +70,7 @@ def how(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             return opened(path, flags, *args, **kwargs)
 
-        monkeypatch.setattr(parallel_read.os, "open", refuse)
+        monkeypatch.setattr(reading.os, "open", refuse)
     return request.param
 
 
@@ -93,7 +101,7 @@ def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
     with ParallelReader() as reader:
         path = files.files[0]
         reader.start([Range(path, 0, 1, fill=lambda data: None)])
-        assert (reader._files[path].direct is not None) == (how == "direct")
+        assert (reader._direct[path] is not None) == (how == "direct")
     read_all(files, jobs)
     for (_, out), tensor in zip(jobs, expected, strict=True):
         assert out.shape == tensor.shape
@@ -168,7 +176,7 @@ def test_what_waits_behind_a_failure_is_not_read(tmp_path: Path, monkeypatch) ->
     make_files(tmp_path)
     begun = []
 
-    def broken(self, descriptors, batch):
+    def broken(self, direct, batch):
         begun.append(batch)
         time.sleep(0.02)
         raise CheckpointError("a shard is gone")
@@ -182,35 +190,51 @@ def test_what_waits_behind_a_failure_is_not_read(tmp_path: Path, monkeypatch) ->
         assert len(begun) < 50
 
 
-class Stack(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(6))
+def test_reading_in_one_thread_takes_a_block_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    real = reading.scratch
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+    def watched(dtype: torch.dtype, numel: int) -> torch.Tensor:
+        asked.append(numel * dtype.itemsize)
+        return real(dtype, numel)
+
+    monkeypatch.setattr(reading, "scratch", watched)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1 << 16)
+    weight = torch.randn(300, 500)
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    files, where = CheckpointFiles(tmp_path), Layout.leaf(0, (300, 500))
+    out = torch.empty(500, 300)
+    files.read_pieces(where.permute((1, 0)).pieces, out)
+    assert torch.equal(out, weight.t())
+    assert len(asked) >= weight.numel() * 4 // (1 << 16) and max(asked) <= 1 << 16
+    asked.clear()
+    files.read_pieces(where.pieces, out)
+    assert torch.equal(out.view(300, 500), weight) and not asked  # same layout and dtype: straight into its place
 
 
-@pytest.mark.parametrize("weights", ["host", "disk"])
-def test_a_model_of_which_some_weights_are_missing_is_none(tmp_path: Path, weights: str, monkeypatch) -> None:
-    torch.manual_seed(0)
-    model = Stack()
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    loaded = distzo2.offload(Stack(), weights=weights, directory=tmp_path / "disk")
-    assert load_weights(loaded, tmp_path) == []
-    x = torch.randn(3, 64)
-    assert torch.equal(loaded(x), model(x))
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\0b", "x" * 300, "./x"]
+)
+def test_an_index_names_files_of_its_directory_only(tmp_path: Path, name: str) -> None:
+    base = tmp_path / "base"
+    (base / "sub").mkdir(parents=True)
+    for place in (tmp_path / "secret.safetensors", base / "sub" / "x.safetensors"):
+        save_file({"w": torch.ones(2)}, place)
+    (base / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": name}}))
+    refused(lambda: CheckpointFiles(base), CheckpointError, "index.json")
 
-    def broken(self, descriptors, batch):
-        raise CheckpointError("a shard is gone")
 
-    monkeypatch.setattr(ParallelReader, "_read", broken)
-    with pytest.raises(CheckpointError, match="a shard is gone"):
-        load_weights(loaded, tmp_path)
-    with pytest.raises(distzo2.DistZO2Error, match="closed"):
-        loaded.state_dict()
-    assert threads_alive() == 0
-    if weights == "disk":
-        assert list((tmp_path / "disk").iterdir()) == []
+def test_a_tensor_is_in_one_file(tmp_path: Path) -> None:
+    """The index may choose between two; a tensor that it does not name must be in one file only."""
+    for name in ("a", "b"):
+        save_file({"w": torch.full((2,), float(ord(name))), "v": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"w": "b.safetensors", "v": "a.safetensors"}}))
+    files = CheckpointFiles(tmp_path)
+    assert {entry.name: file.path.name for entry, file in zip(files.entries, files.file_of, strict=True)} == {
+        "w": "b.safetensors",
+        "v": "a.safetensors",
+    }
+    for name in ("a", "b"):
+        save_file({name: torch.ones(2), "u": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    refused(lambda: CheckpointFiles(tmp_path), CheckpointError, "b.safetensors: tensor 'u' is in a.safetensors too")

@@ -1,31 +1,29 @@
-"""The demo's base model: a Llama of 1.1 M parameters, pre-trained here by backpropagation, kept with its data.
+"""Makes the demo's data and its base model: a Llama of 1.1 M parameters, pre-trained here by backpropagation.
 
-It reads 32 tokens of a docstring and " From:", and then names the library by a token of its own. Fine-tuning has to
-teach it to answer in words instead. What is made is kept under a name that changes with everything it depends on.
+    python base.py --out demo-run/base
+
+The model reads 32 tokens of a docstring and " From:", and then names the library by a token of its own. Fine-tuning has
+to teach it to answer in words instead.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import json
-import math
-import os
-import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from docstrings import LABELS, LIBRARIES, Docstring, Split, collect, roots, split
+from tqdm import tqdm
 
-from distzo2.demo.demo_data import LABELS, LIBRARIES, Docstring, Split, collect, roots, split
-from distzo2.run.metrics import progress_bar
+from distzo2.tasks.batches import DataOrder
+from distzo2.tasks.lines import load_examples
+from distzo2.tasks.objectives import Objective
 
-RECIPE = 2  # a change of the code below that changes what it makes is a new number
 SUFFIX = " From:"
 
 
@@ -47,106 +45,35 @@ class Recipe:
     backprop_steps: int = 100
 
 
-DEFAULT_RECIPE = Recipe()
-
-
-@dataclass(frozen=True)
-class Base:
-    """Files of a prepared demo."""
-
-    directory: Path
-
-    @property
-    def model(self) -> Path:
-        return self.directory / "model"
-
-    @property
-    def train(self) -> Path:
-        return self.directory / "train.jsonl"
-
-    @property
-    def held_out(self) -> Path:
-        return self.directory / "held_out.jsonl"
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return json.loads((self.directory / "facts.json").read_text())
-
-
-def prepare(
-    cache: str | os.PathLike,
-    recipe: Recipe = DEFAULT_RECIPE,
-    log: Callable[[str], None] = lambda line: None,
-    quiet: bool = False,
-) -> Base:
-    """Makes the base model and the data files under `cache`, or finds them there."""
-    directory = Path(cache) / f"demo-{_key(recipe)}"
-    if (directory / "facts.json").is_file():
-        log(f"base model and data from an earlier run: {directory}")
-        return Base(directory)
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix="demo-", dir=cache))
-    try:
-        _make(working, recipe, log, quiet)
-        try:
-            os.replace(working, directory)
-        except OSError:  # another process made it meanwhile
-            if not (directory / "facts.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-    return Base(directory)
-
-
-def _key(recipe: Recipe) -> str:
-    parts = {
-        "recipe": RECIPE,
-        **asdict(recipe),
-        "python": platform.python_version(),
-        **{name: version(name) for name in (*LIBRARIES, "tokenizers") if name != "std"},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _make(directory: Path, recipe: Recipe, log: Callable[[str], None], quiet: bool) -> None:
-    start = time.perf_counter()
+def make(directory: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes model/, train.jsonl, held_out.jsonl and facts.json, which it returns, into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
     splits = {
         library: split(collect(library, root, recipe.docstrings), recipe.num_train, recipe.num_held_out)
         for library, root in roots().items()
     }
     pretrain = [d for s in splits.values() for d in s.pretrain]
-    seconds = time.perf_counter() - start
-    log(f"{len(pretrain)} docstrings of {len(LIBRARIES)} libraries to pre-train on ({seconds:.0f} s)")
+    print(f"{len(pretrain)} docstrings of {len(LIBRARIES)} libraries to pre-train on", flush=True)
 
     tokenizer = train_tokenizer(pretrain, recipe.vocabulary)
-    counts = {}
     for name in ("train", "held_out"):
         lines = labelled_lines(splits, name, tokenizer, recipe.num_tokens)
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        counts[name] = len(lines)
 
     model = make_model(recipe, len(tokenizer))
     num_parameters = sum(p.numel() for p in model.parameters())
     windows = pretraining_windows(pretrain, tokenizer, recipe.num_tokens)
-    log(f"pre-training a Llama of {num_parameters:,} parameters on {len(windows)} pieces of {recipe.num_tokens} tokens")
+    print(f"a Llama of {num_parameters:,} parameters, {len(windows)} pieces of {recipe.num_tokens} tokens", flush=True)
     start = time.perf_counter()
-    pretrain_model(model, windows, recipe, quiet)
-    pretrain_seconds = time.perf_counter() - start
+    pretrain_model(model, windows, recipe)
+    seconds = time.perf_counter() - start
     model.eval()
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
-
-    start = time.perf_counter()
-    backprop = backprop_baseline(directory, model, tokenizer, recipe)
-    facts = {
-        "parameters": num_parameters,
-        "pretrain_docstrings": len(pretrain),
-        "pretrain_seconds": pretrain_seconds,
-        "backprop_seconds": time.perf_counter() - start,
-        "backprop": backprop,
-        "lines": counts,
-    }
+    backprop = backprop_baseline(directory, model, tokenizer, recipe)  # after it is saved: this changes the model
+    facts = {"parameters": num_parameters, "pretrain_seconds": seconds, "backprop": backprop}
     (directory / "facts.json").write_text(json.dumps(facts, indent=1))
+    return facts
 
 
 def train_tokenizer(docstrings: Sequence[Docstring], vocabulary: int) -> Any:
@@ -180,7 +107,7 @@ def labelled_lines(splits: dict[str, Split], part: str, tokenizer: Any, num_toke
 
 
 def make_model(recipe: Recipe, vocabulary: int) -> torch.nn.Module:
-    """The untrained Llama; the caller's random state is left alone."""
+    """The untrained Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -196,9 +123,8 @@ def make_model(recipe: Recipe, vocabulary: int) -> torch.nn.Module:
         eos_token_id=0,
         pad_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return LlamaForCausalLM(config).float()
+    torch.manual_seed(recipe.seed)
+    return LlamaForCausalLM(config).float()
 
 
 def pretraining_windows(docstrings: Sequence[Docstring], tokenizer: Any, num_tokens: int) -> torch.Tensor:
@@ -213,13 +139,13 @@ def pretraining_windows(docstrings: Sequence[Docstring], tokenizer: Any, num_tok
     return torch.tensor(rows)
 
 
-def pretrain_model(model: torch.nn.Module, windows: torch.Tensor, recipe: Recipe, quiet: bool) -> None:
+def pretrain_model(model: torch.nn.Module, windows: torch.Tensor, recipe: Recipe) -> None:
     """Next-token prediction of the text and, weighted by half, of the library's token."""
     order = torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
     model.train()
-    bar = progress_bar(quiet, iterable=range(recipe.steps), desc="pre-training")
+    bar = tqdm(range(recipe.steps), desc="pre-training", disable=None)  # None: shown on a terminal only
     for _ in bar:
         batch = windows[torch.randint(len(windows), (recipe.batch_size,), generator=order)]
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
@@ -236,10 +162,6 @@ def pretrain_model(model: torch.nn.Module, windows: torch.Tensor, recipe: Recipe
 
 def backprop_baseline(directory: Path, model: torch.nn.Module, tokenizer: Any, recipe: Recipe) -> dict[str, float]:
     """Held-out loss and accuracy that AdamW reaches with gradients from the same base and lines. Changes `model`."""
-    from distzo2.tasks.batches import DataOrder
-    from distzo2.tasks.lines import load_examples
-    from distzo2.tasks.objectives import Objective
-
     train = load_examples(directory / "train.jsonl", tokenizer)
     held_out = load_examples(directory / "held_out.jsonl", tokenizer)
     objective = Objective(model, "choices", pad_id=tokenizer.pad_token_id)
@@ -257,5 +179,10 @@ def backprop_baseline(directory: Path, model: torch.nn.Module, tokenizer: Any, r
         for first in range(0, len(held_out), 100):
             totals += objective.evaluation(objective.batch(held_out[first : first + 100]))()
     loss_sum, count, hits, answers = totals.tolist()
-    assert not math.isnan(loss_sum)
     return {"loss": loss_sum / count, "accuracy": hits / answers}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the model and the data")
+    make(parser.parse_args().out, Recipe())

@@ -1,0 +1,174 @@
+"""What about this machine makes streaming slower than it should be, read from /proc and /sys.
+
+Every function takes the root of the file system that it reads, so that a made tree can stand for another machine. A
+file that is missing means that nothing is known, never that something is wrong: such checks find nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distzo2.run.preflight import gib
+
+ROOT = Path("/")
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
+_FILE_SYSTEMS = {
+    **dict.fromkeys(("tmpfs", "ramfs"), "its files are memory, so that weights on it save none"),
+    **dict.fromkeys(
+        ("overlay", "overlayfs", "aufs"),
+        "a layer of a container, slower than the disk below it; a volume or a bind mount is not",
+    ),
+    **dict.fromkeys(
+        (*NETWORK, "fuse"), "weights would come over the network or through another process; use a local disk"
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """Something that is below what it should be: a word to search for, and one line for people."""
+
+    code: str
+    text: str
+
+
+def _text(path: Path) -> str:
+    """The content of a file; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def read_link(address: str, root: Path = ROOT) -> dict[str, Any]:
+    """The PCIe link of the device at `address`, such as 0000:01:00.0: widths, speeds in GT/s a lane, NUMA node; None
+    where the system does not say. A link that is idle may run slower than it can."""
+    device = root / "sys/bus/pci/devices" / address
+
+    def number(name: str, unknown: tuple[float, ...]) -> float | None:
+        words = _text(device / name).split()  # "16", "16.0 GT/s PCIe", "Unknown"
+        try:
+            value = float(words[0]) if "." in words[0] else int(words[0])
+        except (IndexError, ValueError):
+            return None
+        return None if value in unknown else value
+
+    return {
+        "pcie_width": number("current_link_width", (0,)),
+        "pcie_width_max": number("max_link_width", (0, 255)),
+        "pcie_gt_per_s": number("current_link_speed", ()),
+        "pcie_gt_per_s_max": number("max_link_speed", ()),
+        "numa_node": number("numa_node", (-1,)),
+    }
+
+
+def check_link(name: str, link: Mapping[str, Any]) -> list[Finding]:
+    """Whether a device's link is as wide and as fast as both of its ends allow."""
+    found = []
+    width, widest = link["pcie_width"], link["pcie_width_max"]
+    if width and widest and width < widest:
+        found.append(Finding("pcie_width", f"{name}: its PCIe link is x{width}, and x{widest} is possible"))
+    speed, fastest = link["pcie_gt_per_s"], link["pcie_gt_per_s_max"]
+    if speed and fastest and speed < fastest:
+        text = f"{name}: its PCIe link runs at {speed:g} GT/s under load, and {fastest:g} are possible"
+        found.append(Finding("pcie_speed", text))
+    return found
+
+
+def check_node(name: str, node: int | None, cpus: Collection[int], root: Path = ROOT) -> list[Finding]:
+    """Whether a device on NUMA node `node` is on one on which this process may run."""
+    nodes = {
+        int(directory.name.removeprefix("node"))
+        for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
+        if parse_list(_text(directory / "cpulist")) & set(cpus)
+    }
+    if node is None or not nodes or node in nodes:
+        return []
+    own = ", ".join(map(str, sorted(nodes)))
+    how = f"start it with numactl --cpunodebind={node} --membind={node}"
+    return [Finding("numa", f"{name} is on NUMA node {node}, and this process runs on node {own}: {how}")]
+
+
+def parse_list(text: str) -> set[int]:
+    """Of the kernel's "0-3,8", {0, 1, 2, 3, 8}."""
+    ends = [part.split("-") for part in text.split(",") if part]
+    return {number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)}
+
+
+def file_system(directory: str | os.PathLike, root: Path = ROOT) -> str | None:
+    """The type of the file system that holds `directory`, such as ext4: that of the longest mount point above it."""
+    place = os.path.realpath(directory)
+    longest, kind = 0, None
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        fields, _, rest = line.partition(" - ")
+        mount = fields.split()[4].encode().decode("unicode_escape")  # a space is \040
+        inside = place == mount or place.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= longest:  # of mounts on one another, the last is seen
+            longest, kind = len(mount), rest.split()[0]
+    return kind
+
+
+def check_file_system(directory: str | os.PathLike, kind: str | None) -> list[Finding]:
+    """Whether the file system is one to stream weights from."""
+    why = _FILE_SYSTEMS.get((kind or "").partition(".")[0])  # fuse.sshfs is fuse
+    return [Finding("file_system", f"{directory} is on {kind}: {why}")] if why else []
+
+
+def check_memlock(limit: int | None, wanted: int) -> list[Finding]:
+    """Whether `wanted` bytes may be pinned. `limit` is RLIMIT_MEMLOCK, None where it does not bind."""
+    if limit is None or limit >= wanted:
+        return []
+    text = (
+        f"the limit of locked memory (ulimit -l) is {gib(limit)}, under the {gib(wanted)} of memory that may be "
+        "taken: pinning more fails on drivers that count it; raise it in /etc/security/limits.conf"
+    )
+    return [Finding("memlock", text)]
+
+
+def check_governor(root: Path = ROOT) -> list[Finding]:
+    """Whether a governor holds the clocks down. With the pstate drivers `powersave` follows the load, and is fine."""
+    slow = [
+        cpu.parent.name
+        for cpu in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"))
+        if _text(cpu / "scaling_governor") == "powersave" and "pstate" not in _text(cpu / "scaling_driver")
+    ]
+    if not slow:
+        return []
+    return [Finding("governor", f"{len(slow)} CPUs ({slow[0]} first) are held at their lowest clock by powersave")]
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """How many CPUs' time the control groups allow this process; None: all."""
+    quotas = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A container sees its own group as the mount's root, although it is named by the path outside.
+        group = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        for part in ("", *Path(path.lstrip("/")).parts):
+            group = group / part
+            words = _text(group / "cpu.max").split()  # "max 100000" or "150000 100000"
+            if not words:  # version 1; -1: none
+                words = [_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+            if all(word.isdigit() for word in words):
+                quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def check_threads(num_threads: int, cpus: Collection[int], num_cpus: int, root: Path = ROOT) -> list[Finding]:
+    """Whether the computing threads and the CPUs that they may use agree."""
+    allowed, quota = len(cpus), cpu_quota(root) or num_cpus
+    usual = min(allowed, quota) / 2  # one thread for each core of two
+    checks = (
+        (allowed < num_cpus, "affinity", f"this process may run on {allowed} of the machine's {num_cpus} CPUs"),
+        (quota < min(allowed, num_threads), "cpu_quota",
+         f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute"),
+        (num_threads > allowed, "threads",
+         f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way"),
+        (num_threads < usual, "threads",
+         f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)"),
+    )  # fmt: skip
+    return [Finding(code, text) for is_wrong, code, text in checks if is_wrong]

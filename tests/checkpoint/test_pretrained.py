@@ -1,0 +1,241 @@
+"""Checkpoints in and out of models that stream, bit for bit, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import MODELS, T, assert_same_weights, edit_config, load, make, rewrite, stored
+from safetensors.torch import load_file
+from torch import nn
+
+import distzo2
+from distzo2.checkpoint import pretrained
+from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint, meta_model, open_checkpoint
+from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, ParallelReader
+from distzo2.checkpoint.weight_files import CheckpointError
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "deepseek_v3"])
+def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    make(name, source)
+    reference = load(getattr(T, MODELS[name][0]), source)
+    model = distzo2.from_pretrained(source, weights=weights, directory=tmp_path)
+    base = distzo2.runtime_of(model).base
+    assert not model.training and base.directory == source and base.digest() == digest_checkpoint(source)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
+    runtime = distzo2.runtime_of(model)
+    with runtime.writing(runtime.units[-1], keep=True) as views:
+        changed = next(iter(views))
+        views[changed].add_(1)
+    assert distzo2.save_pretrained(model, out) is None
+    expected = dict(reference.named_parameters())
+    with torch.no_grad():
+        expected[changed].add_(1)
+    assert_same_weights(load(T.AutoModelForCausalLM, out), reference)
+    with pytest.raises(CheckpointError, match="already holds"):
+        distzo2.save_pretrained(model, out)
+    distzo2.save_pretrained(model, out, overwrite=True, max_shard_bytes=30_000)
+    assert_same_weights(load(T.AutoModelForCausalLM, out), reference)
+    runtime.close()
+
+
+def test_training_mode_is_a_choice(tmp_path: Path) -> None:
+    make("opt", tmp_path)
+    model = distzo2.from_pretrained(tmp_path, train=True)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_from_elsewhere_is_saved_as_transformers_would(tmp_path: Path) -> None:
+    reference = make("mixtral", tmp_path / "plain")
+    model = distzo2.offload(make("mixtral"))
+    distzo2.save_pretrained(model, tmp_path / "out")
+    assert_same_weights(load(T.AutoModelForCausalLM, tmp_path / "out"), reference)
+
+
+class Classifier(nn.Module):
+    """No language model: convolutions, a normalisation with buffers, a tied pair, and a scale without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.norm(self.conv(images)).mean((2, 3)))) * self.scale
+
+
+def test_any_module_by_its_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain, other = Classifier(), Classifier()
+    plain.norm(torch.randn(3, 4, 5, 5))
+    expected = {name: t.clone() for name, t in plain.state_dict().items()}
+    model = distzo2.offload(plain, units=["conv", "first"])
+    distzo2.save_pretrained(model, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {SINGLE_FILE}
+    written = stored(tmp_path / "out")
+    assert written.keys() == expected.keys() - {"second.weight"}
+    assert all(torch.equal(written[name], expected[name]) for name in written)
+    other.load_state_dict(written | {"second.weight": written["first.weight"]})
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(other.eval()(images), model(images))
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_a_model_that_lacks_some_weights_is_closed(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make("llama", tmp_path / "in")
+    num_read, made = [], []
+    read, offload = ParallelReader._read, pretrained.offload
+
+    def noted(*args: Any, **options: Any) -> nn.Module:
+        made.append(offload(*args, **options))
+        return made[0]
+
+    def broken(self: ParallelReader, direct: int | None, batch: list) -> None:
+        num_read.append(len(batch))
+        if len(num_read) > 3:
+            raise CheckpointError("a shard is gone")
+        read(self, direct, batch)
+
+    monkeypatch.setattr(ParallelReader, "_read", broken)
+    monkeypatch.setattr(pretrained, "offload", noted)
+    with pytest.raises(CheckpointError, match="a shard is gone"):
+        distzo2.from_pretrained(tmp_path / "in", weights=weights, directory=tmp_path / "disk")
+    with pytest.raises(distzo2.DistZO2Error, match="closed"):
+        made[0].state_dict()
+    assert not any(thread.name.startswith("distzo2-read") for thread in threading.enumerate())
+    if weights == "disk":
+        assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_model_on_meta_is_the_one_that_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("mixtral", tmp_path)
+    model, _ = open_checkpoint(tmp_path)
+    (tmp_path / SINGLE_FILE).unlink()
+    for dtype in (None, torch.bfloat16):
+        plan = meta_model(tmp_path, dtype)
+        assert type(plan) is type(model) and all(t.is_meta for t in (*plan.parameters(), *plan.buffers()))
+        assert {n: p.shape for n, p in plan.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+        assert {p.dtype for p in plan.parameters()} == {dtype or torch.float32}
+    edit_config(tmp_path, num_hidden_layers=10**6)
+    monkeypatch.setattr(pretrained, "_MOST_TENSORS", 100)
+    with pytest.raises(CheckpointError, match="asks for a model of more than 4096 modules"):
+        meta_model(tmp_path)
+
+
+def test_digest_names_what_differs(tmp_path: Path) -> None:
+    make("opt", tmp_path / "base")
+    digest = digest_checkpoint(tmp_path / "base")
+    assert digest["name"] == "base" and sorted(digest["files"]) == ["config.json", SINGLE_FILE]
+    assert list(checkpoint_differences(tmp_path / "base", digest)) == []
+    with (tmp_path / "base" / SINGLE_FILE).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    found = list(checkpoint_differences(tmp_path / "base", digest))
+    assert len(found) == 2 and "config.json: 2 bytes" in found[0] and f"{SINGLE_FILE}: SHA-256" in found[1]
+
+
+def drop(tensors: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tensors.items() if name not in names}
+
+
+def break_missing(path: Path) -> None:
+    rewrite(path, lambda t: drop(t, "model.norm.weight"))
+
+
+def break_shape(path: Path) -> None:
+    rewrite(path, lambda t: t | {"model.norm.weight": torch.ones(31)})
+
+
+def break_truncate(path: Path) -> None:
+    os.truncate(path / SINGLE_FILE, 5000)
+
+
+def break_index(path: Path) -> None:
+    (path / SINGLE_FILE).unlink()
+    (path / INDEX_FILE).write_text("{")
+
+
+def break_index_file(path: Path) -> None:
+    (path / SINGLE_FILE).unlink()
+    (path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+
+
+def break_index_escape(path: Path) -> None:
+    (path / SINGLE_FILE).rename(path.parent / "elsewhere")
+    (path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
+
+
+def break_index_tensor(path: Path) -> None:
+    (path / SINGLE_FILE).rename(path / "model-1.safetensors")
+    names = [*load_file(path / "model-1.safetensors"), "ghost"]
+    (path / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
+
+
+def break_weights(path: Path) -> None:
+    (path / SINGLE_FILE).rename(path / "pytorch_model.bin")
+
+
+def break_config(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing tensor": (break_missing, "no tensor in the checkpoint fills 'model.norm.weight'"),
+    "another shape": (break_shape, r"'model.norm.weight': expected shape \[32\] as config.json says, got \[31\]"),
+    "truncated": (break_truncate, r"model.safetensors: truncated"),
+    "broken index": (break_index, f"{INDEX_FILE}: expected JSON"),
+    "no such shard": (break_index_file, "names this file, but it is not there"),
+    "file elsewhere": (break_index_escape, "expected names of files in the same directory"),
+    "not in the shard": (break_index_tensor, "expected tensor 'ghost'"),
+    "no archive": (break_weights, "pytorch_model.bin: expected an archive that torch.save wrote"),
+    "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint with a config.json"),
+    "broken config": (break_config, "config.json: (expected JSON|not a configuration)"),
+    "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
+    "quantized": (
+        lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "quantized weights",
+    ),
+    "nothing at all": (shutil.rmtree, "no directory of that name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "model"
+    make("llama", path)
+    damage, message = BROKEN[case]
+    damage(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_not_allocated(tmp_path: Path) -> None:
+    """20 GB of parameters that no tensor fills are named, not filled with random values."""
+    make("llama", tmp_path)
+    rewrite(tmp_path, lambda t: {"model.norm.weight": t["model.norm.weight"]})
+    edit_config(tmp_path, vocab_size=80_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"no tensor in the checkpoint fills 'lm_head.weight' and 19 more"):
+        open_checkpoint(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB

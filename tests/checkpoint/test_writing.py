@@ -1,0 +1,294 @@
+"""Checkpoints written: every element in its place, nothing lost when it fails or is killed, other files untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import assert_same_weights, load, make, write_all
+from safetensors.torch import load_file, save_file
+
+from distzo2.checkpoint import reading, writing
+from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, CheckpointFiles
+from distzo2.checkpoint.symbols import LayoutTensor, Trace
+from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.writing import HIDDEN, CheckpointWriter
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_writing_runs_the_pieces_backwards(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(writing, "CHUNK_BYTES", 64)
+    (tmp_path / "in").mkdir()
+    stored = {"x": torch.randn(8, 6), "y": torch.randn(4, 6, 2), "z": torch.randn(8, 6)}
+    save_file(stored, tmp_path / "in" / "model.safetensors")
+    files = CheckpointFiles(tmp_path / "in")
+    trace = Trace([e.name for e in files.entries])
+    x, y, z = (
+        LayoutTensor(Layout.leaf(n, e.shape), e.dtype, trace)
+        for n, e in sorted(enumerate(files.entries), key=lambda item: item[1].name)
+    )
+    # A split and transposed source, an interleaved one, and two joined, as in converted checkpoints.
+    left, right = x.t().contiguous().split([2, 4])
+    params = {
+        "left": left,
+        "joined": torch.cat([z.reshape(4, 2, 6).transpose(0, 1).reshape(8, 6), right.reshape(8, 4)], 1),
+        "even": y.unbind(2)[0],
+        "odd": y.unbind(2)[1].t(),
+    }
+    mapped = {n: MappedTensor(n, torch.float32, tuple(s.shape), s.where.pieces) for n, s in params.items()}
+    plan = CheckpointMap(files.entries, mapped, files=files)
+    order = list(params)
+    rng.shuffle(order)
+    with CheckpointWriter(plan, tmp_path / "out") as writer:
+        for name in order:
+            value = torch.empty(mapped[name].shape)
+            plan.read_param(name, value)
+            if rng.random() < 0.5:
+                writer.write_param(name, value)
+            else:
+                middle = rng.randrange(1, len(value))
+                writer.write_range(name, middle, len(value), value[middle:])
+                writer.write_range(name, 0, middle, value[:middle])
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == stored.keys() and all(torch.equal(written[n], stored[n]) for n in stored)
+
+
+def test_an_existing_checkpoint_is_kept(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    reference = make("mixtral", source)
+    _, checkpoint = open_checkpoint(source)
+    write_all(checkpoint, reference, out, max_shard_bytes=50_000)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for target in (out, source):
+        with pytest.raises(CheckpointError, match=r"already holds config\.json; name another directory or overwrite"):
+            CheckpointWriter(checkpoint, target)
+    with pytest.raises(CheckpointError, match="cannot be overwritten"):
+        CheckpointWriter(checkpoint, source, overwrite=True)
+    with pytest.raises(RuntimeError, match="stopped"), CheckpointWriter(checkpoint, out, overwrite=True) as writer:
+        writer.write_param("lm_head.weight", reference.lm_head.weight.detach() * 2)
+        raise RuntimeError("stopped")
+    with (
+        pytest.raises(CheckpointError, match="parameters were not written"),
+        CheckpointWriter(checkpoint, out, overwrite=True) as writer,
+    ):
+        writer.write_param("lm_head.weight", reference.lm_head.weight.detach() * 2)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_too_little_disk_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("opt", tmp_path / "in")
+    _, checkpoint = open_checkpoint(tmp_path / "in")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        CheckpointError, match=r"too little room on its disk: .* needs \d+ bytes and 67108864 to spare, 1048576 are"
+    ):
+        CheckpointWriter(checkpoint, tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="expected a directory, got the file"):
+        CheckpointWriter(checkpoint, tmp_path / "file" / "out")
+
+
+def test_companions_go_along(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    reference = make("opt", source)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "spiece.model", "LICENSE"):
+        (source / name).write_text(name)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    for name in ("README.md", "training_args.bin", "pytorch_model.bin", "secrets.txt"):
+        (source / name).write_text(name)
+    edit = json.loads((source / "generation_config.json").read_text()) | {"temperature": 0.25, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(edit))
+    _, checkpoint = open_checkpoint(source)
+    write_all(checkpoint, reference, tmp_path / "out")
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names == {
+        "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "spiece.model", "LICENSE",
+        "config.json", "generation_config.json", SINGLE_FILE, "additional_chat_templates/tools.jinja",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.25
+    with (
+        pytest.raises(ValueError, match="elements were written, more than it still lacks"),
+        CheckpointWriter(checkpoint, tmp_path / "twice") as writer,
+    ):
+        writer.write_param("model.decoder.final_layer_norm.bias", torch.ones(32))
+        writer.write_param("model.decoder.final_layer_norm.bias", torch.ones(32))
+    assert not (tmp_path / "twice").exists()
+
+
+def test_what_goes_along_is_the_checkpoints_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Links out of the checkpoint, and more than goes with weights, are left out with a warning."""
+    monkeypatch.setattr(writing, "_COMPANION_BYTES", 1 << 20)
+    cache = tmp_path / "models--x"
+    source = cache / "snapshots" / "abc"
+    reference = make("opt", source)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "1234").write_text("merges")
+    (tmp_path / "secret").write_text("secret")
+    (source / "merges.txt").symlink_to("../../blobs/1234")
+    (source / "vocab.json").write_text("{}")
+    (source / "vocab.own").symlink_to("vocab.json")
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    (source / "vocab.up").symlink_to("../../blobs/../../secret")
+    (source / "vocab.loop").symlink_to("vocab.loop")
+    (source / "vocab.gone").symlink_to("nowhere")
+    with (source / "LICENSE").open("wb") as file:
+        file.truncate(3 << 30)
+    os.rename(source / "generation_config.json", tmp_path / "generation.json")
+    (source / "generation_config.json").symlink_to(tmp_path / "generation.json")
+    _, checkpoint = open_checkpoint(source)
+    write_all(checkpoint, reference, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    settings = {"config.json", "generation_config.json"}
+    assert names == {"merges.txt", "vocab.json", "vocab.own", SINGLE_FILE, *settings}
+    assert (tmp_path / "out" / "merges.txt").read_text() == "merges"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    told = [record.getMessage().partition(": left out")[0] for record in caplog.records]
+    left_out = ("LICENSE", "vocab.gone", "vocab.loop", "vocab.txt", "vocab.up")
+    assert told == [str(source / name) for name in left_out]
+    # Outside a cache, the same links lead elsewhere.
+    plain = tmp_path / "plain"
+    os.rename(source, plain)
+    (plain / "merges.txt").unlink()
+    (plain / "merges.txt").symlink_to(cache / "blobs" / "1234")
+    _, checkpoint = open_checkpoint(plain)
+    write_all(checkpoint, reference, tmp_path / "out2")
+    assert {path.name for path in (tmp_path / "out2").iterdir()} == names - {"merges.txt"}
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_weights_are_renamed_first_and_the_configuration_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is synced before it is renamed, and the names are synced after it."""
+    reference = make("opt", tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    _, checkpoint = open_checkpoint(tmp_path / "in")
+    out = tmp_path / "a" / "out"
+    calls: list[tuple[str, str]] = []
+    rename, fsync = os.rename, os.fsync
+
+    def noted_rename(before: Any, after: Any) -> None:
+        calls.append(("rename", str(after)))
+        rename(before, after)
+
+    def noted_fsync(descriptor: int) -> None:
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    write_all(checkpoint, reference, out, max_shard_bytes=30_000)
+    renamed = [Path(path).name for kind, path in calls if kind == "rename"]
+    num_shards = len(list(out.glob("*.safetensors")))
+    assert num_shards > 1 and all(name.endswith(".safetensors") for name in renamed[:num_shards])
+    assert renamed[num_shards:] == ["generation_config.json", "tokenizer.json", INDEX_FILE, "config.json"]
+    first = next(number for number, (kind, _) in enumerate(calls) if kind == "rename")
+    synced = {path for _, path in calls[:first]}
+    assert synced >= {str(out / HIDDEN / name) for name in renamed} | {str(out / HIDDEN)}
+    assert synced >= {str(tmp_path), str(tmp_path / "a")}  # new directories
+    assert calls[-1] == ("sync", str(out)) and calls[-4] == ("sync", str(out))  # at the end, and before the last two
+    assert names_in(out) == set(renamed)
+
+
+@pytest.mark.parametrize("shards", ["one to many", "many to one", "many to many"])
+@pytest.mark.parametrize("fails_at", [0, 1, 2, -1, None])
+def test_a_checkpoint_that_is_replaced_never_loads_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str, fails_at: int | None
+) -> None:
+    """A writer that ends between two renames leaves no config.json, or has written it last. Other files stay."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    reference = make("opt", source)
+    _, checkpoint = open_checkpoint(source)
+    before, after = (100_000 if size == "one" else 30_000 for size in shards.split(" to "))
+    write_all(checkpoint, reference, out, max_shard_bytes=before)
+    others = {"notes.txt": "mine", "other.safetensors": "theirs", "pytorch_model.bin": "theirs"}
+    for name, text in others.items():
+        (out / name).write_text(text)
+    with torch.no_grad():
+        for param in reference.parameters():
+            param.add_(1)
+    calls, rename = [], os.rename
+    write_all(checkpoint, reference, tmp_path / "twin", max_shard_bytes=after)
+    num_files = len(names_in(tmp_path / "twin"))
+
+    def failing(*paths: Any) -> None:
+        calls.append(paths)
+        if fails_at is not None and len(calls) == fails_at % num_files + 1:
+            raise OSError("the disk went away")
+        rename(*paths)
+
+    if fails_at is not None:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "rename", failing)
+            with pytest.raises(OSError, match="went away"):
+                write_all(checkpoint, reference, out, overwrite=True, max_shard_bytes=after)
+        assert not (out / "config.json").exists() and not (out / HIDDEN).exists()
+        with pytest.raises(CheckpointError):
+            open_checkpoint(out)
+    write_all(checkpoint, reference, out, overwrite=True, max_shard_bytes=after)
+    assert {name: (out / name).read_text() for name in others} == others
+    assert names_in(out) == names_in(tmp_path / "twin") | others.keys()
+    for name in others:
+        (out / name).unlink()
+    assert_same_weights(load(type(reference), out), reference)
+
+
+def test_what_a_killed_writer_left_is_replaced(tmp_path: Path) -> None:
+    reference = make("opt", tmp_path / "in")
+    _, checkpoint = open_checkpoint(tmp_path / "in")
+    out = tmp_path / "out"
+    (out / HIDDEN).mkdir(parents=True)
+    (out / HIDDEN / "config.json").write_text("half")
+    (out / "model-00001-of-00003.safetensors").write_text("renamed before the kill")
+    (out / ".distzo2-checkpoint-mine").mkdir()
+    write_all(checkpoint, reference, out)
+    assert names_in(out) == {SINGLE_FILE, "config.json", "generation_config.json", ".distzo2-checkpoint-mine"}
+    assert_same_weights(load(type(reference), out), reference)
+    # Weights that no writer of ours left, and a whole checkpoint, are not replaced.
+    for name in ("other.safetensors", "config.json"):
+        there = tmp_path / name
+        (there / HIDDEN).mkdir(parents=True)
+        (there / name).write_text("theirs")
+        with pytest.raises(CheckpointError, match=f"already holds {name}"):
+            CheckpointWriter(checkpoint, there)
+        assert (there / HIDDEN).is_dir()
+
+
+def test_an_output_directory_that_is_a_link(tmp_path: Path) -> None:
+    reference = make("opt", tmp_path / "in")
+    _, checkpoint = open_checkpoint(tmp_path / "in")
+    (tmp_path / "real").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("real")
+    write_all(checkpoint, reference, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").stat().st_mode & 0o777 == 0o750
+    assert names_in(tmp_path / "real") == {SINGLE_FILE, "config.json", "generation_config.json"}
+
+
+def test_parameters_that_do_not_make_whole_tensors_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"x": torch.randn(8, 6)}, tmp_path / "in" / SINGLE_FILE)
+    files = CheckpointFiles(tmp_path / "in")
+    rows = {name: Layout.leaf(0, (8, 6)).narrow(0, begin, 4) for name, begin in (("a", 0), ("b", 2), ("c", 4))}
+    params = {name: MappedTensor(name, torch.float32, where.shape, where.pieces) for name, where in rows.items()}
+    for names, reason in (("a", "hold 24 elements of its 48"), ("ab", "of its 48 and some twice")):
+        plan = CheckpointMap(files.entries, {name: params[name] for name in names}, files=files)
+        with pytest.raises(CheckpointError, match=f"'x' cannot be written: .* {reason}"):
+            CheckpointWriter(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
