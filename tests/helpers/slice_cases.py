@@ -1,4 +1,4 @@
-"""What the ranks of test_slices run: functions of (rank, world_size, ...) whose results can be pickled."""
+"""What the ranks of test_sliced_store run: functions of (rank, world_size, ...) whose results can be pickled."""
 
 from __future__ import annotations
 
@@ -127,35 +127,7 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
     return [opt.last.losses, state_of(model)]
 
 
-def differing(rank: int, world_size: int, directory: Path) -> str:
-    """In step 1 the lanes of rank 1 leave a block out; the next step is as ever."""
-    mesh_of(1, 2, slice=True)
-    model = sliced_tower(rank, directory)
-    opt = optimizer(model)
-    opt.step(closures_of(model, 0, 2))
-    blocks, told = model.blocks, ""
-    if rank == 1:
-        model.blocks = blocks[:2] + blocks[3:]
-    try:
-        opt.step(closures_of(model, 1, 2))
-    except distzo2.DistZO2Error as error:
-        told = str(error)
-    model.blocks = blocks
-    opt.step(closures_of(model, 1, 2))
-    return told + str(opt.last.losses)
-
-
 # ---- errors ---------------------------------------------------------------------------------------------------------
-
-
-def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[str, Any]:
-    """As `cases.fail_once`, with slices."""
-    made = cases.mesh_of
-    cases.mesh_of = lambda *args, **options: made(*args, **options, slice=True)
-    try:
-        return cases.fail_once(rank, world_size, directory, what)
-    finally:
-        cases.mesh_of = made
 
 
 def broken_slice(rank: int, world_size: int, directory: Path) -> None:
@@ -217,22 +189,6 @@ def other_weights(rank: int, world_size: int, directory: Path) -> None:
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
-
-
-def traffic(rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int, weights: str) -> Any:
-    """Bytes of some steps, and what is kept where."""
-    mesh_of(*shape, slice=True)
-    model = sliced_tower(rank, directory, weights)
-    opt = optimizer(model, num_probes=2)
-    opt.step(closures_of(model, 0, 4))
-    distzo2.parallel.reset_stats()
-    for step in range(steps):
-        opt.step(closures_of(model, 1 + step, 4))
-    stats = distzo2.parallel.stats()
-    runtime = distzo2.runtime_of(model)
-    copies = [c for c in runtime.weights.copies if c.block >= 0]
-    units, parts = [c.unit.num_bytes for c in copies], [c.num_bytes for c in copies]
-    return stats, units, parts, runtime.stats()
 
 
 class Wide(nn.Module):

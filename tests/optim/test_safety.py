@@ -68,7 +68,7 @@ def test_one_optimizer_at_a_time(tmp_path):
     second.close()
     third = third(model, lr=1e-2)
     fourth = distzo2.ZOSGD(model, lr=1e-2)
-    with pytest.raises(distzo2.DistZO2Error, match="another optimizer"):
+    with pytest.raises(distzo2.DistZO2Error, match="a newer optimizer"):
         third.step(lambda: model(IDS))
     fourth.step(lambda: model(IDS))
     assert [len(read_journal(tmp_path / name).entries) for name in ("first", "second")] == [2, 3]

@@ -67,14 +67,15 @@ def make_mesh(options: Namespace, log: Callable[[str], None]) -> parallel.Mesh |
         raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
     from distzo2.optim.estimator import make_estimator
 
-    known = {"num_probes": options.probes, "estimator": options.estimator, "micro_batches": options.micro_batches}
+    evaluations = make_estimator(options.estimator).evaluations(options.probes)
     try:
         if not under_torchrun():
-            resolve_mesh(1, **asked, evaluations=make_estimator(options.estimator).evaluations(options.probes))
+            resolve_mesh(1, **asked, evaluations=evaluations)
             return None
         return parallel.init(
             **asked,
-            **known,
+            evaluations=evaluations,
+            micro_batches=options.micro_batches,
             slice={"on": True, "off": False}.get(options.slice),
             device=options.device,
             limit=options.heartbeat_limit,

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import parallel_cases as cases
 import pytest
-import slice_trouble as trouble
+import round_cases as trouble
 import torch
+from parallel_cases import assert_same_weights
 from parallel_ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,14 +97,12 @@ def test_a_model_that_is_closed_on_one_rank_only(ranks: Ranks, alone: Any, tmp_p
     losses, state = alone(steps=2)
     for result in ranks.values(trouble.two_models, 2, tmp_path, timeout=60.0):
         assert result[0] == losses[-1][0]
-        for name, value in state.items():
-            assert np.array_equal(result[1][name], value), name
+        assert_same_weights(result[1], state)
 
 
 def test_ranks_whose_programs_end_serve_the_others_until_the_end(ranks: Ranks, alone: Any, tmp_path: Path):
     results = ranks.values(trouble.ends_first, 3, tmp_path, "read", timeout=60.0)
-    for name, value in alone(steps=1, micro_batches=3)[1].items():
-        assert np.array_equal(results[0][name], value), name
+    assert_same_weights(results[0], alone(steps=1, micro_batches=3)[1])
     assert results[1:] == [None, None]
     results = ranks.run(trouble.ends_first, 3, tmp_path, "step", timeout=60.0)
     assert results[0].kind == "RankFailedError" and re.match(r"rank [12] has left the mesh", results[0].text)
@@ -122,8 +120,7 @@ def test_slices_stay_within_their_node(ranks: Ranks, alone: Any, numbers: tuple[
     for rank, (node, _, last, mine) in enumerate(results):
         assert node == tuple(r for r in range(4) if numbers[r] == numbers[rank])
         assert last == losses[-1][0]
-        for name, value in state.items():
-            assert np.array_equal(mine[name], value), name
+        assert_same_weights(mine, state)
 
 
 # ---- gathers ahead of time --------------------------------------------------------------------------------------
