@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from bench_step import loss_closure, machine
 from random_checkpoint import write_random_checkpoint
 
 import distzo2
-from distzo2.cli.main import build_parser
+from distzo2.cli.main import parse
 from distzo2.planning.measure import measure
 from distzo2.planning.measure_compute import measure_noise
 from distzo2.planning.measure_forward import measure_forward, measure_visits
@@ -34,6 +33,7 @@ from distzo2.planning.measure_timing import Effort
 from distzo2.planning.plan import Planner
 from distzo2.planning.plan_machine import machine_from
 from distzo2.planning.plan_mesh import Mesh
+from distzo2.run.options import PlanOptions
 
 CONFIGURATIONS = {
     "host": "--model opt-125m --dtype float32 --batch 4 --tokens 128 --weights host",
@@ -45,9 +45,9 @@ CONFIGURATIONS = {
 }
 
 
-def request_of(text: str) -> Namespace:
+def request_of(text: str) -> PlanOptions:
     """The options of `distzo2 plan`."""
-    return build_parser()[0].parse_args(["plan", *text.split()])
+    return parse(["plan", *text.split()])[1]
 
 
 class Turn(Effort):

@@ -268,9 +268,10 @@ def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int 
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
     finally:
-        from distzo2.run import preflight
+        from distzo2 import files
+        from distzo2.weights import residency
 
-        slice_choice.available_memory, slice_choice.free_bytes = preflight.available_memory, preflight.free_bytes
+        slice_choice.available_memory, slice_choice.free_bytes = residency.available_memory, files.free_bytes
     lines.append(str(isinstance(distzo2.runtime_of(model)._ring, SlicedStore)))
     return lines
 

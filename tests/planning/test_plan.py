@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from distzo2.cli.main import build_parser, main
+from distzo2.cli.main import main, parse
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import make_estimator
 from distzo2.planning.measure_forward import VISITS
@@ -22,12 +21,13 @@ from distzo2.planning.plan_mesh import Mesh, busiest_share, parse_mesh, perturba
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.plan_rates import Curve, Products
 from distzo2.planning.timeline import read_trace, step_figures
+from distzo2.run.options import PlanOptions
 
 SMALL = ["plan", "--model=opt-125m", "--machine=a100", "--batch=8", "--tokens=64"]
 
 
-def request(*arguments: str) -> Namespace:
-    return build_parser()[0].parse_args([*SMALL, *arguments])
+def request(*arguments: str) -> PlanOptions:
+    return parse([*SMALL, *arguments])[1]
 
 
 def planned(*arguments: str) -> list:

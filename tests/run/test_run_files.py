@@ -45,7 +45,7 @@ def test_a_checkpoint_of_somebody_else_is_not_replaced(files, capsys) -> None:
     Path("out/checkpoint/precious.bin").write_text("mine")
     capsys.readouterr()
     assert main([*RESUME, "--steps=4", "--save=last"]) == 1
-    assert "out/checkpoint: not written by this run" in one_line(capsys)
+    assert "out/checkpoint/model.safetensors: not written by this run" in one_line(capsys)
     assert Path("out/checkpoint/precious.bin").read_text() == "mine"
     assert len(read_journal("out/journal.jsonl").entries) == 2  # told before any step
     assert main([*RESUME, "--steps=4", "--save=none"]) == 0

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distzo2.cli.arguments import Formatter, Parser
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.run.options import Formatter, Parser
 
 if TYPE_CHECKING:
     from distzo2.record.journal import JournalContents, StepEntry

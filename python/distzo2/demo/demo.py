@@ -23,7 +23,7 @@ from distzo2.demo.demo_data import LABELS
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.planning.report import hidden_share, write_report
 from distzo2.run.metrics import read_metrics
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 
 MARKER = "demo.json"
 # FZOO (one-sided, divided by the spread of the losses) with signs: 9 forward passes a step.

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from distzo2.errors import UsageError
+from distzo2.files import free_bytes
 from distzo2.parallel.sliced_store import cut
-from distzo2.run.preflight import available_memory, free_bytes, gib
+from distzo2.text import gib
+from distzo2.weights.residency import available_memory
 from distzo2.weights.store import StreamingStore
 from distzo2.weights.units import Unit
 

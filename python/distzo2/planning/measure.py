@@ -57,7 +57,7 @@ from distzo2.planning.measure_gather import measure_gather
 from distzo2.planning.measure_step import measure_step
 from distzo2.planning.measure_timing import Effort
 from distzo2.planning.transfers import DIRECTIONS, MIB, link_under_load, measure_copies, measure_disk
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 from distzo2_core import build_info, require_extension
 
 FORMAT = "distzo2-measure/2"

@@ -34,8 +34,9 @@ from distzo2.planning.plan_mesh import Mesh, busiest_share, parse_mesh, possible
 from distzo2.planning.plan_model import ModelPlan, plan_model
 from distzo2.planning.plan_steady import Played, play_steps
 from distzo2.planning.schedule import Slicing, Transfers, Work
-from distzo2.run.preflight import DTYPES, gib
+from distzo2.run.preflight import DTYPES
 from distzo2.streaming.lanes import Emission
+from distzo2.text import gib
 from distzo2.version import __version__
 from distzo2.weights.residency import AUTO_SHARE, keep_blocks
 from distzo2.weights.store import slot_bytes_of

@@ -14,7 +14,7 @@ from distzo2.errors import DistZO2Error, UsageError
 from distzo2.planning.timeline import LANES, draw_step, read_trace
 from distzo2.run.directory import trace_of
 from distzo2.run.metrics import read_metrics
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 
 # One colour for each kind of time, wherever it is drawn.
 COLOURS = {name: colour for _, name, colour in LANES} | {"other": "#bbbbbb"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distzo2.errors import DistZO2Error
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 
 # Lanes from top to bottom: kind in the trace, name, colour.
 LANES = (

@@ -21,7 +21,7 @@ import torch
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.planning.machines import Link, read_link
 from distzo2.planning.measure_timing import Effort, interleaved_seconds
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 MIB = 2**20

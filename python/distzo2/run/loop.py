@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,29 +13,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-import distzo2
-from distzo2 import ZOSGD
+from distzo2.checkpoint.pretrained import save_pretrained
+from distzo2.checkpoint.replay import replay
+from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import Mesh, current
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.snapshot import Snapshots
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id
 from distzo2.run.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
-from distzo2.run.preflight import ModelSize, gib
-from distzo2.run.rate import factor_of, make_scheduler
+from distzo2.run.options import FinetuneOptions
+from distzo2.run.preflight import ModelSize
+from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.batches import DataOrder
-from distzo2.tasks.lines import Example
 from distzo2.tasks.objectives import Objective, Score, evaluate_examples
+from distzo2.tasks.tokenize import Example
+from distzo2.text import gib
+from distzo2.version import __version__
 
 _SCORES = ("loss", "accuracy")
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
+def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int], float]:
+    """The factor on the learning rate at step t: rises to 1 over `warmup` steps, then is 1 ("constant"), or falls to 0
+    at `num_steps` ("linear", "cosine")."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+        return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
+
+
+def make_scheduler(optimizer: Optimizer, factor: Callable[[int], float], first_step: int) -> LambdaLR:
+    """A scheduler at `first_step`; sets the optimizer's rate to that step's."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, factor, last_epoch=first_step - 1)
+
+
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. Scores are None where there was nothing to evaluate on."""
+    """How a run ended. Scores are None without held-out data."""
 
     out: Path
     num_steps: int
@@ -50,7 +78,7 @@ class Result:
 
 
 def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
-    """What the ranks of a mesh, if there is one, do together: an exception of one is an error of all."""
+    """A block that the ranks of a mesh run together: an exception of one is an error of all. No-op without a mesh."""
     return nullcontext() if mesh is None else mesh.together(what)
 
 
@@ -59,7 +87,7 @@ class TrainLoop:
 
     def __init__(
         self,
-        options: Namespace,
+        options: FinetuneOptions,
         log: Callable[[str], None],
         run: RunDirectory,
         model: torch.nn.Module,
@@ -70,7 +98,7 @@ class TrainLoop:
     ) -> None:
         self.options, self.log, self.run, self.model = options, log, run, model
         self.objective, self.train, self.held_out, self.size = objective, train, held_out, size
-        self.runtime = distzo2.runtime_of(model)
+        self.runtime = runtime_of(model)
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
@@ -104,15 +132,13 @@ class TrainLoop:
                 self.run.snapshots,
                 every=o.snapshot_every,
                 minutes=o.snapshot_minutes,
-                keep=o.keep,
                 pace=o.snapshot_pace,
                 log=self.log,
             ),
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
-            journal_chain=o.journal_chain,
             fsync_every=o.fsync_every,
         )
-        if optimizer.step_count > o.steps:  # of a branch: a resumed run is looked at before it is claimed
+        if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
@@ -131,7 +157,7 @@ class TrainLoop:
         if self.leads:
             self.run.update(
                 options=settings,
-                distzo2=distzo2.__version__,
+                distzo2=__version__,
                 train_sha256=train_sha256,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
@@ -161,8 +187,8 @@ class TrainLoop:
         with together(self.mesh, "saving"):
             if self.leads:
                 self._save(best)
-                optimizer.journal.sync()  # nothing is said of steps that a power cut could take back
-                self._ended("finished")  # a run of which that cannot be written has not ended: it is to be resumed
+                optimizer.journal.sync()  # a finished run keeps its steps through a power cut
+                self._ended("finished")  # if this cannot be written, the run has not finished
         evals = self.metrics.evals
         return Result(
             self.run.path,
@@ -205,7 +231,7 @@ class TrainLoop:
         try:
             optimizer.step([self.objective.closure(b) for b in batches], tokens=tokens)
         finally:
-            # A step that ends the run was made all the same: the journal has it, and so have the metrics.
+            # A step that ends the run was made: it is in the journal, and in the metrics.
             self.runtime.trace.add("step", f"step {step}", start_ns, time.perf_counter_ns())
             if optimizer.step_count > step:
                 self._note(tokens, time.perf_counter() - start, bar)
@@ -305,14 +331,14 @@ class TrainLoop:
         return max(sorted(finite), key=finite.get) if finite else min(scores, default=None)
 
     def _best_so_far(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """The entries of run.json about the best step."""
         best = self._best()
-        if best is None:  # what it says may be of evaluations that count no more
+        if best is None:  # its entries may come from evaluations that no longer count
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
         return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
 
     def _eval_data(self) -> str | None:
-        """What evaluations are made on; two of other data cannot be compared."""
+        """Names the data of evaluations: the beginning of its SHA-256."""
         if not self.options.eval:
             return None
         return hashlib.sha256(Path(self.options.eval).read_bytes()).hexdigest()[:16]
@@ -328,21 +354,19 @@ class TrainLoop:
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
         self.run.check_checkpoint()
-        # Whose it is, should this process be killed meanwhile.
-        self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None, checkpoint_contents=None)
+        # A resumed run knows whose the files are if this process is killed meanwhile.
+        self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None)
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
-            checksums = distzo2.save_pretrained(self.model, self.run.checkpoint)
+            save_pretrained(self.model, self.run.checkpoint)
         else:
-            from distzo2.checkpoint.replay import replay
-
-            report = replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-            checksums = report.checksums
-        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint(checksums))
+            replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
+        names = holds_checkpoint(self.run.checkpoint)
+        self.run.update(checkpoint_step=step, saving_step=None, checkpoint_files=names)
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _stopped(self, status: str) -> None:
-        """Of a run that ends with an error: what cannot be written now is not told in its place."""
+        """Records why the run stopped. Write failures are suppressed so that they do not mask the original error."""
         if not self.leads:
             return
         with suppress(OSError, DistZO2Error):
@@ -353,11 +377,7 @@ class TrainLoop:
     def _ended(self, status: str) -> None:
         if self._traced > 0:
             self._end_trace()
-        stats, journal = self.runtime.stats(), self.optimizer.journal
-        chain = {}
-        if journal.chain is not None:
-            chain = {"journal_chain": journal.chain}
-            self.log(f"chained hash of the journal's {journal.durable} steps: {journal.chain}")
+        stats = self.runtime.stats()
         self.run.update(
             status=status,
             steps_done=self.optimizer.step_count,
@@ -365,7 +385,6 @@ class TrainLoop:
             weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
             totals=self.totals,
             **self._best_so_far(),
-            **chain,
         )
 
     def close(self) -> None:

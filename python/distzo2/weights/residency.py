@@ -9,10 +9,11 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.parallel.memory_share import MemoryShare
-from distzo2.run.preflight import available_memory, gib
+from distzo2.text import gib
 from distzo2.weights.scratch import BUFFERS
 from distzo2.weights.store import slot_bytes_of
 from distzo2.weights.units import Unit
+from distzo2_core import memory_budget
 
 AUTO_SHARE = 0.7  # of what is free; the rest is for the lanes' hidden states, workspaces and logits
 
@@ -69,6 +70,12 @@ def _largest_of_classes(units: Sequence[Unit]) -> list[int]:
     trainable = [u for u in units if u.trainable]
     streamed = [u.num_bytes for u in trainable if not u.resident]
     return [max(streamed, default=0), *(u.num_bytes for u in trainable if u.resident)]
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: the least of the machine's and its control groups'."""
+    budget = memory_budget()
+    return min(budget[name] for name in ("cgroup_bytes", "available_bytes") if budget[name] is not None)
 
 
 def free_memory(device: torch.device, share: MemoryShare | None) -> int:
