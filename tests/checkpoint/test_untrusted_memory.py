@@ -27,7 +27,7 @@ from distzo2.cli.journal_audit import audit_journal
 from distzo2.record.journal import Journal, JournalError, StepEntry, make_header, read_journal
 from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, seal_line
 from distzo2.run.metrics import peak_bytes
-from distzo2.tasks.lines import load_tokenizer
+from distzo2.tasks.tokenize import load_tokenizer
 
 PER_BYTE = (
     40  # of memory for each byte of JSON: `{},` makes a dictionary and a place for it in a list, twice for a moment

@@ -19,10 +19,8 @@ def test_help_names_every_option(name: str, kind: type, capsys) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for option in fields(kind):
         shown = option.metadata
-        assert (
-            shown["help"]
-            and (shown["metavar"] if shown["positional"] else "--" + option.name.replace("_", "-")) in text
-        )
+        flag = shown["metavar"] if shown["positional"] else "--" + option.name.replace("_", "-")
+        assert shown["help"] and flag in text
         if type(option.default) in (int, float) and "default" not in shown["help"]:
             assert f"(default: {option.default})" in text, option.name
         if option.default is not MISSING and option.default is not None:
@@ -40,7 +38,7 @@ def test_usage(capsys) -> None:
 @pytest.mark.parametrize("positional", [["a", "b"], ["a"]])
 def test_positional_arguments(positional: list[str]) -> None:
     options = parse(["replay", *positional, "-o", "c"])[1]
-    assert [options.run_dir, options.journal_file, options.out] == [*positional, None][:2] + ["c"]
+    assert [options.run_dir, options.journal_file, options.out] == [*[*positional, None][:2], "c"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["eval", "--weights=tape"], ["plan"]])

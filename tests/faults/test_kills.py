@@ -38,7 +38,7 @@ def arguments(files: SimpleNamespace, save: str, *more: str) -> list[str]:
         "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", "--out=out",
         f"--steps={STEPS}", "--batch-size=4", "--lr=3e-4", "--seed=2", "--quiet", "--threads=1",
         "--eval-every=9", "--score=loss", "--schedule=cosine", "--snapshot-every=5", "--snapshot-pace=1",
-        "--keep=2", f"--save={save}", *more,
+        f"--save={save}", *more,
     ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def rarely_synced(files, runs, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(path=path / "out", command=command)
 
 
-@pytest.mark.parametrize("options", [["--fsync-every=64"], ["--fsync-every=5", "--journal-chain"]])
+@pytest.mark.parametrize("options", [["--fsync-every=64"], ["--fsync-every=5"]])
 def test_a_power_cut_with_lines_that_are_not_synced(files, runs, rarely_synced, tmp_path, options):
     whole, record = tmp_path / "whole", tmp_path / "record"
     whole.mkdir()

@@ -24,7 +24,8 @@ from distzo2.demo.demo_data import (
     split,
 )
 from distzo2.errors import UsageError
-from distzo2.tasks.lines import load_tokenizer, read_lines
+from distzo2.tasks.lines import read_lines
+from distzo2.tasks.tokenize import load_tokenizer
 
 LONG = "A docstring that is long enough to be taken, since it has more than eighty characters in it."
 

@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from cli_runs import finetune, one_line
+import torch
+from cli_runs import finetune, one_line, weights
 
 from distzo2.cli.main import main
 from distzo2.errors import UsageError

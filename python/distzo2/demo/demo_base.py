@@ -237,8 +237,8 @@ def pretrain_model(model: torch.nn.Module, windows: torch.Tensor, recipe: Recipe
 def backprop_baseline(directory: Path, model: torch.nn.Module, tokenizer: Any, recipe: Recipe) -> dict[str, float]:
     """Held-out loss and accuracy that AdamW reaches with gradients from the same base and lines. Changes `model`."""
     from distzo2.tasks.batches import DataOrder
-    from distzo2.tasks.lines import load_examples
     from distzo2.tasks.objectives import Objective
+    from distzo2.tasks.tokenize import load_examples
 
     train = load_examples(directory / "train.jsonl", tokenizer)
     held_out = load_examples(directory / "held_out.jsonl", tokenizer)

@@ -43,6 +43,12 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("expected a name")
+    return value
+
+
 def _float32(value: float) -> float:
     """Steps are computed in float32, which must hold the value."""
     if value and not 2.0**-149 <= abs(value) < 2.0**128:
@@ -86,7 +92,7 @@ def _mesh(value: str) -> str:
 
 
 _NUMBER = BeforeValidator(_not_bool)
-Name = Annotated[str, Range(min_length=1)]
+Name = Annotated[str, AfterValidator(_not_empty)]
 Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
 CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
 Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
