@@ -131,6 +131,5 @@ def test_evaluation_in_any_parts(tmp_path: Path) -> None:
         score = evaluate_examples(objective, examples, batch_size=batch_size, batches_per_pass=per_pass)
         assert score.loss == pytest.approx(sum(losses) / 11, rel=2e-5)
         assert score.accuracy == pytest.approx(accuracy) and score.num_examples == 11
-        assert score.value("loss") == -score.loss and score.value("accuracy") == score.accuracy
     assert not math.isnan(score.loss)
     distzo2.runtime_of(model).close()

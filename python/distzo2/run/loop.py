@@ -26,12 +26,12 @@ from distzo2.record.lineage import BranchPoint
 from distzo2.record.snapshot import Snapshots
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id
-from distzo2.run.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
+from distzo2.run.metrics import Metrics, device_peak_bytes, finite, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.batches import DataOrder
-from distzo2.tasks.objectives import Objective, Score, evaluate_examples
+from distzo2.tasks.objectives import Objective, evaluate_examples
 from distzo2.tasks.tokenize import Example
 from distzo2.text import gib
 from distzo2.version import __version__
@@ -64,17 +64,12 @@ def make_scheduler(optimizer: Optimizer, factor: Callable[[int], float], first_s
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. Scores are None without held-out data."""
+    """How a run ended."""
 
     out: Path
     num_steps: int
-    before: Score | None
-    after: Score | None
-    best_step: int | None
     size: ModelSize
-    seconds: float
-    totals: dict[str, float]  # of this process's steps: seconds by kind, bytes
-    peak_bytes: int
+    peak_bytes: int  # of this process's memory
 
 
 def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
@@ -106,11 +101,10 @@ class TrainLoop:
         self.totals: dict[str, float] = {}
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
-        self._start = time.perf_counter()
-        self._traced = 0
+        self._traced = 0  # steps; -1: the trace is written
 
     def start(self, settings: dict[str, Any], train_sha256: str) -> None:
-        """Opens journal and metrics; of a resumed run, takes over what was done."""
+        """Opens journal and metrics; a resumed run takes over the steps that it has made."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
@@ -143,12 +137,10 @@ class TrainLoop:
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
         self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
-        if self.branches and self.leads:
+        if self.leads and (o.resume or self.branches):
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
-            self.log(f"branched from {o.branch_from} at step {optimizer.step_count} of {o.steps}")
-        if o.resume and self.leads:
-            self.metrics.match(optimizer.journal.entries, optimizer.step_count)
-            self.log(f"resumed {self.run.path} at step {optimizer.step_count} of {o.steps}")
+            what = f"resumed {self.run.path}" if o.resume else f"branched from {o.branch_from}"
+            self.log(f"{what} at step {optimizer.step_count} of {o.steps}")
         if o.resume and self.mesh is not None:
             evals = self.mesh.exchange.from_rank_0(
                 "the evaluations so far", lambda: json.dumps(list(self.metrics.evals.values())).encode()
@@ -169,6 +161,7 @@ class TrainLoop:
         self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
 
     def run_to_end(self) -> Result:
+        """Makes the steps that are left, with their evaluations, and saves the checkpoint."""
         o, optimizer = self.options, self.optimizer
         self._evaluate_if_due()
         bar = progress_bar(o.quiet or not self.leads, total=o.steps, initial=optimizer.step_count)
@@ -183,33 +176,21 @@ class TrainLoop:
         except DistZO2Error as error:
             self._stopped(f"stopped: {error}")
             raise
-        best = self._best()
         with together(self.mesh, "saving"):
             if self.leads:
-                self._save(best)
+                self._save()
                 optimizer.journal.sync()  # a finished run keeps its steps through a power cut
                 self._ended("finished")  # if this cannot be written, the run has not finished
-        evals = self.metrics.evals
-        return Result(
-            self.run.path,
-            optimizer.step_count,
-            self._score(evals.get(optimizer.first_step)),
-            self._score(evals.get(optimizer.step_count)),
-            best,
-            self.size,
-            time.perf_counter() - self._start,
-            self.totals,
-            peak_bytes(),
-        )
+        return Result(self.run.path, optimizer.step_count, self.size, peak_bytes())
 
     @property
     def branches(self) -> bool:
-        """Whether the run is to begin with another's steps: not where torchrun has started it anew."""
+        """Whether the run begins with another's steps; not after a restart by torchrun."""
         return bool(self.options.branch_from) and not self.options.resume
 
     @property
     def has_stepped(self) -> bool:
-        """Whether the run has made a step of its own, in this process or an earlier one."""
+        """Whether the run has made a step besides its parent's, in this process or an earlier one."""
         return self.optimizer is not None and self.optimizer.step_count > self.optimizer.first_step
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -318,17 +299,12 @@ class TrainLoop:
         if self.leads:
             self.run.update(**self._best_so_far())
 
-    def _score(self, line: dict[str, Any] | None) -> Score | None:
-        if line is None:
-            return None
-        loss = math.nan if line["loss"] is None else line["loss"]  # JSON has no NaN
-        return Score(loss, line["accuracy"], line["examples"], line["tokens"])
-
     def _best(self) -> int | None:
         """The step whose evaluation is best; of equals the first."""
-        scores = {step: self._score(line).value(self.score_name) for step, line in self.metrics.evals.items()}
-        finite = {step: value for step, value in scores.items() if value == value}
-        return max(sorted(finite), key=finite.get) if finite else min(scores, default=None)
+        sign = 1 if self.score_name == "accuracy" else -1
+        values = {step: finite(line[self.score_name]) for step, line in sorted(self.metrics.evals.items())}
+        scores = {step: sign * value for step, value in values.items() if value is not None}
+        return max(scores, key=scores.get) if scores else min(values, default=None)
 
     def _best_so_far(self) -> dict[str, Any]:
         """The entries of run.json about the best step."""
@@ -345,12 +321,12 @@ class TrainLoop:
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def _save(self, best: int | None) -> None:
-        which = self.options.save
-        if which == "none":
+    def _save(self) -> None:
+        if self.options.save == "none":
             return
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
-        step = self.optimizer.step_count if which == "last" or best is None else best
+        best = self._best() if self.options.save == "best" else None
+        step = self.optimizer.step_count if best is None else best
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
         self.run.check_checkpoint()

@@ -16,7 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
 from pydantic import Field as Range
@@ -118,6 +118,7 @@ def option(
     short: str | None = None,
     bare: str | None = None,
     positional: bool = False,
+    group: str | None = None,
 ) -> Any:
     """A field of an options class.
 
@@ -128,8 +129,9 @@ def option(
         short: a second flag.
         bare: the value of the flag without a value.
         positional: whether it is given by position.
+        group: title of the group in `--help` that begins with it.
     """
-    shown = {"help": text, "metavar": metavar, "short": short, "bare": bare, "positional": positional}
+    shown = {"help": text, "metavar": metavar, "short": short, "bare": bare, "positional": positional, "group": group}
     return field(default=default, metadata=shown)
 
 
@@ -140,9 +142,7 @@ def option(
 class Placement:
     """Options of every command that loads a model."""
 
-    GROUP: ClassVar[str] = "where it runs"
-
-    device: str = option("cpu", "where it computes", "cpu|cuda|cuda:N")
+    device: str = option("cpu", "where it computes", "cpu|cuda|cuda:N", group="where it runs")
     weights: Weights = option(
         "host",
         "where the streamed weights live: on the device, in pinned host memory, or in a file that needs as much room "
@@ -169,13 +169,12 @@ class Placement:
 class DataReading:
     """Options of every command that reads data files."""
 
-    GROUP: ClassVar[str] = "data"
-
     objective: Literal["lm", "choices", "error"] | None = option(
         None,
         "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
         "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where lines "
         "have choices, else lm)",
+        group="data",
     )
     truncate: Literal["error", "left", "right"] = option(
         "error",
@@ -189,10 +188,16 @@ class DataReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _What:
-    GROUP: ClassVar[str] = "what"
+class FinetuneOptions(DataReading, Placement):
+    """Options of `distzo2 finetune`.
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint (safetensors, tokenizer)", "DIR")
+    Raises:
+        UsageError: two options do not go together.
+    """
+
+    model: Name = option(
+        MISSING, "directory of a Hugging Face checkpoint (safetensors, tokenizer)", "DIR", group="what"
+    )
     train: Name = option(
         MISSING, "JSONL: prompt and completion, or prompt, choices and label, or messages, or text", "FILE"
     )
@@ -209,12 +214,7 @@ class _What:
     )
     at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)", "N")
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Learning:
-    GROUP: ClassVar[str] = "how it learns"
-
-    steps: Count = option(MISSING, "steps in all, one update each", "N")
+    steps: Count = option(MISSING, "steps in all, one update each", "N", group="how it learns")
     lr: PositiveOrZero = option(1e-6, "learning rate, per unit of the estimated gradient")
     eps: Positive = option(1e-3, "size of a perturbation, in units of a weight")
     batch_size: Count = option(16, "examples a step", "N")
@@ -236,13 +236,8 @@ class _Learning:
     seed: Seed = option(0, "of perturbations, data order and dropout")
     train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    GROUP: ClassVar[str] = "what is kept"
-
     eval_every: CountOrZero = option(
-        0, "steps between evaluations, besides the one before and the one after; 0: none", "N"
+        0, "steps between evaluations, besides the one before and the one after; 0: none", "N", group="what is kept"
     )
     eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation", "N")
     score: Literal["accuracy", "loss"] | None = option(
@@ -281,13 +276,11 @@ class _Kept:
     trace_steps: Count = option(3, "how many steps --trace records", "N")
     quiet: Switch = option(False, "no progress bar")
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Trouble:
-    GROUP: ClassVar[str] = "when it goes wrong"
-
     max_coef: Multiple = option(
-        10.0, "clip a step's coefficients to this multiple of their running median; none: never", "X"
+        10.0,
+        "clip a step's coefficients to this multiple of their running median; none: never",
+        "X",
+        group="when it goes wrong",
     )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never", "N")
     no_check: Switch = option(
@@ -303,16 +296,12 @@ class _Trouble:
         "N",
     )
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Ranks:
-    GROUP: ClassVar[str] = "many ranks (torchrun --nproc-per-node N -m distzo2 finetune ...)"
-
     parallel: MeshShape | None = option(
         None,
         "ranks that share the perturbations of a step, and ranks that share its micro-batches; P x D is the number of "
         "ranks (default: the mesh whose busiest rank has the least to do)",
         "pert=P,data=D",
+        group="many ranks (torchrun --nproc-per-node N -m distzo2 finetune ...)",
     )
     slice: Literal["on", "off"] | None = option(
         None,
@@ -325,15 +314,6 @@ class _Ranks:
     heartbeat_limit: Positive = option(
         30.0, "a rank that is silent for this long is given up, and the run ends", "SECONDS"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(_Ranks, Placement, DataReading, _Trouble, _Kept, _Learning, _What):
-    """Options of `distzo2 finetune`.
-
-    Raises:
-        UsageError: two options do not go together.
-    """
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batches:
@@ -423,13 +403,14 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _PlannedRun:
-    GROUP: ClassVar[str] = "what"
+class PlanOptions:
+    """Options of `distzo2 plan`."""
 
     model: Name = option(
         MISSING,
         "a checkpoint or its configuration (no weights are read), or opt-125m, opt-1.3b, ... opt-175b",
         "DIR|config.json|NAME",
+        group="what",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
     batch: Count = option(8, "sequences a step, of all ranks", "N")
@@ -441,15 +422,11 @@ class _PlannedRun:
     estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
     noise: Noise = option("normal", "of the perturbations")
 
-
-@dataclass(frozen=True, kw_only=True)
-class _PlannedPlace:
-    GROUP: ClassVar[str] = "where"
-
     machine: Name = option(
         "this",
         "this: what distzo2 measure saved; a node of 8 GPUs by name; or a file that distzo2 measure wrote",
         "this|a100|h100|h200|FILE",
+        group="where",
     )
     parallel: str | None = option(None, "the mesh (default: one device)", "pert=P,data=D")
     nproc: Count | None = option(None, "try every mesh of N ranks, and name the best", "N")
@@ -465,14 +442,7 @@ class _PlannedPlace:
     devices_per_switch: Count = option(1, "GPUs that share a link to the host", "N")
     no_nvlink: Switch = option(False, "all-gathers go over the links to the host")
 
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions(_PlannedPlace, _PlannedRun):
-    """Options of `distzo2 plan`."""
-
-    GROUP: ClassVar[str] = "what is written"
-
-    picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE")
+    picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE", group="what is written")
     trace: str | None = option(None, "the same as a Chrome trace, which opens in Perfetto", "FILE")
     json: str | None = option(None, "all of it as JSON; - for standard output, and nothing else", "FILE")
 
@@ -490,12 +460,14 @@ def types_of(kind: type) -> dict[str, Any]:
 
 
 def groups_of(kind: type) -> dict[str | None, list[Field]]:
-    """The fields of an options class under the titles that `--help` gives them; None: no title."""
+    """The fields of an options class under the titles that `--help` gives them, a class's before those of its bases;
+    None: no title."""
     known, groups = {f.name: f for f in fields(kind)}, {}
-    for base in reversed(kind.__mro__):
-        names = [name for name in get_annotations(base) if name in known]
-        if names:
-            groups[base.__dict__.get("GROUP")] = [known.pop(name) for name in names]
+    for base in kind.__mro__:
+        title = None
+        for name in (name for name in get_annotations(base) if name in known):
+            title = known[name].metadata["group"] or title
+            groups.setdefault(title, []).append(known.pop(name))
     return groups
 
 

@@ -34,10 +34,6 @@ class Score:
     num_examples: int
     num_tokens: int  # that the model read
 
-    def value(self, name: str) -> float:
-        """The figure called `name`, so that larger is better."""
-        return self.accuracy if name == "accuracy" else -self.loss
-
 
 def resolve_objective(name: str | None, examples: Sequence[Example], source: str = "the data") -> str:
     """The objective called `name`, or the data's own where it is None; `source` is the data's file.
