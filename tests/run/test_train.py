@@ -85,10 +85,6 @@ def test_bad_data(files, capsys, line: str, reason: str, which: str) -> None:
         (["--threads=1000000"], 2, "--threads 1000000: at most"),
         (["--trace=."], 2, "--trace .: a file was expected"),
         (["--objective=choices", "--train=text.jsonl"], 2, "text.jsonl: objective 'choices' needs"),
-        (["--micro-batches=3"], 2, "does not divide"),
-        (["--estimator=fzoo"], 2, "needs --probes 2"),
-        (["--warmup=9"], 2, "--warmup 9"),
-        (["--save=best"], 2, "needs --eval"),
         (["--resume"], 2, "holds no run"),
         (["--config=none.toml"], 2, "none.toml"),
         (["--objective=lm", "--max-length=4"], 1, "the limit is 4"),
@@ -129,8 +125,6 @@ def test_a_missing_directory_is_called_that(files, capsys) -> None:
         assert "nowhere: expected a checkpoint directory" in one_line(capsys)
     assert main(["eval", f"--model={files.model}", f"--eval={files.eval}", "--threads=99999"]) == 2
     assert "--threads 99999: at most" in one_line(capsys)
-    assert main(["finetune", "--resume"]) == 2
-    assert "--resume needs --out" in one_line(capsys)
 
 
 def test_fewer_steps_than_were_made(files, capsys) -> None:
