@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 
 
@@ -103,14 +102,6 @@ def is_locked(path: str | os.PathLike[str]) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def free_bytes(directory: str | os.PathLike[str]) -> int:
-    """Bytes that are free on the disk of `directory`, which need not exist."""
-    place = os.path.abspath(directory)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    return shutil.disk_usage(place).free
 
 
 @contextlib.contextmanager

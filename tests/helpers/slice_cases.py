@@ -263,15 +263,15 @@ def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int 
     lines: list[str] = []
     mesh_of(1, world_size, log=lines.append)
     if free is not None:
-        slice_choice.available_memory = slice_choice.free_bytes = lambda *args: free
+        slice_choice.available_memory = slice_choice.free_disk_bytes = lambda *args: free
     try:
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
     finally:
-        from distzo2 import files
         from distzo2.weights import residency
 
-        slice_choice.available_memory, slice_choice.free_bytes = residency.available_memory, files.free_bytes
+        slice_choice.available_memory = residency.available_memory
+        slice_choice.free_disk_bytes = residency.free_disk_bytes
     lines.append(str(isinstance(distzo2.runtime_of(model)._ring, SlicedStore)))
     return lines
 

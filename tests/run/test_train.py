@@ -12,11 +12,11 @@ import torch
 from cli_runs import finetune, one_line, weights
 from tiny_text import choice_lines, write_jsonl
 
-from distzo2 import files as files_module
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
 from distzo2.run import preflight
+from distzo2.weights import residency
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -105,10 +105,10 @@ def test_no_gpu(files, capsys) -> None:
 
 
 def test_too_little_room(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert finetune(files, "--weights=disk") == 1
     assert "are free on its disk" in one_line(capsys)
-    monkeypatch.setattr(files_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
+    monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
     assert finetune(files) == 1  # told before the first step, not when the checkpoint is to be written
     assert "to spare 64.00 MiB" in one_line(capsys)
     monkeypatch.undo()
@@ -149,7 +149,7 @@ def test_resuming_takes_the_room_that_the_run_had(files, capsys, monkeypatch) ->
     def disk_usage(path):  # room for the block file, not for a second checkpoint
         return SimpleNamespace(free=0 if leftover.exists() else DISK_SLACK_BYTES + size * 3 // 2)
 
-    monkeypatch.setattr(files_module, "shutil", SimpleNamespace(disk_usage=disk_usage))
+    monkeypatch.setattr(residency, "shutil", SimpleNamespace(disk_usage=disk_usage))
     assert main(["finetune", "--resume", "--out=out", "--steps=2"]) == 0
     assert not leftover.exists() and len(read_journal("out/journal.jsonl").entries) == 2
     shutil.rmtree("out/checkpoint")

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from distzo2.errors import UsageError
-from distzo2.files import free_bytes
 from distzo2.parallel.sliced_store import cut
 from distzo2.text import gib
-from distzo2.weights.residency import available_memory
+from distzo2.weights.residency import available_memory, free_disk_bytes
 from distzo2.weights.store import StreamingStore
 from distzo2.weights.units import Unit
 
@@ -99,7 +98,7 @@ def _decide(
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_bytes(directory)
+        free = available_memory() if weights == "host" else free_disk_bytes(directory)
     room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
     for needed, free in room.tolist():
         if needed > free:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distzo2 import files
-from distzo2.checkpoint.checkpoint_hidden import remove_leftovers
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.run.metrics import finite
@@ -181,8 +181,9 @@ class RunDirectory:
         for pattern in _LEFTOVERS:
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
-        for directory in (self.path, self.checkpoint):
-            remove_leftovers(directory)
+        for directory in (self.path, self.checkpoint):  # earlier versions wrote beside the checkpoint
+            for hidden in directory.glob(".distzo2-checkpoint*"):
+                shutil.rmtree(hidden)
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""

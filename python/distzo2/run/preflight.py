@@ -9,9 +9,8 @@ import torch
 
 from distzo2.checkpoint.checkpoint_files import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.files import free_bytes
 from distzo2.text import gib
-from distzo2.weights.residency import available_memory
+from distzo2.weights.residency import available_memory, free_disk_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 0.05  # of what is free, left to others
@@ -107,7 +106,7 @@ def check_memory(
 
 def check_disk(directory: str | os.PathLike, needs: dict[str, int]) -> None:
     """Raises DistZO2Error unless the disk of `directory`, which need not exist, has room for `needs` (name: bytes)."""
-    free = free_bytes(directory)
+    free = free_disk_bytes(directory)
     total = sum(needs.values())
     if total > free:
         parts = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in needs.items())

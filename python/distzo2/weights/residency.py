@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -76,6 +79,14 @@ def available_memory() -> int:
     """Bytes of memory that this process may still take: the least of the machine's and its control groups'."""
     budget = memory_budget()
     return min(budget[name] for name in ("cgroup_bytes", "available_bytes") if budget[name] is not None)
+
+
+def free_disk_bytes(directory: str | os.PathLike) -> int:
+    """Returns the bytes that are free on the disk of `directory`, which need not exist."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def free_memory(device: torch.device, share: MemoryShare | None) -> int:
