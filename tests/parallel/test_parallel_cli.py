@@ -241,7 +241,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
                     process.wait(timeout=20)
                 process.kill()
     text = (tmp_path / "log").read_text()
-    assert "restart 1: going on with the run in out" in text
+    assert "restart 1: continuing the run in out" in text
     assert "rank 1 was lost: its process" in text
     assert_same_run(tmp_path / "out", alone)
 
