@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults fuzz package lint format bench stats clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults fuzz package lint format bench stats stubs clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -78,7 +78,7 @@ stress: $(VENV)/.built ## long trainings through poisoned slots with random dela
 
 faults: $(VENV)/.built ## disks that fail, kills and power cuts at any instant, damaged files, limits on memory, failing threads and drivers (an hour)
 	$(call CMAKE_NEW,core) && cmake --build build/core
-	$(CTEST) build/core -R 'block_file|copy_engine|host_pool|io_ring'
+	$(CTEST) build/core -R 'block_file|copy_engine|host_pool'
 	$(BIN)/pytest tests/faults/test_limits.py tests/weights/test_store.py tests/optim/test_safety.py
 	$(BIN)/pytest tests/faults/test_fuzz.py -k every_damage
 	DISTZO2_NUM_KILLS=200 DISTZO2_NUM_DAMAGES=2500 DISTZO2_ALL_FAULTS=1 $(BIN)/pytest --timeout=0 -s \
@@ -127,6 +127,9 @@ bench: $(VENV)/.built ## measure kernels and copies on this machine, into bench/
 
 stats: $(VENV)/.built ## test the statistics of 10^9 normals and signs (minutes), into bench/results/noise_stats.json
 	$(BIN)/python tools/noise_stats.py
+
+stubs: $(VENV)/.built ## write the type stubs of the compiled extension (a test checks that they are current)
+	$(BIN)/python tools/stubs.py
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info distzo2_core/_C*.so $(VENV)/.built

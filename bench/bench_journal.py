@@ -89,14 +89,14 @@ class Run:
     """An optimizer with or without a journal. `appends`: seconds of each call in a timed step; `num_lines`: since
     `start_cpu`."""
 
-    def __init__(self, directory: Path, forward: str, journal: bool, chain: bool = False) -> None:
+    def __init__(self, directory: Path, forward: str, journal: bool) -> None:
         directory.mkdir()
         self.work, self.appends, self.num_lines = FORWARDS[forward](), [], 0
         torch.manual_seed(0)
         self.model = distzo2.offload(Model(self.work), weights="disk", directory=directory)
         self.x = torch.randn(4, WIDTH)
         path = directory / "journal.jsonl" if journal else None
-        self.optimizer = distzo2.ZOSGD(self.model, lr=1e-7, journal=path, journal_chain=chain)
+        self.optimizer = distzo2.ZOSGD(self.model, lr=1e-7, journal=path)
         self.journal = self.optimizer.journal
         if self.journal is not None:
             self._append, self.journal.append = self.journal.append, self._timed_append
@@ -155,7 +155,7 @@ def trimmed(values: list[float]) -> tuple[float, float]:
     return statistics.mean(kept), error
 
 
-def measure(directory: Path, forward: str, step_seconds: float, rounds: int, slower: float, chain: bool) -> dict:
+def measure(directory: Path, forward: str, step_seconds: float, rounds: int, slower: float) -> dict:
     """A row: `slower` seconds are added to each fsync of a journal."""
     real_fsync, fsyncs = os.fsync, []
 
@@ -167,7 +167,7 @@ def measure(directory: Path, forward: str, step_seconds: float, rounds: int, slo
 
     runs = {
         "alone": Run(directory / "alone", forward, journal=False),
-        "journal": Run(directory / "journal", forward, journal=True, chain=chain),
+        "journal": Run(directory / "journal", forward, journal=True),
     }
     repeats = calibrated(runs["alone"], step_seconds)
     journaled = runs["journal"]
@@ -190,7 +190,6 @@ def measure(directory: Path, forward: str, step_seconds: float, rounds: int, slo
     return {
         "forward": forward,
         "rounds": rounds,
-        "chain": chain,
         "step_s": step,
         "fsync_s": statistics.median(fsyncs),
         "append_of_step": statistics.median(journaled.appends) / step,
@@ -208,7 +207,6 @@ def main() -> None:
     parser.add_argument("--fsync-ms", type=float, default=6.0, help="that an fsync takes longer in the second row")
     parser.add_argument("--rounds", type=int, default=150, help="timed steps of each run, with forwards that wait")
     parser.add_argument("--compute-rounds", type=int, default=25, help="the same with forwards that compute")
-    parser.add_argument("--chain", action="store_true", help="lines have chained hashes")
     parser.add_argument("--json", type=Path, help="where the results go")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -216,7 +214,7 @@ def main() -> None:
     rounds_of = {"waits": args.rounds, "computes": args.compute_rounds}
     for (forward, rounds), slower in itertools.product(rounds_of.items(), (0.0, args.fsync_ms / 1e3)):
         with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            row = measure(Path(directory), forward, args.step_ms / 1e3, rounds, slower, args.chain)
+            row = measure(Path(directory), forward, args.step_ms / 1e3, rounds, slower)
         rows.append(row)
         print(json.dumps(row))
         print(

@@ -25,9 +25,11 @@ import torch
 from bench_common import write_results
 from random_checkpoint import write_random_checkpoint
 
-from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import digest_checkpoint, open_map, replay
-from distzo2.record.journal import Journal, JournalContents, StepEntry, make_header, table_row
+from distzo2.checkpoint.pretrained import digest_checkpoint, open_checkpoint
+from distzo2.checkpoint.replay import open_map, replay
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import make_header, table_row
+from distzo2.record.journal import Journal, JournalContents
 from distzo2_core import GroupScalars, Term, Update, update_
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

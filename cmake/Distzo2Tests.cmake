@@ -1,5 +1,5 @@
-# One executable and one ctest entry per tests/cpp/*_test.cpp; more entries for those that run over a CUDA driver.
-file(GLOB test_sources CONFIGURE_DEPENDS tests/cpp/*_test.cpp)
+# One executable and one ctest entry per tests/cpp/*/*_test.cpp; more entries for those that run over a CUDA driver.
+file(GLOB test_sources CONFIGURE_DEPENDS tests/cpp/*/*_test.cpp)
 set(launcher "")
 if(DISTZO2_SANITIZE STREQUAL "thread")
     set(launcher "${CMAKE_SOURCE_DIR}/cmake/without_aslr.sh")
@@ -9,7 +9,7 @@ set(sanitizer_environment
 foreach(source ${test_sources})
     get_filename_component(name ${source} NAME_WE)
     add_executable(${name} ${source})
-    target_include_directories(${name} PRIVATE tests/cpp)
+    target_include_directories(${name} PRIVATE tests/cpp/helpers)
     target_link_libraries(${name} PRIVATE distzo2_kernels distzo2_runtime)
     set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
     add_test(NAME ${name} COMMAND ${launcher} $<TARGET_FILE:${name}>)
@@ -18,7 +18,7 @@ endforeach()
 
 # A libcuda.so.1 of ours, and one that lacks a function.
 foreach(kind fake old)
-    add_library(${kind}_libcuda SHARED tests/cpp/fake_libcuda.cpp)
+    add_library(${kind}_libcuda SHARED tests/cpp/helpers/fake_libcuda.cpp)
     target_include_directories(${kind}_libcuda PRIVATE csrc)
     target_link_libraries(${kind}_libcuda PRIVATE distzo2_flags Threads::Threads)
     # GCC 12's leak sanitizer crashes on the threads' variables of a library that was loaded late.
@@ -36,7 +36,7 @@ target_compile_definitions(old_libcuda PRIVATE FAKE_LIBCUDA_OLD)
 set(steps_training_stress_test 150)
 set(steps_copy_engine_cuda_test 500)
 set(filter_training_stress_test cuda_)
-set(fake_filter_training_stress_test cuda_from_file_by_threads)
+set(fake_filter_training_stress_test cuda_from_file_writing_in_turn)
 foreach(name host_pool_test copy_engine_cuda_test training_stress_test)
     add_test(NAME ${name}.fake_libcuda COMMAND ${launcher} $<TARGET_FILE:${name}> ${fake_filter_${name}})
     add_dependencies(${name} fake_libcuda)
@@ -54,4 +54,4 @@ foreach(name host_pool_test copy_engine_cuda_test training_stress_test)
 endforeach()
 
 # A model of AVX-512 in structs: the optimizer takes minutes to see through it, and the test some seconds without.
-set_source_files_properties(${CMAKE_SOURCE_DIR}/tests/cpp/avx512_model_test.cpp PROPERTIES COMPILE_OPTIONS "-O0")
+set_source_files_properties(${CMAKE_SOURCE_DIR}/tests/cpp/kernels/avx512_model_test.cpp PROPERTIES COMPILE_OPTIONS "-O0")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .backends import BackendError, build_info, require_extension, resolve_backend
-from .ops import embedding, materialize, normal, perturb_, rademacher, restore_, update_
+from .ops import checksum, embedding, materialize, normal, perturb_, rademacher, restore_, update_
 from .reference import permutation
 from .types import (
     FAMILIES,
@@ -57,6 +57,7 @@ __all__ = [
     "Update",
     "aligned_buffer",
     "build_info",
+    "checksum",
     "cuda_available",
     "embedding",
     "encode_program",

@@ -1,9 +1,9 @@
 """Which implementation runs an op: the compiled extension, Triton, or the NumPy reference.
 
 A backend is an object with the functions normal, rademacher, noise_, perturb_, restore_, update_, embedding and
-materialize in the raw signatures of `torch.ops.distzo2`. One that the caller names is used or refused, never swapped
-for another. `None` stands for `native` where it was built for the device, else `triton`; it is resolved once for each
-kind of device and logged.
+materialize in the raw signatures of `torch.ops.distzo2`. One that the caller names is used or refused,
+never swapped for another. `None` stands for `native` where it was built for the device, else `triton`; it is resolved
+once for each kind of device and logged.
 """
 
 from __future__ import annotations

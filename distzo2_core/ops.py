@@ -1,8 +1,9 @@
-"""The public functions: noise, in-place perturb, restore and update, and `materialize`.
+"""The public functions: noise, in-place perturb, restore and update, `materialize`, and `checksum`.
 
-Each checks its arguments, does nothing for an empty problem, and hands over to a backend (see `backends`). All backends
-give the same bits. Noise is a pure function of (seed, step, probe, parameter, element): `param` is the parameter's
-index in the model, and `offset` is the row-major index, within the whole parameter, of the first element asked for.
+Each checks its arguments, once for all backends, does nothing for an empty problem, and hands over to a backend (see
+`backends`). All backends give the same bits. Noise is a pure function of (seed, step, probe, parameter, element):
+`param` is the parameter's index in the model, and `offset` is the row-major index, within the whole parameter, of the
+first element asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from types import FunctionType
 
 import torch
 
-from .backends import implementation
+from .backends import implementation, resolve_backend
+from .reference_ops import checksum as checksum_by_torch
 from .types import (
     DTYPE_CODES,
     FAMILIES,
@@ -302,6 +304,36 @@ def materialize(
         _mark_changed(run, *outs, *([weights] if writes else []))
 
 
+def checksum(tensors: Sequence[torch.Tensor], *, backend: str | None = None) -> int:
+    """64 bits of the tensors' bytes: equal on every device and backend, and different after any change of one word.
+
+    A tensor's bytes, in row-major order of its elements, are cut into 8-byte words w_i. The tensor's sum is that of
+    w_i * m_i, of 3 * tail (what remains, as a little-endian number) and of its number of bytes, with
+    m_i = (i * 0x9E3779B97F4A7C15) | 1; the checksum of what came before is multiplied by that constant and added. All
+    modulo 2^64. Dtypes and shapes do not matter, the cut into tensors does.
+
+    Args:
+        tensors: of any dtypes, shapes and devices, in an order that matters; one that is not contiguous is copied.
+        backend: as for `normal`. Native on the CPU is compiled; the others sum with torch's operations.
+
+    Returns:
+        An integer of [-2^63, 2^63), 0 for no tensors.
+
+    Raises:
+        TypeError: not a tensor.
+        BackendError: the backend is not there.
+    """
+    result = 0
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensors[{index}] must be a tensor, got {type(tensor).__name__}")
+        data = tensor.detach().reshape(-1).view(torch.uint8)
+        name = resolve_backend(backend, tensor.device)
+        run = torch.ops.distzo2.checksum if (name, data.device.type) == ("native", "cpu") else checksum_by_torch
+        result = run(data, result)
+    return result
+
+
 def _mark_changed(run: object, *changed: torch.Tensor) -> None:
     """Raises the version counters, as the native ops do themselves, so that a backward over a saved tensor notices."""
     if isinstance(run, FunctionType):
@@ -386,7 +418,7 @@ def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments
     if size < segments.num_bytes:
         raise ValueError(f"weights have {size} bytes, the segments need {segments.num_bytes}")
     if traced or weights.is_meta:
-        return  # there are no addresses yet; the op checks them when it runs
+        return  # there are no addresses to compare
     names = ("weights", *(f"outs[{index}]" for index in range(len(outs))))
     spans = sorted(zip((buffer.data_ptr() for buffer in (weights, *outs)), names, strict=True))
     for start, name in spans:

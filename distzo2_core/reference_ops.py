@@ -1,4 +1,7 @@
-"""The torch ops `distzo2::*` in NumPy: `reference` on CPU tensors. The caller checked the arguments."""
+"""The torch ops `distzo2::*` in NumPy: `reference` on CPU tensors. The caller checked the arguments.
+
+`checksum` alone is in torch operations, and runs on any device.
+"""
 
 from __future__ import annotations
 
@@ -170,3 +173,22 @@ def _scaled_terms(
         (mul(coefs[index], scale), partial(noise_values, family, seed, step, param, probe, offset, count))
         for index, (family, step, probe, _) in enumerate(term_rows[first : first + num], start=first)
     ]
+
+
+_CHECKSUM_ODD = 0x9E3779B97F4A7C15 - 2**64  # of the golden ratio, as a signed number
+_CHECKSUM_WORDS = 1 << 20  # summed at a time: bounds the memory of temporaries
+
+
+def checksum(data: torch.Tensor, before: int) -> int:
+    num_words = data.numel() // 8
+    total = int.from_bytes(bytes(data[8 * num_words :].tolist()), "little") * 3 + data.numel()
+    words = data[: 8 * num_words]
+    if words.storage_offset() % 8:  # torch gives no view of 8-byte words there
+        words = words.clone()
+    words = words.view(torch.int64)
+    for first in range(0, num_words, _CHECKSUM_WORDS):
+        part = words[first : first + _CHECKSUM_WORDS]
+        places = torch.arange(first, first + part.numel(), device=part.device)
+        total += int((part * places.mul_(_CHECKSUM_ODD).bitwise_or_(1)).sum())
+    result = (before * _CHECKSUM_ODD + total) % 2**64
+    return result - 2**64 if result >= 2**63 else result

@@ -1,9 +1,18 @@
-"""What all tests share: no network, no random order, and a skip of CUDA tests where there is no GPU."""
+"""What all tests share: no network, no random order, this checkout in child processes, no CUDA tests without a GPU."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 # Before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For the processes that tests start; what pytest itself imports from is in pyproject.toml.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [
+        *(str(Path(__file__).parents[1] / name) for name in ("", "python", "tests/helpers")),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
+)
 
 import hypothesis
 import pytest
@@ -24,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A checkpoint and data that no test changes."""
+    from cli_runs import make_files
+
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test in an empty directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

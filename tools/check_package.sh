@@ -17,12 +17,15 @@ cd "$scratch"
 export PYTHONPATH="$scratch/site"
 "$python" - "$scratch/site" <<'CODE'
 import sys
+from importlib import resources
 
 import distzo2
 import distzo2_core
 
 for package in (distzo2, distzo2_core):
     assert package.__file__.startswith(sys.argv[1]), package.__file__
+for package, name in ((distzo2, "py.typed"), (distzo2_core, "py.typed"), (distzo2_core, "_C.pyi")):
+    assert resources.files(package).joinpath(name).is_file(), name
 noise = distzo2_core.normal(8, seed=1, step=2, param=3)
 assert noise.shape == (8,)
 print("wheel:", distzo2_core.build_info())

@@ -44,8 +44,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     module.doc() =
         "Compiled core of distzo2: torch ops (torch.ops.distzo2), HostPool, CopyEngine, BlockFile, ThreadState";
     module.def("build_info", &distzo2::build_info,
-               "What this build holds: torch (version it was built against), cuda (whether it has CUDA kernels), "
-               "cuda_version, cuda_archs, simd (CPU kernel variants compiled) and compiler.");
+               R"(What this build holds.
+
+torch: the version it was built against; cuda: whether it has CUDA kernels; cuda_version, cuda_archs; simd:
+its variants of the CPU kernels; compiler.)");
     distzo2::register_runtime(module);
     distzo2::register_thread_state(module);
 }

@@ -1,13 +1,13 @@
-// The torch ops distzo2::*: schemas, argument checks, and dispatch to the kernels. CPU ops run on torch's intra-op
-// threads; CUDA ops are enqueued on the current stream of the tensors' device. Autograd records none of them, but what
-// they change has its version counter raised, so that a backward pass over a saved tensor notices.
+// The torch ops distzo2::*: schemas, and dispatch to the kernels. distzo2_core/ops.py checks the arguments; what is
+// refused here is only what would be read or written out of bounds. CPU ops run on torch's intra-op threads; CUDA ops
+// are enqueued on the current stream of the tensors' device. Autograd records none of them, but what they change has
+// its version counter raised, so that a backward pass over a saved tensor notices.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,9 +18,6 @@ namespace distzo2 {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kMaxWord = std::numeric_limits<uint32_t>::max();
-constexpr int64_t kProbeLimit = int64_t{1} << 20;
 
 [[maybe_unused]] void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
     at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) { body(context, from, to); });
@@ -49,45 +46,18 @@ DType dtype_of(at::ScalarType type, const char* what) {
     }
 }
 
-// A contiguous CPU table of the op's arguments with `columns` in its last dimensions.
+// The rows of a table among the op's arguments: a contiguous CPU tensor of this type and shape.
 template <class Row>
 const Row* table(const Tensor& tensor, at::ScalarType type, at::IntArrayRef shape, const char* what) {
     TORCH_CHECK(tensor.device().is_cpu(), what, " must be a CPU tensor, got one on ", tensor.device());
     TORCH_CHECK_TYPE(tensor.scalar_type() == type, what, " must be ", type, ", got ", tensor.scalar_type());
     TORCH_CHECK(tensor.is_contiguous(), what, " must be contiguous");
     TORCH_CHECK_VALUE(tensor.sizes() == shape, what, " must have shape ", shape, ", got ", tensor.sizes());
-    const void* rows = tensor.const_data_ptr();
-    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(rows) % alignof(Row) == 0, what, " must be aligned to ", type);
-    return static_cast<const Row*>(rows);
-}
-
-// Whether two contiguous tensors have bytes in common.
-bool share_memory(const Tensor& a, const Tensor& b) {
-    const auto *from_a = static_cast<const char*>(a.const_data_ptr()),
-               *from_b = static_cast<const char*>(b.const_data_ptr());
-    return a.device() == b.device() && a.numel() > 0 && b.numel() > 0 && from_a < from_b + b.nbytes() &&
-           from_b < from_a + a.nbytes();
+    return static_cast<const Row*>(tensor.const_data_ptr());
 }
 
 // Throws for an inference tensor outside of inference mode, as torch's own in-place ops do.
 void mark_changed(const Tensor& tensor) { tensor.unsafeGetTensorImpl()->bump_version(); }
-
-void check_noise(int64_t numel, int64_t family, int64_t step, int64_t param, int64_t probe, int64_t offset) {
-    TORCH_CHECK_VALUE(family == 0 || family == 1, "unknown family of noise ", family,
-                      "; known: 0 (normal), 1 (rademacher)");
-    TORCH_CHECK_VALUE(step >= 0 && step <= kMaxWord, "step must be in [0, 2^32), got ", step);
-    TORCH_CHECK_VALUE(param >= 0 && param <= kMaxWord, "param must be in [0, 2^32), got ", param);
-    TORCH_CHECK_VALUE(probe >= 0 && probe < kProbeLimit, "probe must be in [0, 2^20), got ", probe);
-    TORCH_CHECK_VALUE(numel >= 0 && numel <= kMaxElements, "numel must be in [0, 2^38], got ", numel);
-    TORCH_CHECK_VALUE(offset >= 0 && offset <= kMaxElements - numel, "offset + numel must be in [0, 2^38], got ",
-                      offset, " + ", numel);
-}
-
-float finite_float(double value, const char* what) {
-    const float rounded = static_cast<float>(value);
-    TORCH_CHECK_VALUE(std::isfinite(rounded), what, " must be finite in float32, got ", value);
-    return rounded;
-}
 
 void check_device(c10::Device device) {
     TORCH_CHECK(device.is_cpu() || device.is_cuda(), "distzo2 has native kernels for cpu and cuda, not for ", device);
@@ -99,46 +69,32 @@ CudaStream current_stream(c10::Device device) {
     return reinterpret_cast<CudaStream>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
 }
 
-InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family,
-                 const char* what = "w") {
-    check_noise(w.numel(), family, step, param, probe, offset);
+InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
     check_device(w.device());
-    TORCH_CHECK_VALUE(w.is_contiguous(), what, " must be contiguous, got shape ", w.sizes(), " with strides ",
+    TORCH_CHECK_VALUE(w.is_contiguous(), "expected a contiguous tensor, got shape ", w.sizes(), " with strides ",
                       w.strides());
-    InPlace place;
-    place.dtype = dtype_of(w.scalar_type(), what);
-    place.weights = w.mutable_data_ptr();
-    place.numel = w.numel();
-    place.seed = static_cast<uint64_t>(seed);
-    place.family = family;
-    place.step = step;
-    place.param = param;
-    place.probe = probe;
-    place.offset = offset;
-    return place;
+    return {w.mutable_data_ptr(),
+            dtype_of(w.scalar_type(), "the tensor"),
+            w.numel(),
+            static_cast<uint64_t>(seed),
+            family,
+            step,
+            param,
+            probe,
+            offset};
 }
 
 void write_noise(const InPlace& place, c10::Device device) {
-    Generate request;
-    request.out = place.weights;
-    request.dtype = place.dtype;
-    request.numel = place.numel;
-    request.seed = place.seed;
-    request.family = place.family;
-    request.step = place.step;
-    request.param = place.param;
-    request.probe = place.probe;
-    request.offset = place.offset;
     if (place.numel == 0)
         return;
     if (device.is_cpu())
-        generate_cpu(request);
+        generate_cpu(place);
     else
-        generate_cuda(request, device.index(), current_stream(device));
+        generate_cuda(place, device.index(), current_stream(device));
 }
 
 void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
-    const InPlace place = in_place(out, seed, step, param, probe, offset, family, "out");
+    const InPlace place = in_place(out, seed, step, param, probe, offset, family);
     if (place.numel == 0)
         return;
     mark_changed(out);
@@ -147,9 +103,7 @@ void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe
 
 Tensor generate(int64_t family, int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
                 at::ScalarType type, c10::Device device) {
-    check_noise(numel, family, step, param, probe, offset);
     check_device(device);
-    dtype_of(type, "dtype");
     Tensor out = at::empty({numel}, at::TensorOptions().dtype(type).device(device));
     write_noise(in_place(out, seed, step, param, probe, offset, family), out.device());
     return out;
@@ -168,7 +122,7 @@ Tensor rademacher(int64_t numel, int64_t seed, int64_t step, int64_t param, int6
 void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
               int64_t family) {
     const InPlace place = in_place(w, seed, step, param, probe, offset, family);
-    const float scale32 = finite_float(scale, "scale");
+    const auto scale32 = static_cast<float>(scale);
     if (place.numel == 0)
         return;
     mark_changed(w);
@@ -186,8 +140,8 @@ void restore_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param,
 void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed, int64_t step, int64_t param,
              int64_t probe, int64_t offset, int64_t family) {
     const InPlace place = in_place(w, seed, step, param, probe, offset, family);
-    const float lr32 = finite_float(lr, "lr"), coef32 = finite_float(coef, "coef");
-    const float decay32 = finite_float(weight_decay, "weight_decay");
+    const auto lr32 = static_cast<float>(lr), coef32 = static_cast<float>(coef);
+    const auto decay32 = static_cast<float>(weight_decay);
     if (place.numel == 0)
         return;
     mark_changed(w);
@@ -199,7 +153,6 @@ void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed
 
 Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t seed, int64_t step, int64_t param,
                  int64_t probe, int64_t offset, int64_t family) {
-    check_noise(weight.numel(), family, step, param, probe, offset);
     check_device(weight.device());
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous matrix, got shape ",
                       weight.sizes(), " with strides ", weight.strides());
@@ -218,7 +171,7 @@ Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t 
     request.num_ids = rows.numel();
     request.num_rows = weight.size(0);
     request.cols = weight.size(1);
-    request.scale = finite_float(scale, "scale");
+    request.scale = static_cast<float>(scale);
     request.seed = static_cast<uint64_t>(seed);
     request.family = family;
     request.step = step;
@@ -274,19 +227,9 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
                       "there must be one out for each emit: ", visit.num_emits, " emits, ", outs.size(), " outs");
     std::vector<uint8_t*> pointers;
     pointers.reserve(outs.size());
-    for (const Tensor& out : outs) {
-        const std::string what = "outs[" + std::to_string(pointers.size()) + "]";
-        pointers.push_back(buffer(out, weights, what));
-        TORCH_CHECK_VALUE(!share_memory(out, weights), what, " and weights overlap in memory");
-        for (size_t other = 0; other + 1 < pointers.size(); ++other)
-            TORCH_CHECK_VALUE(!share_memory(out, outs[other]), what, " and outs[", other, "] overlap in memory");
-    }
+    for (const Tensor& out : outs)
+        pointers.push_back(buffer(out, weights, "outs[" + std::to_string(pointers.size()) + "]"));
     visit.outs = pointers.data();
-    for (const Tensor& read : {segments, terms, coefs, updates, update_groups, emits, emit_scales}) {
-        TORCH_CHECK_VALUE(!share_memory(read, weights), "a table and weights overlap in memory");
-        for (const Tensor& out : outs)
-            TORCH_CHECK_VALUE(!share_memory(read, out), "a table and one of outs overlap in memory");
-    }
     if (write_back && visit.num_updates > 0)
         mark_changed(weights);
     for (const Tensor& out : outs)
@@ -295,6 +238,13 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
         materialize_cpu(visit);
     else
         materialize_cuda(visit, weights.device().index(), current_stream(weights.device()));
+}
+
+int64_t checksum(const Tensor& data, int64_t before) {
+    TORCH_CHECK_VALUE(data.is_contiguous(), "expected contiguous data, got shape ", data.sizes(), " with strides ",
+                      data.strides());
+    return static_cast<int64_t>(
+        checksum_cpu(data.const_data_ptr(), static_cast<int64_t>(data.nbytes()), static_cast<uint64_t>(before)));
 }
 
 } // namespace
@@ -318,6 +268,7 @@ TORCH_LIBRARY(distzo2, library) {
     library.def(
         "materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
         "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
+    library.def("checksum(Tensor data, int before) -> int");
 }
 
 // Ops without a tensor among their arguments are dispatched by no device: one implementation serves all of them.
@@ -338,3 +289,5 @@ TORCH_LIBRARY_IMPL(distzo2, CompositeExplicitAutograd, library) {
 
 DZO_REGISTER(CPU)
 DZO_REGISTER(CUDA)
+
+TORCH_LIBRARY_IMPL(distzo2, CPU, library) { library.impl("checksum", &distzo2::checksum); }

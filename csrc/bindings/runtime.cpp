@@ -1,4 +1,4 @@
-// Python's HostPool, BlockFile and CopyEngine (distzo2_core._C) over csrc/runtime. Whatever may block lets go of the
+// Python's HostPool, BlockFile and CopyEngine (distzo2_core._C) over csrc/runtime. Calls that may block release the
 // GIL. Engines that are still open when the interpreter ends are closed by then, so that queued downloads are not lost.
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/utils/pybind.h>
@@ -6,9 +6,9 @@
 #include <mutex>
 #include <optional>
 
-#include "runtime/copy_engine.h"
-#include "runtime/driver.h"
-#include "runtime/memory_budget.h"
+#include "runtime/device/driver.h"
+#include "runtime/engine/copy_engine.h"
+#include "runtime/pool/memory_budget.h"
 
 namespace py = pybind11;
 
@@ -59,7 +59,7 @@ py::dict pool_stats(const HostPool& pool) {
     return result;
 }
 
-// A file that Python may close while an engine goes on using it.
+// A file that Python may close while an engine still uses it.
 struct PyBlockFile {
     std::shared_ptr<BlockFile> file;
     std::string path;
@@ -151,8 +151,6 @@ py::dict engine_stats(CopyEngine& engine) {
     result["download_s"] = stats.download_s;
     result["wait_s"] = stats.wait_s;
     result["stall_s"] = stats.stall_s;
-    result["reads_by"] = stats.reads_by;
-    result["reads_fallback"] = stats.reads_fallback;
     return result;
 }
 
@@ -185,47 +183,73 @@ py::dict memory_budget() {
 }
 
 void register_pool(py::module_& module) {
-    py::class_<HostPool, std::shared_ptr<HostPool>>(module, "HostPool",
-                                                    "Host memory for blocks of the given sizes (bytes): one arena, "
-                                                    "pages touched in parallel, pinned for a CUDA device\n"
-                                                    "in chunks of at most 1 GiB; num_ranks pools like it share what "
-                                                    "the machine has: now, or what memory_budget()\n"
-                                                    "said before any of them was made (cgroup_bytes, available_bytes). "
-                                                    "RuntimeError when the memory budget or the\n"
-                                                    "pinning refuses it, naming each number.")
+    py::class_<HostPool, std::shared_ptr<HostPool>>(module, "HostPool", R"(Host memory for blocks: one arena of zeros.
+
+Its pages are touched in parallel, on the device's NUMA node where there is a choice. For a CUDA device they
+are pinned in chunks of at most 1 GiB.
+
+Args:
+    sizes: bytes of each block; each block starts at a multiple of 4096.
+    device: "cpu", "cuda" or "cuda:N", the device that the blocks travel to.
+    pin: whether to pin; None pins for CUDA devices.
+    allow_pageable: whether to use plain memory where pinning fails; stats()["pin_error"] then says
+        why.
+    num_ranks: processes on this machine that make such a pool; each may take its share of the memory.
+    cgroup_bytes, available_bytes: what memory_budget() said before any of them made its pool; None reads it
+        now.
+
+Raises:
+    ValueError: no block, or an unknown device.
+    RuntimeError: the memory budget or the pinning refuses the pool (each number is named), or the device is
+        missing.)")
         .def(py::init(&make_pool), py::arg("sizes"), py::arg("device") = "cpu", py::arg("pin") = py::none(),
              py::arg("allow_pageable") = false, py::arg("num_ranks") = 1, py::arg("cgroup_bytes") = py::none(),
              py::arg("available_bytes") = py::none())
-        .def("__len__", &HostPool::num_blocks)
+        .def("__len__", &HostPool::num_blocks, "The number of blocks.")
         .def(
             "address",
             [](const HostPool& self, size_t block) { return reinterpret_cast<uintptr_t>(self.address(block)); },
-            py::arg("block"), "Address of the block's first byte, a multiple of 4096.")
-        .def("nbytes", &HostPool::num_bytes, py::arg("block"), "Bytes of the block.")
+            py::arg("block"), R"(The address of the block's first byte, a multiple of 4096.
+
+Raises IndexError for an unknown block, RuntimeError after close().)")
+        .def("nbytes", &HostPool::num_bytes, py::arg("block"), "Bytes of the block. Raises IndexError.")
         .def(
             "tensor",
             [](const HostPool& self, size_t block) {
                 return tensor_over(self.arena(), self.address(block), self.num_bytes(block));
             },
             py::arg("block"),
-            "uint8 CPU tensor [nbytes] over the block; it keeps the memory alive, also after close().")
-        .def("stats", &pool_stats,
-             "bytes_used, bytes_padded, bytes_pinned, chunks, pin_error, numa_node (-1: no choice), huge_pages.")
+            R"(A uint8 CPU tensor [nbytes(block)] over the block's memory, which it keeps alive after close().
+
+Raises IndexError for an unknown block, RuntimeError after close().)")
+        .def("stats", &pool_stats, R"(What the pool takes.
+
+bytes_used, bytes_padded, bytes_pinned; chunks: registrations; pin_error: "" or why it is not pinned;
+numa_node: -1 where there is no choice; huge_pages: whether they were asked for.)")
         .def("close", &HostPool::close, Unlocked(),
-             "Lets go of the memory; it is given back when no engine or tensor holds it either.");
+             "Releases the memory. It is freed when no engine and no tensor holds it.");
 }
 
 void register_file(py::module_& module) {
-    py::class_<PyBlockFile>(
-        module, "BlockFile",
-        "A preallocated file of blocks of the given sizes (bytes), each at a multiple of 4096 and with checksums, "
-        "read\n"
-        "and written with O_DIRECT where the file system allows it (direct=True demands it, False does without). A "
-        "block\n"
-        "is replaced as a whole, in a spare place. durable=True: each replacement is on the disk when it has ended, a\n"
-        "crash at any byte leaves the block before or after it, and create=False opens the file again. Otherwise it "
-        "is\n"
-        "scratch space of this process. New blocks are zeros at version 0. RuntimeError naming path, offset and cause.")
+    py::class_<PyBlockFile>(module, "BlockFile", R"(Weights on disk: one preallocated file of blocks, with checksums.
+
+The file is read and written with O_DIRECT where its file system allows that. A block is replaced as a
+whole: its new bytes go to a spare slot of the file, which then becomes the block. New blocks are zeros at
+version 0. One process uses a file at a time; its threads may all call.
+
+Args:
+    path: of the file. One that exists must be a block file; create=True replaces it.
+    sizes: bytes of each block; each slot starts at a multiple of 4096.
+    create: True makes the file; False opens a durable one with the same sizes.
+    direct: True demands O_DIRECT, False does without, None tries it and falls back
+        (stats()["direct_fallback"]).
+    durable: True commits each replacement with syncs, so that a crash at any byte leaves the block before
+        or after it, and the file can be opened again. False makes a scratch file, which ends with this
+        process.
+
+Raises:
+    RuntimeError: names the path, the offset and the cause: in use by another process, no space, another
+        layout, damage.)")
         .def(py::init([](const std::string& path, std::vector<size_t> sizes, bool create, std::optional<bool> direct,
                          bool durable) {
                  const py::gil_scoped_release unlocked;
@@ -234,15 +258,18 @@ void register_file(py::module_& module) {
              }),
              py::arg("path"), py::arg("sizes"), py::arg("create") = true, py::arg("direct") = py::none(),
              py::arg("durable") = false)
-        .def_readonly("path", &PyBlockFile::path)
-        .def("__len__", [](const PyBlockFile& self) { return self.get().block_bytes().size(); })
+        .def_readonly("path", &PyBlockFile::path, "The path that the file was opened with.")
+        .def(
+            "__len__", [](const PyBlockFile& self) { return self.get().block_bytes().size(); }, "The number of blocks.")
         .def(
             "read",
             [](const PyBlockFile& self, size_t block, uintptr_t address, size_t nbytes, size_t offset) {
                 self.get().read(block, reinterpret_cast<void*>(address), nbytes, offset);
             },
             py::arg("block"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0, Unlocked(),
-            "Read nbytes of the block from `offset` to memory, any size and alignment.")
+            R"(Reads bytes [offset, offset + nbytes) of a block to memory at `address`, of any alignment.
+
+Raises IndexError for a range outside the block, RuntimeError for a failed read or a checksum that differs.)")
         .def(
             "write",
             [](const PyBlockFile& self, size_t block, uintptr_t address, size_t nbytes, size_t offset,
@@ -251,22 +278,25 @@ void register_file(py::module_& module) {
             },
             py::arg("block"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0,
             py::arg("version") = py::none(), Unlocked(),
-            "Replace nbytes of the block at `offset` from memory, any size and alignment; the rest of it is copied. It "
-            "gets\n"
-            "`version`, or keeps its own.")
+            R"(Replaces bytes [offset, offset + nbytes) of a block from memory at `address`; the rest is copied.
+
+The block gets `version`; None keeps its version. In a durable file the block is on the disk on return. A
+block that an engine has on its way must not be written. Raises IndexError, RuntimeError.)")
         .def(
             "version", [](const PyBlockFile& self, size_t block) { return self.get().version(block); },
-            py::arg("block"), "Version that the block was last replaced with.")
+            py::arg("block"), "The version that the block was last replaced with. Raises IndexError.")
         .def(
             "verify", [](const PyBlockFile& self) { return self.get().verify(); }, Unlocked(),
-            "Read every block against its checksums; bytes read. RuntimeError naming the first part that is not what "
-            "was written.")
+            "Reads every block against its checksums; returns the bytes read. Raises RuntimeError naming the first "
+            "damage.")
         .def(
-            "sync", [](const PyBlockFile& self) { self.get().sync(); }, Unlocked(), "fdatasync.")
-        .def("stats", &file_stats,
-             "direct, direct_fallback (why not), durable, preallocated, bytes_used, bytes_padded (of the file), "
-             "bytes_read,\n"
-             "bytes_written (of blocks), map_bytes_written (beside them), spare_slots, syncs.")
+            "sync", [](const PyBlockFile& self) { self.get().sync(); }, Unlocked(),
+            "Returns when all that was written is on the disk (fdatasync). Raises RuntimeError.")
+        .def("stats", &file_stats, R"(What the file takes and has done.
+
+direct, direct_fallback: whether O_DIRECT is in use, and why not; durable; preallocated; spare_slots;
+bytes_used and bytes_padded: of the blocks, and of the file; bytes_read, bytes_written, map_bytes_written,
+syncs: since it was opened.)")
         .def_static(
             "file_bytes",
             [](std::vector<size_t> sizes, bool durable) {
@@ -274,67 +304,105 @@ void register_file(py::module_& module) {
             },
             py::arg("sizes"), py::arg("durable") = false, "Bytes that a file of such blocks takes on the disk.")
         .def("close", &PyBlockFile::close, py::arg("unlink") = false, Unlocked(),
-             "Lets go of the file, and removes its name if asked; an engine that uses it goes on.");
+             "Closes the file, and removes its name with unlink=True. An engine that uses the file keeps it open.");
+}
+
+// Two constructors differ in their source.
+template <class Source, class Make>
+auto engine_init(Make make) {
+    return py::init([make](const std::string& device, const Source& source,
+                           const std::vector<uintptr_t>& slot_addresses, size_t slot_bytes,
+                           const std::optional<std::shared_ptr<HostPool>>& staging) {
+        const py::gil_scoped_release unlocked;
+        return remember(
+            make(make_device(device), source, to_pointers(slot_addresses), slot_bytes, staging.value_or(nullptr)));
+    });
 }
 
 void register_engine(py::module_& module) {
-    py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(module, "CopyEngine",
-                                                        "Brings blocks of a HostPool or BlockFile to slots on `device` "
-                                                        "(\"cpu\", \"cuda:N\") and back. slot_addresses: at\n"
-                                                        "least two, of slot_bytes each; the memory is the caller's and "
-                                                        "must outlive close(). A failed transfer is raised\n"
-                                                        "(RuntimeError) by every later call.")
-        .def(py::init([](const std::string& device, const std::shared_ptr<HostPool>& source,
-                         const std::vector<uintptr_t>& slot_addresses, size_t slot_bytes,
-                         const std::shared_ptr<HostPool>& /*staging*/) {
-                 const py::gil_scoped_release unlocked;
-                 return remember(std::make_shared<CopyEngine>(make_device(device), *source, to_pointers(slot_addresses),
-                                                              slot_bytes));
-             }),
-             py::arg("device"), py::arg("source").none(false), py::arg("slot_addresses"), py::arg("slot_bytes"),
-             py::arg("staging") = std::shared_ptr<HostPool>())
-        .def(py::init([](const std::string& device, const PyBlockFile& source,
-                         const std::vector<uintptr_t>& slot_addresses, size_t slot_bytes,
-                         const std::shared_ptr<HostPool>& staging) {
-                 const py::gil_scoped_release unlocked;
-                 return remember(std::make_shared<CopyEngine>(make_device(device), source.shared(),
-                                                              to_pointers(slot_addresses), slot_bytes, staging));
-             }),
-             py::arg("device"), py::arg("source").none(false), py::arg("slot_addresses"), py::arg("slot_bytes"),
-             py::arg("staging") = std::shared_ptr<HostPool>())
+    const auto over_pool = [](auto device, const auto& pool, auto slots, size_t slot_bytes, const auto& /*staging*/) {
+        return std::make_shared<CopyEngine>(std::move(device), *pool, std::move(slots), slot_bytes);
+    };
+    const auto over_file = [](auto device, const auto& file, auto slots, size_t slot_bytes, const auto& staging) {
+        return std::make_shared<CopyEngine>(std::move(device), file.shared(), std::move(slots), slot_bytes, staging);
+    };
+    py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(module, "CopyEngine", R"(Brings blocks to slots and back.
+
+A block comes from a HostPool or a BlockFile into a slot: memory of the caller's on `device`. acquire()
+gives the block's slot; release() ends the use and, if the block was changed, stores it. On a CPU the
+calling thread is the stream, and calls wait. On CUDA nothing but flush() waits: `stream`, a handle such as
+torch.cuda.current_stream().cuda_stream, waits in the host's place. The first transfer that fails is raised
+(RuntimeError) by every later call. Any thread may call.
+
+Args:
+    device: "cpu", "cuda" or "cuda:N".
+    source: where the blocks are. It may be closed afterwards; the engine keeps what it needs.
+    slot_addresses: addresses on `device`, at least two, which must stay valid until close(). For a CPU over
+        a file they must be multiples of 4096 (aligned_buffer).
+    slot_bytes: bytes of a slot, at least those of the largest block.
+    staging: for CUDA over a file, a pinned pool to copy through; None makes one.
+
+Raises:
+    ValueError: too few slots, slots that are too small or misaligned, an unknown device.
+    RuntimeError: the device is missing, or a thread, stream or event cannot be made.)")
+        .def(engine_init<std::shared_ptr<HostPool>>(over_pool), py::arg("device"), py::arg("source").none(false),
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none())
+        .def(engine_init<PyBlockFile>(over_file), py::arg("device"), py::arg("source").none(false),
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none())
         .def("prefetch", &CopyEngine::prefetch, py::arg("block"), Unlocked(),
-             "Start an upload unless the block is present or on its way; False if no slot can be taken now.")
+             R"(Starts an upload of the block, unless it is present or on its way.
+
+Returns False where no slot can be taken now. Raises IndexError, RuntimeError.)")
         .def(
             "acquire",
             [](CopyEngine& self, int block, uintptr_t stream) { return self.acquire(block, to_stream(stream)); },
             py::arg("block"), py::arg("stream") = 0, Unlocked(),
-            "Slot of the block, the block's until released. On a CPU it is present on return; on CUDA `stream` waits.")
+            R"(The index of the slot that holds the block until release().
+
+On a CPU the block is there on return; on CUDA `stream` waits for it. A block may be acquired several times;
+each needs its release. Raises IndexError, and RuntimeError where every slot is acquired or a transfer has
+failed.)")
         .def(
             "release",
             [](CopyEngine& self, int block, uintptr_t stream, bool dirty, int64_t version) {
                 self.release(block, to_stream(stream), dirty, version);
             },
             py::arg("block"), py::arg("stream") = 0, py::arg("dirty") = false, py::arg("version") = 0, Unlocked(),
-            "End a use of the block on `stream`. dirty: it was changed and is stored, in a file once the journal is "
-            "durable\n"
-            "up to `version`.")
+            R"(Ends a use of the block by what was issued on `stream` so far.
+
+dirty: the block was changed, and is stored after its last release. In a file that happens once
+set_durable() has been called with at least `version`, which becomes the block's version there. Raises
+IndexError, and RuntimeError where the block is not acquired or a transfer has failed.)")
         .def("set_durable", &CopyEngine::set_durable, py::arg("version"), Unlocked(),
-             "Journal lines before `version` are on disk.")
+             R"(Lets blocks with versions up to `version` reach the file (the write-ahead rule).
+
+Call it when the journal lines before `version` are on disk. Blocks in a HostPool do not wait for it.)")
         .def("fail", &CopyEngine::fail, py::arg("reason"), Unlocked(),
-             "What waits, or is called from now on, raises RuntimeError(reason).")
-        .def("drop", &CopyEngine::drop, py::arg("block"), Unlocked(), "Forget a present copy of the block.")
-        .def("present", &CopyEngine::present, Unlocked(), "Blocks whose upload is complete.")
-        .def("flush", &CopyEngine::flush, Unlocked(), "Wait until every queued download has ended.")
-        .def("stats", &engine_stats,
-             "Counters; *_s are seconds, wait_s what the host was blocked in acquire. reads_by: of a file, io_uring or "
-             "threads\n"
-             "(reads_fallback: why), as the environment's DISTZO2_DISK_READS names it.")
-        .def("reset_stats", &CopyEngine::reset_stats, Unlocked())
-        .def("trace", &CopyEngine::trace, py::arg("enable"), Unlocked(), "Start (empty) or stop the trace of tickets.")
-        .def("events", &engine_events,
-             "(kind, block, slot, bytes, start_ns, end_ns) per ticket, on time.monotonic_ns().")
+             "Makes every call that waits, and every later one, raise RuntimeError(reason).")
+        .def("drop", &CopyEngine::drop, py::arg("block"), Unlocked(),
+             R"(Forgets the block's copy in a slot, so that the next acquire() uploads it again.
+
+For a block that was written in its source. Raises IndexError, and RuntimeError where the block is acquired.)")
+        .def("present", &CopyEngine::present, Unlocked(), "The blocks whose upload is complete, ascending.")
+        .def("flush", &CopyEngine::flush, Unlocked(),
+             "Waits until every block that was released dirty is stored. Raises RuntimeError where that fails.")
+        .def("stats", &engine_stats, R"(Counters since the start or reset_stats().
+
+uploads, downloads, bytes_up, bytes_down: begun; acquires; hits: of those, blocks that were present or on
+their way; recalled_uploads, recalled_downloads: taken back before they began; dropped_events: of the trace.
+Seconds: upload_s and download_s over the transfers, wait_s that the host was blocked in acquire(), stall_s
+that streams waited for uploads (CUDA).)")
+        .def("reset_stats", &CopyEngine::reset_stats, Unlocked(), "Sets all counters to 0.")
+        .def("trace", &CopyEngine::trace, py::arg("enable"), Unlocked(),
+             "Starts an empty trace of transfers, of the last 65536, or stops it.")
+        .def("events", &engine_events, R"(The trace, oldest first.
+
+A tuple for each transfer: (kind, block, slot, bytes, start_ns, end_ns), kind being "upload", "download" or
+"wait" (compute stood still for the block), times as of time.monotonic_ns().)")
         .def("close", &CopyEngine::close, Unlocked(),
-             "End what is in flight; queued downloads that may be made are made.");
+             R"(Ends what is under way, and stores what was released dirty as far as set_durable() allows.
+
+Later calls that move blocks raise RuntimeError.)");
 }
 
 } // namespace
@@ -343,15 +411,21 @@ void register_runtime(py::module_& module) {
     distzo2::register_pool(module);
     distzo2::register_file(module);
     distzo2::register_engine(module);
-    module.def("aligned_buffer", &distzo2::aligned_buffer, py::arg("nbytes"),
-               "uint8 CPU tensor [nbytes] whose memory starts at a multiple of 4096; zeros.");
-    module.def("cuda_available", &distzo2::cu::available, py::call_guard<py::gil_scoped_release>(),
-               "(True, \"\") where a CUDA driver and a device are, else (False, reason).");
-    module.def("memory_budget", &distzo2::memory_budget,
-               "Host memory that may still be taken, and the limits behind it (bytes; None: no limit).");
     module.def(
-        "arenas_made", &distzo2::Arena::num_made,
-        "How often this process has mapped host memory for a pool or an aligned buffer: in the steady state, no more.");
+        "aligned_buffer", &distzo2::aligned_buffer, py::arg("nbytes"),
+        "A uint8 CPU tensor [nbytes] of zeros whose memory starts at a multiple of 4096: a slot of a CopyEngine.");
+    module.def(
+        "cuda_available", &distzo2::cu::available, py::call_guard<py::gil_scoped_release>(),
+        R"(Whether there is a CUDA driver with a device, and why not: (True, an empty text) or (False, reason).)");
+    module.def("memory_budget", &distzo2::memory_budget, R"(Host memory that this process may still take.
+
+allowed_bytes: 90% of the least of cgroup_bytes (what its control groups leave) and available_bytes (what
+the machine has available); memlock_bytes: what it may pin; text: all of them in words. Bytes; None where
+there is no limit.)");
+    module.def("arenas_made", &distzo2::Arena::num_made,
+               R"(How often this process has mapped memory for a pool or a buffer.
+
+In the steady state of a training it does not rise.)");
     py::module_::import("atexit").attr("register")(
         py::cpp_function([] { distzo2::close_engines(); }, py::call_guard<py::gil_scoped_release>()));
 }

@@ -32,11 +32,13 @@ class ThreadState {
 
 void register_thread_state(pybind11::module_& m) {
     pybind11::class_<ThreadState>(m, "ThreadState",
-                                  "The calling thread's torch modes. enter() takes them over in another thread, "
-                                  "exit() in that same thread puts its own back.")
+                                  R"(The calling thread's torch modes, for another thread to run under.
+
+Grad mode, autocast, and function and dispatch modes, as they are when the object is made.)")
         .def(pybind11::init<>())
-        .def("enter", &ThreadState::enter)
-        .def("exit", &ThreadState::exit);
+        .def("enter", &ThreadState::enter,
+             "Gives the modes to the calling thread. Raises RuntimeError when called twice without exit().")
+        .def("exit", &ThreadState::exit, "Gives the thread that entered its own modes back.");
 }
 
 } // namespace distzo2

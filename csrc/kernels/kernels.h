@@ -1,6 +1,7 @@
 // The kernels' C++ API: noise, and the visit to packed weights (`Materialize`, types.h), on the CPU and on CUDA.
-// perturb, restore and update in place are visits of one segment. All entries check their tables (std::runtime_error),
-// do nothing for an empty problem, allocate nothing on the CPU, and give the same bits on every path.
+// perturb, restore and update in place are visits of one segment. All entries refuse tables that point out of their
+// buffers (std::runtime_error), do nothing for an empty problem, allocate nothing on the CPU, and give the same bits on
+// every path. Other arguments are the caller's to check.
 //
 // CPU entries run on the calling thread and the threads of the ParallelFor, and return when done. CUDA entries enqueue
 // on `stream` of `device` and return; every buffer is device memory, every table is host memory and may be freed on
@@ -9,7 +10,7 @@
 
 #include <string>
 
-#include "types.h"
+#include "kernels/types.h"
 
 namespace distzo2 {
 
@@ -30,39 +31,29 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeBod
 void set_parallel_for(ParallelFor parallel_for); // nullptr restores the default, which is
 void run_on_std_threads(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
 
-// Throws if a row of the tables is out of range, a segment is not in its buffer or not aligned to its dtype, or two
-// segments overlap.
+// Throws where a row of the tables points out of its buffer or table.
 void check(const Materialize& visit);
-void check(const Generate& request);
-void check(const Lookup& request);
 
 void materialize_cpu(const Materialize& visit);
-void generate_cpu(const Generate& request);
+void generate_cpu(const InPlace& place);
 void lookup_cpu(const Lookup& request); // throws std::out_of_range, naming it, for an id that is no row of the table
-
-// Elements [offset, offset + numel) of a parameter, stored at `weights`, changed in place by one term.
-struct InPlace {
-    void* weights = nullptr;
-    DType dtype = DType::kFp32;
-    int64_t numel = 0;
-    uint64_t seed = 0;
-    int64_t family = 0;
-    int64_t step = 0;
-    int64_t param = 0;
-    int64_t probe = 0;
-    int64_t offset = 0;
-};
 
 // w <- rne(fma(scale, z, w)). Restoring is the same with -scale; it does not bring the bits back.
 void perturb_cpu(const InPlace& place, float scale);
 // One update of one term; rounding bits are those of (seed, step, param, element).
 void update_cpu(const InPlace& place, float lr, float coef, float weight_decay);
 
+// before * kChecksumOdd + sum of w_i * m_i + 3 * tail + num_bytes, modulo 2^64. w_i are the data's 8-byte words, tail
+// is what remains as a little-endian number, m_i = i * kChecksumOdd | 1 is odd, so that a change of one word always
+// shows. `before` is the checksum of what came before, 0 at the start.
+inline constexpr uint64_t kChecksumOdd = 0x9E3779B97F4A7C15; // of the golden ratio
+uint64_t checksum_cpu(const void* data, int64_t num_bytes, uint64_t before);
+
 // CUDA. In a build without nvcc these throw "distzo2 was built without CUDA kernels".
 using CudaStream = void*; // a cudaStream_t
 bool cuda_compiled();
 void materialize_cuda(const Materialize& visit, int device, CudaStream stream);
-void generate_cuda(const Generate& request, int device, CudaStream stream);
+void generate_cuda(const InPlace& place, int device, CudaStream stream);
 void lookup_cuda(const Lookup& request, int device, CudaStream stream); // a row of NaN for an id that is no row
 void perturb_cuda(const InPlace& place, float scale, int device, CudaStream stream);
 void update_cuda(const InPlace& place, float lr, float coef, float weight_decay, int device, CudaStream stream);

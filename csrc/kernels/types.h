@@ -85,9 +85,10 @@ struct Materialize {
     bool write_back = false;
 };
 
-// out[i] = rne(z) of elements [offset, offset + numel) of a parameter.
-struct Generate {
-    void* out = nullptr;
+// Elements [offset, offset + numel) of a parameter, stored at `data`: what generate writes (rne(z)), and what perturb
+// and update change in place by one term.
+struct InPlace {
+    void* data = nullptr;
     DType dtype = DType::kFp32;
     int64_t numel = 0;
     uint64_t seed = 0;

@@ -1,14 +1,15 @@
+// clang-format off
 // Normals from Philox words: Box-Muller with ln, sin and cos written out, so that every backend gives the same bits.
 // All arithmetic is IEEE float32, round to nearest even, each fma explicit, nothing else contracted, subnormals kept.
 // The exact order of operations is the contract; the NumPy reference, the Triton kernels and the SIMD loops repeat it
 // line by line:
 //
-//   radius(w):  u = fma(float(w), 0x1p-32, 0x1p-33)            float(w) is the RNE conversion of the unsigned word; u
-//   in (0, 1]
-//               b = bits(u);  e = (b - 0x3F3504F3) & 0xFF800000 u = m * 2^k with m in [sqrt(1/2), sqrt(2)), e = k *
-//               2^23 (int32) f = 1 - float(bits = b - e)                     exact (Sterbenz) Q = fma(...fma(fma(Q6, f,
-//               Q5), f, Q4)..., f, Q0)   Horner; -2 ln(1 - f) = f * Q(f) L = fma(float(int32(e)), kLogScale, f * Q) =
-//               -2 ln u >= +0, relative accuracy kept as u -> 1 r = sqrt(L)                                     IEEE
+//   radius(w):  u = fma(float(w), 0x1p-32, 0x1p-33)             in (0, 1]; float(w) rounds the unsigned word to nearest
+//               b = bits(u);  e = (b - 0x3F3504F3) & 0xFF800000 u = m * 2^k, m in [sqrt(1/2), sqrt(2)), e = k * 2^23
+//               f = 1 - float(bits = b - e)                     = 1 - m, exact (Sterbenz)
+//               Q = fma(...fma(fma(Q6, f, Q5), f, Q4)..., f, Q0)   Horner; -2 ln(1 - f) = f * Q(f)
+//               L = fma(float(int32(e)), kLogScale, f * Q)      = -2 ln u >= +0, accurate too as u -> 1
+//               r = sqrt(L)                                     IEEE
 //   angle(w):   phi = 2 pi w / 2^32 = pi/2 y + (0 or pi), where y = float(int32(w << 1)) * 0x1p-31 is in [-1, 1]
 //               r = bits(r) ^ ((w + 0x40000000) & 0x80000000)   the half turn, as a change of the radius' sign
 //               t = y * y
@@ -17,7 +18,8 @@
 //   group:      z0 = radius(w0) * cos(w1), z1 = radius(w0) * sin(w1); z2, z3 likewise from w2, w3.
 //
 // fit_polynomials.py derives the coefficients. Within 2e-6 of float64 Box-Muller on the same u and w1 for every pair of
-// words (tests/cpp/normal_test.cpp bounds it over all of them).
+// words (tests/cpp/noise/normal_test.cpp bounds it over all of them).
+// clang-format on
 #pragma once
 
 #include <cmath>

@@ -35,14 +35,14 @@ struct PhiloxWords {
 };
 
 // Counter words 1 to 3 but for the high bits of the group: fixed for one (purpose, parameter, step, probe).
-struct Stream {
+struct Draw {
     uint32_t param;
     uint32_t step;
     uint32_t tag; // purpose << 24 | probe << 4
 };
 
-DZO_HD Stream make_stream(Purpose purpose, uint32_t param, uint32_t step, uint32_t probe) {
-    return Stream{param, step, static_cast<uint32_t>(purpose) << 24 | probe << 4};
+DZO_HD Draw make_draw(Purpose purpose, uint32_t param, uint32_t step, uint32_t probe) {
+    return Draw{param, step, static_cast<uint32_t>(purpose) << 24 | probe << 4};
 }
 
 // The key of each round: seed words + round * W.
@@ -76,13 +76,13 @@ DZO_HD PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
 }
 
 // c0 = q mod 2^32, c1 = parameter, c2 = step, c3 = purpose << 24 | probe << 4 | q >> 32, for group q < 2^36.
-DZO_HD PhiloxWords philox_group(const Stream& stream, const PhiloxKeys& keys, uint64_t group) {
-    return philox4x32_10(static_cast<uint32_t>(group), stream.param, stream.step,
-                         stream.tag | static_cast<uint32_t>(group >> 32), keys);
+DZO_HD PhiloxWords philox_group(const Draw& draw, const PhiloxKeys& keys, uint64_t group) {
+    return philox4x32_10(static_cast<uint32_t>(group), draw.param, draw.step,
+                         draw.tag | static_cast<uint32_t>(group >> 32), keys);
 }
 
-DZO_HD PhiloxWords philox_group(const Stream& stream, uint64_t seed, uint64_t group) {
-    return philox_group(stream, philox_keys(seed), group);
+DZO_HD PhiloxWords philox_group(const Draw& draw, uint64_t seed, uint64_t group) {
+    return philox_group(draw, philox_keys(seed), group);
 }
 
 } // namespace distzo2

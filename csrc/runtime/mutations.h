@@ -1,6 +1,6 @@
-// Orderings that a build for mutation tests can leave out one at a time, to show that a test notices: with
-// DISTZO2_MUTATIONS defined, the one that the environment variable DISTZO2_DROP names. Otherwise all of this is
-// nothing.
+// Orderings that a build for mutation tests can leave out one at a time, to show that a test notices. With
+// DISTZO2_MUTATIONS defined, kept() is false for the ordering that the environment variable DISTZO2_DROP names;
+// otherwise it is true at compile time.
 #pragma once
 
 #if defined(DISTZO2_MUTATIONS)

@@ -38,8 +38,6 @@ from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
 from distzo2.checkpoint.weight_files import CheckpointError
 from distzo2.checkpoint.writing import CheckpointWriter
-from distzo2.cli.checkpoint_audit import tensor_findings
-from distzo2.run.audit import tree_of
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,8 +60,6 @@ def test_loads_and_writes_as_transformers_does(tmp_path: Path, name: str) -> Non
     assert_same_weights(load(type(reference), out), reference)
     _, again = open_checkpoint(out)
     assert_reads_as(again, reference)
-    header = {"map": json.loads(json.dumps(checkpoint.to_json()))}
-    assert list(tensor_findings(out, dict(tree_of(out)), header)) == []
 
     # A model that came from elsewhere is written as transformers would write it.
     plan = CheckpointMap.for_saving(reference, [(n, p.dtype, p.shape) for n, p in reference.named_parameters()])
@@ -88,8 +84,6 @@ def test_converts_dtypes_as_transformers_does(tmp_path: Path, name: str, dtype: 
     write_all(checkpoint, reference, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
-    header = {"map": json.loads(json.dumps(checkpoint.to_json()))}
-    assert list(tensor_findings(tmp_path / "out", dict(tree_of(tmp_path / "out")), header)) == []
     assert_same_weights(load(type(reference), tmp_path / "out"), reference)
 
 

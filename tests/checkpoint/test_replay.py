@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import distzo2
-from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import digest_checkpoint, plan_pieces, replay, verify_checkpoint
+from distzo2.checkpoint.pretrained import digest_checkpoint, open_checkpoint
+from distzo2.checkpoint.replay import plan_pieces, replay, verify_checkpoint
 from distzo2.checkpoint.weight_files import CheckpointError
-from distzo2.record.journal import Journal, JournalError, make_header, table_row
+from distzo2.record.header import make_header, table_row
+from distzo2.record.journal import Journal, JournalError
 from distzo2_core import Update, update_
 
 

@@ -13,10 +13,7 @@ import pytest
 import torch
 from cli_runs import finetune, make_files, one_line
 from journal_cases import make_entry, make_test_header, write_journal
-from replay_cases import make_llama
-from test_journal_chain import forge, renumbered, write_chained
 
-import distzo2
 from distzo2.cli.main import main
 from distzo2.record.journal import Journal, read_journal
 from distzo2_core.types import GroupScalars, Update
@@ -26,10 +23,10 @@ IDS = torch.arange(8).reshape(1, 8)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished run with a chained journal."""
+    """A finished run."""
     root = tmp_path_factory.mktemp("journal_commands")
     files = make_files(root)
-    options = [f"--out={root / 'run'}", "--journal-chain", "--fsync-every=3", "--weight-decay=0.1"]
+    options = [f"--out={root / 'run'}", "--fsync-every=3", "--weight-decay=0.1"]
     assert finetune(files, *options) == 0
     return SimpleNamespace(root=root, files=files, path=root / "run", journal=root / "run" / "journal.jsonl")
 
@@ -65,7 +62,7 @@ def test_show(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys)
     fields = dict(line.split(maxsplit=1) for line in lines)
     contents = read_journal(run.journal)
-    assert fields["journal"] == f"{run.journal}: format 2, chained hashes" and fields["chain"] == contents.chain
+    assert fields["journal"] == f"{run.journal}: format 1"
     assert fields["noise"].startswith("normal, seed 0") and "in 2 groups" in fields["model"]
     assert fields["base"].startswith("model: 2 files") and fields["steps"].startswith("4, ")
     rows = [line.split() for line in lines if line.split()[0].isdigit()]
@@ -110,7 +107,7 @@ def test_show_marks_what_was_not_as_usual(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["show", "x", "--steps=1"], ["verify", "x", "--chain=0"], ["diff", "x"], []):
+    for arguments in (["show", "x", "--steps=1"], ["diff", "x"], []):
         with pytest.raises(SystemExit) as caught:
             journal(*arguments)
         assert caught.value.code == 2
@@ -131,12 +128,19 @@ def findings(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str
 
 
 def test_a_run_in_order(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    chain = read_journal(run.journal).chain
-    assert json.loads((run.path / "run.json").read_text())["journal_chain"] == chain
-    assert findings(capsys, run.journal, "--run", f"--base={run.files.model}", f"--chain={chain}") == []
-    assert findings(capsys, run.path, f"--base={run.files.model}") == []
-    (found,) = findings(capsys, run.path, f"--chain={'0' * 64}")
-    assert chain in found
+    for arguments, checked in (
+        ([run.path], "every line and the base checkpoint"),
+        ([run.journal], "every line"),
+        ([run.journal, f"--base={run.files.model}"], "every line and the base checkpoint"),
+    ):
+        assert journal("verify", *arguments) == 0
+        assert output(capsys) == [f"{run.journal}: in order: 4 steps; checked {checked}"]
+
+
+@pytest.mark.parametrize(("option", "instead"), [("--run", "verify RUN checks"), ("--chain=0", "sha256sum")])
+def test_options_that_left(capsys: pytest.CaptureFixture[str], option: str, instead: str) -> None:
+    assert journal("verify", "x", option) == 2
+    assert instead in one_line(capsys)
 
 
 def test_every_damaged_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,146 +150,70 @@ def test_every_damaged_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines[4] = make_entry(7).to_line()
     lines[6] = lines[6][:-20]
     path.write_bytes(b"".join(lines))
-    found = findings(capsys, path)
-    assert [text.split(": ", 2)[1] for text in found[:3]] == ["line 3", "line 5", "line 6"]
-    assert "the CRC does not match" in found[0] and "step 7 where step 3 must follow" in found[1]
-    assert "step 4 where step 8 must follow" in found[2] and "line 7 (step 5) was torn" in found[3]
-    path.write_bytes(b"x" + b"".join(lines[:1])[1:] + make_entry(0).to_line())
+    first, second, third = findings(capsys, path)
+    assert f"{path}: line 3: the CRC does not match" in first
+    assert "line 5: step 7 where step 3 must follow" in second and "line 7 (step 5) was torn" in third
+    path.write_bytes(b"".join(lines[:3]) + bytes(600) + b"".join(lines[3:]))
+    assert "the CRC does not match" in findings(capsys, path)[0]
+    assert "line 4 (step 2) and all after it were torn" in findings(capsys, path)[1]
+    path.write_bytes(b"x" + lines[0][1:] + make_entry(0).to_line())
     (found,) = findings(capsys, path)
     assert "line 1: not the header of a journal: the CRC" in found
     other = make_entry(0, update=Update(0, (GroupScalars(0.0, 0.0),) * 2, ()))
     path.write_bytes(lines[0] + other.to_line())
     (found,) = findings(capsys, path)
     assert "line 2: 2 groups, the header has 1" in found
-
-
-def test_every_broken_link_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_chained(tmp_path / "journal.jsonl", 6)
-    assert findings(capsys, path) == []
-    lines = path.read_bytes().splitlines(True)
-    changed = [*lines[:2], lines[2].replace(b'"tokens":64', b'"tokens":65'), *lines[3:]]
-    path.write_bytes(forge(changed))
-    (found,) = findings(capsys, path)  # the lines after it still follow the hash that it states
-    assert "line 3: the chained hash does not match" in found
-    path.write_bytes(forge([*lines[:2], *(renumbered(x, s + 1, s) for s, x in enumerate(lines[3:], 1))]))
-    found = findings(capsys, path)
-    assert len(found) == 4 and all("the chained hash does not match" in text for text in found)
-    # A damaged line's hash is not known, so the next is not blamed; one without a hash is.
-    path.write_bytes(b"".join([*lines[:2], lines[2].replace(b'"tokens":64', b'"tokens":65'), *lines[3:]]))
-    (found,) = findings(capsys, path)
-    assert "line 3: the CRC does not match" in found
-    path.write_bytes(b"".join([*lines[:4], make_entry(3).to_line(), *lines[5:]]))
-    found = findings(capsys, path)
-    assert len(found) == 1 and "line 5: it has no chained hash" in found[0]
-
-
-def test_a_file_that_is_no_journal_has_few_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "journal.jsonl"
-    path.write_bytes(b"x\n" * 10_000)
+    path.write_bytes(lines[0] + b"x\n" * 10_000)
     found = findings(capsys, path)
     assert len(found) == 101 and "more than 100 findings" in found[-1]
-    path.write_bytes(b"")
-    assert "line 1" in findings(capsys, path)[0]
 
 
-def test_what_belongs_to_a_run_is_compared(
-    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_base_is_compared(run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = shutil.copytree(run.files.model, tmp_path / "base")
     copy = shutil.copytree(run.path, tmp_path / "run")
-    assert findings(capsys, copy, f"--base={base}", "--run") == []
+    assert findings(capsys, copy, f"--base={base}") == []
     data = bytearray((base / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (base / "model.safetensors").write_bytes(data)
     (base / "config.json").unlink()
     found = findings(capsys, copy, f"--base={base}")
     assert len(found) == 2 and "config.json" in found[0] and "model.safetensors: SHA-256" in found[1]
-    # The journal lost its last line, whole: only what is beside it can tell.
-    lines = (copy / "journal.jsonl").read_bytes().splitlines(True)
-    (copy / "journal.jsonl").write_bytes(b"".join(lines[:-1]))
-    assert findings(capsys, copy) == []
-    found = findings(capsys, copy, "--run")
-    assert len(found) == 2 and "4 steps were made, and 3 are in the journal" in found[0]
-    assert "the checkpoint is of step 4, and 3 steps are in the journal" in found[1]
-    (copy / "journal.jsonl").write_bytes(b"".join(lines))
-    metrics = (copy / "metrics.jsonl").read_text().splitlines()
-    step = json.loads(metrics[1])
-    metrics[1] = json.dumps(step | {"coefs": [9.0]})
-    (copy / "metrics.jsonl").write_text("\n".join(metrics))
-    (found,) = findings(capsys, copy, "--run")
-    assert f"step {step['step']}: other coefficients" in found
+    # A run's own base is compared where it is, and is otherwise left out.
+    record = json.loads((copy / "run.json").read_text())
+    for place, num_found in ((base, 2), (tmp_path / "nowhere", 0)):
+        record["options"]["model"] = str(place)
+        (copy / "run.json").write_text(json.dumps(record))
+        assert len(findings(capsys, copy)) == num_found
     (copy / "run.json").unlink()
-    found = findings(capsys, copy, "--run")
-    assert len(found) == 2 and "holds no run" in found[0] and "other coefficients" in found[1]
+    assert findings(capsys, copy) == []
 
 
 def test_a_branch_is_compared_with_its_parent(
     run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    new = tmp_path / "new"
+    new = run.root / "new"
     assert main(["finetune", f"--branch-from={run.path}", "--at-step=2", f"--out={new}", "--steps=3"]) == 0
     capsys.readouterr()
-    assert findings(capsys, new, f"--parent={run.path}", "--run") == []
+    for arguments in ([new], [new / "journal.jsonl", f"--parent={run.path}"]):
+        assert journal("verify", *arguments) == 0
+        assert "its parent's journal" in output(capsys)[0]
     assert journal("show", new, "--steps=:0") == 0
     assert "parent    run: its first 2 steps" in output(capsys)
-    entries = read_journal(run.journal).entries
-    for name, changed in (("eps", dataclasses.replace(entries[1], eps=0.5)), ("steps", None)):
-        other = tmp_path / f"{name}.jsonl"
-        header = read_journal(run.journal).header
-        Journal.create(other, header, [entries[0], *([changed] if changed else [])]).close()
-        found = findings(capsys, new, f"--parent={other}")
-        assert ("another SHA-256" in found[0]) if changed else ("1 steps, and its branch took over 2" in found[0])
-        assert len(found) == (2 if changed else 1) and (not changed or "eps 0.00" in found[1]), found
-    (found,) = findings(capsys, run.path, f"--parent={new}")
-    assert "not branched from another run" in found
-
-
-def test_a_branchs_first_steps_are_the_parents_in_all_but_time(
-    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Forged with whole lines and the parent's true SHA-256: rates, losses and eps too are compared."""
-    new = tmp_path / "new"
-    assert main(["finetune", f"--branch-from={run.path}", "--at-step=2", f"--out={new}", "--steps=3"]) == 0
-    capsys.readouterr()
-    contents = read_journal(new / "journal.jsonl")
-    first, other = contents.entries[:2]
-    group = other.update.groups[1]
-    rates = (other.update.groups[0], group._replace(lr=group.lr / 2))
-    for changes, reason in (
-        ({"update": other.update._replace(groups=rates)}, "group 1 lr "),
-        ({"eps": 0.5}, "eps "),
-        ({"losses": [[1.0], [2.0]]}, "losses "),
-        ({"extra": {"clipped": True}}, "extra "),
-        ({"tokens": 1}, "tokens "),
-        ({"seconds": 1e6}, None),
+    contents = read_journal(run.journal)
+    first, second = contents.entries[:2]
+    for entries, reason in (
+        ([first, dataclasses.replace(second, eps=0.5)], "another SHA-256 up to step 2"),
+        ([first], "1 steps, and its branch took over 2"),
     ):
-        path = tmp_path / "forged.jsonl"
-        path.unlink(missing_ok=True)
-        entries = [first, dataclasses.replace(other, **changes), *contents.entries[2:]]
-        Journal.create(path, contents.header, entries).close()
-        found = findings(capsys, path, f"--parent={run.path}")
-        if reason is None:
-            assert found == []
-        else:
-            assert len(found) == 1 and "line 3: step 1 is not the parent's" in found[0] and reason in found[0], found
-
-
-def test_a_branch_that_split_a_group_is_its_parents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make_llama(tmp_path / "base")
-    journals = []
-    for num_groups, branch in ((1, None), (2, 3)):
-        model = distzo2.from_pretrained(base)
-        params = list(model.parameters())
-        groups = [{"params": params[: len(params) // 2] if num_groups == 2 else params}]
-        groups += [{"params": params[len(params) // 2 :], "lr": 0.5}] if num_groups == 2 else []
-        path = tmp_path / f"{num_groups}.jsonl"
-        more = {} if branch is None else {"branch_from": (journals[0], branch)}
-        opt = distzo2.ZOSGD(model, groups, lr=1e-3, seed=1, journal=path, **more)
-        for _ in range(4):
-            opt.step(lambda model=model: model(input_ids=IDS, labels=IDS).loss)
-        opt.close()
-        journals.append(path)
-    assert findings(capsys, journals[1], f"--parent={journals[0]}") == []
+        other = tmp_path / "other.jsonl"
+        other.unlink(missing_ok=True)
+        Journal.create(other, contents.header, entries).close()
+        (found,) = findings(capsys, new, f"--parent={other}")
+        assert reason in found
+    (found,) = findings(capsys, run.path, f"--parent={new}")
+    assert "not branched from another" in found
+    shutil.move(new, tmp_path / "new")  # where its parent is not beside it
+    assert findings(capsys, tmp_path / "new") == []
 
 
 def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,12 +288,12 @@ def test_diff(run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lines[1].startswith("header: table[1].name: ") and lines[1].endswith(" and 'other'")
     changed = dataclasses.replace(entries[1], tokens=7, losses=[[0.0], [-0.0]])
     lines = differences(capsys, run.path, written([entries[0], changed, *entries[2:]]))
-    assert lines[1].startswith("step 1: losses ") and lines[1].endswith(f"; tokens {entries[1].tokens} and 7")
+    assert lines[1].startswith("step 1: losses[0][0]: ") and f"; tokens: {entries[1].tokens} and 7" in lines[1]
     assert lines[2] == "the first 4 steps make the same updates"
     term = entries[1].update.terms[0]
     update = entries[1].update._replace(terms=(term._replace(c=-term.c),))
     lines = differences(capsys, run.path, written([entries[0], dataclasses.replace(entries[1], update=update)]))
-    assert lines[1] == f"step 1: term 0 c {term.c} and {-term.c}"
+    assert lines[1] == f"step 1: terms[0].c: {term.c} and {-term.c}"
     assert lines[2] == "the first 1 steps make the same updates"
 
 

@@ -7,13 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_same_bits, check_embedding
+from kernel_cases import BACKENDS, DTYPES, assert_same_bits, check_embedding, needs_native
 
 import distzo2_core
 
-NATIVE = distzo2_core.build_info()["native"]
-needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 PLACE = {"seed": 2**64 - 1, "step": 3, "param": 5, "probe": 7}
 
 
@@ -89,17 +86,6 @@ def test_what_is_refused() -> None:
         arguments = {"scale": 1.0, **PLACE, **changes}
         with pytest.raises(error, match=text):
             distzo2_core.embedding(weight, rows, **arguments)
-
-
-@needs_native
-def test_what_is_misaligned_is_refused() -> None:
-    bytes_ = bytearray(4 * 13)
-    table = torch.frombuffer(bytes_, dtype=torch.float32, offset=1, count=12).view(3, 4)
-    with pytest.raises(RuntimeError, match="the table is not aligned"):
-        distzo2_core.embedding(table, torch.tensor([1]), 1.0, **PLACE)
-    ids = torch.frombuffer(bytearray(24), dtype=torch.int64, offset=4, count=2)
-    with pytest.raises(RuntimeError, match="ids are not aligned"):
-        distzo2_core.embedding(torch.ones(3, 4), ids, 1.0, **PLACE)
 
 
 @needs_native

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
+    BACKENDS,
     DTYPES,
-    Visit,
     assert_same_bits,
     check_in_place,
     check_noise,
+    check_splits,
     check_visit,
+    needs_native,
     random_visit,
     random_weights,
 )
 
 import distzo2_core
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, reference
-from distzo2_core.types import DTYPE_CODES, MAX_ELEMENTS
-
-NATIVE = distzo2_core.build_info()["native"]
-needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
 
 # The contract of each op, in plain float32 terms. One term at a time, so that NumPy's float64 shows what is meant.
 
@@ -163,145 +159,10 @@ cut_points = st.lists(st.integers(0, 2000), max_size=4)
 
 
 @needs_native
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cuts=cut_points)
-def test_native_splits(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
-    """A tensor updated and perturbed in slices, as ranks of a node do it, has the bits of the whole."""
-    rng = np.random.default_rng(seed)
-    w, offset = random_weights(rng, 2000, dtype), int(rng.integers(0, 2**36))
-    program = {
-        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
-        "updates": [Update(8, (GroupScalars(1e-2, 0.1),), (Term(0, 8, 0, 0, 0.3), Term(1, 7, 1, 0, -0.2)))],
-        "emits": [Emit((Term(0, 9, 0, 0, sign * 1e-3),), (1.0,)) for sign in (1, -1)],
-        "write_back": True,
-        "backend": "native",
-    }
-
-    def visit(begin: int, end: int) -> list[torch.Tensor]:
-        buffer, table = one_segment(w[begin:end].clone(), offset=offset + begin)
-        outs = [torch.zeros_like(buffer) for _ in range(2)]
-        distzo2_core.materialize(buffer, table, outs=outs, **program)
-        return [buffer, *outs]
-
-    edges = sorted({0, 2000, *cuts})
-    slices = [visit(begin, end) for begin, end in itertools.pairwise(edges)]
-    for index, whole in enumerate(visit(0, 2000)):
-        assert_same_bits(torch.cat([part[index] for part in slices]), whole)
-
-
-def check_splits(rng: np.random.Generator, dtype: torch.dtype, edges: list[int]) -> None:
-    """Noise and in-place ops on the slices between `edges`, in place in one tensor, against the whole at once."""
-    numel = edges[-1]
-    weights = random_weights(rng, numel, dtype)
-    offset = int(rng.choice([0, 3, 2**34 - 1000, 2**35 - 999, MAX_ELEMENTS - numel, rng.integers(0, 2**37)]))
-    place = {"seed": int(rng.integers(0, 2**64, dtype=np.uint64)), "step": 4, "param": 2**32 - 1, "probe": 2**20 - 1}
-    place["backend"] = "native"
-    for function in (distzo2_core.normal, distzo2_core.rademacher):
-        whole = function(numel, **place, offset=offset, dtype=dtype)
-        parts = [function(b - a, **place, offset=offset + a, dtype=dtype) for a, b in itertools.pairwise(edges)]
-        assert_same_bits(torch.cat(parts), whole, (function.__name__, offset, edges))
-    ops = [(distzo2_core.perturb_, (0.5,)), (distzo2_core.restore_, (1e-3,)), (distzo2_core.update_, (1e-2, 0.7))]
-    for (function, scalars), family in itertools.product(ops, ("normal", "rademacher")):
-        whole, parts = weights.clone(), weights.clone()
-        function(whole, *scalars, **place, offset=offset, family=family)
-        for a, b in itertools.pairwise(edges):
-            function(parts[a:b], *scalars, **place, offset=offset + a, family=family)
-        assert_same_bits(parts, whole, (function.__name__, family, offset, edges))
-
-
-@needs_native
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cuts=cut_points)
 def test_native_splits_of_each_op(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
     check_splits(np.random.default_rng(seed), dtype, sorted({0, 2000, *cuts}))
-
-
-# Long programs.
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_thousands_of_terms(backend: str, dtype: torch.dtype) -> None:
-    """4097 terms in one update and in one emit, added one after another; those of coefficient 0 are left out."""
-    num_terms, numel, offset, seed, param = (4097, 37, 2**34 - 17, 2**64 - 5, 3)
-    if backend == "reference":
-        num_terms = 130  # a second for a thousand
-    rng = np.random.default_rng(6)
-    coefs = rng.standard_normal(num_terms).astype(np.float32)
-    coefs[rng.random(num_terms) < 0.1] = 0.0
-    rows = [(j % 2, j // 2 + 1, int(probe)) for j, probe in enumerate(rng.integers(0, 2**20, num_terms))]
-
-    def noise(shift: int) -> np.ndarray:
-        """The terms' noise [num_terms, numel], with all the terms' words made at once."""
-        terms = np.array(rows, dtype=np.uint32)
-        z = np.empty((num_terms, numel), np.float32)
-        for family, per_group in ((0, 4), (1, 128)):
-            of_family = terms[:, 0] == family
-            step, probe = (terms[of_family, column, None] for column in (1, 2))
-            q = np.arange(offset // per_group, (offset + numel - 1) // per_group + 1, dtype=np.uint64)
-            c3 = np.uint32(family << 24) | probe << np.uint32(4) | (q >> np.uint64(32)).astype(np.uint32)
-            counter = ((q & np.uint64(0xFFFFFFFF)).astype(np.uint32), param, step + np.uint32(shift), c3)
-            words = np.broadcast_arrays(*reference.philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)))
-            if family == 0:
-                lanes = np.stack(reference.normals_from_words(*words), axis=2)
-            else:
-                bits = np.stack(words, axis=2)[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
-                lanes = bits.astype(np.float32) * 2 - 1
-            z[of_family] = lanes.reshape(len(step), -1)[:, offset % per_group :][:, :numel]
-        return z
-
-    def summed(values: np.ndarray, shift: int) -> np.ndarray:
-        for coef, z in zip(coefs, noise(shift), strict=True):
-            values = reference.fma(coef, z, values) if coef != 0 else values
-        return values
-
-    code = DTYPE_CODES[dtype]
-    w = random_weights(rng, numel, dtype)
-    bits = w.view(torch.uint8).numpy().view(np.uint32 if code == 0 else np.uint16)
-    values = reference.decode(bits, code)
-    lr, decay = np.float32(1e-3), np.float32(0.1)
-    updated = reference.fma(-lr, summed(reference.mul(decay, values), 0), values)
-    expected = reference.round_stochastic(updated, reference.rounding_bits(seed, 7, param, offset, numel), code)
-    emitted = reference.round_nearest(summed(reference.decode(expected, code), 5), code)
-
-    buffer, table = one_segment(w, offset, param)
-    out = torch.zeros_like(buffer)
-    lists = [
-        tuple(Term(f, step + shift, p, 0, float(c)) for (f, step, p), c in zip(rows, coefs, strict=True))
-        for shift in (0, 5)
-    ]
-    updates, emits = [Update(7, (GroupScalars(1e-3, 0.1),), lists[0])], [Emit(lists[1], (1.0,))]
-    distzo2_core.materialize(
-        buffer, table, seed=seed, updates=updates, emits=emits, outs=[out], write_back=True, backend=backend
-    )
-    assert buffer.numpy().tobytes() == expected.tobytes()
-    assert out.numpy().tobytes() == emitted.tobytes()
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_hundreds_of_missed_updates(dtype: torch.dtype) -> None:
-    """At once, as the reference does it, and as as many visits of one update each."""
-    rng = np.random.default_rng(8)
-    segments = SegmentTable([Segment(0, 301, dtype, 5, 1000, 0, 1, 1301), Segment(1300, 44, dtype, 6, 0, 1, 1, 44)])
-    weights = torch.cat([random_weights(rng, 650, dtype).view(torch.uint8), torch.zeros(1300, dtype=torch.uint8)])
-    weights = weights[:1500].clone()
-    updates = [
-        Update(
-            step,
-            (GroupScalars(0.0 if step % 7 == 0 else 1e-3, 0.0), GroupScalars(1e-2, 0.1, 1.0, 0.5)),
-            tuple(Term(j % 2, step - j, j, 0, float(rng.standard_normal())) for j in range(step % 3)),
-        )
-        for step in range(10, 310)
-    ]
-    visit = Visit(weights, segments, 2**63, tuple(updates), (Emit((Term(0, 310, 0, 0, 1e-3),), (1.0, 1.0)),))
-    got = visit.run("native", write_back=True)
-    for one, other in zip(got, visit.run("reference", write_back=True), strict=True):
-        assert_same_bits(one, other)
-    one_by_one = weights.clone()
-    for update in updates:
-        distzo2_core.materialize(one_by_one, segments, seed=2**63, updates=[update], write_back=True, backend="native")
-    assert_same_bits(one_by_one, got[0])
 
 
 # The CUDA kernels against the reference; Triton's are in test_triton.py.

@@ -1,24 +1,17 @@
-"""The public surface of distzo2_core: arguments, errors, tables, backends. What torch sees of it: test_torch_ops.py."""
+"""The public functions: their arguments and errors. What torch sees of them: test_torch_functions.py."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_cases import BACKENDS
 
 import distzo2_core
-from distzo2_core import BackendError, Emit, GroupScalars, Segment, SegmentTable, Term, Update, backends
-from distzo2_core.types import check_seed, encode_program
+from distzo2_core import BackendError, Emit, GroupScalars, Segment, SegmentTable, Term, Update
 
-NATIVE = distzo2_core.build_info()["native"]
-needs_native = pytest.mark.skipif(not NATIVE, reason="the extension distzo2_core._C is not built")
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 PLACE = {"seed": 1, "step": 2, "param": 3}
 IN_PLACE = {distzo2_core.perturb_: (1.0,), distzo2_core.restore_: (1.0,), distzo2_core.update_: (1.0, 1.0)}
 
@@ -169,94 +162,11 @@ def test_a_contiguous_view_is_changed_and_nothing_around_it(
     assert (whole[0] == 1).all() and (whole[3:] == 1).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
-def test_seeds_travel_as_twos_complement(seed: int) -> None:
-    assert check_seed(seed) % 2**64 == seed and -(2**63) <= check_seed(seed) < 2**63
-
-
 def test_the_callers_random_state_is_left_alone() -> None:
     state = torch.get_rng_state()
     distzo2_core.normal(100, **PLACE, backend="reference")
     distzo2_core.permutation(100, 0, 0)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# Segment tables.
-
-
-@pytest.mark.parametrize(
-    ("segments", "message"),
-    [
-        ([segment(byte_offset=2)], "segment 0: byte_offset 2 is not aligned to torch.float32"),
-        ([segment(byte_offset=-4)], "segment 0: byte_offset must be between"),
-        ([segment(), segment(byte_offset=28)], "segments 0 and 1 overlap: one ends at byte 32, the other begins at 28"),
-        ([segment(byte_offset=16), segment()], "segments 1 and 0 overlap"),
-        ([segment(rows=1)], "segment 0: elements 0 to 8 do not lie in a parameter of 1 x 4 elements"),
-        ([segment(element_offset=1)], "segment 0: elements 1 to 9 do not lie"),
-        ([segment(element_offset=2**38)], "segment 0: element_offset must be between"),
-        ([segment(param=2**32)], "segment 0: param must be between"),
-        ([segment(group=-1)], "segment 0: group must be between"),
-        ([segment(), segment(byte_offset=40)], "segment 1 ends at byte 72, beyond the buffer of 71 bytes"),
-    ],
-)
-def test_segment_tables_refuse(segments: list[Segment], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SegmentTable(segments, num_bytes=71)
-
-
-def test_segment_table_encoding() -> None:
-    table = SegmentTable(
-        [Segment(64, 6, torch.bfloat16, 5, 2, 1, 4, 2), Segment(0, 3, torch.float32, 2**32 - 1, 0, 0, 1, 3)]
-    )
-    assert table.tensor.dtype == torch.int64
-    assert table.tensor.tolist() == [[64, 6, 1, 5, 2, 1, 4, 2], [0, 3, 0, 2**32 - 1, 0, 0, 1, 3]]
-    assert (len(table), table.num_bytes, table.num_groups) == (2, 76, 2)
-    with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int8"):
-        SegmentTable([segment(dtype=torch.int8)])
-    empty = SegmentTable([])
-    assert (len(empty), empty.num_bytes, empty.num_groups, empty.tensor.shape) == (0, 0, 0, (0, 8))
-
-
-# Updates and emits.
-
-
-def test_program_encoding() -> None:
-    terms = (Term(0, 1, 2, 0, 0.1), Term(1, 2**32 - 1, 2**20 - 1, 0, -3.0))
-    updates = [Update(7, (GroupScalars(0.5, 0.25), GroupScalars(1.0, 0.0, 2.0, 3.0)), terms), update(8, (), 2)]
-    program = encode_program(updates, [Emit(terms[:1], (1.0, 0.5))], 2)
-    assert program.terms.tolist() == [[0, 1, 2, 0], [1, 2**32 - 1, 2**20 - 1, 0], [0, 1, 2, 0]]
-    assert torch.equal(program.coefs, torch.tensor([0.1, -3.0, 0.1]))
-    assert program.updates.tolist() == [[7, 0, 2], [8, 2, 0]]
-    assert program.update_groups.shape == (2, 2, 4) and program.update_groups[0, 1].tolist() == [1.0, 0.0, 2.0, 3.0]
-    assert program.emits.tolist() == [[2, 1]] and program.emit_scales.tolist() == [[1.0, 0.5]]
-    empty = encode_program([], [], 3)
-    assert [tuple(table.shape) for table in empty] == [(0, 4), (0,), (0, 3), (0, 3, 4), (0, 2), (0, 3)]
-
-
-@pytest.mark.parametrize(
-    ("terms", "message"),
-    [
-        ((Term(4, 0, 0, 0, 1.0),), "unknown family of noise 4"),
-        ((Term(2, 0, 0, 0, 1.0),), "unknown family of noise 2"),
-        ((Term(0, 0, 0, 1, 1.0),), "update 0, term 0: sub must be 0, got 1"),
-        ((Term(0, 0, 0, 0, 1.0), Term(0, 2**32, 0, 0, 1.0)), "update 0, term 1: step must be between"),
-        ((Term(0, 0, 2**20, 0, 1.0),), "update 0, term 0: probe must be between"),
-        ((Term(0, 0, 0, 0, float("nan")),), "update 0, term 0: c must be finite"),
-    ],
-)
-def test_programs_refuse(terms: tuple[Term, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        encode_program([update(0, terms)], [], 1)
-
-
-def test_programs_refuse_missing_groups() -> None:
-    with pytest.raises(ValueError, match="scalars for 1 groups, the segments use 2"):
-        encode_program([update()], [], 2)
-    with pytest.raises(ValueError, match=r"different numbers of groups: \[1, 2\]"):
-        encode_program([update()], [Emit((), (1.0, 1.0))], 1)
-    with pytest.raises(ValueError, match="update 0, group 0: lr must be finite"):
-        encode_program([Update(0, (GroupScalars(float("inf"), 0.0),), ())], [], 1)
-    assert encode_program([update(num_groups=3)], [], 2).update_groups.shape == (1, 3, 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -303,98 +213,3 @@ def test_materialize_refuses_wrong_buffers(backend: str) -> None:
         distzo2_core.materialize(buffer, table, seed=0, emits=[emit])
     with pytest.raises(TypeError, match="segments must be a SegmentTable, got list"):
         distzo2_core.materialize(buffer, [segment()], seed=0)
-
-
-# Backends.
-
-
-def test_backend_names() -> None:
-    with pytest.raises(ValueError, match="backend must be one of native, triton, reference or None, got 'cuda'"):
-        distzo2_core.normal(4, **PLACE, backend="cuda")
-    assert distzo2_core.resolve_backend("reference", "cpu") == "reference"
-    with pytest.raises(BackendError, match="'reference' cannot run: it runs on cpu tensors, not on cuda"):
-        distzo2_core.resolve_backend("reference", "cuda")
-    with pytest.raises(BackendError, match="no backend for meta tensors"):
-        distzo2_core.resolve_backend(None, "meta")
-
-
-@needs_native
-def test_the_default_is_native_and_logged_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backends, "_defaults", {})
-    with caplog.at_level(logging.INFO, logger="distzo2_core"):
-        for _ in range(3):
-            assert distzo2_core.resolve_backend(None, "cpu") == "native"
-    assert [record.getMessage() for record in caplog.records] == ["distzo2_core: using the native backend on cpu"]
-
-
-@needs_native
-def test_build_info() -> None:
-    info = distzo2_core.build_info()
-    assert info["native"] is True and isinstance(info["cuda"], bool) and info["torch"] == torch.__version__
-    if not info["cuda"]:
-        with pytest.raises(BackendError, match=r"'native' cannot run: .* was built without CUDA kernels"):
-            distzo2_core.resolve_backend("native", "cuda")
-
-
-def test_without_the_extension() -> None:
-    """Everything but native works, and native says what is missing."""
-    code = """
-import importlib.util, sys
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "distzo2_core._C" else find_spec(name, *rest)
-import distzo2_core
-assert distzo2_core.build_info() == {"native": False, "cuda": False}
-assert distzo2_core.normal(3, seed=0, step=0, param=0, backend="reference").shape == (3,)
-assert len(distzo2_core.permutation(5, 0, 0)) == 5
-for call in (
-    lambda: distzo2_core.normal(3, seed=0, step=0, param=0, backend="native"),
-    lambda: distzo2_core.normal(3, seed=0, step=0, param=0),
-    lambda: distzo2_core.HostPool,
-):
-    try:
-        call()
-    except distzo2_core.BackendError as error:
-        print(error)
-    else:
-        raise SystemExit("no error")
-assert "triton" not in sys.modules or find_spec("triton")
-"""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    named, default, pool = done.stdout.splitlines()
-    assert named == "backend 'native' cannot run: distzo2_core._C was not built"
-    assert default.startswith("no backend for cpu tensors (native: distzo2_core._C was not built; triton: ")
-    assert pool == "distzo2_core.HostPool needs the compiled extension distzo2_core._C, which was not built"
-
-
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        distzo2_core.nothing  # noqa: B018
-    for name in distzo2_core.__all__:
-        if NATIVE:
-            assert getattr(distzo2_core, name) is not None
-
-
-@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
-def test_every_backend_raises_the_version_of_what_it_changes(backend: str) -> None:
-    """So that a backward pass over a saved tensor notices."""
-    w = torch.ones(6)
-    for call, arguments in (
-        (distzo2_core.perturb_, (1.0,)),
-        (distzo2_core.restore_, (1.0,)),
-        (distzo2_core.update_, (1.0, 1.0)),
-    ):
-        before = w._version
-        call(w, *arguments, **PLACE, backend=backend)
-        assert w._version > before
-    weights, out = torch.zeros(32, dtype=torch.uint8), torch.zeros(32, dtype=torch.uint8)
-    emits = [Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))]
-    common = {"seed": 1, "emits": emits, "outs": [out], "backend": backend}
-    distzo2_core.materialize(weights, SegmentTable([segment()]), **common)
-    assert (weights._version, out._version) == (0, 1)
-    distzo2_core.materialize(weights, SegmentTable([segment()]), updates=[update()], write_back=True, **common)
-    assert (weights._version, out._version) == (1, 2)

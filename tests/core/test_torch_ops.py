@@ -1,6 +1,11 @@
-"""The ops as torch sees them: schemas, fake kernels, opcheck, compile, autograd."""
+"""The ops as torch sees them: schemas, fake kernels, opcheck, compile, autograd; and what they refuse.
+
+They refuse what would be read or written out of bounds. The public functions check the rest (test_ops.py).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,17 +19,10 @@ from distzo2_core.types import encode_program
 pytestmark = pytest.mark.skipif(not distzo2_core.build_info()["native"], reason="distzo2_core._C is not built")
 
 
-def public(name: str, w: torch.Tensor) -> torch.Tensor:
-    """The public function of an in-place op."""
-    if name == "noise_":
-        return distzo2_core.normal(w.numel(), **PLACE, out=w, backend="native")
-    return getattr(distzo2_core, name)(w, *IN_PLACE[name][:2], **PLACE, backend="native")
-
-
 # Schemas, fake kernels, tracing.
 
 MUTATED = {
-    "normal": set(), "rademacher": set(), "embedding": set(), "noise_": {"out"},
+    "checksum": set(), "normal": set(), "rademacher": set(), "embedding": set(), "noise_": {"out"},
     "perturb_": {"w"}, "restore_": {"w"}, "update_": {"w"}, "materialize": {"weights", "outs"},
 }  # fmt: skip
 
@@ -106,24 +104,6 @@ def test_compile_does_not_bake_numbers_in() -> None:
         assert_same_bits(compiled(torch.ones(9), number), step(torch.ones(9), number))
 
 
-# Autograd: in-place ops act as under torch.no_grad, and the version counter says that they were there.
-
-
-@pytest.mark.parametrize("raw", [True, False])
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_in_place_ops_raise_the_version(name: str, raw: bool) -> None:
-    w, other = torch.ones(6), torch.ones(6, requires_grad=True)
-    loss = (w * other).sum()  # saves w
-    version = w._version
-    if raw:
-        in_place(name, w)
-    else:
-        public(name, w)
-    assert w._version > version
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_materialize_raises_the_versions() -> None:
     """Of the buffers that it changes: of the weights only if there are updates to write back."""
     for changes, weights_change in (({}, True), ({"write_back": False}, False)):
@@ -136,21 +116,6 @@ def test_materialize_raises_the_versions() -> None:
     arguments = materialize_arguments() | encode_program([], [EMIT] * 2, 1)._asdict()
     ops.materialize(*arguments.values())
     assert arguments["weights"]._version == 0
-
-
-@pytest.mark.parametrize("raw", [True, False])
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_a_leaf_that_requires_grad(name: str, raw: bool) -> None:
-    """It is changed, as by an optimizer, and stays a leaf; gradients are those at the changed weights."""
-    w = torch.ones(6, requires_grad=True)
-    if raw:
-        in_place(name, w)
-    else:
-        assert public(name, w) is w
-    assert w.is_leaf and w.requires_grad and w.grad_fn is None
-    assert not torch.equal(w, torch.ones(6))
-    (w**2).sum().backward()
-    assert torch.equal(w.grad, 2 * w.detach())
 
 
 def test_what_follows_from_a_leaf() -> None:
@@ -176,3 +141,130 @@ def test_inference_tensors() -> None:
         ops.materialize(*weights.values())
     with torch.inference_mode():
         assert torch.equal(w, before)
+
+
+# What would be out of bounds.
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_ops_refuse(name: str) -> None:
+    wrong: list[tuple[torch.Tensor, str]] = [
+        (torch.ones(4, 4).T, "expected a contiguous tensor"),
+        (torch.ones(1).expand(8), r"expected a contiguous tensor, got shape \[8\] with strides \[0\]"),
+        (torch.ones(8, dtype=torch.float64), "must be float32, bfloat16 or float16, got Double"),
+        (torch.eye(8).to_sparse(), "'SparseCPU' backend"),
+    ]
+    for w, message in wrong:
+        before = w.clone()
+        with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+            in_place(name, w)
+        assert torch.equal(w.to_dense(), before.to_dense())
+
+
+@pytest.mark.parametrize("name", ["normal", "rademacher"])
+def test_noise_refuses(name: str) -> None:
+    with pytest.raises(TypeError, match="must be float32, bfloat16 or float16, got Long"):
+        getattr(ops, name)(4, *WORDS, torch.int64, CPU)
+    with pytest.raises(RuntimeError, match="native kernels for cpu and cuda, not for meta"):
+        getattr(ops, name)(4, *WORDS, torch.float32, torch.device("meta"))
+
+
+def row(**changes: int) -> torch.Tensor:
+    fields = dict(byte_offset=0, numel=8, dtype=0, param=0, element_offset=0, group=0, rows=2, cols=4)
+    return torch.tensor([list((fields | changes).values())])
+
+
+def one_row(table: torch.Tensor, column: int, value: float) -> torch.Tensor:
+    changed = table.clone()
+    changed[0, ..., column] = value
+    return changed
+
+
+# Of each table, what is changed and the error; the rest is as in materialize_arguments.
+TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
+    ("segments", lambda t: row(numel=9), "9 elements of 4 bytes at byte 0 of 32"),
+    ("segments", lambda t: row(dtype=3), "dtype code 3"),
+    ("segments", lambda t: row(group=1), "group 1 of 1"),
+    ("segments", lambda t: t[:, :7].contiguous(), r"segments must have shape \[1, 8\], got \[1, 7\]"),
+    ("segments", lambda t: t[0], r"segments must have shape \[8, 8\], got \[8\]"),
+    ("segments", lambda t: torch.tensor(1), r"segments must have shape \[0, 8\]"),
+    ("segments", lambda t: t.int(), "segments must be Long, got Int"),
+    ("segments", lambda t: torch.zeros(8, 1, dtype=torch.int64).T.expand(2, 8), "segments must be contiguous"),
+    ("terms", lambda t: t[:-1], r"coefs must have shape \[2\], got \[3\]"),
+    ("terms", lambda t: t.double(), "terms must be Long"),
+    ("coefs", lambda t: t[:-1], r"coefs must have shape \[3\], got \[2\]"),
+    ("coefs", lambda t: t.half(), "coefs must be Float, got Half"),
+    ("updates", lambda t: one_row(t, 1, -1), "update 0: terms -1"),
+    ("updates", lambda t: t[:-1], r"update_groups must have shape \[0, 1, 4\], got \[1, 1, 4\]"),
+    ("update_groups", lambda t: t[:-1], r"update_groups must have shape \[1, 1, 4\], got \[0, 1, 4\]"),
+    (
+        "update_groups",
+        lambda t: t[:, :, :3].contiguous(),
+        r"update_groups must have shape \[1, 1, 4\], got \[1, 1, 3\]",
+    ),
+    ("update_groups", lambda t: t[:, :0], "must have shape"),
+    ("emits", lambda t: one_row(t, 0, -1), "emit 0: terms -1"),
+    ("emits", lambda t: t[:-1], "emit_scales must have shape"),
+    ("emit_scales", lambda t: t[:-1], r"emit_scales must have shape \[2, 1\], got \[1, 1\]"),
+    ("emit_scales", lambda t: t.repeat(1, 2), r"emit_scales must have shape \[2, 1\], got \[2, 2\]"),
+]
+
+
+@pytest.mark.parametrize("table", ["segments", "terms", "coefs", "updates", "update_groups", "emits", "emit_scales"])
+def test_raw_materialize_refuses_tables(table: str) -> None:
+    cases = [(change, message) for name, change, message in TABLES if name == table]
+    assert cases
+    for change, message in cases:
+        arguments = materialize_arguments()
+        arguments[table] = change(arguments[table])
+        check_refused(arguments, message)
+
+
+def check_refused(arguments: dict[str, object], message: str) -> None:
+    buffers = [arguments["weights"], *arguments["outs"]]
+    before = [buffer.clone() for buffer in buffers]
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+        ops.materialize(*arguments.values())
+    for buffer, old in zip(buffers, before, strict=True):
+        assert torch.equal(buffer, old)
+
+
+def test_raw_materialize_refuses_buffers() -> None:
+    arguments = materialize_arguments()
+    first = arguments["outs"][0]
+    memory = torch.zeros(256, dtype=torch.uint8)
+    for outs, message in (
+        ([first], "2 emits, 1 outs"),
+        ([first, memory[:31]], r"outs\[1\] must have 32 bytes as weights have, got 31"),
+        ([first, memory[:64:2]], r"outs\[1\] must be a contiguous vector"),
+        ([first, memory[:1].expand(32)], r"outs\[1\] must be a contiguous vector, got shape \[32\] with strides \[0\]"),
+        ([first, memory[:32].view(4, 8)], r"outs\[1\] must be a contiguous vector"),
+        ([first, memory[:32].view(torch.int8)], r"outs\[1\] must be uint8, got Char"),
+    ):
+        check_refused(arguments | {"outs": outs}, message)
+    for wrong, message in (
+        (memory[:1].expand(32), "weights must be a contiguous vector"),
+        (memory[:32].view(torch.int8), "weights must be uint8"),
+    ):
+        check_refused(arguments | {"weights": wrong, "outs": [memory[:32], memory[64:96]]}, message)
+
+
+def test_raw_ops_on_nothing() -> None:
+    for name in IN_PLACE:
+        for w in (torch.empty(0), torch.empty(3, 0), torch.empty(0, 4).T):
+            in_place(name, w)
+    for name in ("normal", "rademacher"):
+        assert getattr(ops, name)(0, *WORDS, torch.float16, CPU).shape == (0,)
+    arguments = materialize_arguments()
+    before = arguments["weights"].clone()
+    for nothing in (
+        {"segments": torch.empty(0, 8, dtype=torch.int64)},
+        {"segments": row(numel=0, byte_offset=32)},
+        encode_program([], [], 1)._asdict() | {"outs": []},
+    ):
+        changed = arguments | nothing
+        ops.materialize(*changed.values())
+        assert torch.equal(changed["weights"], before) and not any(out.any() for out in changed["outs"])
+    empty = torch.empty(0, dtype=torch.uint8)
+    nothing = {"weights": empty, "segments": row(numel=0), "outs": [empty, torch.empty(0, dtype=torch.uint8)]}
+    ops.materialize(*(arguments | nothing).values())

@@ -21,7 +21,7 @@ from distzo2.record.snapshot import HIDDEN
 KINDS = {  # of runs: where the weights are, and the options that differ
     "host": ["--weights=host"],
     "disk": ["--weights=disk"],
-    "rarely synced": ["--weights=host", "--save=last", "--fsync-every=5", "--trace"],
+    "synced rarely": ["--weights=host", "--save=last", "--fsync-every=5", "--trace"],
     "branch": ["--weights=disk", "--at-step=5", "--lr=2e-4"],
 }
 
@@ -35,7 +35,7 @@ def calls_to_fail(num_calls: int, error: int) -> range:
     ("kind", "error"),
     [
         ("host", errno.ENOSPC), ("disk", errno.EIO), ("host", errno.EIO), ("disk", errno.ENOSPC),
-        ("rarely synced", errno.ENOSPC), ("rarely synced", errno.EIO), ("branch", errno.EIO), ("branch", errno.ENOSPC),
+        ("synced rarely", errno.ENOSPC), ("synced rarely", errno.EIO), ("branch", errno.EIO), ("branch", errno.ENOSPC),
     ],
 )  # fmt: skip
 def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, kind, error):

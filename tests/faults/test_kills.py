@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import kill_cases
 import pytest
 import torch
-from cli_runs import make_files, weights
+from cli_runs import weights
 from same_run import assert_same_run
 
 from distzo2.record.snapshot import HIDDEN, snapshots_in
@@ -28,15 +28,10 @@ NUM_KILLS = int(os.environ.get("DISTZO2_NUM_KILLS", "10"))
 STEPS = 36
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_files(tmp_path_factory.mktemp("kills"))
-
-
 def arguments(files: SimpleNamespace, save: str, *more: str) -> list[str]:
     return [
         "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", "--out=out",
-        f"--steps={STEPS}", "--batch-size=4", "--lr=3e-4", "--seed=2", "--quiet", "--threads=1",
+        f"--steps={STEPS}", "--batch-size=4", "--lr=1e-3", "--seed=6", "--quiet", "--threads=1",
         "--eval-every=9", "--score=loss", "--schedule=cosine", "--snapshot-every=5", "--snapshot-pace=1",
         f"--save={save}", *more,
     ]  # fmt: skip

@@ -16,17 +16,18 @@ def offloaded(model, directory=None, **options):
 class Blocks(nn.Module):
     """Embedding, a list of blocks and a head, with room for mischief."""
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    def __init__(self, dropout: float = 0.0, *, width: int = 8, num_blocks: int = 4, seed: int = 5) -> None:
         super().__init__()
         with torch.random.fork_rng():
-            torch.manual_seed(5)
-            self.embedding = nn.Embedding(32, 8)
+            torch.manual_seed(seed)
+            self.embedding = nn.Embedding(32, width)
             self.blocks = nn.ModuleList(
-                nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout)) for _ in range(4)
+                nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout)) for _ in range(num_blocks)
             )
-            self.head = nn.Linear(8, 32, bias=False)
+            self.head = nn.Linear(width, 32, bias=False)
 
     def forward(self, ids):
+        ids = ids.to(self.embedding.weight.device)
         x = self.embedding(ids)
         for block in self.blocks:
             x = x + block(x)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from same_bits import assert_same_tensors
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
 from distzo2.cli.main import main
@@ -41,9 +42,7 @@ def finetune(files: SimpleNamespace, *options: str) -> int:
 
 
 def environment() -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "python"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return dict(os.environ)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -54,3 +53,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def weights(directory: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(directory) / "model.safetensors")
+
+
+def assert_same_bits(first: str | Path, second: str | Path) -> None:
+    """Of two checkpoints' directories."""
+    assert_same_tensors(weights(first), weights(second))

@@ -7,9 +7,7 @@ of its kind, what that file says, within its bounds. Any other exception, and an
 from __future__ import annotations
 
 import json
-import shutil
 import struct
-import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,9 @@ from journal_cases import bits, json_values, make_entry, make_test_header, step_
 from distzo2.checkpoint.checkpoint_files import CheckpointFiles
 from distzo2.checkpoint.torch_archive import TorchArchive
 from distzo2.checkpoint.weight_files import DTYPE_NAMES, DTYPES, CheckpointError, SafetensorsFile, SafetensorsWriter
-from distzo2.cli.journal_audit import audit_journal
-from distzo2.cli.run_audit import audit_run
-from distzo2.record.journal import Journal, JournalError, StepEntry, read_journal
-from distzo2.record.line import decode_line, encode_record, seal_line
-from distzo2.record.snapshot import MANIFEST
+from distzo2.record.entry import StepEntry
+from distzo2.record.journal import Journal, read_journal
+from distzo2.record.line import JournalError, encode_line, seal_line
 
 
 @st.composite
@@ -66,50 +62,59 @@ def one_line(error: Exception) -> None:
 # ---- journals
 
 
-def journal_bytes(path: Path, num_steps: int, chain: bool) -> bytes:
+def journal_bytes(path: Path, num_steps: int) -> bytes:
     path.unlink(missing_ok=True)
-    Journal.create(path, make_test_header(chain=chain), [make_entry(step) for step in range(num_steps)]).close()
+    Journal.create(path, make_test_header(), [make_entry(step) for step in range(num_steps)]).close()
     return path.read_bytes()
+
+
+def findings_of(path: Path) -> list[str]:
+    """What `journal verify` finds in the lines of a journal."""
+    findings: list[str] = []
+    try:
+        torn = read_journal(path, findings=findings).torn
+    except JournalError as error:
+        return [str(error)]
+    return findings + ([torn] if torn else [])
 
 
 def check_damaged_journal(path: Path, data: bytes) -> None:
     """A journal of `make_entry`s that was damaged: its first steps and a word on the rest, or a refusal."""
     path.write_bytes(data)
-    audit = audit_journal(path)
-    for finding in audit.findings:
+    findings = findings_of(path)
+    for finding in findings:
         one_line(Exception(finding))
     try:
         contents = read_journal(path)
     except JournalError as error:
         one_line(error)
-        assert audit.findings
+        assert findings
         return
-    assert contents.header in (make_test_header(), make_test_header(chain=True))
+    assert contents.header == make_test_header()
     assert [bits(entry) for entry in contents.entries] == [bits(make_entry(e.step)) for e in contents.entries]
     assert [entry.step for entry in contents.entries] == list(range(len(contents.entries)))
-    assert (contents.torn is None) == (contents.num_bytes == len(data)) == (not audit.findings)
+    assert (contents.torn is None) == (contents.num_bytes == len(data)) == (not findings)
     assert contents.num_bytes == sum(1 + len(line) for line in data.split(b"\n")[: 1 + len(contents.entries)])
 
 
 @st.composite
 def forged_journals(draw: st.DrawFn) -> bytes:
-    """Lines with right CRCs, and hashes where lines are chained, that hold almost what they should."""
-    chain = "" if draw(st.booleans()) else None
-    header: dict[str, Any] = make_test_header(chain=chain is not None)
+    """Lines with right CRCs that hold almost what they should."""
+    header: dict[str, Any] = make_test_header()
     if draw(st.booleans()):
         header = _changed(draw, header)
     lines = []
     records = [header]
     for step in range(draw(st.integers(0, 3))):
         entry = draw(step_entries()) if draw(st.booleans()) else make_entry(step)
-        record = json.loads(entry.to_record() + b"}")
+        record = json.loads(entry.to_line())
+        del record["crc"]
         records.append(_changed(draw, record) if draw(st.booleans()) else record)
     for record in records:
         try:
-            line, chain = seal_line(encode_record(record, 1 << 20), chain)
+            lines.append(encode_line(record, 1 << 20))
         except JournalError:  # cannot be written at all
             continue
-        lines.append(line)
     return b"".join(lines)
 
 
@@ -136,92 +141,16 @@ def _changed(draw: st.DrawFn, value: Any) -> Any:
 def check_forged_journal(path: Path, data: bytes) -> None:
     """Whatever is read of it would be written as the same line."""
     path.write_bytes(data)
-    audit = audit_journal(path)
+    findings = findings_of(path)
     try:
         contents = read_journal(path)
     except JournalError as error:
         one_line(error)
-        assert audit.findings
+        assert findings
         return
-    assert bool(audit.findings) == (contents.torn is not None)
-    chain = "" if contents.chain is not None else None
-    _, chain = seal_line(encode_record(contents.header, 1 << 20), chain)
-    at = data.index(b"\n") + 1
-    for entry in contents.entries:
-        line, chain = seal_line(entry.to_record(), chain)
-        assert data[at : at + len(line)] == line
-        at += len(line)
-    assert chain == contents.chain
-
-
-# ---- runs
-
-
-class ForgedRun:
-    """A whole run. One file at a time is forged: JSON with a place changed, and every checksum over it right."""
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        snapshot, _, last = sorted((run / "snapshots").iterdir())
-        shutil.rmtree(last)  # one that is forged, one that is not
-        self._manifest = snapshot / MANIFEST
-        self._unit = min(snapshot.glob("unit-*"))
-        self._journal = run / "journal.jsonl"
-        self._header, *self._steps = self._journal.read_bytes().splitlines(True)
-        self._before = {
-            path: path.read_bytes() for path in (run / "run.json", self._manifest, self._unit, self._journal)
-        }
-        data = self._before[self._unit]
-        (length,) = struct.unpack("<Q", data[:8])
-        self._data = data[8 + length :]
-        self.records: dict[str, Any] = {
-            "run.json": json.loads(self._before[run / "run.json"]),
-            "manifest": decode_line(self._before[self._manifest], 1 << 20),
-            "unit": json.loads(data[8 : 8 + length]),
-            "header": decode_line(self._header, 1 << 20),
-        }
-
-    def strategy(self) -> st.SearchStrategy[tuple[str, Any]]:
-        return st.one_of(*(st.tuples(st.just(name), _forged(record)) for name, record in self.records.items()))
-
-    def check(self, example: tuple[str, Any]) -> None:
-        """The look at it ends, in lines; what was not touched is in order."""
-        name, record = example
-        try:
-            self._write(name, record)
-        except JournalError:  # cannot be written at all
-            return
-        try:
-            report = audit_run(audit_journal(self._journal))
-            for line in (*report.findings, *report.notes):
-                one_line(Exception(" ".join(line.split())))
-            assert report.num_whole >= (report.num_snapshots - 1 if name in ("manifest", "unit") else 0)
-            assert name != "unit" or record == self.records["unit"] or report.num_whole < report.num_snapshots
-        finally:
-            for path, data in self._before.items():
-                path.write_bytes(data)
-
-    def _write(self, name: str, record: Any) -> None:
-        if name == "run.json":
-            (self.run / name).write_text(json.dumps(record))
-        elif name == "header":
-            self._journal.write_bytes(seal_line(encode_record(record, 1 << 20), None)[0] + b"".join(self._steps))
-        elif name == "manifest":
-            self._manifest.write_bytes(seal_line(encode_record(record, 1 << 20), None)[0])
-        else:
-            text = json.dumps(record, separators=(",", ":")).encode()
-            text += b" " * (-(8 + len(text)) % 4096)
-            data = struct.pack("<Q", len(text)) + text + self._data
-            self._unit.write_bytes(data)
-            manifest = json.loads(json.dumps(self.records["manifest"]))
-            (row,) = (row for row in manifest["units"] if row["file"] == self._unit.name)
-            row |= {"num_bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
-            self._manifest.write_bytes(seal_line(encode_record(manifest, 1 << 20), None)[0])
-
-
-@st.composite
-def _forged(draw: st.DrawFn, record: Any) -> Any:
-    return _changed(draw, record)
+    assert bool(findings) == (contents.torn is not None)
+    lines = [encode_line(contents.header, 1 << 20), *(entry.to_line() for entry in contents.entries)]
+    assert data.startswith(b"".join(lines))
 
 
 # ---- safetensors
@@ -330,7 +259,7 @@ def check_index(directory: Path, content: bytes) -> None:
 
 def check_line(data: bytes) -> None:
     """Any bytes as a step: refused, or written again as they were."""
-    for line in (data, data + b"\n", seal_line(data, None)[0]):
+    for line in (data, data + b"\n", seal_line(data)):
         try:
             entry = StepEntry.from_line(line)
         except JournalError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from distzo2.record.journal import Journal, StepEntry, make_header, table_row
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import make_header, table_row
+from distzo2.record.journal import Journal
 from distzo2_core.types import GroupScalars, Term, Update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,9 +106,7 @@ def bits(entry: StepEntry) -> Any:
 
 
 def start_python(script: str, **options: Any) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([os.fspath(ROOT), os.fspath(ROOT / "python"), *sys.path[1:]])
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], text=True, **options)
 
 
 def run_python(script: str) -> subprocess.CompletedProcess[str]:

@@ -6,11 +6,17 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core.types import MAX_ELEMENTS
 
+needs_native = pytest.mark.skipif(
+    not distzo2_core.build_info()["native"], reason="the extension distzo2_core._C is not built"
+)
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
 
@@ -123,6 +129,16 @@ def random_visit(rng: np.random.Generator, dtypes: tuple[torch.dtype, ...], max_
     return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))
 
 
+def random_place(rng: np.random.Generator) -> dict[str, int]:
+    return {
+        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
+        "step": int(rng.integers(0, 2**32)),
+        "param": int(rng.integers(0, 2**32)),
+        "probe": int(rng.integers(0, 2**20)),
+        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
+    }
+
+
 def check_visit(visit: Visit, backend: str, device: str = "cpu") -> None:
     """A backend against the reference, with and without write-back."""
     for write_back in (False, True):
@@ -150,13 +166,7 @@ def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, 
     """embedding against rows of the table that the reference has perturbed as a whole, for one random table."""
     rows = 11
     table = random_weights(rng, rows * cols, dtype).view(rows, cols)
-    place = {
-        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
-        "step": int(rng.integers(0, 2**32)),
-        "param": int(rng.integers(0, 2**32)),
-        "probe": int(rng.integers(0, 2**20)),
-        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
-    }
+    place = random_place(rng)
     ids = torch.tensor([[10, 0, 3], [3, 7, 10]])
     for family, scale in itertools.product(("normal", "rademacher"), (0.0, random_coef(rng))):
         before = table.to(device, copy=True)
@@ -169,13 +179,7 @@ def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, 
 def check_in_place(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel: int, device: str = "cpu") -> None:
     """perturb_, restore_ and update_ against the reference, for one random tensor and place."""
     weights = random_weights(rng, numel, dtype)
-    place = {
-        "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
-        "step": int(rng.integers(0, 2**32)),
-        "param": int(rng.integers(0, 2**32)),
-        "probe": int(rng.integers(0, 2**20)),
-        "offset": int(rng.choice([0, 1, 130, 2**34 - 20, rng.integers(0, 2**37)])),
-    }
+    place = random_place(rng)
     lr = float(rng.choice([0.0, 1e-2, 1e-6]))
     calls = [
         (distzo2_core.perturb_, (random_coef(rng),), {}),
@@ -187,3 +191,23 @@ def check_in_place(rng: np.random.Generator, backend: str, dtype: torch.dtype, n
         assert function(got, *arguments, **place, **extra, family=family, backend=backend) is got
         function(expected, *arguments, **place, **extra, family=family, backend="reference")
         assert_same_bits(got, expected, (function.__name__, arguments, extra, family, place))
+
+
+def check_splits(rng: np.random.Generator, dtype: torch.dtype, edges: list[int]) -> None:
+    """Noise and in-place ops on the slices between `edges`, in place in one tensor, against the whole at once."""
+    numel = edges[-1]
+    weights = random_weights(rng, numel, dtype)
+    offset = int(rng.choice([0, 3, 2**34 - 1000, 2**35 - 999, MAX_ELEMENTS - numel, rng.integers(0, 2**37)]))
+    place = {"seed": int(rng.integers(0, 2**64, dtype=np.uint64)), "step": 4, "param": 2**32 - 1, "probe": 2**20 - 1}
+    place["backend"] = "native"
+    for function in (distzo2_core.normal, distzo2_core.rademacher):
+        whole = function(numel, **place, offset=offset, dtype=dtype)
+        parts = [function(b - a, **place, offset=offset + a, dtype=dtype) for a, b in itertools.pairwise(edges)]
+        assert_same_bits(torch.cat(parts), whole, (function.__name__, offset, edges))
+    ops = [(distzo2_core.perturb_, (0.5,)), (distzo2_core.restore_, (1e-3,)), (distzo2_core.update_, (1e-2, 0.7))]
+    for (function, scalars), family in itertools.product(ops, ("normal", "rademacher")):
+        whole, parts = weights.clone(), weights.clone()
+        function(whole, *scalars, **place, offset=offset, family=family)
+        for a, b in itertools.pairwise(edges):
+            function(parts[a:b], *scalars, **place, offset=offset + a, family=family)
+        assert_same_bits(parts, whole, (function.__name__, family, offset, edges))

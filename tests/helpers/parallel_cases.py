@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from block_models import Blocks
 from parallel_ranks import mesh_of
 from torch import nn
 
@@ -20,24 +21,12 @@ import distzo2.parallel
 from distzo2.parallel import memory_share
 
 
-class Tower(nn.Module):
-    """Embedding, blocks with dropout, head; its forward returns the loss of a batch of tokens."""
+class Tower(Blocks):
+    """Blocks with dropout, so that a lane's random stream is in the bits."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 5) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embedding = nn.Embedding(32, 24)
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Dropout(0.1)) for _ in range(5))
-            self.head = nn.Linear(24, 32, bias=False)
+        super().__init__(0.1, width=24, num_blocks=5, seed=seed)
         self.to(dtype)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        ids = ids.to(self.embedding.weight.device)
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = x + block(x)
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.flatten())
 
 
 def batch(index: int) -> torch.Tensor:
@@ -49,7 +38,7 @@ def closures_of(model: nn.Module, step: int, micro_batches: int) -> list[Any]:
 
 
 def tower(weights: str, directory: Any, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """Dropout is on, so that a lane's random stream is in the bits."""
+    """A streamed tower, with dropout on."""
     return distzo2.offload(Tower(dtype), weights=weights, directory=directory, train=True, **options)
 
 
@@ -163,12 +152,13 @@ def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) ->
     model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
     if rank == 1 and what == "frozen":
         model.head.requires_grad_(False)
-    distzo2.offload(model, weights="disk", directory=directory / f"rank{rank}")
+    weights = "host" if what == "journal options" else "disk"
+    distzo2.offload(model, weights=weights, directory=directory / f"rank{rank}")
     options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
     if what in ("journal options", "snapshots"):
         options["journal"] = directory / "journal.jsonl"
     if rank == 1 and what == "journal options":
-        options["journal_chain"] = True
+        options["fsync_every"] = 2
     if rank == 1 and what == "snapshots":
         options["snapshots"] = distzo2.Snapshots(directory / "snapshots")
     optimizer(model, **options)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from distzo2.checkpoint.replay import digest_checkpoint
-from distzo2.record.journal import Journal, StepEntry, make_header, table_row
+from distzo2.checkpoint.pretrained import digest_checkpoint
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import make_header, table_row
+from distzo2.record.journal import Journal
 from distzo2_core import GroupScalars, Term, Update
 
 SEED = 2**63 + 12345

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 
@@ -13,10 +15,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
+def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert same_bits(found[name], value), name
+
+
 def assert_same(streamed, expected) -> None:
     losses, state = streamed
     expected_losses, expected_state = expected
     assert losses == expected_losses
-    assert state.keys() == expected_state.keys()
-    for name, value in expected_state.items():
-        assert same_bits(state[name], value), name
+    assert_same_tensors(state, expected_state)

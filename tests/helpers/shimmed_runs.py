@@ -14,8 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli_runs import environment
-
 SOURCE = Path(__file__).with_name("file_shim.cpp")
 
 
@@ -44,7 +42,7 @@ class ShimmedRuns:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**environment(), "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"},
             text=True,
         )
 

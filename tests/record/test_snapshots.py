@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from same_bits import same_bits
+from same_bits import assert_same_tensors
 from torch import nn
 
 import distzo2
@@ -102,12 +102,6 @@ def undisturbed(tmp_path: Path, steps: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def assert_same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert state.keys() == expected.keys()
-    for name, value in state.items():
-        assert same_bits(value, expected[name]), name
-
-
 @pytest.mark.parametrize(
     ("made", "resumed", "options"),
     [
@@ -130,11 +124,11 @@ def test_goes_on_with_the_same_bits(tmp_path, made, resumed, options, device):
     train(model, opt, steps + 3)
     opt.close()
     if device == "cpu":
-        assert_same(model.state_dict(), undisturbed(tmp_path, steps + 3))
+        assert_same_tensors(model.state_dict(), undisturbed(tmp_path, steps + 3))
     else:  # another device has other losses: the journal is what leads to these weights
         again = place(tmp_path, "host", device)
         optimizer(again, run, resume=True).close()
-        assert_same(model.state_dict(), again.state_dict())
+        assert_same_tensors(model.state_dict(), again.state_dict())
 
 
 def test_a_snapshot_spans_steps_and_leaves_frozen_units_out(tmp_path):

@@ -32,12 +32,10 @@ def test_a_file_that_may_not_grow_is_told_by_its_own_error(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fallbacks", [{}, {"reads_fallback": "no ring"}, {"direct_fallback": "no flag"}])
+@pytest.mark.parametrize("fallbacks", [{}, {"direct_fallback": "no flag"}])
 def test_what_is_slower_than_it_could_be_is_said(fallbacks, tmp_path: Path, monkeypatch, caplog) -> None:
     stats = StreamingStore.stats
-    monkeypatch.setattr(
-        StreamingStore, "stats", lambda self: stats(self) | {"reads_fallback": "", "direct_fallback": ""} | fallbacks
-    )
+    monkeypatch.setattr(StreamingStore, "stats", lambda self: stats(self) | {"direct_fallback": ""} | fallbacks)
     units = [SimpleNamespace(num_bytes=8192, index=i, block=-1) for i in range(3)]
     with caplog.at_level(logging.WARNING, logger="distzo2"):
         StreamingStore(units, torch.device("cpu"), directory=tmp_path, slots=2).close()

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from distzo2.checkpoint.checkpoint_config import check_config_file, read_json
-from distzo2.checkpoint.checkpoint_files import CheckpointFiles
+from distzo2.checkpoint.checkpoint_files import INDEX_FILE, CheckpointFiles
 from distzo2.checkpoint.file_checksum import FileChecksum
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint.reading import ParallelReader
 from distzo2.checkpoint.symbols import one_line
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.weight_files import CheckpointError, sha256_file
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.streaming.offload import offload, runtime_of
 from distzo2.streaming.runtime import StreamingRuntime
@@ -46,6 +46,10 @@ class CheckpointSource:
 
     def __fspath__(self) -> str:
         return os.fspath(self.directory)
+
+    def digest(self) -> dict[str, Any]:
+        """What a journal's header records of the files, all of which are read."""
+        return digest_checkpoint(self.directory)
 
 
 def from_pretrained(
@@ -265,3 +269,31 @@ def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
     if chosen is None:
         raise CheckpointError(f"{directory}: transformers has no model class for {type(config).__name__}")
     return chosen
+
+
+def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
+
+    The files are those that decide the weights: safetensors, their index, and config.json.
+
+    Raises:
+        CheckpointError: there is no checkpoint in `directory`.
+    """
+    path = Path(directory)
+    files = CheckpointFiles(path)
+    try:
+        names = {file.path.name for file in files.files}
+    finally:
+        files.close()
+    names |= {name for name in (INDEX_FILE, "config.json") if (path / name).is_file()}
+    return {"name": path.resolve().name, "files": digest_files(path, sorted(names))}
+
+
+def digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """SHA-256 and length of files, by name."""
+
+    def digest(name: str) -> dict[str, Any]:
+        return {"sha256": sha256_file(directory / name), "num_bytes": (directory / name).stat().st_size}
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "sha256") as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

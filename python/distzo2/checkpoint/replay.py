@@ -22,15 +22,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from distzo2.checkpoint.checkpoint_files import INDEX_FILE, CheckpointFiles
+from distzo2.checkpoint.checkpoint_files import CheckpointFiles
 from distzo2.checkpoint.file_checksum import FileChecksum
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, header_limit, sha256_file
+from distzo2.checkpoint.pretrained import digest_files, open_checkpoint
+from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, holds_checkpoint
-from distzo2.record.journal import JournalError, read_journal, table_difference
-from distzo2.record.line import brief
+from distzo2.record.header import table_difference
+from distzo2.record.journal import read_journal
+from distzo2.record.line import JournalError
+from distzo2.text import brief
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
@@ -51,24 +53,6 @@ class ReplayReport:
     num_bytes: int
     torn: str | None
     checksums: Mapping[str, FileChecksum]
-
-
-def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
-
-    The files are those that decide the weights: safetensors, their index, and config.json.
-
-    Raises:
-        CheckpointError: there is no checkpoint in `directory`.
-    """
-    path = Path(directory)
-    files = CheckpointFiles(path)
-    try:
-        names = {file.path.name for file in files.files}
-    finally:
-        files.close()
-    names |= {name for name in (INDEX_FILE, "config.json") if (path / name).is_file()}
-    return {"name": path.resolve().name, "files": _digest_files(path, sorted(names))}
 
 
 def verify_checkpoint(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> None:
@@ -96,7 +80,7 @@ def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str,
             yield f"{file}: {num_bytes} bytes, the journal's base checkpoint has {record['num_bytes']}"
         else:
             there.append(name)
-    for name, record in _digest_files(path, there).items():
+    for name, record in digest_files(path, there).items():
         expected = base["files"][name]["sha256"]
         if record["sha256"] != expected:
             yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
@@ -345,14 +329,6 @@ def _num_bytes_in(directory: str | os.PathLike[str]) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(directory) if entry.is_file())
     except OSError:
         return 0
-
-
-def _digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    def digest(name: str) -> dict[str, Any]:
-        return {"sha256": sha256_file(directory / name), "num_bytes": (directory / name).stat().st_size}
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "sha256") as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def _torch_dtype(row: Mapping[str, Any]) -> torch.dtype:

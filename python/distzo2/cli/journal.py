@@ -8,18 +8,28 @@ import math
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distzo2.cli.arguments import Formatter, Parser
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.text import brief, printable
 
 if TYPE_CHECKING:
-    from distzo2.record.journal import JournalContents, StepEntry
+    from distzo2.record.entry import StepEntry
+    from distzo2.record.journal import JournalContents
 
 COEFS_SHOWN = 3  # of a step's
+DIFFERENCES_SHOWN = 8  # of two steps
+# Options of `verify` that left, and what to do instead.
+LEFT = {
+    "run": "verify RUN checks the journal, its base checkpoint and its parent; "
+    "`distzo2 replay RUN` makes a checkpoint again, to be compared",
+    "chain": "compare `sha256sum journal.jsonl` with the sum that was noted elsewhere",
+}
 
 
 def step_range(text: str) -> slice:
@@ -33,19 +43,8 @@ def step_range(text: str) -> slice:
 step_range.__name__ = "range (such as 100:200, or -10: for the last ten)"
 
 
-def sha256_text(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", text):
-        raise argparse.ArgumentTypeError(f"{text}: 64 hexadecimal digits were expected")
-    return text
-
-
-def printable(text: str) -> str:
-    """Text of a file from anyone, for a terminal: what is no printable character is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def add_journal(parser: Parser) -> None:
-    """The commands and options of `journal`."""
+    """Adds the commands of `distzo2 journal`, and their options, to `parser`."""
     commands = parser.add_subparsers(
         dest="journal_command", required=True, metavar="command", parser_class=Parser, help="what to do"
     )
@@ -65,17 +64,16 @@ def add_journal(parser: Parser) -> None:
 
     sub = command("verify", "check every line of a journal, and what belongs to it; exit status 1 if anything is wrong")
     sub.add_argument("file", metavar="FILE", help="journal, or directory of a run")
-    sub.add_argument("--base", metavar="DIR", help="also compare the base checkpoint in DIR with its SHA-256s")
     sub.add_argument(
-        "--run", dest="with_run", action="store_true",
-        help="also check all of the run whose directory FILE is in: base checkpoint, training file, run.json, "
-        "metrics.jsonl, every snapshot, and the checkpoint",
+        "--base", metavar="DIR",
+        help="base checkpoint, to be compared with its SHA-256s (default: that of the run, if it is there)",
     )  # fmt: skip
-    sub.add_argument("--parent", metavar="FILE", help="also compare the journal, or run, that it was branched from")
     sub.add_argument(
-        "--chain", type=sha256_text, metavar="HASH",
-        help="also compare the chained hash of the last line with the one that was noted elsewhere",
+        "--parent", metavar="FILE",
+        help="journal, or run, that the run was branched from (default: the one of that name beside it)",
     )  # fmt: skip
+    sub.add_argument("--run", dest="left_run", action="store_true", help=argparse.SUPPRESS)
+    sub.add_argument("--chain", dest="left_chain", help=argparse.SUPPRESS)
 
     sub = command(
         "diff", "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
@@ -85,10 +83,11 @@ def add_journal(parser: Parser) -> None:
 
 
 def run_journal(options: argparse.Namespace) -> int:
+    """Runs a command of `distzo2 journal`; returns the exit status."""
     return {"show": _show, "verify": _verify, "diff": _diff}[options.journal_command](options)
 
 
-def journal_path(name: str) -> Path:
+def journal_path(name: str | os.PathLike[str]) -> Path:
     """The journal that a command line names, by itself or by its run."""
     path = Path(name)
     return path / "journal.jsonl" if path.is_dir() else path
@@ -105,12 +104,12 @@ def _show(options: argparse.Namespace) -> int:
     entries = contents.entries[options.steps]
     if options.json:
         steps = [_step_record(entry) for entry in entries]
-        print(json.dumps({"header": contents.header, "steps": steps, "torn": contents.torn, "chain": contents.chain}))
+        print(json.dumps({"header": contents.header, "steps": steps, "torn": contents.torn}))
         return 0
     for name, text in _summary(path, contents):
         print(printable(f"{name:<9} {text}"))
     if entries:
-        print(_TITLE)
+        print(f"{'step':>8}  {'loss':>10}  {'lr':>10}  {'tokens':>8}  {'seconds':>8}  coefs")
     for entry in entries:
         print(printable(_row(entry)))
     if contents.torn:
@@ -119,22 +118,21 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _summary(path: Path, contents: JournalContents) -> list[tuple[str, str]]:
-    from distzo2.record.header import is_chained, parents_of
+    from distzo2.record.header import parents_of
 
     header, entries = contents.header, contents.entries
-    table = header["table"]
+    table, base = header["table"], header["base"]
     trained = [row for row in table if row["group"] is not None]
     dtypes = ", ".join(sorted({row["dtype"] for row in table}))
     num_elements = sum(math.prod(row["shape"]) for row in table)
-    base = header["base"]
     num_bytes = sum(file["num_bytes"] for file in base["files"].values())
     kinds = ", ".join(sorted({row["noise"] for row in trained}))
     skipped = sum(entry.skipped is not None for entry in entries)
     clipped = sum(bool(entry.extra.get("clipped")) for entry in entries)
     marks = "".join(f", {count} {name}" for count, name in ((skipped, "skipped"), (clipped, "clipped")) if count)
     tokens, seconds = sum(entry.tokens for entry in entries), sum(entry.seconds for entry in entries)
-    lines = [
-        ("journal", f"{path}: format {header['journal']}" + (", chained hashes" if is_chained(header) else "")),
+    return [
+        ("journal", f"{path}: format {header['journal']}"),
         ("base", f"{base['name'] or 'none'}: {len(base['files'])} files, {num_bytes / 2**20:.1f} MiB"),
         ("model", f"{len(table)} parameters, {num_elements} elements, {dtypes}; {len(trained)} trained in "
                   f"{len(header['groups'])} groups"),
@@ -142,15 +140,9 @@ def _summary(path: Path, contents: JournalContents) -> list[tuple[str, str]]:
         ("options", _pairs(header["options"])),
         ("software", _pairs(header["software"])),
         ("machine", _pairs(header["fingerprint"])),
+        *(("parent", f"{parent['name']}: its first {parent['steps']} steps") for parent in parents_of(header)),
+        ("steps", f"{len(entries)}{marks}, {tokens} tokens, {seconds:.1f} s"),
     ]  # fmt: skip
-    lines += [("parent", f"{p['name']}: its first {p['steps']} steps") for p in parents_of(header)]
-    lines.append(("steps", f"{len(entries)}{marks}, {tokens} tokens, {seconds:.1f} s"))
-    if contents.chain is not None:
-        lines.append(("chain", contents.chain))
-    return lines
-
-
-_TITLE = f"{'step':>8}  {'loss':>10}  {'lr':>10}  {'tokens':>8}  {'seconds':>8}  coefs"
 
 
 def _row(entry: StepEntry) -> str:
@@ -172,74 +164,77 @@ def _mean_loss(entry: StepEntry) -> float:
 def _step_record(entry: StepEntry) -> dict[str, Any]:
     from distzo2.run.metrics import finite
 
-    return finite(
-        {
-            "step": entry.step,
-            "loss": _mean_loss(entry),
-            "losses": entry.losses,
-            "groups": [group._asdict() for group in entry.update.groups],
-            "terms": [term._asdict() for term in entry.update.terms],
-            "eps": entry.eps,
-            "skipped": entry.skipped,
-            "clipped": bool(entry.extra.get("clipped")),
-            "tokens": entry.tokens,
-            "seconds": entry.seconds,
-            "extra": entry.extra,
-        }
-    )
+    groups = [group._asdict() for group in entry.update.groups]
+    terms = [term._asdict() for term in entry.update.terms]
+    clipped = bool(entry.extra.get("clipped"))
+    fields = {name: value for name, value in vars(entry).items() if name != "update"}
+    return finite(fields | {"loss": _mean_loss(entry), "groups": groups, "terms": terms, "clipped": clipped})
 
 
 def _pairs(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in record.items() if not isinstance(value, (dict, list))) or "none"
 
 
-# ---- verify and diff --------------------------------------------------------------------------------------------
+# ---- verify -----------------------------------------------------------------------------------------------------
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from distzo2.cli.journal_audit import audit_journal, base_findings, parent_findings
-    from distzo2.cli.run_audit import audit_run
-    from distzo2.run.audit import FILE, Report, kind_of
+    from distzo2.record.journal import JournalError, read_journal
 
-    path = journal_path(options.file)
-    if options.with_run and kind_of(path) not in (FILE, None):
-        raise DistZO2Error(f"{path}: {kind_of(path)}, where the journal of a run was expected")
-    audit = audit_journal(path)
-    findings = audit.findings
-    if options.chain is not None and options.chain != audit.chain:
-        findings.append(f"{path}: the chained hash of its last line is {audit.chain}, not {options.chain}")
-    report = Report()
-    if options.with_run:
-        report = audit_run(audit, options.base)
-        findings += report.findings
-    elif options.base and audit.header is not None:
-        findings += base_findings(options.base, audit.header["base"])
-        report.checked.append("the base checkpoint")
-    if options.parent:
-        findings += parent_findings(audit, journal_path(options.parent))
-        report.checked.append("its parent's journal")
-    for note in report.notes:
-        print(printable(f"note: {' '.join(note.split())}"))
+    for name, instead in LEFT.items():
+        if getattr(options, f"left_{name}"):
+            raise UsageError(f"journal verify --{name} left: {instead}")
+    path, findings, checked = journal_path(options.file), [], ["every line"]
+    num_steps = 0
+    try:
+        contents = read_journal(path, findings=findings)
+    except JournalError as error:
+        findings.append(str(error))
+    else:
+        num_steps = len(contents.entries)
+        findings += [contents.torn] if contents.torn else []
+        for what, found in _around(options, path, contents.header):
+            checked.append(what)
+            findings += found
     for finding in findings:
         print(printable(" ".join(finding.split())))
     if findings:
-        kinds = Counter("torn last line" if " was torn and left out" in text else "finding" for text in findings)
-        counts = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
-        whole = f"; {report.num_whole} of {report.num_snapshots} snapshots are whole" if report.num_snapshots else ""
-        print(printable(f"{path}: not in order: {counts}{whole}"))
+        print(printable(f"{path}: not in order: {len(findings)} finding{'s' * (len(findings) > 1)}"))
         return 1
-    chain = f", chained hash {audit.chain}" if audit.chain is not None else ""
-    checked = _enumerate(["every line", *report.checked])
-    print(printable(f"{path}: in order: {len(audit.entries)} steps{chain}; checked {checked}"))
+    names = checked[0] if len(checked) == 1 else f"{', '.join(checked[:-1])} and {checked[-1]}"
+    print(printable(f"{path}: in order: {num_steps} steps; checked {names}"))
     return 0
 
 
-def _enumerate(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """What belongs to a journal and was looked at, and what is wrong with it."""
+    from distzo2.checkpoint.replay import checkpoint_differences
+    from distzo2.record.header import parents_of
+    from distzo2.record.lineage import parent_differences
+    from distzo2.run.directory import saved_options
+
+    base, parent, is_run = options.base, options.parent, Path(options.file).is_dir()
+    if base is None and is_run and header["base"]["files"]:
+        with suppress(DistZO2Error):  # no run.json that can be read
+            named = saved_options(options.file).get("model")
+            base = named if isinstance(named, str) and Path(named).is_dir() else None
+    if base is not None:
+        no_files = [] if header["base"]["files"] else [f"{base}: the journal's run did not start from a checkpoint"]
+        yield "the base checkpoint", [*no_files, *checkpoint_differences(base, header["base"])]
+    if parent is None and is_run and parents_of(header):
+        beside = path.absolute().parent.parent / parents_of(header)[-1]["name"]
+        parent = beside if journal_path(beside).is_file() and beside != path.absolute().parent else None
+    if parent is not None:
+        try:
+            yield "its parent's journal", parent_differences(header, journal_path(parent))
+        except DistZO2Error as error:
+            yield "its parent's journal", [str(error)]
+
+
+# ---- diff -------------------------------------------------------------------------------------------------------
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from distzo2.cli.journal_diff import diff_journals
     from distzo2.record.journal import read_journal
 
     paths = [journal_path(options.first), journal_path(options.second)]
@@ -249,16 +244,52 @@ def _diff(options: argparse.Namespace) -> int:
         raise UsageError(f"{error.filename}: {os.strerror(error.errno)}") from error
     except DistZO2Error as error:
         raise UsageError(str(error)) from error
-    difference = diff_journals(first, second)
     for text in (first.torn, second.torn):
         if text:
-            print(text, file=sys.stderr)
-    if difference.is_none:
+            print(printable(text), file=sys.stderr)
+    shared = list(zip(first.entries, second.entries, strict=False))
+    lines = [f"header: {found}" for found in islice(_differences(first.header, second.header), 1)]
+    for a, b in shared:
+        found = list(islice(_differences(_compared(a), _compared(b)), DIFFERENCES_SHOWN))
+        if found:
+            lines.append(f"step {a.step}: {'; '.join(found)}")
+            break
+    else:
+        if len(first.entries) != len(second.entries):
+            longer = "first" if len(first.entries) > len(second.entries) else "second"
+            lines.append(f"step {len(shared)}: only in the {longer} journal")
+    if not lines:
         return 0
-    print(f"{paths[0]}: {len(first.entries)} steps; {paths[1]}: {len(second.entries)} steps")
-    if difference.header is not None:
-        print(printable(f"header: {difference.header}"))
-    if difference.step is not None:
-        print(printable(difference.step))
-    print(f"the first {difference.same_updates} steps make the same updates")
+    print(printable(f"{paths[0]}: {len(first.entries)} steps; {paths[1]}: {len(second.entries)} steps"))
+    for line in lines:
+        print(printable(line))
+    same = next((i for i, (a, b) in enumerate(shared) if repr(a.update) != repr(b.update)), len(shared))
+    print(f"the first {same} steps make the same updates")
     return 1
+
+
+def _compared(entry: StepEntry) -> dict[str, Any]:
+    """What two steps are compared by: all but their time, which no two runs share."""
+    record = {
+        "groups": [group._asdict() for group in entry.update.groups],
+        "terms": [term._asdict() for term in entry.update.terms],
+    }
+    return record | {name: getattr(entry, name) for name in ("eps", "losses", "skipped", "tokens", "extra")}
+
+
+def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """Each place where two JSON values differ by bits, with what is there."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in dict.fromkeys([*a, *b]):
+            where = f"{path}.{key}" if path else str(key)
+            if key in a and key in b:
+                yield from _differences(a[key], b[key], where)
+            else:
+                yield f"{where}: only in the {'first' if key in a else 'second'} journal"
+    elif isinstance(a, list) and isinstance(b, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=False)):
+            yield from _differences(x, y, f"{path}[{i}]")
+        if len(a) != len(b):
+            yield f"{path}: {len(a)} and {len(b)} entries"
+    elif repr(a) != repr(b):  # nan is itself, -0.0 is not 0.0, 1 is neither 1.0 nor True
+        yield f"{path}: {brief(a)} and {brief(b)}"

@@ -22,9 +22,11 @@ from distzo2.parallel.durability import ALWAYS_DURABLE, DurabilityListener, Dura
 from distzo2.parallel.exchange import hash64
 from distzo2.parallel.heartbeat import RankFailedError
 from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, check_step, deal_lanes
-from distzo2.record.journal import Journal, StepEntry
-from distzo2.record.lineage import first_like_step, first_own_step, open_run_journal
-from distzo2.record.run_header import fingerprint, index_table, run_header
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import index_table
+from distzo2.record.journal import Journal
+from distzo2.record.lineage import first_like_step, first_own_step
+from distzo2.record.opening import check_no_others, durability_callbacks, fingerprint, go_on_from, open_run_journal
 from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class SharedStep:
         """
         optimizer = self._optimizer
         fields = {
-            "the parameters": index_table(optimizer),
+            "the parameters": index_table(optimizer._runtime.params, optimizer.param_groups, optimizer.noise),
             "seed": optimizer.seed,
             "eps": optimizer.eps,
             "noise": optimizer.noise,
@@ -107,15 +109,13 @@ class SharedStep:
         Returns:
             The journal on rank 0, None on the others; and the snapshots that were found to be damaged.
         """
-        from distzo2.record.opening import check_no_others, go_on_from, tellers
-
         optimizer, runtime = self._optimizer, self._optimizer._runtime
         self._journal_from = runtime.version
         opened: list[Journal] = []
 
         def on_rank_0() -> bytes:
             check_no_others(snapshots, resume)
-            header = run_header(optimizer)
+            header = optimizer.journal_header()
             header["fingerprint"] |= {
                 "mesh": {"pert": self.mesh.shape.pert, "data": self.mesh.shape.data},
                 "ranks": self.fingerprints,
@@ -142,7 +142,7 @@ class SharedStep:
             raise
         name = self.mesh.ranks.unique_name("durable")
         first = self._journal_from
-        tell_durable, tell_failure = tellers(runtime, first)
+        tell_durable, tell_failure = durability_callbacks(runtime, first)
         if self._rank != 0:
             runtime.set_durable(first + len(entries))
             store = self.mesh.ranks.store

@@ -17,7 +17,8 @@ from distzo2.optim.parameter_groups import group_of_each
 from distzo2_core import Update
 
 if TYPE_CHECKING:
-    from distzo2.record.journal import Journal, StepEntry
+    from distzo2.record.entry import StepEntry
+    from distzo2.record.journal import Journal
     from distzo2.streaming.runtime import StreamingRuntime
 
 NON_FINITE_LOSS, NON_FINITE_COEFFICIENT = "non-finite loss", "non-finite coefficient"  # why a step was skipped

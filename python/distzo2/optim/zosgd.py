@@ -23,8 +23,11 @@ from distzo2.optim.step_lanes import StepLanes
 from distzo2.parallel.durability import ALWAYS_DURABLE
 from distzo2.parallel.group import check_mesh, current
 from distzo2.parallel.mesh import SHARDED, Deal
-from distzo2.record.journal import StepEntry, num_groups_of
-from distzo2.record.lineage import BranchPoint
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import index_table, make_header
+from distzo2.record.journal import Journal, num_groups_of
+from distzo2.record.lineage import BranchPoint, first_like_step, first_own_step
+from distzo2.record.opening import fingerprint, open_own_journal, start_snapshots
 from distzo2.streaming.offload import runtime_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
@@ -77,7 +80,6 @@ class ZOSGD(OptimizerState):
         resume: `journal` exists: check that it belongs to this model and seed, and take over its updates.
         branch_from: a `BranchPoint`, (journal of another run, number of its steps or None for all): take
             over these steps, and begin `journal` with them.
-        journal_chain: each line of a new journal holds a hash over all lines so far.
         fsync_every: sync the journal to the disk after so many steps; a power cut may cost the steps since.
         max_lanes: at most so many evaluations share a pass (for memory); None: all. The bits are the same.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
@@ -108,7 +110,6 @@ class ZOSGD(OptimizerState):
         journal: str | os.PathLike | None = None,
         resume: bool = False,
         branch_from: BranchPoint | None = None,
-        journal_chain: bool = False,
         fsync_every: int = 1,
         max_lanes: int | None = None,
         max_coef: float | None = 10.0,
@@ -156,7 +157,7 @@ class ZOSGD(OptimizerState):
             eps=exact_eps, num_probes=num_probes, noise=noise, seed=seed, clip=clip, max_skipped=max_skipped,
         )  # fmt: skip
         self._model, self._branch = model, branch
-        self._journal_options = {"chain": journal_chain, "fsync_every": fsync_every}
+        self._journal_options = {"fsync_every": fsync_every}
         self.max_lanes, self.verify_every = max_lanes, verify_every
         self.first_step = 0  # the first that is the run's own, and not one of the run that it was branched from
         self.last: StepRecord | None = None
@@ -182,17 +183,35 @@ class ZOSGD(OptimizerState):
                 raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
             self._runtime.set_durable(ALWAYS_DURABLE)
             return
-        from distzo2.record.opening import open_own_journal, start_snapshots
-
         first = self._runtime.version
         if self._shared is not None:
             self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
         else:
-            self.journal, invalid = open_own_journal(self, path, resume, snapshots)
+            self.journal, invalid = open_own_journal(
+                path, self.journal_header(), self._runtime, self._take_over_journal,
+                resume=resume, branch=self._branch, snapshots=snapshots, **self._journal_options,
+            )  # fmt: skip
         if self._shared is not None and self._shared.from_snapshot:
             self.verify_replicas()
         if snapshots is not None and self.journal is not None:
             self._snapshots = start_snapshots(snapshots, self._runtime, self.journal, resume, first, invalid)
+
+    def journal_header(self) -> dict[str, Any]:
+        """The header of this optimizer's run: everything that a line's scalars refer to."""
+        base = None if self._runtime.replaced else getattr(self._model, "distzo2_source", None)
+        return make_header(
+            seed=self.seed,
+            table=index_table(self._runtime.params, self.param_groups, self.noise),
+            groups=self.param_groups,
+            base=None if base is None else base.digest(),
+            checkpoint_map=None if base is None else base.map.to_json(),
+            options={"eps": self.eps, "num_probes": self.num_probes, "estimator": type(self.estimator).__name__},
+            fingerprint=fingerprint(self._runtime.device),
+        )
+
+    def _take_over_journal(self, journal: Journal) -> None:
+        self.first_step = first_own_step(journal.header)
+        self.take_over(journal.entries, first_like_step(journal.header))
 
     # ---- a step -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A step of the journal: its entry as a record, and back; whatever is not known is refused (docs/journal.md)."""
+"""One step of the journal: a `StepEntry` as a line, and back. A line with anything unknown is refused."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from distzo2.record.line import (
     MAX_STEP_BYTES,
     JournalError,
     a_list,
-    brief,
     check_depth,
     decode_line,
-    encode_record,
+    encode_line,
     expect_keys,
     from_hex,
     from_hex32,
     hex32,
     hex64,
-    seal_line,
-    sized,
     whole,
 )
+from distzo2.text import brief
 from distzo2_core.types import FAMILIES, MAX_PROBE, MAX_STEP, GroupScalars, Term, Update
 
-_GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
 _STEP_KEYS = ("step", "groups", "terms", "eps", "losses", "skipped", "tokens", "seconds", "extra")
 
 
 @dataclass(frozen=True)
 class StepEntry:
-    """What one step did. ``update`` alone decides the weights; the rest is told beside it.
+    """What one step did. `update` alone decides the weights; the other fields describe the step.
 
-    step: number of the step, 0 for the first; equal to ``update.step``.
-    update: learning rates, weight decays and terms, float32 values.
-    eps: perturbation scale, a float32 value.
-    losses: one list for each evaluation of the step, one number for each micro-batch (or example); float64, may be
-    nan or inf. skipped: None, or why the update was not made; a skipped step has lr 0 in every group. tokens: tokens
-    that went through the forwards of the step. seconds: wall time of the step. extra: anything else, as JSON values
-    with finite numbers.
+    Attributes:
+        step: number of the step, 0 for the first; equal to `update.step`.
+        update: learning rates, weight decays and terms, float32 values.
+        eps: perturbation scale, a float32 value.
+        losses: for each evaluation, the loss of each micro-batch or example; float64, may be nan or inf.
+        skipped: why the update was not made, or None; a skipped step has lr 0 in every group.
+        tokens: tokens that went through the forwards of the step.
+        seconds: wall time of the step.
+        extra: other JSON values, with finite numbers.
     """
 
     step: int
@@ -54,53 +53,50 @@ class StepEntry:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_line(self) -> bytes:
-        """The entry as one line, newline included. Raises JournalError where a value cannot be kept exactly."""
-        return seal_line(self.to_record(), None)[0]
+        """The entry as one line with its newline.
 
-    def to_record(self) -> bytes:
-        """The line without what seals it (:func:`distzo2.record.line.seal_line`). Raises as :meth:`to_line`."""
+        Raises:
+            JournalError: a line cannot hold a value exactly.
+        """
         _check_entry(self)
-        update = self.update
         record = {
             "step": int(self.step),
             "groups": [
-                [hex32(v, f"group {g} {name}") for name, v in zip(_GROUP_FIELDS, scalars, strict=True)]
-                for g, scalars in enumerate(update.groups)
+                [hex32(value, f"group {g} {name}") for name, value in group._asdict().items()]
+                for g, group in enumerate(self.update.groups)
             ],
             "terms": [
                 [int(t.family), int(t.step), int(t.probe), int(t.sub), hex32(t.c, f"term {i} c")]
-                for i, t in enumerate(update.terms)
+                for i, t in enumerate(self.update.terms)
             ],
             "eps": hex32(self.eps, "eps"),
-            "losses": [[float(v).hex() for v in row] for row in self.losses],
+            "losses": [[float(loss).hex() for loss in row] for row in self.losses],
             "skipped": self.skipped,
             "tokens": int(self.tokens),
             "seconds": hex64(self.seconds, "seconds"),
             "extra": self.extra,
         }
-        return encode_record(record, MAX_STEP_BYTES)
+        return encode_line(record, MAX_STEP_BYTES)
 
     @classmethod
-    def from_line(cls, line: bytes, previous: str | None = None) -> StepEntry:
-        """Reads a line written by :meth:`to_line`; of a journal with chained hashes, after the line whose hash is
-        ``previous``. Raises JournalError with the reason."""
-        record = decode_line(line, MAX_STEP_BYTES, previous)
+    def from_line(cls, line: bytes) -> StepEntry:
+        """The entry of a line that :meth:`to_line` wrote.
+
+        Raises:
+            JournalError: the line is damaged, or holds anything else.
+        """
+        record = decode_line(line, MAX_STEP_BYTES)
         expect_keys(record, _STEP_KEYS, "a step")
         if tuple(record) != _STEP_KEYS:
             raise JournalError(f"the members of a step are not spelled as {', '.join(_STEP_KEYS)}, in this order")
-        groups = tuple(
-            GroupScalars(*(from_hex32(v, "group") for v in sized(row, len(_GROUP_FIELDS), "group")))
-            for row in a_list(record["groups"], "groups")
-        )
-        terms = tuple(_read_term(row) for row in a_list(record["terms"], "terms"))
         step = whole(record["step"], 0, MAX_STEP, "step")
+        groups, terms = a_list(record["groups"], "groups"), a_list(record["terms"], "terms")
+        losses = [a_list(row, "losses") for row in a_list(record["losses"], "losses")]
         entry = cls(
             step=step,
-            update=Update(step, groups, terms),
+            update=Update(step, tuple(map(_read_group, groups)), tuple(map(_read_term, terms))),
             eps=from_hex32(record["eps"], "eps"),
-            losses=[
-                [from_hex(v, "losses") for v in a_list(row, "losses")] for row in a_list(record["losses"], "losses")
-            ],
+            losses=[[from_hex(loss, "losses") for loss in row] for row in losses],
             skipped=record["skipped"],
             tokens=record["tokens"],
             seconds=from_hex(record["seconds"], "seconds"),
@@ -108,6 +104,15 @@ class StepEntry:
         )
         _check_entry(entry)
         return entry
+
+
+def _read_group(row: Any) -> GroupScalars:
+    return GroupScalars(*(from_hex32(v, "group") for v in a_list(row, "a group", len(GroupScalars._fields))))
+
+
+def _read_term(row: Any) -> Term:
+    family, step, probe, sub, coef = a_list(row, "a term", 5)
+    return Term(family, step, probe, sub, from_hex32(coef, "a term's c"))
 
 
 def _check_entry(entry: StepEntry) -> None:
@@ -135,8 +140,3 @@ def _check_entry(entry: StepEntry) -> None:
     if not isinstance(entry.extra, dict):
         raise JournalError("extra must be an object")
     check_depth(entry.extra, MAX_DEPTH - 1)
-
-
-def _read_term(row: Any) -> Term:
-    family, step, probe, sub, coef = sized(row, 5, "term")
-    return Term(family, step, probe, sub, from_hex32(coef, "a term's c"))

@@ -1,30 +1,38 @@
-"""The journal's first line: what the scalars of its steps refer to (docs/journal.md)."""
+"""The journal's first line: what the scalars of its steps refer to (docs/journal.md).
+
+:func:`make_header` builds it from plain values: the base checkpoint's digests and map from whoever loaded it, the index
+table of the model's parameters (:func:`index_table`), the optimizer's groups and options.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from distzo2.record.line import (
-    MAX_DEPTH,
     MAX_HEADER_BYTES,
     MAX_INT64,
     JournalError,
     a_list,
-    brief,
     check_depth,
     decode_line,
     expect_keys,
-    stated_chain,
     whole,
 )
+from distzo2.text import brief
+from distzo2.version import __version__
+from distzo2.weights.units import ParamInfo
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
 from distzo2_core.types import FAMILIES, MAX_SEED, MAX_STEP, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING
 
-# A header without chained hashes and parents is written as version 1, which all readers know.
+# A header without parents is written as version 1, which all readers know.
 FORMAT_VERSION = 2
-CHAIN_HASH = "sha256"
+CHAIN_HASH = "sha256"  # `hash` of older versions' journals, whose lines hold a hash that is not checked any more
 MAX_NAME = 4096  # characters of a parameter's name
+MAX_DIMS = 32
 # Purposes of the noise's counter that this format can hold; a term's family is the purpose of its noise.
 PURPOSES = {**FAMILIES, "rounding": PURPOSE_ROUNDING, "data order": PURPOSE_DATA_ORDER}
 
@@ -32,7 +40,6 @@ _HEADER_KEYS = {
     "journal", "noise", "rounding", "purposes", "seed", "base", "map", "table", "groups", "options", "software",
     "fingerprint",
 }  # fmt: skip
-_HEADER_KEYS_2 = _HEADER_KEYS | {"hash", "parents"}
 _PARENT_KEYS = {"name", "steps", "sha256", "chain", "options", "noise", "software", "fingerprint"}
 _ROW_FIELDS = ("index", "name", "shape", "dtype", "stride", "trainable", "group", "noise")
 
@@ -47,77 +54,116 @@ def table_row(
     group: int | None,
     noise: str,
 ) -> dict[str, Any]:
-    """One row of the index table. ``dtype`` is a torch dtype or its name; ``group`` may be None for a frozen
-    parameter."""
+    """One row of the index table.
+
+    Args:
+        dtype: a torch dtype or its name.
+        stride: in elements.
+        group: parameter group; None for a frozen parameter.
+        noise: "normal" or "rademacher".
+    """
     return {
         "index": int(index),
         "name": name,
-        "shape": [int(v) for v in shape],
+        "shape": [int(size) for size in shape],
         "dtype": str(dtype).removeprefix("torch."),
-        "stride": [int(v) for v in stride],
+        "stride": [int(step) for step in stride],
         "trainable": bool(trainable),
         "group": None if group is None else int(group),
         "noise": noise,
     }
 
 
+def index_table(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any]], noise: str) -> list[dict[str, Any]]:
+    """The index table, on which the noise depends: one row for each parameter, in order.
+
+    Args:
+        groups: the optimizer's parameter groups; a parameter in none of them is frozen.
+    """
+    group_of = {id(tensor): i for i, group in enumerate(groups) for tensor in group["params"]}
+    rows = []
+    for p in params:
+        group = group_of.get(id(p.tensor))
+        rows.append(table_row(p.index, p.name, p.shape, p.dtype, p.stride, group is not None, group, noise))
+    return rows
+
+
 def make_header(
     *,
     seed: int,
-    base: Mapping[str, Any],
     table: Sequence[Mapping[str, Any]],
-    groups: Sequence[Mapping[str, Any]],
-    noise_version: str = NOISE_VERSION,
-    rounding_version: str = ROUNDING_VERSION,
+    groups: Iterable[Mapping[str, Any]],
+    base: Mapping[str, Any] | None = None,
     checkpoint_map: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     software: Mapping[str, Any] | None = None,
     fingerprint: Mapping[str, Any] | None = None,
-    chain: bool = False,
-    parents: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """A header, checked. ``base`` is what `digest_checkpoint` returns, or ``{"name": ...,
-    "files": {}}`` for a model that came from no checkpoint; ``checkpoint_map`` is
-    `CheckpointMap.to_json`, so that a replay under another version of transformers reads
-    the base as the run did, or is refused; ``groups`` has one JSON object for each parameter group, in order.
-    ``chain`` and ``parents`` are those of :func:`with_lineage`."""
+    """A header, checked.
+
+    Args:
+        table: from `index_table`.
+        groups: the optimizer's parameter groups; their numbers and strings are recorded.
+        base: name and digests of the base checkpoint's files, as `digest_checkpoint` returns them; None for weights
+            that came from no checkpoint, or were changed since.
+        checkpoint_map: `CheckpointMap.to_json`. A replay under another version of transformers then reads the base as
+            the run did, or is refused.
+        options: of the optimizer; a resumed run must have the same.
+        software: versions; None: those of this process.
+        fingerprint: what the bits of a forward depend on besides the weights.
+
+    Raises:
+        JournalError: a value is not what a header holds.
+    """
+    if software is None:
+        software = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
     header = {
         "journal": 1,
-        "noise": noise_version,
-        "rounding": rounding_version,
+        "noise": NOISE_VERSION,
+        "rounding": ROUNDING_VERSION,
         "purposes": dict(PURPOSES),
         "seed": seed,
-        "base": dict(base),
+        "base": {"name": "", "files": {}} if base is None else dict(base),
         "map": None if checkpoint_map is None else dict(checkpoint_map),
         "table": [dict(row) for row in table],
-        "groups": [dict(group) for group in groups],
+        "groups": [{k: v for k, v in group.items() if isinstance(v, (int, float, str))} for group in groups],
         "options": dict(options or {}),
-        "software": dict(software or {}),
+        "software": dict(software),
         "fingerprint": dict(fingerprint or {}),
     }
-    header = with_lineage(header, chain, parents)
     check_header(header)
     return header
 
 
-def with_lineage(
-    header: Mapping[str, Any], chain: bool = False, parents: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """The header of a journal whose lines each hold a hash over all lines so far (``chain``), or of a run that was
-    branched from ``parents``, the nearest last (:mod:`distzo2.record.lineage`)."""
-    if not chain and not parents:
+def with_parents(header: Mapping[str, Any], parents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The header of a run that was branched from `parents`, the nearest last (:mod:`distzo2.record.lineage`)."""
+    if not parents:
         return dict(header)
-    lineage = {"hash": CHAIN_HASH if chain else None, "parents": [dict(parent) for parent in parents]}
-    return {**header, "journal": FORMAT_VERSION, **lineage}
+    return {**header, "journal": FORMAT_VERSION, "hash": None, "parents": [dict(parent) for parent in parents]}
+
+
+def parents_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that the header's run was branched from, the nearest last."""
+    return header.get("parents", [])
+
+
+def read_header(line: bytes, max_bytes: int = MAX_HEADER_BYTES) -> dict[str, Any]:
+    """The header in a journal's first line.
+
+    Raises:
+        JournalError: it is damaged, or not a header that this reader knows. The message names neither file nor line.
+    """
+    header = decode_line(line, max_bytes)
+    check_header(header)
+    return header
 
 
 def check_header(header: Mapping[str, Any]) -> None:
-    """Raises JournalError unless this version of the software understands every part of the header and can make its
-    noise."""
+    """Raises JournalError unless this version understands every part of the header and can make its noise."""
     version = header.get("journal")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise JournalError(f"format version {brief(version)}, this reader knows 1 to {FORMAT_VERSION}")
-    expect_keys(header, _HEADER_KEYS if version == 1 else _HEADER_KEYS_2, "the header")
+    expect_keys(header, _HEADER_KEYS | ({"hash", "parents"} if version > 1 else set()), "the header")
     for key, known in (("noise", NOISE_VERSION), ("rounding", ROUNDING_VERSION)):
         if header[key] != known:
             raise JournalError(f"{key} version {brief(header[key])}, this reader makes {known!r}")
@@ -138,21 +184,7 @@ def check_header(header: Mapping[str, Any]) -> None:
         _check_lineage(header)
     for position, row in enumerate(a_list(header["table"], "table")):
         _check_row(row, position, len(groups))
-    check_depth(header, MAX_DEPTH)
-
-
-def read_header(line: bytes, max_bytes: int = MAX_HEADER_BYTES) -> tuple[dict[str, Any], str | None]:
-    """The header in a journal's first line, and the line's hash where lines are chained.
-
-    Raises:
-        JournalError: it is damaged, or not one of a journal that this reader knows; without file and line.
-    """
-    chain = stated_chain(line)
-    header = decode_line(line, max_bytes, None if chain is None else "")
-    check_header(header)
-    if is_chained(header) != (chain is not None):
-        raise JournalError("the header and its line do not agree on whether lines have a chained hash")
-    return header, chain
+    check_depth(header)
 
 
 def table_difference(
@@ -176,16 +208,6 @@ def check_table(header: Mapping[str, Any], model_table: Sequence[Mapping[str, An
     difference = table_difference(header["table"], model_table)
     if difference is not None:
         raise JournalError(f"the journal is of another model: {difference}")
-
-
-def is_chained(header: Mapping[str, Any]) -> bool:
-    """Whether each line of the header's journal holds a hash over all lines so far."""
-    return header.get("hash") is not None
-
-
-def parents_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs that the header's run was branched from, the nearest last."""
-    return header.get("parents", [])
 
 
 def _check_lineage(header: Mapping[str, Any]) -> None:
@@ -233,7 +255,7 @@ def _check_row(row: Any, position: int, num_groups: int) -> None:
     for key in ("shape", "stride"):
         for value in a_list(row[key], f"{key} of {name!r}"):
             whole(value, 0, MAX_INT64, f"{key} of {name!r}")
-    if len(row["shape"]) != len(row["stride"]) or len(row["shape"]) > 32:
+    if len(row["shape"]) != len(row["stride"]) or len(row["shape"]) > MAX_DIMS:
         raise JournalError(f"shape and stride of {name!r} do not fit together")
     if not isinstance(row["dtype"], str) or not isinstance(row["trainable"], bool):
         raise JournalError(f"dtype or trainable of {name!r} is of the wrong kind")

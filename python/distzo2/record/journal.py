@@ -1,61 +1,38 @@
-"""The journal: what a run is made of besides its base checkpoint, one line a step, never lost (docs/journal.md).
+"""The journal: a file of one line a step which, with the base checkpoint, is all of a run (docs/journal.md).
 
-A :class:`Journal` is one file, open for appending under an exclusive lock. ``append`` queues an entry and returns;
-:mod:`distzo2.record.writer` writes it behind the caller's work, and says how far the file is durable. What the lines
-hold is in :mod:`distzo2.record.header` and :mod:`distzo2.record.entry`.
+A :class:`Journal` is one file, open for appending under an exclusive lock. `append` queues an entry and returns;
+:mod:`distzo2.record.writer` writes it behind the caller's work and reports how far the file is durable.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from distzo2.files import lock, sync_directory, write_all
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import (
-    check_header,
-    check_table,
-    is_chained,
-    make_header,
-    read_header,
-    table_difference,
-    table_row,
-)
+from distzo2.record.header import read_header
 from distzo2.record.line import (
     MAX_HEADER_BYTES,
     MAX_STEP_BYTES,
     JournalError,
     crc_matches,
-    decode_line,
-    encode_record,
-    seal_line,
-    stated_chain,
+    encode_line,
+    torn_tail,
 )
-from distzo2.record.tail import MAX_TAIL_BYTES, torn_line, torn_tail
-from distzo2.record.writer import JournalWriter, write_all
+from distzo2.record.writer import JournalWriter
 
-__all__ = [
-    "Journal",
-    "JournalContents",
-    "JournalError",
-    "JournalLockedError",
-    "StepEntry",
-    "check_header",
-    "check_table",
-    "make_header",
-    "num_groups_of",
-    "read_journal",
-    "table_difference",
-    "table_row",
-]
+MAX_FINDINGS = 100  # of one journal
 
 
 class JournalLockedError(JournalError):
@@ -64,56 +41,61 @@ class JournalLockedError(JournalError):
 
 @dataclass(frozen=True)
 class JournalContents:
-    """What a journal file holds. ``torn`` is None, or one line that says what was cut from the end of the file;
-    ``num_bytes`` is the length of the whole lines, ``chain`` the hash of the last of them where they are chained."""
+    """What a journal file holds.
+
+    Attributes:
+        torn: None, or one line on what a kill or a power cut left at the end of the file; it is left out here.
+        num_bytes: length of the file without its torn end.
+    """
 
     header: dict[str, Any]
     entries: list[StepEntry]
     torn: str | None
     num_bytes: int
-    chain: str | None = None
 
 
-def read_journal(path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> JournalContents:
-    """Reads and verifies a journal without locking or changing it; a run may be appending to it meanwhile. A header
-    longer than `max_header_bytes` is refused unread.
+def read_journal(
+    path: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES, findings: list[str] | None = None
+) -> JournalContents:
+    """Reads and checks a journal without locking or changing it; a run may be appending to it meanwhile.
 
-    Every line's CRC and chained hash is checked, steps must count from 0, and every step must have as many groups as
-    the header. A last line that has no newline or a wrong CRC was being written when the run was killed: it is left out
-    and told in ``torn``; so are all lines from the first one on of which a power cut has left zeros
-    (:mod:`distzo2.record.tail`).
+    Every line must have its CRC, steps must count from 0, and every step must have as many groups as the header. A last
+    line that is not whole is left out, and so is everything from the first bad line with a zero byte on, which a power
+    cut leaves; `torn` describes both.
+
+    Args:
+        max_header_bytes: a longer header is refused unread.
+        findings: if given, what is wrong with steps is appended to it, at most 100 lines, and reading continues.
 
     Raises:
         JournalError: anything else is wrong; the message names file and line.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        return _read(file, os.fspath(path), min(max_header_bytes, MAX_HEADER_BYTES))
+        return _read(file, os.fspath(path), min(max_header_bytes, MAX_HEADER_BYTES), findings)
 
 
 def num_groups_of(path: str | os.PathLike[str]) -> int:
-    """How many parameter groups a journal's run has; only the first line is read. Raises as `read_journal`."""
+    """How many parameter groups a journal's run has. Reads the first line alone; raises as `read_journal`."""
     with open(path, "rb") as file:
-        return len(_read_first(file, os.fspath(path))[1]["groups"])
+        return len(_read_first(file, os.fspath(path))[0]["groups"])
 
 
 class Journal:
-    """A journal open for appending; make one with :meth:`create` or :meth:`open`. Close it, or use it in a ``with``.
+    """A journal open for appending; make one with :meth:`create` or :meth:`open`. Close it, or use it in a `with`.
 
     Attributes:
         path: the file.
         header: the header line as a dict.
-        entries: the entries that the file held when it was opened (an empty list for a new file).
-        torn: None, or one line about the torn end of the file that :meth:`open` cut.
+        entries: the entries that the file held when it was opened, or was created with.
+        torn: None, or one line on the torn end that :meth:`open` cut off the file.
     """
 
     def __init__(self, path: Path, descriptor: int, contents: JournalContents, fsync_every: int) -> None:
         self.path = path
-        self.header = contents.header
-        self.entries = contents.entries
-        self.torn = contents.torn
+        self.header, self.entries, self.torn = contents.header, contents.entries, contents.torn
         self._writer = JournalWriter(
-            os.fspath(path), descriptor, contents.num_bytes, len(contents.entries), contents.chain, fsync_every
+            os.fspath(path), descriptor, contents.num_bytes, len(contents.entries), fsync_every
         )
         # Also runs at interpreter exit, while the daemon thread still can write what is queued.
         self._finalizer = weakref.finalize(self, self._writer.close_quietly)
@@ -127,32 +109,29 @@ class Journal:
         *,
         fsync_every: int = 1,
     ) -> Journal:
-        """Makes a new journal with this header (see :func:`make_header`) and these first steps, durable with its name
-        when this returns.
+        """Makes a new journal. The file appears under its name with its header and first steps, durable, or not at all.
 
-        The file appears under its name with all of that or not at all. After so many lines as ``fsync_every`` says they
-        are synced, or sooner where :meth:`sync` or :meth:`close` is called; what is written but not synced outlives the
-        process, though not a power cut, and does not count as durable.
+        Args:
+            header: from `make_header`.
+            entries: the first steps.
+            fsync_every: lines are synced after every N-th, and by :meth:`sync` and :meth:`close`. A line that is
+                written and not synced outlives the process but not a power cut, and does not count as durable.
 
         Raises:
             FileExistsError: there is a file of that name; it is left as it was.
-            JournalError: the header or an entry is not one that can be read back.
+            JournalError: the header or an entry could not be read back.
             OSError: the file cannot be written.
         """
         path = Path(path)
-        check_header(header)
-        line, chain = seal_line(encode_record(header, MAX_HEADER_BYTES), "" if is_chained(header) else None)
-        header = decode_line(line, MAX_HEADER_BYTES, None if chain is None else "")
+        line = encode_line(header, MAX_HEADER_BYTES)
+        header = read_header(line)
         block = bytearray(line)
         for step, entry in enumerate(entries):
-            _check_follows(entry, step, header, os.fspath(path))
-            line, chain = seal_line(entry.to_record(), chain)
-            block += line
+            block += _line_of(entry, step, header, path)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = lock(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             try:
-                _lock(descriptor, path)
                 write_all(descriptor, block, 0)
                 os.fsync(descriptor)
                 _publish(temporary, path)
@@ -160,11 +139,11 @@ class Journal:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
             try:
-                _sync_directory(path.parent)
+                sync_directory(path.parent)
             except OSError:
                 os.unlink(path)  # ours, locked, and not yet known to be durable
                 raise
-            contents = JournalContents(header, list(entries), None, len(block), chain)
+            contents = JournalContents(header, list(entries), None, len(block))
             return cls(path, descriptor, contents, fsync_every)
         except BaseException as error:
             os.close(descriptor)
@@ -174,8 +153,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, fsync_every: int = 1) -> Journal:
-        """Opens a journal to go on from its last line with nothing torn before it. What is torn is cut from the file
-        and told in ``torn`` (see :func:`read_journal`). ``fsync_every`` as for :meth:`create`.
+        """Opens a journal for appending. A torn end is cut off the file (see :func:`read_journal`).
 
         Raises:
             JournalLockedError: it is open for appending elsewhere.
@@ -183,16 +161,18 @@ class Journal:
             OSError: the file cannot be read or cut.
         """
         path = Path(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _lock(descriptor, path)
+            descriptor = lock(path, os.O_RDWR)
+        except BlockingIOError:
+            raise JournalLockedError(f"{path}: another run is appending to this journal") from None
+        try:
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 contents = _read(file, os.fspath(path))
             if contents.torn is not None:
                 os.ftruncate(descriptor, contents.num_bytes)
             # Lines that a killed run wrote but did not sync count as durable from here on, so they must be.
             os.fsync(descriptor)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             return cls(path, descriptor, contents, fsync_every)
         except BaseException:
             os.close(descriptor)
@@ -200,51 +180,43 @@ class Journal:
 
     @property
     def next_step(self) -> int:
-        """Number of the step that the next entry must have: the number of entries appended so far."""
+        """Number of the step that the next entry must have: the number of entries so far."""
         return self._writer.queued
 
     @property
     def durable(self) -> int:
-        """How many entries are on disk: every step below this number is."""
+        """How many entries are on the disk: every step below this number is."""
         return self._writer.durable
 
-    @property
-    def chain(self) -> str | None:
-        """The hash over all durable lines, 64 hexadecimal digits; None where the journal's lines are not chained."""
-        return self._writer.chain
-
     def append(self, entry: StepEntry) -> None:
-        """Queues the entry and returns at once; :attr:`durable` says when it is on disk.
+        """Queues the entry and returns at once; :attr:`durable` says when it is on the disk.
 
         Raises:
             JournalError: the entry is not step :attr:`next_step`, has another number of groups than the header, or
-                holds a value that a line cannot hold exactly. Nothing is queued then. Or the file was removed, replaced
-                or changed by another program; the journal takes no more entries.
+                holds a value that a line cannot hold exactly; nothing is queued then. Or another program removed,
+                replaced or changed the file: the journal takes no more entries.
             OSError: an earlier entry could not be written; names the file. The journal takes no more entries.
         """
-        _check_follows(entry, self.next_step, self.header, os.fspath(self.path))
-        try:
-            record = entry.to_record()
-        except JournalError as error:
-            raise JournalError(f"{self.path}: step {entry.step}: {error}") from None
-        self._writer.put(record)
+        self._writer.put(_line_of(entry, self.next_step, self.header, self.path))
 
     def on_durable(self, callback: Callable[[int], None]) -> None:
-        """Calls ``callback(durable)`` from the journal's thread after each fsync from now on, in order. It must be
-        quick, and must not call :meth:`sync` or :meth:`close`; what it raises is raised by the next :meth:`append` or
-        :meth:`sync`."""
+        """Calls `callback(durable)` from the journal's thread after each fsync from now on, in order.
+
+        It must be quick, and must not call :meth:`sync` or :meth:`close`. What it raises, the next :meth:`append` or
+        :meth:`sync` raises.
+        """
         self._writer.add_callback(callback)
 
     def on_failure(self, callback: Callable[[BaseException], None]) -> None:
-        """Calls ``callback(error)`` once from the journal's thread if entries can no longer be written."""
+        """Calls `callback(error)` once from the journal's thread if entries can no longer be written."""
         self._writer.failure_callbacks += (callback,)
 
     def sync(self) -> None:
-        """Waits until every entry appended so far is durable and the callbacks have been told.
+        """Waits until every entry appended so far is durable and the callbacks have returned.
 
         Raises:
-            JournalError: the file was removed, replaced or changed by another program.
-            OSError: one could not be written; names the file.
+            JournalError: another program removed, replaced or changed the file.
+            OSError: an entry could not be written; names the file.
         """
         self._writer.sync()
 
@@ -252,7 +224,7 @@ class Journal:
         """Writes what is queued, ends the thread and unlocks the file. Safe to call twice.
 
         Raises:
-            JournalError: the file was removed, replaced or changed by another program.
+            JournalError: another program removed, replaced or changed the file.
             OSError: entries were lost because they could not be written; names the file.
         """
         self._finalizer.detach()
@@ -269,65 +241,69 @@ class Journal:
             self._writer.close_quietly()
 
 
-def _read(file: BinaryIO, path: str, max_header_bytes: int = MAX_HEADER_BYTES) -> JournalContents:
-    line, header, chain = _read_first(file, path, max_header_bytes)
+def _read(
+    file: BinaryIO, path: str, max_header_bytes: int = MAX_HEADER_BYTES, findings: list[str] | None = None
+) -> JournalContents:
+    header, num_bytes = _read_first(file, path, max_header_bytes)
     entries: list[StepEntry] = []
-    num_bytes = len(line)
-    line = file.readline(MAX_STEP_BYTES + 1)
+    next_line = partial(file.readline, MAX_STEP_BYTES + 1)
+    step, line = 0, next_line()
     while line:
-        following = file.readline(MAX_STEP_BYTES + 1)
-        torn = None
-        if not crc_matches(line):
-            if not following:
-                torn = torn_line(line, len(entries), path)
-            elif b"\0" in line and os.fstat(file.fileno()).st_size - num_bytes <= MAX_TAIL_BYTES:
-                torn = torn_tail(line + following + file.read(MAX_TAIL_BYTES), num_bytes, len(entries), path)
-        if torn is not None:
-            return JournalContents(header, entries, torn, num_bytes, chain)
+        following = next_line()
+        if not crc_matches(line) and (b"\0" in line or not following):
+            rest = chain([following], iter(next_line, b"")) if following else ()
+            torn = f"{path}: line {step + 2} (step {step}) {_torn_text(*torn_tail(line, rest), bool(following))}"
+            return JournalContents(header, entries, torn, num_bytes)
         try:
-            entry = StepEntry.from_line(line, chain)
-            if entry.step != len(entries):
-                raise JournalError(f"step {entry.step} where step {len(entries)} must follow")
+            entry = StepEntry.from_line(line)
+            _check_follows(entry, step, header)
+            entries.append(entry)
         except JournalError as error:
-            raise JournalError(f"{path}: line {len(entries) + 2}: {error}") from None
-        _check_groups(entry, header, f"{path}: line {len(entries) + 2}")
-        entries.append(entry)
+            finding = f"{path}: line {step + 2}: {error}"
+            if findings is None:
+                raise JournalError(finding) from None
+            findings.append(finding)
+            if len(findings) == MAX_FINDINGS:
+                findings.append(f"{path}: more than {MAX_FINDINGS} findings: the rest was not read")
+                break
         num_bytes += len(line)
-        chain = None if chain is None else stated_chain(line)
-        line = following
-    return JournalContents(header, entries, None, num_bytes, chain)
+        step, line = step + 1, following
+    return JournalContents(header, entries, None, num_bytes)
 
 
-def _read_first(
-    file: BinaryIO, path: str, max_bytes: int = MAX_HEADER_BYTES
-) -> tuple[bytes, dict[str, Any], str | None]:
+def _torn_text(num_bytes: int, num_whole: int, has_more: bool) -> str:
+    if not has_more:
+        return f"was torn and left out: {num_bytes} bytes"
+    return (
+        f"and all after it were torn and left out: {num_bytes} bytes, {num_whole} whole lines among them; the line has "
+        "zero bytes, as a power cut leaves them where lines had not reached the disk"
+    )
+
+
+def _read_first(file: BinaryIO, path: str, max_bytes: int = MAX_HEADER_BYTES) -> tuple[dict[str, Any], int]:
+    """The header, and the length of its line."""
     line = file.readline(max_bytes + 1)
     try:
-        return line, *read_header(line, max_bytes)
+        return read_header(line, max_bytes), len(line)
     except JournalError as error:
         raise JournalError(f"{path}: line 1: not the header of a journal: {error}") from None
 
 
-def _check_follows(entry: StepEntry, step: int, header: Mapping[str, Any], path: str) -> None:
-    if entry.step != step:
-        raise JournalError(f"{path}: step {entry.step} cannot follow, expected step {step}")
-    _check_groups(entry, header, path)
-
-
-def _check_groups(entry: StepEntry, header: Mapping[str, Any], where: str) -> None:
-    if len(entry.update.groups) != len(header["groups"]):
-        raise JournalError(
-            f"{where}: step {entry.step} has {len(entry.update.groups)} groups, the header {len(header['groups'])}"
-        )
-
-
-def _lock(descriptor: int, path: Path) -> None:
+def _line_of(entry: StepEntry, step: int, header: Mapping[str, Any], path: Path) -> bytes:
+    """The line of an entry that is appended as step `step`."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalLockedError(f"{path}: another run is appending to this journal") from None
-    except OSError as error:
-        raise OSError(error.errno, f"cannot lock the journal: {error.strerror}", os.fspath(path)) from error
+        _check_follows(entry, step, header)
+        return entry.to_line()
+    except JournalError as error:
+        raise JournalError(f"{path}: step {entry.step}: {error}") from None
+
+
+def _check_follows(entry: StepEntry, step: int, header: Mapping[str, Any]) -> None:
+    if entry.step != step:
+        raise JournalError(f"step {entry.step} where step {step} must follow")
+    num_groups, expected = len(entry.update.groups), len(header["groups"])
+    if num_groups != expected:
+        raise JournalError(f"{num_groups} groups, the header has {expected}")
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -339,15 +315,7 @@ def _publish(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
-        # No hard links on this file system: between the look and the rename, another run could take the name.
+        # A file system without hard links: another run could take the name between the look and the rename.
         if path.exists():
             raise FileExistsError(errno.EEXIST, "there is a journal already", os.fspath(path)) from None
         os.rename(temporary, path)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

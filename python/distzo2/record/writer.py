@@ -1,21 +1,21 @@
-"""The thread that puts a journal's lines on the disk, in order, and says how far they are there.
+"""The thread that writes a journal's lines to the disk, in order, and reports how far they are durable.
 
-It owns the descriptor. Lines are written as they come; one fsync serves all that were written since the last (group
-commit), after every line, after every N-th, or when somebody waits for it. Each time the file must still be the one of
-that name and hold what was written, or the lines would be lost with nobody told.
+It owns the descriptor. Lines are written as they come; one fsync serves all lines written since the last one (group
+commit), after every N-th line, or when somebody waits for it. Each time the file must still have its name and hold what
+was written: otherwise the lines would be lost unnoticed.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import os
 import threading
 import weakref
 from collections.abc import Callable
 
-from distzo2.record.line import JournalError, seal_line
+from distzo2.files import write_all
+from distzo2.record.line import JournalError
 
 _LONGEST_SLEEP = 1.0  # seconds; garbage may be collected, and end this thread, just before it waits
 
@@ -23,26 +23,22 @@ _open_writers: weakref.WeakSet[JournalWriter] = weakref.WeakSet()
 
 
 class JournalWriter:
-    """Owns the descriptor and the thread. Fields are guarded by ``_changed``; only the thread writes to the file.
+    """Owns the descriptor and the thread. `_changed` guards the fields; only the thread writes to the file."""
 
-    num_bytes, num_entries: what the file holds, all of it durable.
-    chain: the hash of its last line, where lines are chained.
-    fsync_every: lines that may be written before they are synced.
-    """
-
-    def __init__(
-        self, path: str, descriptor: int, num_bytes: int, num_entries: int, chain: str | None, fsync_every: int
-    ) -> None:
+    def __init__(self, path: str, descriptor: int, num_bytes: int, num_entries: int, fsync_every: int) -> None:
+        """
+        Args:
+            num_bytes, num_entries: what the file holds, all of it durable.
+            fsync_every: lines that may be written before they are synced.
+        """
         self.path = path
         self.durable = num_entries
-        self.chain = chain  # of the last durable line
         self._fsync_every = fsync_every
         self._descriptor = descriptor
         self._durable_bytes = num_bytes
-        self._written = num_entries  # entries whose lines the file was given, with so many bytes and this last hash
+        self._written = num_entries  # entries in the file, durable or not, and the bytes that it has with them
         self._written_bytes = num_bytes
-        self._written_chain = chain
-        self._queue: collections.deque[bytes] = collections.deque()  # records, not sealed yet
+        self._queue: collections.deque[bytes] = collections.deque()
         self._taken = num_entries  # entries that the thread has taken from the queue, or found in the file
         self._place = os.path.abspath(path)  # wherever the process goes
         self._num_asked = 0  # times that somebody waited for all entries, and that this was answered
@@ -52,7 +48,7 @@ class JournalWriter:
         self._error: BaseException | None = None
         self._closing = False
         self._closed = False
-        self._ends_alone = False  # nobody waits for the thread
+        self._ends_alone = False  # nobody joins the thread, so it closes the descriptor itself
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="distzo2-journal", daemon=True)
         self._thread.start()
@@ -60,15 +56,17 @@ class JournalWriter:
 
     @property
     def queued(self) -> int:
+        """Entries in the file and in the queue."""
         with self._changed:
             return self._taken + len(self._queue)
 
-    def put(self, record: bytes) -> None:
+    def put(self, line: bytes) -> None:
+        """Queues a line."""
         with self._changed:
             self._raise_error()
             if self._closing:
                 raise JournalError(f"{self.path}: the journal is closed")
-            self._queue.append(record)  # and nothing else: an interrupt finds the entry appended or not
+            self._queue.append(line)  # and nothing else: an interrupt finds the entry appended or not
             self._changed.notify_all()
 
     def add_callback(self, callback: Callable[[int], None]) -> None:
@@ -76,6 +74,7 @@ class JournalWriter:
             self._callbacks += (callback,)
 
     def sync(self) -> None:
+        """Waits until every line queued so far is durable."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("sync() would wait for itself in an on_durable callback")
         with self._changed:
@@ -89,6 +88,7 @@ class JournalWriter:
                 raise JournalError(f"{self.path}: the journal was closed with entries unwritten")
 
     def close(self) -> None:
+        """Writes and syncs what is queued, ends the thread and closes the descriptor."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("close() would wait for itself in an on_durable callback")
         with self._changed:
@@ -106,20 +106,22 @@ class JournalWriter:
             self._raise_error()
 
     def close_quietly(self) -> None:
-        if threading.current_thread() is self._thread:  # where the garbage of a dropped journal may be collected
+        """Closes without raising, also in the thread itself, where a dropped journal may be collected as garbage."""
+        if threading.current_thread() is self._thread:
             self._closing = self._ends_alone = True
             return
         with contextlib.suppress(Exception):
             self.close()
 
     def forget(self) -> None:
-        """In a forked child: lets go of the inherited descriptor, which would keep the lock after the parent's
-        death."""
+        """In a forked child: closes the inherited descriptor, which would keep the lock after the parent's death."""
         self._changed = threading.Condition()
         self._queue.clear()
         if not self._closed:
             os.close(self._descriptor)
         self._closing = self._closed = True
+
+    # ---- the thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         is_last = False
@@ -127,15 +129,15 @@ class JournalWriter:
             with self._changed:
                 while not (self._queue or self._closing or self._num_asked > self._num_answered):
                     self._changed.wait(_LONGEST_SLEEP)
-                records = list(self._queue)
-                self._taken += len(records)
+                lines = list(self._queue)
+                self._taken += len(lines)
                 self._queue.clear()
                 asked, is_last = self._num_asked, self._closing
             try:
-                self._write(records)
+                self._write(lines)
                 if is_last or asked > self._num_answered or self._written - self.durable >= self._fsync_every:
                     self._sync()
-            except BaseException as error:  # a callback's too: kept for the next append or sync
+            except BaseException as error:  # a callback's too: kept for the next put, sync or close
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
@@ -150,15 +152,10 @@ class JournalWriter:
                 self._closed = True
                 os.close(self._descriptor)
 
-    def _write(self, records: list[bytes]) -> None:
-        if not records:
+    def _write(self, lines: list[bytes]) -> None:
+        if not lines:
             return
         self._check_size()  # a line written after the end of a file that was cut would leave a hole before it
-        lines = []
-        chain = self._written_chain
-        for record in records:
-            line, chain = seal_line(record, chain)
-            lines.append(line)
         block = b"".join(lines)
         try:
             write_all(self._descriptor, block, self._written_bytes)
@@ -170,12 +167,11 @@ class JournalWriter:
             with contextlib.suppress(JournalError):
                 self._sync()
             raise failure from error
-        self._written += len(records)
+        self._written += len(lines)
         self._written_bytes += len(block)
-        self._written_chain = chain
 
     def _sync(self) -> None:
-        """Makes what was written durable, and tells."""
+        """Makes durable what was written, and calls the callbacks."""
         if self._written > self.durable:
             try:
                 # A failed fsync is final: the kernel may have dropped the pages, so a second try would prove nothing.
@@ -191,14 +187,13 @@ class JournalWriter:
             return
         with self._changed:
             self.durable = self._written
-            self.chain = self._written_chain
             self._durable_bytes = self._written_bytes
             callbacks = self._callbacks
         for callback in callbacks:
             callback(self.durable)
 
     def _check_file(self) -> None:
-        """The journal must be found under its name, with the bytes that were written."""
+        """Raises JournalError unless the journal is found under its name, with the bytes that were written."""
         try:
             found = os.stat(self._place)
         except OSError as error:
@@ -213,7 +208,7 @@ class JournalWriter:
             raise self._changed_file(f"it has {num_bytes} bytes, and {self._written_bytes} were written")
 
     def _changed_file(self, what: str) -> JournalError:
-        return JournalError(f"{self.path}: the journal was changed by another program while the run goes on: {what}")
+        return JournalError(f"{self.path}: the journal was changed by another program during the run: {what}")
 
     def _failure(self, error: OSError) -> OSError:
         reason = f"step {self._written} and later could not be written to the journal: {error.strerror}"
@@ -230,14 +225,3 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-def write_all(descriptor: int, block: bytes, offset: int) -> None:
-    """Writes a block whole, in as many calls as it takes."""
-    view = memoryview(block)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        if written == 0:
-            raise OSError(errno.EIO, "write() took no bytes")
-        view = view[written:]
-        offset += written

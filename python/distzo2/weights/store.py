@@ -34,7 +34,6 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 _FALLBACKS = {
     "direct_fallback": "the block file is read through the page cache, without O_DIRECT",
-    "reads_fallback": "the block file is read by threads, without io_uring",
     "pin_error": "the weights' host memory is not pinned",
 }
 

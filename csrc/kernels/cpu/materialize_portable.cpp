@@ -1,0 +1,9 @@
+#include "kernels/cpu/simd_portable.h"
+
+#include "kernels/cpu/make_level.h"
+
+namespace distzo2 {
+
+const CpuLevel kPortableLevel = make_level<Lanes>();
+
+} // namespace distzo2

@@ -1,0 +1,341 @@
+// A visit on the CPU, tile by tile: decode, apply the missed updates, write back, write the perturbed copies. Included
+// by one translation unit for each instruction set, with V the lanes of its simd_*.h; internal linkage throughout. The
+// arithmetic is that of types.h; padding lanes of partial tiles compute on copies and are thrown away.
+#pragma once
+
+#include "kernels/cpu/level.h"
+#include "kernels/cpu/signs.h"
+
+namespace distzo2 {
+namespace {
+
+DZO_HD Draw term_draw(const Term& term, const Segment& segment) {
+    return make_draw(static_cast<Purpose>(term.family), static_cast<uint32_t>(segment.param),
+                     static_cast<uint32_t>(term.step), static_cast<uint32_t>(term.probe));
+}
+
+DZO_HD bool same_noise(const Term& a, const Term& b) {
+    return a.family == b.family && a.step == b.step && a.probe == b.probe;
+}
+
+// The visit of one tile: elements lo .. hi - 1 of a parameter, which lie within one multiple of kTile. The work is done
+// on the range widened to multiples of 128 (kAlign); where that is wider than the tile, memory is read and written
+// through staged copies.
+template <class V, DType D>
+class Tile {
+  public:
+    using F = typename V::F;
+    using Store = Storage<V, D>;
+    using Raw = typename Store::Raw;
+
+    Tile(const Materialize& visit, typename V::Philox& philox, const Segment& segment)
+        : visit_(visit), philox_(philox), segment_(segment) {}
+
+    void run(int64_t lo, int64_t hi) {
+        constexpr int64_t kAlign = kSignsPerGroup;
+        first_ = lo / kAlign * kAlign;
+        count_ = static_cast<int>((hi - first_ + kAlign - 1) / kAlign * kAlign);
+        skip_ = static_cast<int>(lo - first_);
+        num_ = static_cast<int>(hi - lo);
+        place_ = segment_.byte_offset + (lo - segment_.element_offset) * static_cast<int64_t>(sizeof(Raw));
+        weights_ = reinterpret_cast<Raw*>(visit_.weights + place_);
+        decoded_ = written_ = false;
+        bool changed = false;
+        for (int64_t u = 0; u < visit_.num_updates; ++u)
+            changed |= update(visit_.updates[u], visit_.update_groups[u * visit_.num_groups + segment_.group]);
+        if (changed && visit_.write_back && !written_) {
+            Raw* target = staged() ? staging_[0] : weights_;
+            for (int i = 0; i < count_; i += V::kWidth)
+                Store::store_exact(target + i, V::load(values_ + i));
+            unstage(weights_, 0);
+        }
+        for (int64_t e = 0; e < visit_.num_emits;) {
+            if (e + 1 < visit_.num_emits && shares_noise(e)) {
+                emit<2>(e);
+                e += 2;
+            } else {
+                emit<1>(e);
+                e += 1;
+            }
+        }
+    }
+
+  private:
+    bool staged() const { return num_ != count_; }
+
+    void unstage(Raw* target, int n) const {
+        if (staged())
+            __builtin_memcpy(target, staging_[n] + skip_, static_cast<size_t>(num_) * sizeof(Raw));
+    }
+
+    void decode() {
+        if (decoded_)
+            return;
+        decoded_ = true;
+        const Raw* weights = weights_;
+        if (staged()) {
+            __builtin_memset(staging_[0], 0, static_cast<size_t>(count_) * sizeof(Raw));
+            __builtin_memcpy(staging_[0] + skip_, weights, static_cast<size_t>(num_) * sizeof(Raw));
+            weights = staging_[0];
+        }
+        for (int i = 0; i < count_; i += V::kWidth)
+            V::store(values_ + i, Store::load(weights + i));
+    }
+
+    template <class Consume>
+    DZO_HD void noise(const Term& term, Consume consume) {
+        const Draw draw = term_draw(term, segment_);
+        if (term.family == static_cast<int64_t>(Purpose::kNormal))
+            for_normals<V>(philox_, draw, first_, count_, consume);
+        else
+            for_signs<V>(sign_words(term), count_, consume);
+    }
+
+    DZO_HD const uint32_t* sign_words(const Term& term) {
+        return signs_[(&term - visit_.terms) % kSignTerms].at(philox_, term_draw(term, segment_), first_);
+    }
+
+    __attribute__((noinline)) void fill_noise(const Term& term) {
+        noise(term, [this](int i, F z) __attribute__((always_inline)) { V::store(noise_ + i, z); });
+    }
+
+    // One update of values_; false if it is the identity.
+    bool update(const Update& update, const UpdateGroup& group) {
+        const float* coefs = visit_.coefs + update.first_term;
+        const Term* terms = visit_.terms + update.first_term;
+        int64_t num_left = 0, only = 0;
+        for (int64_t j = 0; j < update.num_terms && num_left < 2; ++j)
+            if (coefs[j] * group.update_scale != 0.0f) {
+                only = j;
+                ++num_left;
+            }
+        const bool decays = group.weight_decay != 0.0f;
+        if (group.lr == 0.0f || (!decays && num_left == 0))
+            return false;
+        if (D != DType::kFp32)
+            rounding_tile<V>(philox_,
+                             make_draw(Purpose::kRounding, static_cast<uint32_t>(segment_.param),
+                                       static_cast<uint32_t>(update.step), 0),
+                             first_, count_, rounding_);
+        const F step = V::set(-group.lr), decay = V::set(group.weight_decay);
+        if (num_left == 1) {
+            const F k = V::set(coefs[only] * group.update_scale);
+            const auto updated = [&](int i, F w, F z) __attribute__((always_inline)) {
+                const F a = V::fma(k, z, decays ? V::mul(decay, w) : V::set(0.0f));
+                return Store::round_update(V::fma(step, a, w), rounding_ + i);
+            };
+            if (visit_.num_updates == 1 && visit_.write_back && !staged()) { // one pass: read, update, write back
+                noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
+                    const F w = updated(i, Store::load(weights_ + i), z);
+                    Store::store_exact(weights_ + i, w);
+                    V::store(values_ + i, w);
+                });
+                decoded_ = written_ = true;
+                return true;
+            }
+            decode();
+            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
+                V::store(values_ + i, updated(i, V::load(values_ + i), z));
+            });
+            return true;
+        }
+        decode();
+        for (int i = 0; i < count_; i += V::kWidth)
+            V::store(sums_[0] + i, decays ? V::mul(decay, V::load(values_ + i)) : V::set(0.0f));
+        for (int64_t j = 0; j < update.num_terms; ++j) {
+            const F k = V::set(coefs[j] * group.update_scale);
+            if (coefs[j] * group.update_scale == 0.0f)
+                continue;
+            fill_noise(terms[j]);
+            for (int i = 0; i < count_; i += V::kWidth)
+                V::store(sums_[0] + i, V::fma(k, V::load(noise_ + i), V::load(sums_[0] + i)));
+        }
+        for (int i = 0; i < count_; i += V::kWidth) {
+            const F w = V::fma(step, V::load(sums_[0] + i), V::load(values_ + i));
+            V::store(values_ + i, Store::round_update(w, rounding_ + i));
+        }
+        return true;
+    }
+
+    float emit_coef(int64_t emit, int64_t term) const {
+        return visit_.coefs[visit_.emits[emit].first_term + term] *
+               visit_.emit_scales[emit * visit_.num_groups + segment_.group];
+    }
+
+    // Whether emits e and e + 1 are made of the same noise tensors in the same order, as the two signs of a probe are.
+    bool shares_noise(int64_t e) const {
+        const Emit &a = visit_.emits[e], &b = visit_.emits[e + 1];
+        if (a.num_terms != b.num_terms)
+            return false;
+        for (int64_t j = 0; j < a.num_terms; ++j)
+            if (!same_noise(visit_.terms[a.first_term + j], visit_.terms[b.first_term + j]) ||
+                (emit_coef(e, j) == 0.0f) != (emit_coef(e + 1, j) == 0.0f))
+                return false;
+        return true;
+    }
+
+    // N emits that share their noise.
+    template <int N>
+    void emit(int64_t e) {
+        Raw *outs[N], *targets[N];
+        for (int n = 0; n < N; ++n) {
+            targets[n] = reinterpret_cast<Raw*>(visit_.outs[e + n] + place_);
+            outs[n] = staged() ? staging_[n] : targets[n];
+        }
+        emit_to<N>(e, outs);
+        for (int n = 0; n < N; ++n)
+            unstage(targets[n], n);
+    }
+
+    template <int N>
+    void emit_to(int64_t e, Raw* const* outs) {
+        const Emit& emit = visit_.emits[e];
+        const Term* terms = visit_.terms + emit.first_term;
+        int64_t num_left = 0, only = 0;
+        for (int64_t j = 0; j < emit.num_terms && num_left < 2; ++j)
+            if (emit_coef(e, j) != 0.0f) {
+                only = j;
+                ++num_left;
+            }
+        if (num_left == 1) {
+            F k[N];
+            Raw* out[N];
+            for (int n = 0; n < N; ++n) {
+                k[n] = V::set(emit_coef(e + n, only));
+                out[n] = outs[n];
+            }
+            const auto store = [&](int i, F w, F z) __attribute__((always_inline)) {
+                for (int n = 0; n < N; ++n)
+                    Store::store_nearest(out[n] + i, V::fma(k[n], z, w));
+            };
+            if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
+                if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
+                    perturb_by_signs<V, D, N>(sign_words(terms[only]), count_, weights_, k, out);
+                    return;
+                }
+                noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
+                    __builtin_prefetch(weights_ + i + kTile, 1); // the next tile's: making its noise hides the memory
+                    store(i, Store::load(weights_ + i), z);
+                });
+                return;
+            }
+            decode();
+            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) { store(i, V::load(values_ + i), z); });
+            return;
+        }
+        decode();
+        for (int n = 0; n < N; ++n)
+            for (int i = 0; i < count_; i += V::kWidth)
+                V::store(sums_[n] + i, V::load(values_ + i));
+        for (int64_t j = 0; j < emit.num_terms; ++j) {
+            if (emit_coef(e, j) == 0.0f)
+                continue;
+            fill_noise(terms[j]);
+            for (int n = 0; n < N; ++n) {
+                const F k = V::set(emit_coef(e + n, j));
+                for (int i = 0; i < count_; i += V::kWidth)
+                    V::store(sums_[n] + i, V::fma(k, V::load(noise_ + i), V::load(sums_[n] + i)));
+            }
+        }
+        for (int n = 0; n < N; ++n)
+            for (int i = 0; i < count_; i += V::kWidth)
+                Store::store_nearest(outs[n] + i, V::load(sums_[n] + i));
+    }
+
+    const Materialize& visit_;
+    static constexpr int kSignTerms = 16; // terms whose signs are kept from tile to tile
+    SignWords<V> signs_[kSignTerms];
+    typename V::Philox& philox_;
+    const Segment& segment_;
+    Raw* weights_ = nullptr;           // element lo
+    bool decoded_ = false;             // values_ holds the weights
+    bool written_ = false;             // the updated weights are stored
+    int64_t first_ = 0;                // first element of the widened range
+    int64_t place_ = 0;                // byte of element lo in every buffer
+    int count_ = 0;                    // elements of the widened range
+    int skip_ = 0;                     // lo - first_
+    int num_ = 0;                      // hi - lo
+    alignas(64) float values_[kTile];  // the weights as they are now
+    alignas(64) float noise_[kTile];   // z of one term
+    alignas(64) float sums_[2][kTile]; // accumulators
+    alignas(64) uint16_t rounding_[kTile];
+    alignas(64) Raw staging_[2][kTile];
+};
+
+// body(lo, hi) for the tiles of elements [begin, end) of a parameter.
+template <class Body>
+void for_tiles(int64_t begin, int64_t end, Body body) {
+    for (int64_t lo = begin; lo < end;) {
+        const int64_t next = (lo / kTile + 1) * kTile;
+        const int64_t hi = next < end ? next : end;
+        body(lo, hi);
+        lo = hi;
+    }
+}
+
+template <class V, DType D>
+void run_segment(const Materialize& visit, typename V::Philox& philox, const Segment& segment, int64_t begin,
+                 int64_t end) {
+    Tile<V, D> tile(visit, philox, segment);
+    for_tiles(begin, end, [&](int64_t lo, int64_t hi) { tile.run(lo, hi); });
+}
+
+template <class V>
+void run_visit(const Materialize& visit, int64_t begin, int64_t end) {
+    typename V::Philox philox(visit.seed);
+    int64_t start = 0; // of the segment, in the visit's count of elements
+    for (int64_t s = 0; s < visit.num_segments && start < end; ++s) {
+        const Segment& segment = visit.segments[s];
+        const int64_t lo = begin > start ? begin - start : 0;
+        const int64_t hi = end - start < segment.numel ? end - start : segment.numel;
+        start += segment.numel;
+        if (lo >= hi)
+            continue;
+        const int64_t first = segment.element_offset + lo, last = segment.element_offset + hi;
+        if (segment.dtype == static_cast<int64_t>(DType::kFp32))
+            run_segment<V, DType::kFp32>(visit, philox, segment, first, last);
+        else if (segment.dtype == static_cast<int64_t>(DType::kBf16))
+            run_segment<V, DType::kBf16>(visit, philox, segment, first, last);
+        else
+            run_segment<V, DType::kFp16>(visit, philox, segment, first, last);
+    }
+}
+
+template <class V, DType D>
+void run_noise(const InPlace& request, int64_t begin, int64_t end) {
+    using Raw = typename Storage<V, D>::Raw;
+    typename V::Philox philox(request.seed);
+    const Draw draw = make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
+                                static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
+    Raw* out = static_cast<Raw*>(request.data);
+    SignWords<V> signs;
+    alignas(64) Raw staging[kTile];
+    for_tiles(request.offset + begin, request.offset + end, [&](int64_t lo, int64_t hi) {
+        const int64_t first = lo / kSignsPerGroup * kSignsPerGroup;
+        const int count = static_cast<int>((hi - first + kSignsPerGroup - 1) / kSignsPerGroup * kSignsPerGroup);
+        const bool staged = hi - lo != count;
+        Raw* target = staged ? staging : out + (lo - request.offset);
+        auto consume = [&](int i, typename V::F z)
+                           __attribute__((always_inline)) { Storage<V, D>::store_nearest(target + i, z); };
+        if (request.family == static_cast<int64_t>(Purpose::kNormal))
+            for_normals<V>(philox, draw, first, count, consume);
+        else
+            for_signs<V>(signs.at(philox, draw, first), count, consume);
+        if (staged)
+            __builtin_memcpy(out + (lo - request.offset), staging + (lo - first),
+                             static_cast<size_t>(hi - lo) * sizeof(Raw));
+    });
+}
+
+template <class V>
+void run_request(const InPlace& request, int64_t begin, int64_t end) {
+    if (request.dtype == DType::kFp32)
+        run_noise<V, DType::kFp32>(request, begin, end);
+    else if (request.dtype == DType::kBf16)
+        run_noise<V, DType::kBf16>(request, begin, end);
+    else
+        run_noise<V, DType::kFp16>(request, begin, end);
+}
+
+} // namespace
+} // namespace distzo2

@@ -1,0 +1,219 @@
+// The CUDA entries of kernels.h. One launch a visit, whatever its number of segments: its tables travel in the kernel's
+// parameters when they fit, else in a workspace that is allocated, filled, read and freed in the order of the caller's
+// stream. Nothing here waits for the device, and all work is on the caller's stream.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "common/check.h"
+#include "kernels/cuda/lookup_device.h"
+#include "kernels/cuda/visit_device.h"
+#include "kernels/visits.h"
+
+namespace distzo2 {
+namespace {
+
+constexpr size_t kInlineBytes = 3840; // a kernel's parameters may be 4096 bytes on every driver
+constexpr int kMaxDevices = 64;
+
+struct InlineTables {
+    VisitHeader header;
+    alignas(16) uint8_t bytes[kInlineBytes];
+};
+static_assert(sizeof(InlineTables) <= 4096);
+
+struct WorkspaceTables {
+    VisitHeader header;
+    const uint8_t* bytes;
+};
+
+template <class Program, class Tables>
+__global__ void __launch_bounds__(kThreads, Program::kMinBlocks) visit_kernel(const __grid_constant__ Tables tables) {
+    run_thread<Program>(tables.header, TableReader{tables.bytes}, blockIdx.x, threadIdx.x);
+}
+
+template <DType D>
+__global__ void __launch_bounds__(kThreads)
+    generate_kernel(const __grid_constant__ InPlace request, const __grid_constant__ PhiloxKeys keys) {
+    generate_thread<D>(request, keys, blockIdx.x, threadIdx.x);
+}
+
+template <DType D>
+__global__ void __launch_bounds__(kThreads)
+    lookup_kernel(const __grid_constant__ Lookup request, const __grid_constant__ PhiloxKeys keys) {
+    lookup_thread<D>(request, keys, blockIdx.x, threadIdx.x, blockDim.x);
+}
+
+// A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could
+// outlive us.
+struct Piece {
+    alignas(16) uint8_t bytes[kInlineBytes];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    store_piece_kernel(uint8_t* to, const __grid_constant__ Piece piece, uint32_t num) {
+    for (uint32_t i = threadIdx.x * 16; i < num; i += kThreads * 16)
+        *reinterpret_cast<Sixteen*>(to + i) = *reinterpret_cast<const Sixteen*>(piece.bytes + i);
+}
+
+// Makes a device current for the calling thread, and puts the former one back.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) : device_(device) {
+        DZO_CUDA_CHECK(cudaGetDevice(&former_));
+        if (former_ != device_)
+            DZO_CUDA_CHECK(cudaSetDevice(device_));
+    }
+    ~DeviceGuard() {
+        if (former_ != device_)
+            cudaSetDevice(former_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int device_;
+    int former_ = 0;
+};
+
+struct DeviceState {
+    std::once_flag once;
+    int num_sms = 0;
+    cudaMemPool_t pool = nullptr; // keeps what it has, so that a workspace costs no allocation after the first
+};
+
+DeviceState& device_state(int device) {
+    static DeviceState states[kMaxDevices];
+    DZO_CHECK(device >= 0 && device < kMaxDevices, "device ", device);
+    DeviceState& state = states[device];
+    std::call_once(state.once, [&] {
+        DZO_CUDA_CHECK(cudaDeviceGetAttribute(&state.num_sms, cudaDevAttrMultiProcessorCount, device));
+        int has_pools = 0;
+        DZO_CUDA_CHECK(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, device));
+        DZO_CHECK(has_pools != 0, "device ", device, " has no stream-ordered allocator");
+        cudaMemPoolProps properties{};
+        properties.allocType = cudaMemAllocationTypePinned;
+        properties.location.type = cudaMemLocationTypeDevice;
+        properties.location.id = device;
+        DZO_CUDA_CHECK(cudaMemPoolCreate(&state.pool, &properties));
+        uint64_t keep = UINT64_MAX;
+        DZO_CUDA_CHECK(cudaMemPoolSetAttribute(state.pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    });
+    return state;
+}
+
+template <class Program>
+void launch(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+    const uint32_t num_tiles = tables.header.num_tiles;
+    if (tables.bytes.size() <= kInlineBytes) {
+        InlineTables arguments;
+        arguments.header = tables.header;
+        std::memcpy(arguments.bytes, tables.bytes.data(), tables.bytes.size());
+        visit_kernel<Program><<<num_tiles, kThreads, 0, stream>>>(arguments);
+        DZO_CUDA_CHECK_LAUNCH();
+        return;
+    }
+    void* workspace = nullptr;
+    const size_t num_bytes = (tables.bytes.size() + 15) / 16 * 16;
+    DZO_CUDA_CHECK(cudaMallocFromPoolAsync(&workspace, num_bytes, state.pool, stream));
+    for (size_t at = 0; at < tables.bytes.size(); at += kInlineBytes) {
+        Piece piece;
+        const size_t num = std::min(kInlineBytes, tables.bytes.size() - at);
+        std::memcpy(piece.bytes, tables.bytes.data() + at, num);
+        store_piece_kernel<<<1, kThreads, 0, stream>>>(static_cast<uint8_t*>(workspace) + at, piece,
+                                                       static_cast<uint32_t>(num));
+        DZO_CUDA_CHECK_LAUNCH();
+    }
+    visit_kernel<Program>
+        <<<num_tiles, kThreads, 0, stream>>>(WorkspaceTables{tables.header, static_cast<const uint8_t*>(workspace)});
+    DZO_CUDA_CHECK_LAUNCH();
+    DZO_CUDA_CHECK(cudaFreeAsync(workspace, stream));
+}
+
+template <Purpose kFamily>
+void launch_simple(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+    const int updates = tables.shape.num_updates, emits = tables.shape.num_emits;
+    if (updates == 1 && emits == 2)
+        launch<SimpleProgram<1, 2, kFamily>>(tables, state, stream);
+    else if (updates == 0 && emits == 2)
+        launch<SimpleProgram<0, 2, kFamily>>(tables, state, stream);
+    else if (updates == 0 && emits == 1)
+        launch<SimpleProgram<0, 1, kFamily>>(tables, state, stream);
+    else if (updates == 1 && emits == 0)
+        launch<SimpleProgram<1, 0, kFamily>>(tables, state, stream);
+    else
+        launch<AnyProgram>(tables, state, stream);
+}
+
+void launch_visit(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+    if (tables.shape.simple && tables.shape.family == Purpose::kNormal)
+        launch_simple<Purpose::kNormal>(tables, state, stream);
+    else if (tables.shape.simple && tables.shape.family == Purpose::kRademacher)
+        launch_simple<Purpose::kRademacher>(tables, state, stream);
+    else
+        launch<AnyProgram>(tables, state, stream);
+}
+
+} // namespace
+
+bool cuda_compiled() { return true; }
+
+void materialize_cuda(const Materialize& visit, int device, CudaStream stream) {
+    check(visit);
+    if (visit.num_emits == 0 && (visit.num_updates == 0 || !visit.write_back))
+        return;
+    const DeviceGuard guard(device);
+    DeviceState& state = device_state(device);
+    static thread_local VisitTables tables; // keeps its storage from visit to visit
+    build_tables(visit, state.num_sms, tables);
+    if (tables.header.num_tiles > 0)
+        launch_visit(tables, state, static_cast<cudaStream_t>(stream));
+}
+
+void generate_cuda(const InPlace& request, int device, CudaStream stream) {
+    if (request.numel == 0)
+        return;
+    const DeviceGuard guard(device);
+    const int64_t octets = (request.offset + request.numel + kOctet - 1) / kOctet - request.offset / kOctet;
+    const int64_t tile = kThreads * kMaxOctetsPerThread;
+    const auto num_tiles = static_cast<unsigned>((octets + tile - 1) / tile);
+    const PhiloxKeys keys = philox_keys(request.seed);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (request.dtype == DType::kFp32)
+        generate_kernel<DType::kFp32><<<num_tiles, kThreads, 0, on>>>(request, keys);
+    else if (request.dtype == DType::kBf16)
+        generate_kernel<DType::kBf16><<<num_tiles, kThreads, 0, on>>>(request, keys);
+    else
+        generate_kernel<DType::kFp16><<<num_tiles, kThreads, 0, on>>>(request, keys);
+    DZO_CUDA_CHECK_LAUNCH();
+}
+
+void lookup_cuda(const Lookup& request, int device, CudaStream stream) {
+    if (request.num_ids == 0 || request.cols == 0)
+        return;
+    DZO_CHECK(request.num_ids <= INT32_MAX, "num_ids ", request.num_ids);
+    const DeviceGuard guard(device);
+    const auto num_blocks = static_cast<unsigned>(request.num_ids);
+    const int64_t warps = (max_octets_of_row(request.cols) + 31) / 32;
+    const auto num_threads = static_cast<unsigned>(std::min<int64_t>(warps * 32, kThreads));
+    const PhiloxKeys keys = philox_keys(request.seed);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (request.dtype == DType::kFp32)
+        lookup_kernel<DType::kFp32><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    else if (request.dtype == DType::kBf16)
+        lookup_kernel<DType::kBf16><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    else
+        lookup_kernel<DType::kFp16><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    DZO_CUDA_CHECK_LAUNCH();
+}
+
+void perturb_cuda(const InPlace& place, float scale, int device, CudaStream stream) {
+    materialize_cuda(PerturbVisit(place, scale).visit, device, stream);
+}
+
+void update_cuda(const InPlace& place, float lr, float coef, float weight_decay, int device, CudaStream stream) {
+    materialize_cuda(UpdateVisit(place, lr, coef, weight_decay).visit, device, stream);
+}
+
+} // namespace distzo2

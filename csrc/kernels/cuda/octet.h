@@ -1,0 +1,288 @@
+// What the CUDA kernels' threads work on: an octet, eight elements of a parameter from a multiple of eight on. Its
+// noise, its storage in each dtype, and its place in a buffer. Host and device, so that tests without a GPU run it too.
+#pragma once
+
+#include "kernels/types.h"
+#include "noise/rademacher.h"
+#include "noise/rounding.h"
+
+#if defined(__CUDA_ARCH__)
+#define DZO_UNROLL _Pragma("unroll")
+#else
+#define DZO_UNROLL
+#endif
+
+namespace distzo2 {
+
+// Two groups of normals, one of rounding bits, 16 or 32 bytes.
+constexpr int kOctet = 8;
+
+// The z of elements 8 * octet to 8 * octet + 7.
+DZO_HD void normals_octet(const Draw& draw, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
+    const uint64_t group = static_cast<uint64_t>(octet) * 2;
+    const Normals4 low = normal_group(philox_group(draw, keys, group));
+    const Normals4 high = normal_group(philox_group(draw, keys, group + 1));
+    DZO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        z[i] = low.z[i];
+        z[4 + i] = high.z[i];
+    }
+}
+
+DZO_HD void signs_octet(const Draw& draw, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
+    const uint64_t element = static_cast<uint64_t>(octet) * kOctet;
+    const PhiloxWords words = philox_group(draw, keys, element / kSignsPerGroup);
+    const uint32_t word = static_cast<uint32_t>(element % kSignsPerGroup) / 32;
+    const uint32_t low = word & 1 ? words.w[1] : words.w[0], high = word & 1 ? words.w[3] : words.w[2];
+    const uint32_t bits = (word & 2 ? high : low) >> (element % 32);
+    DZO_UNROLL
+    for (int i = 0; i < kOctet; ++i)
+        z[i] = rademacher_from_lsb(bits >> i);
+}
+
+template <Purpose kFamily>
+DZO_HD void family_octet(const Draw& draw, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
+    if (kFamily == Purpose::kNormal)
+        normals_octet(draw, keys, octet, z);
+    else
+        signs_octet(draw, keys, octet, z);
+}
+
+DZO_HD void noise_octet(const Draw& draw, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) {
+    if (draw.tag >> 24 == static_cast<uint32_t>(Purpose::kNormal))
+        normals_octet(draw, keys, octet, z);
+    else
+        signs_octet(draw, keys, octet, z);
+}
+
+struct alignas(16) Sixteen {
+    uint32_t word[4];
+};
+
+// In one access: copying the struct would be four.
+DZO_HD Sixteen load_sixteen(const uint8_t* p) {
+#if defined(__CUDA_ARCH__)
+    const uint4 v = *reinterpret_cast<const uint4*>(p);
+    return Sixteen{{v.x, v.y, v.z, v.w}};
+#else
+    return *reinterpret_cast<const Sixteen*>(p);
+#endif
+}
+
+DZO_HD void store_sixteen(uint8_t* p, const Sixteen& s) {
+#if defined(__CUDA_ARCH__)
+    *reinterpret_cast<uint4*>(p) = make_uint4(s.word[0], s.word[1], s.word[2], s.word[3]);
+#else
+    *reinterpret_cast<Sixteen*>(p) = s;
+#endif
+}
+
+// Whether any of the eight values is NaN. Values are compared in pairs: one instruction asks for both.
+DZO_HD bool any_nan(const float x[kOctet]) {
+#if defined(__CUDA_ARCH__)
+    uint32_t found;
+    asm("{\n\t.reg .pred p;\n\t"
+        "setp.nan.f32 p, %1, %2;\n\t"
+        "setp.nan.or.f32 p, %3, %4, p;\n\t"
+        "setp.nan.or.f32 p, %5, %6, p;\n\t"
+        "setp.nan.or.f32 p, %7, %8, p;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(found)
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]));
+    return found != 0;
+#else
+    bool found = false;
+    DZO_UNROLL
+    for (int i = 0; i < kOctet; ++i)
+        found = found || x[i] != x[i];
+    return found;
+#endif
+}
+
+// Octets as they are stored: decode, encode to nearest, and round an update, which leaves the value and its encoding.
+template <DType D>
+struct OctetStorage;
+
+template <>
+struct OctetStorage<DType::kFp32> {
+    static constexpr int kBytes = 4;
+    struct Raw {
+        Sixteen part[2];
+    };
+    DZO_HD static Raw load(const uint8_t* p) { return Raw{{load_sixteen(p), load_sixteen(p + 16)}}; }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) {
+        store_sixteen(p, raw.part[0]);
+        store_sixteen(p + 16, raw.part[1]);
+    }
+    DZO_HD static float decode_one(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
+    DZO_HD static void encode_one(uint8_t* p, float x) { *reinterpret_cast<float*>(p) = x; }
+    DZO_HD static float nearest_one(float x) { return canonical_fp32(x); }
+    DZO_HD static float update_one(float x, uint32_t) { return canonical_fp32(x); }
+    DZO_HD static void decode(const Raw& raw, float w[kOctet]) {
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            w[i] = bits_float(raw.part[i / 4].word[i % 4]);
+    }
+    DZO_HD static Raw exact(const float w[kOctet]) {
+        Raw raw;
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            raw.part[i / 4].word[i % 4] = float_bits(w[i]);
+        return raw;
+    }
+    DZO_HD static Raw nearest(float x[kOctet]) {
+        if (any_nan(x)) {
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                x[i] = canonical_fp32(x[i]);
+        }
+        return exact(x);
+    }
+    DZO_HD static void update(float x[kOctet], const PhiloxWords&) {
+        if (any_nan(x)) {
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                x[i] = canonical_fp32(x[i]);
+        }
+    }
+};
+
+template <>
+struct OctetStorage<DType::kBf16> {
+    static constexpr int kBytes = 2;
+    using Raw = Sixteen;
+    DZO_HD static Raw load(const uint8_t* p) { return load_sixteen(p); }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) { store_sixteen(p, raw); }
+    DZO_HD static float decode_one(const uint8_t* p) { return bf16_to_float(*reinterpret_cast<const uint16_t*>(p)); }
+    DZO_HD static void encode_one(uint8_t* p, float x) {
+        *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(float_bits(x) >> 16);
+    }
+    DZO_HD static float nearest_one(float x) { return bf16_to_float(float_to_bf16(x)); }
+    DZO_HD static float update_one(float x, uint32_t r) { return bf16_to_float(float_to_bf16_stochastic(x, r)); }
+    DZO_HD static void decode(const Raw& raw, float w[kOctet]) {
+        DZO_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            w[2 * i] = bits_float(raw.word[i] << 16);
+            w[2 * i + 1] = bits_float(raw.word[i] & 0xFFFF0000u);
+        }
+    }
+    DZO_HD static Raw exact(const float w[kOctet]) {
+        Raw raw;
+        DZO_UNROLL
+        for (int i = 0; i < 4; ++i)
+            raw.word[i] = float_bits(w[2 * i]) >> 16 | (float_bits(w[2 * i + 1]) & 0xFFFF0000u);
+        return raw;
+    }
+    DZO_HD static Raw nearest(float x[kOctet]) {
+        Raw raw;
+#if defined(__CUDA_ARCH__)
+        if (!any_nan(x)) {
+            DZO_UNROLL
+            for (int i = 0; i < 4; ++i)
+                asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(raw.word[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+            return raw;
+        }
+#endif
+        DZO_UNROLL
+        for (int i = 0; i < 4; ++i)
+            raw.word[i] = float_to_bf16(x[2 * i]) | static_cast<uint32_t>(float_to_bf16(x[2 * i + 1])) << 16;
+        return raw;
+    }
+    DZO_HD static void update(float x[kOctet], const PhiloxWords& words) {
+        if (any_nan(x)) {
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                x[i] = update_one(x[i], rounding_bits(words, static_cast<uint32_t>(i)));
+            return;
+        }
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            x[i] = bits_float((float_bits(x[i]) + rounding_bits(words, static_cast<uint32_t>(i))) & 0xFFFF0000u);
+    }
+};
+
+template <>
+struct OctetStorage<DType::kFp16> {
+    static constexpr int kBytes = 2;
+    using Raw = Sixteen;
+    DZO_HD static Raw load(const uint8_t* p) { return load_sixteen(p); }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) { store_sixteen(p, raw); }
+    DZO_HD static float half_to_float(uint32_t h) {
+#if defined(__CUDA_ARCH__)
+        float x;
+        asm("{\n\t.reg .b16 h;\n\tcvt.u16.u32 h, %1;\n\tcvt.f32.f16 %0, h;\n\t}" : "=f"(x) : "r"(h));
+        return x;
+#else
+        return fp16_to_float(static_cast<uint16_t>(h));
+#endif
+    }
+    DZO_HD static float decode_one(const uint8_t* p) { return fp16_to_float(*reinterpret_cast<const uint16_t*>(p)); }
+    DZO_HD static void encode_one(uint8_t* p, float x) { *reinterpret_cast<uint16_t*>(p) = float_to_fp16(x); }
+    DZO_HD static float nearest_one(float x) { return fp16_to_float(float_to_fp16(x)); }
+    DZO_HD static float update_one(float x, uint32_t r) { return fp16_to_float(float_to_fp16_stochastic(x, r)); }
+    DZO_HD static void decode(const Raw& raw, float w[kOctet]) {
+        DZO_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            w[2 * i] = half_to_float(raw.word[i] & 0xFFFFu);
+            w[2 * i + 1] = half_to_float(raw.word[i] >> 16);
+        }
+    }
+    DZO_HD static Raw exact(float w[kOctet]) { return nearest(w); }
+    DZO_HD static Raw nearest(float x[kOctet]) {
+        Raw raw;
+#if defined(__CUDA_ARCH__)
+        if (!any_nan(x)) {
+            DZO_UNROLL
+            for (int i = 0; i < 4; ++i)
+                asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(raw.word[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+            return raw;
+        }
+#endif
+        DZO_UNROLL
+        for (int i = 0; i < 4; ++i)
+            raw.word[i] = float_to_fp16(x[2 * i]) | static_cast<uint32_t>(float_to_fp16(x[2 * i + 1])) << 16;
+        return raw;
+    }
+    DZO_HD static void update(float x[kOctet], const PhiloxWords& words) {
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            x[i] = half_to_float(float_to_fp16_stochastic(x[i], rounding_bits(words, static_cast<uint32_t>(i))));
+    }
+};
+
+// Elements first to last - 1 of an octet are the segment's. One that is whole and at a multiple of 16 bytes, which the
+// buffers of a visit have in common, is moved in pieces of 16 bytes.
+template <DType D>
+struct OctetPlace {
+    using Store = OctetStorage<D>;
+    int64_t at; // of the octet's element 0, in bytes from the start of each buffer; before the segment's start for a
+                // partial octet
+    int first, last;
+    bool whole;
+
+    DZO_HD void load(const uint8_t* buffer, float w[kOctet]) const {
+        const uint8_t* p = buffer + at;
+        if (whole) {
+            Store::decode(Store::load(p), w);
+            return;
+        }
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            w[i] = i >= first && i < last ? Store::decode_one(p + i * Store::kBytes) : 0.0f;
+    }
+    // Stores rne(x), or x itself where it is known to be a value of the type.
+    template <bool kExact>
+    DZO_HD void store(uint8_t* buffer, float x[kOctet]) const {
+        uint8_t* p = buffer + at;
+        if (whole) {
+            Store::store(p, kExact ? Store::exact(x) : Store::nearest(x));
+            return;
+        }
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            if (i >= first && i < last)
+                Store::encode_one(p + i * Store::kBytes, kExact ? x[i] : Store::nearest_one(x[i]));
+    }
+};
+
+} // namespace distzo2

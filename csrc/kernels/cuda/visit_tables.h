@@ -1,0 +1,164 @@
+// A visit's tables as the CUDA kernels read them: one block of bytes, small enough for the kernel's parameters or else
+// in a device workspace. Built on the host for each launch; plain data, so that it is also what the tests on a CPU run.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "kernels/cuda/octet.h"
+
+namespace distzo2 {
+
+constexpr int kThreads = 256;
+constexpr int kMaxOctetsPerThread = 8;
+
+struct DeviceSegment {
+    int64_t byte_offset;
+    int64_t begin, end; // elements of the parameter
+    uint32_t param;
+    uint32_t group;
+    uint32_t first_tile;
+    uint32_t dtype;
+};
+
+struct DeviceTerm {
+    uint32_t tag; // of its Draw: purpose and probe
+    uint32_t step;
+    float coef;
+    uint32_t noise; // equal for terms whose z may be kept from the last use: the same number, the same z
+};
+
+struct DeviceUpdate {
+    uint32_t step, first_term, num_terms;
+};
+
+struct DeviceEmit {
+    uint32_t first_term, num_terms;
+};
+
+// Where each table begins, in bytes of the block, and the scalars of the launch. The round keys are here, so that they
+// are operands from constant memory.
+struct VisitHeader {
+    uint8_t* weights;
+    PhiloxKeys keys;
+    uint32_t num_segments, num_tiles, octets_per_thread;
+    uint32_t num_updates, num_groups, num_emits;
+    uint32_t segments_at, terms_at, updates_at, groups_at, emits_at, scales_at, outs_at;
+    uint32_t write_back;
+    uint32_t aligned; // the weights and all outs have the same address modulo 16
+};
+
+// The shape of the program, when every update and emit has one term, all of one family: a kernel is compiled for each.
+struct VisitShape {
+    bool simple;
+    Purpose family;
+    int num_updates; // 0 or 1
+    int num_emits;   // 0, 1 or 2 (the same z)
+};
+
+struct VisitTables {
+    VisitHeader header;
+    VisitShape shape;
+    std::vector<uint8_t> bytes;
+};
+
+inline int64_t num_octets(const Segment& segment) {
+    return segment.numel == 0
+               ? 0
+               : (segment.element_offset + segment.numel + kOctet - 1) / kOctet - segment.element_offset / kOctet;
+}
+
+template <class Row>
+uint32_t append_rows(std::vector<uint8_t>& bytes, const Row* rows, int64_t num) {
+    const size_t at = (bytes.size() + 15) / 16 * 16, added = static_cast<size_t>(num) * sizeof(Row);
+    bytes.resize(at + added);
+    if (added > 0)
+        std::memcpy(bytes.data() + at, rows, added);
+    return static_cast<uint32_t>(at);
+}
+
+inline bool same_tensor(const Term& a, const Term& b) {
+    return a.family == b.family && a.step == b.step && a.probe == b.probe;
+}
+
+// num_sms sets how many octets a thread takes: enough tiles to fill the device a few times over, few enough to spread a
+// thread's setup over its octets.
+inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tables) {
+    VisitHeader& header = tables.header;
+    std::vector<uint8_t>& bytes = tables.bytes;
+    bytes.clear();
+    int64_t octets = 0;
+    for (int64_t s = 0; s < visit.num_segments; ++s)
+        octets += num_octets(visit.segments[s]);
+    const int64_t fill = octets / (int64_t{kThreads} * num_sms * 16);
+    header.octets_per_thread = static_cast<uint32_t>(fill < 1                     ? 1
+                                                     : fill > kMaxOctetsPerThread ? kMaxOctetsPerThread
+                                                                                  : fill);
+    header.weights = visit.weights;
+    header.keys = philox_keys(visit.seed);
+    header.num_updates = static_cast<uint32_t>(visit.num_updates);
+    header.num_groups = static_cast<uint32_t>(visit.num_groups);
+    header.num_emits = static_cast<uint32_t>(visit.num_emits);
+    header.write_back = visit.write_back ? 1 : 0;
+    header.aligned = 1;
+    for (int64_t e = 0; e < visit.num_emits; ++e)
+        if ((reinterpret_cast<uintptr_t>(visit.outs[e]) - reinterpret_cast<uintptr_t>(visit.weights)) % 16 != 0)
+            header.aligned = 0;
+
+    std::vector<DeviceSegment> segments;
+    uint32_t tiles = 0;
+    for (int64_t s = 0; s < visit.num_segments; ++s) {
+        const Segment& segment = visit.segments[s];
+        if (segment.numel == 0)
+            continue;
+        segments.push_back({segment.byte_offset, segment.element_offset, segment.element_offset + segment.numel,
+                            static_cast<uint32_t>(segment.param), static_cast<uint32_t>(segment.group), tiles,
+                            static_cast<uint32_t>(segment.dtype)});
+        const int64_t tile = int64_t{kThreads} * header.octets_per_thread;
+        tiles += static_cast<uint32_t>((num_octets(segment) + tile - 1) / tile);
+    }
+    header.num_tiles = tiles;
+    header.num_segments = static_cast<uint32_t>(segments.size());
+    header.segments_at = append_rows(bytes, segments.data(), static_cast<int64_t>(segments.size()));
+
+    // Terms, updates and emits. A term of an emit that names the same tensor as the term before it keeps its number.
+    std::vector<DeviceTerm> terms(static_cast<size_t>(visit.num_terms));
+    for (int64_t t = 0; t < visit.num_terms; ++t) {
+        const Term& term = visit.terms[t];
+        const Draw draw = make_draw(static_cast<Purpose>(term.family), 0, static_cast<uint32_t>(term.step),
+                                    static_cast<uint32_t>(term.probe));
+        const bool repeats = t > 0 && same_tensor(term, visit.terms[t - 1]);
+        terms[t] = {draw.tag, draw.step, visit.coefs[t], repeats ? terms[t - 1].noise : static_cast<uint32_t>(t)};
+    }
+    header.terms_at = append_rows(bytes, terms.data(), visit.num_terms);
+    std::vector<DeviceUpdate> updates;
+    for (int64_t u = 0; u < visit.num_updates; ++u)
+        updates.push_back({static_cast<uint32_t>(visit.updates[u].step),
+                           static_cast<uint32_t>(visit.updates[u].first_term),
+                           static_cast<uint32_t>(visit.updates[u].num_terms)});
+    header.updates_at = append_rows(bytes, updates.data(), visit.num_updates);
+    header.groups_at = append_rows(bytes, visit.update_groups, visit.num_updates * visit.num_groups);
+    std::vector<DeviceEmit> emits;
+    for (int64_t e = 0; e < visit.num_emits; ++e)
+        emits.push_back(
+            {static_cast<uint32_t>(visit.emits[e].first_term), static_cast<uint32_t>(visit.emits[e].num_terms)});
+    header.emits_at = append_rows(bytes, emits.data(), visit.num_emits);
+    header.scales_at = append_rows(bytes, visit.emit_scales, visit.num_emits * visit.num_groups);
+    header.outs_at = append_rows(bytes, visit.outs, visit.num_emits);
+
+    VisitShape& shape = tables.shape;
+    shape.simple = visit.num_updates <= 1 && visit.num_emits <= 2 && visit.num_terms > 0;
+    shape.family = shape.simple ? static_cast<Purpose>(visit.terms[0].family) : Purpose::kNormal;
+    const auto is_simple = [&](int64_t first, int64_t num) {
+        return num == 1 && visit.terms[first].family == static_cast<int64_t>(shape.family);
+    };
+    for (int64_t u = 0; u < visit.num_updates; ++u)
+        shape.simple = shape.simple && is_simple(visit.updates[u].first_term, visit.updates[u].num_terms);
+    for (int64_t e = 0; e < visit.num_emits; ++e)
+        shape.simple = shape.simple && is_simple(visit.emits[e].first_term, visit.emits[e].num_terms) &&
+                       same_tensor(visit.terms[visit.emits[e].first_term], visit.terms[visit.emits[0].first_term]);
+    shape.num_updates = static_cast<int>(visit.num_updates);
+    shape.num_emits = static_cast<int>(visit.num_emits);
+}
+
+} // namespace distzo2
