@@ -27,12 +27,24 @@ def test_help_names_every_option(name: str, kind: type, capsys) -> None:
             assert type(option.default) in (int, float, str, bool)
 
 
-def test_usage(capsys) -> None:
-    for arguments in ([], ["finetune", "--steps"], ["nonsense"]):
-        with pytest.raises(SystemExit) as error:
-            main(arguments)
-        assert error.value.code == 2
-        one_line(capsys)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "required: command"),
+        (["finetune", "--steps"], "--steps: expected one argument"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["eval", "--model=m"], "--eval is missing"),
+        (["report"], "RUN is missing"),
+        (["replay", "-o", "c"], "replay needs RUN, or BASE and JOURNAL, or both --base and --journal"),
+        (["replay", "a", "b", "--base=a", "-o", "c"], "takes neither --base nor --journal"),
+        (["plan", "--model=m", "--config=none.toml"], "--config none.toml: No such file"),
+    ],
+)
+def test_usage(arguments: list[str], reason: str, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert reason in one_line(capsys)
 
 
 @pytest.mark.parametrize("positional", [["a", "b"], ["a"]])
