@@ -81,7 +81,7 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
         (["--parallel=pert=2,data=2"], "there are 2; on 2 ranks, pert=1,data=2 or pert=2,data=1 would fit"),
         (["--parallel=data=2", "--micro-batches=1"], "cannot be dealt to 2 data ranks; on 2 ranks, pert=2,data=1"),
         (["--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
-        (["--parallel=pert=x"], "invalid mesh (such as pert=2,data=2) value"),
+        (["--parallel=pert=x"], "expected a mesh (such as pert=2,data=2)"),
         (["--train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--steps=0"], "--steps"),
         (["--warmup=100"], "--warmup"),
@@ -184,7 +184,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
                     process.wait(timeout=20)
                 process.kill()
     text = (tmp_path / "log").read_text()
-    assert "restart 1: going on with the run in out" in text
+    assert "restart 1: continuing the run in out" in text
     assert "rank 1 was lost: its process" in text
     assert_same_run(tmp_path / "out", alone, STEPS)
 
