@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
-    from distzo2.record.snapshot import Snapshots
+    from distzo2.record.weight_file import WeightFile
     from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
 
 # Imported when first used, so that `distzo2 --help` does not wait for torch and transformers.
 _MODULE_OF = {
     "ZOSGD": "optim.zosgd",
-    "Snapshots": "record.snapshot",
     "StepRecord": "optim.settings",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
@@ -26,13 +25,14 @@ _MODULE_OF = {
     "offload": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_pretrained": "checkpoint.pretrained",
+    "WeightFile": "record.weight_file",
 }
 
 __all__ = [
     "ZOSGD",
     "DistZO2Error",
-    "Snapshots",
     "StepRecord",
+    "WeightFile",
     "__version__",
     "edit",
     "evaluate",
@@ -48,4 +48,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("distzo2.parallel")
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"distzo2.{_MODULE_OF[name]}"), name)
+    if name == "Snapshots":
+        raise AttributeError(
+            "distzo2.Snapshots left: give offload or from_pretrained weight_file=distzo2.WeightFile(...)"
+        )
     raise AttributeError(f"module 'distzo2' has no attribute {name!r}")

@@ -188,6 +188,8 @@ def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
                 filling.popleft()[0].close()
 
             for unit in runtime.units:
+                if runtime.is_filled(unit):
+                    continue
                 stack = ExitStack()
                 views = stack.enter_context(runtime.access.writing(unit))
                 filling.append((stack, []))

@@ -27,8 +27,6 @@ from distzo2.record.header import index_table, make_header
 from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
-from distzo2.record.snapshot import Snapshots
-from distzo2.record.snapshot_writer import SnapshotWriter
 from distzo2.streaming.offload import runtime_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
@@ -63,7 +61,6 @@ class ZOSGD(torch.optim.Optimizer):
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
             writes the journal.
         verify_every: compare the weights of all ranks after every N steps; 0: only when the optimizer is made.
-        snapshots: where copies of the weights are made while training goes on, and read on `resume`; needs a journal.
 
     Attributes:
         settings: the options above that a step depends on, frozen.
@@ -98,7 +95,6 @@ class ZOSGD(torch.optim.Optimizer):
         max_skipped: int = 5,
         mesh: Mesh | None = None,
         verify_every: int = 0,
-        snapshots: Snapshots | None = None,
     ) -> None:
         self._runtime = runtime = runtime_of(model)
         self.settings = settings = make_settings(
@@ -109,8 +105,6 @@ class ZOSGD(torch.optim.Optimizer):
         branch = None if branch_from is None else BranchPoint(*branch_from)
         if branch is not None and (journal is None or resume):
             raise DistZO2Error("branch_from begins a new journal: give its name, without resume")
-        if snapshots is not None and journal is None:
-            raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
         if fsync_every > 1 and journal is not None and runtime.where == "disk":
             raise DistZO2Error(
                 f"fsync_every={fsync_every} with weights on disk: a block is written back only after its step's "
@@ -126,7 +120,6 @@ class ZOSGD(torch.optim.Optimizer):
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
-        self._snapshots: SnapshotWriter | None = None
         self._diagnosed = self._bound = self._closed = False
 
         if params is None:
@@ -135,7 +128,7 @@ class ZOSGD(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         super().__init__(params, defaults)
         self._bind()
-        given = {"having a journal": journal, "having snapshots": snapshots, "branching": branch}
+        given = {"having a journal": journal, "having a weight file": runtime.kept, "branching": branch}
         given = {name: value is not None for name, value in given.items()}
         self._ranks.join(self._index_table(), self.param_groups, {**given, "resume": resume})
         self.verify_replicas()
@@ -143,13 +136,12 @@ class ZOSGD(torch.optim.Optimizer):
             runtime.weights.set_durable(ALWAYS_DURABLE)
             return
         self._ranks.first_version = runtime.weights.version
-        run = open_run(
+        self.journal, self.first_step = open_run(
             self._ranks, journal, self._header, runtime.access, self.take_over,
-            resume=resume, branch=branch, fsync_every=fsync_every, snapshots=snapshots,
+            resume=resume, branch=branch, fsync_every=fsync_every, kept=runtime.kept,
         )  # fmt: skip
-        self.journal, self._snapshots, self.first_step = run.journal, run.snapshots, run.first_step
-        if resume and snapshots is not None:
-            self.verify_replicas()  # ranks that do not see a snapshot have made the updates again
+        if resume and runtime.kept is not None:
+            self.verify_replicas()  # ranks that cannot read the weight file have made the updates again
 
     # ---- groups -----------------------------------------------------------------------------------------------
 
@@ -188,7 +180,9 @@ class ZOSGD(torch.optim.Optimizer):
         """The header of this optimizer's run: everything that a line's scalars refer to."""
         s, runtime = self.settings, self._runtime
         # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
-        source = None if runtime.weights.replaced else self._source
+        # Those of a weight file are the run's: its base need not be read again.
+        unread = runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
+        source = None if runtime.weights.replaced or unread else self._source
         return make_header(
             seed=s.seed,
             table=self._index_table(),
@@ -342,8 +336,8 @@ class ZOSGD(torch.optim.Optimizer):
         self.last = record
         record.seconds = record.seconds or time.perf_counter() - start
         self._progress.count(record.coefs, record.skipped, record.clipped)
-        if self._snapshots is not None:
-            self._snapshots.step_done(self._runtime.access, self.step_count, record.seconds)
+        if self._runtime.kept is not None:
+            self._runtime.kept.step_done(self._runtime.access, self.step_count, record.seconds)
         if self.settings.verify_every and self.step_count % self.settings.verify_every == 0:
             self.verify_replicas()
 
@@ -409,13 +403,9 @@ class ZOSGD(torch.optim.Optimizer):
     def close(self) -> None:
         """Ends the journal; what was appended is on disk afterwards. No step can follow."""
         self._closed = True
-        snapshots, self._snapshots = self._snapshots, None
         journal, self.journal = self.journal, None
-        try:
-            if snapshots is not None:
-                self._runtime.weights.tap = None
-                snapshots.close()
-        finally:
-            if journal is not None:
-                journal.close()
-                self._runtime.weights.set_durable(ALWAYS_DURABLE)
+        if self._runtime.kept is not None:
+            self._runtime.kept.stop_copying()
+        if journal is not None:
+            journal.close()
+            self._runtime.weights.set_durable(ALWAYS_DURABLE)

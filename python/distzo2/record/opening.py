@@ -11,8 +11,6 @@ import platform
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +19,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.record.header import check_table, with_parents
 from distzo2.record.journal import Journal, StepEntry
 from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, first_own_step
-from distzo2.record.snapshot import Snapshots, snapshots_in
-from distzo2.record.snapshot_resume import Found, find_same, find_snapshot, load_snapshot
-from distzo2.record.snapshot_writer import SnapshotWriter, remove_unfinished
+from distzo2.record.weight_file import KeptWeights, header_digest
 from distzo2.weights.access import WeightAccess
 
 logger = logging.getLogger("distzo2")
@@ -41,15 +37,19 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_same_run(path: str | os.PathLike[str], journal: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`.
+def check_same_run(
+    path: str | os.PathLike[str], journal: Mapping[str, Any], run: Mapping[str, Any], base_unread: bool = False
+) -> None:
+    """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`. With `base_unread`, no
+    weight came from the base, and the base is not compared.
 
     A fingerprint that differs is logged: the journal still leads to the same weights, but the losses of forwards to
     come may have other bits.
     """
     check_table(journal, run["table"])
     pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding", "options")}
-    pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
+    if not base_unread:
+        pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
     for key, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise DistZO2Error(f"{os.fspath(path)}: {key} is {theirs!r} in the journal and {ours!r} in this run")
@@ -82,6 +82,7 @@ def open_run_journal(
     resume: bool,
     branch: BranchPoint | None = None,
     fsync_every: int = 1,
+    base_unread: bool = False,
 ) -> Journal:
     """The journal that a run with this header appends to. Its `entries` are the steps to take over.
 
@@ -92,7 +93,7 @@ def open_run_journal(
     if resume:
         journal = Journal.open(path, fsync_every=fsync_every)
         try:
-            check_same_run(path, journal.header, header)
+            check_same_run(path, journal.header, header, base_unread)
         except BaseException:
             journal.close()
             raise
@@ -116,16 +117,6 @@ class Ranks(Protocol):
         """Returns on all ranks what `make` returns on rank 0."""
 
 
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run that can be continued. `first_step` is the first that is its own, and not one of a run that it was
-    branched from."""
-
-    journal: Journal | None  # on rank 0
-    snapshots: SnapshotWriter | None
-    first_step: int
-
-
 def open_run(
     ranks: Ranks,
     path: str | os.PathLike[str],
@@ -136,68 +127,53 @@ def open_run(
     resume: bool,
     branch: BranchPoint | None,
     fsync_every: int,
-    snapshots: Snapshots | None,
-) -> OpenedRun:
+    kept: KeptWeights | None,
+) -> tuple[Journal | None, int]:
     """Opens or makes the journal of a run, and brings the weights of every rank to its last step.
 
     Args:
         make_header: called on rank 0 for the header of the run as it is now.
         take_over: called with the journal's entries, and the first of them whose coefficients can be compared with
-            those to come. It pushes their updates; a snapshot may have filled the weights before.
+            those to come. It pushes their updates, which each unit applies as far as it misses them.
+        kept: the weight file that this rank's weights came from, and which is the run's from here on.
+
+    Returns:
+        The journal, open on rank 0 and None on the others, and the first step that is the run's own, and not one of a
+        run that it was branched from.
     """
     first = access.weights.version  # of the weights before the journal's first entry
     opened: list[Journal] = []
 
     def on_rank_0() -> bytes:
-        check_no_others(snapshots, resume)
-        opened.append(open_run_journal(path, make_header(), resume=resume, branch=branch, fsync_every=fsync_every))
+        base_unread = kept is not None and kept.gave_all(access.weights)
+        opened.append(
+            open_run_journal(
+                path, make_header(), resume=resume, branch=branch, fsync_every=fsync_every, base_unread=base_unread
+            )
+        )
         header, entries = opened[0].header, opened[0].entries if ranks.world_size > 1 else ()
-        firsts = b"%d %d\n" % (first_own_step(header), first_like_step(header))
-        return firsts + b"".join(entry.to_line() for entry in entries)
+        about = f"{first_own_step(header)} {first_like_step(header)} {header_digest(path)}\n"
+        return about.encode() + b"".join(entry.to_line() for entry in entries)
 
     try:
-        firsts, *lines = ranks.from_rank_0("opening the journal", on_rank_0).splitlines(True)
-        first_step, first_like = (int(number) for number in firsts.split())
+        about, *lines = ranks.from_rank_0("opening the journal", on_rank_0).splitlines(True)
+        first_step, first_like, digest = about.decode().split()
         journal = opened[0] if opened else None
         entries = [StepEntry.from_line(line) for line in lines] if journal is None else journal.entries
-        found = Found(None, None)
-        if resume and snapshots is not None:
-            found = _choose_snapshot(ranks, snapshots, access, path, len(entries))
         with ranks.together("taking over the journal"):
-            if snapshots is not None:
-                go_on_from(found, access, snapshots)
-            take_over(entries, first_like)
+            if kept is not None:
+                kept.begin(digest, journal, access.weights)
+            take_over(entries, int(first_like))
         access.weights.set_durable(first + len(entries))
-        writer = None
         if journal is not None:
             on_durable, on_failure = durability_callbacks(access, first)
             journal.on_durable(on_durable)
             journal.on_failure(on_failure)
-            if snapshots is not None:
-                writer = start_snapshots(snapshots, access, journal, resume, first, found.invalid)
-        return OpenedRun(journal, writer, first_step)
+        return journal, int(first_step)
     except BaseException:
         for journal in opened:
             journal.close()
         raise
-
-
-def _choose_snapshot(
-    ranks: Ranks, snapshots: Snapshots, access: WeightAccess, journal: str | os.PathLike[str], num_steps: int
-) -> Found:
-    """The newest snapshot that is whole, as rank 0 finds it, where this rank sees it too. A rank that does not see it
-    makes the journal's updates again, which lead to the same weights."""
-    chosen: list[Found] = []
-
-    def choose() -> bytes:
-        found = find_snapshot(snapshots.directory, access, journal, num_steps)
-        chosen.append(found)
-        return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
-
-    name, _, line = ranks.from_rank_0("choosing a snapshot", choose).partition(b"\n")
-    if chosen:
-        return chosen[0]
-    return find_same(snapshots.directory, access, name.decode(), line) if name else Found(None, None)
 
 
 def durability_callbacks(
@@ -218,48 +194,3 @@ def durability_callbacks(
             alive.weights.fail(error)
 
     return on_durable, on_failure
-
-
-# ---- snapshots --------------------------------------------------------------------------------------------------
-
-
-def check_no_others(snapshots: Snapshots | None, resume: bool) -> None:
-    """Raises DistZO2Error if a new run's directory of snapshots holds those of another run."""
-    others = [] if resume or snapshots is None else snapshots_in(snapshots.directory)
-    if others:
-        raise DistZO2Error(f"{others[0]}: a snapshot of another run; name another directory for those of this one")
-
-
-def go_on_from(found: Found, access: WeightAccess, snapshots: Snapshots) -> None:
-    """Fills the weights from a snapshot, if one was found, before the journal's updates are taken over."""
-    for reason in found.reasons:
-        snapshots.log(reason)
-    if found.manifest is not None:
-        load_snapshot(found, access, access.weights.version)
-        snapshots.log(f"went on from the snapshot {found.path.name}")
-    elif found.reasons:
-        snapshots.log("no snapshot can be used: the journal's updates are made again from the base checkpoint")
-
-
-def start_snapshots(
-    snapshots: Snapshots,
-    access: WeightAccess,
-    journal: Journal,
-    resume: bool,
-    first_version: int,
-    invalid: list[Path],
-) -> SnapshotWriter | None:
-    """The writer of the run's snapshots, or None if none are to be made. Removes what a killed run left.
-
-    Args:
-        first_version: of the weights before the journal's first entry.
-        invalid: snapshots to remove when the next one is whole.
-    """
-    remove_unfinished(snapshots.directory)
-    if not snapshots.are_made:
-        return None
-    writer = SnapshotWriter(snapshots, access, journal, first_version, invalid)
-    if resume:
-        writer.remove_surplus()
-    access.weights.tap = writer.offer
-    return writer

@@ -3,7 +3,7 @@
 journal.jsonl   every step (docs/journal.md); with the base checkpoint it is the run
 run.json        options, what the run was made of, how far it came
 metrics.jsonl   a line a step and an evaluation (distzo2.run.metrics)
-snapshots/      copies of the weights on the way (docs/snapshots.md)
+weights.dzo2    weights that survive a crash (docs/weight_file.md); weights.dzo2.json says what is in it
 checkpoint/     the fine-tuned model
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace named no other file
@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from distzo2.run.metrics import finite
 from distzo2.run.options import LEFT
 
 _RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
-_LEFTOVERS = ("weights-*.dzo2", ".journal.jsonl.*.tmp", "run.json.tmp", "metrics.jsonl.tmp")  # of a killed run
+_LEFTOVERS = (".journal.jsonl.*.tmp", "run.json.tmp", "metrics.jsonl.tmp")  # of a killed run
 _IN_USE = "another distzo2 process is using this directory"
 _PATIENCE_S = 0.5  # `files.is_locked` holds a lock for an instant
 
@@ -41,7 +42,6 @@ class RunDirectory:
         self.journal = self.path / "journal.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"
-        self.snapshots = self.path / "snapshots"
         self.trace = self.path / "trace.json"
         self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}  # what run.json says
@@ -171,19 +171,27 @@ class RunDirectory:
             return
         for path in (self.metrics, *([self.journal] if with_journal else []), self.path / "run.json"):
             path.unlink(missing_ok=True)
+        for path in self.path.glob("weights.*dzo2*"):
+            path.unlink()
         self.release()
         for path in self._made:
             with suppress(OSError):
                 path.rmdir()
 
     def remove_leftovers(self) -> None:
-        """Removes the weights that a killed run streamed from here, and files without their final name."""
+        """Removes files without their final name, which a killed process left."""
         for pattern in _LEFTOVERS:
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
         for directory in (self.path, self.checkpoint):  # earlier versions wrote beside the checkpoint
             for hidden in directory.glob(".distzo2-checkpoint*"):
                 shutil.rmtree(hidden)
+
+    def weight_file(self, directory: str | os.PathLike | None) -> Path:
+        """Where the run keeps weights that survive a crash; in `directory`, a name that no other run's has."""
+        if directory is None:
+            return self.path / "weights.dzo2"
+        return Path(directory).absolute() / f"weights-{zlib.crc32(os.fspath(self.path.absolute()).encode()):08x}.dzo2"
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""

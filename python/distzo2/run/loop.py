@@ -23,7 +23,6 @@ from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import Mesh, current
 from distzo2.record.lineage import BranchPoint
-from distzo2.record.snapshot import Snapshots
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id
 from distzo2.run.metrics import Metrics, device_peak_bytes, finite, peak_bytes, progress_bar, resident_bytes
@@ -122,13 +121,6 @@ class TrainLoop:
             verify_every=o.verify_every,
             journal=self.run.journal,
             resume=o.resume,
-            snapshots=Snapshots(
-                self.run.snapshots,
-                every=o.snapshot_every,
-                minutes=o.snapshot_minutes,
-                pace=o.snapshot_pace,
-                log=self.log,
-            ),
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             fsync_every=o.fsync_every,
         )
@@ -181,6 +173,8 @@ class TrainLoop:
                 self._save()
                 optimizer.journal.sync()  # a finished run keeps its steps through a power cut
                 self._ended("finished")  # if this cannot be written, the run has not finished
+        if self.runtime.kept is not None:
+            self.runtime.kept.done()
         return Result(self.run.path, optimizer.step_count, self.size, peak_bytes())
 
     @property

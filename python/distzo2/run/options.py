@@ -30,7 +30,7 @@ PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
 LEFT = {
     "journal_chain": "journals are no longer chained; `sha256sum journal.jsonl` stands for a whole run",
-    "keep": "one snapshot is kept, the newest that is whole",
+    "keep": "OUT/weights.dzo2 holds one copy of each unit of weights",
 }
 
 
@@ -248,18 +248,15 @@ class FinetuneOptions(DataReading, Placement):
         "checkpoint written at the end to OUT/checkpoint: of the last step, of the best (rebuilt from the journal), or "
         "none; any step can be rebuilt later with distzo2 replay",
     )
-    snapshot_every: CountOrZero = option(
-        0,
-        "steps between snapshots: copies of the weights, made in the background in OUT/snapshots, from which --resume "
-        "continues instead of from the model; 0: none",
+    snapshot_every: CountOrZero | None = option(
+        None,
+        "steps between copies of the trained weights into OUT/weights.dzo2, made in the background, from which --resume "
+        "continues instead of from the model; 0: none (default: 0; with --weights disk, where streamed blocks live in "
+        "that file, 100 for the other weights)",
         "STEPS",
     )
-    snapshot_minutes: PositiveOrZero = option(0.0, "minutes between snapshots; 0: none by time", "MINUTES")
-    snapshot_pace: Share = option(
-        0.03,
-        "the most that a snapshot may take of the time of the steps that it spans; with more it is whole sooner",
-        "SHARE",
-    )
+    snapshot_minutes: PositiveOrZero = option(0.0, "minutes between these copies; 0: none by time", "MINUTES")
+    snapshot_pace: Share = option(0.03, "the most that making copies may take of the steps' time", "SHARE")
     fsync_every: Count = option(
         1,
         "sync the journal to the disk after N steps, behind the steps that follow; a power cut may cost the steps "

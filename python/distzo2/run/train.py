@@ -21,7 +21,7 @@ from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.errors import UsageError
 from distzo2.parallel.group import current
 from distzo2.record.journal import Journal
-from distzo2.record.snapshot import snapshots_in
+from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id, restarts
 from distzo2.run.loop import Result, TrainLoop, together
@@ -99,9 +99,9 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 device=device,
                 weights=options.weights,
                 dtype=DTYPES.get(options.dtype),
-                directory=options.weights_dir or run.path,
                 memory_budget=options.memory_budget,
                 write_every=options.write_every,
+                weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
             )
         try:
@@ -174,20 +174,32 @@ def _take_over(
         raise UsageError(f"--steps {options.steps}: {run.path} has made {num_steps} already; {advice}")
     if options.save != "none":
         run.check_checkpoint()
+    if (run.path / "snapshots").exists():
+        log(f"{run.path / 'snapshots'}: snapshots of an earlier version are not read, and may be removed")
     run.remove_leftovers()  # they take the room that this run's will
     _check_room(options, size, run)
 
 
+def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> WeightFile | None:
+    """Where the run keeps weights that survive a crash; None if it keeps none, and an earlier process kept none."""
+    path, every = run.weight_file(options.weights_dir), options.snapshot_every
+    if every is None:
+        every = 100 if options.weights == "disk" else 0
+    kept = WeightFile(path, run.journal, every, options.snapshot_minutes, options.snapshot_pace, log)
+    return kept if every or options.snapshot_minutes or options.weights == "disk" or path.exists() else None
+
+
 def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) -> None:
-    """Raises DistZO2Error unless block file, snapshots and checkpoint fit on their disks. A checkpoint of fewer steps
-    makes room for the new one."""
-    block_file = {}
+    """Raises DistZO2Error unless the weight files and the checkpoint fit on their disks. A checkpoint of fewer steps
+    makes room for the new one, and so does a weight file."""
+    block_file, path = {}, run.weight_file(options.weights_dir)
     if options.weights == "disk":
         block_file = {"the file of streamed weights": size.total * _copies_here(options.weights)}
+    elif options.snapshot_every or options.snapshot_minutes:
+        block_file = {"the copies of the weights": size.total}
+    if path.exists():
+        block_file = {}
     needs = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
-    if options.snapshot_every or options.snapshot_minutes:
-        there = len(snapshots_in(run.snapshots))
-        needs["the snapshots"] = size.total * max(1, 2 - there)  # the old one stays until the new one is whole
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:

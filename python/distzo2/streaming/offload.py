@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.parallel.group import current, joined
 from distzo2.parallel.node import choose_slices, memory_share
 from distzo2.parallel.sliced_store import SlicedStore, slices_of
+from distzo2.record.weight_file import KeptWeights, RunSoFar, WeightFile
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane
 from distzo2.streaming.runtime import StreamingRuntime
@@ -39,6 +42,7 @@ def offload(
     slots: int = 3,
     memory_budget: MemoryBudget = None,
     write_every: int = 1,
+    weight_file: WeightFile | None = None,
     train: bool = False,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
@@ -53,8 +57,8 @@ def offload(
         weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
         units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
             groups by bytes where it has none. Other parameters stay on the device.
-        directory: where the block file is made (weights="disk"); it is a working file, and goes with the model. On a
-            CPU, glibc then gives freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_ is set.
+        directory: where the block file is made (weights="disk" without weight_file); it is a working file, and goes
+            with the model. On a CPU, glibc then gives freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_ is set.
         slots: blocks that are on the device at once, at least 2.
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
@@ -62,6 +66,9 @@ def offload(
         write_every: a streamed block's stored copy is written at every `write_every`-th update, blocks in turn, and the
             updates in between are made again at each visit. 1 writes every block at every step; more spares a disk, at
             the cost of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
+        weight_file: keeps weights that survive a crash: with weights="disk" the streamed blocks live in it, and what
+            else is trained is copied there. If its journal exists, weights come from the file as far as they can be
+            used, and `ZOSGD` must then resume that journal.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -79,8 +86,8 @@ def offload(
         raise DistZO2Error("hand over the plain model; compile its blocks with block.compile() instead of the whole")
     if weights not in WEIGHTS:
         raise DistZO2Error(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
-    if weights == "disk" and directory is None:
-        raise DistZO2Error("weights='disk' needs directory=, where the block file is made")
+    if weights == "disk" and directory is None and weight_file is None:
+        raise DistZO2Error("weights='disk' needs directory=, where the block file is made, or weight_file=")
     if slots < 2:
         raise DistZO2Error(f"slots={slots}: at least 2 were expected")
     if type(write_every) is not int or write_every < 1:
@@ -97,6 +104,7 @@ def offload(
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
+        weight_file=weight_file,
     )
     _move_buffers(model, device)
     if not train:
@@ -116,15 +124,19 @@ def _hand_over(
     slots: int,
     memory_budget: MemoryBudget,
     write_every: int,
+    weight_file: WeightFile | None,
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
     Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all.
     """
     found = find_units(model, collect_params(model), units)
+    on_disk = weights == "disk"
+    if on_disk and weight_file is not None:
+        directory = Path(weight_file.path).parent
     slices = choose_slices(current(), found, device, weights, directory)
     together = slices.node.exchange if slices is not None else None
-    streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or slices is not None))
+    streams = on_disk or (weights == "host" and (device.type != "cpu" or slices is not None))
     with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
         share = memory_share(joined())
 
@@ -139,19 +151,60 @@ def _hand_over(
         staying = [StoredCopy.whole(u) for u in found if u not in streamed]
         options = share.pool_options()
         memory = MemoryStore(staying, device, **options)
+        run, kept = None, None
+        if weight_file is not None:
+            run = _run_so_far(weight_file)
+            if on_disk and moving:
+                rows = [*moving, *(copy for copy in staying if copy.unit.trainable)]
+                kept = KeptWeights(weight_file, rows, len(moving), rank=_rank(), run=run)
         if not moving:
             ring = Store()
         elif device.type == "cpu" and directory is None:  # slices are in the memory that computes
             ring = MemoryStore(moving, device, **options)
         else:
-            ring = streaming_store(moving, device, directory=directory, slots=slots, **options)
+            file = None if kept is None else kept.file
+            ring = streaming_store(moving, device, directory=directory, file=file, slots=slots, **options)
         if moving and slices is not None:
             ring = SlicedStore(ring, moving, device, slots=slots, node=slices.node, shares=shares)
     copies = sorted([*staying, *moving], key=lambda copy: copy.unit.index)
     unit_weights = UnitWeights(found, copies, memory, ring, device=device, write_every=write_every)
+    access = WeightAccess(unit_weights, together)
+    if kept is not None:
+        kept.load(unit_weights)
+    elif weight_file is not None:
+        kept = _load_in_turn(weight_file, unit_weights, run)
+    if kept is not None:
+        access.before_replacing = kept.replaced
     if isinstance(ring, SlicedStore):
         ring.serve(unit_weights, slices.number)
-    return StreamingRuntime(model, unit_weights, WeightAccess(unit_weights, together), weights)
+    return StreamingRuntime(model, unit_weights, access, weights, kept)
+
+
+def _rank() -> int:
+    mesh = current()
+    return 0 if mesh is None else mesh.rank
+
+
+def _run_so_far(weight_file: WeightFile) -> RunSoFar | None:
+    """What rank 0 reads in the journal, on all ranks; None if there is no journal yet."""
+    mesh = current()
+    if mesh is None:
+        return RunSoFar.of(weight_file.journal)
+    said = mesh.exchange.from_rank_0("the run so far", lambda: json.dumps(RunSoFar.of(weight_file.journal)).encode())
+    return None if said == b"null" else RunSoFar(*json.loads(said))
+
+
+def _load_in_turn(weight_file: WeightFile, weights: UnitWeights, run: RunSoFar | None) -> KeptWeights:
+    """Fills whole units that live in memory from the file of rank 0, which keeps it. A file is open in one process at a
+    time, so that ranks read one after another; one that does not see the file fills nothing."""
+    rows = [StoredCopy.whole(unit) for unit in weights.units if unit.trainable]
+    mesh, rank, kept = current(), _rank(), None
+    for turn in reversed(range(1 if mesh is None else mesh.world_size)):
+        with nullcontext() if mesh is None else mesh.together("reading the weight file"):
+            if turn == rank:
+                kept = KeptWeights(weight_file, rows, run=run, owns=rank == 0)
+                kept.load(weights)
+    return kept
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

@@ -19,6 +19,7 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
+from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Placeholders, Windows, use_guard
 from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream
 from distzo2.streaming.lanes import Lane, LaneGroup
@@ -44,12 +45,15 @@ class StreamingRuntime:
         weights: its units, where they are stored, and their updates.
         access: reads and replaces its weights outside of a pass.
         where: where streamed weights live: "device", "host" or "disk".
+        kept: the weight file, which outlives a crash; None without one.
         base: what the weights were loaded from, for a journal's header; None if it is not known. Set by whoever loads
             them.
     """
 
-    def __init__(self, model: nn.Module, weights: UnitWeights, access: WeightAccess, where: str) -> None:
-        self.model, self.weights, self.access, self.where = model, weights, access, where
+    def __init__(
+        self, model: nn.Module, weights: UnitWeights, access: WeightAccess, where: str, kept: KeptWeights | None = None
+    ) -> None:
+        self.model, self.weights, self.access, self.where, self.kept = model, weights, access, where, kept
         self.base: Any = None
         self.units, self.params, self.device = weights.units, weights.params, weights.device
         self.trace = weights.trace
@@ -74,13 +78,17 @@ class StreamingRuntime:
         with self.access.replacing("handing over a model's weights") as note:
             for unit in self.units:
                 present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
-                if present:
+                if present and not self.is_filled(unit):
                     with self.access.writing(unit, keep=len(present) < len(unit.params)) as views:
                         for param in present:
                             views[param.name].copy_(param.tensor.detach())
                     note(unit.name, [param.tensor.detach() for param in present])
                 for param in unit.params:
                     self._placeholders.take_over(param)
+
+    def is_filled(self, unit: Unit) -> bool:
+        """Whether the weight file gave the unit's weights, so that nothing else may fill it."""
+        return self.kept is not None and unit.index in self.kept.versions
 
     # ---- passes -------------------------------------------------------------------------------------------------
 
@@ -332,4 +340,8 @@ class StreamingRuntime:
         if not self.weights.closed:
             self._lanes.close()
             self._windows.remove()
+            if self.kept is not None:
+                self.kept.stop_copying()
             self.weights.close()
+            if self.kept is not None:
+                self.kept.close()

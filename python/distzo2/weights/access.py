@@ -30,6 +30,7 @@ class WeightAccess:
     def __init__(self, weights: UnitWeights, together: Together | None = None) -> None:
         """`together` is given where ranks share blocks, each keeping a slice."""
         self.weights, self._together = weights, together
+        self.before_replacing: Callable[[], None] = lambda: None
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -85,6 +86,8 @@ class WeightAccess:
         Yields:
             A function to be called with the name and the tensors of what is written; they are compared.
         """
+        if error is None:
+            self.before_replacing()
         if self._together is None:
             if error is not None:
                 raise error

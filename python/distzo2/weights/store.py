@@ -305,18 +305,21 @@ def streaming_store(
     copies: Sequence[StoredCopy],
     device: torch.device,
     *,
-    directory: str | os.PathLike | None,
+    directory: str | os.PathLike | None = None,
+    file: BlockFile | None = None,
     slots: int,
     **pool_options: Any,
 ) -> StreamingStore:
-    """Makes a store whose copies live in a working block file in `directory`, or, if that is None, in host memory."""
+    """Makes a store whose copies live in `file`, or in a working block file in `directory`, or in host memory."""
     sizes = [c.num_bytes for c in copies]
-    if directory is None:
-        storage = HostPool(sizes, device=device_name(device), **pool_options)
-    else:
-        if device.type == "cpu":
-            _return_freed_memory()
+    if device.type == "cpu" and (file is not None or directory is not None):
+        _return_freed_memory()
+    if file is not None:
+        storage = file
+    elif directory is not None:
         storage = _working_file(Path(directory), sizes)
+    else:
+        storage = HostPool(sizes, device=device_name(device), **pool_options)
     return StreamingStore(copies, storage, device, slots)
 
 
