@@ -81,7 +81,7 @@ def raw_threads(files: list[Path]) -> None:
 def one_read_at_a_time(model: torch.nn.Module, checkpoint_map: CheckpointMap) -> None:
     runtime = distzo2.runtime_of(model)
     for unit in runtime.units:
-        with runtime.writing(unit) as views:
+        with runtime.access.writing(unit) as views:
             for name, view in views.items():
                 checkpoint_map.read_param(name, view)
 

@@ -23,11 +23,12 @@ from bench_step import loss_closure, machine
 from random_checkpoint import write_random_checkpoint
 
 import distzo2
-from distzo2.cli.main import build_parser
+from distzo2.cli.main import parse
 from distzo2.planning.machines import machine_from
 from distzo2.planning.measure import measure, measure_matmul, measure_memory, measure_noise
 from distzo2.planning.plan import Planner
 from distzo2.planning.transfers import Effort
+from distzo2.run.options import PlanOptions
 
 CONFIGURATIONS = {
     "host": "--model opt-125m --dtype float32 --batch 4 --tokens 128 --weights host",
@@ -37,6 +38,11 @@ CONFIGURATIONS = {
     "probes": "--model opt-125m --dtype float32 --batch 4 --tokens 64 --micro-batches 2 --probes 2 --weights disk",
     "bf16": "--model opt-125m --dtype bfloat16 --batch 1 --tokens 128 --weights disk",
 }
+
+
+def request_of(text: str) -> PlanOptions:
+    """The options of `distzo2 plan`."""
+    return parse(["plan", *text.split()])[1]
 
 
 class Turn(Effort):
@@ -62,7 +68,7 @@ def median_rows(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One configuration: in each round the rates and a step; the plan of the rates' medians beside the steps'."""
-    request = build_parser()[0].parse_args(["plan", *text.split()])
+    request = request_of(text)
     directory, dtype = Path(options.directory), getattr(torch, request.dtype)
     checkpoint = directory / f"{request.model}-{request.dtype}"
     write_random_checkpoint(checkpoint, request.model, dtype)

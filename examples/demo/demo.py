@@ -24,7 +24,7 @@ from docstrings import LABELS
 
 from distzo2.planning.report import hidden_share
 from distzo2.run.metrics import read_metrics
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 
 # FZOO (one-sided, divided by the spread of the losses) with signs: 9 forward passes a step.
 SETTINGS = (

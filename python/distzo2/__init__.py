@@ -10,7 +10,8 @@ from distzo2.version import __version__
 
 if TYPE_CHECKING:
     from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
-    from distzo2.optim.zosgd import ZOSGD, StepRecord
+    from distzo2.optim.settings import StepRecord
+    from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.snapshot import Snapshots
     from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "ZOSGD": "optim.zosgd",
     "Snapshots": "record.snapshot",
-    "StepRecord": "optim.zosgd",
+    "StepRecord": "optim.settings",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
     "from_pretrained": "checkpoint.pretrained",

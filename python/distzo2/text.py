@@ -17,3 +17,11 @@ def brief(value: Any) -> str:
 def printable(text: str) -> str:
     """`text` for a terminal: each character that is not printable is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def gib(num_bytes: float) -> str:
+    """A number of bytes with a unit from KiB to GiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= scale:
+            return f"{num_bytes / scale:.2f} {unit}" if num_bytes < 100 * scale else f"{num_bytes / scale:.0f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -37,7 +37,7 @@ def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> No
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
     runtime = distzo2.runtime_of(model)
-    with runtime.writing(runtime.units[-1], keep=True) as views:
+    with runtime.access.writing(runtime.units[-1], keep=True) as views:
         changed = next(iter(views))
         views[changed].add_(1)
     assert distzo2.save_pretrained(model, out) is None

@@ -10,7 +10,8 @@ from base import SUFFIX, Recipe
 from demo import run_demo
 from docstrings import LABELS, LIBRARIES, MAX_PER_FILE, Docstring, collect, docstrings_of, mask, roots, split
 
-from distzo2.tasks.lines import load_tokenizer, read_lines
+from distzo2.tasks.lines import read_lines
+from distzo2.tasks.tokenize import load_tokenizer
 
 LONG = "A docstring that is long enough to be taken, since it has more than eighty characters in it."
 SMALL = Recipe(

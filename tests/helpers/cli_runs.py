@@ -17,6 +17,18 @@ from distzo2.cli.main import main
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A checkpoint and data that no test changes."""
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def make_files(root: Path) -> SimpleNamespace:
     return SimpleNamespace(
         model=make_checkpoint(root / "model", layers=5),

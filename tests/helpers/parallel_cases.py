@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel run: functions of (rank, world_size, ...) whose results can be pickled."""
+"""What the ranks of test_group run: functions of (rank, world_size, ...) whose results can be pickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,31 @@ from torch import nn
 
 import distzo2
 import distzo2.parallel
-from distzo2.parallel import memory_share
+from distzo2.parallel import node
+from distzo2.weights import residency
+
+MESHES = {
+    "pert=2": ((2, 1), {}),
+    "data=2": ((1, 2), {}),
+    "data=2 of 3 micro-batches": ((1, 2), {"micro_batches": 3}),
+    "pert=2,data=2": ((2, 2), {}),
+    "pert=4 with two probes": ((4, 1), {"num_probes": 2}),
+    "pert=2 with two probes": ((2, 1), {"num_probes": 2}),
+    "data=4": ((1, 4), {"micro_batches": 5}),
+    "pert=2 of fzoo": ((2, 1), {"num_probes": 4, "estimator": "fzoo", "noise": "rademacher", "lr": 1e-4}),
+}
+
+
+def assert_same_weights(state: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(state[name], value), name
+
+
+def assert_same_run(result: Any, expected: Any) -> None:
+    """Both as `train` returns them."""
+    assert result[0] == expected[0]
+    assert_same_weights(result[1], expected[1])
 
 
 class Tower(Blocks):
@@ -99,15 +123,15 @@ def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
 
 
 def pools_of_machines(rank: int, world_size: int, machines: list[str], readings: list[int]) -> tuple[Any, list[str]]:
-    """What each rank is told of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
-    mesh_of(1, world_size)
+    """What each rank reads of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
+    mesh_of(1, world_size, slice=False)
     budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
     outcomes = []
     with (
-        mock.patch.object(memory_share, "memory_budget", lambda: budget),
-        mock.patch.object(memory_share, "_machine", lambda: machines[rank]),
+        mock.patch.object(residency, "memory_budget", lambda: budget),
+        mock.patch.object(node, "_machine", lambda: machines[rank]),
     ):
-        share = memory_share.memory_share()
+        share = node.memory_share(distzo2.parallel.joined())
         for width in (72, 64):
             try:
                 distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), weights="host")).close()
@@ -131,7 +155,7 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
     if other and what == "lr":
         opt.param_groups[0]["lr"] = 0.5
     if other and what == "step":
-        opt.step_count += 1
+        opt._progress.step += 1
     try:
         if other and what == "kind":
             opt.verify_replicas()
@@ -140,7 +164,7 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
             opt.step(closures_of(model, 1, number), tokens=6 if other and what == "tokens" else 5)
     except distzo2.DistZO2Error as error:
         told = f"{type(error).__name__}: {error}"
-    opt.param_groups[0]["lr"], opt.step_count = 1e-2, 1
+    opt.param_groups[0]["lr"], opt._progress.step = 1e-2, 1
     opt.step(closures_of(model, 1, 4))
     distzo2.runtime_of(model).close()
     return [told, str(opt.last.losses)]
@@ -152,13 +176,12 @@ def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) ->
     model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
     if rank == 1 and what == "frozen":
         model.head.requires_grad_(False)
-    weights = "host" if what == "journal options" else "disk"
-    distzo2.offload(model, weights=weights, directory=directory / f"rank{rank}")
+    distzo2.offload(model, weights="host")
     options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
     if what in ("journal options", "snapshots"):
         options["journal"] = directory / "journal.jsonl"
     if rank == 1 and what == "journal options":
-        options["fsync_every"] = 2
+        options["fsync_every"] = 4
     if rank == 1 and what == "snapshots":
         options["snapshots"] = distzo2.Snapshots(directory / "snapshots")
     optimizer(model, **options)
@@ -168,9 +191,9 @@ class Boom(Exception):
     pass
 
 
-def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[str, Any]:
+def fail_once(rank: int, world_size: int, directory: Path, what: str, slices: bool) -> tuple[str, Any]:
     """Rank `world_size - 1` (rank 0 for what it alone does) fails in step 2, which is then made again."""
-    mesh_of(2, world_size // 2)
+    mesh_of(2, world_size // 2, slice=slices)
     model = tower("disk", directory / f"rank{rank}")
     opt = optimizer(model, journal=directory / f"{what}.jsonl")
     told, last = "", world_size - 1
@@ -179,7 +202,7 @@ def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[s
         good = list(closures)
         spoilt = opt.step_count == 2 and not told
         if spoilt and what == "estimator" and rank == 0:
-            opt.estimator.coefficients = lambda *args: np.zeros(7)
+            opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
         if spoilt and what == "closure" and rank == last:
             closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
         if spoilt and what == "interrupt" and rank == last:
@@ -190,7 +213,7 @@ def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[s
             opt.step(closures, tokens=14)
         except (Boom, distzo2.DistZO2Error, KeyboardInterrupt) as error:
             told = f"{type(error).__name__}: {error}"
-            opt.estimator.__dict__.clear()
+            opt.settings.estimator.__dict__.clear()
     state = state_of(model)
     opt.close()
     distzo2.runtime_of(model).close()
@@ -202,7 +225,7 @@ def _raise(error: BaseException) -> None:
 
 
 def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: list[int], resume: bool) -> list[str]:
-    """Each rank has so many threads. What is logged when a run is begun, or gone on with."""
+    """Each rank has `threads[rank]` threads. What is logged when a run is begun or resumed."""
     mesh_of(1, world_size)
     told: list[str] = []
     handler = logging.Handler()
@@ -219,28 +242,54 @@ def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: l
     return told
 
 
-def differing_units(rank: int, world_size: int, directory: Path) -> None:
-    """The lanes of rank 1 leave a block out."""
-    mesh_of(1, 2)
-    model = tower("device", None)
+def differing_units(rank: int, world_size: int, directory: Path, slices: bool) -> list[str]:
+    """In step 1 the lanes of rank 1 leave a block out. What the rank was told, and the losses of the next step."""
+    mesh_of(1, 2, slice=slices)
+    model = tower("disk", directory / f"rank{rank}")
     opt = optimizer(model)
-    if rank == 1:
-        model.blocks = model.blocks[:4]
     opt.step(closures_of(model, 0, 2))
+    blocks, told = model.blocks, ""
+    if rank == 1:
+        model.blocks = blocks[:2] + blocks[3:]
+    try:
+        opt.step(closures_of(model, 1, 2))
+    except distzo2.DistZO2Error as error:
+        told = str(error)
+    model.blocks = blocks
+    opt.step(closures_of(model, 1, 2))
+    return [told, str(opt.last.losses)]
+
+
+def durable_versions(rank: int, world_size: int, directory: Path, weights: str, fsync_every: int) -> list[int]:
+    """The versions up to which this rank could store weights, as it learned them."""
+    mesh_of(1, 2)
+    model = tower(weights, directory / f"rank{rank}")
+    weights, versions = distzo2.runtime_of(model).weights, []
+    set_durable = weights.set_durable
+    weights.set_durable = lambda version: (versions.append(version), set_durable(version))[1]
+    opt = optimizer(model, journal=directory / "journal.jsonl", fsync_every=fsync_every)
+    for step in range(4):
+        opt.step(closures_of(model, step, 2))
+    opt.close()
+    return versions
 
 
 # ---- figures, samplers, replicas ------------------------------------------------------------------------------------
 
 
-def traffic(rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int) -> dict[str, int]:
-    """Collectives and bytes of some steps."""
-    mesh_of(*shape)
-    model = tower("device", None)
+def traffic(
+    rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int, weights: str, slices: bool
+) -> tuple[dict[str, int], list[int]]:
+    """Collectives and bytes of some steps, and the bytes of this rank's slices."""
+    mesh_of(*shape, slice=slices)
+    model = tower(weights, directory / f"rank{rank}")
     opt = optimizer(model, num_probes=2)
+    opt.step(closures_of(model, 0, 4))
     distzo2.parallel.reset_stats()
     for step in range(steps):
-        opt.step(closures_of(model, step, 4))
-    return distzo2.parallel.stats()
+        opt.step(closures_of(model, 1 + step, 4))
+    copies = distzo2.runtime_of(model).weights.copies
+    return distzo2.parallel.stats(), [c.num_bytes for c in copies if c.block >= 0] if slices else []
 
 
 def sampled(rank: int, world_size: int, directory: Path) -> list[int]:
@@ -272,7 +321,7 @@ def changed_replica(rank: int, world_size: int, directory: Path) -> None:
     for step in range(4):
         if step == 3 and rank == 1:
             unit = next(u for u in runtime.units if u.name == "blocks.3")
-            with runtime.writing(unit, keep=True) as views:
+            with runtime.access.writing(unit, keep=True) as views:
                 views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
         opt.step(closures_of(model, step, 2))
 

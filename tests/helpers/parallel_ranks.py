@@ -16,7 +16,7 @@ from typing import Any
 
 PRELOADED = [
     "torch", "torch._dynamo", "torch.distributed.device_mesh", "distzo2.optim.shared_step", "distzo2.optim.zosgd",
-    "distzo2.parallel.replicas", "distzo2.run.train", "distzo2.cli.main", "transformers.models.llama.modeling_llama",
+    "distzo2.run.train", "distzo2.cli.main", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 INTERVAL, LIMIT = 0.1, 30.0  # seconds, of heartbeats
 

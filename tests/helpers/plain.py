@@ -11,6 +11,11 @@ from torch import nn
 import distzo2_core
 
 
+def flat_losses(opt) -> list[float]:
+    """The losses of an optimizer's last step, in the order of `plain_loop`."""
+    return np.ravel(opt.last.losses).tolist()
+
+
 def plain_loop(
     model: nn.Module,
     closures: Sequence[Sequence[Callable[[], torch.Tensor]]],

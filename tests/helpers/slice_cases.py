@@ -1,10 +1,12 @@
-"""What the ranks of test_slices run: functions of (rank, world_size, ...) whose results can be pickled."""
+"""What the ranks of test_sliced_store run: functions of (rank, world_size, ...) whose results can be pickled."""
 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import parallel_cases as cases
 import torch
@@ -125,35 +127,7 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
     return [opt.last.losses, state_of(model)]
 
 
-def differing(rank: int, world_size: int, directory: Path) -> str:
-    """In step 1 the lanes of rank 1 leave a block out; the next step is as ever."""
-    mesh_of(1, 2, slice=True)
-    model = sliced_tower(rank, directory)
-    opt = optimizer(model)
-    opt.step(closures_of(model, 0, 2))
-    blocks, told = model.blocks, ""
-    if rank == 1:
-        model.blocks = blocks[:2] + blocks[3:]
-    try:
-        opt.step(closures_of(model, 1, 2))
-    except distzo2.DistZO2Error as error:
-        told = str(error)
-    model.blocks = blocks
-    opt.step(closures_of(model, 1, 2))
-    return told + str(opt.last.losses)
-
-
 # ---- errors ---------------------------------------------------------------------------------------------------------
-
-
-def fail_once(rank: int, world_size: int, directory: Path, what: str) -> tuple[str, Any]:
-    """As `cases.fail_once`, with slices."""
-    made = cases.mesh_of
-    cases.mesh_of = lambda *args, **options: made(*args, **options, slice=True)
-    try:
-        return cases.fail_once(rank, world_size, directory, what)
-    finally:
-        cases.mesh_of = made
 
 
 def broken_slice(rank: int, world_size: int, directory: Path) -> None:
@@ -188,7 +162,7 @@ def killed(rank: int, world_size: int, directory: Path, signum: int, limit: floa
     opt = optimizer(model)
     for step in range(3):
         if step == 2 and rank == 1:
-            _stop_at_third_gather(distzo2.runtime_of(model)._ring, signum)
+            _stop_at_third_gather(distzo2.runtime_of(model).weights.ring, signum)
         opt.step(closures_of(model, step, world_size))
 
 
@@ -217,22 +191,6 @@ def other_weights(rank: int, world_size: int, directory: Path) -> None:
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def traffic(rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int, weights: str) -> Any:
-    """Bytes of some steps, and what is kept where."""
-    mesh_of(*shape, slice=True)
-    model = sliced_tower(rank, directory, weights)
-    opt = optimizer(model, num_probes=2)
-    opt.step(closures_of(model, 0, 4))
-    distzo2.parallel.reset_stats()
-    for step in range(steps):
-        opt.step(closures_of(model, 1 + step, 4))
-    stats = distzo2.parallel.stats()
-    runtime = distzo2.runtime_of(model)
-    units = [u.num_bytes for u in runtime.units if u.block >= 0]
-    parts = [runtime._ring.parts[u.index].num_bytes for u in runtime.units if u.block >= 0]
-    return stats, units, parts, runtime.stats()
-
-
 class Wide(nn.Module):
     """Blocks of a mebibyte."""
 
@@ -255,23 +213,20 @@ def kept(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
         model = distzo2.offload(Wide(), weights="host")
     optimizer(model).step([lambda: model(torch.ones(2, 512))] * world_size)
     runtime = distzo2.runtime_of(model)
-    return {**runtime.stats(), "slices": runtime._ring._source.stats()}
+    return {**runtime.stats(), "slices": runtime.weights.ring.source.stats()}
 
 
 def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int | None) -> list[str]:
     """What is said of slices where nothing was asked; `free`: memory or disk that there seems to be."""
     lines: list[str] = []
     mesh_of(1, world_size, log=lines.append)
-    if free is not None:
-        slice_choice.available_memory = slice_choice.free_bytes = lambda *args: free
-    try:
+    with ExitStack() as stack:
+        if free is not None:
+            stack.enter_context(mock.patch.object(slice_choice, "free_disk_bytes", lambda directory: free))
+            stack.enter_context(mock.patch.object(slice_choice, "available_memory", lambda: free))
         model = sliced_tower(rank, directory, weights)
         optimizer(model).step(closures_of(model, 0, world_size))
-    finally:
-        from distzo2.run import preflight
-
-        slice_choice.available_memory, slice_choice.free_bytes = preflight.available_memory, preflight.free_bytes
-    lines.append(str(isinstance(distzo2.runtime_of(model)._ring, SlicedStore)))
+    lines.append(str(isinstance(distzo2.runtime_of(model).weights.ring, SlicedStore)))
     return lines
 
 
@@ -294,13 +249,7 @@ def load(rank: int, world_size: int, directory: Path, checkpoint: Path, dtype: s
     finally:
         parallel_read.ParallelReader.start = start
     runtime = distzo2.runtime_of(model)
-    kept = sum(p.num_bytes for u in runtime.units if u.block < 0 for p in u.params)
-    kept += sum(
-        len(elements) * p.dtype.itemsize
-        for u in runtime.units
-        if u.block >= 0
-        for p, elements in zip(u.params, runtime.kept_elements(u).values(), strict=True)
-    )
+    kept = sum(len(c.elements_of(p)) * p.dtype.itemsize for c in runtime.weights.copies for p in c.unit.params)
     return read[0], kept, {name: value.float().numpy() for name, value in model.state_dict().items()}
 
 

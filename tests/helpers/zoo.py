@@ -19,8 +19,11 @@ class Case:
     build: Callable[[], nn.Module]
     batch: Callable[[int], dict[str, torch.Tensor]]
 
-    def closure(self, model: nn.Module, batch_index: int = 0) -> Callable[[], torch.Tensor]:
-        batch = self.batch(batch_index)
+    def closure(
+        self, model: nn.Module, batch_index: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Callable[[], torch.Tensor]:
+        """Returns the loss of a batch, whose inputs are of `dtype`, in float32."""
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.batch(batch_index).items()}
 
         def loss() -> torch.Tensor:
             output = model(**batch)
@@ -34,62 +37,29 @@ def _tokens(index: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _causal(config) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            return AutoModelForCausalLM.from_config(config(), attn_implementation="eager").float().eval()
-
-    return build
-
-
-def _opt(tied: bool):
-    from transformers import OPTConfig
-
-    return OPTConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=3, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=32, word_embed_proj_dim=16, tie_word_embeddings=tied, pad_token_id=1,
-    )  # fmt: skip
-
-
 _SMALL = {
     "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 32,
 }  # fmt: skip
+_OPT = {
+    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 3, "ffn_dim": 32, "num_attention_heads": 2,
+    "max_position_embeddings": 32, "word_embed_proj_dim": 16, "pad_token_id": 1,
+}  # fmt: skip
 
 
-def _llama():
-    from transformers import LlamaConfig
+def _causal(name: str, kind: str, options: dict[str, object]) -> Case:
+    """A causal language model of transformers' `kind`."""
 
-    return LlamaConfig(**_SMALL, tie_word_embeddings=False)
+    def build() -> nn.Module:
+        import transformers
 
+        config = getattr(transformers, f"{kind}Config")(**options)
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            return model.float().eval()
 
-def _qwen3():
-    from transformers import Qwen3Config
-
-    return Qwen3Config(**_SMALL, head_dim=8, tie_word_embeddings=True)
-
-
-def _gpt2():
-    from transformers import GPT2Config
-
-    return GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=3, n_head=2, n_positions=32)
-
-
-def _mixtral():
-    from transformers import MixtralConfig
-
-    return MixtralConfig(**_SMALL, num_local_experts=3, num_experts_per_tok=2)
-
-
-def _gemma3():
-    from transformers import Gemma3TextConfig
-
-    return Gemma3TextConfig(
-        **_SMALL, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"]
-    )
+    return Case(name, build, _tokens)
 
 
 class ConvClassifier(nn.Module):
@@ -123,13 +93,17 @@ def _pixels(index: int) -> dict[str, torch.Tensor]:
 
 
 LANGUAGE = [
-    Case("opt-tied", _causal(lambda: _opt(True)), _tokens),
-    Case("opt-untied", _causal(lambda: _opt(False)), _tokens),
-    Case("llama", _causal(_llama), _tokens),
-    Case("qwen3", _causal(_qwen3), _tokens),
-    Case("gpt2", _causal(_gpt2), _tokens),
-    Case("mixtral", _causal(_mixtral), _tokens),
-    Case("gemma3", _causal(_gemma3), _tokens),
+    _causal("opt-tied", "OPT", {**_OPT, "tie_word_embeddings": True}),
+    _causal("opt-untied", "OPT", {**_OPT, "tie_word_embeddings": False}),
+    _causal("llama", "Llama", {**_SMALL, "tie_word_embeddings": False}),
+    _causal("qwen3", "Qwen3", {**_SMALL, "head_dim": 8, "tie_word_embeddings": True}),
+    _causal("gpt2", "GPT2", {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32}),
+    _causal("mixtral", "Mixtral", {**_SMALL, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    _causal(
+        "gemma3",
+        "Gemma3Text",
+        {**_SMALL, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    ),
 ]
 CONV = Case("conv", _conv, _pixels)
 ALL = [*LANGUAGE, CONV]

@@ -45,7 +45,7 @@ def estimate(opt, model_params, steps: range, noise: str) -> torch.Tensor:
     for step, coefs in steps:
         for probe, c in enumerate(coefs):
             for i, p in enumerate(model_params):
-                total[i] += c * draw(p.numel(), seed=opt.seed, step=step, param=i, probe=probe).double()
+                total[i] += c * draw(p.numel(), seed=opt.settings.seed, step=step, param=i, probe=probe).double()
     return torch.cat(total)
 
 
@@ -162,6 +162,9 @@ def test_an_estimator_of_ones_own():
         opt.step(lambda: model())
         assert set(opt.last.coefs) <= {1.0, -1.0}
     assert float(model()) < before
+    opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
+    with pytest.raises(distzo2.DistZO2Error, match=r"shape \(7,\); one for each of 3 probes"):
+        opt.step(lambda: model())
     for bad in ("adam", object()):
         with pytest.raises(distzo2.DistZO2Error, match="estimator"):
             distzo2.ZOSGD(distzo2.offload(Quadratic(5)), lr=1e-2, estimator=bad)

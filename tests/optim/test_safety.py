@@ -22,31 +22,6 @@ from distzo2.record import writer as journal_writer
 from distzo2.record.journal import read_journal
 
 
-def test_requires_grad_after_the_hand_over_does_not_reach_autocasts_cache():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
-    model.requires_grad_(True)
-    with torch.autocast("cpu", torch.bfloat16):
-        opt.step(lambda: model(IDS))
-    assert opt.last.losses[0] != opt.last.losses[1]
-
-
-@pytest.mark.parametrize("weights", ["host", "disk"])
-def test_an_edit_that_fails_or_runs_the_model_changes_nothing(weights, tmp_path):
-    model = distzo2.offload(Blocks(), weights=weights, directory=tmp_path)
-    before = model.state_dict()
-    with pytest.raises(distzo2.DistZO2Error, match="middle of a pass"), distzo2.edit(model):
-        model(IDS)
-    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight is torch\.float64"), distzo2.edit(model):
-        model.head.weight.data = model.head.weight.data.double()
-    with pytest.raises(KeyError), distzo2.edit(model), torch.no_grad():
-        model.head.weight.zero_()
-        raise KeyError
-    for name, value in model.state_dict().items():
-        assert same_bits(value, before[name])
-    assert torch.isfinite(model(IDS))
-
-
 def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     model = offloaded(Blocks(), tmp_path)
     opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal")
@@ -93,7 +68,7 @@ def test_one_optimizer_at_a_time(tmp_path):
     second.close()
     third = third(model, lr=1e-2)
     fourth = distzo2.ZOSGD(model, lr=1e-2)
-    with pytest.raises(distzo2.DistZO2Error, match="another optimizer"):
+    with pytest.raises(distzo2.DistZO2Error, match="a newer optimizer"):
         third.step(lambda: model(IDS))
     fourth.step(lambda: model(IDS))
     assert [len(read_journal(tmp_path / name).entries) for name in ("first", "second")] == [2, 3]
@@ -111,28 +86,6 @@ def test_a_journal_names_its_checkpoint_only_while_the_weights_are_those(tmp_pat
     assert read_journal(tmp_path / "journal").header["base"] == {"name": "", "files": {}}
     with pytest.raises(distzo2.DistZO2Error):
         replay(tmp_path / "base", tmp_path / "journal", tmp_path / "out", progress=False)
-
-
-def test_a_forward_that_was_interrupted_leaves_the_model_usable(tmp_path):
-    class Interrupted(nn.Linear):
-        armed = False
-
-        def forward(self, x):
-            if Interrupted.armed:
-                raise KeyboardInterrupt
-            return super().forward(x)
-
-    model = Blocks()
-    model.blocks[1][0] = Interrupted(8, 8)
-    offloaded(model, tmp_path)
-    expected = model(IDS)
-    for resume in (lambda: model(IDS), lambda: distzo2.ZOSGD(model, lr=0.0), model.state_dict):
-        Interrupted.armed = True
-        with pytest.raises(KeyboardInterrupt):
-            model(IDS)
-        Interrupted.armed = False
-        resume()
-        assert same_bits(model(IDS), expected)
 
 
 def test_ctrl_c_drops_the_step_in_flight_whole(tmp_path):
@@ -155,12 +108,6 @@ def test_ctrl_c_drops_the_step_in_flight_whole(tmp_path):
     assert len(read_journal(tmp_path / "journal").entries) == 2
 
 
-def test_no_block_file_is_left_behind(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_groups_cannot_change_under_a_journal_and_a_bad_group_is_rolled_back(tmp_path):
     model = offloaded(Blocks(), tmp_path)
     head, rest = [model.head.weight], [p for n, p in model.named_parameters() if n.startswith("blocks")]
@@ -177,24 +124,6 @@ def test_groups_cannot_change_under_a_journal_and_a_bad_group_is_rolled_back(tmp
     opt.close()
 
 
-def test_deeply_nested_owners_stream(tmp_path):
-    class Nested(nn.Module):
-        def __init__(self, depth: int) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.full((8,), 0.9))
-            self.inner = Nested(depth - 1) if depth else nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.inner(x * self.scale) + self.scale
-
-    model = offloaded(Nested(8), tmp_path)
-    x = torch.ones(2, 8)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
-    for _ in range(2):
-        opt.step(lambda: model(x).square().mean())
-    assert opt.last.losses[0] != opt.last.losses[1]
-
-
 def test_an_estimator_must_give_one_coefficient_a_probe():
     class TooMany:
         def evaluations(self, num_probes):
@@ -208,22 +137,6 @@ def test_an_estimator_must_give_one_coefficient_a_probe():
         distzo2.ZOSGD(model, lr=1e-2, estimator=TooMany()).step(lambda: model(IDS))
 
 
-def test_a_parameter_added_after_the_hand_over_is_named():
-    model = offloaded(Blocks())
-    model.head.bias = nn.Parameter(torch.zeros(32))
-    with pytest.raises(distzo2.DistZO2Error, match="parameter bias of a Linear was added"):
-        model.state_dict()
-
-
-def test_each_new_closure_is_watched(tmp_path):
-    """An objective that stays finite on NaN must not hide a weight that is not there."""
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
-    opt.step(lambda: model(IDS))
-    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight"):
-        opt.step(lambda: model(IDS) + (IDS.float() @ model.head.weight[:7]).argmax().float())
-
-
 def test_a_16_bit_loss_is_warned_about_once():
     model = offloaded(Blocks())
     opt = distzo2.ZOSGD(model, lr=1e-2)
@@ -232,3 +145,22 @@ def test_a_16_bit_loss_is_warned_about_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step(lambda: model(IDS).bfloat16())
+
+
+def test_per_example_losses_and_plain_numbers():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=0.0)
+    scalar = float(opt.step(lambda: model(IDS)))
+    assert float(opt.step(lambda: float(model(IDS)))) == pytest.approx(scalar, rel=1e-3)
+    assert float(opt.step(lambda: model(IDS).repeat(4))) == pytest.approx(scalar, rel=1e-3)
+    with pytest.raises(distzo2.DistZO2Error, match="dict"):
+        opt.step(lambda: model(IDS) and {})
+
+
+def test_check_finds_a_forward_that_is_not_deterministic():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.check(lambda: model(IDS))
+    calls = iter(range(100))
+    with pytest.raises(distzo2.DistZO2Error, match="not deterministic"):
+        opt.check(lambda: model(IDS) + next(calls))

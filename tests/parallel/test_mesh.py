@@ -12,7 +12,6 @@ from distzo2.parallel.mesh import (
     GLOBAL,
     OWN,
     ROW,
-    Deal,
     MeshShape,
     deal_evaluations,
     deal_lanes,
@@ -26,21 +25,22 @@ def spsa(num_probes: int):
     return SPSA().evaluations(num_probes)
 
 
+def all_lanes(evaluations, num_batches):
+    return [(e, m) for e in range(len(evaluations)) for m in range(num_batches)]
+
+
 @given(pert=st.integers(1, 6), data=st.integers(1, 4), num_probes=st.integers(1, 6), extra=st.integers(0, 5))
 def test_every_lane_is_run_by_exactly_one_rank(pert, data, num_probes, extra):
     shape, evaluations, total = MeshShape(pert, data), spsa(num_probes), data + extra
     if not pert_fits(evaluations, pert):
         return
-    wanted = sorted(Deal.alone(len(evaluations), total).lanes[0])
     deal = deal_lanes(shape, evaluations, [total] * shape.size, GLOBAL)
-    assert sorted(lane for lanes in deal.lanes for lane in lanes) == wanted
+    assert sorted(lane for lanes in deal.lanes for lane in lanes) == all_lanes(evaluations, total)
     sizes = [len(lanes) for lanes in deal.lanes]
     assert max(sizes) - min(sizes) <= len(evaluations) // pert  # of micro-batches one more or less, of evaluations none
     assert all(lanes == sorted(lanes) for lanes in deal.lanes)  # lanes of one evaluation stand together
     row = deal_lanes(shape, evaluations, [d + 1 for d in range(data) for _ in range(pert)], ROW)
-    assert sorted(lane for lanes in row.lanes for lane in lanes) == sorted(
-        Deal.alone(len(evaluations), data * (data + 1) // 2).lanes[0]
-    )
+    assert sorted(lane for lanes in row.lanes for lane in lanes) == all_lanes(evaluations, data * (data + 1) // 2)
 
 
 def test_ranks_own_closures_are_numbered_in_rank_order():

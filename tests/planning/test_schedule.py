@@ -301,14 +301,14 @@ def test_the_runtime_does_the_same(
         opt.step(closures)
     time.sleep(0.2)  # blocks prefetched across the step's end arrive first
     runtime.reset_stats()
-    runtime.enable_trace()
+    runtime.weights.enable_trace()
     steps = max(2, every)
     for _ in range(steps):
         opt.step(closures)
     time.sleep(0.2)
-    runtime._ring.flush()
+    runtime.weights.ring.flush()
     stats = runtime.stats()
-    runtime.save_trace(tmp_path / "trace.json")
+    runtime.weights.save_trace(tmp_path / "trace.json")
     runtime.close()
 
     for part, key in (("residents", "resident_bytes"), ("slots", "slot_bytes"), ("scratch", "scratch_bytes")):

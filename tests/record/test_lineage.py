@@ -14,12 +14,12 @@ import pytest
 import torch
 from cli_runs import finetune, make_files, one_line, weights
 
-import distzo2
 from distzo2.cli.main import main
 from distzo2.errors import DistZO2Error
 from distzo2.record.header import parents_of
 from distzo2.record.journal import read_journal
 from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, first_own_step, parent_differences
+from distzo2.run import loop
 from distzo2.run.directory import RunDirectory
 from distzo2.run.metrics import read_metrics
 
@@ -110,8 +110,8 @@ def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: Simpl
     assert finetune(files, "--steps=5") == 0
     command = ["finetune", "--branch-from=out", "--at-step=3", "--out=new", "--steps=6"]
     killed = (
-        "import os, distzo2\nfrom distzo2.cli.main import main\n"
-        f"distzo2.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
+        "import os\nfrom distzo2.cli.main import main\nfrom distzo2.run import train\n"
+        f"train.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
     )
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
     assert not Path("new/journal.jsonl").exists()
@@ -122,13 +122,13 @@ def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: Simpl
 
 
 def test_a_checkpoint_is_never_ahead_of_the_journal(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, save = [], distzo2.save_pretrained
+    saved, save = [], loop.save_pretrained
 
     def noting(model: torch.nn.Module, out: Path, **options: object) -> dict:
         saved.append(len(read_journal("out/journal.jsonl").entries))
         return save(model, out, **options)
 
-    monkeypatch.setattr(distzo2, "save_pretrained", noting)
+    monkeypatch.setattr(loop, "save_pretrained", noting)
     assert finetune(files, "--steps=5", "--fsync-every=100") == 0
     assert saved == [5]
 

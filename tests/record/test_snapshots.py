@@ -119,7 +119,8 @@ def test_goes_on_with_the_same_bits(tmp_path, made, resumed, options, device):
     model = place(tmp_path, resumed, device)
     opt = optimizer(model, run, resume=True, log=said.append, every=0)
     assert any("went on from the snapshot" in line for line in said)
-    versions = {u.version for u in distzo2.runtime_of(model).trained_units()}
+    runtime = distzo2.runtime_of(model)
+    versions = {runtime.weights.copies[u.index].version for u in runtime.access.trained_units()}
     assert min(versions) > 0 and max(versions) <= steps
     train(model, opt, steps + 3)
     opt.close()
@@ -371,13 +372,13 @@ def test_links_and_devices_are_no_files_of_a_snapshot(whole_run):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """(run, its number of steps, a runtime that is bound to the same parameters)"""
+    """(run, its number of steps, the access to weights that are bound to the same parameters)"""
     path = tmp_path_factory.mktemp("whole")
     run, steps = run_until_snapshots(path, "host", num=2)
     (path / "other").mkdir()
     model = place(path, "host")
     opt = optimizer(model, path / "other")
-    yield run, steps, distzo2.runtime_of(model)
+    yield run, steps, distzo2.runtime_of(model).access
     opt.close()
 
 

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import distzo2
 from distzo2.errors import UsageError
-from distzo2.tasks.batches import collate
-from distzo2.tasks.lines import Example, load_examples
 from distzo2.tasks.objectives import Objective, evaluate_examples, resolve_objective
+from distzo2.tasks.tokenize import Example, load_examples
 
 LM = [
     {"prompt": "the cat", "completion": " sat on the mat"},
@@ -73,16 +72,6 @@ def test_choices(model, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_merged_and_separate_rows_and_padding_agree(model, tmp_path: Path) -> None:
-    examples = examples_of(choice_lines(6), tmp_path)
-    objective = Objective(model, "choices", pad_id=0)
-    reference = objective.closure(collate(examples, pad_id=0))()
-    for options in ({"merge": False}, {"side": "left"}, {"multiple": 16}, {"side": "left", "merge": False}):
-        other = objective.closure(collate(examples, pad_id=5, **options))()
-        torch.testing.assert_close(other, reference, **CLOSE)
-
-
-@torch.no_grad()
 def test_lm(model, tmp_path: Path) -> None:
     examples = examples_of(LM, tmp_path)
     scores = torch.cat([likelihoods(model, e.tokens)[torch.as_tensor(e.targets[1:])] for e in examples])
@@ -91,8 +80,6 @@ def test_lm(model, tmp_path: Path) -> None:
     loss = objective.closure(batch)()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(-scores.mean().item(), rel=2e-5)
-    labelled = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.lm_labels()).loss
-    torch.testing.assert_close(loss, labelled, **CLOSE)
     total, count, hits, answers = objective.evaluation(batch)().tolist()
     assert total / count == pytest.approx(loss.item(), rel=1e-6) and count == answers == len(scores)
     assert hits == int(hits) and 0 <= hits <= answers
@@ -131,8 +118,6 @@ def test_which_objective(tmp_path: Path) -> None:
     assert resolve_objective("lm", choices) == "lm" and resolve_objective("error", lm) == "error"
     with pytest.raises(UsageError, match="needs lines with 'choices'"):
         resolve_objective("choices", lm)
-    with pytest.raises(UsageError, match="expected one of"):
-        resolve_objective("bleu", lm)
 
 
 def test_evaluation_in_any_parts(tmp_path: Path) -> None:
@@ -142,14 +127,9 @@ def test_evaluation_in_any_parts(tmp_path: Path) -> None:
     examples = examples_of(choice_lines(11), tmp_path)
     losses, accuracy = naive_choices(plain, examples)
     objective = Objective(model, "choices", pad_id=0)
-    done: list[int] = []
     for batch_size, per_pass in ((11, 1), (2, 3), (3, 8)):
-        score = evaluate_examples(
-            objective, examples, batch_size=batch_size, batches_per_pass=per_pass, on_batch=done.append
-        )
+        score = evaluate_examples(objective, examples, batch_size=batch_size, batches_per_pass=per_pass)
         assert score.loss == pytest.approx(sum(losses) / 11, rel=2e-5)
         assert score.accuracy == pytest.approx(accuracy) and score.num_examples == 11
-        assert score.value("loss") == -score.loss and score.value("accuracy") == score.accuracy
-    assert done == [11, 6, 11, 11]
     assert not math.isnan(score.loss)
     distzo2.runtime_of(model).close()

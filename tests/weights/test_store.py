@@ -1,4 +1,4 @@
-"""Where weights live: errors of the disk come as they are, what is slower is said, and nothing is left behind."""
+"""Where weights live: errors of the disk come as they are, slower ways are reported, and no file is left behind."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from block_models import IDS, Blocks, offloaded
 
-from distzo2.weights.store import StreamingStore
+import distzo2
+from distzo2.weights.store import StoredCopy, StreamingStore, streaming_store
+from distzo2.weights.units import Unit
 
 SCRIPT = """
 import resource, signal, sys, torch, distzo2
@@ -25,7 +27,7 @@ except distzo2.DistZO2Error as error:
 """
 
 
-def test_a_file_that_may_not_grow_is_told_by_its_own_error(tmp_path: Path) -> None:
+def test_a_file_that_may_not_grow_is_reported_by_its_own_error(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "block file" in done.stdout and "File too large" in done.stdout, done.stdout + done.stderr
@@ -33,10 +35,17 @@ def test_a_file_that_may_not_grow_is_told_by_its_own_error(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fallbacks", [{}, {"direct_fallback": "no flag"}])
-def test_what_is_slower_than_it_could_be_is_said(fallbacks, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_slower_ways_are_reported(fallbacks, tmp_path: Path, monkeypatch, caplog) -> None:
     stats = StreamingStore.stats
     monkeypatch.setattr(StreamingStore, "stats", lambda self: stats(self) | {"direct_fallback": ""} | fallbacks)
-    units = [SimpleNamespace(num_bytes=8192, index=i, block=-1) for i in range(3)]
+    unit = Unit(0, "unit", [], [], resident=False)
+    copies = [StoredCopy(unit, 0, 8192, block=i) for i in range(3)]
     with caplog.at_level(logging.WARNING, logger="distzo2"):
-        StreamingStore(units, torch.device("cpu"), directory=tmp_path, slots=2).close()
+        streaming_store(copies, torch.device("cpu"), directory=tmp_path, slots=2).close()
     assert [r.message.split(": ")[1] for r in caplog.records] == list(fallbacks.values())
+
+
+def test_no_block_file_is_left_behind(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
+    assert list(tmp_path.iterdir()) == []

@@ -163,7 +163,7 @@ def save_pretrained(
         checkpoint_map = CheckpointMap.for_saving(model, [(p.name, p.dtype, p.shape) for p in runtime.params])
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:
-            with runtime.reading(unit) as views:
+            with runtime.access.reading(unit) as views:
                 for name, view in views.items():
                     writer.write_param(name, view)
         for name, buffer in persistent_buffers(model):
@@ -174,7 +174,7 @@ def save_pretrained(
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Fills an offloaded model unit by unit. Where units are filled in place, the reads of the next ones overlap."""
     runtime = runtime_of(model)
-    with runtime.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
+    with runtime.access.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
         _fill(runtime, checkpoint_map)
 
 
@@ -189,12 +189,12 @@ def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
 
             for unit in runtime.units:
                 stack = ExitStack()
-                views = stack.enter_context(runtime.writing(unit))
+                views = stack.enter_context(runtime.access.writing(unit))
                 filling.append((stack, []))
-                kept = runtime.kept_elements(unit)
+                kept = runtime.access.kept_elements(unit)
                 ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
                 filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
-                while len(filling) > (_UNITS_AHEAD if runtime.fills_in_place(unit) else 0):
+                while len(filling) > (_UNITS_AHEAD if runtime.access.fills_in_place(unit) else 0):
                     finish_first()
             while filling:
                 finish_first()

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distzo2.cli.arguments import Formatter, Parser
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.run.options import Formatter, Parser
 from distzo2.text import brief, printable
 
 if TYPE_CHECKING:

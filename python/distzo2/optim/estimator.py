@@ -1,7 +1,6 @@
-"""Estimators: from the losses of a step's perturbations to the coefficients of its update.
+"""Estimators: from the losses of a step's perturbations to the coefficients c_k of its update, one a probe.
 
-An estimator says which perturbations it needs and turns their losses into one float64 number a probe, c_k, so that the
-update is w <- w - lr * sum of c_k·z_k.
+The update is w <- w - lr * (sum of c_k·z_k + weight_decay·w).
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from distzo2.errors import DistZO2Error
+from distzo2.parallel.mesh import Evaluation
 
-Evaluation = tuple[int, int]  # (probe, sign): sign +1 or -1; (0, 0) is the clean weights
 Losses = Mapping[Evaluation, np.ndarray]  # float64 [micro-batches], each the mean over its examples
 
 
 @runtime_checkable
 class Estimator(Protocol):
-    """What `ZOSGD(estimator=...)` accepts."""
+    """Says which perturbations a step needs, and turns their losses into coefficients: `ZOSGD(estimator=...)`."""
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:
         """The perturbations to evaluate, in the order in which they run; both signs of a probe side by side."""
@@ -45,16 +44,12 @@ class SPSA:
         return [(k, sign) for k in range(num_probes) for sign in (+1, -1)]
 
     def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
-        return np.array(
-            [
-                (mean_loss(losses[k, +1]) - mean_loss(losses[k, -1])) / (2.0 * eps * num_probes)
-                for k in range(num_probes)
-            ]
-        )
+        differences = [mean_loss(losses[k, +1]) - mean_loss(losses[k, -1]) for k in range(num_probes)]
+        return np.array([difference / (2.0 * eps * num_probes) for difference in differences])
 
 
 class FZOO:
-    """One-sided, divided by the spread of the losses (FZOO): c_k = (l_k - l_0) / (K·s).
+    """One-sided, divided by the spread of the losses: c_k = (l_k - l_0) / (K·s).
 
     s is the sample standard deviation of the K perturbed losses, at least `floor` times max(1, |l_0|): below that the
     losses differ by no more than their own rounding.
@@ -96,8 +91,8 @@ def make_estimator(estimator: str | Estimator) -> Estimator:
 def coefficients_of(
     estimator: Estimator, losses: np.ndarray, evaluations: Sequence[Evaluation], num_probes: int, eps: float
 ) -> np.ndarray:
-    """float32 [num_probes] from finite losses, float64 [evaluations, micro-batches]; infinite where float32 does not
-    hold them.
+    """float32 [num_probes] from `losses`, float64 [evaluations, micro-batches], all finite. A coefficient too large for
+    float32 is infinite.
 
     Raises:
         DistZO2Error: the estimator gave another number of coefficients.

@@ -1,214 +1,161 @@
-"""What an optimizer's step exchanges with the other ranks of its mesh.
+"""What an optimizer exchanges with the other ranks of its mesh, and `Alone`, which stands in for them without a mesh.
 
-A step opens with an agreed word, runs this rank's lanes, gathers all losses as float64, and takes over what rank 0
-makes of them: three collectives, which `parallel.stats()` counts. Rank 0 alone writes the journal.
+A step opens with an agreed word, runs this rank's lanes, gathers all losses as float64, and takes over the coefficients
+that rank 0 makes of them: three collectives. Rank 0 alone writes the journal.
+
+Write-ahead rule: a stored copy at version v may reach a disk once the journal's lines before v are durable. Where a
+rank keeps its weights on disk, rank 0 therefore syncs a step's line before it broadcasts the update, and no rank waits
+in the middle of a step. Elsewhere the broadcast says how many lines are durable so far.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.optim.parameter_groups import scalars_of
+from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
-from distzo2.parallel.durability import ALWAYS_DURABLE, DurabilityListener, DurabilityTeller
 from distzo2.parallel.exchange import hash64
-from distzo2.parallel.heartbeat import RankFailedError
-from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, check_step, deal_lanes
-from distzo2.record.entry import StepEntry
-from distzo2.record.header import index_table
+from distzo2.parallel.group import Mesh
+from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, MeshShape, check_step, deal_lanes
 from distzo2.record.journal import Journal
-from distzo2.record.lineage import first_like_step, first_own_step
-from distzo2.record.opening import check_no_others, durability_callbacks, fingerprint, go_on_from, open_run_journal
-from distzo2_core import FAMILIES, NOISE_VERSION, ROUNDING_VERSION, GroupScalars, Term, Update
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from distzo2.optim.zosgd import ZOSGD, StepRecord
-    from distzo2.parallel.group import Mesh
-    from distzo2.record.snapshot import Snapshots
-    from distzo2.record.snapshot_resume import Found
-    from distzo2.weights.units import Unit
+from distzo2.record.opening import fingerprint
+from distzo2.streaming.runtime import StreamingRuntime
+from distzo2.weights.units import Unit
+from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 
 logger = logging.getLogger("distzo2")
 
+ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
-GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
+_HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
+_MASK = 2**64 - 1
+
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> losses, units entered
+RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
+
+
+class ReplicasDifferError(DistZO2Error):
+    """Weights that must be bit-identical on all ranks are not; raised on all of them."""
+
+
+class Alone:
+    """A process without a mesh: as `SharedStep`, with nobody to ask."""
+
+    world_size = 1
+    fingerprint: Mapping[str, Any] = {}
+    first_version: int | None = None
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def join(self, table: Sequence[Any], groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
+        """No-op: there is nobody to agree with."""
+
+    def check(self) -> None:
+        """No-op: no other rank can fail."""
+
+    def together(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:
+        return make()
+
+    def open(
+        self,
+        step: int,
+        groups: Sequence[Mapping[str, Any]],
+        num_closures: int,
+        tokens: int,
+        sharded: bool | str,
+        error: Exception | None,
+    ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
+        if error is not None:
+            raise error
+        deal = deal_lanes(MeshShape(1, 1), self.settings.evaluations, [num_closures], GLOBAL)
+        return scalars_of(groups), deal, tokens
+
+    def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
+        return run(deal.lanes[0], 0)[0].reshape(len(self.settings.evaluations), deal.num_batches)
+
+    def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
+        make()
+
+    def verify(self, step: int) -> None:
+        """No-op: there is one replica."""
 
 
 class SharedStep:
-    """One optimizer's part in a mesh."""
+    """One optimizer's part in the steps of a mesh."""
 
-    def __init__(self, mesh: Mesh, optimizer: ZOSGD) -> None:
-        self.mesh, self._exchange, self._rank = mesh, mesh.exchange, mesh.rank
-        self._optimizer = weakref.proxy(optimizer)
-        self._units = hash64([(u.name, u.num_bytes) for u in optimizer._runtime.units])
-        self._listener: DurabilityListener | None = None
-        self.from_snapshot = False  # some ranks may have read one, and others made the updates before it again
-        self._journal_from = 0  # version of the weights before the journal's first entry
-        self.fingerprints: list[dict[str, Any]] = []
-        self._runtime = runtime = weakref.ref(optimizer._runtime)
-        mesh.heartbeat.on_failure(lambda error: (alive := runtime()) is not None and alive.fail(error))
+    def __init__(self, mesh: Mesh, runtime: StreamingRuntime, settings: Settings) -> None:
+        """
+        Raises:
+            UsageError: the mesh cannot share the evaluations of a step; the message says what would fit.
+        """
+        check_step(mesh.shape, settings.evaluations, None)
+        self.settings = settings
+        self.first_version: int | None = None  # of the weights before the journal's first entry; None: no journal
+        self.fingerprint: dict[str, Any] = {}  # for the journal's header
+        self.world_size, self.check = mesh.world_size, mesh.heartbeat.check
+        self.together, self.from_rank_0 = mesh.together, mesh.exchange.from_rank_0
+        self._mesh, self._exchange, self._rank, self._runtime = mesh, mesh.exchange, mesh.rank, runtime
+        self._syncs = False  # rank 0 syncs each line before the update is broadcast
 
-    # ---- joining ------------------------------------------------------------------------------------------------
+    # ---- when the optimizer is made -----------------------------------------------------------------------------
 
-    def join(self, journal: bool, snapshots: bool, resume: bool) -> None:
+    def join(self, table: Sequence[Any], groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
         """Compares the optimizers of all ranks, and what the bits of their forwards depend on.
 
+        Args:
+            table: the index table.
+            groups: the parameter groups.
+            given: which of the optional arguments were given.
+
         Raises:
-            RanksDisagreeError: they are not the same; on all ranks.
+            RanksDisagreeError: the optimizers are not the same; on all ranks.
         """
-        optimizer = self._optimizer
+        s = self.settings
         fields = {
-            "the parameters": index_table(optimizer._runtime.params, optimizer.param_groups, optimizer.noise),
-            "seed": optimizer.seed,
-            "eps": optimizer.eps,
-            "noise": optimizer.noise,
-            "num_probes": optimizer.num_probes,
-            "the estimator": type(optimizer.estimator).__name__,
+            "the units": [(u.name, u.num_bytes) for u in self._runtime.units],
+            "the parameters": table,
+            **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
+            "the evaluations": s.evaluations,
+            "the estimator": type(s.estimator).__name__,
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
-            "having a journal": journal,
-            "having snapshots": snapshots,
-            "the journal's options": optimizer._journal_options,
-            "resume": resume,
-            "branching": optimizer._branch is not None,
-            "verify_every": optimizer.verify_every,
-            **self._scalar_fields(scalars_of(optimizer.param_groups)),
+            **given,
+            **_fields_of(scalars_of(groups)),
         }
-        self._exchange.agree("making the optimizer", fields)
-        mine = json.dumps(fingerprint(optimizer._runtime.device)).encode()
-        self.fingerprints = [json.loads(text) for text in self._exchange.gather_bytes(mine)]
-        if self._rank == 0:
-            for rank, other in enumerate(self.fingerprints):
-                for key, value in self.fingerprints[0].items():
-                    if other.get(key) != value:
-                        logger.warning(
-                            "rank %d has %s %r and rank 0 %r: a run on another number of ranks may have other bits",
-                            rank, key, other.get(key), value,
-                        )  # fmt: skip
-
-    @staticmethod
-    def _scalar_fields(scalars: Sequence[GroupScalars]) -> dict[str, Any]:
-        return {name: [getattr(group, name) for group in scalars] for name in GROUP_FIELDS}
-
-    # ---- the journal --------------------------------------------------------------------------------------------
-
-    def open_journal(self, path: Any, resume: bool, snapshots: Snapshots | None) -> tuple[Journal | None, list[Path]]:
-        """Opens or makes the journal on rank 0, and gives every rank the entries that it held. Weights are filled from
-        the snapshot that rank 0 chooses, on each rank that sees it; on the others the updates lead from the base to the
-        same weights.
-
-        Returns:
-            The journal on rank 0, None on the others; and the snapshots that were found to be damaged.
-        """
-        optimizer, runtime = self._optimizer, self._optimizer._runtime
-        self._journal_from = runtime.version
-        opened: list[Journal] = []
-
-        def on_rank_0() -> bytes:
-            check_no_others(snapshots, resume)
-            header = optimizer.journal_header()
-            header["fingerprint"] |= {
-                "mesh": {"pert": self.mesh.shape.pert, "data": self.mesh.shape.data},
-                "ranks": self.fingerprints,
-            }
-            journal = open_run_journal(
-                path, header, resume=resume, branch=optimizer._branch, **optimizer._journal_options
-            )
-            opened.append(journal)
-            firsts = b"%d %d\n" % (first_own_step(journal.header), first_like_step(journal.header))
-            return firsts + b"".join(entry.to_line() for entry in journal.entries)
-
-        try:
-            firsts, *lines = self._exchange.from_rank_0("opening the journal", on_rank_0).splitlines(True)
-            entries = opened[0].entries if opened else [StepEntry.from_line(line) for line in lines]
-            found = self._choose_snapshot(snapshots, path, len(entries)) if resume and snapshots is not None else None
-            with self._exchange.together("taking over the journal"):
-                optimizer.first_step, first_like = (int(number) for number in firsts.split())
-                if found is not None:
-                    go_on_from(found, runtime, snapshots)
-                optimizer.take_over(entries, first_like)
-        except BaseException:
-            for journal in opened:
-                journal.close()
-            raise
-        name = self.mesh.ranks.unique_name("durable")
-        first = self._journal_from
-        tell_durable, tell_failure = durability_callbacks(runtime, first)
-        if self._rank != 0:
-            runtime.set_durable(first + len(entries))
-            store = self.mesh.ranks.store
-            self._listener = DurabilityListener(store, store.clone(), name, self._rank, len(entries), tell_durable)
-            self.mesh.ranks.closers.append(self.close)
-            return None, []
-        journal, teller = opened[0], DurabilityTeller(self.mesh.ranks.store.clone(), name, self.mesh.world_size)
-        heartbeat = self.mesh.heartbeat
-        runtime.set_durable(first + journal.durable)
-
-        def on_durable(durable: int) -> None:
-            tell_durable(durable)
-            teller.tell(durable)
-
-        journal.on_durable(on_durable)
-        journal.on_failure(tell_failure)
-        journal.on_failure(lambda error: heartbeat.post(f"rank 0: {error}"))
-        return journal, found.invalid if found is not None else []
-
-    def _choose_snapshot(self, snapshots: Snapshots, journal: Any, num_steps: int) -> Found:
-        """The newest snapshot that is whole, as rank 0 finds it."""
-        from distzo2.record.snapshot_resume import Found, find_same, find_snapshot
-
-        runtime, chosen = self._optimizer._runtime, []
-
-        def choose() -> bytes:
-            found = find_snapshot(snapshots.directory, runtime, journal, num_steps)
-            chosen.append(found)
-            return b"" if found.path is None else found.path.name.encode() + b"\n" + found.manifest.line
-
-        name, _, line = self._exchange.from_rank_0("choosing a snapshot", choose).partition(b"\n")
-        self.from_snapshot = bool(name)
-        if chosen:
-            return chosen[0]
-        return find_same(snapshots.directory, runtime, name.decode(), line) if name else Found(None, None)
-
-    def close(self) -> None:
-        """Ends what `open_journal` began on ranks that do not write it, once all lines so far are durable. Weights that
-        wait for lines that will never be are given up with an error."""
-        listener, self._listener = self._listener, None
-        if listener is None:
-            return
-        runtime, reached = self._runtime(), False
-        try:
-            in_memory = runtime is not None and runtime.where != "disk"  # such weights do not wait for the journal
-            wanted, heartbeat = self._optimizer.step_count, self.mesh.heartbeat
-            reached = in_memory or listener.wait_until(wanted, heartbeat.limit, heartbeat.check)
-        except (RankFailedError, ReferenceError):  # another rank is gone, or the optimizer
-            pass
-        finally:
-            listener.close(**({"seconds": 0.0} if self.mesh.heartbeat.store_lost else {}))
-        if runtime is not None:
-            if reached:
-                runtime.set_durable(ALWAYS_DURABLE)
-            else:
-                runtime.fail(DistZO2Error("the journal on rank 0 is not known to be durable up to the last steps"))
+        on_disk = self._exchange.agree("making the optimizer", fields, numbers=[int(self._runtime.where == "disk")])
+        self._syncs = any(row[0] for row in on_disk)
+        mine = json.dumps(fingerprint(self._runtime.device)).encode()
+        prints = [json.loads(text) for text in self._exchange.gather_bytes(mine)]
+        self.fingerprint = {"mesh": vars(self._mesh.shape).copy(), "ranks": prints}
+        for rank, other in enumerate(prints if self._rank == 0 else ()):
+            for key, value in prints[0].items():
+                if other.get(key) != value:
+                    logger.warning(
+                        "rank %d has %s %r and rank 0 %r: a run on another number of ranks may have other bits",
+                        rank, key, other.get(key), value,
+                    )  # fmt: skip
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
     def open(
         self,
         step: int,
+        groups: Sequence[Mapping[str, Any]],
         num_closures: int,
         tokens: int,
         sharded: bool | str,
-        error: BaseException | None,
+        error: Exception | None,
     ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
         """The agreed word of a step. `error` is why this rank cannot take part.
 
@@ -218,10 +165,10 @@ class SharedStep:
         Raises:
             RanksDisagreeError: the ranks are about to make different steps; on all of them.
         """
-        optimizer, mode = self._optimizer, SHARDED.get(sharded, GLOBAL)
+        s, shape, mode = self.settings, self._mesh.shape, SHARDED.get(sharded, GLOBAL)
         scalars: tuple[GroupScalars, ...] = ()
         try:
-            scalars = scalars_of(optimizer.param_groups)
+            scalars = scalars_of(groups)
         except Exception as unfit:
             error = error or unfit
         fields = {
@@ -229,37 +176,35 @@ class SharedStep:
             "sharded": sharded,
             "the number of closures": num_closures if mode == GLOBAL else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
-            "seed": optimizer.seed,
-            "eps": optimizer.eps,
-            "noise": optimizer.noise,
-            "the evaluations": optimizer._evaluations,
-            "the units": self._units,
-            **self._scalar_fields(scalars),
+            "seed": s.seed,  # what else does not change was compared in `join`
+            **_fields_of(scalars),
         }
         numbers = self._exchange.agree(f"step {step}", fields, numbers=(num_closures, tokens), error=error)
-        counts = [row[0] for row in numbers]
         if mode == GLOBAL:
             try:
-                check_step(self.mesh.shape, optimizer._evaluations, num_closures)
+                check_step(shape, s.evaluations, num_closures)
             except UsageError as unfit:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
-        deal = deal_lanes(self.mesh.shape, optimizer._evaluations, counts, mode)
-        rows = range(0, self.mesh.world_size, 1 if mode == OWN else self.mesh.shape.pert)
+        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], mode)
+        rows = range(0, shape.size, 1 if mode == OWN else shape.pert)
         return scalars, deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
 
-    def gather(self, step: int, deal: Deal, run: Callable[[int], tuple[np.ndarray, Sequence[Unit]]]) -> np.ndarray:
-        """float64 [evaluations, micro-batches] of all ranks.
+    def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
+        """Runs this rank's lanes, and gathers the losses of all.
 
-        Args:
-            run: runs the lanes of this rank, and gives their losses and the units that they entered. What ends it is
-                raised here, and an error on the other ranks.
+        Returns:
+            float64 [evaluations, micro-batches].
+
+        Raises:
+            Anything that `run` raises; the other ranks get a RankFailedError.
+            DistZO2Error: the lanes of two ranks entered different units.
         """
         losses, entered, error = np.zeros(0), (), None
         try:
-            losses, entered = run(self._rank)
+            losses, entered = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
-            if self._exchange.broken:  # in a gather of slices: the others know
+            if self._exchange.broken:  # in a gather of slices: the other ranks know
                 raise
         most = max(len(lanes) for lanes in deal.lanes)
         mine = np.zeros(2 + most, dtype=np.int64)  # failed, hash of the units, the bits of the losses
@@ -277,37 +222,58 @@ class SharedStep:
                     f"rank {rank} entered others than those of rank {working[0]}. Where a forward skips blocks for "
                     "some batches or perturbations, name with units= a module around them."
                 )
-        result = np.zeros((len(self._optimizer._evaluations), deal.num_batches))
+        result = np.zeros((len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
-            values = rows[rank, 2 : 2 + len(lanes)].view(np.float64)
-            for (evaluation, batch), value in zip(lanes, values, strict=True):
-                result[evaluation, batch] = value
+            for lane, loss in zip(lanes, rows[rank, 2:].view(np.float64), strict=False):
+                result[lane] = loss
         return result
 
-    def decide(self, step: int, make: Callable[[], Update], record: StepRecord) -> Update:
-        """The step's update: `make`, which fills `record` too, is called on rank 0 alone."""
-        optimizer = self._optimizer
-        num_probes, num_groups = optimizer.num_probes, len(optimizer.param_groups)
-        update, failure = None, None
-        made = np.zeros(3 + num_probes + len(GROUP_FIELDS) * num_groups)
+    def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
+        """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
+        num_probes, failure = self.settings.num_probes, None
+        made = np.zeros(_HEAD + num_probes)
         if self._rank == 0:
             try:
-                update = make()
-                scalars = [getattr(group, name) for group in update.groups for name in GROUP_FIELDS]
-                coefs = record.coefs or [0.0] * num_probes
-                made[:] = [0.0, SKIPPED.index(record.skipped), record.clipped, *coefs, *scalars]
+                make()
+                if journal is not None and self._syncs:
+                    journal.sync()
+                durable = 0 if journal is None else journal.durable
+                made[:_HEAD] = 0.0, SKIPPED.index(record.skipped), record.clipped, durable
+                made[_HEAD:] = record.coefs or [0.0] * num_probes
             except BaseException as error:
                 failure, made[0] = error, 1.0
-        made = self._exchange.broadcast(torch.from_numpy(made)).numpy()
-        self._exchange.settle(f"step {step}", [bool(made[0]), *[False] * (self.mesh.world_size - 1)], failure)
-        if update is not None:
-            return update
-        record.skipped, record.clipped = SKIPPED[int(made[1])], bool(made[2])
-        if record.skipped is None:
-            record.coefs = made[3 : 3 + num_probes].tolist()
-        if record.skipped != NON_FINITE_LOSS:
-            optimizer._clip.take(record.coefs, record.clipped)
-        groups = made[3 + num_probes :].reshape(num_groups, len(GROUP_FIELDS)).tolist()
-        family = FAMILIES[optimizer.noise]
-        terms = tuple(Term(family, step, k, 0, c) for k, c in enumerate(record.coefs))
-        return Update(step, tuple(GroupScalars(*group) for group in groups), terms)
+        failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
+        others = [False] * (self._mesh.world_size - 1)
+        self._exchange.settle(f"step {record.step}", [bool(failed), *others], failure)
+        if self._rank == 0:
+            return
+        if self.first_version is not None:
+            self._runtime.weights.set_durable(self.first_version + int(durable))
+        record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
+        record.coefs = coefs if record.skipped is None else []
+
+    def verify(self, step: int) -> None:
+        """Reads every unit once, with every update made so far, and compares it across ranks.
+
+        Raises:
+            ReplicasDifferError: on all ranks; names the first unit that differs and which ranks agree with each other.
+        """
+        units = self._runtime.units
+        sums = torch.zeros(len(units), dtype=torch.int64)
+        with self.together(f"comparing replicas at step {step}"):
+            for unit, views in self._runtime.access.visit():
+                sums[unit.index] = checksum(views)
+        for unit, row in zip(units, self._exchange.gather(sums).T.tolist(), strict=True):
+            if len(set(row)) > 1:
+                groups: dict[int, list[str]] = {}
+                for rank, value in enumerate(row):
+                    groups.setdefault(value & _MASK, []).append(str(rank))
+                parts = "; ".join(
+                    f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}: {value:016x}"
+                    for value, ranks in groups.items()
+                )
+                raise ReplicasDifferError(f"after {step} steps the ranks differ, first in unit {unit.name!r} ({parts})")
+
+
+def _fields_of(scalars: Sequence[GroupScalars]) -> dict[str, Any]:
+    return {name: [getattr(group, name) for group in scalars] for name in GROUP_FIELDS}

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import weakref
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.loss_reader import LossReader
-from distzo2.streaming.lanes import Emission, Lane
+from distzo2.optim.settings import Settings
+from distzo2.streaming.isolation import RandomStream
+from distzo2.streaming.lanes import Lane
 from distzo2.streaming.offload import no_kv_cache
-from distzo2.streaming.placeholders import use_guard
-from distzo2.streaming.random_stream import RandomStream
-from distzo2.streaming.runtime import CLEAN
+from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
+from distzo2.weights.updates import CLEAN, Emission
 from distzo2_core import FAMILIES, Term
-
-if TYPE_CHECKING:
-    from distzo2.optim.zosgd import ZOSGD
 
 
 class StepLanes:
-    """Those of one optimizer, on this rank. Each wave is one pass over the weights."""
+    """Runs the lanes of one optimizer that are this rank's. Each wave of lanes is one pass over the weights."""
 
-    def __init__(self, optimizer: ZOSGD, interrupt: DeferredInterrupt) -> None:
-        self._optimizer = weakref.proxy(optimizer)  # its seed, eps, noise and max_lanes may change between steps
-        self._model, self._runtime, self._interrupt = optimizer._model, optimizer._runtime, interrupt
-        self._mean_losses = LossReader()
+    def __init__(
+        self, model: nn.Module, runtime: StreamingRuntime, settings: Settings, interrupt: DeferredInterrupt
+    ) -> None:
+        self.settings = settings
+        self._model, self._runtime, self._interrupt = model, runtime, interrupt
+        self._warned = False  # of a loss in 16 bits
 
     def run(
         self,
@@ -38,35 +39,41 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
     ) -> tuple[np.ndarray, Sequence[Unit]]:
-        """float64 [lanes], and the units entered. `places` are lanes as (evaluation, micro-batch), of which
-        `closures[0]` is number `first_batch`."""
-        optimizer, runtime = self._optimizer, self._runtime
-        family = FAMILIES[optimizer.noise]
-        lanes = []
+        """Runs the lanes of a step.
+
+        Args:
+            step: its number.
+            places: the lanes, as (evaluation, micro-batch).
+            closures: of micro-batch `first_batch` and those that follow it.
+
+        Returns:
+            float64 [lanes], the losses; and the units that the lanes entered.
+        """
+        s, lanes = self.settings, []
         for index, batch in places:
-            probe, sign = optimizer._evaluations[index]
-            emission = Emission((Term(family, step, probe, 0, sign * optimizer.eps),)) if sign else CLEAN
+            probe, sign = s.evaluations[index]
+            emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
             lanes.append(Lane(emission, batch, closures[batch - first_batch], self._stream(step, batch)))
-        wave = optimizer.max_lanes or len(lanes)
-        expected = None
+        wave = s.max_lanes or len(lanes) or 1
+        entered = None
         with no_kv_cache(self._model):
-            for first in range(0, len(lanes), wave or 1):
+            for first in range(0, len(lanes), wave):
                 self._interrupt.check()
-                expected = runtime.run(lanes[first : first + wave], expected=expected, interrupt=self._interrupt)
-        return self._mean_losses([lane.result for lane in lanes]), expected or ()
+                entered = self._runtime.run(lanes[first : first + wave], expected=entered, interrupt=self._interrupt)
+        return self._losses(lanes), entered or ()
 
     def _stream(self, step: int, batch: int) -> RandomStream:
         """The same for every perturbation of a micro-batch."""
-        return RandomStream.seeded(self._runtime.device, self._optimizer.seed, step, batch)
+        return RandomStream.seeded(self._runtime.device, self.settings.seed, step, batch)
 
     def run_guarded(self, step: int, closure: Callable[[], Any]) -> None:
         """Runs one clean lane in which every use of a parameter is watched.
 
         Raises:
-            DistZO2Error: one is used where it is not present; names it.
+            DistZO2Error: a parameter is used where its weights are not present; names it.
         """
         with no_kv_cache(self._model):
-            self._runtime.run([Lane(CLEAN, 0, use_guard(self._runtime, closure), self._stream(step, 0))])
+            self._runtime.run([Lane(CLEAN, 0, self._runtime.guarded(closure), self._stream(step, 0))])
 
     def check(self, step: int, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and returns their loss.
@@ -77,10 +84,39 @@ class StepLanes:
         lanes = [Lane(CLEAN, 0, closure, self._stream(step, 0)) for _ in range(2)]
         with self._interrupt, no_kv_cache(self._model):
             self._runtime.run(lanes, interrupt=self._interrupt)
-        first, second = (float(v) for v in self._mean_losses([lane.result for lane in lanes]))
-        if np.float64(first).tobytes() != np.float64(second).tobytes():
+        losses = self._losses(lanes)
+        first, second = losses.tolist()
+        if losses[0].tobytes() != losses[1].tobytes():
             raise DistZO2Error(
                 f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "
                 "deterministic, and a difference of two losses would be made of that"
             )
         return first
+
+    def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
+        """float64 [lanes]: what each closure returned, as a mean; one transfer for all where they are on a device.
+
+        Raises:
+            DistZO2Error: a closure returned neither a number nor a non-empty tensor.
+        """
+        means = [self._mean(lane.result) for lane in lanes]
+        return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy() if means else np.zeros(0)
+
+    def _mean(self, result: Any) -> torch.Tensor:
+        if not isinstance(result, torch.Tensor):
+            try:
+                return torch.tensor(float(result), dtype=torch.float64)
+            except (TypeError, ValueError):
+                raise DistZO2Error(
+                    f"the closure returned {type(result).__name__}; a loss was expected (a tensor or a number)"
+                ) from None
+        if result.dtype in (torch.float16, torch.bfloat16) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the closure returned a {result.dtype} loss: a step is made of differences of losses, so compute the "
+                "loss in float32",
+                stacklevel=4,
+            )
+        if result.numel() == 0:
+            raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
+        return result.detach().double().mean()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,50 +15,25 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.clipping import CoefficientClip
-from distzo2.optim.estimator import Estimator, Evaluation, coefficients_of, make_estimator, mean_loss
-from distzo2.optim.parameter_groups import default_groups, scalars_of
-from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS, OptimizerState
+from distzo2.optim.clipping import DivergenceError
+from distzo2.optim.estimator import Estimator, coefficients_of, mean_loss
+from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings
+from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, SharedStep
+from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS, NonFiniteLossError, Progress
 from distzo2.optim.step_lanes import StepLanes
-from distzo2.parallel.durability import ALWAYS_DURABLE
-from distzo2.parallel.group import check_mesh, current
+from distzo2.parallel.group import Mesh, current
 from distzo2.parallel.mesh import SHARDED, Deal
-from distzo2.record.entry import StepEntry
 from distzo2.record.header import index_table, make_header
-from distzo2.record.journal import Journal, num_groups_of
-from distzo2.record.lineage import BranchPoint, first_like_step, first_own_step
-from distzo2.record.opening import fingerprint, open_own_journal, start_snapshots
+from distzo2.record.journal import Journal, StepEntry, num_groups_of
+from distzo2.record.lineage import BranchPoint
+from distzo2.record.opening import fingerprint, open_run
+from distzo2.record.snapshot import Snapshots
+from distzo2.record.snapshot_writer import SnapshotWriter
 from distzo2.streaming.offload import runtime_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
-if TYPE_CHECKING:
-    from distzo2.optim.shared_step import SharedStep
-    from distzo2.parallel.group import Mesh
-    from distzo2.record.snapshot import Snapshots
-    from distzo2.record.snapshot_writer import SnapshotWriter
-    from distzo2.weights.units import Unit
 
-
-class NonFiniteLossError(DistZO2Error):
-    """Too many steps in a row had a loss that is not finite."""
-
-
-@dataclass
-class StepRecord:
-    """What the last step did. `losses` is [evaluations][micro-batches], in the estimator's order."""
-
-    step: int
-    loss: float
-    losses: list[list[float]]
-    evaluations: list[Evaluation]
-    coefs: list[float]
-    skipped: str | None = None  # why the step was not applied
-    clipped: bool = False
-    seconds: float = 0.0
-    lr: list[float] = field(default_factory=list)
-
-
-class ZOSGD(OptimizerState):
+class ZOSGD(torch.optim.Optimizer):
     """Zeroth-order SGD: w <- round(w - lr * (sum of c_k·z_k + weight_decay·w)), with c_k from forward passes only.
 
     SPSA as in MeZO (arXiv 2305.17333) or FZOO. The perturbed weights are made out of place, so clean weights do not
@@ -70,25 +45,31 @@ class ZOSGD(OptimizerState):
             group are read and never changed. Groups may set lr, weight_decay, perturb_scale and update_scale.
         lr: learning rate; schedulers of torch.optim.lr_scheduler change it for the steps that follow.
         eps: size of the perturbation, as float32.
-        weight_decay: decoupled from nothing: added to the estimate as in SGD. With params=None it leaves out biases
-            and norms (parameters of fewer than 2 dimensions).
+        weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
+            fewer than 2 dimensions).
         num_probes: perturbations a step, K.
         noise: "normal" or "rademacher".
         estimator: "spsa", "fzoo", or an `Estimator`.
         seed: of the run, in [0, 2^64).
-        journal: path of a journal to write (or to go on with, given `resume`), or None.
-        resume: `journal` exists: check that it belongs to this model and seed, and take over its updates.
-        branch_from: a `BranchPoint`, (journal of another run, number of its steps or None for all): take
-            over these steps, and begin `journal` with them.
-        fsync_every: sync the journal to the disk after so many steps; a power cut may cost the steps since.
-        max_lanes: at most so many evaluations share a pass (for memory); None: all. The bits are the same.
+        journal: path of a journal to write (or to continue, given `resume`), or None.
+        resume: `journal` exists: checks that it belongs to this model and seed, and takes over its updates.
+        branch_from: a `BranchPoint`, (journal of another run, number of its steps or None for all): takes over these
+            steps, and begins `journal` with them.
+        fsync_every: sync the journal to the disk after N steps; a power cut may cost the steps since.
+        max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
-        max_clipped: so many clipped steps in a row end the run with an error.
-        max_skipped: so many steps in a row with a non-finite loss end the run with an error.
+        max_clipped: N clipped steps in a row end the run with an error; 0: never.
+        max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
             writes the journal.
-        verify_every: compare the weights of all ranks after every so many steps; 0: only when the optimizer is made.
+        verify_every: compare the weights of all ranks after every N steps; 0: only when the optimizer is made.
         snapshots: where copies of the weights are made while training goes on, and read on `resume`; needs a journal.
+
+    Attributes:
+        settings: the options above that a step depends on, frozen.
+        last: the `StepRecord` of the last step.
+        journal: the open journal; None without one, and on ranks other than 0.
+        first_step: the first step that is the run's own, and not one of the run that it was branched from.
 
     Raises:
         DistZO2Error: the model was not handed over, or an argument is out of range, or the ranks of the mesh have other
@@ -119,101 +100,126 @@ class ZOSGD(OptimizerState):
         verify_every: int = 0,
         snapshots: Snapshots | None = None,
     ) -> None:
-        runtime = runtime_of(model)
-        if noise not in FAMILIES:
-            raise DistZO2Error(f"noise={noise!r}: expected one of {', '.join(FAMILIES)}")
-        exact_eps = float(np.float32(eps))
-        if not (np.isfinite(exact_eps) and exact_eps > 0):
-            raise DistZO2Error(f"eps={eps!r}: a positive number that float32 can hold was expected")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise DistZO2Error(f"seed={seed!r}: an integer in [0, 2^64) was expected")
-        if not 1 <= num_probes < 2**20:
-            raise DistZO2Error(f"num_probes={num_probes}: expected 1 to {2**20 - 1}")
-        if max_lanes is not None and max_lanes < 1:
-            raise DistZO2Error(f"max_lanes={max_lanes}: at least 1 was expected")
+        self._runtime = runtime = runtime_of(model)
+        self.settings = settings = make_settings(
+            seed=seed, eps=eps, noise=noise, num_probes=num_probes, estimator=estimator, max_lanes=max_lanes,
+            max_coef=max_coef, max_clipped=max_clipped, max_skipped=max_skipped, verify_every=verify_every,
+            fsync_every=fsync_every,
+        )  # fmt: skip
         branch = None if branch_from is None else BranchPoint(*branch_from)
         if branch is not None and (journal is None or resume):
             raise DistZO2Error("branch_from begins a new journal: give its name, without resume")
-        if fsync_every < 1:
-            raise DistZO2Error(f"fsync_every={fsync_every}: at least 1 was expected")
+        if snapshots is not None and journal is None:
+            raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
         if fsync_every > 1 and journal is not None and runtime.where == "disk":
             raise DistZO2Error(
                 f"fsync_every={fsync_every} with weights on disk: a block is written back only after its step's "
                 "line is on the disk, so every step is synced"
             )
-        self.estimator = make_estimator(estimator)
-        self._evaluations = self.estimator.evaluations(num_probes)
-        clip = CoefficientClip(max_coef, max_clipped)
         mesh = mesh or current()
-        if mesh is not None:
-            check_mesh(mesh, self._evaluations)
+        self._ranks = Alone(settings) if mesh is None else SharedStep(mesh, runtime, settings)
+        self._interrupt = DeferredInterrupt()
+        self._interrupt.also = self._ranks.check
+        self._lanes = StepLanes(model, runtime, settings, self._interrupt)
+        self._progress = Progress(settings)
+        self._source = getattr(model, "distzo2_source", None)
+        self.journal: Journal | None = None
+        self.last: StepRecord | None = None
+        self.first_step = 0
+        self._snapshots: SnapshotWriter | None = None
+        self._diagnosed = self._bound = self._closed = False
 
-        defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         if params is None:
             earlier = branch.journal if branch else journal if resume else None
-            params = default_groups(runtime.params, weight_decay != 0 or _has_groups(earlier, mesh))
-        super().__init__(
-            runtime, params, defaults,
-            eps=exact_eps, num_probes=num_probes, noise=noise, seed=seed, clip=clip, max_skipped=max_skipped,
+            params = default_groups(runtime.params, weight_decay != 0 or self._had_groups(earlier))
+        defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
+        super().__init__(params, defaults)
+        self._bind()
+        given = {"having a journal": journal, "having snapshots": snapshots, "branching": branch}
+        given = {name: value is not None for name, value in given.items()}
+        self._ranks.join(self._index_table(), self.param_groups, {**given, "resume": resume})
+        self.verify_replicas()
+        if journal is None:
+            runtime.weights.set_durable(ALWAYS_DURABLE)
+            return
+        self._ranks.first_version = runtime.weights.version
+        run = open_run(
+            self._ranks, journal, self._header, runtime.access, self.take_over,
+            resume=resume, branch=branch, fsync_every=fsync_every, snapshots=snapshots,
         )  # fmt: skip
-        self._model, self._branch = model, branch
-        self._journal_options = {"fsync_every": fsync_every}
-        self.max_lanes, self.verify_every = max_lanes, verify_every
-        self.first_step = 0  # the first that is the run's own, and not one of the run that it was branched from
-        self.last: StepRecord | None = None
-        self._interrupt = DeferredInterrupt()
-        self._lanes = StepLanes(self, self._interrupt)
-        self._diagnosed = self._closed = False
-        self._shared: SharedStep | None = None
-        if mesh is not None:
-            from distzo2.optim.shared_step import SharedStep
+        self.journal, self._snapshots, self.first_step = run.journal, run.snapshots, run.first_step
+        if resume and snapshots is not None:
+            self.verify_replicas()  # ranks that do not see a snapshot have made the updates again
 
-            self._shared = SharedStep(mesh, self)
-            self._shared.join(journal is not None, snapshots is not None, resume)
-            self._interrupt.also = mesh.heartbeat.check
-            self.verify_replicas()
-        self._snapshots: SnapshotWriter | None = None
-        self._open_journal(journal, resume, snapshots)
+    # ---- groups -----------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in torch; the updates made so far are applied first."""
+        if self.journal is not None:
+            raise DistZO2Error(f"the groups of a run are in its journal {self.journal.path}: they cannot change")
+        super().add_param_group(param_group)
+        if not self._bound:  # the constructor binds once it has all groups
+            return
+        try:
+            self._bind()
+        except BaseException:
+            self.param_groups.pop()
+            self._bind()
+            raise
+
+    def _bind(self) -> None:
+        """Makes this the model's optimizer: its updates are of these groups and this seed from here on."""
+        group_of = group_of_each(self._runtime.params, self.param_groups)
+        other = self._runtime.weights.owner
+        if other is not None and other is not self and other.journal is not None:
+            raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
+        self._runtime.weights.bind(self, group_of, len(self.param_groups), self.settings.seed)
+        self._epoch, self._bound = self._runtime.weights.epoch, True
+
+    def _had_groups(self, journal: str | os.PathLike | None) -> bool:
+        """Whether the run so far, if there is one, keeps weights and biases in groups of their own."""
+        if journal is None:
+            return False
+        return int(self._ranks.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(journal))) > 1
 
     # ---- the journal --------------------------------------------------------------------------------------------
 
-    def _open_journal(self, path: str | os.PathLike | None, resume: bool, snapshots: Snapshots | None) -> None:
-        if path is None:
-            if snapshots is not None:
-                raise DistZO2Error("snapshots need a journal: it is what leads from one to the next")
-            self._runtime.set_durable(ALWAYS_DURABLE)
-            return
-        first = self._runtime.version
-        if self._shared is not None:
-            self.journal, invalid = self._shared.open_journal(path, resume, snapshots)
-        else:
-            self.journal, invalid = open_own_journal(
-                path, self.journal_header(), self._runtime, self._take_over_journal,
-                resume=resume, branch=self._branch, snapshots=snapshots, **self._journal_options,
-            )  # fmt: skip
-        if self._shared is not None and self._shared.from_snapshot:
-            self.verify_replicas()
-        if snapshots is not None and self.journal is not None:
-            self._snapshots = start_snapshots(snapshots, self._runtime, self.journal, resume, first, invalid)
-
-    def journal_header(self) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
         """The header of this optimizer's run: everything that a line's scalars refer to."""
-        base = None if self._runtime.replaced else getattr(self._model, "distzo2_source", None)
+        s, runtime = self.settings, self._runtime
+        # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
+        source = None if runtime.weights.replaced else self._source
         return make_header(
-            seed=self.seed,
-            table=index_table(self._runtime.params, self.param_groups, self.noise),
+            seed=s.seed,
+            table=self._index_table(),
             groups=self.param_groups,
-            base=None if base is None else base.digest(),
-            checkpoint_map=None if base is None else base.map.to_json(),
-            options={"eps": self.eps, "num_probes": self.num_probes, "estimator": type(self.estimator).__name__},
-            fingerprint=fingerprint(self._runtime.device),
+            base=None if source is None else source.digest(),
+            checkpoint_map=None if source is None else source.map.to_json(),
+            options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
+            fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
         )
 
-    def _take_over_journal(self, journal: Journal) -> None:
-        self.first_step = first_own_step(journal.header)
-        self.take_over(journal.entries, first_like_step(journal.header))
+    def _index_table(self) -> list[dict[str, Any]]:
+        return index_table(self._runtime.params, self.param_groups, self.settings.noise)
+
+    def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
+        """Takes over the steps of a journal; no forward is run. Those from step `first_like` on count in the running
+        median that clips later coefficients, as if this optimizer had made them."""
+        for entry in entries:
+            self._runtime.weights.push([entry.update])
+            if entry.step < first_like:
+                self._progress.step += 1
+                continue
+            with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
+                coefs = [term.c for term in entry.update.terms]
+                self._progress.count(coefs, entry.skipped, bool(entry.extra.get("clipped")))
 
     # ---- a step -----------------------------------------------------------------------------------------------
+
+    @property
+    def step_count(self) -> int:
+        """Steps made, skipped ones included: the number of the next step."""
+        return self._progress.step
 
     def step(
         self,
@@ -243,119 +249,105 @@ class ZOSGD(OptimizerState):
             RankFailedError: another rank failed in this step, or is gone; it and the first cause are named.
             Anything that a closure raises, as it was raised; the step is then dropped whole, on all ranks.
         """
+        if self._closed:
+            raise DistZO2Error("this optimizer was closed, and its journal with it")
+        closures, failure = [], None
         try:
-            closures, failure = self._closures(closure, sharded), None
+            closures = self._closures(closure, sharded)
         except Exception as error:
-            if self._shared is None or self._closed:
-                raise
-            closures, failure = [], error  # the other ranks are to know
+            failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
-            return self._step(closures, tokens, sharded, failure)
+            start, step = time.perf_counter(), self.step_count
+            scalars, deal, tokens = self._ranks.open(step, self.param_groups, len(closures), tokens, sharded, failure)
+            losses = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
+            loss = mean_loss(losses.reshape(-1))
+            record = StepRecord(step, loss, losses.tolist(), self.settings.evaluations, [], lr=[g.lr for g in scalars])
+
+            def decide() -> None:
+                self._decide(losses, record)
+                record.seconds = time.perf_counter() - start
+                self._append(self._update(record, scalars), record, tokens)
+
+            self._ranks.decide(record, decide, self.journal)
+            self._push(self._update(record, scalars), record, start)
+        return torch.tensor(loss, dtype=torch.float64)
 
     def _closures(self, closure: Any, sharded: bool | str) -> list[Callable[[], Any]]:
+        """The closures of a step, once it is known that it can be made."""
         closures = [closure] if callable(closure) else list(closure)
-        may_be_empty = sharded and self._shared is not None
-        if not (closures or may_be_empty) or not all(callable(c) for c in closures):
+        if not (closures or sharded) or not all(callable(c) for c in closures):
             raise DistZO2Error("step expects a closure or a non-empty list of closures")
         if sharded not in SHARDED:
             raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
-        if self._closed:
-            raise DistZO2Error("this optimizer was closed, and its journal with it")
-        if self._runtime.owner is not self:
-            raise DistZO2Error("another optimizer was made for this model since: only the last one can step")
-        if self._epoch != self._runtime.epoch:
-            self._rebase()
+        if self._runtime.weights.owner is not self:
+            raise DistZO2Error("a newer optimizer exists for this model; only the newest may call step()")
+        if self._epoch != self._runtime.weights.epoch:  # by load_state_dict or edit
+            if self.journal is not None:
+                raise DistZO2Error(
+                    f"the weights were replaced from outside, so the journal {self.journal.path} no longer leads to "
+                    "them: start a new run from a checkpoint of them"
+                )
+            self._epoch = self._runtime.weights.epoch
         return closures
 
-    def _step(
-        self,
-        closures: Sequence[Callable[[], Any]],
-        tokens: int,
-        sharded: bool | str,
-        failure: BaseException | None,
-    ) -> torch.Tensor:
-        start, step = time.perf_counter(), self.step_count
-        if self._shared is None:
-            scalars, deal = scalars_of(self.param_groups), Deal.alone(len(self._evaluations), len(closures))
-        else:
-            scalars, deal, tokens = self._shared.open(step, len(closures), tokens, sharded, failure)
-        self._runtime.set_perturb_scales([g.perturb_scale for g in scalars])
-        losses = self._evaluate(step, deal, closures)
-        loss = mean_loss(losses.reshape(-1))
-        record = StepRecord(step, loss, losses.tolist(), self._evaluations, [], lr=[g.lr for g in scalars])
+    def _evaluate(
+        self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
+    ) -> np.ndarray:
+        """float64 [evaluations, micro-batches], of all ranks."""
+        self._runtime.weights.set_perturb_scales(scales)
+        losses = self._ranks.gather(
+            step, deal, lambda lanes, first_batch: self._lanes.run(step, lanes, closures, first_batch)
+        )
+        if not np.isfinite(losses).all() and not self._diagnosed:
+            self._diagnosed = True  # once: a parameter may have been used where it is not present
+            with self._ranks.together(f"step {step}"):
+                if closures and not self._runtime.has_compiled():
+                    self._lanes.run_guarded(step, closures[0])
+        return losses
+
+    def _decide(self, losses: np.ndarray, record: StepRecord) -> None:
+        """Fills `record` with the coefficients that the losses lead to, or why the step is skipped."""
+        s = self.settings
         if not np.isfinite(losses).all():
-            self._diagnose(step, closures)
-
-        def make() -> Update:
-            update = self._update_from(losses, scalars, record)
-            record.seconds = time.perf_counter() - start
-            self._append(update, record, tokens)
-            return update
-
-        update = make() if self._shared is None else self._shared.decide(step, make, record)
-        self._push(update, record)
-        record.seconds = record.seconds or time.perf_counter() - start
-
-        self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
-        if self._skipped_in_row >= self.max_skipped:
-            raise NonFiniteLossError(
-                f"step {step}: {record.skipped}, for {self._skipped_in_row} steps in a row; none of them was applied"
-            )
-        self._clip.check(step)
-        if self._snapshots is not None:
-            self._snapshots.step_done(self._runtime, self.step_count, record.seconds)
-        if self.verify_every and self.step_count % self.verify_every == 0:
-            self.verify_replicas()
-        return torch.tensor(loss, dtype=torch.float64)
-
-    def _update_from(self, losses: np.ndarray, scalars: tuple[GroupScalars, ...], record: StepRecord) -> Update:
-        """What the losses make of the weights; fills `record`."""
-        step = record.step
-        if np.isfinite(losses).all():
-            coefs = coefficients_of(self.estimator, losses, self._evaluations, self.num_probes, self.eps)
-            coefs, record.clipped = self._clip(coefs)
-            if not np.isfinite(coefs).all():
-                record.skipped = NON_FINITE_COEFFICIENT
-        else:
             record.skipped = NON_FINITE_LOSS
+            return
+        coefs, record.clipped = self._progress.clip(
+            coefficients_of(s.estimator, losses, s.evaluations, s.num_probes, s.eps)
+        )
+        if np.isfinite(coefs).all():
+            record.coefs = coefs.tolist()
+        else:
+            record.skipped = NON_FINITE_COEFFICIENT
+
+    def _update(self, record: StepRecord, scalars: tuple[GroupScalars, ...]) -> Update:
         if record.skipped is not None:
-            return Update(step, scalars_of(self.param_groups, lr=0.0), ())
-        record.coefs = [float(c) for c in coefs]
-        terms = tuple(Term(FAMILIES[self.noise], step, k, 0, c) for k, c in enumerate(record.coefs))
-        return Update(step, scalars, terms)
+            scalars = tuple(group._replace(lr=0.0) for group in scalars)
+        family = FAMILIES[self.settings.noise]
+        return Update(
+            record.step, scalars, tuple(Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs))
+        )
 
     def _append(self, update: Update, record: StepRecord, tokens: int) -> None:
         """From here on the step is made: in the journal, and in every unit at its next visit."""
         if self.journal is not None:
             extra = {"clipped": True} if record.clipped else {}
+            eps, seconds = self.settings.eps, record.seconds
             self.journal.append(
-                StepEntry(update.step, update, self.eps, record.losses, record.skipped, tokens, record.seconds, extra)
+                StepEntry(update.step, update, eps, record.losses, record.skipped, tokens, seconds, extra)
             )
 
-    def _push(self, update: Update, record: StepRecord) -> None:
-        self._runtime.trim()
-        self._runtime.push([update])
-        self.step_count += 1
+    def _push(self, update: Update, record: StepRecord, start: float) -> None:
+        self._runtime.weights.trim()
+        self._runtime.weights.push([update])
         self.last = record
+        record.seconds = record.seconds or time.perf_counter() - start
+        self._progress.count(record.coefs, record.skipped, record.clipped)
+        if self._snapshots is not None:
+            self._snapshots.step_done(self._runtime.access, self.step_count, record.seconds)
+        if self.settings.verify_every and self.step_count % self.settings.verify_every == 0:
+            self.verify_replicas()
 
-    def _evaluate(self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]]) -> np.ndarray:
-        """float64 [evaluations, micro-batches], of all ranks."""
-
-        def run(rank: int) -> tuple[np.ndarray, Sequence[Unit]]:
-            return self._lanes.run(step, deal.lanes[rank], closures, deal.first_batch[rank])
-
-        if self._shared is None:
-            return run(0)[0].reshape(len(self._evaluations), len(closures))
-        return self._shared.gather(step, deal, run)
-
-    def _diagnose(self, step: int, closures: Sequence[Callable[[], Any]]) -> None:
-        """Once: a non-finite loss may come from a parameter used where it is not present. Then say which."""
-        if self._diagnosed:
-            return
-        self._diagnosed = True
-        with self._shared.mesh.together(f"step {step}") if self._shared is not None else nullcontext():
-            if closures and not self._runtime.has_compiled():
-                self._lanes.run_guarded(step, closures[0])
+    # ---- besides steps ------------------------------------------------------------------------------------------
 
     def check(self, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and returns their loss.
@@ -366,40 +358,64 @@ class ZOSGD(OptimizerState):
         return self._lanes.check(self.step_count, closure)
 
     def verify_replicas(self) -> None:
-        """Reads all weights once and compares them across the ranks of the mesh; all ranks call it. Nothing to do
-        without one.
+        """Reads all weights once and compares them across the ranks of the mesh; all ranks call it. No-op without one.
 
         Raises:
             ReplicasDifferError: they differ; names the first unit that does, and the ranks.
         """
-        if self._shared is None:
-            return
-        from distzo2.parallel.replicas import compare_replicas
-
         with self._interrupt:
-            compare_replicas(self._runtime, self._shared.mesh.exchange, self.step_count)
+            self._ranks.verify(self.step_count)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """No-op: there are no gradients. Training loops may call it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups without their tensors, the settings, and the number of the next step. Stored weights are brought
+        up to date, so that a `model.state_dict()` made now or later goes with it."""
+        self._runtime.weights.flush()
+        s, state = self.settings, super().state_dict()
+        state["distzo2"] = {
+            "seed": s.seed,
+            "step": self.step_count,
+            "eps": s.eps,
+            "noise": s.noise,
+            "num_probes": s.num_probes,
+            "clip": self._progress.clip.state(),
+            "pending": [],
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
+
+        Raises:
+            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written.
+        """
+        mine = state_dict.get("distzo2")
+        if mine is None:
+            raise DistZO2Error("this is not a state of ZOSGD: it has no entry 'distzo2'")
+        if self.journal is not None:
+            raise DistZO2Error("a run with a journal is resumed from it, with ZOSGD(journal=..., resume=True)")
+        for key in ("noise", "num_probes", "eps"):
+            ours = getattr(self.settings, key)
+            if mine[key] != ours:
+                raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {ours!r} in this optimizer")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
+        self.settings = self._lanes.settings = self._ranks.settings = replace(self.settings, seed=mine["seed"])
+        self._progress.step = mine["step"]
+        self._progress.clip.load(mine["clip"])
+        self._bind()
 
     def close(self) -> None:
         """Ends the journal; what was appended is on disk afterwards. No step can follow."""
         self._closed = True
         snapshots, self._snapshots = self._snapshots, None
+        journal, self.journal = self.journal, None
         try:
             if snapshots is not None:
-                self._runtime.tap = None
+                self._runtime.weights.tap = None
                 snapshots.close()
         finally:
-            journal, self.journal = self.journal, None
             if journal is not None:
                 journal.close()
-                self._runtime.set_durable(ALWAYS_DURABLE)
-            elif self._shared is not None:
-                self._shared.close()
-
-
-def _has_groups(journal: str | os.PathLike | None, mesh: Mesh | None) -> bool:
-    """Whether the run so far, if there is one, keeps weights and biases in groups of their own."""
-    if journal is None:
-        return False
-    if mesh is None:
-        return num_groups_of(journal) > 1
-    return int(mesh.exchange.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(journal))) > 1
+                self._runtime.weights.set_durable(ALWAYS_DURABLE)

@@ -1,8 +1,8 @@
-"""The scalars that ranks exchange: few, small collectives over gloo, each preceded by an agreed word.
+"""The scalars that ranks exchange: few, small collectives over gloo, opened by an agreed word.
 
 The word says what a rank is about to do. Ranks that are about to do different things all get an error that names the
-difference, and an exception on one rank is an error on all: nobody waits for a rank that will not come. While waiting,
-the heartbeat is asked.
+difference, and an exception on one rank is an error on all: nobody waits for a rank that will not come. Whoever waits
+asks the heartbeat meanwhile.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import check_for_interrupt
 from distzo2.parallel.heartbeat import Heartbeat, RankFailedError, describe
 
-WORD = 24  # int64 numbers of a word: what, failed, two plain numbers, hashes of up to 20 fields
-NUMBERS = 2
+NUMBERS = 2  # plain numbers in a word
 TEXT_BYTES = 1000  # of an error's description
 LONGEST_PAUSE = 5e-4  # seconds between two looks at a collective in flight
 PATIENCE = 2.0  # seconds of waiting after which Ctrl-C need not wait for a safe point
@@ -34,8 +33,11 @@ class RanksDisagreeError(DistZO2Error):
 
 
 def is_known(error: BaseException, since: int) -> bool:
-    """Whether all ranks know of an error already, so that it is not told once more where it passes. `since`: number of
-    the collective that was next when what it ends began; the same object may have been told in an earlier failure."""
+    """Whether all ranks know of an error already, so that it need not be reported to them once more.
+
+    `since` is the number of the collective that was next when what the error ends began: the same object may have been
+    reported in an earlier failure.
+    """
     told = getattr(error, "told_to_all_ranks", -1)  # number of the collective after which it was
     return isinstance(error, RankFailedError | RanksDisagreeError) or told > since
 
@@ -46,8 +48,7 @@ def hash64(value: Any) -> int:
 
 
 class Exchange:
-    """Collectives of all ranks. Every rank calls the same ones in the same order; `agree` and what is built on it make
-    sure."""
+    """Collectives of all ranks. Every rank must call the same ones in the same order: `agree` finds out where not."""
 
     def __init__(self, group: Any, rank: int, world_size: int, heartbeat: Heartbeat, timeout: float) -> None:
         self.rank, self.world_size, self.heartbeat = rank, world_size, heartbeat
@@ -59,25 +60,21 @@ class Exchange:
 
     @property
     def broken(self) -> bool:
-        """Whether a collective did not end, so that none can follow."""
+        """Whether a collective failed, so that none can follow."""
         return self._broken is not None
-
-    # ---- bytes ----------------------------------------------------------------------------------------------------
 
     def reset_stats(self) -> None:
         self._num_collectives = self._sent = self._received = 0
 
     def stats(self) -> dict[str, int]:
-        """Collectives, and the bytes of their payloads: an all-gather of b bytes sends b and receives b from each other
-        rank; a broadcast sends or receives them."""
+        """Counts collectives and the bytes of their payloads: an all-gather of b bytes sends b and receives b from each
+        other rank; a broadcast sends or receives b."""
         return {"collectives": self._num_collectives, "bytes_sent": self._sent, "bytes_received": self._received}
 
     # ---- collectives --------------------------------------------------------------------------------------------
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """[n] on each rank -> [ranks, n]."""
-        import torch.distributed as dist
-
         values = values.contiguous()
         result = torch.empty(self.world_size, *values.shape, dtype=values.dtype)
         self._run(lambda: dist.all_gather(list(result.unbind(0)), values, group=self._group, async_op=True))
@@ -88,8 +85,6 @@ class Exchange:
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Rank 0's values, into those of the others."""
-        import torch.distributed as dist
-
         self._run(lambda: dist.broadcast(values, group_src=0, group=self._group, async_op=True))
         num_bytes = values.numel() * values.element_size()
         if self.rank == 0:
@@ -101,18 +96,14 @@ class Exchange:
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Each rank's bytes, of any length."""
         lengths = self.gather(torch.tensor([len(data)]))[:, 0].tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
-        rows = self.gather(padded) if max(lengths) else torch.zeros(self.world_size, 0, dtype=torch.uint8)
+        rows = self.gather(_padded(data, max(*lengths, 1)))
         return [row.numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
 
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
         """Rank 0's bytes, of any length."""
         length = int(self.broadcast(torch.tensor([len(data)]))[0])
-        if not length:
-            return b""
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else None
-        return self.broadcast(torch.empty(length, dtype=torch.uint8) if mine is None else mine).numpy().tobytes()
+        mine = data if self.rank == 0 else b""
+        return self.broadcast(_padded(mine, max(length, 1))).numpy().tobytes()[:length]
 
     def _run(self, start: Callable[[], Any]) -> None:
         if self.before_each is not None:
@@ -132,10 +123,10 @@ class Exchange:
             raise self.give_up(error) from None
 
     def wait(self, work: Any, quiet: bool = False) -> None:
-        """Until a collective that was begun has ended on this rank, unless another rank is lost.
+        """Waits until a collective that was begun has ended on this rank, or another rank is lost.
 
         Args:
-            quiet: this rank does not need it: the others are told of nothing.
+            quiet: this rank does not need the result: a failure is not reported to the others.
         """
         if self._broken is not None:
             raise RankFailedError(self._broken)
@@ -162,8 +153,8 @@ class Exchange:
             raise self.give_up(error, quiet) from None
 
     def give_up(self, error: BaseException, quiet: bool = False) -> BaseException:
-        """A collective did not end, or cannot be begun, for this error: the others may or may not have what was sent,
-        so nothing can follow. They are told. Returns the error to raise."""
+        """Ends this mesh, because a collective failed or could not be begun: the others may or may not have what was
+        sent. Unless `quiet`, they get the error. Returns the error to raise."""
         if isinstance(error, RuntimeError) and not quiet:  # gloo's
             error = self.heartbeat.explain(error)
         if self._broken is None:
@@ -184,41 +175,38 @@ class Exchange:
         numbers: Sequence[int] = (),
         error: BaseException | None = None,
     ) -> list[list[int]]:
-        """Opens something that all ranks do together.
+        """The agreed word: opens something that all ranks do together.
 
         Args:
-            what: the name of it, in words.
+            what: its name, in words.
             fields: what must be equal on all ranks, by name; compared by the hash of their `repr`.
-            numbers: up to two numbers, for the other ranks to know.
-            error: this rank cannot take part; the others are told why, and it is raised.
+            numbers: up to two numbers that the other ranks are to know.
+            error: why this rank cannot take part; it is raised here, and the other ranks get its text.
 
         Returns:
             `numbers` of each rank.
 
         Raises:
-            RanksDisagreeError: on all ranks; what differs, and on which.
+            RanksDisagreeError: on all ranks; says what differs, and on which ranks.
             RankFailedError: another rank cannot take part, or is gone.
         """
         fields = fields or {}
-        word = [hash64(what), int(error is not None), *numbers, *[0] * (NUMBERS - len(numbers))]
-        word += [hash64(value) for value in fields.values()]
-        if len(word) > WORD:
-            raise ValueError(f"{len(word)} numbers in a word of {WORD}")
-        words = self.gather(torch.tensor(word + [0] * (WORD - len(word)))).numpy()
-        self.settle(what, [bool(f) for f in words[:, 1]], error)
-        compared = np.delete(words, range(1, 2 + NUMBERS), axis=1)
-        if (compared != compared[0]).any():
-            self._raise_difference(what, fields, compared)
-        return words[:, 2 : 2 + NUMBERS].tolist()
+        # A rank that cannot take part may have no fields; it fails before they are compared.
+        hashes = [hash64(what), 0 if error is not None else hash64(fields)]
+        word = [int(error is not None), *hashes, *numbers, *[0] * (NUMBERS - len(numbers))]
+        words = self.gather(torch.tensor(word)).tolist()
+        self.settle(what, [bool(other[0]) for other in words], error)
+        if any(other[1:3] != hashes for other in words):
+            self._raise_difference(what, fields)
+        return [other[3:] for other in words]
 
     def settle(self, what: str, failed: Sequence[bool], error: BaseException | None) -> None:
-        """Ends on all ranks what has failed on one. `failed` is the same on all ranks, `error` this one's own."""
+        """Ends on all ranks what has failed on one. `failed` [ranks] is the same on all of them; `error` is why this
+        rank has failed."""
         if not any(failed):
             return
         text = describe(error).encode()[:TEXT_BYTES] if error is not None else b""
-        padded = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
-        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else padded[:0]
-        rows = self.gather(padded)
+        rows = self.gather(_padded(text, TEXT_BYTES))
         if error is not None:
             with suppress(AttributeError):
                 error.told_to_all_ranks = self.number  # see `is_known`
@@ -227,7 +215,7 @@ class Exchange:
         cause = rows[first].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
         raise RankFailedError(f"rank {first} failed in {what}: {cause}", first, told=True)
 
-    def _raise_difference(self, what: str, fields: Mapping[str, Any], words: np.ndarray) -> NoReturn:
+    def _raise_difference(self, what: str, fields: Mapping[str, Any]) -> NoReturn:
         mine = {"what": what, "fields": {name: repr(value) for name, value in fields.items()}}
         all_ranks = [json.loads(text) for text in self.gather_bytes(json.dumps(mine).encode())]
         if len({other["what"] for other in all_ranks}) > 1:
@@ -242,20 +230,22 @@ class Exchange:
     # ---- built on it ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """A phase that every rank goes through: an exception of one rank in it is an error of all at its end."""
+    def together(self, what: str) -> Iterator[dict[str, Any]]:
+        """Around what every rank does: an exception of one rank in it is an error of all at its end, and so are entries
+        that differ in the dict that it gives."""
+        agreed: dict[str, Any] = {}
         failure: BaseException | None = None
         since = self.number
         try:
-            yield
+            yield agreed
         except BaseException as error:
             failure = error
-        if failure is not None and is_known(failure, since):
-            raise failure
-        self.agree(what, error=failure)
+            if is_known(error, since) or self.broken:
+                raise
+        self.agree(what, agreed, error=failure)
 
     def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:
-        """What `make` returns on rank 0, on all ranks; what it raises there is an error of all."""
+        """Returns on all ranks what `make` returns on rank 0; what it raises there is an error of all."""
         data, failure = b"", None
         try:
             if self.rank == 0:
@@ -266,9 +256,15 @@ class Exchange:
         return self.broadcast_bytes(data)
 
 
+def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes]: `data`, and zeros behind it."""
+    return torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
+
+
 def _groups(texts: Sequence[str]) -> str:
     """`a on ranks 0, 2; b on rank 1`; of long texts the part where they differ."""
-    same = min(_common(texts[0], text) for text in texts)
+    differing = (i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
+    same = next(differing, min(map(len, texts)))
     start = max(0, same - 40) if max(map(len, texts)) > 120 else 0
     by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
@@ -277,10 +273,3 @@ def _groups(texts: Sequence[str]) -> str:
     return ", ".join(
         f"{text} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" for text, ranks in by_text.items()
     )
-
-
-def _common(a: str, b: str) -> int:
-    """Characters of `a` up to where `b` differs; all of them if they are equal."""
-    if a == b:
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -3,10 +3,10 @@
     torchrun --nproc-per-node 2 train.py
 
     distzo2.parallel.init(pert=2)                  # before the optimizer is made
-    opt = distzo2.ZOSGD(model, lr=1e-6)            # takes part in what `current()` is
+    opt = distzo2.ZOSGD(model, lr=1e-6)            # steps are shared over `current()`
     opt.step([closure, ...])                       # the same list on every rank
 
-Weights are whole on every rank, or in slices that the ranks of a node gather, and stay bit-identical; besides slices
+Weights are whole on every rank, or in slices that the ranks of a node gather. They stay bit-identical; besides slices
 only scalars travel, over gloo. See docs/parallel.md.
 """
 
@@ -19,17 +19,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import util
 from typing import TYPE_CHECKING, Any
 
 from distzo2.errors import DistZO2Error
-from distzo2.optim.estimator import Estimator, Evaluation, make_estimator
-from distzo2.parallel.mesh import MeshShape, resolve_mesh
+from distzo2.parallel.heartbeat import Heartbeat, describe, host_name
+from distzo2.parallel.mesh import Evaluation, MeshShape, resolve_mesh
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these import torch, which `distzo2 --help` does not wait for
     import torch
 
     from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.heartbeat import Heartbeat
     from distzo2.parallel.slice_rounds import SliceExchange
 
 INTERVAL = 1.0  # seconds between heartbeats
@@ -43,7 +43,7 @@ _previous_excepthook: Any = None
 
 @dataclass(eq=False)
 class Ranks:
-    """The processes of this run, met and watched; their mesh is another matter."""
+    """The processes of this run, once they have met; with or without a mesh."""
 
     rank: int
     world_size: int
@@ -53,15 +53,8 @@ class Ranks:
     heartbeat: Heartbeat
     owns_default_group: bool
     group: Any
-    names: int = 0  # given out by `unique_name`
     failed: bool = False  # an exception is about to end this rank
     nodes: list[SliceExchange] = field(default_factory=list)  # of their meshes
-    closers: list[Callable[[], Any]] = field(default_factory=list)  # called before these ranks part
-
-    def unique_name(self, kind: str) -> str:
-        """A name for keys of the store; the same on all ranks if all ask in the same order."""
-        self.names += 1
-        return f"{kind}/{self.names}"
 
 
 @dataclass(eq=False)
@@ -106,12 +99,12 @@ class Mesh:
         return self.ranks.heartbeat
 
     def together(self, what: str) -> AbstractContextManager[None]:
-        """`with mesh.together("loading"):` an exception of one rank in it is an error of all at its end. The others
-        wait there as long as it takes, unless a rank is lost."""
+        """`with mesh.together("loading"):` an exception of one rank in it is an error of all at its end, where the
+        others wait as long as it takes, unless a rank is lost."""
         return self.exchange.together(what)
 
     def barrier(self) -> None:
-        """Waits for all ranks, and serves them slices meanwhile, as barriers of torch.distributed do not."""
+        """Waits for all ranks, and serves them slices meanwhile; barriers of torch.distributed do not."""
         self.exchange.agree("barrier")
 
     def __str__(self) -> str:
@@ -140,8 +133,7 @@ def init(
     *,
     timeout: float = TIMEOUT,
     device: str | torch.device | None = None,
-    num_probes: int | None = None,
-    estimator: str | Estimator = "spsa",
+    evaluations: Sequence[Evaluation] | None = None,
     micro_batches: int | None = None,
     interval: float = INTERVAL,
     limit: float = LIMIT,
@@ -155,14 +147,15 @@ def init(
     Args:
         pert: ranks along perturbations; up to 2K for K probes of SPSA.
         data: ranks along micro-batches. Where one of the two is not given it follows from the number of ranks; where
-            neither is, a mesh is chosen and told through `log`.
+            neither is, a mesh is chosen and reported to `log`.
         slice: each rank of a node keeps a slice of every streamed block (weights in host memory or on disk), and the
             ranks of the node gather a block together when they want it. None: where that is faster than bringing the
             whole block, by a measurement when the model is handed over, or where memory holds one copy only.
         timeout: seconds that a rank waits for others that are alive.
         device: where the ranks compute; None: a GPU each if there is one for each, else the CPU.
-        num_probes, estimator, micro_batches: of the steps to come, if known: what does not fit is refused now, and a
-            mesh that is chosen suits them.
+        evaluations: (probe, sign) pairs that a step will evaluate, if known (`Estimator.evaluations`): a mesh that does
+            not suit them is refused now, and one that is chosen suits them.
+        micro_batches: closures that a step will have, if known.
         interval: seconds between heartbeats.
         limit: seconds without a heartbeat after which a rank is given up.
         log: called on rank 0 with what was chosen: the mesh, slices.
@@ -174,7 +167,6 @@ def init(
     global _current
     if _current is not None:
         raise DistZO2Error(f"there is a mesh already ({_current}): call distzo2.parallel.shutdown() first")
-    evaluations = None if num_probes is None else make_estimator(estimator).evaluations(num_probes)
     shape = resolve_mesh(_world_size(), pert, data, evaluations=evaluations, micro_batches=micro_batches)
     ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
     try:
@@ -209,10 +201,10 @@ def _node_of(ranks: Ranks) -> SliceExchange:
     """The ranks of this node."""
     import torch.distributed as dist
 
-    from distzo2.parallel.heartbeat import host_name
-    from distzo2.parallel.slice_rounds import SliceExchange, node_name
+    from distzo2.parallel.slice_rounds import SliceExchange
 
-    names = ranks.exchange.gather_bytes(node_name(os.environ, host_name()).encode())
+    number = os.environ.get("GROUP_RANK")  # what torchrun calls a node; without it, a machine
+    names = ranks.exchange.gather_bytes(f"{host_name()} {number or ''}".encode())
     nodes = [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
     node = SliceExchange(ranks.exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
     ranks.nodes.append(node)
@@ -234,7 +226,6 @@ def join(
     import torch.distributed as dist
 
     from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.heartbeat import Heartbeat
     from distzo2.parallel.rendezvous import init_process_group, new_gloo_group
 
     if not dist.is_available():
@@ -259,8 +250,6 @@ def join(
 def _watch_for_the_end() -> None:
     """A program that ends tells the other ranks why, also where multiprocessing started it."""
     global _previous_excepthook
-    from multiprocessing import util
-
     if _previous_excepthook is None:
         _previous_excepthook = sys.excepthook
         sys.excepthook = _on_uncaught
@@ -269,7 +258,9 @@ def _watch_for_the_end() -> None:
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    _post(error)
+    if _ranks is not None:
+        _ranks.failed = True
+        _report(_ranks, error)
     _previous_excepthook(kind, error, traceback)
 
 
@@ -280,21 +271,19 @@ def _at_exit_of_child() -> None:
     shutdown(error)
 
 
-def _post(error: BaseException) -> None:
+def _report(ranks: Ranks, error: BaseException) -> None:
+    """Tells the other ranks why this one ends, unless they know."""
     from distzo2.parallel.exchange import is_known
-    from distzo2.parallel.heartbeat import describe
 
-    if _ranks is not None:
-        _ranks.failed = True
-    if _ranks is not None and not is_known(error, _ranks.exchange.number - 1):
-        _ranks.heartbeat.post(f"rank {_ranks.rank}: {describe(error)}")
+    if not is_known(error, ranks.exchange.number - 1):
+        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
 
 
 def shutdown(error: BaseException | None = None) -> None:
     """Leaves the mesh. Steps of this rank are its own afterwards, and the others' next ones fail.
 
     Args:
-        error: why, if this rank has failed: the first such cause is what all ranks are told.
+        error: why, if this rank has failed; all ranks are told the first such cause.
     """
     global _current, _ranks
     ranks, _ranks, _current = _ranks, None, None
@@ -302,17 +291,11 @@ def shutdown(error: BaseException | None = None) -> None:
         return
     import torch.distributed as dist
 
-    from distzo2.parallel.exchange import is_known
-    from distzo2.parallel.heartbeat import describe
-
-    if error is not None and not is_known(error, ranks.exchange.number - 1):
-        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
+    if error is not None:
+        _report(ranks, error)
     for node in ranks.nodes if error is None and not ranks.failed else ():
         with suppress(DistZO2Error):
             node.leave(ends=True)  # the others may still want slices of this rank
-    for close in ranks.closers:
-        with suppress(Exception):
-            close()
     if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         ranks.heartbeat.wait_for_others(ranks.heartbeat.limit)  # this process serves the store
     ranks.heartbeat.leave()
@@ -329,7 +312,7 @@ def shutdown(error: BaseException | None = None) -> None:
 
 
 def stats() -> dict[str, int]:
-    """Collectives of this rank and the bytes of their payloads since the mesh was made or `reset_stats` was called.
+    """Counts collectives of this rank and the bytes of their payloads, since the mesh was made or since `reset_stats`.
 
     `collectives`, `bytes_sent`, `bytes_received` are of scalars, between all ranks. With slices there are also
     `slice_rounds` and `slice_gathers` between the ranks of the node, and `slice_bytes_sent`, `slice_bytes_received`.
@@ -342,18 +325,8 @@ def stats() -> dict[str, int]:
 
 
 def reset_stats() -> None:
-    """Starts the counting of `stats` anew."""
+    """Sets the counts of `stats` to zero."""
     if _ranks is not None:
         _ranks.exchange.reset_stats()
         for node in _ranks.nodes:
             node.reset_stats()
-
-
-def check_mesh(mesh: Mesh, evaluations: Sequence[Evaluation]) -> None:
-    """Raises UsageError, with what would fit, unless the mesh can share these evaluations."""
-    from distzo2.parallel.mesh import check_step
-
-    check_step(mesh.shape, evaluations, None)
-
-
-__all__ = ["Mesh", "check_mesh", "current", "init", "join", "reset_stats", "shutdown", "stats"]

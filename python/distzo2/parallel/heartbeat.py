@@ -1,9 +1,9 @@
 """Whether the other ranks are alive, and the first cause when one is not: heartbeats over the rendezvous store.
 
-Each rank counts up a key of its own; one thread does this and reads everyone's. A rank that stops counting, a process
-of this machine that has ended, a cause that some rank has posted, and a store that no longer answers are failures.
-Time is counted in rounds, so that a machine that slept, with all its ranks, finds them as they were.
-Nobody is interrupted: whoever waits for other ranks asks `check` meanwhile, and callbacks end what waits elsewhere.
+A thread of each rank counts up a key and reads everyone's. These are failures: a rank that stops counting, a process of
+this machine that has ended, a cause that some rank has posted, and a store that no longer answers. Time is counted in
+rounds, so that a machine that slept, with all its ranks, finds them as they were. Nobody is interrupted: whoever waits
+for other ranks calls `check` meanwhile, and callbacks end what waits elsewhere.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import Any
 
 from distzo2.errors import DistZO2Error
 
-STORE_SECONDS = 5.0  # that a last word to the store may take
+STORE_SECONDS = 5.0  # that a last message to the store may take
 LEFT = b"left"  # instead of a count: the rank has shut down its mesh
 
 
 class RankFailedError(DistZO2Error):
-    """Another rank failed, was lost or has left; the message names it and the first cause. `rank` is None where it is
-    not known which."""
+    """Another rank failed, was lost or has left; the message names it and the first cause.
+
+    `rank` is None where it is not known which one. `told`: the failed rank is alive, and reports its error itself.
+    """
 
     def __init__(self, message: str, rank: int | None = None, told: bool = False) -> None:
         super().__init__(message)
-        self.rank = rank
-        self.told = told  # the failed rank is alive, and will tell of its error itself
+        self.rank, self.told = rank, told
 
 
 def describe(error: BaseException) -> str:
@@ -45,7 +46,7 @@ def describe(error: BaseException) -> str:
 
 
 def bounded(call: Callable[[], Any], seconds: float) -> Any:
-    """What `call` returns; None if it raises, or takes longer: it then goes on in a thread of its own.
+    """Returns what `call` returns; None if it raises, or takes longer: then it continues in a thread.
 
     For calls of a store whose host may be cut off, which end only when TCP gives up, and by no signal before.
     """
@@ -62,20 +63,26 @@ def bounded(call: Callable[[], Any], seconds: float) -> Any:
 
 
 class Heartbeat:
-    """See the module. `store` is a connection of its own, since a blocked call on one holds all others up."""
+    """The heartbeats of one rank, and what it knows of the others."""
 
     def __init__(self, store: Any, rank: int, world_size: int, *, interval: float, limit: float) -> None:
+        """
+        Args:
+            store: a connection for the heartbeats alone, since a blocked call on one holds up all others.
+            interval: seconds between heartbeats.
+            limit: seconds without one after which a rank is given up.
+        """
         self.rank, self.world_size, self.interval, self.limit = rank, world_size, interval, limit
         self._store = store
         self._processes: dict[int, tuple[int, str]] = {}  # ranks of this machine: process id, start time
-        self._machines: dict[int, str] = {}  # ranks of other machines: the name, as it is put behind a rank
+        self._machines: dict[int, str] = {}  # ranks of other machines: " (name of the machine)"
         self._keys = [f"beat/{r}" for r in range(world_size)]
         self._failure: RankFailedError | None = None
         self._callbacks: list[Callable[[BaseException], None]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.left: set[int] = set()
-        self.store_lost = False  # it no longer answers: nothing more can be told through it
+        self.store_lost = False  # the store no longer answers
         mine = {"host": host_name(), "name": socket.gethostname(), "pid": os.getpid()}
         mine["start"] = process_start(os.getpid())
         store.set(f"process/{rank}", json.dumps(mine))
@@ -109,18 +116,18 @@ class Heartbeat:
             raise RankFailedError(str(self._failure), self._failure.rank, self._failure.told)
 
     def on_failure(self, callback: Callable[[BaseException], None]) -> None:
-        """Calls `callback(error)` from a thread of ours when another rank fails; at once if it has."""
+        """Calls `callback(error)` from the heartbeat's thread when another rank fails; at once if one has."""
         with self._lock:
             self._callbacks.append(callback)
         if self._failure is not None:
             callback(self._failure)
 
     def post(self, text: str) -> None:
-        """Tells all ranks that this one has failed; the first cause posted is the one that they are told."""
+        """Tells all ranks that this one has failed. They report the first cause that any rank has posted."""
         bounded(lambda: self._post({"rank": self.rank, "by": self.rank, "text": text}), STORE_SECONDS)
 
     def explain(self, error: BaseException) -> RankFailedError:
-        """What is behind an error of a connection: waits until it is known which rank failed."""
+        """Waits until it is known which rank's failure is behind an error of a connection; returns that failure."""
         deadline = time.monotonic() + self.limit + 2 * self.interval
         while self._failure is None and not self.left and time.monotonic() < deadline:
             time.sleep(min(0.02, self.interval))
@@ -134,12 +141,12 @@ class Heartbeat:
         return RankFailedError(f"the connection to another rank was lost ({describe(error)})")
 
     def gone(self) -> RankFailedError:
-        """An error for those who still need ranks that have shut down their mesh."""
+        """Returns the error for those who still need ranks that have shut down their mesh."""
         rank = min(self.left)
         return RankFailedError(f"rank {rank} has left the mesh: its program ended, or called shutdown()", rank)
 
     def fail(self, text: str, rank: int | None, told: bool = False) -> None:
-        """From here on `check` raises."""
+        """Makes `check` raise from now on; the first failure stays."""
         with self._lock:
             if self._failure is not None:
                 return
@@ -150,7 +157,7 @@ class Heartbeat:
                 callback(self._failure)
 
     def leave(self) -> None:
-        """Ends the threads; the other ranks are told that this one needs them no more, and they it."""
+        """Ends the threads, and tells the other ranks that this one has left."""
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=0.0 if self.store_lost else STORE_SECONDS)
@@ -158,7 +165,7 @@ class Heartbeat:
             bounded(lambda: self._store.set(self._keys[self.rank], LEFT), STORE_SECONDS)
 
     def wait_for_others(self, seconds: float) -> None:
-        """Until all others have left, or one has failed: for the rank whose process serves the store."""
+        """Waits until all others have left, or one has failed. For the rank whose process serves the store."""
         deadline = time.monotonic() + seconds
         while len(self.left) < self.world_size - 1 and self._failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -203,7 +210,7 @@ class Heartbeat:
         self.fail(text, rank)
 
     def _post(self, cause: dict[str, Any]) -> dict[str, Any]:
-        """The first cause posted, whoever's."""
+        """Posts a cause; returns the first one that any rank has posted."""
         if self._failure is None:
             number = self._store.add("causes", 1)
             self._store.set(f"cause/{number}", json.dumps(cause))
@@ -231,7 +238,7 @@ def host_name() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks; None if it has ended."""
+    """Returns when a process started, in clock ticks; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,8 @@
 """Shapes of a mesh of ranks, and which rank runs which lane of a step. Plain arithmetic: nothing here communicates.
 
 A mesh is (data, pert): rank r has data coordinate r div pert and perturbation coordinate r mod pert. A lane is an
-(evaluation, micro-batch) pair; its noise and its random stream are functions of the pair, so that the dealing never
-changes a bit.
+(evaluation, micro-batch) pair. Its noise and its random stream are functions of the pair, so which rank runs it changes
+no bit.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from distzo2.errors import UsageError
-from distzo2.optim.estimator import Evaluation
 
-GLOBAL, OWN, ROW = 0, 1, 2  # whose the list of closures is: the step's, the rank's own, the data coordinate's
+Evaluation = tuple[int, int]  # (probe, sign): sign +1 or -1; (0, 0) is the clean weights
+
+GLOBAL, OWN, ROW = range(3)  # whose the list of closures is: the step's, the rank's own, the data coordinate's
 SHARDED = {False: GLOBAL, True: OWN, "data": ROW}
 
 
@@ -92,8 +93,8 @@ def resolve_mesh(
 ) -> MeshShape:
     """The mesh asked for, checked, or the best one for what is known of the step.
 
-    Where nothing is asked, the mesh is the one whose busiest rank has the fewest lanes; of equals one that keeps both
-    signs of a perturbation on one rank; of equals the one with the largest `pert`, whose ranks make the least noise.
+    Where nothing is asked, the mesh is the one whose busiest rank has the fewest lanes; among equals one that keeps
+    both signs of a perturbation on one rank; then the one with the largest `pert`, whose ranks make the least noise.
 
     Args:
         world_size: number of ranks.
@@ -104,31 +105,22 @@ def resolve_mesh(
     Raises:
         UsageError: the mesh is impossible; the message says what would fit.
     """
-    for name, size in (("pert", pert), ("data", data)):
-        if size is not None and size < 1:
-            raise UsageError(f"{name}={size}: at least 1 was expected")
-    asked = ",".join(f"{name}={size}" for name, size in (("pert", pert), ("data", data)) if size is not None)
-    if (pert or 1) * (data or 1) > world_size or world_size % ((pert or 1) * (data or 1)):
-        raise UsageError(
-            f"{asked}: {_needs(pert, data, world_size)}; {_fitting(world_size, evaluations, micro_batches)}"
-        )
+    sizes = {name: size for name, size in (("pert", pert), ("data", data)) if size is not None}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UsageError(f"{name}={size}: expected at least 1")
+    asked = ",".join(f"{name}={size}" for name, size in sizes.items())
     if pert is None and data is None:
         return _best(world_size, evaluations, micro_batches)
-    shape = MeshShape(pert or world_size // data, data or world_size // pert)
-    if shape.size != world_size:
-        raise UsageError(
-            f"{asked}: {_needs(pert, data, world_size)}; {_fitting(world_size, evaluations, micro_batches)}"
-        )
-    reason = _misfit(shape, evaluations, micro_batches)
-    if reason:
-        raise UsageError(f"{shape}: {reason}; {_fitting(world_size, evaluations, micro_batches)}")
-    return shape
-
-
-def _needs(pert: int | None, data: int | None, world_size: int) -> str:
     least = (pert or 1) * (data or 1)
-    what = f"{least} ranks" if pert and data else f"a multiple of {least} ranks"
-    return f"{what} would be needed, and {'there is 1' if world_size == 1 else f'there are {world_size}'}"
+    if world_size % least or (pert and data and least != world_size):
+        needed = f"{least} ranks" if pert and data else f"a multiple of {least} ranks"
+        there = "there is 1" if world_size == 1 else f"there are {world_size}"
+        fitting = _fitting(world_size, evaluations, micro_batches)
+        raise UsageError(f"{asked}: {needed} would be needed, and {there}; {fitting}")
+    shape = MeshShape(pert or world_size // data, data or world_size // pert)
+    check_step(shape, evaluations, micro_batches)
+    return shape
 
 
 def _misfit(shape: MeshShape, evaluations: Sequence[Evaluation] | None, micro_batches: int | None) -> str | None:
@@ -140,8 +132,12 @@ def _misfit(shape: MeshShape, evaluations: Sequence[Evaluation] | None, micro_ba
     return None
 
 
-def check_step(shape: MeshShape, evaluations: Sequence[Evaluation], micro_batches: int | None) -> None:
-    """Raises UsageError, with what would fit, unless a step's lanes can be dealt to the mesh."""
+def check_step(shape: MeshShape, evaluations: Sequence[Evaluation] | None, micro_batches: int | None) -> None:
+    """Checks what is known of a step against the mesh; None: not known yet.
+
+    Raises:
+        UsageError: its lanes cannot be dealt to the mesh; the message says what would fit.
+    """
     reason = _misfit(shape, evaluations, micro_batches)
     if reason:
         raise UsageError(f"{shape}: {reason}; {_fitting(shape.size, evaluations, micro_batches)}")
@@ -194,11 +190,6 @@ class Deal:
     num_batches: int
     lanes: list[list[tuple[int, int]]]  # [ranks], in the order in which a rank runs them
     first_batch: list[int]  # [ranks]: the micro-batch of a rank's closure 0
-
-    @classmethod
-    def alone(cls, num_evaluations: int, num_batches: int) -> Deal:
-        """Every lane on one rank."""
-        return cls(num_batches, [[(e, m) for e in range(num_evaluations) for m in range(num_batches)]], [0])
 
 
 def deal_lanes(shape: MeshShape, evaluations: Sequence[Evaluation], num_closures: Sequence[int], mode: int) -> Deal:

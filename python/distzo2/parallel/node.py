@@ -1,45 +1,70 @@
-"""Whether the ranks of a node keep streamed blocks in slices: as asked, or by what is measured, which is printed."""
+"""What the ranks of a node share: the memory of their machine, and streamed blocks, in slices or not.
+
+Slices are taken as asked, or by what is measured here; the decision and its figures are printed.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from distzo2.errors import UsageError
+from distzo2.parallel.exchange import hash64
+from distzo2.parallel.group import Mesh, Ranks
+from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.parallel.sliced_store import cut
-from distzo2.run.preflight import available_memory, free_bytes, gib
-from distzo2.weights.store import StreamingStore
+from distzo2.text import gib
+from distzo2.weights.residency import MemoryShare, available_memory, free_disk_bytes
+from distzo2.weights.store import StoredCopy, streaming_store
 from distzo2.weights.units import Unit
-
-if TYPE_CHECKING:
-    from distzo2.parallel.group import Mesh
-    from distzo2.parallel.slice_rounds import SliceExchange
 
 SAMPLE_BYTES = 32 << 20  # of a block, at most
 SAMPLE_BLOCKS = 4
 ROUNDS = 3
 _SPARE = 0.1  # of the memory that is available
+_NO_LIMIT = (1 << 63) - 1  # bytes, where a machine has none
 
 
-@dataclass(eq=False)
-class _Sample:
-    """As much of a unit as a store asks for."""
+def memory_share(ranks: Ranks | None) -> MemoryShare:
+    """Reads what memory this machine has. `ranks` that have met all call it, and take none before it returns.
 
-    index: int
-    num_bytes: int
-    version: int = 0
-    block: int = -1
+    The least reading of a machine's ranks counts. A rank that read for itself would miss what the others had already
+    taken, and divide the rest once more; or would not see what they are about to take.
+    """
+    mine = MemoryShare.of_one_rank()
+    if ranks is None or ranks.world_size == 1:
+        return mine
+    what = "sharing the memory of a machine"
+    machines = [row[0] for row in ranks.exchange.agree(what, numbers=[hash64(_machine())])]
+    limits = [_NO_LIMIT if limit is None else limit for limit in (mine.cgroup_bytes, mine.available_bytes)]
+    readings = ranks.exchange.agree(what, numbers=limits)
+    here = [row for machine, row in zip(machines, readings, strict=True) if machine == machines[ranks.rank]]
+    least = [min(column) for column in zip(*here, strict=True)]
+    return MemoryShare(len(here), *(None if limit == _NO_LIMIT else limit for limit in least))
 
 
-class Sharing(NamedTuple):
-    """The ranks of a node, the share of every streamed block that each of them keeps, and a number for the store."""
+def _machine() -> str:
+    """The kernel's name for this boot of the machine, which containers on it share as they share its memory."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{platform.node()} {os.environ.get('GROUP_RANK', '')}"
+
+
+# ---- slices -------------------------------------------------------------------------------------------------------
+
+
+class Slicing(NamedTuple):
+    """How a node keeps streamed blocks: its ranks, the share of every block that each of them keeps, and the number of
+    the store."""
 
     node: SliceExchange
     shares: list[float]
@@ -52,11 +77,11 @@ def choose_slices(
     device: torch.device,
     weights: str,
     directory: str | os.PathLike | None,
-) -> Sharing | None:
-    """Who shares the streamed units in slices, or None: the same on all ranks, which all call it.
+) -> Slicing | None:
+    """Decides whether streamed units are kept in slices; None if not. All ranks call it and get the same answer.
 
-    Where the mesh does not say, slices are taken if bringing one and gathering the block is faster than bringing the
-    whole block on every rank at once, both measured here, or if there is no room for every rank's own copy. GPUs whose
+    Where the mesh does not say, slices are taken if there is no room for a copy on every rank, or if bringing a slice
+    and gathering the block is faster than bringing the whole block on every rank at once, as measured here. GPUs whose
     links differ get slices in proportion to their rates.
 
     Raises:
@@ -88,7 +113,7 @@ def choose_slices(
     if mesh.rank == 0:
         kept = f"; {gib(int(total * shares[node.index] / sum(shares)))} of blocks a rank" if chosen else ""
         mesh.log(f"slices: {'on' if chosen else 'off'} ({why}{kept})")
-    return Sharing(node, shares, node.new_store()) if chosen else None
+    return Slicing(node, shares, node.new_store()) if chosen else None
 
 
 def _decide(
@@ -97,7 +122,7 @@ def _decide(
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_bytes(directory)
+        free = available_memory() if weights == "host" else free_disk_bytes(directory)
     room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
     for needed, free in room.tolist():
         if needed > free:
@@ -125,7 +150,7 @@ def _shares(mesh: Mesh, sample: int, device: torch.device, directory: str | os.P
 
 
 def shares_of(seconds: Sequence[float]) -> list[float]:
-    """Shares of ranks that take so long for the same bytes; equal ones unless some are a quarter slower."""
+    """The shares of ranks that take `seconds` for the same bytes; equal unless one is a quarter slower than another."""
     if max(seconds) < 1.25 * min(seconds):
         return [1.0] * len(seconds)
     return [min(seconds) / s for s in seconds]
@@ -137,10 +162,11 @@ def _of_all(mesh: Mesh, values: Sequence[float]) -> torch.Tensor:
 
 
 def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None) -> float:
-    samples: list[Any] = [_Sample(i, num_bytes) for i in range(SAMPLE_BLOCKS)]
+    unit = Unit(0, "a sample", [], [], resident=False)
+    samples = [StoredCopy(unit, 0, num_bytes, block=i) for i in range(SAMPLE_BLOCKS)]
     times = []
     with mesh.together("measuring transfers"):
-        store = StreamingStore(samples, device, directory=directory, slots=3)
+        store = streaming_store(samples, device, directory=directory, slots=3)
         for sample in samples if directory is not None else ():
             with store.open(sample, write=True, keep=False) as buffer:
                 buffer.fill_(1)  # a file's holes are read faster

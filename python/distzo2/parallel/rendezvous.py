@@ -1,7 +1,7 @@
 """How ranks meet: at the store of the rendezvous first, then by gloo's connections of each with each, and NCCL's.
 
-gloo takes the interface of the address that this machine's name stands for, which on many is 127.0.1.1: the ranks of
-another machine are then told to connect to themselves. Ranks on several machines therefore look at the store which
+gloo takes the interface of the address that this machine's name stands for. On many machines that is 127.0.1.1, and the
+ranks of another machine would connect to themselves. Ranks on several machines therefore find out by the store which
 interface leads to the others.
 """
 
@@ -29,7 +29,7 @@ SIOCGIFADDR = 0x8915
 
 
 def init_process_group(device: str | torch.device | None, timeout: float) -> None:
-    """Initializes torch.distributed as torchrun's environment says; of one rank without it.
+    """Initializes torch.distributed as torchrun's environment says; with one rank where there is none.
 
     Args:
         device: where the ranks compute; None: a GPU each if there is one for each, else the CPU.
@@ -67,7 +67,7 @@ def init_process_group(device: str | torch.device | None, timeout: float) -> Non
 
 
 def new_group(ranks: Sequence[int], backend: str) -> Any:
-    """A group of some ranks; all ranks call it. Whoever waits for its collectives limits the waiting."""
+    """Makes a group of some ranks; all ranks call it. Its collectives have no time limit: `Exchange.wait` has one."""
     group = dist.new_group(list(ranks), backend=backend, timeout=CONNECTING)
     if dist.get_rank() in ranks:
         _allow(group, timedelta(days=365))
@@ -75,7 +75,7 @@ def new_group(ranks: Sequence[int], backend: str) -> Any:
 
 
 def new_gloo_group(timeout: float) -> Any:
-    """A group of all ranks of its own connections, whose collectives may take so many seconds."""
+    """Makes a group of all ranks with connections of its own, whose collectives may take `timeout` seconds."""
     group = dist.new_group(backend="gloo", timeout=CONNECTING)
     _allow(group, timedelta(seconds=timeout))
     return group
@@ -98,11 +98,10 @@ def _store(rank: int, world_size: int, wait: timedelta) -> Any:
 
 
 def _interface_to_others(store: Any, rank: int, world_size: int) -> str | None:
-    """The interface by which this machine reaches the others; None where that is not found out, as where all ranks are
-    on this one.
+    """The interface by which this machine reaches the others; None where none is found, or all ranks are on this one.
 
-    Ranks of other machines than the store's post the address from which they reach it. Those of the store's machine
-    reach one of these, since their own way to it shows nothing.
+    Ranks on other machines than the store's post the address from which they reach it. Those on the store's machine
+    look for the way to one of these, since their own way to the store shows nothing.
     """
     mine = _source_of(os.environ["MASTER_ADDR"])
     store.set(f"address/{rank}", mine or "")
@@ -113,7 +112,7 @@ def _interface_to_others(store: Any, rank: int, world_size: int) -> str | None:
 
 
 def _source_of(host: str) -> str | None:
-    """The address from which this machine reaches another; None if it cannot, or `host` is this machine."""
+    """The address from which this machine reaches `host`; None if it cannot, or `host` is this machine."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as probe:

@@ -1,11 +1,11 @@
-"""Whose turn a block is: the ranks of a node, each of which holds a slice of every streamed block, gather one together.
+"""Which block the ranks of a node gather next. Each of them holds a slice of every streamed block.
 
-A gather needs every rank of the node, and the ranks run code of their own: other lanes, none, an evaluation on one of
-them, an exception. So the gathers of a node are a sequence of **rounds**. In each round every rank says one word: which
-block it wants, or that it wants none, since it stands before a collective of scalars, closes a model or ends. All see
-all words, and bring a block that one of them wants, each rank's in its turn; a collective of scalars begins when all
-stand before it. So every rank is served, and a rank with no lanes serves the others meanwhile. Words are said ahead of
-time, for the blocks that are expected next, and while the lanes compute the gathers go on.
+A gather needs every rank of the node, but ranks run different code: other lanes, none, an evaluation on one of them, an
+exception. So the gathers of a node are a sequence of **rounds**. In each round every rank says one word: the block that
+it wants, or that it wants none because it stands before a collective of scalars, closes a model or ends. All ranks see
+all words and gather a block that one of them wants, each rank's in its turn. A collective of scalars begins when all
+ranks stand before it. So every rank is served, and a rank with no lanes serves the others meanwhile. Words are said
+ahead, for the blocks that are expected next, and gathers run while the lanes compute.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 
 from distzo2.errors import DistZO2Error
+from distzo2.parallel.exchange import Exchange
 from distzo2.parallel.heartbeat import RankFailedError, describe
-
-if TYPE_CHECKING:
-    from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.sliced_store import SlicedStore
+from distzo2.parallel.rendezvous import new_group
 
 WORD_BYTES = 32
 READY, WANTS, LEAVES, ENDS = range(4)
@@ -37,6 +36,13 @@ class Word(NamedTuple):
     stamp: int = 0  # of a block that is wanted: what it must hold; READY: the collective's number
 
 
+class GathersUnits(Protocol):
+    """A store of slices, as the rounds know it."""
+
+    def begin(self, index: int, stamp: int, ours: bool) -> None:
+        """Begins to gather unit `index`, with the weights of `stamp`; `ours`: this rank wants it too."""
+
+
 class _Round(NamedTuple):
     mine: Word
     words: torch.Tensor  # int64 [ranks of the node, 4]
@@ -49,9 +55,9 @@ class SliceExchange:
     def __init__(self, exchange: Exchange, nodes: Sequence[Sequence[int]], backend: str) -> None:
         """
         Args:
-            exchange: of all ranks; once there are stores, the rounds come to an end before each of its collectives.
+            exchange: of all ranks. Once there are stores, all ranks end their rounds before each of its collectives.
             nodes: the ranks of every node, ascending.
-            backend: of what blocks go through: "gloo" or "nccl".
+            backend: what blocks go through, "gloo" or "nccl".
         """
         self.ranks = next(tuple(ranks) for ranks in nodes if exchange.rank in ranks)
         self.index = self.ranks.index(exchange.rank)
@@ -61,7 +67,7 @@ class SliceExchange:
         self._words_group: Any = None
         self._bytes_group: Any = None
         self._num_stores = 0
-        self._stores: dict[int, SlicedStore] = {}
+        self._stores: dict[int, GathersUnits] = {}
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
         self.num_acted = 0
         self.reset_stats()
@@ -84,22 +90,20 @@ class SliceExchange:
         """Makes the groups, once; all ranks of all nodes call it."""
         if self._words_group is not None:
             return
-        from distzo2.parallel.rendezvous import new_group
-
         for ranks in self._nodes:
             words, blocks = new_group(ranks, "gloo"), new_group(ranks, self.backend)
             if self.exchange.rank in ranks:
                 self._words_group, self._bytes_group = words, blocks
 
     def new_store(self) -> int:
-        """The number of a store that all ranks are about to make. From here on collectives of scalars wait for the
-        rounds."""
+        """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
+        the rounds."""
         self.exchange.before_each = self.meet
         self._num_stores += 1
         return self._num_stores - 1
 
-    def register(self, number: int, store: SlicedStore | None) -> None:
-        """The store of a number; None: it is closed."""
+    def register(self, number: int, store: GathersUnits | None) -> None:
+        """Sets the store of a number; None: it is closed."""
         if store is None:
             self._stores.pop(number, None)
         else:
@@ -111,7 +115,7 @@ class SliceExchange:
         self.num_rounds = self.num_gathers = self.bytes_sent = self.bytes_received = 0
 
     def stats(self) -> dict[str, int]:
-        """Rounds, gathers, and the bytes of both: each rank sends its word or slice, and receives the others'."""
+        """Counts rounds, gathers, and their bytes: each rank sends its word or slice, and receives the others'."""
         words = WORD_BYTES * self.num_rounds
         return {
             "rounds": self.num_rounds,
@@ -123,7 +127,7 @@ class SliceExchange:
     # ---- rounds -------------------------------------------------------------------------------------------------
 
     def say(self, word: Word) -> None:
-        """This rank's word of the next round; returns at once."""
+        """Says this rank's word of the next round; does not wait for the others'."""
         mine = torch.tensor(word, dtype=torch.int64, device="cpu")
         words = torch.empty(self.size, len(word), dtype=torch.int64, device="cpu")
         # Of the group itself: torch.distributed's own function takes longer than the exchange.
@@ -132,19 +136,19 @@ class SliceExchange:
         self.num_rounds += 1
 
     def is_said(self, word: Word) -> bool:
-        """Whether this rank has said it in a round that has not been acted on."""
+        """Whether this rank has said `word` in a round that has not been acted on."""
         return any(r.mine == word for r in self._rounds)
 
     @property
     def answered(self) -> bool:
-        """Whether all words of the oldest such round are here."""
+        """Whether all words of the oldest round that has not been acted on are here."""
         return bool(self._rounds) and self._rounds[0].work.is_completed()
 
     def act(self, quiet: bool = False) -> list[Word] | None:
         """Waits for the words of the oldest round and begins its gather.
 
         Args:
-            quiet: a rank that has left is no failure that others are to be told of.
+            quiet: a rank that has left is no failure to report to the others.
 
         Returns:
             The words, if none of them is for a block.
@@ -169,7 +173,7 @@ class SliceExchange:
         return None
 
     def bring(self, word: Word, begun: Callable[[], bool]) -> None:
-        """Takes part in rounds until the gather that is wanted has begun."""
+        """Takes part in rounds until `begun()`: the gather that `word` wants has begun."""
         while not begun():
             if not self._rounds:
                 self.say(word)
@@ -187,8 +191,8 @@ class SliceExchange:
             self._check_nobody_ended(words)
 
     def leave(self, ends: bool) -> None:
-        """A model is closed: serves the others until none of them wants a block at this moment. Or this rank's program
-        ends: until those of all do."""
+        """Serves the others before a model is closed: until none of them wants a block. With `ends`, before this rank's
+        program ends: until those of all ranks do."""
         if not self.in_use or self.exchange.broken or self.exchange.heartbeat.failure is not None:
             return
         word = Word(ENDS if ends else LEAVES)
@@ -213,8 +217,6 @@ class SliceExchange:
         Returns:
             What to `wait` for.
         """
-        import torch.distributed as dist
-
         own, total = parts[self.index].numel(), sum(part.numel() for part in parts)
         self.num_gathers += 1
         self.bytes_sent += own
@@ -230,14 +232,12 @@ class SliceExchange:
         return [self._broadcast(part, i) for i, part in enumerate(parts)]
 
     def _broadcast(self, part: torch.Tensor, index: int) -> Any:
-        import torch.distributed as dist
-
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = index, 0
         return self.exchange.start(lambda: self._bytes_group.broadcast([part], options))
 
     def wait(self, work: Any) -> None:
-        """Until a part of a gather has ended; on a GPU what follows on the current stream waits, and not the host."""
+        """Waits for a part of a gather; on a GPU the current stream waits, and not the host."""
         if self.backend != "nccl":
             self.exchange.wait(work)
             return
@@ -247,12 +247,6 @@ class SliceExchange:
             raise self.exchange.give_up(error) from error
 
     def abort(self) -> None:
-        """Ends what is in flight on a GPU, where a rank that is lost would be waited for without end."""
+        """Ends what is in flight on a GPU, which would wait for a lost rank without end."""
         if self.backend == "nccl" and self._bytes_group is not None:
             self._bytes_group._get_backend(torch.device("cuda")).abort()
-
-
-def node_name(environment: dict[str, str], host: str) -> str:
-    """Names the node of a rank: torchrun's number for it, or else the machine."""
-    number = environment.get("GROUP_RANK")
-    return host if number is None else f"{host} {number}"

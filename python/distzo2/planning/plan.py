@@ -35,7 +35,7 @@ from distzo2.planning.schedule import Played, Slicing, Transfers, Work, play_ste
 from distzo2.run.preflight import DTYPES, gib
 from distzo2.streaming.lanes import Emission
 from distzo2.version import __version__
-from distzo2.weights.residency import AUTO_SHARE, keep_blocks
+from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream
 from distzo2.weights.store import slot_bytes_of
 from distzo2.weights.units import Unit
 from distzo2_core import FAMILIES, Term
@@ -117,7 +117,7 @@ class Planner:
         played = play_steps(work)
         rank = {  # of the device; of the host, where it computes
             "residents": sum(u.num_bytes for u in model.units if u.block < 0),
-            "slots": slot_bytes_of(streamed) * work.slots if streamed else 0,
+            "slots": slot_bytes_of(u.num_bytes for u in streamed) * work.slots if streamed else 0,
             "scratch": played.scratch_bytes,
             "lanes": model.lane_bytes(min(wave, len(lanes))),
         }
@@ -162,12 +162,11 @@ class Planner:
         r, machine = self.request, self.machine
         streams = r.weights == "disk" or (r.weights == "host" and (not machine.computes_on_host or sliced))
         for unit in model.units:
-            unit.kept, unit.block = False, -1
+            unit.block = -1
         if not streams:
             return []
         budget = int(AUTO_SHARE * machine.device_bytes) if r.memory_budget == "auto" else r.memory_budget
-        keep_blocks(model.units, torch.device(machine.device), budget, r.slots)
-        streamed = [u for u in model.units if not u.resident and not u.kept]
+        streamed = blocks_to_stream(model.units, torch.device(machine.device), budget, r.slots, lambda: 0)
         for block, unit in enumerate(streamed):
             unit.block = block
         return streamed

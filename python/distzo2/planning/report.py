@@ -17,7 +17,7 @@ from distzo2.errors import DistZO2Error, UsageError
 from distzo2.planning.schedule import Played, wait_intervals
 from distzo2.run.directory import trace_of
 from distzo2.run.metrics import read_metrics
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 
 # Lanes of a trace from top to bottom: kind, name, colour.
 LANES = (

@@ -44,7 +44,7 @@ class Found:
 
 def find_snapshot(
     directory: str | os.PathLike[str],
-    runtime: WeightAccess,
+    access: WeightAccess,
     journal: str | os.PathLike[str],
     num_steps: int,
 ) -> Found:
@@ -54,7 +54,7 @@ def find_snapshot(
         try:
             manifest = read_manifest(path)
             check_journal(path / MANIFEST, manifest, journal, num_steps)
-            _check_all(path, manifest, runtime.trained_units(), runtime.seed)
+            _check_all(path, manifest, access.trained_units(), access.weights.seed)
         except SnapshotError as error:
             invalid.append(path)
             reasons.append(f"the snapshot {path.name} cannot be used: {error}")
@@ -63,34 +63,34 @@ def find_snapshot(
     return Found(None, None, invalid, reasons)
 
 
-def find_same(directory: str | os.PathLike[str], runtime: WeightAccess, name: str, line: bytes) -> Found:
+def find_same(directory: str | os.PathLike[str], access: WeightAccess, name: str, line: bytes) -> Found:
     """On another rank: the snapshot that rank 0 goes on from, where this rank sees the same one."""
     path = Path(directory) / name
     try:
         manifest = read_manifest(path)
         if manifest.line != line:
             raise SnapshotError(f"{path / MANIFEST}: not what rank 0 reads there")
-        _check_all(path, manifest, runtime.trained_units(), runtime.seed)
+        _check_all(path, manifest, access.trained_units(), access.weights.seed)
     except SnapshotError as error:
         return Found(None, None, [], [str(error)])
     return Found(path, manifest)
 
 
-def load_snapshot(found: Found, runtime: WeightAccess, first_version: int) -> None:
+def load_snapshot(found: Found, access: WeightAccess, first_version: int) -> None:
     """Fills the units. Each must then still get the journal's updates from its own version on, which
-    `runtime.push` brings; `first_version` is that of the weights before the journal's first entry.
+    `UnitWeights.push` brings; `first_version` is that of the weights before the journal's first entry.
 
     Raises:
         SnapshotError: a file changed since it was checked. The weights are then of no use.
     """
     try:
-        for unit, record in zip(runtime.trained_units(), found.manifest.units, strict=True):
-            with runtime.writing(unit) as views:
+        for unit, record in zip(access.trained_units(), found.manifest.units, strict=True):
+            with access.writing(unit) as views:
                 places = [bytes_of(views[p.name]) for p in unit.params]
                 check_file(found.path / record.file, record, unit, places)
-            runtime.set_version(unit, first_version + record.version)
+            access.set_version(unit, first_version + record.version)
     except BaseException:
-        runtime.close()  # weights of which some are of another step are no model
+        access.weights.close()  # weights of which some are of another step are no model
         raise
 
 

@@ -145,7 +145,7 @@ class SnapshotWriter:
     def __init__(
         self,
         options: Snapshots,
-        runtime: WeightAccess,
+        access: WeightAccess,
         journal: Journal,
         first_version: int,
         invalid: Iterable[Path] = (),
@@ -159,13 +159,13 @@ class SnapshotWriter:
         self._directory = Path(options.directory)
         self._first_version = first_version
         self._invalid = list(invalid)
-        self._units = runtime.trained_units()
-        self._seed = runtime.seed
+        self._units = access.trained_units()
+        self._seed = access.weights.seed
         self._images = {u.index: UnitImage.of(u) for u in self._units}
         self._digest = JournalDigest(journal.path)
         self._pace = Pace(options.pace)
-        self._charges_writing = runtime.device.type == "cpu"
-        self._device = runtime.device
+        self._charges_writing = access.weights.device.type == "cpu"
+        self._device = access.weights.device
         self._staging: torch.Tensor | None = None
         self._pool: HostPool | None = None
         self._making: _Making | None = None
@@ -181,17 +181,17 @@ class SnapshotWriter:
 
     # ---- the thread that trains -------------------------------------------------------------------------------------
 
-    def offer(self, unit: Unit, buffer: torch.Tensor) -> None:
-        """`unit` is about to be let go of; `buffer` holds its clean weights at `unit.version`."""
+    def offer(self, unit: Unit, buffer: torch.Tensor, version: int) -> None:
+        """`unit` is about to be let go of; `buffer` holds its clean weights at `version`."""
         making = self._making
         if making is None or unit.index not in making.wanted:
             return
         making.seen.add(unit.index)
         if self._errand.task or self._failure is not None or not self._pace.allows():
             return
-        self._take(making, unit, buffer)
+        self._take(making, unit, buffer, version)
 
-    def _take(self, making: _Making, unit: Unit, buffer: torch.Tensor) -> None:
+    def _take(self, making: _Making, unit: Unit, buffer: torch.Tensor, version: int) -> None:
         start = time.perf_counter()
         image = self._images[unit.index]
         staging, event = self._staging, None
@@ -207,10 +207,10 @@ class SnapshotWriter:
         seconds = time.perf_counter() - start
         making.seconds += seconds
         guess = self._pace.spend(seconds, image.num_bytes if self._charges_writing else 0)
-        version = unit.version - self._first_version
+        version -= self._first_version
         self._errand.hand_over(partial(self._attempt, self._write_unit, making, unit, version, event, guess))
 
-    def step_done(self, runtime: WeightAccess, step: int, seconds: float) -> None:
+    def step_done(self, access: WeightAccess, step: int, seconds: float) -> None:
         """`step` steps are made, the last one in `seconds`."""
         with self._errand.changed:
             is_idle = not self._errand.task  # looked at together with what it ended with
@@ -237,16 +237,16 @@ class SnapshotWriter:
         if making is not None:
             if is_due:
                 options.log(f"no snapshot of step {step}: that of step {making.step} is still being made")
-            self._fetch_unseen(runtime, making)
+            self._fetch_unseen(access, making)
         elif is_due or (options.minutes and time.monotonic() - self._last_begun >= 60 * options.minutes):
             self._begin(step)
 
-    def _fetch_unseen(self, runtime: WeightAccess, making: _Making) -> None:
+    def _fetch_unseen(self, access: WeightAccess, making: _Making) -> None:
         if making.num_steps < _STEPS_UNSEEN or self._errand.task or not self._pace.allows():
             return
         unseen = next((u for u in making.wanted.values() if u.index not in making.seen), None)
         if unseen is not None:
-            runtime.touch(unseen)
+            access.touch(unseen)
 
     def _begin(self, step: int) -> None:
         self._last_begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""The directory of a run: what it holds, and that nothing in it is overwritten.
+"""The directory of a run: what it holds, and that nothing of another run or program in it is overwritten.
 
 journal.jsonl   every step (docs/journal.md); with the base checkpoint it is the run
 run.json        options, what the run was made of, how far it came
@@ -7,13 +7,12 @@ snapshots/      copies of the weights on the way (docs/snapshots.md)
 checkpoint/     the fine-tuned model
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace named no other file
-run.lock        locked (flock) by the process that is at work here, and removed when it ends; one that a killed
-                process left behind is not locked, and hinders nobody
+run.lock        locked (flock) by the process that uses the directory, and removed when it ends; one that a killed
+                process left behind is not locked
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,16 +21,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distzo2 import files
+from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.files import sync_directory
-from distzo2.run.finetune_options import FIXED
 from distzo2.run.metrics import finite
+from distzo2.run.options import LEFT
 
-_OURS = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
-NAMES = (*_OURS, "report.png", "trace.json", "run.lock")
-LEFTOVERS = ("weights-*.dzo2", ".journal.jsonl.*.tmp", "run.json.tmp", "metrics.tmp")  # of a killed run
-
-_PATIENCE = 0.5  # seconds: who looks whether a directory is in use locks it for an instant
+_RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
+_LEFTOVERS = ("weights-*.dzo2", ".journal.jsonl.*.tmp", "run.json.tmp", "metrics.jsonl.tmp")  # of a killed run
+_IN_USE = "another distzo2 process is using this directory"
+_PATIENCE_S = 0.5  # `files.is_locked` holds a lock for an instant
 
 
 class RunDirectory:
@@ -45,9 +44,8 @@ class RunDirectory:
         self.snapshots = self.path / "snapshots"
         self.trace = self.path / "trace.json"
         self.lock = self.path / "run.lock"
-        self.record: dict[str, Any] = {}
-        self._resumed = False
-        self._unbegun = False
+        self.record: dict[str, Any] = {}  # what run.json says
+        self._check = self._check_new
         self._descriptor: int | None = None  # of the lock, while it is held
         self._made: list[Path] = []  # directories that this process made, innermost first
 
@@ -59,41 +57,41 @@ class RunDirectory:
             UsageError: it holds a run, or is no directory.
         """
         run = cls(path)
-        run._look()
+        run._check()
         return run
 
     @classmethod
     def resumed(cls, path: str | os.PathLike) -> RunDirectory:
-        """The directory of a run to go on with.
+        """The directory of a run to continue.
 
         Raises:
             UsageError: it holds none.
         """
         run = cls(path)
-        run._resumed = True
-        run._look()
+        run._check = run._check_resumed
+        run._check()
         return run
 
     @classmethod
     def unbegun(cls, path: str | os.PathLike) -> RunDirectory | None:
-        """The directory of a run that was killed before its journal was there, so that it begins again; None if it is
-        not one."""
+        """The directory of a run that was killed before it had a journal, so that it begins again; None if it is not
+        one."""
         run = cls(path)
-        run._unbegun = True
+        run._check = run._check_unbegun
         try:
-            run._look()
-        except (UsageError, DistZO2Error):
+            run._check()
+        except DistZO2Error:
             return None
         return run
 
     @classmethod
     def restarted(cls, path: str | os.PathLike, launch: str) -> RunDirectory | None:
-        """The directory of a run that this launch of torchrun began and that has steps; None if it holds none. What was
-        there of a run of this launch without steps is removed."""
+        """The directory of a run with steps that this launch of torchrun began; None if it holds none. A run of this
+        launch without steps is removed."""
         run = cls(path)
         try:
             run.record = _read_record(run.path)
-        except (UsageError, DistZO2Error):
+        except DistZO2Error:
             return None
         if run.record.get("launch") != launch:
             return None
@@ -104,57 +102,62 @@ class RunDirectory:
         run.remove_leftovers()
         return None
 
-    def _look(self) -> None:
-        if self._resumed:
-            self.record = _read_record(self.path)
-            if not self.journal.is_file():
-                raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
-            return
-        if self._unbegun:
-            if _read_record(self.path).get("status") != "starting" or os.path.lexists(self.journal):
-                raise UsageError(f"{self.path}: another distzo2 finetune has been at work there: --resume it")
-            return
+    def _check_new(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: a directory was expected")
-        for name in _OURS:
+        for name in _RUN:
             if os.path.lexists(self.path / name):
-                if self._descriptor is None and _is_locked(self.lock):
-                    raise UsageError(f"{self.path}: another distzo2 finetune is at work there")
+                if self._descriptor is None and files.is_locked(self.lock):
+                    raise UsageError(f"{self.path}: {_IN_USE}")
                 raise UsageError(f"{self.path}: already holds a run ({name}): --resume it, or give another --out")
 
+    def _check_resumed(self) -> None:
+        self.record = _read_record(self.path)
+        if not self.journal.is_file():
+            raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
+
+    def _check_unbegun(self) -> None:
+        if _read_record(self.path).get("status") != "starting" or os.path.lexists(self.journal):
+            raise UsageError(f"{self.path}: another distzo2 process began this run: --resume it")
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether it holds a run that was killed before it had a journal."""
+        return self._check == self._check_unbegun
+
     def claim(self) -> None:
-        """Makes the directory and what is above it, and keeps every other process from working in it until `release`.
+        """Makes the directory and its parents, and keeps other processes out of it until `release`.
 
         Raises:
-            UsageError: another process is at work there, or has been since this was made.
+            UsageError: another process uses it, or has used it since this object was made.
             DistZO2Error: the directory cannot be made, or not be locked.
         """
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _PATIENCE_S
         try:
             while self._descriptor is None:
                 missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._made = missing or self._made
                 for path in missing:
-                    sync_directory(path.parent)
+                    files.sync_directory(path.parent)
                 try:
-                    self._descriptor = _lock(self.lock)
+                    self._descriptor = files.lock(self.lock)
+                except FileNotFoundError:  # a run that ended meanwhile removed the directory
+                    continue
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise
+                        raise UsageError(f"{self.path}: {_IN_USE}") from None
                     time.sleep(0.01)
-        except BlockingIOError:
-            raise UsageError(f"{self.path}: another distzo2 finetune is at work there") from None
         except OSError as error:
             raise DistZO2Error(f"{error.filename or self.path}: {error.strerror}") from error
         try:
-            self._look()  # what was there before the lock may have changed
+            self._check()  # what was there before the lock may have changed
         except BaseException:
             self.release()
             raise
 
     def release(self) -> None:
-        """Lets others in again. Safe to call twice."""
+        """Lets other processes in again. Safe to call twice."""
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
@@ -162,9 +165,9 @@ class RunDirectory:
         os.close(descriptor)
 
     def withdraw(self, with_journal: bool = True) -> None:
-        """Takes back what a new run put there before its first step, and releases the directory. Does nothing where it
-        was not claimed for a new run: what is there then is someone else's."""
-        if self._descriptor is None or self._resumed:
+        """Removes what a new run put there before its first step, and releases the directory. No-op unless it was
+        claimed for a new run."""
+        if self._descriptor is None or self._check == self._check_resumed:
             return
         for path in (self.metrics, *([self.journal] if with_journal else []), self.path / "run.json"):
             path.unlink(missing_ok=True)
@@ -174,134 +177,49 @@ class RunDirectory:
                 path.rmdir()
 
     def remove_leftovers(self) -> None:
-        """Removes the weights that a killed run streamed from here, and files that it had not named yet."""
-        for pattern in LEFTOVERS:
+        """Removes the weights that a killed run streamed from here, and files without their final name."""
+        for pattern in _LEFTOVERS:
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
+        for directory in (self.path, self.checkpoint):  # earlier versions wrote beside the checkpoint
+            for hidden in directory.glob(".distzo2-checkpoint*"):
+                shutil.rmtree(hidden)
 
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""
         record = self.record | values
-        temporary = self.path / "run.json.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(finite(record), file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, os.fspath(temporary)) from error
-        os.replace(temporary, self.path / "run.json")
+        files.write_whole(self.path / "run.json", (json.dumps(finite(record), indent=1) + "\n").encode())
         self.record = record
-        sync_directory(self.path)
 
-    def check_same(self, options: dict[str, Any], train_sha256: str) -> list[str]:
-        """Compares a resumed run's options with those so far; returns a line for each that changed and may.
-
-        Raises:
-            UsageError: one changed that the run's data or noise depend on, or the training file did.
-        """
-        before = self.record["options"]
-        for name in FIXED:
-            if before.get(name) != options.get(name):
-                flag = "--" + name.replace("_", "-")
-                change = f"{flag} was {before.get(name)!r} and is {options.get(name)!r}"
-                raise UsageError(f"{self.path}: {change}: start a new run for that")
-        if self.record.get("train_sha256") != train_sha256:
-            raise UsageError(
-                f"{self.path}: the training file is not the one that the run began with: {options['train']}"
-            )
-        return [
-            f"{name.replace('_', '-')} {before.get(name)} -> {value}"
-            for name, value in options.items()
-            if name not in ("resume", "config", "out", "branch_from", "at_step") and before.get(name) != value
-        ]
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether a process is at work there."""
-        return self._descriptor is not None or _is_locked(self.lock)
-
-    @property
-    def begins_again(self) -> bool:
-        """Whether it holds a run that was killed before its journal was there."""
-        return self._unbegun
+    # ---- the checkpoint -----------------------------------------------------------------------------------------
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint that this run wrote, or had begun to write when it was killed."""
+        """Whether there is a checkpoint that this run wrote, or was writing when it was killed."""
         steps = (self.record.get("checkpoint_step"), self.record.get("saving_step"))
         return self.checkpoint.exists() and steps != (None, None)
 
     def check_checkpoint(self) -> None:
-        """Looks whether what is in the checkpoint's place, if anything is, may be replaced.
+        """Checks that the run's checkpoint overwrites nothing but its own files.
 
         Raises:
-            DistZO2Error: it is not, or not all, this run's.
+            DistZO2Error: `checkpoint/` holds a checkpoint of others, or is no directory.
         """
-        if not os.path.lexists(self.checkpoint):
-            return
         advice = "move it away, or give --save none"
-        if self.checkpoint.is_symlink() or not self.checkpoint.is_dir():
-            raise DistZO2Error(f"{self.checkpoint}: the checkpoint's directory was expected, or nothing: {advice}")
-        if not self.has_checkpoint:
-            raise DistZO2Error(f"{self.checkpoint}: not written by this run, so it is not replaced: {advice}")
-        known = self.record.get("checkpoint_files")
-        if self.record.get("checkpoint_step") is not None and isinstance(known, list):
-            others = [name for name in tree_of(self.checkpoint) if name not in known]
-            if others:
-                raise DistZO2Error(f"{self.checkpoint / others[0]}: not written by this run: {advice}")
-
-    def describe_checkpoint(self) -> dict[str, Any]:
-        """What run.json says of a checkpoint that was just written: the names of all that is in it."""
-        return {"checkpoint_files": tree_of(self.checkpoint)}
+        if os.path.lexists(self.checkpoint) and not self.checkpoint.is_dir():
+            raise DistZO2Error(f"{self.checkpoint}: a directory was expected, or nothing: {advice}")
+        held = holds_checkpoint(self.checkpoint)
+        ours = (self.record.get("checkpoint_files") or held) if self.has_checkpoint else []  # None while it is written
+        foreign = [name for name in held if name not in ours]
+        if foreign:
+            raise DistZO2Error(f"{self.checkpoint / foreign[0]}: not written by this run: {advice}")
 
     def drop_checkpoint(self) -> None:
-        """Removes the checkpoint that this run wrote when it had fewer steps, or did not end writing."""
+        """Removes the weights and the configuration of a checkpoint of fewer steps; other files stay."""
         if self.has_checkpoint:
-            shutil.rmtree(self.checkpoint)
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file, which is made where there is none; None if the file or its directory
-    was removed meanwhile, as a run does that ends.
-
-    Raises:
-        BlockingIOError: another process, or another descriptor of this one, holds it.
-        OSError: it cannot be made or locked.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        raise OSError(error.errno, f"cannot be locked: {error.strerror}", os.fspath(path)) from error
-    os.close(descriptor)
-    return None
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
+            for name in holds_checkpoint(self.checkpoint):
+                (self.checkpoint / name).unlink()
+            files.sync_directory(self.checkpoint)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -316,14 +234,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def tree_of(directory: Path) -> list[str]:
-    """The names of everything below a directory, relative to it. No link is followed."""
-    names = []
-    for parent, directories, others in os.walk(directory):
-        names += [os.path.relpath(os.path.join(parent, name), directory) for name in (*directories, *others)]
-    return sorted(names)
-
-
 def trace_of(path: str | os.PathLike) -> Path:
     """Where the trace of the run in a directory is, if there is one."""
     try:
@@ -334,16 +244,16 @@ def trace_of(path: str | os.PathLike) -> Path:
 
 
 def saved_options(path: str | os.PathLike) -> dict[str, Any]:
-    """The options of the run in a directory.
+    """The options of the run in a directory that a resumed run or a branch of it takes over, as run.json holds them.
 
     Raises:
         UsageError: it holds none.
     """
     options = dict(_read_record(Path(path))["options"])
-    # A run may go on on other ranks, and is branched once: when it begins.
+    # A run may continue on other ranks; it is branched once, when it begins.
     begun = () if RunDirectory.unbegun(path) is not None else ("branch_from", "at_step")
-    for name in ("resume", "config", "out", "parallel", "slice", *begun):
+    for name in ("resume", "config", "out", "parallel", "slice", *begun, *LEFT):
         options.pop(name, None)
     if not isinstance(options.get("trace"), str):
-        options["trace"] = None  # a number of steps, once
+        options["trace"] = None  # earlier versions stored a number of steps
     return options

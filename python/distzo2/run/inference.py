@@ -1,24 +1,26 @@
-"""`distzo2 eval` and `distzo2 generate`: a checkpoint at work, its weights streamed."""
+"""`distzo2 eval` and `distzo2 generate`: a checkpoint is evaluated, or continues a text; its weights stream."""
 
 from __future__ import annotations
 
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import TextStreamer
 
-import distzo2
+from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.errors import DistZO2Error
+from distzo2.run.options import EvalOptions, GenerateOptions
 from distzo2.run.preflight import DTYPES, check_device, check_disk, check_memory, model_size, set_threads
-from distzo2.tasks.lines import load_examples, load_tokenizer, sequence_limit
+from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolve_objective
+from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
 
 
 @contextmanager
-def loaded(options: Namespace) -> Iterator[tuple[torch.nn.Module, torch.device]]:
+def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, after the checks of its device and of the room it needs."""
     device = check_device(options.device)
     set_threads(options.threads)
@@ -27,7 +29,7 @@ def loaded(options: Namespace) -> Iterator[tuple[torch.nn.Module, torch.device]]
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
         if options.weights == "disk":
             check_disk(directory, {"the file of streamed weights": size.total})
-        model = distzo2.from_pretrained(
+        model = from_pretrained(
             options.model,
             device=device,
             weights=options.weights,
@@ -39,10 +41,10 @@ def loaded(options: Namespace) -> Iterator[tuple[torch.nn.Module, torch.device]]
         try:
             yield model, device
         finally:
-            distzo2.runtime_of(model).close()
+            runtime_of(model).close()
 
 
-def evaluate_file(options: Namespace) -> tuple[Score, str]:
+def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     """Loss and accuracy on a JSONL file, and the objective's name."""
     check_device(options.device)
     tokenizer = load_tokenizer(options.model)
@@ -55,7 +57,7 @@ def evaluate_file(options: Namespace) -> tuple[Score, str]:
 
 
 @torch.no_grad()
-def generate_text(options: Namespace, on_text: Callable[[str], None]) -> str:
+def generate_text(options: GenerateOptions, on_text: Callable[[str], None]) -> str:
     """Continues a prompt; `on_text` gets the prompt's continuation piece by piece.
 
     Raises:
@@ -88,24 +90,12 @@ def generate_text(options: Namespace, on_text: Callable[[str], None]) -> str:
     return tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
 
 
-class _Streamer:
-    """Hands text on as soon as its characters are whole; what transformers' `generate` calls a streamer."""
+class _Streamer(TextStreamer):
+    """Passes on the generated text, without the prompt, word by word."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        self._tokenizer, self._on_text = tokenizer, on_text
-        self._ids: list[int] | None = None  # None: the prompt is still to come
-        self._shown = 0
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
 
-    def put(self, value: torch.Tensor) -> None:
-        if self._ids is None:
-            self._ids = []
-            return
-        self._ids += value.flatten().tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._on_text(text[self._shown :])
-            self._shown = len(text)
-
-    def end(self) -> None:
-        text = self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
-        self._on_text(text[self._shown :])
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)

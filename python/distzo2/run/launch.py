@@ -1,7 +1,7 @@
-"""`distzo2 finetune` on many ranks: options from rank 0, the mesh, going on after a restart, one message at the end.
+"""What stands before and after a run of `distzo2 finetune`: its options, its mesh of ranks, and one message at the end.
 
 torchrun starts the same command on every rank. Rank 0 alone reads options and the run directory, writes it and prints;
-where an error ends a run, one rank tells of it and all of them end with a status that is not 0.
+where an error ends a run, one rank reports it and all of them end with a status that is not 0.
 """
 
 from __future__ import annotations
@@ -10,88 +10,117 @@ import json
 import os
 import socket
 import time
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from distzo2.errors import UsageError
+from distzo2.optim.estimator import make_estimator
 from distzo2.parallel import group as parallel
+from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, process_start
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
-from distzo2.run.options import Parser
+from distzo2.run.directory import saved_options
+from distzo2.run.options import FinetuneOptions, checked, made, read_config
 
-TOLD_SECONDS = 3.0  # that a rank gives the one that failed to tell of it itself
-NOT_SHARED = ("run", "command")  # of the options: not text
+REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
 
 
-def under_torchrun() -> bool:
-    """Whether there may be other ranks."""
-    return parallel.world_size_of_environment() > 1
+def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
+    """The options of a run: defaults, below them the run's own where it is resumed or branched, then the file's, then
+    the command line's. On many ranks they are rank 0's.
+
+    Args:
+        given: checked values from the command line.
+        config: a file of options.
+
+    Raises:
+        UsageError: the file cannot be used, an option is missing or out of range, or two do not go together.
+    """
+    if parallel.world_size_of_environment() == 1:
+        return _read_options(given, config)
+    limit = given.get("heartbeat_limit", FinetuneOptions.heartbeat_limit)
+    ranks = parallel.join(
+        device=given.get("device", FinetuneOptions.device), limit=limit, interval=heartbeat_interval(limit)
+    )
+
+    def read() -> bytes:
+        return json.dumps(asdict(_read_options(given, config))).encode()
+
+    return FinetuneOptions(**json.loads(ranks.exchange.from_rank_0("reading the options", read)))
+
+
+def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptions:
+    values = read_config(FinetuneOptions, config) | given
+    if values.get("resume") and values.get("branch_from"):
+        raise UsageError("--resume continues the run in --out, --branch-from begins another: give one of them")
+    if values.get("resume"):
+        if not values.get("out"):
+            raise UsageError("--resume needs --out, the directory of the run")
+        values = _saved(values["out"]) | values
+    if not values.get("branch_from"):
+        return made(FinetuneOptions, values)
+    parent = _saved(values["branch_from"])
+    options = made(FinetuneOptions, parent | values)
+    for name in ("seed", "dtype"):
+        if getattr(options, name) != parent.get(name, getattr(options, name)):
+            change = f"was {parent[name]!r} in {options.branch_from} and is {getattr(options, name)!r}"
+            raise UsageError(f"--{name} {change}: a branch keeps it")
+    return options
+
+
+def _saved(run: str) -> dict[str, Any]:
+    return checked(FinetuneOptions, saved_options(run), f"{run}/run.json")
 
 
 def launch_id() -> str | None:
     """Names this launch of torchrun, the same after its restarts; None without it."""
-    from distzo2.parallel.heartbeat import process_start
-
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if run is None else f"{run} {os.getppid()} {process_start(os.getppid())}"
 
 
 def restarts() -> int:
-    """How often torchrun has started these ranks anew."""
+    """How often torchrun has restarted these ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def parse_on_rank_0(parse: Callable[[], Namespace], given: Namespace) -> Namespace:
-    """The options of all ranks: what `parse` returns on rank 0. `given` is this rank's command line alone."""
-    ranks = parallel.join(device=given.device, limit=given.heartbeat_limit, interval=heartbeat_interval(given))
-
-    def read() -> bytes:
-        return json.dumps({k: v for k, v in vars(parse()).items() if k not in NOT_SHARED}).encode()
-
-    shared = json.loads(ranks.exchange.from_rank_0("reading the options", read))
-    return Namespace(**shared, **{name: getattr(given, name) for name in NOT_SHARED})
+def heartbeat_interval(limit: float) -> float:
+    """Seconds between heartbeats: many in `limit`, the seconds after which a rank is given up."""
+    return min(parallel.INTERVAL, limit / 10)
 
 
-def heartbeat_interval(options: Namespace) -> float:
-    """Seconds between heartbeats: many in the time after which a rank is given up."""
-    return min(parallel.INTERVAL, options.heartbeat_limit / 10)
-
-
-def make_mesh(options: Namespace, log: Callable[[str], None]) -> parallel.Mesh | None:
+def make_mesh(options: FinetuneOptions, log: Callable[[str], None]) -> parallel.Mesh | None:
     """The mesh that the options ask for; None on one rank.
 
     Raises:
         UsageError: it is impossible; nothing has been loaded yet.
     """
     asked = parse_mesh(options.parallel) if options.parallel else {}
-    if options.slice == "on" and options.weights == "device":
-        raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
-    from distzo2.optim.estimator import make_estimator
-
-    known = {"num_probes": options.probes, "estimator": options.estimator, "micro_batches": options.micro_batches}
+    alone = parallel.world_size_of_environment() == 1
+    evaluations = make_estimator(options.estimator).evaluations(options.probes)
     try:
-        if not under_torchrun():
-            resolve_mesh(1, **asked, evaluations=make_estimator(options.estimator).evaluations(options.probes))
+        if alone:
+            resolve_mesh(1, **asked, evaluations=evaluations)
             return None
         return parallel.init(
             **asked,
-            **known,
+            evaluations=evaluations,
+            micro_batches=options.micro_batches,
             slice={"on": True, "off": False}.get(options.slice),
             device=options.device,
             limit=options.heartbeat_limit,
-            interval=heartbeat_interval(options),
+            interval=heartbeat_interval(options.heartbeat_limit),
             log=log,
         )
     except UsageError as error:
-        if under_torchrun() or not asked:
-            raise UsageError(f"--parallel {error}" if asked else str(error)) from error
-        size = asked.get("pert", 1) * asked.get("data", 1)
-        raise UsageError(
-            f"--parallel {error}: start it with torchrun --nproc-per-node {size} -m distzo2 finetune ..."
-        ) from error
+        text = f"--parallel {error}" if asked else str(error)
+        if alone and asked:
+            size = asked.get("pert", 1) * asked.get("data", 1)
+            text += f": start it with torchrun --nproc-per-node {size} -m distzo2 finetune ..."
+        raise UsageError(text) from error
 
 
 def first_cause(error: BaseException, terminated: bool) -> BaseException:
-    """torchrun terminates all ranks once one has ended: the cause is then that rank, not the signal."""
+    """What ended this rank: where torchrun terminates all ranks once one has ended, that rank and not the signal."""
     ranks = parallel.joined()
     if not (terminated and ranks is not None and isinstance(error, KeyboardInterrupt)):
         return error
@@ -101,38 +130,36 @@ def first_cause(error: BaseException, terminated: bool) -> BaseException:
     return ranks.heartbeat.failure or error
 
 
-def tell(error: BaseException, text: str, show: Callable[[str], None]) -> None:
+def report(error: BaseException, text: str, show: Callable[[str], None]) -> None:
     """Calls `show(text)` on one rank, for an error that ends all of them."""
-    from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded
-
     ranks = parallel.joined()
     if ranks is None:
-        if not under_torchrun() or os.environ.get("LOCAL_RANK", "0") == "0":
+        if parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
             show(text)
         return
     if ranks.world_size == 1:
         show(text)
         return
-    if ranks.heartbeat.store_lost:  # then each machine tells what it knows
+    if ranks.heartbeat.store_lost:  # then one rank of each machine reports what it knows
         if _first_of_this_machine():
             show(text)
         return
 
-    def others_tell() -> bool:
-        deadline = time.monotonic() + TOLD_SECONDS
+    def another_reports() -> bool:
+        deadline = time.monotonic() + REPORT_SECONDS
         second_hand = isinstance(error, RankFailedError) and error.told
         second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
         while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
             time.sleep(0.02)
         return ranks.store.add("tellers", 1) > 1
 
-    if not bounded(others_tell, TOLD_SECONDS + STORE_SECONDS):
+    if not bounded(another_reports, REPORT_SECONDS + STORE_SECONDS):
         show(text)
         bounded(lambda: ranks.store.set("told", "1"), STORE_SECONDS)
 
 
 def _first_of_this_machine() -> bool:
-    """Whether no rank beside this one, started by the same torchrun, is telling of its error."""
+    """Whether no other rank that the same torchrun started here is reporting its error."""
     claim = socket.socket(socket.AF_UNIX)
     try:
         claim.bind(f"\0distzo2 told {os.getppid()}")  # a name without a file, free again when this process ends
@@ -140,12 +167,3 @@ def _first_of_this_machine() -> bool:
         return False
     claim.detach()
     return True
-
-
-def parse(parser: Parser, arguments: list[str], given: Namespace) -> Namespace:
-    """The options of `finetune`, on any number of ranks."""
-    from distzo2.run.finetune_options import parse_finetune
-
-    if not under_torchrun():
-        return parse_finetune(parser, arguments)
-    return parse_on_rank_0(lambda: parse_finetune(parser, arguments), given)

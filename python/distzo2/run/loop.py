@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,43 +13,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-import distzo2
-from distzo2 import ZOSGD
+from distzo2.checkpoint.pretrained import save_pretrained
+from distzo2.checkpoint.replay import replay
+from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import Mesh, current
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.snapshot import Snapshots
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id
-from distzo2.run.metrics import Metrics, device_peak_bytes, peak_bytes, progress_bar, resident_bytes
-from distzo2.run.preflight import ModelSize, gib
-from distzo2.run.rate import factor_of, make_scheduler
+from distzo2.run.metrics import Metrics, device_peak_bytes, finite, peak_bytes, progress_bar, resident_bytes
+from distzo2.run.options import FinetuneOptions
+from distzo2.run.preflight import ModelSize
+from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.batches import DataOrder
-from distzo2.tasks.lines import Example
-from distzo2.tasks.objectives import Objective, Score, evaluate_examples
+from distzo2.tasks.objectives import Objective, evaluate_examples
+from distzo2.tasks.tokenize import Example
+from distzo2.text import gib
+from distzo2.version import __version__
 
 _SCORES = ("loss", "accuracy")
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
+def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int], float]:
+    """The factor on the learning rate at step t: rises to 1 over `warmup` steps, then is 1 ("constant"), or falls to 0
+    at `num_steps` ("linear", "cosine")."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+        return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
+
+
+def make_scheduler(optimizer: Optimizer, factor: Callable[[int], float], first_step: int) -> LambdaLR:
+    """A scheduler at `first_step`; sets the optimizer's rate to that step's."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return LambdaLR(optimizer, factor, last_epoch=first_step - 1)
+
+
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. Scores are None where there was nothing to evaluate on."""
+    """How a run ended."""
 
     out: Path
     num_steps: int
-    before: Score | None
-    after: Score | None
-    best_step: int | None
     size: ModelSize
-    seconds: float
-    totals: dict[str, float]  # of this process's steps: seconds by kind, bytes
-    peak_bytes: int
+    peak_bytes: int  # of this process's memory
 
 
 def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
-    """What the ranks of a mesh, if there is one, do together: an exception of one is an error of all."""
+    """A block that the ranks of a mesh run together: an exception of one is an error of all. No-op without a mesh."""
     return nullcontext() if mesh is None else mesh.together(what)
 
 
@@ -59,7 +82,7 @@ class TrainLoop:
 
     def __init__(
         self,
-        options: Namespace,
+        options: FinetuneOptions,
         log: Callable[[str], None],
         run: RunDirectory,
         model: torch.nn.Module,
@@ -70,7 +93,7 @@ class TrainLoop:
     ) -> None:
         self.options, self.log, self.run, self.model = options, log, run, model
         self.objective, self.train, self.held_out, self.size = objective, train, held_out, size
-        self.runtime = distzo2.runtime_of(model)
+        self.runtime = runtime_of(model)
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
@@ -78,11 +101,10 @@ class TrainLoop:
         self.totals: dict[str, float] = {}
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
-        self._start = time.perf_counter()
-        self._traced = 0
+        self._traced = 0  # steps; -1: the trace is written
 
     def start(self, settings: dict[str, Any], train_sha256: str) -> None:
-        """Opens journal and metrics; of a resumed run, takes over what was done."""
+        """Opens journal and metrics; a resumed run takes over the steps that it has made."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
@@ -104,24 +126,21 @@ class TrainLoop:
                 self.run.snapshots,
                 every=o.snapshot_every,
                 minutes=o.snapshot_minutes,
-                keep=o.keep,
                 pace=o.snapshot_pace,
                 log=self.log,
             ),
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             fsync_every=o.fsync_every,
         )
-        if optimizer.step_count > o.steps:  # of a branch: a resumed run is looked at before it is claimed
+        if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
         self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
-        if self.branches and self.leads:
+        if self.leads and (o.resume or self.branches):
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
-            self.log(f"branched from {o.branch_from} at step {optimizer.step_count} of {o.steps}")
-        if o.resume and self.leads:
-            self.metrics.match(optimizer.journal.entries, optimizer.step_count)
-            self.log(f"resumed {self.run.path} at step {optimizer.step_count} of {o.steps}")
+            what = f"resumed {self.run.path}" if o.resume else f"branched from {o.branch_from}"
+            self.log(f"{what} at step {optimizer.step_count} of {o.steps}")
         if o.resume and self.mesh is not None:
             evals = self.mesh.exchange.from_rank_0(
                 "the evaluations so far", lambda: json.dumps(list(self.metrics.evals.values())).encode()
@@ -130,7 +149,7 @@ class TrainLoop:
         if self.leads:
             self.run.update(
                 options=settings,
-                distzo2=distzo2.__version__,
+                distzo2=__version__,
                 train_sha256=train_sha256,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
@@ -142,6 +161,7 @@ class TrainLoop:
         self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
 
     def run_to_end(self) -> Result:
+        """Makes the steps that are left, with their evaluations, and saves the checkpoint."""
         o, optimizer = self.options, self.optimizer
         self._evaluate_if_due()
         bar = progress_bar(o.quiet or not self.leads, total=o.steps, initial=optimizer.step_count)
@@ -156,33 +176,21 @@ class TrainLoop:
         except DistZO2Error as error:
             self._stopped(f"stopped: {error}")
             raise
-        best = self._best()
         with together(self.mesh, "saving"):
             if self.leads:
-                self._save(best)
-                optimizer.journal.sync()  # nothing is said of steps that a power cut could take back
-                self._ended("finished")  # a run of which that cannot be written has not ended: it is to be resumed
-        evals = self.metrics.evals
-        return Result(
-            self.run.path,
-            optimizer.step_count,
-            self._score(evals.get(optimizer.first_step)),
-            self._score(evals.get(optimizer.step_count)),
-            best,
-            self.size,
-            time.perf_counter() - self._start,
-            self.totals,
-            peak_bytes(),
-        )
+                self._save()
+                optimizer.journal.sync()  # a finished run keeps its steps through a power cut
+                self._ended("finished")  # if this cannot be written, the run has not finished
+        return Result(self.run.path, optimizer.step_count, self.size, peak_bytes())
 
     @property
     def branches(self) -> bool:
-        """Whether the run is to begin with another's steps: not where torchrun has started it anew."""
+        """Whether the run begins with another's steps; not after a restart by torchrun."""
         return bool(self.options.branch_from) and not self.options.resume
 
     @property
     def has_stepped(self) -> bool:
-        """Whether the run has made a step of its own, in this process or an earlier one."""
+        """Whether the run has made a step besides its parent's, in this process or an earlier one."""
         return self.optimizer is not None and self.optimizer.step_count > self.optimizer.first_step
 
     # ---- a step -----------------------------------------------------------------------------------------------------
@@ -204,7 +212,7 @@ class TrainLoop:
         try:
             optimizer.step([self.objective.closure(b) for b in batches], tokens=tokens)
         finally:
-            # A step that ends the run was made all the same: the journal has it, and so have the metrics.
+            # A step that ends the run was made: it is in the journal, and in the metrics.
             self.runtime.trace.add("step", f"step {step}", start_ns, time.perf_counter_ns())
             if optimizer.step_count > step:
                 self._note(tokens, time.perf_counter() - start, bar)
@@ -255,15 +263,15 @@ class TrainLoop:
             return
         first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
         if step >= first and self._traced == 0:
-            self.runtime.enable_trace(True)
+            self.runtime.weights.enable_trace(True)
         if step >= first:
             self._traced += 1
         if self._traced > self.options.trace_steps:
             self._end_trace()
 
     def _end_trace(self) -> None:
-        self.runtime.save_trace(self.options.trace or self.run.trace)
-        self.runtime.enable_trace(False)
+        self.runtime.weights.save_trace(self.options.trace or self.run.trace)
+        self.runtime.weights.enable_trace(False)
         self._traced = -1
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
@@ -291,56 +299,50 @@ class TrainLoop:
         if self.leads:
             self.run.update(**self._best_so_far())
 
-    def _score(self, line: dict[str, Any] | None) -> Score | None:
-        if line is None:
-            return None
-        loss = math.nan if line["loss"] is None else line["loss"]  # JSON has no NaN
-        return Score(loss, line["accuracy"], line["examples"], line["tokens"])
-
     def _best(self) -> int | None:
         """The step whose evaluation is best; of equals the first."""
-        scores = {step: self._score(line).value(self.score_name) for step, line in self.metrics.evals.items()}
-        finite = {step: value for step, value in scores.items() if value == value}
-        return max(sorted(finite), key=finite.get) if finite else min(scores, default=None)
+        sign = 1 if self.score_name == "accuracy" else -1
+        values = {step: finite(line[self.score_name]) for step, line in sorted(self.metrics.evals.items())}
+        scores = {step: sign * value for step, value in values.items() if value is not None}
+        return max(scores, key=scores.get) if scores else min(values, default=None)
 
     def _best_so_far(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """The entries of run.json about the best step."""
         best = self._best()
-        if best is None:  # what it says may be of evaluations that count no more
+        if best is None:  # its entries may come from evaluations that no longer count
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
         return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
 
     def _eval_data(self) -> str | None:
-        """What evaluations are made on; two of other data cannot be compared."""
+        """Names the data of evaluations: the beginning of its SHA-256."""
         if not self.options.eval:
             return None
         return hashlib.sha256(Path(self.options.eval).read_bytes()).hexdigest()[:16]
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
-    def _save(self, best: int | None) -> None:
-        which = self.options.save
-        if which == "none":
+    def _save(self) -> None:
+        if self.options.save == "none":
             return
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
-        step = self.optimizer.step_count if which == "last" or best is None else best
+        best = self._best() if self.options.save == "best" else None
+        step = self.optimizer.step_count if best is None else best
         if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
             return
         self.run.check_checkpoint()
-        # Whose it is, should this process be killed meanwhile.
-        self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None, checkpoint_contents=None)
+        # A resumed run knows whose the files are if this process is killed meanwhile.
+        self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None)
         self.run.drop_checkpoint()
         if step == self.optimizer.step_count:
-            distzo2.save_pretrained(self.model, self.run.checkpoint)
+            save_pretrained(self.model, self.run.checkpoint)
         else:
-            from distzo2.checkpoint.replay import replay
-
             replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
-        self.run.update(checkpoint_step=step, saving_step=None, **self.run.describe_checkpoint())
+        names = holds_checkpoint(self.run.checkpoint)
+        self.run.update(checkpoint_step=step, saving_step=None, checkpoint_files=names)
         self.log(f"wrote {self.run.checkpoint} (step {step})")
 
     def _stopped(self, status: str) -> None:
-        """Of a run that ends with an error: what cannot be written now is not told in its place."""
+        """Records why the run stopped. Write failures are suppressed so that they do not mask the original error."""
         if not self.leads:
             return
         with suppress(OSError, DistZO2Error):

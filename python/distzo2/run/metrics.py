@@ -27,25 +27,27 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from distzo2.files import sync_directory
+from distzo2.files import write_whole
 from distzo2.record.line import decode_line, encode_line
 
 MAX_LINE_BYTES = 1 << 16
 
 
 class Metrics:
-    """Appends lines to a metrics file, and knows the evaluations made so far. Without a file, on ranks that write none,
-    it only knows them.
+    """Appends lines to a metrics file, and knows the evaluations made so far.
 
-    `data` says what is evaluated on: only evaluations on it count. `log` is told what is left out.
+    Args:
+        path: the file; None on ranks that write none.
+        data: names what is evaluated on; only evaluations on it count.
+        log: gets a line about what is left out.
     """
 
     def __init__(
         self, path: str | os.PathLike | None, data: str | None = None, log: Callable[[str], None] = lambda text: None
     ) -> None:
         self.path = Path(path or os.devnull)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         self._place = os.path.abspath(self.path)  # the working directory may change
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         self._data, self._log = data, log
         self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
 
@@ -69,9 +71,9 @@ class Metrics:
             raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
 
     def match(self, entries: Iterable[Any], num_steps: int) -> None:
-        """Makes the file hold the journal's first `num_steps` steps, each once: later lines are dropped, missing ones
-        are made from the journal's `entries`, a torn last line is cut."""
-        steps: dict[int, dict[str, Any]] = {}
+        """Makes the file hold the first `num_steps` steps of the journal, each once: drops later lines and a torn last
+        one, and makes missing ones from the journal's `entries`."""
+        steps = {entry.step: _line_of(entry) for entry in entries if entry.step < num_steps}
         others = []
         for line in read_metrics(self.path, self._log):
             if line["kind"] == "step" and line["step"] < num_steps:
@@ -82,24 +84,15 @@ class Metrics:
                 else:
                     others.append(line)
         if others:
-            told = ", ".join(str(line["step"]) for line in others)
-            self._log(f"evaluations on other examples, of steps {told}, do not count in the choice of the best step")
-        for entry in entries:
-            if entry.step < num_steps and entry.step not in steps:
-                steps[entry.step] = _line_of(entry)
+            numbers = ", ".join(str(line["step"]) for line in others)
+            self._log(f"evaluations on other examples, of steps {numbers}, do not count in the choice of the best step")
         lines = sorted([*steps.values(), *others, *self.evals.values()], key=lambda s: (s["step"], s["kind"] == "step"))
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_text(line) for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
         self._file.close()
-        os.replace(temporary, self.path)
-        sync_directory(self.path.parent)
+        write_whole(self.path, "".join(_text(line) for line in lines).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
-        """What a failed write left is dropped: the write has told of it, and closing must not hide that."""
+        """Closes the file. Errors are suppressed: the write that failed has raised."""
         with suppress(OSError):
             self._file.close()
 
@@ -118,16 +111,16 @@ def _line_of(entry: Any) -> dict[str, Any]:
     }
 
 
-def read_metrics(path: str | os.PathLike, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file, in order. A torn last line is left out; so is a damaged one, and `tell` is
-    told of it."""
+def read_metrics(path: str | os.PathLike, log: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, in order, without a torn last line and without damaged ones, which are
+    logged."""
     lines = []
     *texts, _torn = Path(path).read_bytes().split(b"\n")
     for number, text in enumerate(texts, 1):
         try:
             lines.append(_read_line(text + b"\n"))
         except ValueError as error:
-            tell(f"{path}: line {number} is left out: {error}")
+            log(f"{path}: line {number} is left out: {error}")
     return lines
 
 
@@ -138,7 +131,7 @@ def _text(line: dict[str, Any]) -> str:
 
 
 def _read_line(text: bytes) -> dict[str, Any]:
-    """Raises ValueError: it is none of ours."""
+    """Raises ValueError unless `text` is a line of metrics."""
     try:
         line = json.loads(text)
     except RecursionError:
@@ -177,12 +170,12 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Peak resident memory of this process."""
     # Not getrusage: after fork and exec its figure includes what the parent had.
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def device_peak_bytes(device: torch.device) -> int | None:
-    """The most memory that torch has had allocated on a CUDA device; None on others."""
+    """Peak memory that torch allocated on a CUDA device; None on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,189 +1,561 @@
-"""What commands share of their options: the parser, the kinds of values, and the groups that several of them have."""
+"""The options of each command, a frozen dataclass a command: types with their ranges, defaults and help texts.
+
+Options come from the command line, from a file (TOML, YAML or JSON), or from the run.json of an earlier run. All of
+them pass `checked`, which refuses unknown names and values out of range before anything is loaded.
+"""
+
+# ruff: noqa: RUF009  (`option` calls `dataclasses.field`)
 
 from __future__ import annotations
 
-import argparse
-import os
-from typing import NoReturn
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from inspect import get_annotations
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import Field as Range
+
+from distzo2.errors import DistZO2Error, UsageError
+
+# What a resumed run shares with the run so far: data order, noise and losses are functions of these.
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode")
+PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
+
+# Options of finetune that left, and what to do instead. A run.json may still hold them.
+LEFT = {
+    "journal_chain": "journals are no longer chained; `sha256sum journal.jsonl` stands for a whole run",
+    "keep": "one snapshot is kept, the newest that is whole",
+}
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line on stderr, and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun's other ranks have the same command line
-            self.exit(2)
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+# ---- values ------------------------------------------------------------------------------------------------------
 
 
-class Formatter(argparse.HelpFormatter):
-    """Adds each option's default to its help."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=110)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False  # 0 is one
-        if action.option_strings and has_default and "default" not in text:
-            text += " (default: %(default)s)"
-        return text
-
-
-def num_bytes(text: str) -> int | str:
-    """A number of bytes, with a suffix of KiB, MiB or GiB or without; or "auto"."""
-    if text == "auto":
-        return text
-    for suffix, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("", 1)):
-        if text.endswith(suffix):
-            value = float(text.removesuffix(suffix)) * scale
-            break
-    if not 1 <= value < 2**63:
-        raise ValueError
-    return int(value)
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 2**32:  # as many as there are steps
-        raise argparse.ArgumentTypeError(f"{text}: {'at least 1' if value < 1 else 'less than 2^32'} was expected")
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, not {str(value).lower()}")
     return value
 
 
-def whole_int(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: {'0 or more' if value < 0 else 'less than 2^32'} was expected")
+def _not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("expected a name")
     return value
 
 
-def mesh_shape(text: str) -> str:
+def _float32(value: float) -> float:
+    """Steps are computed in float32, which must hold the value."""
+    if value and not 2.0**-149 <= abs(value) < 2.0**128:
+        raise ValueError("expected a number in the range of float32")
+    return value
+
+
+def _none_or(value: Any) -> Any:
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def num_bytes(value: int | str | None) -> int | str | None:
+    """Reads a number of bytes, with the suffix KiB, MiB or GiB or without; or "auto".
+
+    Raises:
+        ValueError: `value` is neither, or not from 1 to 2^63 - 1.
+    """
+    if value in ("auto", None):
+        return value
+    try:
+        text, scale = str(value), 1
+        for suffix, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if text.endswith(suffix):
+                text, scale = text.removesuffix(suffix), factor
+        number = float(text) * scale
+    except ValueError:
+        number = 0
+    if isinstance(value, bool) or not 1 <= number < 2**63:
+        raise ValueError("expected a number of bytes (such as 12GiB), or auto")
+    return int(number)
+
+
+def _mesh(value: str) -> str:
     from distzo2.parallel.mesh import parse_mesh
 
-    parse_mesh(text)
-    return text
-
-
-def seed_int(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"{text}: 0 to 2^64 - 1 was expected")
+    try:
+        parse_mesh(value)
+    except (ValueError, DistZO2Error) as error:
+        raise ValueError("expected a mesh (such as pert=2,data=2)") from error
     return value
 
 
-def _is_float32(value: float) -> bool:
-    """Whether it is in the range of float32, in which steps are computed: 0, or neither too large nor too small."""
-    return value == 0 or 2.0**-149 <= abs(value) < 2.0**128
+_NUMBER = BeforeValidator(_not_bool)
+Name = Annotated[str, AfterValidator(_not_empty)]
+Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
+CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
+Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
+Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
+PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
+Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
+Multiple = Annotated[Annotated[float, _NUMBER, Range(gt=1)] | None, BeforeValidator(_none_or)]
+Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
+MeshShape = Annotated[str, AfterValidator(_mesh)]
+Switch = Annotated[bool, Range(strict=True)]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Estimator = Literal["spsa", "fzoo"]
+Noise = Literal["normal", "rademacher"]
+Weights = Literal["device", "host", "disk"]
 
 
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and _is_float32(value)):
-        raise argparse.ArgumentTypeError(f"{text}: a positive number was expected, in the range of float32")
-    return value
+def option(
+    default: Any,
+    text: str,
+    metavar: str | None = None,
+    *,
+    short: str | None = None,
+    bare: str | None = None,
+    positional: bool = False,
+    group: str | None = None,
+) -> Any:
+    """A field of an options class.
+
+    Args:
+        default: MISSING if the option is required.
+        text: its line in `--help`.
+        metavar: what `--help` calls its value.
+        short: a second flag.
+        bare: the value of the flag without a value.
+        positional: whether it is given by position.
+        group: title of the group in `--help` that begins with it.
+    """
+    shown = {"help": text, "metavar": metavar, "short": short, "bare": bare, "positional": positional, "group": group}
+    return field(default=default, metadata=shown)
 
 
-def whole_float(text: str) -> float:
-    value = float(text)
-    if not (value >= 0 and _is_float32(value)):
-        raise argparse.ArgumentTypeError(f"{text}: 0 or a positive number was expected, in the range of float32")
-    return value
+# ---- groups that several commands have ---------------------------------------------------------------------------
 
 
-def share_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0 and at most 1 was expected")
-    return value
-
-
-def limit_float(text: str) -> float | None:
-    """A number above 1, or "none"."""
-    if text.lower() == "none":
-        return None
-    value = float(text)
-    if not value > 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number above 1 was expected, or none")
-    return value
-
-
-for _type, _text in (
-    (num_bytes, "number of bytes (such as 12GiB), or auto"),
-    (positive_int, "integer"), (whole_int, "integer"), (seed_int, "integer"),
-    (positive_float, "number"), (whole_float, "number"), (share_float, "number"), (limit_float, "number"),
-    (mesh_shape, "mesh (such as pert=2,data=2)"),
-):  # fmt: skip
-    _type.__name__ = _text  # what argparse calls it in "invalid ... value"
-
-
-def add_placement(parser: argparse.ArgumentParser, weights: str = "host") -> None:
+@dataclass(frozen=True, kw_only=True)
+class Placement:
     """Options of every command that loads a model."""
-    group = parser.add_argument_group("where it runs")
-    group.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:N", help="where it computes")
-    group.add_argument(
-        "--weights", choices=("device", "host", "disk"), default=weights,
-        help="where the streamed weights live: on the device, in pinned host memory, or in a file that needs as much "
-        "room on the disk as the model",
-    )  # fmt: skip
-    group.add_argument(
-        "--weights-dir", metavar="DIR", help="directory of that file (default: the output directory, or /tmp)"
+
+    device: str = option("cpu", "where it computes", "cpu|cuda|cuda:N", group="where it runs")
+    weights: Weights = option(
+        "host",
+        "where the streamed weights live: on the device, in pinned host memory, or in a file that needs as much room "
+        "on the disk as the model",
     )
-    group.add_argument(
-        "--memory-budget", type=num_bytes, metavar="BYTES|auto",
-        help="bytes of the device for weights, such as 12GiB: blocks that fit stay there, the others stream; auto: "
-        "70%% of what is free (default: all blocks stream)",
-    )  # fmt: skip
-    group.add_argument(
-        "--write-every", type=positive_int, default=1, metavar="N",
-        help="write a streamed block back at every N-th step, blocks in turn, and make the updates in between again at "
-        "each visit: spares a disk, costs noise",
-    )  # fmt: skip
-    group.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="dtype of the weights; auto: the checkpoint's",
-    )  # fmt: skip
-    group.add_argument(
-        "--threads", type=positive_int, metavar="N", help="CPU threads for computing (default: torch's choice)"
+    weights_dir: str | None = option(None, "directory of that file (default: the output directory, or /tmp)", "DIR")
+    memory_budget: Bytes = option(
+        None,
+        "bytes of the device for weights, such as 12GiB: blocks that fit stay there, the others stream; auto: 70% of "
+        "what is free (default: all blocks stream)",
+        "BYTES|auto",
     )
+    write_every: Count = option(
+        1,
+        "write a streamed block back at every N-th step, blocks in turn, and repeat the updates in between at each "
+        "visit: spares a disk, costs noise",
+        "N",
+    )
+    dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
+    threads: Count | None = option(None, "CPU threads for computing (default: torch's choice)", "N")
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DataReading:
     """Options of every command that reads data files."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--objective", choices=("lm", "choices", "error"),
-        help="lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by "
-        "the mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where "
-        "lines have choices, else lm)",
-    )  # fmt: skip
-    group.add_argument(
-        "--truncate", choices=("error", "left", "right"), default="error",
-        help="what to do with a line that is longer than --max-length: stop with file and line number, or drop tokens "
-        "of its beginning or its end (of a line with choices: of its prompt)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-length", type=positive_int, metavar="TOKENS", help="longest sequence (default: the model's)"
+
+    objective: Literal["lm", "choices", "error"] | None = option(
+        None,
+        "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
+        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where lines "
+        "have choices, else lm)",
+        group="data",
+    )
+    truncate: Literal["error", "left", "right"] = option(
+        "error",
+        "what to do with a line that is longer than --max-length: stop with file and line number, or drop tokens of "
+        "its beginning or its end (of a line with choices: of its prompt)",
+    )
+    max_length: Count | None = option(None, "longest sequence (default: the model's)", "TOKENS")
+
+
+# ---- finetune ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(DataReading, Placement):
+    """Options of `distzo2 finetune`.
+
+    Raises:
+        UsageError: two options do not go together.
+    """
+
+    model: Name = option(
+        MISSING, "directory of a Hugging Face checkpoint (safetensors, tokenizer)", "DIR", group="what"
+    )
+    train: Name = option(
+        MISSING, "JSONL: prompt and completion, or prompt, choices and label, or messages, or text", "FILE"
+    )
+    eval: str | None = option(None, "JSONL of held-out lines of the same kind", "FILE")
+    out: Name = option(MISSING, "directory of the run: journal, metrics, checkpoint", "DIR")
+    resume: Switch = option(
+        False, "continue the run in --out from its last durable step; options not given are the run's"
+    )
+    branch_from: str | None = option(
+        None,
+        "begin with the first steps of the run in that directory, and continue in --out with other options; options "
+        "not given are that run's, and --seed, --model and --dtype must be",
+        "RUN",
+    )
+    at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)", "N")
+
+    steps: Count = option(MISSING, "steps in all, one update each", "N", group="how it learns")
+    lr: PositiveOrZero = option(1e-6, "learning rate, per unit of the estimated gradient")
+    eps: Positive = option(1e-3, "size of a perturbation, in units of a weight")
+    batch_size: Count = option(16, "examples a step", "N")
+    micro_batches: Count = option(
+        1, "parts that a step's batch is cut into, to save memory for long sequences; must divide --batch-size", "N"
+    )
+    probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
+    noise: Noise = option("normal", "distribution of a perturbation's elements")
+    estimator: Estimator = option(
+        "spsa",
+        "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
+        "and takes a far larger --lr)",
+    )
+    weight_decay: PositiveOrZero = option(
+        0.0, "pull towards 0, times --lr, a step; biases and norms are left out", "LAMBDA"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
+    warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0", "STEPS")
+    seed: Seed = option(0, "of perturbations, data order and dropout")
+    train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
+
+    eval_every: CountOrZero = option(
+        0, "steps between evaluations, besides the one before and the one after; 0: none", "N", group="what is kept"
+    )
+    eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation", "N")
+    score: Literal["accuracy", "loss"] | None = option(
+        None, "held-out figure that decides the best step (default: accuracy where lines have choices, else loss)"
+    )
+    save: Literal["last", "best", "none"] = option(
+        "last",
+        "checkpoint written at the end to OUT/checkpoint: of the last step, of the best (rebuilt from the journal), or "
+        "none; any step can be rebuilt later with distzo2 replay",
+    )
+    snapshot_every: CountOrZero = option(
+        0,
+        "steps between snapshots: copies of the weights, made in the background in OUT/snapshots, from which --resume "
+        "continues instead of from the model; 0: none",
+        "STEPS",
+    )
+    snapshot_minutes: PositiveOrZero = option(0.0, "minutes between snapshots; 0: none by time", "MINUTES")
+    snapshot_pace: Share = option(
+        0.03,
+        "the most that a snapshot may take of the time of the steps that it spans; with more it is whole sooner",
+        "SHARE",
+    )
+    fsync_every: Count = option(
+        1,
+        "sync the journal to the disk after N steps, behind the steps that follow; a power cut may cost the steps "
+        "since, a kill does not",
+        "N",
+    )
+    trace: str | None = option(
+        None,
+        "record compute, waits and transfers of some steps as a Chrome trace, which opens in Perfetto (without a name: "
+        "OUT/trace.json)",
+        "FILE",
+        bare="",
+    )
+    trace_steps: Count = option(3, "how many steps --trace records", "N")
+    quiet: Switch = option(False, "no progress bar")
+
+    max_coef: Multiple = option(
+        10.0,
+        "clip a step's coefficients to this multiple of their running median; none: never",
+        "X",
+        group="when it goes wrong",
+    )
+    max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never", "N")
+    no_check: Switch = option(
+        False, "do not check, before the first step, that two equal forward passes agree to the bit"
+    )
+    max_skipped: Count = option(
+        5, "stop after N steps in a row whose loss is not finite; such steps are not applied", "N"
+    )
+    max_lanes: Count | None = option(
+        None,
+        "evaluations (perturbation x micro-batch) that share a pass over the weights; fewer need less memory, same "
+        "bits (default: all)",
+        "N",
     )
 
-
-def add_parallel(parser: argparse.ArgumentParser) -> None:
-    """Options of a command that torchrun may start on several ranks."""
-    group = parser.add_argument_group("many ranks (torchrun --nproc-per-node N -m distzo2 finetune ...)")
-    group.add_argument(
-        "--parallel", type=mesh_shape, metavar="pert=P,data=D",
-        help="ranks that share the perturbations of a step, and ranks that share its micro-batches; P x D is the "
-        "number of ranks (default: the mesh whose busiest rank has the least to do)",
-    )  # fmt: skip
-    group.add_argument(
-        "--slice", choices=("on", "off"),
-        help="each rank keeps a slice of every streamed block, and the ranks of a machine gather the blocks together "
+    parallel: MeshShape | None = option(
+        None,
+        "ranks that share the perturbations of a step, and ranks that share its micro-batches; P x D is the number of "
+        "ranks (default: the mesh whose busiest rank has the least to do)",
+        "pert=P,data=D",
+        group="many ranks (torchrun --nproc-per-node N -m distzo2 finetune ...)",
+    )
+    slice: Literal["on", "off"] | None = option(
+        None,
+        "each rank keeps a slice of every streamed block, and the ranks of a machine gather the blocks together "
         "(default: what is faster, as measured at the start)",
-    )  # fmt: skip
-    group.add_argument(
-        "--verify-every", type=whole_int, default=0, metavar="N",
-        help="steps between comparisons of the ranks' weights, besides the one before the first step; 0: none",
-    )  # fmt: skip
-    group.add_argument(
-        "--heartbeat-limit", type=positive_float, default=30.0, metavar="SECONDS",
-        help="a rank that is not heard of for so long is given up, and the run ends",
-    )  # fmt: skip
+    )
+    verify_every: CountOrZero = option(
+        0, "steps between comparisons of the ranks' weights, besides the one before the first step; 0: none", "N"
+    )
+    heartbeat_limit: Positive = option(
+        30.0, "a rank that is silent for this long is given up, and the run ends", "SECONDS"
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.micro_batches:
+            raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
+        if self.estimator == "fzoo" and self.probes < 2:
+            raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
+        if self.warmup > self.steps:
+            raise UsageError(f"--warmup {self.warmup} is more than --steps {self.steps}")
+        if self.fsync_every > 1 and self.weights == "disk":
+            raise UsageError(
+                f"--fsync-every {self.fsync_every} with --weights disk: a block is written back only after its step's "
+                "line is on the disk, so every step is synced"
+            )
+        if self.slice == "on" and self.weights == "device":
+            raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
+        if self.at_step is not None and not self.branch_from:
+            raise UsageError("--at-step needs --branch-from")
+        if not self.eval and (self.save == "best" or self.eval_every):
+            raise UsageError(f"--{'save best' if self.save == 'best' else 'eval-every'} needs --eval")
+
+
+# ---- the other commands ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Placement, DataReading):
+    """Options of `distzo2 eval`."""
+
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
+    eval: Name = option(MISSING, "JSONL of lines as for finetune", "FILE")
+    batch_size: Count = option(16, "examples in a micro-batch", "N")
+    json: Switch = option(False, "print one line of JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Placement):
+    """Options of `distzo2 generate`."""
+
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
+    prompt: str | None = option(None, "how the text begins (default: read from standard input)", "TEXT")
+    max_new_tokens: Count = option(64, "tokens to add at most", "N")
+    temperature: PositiveOrZero = option(0.0, "of sampling; 0: the likeliest token each time")
+    top_k: CountOrZero = option(50, "sample among the K likeliest tokens; 0: all", "K")
+    seed: Seed = option(0, "of sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """Options of `distzo2 replay`."""
+
+    run_dir: str | None = option(
+        None,
+        "directory of a run; its base checkpoint is the one it names. Or BASE, a base checkpoint, with JOURNAL after "
+        "it",
+        "RUN",
+        positional=True,
+    )
+    journal_file: str | None = option(None, "journal, or run, of a run on BASE", "JOURNAL", positional=True)
+    base: str | None = option(None, "base checkpoint (default: the one that RUN names)", "DIR")
+    journal: str | None = option(None, "journal (default: RUN/journal.jsonl)", "FILE")
+    out: Name = option(MISSING, "where the checkpoint is written; it must not hold one", "DIR", short="-o")
+    to_step: CountOrZero | None = option(None, "updates to apply (default: all)", "N")
+    quiet: Switch = option(False, "no progress bar")
+
+    def __post_init__(self) -> None:
+        if self.journal_file is not None and (self.base is not None or self.journal is not None):
+            raise UsageError("replay BASE JOURNAL takes neither --base nor --journal")
+        if self.run_dir is None and (self.base is None or self.journal is None):
+            raise UsageError("replay needs RUN, or BASE and JOURNAL, or both --base and --journal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of `distzo2 report`."""
+
+    run_dir: Name = option(MISSING, "directory of a run", "RUN", positional=True)
+    out: str | None = option(None, "PNG to write (default: RUN/report.png)", "FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Options of `distzo2 measure`."""
+
+    directory: Name = option(".", "directory on the disk to measure, where weights would be kept", "DIR")
+    json: str | None = option(None, "where the figures go (default: measure.json in ~/.cache/distzo2)", "FILE")
+    quick: Switch = option(False, "a few seconds, and rough figures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of `distzo2 plan`."""
+
+    model: Name = option(
+        MISSING,
+        "a checkpoint or its configuration (no weights are read), or opt-125m, opt-1.3b, ... opt-175b",
+        "DIR|config.json|NAME",
+        group="what",
+    )
+    dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
+    batch: Count = option(8, "sequences a step, of all ranks", "N")
+    tokens: Count = option(512, "tokens of a sequence", "N")
+    micro_batches: Count | None = option(
+        None, "parts of the batch, of all ranks; must divide --batch (default: one a data rank)", "N"
+    )
+    probes: Count = option(1, "perturbations a step", "K")
+    estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
+    noise: Noise = option("normal", "of the perturbations")
+
+    machine: Name = option(
+        "this",
+        "this: what distzo2 measure saved; a node of 8 GPUs by name; or a file that distzo2 measure wrote",
+        "this|a100|h100|h200|FILE",
+        group="where",
+    )
+    parallel: str | None = option(None, "the mesh (default: one device)", "pert=P,data=D")
+    nproc: Count | None = option(None, "try every mesh of N ranks, and name the best", "N")
+    slice: Literal["on", "off", "auto"] = option(
+        "auto", "whether ranks share every block's transfer; auto: both are planned"
+    )
+    weights: Weights = option("host", "where blocks live")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
+    slots: Count = option(3, "blocks on the device at once", "N")
+    write_every: Count = option(1, "write a block back at every N-th step", "N")
+    memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
+    max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank", "N")
+    devices_per_switch: Count = option(1, "GPUs that share a link to the host", "N")
+    no_nvlink: Switch = option(False, "all-gathers go over the links to the host")
+
+    picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE", group="what is written")
+    trace: str | None = option(None, "the same as a Chrome trace, which opens in Perfetto", "FILE")
+    json: str | None = option(None, "all of it as JSON; - for standard output, and nothing else", "FILE")
+
+
+# ---- where they come from ----------------------------------------------------------------------------------------
+
+Options = TypeVar("Options")
+
+
+@cache
+def types_of(kind: type) -> dict[str, Any]:
+    """The types of an options class's fields, with their ranges."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def groups_of(kind: type) -> dict[str | None, list[Field]]:
+    """The fields of an options class under the titles that `--help` gives them, a class's before those of its bases;
+    None: no title."""
+    known, groups = {f.name: f for f in fields(kind)}, {}
+    for base in kind.__mro__:
+        title = None
+        for name in (name for name in get_annotations(base) if name in known):
+            title = known[name].metadata["group"] or title
+            groups.setdefault(title, []).append(known.pop(name))
+    return groups
+
+
+def checked(kind: type, values: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
+    """The values of options by field name, each of its type and in its range.
+
+    Args:
+        kind: an options class.
+        values: by option name, with "-" or "_".
+        source: the file that they come from; None: the command line.
+
+    Raises:
+        UsageError: a name is not an option, or a value is not of its kind; the message names source, option and value.
+    """
+    result = {}
+    for key, value in values.items():
+        name, shown = key.replace("-", "_"), f"--{key.replace('_', '-')}" if source is None else f"{source}: {key}:"
+        if kind is FinetuneOptions and name in LEFT:
+            raise UsageError(f"{shown} is no longer an option: {LEFT[name]}")
+        if name not in types_of(kind):
+            raise UsageError(f"{source}: {key!r} is not an option of this command")
+        try:
+            result[name] = TypeAdapter(types_of(kind)[name]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False)[0]
+            reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+            reason = re.sub("expected (?=greater|less)", "expected a number ", reason)
+            text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+            raise UsageError(f"{shown} {text}: {reason}") from error
+    return result
+
+
+def made(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    """The options of `values`, which `checked` returned, and the defaults of all others.
+
+    Raises:
+        UsageError: a required option is missing, or two options do not go together.
+    """
+    for f in fields(kind):
+        if f.default is MISSING and f.name not in values:
+            name = f.metadata["metavar"] if f.metadata["positional"] else "--" + f.name.replace("_", "-")
+            raise UsageError(f"{name} is missing")
+    return kind(**values)
+
+
+def read_config(kind: type, path: str | None) -> dict[str, Any]:
+    """The checked values in a file of options, which is JSON (.json), YAML (.yaml, .yml) or TOML; none without a file.
+
+    Raises:
+        UsageError: the file cannot be read, holds no names and values, or one that `checked` refuses.
+    """
+    if path is None:
+        return {}
+    try:
+        content = Path(path).read_bytes()
+        if path.endswith(".json"):
+            values = json.loads(content)
+        elif path.endswith((".yaml", ".yml")):
+            import yaml
+
+            try:
+                values = yaml.safe_load(content)
+            except yaml.YAMLError as error:
+                raise ValueError(" ".join(str(error).split())) from error
+        else:
+            values = tomllib.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"--config {path}: expected option names and values")
+    return checked(kind, values, path)
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> list[str]:
+    """Compares a resumed run's options with those so far; returns a line for each that changed and may.
+
+    Raises:
+        UsageError: one changed that the run's data or noise depend on.
+    """
+    for name in FIXED:
+        if before.get(name) != after.get(name):
+            flag = "--" + name.replace("_", "-")
+            change = f"{flag} was {before.get(name)!r} and is {after.get(name)!r}"
+            raise UsageError(f"{where}: {change}: start a new run for that")
+    return [
+        f"{name.replace('_', '-')} {before.get(name)} -> {value}"
+        for name, value in after.items()
+        if name not in PLACES and before.get(name) != value
+    ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.text import gib
+from distzo2.weights.residency import available_memory, free_disk_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 0.05  # of what is free, left to others
@@ -106,78 +106,8 @@ def check_memory(
 
 def check_disk(directory: str | os.PathLike, needs: dict[str, int]) -> None:
     """Raises DistZO2Error unless the disk of `directory`, which need not exist, has room for `needs` (name: bytes)."""
-    free = free_bytes(directory)
+    free = free_disk_bytes(directory)
     total = sum(needs.values())
     if total > free:
         parts = ", ".join(f"{name} {gib(num_bytes)}" for name, num_bytes in needs.items())
         raise DistZO2Error(f"{directory}: {gib(total)} are needed ({parts}), and {gib(free)} are free on its disk")
-
-
-def free_bytes(directory: str | os.PathLike) -> int:
-    """Bytes that are free on the disk of `directory`, which need not exist."""
-    place = Path(directory).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may still take: the least of the machine's and its control groups'."""
-    available = [_meminfo_available()]
-    for level in _cgroup_levels():
-        limit, usage = _read_number(level / "memory.max"), _read_number(level / "memory.current")
-        if limit is None:  # version 1
-            limit, usage = _read_number(level / "memory.limit_in_bytes"), _read_number(level / "memory.usage_in_bytes")
-        if limit is not None and usage is not None:
-            available.append(max(0, limit - usage + _file_cache(level)))
-    return min(available)
-
-
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_levels() -> list[Path]:
-    levels = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup") / ("memory" if controllers else "")
-        level = root / path.lstrip("/")
-        while level != root and root in level.parents:
-            levels.append(level)
-            level = level.parent
-        levels.append(root)
-    return levels
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max" is no limit
-        return None
-
-
-def _file_cache(level: Path) -> int:
-    """Bytes of a control group's usage that are file cache, which the kernel gives back when memory is asked for."""
-    try:
-        rows = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(rows.get("inactive_file", rows.get("total_inactive_file", 0)))
-
-
-def gib(num_bytes: float) -> str:
-    """A number of bytes for people."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(num_bytes) >= scale:
-            return f"{num_bytes / scale:.2f} {unit}" if num_bytes < 100 * scale else f"{num_bytes / scale:.0f} {unit}"
-    return f"{num_bytes:.0f} bytes"

@@ -1,4 +1,4 @@
-"""Lanes: the evaluations of one pass, each the user's own code in a thread of its own, one running at a time.
+"""Lanes: the evaluations of one pass, each the user's own code in its own thread, one running at a time.
 
 A lane parks where it enters a unit. `LaneGroup.advance` lets one lane run to its next unit or to its end; everything
 that belongs to a lane rather than to the process (random streams, changed buffers, open windows) is swapped there.
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.streaming.random_stream import RandomStream
+from distzo2.streaming.isolation import CallerState, RandomStream
 from distzo2.weights.units import Unit
-from distzo2_core import Term, ThreadState
+from distzo2.weights.updates import Emission
 
 UNWIND_SECONDS = 60.0  # a cancelled lane that is still running after this long is left behind
 
@@ -28,24 +28,9 @@ class LaneCancelled(BaseException):
     """Unwinds a parked lane; not an Exception, so that the user's own handlers do not take it."""
 
 
-@dataclass(frozen=True)
-class Emission:
-    """A perturbation of the weights: rne(w + sum of c·z over `terms`); none for the clean weights."""
-
-    terms: tuple[Term, ...] = ()
-
-    @property
-    def clean(self) -> bool:
-        return not self.terms
-
-    def mirrors(self, other: Emission) -> bool:
-        """Whether both are one-term perturbations by the same z, so that one call can make both."""
-        return len(self.terms) == len(other.terms) == 1 and self.terms[0][:4] == other.terms[0][:4]
-
-
 @dataclass(eq=False)
 class Lane:
-    """One evaluation: one emission on one batch, with the random stream `stream`."""
+    """One evaluation: the loss of one batch under one emission, with its own random stream."""
 
     emission: Emission
     batch: int
@@ -59,30 +44,6 @@ class Lane:
     visited: list[Unit] = field(default_factory=list)
     changed_buffers: dict[int, torch.Tensor] = field(default_factory=dict)
     thread: LaneThread | None = None
-
-
-class CallerState:
-    """What a lane inherits from the thread that called: modes, autocast, device, stream, number of threads."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.thread_state = ThreadState()
-        self.num_threads = torch.get_num_threads()
-        self.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}]
-        self.autocast_cache = torch.is_autocast_cache_enabled()
-        self.device = device
-        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def enter(self) -> None:
-        """Takes the state over in the current thread; the modes end with `thread_state.exit()`."""
-        self.thread_state.enter()
-        if torch.get_num_threads() != self.num_threads:
-            torch.set_num_threads(self.num_threads)
-        for kind, dtype in self.autocast:
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self.autocast_cache)
-        if self.stream is not None:
-            torch.cuda.set_device(self.device)
-            torch.cuda.set_stream(self.stream)
 
 
 class LaneThread(threading.Thread):
@@ -153,7 +114,7 @@ class LaneGroup:
         weakref.finalize(self, _end, self._threads).atexit = False
 
     def begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
-        """Gives every lane a thread, with one of `callers` each; none runs yet."""
+        """Gives every lane a thread and one of `callers`; none runs yet."""
         while len(self._threads) < len(lanes):
             self._threads.append(LaneThread(self._back, len(self._threads)))
         for lane, thread, caller in zip(lanes, self._threads, callers, strict=False):
@@ -172,7 +133,7 @@ class LaneGroup:
         """Called in the running lane, at the entry of `unit`."""
         lane = self.running
         if lane is None or threading.current_thread() is not lane.thread:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of this pass")
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
         lane.request = unit
         lane.visited.append(unit)
         lane.thread.park()
@@ -198,7 +159,7 @@ class LaneGroup:
                 self.running = None
 
     def _abandon(self) -> None:
-        """A lane does not come back: its threads are daemons and get a group of their own."""
+        """Leaves a lane that does not come back behind: the threads of its pass are daemons, and new ones are made."""
         self._back = allocate_lock()
         self._back.acquire()
         self._threads.clear()

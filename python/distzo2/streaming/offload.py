@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
-from distzo2.parallel.group import current
-from distzo2.parallel.node import choose_slices
+from distzo2.parallel.group import current, joined
+from distzo2.parallel.node import choose_slices, memory_share
+from distzo2.parallel.sliced_store import SlicedStore, slices_of
+from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane
-from distzo2.streaming.random_stream import RandomStream
-from distzo2.streaming.runtime import CLEAN, StreamingRuntime, cuda_device
+from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
-from distzo2.weights.residency import MemoryBudget
+from distzo2.weights.access import WeightAccess
+from distzo2.weights.residency import MemoryBudget, blocks_to_stream, free_memory
+from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_store
+from distzo2.weights.unit_weights import UnitWeights
+from distzo2.weights.units import collect_params, find_units
+from distzo2.weights.updates import CLEAN
 from distzo2_core import cuda_available
 
 WEIGHTS = ("device", "host", "disk")
@@ -35,28 +41,27 @@ def offload(
     write_every: int = 1,
     train: bool = False,
 ) -> nn.Module:
-    """Hands a model's weights over, to be streamed through `device` unit by unit.
+    """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
     The model stays a model: calling it, `generate`, `state_dict` and `load_state_dict` work and see every update.
     Between forwards its parameters are placeholders; `distzo2.edit(model)` makes them real for other changes.
 
     Args:
-        model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).writing`.
-            What has `requires_grad=False` now is frozen for good: read, never perturbed, never written back.
+        model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).access`. A
+            parameter with `requires_grad=False` is frozen for good: read, never perturbed, never written back.
         device: where it computes: "cpu", "cuda", "cuda:1".
         weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
         units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
             groups by bytes where it has none. Other parameters stay on the device.
         directory: where the block file is made (weights="disk"); it is a working file, and goes with the model. On a
-            CPU, glibc is then told to give freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_
-            is set.
+            CPU, glibc then gives freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_ is set.
         slots: blocks that are on the device at once, at least 2.
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
             stream. Activations are not in it. The bits are the same.
-        write_every: a streamed block's stored copy is written at every so many updates, blocks in turn, and the updates
-            in between are made again at each visit. 1 writes every block at every step; more spares a disk, at the cost
-            of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
+        write_every: a streamed block's stored copy is written at every `write_every`-th update, blocks in turn, and the
+            updates in between are made again at each visit. 1 writes every block at every step; more spares a disk, at
+            the cost of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -83,17 +88,15 @@ def offload(
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
     device = _usable_device(device)
-    directory = directory if weights == "disk" else None
-    runtime = StreamingRuntime(
+    runtime = _hand_over(
         model,
-        device=device,
-        weights=weights,
+        device,
+        weights,
         units=units,
-        directory=directory,
+        directory=directory if weights == "disk" else None,
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
-        choose_slices=lambda units: choose_slices(current(), units, device, weights, directory),
     )
     _move_buffers(model, device)
     if not train:
@@ -101,6 +104,54 @@ def offload(
     object.__setattr__(model, "_distzo2_runtime", runtime)
     object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
     return model
+
+
+def _hand_over(
+    model: nn.Module,
+    device: torch.device,
+    weights: str,
+    *,
+    units: Iterable[str] | None,
+    directory: str | os.PathLike | None,
+    slots: int,
+    memory_budget: MemoryBudget,
+    write_every: int,
+) -> StreamingRuntime:
+    """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
+
+    Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all.
+    """
+    found = find_units(model, collect_params(model), units)
+    slices = choose_slices(current(), found, device, weights, directory)
+    together = slices.node.exchange if slices is not None else None
+    streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or slices is not None))
+    with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
+        share = memory_share(joined())
+
+        def free_bytes() -> int:
+            free = free_memory(device, share)
+            return free if together is None else min(n[0] for n in together.agree("memory_budget", numbers=(free,)))
+
+        streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
+        agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
+        shares, index = ([1.0], 0) if slices is None else (slices.shares, slices.node.index)
+        moving = slices_of(streamed, shares, index)  # a whole block is a slice of one
+        staying = [StoredCopy.whole(u) for u in found if u not in streamed]
+        options = share.pool_options()
+        memory = MemoryStore(staying, device, **options)
+        if not moving:
+            ring = Store()
+        elif device.type == "cpu" and directory is None:  # slices are in the memory that computes
+            ring = MemoryStore(moving, device, **options)
+        else:
+            ring = streaming_store(moving, device, directory=directory, slots=slots, **options)
+        if moving and slices is not None:
+            ring = SlicedStore(ring, moving, device, slots=slots, node=slices.node, shares=shares)
+    copies = sorted([*staying, *moving], key=lambda copy: copy.unit.index)
+    unit_weights = UnitWeights(found, copies, memory, ring, device=device, write_every=write_every)
+    if isinstance(ring, SlicedStore):
+        ring.serve(unit_weights, slices.number)
+    return StreamingRuntime(model, unit_weights, WeightAccess(unit_weights, together), weights)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:
@@ -118,7 +169,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
         raise DistZO2Error(f"device={str(device)!r} cannot be used: {built}" + ("" if usable else f" ({reason})"))
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise DistZO2Error(f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return cuda_device(device)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -129,10 +180,10 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def runtime_of(model: nn.Module) -> StreamingRuntime:
-    """The runtime of a model that was handed over.
+    """Returns the runtime of a model that was handed over.
 
     Raises:
-        DistZO2Error: it was not.
+        DistZO2Error: the model was not handed over.
     """
     runtime = getattr(model, "_distzo2_runtime", None)
     if runtime is None:
@@ -148,10 +199,10 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
     Args:
         model: a model that was handed over.
-        closures: each a function of no arguments that calls the model; they must enter the same units in order.
+        closures: functions without arguments that call the model; they must enter the same units in the same order.
 
     Returns:
-        What the closures returned, in order.
+        The closures' results, in order.
     """
     runtime = runtime_of(model)
     lanes = [Lane(CLEAN, i, c, RandomStream.seeded(runtime.device, 0, 0, i)) for i, c in enumerate(closures)]
@@ -163,23 +214,24 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
 @contextmanager
 def edit(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, parameters are real tensors in host memory with every update made so far, and may be changed in place.
+    """Makes parameters real tensors in host memory, with every update made so far, that may be changed in place.
 
-    Afterwards the changed weights are the model's, and the updates of before belong to the past: a journal that is
-    being written cannot go on. If the body raises, the weights are as they were. No forward may run within it. With
-    weights on disk the whole model is in memory meanwhile.
+    Afterwards the changed weights are the model's, and no journal leads to them: one that is being written ends. If the
+    body raises, the weights stay as they were. No forward may run in the body. With weights on disk the whole model is
+    in memory meanwhile.
 
     Raises:
         DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
     """
     runtime = runtime_of(model)
+    access = runtime.access
     failure: BaseException | None = None
     try:
         try:
-            with runtime.replacing("edit"):  # no rank is in a forward
-                runtime.flush()
+            with access.replacing("edit"):  # no rank is in a forward
+                runtime.weights.flush()
             for unit in runtime.units:
-                with runtime.reading(unit) as views:
+                with access.reading(unit) as views:
                     for param in unit.params:
                         param.tensor.data = views[param.name].clone()
             with runtime.editing():
@@ -194,13 +246,13 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                     )
         except BaseException as error:
             failure = error
-        with runtime.replacing("edit", error=failure) as note:
+        with access.replacing("edit", error=failure) as note:
             for unit in runtime.units:
                 note(unit.name, [edited[param.index] for param in unit.params])
-                with runtime.writing(unit) as views:
+                with access.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])
-            runtime.rebase()
+            access.rebase()
     finally:
         for param in runtime.params:
             runtime.place_placeholder(param)
@@ -208,7 +260,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def no_kv_cache(model: nn.Module) -> Iterator[None]:
-    """Lanes need no key-value cache: `use_cache` is off meanwhile in every configuration of the model that has it."""
+    """Switches `use_cache` off in every configuration of the model, since lanes need no key-value cache."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     switched = [c for c in configs.values() if getattr(c, "use_cache", None)]
     for config in switched:

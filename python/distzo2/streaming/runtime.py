@@ -7,11 +7,10 @@ Parameters whose window is not open are placeholders.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -20,17 +19,14 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.parallel.node import Sharing
-from distzo2.streaming.buffers import BufferGuard
-from distzo2.streaming.lanes import CallerState, Emission, Lane, LaneGroup
-from distzo2.streaming.placeholders import Placeholders, use_guard
-from distzo2.streaming.random_stream import RandomStream
-from distzo2.streaming.windows import Windows
+from distzo2.streaming.hooks import Placeholders, Windows, use_guard
+from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream
+from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.weights.access import WeightAccess
-from distzo2.weights.residency import MemoryBudget
+from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import ParamInfo, Unit
+from distzo2.weights.updates import CLEAN, Emission
 
-CLEAN = Emission()
 MAX_WATCHED = 256
 
 
@@ -40,37 +36,27 @@ def _code_of(closure: Callable[[], Any]) -> Hashable:
     return getattr(closure, "__code__", type(closure))
 
 
-class StreamingRuntime(WeightAccess):
-    """The weights of one model and the passes over them. Made by `distzo2.offload`."""
+class StreamingRuntime:
+    """The passes over the weights of one model. Made by `distzo2.offload`.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        device: torch.device,
-        weights: str,
-        units: Iterable[str] | None,
-        directory: str | os.PathLike | None,
-        slots: int,
-        memory_budget: MemoryBudget = None,
-        write_every: int = 1,
-        choose_slices: Callable[[Sequence[Unit]], Sharing | None] = lambda units: None,
-    ) -> None:
-        super().__init__(
-            model,
-            device=device,
-            weights=weights,
-            units=units,
-            directory=directory,
-            slots=slots,
-            memory_budget=memory_budget,
-            write_every=write_every,
-            choose_slices=choose_slices,
-        )
-        self.model = model
+    Attributes:
+        model: the model that was handed over.
+        weights: its units, where they are stored, and their updates.
+        access: reads and replaces its weights outside of a pass.
+        where: where streamed weights live: "device", "host" or "disk".
+        base: what the weights were loaded from, for a journal's header; None if it is not known. Set by whoever loads
+            them.
+    """
+
+    def __init__(self, model: nn.Module, weights: UnitWeights, access: WeightAccess, where: str) -> None:
+        self.model, self.weights, self.access, self.where = model, weights, access, where
+        self.base: Any = None
+        self.units, self.params, self.device = weights.units, weights.params, weights.device
+        self.trace = weights.trace
+        self._compute_ns = 0
         self._lanes = LaneGroup()
         self._buffers = BufferGuard(model)
-        self._placeholders = Placeholders(self.params, device)
+        self._placeholders = Placeholders(self.params, self.device)
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         self._pointed: dict[int, tuple[Emission, int]] = {}  # open unit -> what it points at, scratch address
         self._emissions: list[Emission] = []  # of the pass that runs
@@ -80,15 +66,16 @@ class StreamingRuntime(WeightAccess):
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # closures' code that has been seen to use parameters in their windows
         self._take_over()
-        self._windows = Windows(self)
+        self._windows = Windows(model, self.units, self)
+        weights.before_check = self._drop_stale_windows
 
     def _take_over(self) -> None:
         """Moves the model's weights to where they are to live, unit by unit, freeing as it goes."""
-        with self.replacing("handing over a model's weights") as note:
+        with self.access.replacing("handing over a model's weights") as note:
             for unit in self.units:
                 present = [p for p in unit.params if not p.tensor.is_meta]  # the others are to be filled from outside
                 if present:
-                    with self.writing(unit, keep=len(present) < len(unit.params)) as views:
+                    with self.access.writing(unit, keep=len(present) < len(unit.params)) as views:
                         for param in present:
                             views[param.name].copy_(param.tensor.detach())
                     note(unit.name, [param.tensor.detach() for param in present])
@@ -117,20 +104,22 @@ class StreamingRuntime(WeightAccess):
         Raises:
             DistZO2Error: lanes entered different units, or none. What a lane raises comes as it was raised.
         """
-        self._check_idle("a pass")
+        self.weights.check_idle("a pass")
         self._windows.check_not_compiled_whole()
         interrupt = interrupt or self._interrupt
         callers = [CallerState(self.device) for _ in lanes]
         with interrupt, torch._C.DisableTorchFunction():  # the caller's modes are for the lanes
             caller = RandomStream(self.device)
-            self._busy = self._in_pass = True
+            self.weights.busy = self._in_pass = True
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             try:
-                self._begin(lanes, callers)
+                self._watch_new_code(lanes)
+                self._buffers.begin()
+                self._lanes.begin(lanes, callers)
                 self._visit_units(lanes, interrupt)
                 self._check_sequence(lanes, expected)
                 self._close_windows(lanes)
-                self._last_of_pass = self._last_streamed
+                self.weights.end_pass()
             except BaseException:
                 self._lanes.unwind(lanes)
                 with suppress(Exception):  # the first exception is the one to be seen
@@ -139,21 +128,16 @@ class StreamingRuntime(WeightAccess):
             finally:
                 self._buffers.end()
                 caller.restore()
-                self._busy = self._in_pass = False
+                self.weights.busy = self._in_pass = False
             return lanes[0].visited
 
-    def _begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
-        self._watch_new_code(lanes)
-        self._buffers.begin()
-        self._lanes.begin(lanes, callers)
-
     def _watch_new_code(self, lanes: Sequence[Lane]) -> None:
-        """The first lanes that run some code are watched for parameters used outside their windows."""
+        """Watches the first lanes that run some code for parameters used outside their windows."""
         codes = {_code_of(lane.closure) for lane in lanes}
         if codes <= self._watched or self.has_compiled():
             return
         for lane in lanes:
-            lane.closure = use_guard(self, lane.closure)
+            lane.closure = self.guarded(lane.closure)
         if len(self._watched) < MAX_WATCHED:
             self._watched |= codes
 
@@ -162,8 +146,8 @@ class StreamingRuntime(WeightAccess):
             self._advance(lane)
         while (unit := self._agreed_unit(lanes)) is not None:
             interrupt.check()
-            self._release_closed(lanes, keep=unit)
-            self._bring(unit)
+            self.weights.release_all_but({unit.index, *(u.index for lane in lanes for u in lane.windows)})
+            self.weights.bring(unit)
             for lane in lanes:
                 self._advance(lane)
 
@@ -185,27 +169,19 @@ class StreamingRuntime(WeightAccess):
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
             self._buffers.swap_out(lane.changed_buffers)
         lane.stream.capture()
-        if self._ring is not None:
-            self._ring.poll()
-
-    def _release_closed(self, lanes: Sequence[Lane], keep: Unit) -> None:
-        """Releases what no open window needs any more; a dirty unit starts on its way back."""
-        held = {u.index for lane in lanes for u in lane.windows} | {keep.index}
-        for index in [i for i in self._present if i not in held]:
-            self._release(self.units[index])
+        self.weights.poll()
 
     def _close_windows(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             lane.windows.clear()
         for index in list(self._pointed):
             self._hide(self.units[index])
-        for index in list(self._present):
-            self._release(self.units[index])
+        self.weights.release_all_but()
 
     # ---- the order of units -------------------------------------------------------------------------------------
 
     def _agreed_unit(self, lanes: Sequence[Lane]) -> Unit | None:
-        """The unit at which every lane stands; None when all have ended."""
+        """Returns the unit at which every lane stands; None when all have ended."""
         first = lanes[0]
         for lane in lanes:
             if lane.request is not first.request:
@@ -261,32 +237,28 @@ class StreamingRuntime(WeightAccess):
         self._hide(unit)
         if lane is None:
             with self._interrupt:
-                self._release(unit)
-            self._busy = bool(self._alone)
+                self.weights.release(unit)
+            self.weights.busy = bool(self._alone)
 
     def _enter_alone(self, unit: Unit) -> None:
         thread = threading.get_ident()
         if self._in_pass:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is no lane of the pass under way")
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of the pass under way")
         if self._alone:
             self._drop_stale_windows()
         if not self._alone:
-            self._check_idle("a forward")
+            self.weights.check_idle("a forward")
             self._alone_thread = thread
         elif thread != self._alone_thread:
             raise DistZO2Error("another thread is in the middle of a forward of this model")
         with self._interrupt, torch._C.DisableTorchFunction():
-            self._bring(unit)
-            self._busy = True
+            self.weights.bring(unit)
+            self.weights.busy = True
             self._alone.append(unit)
             self._point(unit, CLEAN, self._alone)
 
-    def _check_idle(self, what: str) -> None:
-        self._drop_stale_windows()
-        super()._check_idle(what)
-
     def _drop_stale_windows(self) -> None:
-        """Ctrl-C in a forward ends it without torch calling the hooks: its windows are closed here, at the next use."""
+        """Closes, at the next use, windows that Ctrl-C left open: it ends a forward without torch calling the hooks."""
         if not self._alone or threading.get_ident() != self._alone_thread or self.has_compiled():
             return
         running, frame = set(), sys._getframe(1)
@@ -298,17 +270,17 @@ class StreamingRuntime(WeightAccess):
             return
         self._alone.clear()
         self._close_windows(())
-        self._busy = False
+        self.weights.busy = False
 
     @contextmanager
     def editing(self) -> Iterator[None]:
         """While entered, no forward and no pass may run."""
-        self._check_idle("editing")
-        self._busy = True
+        self.weights.check_idle("editing")
+        self.weights.busy = True
         try:
             yield
         finally:
-            self._busy = False
+            self.weights.busy = False
 
     # ---- pointing parameters ----------------------------------------------------------------------------------------
 
@@ -316,7 +288,7 @@ class StreamingRuntime(WeightAccess):
         if self._pointed.get(unit.index, (None, 0))[0] == emission:
             return
         pinned = {self._pointed[u.index][1] for u in open_units if u is not unit and u.index in self._pointed}
-        views, address = self._views_under(unit, emission, self._emissions, pinned)
+        views, address = self.weights.under(unit, emission, self._emissions, pinned)
         for param, view in zip(unit.params, views, strict=True):
             if param.tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
                 param.tensor.requires_grad_(False)
@@ -332,6 +304,10 @@ class StreamingRuntime(WeightAccess):
         """Whether `param` may be used now: the window of its unit is open."""
         return self._unit_of[param.index].index in self._pointed
 
+    def guarded(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Wraps a closure: it raises DistZO2Error where it uses a parameter that is not present, and names it."""
+        return use_guard(self, self.params, closure)
+
     def has_compiled(self) -> bool:
         """Whether a part of the model is compiled."""
         return self._windows.has_compiled()
@@ -340,14 +316,20 @@ class StreamingRuntime(WeightAccess):
         """Puts the placeholder of `param` back, after it was pointed elsewhere from outside."""
         self._placeholders.place(param)
 
+    # ---- figures, and the end ---------------------------------------------------------------------------------------
+
+    def reset_stats(self) -> None:
+        """Starts the counting of bytes and seconds anew."""
+        self._compute_ns = 0
+        self.weights.reset_stats()
+
+    def stats(self) -> dict[str, int | float]:
+        """Returns bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
+        return {**self.weights.stats(), "compute_s": self._compute_ns * 1e-9}
+
     def close(self) -> None:
         """Ends threads and transfers and deletes the working block file; the model cannot be run afterwards."""
-        if not self._closed:
+        if not self.weights.closed:
             self._lanes.close()
             self._windows.remove()
-            super().close()
-
-
-def cuda_device(device: torch.device) -> torch.device:
-    """A CUDA device with its index."""
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            self.weights.close()

@@ -1,17 +1,15 @@
-"""What a handed-over model does when its state is read, loaded or moved."""
+"""What a model that was handed over does when its state is read, loaded or moved."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
 from distzo2.errors import DistZO2Error
+from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import ParamInfo
-
-if TYPE_CHECKING:
-    from distzo2.streaming.runtime import StreamingRuntime
 
 
 class StateHooks:
@@ -21,7 +19,7 @@ class StateHooks:
     """
 
     def __init__(self, runtime: StreamingRuntime) -> None:
-        self._runtime = runtime
+        self._runtime, self._access = runtime, runtime.access
         self._of = {id(p.tensor): (unit, p) for unit in runtime.units for p in unit.params}
         self._loading: dict[int, ParamInfo] = {}
         for module in runtime.model.modules():
@@ -45,38 +43,38 @@ class StateHooks:
         return own
 
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:
-        """Post-hook of state_dict: real values in host memory instead of placeholders."""
+        """Post-hook of state_dict: puts real values in host memory in the place of placeholders."""
         for name, unit, param in self._own(module):
             if prefix + name in state:
-                with self._runtime.reading(unit) as views:
+                with self._access.reading(unit) as views:
                     state[prefix + name] = views[param.name].clone()
 
     def _make_room(
         self, module: nn.Module, state: dict, prefix: str, metadata: dict, strict: bool, missing, unexpected, errors
     ) -> None:
-        """Pre-hook of load_state_dict: something that can be copied into."""
+        """Pre-hook of load_state_dict: makes parameters real, so that they can be copied into."""
         if metadata.get("assign_to_params_buffers"):
             raise DistZO2Error("load_state_dict(assign=True) would take the parameters away from the streamed model")
-        with self._runtime.replacing("load_state_dict"):  # no rank is in a forward
+        with self._access.replacing("load_state_dict"):  # no rank is in a forward
             pass
         for _, unit, param in self._own(module):
-            with self._runtime.reading(unit) as views:
+            with self._access.reading(unit) as views:
                 param.tensor.data = views[param.name].clone()
             self._loading[param.index] = param
 
     def _store(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Post-hook of load_state_dict: what was loaded becomes the stored copy, and the base of what follows."""
+        """Post-hook of load_state_dict: stores what was loaded, as the base of the updates that follow."""
         own = [(unit, param) for _, unit, param in self._own(module) if param.index in self._loading]
         if not own:
             return
-        with self._runtime.replacing("load_state_dict") as note:
+        with self._access.replacing("load_state_dict") as note:
             for unit, param in own:
                 del self._loading[param.index]
                 note(param.name, [param.tensor.data])
-                with self._runtime.writing(unit, keep=True) as views:
+                with self._access.writing(unit, keep=True) as views:
                     views[param.name].copy_(param.tensor.data)
                 self._runtime.place_placeholder(param)
-            self._runtime.rebase()
+            self._access.rebase()
 
 
 def _refuse_apply(fn: Any, recurse: bool = True) -> NoReturn:
@@ -90,6 +88,3 @@ def _refuse_copy(memo: dict) -> NoReturn:
     raise DistZO2Error(
         "a model that was handed over cannot be copied; save it with distzo2.save_pretrained and load it"
     )
-
-
-__all__ = ["StateHooks"]

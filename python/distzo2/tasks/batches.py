@@ -14,10 +14,8 @@ import numpy as np
 import torch
 
 from distzo2.errors import UsageError
-from distzo2.tasks.lines import Example
+from distzo2.tasks.tokenize import Example
 from distzo2_core import permutation
-
-IGNORED = -100  # torch's label of a position that is not learned
 
 
 class DataOrder:
@@ -41,13 +39,12 @@ class Batch:
     """A micro-batch as tensors, with what is scored in it.
 
     A score is the log-likelihood of one token at one position; scores belong to spans (a choice, or a completion), and
-    spans to examples. Choices of one token share the row of their prompt, and a row that begins another is left out: so
-    there may be fewer rows than choices. It holds for causal models, whose logits depend on the past only.
+    spans to examples. Choices of one token share the row of their prompt, and a row that begins another is left out, so
+    there may be fewer rows than choices. This holds for causal models, whose logits depend on the past only.
     """
 
     input_ids: torch.Tensor  # int64 [rows, positions]
     attention_mask: torch.Tensor  # int64 [rows, positions]; 1 on tokens
-    position_ids: torch.Tensor | None  # int64 [rows, positions], where padding is on the left
     keep: torch.Tensor | None  # int64 [kept], ascending: the positions whose logits are read; None: all of them
     rows: torch.Tensor  # int64 [scored]: distinct (row, kept position) pairs
     columns: torch.Tensor  # int64 [scored]: indices into the kept positions
@@ -60,34 +57,14 @@ class Batch:
     num_tokens: int  # that the model reads, padding left out
     num_examples: int
 
-    def lm_labels(self) -> torch.Tensor:
-        """int64 [rows, positions]: torch's labels, IGNORED on prompts and padding; for batches without choices."""
-        if self.choices is not None:
-            raise ValueError("a batch of choices has several labels at a position")
-        labels = torch.full_like(self.input_ids, IGNORED)
-        kept = self.columns if self.keep is None else self.keep[self.columns]
-        labels[self.rows[self.scored], kept[self.scored] + 1] = self.tokens
-        return labels
 
-
-def collate(
-    examples: Sequence[Example],
-    *,
-    pad_id: int,
-    device: torch.device | str = "cpu",
-    side: str = "right",
-    multiple: int = 1,
-    merge: bool = True,
-) -> Batch:
-    """Makes the tensors of a micro-batch.
+def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
+    """Makes the tensors of a micro-batch, padded on the right.
 
     Args:
         examples: all with choices, or all without.
         pad_id: token that fills rows up; any, since no scored position sees it.
         device: where the tensors go.
-        side: where the padding is, "right" or "left".
-        multiple: rows are padded to the longest, rounded up to this multiple.
-        merge: choices share rows where they can; False gives each choice a row of its own.
     """
     sequences: list[np.ndarray] = []
     scores: list[tuple[int, int, int]] = []  # (row, position whose logits are read, token)
@@ -100,24 +77,21 @@ def collate(
             scores += [(len(sequences), int(p) - 1, int(example.tokens[p])) for p in places]
             sequences.append(example.tokens)
             continue
-        rows = _option_rows(example, sequences, merge)
+        rows = _option_rows(example, sequences)
         choices.append([])
         for option, row in zip(example.options, rows, strict=True):
             choices[-1].append(len(spans))
             spans.append(list(range(len(scores), len(scores) + len(option))))
             scores += [(row, len(example.tokens) - 1 + i, int(token)) for i, token in enumerate(option)]
 
-    width = -(-max(len(s) for s in sequences) // multiple) * multiple
+    width = max(len(s) for s in sequences)
     input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(input_ids)
-    starts = np.zeros(len(sequences), dtype=np.int64)
     for row, sequence in enumerate(sequences):
-        starts[row] = width - len(sequence) if side == "left" else 0
-        place = slice(starts[row], starts[row] + len(sequence))
-        input_ids[row, place] = sequence
-        mask[row, place] = 1
+        input_ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
 
-    pairs = [(row, int(starts[row]) + position) for row, position, _ in scores]
+    pairs = [(row, position) for row, position, _ in scores]
     distinct = sorted(set(pairs))
     index = {pair: i for i, pair in enumerate(distinct)}
     kept = sorted({position for _, position in distinct})
@@ -129,7 +103,6 @@ def collate(
     return Batch(
         input_ids=tensor(input_ids),
         attention_mask=tensor(mask),
-        position_ids=tensor((mask.cumsum(1) - 1).clip(min=0)) if side == "left" else None,
         keep=tensor(kept) if len(kept) < width else None,
         rows=tensor([row for row, _ in distinct]),
         columns=tensor([column[p] if len(kept) < width else p for _, p in distinct]),
@@ -144,18 +117,17 @@ def collate(
     )
 
 
-def _option_rows(example: Example, sequences: list[np.ndarray], merge: bool) -> list[int]:
+def _option_rows(example: Example, sequences: list[np.ndarray]) -> list[int]:
     """Appends the rows that an example's choices need to `sequences`; returns the row of each choice.
 
     A choice's last token is only predicted, never read, so its row is the prompt and all tokens but the last.
     """
     wanted = [option[:-1] for option in example.options]
-    order = sorted(range(len(wanted)), key=lambda i: -len(wanted[i])) if merge else range(len(wanted))
     rows = [0] * len(wanted)
     made: list[tuple[int, np.ndarray]] = []
-    for i in order:
+    for i in sorted(range(len(wanted)), key=lambda i: -len(wanted[i])):
         fits = (row for row, other in made if np.array_equal(other[: len(wanted[i])], wanted[i]))
-        row = next(fits, None) if merge else None
+        row = next(fits, None)
         if row is None:
             row = len(sequences)
             sequences.append(np.concatenate([example.tokens, wanted[i]]))

@@ -11,22 +11,18 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-import distzo2
 from distzo2.errors import UsageError
+from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import deal_evenly
+from distzo2.streaming.offload import evaluate
 from distzo2.tasks.batches import Batch, collate
-from distzo2.tasks.lines import Example
-
-if TYPE_CHECKING:
-    from distzo2.parallel.group import Mesh
-
-OBJECTIVES = ("lm", "choices", "error")
-SCORES = ("accuracy", "loss")
+from distzo2.tasks.tokenize import Example
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,6 @@ class Score:
     num_examples: int
     num_tokens: int  # that the model read
 
-    def value(self, name: str) -> float:
-        """The figure called `name`, so that larger is better."""
-        return self.accuracy if name == "accuracy" else -self.loss
-
 
 def resolve_objective(name: str | None, examples: Sequence[Example], source: str = "the data") -> str:
     """The objective called `name`, or the data's own where it is None; `source` is the data's file.
@@ -52,24 +44,20 @@ def resolve_objective(name: str | None, examples: Sequence[Example], source: str
     has_choices = bool(examples[0].options)
     if name is None:
         return "choices" if has_choices else "lm"
-    if name not in OBJECTIVES:
-        raise UsageError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
     if name == "choices" and not has_choices:
         raise UsageError(f"{source}: objective 'choices' needs lines with 'choices' and 'label'")
     return name
 
 
 def right_choices(examples: Sequence[Example]) -> list[Example]:
-    """Examples with choices as sequences whose right choice is to be learned: what `lm` makes of such data."""
+    """Replaces examples with choices by sequences whose right choice is learned, as `lm` reads such data."""
     result = []
     for example in examples:
         if not example.options:
             result.append(example)
             continue
-        option = example.options[example.label]
-        tokens = torch.cat([torch.as_tensor(example.tokens), torch.as_tensor(option)]).numpy()
-        targets = (torch.arange(len(tokens)) >= len(example.tokens)).numpy()
-        result.append(Example(tokens, targets))
+        tokens = np.concatenate([example.tokens, example.options[example.label]])
+        result.append(Example(tokens, np.arange(len(tokens)) >= len(example.tokens)))
     return result
 
 
@@ -80,7 +68,6 @@ class Objective:
         self.model, self.name, self._pad_id, self._device = model, name, pad_id, device
         accepted = inspect.signature(model.forward).parameters
         self._takes_keep = "logits_to_keep" in accepted
-        self._takes_positions = "position_ids" in accepted
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """The tensors of a micro-batch."""
@@ -121,8 +108,6 @@ class Objective:
 
     def _token_scores(self, batch: Batch) -> _TokenScores:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.position_ids is not None and self._takes_positions:
-            inputs["position_ids"] = batch.position_ids
         columns = batch.columns
         if batch.keep is not None:
             if self._takes_keep:
@@ -168,7 +153,6 @@ def evaluate_examples(
     *,
     batch_size: int = 16,
     batches_per_pass: int = 8,
-    on_batch: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
 ) -> Score:
     """Loss and accuracy over all examples, with many micro-batches in each pass over the weights.
@@ -178,7 +162,6 @@ def evaluate_examples(
         examples: at least one.
         batch_size: examples in a micro-batch.
         batches_per_pass: micro-batches that share a pass; each keeps its hidden states meanwhile.
-        on_batch: called with the number of examples done after each pass.
         mesh: ranks that share the micro-batches; all of them call this with the same examples. The bits of the score
             are those of one rank.
     """
@@ -186,17 +169,13 @@ def evaluate_examples(
     dealt = [range(len(groups))] if mesh is None else deal_evenly(len(groups), mesh.world_size)
     own = dealt[0 if mesh is None else mesh.rank]
     rows = torch.zeros(max(map(len, dealt)), 5, dtype=torch.float64)  # of each micro-batch: its figures, its tokens
-    done = 0
     with mesh.together("an evaluation") if mesh is not None else nullcontext():
         for first in range(own.start, own.stop, batches_per_pass):
             part = range(first, min(first + batches_per_pass, own.stop))
             batches = [objective.batch(groups[i]) for i in part]
-            figures = distzo2.evaluate(objective.model, [objective.evaluation(b) for b in batches])
+            figures = evaluate(objective.model, [objective.evaluation(b) for b in batches])
             for i, batch, values in zip(part, batches, figures, strict=True):
                 rows[i - own.start] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
-            done += sum(b.num_examples for b in batches)
-            if on_batch is not None:
-                on_batch(done)
     gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
     totals = torch.zeros(5, dtype=torch.float64)
     for row in (row for part, values in zip(dealt, gathered, strict=True) for row in values[: len(part)]):

@@ -1,7 +1,7 @@
-"""Scratch: where perturbed weights are materialized, out of place, for the lanes to use.
+"""Scratch: where perturbed weights are made, out of place, for the lanes to use.
 
-Buffers are kept across steps. What a buffer holds is a pure function of the clean weights and the emission, so a
-buffer may be taken at any time that no running lane looks at it: the content is made again when it is asked for.
+Buffers are reused across steps. What a buffer holds is a pure function of the clean weights and the emission, so a
+buffer may be taken whenever no running lane looks at it: its content is made again when it is wanted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Scratch:
         return "streamed" if not unit.resident else ("resident", unit.num_bytes.bit_length() // 3)
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
-        """The buffer that holds `key` of `unit`, or None."""
+        """Returns the buffer that holds `key` of `unit`, or None."""
         entry = self._holder.get((unit.index, key))
         if entry is None:
             return None
@@ -53,7 +53,7 @@ class Scratch:
         return entry.buffer
 
     def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
-        """Buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
+        """Returns buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
         kind = self._class_of(unit)
         entries = self._entries[kind]
         limit = SMALL_BUFFERS if kind == "small" else BUFFERS

@@ -1,4 +1,4 @@
-"""What happened when: intervals of compute, noise, waits and transfers, as a Chrome trace."""
+"""When things happened: intervals of compute, noise, waits and transfers, as a Chrome trace."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The weights of a model in units: where each is stored, how many updates it holds, and making it present.
+"""The weights of a model in units: which are present, which updates they hold, and perturbed copies of them.
 
-`UnitWeights` owns the stored copies and their versions, the updates that some of them have missed, and the scratch
-where perturbed copies are made. A unit that is made present catches up: the updates it has missed are applied in the
-same pass over memory that makes the perturbed copies. Everything acts on the current stream of the compute device.
+A unit that is made present catches up: the updates that its stored copy has missed are applied in the same pass over
+memory that makes the perturbed copies. Everything acts on the current stream of the compute device.
 """
 
 from __future__ import annotations
@@ -10,154 +9,88 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from distzo2.errors import DistZO2Error
-from distzo2.parallel.exchange import is_known
-from distzo2.parallel.memory_share import memory_share
-from distzo2.parallel.node import Sharing
-from distzo2.parallel.sliced_store import Slice, SlicedStore
-from distzo2.streaming.lanes import Emission
-from distzo2.weights.residency import MemoryBudget, free_memory, keep_blocks
 from distzo2.weights.scratch import Scratch
-from distzo2.weights.store import MemoryStore, StreamingStore
+from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.trace import Trace
-from distzo2.weights.units import ParamInfo, Unit, collect_params, find_units
-from distzo2.weights.updates import Updates
-from distzo2_core import Program, SegmentTable, Update, materialize
+from distzo2.weights.units import Unit
+from distzo2.weights.updates import CLEAN, Emission, Updates
+from distzo2_core import Update, materialize
 
 
 @dataclass(eq=False)
 class Present:
-    """A unit whose weights are on the compute device now. `dirty`: they are newer than the stored copy."""
+    """A unit whose weights are on the compute device now."""
 
-    unit: Unit
+    copy: StoredCopy  # what the buffer holds: the stored copy, or one that was gathered from slices
     buffer: torch.Tensor  # uint8 [unit.num_bytes]
-    views: list[torch.Tensor]
-    dirty: bool = False
+    views: list[torch.Tensor]  # the parameters, over the buffer
+    dirty: bool = False  # newer than what is stored
 
 
 class UnitWeights:
-    """See the module."""
+    """The units of one model, where each is stored, and the updates that stored copies have missed."""
 
     def __init__(
         self,
-        model: nn.Module,
+        units: Sequence[Unit],
+        copies: Sequence[StoredCopy],
+        memory: Store,
+        ring: Store,
         *,
         device: torch.device,
-        weights: str,
-        units: Iterable[str] | None,
-        directory: str | os.PathLike | None,
-        slots: int,
-        memory_budget: MemoryBudget = None,
         write_every: int = 1,
-        choose_slices: Callable[[Sequence[Unit]], Sharing | None] = lambda units: None,
     ) -> None:
-        """`choose_slices` says who shares those of all units that stream in slices; None: they are whole here. The
-        rest is as for `distzo2.offload`."""
-        self.device, self.where = device, weights
-        self.params: list[ParamInfo] = collect_params(model)
-        if not self.params:
-            raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
-        self.units: list[Unit] = find_units(model, self.params, units)
-        sharing = choose_slices(self.units)
-        streams = weights == "disk" or (weights == "host" and (device.type != "cpu" or sharing is not None))
-        self._exchange = sharing.node.exchange if sharing is not None else None  # of what must be done by all ranks
+        """
+        Args:
+            units: of the model, in the order of their use.
+            copies: what is stored of each unit.
+            memory: the store of the copies that do not stream.
+            ring: the store of those that do.
+            device: where it computes.
+            write_every: each streamed copy is written at every `write_every`-th update, blocks in turn.
+        """
+        self.units, self.copies, self.device = list(units), list(copies), device
+        self.params = sorted((p for unit in units for p in unit.params), key=lambda p: p.index)
         self.epoch = 0  # how often the weights were replaced from outside
+        self.busy = False  # a window is open, or a pass under way
+        self.closed = False
+        # Called with each unit that is let go of, its clean bytes and their version; they must not be changed or kept.
+        self.tap: Callable[[Unit, torch.Tensor, int], None] | None = None
+        self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
+        self.trace = Trace()
+        self.memory, self.ring, self._write_every = memory, ring, write_every
         self._updates = Updates()
-        self._memory: MemoryStore | None = None
-        self._ring: StreamingStore | SlicedStore | None = None
-        with self._all_ranks("handing over a model") as agreed:
-            share = memory_share()
-            if streams:
-                keep_blocks(self.units, device, memory_budget, slots, lambda: self._least(free_memory(device, share)))
-            streamed = [u for u in self.units if streams and not u.resident and not u.kept]
-            on_ring = {u.index for u in streamed}
-            agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
-            self._memory = MemoryStore([u for u in self.units if u.index not in on_ring], device, share)
-            if streamed and sharing is not None:
-                self._ring = SlicedStore(
-                    streamed,
-                    device,
-                    directory=directory,
-                    slots=slots,
-                    node=sharing.node,
-                    shares=sharing.shares,
-                    number=sharing.number,
-                    share=share,
-                    update=self._update_slice,
-                    stamp=lambda: (self.epoch << 32) + self.version,
-                    on_gathered=lambda unit, begun, ended: self.trace.add("gather", unit.name, begun, ended),
-                )
-            elif streamed:
-                self._ring = StreamingStore(streamed, device, directory=directory, slots=slots, share=share)
-        self._write_every = write_every
-        self._scratch = Scratch([u for u in self.units if u.trainable], device)
+        self._scratch = Scratch([u for u in units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
-
         self._owner: weakref.ref | None = None
         self._present: dict[int, Present] = {}
+        streamed = [c.unit for c in copies if c.block >= 0]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
-        self._last_of_pass: Unit | None = streamed[-1] if streamed else None  # as seen last
-        self._busy = False  # a window is open, or a pass under way
-        self._closed = False
-        # Called with each unit that is let go of and its clean weights at `unit.version`, not to be changed or kept.
-        self.tap: Callable[[Unit, torch.Tensor], None] | None = None
-        self.trace = Trace()
-        self.reset_stats()
+        self._last_of_pass: Unit | None = streamed[-1] if streamed else None
+        self._noise_ns = self._wait_ns = 0
 
-    def _least(self, num_bytes: int) -> int:
-        """With slices, the least of all ranks'."""
-        if self._exchange is None:
-            return num_bytes
-        return min(row[0] for row in self._exchange.agree("memory_budget", numbers=(num_bytes,)))
+    # ---- updates ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _all_ranks(self, what: str) -> Iterator[dict[str, Any]]:
-        """With slices, what all ranks do together: an exception of one rank is an error of all at the end, and so are
-        entries that differ in the dict that is given."""
-        agreed: dict[str, Any] = {}
-        if self._exchange is None:
-            yield agreed
-            return
-        failure: BaseException | None = None
-        since = self._exchange.number
-        try:
-            yield agreed
-        except BaseException as error:
-            failure = error
-            if is_known(error, since) or self._exchange.broken:
-                raise
-        self._exchange.agree(what, {} if failure is not None else agreed, error=failure)
+    def bind(self, owner: object, group_of: Mapping[int, int], num_groups: int, seed: int) -> None:
+        """Makes `owner`, an optimizer, the one whose updates follow. Updates made before are applied first.
 
-    # ---- what the optimizer tells -----------------------------------------------------------------------------
-
-    def bind(self, owner: object, group_of: dict[int, int], num_groups: int, seed: int) -> None:
-        """Sets which parameter belongs to which group, and the run's seed; updates made before are applied first.
-
-        `owner` is the optimizer that makes updates from now on.
+        Args:
+            group_of: the group of each parameter that updates reach, by its index.
+            num_groups: how many groups there are.
+            seed: of the run.
         """
         self.flush()
+        self._assume_current()
         self._owner = weakref.ref(owner)
         self._updates.bind(group_of, num_groups, seed)
         self._scratch.forget()
-
-    @property
-    def version(self) -> int:
-        """Updates made so far."""
-        return self._updates.version
-
-    @property
-    def seed(self) -> int:
-        """Of the run."""
-        return self._updates.seed
 
     @property
     def owner(self) -> object | None:
@@ -165,12 +98,31 @@ class UnitWeights:
         return self._owner() if self._owner is not None else None
 
     @property
+    def version(self) -> int:
+        """Number of updates made so far."""
+        return self._updates.version
+
+    @property
+    def stamp(self) -> int:
+        """A number that changes with every update and every replacement from outside."""
+        return (self.epoch << 32) + self.version
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self._updates.seed
+
+    @property
     def replaced(self) -> bool:
         """Whether the weights are no longer those that the model was handed over with."""
-        return self.epoch > 0 or self.version > 0
+        return self.stamp > 0
+
+    def reaches(self, unit: Unit) -> bool:
+        """Whether updates reach any parameter of a unit."""
+        return any(p.index in self._updates.group_of and p.numel for p in unit.params)
 
     def set_perturb_scales(self, scales: Sequence[float]) -> None:
-        """One factor on eps for each group, for the perturbations to come."""
+        """Sets one factor on eps for each group, for the perturbations to come."""
         self._updates.set_perturb_scales(scales)
 
     def push(self, updates: Iterable[Update]) -> None:
@@ -179,17 +131,9 @@ class UnitWeights:
 
     @property
     def pending(self) -> list[Update]:
-        """The updates that some stored copy has not got yet, oldest first."""
-        stored = (self._stored_version(u) for u in self.units if self._updates.table(u) is not None)
-        return self._updates.missed_at(min(stored, default=self.version))
-
-    def _stored_version(self, unit: Unit) -> int:
-        """How many updates the stored copy holds; of a sliced unit, this rank's slice."""
-        part = self._slice_of(unit)
-        return unit.version if part is None else part.version
-
-    def _slice_of(self, unit: Unit) -> Slice | None:
-        return self._ring.parts[unit.index] if isinstance(self._ring, SlicedStore) and unit.block >= 0 else None
+        """The updates that some stored copy still misses, oldest first."""
+        versions = (c.version for c in self.copies if self._updates.table(c) is not None)
+        return self._updates.missed_at(min(versions, default=self.version))
 
     def trim(self) -> None:
         """Forgets the updates that every stored copy holds."""
@@ -197,53 +141,68 @@ class UnitWeights:
 
     def set_durable(self, version: int) -> None:
         """Write-ahead rule: journal lines before `version` are on disk, so stored copies up to it may be."""
-        if self._ring is not None:
-            self._ring.set_durable(version)
+        self.ring.set_durable(version)
 
     def fail(self, error: BaseException) -> None:
         """The journal cannot be written, so stored copies may not be either: whatever waits for that ends."""
-        if self._ring is not None:
-            self._ring.fail(str(error))
+        self.ring.fail(str(error))
 
-    # ---- making a unit present ----------------------------------------------------------------------------------
+    # ---- presence ---------------------------------------------------------------------------------------------------
 
-    def _store(self, unit: Unit) -> MemoryStore | StreamingStore | SlicedStore:
-        return self._memory if unit.block < 0 else self._ring
+    def store_of(self, copy: StoredCopy) -> Store:
+        """Returns the store that holds a copy."""
+        return self.memory if copy.block < 0 else self.ring
 
-    def _bring(self, unit: Unit) -> None:
+    def bring(self, unit: Unit) -> Present:
+        """Makes a unit present until it is released, as its stored copy is; updates are yet to be applied."""
         if unit.index in self._present:
-            return
+            return self._present[unit.index]
+        copy = self.copies[unit.index]
+        store = self.store_of(copy)
         start = time.perf_counter_ns()
-        buffer = self._store(unit).acquire(unit)
-        if unit.block >= 0:
-            end = time.perf_counter_ns()
+        buffer = store.acquire(copy)
+        end = time.perf_counter_ns()
+        held = StoredCopy.whole(unit, self.version) if store.gathers else copy
+        present = self._present[unit.index] = Present(held, buffer, self._views_of(unit, buffer))
+        if copy.block >= 0:
             self._wait_ns += end - start
             self.trace.add("wait", unit.name, start, end)
-            if self._slice_of(unit) is not None:
-                unit.version = self.version
-        self._present[unit.index] = Present(unit, buffer, self._views_of(unit, buffer))
-        if unit.block >= 0:
             if self._last_streamed is not None:
                 self._next[self._last_streamed.index] = unit
             self._last_streamed = unit
             self._prefetch_after(unit)
+        return present
 
     def _prefetch_after(self, unit: Unit) -> None:
         """Starts to bring the units that followed this one last time, across the end of the step too."""
-        following: list[Unit] = []
+        following: list[StoredCopy] = []
         num_current, ended = 0, False
-        for _ in range(2 * (self._ring.num_slots - 1)):
+        for _ in range(2 * (self.ring.num_slots - 1)):
             ended |= unit is self._last_of_pass
             unit = self._next[unit.index]
-            following.append(unit)
+            following.append(self.copies[unit.index])
             num_current += not ended
-        self._ring.expect(following, num_current)
+        self.ring.expect(following, num_current)
 
-    def _release(self, unit: Unit) -> None:
-        present = self._present.pop(unit.index)
+    def end_pass(self) -> None:
+        """The unit that streamed last was the last of its pass."""
+        self._last_of_pass = self._last_streamed
+
+    def poll(self) -> None:
+        """Begins transfers whose turn has come; called whenever a lane has run."""
+        self.ring.poll()
+
+    def release(self, unit: Unit) -> None:
+        """Lets go of a unit; if it is dirty it starts on its way back."""
+        present, copy = self._present.pop(unit.index), self.copies[unit.index]
         if self.tap is not None:
-            self.tap(unit, present.buffer)
-        self._store(unit).release(unit, present.dirty)
+            self.tap(unit, present.buffer, present.copy.version)
+        self.store_of(copy).release(copy, present.dirty)
+
+    def release_all_but(self, held: Collection[int] = ()) -> None:
+        """Releases what is present, except the units whose index is in `held`."""
+        for index in [i for i in self._present if i not in held]:
+            self.release(self.units[index])
 
     def _views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
         key = (unit.index, buffer.data_ptr())
@@ -251,10 +210,18 @@ class UnitWeights:
             self._views[key] = unit.views(buffer)
         return self._views[key]
 
-    def _views_under(
+    # ---- catching up, and perturbed copies --------------------------------------------------------------------------
+
+    def up_to_date(self, unit: Unit) -> list[torch.Tensor]:
+        """Returns the parameters of a unit, which is made present, with every update made so far."""
+        present = self.bring(unit)
+        present.dirty |= self._catch_up(present.copy, present.buffer)
+        return present.views
+
+    def under(
         self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]
     ) -> tuple[list[torch.Tensor], int]:
-        """A present unit's parameters as `emission` has them, with every update made so far.
+        """Returns a present unit's parameters as `emission` has them, with every update made so far.
 
         Args:
             unit: must be present.
@@ -266,16 +233,15 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present[unit.index]
-        if self._updates.table(unit) is None or (emission.clean and not self._elides(unit)):
-            self._materialize(present, (), ())
-            return present.views, 0
+        if self._updates.table(present.copy) is None or (emission.clean and not self._elides(present.copy)):
+            return self.up_to_date(unit), 0
         buffer = self._scratch.find(unit, self._key(emission))
         if buffer is None:
             mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
             wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
             try:
                 outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
-                self._materialize(present, wanted, outs)
+                present.dirty |= self._catch_up(present.copy, present.buffer, wanted, outs)
             except BaseException:
                 self._scratch.forget()
                 raise
@@ -287,138 +253,144 @@ class UnitWeights:
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self._updates.perturb_scales
 
-    def _elides(self, unit: Unit | Slice) -> bool:
-        """Whether the stored copy stays behind at this visit: it is written at every `write_every`-th update, units in
-        turn. Perturbed copies are then made of it and the updates that it has missed, the clean one included.
+    def _elides(self, copy: StoredCopy) -> bool:
+        """Whether a stored copy stays behind at this visit: it is written at every `write_every`-th update, blocks in
+        turn. Perturbed copies, the clean one too, are then made of it and the updates that it has missed.
         """
-        return unit.block >= 0 and unit.version < self.version and (self.version + unit.block) % self._write_every != 0
+        return copy.block >= 0 and copy.version < self.version and (self.version + copy.block) % self._write_every != 0
 
-    def _materialize(self, present: Present, emissions: Sequence[Emission], outs: Sequence[torch.Tensor]) -> None:
-        unit, table = present.unit, self._updates.table(present.unit)
-        missed = self._updates.missed_at(unit.version)
-        write_back = bool(missed) and not (emissions and self._elides(unit))
-        if table is not None and (missed or emissions):
-            program = self._updates.program(unit.version, tuple(emissions))
-            outs = [out[: unit.num_bytes] for out in outs]
-            self._timed_materialize(unit, present.buffer, table, program, outs, write_back=write_back)
-            present.dirty |= write_back
-        if write_back or not missed or table is None:
-            unit.version = self.version
-
-    def _timed_materialize(
+    def _catch_up(
         self,
-        unit: Unit,
-        buffer: torch.Tensor,
-        table: SegmentTable,
-        program: Program,
-        outs: Sequence[torch.Tensor],
-        *,
-        write_back: bool,
-    ) -> None:
+        copy: StoredCopy,
+        stored: torch.Tensor,
+        emissions: Sequence[Emission] = (),
+        outs: Sequence[torch.Tensor] = (),
+    ) -> bool:
+        """Applies the updates that a copy has missed, and writes one perturbed copy for each emission, in one pass.
+
+        This is where a version is raised, and nowhere else.
+
+        Args:
+            copy: what is in `stored`, uint8 on the compute device; changed in place unless it stays behind.
+            emissions: what to perturb by.
+            outs: a buffer for each, at least as large as the copy.
+
+        Returns:
+            Whether `stored` was changed.
+        """
+        table, missed = self._updates.table(copy), self._updates.missed_by(copy)
+        if table is None or not (missed or emissions):
+            return False
+        write_back = bool(missed) and not (emissions and self._elides(copy))
+        program = self._updates.program(copy.version, tuple(emissions))
         start = time.perf_counter_ns()
-        materialize(buffer, table, seed=self.seed, program=program, outs=outs, write_back=write_back)
+        outs = [out[: copy.num_bytes] for out in outs]
+        materialize(stored, table, seed=self.seed, program=program, outs=outs, write_back=write_back)
         end = time.perf_counter_ns()
         self._noise_ns += end - start
-        self.trace.add("materialize", unit.name, start, end)
-
-    def _update_slice(self, part: Slice, stored: torch.Tensor, out: torch.Tensor) -> bool:
-        """Writes a slice with every update made so far to `out`, and to `stored` too unless that copy stays behind.
-        Returns whether `stored` was changed."""
-        (table, is_whole), missed = self._updates.slice_table(part), self._updates.missed_at(part.version)
-        if table is None or not missed or not is_whole:
-            out.copy_(stored)
-        if table is None or not missed:
-            part.version = self.version
-            return False
-        write_back = not self._elides(part)
-        self._timed_materialize(
-            part.unit, stored, table, self._updates.program(part.version, (Emission(),)), [out], write_back=write_back
-        )
+        self.trace.add("materialize", copy.unit.name, start, end)
         if write_back:
-            part.version = self.version
+            copy.version = self.version
         return write_back
 
-    def _catch_up_slice(self, part: Slice, stored: torch.Tensor) -> bool:
-        """The same in place."""
-        (table, _), missed = self._updates.slice_table(part), self._updates.missed_at(part.version)
-        if table is not None and missed:
-            self._timed_materialize(
-                part.unit, stored, table, self._updates.program(part.version, ()), [], write_back=True
-            )
-        part.version = self.version
-        return table is not None and bool(missed)
+    def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
+        """Writes a copy with every update made so far to `out`; returns whether `stored` was brought up to date too."""
+        missed = self._updates.missed_by(copy)
+        if not missed or not self._updates.reaches_all_of(copy):
+            out.copy_(stored)
+        return bool(missed) and self._catch_up(copy, stored, [CLEAN], [out])
 
     def flush(self) -> None:
         """Brings every stored copy to the current version, and waits until it is where the weights live."""
-        self._check_idle("flush")
-        for unit in self.units:
-            self._catch_up(unit)
-        if self._ring is not None:
-            self._ring.flush()
+        self.check_idle("flush")
+        behind = [copy for copy in self.copies if self._updates.missed_by(copy)]
+        for i, copy in enumerate(behind):
+            self.catch_up_stored(copy, [c for c in behind[i + 1 : i + self.ring.num_slots] if c.block >= 0])
+        self.ring.flush()
         self._updates.forget_but(0)
 
-    def _catch_up(self, unit: Unit) -> None:
-        part = self._slice_of(unit)
-        if part is not None:
-            if part.version < self.version:
-                self._ring.catch_up(unit, self._catch_up_slice)
-        elif unit.version < self.version and self._updates.table(unit) is not None:
-            self._bring(unit)
-            self._materialize(self._present[unit.index], (), ())
-            self._release(unit)
-        unit.version = self.version
+    def catch_up_stored(self, copy: StoredCopy, following: Sequence[StoredCopy] = ()) -> None:
+        """Brings a stored copy to the current version. The `following` ones are next."""
+        if not self._updates.missed_by(copy):
+            return
+        source, dirty = self.store_of(copy).source, False
+        stored = source.acquire(copy)
+        try:
+            source.expect(following, len(following))
+            dirty = self._catch_up(copy, stored)
+        finally:
+            source.release(copy, dirty)
 
-    # ---- figures ----------------------------------------------------------------------------------------------------
+    # ---- replacement from outside -----------------------------------------------------------------------------------
+
+    def forget_derived(self) -> None:
+        """Drops perturbed and gathered copies, since stored copies are changed from outside."""
+        self._scratch.forget()
+        self.ring.forget()
+
+    def restart(self) -> None:
+        """Counts updates from 0 again, for stored copies that were replaced from outside."""
+        self.flush()
+        self._updates.restart()
+        self._assume_current()
+        self.forget_derived()
+        self.epoch += 1
+
+    def _assume_current(self) -> None:
+        """Every copy counts as one of the current version: it misses nothing, or no update has reached it."""
+        for copy in self.copies:
+            copy.version = self.version
+
+    # ---- figures, and the end ---------------------------------------------------------------------------------------
 
     def reset_stats(self) -> None:
         """Starts the counting of bytes and seconds anew."""
-        self._compute_ns = self._noise_ns = self._wait_ns = 0
-        if self._ring is not None:
-            self._ring.reset_stats()
+        self._noise_ns = self._wait_ns = 0
+        self.ring.reset_stats()
 
     def stats(self) -> dict[str, int | float]:
-        """Bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
+        """Returns bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
         return {
-            **(self._ring.stats() if self._ring else {}),
-            "compute_s": self._compute_ns * 1e-9,
+            **self.ring.stats(),
             "noise_s": self._noise_ns * 1e-9,
             "exposed_wait_s": self._wait_ns * 1e-9,
-            "resident_bytes": sum(u.num_bytes for u in self.units if u.block < 0),
-            "streamed_bytes": sum(u.num_bytes for u in self.units if u.block >= 0),
-            "slot_bytes": self._ring.slot_bytes * self._ring.num_slots if self._ring else 0,
+            "resident_bytes": sum(c.unit.num_bytes for c in self.copies if c.block < 0),
+            "streamed_bytes": sum(c.unit.num_bytes for c in self.copies if c.block >= 0),
+            "slot_bytes": self.ring.slot_bytes * self.ring.num_slots,
             "scratch_bytes": self._scratch.num_bytes,
         }
 
     def enable_trace(self, enable: bool = True) -> None:
         """Records every transfer, wait, materialize and lane's run from now on."""
         self.trace.enable(enable)
-        if self._ring is not None:
-            self._ring.trace(enable)
+        self.ring.trace(enable)
 
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
-        names = {u.block: u.name for u in self.units if u.block >= 0}
+        names = {c.block: c.unit.name for c in self.copies if c.block >= 0}
         transfers = []
-        for kind, *rest in self._ring.events() if self._ring is not None else ():
+        for kind, *rest in self.ring.events():
             if kind != "wait":
                 transfers.append((kind, *rest))
-            elif self.device.type != "cpu":  # of the device; on a CPU `_bring` has recorded the same waits
+            elif self.device.type != "cpu":  # the device's waits; on a CPU `bring` has recorded them
                 transfers.append(("stall", *rest))
         self.trace.save(path, transfers, names)
 
-    # ---- the end ----------------------------------------------------------------------------------------------------
-
-    def _check_idle(self, what: str) -> None:
-        if self._closed:
+    def check_idle(self, what: str) -> None:
+        """
+        Raises:
+            DistZO2Error: a pass or a forward is under way, or the weights were closed; `what` cannot be done.
+        """
+        self.before_check()
+        if self.closed:
             raise DistZO2Error(f"{what}: this model's streaming runtime was closed")
-        if self._busy:
+        if self.busy:
             raise DistZO2Error(f"{what}: not possible in the middle of a pass over this model")
 
     def close(self) -> None:
         """Ends transfers and deletes the working block file."""
-        self._closed = True
+        self.closed = True
         self._views.clear()
         self._present.clear()
-        if self._ring is not None:
-            self._ring.close()
-        self._memory.close()
+        self.ring.close()
+        self.memory.close()

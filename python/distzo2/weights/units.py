@@ -1,8 +1,8 @@
-"""Units: what is made present at once.
+"""Units: the parts of a model that are made present one at a time.
 
-A unit is a set of parameters, packed into one buffer, together with the modules whose forward calls use them (its
-windows). Streamed units are the transformer blocks; resident units are the other modules that own parameters. A
-weight shared between modules of different blocks is one parameter and lives in a resident unit.
+A unit is a set of parameters, packed into one buffer, together with the modules whose forward uses them (its windows).
+Each transformer block is a unit, which may stream; the other modules that own parameters form resident units. A weight
+shared by modules of different blocks is one parameter and belongs to a resident unit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this 
 
 @dataclass(eq=False)
 class ParamInfo:
-    """One parameter as the model had it when it was handed over; tied weights are one parameter."""
+    """One parameter as it was when the model was handed over; tied weights are one parameter."""
 
     index: int  # position in model.named_parameters()
     name: str
@@ -33,7 +33,7 @@ class ParamInfo:
     trainable: bool
     tensor: nn.Parameter
     owners: list[nn.Module] = field(default_factory=list)
-    byte_offset: int = 0  # inside its unit's buffer
+    byte_offset: int = 0  # in its unit's buffer
 
     @property
     def numel(self) -> int:
@@ -58,11 +58,8 @@ class Unit:
     name: str
     params: list[ParamInfo]
     windows: list[nn.Module]  # modules whose forward uses the parameters
-    resident: bool  # always on the device: it is no block
-    kept: bool = field(default=False, kw_only=True)  # a block that stays on the device, by the memory budget
+    resident: bool  # not a block, so it never streams
     num_bytes: int = 0  # of the packed buffer, padding included
-    version: int = 0  # how many updates the stored copy holds
-    block: int = -1  # block id in the pool or the file; -1 for a unit that does not stream
 
     def __post_init__(self) -> None:
         offset = 0
@@ -86,7 +83,11 @@ class Unit:
 
 
 def collect_params(model: nn.Module) -> list[ParamInfo]:
-    """Every parameter once, in the order of `model.named_parameters()`, with the modules that own it."""
+    """Returns every parameter once, in the order of `model.named_parameters()`, with the modules that own it.
+
+    Raises:
+        DistZO2Error: a parameter is of a dtype or layout that cannot be streamed, or there is none.
+    """
     params: dict[int, ParamInfo] = {}
     for index, (name, p) in enumerate(model.named_parameters()):
         if p.requires_grad and p.dtype not in TRAINABLE_DTYPES:
@@ -101,6 +102,8 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
         for p in module._parameters.values():
             if p is not None:
                 params[id(p)].owners.append(module)
+    if not params:
+        raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
     return list(params.values())
 
 
@@ -168,7 +171,7 @@ def _parent_name(param_name: str) -> str:
 
 
 def _block_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children of the outermost ModuleLists whose children all own parameters."""
+    """Returns the children of the outermost ModuleLists whose children all own parameters, with their names."""
     found: list[tuple[str, nn.Module]] = []
     taken: set[int] = set()
     for name, module in model.named_modules():
@@ -202,9 +205,10 @@ def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> list[tuple[str, 
 
 
 def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> list[tuple[ParamInfo, str]]:
-    """Consecutive modules that own parameters, in groups of about an eighth of the model.
+    """Groups consecutive modules that own parameters, each group about an eighth of the model.
 
-    Tied weights stay out, and so do modules around others: their windows would hold slots that the inner ones need.
+    Tied weights are left out, and so are modules around others: their windows would hold slots that the inner ones
+    need.
     """
     names = {id(m): n or "(root)" for n, m in model.named_modules()}
     owned: dict[str, list[ParamInfo]] = {}
@@ -225,7 +229,7 @@ def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> list[tupl
 
 
 def _by_shared_owner(params: Sequence[ParamInfo]) -> list[list[ParamInfo]]:
-    """Parameters connected through common owner modules, each set in the order of the parameters."""
+    """Groups parameters that are connected through common owners, each group in the order of the parameters."""
     group_of: dict[int, int] = {}  # id(module) -> group
     groups: dict[int, list[ParamInfo]] = {}
     for p in params:

@@ -3,7 +3,6 @@ the link, and what a link that is cut and mended does. The hosts are namespaces 
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -15,15 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from cli_runs import environment
-from safetensors.torch import load_file
-from tiny_text import choice_lines, make_checkpoint, write_jsonl
+from torchrun_cases import arguments, assert_same_run, make_files, run_alone
 from two_hosts import Host, NoNamespaces, TwoHosts
 
-from distzo2.cli.main import main
 from distzo2.parallel.rendezvous import interface_of
-from distzo2.record.journal import read_journal
 
 ENDLESS = 10**6  # steps
 LIMIT = 12  # seconds without a heartbeat
@@ -31,9 +26,7 @@ LIMIT = 12  # seconds without a heartbeat
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("hosts")
-    model = make_checkpoint(root / "model", layers=4)
-    return SimpleNamespace(root=root, model=model, train=write_jsonl(root / "train.jsonl", choice_lines(20)))
+    return make_files(tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture
@@ -44,13 +37,6 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
         pytest.skip(f"two hosts cannot be made of namespaces here: {error}")
     yield hosts
     hosts.close()
-
-
-def arguments(files: SimpleNamespace, steps: int, *more: str) -> list[str]:
-    return [
-        "finetune", f"--model={files.model}", f"--train={files.train}", f"--steps={steps}", "--batch-size=6",
-        "--micro-batches=3", "--lr=1e-4", "--quiet", "--threads=1", "--weights=disk", "--out=out", *more,
-    ]  # fmt: skip
 
 
 class Launch:
@@ -112,28 +98,6 @@ def num_ranks(host: Host) -> int:
     return sum("-m distzo2 finetune" in line and "distributed.run" not in line and line[0] != "Z" for line in lines)
 
 
-def alone(files: SimpleNamespace, directory: Path, steps: int) -> Path:
-    """The run of one rank on one host."""
-    before, threads = os.getcwd(), torch.get_num_threads()
-    directory.mkdir()
-    os.chdir(directory)
-    try:
-        assert main(arguments(files, steps)) == 0
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
-    return directory / "out"
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (run, expected))
-    assert [(e.update, e.losses) for e in ours] == [(e.update, e.losses) for e in theirs]
-    weights = [load_file(path / "checkpoint/model.safetensors") for path in (run, expected)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        assert torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)), name
-
-
 def test_the_interface_of_an_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.201") is None
@@ -142,7 +106,7 @@ def test_the_interface_of_an_address():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("slice", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_cut_link_ends_both_hosts_and_the_run_goes_on(files, hosts, tmp_path, slice):
-    options = ["--parallel=pert=2,data=2", f"--slice={slice}", f"--heartbeat-limit={LIMIT}"]
+    options = ["--lr=1e-4", "--parallel=pert=2,data=2", f"--slice={slice}", f"--heartbeat-limit={LIMIT}"]
     weight_bytes = (files.model / "model.safetensors").stat().st_size
     with ExitStack() as stack:
         first = Launch(hosts, tmp_path, "first", arguments(files, ENDLESS, *options))
@@ -175,5 +139,6 @@ def test_a_cut_link_ends_both_hosts_and_the_run_goes_on(files, hosts, tmp_path, 
         again.wait("the end of the run", lambda: None not in again.ended())
         assert again.ended() == [0, 0], again.logs()
         assert f"at step {steps - 4} of {steps}" in again.log(hosts.far)
-        assert_same_run(again.directories[hosts.far] / "out", alone(files, tmp_path / "alone", steps))
+        alone = run_alone(tmp_path / "alone", arguments(files, steps, "--lr=1e-4"))
+        assert_same_run(again.directories[hosts.far] / "out", alone, steps)
         assert not list((again.directories[hosts.near] / "out").iterdir())

@@ -9,81 +9,33 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import parallel_cli_cases as cases
 import pytest
-import torch
-from parallel_ranks import Ranks
-from safetensors.torch import load_file
-from tiny_text import choice_lines, make_checkpoint, write_jsonl
+import torchrun_cases as cases
+from torchrun_cases import assert_same_run, assert_same_weights
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
-from distzo2.run.metrics import read_metrics
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("parallel-cli")
-    return SimpleNamespace(
-        root=root,
-        model=make_checkpoint(root / "model", layers=4),
-        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
-        eval=write_jsonl(root / "eval.jsonl", choice_lines(11)),
-    )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
+    return cases.make_files(tmp_path_factory.mktemp("torchrun"))
 
 
 def arguments(files: SimpleNamespace, *more: str) -> list[str]:
-    return [
-        "finetune", f"--model={files.model}", f"--train={files.train}", f"--eval={files.eval}", f"--steps={STEPS}",
-        "--batch-size=6", "--micro-batches=3", "--lr=1e-3", "--quiet", "--threads=1", "--weights=disk",
-        "--eval-every=2", "--eval-batch-size=2", "--out=out", *more,
-    ]  # fmt: skip
+    return cases.arguments(files, STEPS, f"--eval={files.eval}", "--eval-every=2", "--eval-batch-size=2", *more)
 
 
 @pytest.fixture(scope="module")
 def alone(files: SimpleNamespace) -> Path:
-    """The run of one rank."""
-    before, threads = os.getcwd(), torch.get_num_threads()
-    directory = files.root / "alone"
-    directory.mkdir()
-    os.chdir(directory)
-    try:
-        assert main(arguments(files)) == 0
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
-    return directory / "out"
-
-
-def assert_same_run(run: Path, expected: Path, steps: int = STEPS) -> None:
-    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (run, expected))
-    assert len(ours) == steps
-    assert [(e.update, e.losses, e.tokens) for e in ours] == [(e.update, e.losses, e.tokens) for e in theirs[:steps]]
-    evals = [
-        [(line["step"], line["loss"], line["accuracy"], line["tokens"]) for line in read_metrics(path / "metrics.jsonl")
-         if line["kind"] == "eval"]
-        for path in (run, expected)
-    ]  # fmt: skip
-    assert evals[0] == evals[1]
-    weights = [load_file(path / "checkpoint" / "model.safetensors") for path in (run, expected)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[0].items():
-        assert torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)), name
+    return cases.run_alone(files.root / "alone", arguments(files))
 
 
 def one_message(results: list[dict[str, Any]]) -> str:
@@ -113,7 +65,7 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
         mesh = {2: "pert=1,data=2|pert=2,data=1", 3: "pert=1,data=3", 4: "pert=2,data=2"}[world_size]
         assert re.search(f"mesh of {world_size} ranks: ({mesh}) ", results[0]["out"])
     if "--save=best" not in more:
-        assert_same_run(tmp_path / "out", alone)
+        assert_same_run(tmp_path / "out", alone, STEPS)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "checkpoint",
         "journal.jsonl",
@@ -129,7 +81,7 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
         (["--parallel=pert=2,data=2"], "there are 2; on 2 ranks, pert=1,data=2 or pert=2,data=1 would fit"),
         (["--parallel=data=2", "--micro-batches=1"], "cannot be dealt to 2 data ranks; on 2 ranks, pert=2,data=1"),
         (["--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
-        (["--parallel=pert=x"], "invalid mesh (such as pert=2,data=2) value"),
+        (["--parallel=pert=x"], "expected a mesh (such as pert=2,data=2)"),
         (["--train=nowhere.jsonl"], "nowhere.jsonl"),
         (["--steps=0"], "--steps"),
         (["--warmup=100"], "--warmup"),
@@ -164,7 +116,7 @@ def test_trouble_on_one_rank_ends_all_and_the_run_goes_on(ranks, files, alone, t
     assert [r["status"] for r in results] == [0, 0, 0]
     assert "parallel pert=2,data=1 -> pert=1,data=3" in results[0]["out"]
     assert "at step 2 of 6" in results[0]["out"]
-    assert_same_run(tmp_path / "out", alone)
+    assert_same_run(tmp_path / "out", alone, STEPS)
 
 
 @pytest.mark.parametrize("slices", [[], ["--slice=on"]], ids=["whole", "slices"])
@@ -198,19 +150,10 @@ def test_ranks_branch_from_a_run_of_one(ranks, files, alone, tmp_path):
     assert [e.update.terms for e in ours[:3]] == [e.update.terms for e in theirs[:3]] and len(ours) == STEPS
     assert ours[3].losses == theirs[3].losses and ours[4].losses != theirs[4].losses
     assert main(["replay", str(tmp_path / "out"), f"--out={tmp_path / 'again'}", "--quiet"]) == 0
-    weights = [load_file(path / "model.safetensors") for path in (tmp_path / "again", tmp_path / "out" / "checkpoint")]
-    assert all(
-        torch.equal(value.view(torch.uint8), weights[1][name].view(torch.uint8)) for name, value in weights[0].items()
-    )
+    assert_same_weights(tmp_path / "again", tmp_path / "out" / "checkpoint")
     # A branch without decay of a run with it: all ranks must know that groups are kept apart.
-    third = [
-        "finetune",
-        f"--branch-from={tmp_path / 'out'}",
-        "--out=third",
-        "--weight-decay=0",
-        "--steps=7",
-        "--parallel=data=2",
-    ]
+    third = ["finetune", f"--branch-from={tmp_path / 'out'}", "--out=third", "--weight-decay=0", "--steps=7"]
+    third += ["--parallel=data=2"]
     results = ranks.values(cases.command, 2, tmp_path, third)
     assert [r["status"] for r in results] == [0, 0], results
     assert {len(e.update.groups) for e in read_journal(tmp_path / "third" / "journal.jsonl").entries} == {2}
@@ -241,9 +184,9 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(files, alone, tmp_path):
                     process.wait(timeout=20)
                 process.kill()
     text = (tmp_path / "log").read_text()
-    assert "restart 1: going on with the run in out" in text
+    assert "restart 1: continuing the run in out" in text
     assert "rank 1 was lost: its process" in text
-    assert_same_run(tmp_path / "out", alone)
+    assert_same_run(tmp_path / "out", alone, STEPS)
 
 
 def _child_with_rank(pid: int, rank: int) -> int | None:

@@ -1,33 +1,26 @@
-"""The command line: runs end well, and go on when interrupted."""
+"""The command line: runs end well, and continue when interrupted; bad input ends in one line."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from cli_runs import STEPS, environment, finetune, make_files, one_line, weights
+from cli_runs import STEPS, environment, finetune, one_line, weights
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
 from distzo2.run.metrics import read_metrics
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_files(tmp_path_factory.mktemp("cli"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 def assert_same_bits(first: str | Path, second: str | Path) -> None:
@@ -37,7 +30,7 @@ def assert_same_bits(first: str | Path, second: str | Path) -> None:
         assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
 
 
-def test_a_run_and_what_comes_of_it(files: SimpleNamespace, capsys) -> None:
+def test_a_run_and_what_comes_of_it(files, capsys) -> None:
     options = [
         f"--eval={files.eval}",
         "--eval-every=2",
@@ -74,7 +67,7 @@ def test_a_run_and_what_comes_of_it(files: SimpleNamespace, capsys) -> None:
     assert "64 positions" in one_line(capsys)
 
 
-def test_the_best_step_is_rebuilt(files: SimpleNamespace) -> None:
+def test_the_best_step_is_rebuilt(files) -> None:
     options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best", "--lr=1e-2"]
     assert finetune(files, *options) == 0
     record = json.loads(Path("out/run.json").read_text())
@@ -84,7 +77,7 @@ def test_the_best_step_is_rebuilt(files: SimpleNamespace) -> None:
     assert_same_bits("out/checkpoint", "again")
 
 
-def test_a_run_goes_on(files: SimpleNamespace, capsys) -> None:
+def test_a_run_goes_on(files, capsys) -> None:
     options = [f"--eval={files.eval}", "--eval-every=3", "--estimator=fzoo", "--noise=rademacher", "--probes=2"]
     assert finetune(files, *options, "--steps=6", "--out=whole") == 0
     assert finetune(files, *options, "--steps=4", "--out=out") == 0
@@ -113,7 +106,7 @@ def test_a_run_goes_on(files: SimpleNamespace, capsys) -> None:
     assert "the training file is not the one" in one_line(capsys)
 
 
-def start(files: SimpleNamespace, out: str, *options: str) -> subprocess.Popen[str]:
+def start(files, out: str, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "distzo2", "finetune", f"--model={files.model}", f"--train={files.train}"]
     return subprocess.Popen(
         [*command, f"--out={out}", *STEPS, *options],
@@ -128,7 +121,7 @@ def start(files: SimpleNamespace, out: str, *options: str) -> subprocess.Popen[s
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_interrupted_at_any_time(files: SimpleNamespace, signum: int, status: int) -> None:
+def test_interrupted_at_any_time(files, signum: int, status: int) -> None:
     options = ["--steps=1000000", "--weights=disk", "--lr=1e-4"]
     process = start(files, "out", *options)
     journal = Path("out/journal.jsonl")
@@ -141,7 +134,7 @@ def test_interrupted_at_any_time(files: SimpleNamespace, signum: int, status: in
         process.kill()
     assert process.returncode == status, stderr
     if signum != signal.SIGKILL:
-        assert "steps are in the journal; go on with distzo2 finetune --resume --out out" in stderr
+        assert "steps are in the journal; continue with distzo2 finetune --resume --out out" in stderr
         assert stderr.count("\n") == 1 and "Traceback" not in stderr
     made = len(read_journal(journal).entries)
     assert made >= 3
@@ -154,10 +147,10 @@ def test_interrupted_at_any_time(files: SimpleNamespace, signum: int, status: in
     assert [(e.update, e.losses) for e in entries] == [(e.update, e.losses) for e in expected]
 
 
-def test_a_run_goes_on_from_its_newest_whole_snapshot(files: SimpleNamespace, capsys) -> None:
-    options = ["--snapshot-every=4", "--snapshot-pace=1", "--keep=2", "--lr=1e-4"]
+def test_a_damaged_snapshot_is_reported_and_not_used(files, capsys) -> None:
+    options = ["--snapshot-every=4", "--snapshot-pace=1", "--lr=1e-4"]
     assert finetune(files, *options, "--steps=60", "--weights=disk") == 0
-    newest, older = sorted(Path("out/snapshots").iterdir(), reverse=True)
+    (newest,) = Path("out/snapshots").iterdir()
     with open(next(newest.glob("unit-*")), "r+b") as file:
         file.seek(5000)
         byte = file.read(1)
@@ -167,12 +160,11 @@ def test_a_run_goes_on_from_its_newest_whole_snapshot(files: SimpleNamespace, ca
     assert main(["finetune", "--resume", "--out=out", "--steps=63", "--weights=host", "--snapshot-every=0"]) == 0
     text = capsys.readouterr().out
     assert f"the snapshot {newest.name} cannot be used: out/snapshots/{newest.name}/unit-" in text
-    assert f"went on from the snapshot {older.name}" in text
     assert finetune(files, "--lr=1e-4", "--steps=63", "--out=whole") == 0
     assert_same_bits("whole/checkpoint", "out/checkpoint")
 
 
-def test_interrupted_before_the_first_step(files: SimpleNamespace, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_before_the_first_step(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -180,3 +172,32 @@ def test_interrupted_before_the_first_step(files: SimpleNamespace, capsys, monke
     assert finetune(files, f"--eval={files.eval}") == 130
     assert "interrupted before the first step" in one_line(capsys)
     assert not Path("out").exists()
+
+
+def test_where_a_replay_cannot_write(files, capsys) -> None:
+    assert finetune(files, "--save=none") == 0
+    capsys.readouterr()
+    Path("file").write_text("")
+    assert main(["replay", "out", "--out=file"]) == 2
+    assert "--out file: a directory was expected" in one_line(capsys)
+    assert main(["replay", f"--base={files.model}", "--journal=out", "--out=again", "--quiet"]) == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["again", "file", "out"]
+
+
+def test_streams_that_are_not_as_usual(files) -> None:
+    """Standard input closed or no text, and an output whose encoding lacks most characters."""
+    command = [sys.executable, "-m", "distzo2", "generate", f"--model={files.model}", "--max-new-tokens=5"]
+    latin = {**environment(), "PYTHONIOENCODING": "ascii"}
+
+    def generate(*options: str, **more: Any) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *options], capture_output=True, check=False, **more)
+
+    closed = generate(env=environment(), stdin=None, preexec_fn=lambda: os.close(0))
+    assert closed.returncode == 2 and b"standard input is closed" in closed.stderr
+    no_text = generate(env={**environment(), "PYTHONIOENCODING": "utf-8:strict"}, input=b"cat \xff")
+    assert no_text.returncode == 1
+    assert no_text.stderr == b"distzo2: error: standard input: not utf-8: invalid start byte at byte 4\n"
+    usual, escaped = generate("--prompt=the cat", env=environment()), generate("--prompt=the cat", env=latin)
+    assert (usual.returncode, escaped.returncode) == (0, 0)
+    assert not usual.stdout.isascii()
+    assert escaped.stdout == usual.stdout.decode().encode("ascii", "backslashreplace")

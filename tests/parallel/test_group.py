@@ -15,7 +15,7 @@ import numpy as np
 import parallel_cases as cases
 import pytest
 import torch
-from mesh_runs import MESHES, assert_same_run
+from parallel_cases import MESHES, assert_same_run, assert_same_weights
 from parallel_ranks import Died, Ranks
 
 from distzo2.record.journal import read_journal
@@ -23,12 +23,15 @@ from distzo2.record.journal import read_journal
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+SLICED = ("pert=2", "pert=2,data=2", "data=2 of 3 micro-batches", "pert=2 of fzoo")  # the others: in 200 steps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name: str, dtype: torch.dtype, tmp_path: Path):
+@pytest.mark.parametrize(("name", "slices"), [*((name, False) for name in MESHES), *((name, True) for name in SLICED)])
+def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, slices, dtype, tmp_path: Path):
     shape, options = MESHES[name]
-    for weights in ("disk", "device") if dtype == torch.float32 else ("disk",):
-        run = functools.partial(cases.train, weights=weights, dtype=dtype, **options)
+    for weights in ("disk", "host" if slices else "device") if dtype == torch.float32 else ("disk",):
+        run = functools.partial(cases.train, weights=weights, dtype=dtype, slices=slices, verify_every=3, **options)
         for result in ranks.values(run, shape[0] * shape[1], shape, tmp_path):
             assert_same_run(result, alone(dtype=dtype, **options))
 
@@ -36,14 +39,15 @@ def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name: str
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weights", ["device", "host", "disk"])
-@pytest.mark.parametrize("slice", [False])
+@pytest.mark.parametrize(
+    ("weights", "slices"), [("device", False), ("host", False), ("disk", False), ("host", True), ("disk", True)]
+)
 @pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_has_the_bits_of_one_rank_after_200_steps(ranks, alone, name, slice, weights, dtype, tmp_path):
+def test_every_mesh_has_the_bits_of_one_rank_after_200_steps(ranks, alone, name, slices, weights, dtype, tmp_path):
     shape, options = MESHES[name]
     options = {"steps": 200, "lr": 1e-3, **options}
     run = functools.partial(
-        cases.train, weights=weights, dtype=dtype, slices=slice, journal="journal.jsonl", verify_every=50, **options
+        cases.train, weights=weights, dtype=dtype, slices=slices, journal="journal.jsonl", verify_every=50, **options
     )
     for result in ranks.values(run, shape[0] * shape[1], shape, tmp_path, timeout=600.0):
         assert_same_run(result, alone(dtype=dtype, **options))
@@ -57,29 +61,12 @@ def test_twenty_killed_runs_resume_to_the_same_bits(ranks: Ranks, alone: Any, tm
         kill_and_resume(ranks, alone, case, tmp_path / str(case))
 
 
-def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> None:
-    """Each read another number, as they do once some have begun to take memory; rank 2 has a machine to itself."""
-    results = ranks.values(cases.pools_of_machines, 3, ["one", "one", "two"], [1_000_000, 600_000, 300_000])
-    for share, (wide, narrow) in results[:2]:
-        assert share == (2, None, 600_000, 300_000)
-        assert narrow == "fits"
-        assert "only 270000 bytes may be taken by each of 2 ranks" in wide
-        assert "cgroup limit leaves: no limit, MemAvailable: 600000 bytes, RLIMIT_MEMLOCK: " in wide
-    share, (wide, narrow) = results[2]
-    assert share == (1, None, 300_000, 300_000)
-    assert narrow == "fits"
-    assert "only 270000 bytes may be taken (" in wide
-
-
 @pytest.mark.parametrize("sharded", [True, "data"])
-@pytest.mark.parametrize("shape", [(1, 4), (2, 2)], ids=str)
-def test_lists_of_the_ranks_own_closures(
-    ranks: Ranks, alone: Any, shape: tuple[int, int], sharded: Any, tmp_path: Path
-):
-    options = {"micro_batches": 5}
-    run = functools.partial(cases.train, sharded=sharded, **options)
+@pytest.mark.parametrize(("shape", "slices"), [((1, 4), False), ((2, 2), False), ((2, 2), True)], ids=str)
+def test_lists_of_the_ranks_own_closures(ranks: Ranks, alone: Any, shape, slices, sharded: Any, tmp_path: Path):
+    run = functools.partial(cases.train, sharded=sharded, slices=slices, micro_batches=5)
     for result in ranks.values(run, 4, shape, tmp_path):
-        assert_same_run(result, alone(**options))
+        assert_same_run(result, alone(micro_batches=5))
 
 
 def test_a_distributed_sampler_loses_no_data(ranks: Ranks, tmp_path: Path):
@@ -113,7 +100,7 @@ def test_ranks_that_do_different_things_are_all_told(ranks: Ranks, what: str, tm
         ("seed", "RanksDisagreeError", "seed: 11 on rank 0, 12 on rank 1"),
         ("frozen", "RanksDisagreeError", "the parameters: "),
         ("weights", "ReplicasDifferError", "first in unit "),
-        ("journal options", "RanksDisagreeError", "the journal's options: "),
+        ("journal options", "RanksDisagreeError", "fsync_every: 1 on rank 0, 4 on rank 1"),
         ("snapshots", "RanksDisagreeError", "having snapshots: False on rank 0, True on rank 1"),
     ],
 )
@@ -123,25 +110,34 @@ def test_ranks_with_different_models_are_refused(ranks: Ranks, what: str, kind: 
         assert text in result.text
 
 
+FAILURES = {  # on the last rank, or on rank 0
+    "closure": ("Boom: bang", "Boom: bang"),
+    "interrupt": ("KeyboardInterrupt: ", "interrupted"),
+    "argument": ("DistZO2Error: step expects a closure", "step expects a closure"),
+    "estimator": ("DistZO2Error: estimator SPSA gave", "estimator SPSA gave"),
+}
+
+
 @pytest.mark.parametrize(
-    ("what", "world_size", "own", "others"),
-    [
-        ("closure", 4, "Boom: bang", "RankFailedError: rank 3 failed in step 2: Boom: bang"),
-        ("interrupt", 2, "KeyboardInterrupt: ", "RankFailedError: rank 1 failed in step 2: interrupted"),
-        ("argument", 2, "DistZO2Error: step expects a", "RankFailedError: rank 1 failed in step 2: step expects a"),
-        ("estimator", 2, "DistZO2Error: estimator SPSA", "RankFailedError: rank 0 failed in step 2: estimator SPSA"),
-    ],
-)
-def test_an_exception_on_one_rank_drops_the_step_on_all(
-    ranks: Ranks, alone: Any, what: str, world_size: int, own: str, others: str, tmp_path: Path
-):
-    results = ranks.values(cases.fail_once, world_size, tmp_path, what)
+    ("what", "world_size", "slices"),
+    [("closure", 4, False), ("interrupt", 2, False), ("argument", 2, False), ("estimator", 2, False),
+     ("closure", 4, True), ("interrupt", 4, True), ("argument", 4, True)],
+)  # fmt: skip
+def test_an_error_on_one_rank_drops_the_step_on_all(ranks: Ranks, alone: Any, what, world_size, slices, tmp_path: Path):
     failed = 0 if what == "estimator" else world_size - 1
-    for rank, (told, state) in enumerate(results):
-        assert told.startswith(own if rank == failed else others)
-        for name, value in alone()[1].items():
-            assert np.array_equal(state[name], value), name
+    own, others = FAILURES[what][0], f"RankFailedError: rank {failed} failed in step 2: {FAILURES[what][1]}"
+    for rank, (told, state) in enumerate(ranks.values(cases.fail_once, world_size, tmp_path, what, slices)):
+        assert told.startswith(own if rank == failed else others), told
+        assert_same_weights(state, alone()[1])
     assert [e.step for e in read_journal(tmp_path / f"{what}.jsonl").entries] == list(range(6))
+
+
+def test_a_line_is_durable_before_a_rank_may_store_its_update(ranks: Ranks, tmp_path: Path):
+    """Where weights are on disk; elsewhere a rank learns with each update how far the journal is synced."""
+    for weights, fsync_every, versions in (("disk", 1, [0, 1, 2, 3, 4]), ("host", 64, [0] * 5)):
+        directory = tmp_path / weights
+        directory.mkdir()
+        assert ranks.values(cases.durable_versions, 2, directory, weights, fsync_every)[1] == versions
 
 
 def test_a_fingerprint_that_differs_is_named(ranks: Ranks, tmp_path: Path):
@@ -155,23 +151,40 @@ def test_a_fingerprint_that_differs_is_named(ranks: Ranks, tmp_path: Path):
     assert not any("device" in line or "torch" in line for line in told)
 
 
-def test_lanes_of_ranks_that_enter_other_units(ranks: Ranks, tmp_path: Path):
-    for result in ranks.run(cases.differing_units, 2, tmp_path):
-        assert result.kind == "DistZO2Error"
-        assert "those of rank 1 entered others than those of rank 0" in result.text
+@pytest.mark.parametrize("slices", [False, True])
+def test_lanes_of_ranks_that_enter_other_units(ranks: Ranks, slices: bool, tmp_path: Path):
+    first, second = ranks.values(cases.differing_units, 2, tmp_path, slices)
+    assert first == second
+    assert first[0].startswith("step 1: the lanes of all ranks must enter the same units in the same order")
+    assert "those of rank 1 entered others than those of rank 0" in first[0]
 
 
-def test_traffic_of_a_step_is_its_scalars_to_the_byte(ranks: Ranks, tmp_path: Path):
-    steps, num_probes = 5, 2
-    for shape, lanes in (((2, 2), 4), ((4, 1), 4), ((1, 2), 8)):
-        size = shape[0] * shape[1]
-        word, losses, outcome = 24 * 8, (2 + lanes) * 8, (3 + num_probes + 4) * 8
-        for rank, stats in enumerate(ranks.values(cases.traffic, size, shape, tmp_path, steps)):
-            assert stats == {
-                "collectives": 3 * steps,
-                "bytes_sent": steps * (word + losses + (outcome if rank == 0 else 0)),
-                "bytes_received": steps * ((size - 1) * (word + losses) + (0 if rank == 0 else outcome)),
+@pytest.mark.parametrize(
+    ("shape", "lanes", "weights", "slices"),
+    [((2, 2), 4, "device", False), ((4, 1), 4, "device", False), ((1, 2), 8, "device", False),
+     *((*mesh, weights, True) for mesh in (((2, 2), 4), ((1, 2), 8)) for weights in ("host", "disk"))],
+)  # fmt: skip
+def test_traffic_is_scalars_and_slices_to_the_byte(ranks: Ranks, shape, lanes, weights, slices, tmp_path: Path):
+    """`lanes` are those of the busiest rank."""
+    steps, num_probes, size, round_bytes = 5, 2, shape[0] * shape[1], 32
+    word, losses, outcome = 5 * 8, (2 + lanes) * 8, (4 + num_probes) * 8
+    results = ranks.values(cases.traffic, size, shape, tmp_path, steps, weights, slices)
+    whole = sum(sum(parts) for _, parts in results)
+    for rank, (stats, parts) in enumerate(results):
+        expected = {
+            "collectives": 3 * steps,
+            "bytes_sent": steps * (word + losses + (outcome if rank == 0 else 0)),
+            "bytes_received": steps * ((size - 1) * (word + losses) + (0 if rank == 0 else outcome)),
+        }
+        if slices:
+            rounds = steps * (len(parts) + 3)  # before each of the three collectives all ranks meet
+            expected |= {
+                "slice_rounds": rounds,
+                "slice_gathers": steps * len(parts),
+                "slice_bytes_sent": steps * sum(parts) + rounds * round_bytes,
+                "slice_bytes_received": steps * (whole - sum(parts)) + rounds * round_bytes * (size - 1),
             }
+        assert stats == expected
 
 
 def test_a_replica_that_changes_is_named(ranks: Ranks, tmp_path: Path):

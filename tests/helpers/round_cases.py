@@ -1,4 +1,4 @@
-"""What the ranks of test_slice_trouble run: ranks that differ, fail, leave or want different things, with slices."""
+"""What the ranks of test_slice_rounds run: ranks that differ, fail, leave or want different things, with slices."""
 
 from __future__ import annotations
 

@@ -6,15 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import parallel_cases as cases
 import pytest
-import slice_trouble as trouble
+import round_cases as trouble
 import torch
+from parallel_cases import assert_same_weights
 from parallel_ranks import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distzo2.parallel.sliced_store import SlicedStore
+from distzo2.parallel.sliced_store import SlicedStore, slices_of
+from distzo2.weights.store import MemoryStore, StoredCopy
 from distzo2.weights.units import Unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,14 +97,12 @@ def test_a_model_that_is_closed_on_one_rank_only(ranks: Ranks, alone: Any, tmp_p
     losses, state = alone(steps=2)
     for result in ranks.values(trouble.two_models, 2, tmp_path, timeout=60.0):
         assert result[0] == losses[-1][0]
-        for name, value in state.items():
-            assert np.array_equal(result[1][name], value), name
+        assert_same_weights(result[1], state)
 
 
 def test_ranks_whose_programs_end_serve_the_others_until_the_end(ranks: Ranks, alone: Any, tmp_path: Path):
     results = ranks.values(trouble.ends_first, 3, tmp_path, "read", timeout=60.0)
-    for name, value in alone(steps=1, micro_batches=3)[1].items():
-        assert np.array_equal(results[0][name], value), name
+    assert_same_weights(results[0], alone(steps=1, micro_batches=3)[1])
     assert results[1:] == [None, None]
     results = ranks.run(trouble.ends_first, 3, tmp_path, "step", timeout=60.0)
     assert results[0].kind == "RankFailedError" and re.match(r"rank [12] has left the mesh", results[0].text)
@@ -121,8 +120,7 @@ def test_slices_stay_within_their_node(ranks: Ranks, alone: Any, numbers: tuple[
     for rank, (node, _, last, mine) in enumerate(results):
         assert node == tuple(r for r in range(4) if numbers[r] == numbers[rank])
         assert last == losses[-1][0]
-        for name, value in state.items():
-            assert np.array_equal(mine[name], value), name
+        assert_same_weights(mine, state)
 
 
 # ---- gathers ahead of time --------------------------------------------------------------------------------------
@@ -165,22 +163,25 @@ class _Node:
 
 
 def test_a_buffer_is_filled_again_only_after_its_gather_has_ended():
-    node, stamp = _Node(), [0]
+    node = _Node()
 
-    def update(part: Any, stored: torch.Tensor, out: torch.Tensor) -> bool:
-        assert all(work in node.waited for work in node.works[:-2])  # of three buffers two may be in flight
-        out.fill_(part.index)
-        return False
+    class Weights:
+        stamp = 0
+
+        def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
+            assert all(work in node.waited for work in node.works[:-2])  # of three buffers two may be in flight
+            out.fill_(copy.block)
+            return False
 
     units = [Unit(i, str(i), [], [], resident=False) for i in range(8)]
-    store = SlicedStore(
-        units, torch.device("cpu"), directory=None, slots=3, node=node, shares=[1.0, 1.0], number=0, update=update,
-        stamp=lambda: stamp[0], on_gathered=lambda *times: None,
-    )  # fmt: skip
+    shares, device, weights = [1.0, 1.0], torch.device("cpu"), Weights()
+    copies = slices_of(units, shares, 0)
+    store = SlicedStore(MemoryStore(copies, device), copies, device, slots=3, node=node, shares=shares)
+    store.serve(weights, 0)
     for index in range(8):
         store.begin(index, 0, ours=False)
     assert len(node.works) == 8
-    stamp[0] = 1
+    weights.stamp = 1
     with pytest.raises(Exception, match="wanted with other updates"):
         store.begin(0, 0, ours=False)
     store.close()

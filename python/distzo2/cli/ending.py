@@ -1,0 +1,84 @@
+"""How a command ends: SIGTERM as Ctrl-C, an expected error as one line, and the exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.text import printable
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+def end_with(error: BaseException, terminated: bool) -> int:
+    """Reports what ended a command; returns the exit status."""
+    from distzo2.parallel import group as parallel
+    from distzo2.run import launch
+
+    error = launch.first_cause(error, terminated)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if not interrupted and (os.environ.get("DISTZO2_TRACEBACK") or not _expected(error)):
+        raise error
+    text = printable(" ".join(_text_of(error).split())) or ("interrupted" if interrupted else type(error).__name__)
+
+    def show(text: str) -> None:
+        print(f"distzo2: {'' if interrupted else 'error: '}{text}", file=sys.stderr, flush=True)
+
+    launch.report(error, text, show)
+    parallel.shutdown(error)
+    if interrupted:
+        return TERMINATED if terminated else INTERRUPTED
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _text_of(error: BaseException) -> str:
+    """The message of an error; of a system error, the file and the reason without the number."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the cause of an error lies outside the program, so that a traceback would help nobody."""
+    if isinstance(error, DistZO2Error | OSError | MemoryError):
+        return True
+    import torch
+
+    from distzo2_core import BackendError
+
+    return isinstance(error, BackendError | torch.OutOfMemoryError)
+
+
+class Terminated:
+    """Makes SIGTERM end a run as Ctrl-C does, at a point where the step in flight is whole or dropped.
+
+    A process that was started to ignore Ctrl-C, as with nohup, continues to ignore it.
+    """
+
+    happened = False
+
+    def __enter__(self) -> Terminated:
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_terminate)
+            if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, previous in self._previous.items():
+            signal.signal(signum, previous)
+
+    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        self.happened = True
+        signal.raise_signal(signal.SIGINT)
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self.happened:
+            raise KeyboardInterrupt

@@ -1,0 +1,134 @@
+"""What stays fixed while an optimizer steps, what a step takes of its parameter groups, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from distzo2.errors import DistZO2Error
+from distzo2.optim.estimator import Estimator, Evaluation, make_estimator
+from distzo2.weights.units import ParamInfo
+from distzo2_core import FAMILIES, GroupScalars
+
+GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of an optimizer that its steps depend on. `eps` is a float32 value."""
+
+    seed: int
+    eps: float
+    noise: str
+    num_probes: int
+    estimator: Estimator
+    max_lanes: int | None
+    max_coef: float | None
+    max_clipped: int
+    max_skipped: int
+    verify_every: int
+    fsync_every: int
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """The perturbations that each step evaluates, in the order in which they run."""
+        return self.estimator.evaluations(self.num_probes)
+
+
+def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> Settings:
+    """Checks the options of `ZOSGD`.
+
+    Raises:
+        DistZO2Error: one is out of range.
+    """
+    with np.errstate(over="ignore"):
+        settings = Settings(eps=float(np.float32(eps)), estimator=make_estimator(estimator), **others)
+    s = settings
+    if s.noise not in FAMILIES:
+        raise DistZO2Error(f"noise={s.noise!r}: expected one of {', '.join(FAMILIES)}")
+    if not (np.isfinite(s.eps) and s.eps > 0):
+        raise DistZO2Error(f"eps={eps!r}: expected a positive number that float32 can hold")
+    if isinstance(s.seed, bool) or not isinstance(s.seed, int) or not 0 <= s.seed < 2**64:
+        raise DistZO2Error(f"seed={s.seed!r}: expected an integer in [0, 2^64)")
+    if not 1 <= s.num_probes < 2**20:
+        raise DistZO2Error(f"num_probes={s.num_probes}: expected 1 to {2**20 - 1}")
+    if s.max_lanes is not None and s.max_lanes < 1:
+        raise DistZO2Error(f"max_lanes={s.max_lanes}: expected at least 1")
+    if s.max_coef is not None and not s.max_coef > 1:
+        raise DistZO2Error(f"max_coef={s.max_coef!r}: expected a number above 1, or None")
+    if s.fsync_every < 1:
+        raise DistZO2Error(f"fsync_every={s.fsync_every}: expected at least 1")
+    _ = settings.evaluations  # the estimator refuses a number of probes that does not suit it
+    return settings
+
+
+@dataclass
+class StepRecord:
+    """What a step did. `losses` is [evaluations][micro-batches], in the order of `evaluations`."""
+
+    step: int
+    loss: float
+    losses: list[list[float]]
+    evaluations: list[Evaluation]
+    coefs: list[float]
+    skipped: str | None = None  # why the step was not applied
+    clipped: bool = False
+    seconds: float = 0.0
+    lr: list[float] = field(default_factory=list)
+
+
+# ---- parameter groups ---------------------------------------------------------------------------------------------
+
+
+def default_groups(params: Iterable[ParamInfo], split: bool) -> list[dict[str, Any]]:
+    """One group of all trainable parameters. With `split`, those of fewer than 2 dimensions (biases, norms) are in a
+    second group, without weight decay."""
+    trainable = [p for p in params if p.trainable]
+    if not trainable:
+        raise DistZO2Error("no parameter of the model is trainable")
+    if not split:
+        return [{"params": [p.tensor for p in trainable]}]
+    groups = [
+        {"params": [p.tensor for p in trainable if len(p.shape) > 1]},
+        {"params": [p.tensor for p in trainable if len(p.shape) <= 1], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def group_of_each(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Maps the index of each parameter to the number of its group; parameters in no group are left out."""
+    known = {id(p.tensor): p for p in params}
+    group_of: dict[int, int] = {}
+    for number, group in enumerate(groups):
+        for tensor in group["params"]:
+            param = known.get(id(tensor))
+            if param is None:
+                raise DistZO2Error(
+                    f"parameter group {number} holds a tensor of shape {tuple(tensor.shape)} that is no parameter "
+                    "of the model; take parameters from the model after it was handed over"
+                )
+            if not param.trainable:
+                raise DistZO2Error(
+                    f"parameter {param.name} in group {number} was frozen when the model was handed over"
+                )
+            group_of[param.index] = number
+    return group_of
+
+
+def scalars_of(groups: Sequence[Mapping[str, Any]]) -> tuple[GroupScalars, ...]:
+    """The scalars that a step takes of each group, as float32 values."""
+    return tuple(
+        GroupScalars(*(_float32(group[name], f"{name} of parameter group {number}") for name in GROUP_FIELDS))
+        for number, group in enumerate(groups)
+    )
+
+
+def _float32(value: Any, name: str) -> float:
+    number = float(np.float32(float(value)))
+    if not np.isfinite(number):
+        raise DistZO2Error(f"{name} is {value!r}; a finite number was expected")
+    return number

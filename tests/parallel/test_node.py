@@ -1,0 +1,49 @@
+"""What the ranks of a node share: its memory, and slices where they are faster, or the only way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import parallel_cases as cases
+import pytest
+import slice_cases
+from parallel_ranks import Ranks
+
+from distzo2.parallel.node import shares_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> None:
+    """Each read another number, as they do once some have begun to take memory; rank 2 has a machine to itself."""
+    results = ranks.values(cases.pools_of_machines, 3, ["one", "one", "two"], [1_000_000, 600_000, 300_000])
+    for share, (wide, narrow) in results[:2]:
+        assert share == (2, None, 600_000, 300_000)
+        assert narrow == "fits"
+        assert "only 270000 bytes may be taken by each of 2 ranks" in wide
+        assert "cgroup limit leaves: no limit, MemAvailable: 600000 bytes, RLIMIT_MEMLOCK: " in wide
+    share, (wide, narrow) = results[2]
+    assert share == (1, None, 300_000, 300_000)
+    assert narrow == "fits"
+    assert "only 270000 bytes may be taken (" in wide
+
+
+def test_shares_follow_the_rates_of_links():
+    assert shares_of([2.0, 2.2, 2.4]) == [1.0, 1.0, 1.0]
+    assert shares_of([1.0, 2.0]) == [1.0, 0.5]
+
+
+def test_what_is_chosen_is_said(ranks: Ranks, tmp_path: Path):
+    first, second = ranks.values(slice_cases.chosen, 2, tmp_path, "host", None)
+    assert first == ["slices: off (weights in memory are used where they are; slice= or --slice sets it)", "False"]
+    assert second == ["False"]
+    first, second = ranks.values(slice_cases.chosen, 2, tmp_path, "disk", 20_000)
+    assert re.fullmatch(
+        r"slices: on \(a copy for each rank, .*, does not fit into the .* of disk to be had; .*\)", first[0]
+    )
+    assert first[1:] == second == ["True"]
+    first, second = ranks.values(slice_cases.chosen, 2, tmp_path, "disk", None)
+    figures = r"of \d+\.\d MiB slices come in [\d.]+ ms and are gathered in [\d.]+ ms, the whole comes in [\d.]+ ms"
+    told = re.fullmatch(rf"slices: (on|off) \({figures}; slice= or --slice sets it(; .* a rank)?\)", first[0])
+    assert told and first[1:] == second == [str(told[1] == "on")]

@@ -1,0 +1,186 @@
+"""The loop of a run: rates, the best step, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runs import finetune, one_line, weights
+from safetensors.torch import load_file, save_file
+
+from distzo2.cli.main import main
+from distzo2.record.journal import Journal, JournalError, read_journal
+from distzo2.record.writer import JournalWriter
+from distzo2.run import loop
+from distzo2.run.directory import RunDirectory
+from distzo2.run.loop import factor_of, make_scheduler
+from distzo2.run.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("own_directory")
+
+RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
+
+
+def rates(schedule: str, num_steps: int, warmup: int, first: int = 0) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = make_scheduler(optimizer, factor_of(schedule, num_steps, warmup), first)
+    result = []
+    for _ in range(first, num_steps):
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return result
+
+
+def test_values() -> None:
+    assert rates("constant", 4, 0) == [0.5] * 4
+    assert rates("linear", 4, 0) == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    assert rates("cosine", 4, 0) == pytest.approx([0.5, 0.4267767, 0.25, 0.0732233])
+    assert rates("linear", 5, 3) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.25])
+    assert factor_of("linear", 4)(9) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_taken_up_in_the_middle(schedule: str) -> None:
+    whole = rates(schedule, 9, 2)
+    for first in (1, 2, 5, 8):
+        assert rates(schedule, 9, 2, first) == whole[first:]
+
+
+def record() -> dict:
+    return json.loads(Path("out/run.json").read_text())
+
+
+def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, capsys, monkeypatch) -> None:
+    options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best", "--steps=4"]
+    assert finetune(files, *options, "--out=whole") == 0
+    best = json.loads(Path("whole/run.json").read_text())["best_step"]
+    update = RunDirectory.update
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, **values):
+        if values.get("best_step") == best and "status" not in values:
+            raise Killed
+        update(self, **values)
+
+    monkeypatch.setattr(RunDirectory, "update", killed)
+    with pytest.raises(Killed):
+        finetune(files, *options)
+    monkeypatch.setattr(RunDirectory, "update", update)
+    assert best > 0 and record().get("best_step") != best
+    assert main(RESUME) == 0
+    whole = json.loads(Path("whole/run.json").read_text())
+    assert {k: record()[k] for k in ("best_step", "best", "checkpoint_step")} == {
+        k: whole[k] for k in ("best_step", "best", "checkpoint_step")
+    }
+
+
+def test_a_best_step_of_evaluations_that_count_no_more_is_forgotten(files, capsys) -> None:
+    options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best"]
+    assert finetune(files, *options, "--steps=2") == 0
+    assert record()["best_step"] is not None
+    assert main([*RESUME, "--eval=", "--eval-every=0", "--save=last", "--steps=3"]) == 0
+    assert record()["best_step"] is record()["best"] is None and record()["checkpoint_step"] == 3
+
+
+def test_a_branch_without_a_finite_score_ends_in_one_line_or_well(files, capsys) -> None:
+    """Its first evaluation is not of step 0."""
+    assert finetune(files, "--steps=1", "--max-coef=none", "--lr=1e38", "--save=none", "--out=parent") == 0
+    branch = ["finetune", "--branch-from=parent", "--at-step=1", "--out=out", "--steps=2", f"--eval={files.eval}"]
+    capsys.readouterr()
+    status = main([*branch, "--score=loss", "--lr=1e-3", "--quiet", "--no-check", "--save=best"])
+    text = capsys.readouterr().err
+    assert "Traceback" not in text and (status == 0 or text.count("\n") == 1), text
+    assert record()["best_step"] == 1
+
+
+def test_a_loss_that_is_not_finite(files, tmp_path: Path, capsys) -> None:
+    model = shutil.copytree(files.model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert finetune(files, f"--model={model}", "--max-skipped=2", "--no-check") == 1
+    assert "non-finite loss" in one_line(capsys)
+    entries = read_journal("out/journal.jsonl").entries
+    assert [e.skipped for e in entries] == ["non-finite loss"] * 2
+    assert all(not e.update.terms for e in entries)
+    lines = read_metrics("out/metrics.jsonl")
+    assert [line["loss"] for line in lines] == [None, None] and lines[0]["skipped"] == "non-finite loss"
+    assert json.loads(Path("out/run.json").read_text())["status"].startswith("stopped: ")
+
+
+def test_a_run_has_not_finished_before_its_journal_is_durable(files, capsys, monkeypatch) -> None:
+    sync = JournalWriter._sync
+
+    def fails_at_the_end(self):
+        if self._written >= 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self.path)
+        sync(self)
+
+    monkeypatch.setattr(JournalWriter, "_sync", fails_at_the_end)
+    assert finetune(files, "--steps=3", "--save=none", "--fsync-every=100") == 1
+    assert "journal.jsonl" in one_line(capsys)
+    assert record()["status"] != "finished"
+
+
+def test_a_journal_that_fails_is_what_stopped_the_run(files, capsys, monkeypatch) -> None:
+    sync = JournalWriter._sync
+
+    def fails_in_between(self):
+        if self._written >= 2:
+            raise JournalError(f"{self.path}: {os.strerror(errno.EIO)}")
+        sync(self)
+
+    monkeypatch.setattr(JournalWriter, "_sync", fails_in_between)
+    assert finetune(files, "--steps=100000", "--save=none") == 1
+    assert "journal.jsonl" in one_line(capsys)
+    assert record()["status"].startswith("stopped: ") and record()["steps_done"] < 100000
+
+
+def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files, capsys, monkeypatch) -> None:
+    update = RunDirectory.update
+
+    def fails_at_the_end(self, **values):
+        if values.get("status") == "finished":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.path / "run.json.tmp"))
+        update(self, **values)
+
+    monkeypatch.setattr(RunDirectory, "update", fails_at_the_end)
+    assert finetune(files, "--steps=2") == 1
+    assert "run.json.tmp: Input/output error" in one_line(capsys)
+    assert json.loads(Path("out/run.json").read_text())["status"] == "running"
+    before = weights("out/checkpoint")
+    monkeypatch.setattr(RunDirectory, "update", update)
+    assert main(["finetune", "--resume", "--out=out", "--quiet"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert (record["status"], record["steps_done"], record["checkpoint_step"]) == ("finished", 2, 2)
+    after = weights("out/checkpoint")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_no_checkpoint_is_ahead_of_the_durable_journal(files, monkeypatch) -> None:
+    """Steps that a power cut may take back are synced before a checkpoint holds them."""
+    save, durable = loop.save_pretrained, []
+
+    def saves(model, path, **options):
+        durable.append(made[-1].durable)
+        return save(model, path, **options)
+
+    made: list[Journal] = []
+    create = Journal.create
+
+    def creates(*args, **kwargs):
+        made.append(create(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(Journal, "create", creates)
+    monkeypatch.setattr(loop, "save_pretrained", saves)
+    assert finetune(files, "--steps=3", "--fsync-every=1000000") == 0
+    assert durable == [3]

@@ -1,0 +1,197 @@
+"""Hooks: a forward finds each unit's weights, perturbed, where its module uses them and only there."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from block_models import IDS, Blocks, offloaded
+from plain import flat_losses, plain_loop
+from same_bits import assert_same
+from torch import nn
+
+import distzo2
+
+
+def run_both(build, loss, tmp_path, *, steps=3, prepare=lambda model: None, around=None, plain_loss=None, **options):
+    """Streams from disk and runs the plain loop; asserts the same bits of losses and weights.
+
+    `prepare` changes the model that `build` makes before it is handed over; steps run within `around`; `plain_loss` is
+    the reference's, where it is not `loss`.
+    """
+    model, reference = build(), build().eval()
+    prepare(model)
+    offloaded(model, tmp_path, **options)
+    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3)
+    losses = []
+    for _ in range(steps):
+        with around or nullcontext():
+            opt.step(lambda: loss(model))
+        losses.append(flat_losses(opt))
+    closure = functools.partial(plain_loss or loss, reference)
+    expected = plain_loop(reference, [[closure]] * steps, lr=lambda step: 1e-2, eps=1e-3, seed=3)
+    assert_same((losses, model.state_dict()), (expected, reference.state_dict()))
+    assert losses[0][0] != losses[0][1]
+    return losses
+
+
+IMAGE = {"image_size": 8, "patch_size": 4}
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 40, "max_position_embeddings": 16}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+CLIP_TEXT = {**TEXT, "eos_token_id": 2, "bos_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "options"),
+    [
+        ("ViT", "ForImageClassification", {**SMALL, **IMAGE}),  # the owner's parameters are used after an inner unit
+        ("CLIP", "Model", {"text_config": CLIP_TEXT, "vision_config": {**SMALL, **IMAGE}, "projection_dim": 8}),
+        ("T5", "ForConditionalGeneration", {"vocab_size": 40, **T5}),
+        ("Bert", "ForMaskedLM", {**TEXT, "num_hidden_layers": 3}),
+        ("Albert", "ForMaskedLM", {**TEXT, "num_hidden_layers": 3, "embedding_size": 16}),  # visits a unit again
+        ("Mamba", "ForCausalLM", {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_windows_of_many_shapes_of_models(kind, head, options, tmp_path):
+    import transformers
+
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            config = getattr(transformers, f"{kind}Config")(**options)
+            if kind in ("ViT", "CLIP"):
+                config._attn_implementation = "eager"
+            return getattr(transformers, f"{kind}{head}")(config).float().eval()
+
+    ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = {
+        "ViT": {"pixel_values": pixels, "labels": torch.tensor([0, 1])},
+        "CLIP": {"pixel_values": pixels, "input_ids": ids, "return_loss": True},
+    }.get(kind, {"input_ids": ids, "labels": ids})
+    if kind in ("T5", "Mamba"):
+        batch["use_cache"] = False
+    run_both(build, lambda model: model(**batch).loss, tmp_path)
+
+
+def test_use_of_a_weight_outside_its_module_is_named(tmp_path):
+    class TiedByHand(Blocks):
+        def forward(self, ids):
+            x = self.embedding(ids)
+            for block in self.blocks:
+                x = x + block(x)
+            return nn.functional.cross_entropy((x @ self.embedding.weight.T).flatten(0, 1), ids.flatten())
+
+    model = offloaded(TiedByHand(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight.*units="):
+        opt.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight"):
+        opt.step(lambda: model(IDS))
+    assert torch.isfinite(torch.stack([v.abs().max() for v in model.state_dict().values()])).all()
+    run_both(TiedByHand, lambda model: model(IDS), tmp_path / "whole", units=["."])
+
+
+def test_a_later_use_outside_its_module_is_named_when_the_loss_is_nan(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight.*units="):
+        opt.step(lambda: model(IDS) + model.head.weight.sum())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_inside_and_around_the_closure(inside, tmp_path):
+    def loss(model, cached=True):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            return model(IDS)
+
+    losses = run_both(
+        Blocks,
+        loss if inside else lambda model: model(IDS),
+        tmp_path,
+        around=None if inside else torch.autocast("cpu", torch.bfloat16),
+        plain_loss=functools.partial(loss, cached=False),
+    )
+    assert losses[0][0] != Blocks().eval()(IDS).item()  # it did run in 16 bits
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_blocks(backend, tmp_path):
+    def compile_blocks(model):
+        for block in model.blocks:
+            block.compile(backend=backend)
+
+    run_both(Blocks, lambda model: model(IDS), tmp_path, prepare=compile_blocks)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_whole_model_compile_is_refused():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    whole = torch.compile(model, backend="eager")
+    with pytest.raises(distzo2.DistZO2Error, match="compile"):
+        opt.step(lambda: whole(IDS))
+    model.compile(backend="eager")
+    with pytest.raises(distzo2.DistZO2Error, match="compile"):
+        opt.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match="compile"):
+        distzo2.offload(torch.compile(Blocks(), backend="eager"))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_model_compiled_and_run_before_the_hand_over_is_refused():
+    model = Blocks().eval()
+    whole = torch.compile(model, backend="eager")
+    whole(IDS)
+    opt = distzo2.ZOSGD(offloaded(model), lr=1e-2)
+    with pytest.raises(distzo2.DistZO2Error, match="compile"):
+        opt.step(lambda: whole(IDS))
+
+
+def test_requires_grad_after_the_hand_over_does_not_reach_autocasts_cache():
+    model = offloaded(Blocks())
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        opt.step(lambda: model(IDS))
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_deeply_nested_owners_stream(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((8,), 0.9))
+            self.inner = Nested(depth - 1) if depth else nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(x * self.scale) + self.scale
+
+    model = offloaded(Nested(8), tmp_path)
+    x = torch.ones(2, 8)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    for _ in range(2):
+        opt.step(lambda: model(x).square().mean())
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_each_new_closure_is_watched(tmp_path):
+    """An objective that stays finite on NaN must not hide a weight that is not there."""
+    model = offloaded(Blocks(), tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight"):
+        opt.step(lambda: model(IDS) + (IDS.float() @ model.head.weight[:7]).argmax().float())

@@ -1,0 +1,59 @@
+"""Units that catch up: a slice gets the bytes of its part of the whole, and a version counts what a copy holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distzo2.parallel.sliced_store import slices_of
+from distzo2.weights.store import MemoryStore, Store, StoredCopy
+from distzo2.weights.unit_weights import UnitWeights
+from distzo2.weights.units import Unit, collect_params
+from distzo2_core import FAMILIES, GroupScalars, Term, Update
+
+CPU = torch.device("cpu")
+
+
+def unit() -> Unit:
+    model = nn.ModuleDict({"a": nn.Linear(40, 9), "b": nn.Linear(3, 50).bfloat16(), "c": nn.Linear(2, 2)})
+    return Unit(0, "unit", collect_params(model), [], resident=False)
+
+
+def caught_up(unit: Unit, copy: StoredCopy, before: torch.Tensor, frozen: set[str]) -> torch.Tensor:
+    """The bytes of a copy after two updates, of which the second is made at a version of its own."""
+    store = MemoryStore([copy], CPU)
+    weights = UnitWeights([unit], [copy], Store(), store, device=CPU)
+    part = before[copy.begin : copy.begin + copy.num_bytes]
+    store.acquire(copy)[: len(part)].copy_(part)
+    trained = [p for p in unit.params if p.name not in frozen]
+    weights.bind(weights, {p.index: 0 for p in trained}, 1, seed=5)
+    reached = any(copy.elements_of(p) for p in trained)
+    for step in range(2):
+        weights.push([Update(step, (GroupScalars(0.1, 0.01),), (Term(FAMILIES["normal"], step, 0, 0, 0.5),))])
+        assert len(weights.pending) == reached  # no update is missing where none has anything to change
+        weights.flush()
+        assert copy.version == (weights.version if reached else 0) and not weights.pending
+    return store.acquire(copy)[: len(part)].clone()
+
+
+@pytest.mark.parametrize("shares", [[1.0], [1.0, 1.0, 1.0], [1.0, 3.0]], ids=str)
+@pytest.mark.parametrize("frozen", [set(), {"a.weight", "b.bias"}], ids=["trained", "some frozen"])
+def test_slices_catch_up_to_the_bytes_of_the_whole(shares: list[float], frozen: set[str]) -> None:
+    torch.manual_seed(0)
+    block = unit()
+    before = torch.zeros(block.num_bytes, dtype=torch.uint8)
+    for view, param in zip(block.views(before), block.params, strict=True):
+        view.copy_(param.tensor.detach())
+    whole = caught_up(block, StoredCopy(block, 0, block.num_bytes, block=0), before, frozen)
+    slices = [caught_up(block, slices_of([block], shares, i)[0], before, frozen) for i in range(len(shares))]
+    assert torch.equal(torch.cat(slices), whole)
+    for param, old, new in zip(block.params, block.views(before), block.views(whole), strict=True):
+        assert torch.equal(old, new) == (param.name in frozen), param.name
+
+
+def test_every_element_is_in_one_slice() -> None:
+    block = unit()
+    for param in block.params:
+        slices = [slices_of([block], [1.0, 2.0, 1.0], i)[0] for i in range(3)]
+        assert [e for copy in slices for e in copy.elements_of(param)] == list(range(param.numel))
