@@ -148,13 +148,13 @@ def test_a_measured_machine(tmp_path: Path) -> None:
     assert whole.row["up_bytes"] == 0 and whole.row["rank_bytes"]["slots"] == 0  # a CPU uses memory in place
     slower = Planner(asked, machine_from(measured_cpu(2.0))).predict()
     assert slower.step_s == pytest.approx(2 * whole.step_s, rel=0.01)
-    asked.weights = "disk"
+    asked = request("--dtype=float32", "--weights=disk")
     streamed = Planner(asked, machine).predict()
     assert streamed.step_s >= 0.999 * whole.step_s and streamed.row["up_bytes"] > 0
     assert streamed.row["host_bytes"] < whole.row["host_bytes"] and streamed.row["disk_bytes"] > 0
     two = Planner(asked, machine).predict(MeshShape(2, 1)).row
     assert two["host_bytes"] == 2 * two["rank_bytes"]["total"]
-    asked.weights = "host"
+    asked = request("--dtype=float32", "--weights=host")
     sliced = Planner(asked, machine).predict(MeshShape(2, 1), sliced=True).row
     assert sliced["up_bytes"] > 0 and sliced["gather_bytes"] > 0
 

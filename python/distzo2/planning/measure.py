@@ -167,15 +167,12 @@ def measure_matmul(device: torch.device, effort: Effort) -> list[dict[str, Any]]
     return rows
 
 
-@torch.no_grad()
 def measure_memory(device: torch.device, effort: Effort) -> dict[str, Any]:
-    """Bytes/s that an operation of a forward reads and writes: relu to a new tensor."""
+    """Bytes/s that an operation reads and writes, with operands that the caches do not hold."""
     num_bytes = effort.pick(2, 32 if device.type == "cpu" else 512) * MIB
     x = torch.full((num_bytes // 4,), 0.01, device=device)
-    return {
-        "device": str(device),
-        "bytes_per_s": 2 * num_bytes / seconds_of(functools.partial(F.relu, x), effort, device),
-    }
+    add = functools.partial(torch.add, x, 1.0, out=torch.empty_like(x))
+    return {"device": str(device), "bytes_per_s": 2 * num_bytes / seconds_of(add, effort, device)}
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------

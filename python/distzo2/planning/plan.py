@@ -283,7 +283,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
     for row in rows:
         row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
     fitting = [i for i, row in enumerate(rows) if row["fits"]]
-    unasked = ("run", "command", "json", "picture", "trace")
+    unasked = ("json", "picture", "trace")
     return {
         "format": FORMAT,
         "version": __version__,
