@@ -49,7 +49,5 @@ def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"distzo2.{_MODULE_OF[name]}"), name)
     if name == "Snapshots":
-        raise AttributeError(
-            "distzo2.Snapshots left: give offload or from_pretrained weight_file=distzo2.WeightFile(...)"
-        )
+        raise AttributeError("distzo2.Snapshots left: offload(..., weight_file=distzo2.WeightFile(...))")
     raise AttributeError(f"module 'distzo2' has no attribute {name!r}")

@@ -18,6 +18,7 @@ from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
+from distzo2.run import loop
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -147,19 +148,24 @@ def test_interrupted_at_any_time(files, signum: int, status: int) -> None:
     assert [(e.update, e.losses) for e in entries] == [(e.update, e.losses) for e in expected]
 
 
-def test_a_damaged_snapshot_is_reported_and_not_used(files, capsys) -> None:
-    options = ["--snapshot-every=4", "--snapshot-pace=1", "--lr=1e-4"]
-    assert finetune(files, *options, "--steps=60", "--weights=disk") == 0
-    (newest,) = Path("out/snapshots").iterdir()
-    with open(next(newest.glob("unit-*")), "r+b") as file:
-        file.seek(5000)
-        byte = file.read(1)
-        file.seek(5000)
-        file.write(bytes([byte[0] ^ 1]))
+def test_a_damaged_weight_file_is_reported_and_made_again(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = loop.save_pretrained
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_pretrained", interrupted)
+    assert finetune(files, "--snapshot-every=4", "--snapshot-pace=1", "--lr=1e-4", "--steps=60", "--weights=disk")
+    monkeypatch.setattr(loop, "save_pretrained", save)
+    data = bytearray(Path("out/weights.dzo2").read_bytes())
+    for at in range(64 * 1024, len(data), 4096):
+        data[at] ^= 1
+    Path("out/weights.dzo2").write_bytes(data)
     capsys.readouterr()
-    assert main(["finetune", "--resume", "--out=out", "--steps=63", "--weights=host", "--snapshot-every=0"]) == 0
+    assert main(["finetune", "--resume", "--out=out", "--steps=63", "--weights=host"]) == 0
     text = capsys.readouterr().out
-    assert f"the snapshot {newest.name} cannot be used: out/snapshots/{newest.name}/unit-" in text
+    assert "out/weights.dzo2: " in text and "made from the base again" in text
+    assert not list(Path("out").glob("weights*"))
     assert finetune(files, "--lr=1e-4", "--steps=63", "--out=whole") == 0
     assert_same_bits("whole/checkpoint", "out/checkpoint")
 

@@ -130,7 +130,7 @@ def test_misuse_is_refused_and_leaves_the_engine_usable(kind: str, tmp_path: Pat
     with pytest.raises(ValueError, match="at least 2 slots"):
         CopyEngine("cpu", source, [ring.slots[0].data_ptr()], SLOT_BYTES)
     with pytest.raises(ValueError, match="block 0 has 70000 bytes, and a slot 4096"):
-        CopyEngine("cpu", source, [s.data_ptr() for s in ring.slots], 4096)
+        CopyEngine("cpu", source, [s.data_ptr() for s in ring.slots], 4096).acquire(0)
     with pytest.raises(TypeError):
         CopyEngine("cpu", None, [s.data_ptr() for s in ring.slots], SLOT_BYTES)
 

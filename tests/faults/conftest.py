@@ -12,8 +12,6 @@ from fault_forms import arguments
 from shimmed_runs import ShimmedRuns, build_shim
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
-from distzo2.record.snapshot import snapshots_in
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
@@ -42,5 +40,5 @@ def undisturbed(files, runs, tmp_path_factory) -> SimpleNamespace:
     answer = runs.run(path, arguments(files))
     assert answer.status == 0, answer.text
     assert json.loads((path / "out/run.json").read_text())["best_step"] == 6  # so that saving it is replaying six
-    assert answer.num_calls > 50 and snapshots_in(path / "out/snapshots")
+    assert answer.num_calls > 50
     return SimpleNamespace(path=path / "out", num_calls=answer.num_calls)

@@ -46,9 +46,9 @@ def test_a_power_cut_loses_nothing(files, runs, undisturbed, tmp_path, keeps):
         directory.mkdir()
         disk.leave(directory / "out", rng if keeps == "some of the rest" else None)
         text = go_on(runs, directory, arguments(files))
-        # A snapshot's name comes after all that it names, and after the journal's lines.
-        assert "cannot be used" not in text, (number, fields, text)
-        outcomes["from a snapshot" if "went on from" in text else "from the base"] += 1
+        # A block is committed after its bytes, and after the journal's lines.
+        assert "made from the base again" not in text, (number, fields, text)
+        outcomes["from the weight file" if "from weights.dzo2: " in text else "from the base"] += 1
         assert_same_run(directory / "out", undisturbed.path)
         shutil.rmtree(directory)
     print(f"{keeps}: cuts at {len(chosen)} of {len(calls)} calls, {dict(outcomes)}")

@@ -178,12 +178,10 @@ def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) ->
         model.head.requires_grad_(False)
     distzo2.offload(model, weights="host")
     options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
-    if what in ("journal options", "snapshots"):
+    if what == "journal options":
         options["journal"] = directory / "journal.jsonl"
     if rank == 1 and what == "journal options":
         options["fsync_every"] = 4
-    if rank == 1 and what == "snapshots":
-        options["snapshots"] = distzo2.Snapshots(directory / "snapshots")
     optimizer(model, **options)
 
 

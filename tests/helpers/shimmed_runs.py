@@ -79,8 +79,6 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import distzo2.optim.shared_step
-    import distzo2.record.snapshot_resume
-    import distzo2.record.snapshot_writer
     import distzo2.run.train  # noqa: F401
 
     for line in sys.stdin:

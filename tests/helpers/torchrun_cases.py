@@ -84,16 +84,16 @@ def command(rank: int, world_size: int, directory: Path, arguments: list[str], t
 
 @contextlib.contextmanager
 def _trouble(kind: str, rank: int):
-    """On rank 1, step 2 of a run fails, or the file system of rank 0 is not seen."""
+    """On rank 1, a step of a run fails, or the weight file of rank 0 is not seen."""
     from distzo2.optim.zosgd import ZOSGD
-    from distzo2.record import snapshot_resume
+    from distzo2.record.weight_file import WeightFile
 
-    step, find_same = ZOSGD.step, snapshot_resume.find_same
+    step, path_of = ZOSGD.step, WeightFile.path_of
     if kind == "blind" and rank == 1:
-        snapshot_resume.find_same = lambda directory, *rest: find_same("/nowhere", *rest)
+        WeightFile.path_of = lambda self, rank: Path("/nowhere/weights.dzo2")
 
     def spoilt(self, closures, **options):
-        if self.step_count == 2 and rank == 1 and kind == "full":
+        if self.step_count == {"full": 2, "full at step 30": 30}.get(kind) and rank == 1:
             raise OSError(28, "No space left on device", "somewhere")
         if self.step_count == 2 and rank == 1 and kind == "interrupt":
             os.kill(os.getpid(), signal.SIGINT)
@@ -103,4 +103,4 @@ def _trouble(kind: str, rank: int):
     try:
         yield
     finally:
-        ZOSGD.step, snapshot_resume.find_same = step, find_same
+        ZOSGD.step, WeightFile.path_of = step, path_of

@@ -101,7 +101,6 @@ def test_ranks_that_do_different_things_are_all_told(ranks: Ranks, what: str, tm
         ("frozen", "RanksDisagreeError", "the parameters: "),
         ("weights", "ReplicasDifferError", "first in unit "),
         ("journal options", "RanksDisagreeError", "fsync_every: 1 on rank 0, 4 on rank 1"),
-        ("snapshots", "RanksDisagreeError", "having snapshots: False on rank 0, True on rank 1"),
     ],
 )
 def test_ranks_with_different_models_are_refused(ranks: Ranks, what: str, kind: str, text: str, tmp_path: Path):

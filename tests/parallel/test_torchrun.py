@@ -120,18 +120,19 @@ def test_trouble_on_one_rank_ends_all_and_the_run_goes_on(ranks, files, alone, t
 
 
 @pytest.mark.parametrize("slices", [[], ["--slice=on"]], ids=["whole", "slices"])
-def test_ranks_go_on_from_a_snapshot_that_only_some_of_them_see(ranks, files, tmp_path, monkeypatch, slices):
+def test_ranks_resume_from_a_weight_file_that_only_some_of_them_see(ranks, files, tmp_path, monkeypatch, slices):
     """Rank 1 makes the journal's updates again from the base, and has the same weights, or its slice of them."""
-    snapshots = ["--snapshot-every=3", "--snapshot-pace=1", "--verify-every=4", "--steps=30"]
-    results = ranks.values(cases.command, 2, tmp_path, arguments(files, "--parallel=pert=2", *snapshots, *slices))
-    assert [r["status"] for r in results] == [0, 0] and not any("snapshot" in r["out"] for r in results[1:])
-    (whole,) = (tmp_path / "out/snapshots").iterdir()  # --keep 1
-    more = ["finetune", "--resume", "--out=out", "--steps=34", "--parallel=data=3", *slices]
+    options = ["--snapshot-every=3", "--snapshot-pace=1", "--verify-every=4", "--steps=34"]
+    command = arguments(files, "--parallel=pert=2", *options, *slices)
+    results = ranks.values(cases.command, 2, tmp_path, command, "full at step 30")
+    assert all(r["status"] for r in results)
+    assert {p.name for p in (tmp_path / "out").glob("weights*")} == {"weights.dzo2", "weights.dzo2.json"}
+    more = ["finetune", "--resume", "--out=out", "--parallel=data=3", *slices]
     results = ranks.values(cases.command, 3, tmp_path, more, "blind")
     assert [r["status"] for r in results] == [0, 0, 0], results
-    assert f"went on from the snapshot {whole.name}" in results[0]["out"]
+    assert "from weights.dzo2: " in results[0]["out"]
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments(files, *snapshots), "--steps=34", "--out=alone"]) == 0
+    assert main([*arguments(files, *options), "--out=alone"]) == 0
     assert_same_run(tmp_path / "out", tmp_path / "alone", 34)
 
 

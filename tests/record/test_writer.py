@@ -16,7 +16,7 @@ import pytest
 from journal_cases import make_entry, make_test_header, run_python, start_python, write_journal
 
 from distzo2.record.journal import Journal, JournalError, read_journal
-from distzo2.record.snapshot_writer import _Errand
+from distzo2.record.weight_file import _Errand
 
 
 def failing(code: int) -> Callable[..., Any]:
@@ -261,7 +261,7 @@ def test_a_journal_that_is_dropped_in_its_own_thread_ends(tmp_path: Path) -> Non
         assert journal.durable == 2
 
 
-@pytest.mark.parametrize("thread", ["journal", "snapshots"])
+@pytest.mark.parametrize("thread", ["journal", "weight file"])
 def test_garbage_that_is_collected_just_before_a_thread_waits(tmp_path: Path, monkeypatch, thread: str) -> None:
     """What ends the thread comes after its look whether to end, and before anybody can wake it: at the lock that a wait
     makes."""

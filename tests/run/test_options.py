@@ -108,7 +108,7 @@ def test_a_file_that_is_no_file_of_options(name: str, text: str, capsys) -> None
         ("--train=", "expected "),
         ("--out=", "expected "),
         ("--nonsense", "unrecognized arguments: --nonsense"),
-        ("--keep=2", "--keep is no longer an option: one snapshot is kept"),
+        ("--keep=2", "--keep is no longer an option: OUT/weights.dzo2 holds one copy"),
         ("--journal-chain", "is no longer an option: journals are no longer chained; `sha256sum journal.jsonl`"),
     ],
 )

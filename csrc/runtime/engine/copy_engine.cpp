@@ -73,10 +73,6 @@ CopyEngine::CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile
 void CopyEngine::check_slots() const {
     if (slots_.size() < 2)
         throw std::invalid_argument(join_text("copy engine: expected at least 2 slots, got ", slots_.size()));
-    for (size_t block = 0; block < state_->block_bytes.size(); ++block)
-        if (state_->block_bytes[block] > state_->slot_bytes)
-            throw std::invalid_argument(join_text("copy engine: block ", block, " has ", state_->block_bytes[block],
-                                                  " bytes, and a slot ", state_->slot_bytes));
     for (const std::byte* slot : state_->slots)
         if (slot == nullptr)
             throw std::invalid_argument("copy engine: a slot's address is 0");
@@ -109,6 +105,9 @@ void CopyEngine::close() noexcept {
 int CopyEngine::slot_of(int block) const {
     if (block < 0 || static_cast<size_t>(block) >= slot_of_block_.size())
         throw std::out_of_range(join_text("no block ", block, ": the copy engine has ", slot_of_block_.size()));
+    if (state_->block_bytes[block] > state_->slot_bytes) // a file may hold others, which are read without slots
+        throw std::invalid_argument(join_text("copy engine: block ", block, " has ", state_->block_bytes[block],
+                                              " bytes, and a slot ", state_->slot_bytes));
     return slot_of_block_[block];
 }
 

@@ -206,6 +206,9 @@ class KeptWeights:
             self.options.log(f"{self.path}: lacks {what}: made from the base again")
         with ThreadPoolExecutor(_NUM_READERS, "distzo2-weight-file") as pool:
             self.versions = dict(found for found in pool.map(check, self._block_of) if found is not None)
+        if self.versions:
+            held, units = sorted(self.versions.values()), f"{len(self.versions)} of {len(self.rows)} units"
+            self.options.log(f"from {self.path.name}: {units}, with {held[0]} to {held[-1]} of {run.num_steps} updates")
         if not unusable or not self.owns:
             return
         self.discard()  # until all blocks are filled again
@@ -328,7 +331,7 @@ class Pace:
         return self._share >= 1 or self._account > 0
 
     def spend(self, seconds: float, num_bytes: int) -> float:
-        """A copy took `seconds`, and `num_bytes` are to be written; returns the seconds that this is guessed to take."""
+        """A copy took `seconds`, and `num_bytes` are to be written; returns how long that is guessed to take."""
         guess = self._per_byte * num_bytes
         self._account -= seconds + guess
         return guess

@@ -250,9 +250,9 @@ class FinetuneOptions(DataReading, Placement):
     )
     snapshot_every: CountOrZero | None = option(
         None,
-        "steps between copies of the trained weights into OUT/weights.dzo2, made in the background, from which --resume "
-        "continues instead of from the model; 0: none (default: 0; with --weights disk, where streamed blocks live in "
-        "that file, 100 for the other weights)",
+        "steps between copies of the trained weights, made in the background in OUT/weights.dzo2, from which --resume "
+        "continues instead of from the model; 0: none (default: 0; with --weights disk, where streamed blocks live "
+        "in that file, 100 for the other weights)",
         "STEPS",
     )
     snapshot_minutes: PositiveOrZero = option(0.0, "minutes between these copies; 0: none by time", "MINUTES")

@@ -58,7 +58,8 @@ def offload(
         units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
             groups by bytes where it has none. Other parameters stay on the device.
         directory: where the block file is made (weights="disk" without weight_file); it is a working file, and goes
-            with the model. On a CPU, glibc then gives freed memory of 1 MiB and more back at once, unless MALLOC_MMAP_THRESHOLD_ is set.
+            with the model. On a CPU, glibc then gives freed memory of 1 MiB and more back at once, unless
+            MALLOC_MMAP_THRESHOLD_ is set.
         slots: blocks that are on the device at once, at least 2.
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
