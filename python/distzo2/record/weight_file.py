@@ -193,7 +193,8 @@ class KeptWeights:
             try:
                 if version > run.num_steps:
                     raise RuntimeError(f"{self.path}: it holds {version} updates, and the journal {run.num_steps}")
-                file.read(block, aligned_buffer(copy.num_bytes).data_ptr(), copy.num_bytes)
+                buffer = aligned_buffer(copy.num_bytes)
+                file.read(block, buffer.data_ptr(), copy.num_bytes)
             except RuntimeError as error:
                 self.options.log(f"unit {copy.unit.name}: {error}: made from the base again")
                 unusable.append(row)
@@ -303,10 +304,11 @@ class KeptWeights:
         """Ends copying and lets go of the file. Safe to call twice."""
         self.stop_copying()
         if self.file is not None:
+            self.file.close()
+            self.file = None
             if self._is_done:
                 self.discard()
-            self.file.close(unlink=self._is_done)
-            self.file = None
+                self.path.unlink(missing_ok=True)
 
 
 def _row(copy: StoredCopy) -> list[Any]:
@@ -472,7 +474,8 @@ class Copier:
         if self._wanted:
             self._steps_of_round += 1
             unseen = next(iter(self._wanted - self._seen), None)
-            if unseen is not None and self._steps_of_round >= _STEPS_UNSEEN and self._pace.allows():
+            is_free = self._errand.task is None and self._pace.allows()
+            if unseen is not None and self._steps_of_round >= _STEPS_UNSEEN and is_free:
                 access.touch(access.weights.units[unseen])
             return
         options = self._options
