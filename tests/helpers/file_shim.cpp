@@ -237,6 +237,14 @@ int ftruncate64(int descriptor, off64_t size) {
     REAL(ftruncate64);
     return sized(descriptor, size, [&] { return real_ftruncate64(descriptor, size); });
 }
+int fallocate(int descriptor, int mode, off_t offset, off_t size) {
+    REAL(fallocate);
+    return sized(descriptor, offset + size, [&] { return real_fallocate(descriptor, mode, offset, size); });
+}
+int fallocate64(int descriptor, int mode, off64_t offset, off64_t size) {
+    REAL(fallocate64);
+    return sized(descriptor, offset + size, [&] { return real_fallocate64(descriptor, mode, offset, size); });
+}
 int posix_fallocate(int descriptor, off_t offset, off_t size) {
     REAL(posix_fallocate);
     const int result = sized(descriptor, offset + size, [&] { return real_posix_fallocate(descriptor, offset, size); });
