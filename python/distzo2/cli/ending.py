@@ -46,7 +46,7 @@ def _text_of(error: BaseException) -> str:
 
 def _expected(error: Exception) -> bool:
     """Whether the cause of an error lies outside the program, so that a traceback would help nobody."""
-    if isinstance(error, DistZO2Error | OSError | MemoryError):
+    if isinstance(error, DistZO2Error | OSError | MemoryError | UnicodeDecodeError):
         return True
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -64,16 +65,8 @@ def add_journal(parser: Parser) -> None:
 
     sub = command("verify", "check every line of a journal, and what belongs to it; exit status 1 if anything is wrong")
     sub.add_argument("file", metavar="FILE", help="journal, or directory of a run")
-    sub.add_argument(
-        "--base", metavar="DIR",
-        help="base checkpoint, to be compared with its SHA-256s (default: that of the run, if it is there)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--parent", metavar="FILE",
-        help="journal, or run, that the run was branched from (default: the one of that name beside it)",
-    )  # fmt: skip
-    sub.add_argument("--run", dest="left_run", action="store_true", help=argparse.SUPPRESS)
-    sub.add_argument("--chain", dest="left_chain", help=argparse.SUPPRESS)
+    sub.add_argument("--base", metavar="DIR", help="base checkpoint (default: that of the run, if it is there)")
+    sub.add_argument("--parent", metavar="FILE", help="journal, or run, of the parent (default: the one beside it)")
 
     sub = command(
         "diff", "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
@@ -152,23 +145,21 @@ def _row(entry: StepEntry) -> str:
     more = f" (+{len(coefs) - COEFS_SHOWN})" if len(coefs) > COEFS_SHOWN else ""
     marks = [f"skipped: {entry.skipped}"] if entry.skipped is not None else []
     marks += ["clipped"] if entry.extra.get("clipped") else []
-    text = f"{entry.step:8}  {_mean_loss(entry):10.5f}  {lr:>10}  {entry.tokens:8}  {entry.seconds:8.3f}  "
+    text = f"{entry.step:8}  {entry.mean_loss:10.5f}  {lr:>10}  {entry.tokens:8}  {entry.seconds:8.3f}  "
     return (text + " ".join(coefs[:COEFS_SHOWN]) + more + (f"  [{', '.join(marks)}]" if marks else "")).rstrip()
-
-
-def _mean_loss(entry: StepEntry) -> float:
-    losses = [loss for row in entry.losses for loss in row]
-    return sum(losses) / len(losses) if losses else math.nan
 
 
 def _step_record(entry: StepEntry) -> dict[str, Any]:
     from distzo2.run.metrics import finite
 
-    groups = [group._asdict() for group in entry.update.groups]
-    terms = [term._asdict() for term in entry.update.terms]
-    clipped = bool(entry.extra.get("clipped"))
+    return finite(_fields(entry) | {"loss": entry.mean_loss, "clipped": bool(entry.extra.get("clipped"))})
+
+
+def _fields(entry: StepEntry) -> dict[str, Any]:
+    """A step as JSON values."""
     fields = {name: value for name, value in vars(entry).items() if name != "update"}
-    return finite(fields | {"loss": _mean_loss(entry), "groups": groups, "terms": terms, "clipped": clipped})
+    groups, terms = ([part._asdict() for part in parts] for parts in (entry.update.groups, entry.update.terms))
+    return {"groups": groups, "terms": terms, **fields}
 
 
 def _pairs(record: Mapping[str, Any]) -> str:
@@ -181,9 +172,6 @@ def _pairs(record: Mapping[str, Any]) -> str:
 def _verify(options: argparse.Namespace) -> int:
     from distzo2.record.journal import JournalError, read_journal
 
-    for name, instead in LEFT.items():
-        if getattr(options, f"left_{name}"):
-            raise UsageError(f"journal verify --{name} left: {instead}")
     path, findings, checked = journal_path(options.file), [], ["every line"]
     num_steps = 0
     try:
@@ -241,16 +229,18 @@ def _diff(options: argparse.Namespace) -> int:
     try:
         first, second = (read_journal(path) for path in paths)
     except OSError as error:
-        raise UsageError(f"{error.filename}: {os.strerror(error.errno)}") from error
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
     except DistZO2Error as error:
         raise UsageError(str(error)) from error
     for text in (first.torn, second.torn):
         if text:
             print(printable(text), file=sys.stderr)
-    shared = list(zip(first.entries, second.entries, strict=False))
+    # No two runs share their times.
+    entries = [[dataclasses.replace(entry, seconds=0.0) for entry in each.entries] for each in (first, second)]
+    shared = list(zip(*entries, strict=False))
     lines = [f"header: {found}" for found in islice(_differences(first.header, second.header), 1)]
     for a, b in shared:
-        found = list(islice(_differences(_compared(a), _compared(b)), DIFFERENCES_SHOWN))
+        found = list(islice(_differences(_fields(a), _fields(b)), DIFFERENCES_SHOWN))
         if found:
             lines.append(f"step {a.step}: {'; '.join(found)}")
             break
@@ -266,15 +256,6 @@ def _diff(options: argparse.Namespace) -> int:
     same = next((i for i, (a, b) in enumerate(shared) if repr(a.update) != repr(b.update)), len(shared))
     print(f"the first {same} steps make the same updates")
     return 1
-
-
-def _compared(entry: StepEntry) -> dict[str, Any]:
-    """What two steps are compared by: all but their time, which no two runs share."""
-    record = {
-        "groups": [group._asdict() for group in entry.update.groups],
-        "terms": [term._asdict() for term in entry.update.terms],
-    }
-    return record | {name: getattr(entry, name) for name in ("eps", "losses", "skipped", "tokens", "extra")}
 
 
 def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:

@@ -94,7 +94,10 @@ def make_mesh(options: FinetuneOptions, log: Callable[[str], None]) -> parallel.
     Raises:
         UsageError: it is impossible; nothing has been loaded yet.
     """
-    asked = parse_mesh(options.parallel) if options.parallel else {}
+    try:
+        asked = parse_mesh(options.parallel) if options.parallel else {}
+    except ValueError:
+        raise UsageError(f"--parallel {options.parallel}: expected a mesh (such as pert=2,data=2)") from None
     alone = parallel.world_size_of_environment() == 1
     evaluations = make_estimator(options.estimator).evaluations(options.probes)
     try:
@@ -136,26 +139,23 @@ def report(error: BaseException, text: str, show: Callable[[str], None]) -> None
     if ranks is None:
         if parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
             show(text)
-        return
-    if ranks.world_size == 1:
-        show(text)
-        return
-    if ranks.heartbeat.store_lost:  # then one rank of each machine reports what it knows
-        if _first_of_this_machine():
-            show(text)
-        return
-
-    def another_reports() -> bool:
-        deadline = time.monotonic() + REPORT_SECONDS
-        second_hand = isinstance(error, RankFailedError) and error.told
-        second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
-        while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return ranks.store.add("tellers", 1) > 1
-
-    if not bounded(another_reports, REPORT_SECONDS + STORE_SECONDS):
+    elif ranks.world_size == 1 or (ranks.heartbeat.store_lost and _first_of_this_machine()):
+        show(text)  # without the store one rank of each machine reports what it knows
+    elif not ranks.heartbeat.store_lost and not bounded(
+        lambda: _another_reports(ranks, error), REPORT_SECONDS + STORE_SECONDS
+    ):
         show(text)
         bounded(lambda: ranks.store.set("told", "1"), STORE_SECONDS)
+
+
+def _another_reports(ranks: parallel.Ranks, error: BaseException) -> bool:
+    """Whether another rank reports; one that knows the error at second hand leaves the others time to do so."""
+    second_hand = isinstance(error, RankFailedError) and error.told
+    second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
+    deadline = time.monotonic() + REPORT_SECONDS
+    while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return ranks.store.add("tellers", 1) > 1
 
 
 def _first_of_this_machine() -> bool:

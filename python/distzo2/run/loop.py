@@ -37,6 +37,7 @@ from distzo2.text import gib
 from distzo2.version import __version__
 
 _SCORES = ("loss", "accuracy")
+_STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
@@ -98,12 +99,11 @@ class TrainLoop:
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
         self.score_name = options.score or ("accuracy" if train[0].options else "loss")
-        self.totals: dict[str, float] = {}
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
-        self._traced = 0  # steps; -1: the trace is written
+        self._tracing = False
 
-    def start(self, settings: dict[str, Any], train_sha256: str) -> None:
+    def start(self, settings: dict[str, Any]) -> None:
         """Opens journal and metrics; a resumed run takes over the steps that it has made."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
@@ -132,6 +132,7 @@ class TrainLoop:
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             fsync_every=o.fsync_every,
         )
+        self._first_step = optimizer.step_count  # of this process
         if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
@@ -150,13 +151,12 @@ class TrainLoop:
             self.run.update(
                 options=settings,
                 distzo2=__version__,
-                train_sha256=train_sha256,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
                 model_elements=self.size.num_elements,
                 status="running",
+                launch=launch_id(),
                 **self._best_so_far(),
-                **({} if launch_id() is None else {"launch": launch_id()}),
             )
         self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
 
@@ -172,7 +172,9 @@ class TrainLoop:
                     self._evaluate_if_due(bar)
         except KeyboardInterrupt:
             self._stopped("interrupted")
-            raise
+            steps = f"interrupted: {optimizer.step_count} steps are in the journal"
+            advice = f"continue with distzo2 finetune --resume --out {o.out}"
+            raise KeyboardInterrupt(f"{steps}; {advice}" if self.has_stepped else "") from None
         except DistZO2Error as error:
             self._stopped(f"stopped: {error}")
             raise
@@ -220,20 +222,10 @@ class TrainLoop:
 
     def _note(self, tokens: int, seconds: float, bar: Any) -> None:
         last, stats = self.optimizer.last, self.runtime.stats()
-        times = {
-            "seconds": seconds,
-            "compute_s": stats["compute_s"],
-            "noise_s": stats["noise_s"],
-            # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
-            "exposed_wait_s": stats["exposed_wait_s"] + stats.get("stall_s", 0.0),
-            "upload_s": stats.get("upload_s", 0.0),
-            "download_s": stats.get("download_s", 0.0),
-            "transfer_s": stats.get("upload_s", 0.0) + stats.get("download_s", 0.0),
-            "bytes_up": stats.get("bytes_up", 0),
-            "bytes_down": stats.get("bytes_down", 0),
-        }
-        for name, value in times.items():
-            self.totals[name] = self.totals.get(name, 0) + value
+        times = {"seconds": seconds} | {name: stats.get(name, 0) for name in _STATS}
+        times["transfer_s"] = times["upload_s"] + times["download_s"]
+        # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
+        times["exposed_wait_s"] += stats.get("stall_s", 0.0)
         memory = resident_bytes()
         self.metrics.write(
             kind="step",
@@ -259,20 +251,20 @@ class TrainLoop:
 
     def _trace(self, step: int) -> None:
         """Records --trace-steps steps from the third on, or from the first where there are no more."""
-        if self.options.trace is None or self._traced < 0 or not self.leads:
+        o = self.options
+        first = max(self._first_step, min(TRACE_FROM, max(0, o.steps - o.trace_steps)))
+        if o.trace is None or not self.leads:
             return
-        first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
-        if step >= first and self._traced == 0:
+        if step == first:
             self.runtime.weights.enable_trace(True)
-        if step >= first:
-            self._traced += 1
-        if self._traced > self.options.trace_steps:
+            self._tracing = True
+        elif step == first + o.trace_steps:
             self._end_trace()
 
     def _end_trace(self) -> None:
         self.runtime.weights.save_trace(self.options.trace or self.run.trace)
         self.runtime.weights.enable_trace(False)
-        self._traced = -1
+        self._tracing = False
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -351,7 +343,7 @@ class TrainLoop:
             self._ended(status)
 
     def _ended(self, status: str) -> None:
-        if self._traced > 0:
+        if self._tracing:
             self._end_trace()
         stats = self.runtime.stats()
         self.run.update(
@@ -359,7 +351,6 @@ class TrainLoop:
             steps_done=self.optimizer.step_count,
             peak_bytes=peak_bytes(),
             weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
-            totals=self.totals,
             **self._best_so_far(),
         )
 

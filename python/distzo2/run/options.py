@@ -9,19 +9,20 @@ them pass `checked`, which refuses unknown names and values out of range before 
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationError
 from pydantic import Field as Range
 
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import UsageError
+from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode")
@@ -43,65 +44,37 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-def _not_empty(value: str) -> str:
-    if not value:
-        raise ValueError("expected a name")
-    return value
-
-
-def _float32(value: float) -> float:
-    """Steps are computed in float32, which must hold the value."""
-    if value and not 2.0**-149 <= abs(value) < 2.0**128:
-        raise ValueError("expected a number in the range of float32")
-    return value
-
-
 def _none_or(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
 def num_bytes(value: int | str | None) -> int | str | None:
-    """Reads a number of bytes, with the suffix KiB, MiB or GiB or without; or "auto".
+    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto".
 
     Raises:
         ValueError: `value` is neither, or not from 1 to 2^63 - 1.
     """
     if value in ("auto", None):
         return value
-    try:
-        text, scale = str(value), 1
-        for suffix, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-            if text.endswith(suffix):
-                text, scale = text.removesuffix(suffix), factor
-        number = float(text) * scale
-    except ValueError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number < 2**63:
-        raise ValueError("expected a number of bytes (such as 12GiB), or auto")
-    return int(number)
+    with suppress(ValidationError):
+        number = int(_BYTES.validate_python(value))
+        if not isinstance(value, bool) and 1 <= number < 2**63:
+            return number
+    raise ValueError("expected a number of bytes (such as 12GiB), or auto")
 
 
-def _mesh(value: str) -> str:
-    from distzo2.parallel.mesh import parse_mesh
-
-    try:
-        parse_mesh(value)
-    except (ValueError, DistZO2Error) as error:
-        raise ValueError("expected a mesh (such as pert=2,data=2)") from error
-    return value
-
-
+_BYTES = TypeAdapter(ByteSize)
 _NUMBER = BeforeValidator(_not_bool)
-Name = Annotated[str, AfterValidator(_not_empty)]
+Name = Annotated[str, Range(min_length=1)]
 Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
 CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
 Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
-Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
-PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
+Positive = Annotated[float, _NUMBER, Range(gt=0, lt=2.0**128)]  # steps are computed in float32
+PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0, lt=2.0**128)]
 Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
 Multiple = Annotated[Annotated[float, _NUMBER, Range(gt=1)] | None, BeforeValidator(_none_or)]
 Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
-MeshShape = Annotated[str, AfterValidator(_mesh)]
+Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
 Switch = Annotated[bool, Range(strict=True)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -110,29 +83,17 @@ Noise = Literal["normal", "rademacher"]
 Weights = Literal["device", "host", "disk"]
 
 
-def option(
-    default: Any,
-    text: str,
-    metavar: str | None = None,
-    *,
-    short: str | None = None,
-    bare: str | None = None,
-    positional: bool = False,
-    group: str | None = None,
-) -> Any:
+def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
     """A field of an options class.
 
     Args:
         default: MISSING if the option is required.
         text: its line in `--help`.
         metavar: what `--help` calls its value.
-        short: a second flag.
-        bare: the value of the flag without a value.
-        positional: whether it is given by position.
-        group: title of the group in `--help` that begins with it.
+        more: `short`, a second flag; `bare`, the value of the flag without a value; `positional`, whether it is given
+            by position; `group`, the title of the group in `--help` that begins with it.
     """
-    shown = {"help": text, "metavar": metavar, "short": short, "bare": bare, "positional": positional, "group": group}
-    return field(default=default, metadata=shown)
+    return field(default=default, metadata={"help": text, "metavar": metavar, **more})
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -162,7 +123,7 @@ class Placement:
         "N",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
-    threads: Count | None = option(None, "CPU threads for computing (default: torch's choice)", "N")
+    threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)", "N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +257,7 @@ class FinetuneOptions(DataReading, Placement):
         "N",
     )
 
-    parallel: MeshShape | None = option(
+    parallel: str | None = option(
         None,
         "ranks that share the perturbations of a step, and ranks that share its micro-batches; P x D is the number of "
         "ranks (default: the mesh whose busiest rank has the least to do)",
@@ -466,7 +427,7 @@ def groups_of(kind: type) -> dict[str | None, list[Field]]:
     for base in kind.__mro__:
         title = None
         for name in (name for name in get_annotations(base) if name in known):
-            title = known[name].metadata["group"] or title
+            title = known[name].metadata.get("group") or title
             groups.setdefault(title, []).append(known.pop(name))
     return groups
 
@@ -492,11 +453,8 @@ def checked(kind: type, values: Mapping[str, Any], source: str | None = None) ->
         try:
             result[name] = TypeAdapter(types_of(kind)[name]).validate_python(value)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False)[0]
-            reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-            reason = re.sub("expected (?=greater|less)", "expected a number ", reason)
             text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-            raise UsageError(f"{shown} {text}: {reason}") from error
+            raise UsageError(f"{shown} {text}: {first_reason(error)}") from error
     return result
 
 
@@ -508,7 +466,7 @@ def made(kind: type[Options], values: Mapping[str, Any]) -> Options:
     """
     for f in fields(kind):
         if f.default is MISSING and f.name not in values:
-            name = f.metadata["metavar"] if f.metadata["positional"] else "--" + f.name.replace("_", "-")
+            name = f.metadata["metavar"] if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
             raise UsageError(f"{name} is missing")
     return kind(**values)
 
@@ -521,23 +479,18 @@ def read_config(kind: type, path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        content = Path(path).read_bytes()
-        if path.endswith(".json"):
-            values = json.loads(content)
-        elif path.endswith((".yaml", ".yml")):
-            import yaml
+    import yaml
 
-            try:
-                values = yaml.safe_load(content)
-            except yaml.YAMLError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".json"):
+            values = json.loads(text)
         else:
-            values = tomllib.loads(content.decode("utf-8"))
+            values = yaml.safe_load(text) if path.endswith((".yaml", ".yml")) else tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path}: {error}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"--config {path}: expected option names and values")
     return checked(kind, values, path)
