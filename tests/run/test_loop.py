@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import finetune, one_line, weights
+from cli_runs import finetune, one_line, record, resume, weights
 from safetensors.torch import load_file, save_file
 
 from distzo2.cli.main import main
@@ -22,8 +21,6 @@ from distzo2.run.loop import factor_of, make_scheduler
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
-
-RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
 
 
 def rates(schedule: str, num_steps: int, warmup: int, first: int = 0) -> list[float]:
@@ -52,14 +49,10 @@ def test_taken_up_in_the_middle(schedule: str) -> None:
         assert rates(schedule, 9, 2, first) == whole[first:]
 
 
-def record() -> dict:
-    return json.loads(Path("out/run.json").read_text())
-
-
 def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, capsys, monkeypatch) -> None:
     options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best", "--steps=4"]
     assert finetune(files, *options, "--out=whole") == 0
-    best = json.loads(Path("whole/run.json").read_text())["best_step"]
+    best = record("whole")["best_step"]
     update = RunDirectory.update
 
     class Killed(BaseException):
@@ -75,8 +68,8 @@ def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, c
         finetune(files, *options)
     monkeypatch.setattr(RunDirectory, "update", update)
     assert best > 0 and record().get("best_step") != best
-    assert main(RESUME) == 0
-    whole = json.loads(Path("whole/run.json").read_text())
+    assert resume() == 0
+    whole = record("whole")
     assert {k: record()[k] for k in ("best_step", "best", "checkpoint_step")} == {
         k: whole[k] for k in ("best_step", "best", "checkpoint_step")
     }
@@ -86,7 +79,7 @@ def test_a_best_step_of_evaluations_that_count_no_more_is_forgotten(files, capsy
     options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best"]
     assert finetune(files, *options, "--steps=2") == 0
     assert record()["best_step"] is not None
-    assert main([*RESUME, "--eval=", "--eval-every=0", "--save=last", "--steps=3"]) == 0
+    assert resume("--eval=", "--eval-every=0", "--save=last", "--steps=3") == 0
     assert record()["best_step"] is record()["best"] is None and record()["checkpoint_step"] == 3
 
 
@@ -113,7 +106,7 @@ def test_a_loss_that_is_not_finite(files, tmp_path: Path, capsys) -> None:
     assert all(not e.update.terms for e in entries)
     lines = read_metrics("out/metrics.jsonl")
     assert [line["loss"] for line in lines] == [None, None] and lines[0]["skipped"] == "non-finite loss"
-    assert json.loads(Path("out/run.json").read_text())["status"].startswith("stopped: ")
+    assert record()["status"].startswith("stopped: ")
 
 
 def test_a_run_has_not_finished_before_its_journal_is_durable(files, capsys, monkeypatch) -> None:
@@ -155,12 +148,12 @@ def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files, capsys, monkey
     monkeypatch.setattr(RunDirectory, "update", fails_at_the_end)
     assert finetune(files, "--steps=2") == 1
     assert "run.json.tmp: Input/output error" in one_line(capsys)
-    assert json.loads(Path("out/run.json").read_text())["status"] == "running"
+    assert record()["status"] == "running"
     before = weights("out/checkpoint")
     monkeypatch.setattr(RunDirectory, "update", update)
-    assert main(["finetune", "--resume", "--out=out", "--quiet"]) == 0
-    record = json.loads(Path("out/run.json").read_text())
-    assert (record["status"], record["steps_done"], record["checkpoint_step"]) == ("finished", 2, 2)
+    assert resume() == 0
+    done = record()
+    assert (done["status"], done["steps_done"], done["checkpoint_step"]) == ("finished", 2, 2)
     after = weights("out/checkpoint")
     assert all(torch.equal(after[name], value) for name, value in before.items())
 

@@ -173,24 +173,21 @@ def _verify(options: argparse.Namespace) -> int:
     from distzo2.record.journal import JournalError, read_journal
 
     path, findings, checked = journal_path(options.file), [], ["every line"]
-    num_steps = 0
     try:
         contents = read_journal(path, findings=findings)
     except JournalError as error:
         findings.append(str(error))
     else:
-        num_steps = len(contents.entries)
         findings += [contents.torn] if contents.torn else []
         for what, found in _around(options, path, contents.header):
             checked.append(what)
             findings += found
     for finding in findings:
-        print(printable(" ".join(finding.split())))
+        print(printable(finding))
     if findings:
         print(printable(f"{path}: not in order: {len(findings)} finding{'s' * (len(findings) > 1)}"))
         return 1
-    names = checked[0] if len(checked) == 1 else f"{', '.join(checked[:-1])} and {checked[-1]}"
-    print(printable(f"{path}: in order: {num_steps} steps; checked {names}"))
+    print(printable(f"{path}: in order: {len(contents.entries)} steps; checked {' and '.join(checked)}"))
     return 0
 
 
@@ -203,9 +200,9 @@ def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) 
 
     base, parent, is_run = options.base, options.parent, Path(options.file).is_dir()
     if base is None and is_run and header["base"]["files"]:
-        with suppress(DistZO2Error):  # no run.json that can be read
-            named = saved_options(options.file).get("model")
-            base = named if isinstance(named, str) and Path(named).is_dir() else None
+        with suppress(DistZO2Error, KeyError):  # no run.json that can be read
+            base = saved_options(options.file)["model"]
+            base = base if Path(base).is_dir() else None
     if base is not None:
         no_files = [] if header["base"]["files"] else [f"{base}: the journal's run did not start from a checkpoint"]
         yield "the base checkpoint", [*no_files, *checkpoint_differences(base, header["base"])]

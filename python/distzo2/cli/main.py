@@ -11,13 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from distzo2.cli import journal
 from distzo2.cli.arguments import Formatter, Parser, add_options, refuse
-from distzo2.cli.ending import Terminated, end_with
+from distzo2.cli.ending import end_with, terminated_as_interrupted
 from distzo2.errors import UsageError
 from distzo2.run.options import (
     LEFT,
@@ -83,13 +82,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    terminated = Terminated()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # what its encoding lacks is escaped
-            with suppress(OSError, ValueError):  # a broken stream reports its error at the next write
-                stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks is escaped
+    terminated: list[int] = []
     try:
-        with terminated:
+        with terminated_as_interrupted() as terminated:
             name, options = parse(sys.argv[1:] if arguments is None else arguments)
             _quiet_libraries()
             return COMMANDS[name][2](options)
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (python flushes it at exit)
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        return end_with(error, terminated.happened)
+        return end_with(error, bool(terminated))
 
 
 def _quiet_libraries() -> None:

@@ -22,8 +22,6 @@ from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.run.directory import saved_options
 from distzo2.run.options import FinetuneOptions, checked, made, read_config
 
-REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
-
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
     """The options of a run: defaults, below them the run's own where it is resumed or branched, then the file's, then
@@ -137,25 +135,15 @@ def report(error: BaseException, text: str, show: Callable[[str], None]) -> None
     """Calls `show(text)` on one rank, for an error that ends all of them."""
     ranks = parallel.joined()
     if ranks is None:
-        if parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
-            show(text)
-    elif ranks.world_size == 1 or (ranks.heartbeat.store_lost and _first_of_this_machine()):
-        show(text)  # without the store one rank of each machine reports what it knows
-    elif not ranks.heartbeat.store_lost and not bounded(
-        lambda: _another_reports(ranks, error), REPORT_SECONDS + STORE_SECONDS
-    ):
+        speaks = parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    elif ranks.world_size == 1 or (isinstance(error, RankFailedError) and error.told):  # the one that failed reports
+        speaks = ranks.world_size == 1
+    elif ranks.heartbeat.store_lost:  # then one rank of each machine reports what it knows
+        speaks = _first_of_this_machine()
+    else:
+        speaks = bounded(lambda: ranks.store.add("tellers", 1), STORE_SECONDS) in (1, None)
+    if speaks:
         show(text)
-        bounded(lambda: ranks.store.set("told", "1"), STORE_SECONDS)
-
-
-def _another_reports(ranks: parallel.Ranks, error: BaseException) -> bool:
-    """Whether another rank reports; one that knows the error at second hand leaves the others time to do so."""
-    second_hand = isinstance(error, RankFailedError) and error.told
-    second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
-    deadline = time.monotonic() + REPORT_SECONDS
-    while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return ranks.store.add("tellers", 1) > 1
 
 
 def _first_of_this_machine() -> bool:

@@ -26,7 +26,7 @@ from distzo2.record.lineage import BranchPoint
 from distzo2.record.snapshot import Snapshots
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id
-from distzo2.run.metrics import Metrics, device_peak_bytes, finite, peak_bytes, progress_bar, resident_bytes
+from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
@@ -36,6 +36,10 @@ from distzo2.tasks.tokenize import Example
 from distzo2.text import gib
 from distzo2.version import __version__
 
+_OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
+    "lr", "eps", "weight_decay", "noise", "estimator", "seed",
+    "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every",
+)  # fmt: skip
 _SCORES = ("loss", "accuracy")
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
@@ -108,18 +112,8 @@ class TrainLoop:
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
-            lr=o.lr,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
             num_probes=o.probes,
-            noise=o.noise,
-            estimator=o.estimator,
-            seed=o.seed,
-            max_lanes=o.max_lanes,
-            max_coef=o.max_coef,
-            max_clipped=o.max_clipped,
-            max_skipped=o.max_skipped,
-            verify_every=o.verify_every,
+            **{name: getattr(o, name) for name in _OPTIMIZER},
             journal=self.run.journal,
             resume=o.resume,
             snapshots=Snapshots(
@@ -221,7 +215,7 @@ class TrainLoop:
         self.scheduler.step()
 
     def _note(self, tokens: int, seconds: float, bar: Any) -> None:
-        last, stats = self.optimizer.last, self.runtime.stats()
+        last, stats, device = self.optimizer.last, self.runtime.stats(), self.runtime.device
         times = {"seconds": seconds} | {name: stats.get(name, 0) for name in _STATS}
         times["transfer_s"] = times["upload_s"] + times["download_s"]
         # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
@@ -242,7 +236,7 @@ class TrainLoop:
             down_bytes_per_s=_rate(times["bytes_down"], times["download_s"]),
             rss=memory,
             peak=peak_bytes(),
-            device_peak=device_peak_bytes(self.runtime.device),
+            device_peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
         if last.skipped:
             bar.write(f"step {last.step}: {last.skipped}: not applied")

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic_core import from_json
 from tqdm import tqdm
 
 from distzo2.files import write_whole
@@ -127,10 +127,7 @@ def _text(line: dict[str, Any]) -> str:
 
 def _read_line(text: bytes) -> dict[str, Any]:
     """Raises ValueError unless `text` is a line of metrics."""
-    try:
-        line = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    line = from_json(text)
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise ValueError("not a line of metrics")
     if line.get("kind") == "eval":
@@ -169,8 +166,3 @@ def peak_bytes() -> int:
     # Not getrusage: after fork and exec its figure includes what the parent had.
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def device_peak_bytes(device: torch.device) -> int | None:
-    """Peak memory that torch allocated on a CUDA device; None on other devices."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -67,8 +67,6 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         if held_out:
             resolve_objective(objective_name, held_out, options.eval)
         check_memory(size, device, options.weights, _ranks_here(), _copies_here(options.weights))
-        if leads and not options.resume and not run.begins_again:
-            _check_room(options, size, run)
         train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     if mesh is not None:
         mesh.exchange.agree("the data", {"the training file": train_sha256, "the bytes of the model": size.total})
@@ -84,7 +82,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 else:  # if this process is killed before the journal is there, --resume begins again
                     if run.begins_again:
                         run.remove_leftovers()
-                        _check_room(options, size, run)
+                    _check_room(options, size, run)
                     run.update(options=settings, train_sha256=train_sha256, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
             model = from_pretrained(
@@ -112,7 +110,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         foreign = isinstance(error.__cause__, FileExistsError)  # another program made a journal meanwhile
         if loop is None or not loop.has_stepped:
             run.withdraw(with_journal=not foreign)
-            if isinstance(error, KeyboardInterrupt) and not run.continues:
+            if isinstance(error, KeyboardInterrupt) and not options.resume:
                 raise KeyboardInterrupt("interrupted before the first step: nothing was written") from None
         raise
     finally:
