@@ -10,15 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from cli_runs import finetune, make_files, one_line
 from journal_cases import make_entry, make_test_header, write_journal
 
 from distzo2.cli.main import main
 from distzo2.record.journal import Journal, read_journal
 from distzo2_core.types import GroupScalars, Update
-
-IDS = torch.arange(8).reshape(1, 8)
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +38,6 @@ def output(capsys) -> list[str]:
     return captured.out.splitlines()
 
 
-def make_odd(path: Path) -> Path:
-    """A journal with a skipped, a clipped and a many-probe step."""
-    skipped = Update(1, (GroupScalars(0.0, 0.0),), ())
-    update = make_entry(2).update
-    entries = [
-        make_entry(0),
-        make_entry(1, update=skipped, skipped="non-finite loss", losses=[[math.nan], [1.0]]),
-        make_entry(2, update=update._replace(terms=update.terms * 5), extra={"clipped": True}),
-    ]
-    Journal.create(path, make_test_header(), entries).close()
-    return path
-
-
 # show
 
 
@@ -74,22 +58,26 @@ def test_show(run, capsys) -> None:
         assert float(row[5]) == pytest.approx(entry.update.terms[0].c, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shown"), [("1:3", [1, 2]), (":2", [0, 1]), ("-1:", [3]), (":", [0, 1, 2, 3]), ("9:", [])]
-)
-def test_show_some_steps(run, capsys, steps: str, shown: list[int]) -> None:
-    assert journal("show", run.journal, f"--steps={steps}", "--json") == 0
-    (line,) = output(capsys)
-    record = json.loads(line)
+def test_show_some_steps(run, capsys) -> None:
     contents = read_journal(run.journal)
-    assert [step["step"] for step in record["steps"]] == shown and record["header"] == contents.header
-    for step in record["steps"]:
-        entry = contents.entries[step["step"]]
-        assert step["losses"] == entry.losses and step["terms"][0]["c"] == entry.update.terms[0].c
+    for steps, shown in (("1:3", [1, 2]), (":2", [0, 1]), ("-1:", [3]), (":", [0, 1, 2, 3]), ("9:", [])):
+        assert journal("show", run.journal, f"--steps={steps}", "--json") == 0
+        (line,) = output(capsys)
+        record = json.loads(line)
+        assert [step["step"] for step in record["steps"]] == shown and record["header"] == contents.header
+        for step, entry in zip(record["steps"], (contents.entries[i] for i in shown), strict=True):
+            assert step["losses"] == entry.losses and step["terms"][0]["c"] == entry.update.terms[0].c
 
 
 def test_show_marks_what_was_not_as_usual(tmp_path, capsys) -> None:
-    path = make_odd(tmp_path / "journal.jsonl")
+    path = tmp_path / "journal.jsonl"
+    skipped, update = Update(1, (GroupScalars(0.0, 0.0),), ()), make_entry(2).update
+    entries = [
+        make_entry(0),
+        make_entry(1, update=skipped, skipped="non-finite loss", losses=[[math.nan], [1.0]]),
+        make_entry(2, update=update._replace(terms=update.terms * 5), extra={"clipped": True}),
+    ]
+    Journal.create(path, make_test_header(), entries).close()
     with path.open("ab") as file:
         file.write(b'{"step"')
     assert journal("show", path) == 0
@@ -147,23 +135,20 @@ def test_every_damaged_line_is_named(tmp_path, capsys) -> None:
     lines[2] = lines[2].replace(b'"tokens":64', b'"tokens":65')
     lines[4] = make_entry(7).to_line()
     lines[6] = lines[6][:-20]
-    path.write_bytes(b"".join(lines))
-    first, second, third = findings(capsys, path)
-    assert f"{path}: line 3: the CRC does not match" in first
-    assert "line 5: step 7 where step 3 must follow" in second and "line 7 (step 5) was torn" in third
-    path.write_bytes(b"".join(lines[:3]) + bytes(600) + b"".join(lines[3:]))
-    assert "the CRC does not match" in findings(capsys, path)[0]
-    assert "line 4 (step 2) and all after it were torn" in findings(capsys, path)[1]
-    path.write_bytes(b"x" + lines[0][1:] + make_entry(0).to_line())
-    (found,) = findings(capsys, path)
-    assert "line 1: not the header of a journal: the CRC" in found
-    other = make_entry(0, update=Update(0, (GroupScalars(0.0, 0.0),) * 2, ()))
-    path.write_bytes(lines[0] + other.to_line())
-    (found,) = findings(capsys, path)
-    assert "line 2: 2 groups, the header has 1" in found
-    path.write_bytes(lines[0] + b"x\n" * 10_000)
-    found = findings(capsys, path)
-    assert len(found) == 101 and "more than 100 findings" in found[-1]
+    several = make_entry(0, update=Update(0, (GroupScalars(0.0, 0.0),) * 2, ())).to_line()
+    for content, reasons in (
+        (
+            lines,
+            ["line 3: the CRC does not match", "line 5: step 7 where step 3 must follow", "line 7 (step 5) was torn"],
+        ),
+        ([*lines[:3], bytes(600), *lines[3:]], ["line 3: the CRC", "line 4 (step 2) and all after it were torn"]),
+        ([b"x", lines[0][1:], lines[1]], ["line 1: not the header of a journal: the CRC"]),
+        ([lines[0], several], ["line 2: 2 groups, the header has 1"]),
+        ([lines[0], b"x\n" * 10_000], [*[""] * 100, "more than 100 findings"]),
+    ):
+        path.write_bytes(b"".join(content))
+        for found, reason in zip(findings(capsys, path), reasons, strict=True):
+            assert reason in found
 
 
 def test_the_base_is_compared(run, tmp_path, capsys) -> None:
@@ -267,26 +252,22 @@ def test_diff(run, tmp_path, capsys) -> None:
     entries = contents.entries
     assert differences(capsys, run.journal, run.path) == []
     assert differences(capsys, run.path, written([dataclasses.replace(e, seconds=9.0) for e in entries])) == []
-    lines = differences(capsys, run.path, written(entries[:2]))
-    assert lines[1:] == ["step 2: only in the first journal", "the first 2 steps make the same updates"]
-    lines = differences(capsys, run.path, written(entries, options=contents.header["options"] | {"eps": 0.5}))
-    assert lines[1:] == [
-        f"header: options.eps: {contents.header['options']['eps']} and 0.5",
-        "the first 4 steps make the same updates",
-    ]
     table = [dict(row) for row in contents.header["table"]]
     table[1]["name"] = "other"
-    lines = differences(capsys, run.path, written(entries, table=table))
-    assert lines[1].startswith("header: table[1].name: ") and lines[1].endswith(" and 'other'")
-    changed = dataclasses.replace(entries[1], tokens=7, losses=[[0.0], [-0.0]])
-    lines = differences(capsys, run.path, written([entries[0], changed, *entries[2:]]))
-    assert lines[1].startswith("step 1: losses[0][0]: ") and f"; tokens: {entries[1].tokens} and 7" in lines[1]
-    assert lines[2] == "the first 4 steps make the same updates"
-    term = entries[1].update.terms[0]
-    update = entries[1].update._replace(terms=(term._replace(c=-term.c),))
-    lines = differences(capsys, run.path, written([entries[0], dataclasses.replace(entries[1], update=update)]))
-    assert lines[1] == f"step 1: terms[0].c: {term.c} and {-term.c}"
-    assert lines[2] == "the first 1 steps make the same updates"
+    name = contents.header["table"][1]["name"]
+    eps = contents.header["options"]["eps"]
+    (term,), losses = entries[1].update.terms, entries[1].losses
+    scored = dataclasses.replace(entries[1], tokens=7, losses=[[0.0], [-0.0]])
+    moved = dataclasses.replace(entries[1], update=entries[1].update._replace(terms=(term._replace(c=-term.c),)))
+    for changed, header, difference, num_same in (
+        (entries[:2], {}, "step 2: only in the first journal", 2),
+        (entries, {"options": contents.header["options"] | {"eps": 0.5}}, f"header: options.eps: {eps} and 0.5", 4),
+        (entries, {"table": table}, f"header: table[1].name: {name!r} and 'other'", 4),
+        ([entries[0], scored, *entries[2:]], {}, f"step 1: losses[0][0]: {losses[0][0]} and 0.0", 4),
+        ([entries[0], moved], {}, f"step 1: terms[0].c: {term.c} and {-term.c}", 1),
+    ):
+        lines = differences(capsys, run.path, written(changed, **header))
+        assert lines[1].startswith(difference) and lines[2] == f"the first {num_same} steps make the same updates"
 
 
 def test_diff_of_what_cannot_be_read(run, tmp_path, capsys) -> None:

@@ -93,12 +93,11 @@ def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
 
     Path("c").mkdir()
     Path("c/run.lock").write_text("")  # of a process that was killed
-    for path, left in (("c", []), ("d/e", None)):
+    for path in ("c", "d/e"):
         run = RunDirectory(path)
         run.claim()
         run.withdraw()
-        assert (list(Path(path).iterdir()) if Path(path).exists() else None) == left
-    assert not Path("d").exists()
+    assert not list(Path("c").iterdir()) and not Path("d").exists()
 
 
 def test_a_journal_of_another_program_is_left_alone(files, capsys, monkeypatch) -> None:
@@ -117,33 +116,25 @@ def test_a_journal_of_another_program_is_left_alone(files, capsys, monkeypatch) 
 
 def test_a_checkpoint_of_others_is_not_replaced(files, capsys) -> None:
     assert finetune(files, "--steps=2", "--save=none") == 0
-    Path("out/checkpoint").mkdir()
-    Path("out/checkpoint/model.safetensors").write_text("mine")
-    capsys.readouterr()
-    assert resume("--steps=4", "--save=last") == 1
-    assert "out/checkpoint/model.safetensors: not written by this run" in one_line(capsys)
-    assert Path("out/checkpoint/model.safetensors").read_text() == "mine"
-    assert steps_in() == 2  # refused before any step
+    checkpoint = Path("out/checkpoint")
+    checkpoint.mkdir()
+    for name in ("model.safetensors", "adapter.safetensors"):
+        (checkpoint / name).write_text("mine")
+        assert resume("--steps=4", "--save=last") == 1
+        assert f"out/checkpoint/{name}: not written by this run" in capsys.readouterr().err
+        assert (checkpoint / name).read_text() == "mine" and steps_in() == 2  # refused before any step
+        (checkpoint / name).unlink()
     assert resume("--steps=4", "--save=none") == 0
-    shutil.rmtree("out/checkpoint")
-    Path("out/checkpoint").write_text("mine")
-    capsys.readouterr()
-    assert resume("--steps=5", "--save=last") == 1
-    assert "out/checkpoint: a directory was expected" in one_line(capsys)
 
 
-def test_other_files_in_a_checkpoint_stay(files, capsys) -> None:
-    assert finetune(files, "--steps=2", "--save=last") == 0
+def test_other_files_in_a_checkpoint_stay(files) -> None:
+    assert finetune(files, "--steps=2") == 0
     Path("out/checkpoint/NOTES.md").write_text("mine")
     Path("out/notes.tmp").write_text("mine too")
     before = weights("out/checkpoint")
     assert resume("--steps=3") == 0
     assert Path("out/checkpoint/NOTES.md").read_text() == "mine" and Path("out/notes.tmp").exists()
     assert any(not torch.equal(before[name], value) for name, value in weights("out/checkpoint").items())
-    Path("out/checkpoint/adapter.safetensors").write_text("mine")
-    capsys.readouterr()
-    assert resume("--steps=4") == 1
-    assert "out/checkpoint/adapter.safetensors: not written by this run" in one_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"options": {}}', '{"options": {"steps": 3}}', "{", "\x00"])

@@ -17,6 +17,7 @@ from distzo2.run.options import FinetuneOptions, num_bytes
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
+FULL = ["--model=m", "--train=t", "--out=o", "--steps=10"]
 BASE = {"model": "m", "train": "t", "out": "o", "steps": 10, "lr": 2e-5, "batch-size": 8, "train_mode": True}
 
 
@@ -124,30 +125,20 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         (["--resume"], "--resume needs --out"),
         (["--resume", "--config=no-out.toml"], "--resume needs --out"),
         (["--resume", "--branch-from=a"], "give one of them"),
+        ([*FULL, "--micro-batches=3"], "--micro-batches 3 does not divide --batch-size 16"),
+        ([*FULL, "--estimator=fzoo"], "needs --probes 2"),
+        ([*FULL, "--warmup=11"], "--warmup 11 is more than --steps 10"),
+        ([*FULL, "--fsync-every=2", "--weights=disk"], "every step is synced"),
+        ([*FULL, "--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
+        ([*FULL, "--at-step=1"], "--at-step needs --branch-from"),
+        ([*FULL, "--save=best"], "--save best needs --eval"),
+        ([*FULL, "--eval-every=2"], "--eval-every needs --eval"),
     ],
 )
-def test_what_is_missing(given: list[str], reason: str) -> None:
+def test_options_that_are_missing_or_do_not_go_together(given: list[str], reason: str) -> None:
     Path("no-out.toml").write_text("steps = 3")
     with pytest.raises(UsageError, match=reason):
         options_of(*given)
-
-
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        (["--micro-batches=3"], "--micro-batches 3 does not divide --batch-size 16"),
-        (["--estimator=fzoo"], "needs --probes 2"),
-        (["--warmup=11"], "--warmup 11 is more than --steps 10"),
-        (["--fsync-every=2", "--weights=disk"], "every step is synced"),
-        (["--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
-        (["--at-step=1"], "--at-step needs --branch-from"),
-        (["--save=best"], "--save best needs --eval"),
-        (["--eval-every=2"], "--eval-every needs --eval"),
-    ],
-)
-def test_options_that_do_not_go_together(given: list[str], reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
-        options_of("--model=m", "--train=t", "--out=o", "--steps=10", *given)
 
 
 def test_numbers_of_bytes() -> None:

@@ -20,39 +20,21 @@ from distzo2.weights import residency
 pytestmark = pytest.mark.usefixtures("own_directory")
 
 
-def _truncated(model: Path) -> None:
-    file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def _corrupt(model: Path) -> None:
-    file = model / "model.safetensors"
-    file.write_bytes(b"\xff" * 16 + file.read_bytes()[16:])
-
-
-def _without_tokenizer(model: Path) -> None:
-    for file in model.glob("tokenizer*"):
-        file.unlink()
-
-
-def _without_weights(model: Path) -> None:
-    (model / "model.safetensors").unlink()
-
-
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("names", "damage", "reason"),
     [
-        (shutil.rmtree, "model: "),
-        (_truncated, "model.safetensors"),
-        (_corrupt, "model.safetensors"),
-        (_without_tokenizer, "no tokenizer"),
-        (_without_weights, "expected model.safetensors"),
-        (lambda model: (model / "config.json").write_text('{"model_type": "nobody"}'), "not a configuration"),
+        ("*", None, "model: "),
+        ("model.safetensors", lambda content: content[:-100], "model.safetensors"),
+        ("model.safetensors", lambda content: b"\xff" * 16 + content[16:], "model.safetensors"),
+        ("tokenizer*", None, "no tokenizer"),
+        ("model.safetensors", None, "expected model.safetensors"),
+        ("config.json", lambda content: b'{"model_type": "nobody"}', "not a configuration"),
     ],
 )
-def test_a_bad_checkpoint(files, tmp_path: Path, capsys, damage, reason: str) -> None:
+def test_a_bad_checkpoint(files, tmp_path: Path, capsys, names: str, damage, reason: str) -> None:
     shutil.copytree(files.model, tmp_path / "model")
-    damage(tmp_path / "model")
+    for file in (tmp_path / "model").glob(names):
+        file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
     assert finetune(files, f"--model={tmp_path / 'model'}") == 1
     assert reason in one_line(capsys)
     assert not Path("out").exists()

@@ -49,7 +49,7 @@ def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
     if kind is Switch:
         settings["action"] = "store_true"
     else:
-        settings["metavar"] = shown["metavar"] or _choices(kind)
+        settings["metavar"] = shown["metavar"] or _metavar(kind)
         if shown["bare"] is not None:
             settings |= {"nargs": "?", "const": shown["bare"]}
     if shown["positional"]:
@@ -59,10 +59,12 @@ def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
         parser.add_argument(*flags, dest=option.name, **settings)
 
 
-def _choices(kind: Any) -> str | None:
-    """`{a,b}` for a Literal, which may be optional; None for other types."""
+def _metavar(kind: Any) -> str | None:
+    """`{a,b}` for a Literal, N for a whole number, both of which may be optional; None for other types."""
     names = [name for part in (kind, *get_args(kind)) if get_origin(part) is Literal for name in get_args(part)]
-    return f"{{{','.join(names)}}}" if names and get_origin(kind) is not Annotated else None
+    if names and get_origin(kind) is not Annotated:
+        return f"{{{','.join(names)}}}"
+    return "N" if any(each is int for part in (kind, *get_args(kind)) for each in get_args(part)) else None
 
 
 def refuse(parser: argparse.ArgumentParser, left: Mapping[str, str], unknown: Sequence[str]) -> NoReturn:

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -168,8 +168,9 @@ def _replay(options: ReplayOptions) -> int:
     return 0
 
 
-def _planning(module: str) -> Any:
-    return importlib.import_module(f"distzo2.planning.{module}")
+def _planning(name: str, log: Callable[[str], None]) -> Callable[[Any], int]:
+    """The function that runs a command of the planning room, which is imported when it is called."""
+    return lambda options: getattr(importlib.import_module(f"distzo2.planning.{name}"), f"run_{name}")(options, log)
 
 
 # Of each command: what it does, its options, and the function that runs it.
@@ -180,18 +181,10 @@ COMMANDS = {
     "replay": ("rebuild the checkpoint of any step from a run's journal, bit for bit", ReplayOptions, _replay),
     "journal": ("show, check or compare the journals of runs", None, journal.run_journal),
     "report": (
-        "a picture of a run: loss, time of a step, memory, transfers",
+        "a picture of a run: loss, time, memory, transfers",
         ReportOptions,
-        lambda options: _planning("report").run_report(options, print),
+        _planning("report", print),
     ),
-    "measure": (
-        "rates of this machine's links, disk, cores and GPUs, and what slows them",
-        MeasureOptions,
-        lambda options: _planning("measure").run_measure(options, _log),
-    ),
-    "plan": (
-        "memory, time of a step and the best mesh of a run, before it is started",
-        PlanOptions,
-        lambda options: _planning("plan").run_plan(options, _log),
-    ),
+    "measure": ("rates of this machine's links, disk, cores and GPUs", MeasureOptions, _planning("measure", _log)),
+    "plan": ("memory, time of a step and best mesh of a run, before it starts", PlanOptions, _planning("plan", _log)),
 }

@@ -156,15 +156,12 @@ class RunDirectory:
         """Checks that the run's checkpoint overwrites nothing but its own files.
 
         Raises:
-            DistZO2Error: `checkpoint/` holds a checkpoint of others, or is no directory.
+            DistZO2Error: `checkpoint/` holds a checkpoint of others.
         """
-        advice = "move it away, or give --save none"
-        if os.path.lexists(self.checkpoint) and not self.checkpoint.is_dir():
-            raise DistZO2Error(f"{self.checkpoint}: a directory was expected, or nothing: {advice}")
         held = holds_checkpoint(self.checkpoint)
         ours = (self.record.get("checkpoint_files") or held) if self.has_checkpoint else []  # None while it is written
-        foreign = [name for name in held if name not in ours]
-        if foreign:
+        if foreign := [name for name in held if name not in ours]:
+            advice = "move it away, or give --save none"
             raise DistZO2Error(f"{self.checkpoint / foreign[0]}: not written by this run: {advice}")
 
     def drop_checkpoint(self) -> None:

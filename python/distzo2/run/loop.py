@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
@@ -60,13 +58,6 @@ def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int],
     return factor
 
 
-def make_scheduler(optimizer: Optimizer, factor: Callable[[int], float], first_step: int) -> LambdaLR:
-    """A scheduler at `first_step`; sets the optimizer's rate to that step's."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return LambdaLR(optimizer, factor, last_epoch=first_step - 1)
-
-
 @dataclass(frozen=True)
 class Result:
     """How a run ended."""
@@ -105,6 +96,7 @@ class TrainLoop:
         self.score_name = options.score or ("accuracy" if train[0].options else "loss")
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
+        self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
 
     def start(self, settings: dict[str, Any]) -> None:
@@ -152,7 +144,6 @@ class TrainLoop:
                 launch=launch_id(),
                 **self._best_so_far(),
             )
-        self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
 
     def run_to_end(self) -> Result:
         """Makes the steps that are left, with their evaluations, and saves the checkpoint."""
@@ -201,6 +192,8 @@ class TrainLoop:
     def _step(self, bar: Any) -> None:
         optimizer, step = self.optimizer, self.optimizer.step_count
         self._trace(step)
+        for group in optimizer.param_groups:
+            group["lr"] = self.options.lr * self._factor(step)
         batches = self._batches(step)
         tokens = sum(b.num_tokens for b in batches)
         self.runtime.reset_stats()
@@ -212,7 +205,6 @@ class TrainLoop:
             self.runtime.trace.add("step", f"step {step}", start_ns, time.perf_counter_ns())
             if optimizer.step_count > step:
                 self._note(tokens, time.perf_counter() - start, bar)
-        self.scheduler.step()
 
     def _note(self, tokens: int, seconds: float, bar: Any) -> None:
         last, stats, device = self.optimizer.last, self.runtime.stats(), self.runtime.device

@@ -105,9 +105,7 @@ class Placement:
 
     device: str = option("cpu", "where it computes", "cpu|cuda|cuda:N", group="where it runs")
     weights: Weights = option(
-        "host",
-        "where the streamed weights live: on the device, in pinned host memory, or in a file that needs as much room "
-        "on the disk as the model",
+        "host", "where the streamed weights live: the device, pinned host memory, or a file as large as the model"
     )
     weights_dir: str | None = option(None, "directory of that file (default: the output directory, or /tmp)", "DIR")
     memory_budget: Bytes = option(
@@ -120,10 +118,9 @@ class Placement:
         1,
         "write a streamed block back at every N-th step, blocks in turn, and repeat the updates in between at each "
         "visit: spares a disk, costs noise",
-        "N",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
-    threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)", "N")
+    threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +139,7 @@ class DataReading:
         "what to do with a line that is longer than --max-length: stop with file and line number, or drop tokens of "
         "its beginning or its end (of a line with choices: of its prompt)",
     )
-    max_length: Count | None = option(None, "longest sequence (default: the model's)", "TOKENS")
+    max_length: Count | None = option(None, "longest sequence (default: the model's)")
 
 
 # ---- finetune ----------------------------------------------------------------------------------------------------
@@ -156,32 +153,24 @@ class FinetuneOptions(DataReading, Placement):
         UsageError: two options do not go together.
     """
 
-    model: Name = option(
-        MISSING, "directory of a Hugging Face checkpoint (safetensors, tokenizer)", "DIR", group="what"
-    )
-    train: Name = option(
-        MISSING, "JSONL: prompt and completion, or prompt, choices and label, or messages, or text", "FILE"
-    )
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR", group="what")
+    train: Name = option(MISSING, "JSONL of prompt + completion, prompt + choices + label, messages, or text", "FILE")
     eval: str | None = option(None, "JSONL of held-out lines of the same kind", "FILE")
     out: Name = option(MISSING, "directory of the run: journal, metrics, checkpoint", "DIR")
-    resume: Switch = option(
-        False, "continue the run in --out from its last durable step; options not given are the run's"
-    )
+    resume: Switch = option(False, "continue the run in --out; options not given are that run's")
     branch_from: str | None = option(
         None,
         "begin with the first steps of the run in that directory, and continue in --out with other options; options "
         "not given are that run's, and --seed, --model and --dtype must be",
         "RUN",
     )
-    at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)", "N")
+    at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)")
 
-    steps: Count = option(MISSING, "steps in all, one update each", "N", group="how it learns")
+    steps: Count = option(MISSING, "steps in all, one update each", group="how it learns")
     lr: PositiveOrZero = option(1e-6, "learning rate, per unit of the estimated gradient")
     eps: Positive = option(1e-3, "size of a perturbation, in units of a weight")
-    batch_size: Count = option(16, "examples a step", "N")
-    micro_batches: Count = option(
-        1, "parts that a step's batch is cut into, to save memory for long sequences; must divide --batch-size", "N"
-    )
+    batch_size: Count = option(16, "examples a step")
+    micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
     probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
     noise: Noise = option("normal", "distribution of a perturbation's elements")
     estimator: Estimator = option(
@@ -189,18 +178,16 @@ class FinetuneOptions(DataReading, Placement):
         "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
         "and takes a far larger --lr)",
     )
-    weight_decay: PositiveOrZero = option(
-        0.0, "pull towards 0, times --lr, a step; biases and norms are left out", "LAMBDA"
-    )
+    weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
-    warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0", "STEPS")
+    warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0")
     seed: Seed = option(0, "of perturbations, data order and dropout")
     train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
 
     eval_every: CountOrZero = option(
-        0, "steps between evaluations, besides the one before and the one after; 0: none", "N", group="what is kept"
+        0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
-    eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation", "N")
+    eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
     score: Literal["accuracy", "loss"] | None = option(
         None, "held-out figure that decides the best step (default: accuracy where lines have choices, else loss)"
     )
@@ -225,7 +212,6 @@ class FinetuneOptions(DataReading, Placement):
         1,
         "sync the journal to the disk after N steps, behind the steps that follow; a power cut may cost the steps "
         "since, a kill does not",
-        "N",
     )
     trace: str | None = option(
         None,
@@ -234,27 +220,17 @@ class FinetuneOptions(DataReading, Placement):
         "FILE",
         bare="",
     )
-    trace_steps: Count = option(3, "how many steps --trace records", "N")
+    trace_steps: Count = option(3, "how many steps --trace records")
     quiet: Switch = option(False, "no progress bar")
 
     max_coef: Multiple = option(
-        10.0,
-        "clip a step's coefficients to this multiple of their running median; none: never",
-        "X",
-        group="when it goes wrong",
+        10.0, "clip coefficients to this multiple of their running median; none: never", group="when it goes wrong"
     )
-    max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never", "N")
-    no_check: Switch = option(
-        False, "do not check, before the first step, that two equal forward passes agree to the bit"
-    )
-    max_skipped: Count = option(
-        5, "stop after N steps in a row whose loss is not finite; such steps are not applied", "N"
-    )
+    max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
+    no_check: Switch = option(False, "skip the check that two equal forward passes agree to the bit")
+    max_skipped: Count = option(5, "stop after N steps in a row whose loss is not finite; such steps are not applied")
     max_lanes: Count | None = option(
-        None,
-        "evaluations (perturbation x micro-batch) that share a pass over the weights; fewer need less memory, same "
-        "bits (default: all)",
-        "N",
+        None, "evaluations (perturbation x micro-batch) in a pass over the weights; fewer save memory (default: all)"
     )
 
     parallel: str | None = option(
@@ -269,12 +245,8 @@ class FinetuneOptions(DataReading, Placement):
         "each rank keeps a slice of every streamed block, and the ranks of a machine gather the blocks together "
         "(default: what is faster, as measured at the start)",
     )
-    verify_every: CountOrZero = option(
-        0, "steps between comparisons of the ranks' weights, besides the one before the first step; 0: none", "N"
-    )
-    heartbeat_limit: Positive = option(
-        30.0, "a rank that is silent for this long is given up, and the run ends", "SECONDS"
-    )
+    verify_every: CountOrZero = option(0, "steps between comparisons of the ranks' weights (one at the start); 0: none")
+    heartbeat_limit: Positive = option(30.0, "a rank that is silent for this long is given up; the run ends", "SECONDS")
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batches:
@@ -305,7 +277,7 @@ class EvalOptions(Placement, DataReading):
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
     eval: Name = option(MISSING, "JSONL of lines as for finetune", "FILE")
-    batch_size: Count = option(16, "examples in a micro-batch", "N")
+    batch_size: Count = option(16, "examples in a micro-batch")
     json: Switch = option(False, "print one line of JSON")
 
 
@@ -315,7 +287,7 @@ class GenerateOptions(Placement):
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
     prompt: str | None = option(None, "how the text begins (default: read from standard input)", "TEXT")
-    max_new_tokens: Count = option(64, "tokens to add at most", "N")
+    max_new_tokens: Count = option(64, "tokens to add at most")
     temperature: PositiveOrZero = option(0.0, "of sampling; 0: the likeliest token each time")
     top_k: CountOrZero = option(50, "sample among the K likeliest tokens; 0: all", "K")
     seed: Seed = option(0, "of sampling")
@@ -336,7 +308,7 @@ class ReplayOptions:
     base: str | None = option(None, "base checkpoint (default: the one that RUN names)", "DIR")
     journal: str | None = option(None, "journal (default: RUN/journal.jsonl)", "FILE")
     out: Name = option(MISSING, "where the checkpoint is written; it must not hold one", "DIR", short="-o")
-    to_step: CountOrZero | None = option(None, "updates to apply (default: all)", "N")
+    to_step: CountOrZero | None = option(None, "updates to apply (default: all)")
     quiet: Switch = option(False, "no progress bar")
 
     def __post_init__(self) -> None:
@@ -374,10 +346,10 @@ class PlanOptions:
         group="what",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
-    batch: Count = option(8, "sequences a step, of all ranks", "N")
-    tokens: Count = option(512, "tokens of a sequence", "N")
+    batch: Count = option(8, "sequences a step, of all ranks")
+    tokens: Count = option(512, "tokens of a sequence")
     micro_batches: Count | None = option(
-        None, "parts of the batch, of all ranks; must divide --batch (default: one a data rank)", "N"
+        None, "parts of the batch, of all ranks; must divide --batch (default: one a data rank)"
     )
     probes: Count = option(1, "perturbations a step", "K")
     estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
@@ -390,17 +362,17 @@ class PlanOptions:
         group="where",
     )
     parallel: str | None = option(None, "the mesh (default: one device)", "pert=P,data=D")
-    nproc: Count | None = option(None, "try every mesh of N ranks, and name the best", "N")
+    nproc: Count | None = option(None, "try every mesh of N ranks, and name the best")
     slice: Literal["on", "off", "auto"] = option(
         "auto", "whether ranks share every block's transfer; auto: both are planned"
     )
     weights: Weights = option("host", "where blocks live")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
-    slots: Count = option(3, "blocks on the device at once", "N")
-    write_every: Count = option(1, "write a block back at every N-th step", "N")
+    slots: Count = option(3, "blocks on the device at once")
+    write_every: Count = option(1, "write a block back at every N-th step")
     memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
-    max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank", "N")
-    devices_per_switch: Count = option(1, "GPUs that share a link to the host", "N")
+    max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")
+    devices_per_switch: Count = option(1, "GPUs that share a link to the host")
     no_nvlink: Switch = option(False, "all-gathers go over the links to the host")
 
     picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE", group="what is written")
