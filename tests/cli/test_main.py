@@ -147,7 +147,7 @@ def test_where_a_replay_cannot_write(files, capsys) -> None:
     assert finetune(files, "--save=none") == 0
     capsys.readouterr()
     Path("file").write_text("")
-    assert main(["replay", "out", "--out=file"]) == 1
+    assert main(["replay", "out", "--out=file", "--quiet"]) == 1
     assert "file: expected a directory" in one_line(capsys)
     assert main(["replay", f"--base={files.model}", "--journal=out", "--out=again", "--quiet"]) == 0
     assert sorted(path.name for path in Path().iterdir()) == ["again", "file", "out"]

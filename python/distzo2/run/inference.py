@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 from transformers import TextStreamer
@@ -37,10 +37,8 @@ def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Mo
             memory_budget=options.memory_budget,
             write_every=options.write_every,
         )
-        try:
+        with closing(runtime_of(model)):
             yield model, device
-        finally:
-            runtime_of(model).close()
 
 
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:

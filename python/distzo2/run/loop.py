@@ -139,7 +139,6 @@ class TrainLoop:
                 distzo2=__version__,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
-                model_elements=self.size.num_elements,
                 status="running",
                 launch=launch_id(),
                 **self._best_so_far(),

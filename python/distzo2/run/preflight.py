@@ -23,7 +23,6 @@ class ModelSize:
 
     total: int
     largest: int  # of one tensor
-    num_elements: int
 
 
 def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> ModelSize:
@@ -35,7 +34,7 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
     with closing(CheckpointFiles(directory)) as files:
         entries = list(files.entries)
     sizes = [e.numel * (dtype if dtype and e.dtype.is_floating_point else e.dtype).itemsize for e in entries]
-    return ModelSize(sum(sizes), max(sizes, default=0), sum(e.numel for e in entries))
+    return ModelSize(sum(sizes), max(sizes, default=0))
 
 
 def set_threads(num_threads: int | None) -> None:

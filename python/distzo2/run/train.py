@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,13 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 write_every=options.write_every,
                 train=options.train_mode,
             )
-        try:
+        with closing(runtime_of(model)):
             objective = Objective(model, objective_name, pad_id=tokenizer.pad_token_id or 0, device=device)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
-            try:
+            with closing(loop):
                 with together(mesh, "starting the run"):
                     loop.start(settings)
                 return loop.run_to_end()
-            finally:
-                loop.close()
-        finally:
-            runtime_of(model).close()
     except BaseException as error:
         foreign = isinstance(error.__cause__, FileExistsError)  # another program made a journal meanwhile
         if loop is None or not loop.has_stepped:
