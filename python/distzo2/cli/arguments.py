@@ -60,11 +60,12 @@ def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
 
 
 def _metavar(kind: Any) -> str | None:
-    """`{a,b}` for a Literal, N for a whole number, both of which may be optional; None for other types."""
+    """`{a,b}` for a Literal, N for a whole number, X for another; None for other types."""
     names = [name for part in (kind, *get_args(kind)) if get_origin(part) is Literal for name in get_args(part)]
     if names and get_origin(kind) is not Annotated:
         return f"{{{','.join(names)}}}"
-    return "N" if any(each is int for part in (kind, *get_args(kind)) for each in get_args(part)) else None
+    types = [each for part in (kind, *get_args(kind)) for each in get_args(part)]
+    return "N" if int in types else "X" if float in types else None
 
 
 def refuse(parser: argparse.ArgumentParser, left: Mapping[str, str], unknown: Sequence[str]) -> NoReturn:

@@ -224,7 +224,7 @@ class FinetuneOptions(DataReading, Placement):
     quiet: Switch = option(False, "no progress bar")
 
     max_coef: Multiple = option(
-        10.0, "clip coefficients to this multiple of their running median; none: never", group="when it goes wrong"
+        10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
     no_check: Switch = option(False, "skip the check that two equal forward passes agree to the bit")
