@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cli_runs import finetune, make_files, one_line
+from cli_runs import finetune, one_line
 from journal_cases import make_entry, make_test_header, write_journal
 
 from distzo2.cli.main import main
@@ -19,13 +19,11 @@ from distzo2_core.types import GroupScalars, Update
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def run(files: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A finished run."""
-    root = tmp_path_factory.mktemp("journal_commands")
-    files = make_files(root)
-    options = [f"--out={root / 'run'}", "--fsync-every=3", "--weight-decay=0.1"]
-    assert finetune(files, *options) == 0
-    return SimpleNamespace(root=root, files=files, path=root / "run", journal=root / "run" / "journal.jsonl")
+    path = tmp_path_factory.mktemp("journal_commands") / "run"
+    assert finetune(files, f"--out={path}", "--fsync-every=3", "--weight-decay=0.1") == 0
+    return SimpleNamespace(files=files, path=path, journal=path / "journal.jsonl")
 
 
 def journal(*arguments: object) -> int:
@@ -172,7 +170,7 @@ def test_the_base_is_compared(run, tmp_path, capsys) -> None:
 
 
 def test_a_branch_is_compared_with_its_parent(run, tmp_path, capsys) -> None:
-    new = run.root / "new"
+    new = run.path.parent / "new"
     assert main(["finetune", f"--branch-from={run.path}", "--at-step=2", f"--out={new}", "--steps=3"]) == 0
     capsys.readouterr()
     for arguments in ([new], [new / "journal.jsonl", f"--parent={run.path}"]):
@@ -205,13 +203,14 @@ def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path, capsys) -> None
         software={"x": evil},
         fingerprint={"device": evil},
     )
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     skipped = Update(0, (GroupScalars(0.0, 0.0),), ())
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for path, text in zip(paths, (evil, "other"), strict=True):
-        Journal.create(path, header, [make_entry(0, update=skipped, skipped=text)]).close()
-    other = tmp_path / "c.jsonl"
-    Journal.create(other, header | {"options": {}}).close()
-    for arguments in (["show", paths[0]], ["show", paths[0], "--json"], ["diff", *paths], ["diff", paths[0], other],
+    for path, text, options in zip(
+        paths, (evil, "other", evil), (header["options"], header["options"], {}), strict=True
+    ):
+        entry = make_entry(0, update=skipped, skipped=text)
+        Journal.create(path, header | {"options": options}, [entry]).close()
+    for arguments in (["show", paths[0]], ["show", paths[0], "--json"], ["diff", *paths[:2]], ["diff", *paths[::2]],
                       ["verify", paths[0], f"--base={tmp_path}"]):  # fmt: skip
         journal(*arguments)
         captured = capsys.readouterr()
