@@ -120,11 +120,10 @@ def test_fewer_steps_than_were_made(files, capsys) -> None:
 def test_resuming_takes_the_room_that_the_run_had(files, capsys, monkeypatch) -> None:
     assert finetune(files, "--weights=disk", "--steps=1") == 0
     size = sum(value.nbytes for value in weights("out/checkpoint").values())
-    leftover = Path("out/weights-killed.dzo2")
-    leftover.write_bytes(b"x" * size)
+    BlockFile("out/weights.dzo2", [4096], durable=True).close()  # of a killed process
 
-    def disk_usage(path):  # room for the block file, not for a second checkpoint
-        return SimpleNamespace(free=0 if leftover.exists() else DISK_SLACK_BYTES + size * 3 // 2)
+    def disk_usage(path):  # no room for another block file
+        return SimpleNamespace(free=DISK_SLACK_BYTES + size // 2)
 
     monkeypatch.setattr(residency, "shutil", SimpleNamespace(disk_usage=disk_usage))
     assert resume("--steps=2") == 0
