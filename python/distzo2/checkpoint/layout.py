@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 _MAX_OBLIQUE_STEPS = 4096
@@ -214,8 +215,6 @@ class Layout(NamedTuple):
 
     def permute(self, order: Sequence[int]) -> Layout:
         """Dimension i of the result is dimension `order[i]`."""
-        if sorted(order) != list(range(len(self.shape))):
-            raise LayoutError(f"{list(order)} is no order of {len(self.shape)} dimensions")
         shape = tuple(self.shape[d] for d in order)
         goes_to = [list(order).index(d) for d in range(len(order))]
         placed = (part for piece in self.pieces for part in _place(piece, self.shape))
@@ -250,6 +249,23 @@ class Layout(NamedTuple):
         shift = [0] * len(shape)
         shift[dim] = -start
         return self._rebuild(shape, kept, list(range(len(shape))), shift)
+
+    def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> Layout:
+        """What `torch.as_strided` would view of the row-major tensor: dimension i of the result takes `shape[i]` steps
+        of `strides[i]` elements, from element `offset` on."""
+        if 0 in shape:
+            return Layout(tuple(shape), ())
+        dims = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
+        # Reshaped to dimensions that have just these strides, the tensor only needs to be narrowed and permuted.
+        extents = [*pairwise([self.numel, *(strides[d] for d in dims), 1])]
+        if any(step == 0 or extent % step for extent, step in extents):
+            raise LayoutError(f"steps of {list(strides)} do not follow the dimensions of {list(self.shape)}")
+        view = self.reshape([extent // step for extent, step in extents])
+        for k, (extent, step) in enumerate(extents):
+            view = view.narrow(k, offset % extent // step, shape[dims[k]] if k < len(dims) else 1)
+        if dims != sorted(dims):
+            view = view.permute([*sorted(range(len(dims)), key=lambda k: dims[k]), len(dims)])
+        return view.reshape(shape)
 
     @staticmethod
     def cat(parts: Sequence[Layout], dim: int) -> Layout:
