@@ -51,7 +51,7 @@ def test_loads_and_writes_as_transformers_does(tmp_path: Path, name: str) -> Non
     plan = CheckpointMap.for_saving(reference, [(n, p.dtype, p.shape) for n, p in reference.named_parameters()])
     with CheckpointWriter(plan, out2) as writer:
         for key, tensor in (*reference.named_parameters(), *persistent_buffers(reference)):
-            writer.write_param(key, tensor.detach())
+            writer.write(key, tensor.detach())
     ours = stored(out2)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -78,12 +78,12 @@ def test_reads_rows_of_a_parameter(tmp_path: Path, name: str) -> None:
     for key, param in reference.items():
         middle = param.shape[0] // 2
         out = torch.empty(param.shape)
-        checkpoint.read_range(key, 0, middle, out[:middle])
-        checkpoint.read_range(key, middle, param.shape[0], out[middle:])
+        checkpoint.read(key, out[:middle])
+        checkpoint.read(key, out[middle:], middle)
         assert torch.equal(out, param), key
     key = "lm_head.weight" if name == "mixtral" else "transformer.wte.weight"
-    with pytest.raises(ValueError, match=r"expected torch.float32 \[96, 32\], got torch.bfloat16"):
-        checkpoint.read_param(key, reference[key].bfloat16())
+    with pytest.raises(ValueError, match=r"expected torch.float32 \[96, 32\] or rows of it, got torch.bfloat16"):
+        checkpoint.read(key, reference[key].bfloat16())
 
 
 def test_gpt2_without_its_prefix_and_with_the_old_masks(tmp_path: Path) -> None:

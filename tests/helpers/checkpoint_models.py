@@ -81,7 +81,7 @@ def assert_reads_as(checkpoint: CheckpointMap, expected: nn.Module) -> None:
     assert checkpoint.names == list(params)
     for name, param in params.items():
         out = torch.full(param.shape, torch.nan, dtype=param.dtype)
-        checkpoint.read_param(name, out)
+        checkpoint.read(name, out)
         assert torch.equal(out, param), name
 
 
@@ -100,7 +100,7 @@ def write_all(checkpoint: CheckpointMap, source: nn.Module, out: Path, **options
     held = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     with CheckpointWriter(checkpoint, out, **options) as writer:
         for name in checkpoint.names:
-            writer.write_param(name, held[name].detach())
+            writer.write(name, held[name].detach())
 
 
 def read_tensor(file: RangeFile, name: str) -> torch.Tensor:

@@ -81,17 +81,12 @@ class Piece(NamedTuple):
     @property
     def is_run(self) -> bool:
         """One contiguous run on both sides (of a coalesced piece)."""
-        return not self.sizes or (len(self.sizes) == 1 and self.src_strides[0] == 1 and self.dst_strides[0] == 1)
+        return self.src_strides == self.dst_strides and self.src_strides in ((), (1,))
 
     @property
     def src_is_dense(self) -> bool:
-        """The walk visits every element of its source span once (of a coalesced piece)."""
-        expected = 1
-        for stride, size in zip(reversed(self.src_strides), reversed(self.sizes), strict=True):
-            if stride != expected:
-                return False
-            expected *= size
-        return True
+        """The walk visits every element of its source span."""
+        return self.numel == self.src_span
 
     def blocks(self, max_span: int, min_density: float = 0.25, min_run: int = 1024) -> Iterator[Piece]:
         """Parts of a coalesced piece whose source span is at most `max_span` elements and mostly used.
@@ -271,11 +266,8 @@ class Layout(NamedTuple):
     def cat(parts: Sequence[Layout], dim: int) -> Layout:
         """`parts` side by side along `dim`."""
         first = parts[0].shape
-        for part in parts[1:]:
-            if len(part.shape) != len(first) or any(
-                a != b for d, (a, b) in enumerate(zip(part.shape, first, strict=True)) if d != dim
-            ):
-                raise LayoutError(f"shapes {list(first)} and {list(part.shape)} do not join along dimension {dim}")
+        if len({(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
+            raise LayoutError(f"shapes {[list(part.shape) for part in parts[:4]]} do not join along dimension {dim}")
         shape = (*first[:dim], sum(part.shape[dim] for part in parts), *first[dim + 1 :])
         pieces: list[Piece] = []
         at = 0

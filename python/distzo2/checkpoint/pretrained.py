@@ -24,8 +24,8 @@ from torch import nn
 
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, CheckpointFiles, ParallelReader
-from distzo2.checkpoint.symbols import creation_bound, one_line
-from distzo2.checkpoint.weight_files import CheckpointError, read_json
+from distzo2.checkpoint.symbols import creation_bound
+from distzo2.checkpoint.weight_files import CheckpointError, one_line, read_json
 from distzo2.checkpoint.writing import CONFIG_FILE, DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
 from distzo2.streaming.offload import offload, runtime_of
 from distzo2.streaming.runtime import StreamingRuntime
@@ -165,10 +165,10 @@ def save_pretrained(
         for unit in runtime.units:
             with runtime.access.reading(unit) as views:
                 for name, view in views.items():
-                    writer.write_param(name, view)
+                    writer.write(name, view)
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
-                writer.write_param(name, buffer)
+                writer.write(name, buffer)
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distzo2.checkpoint.layout import Layout, LayoutError
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.weight_files import CheckpointError, one_line
 
 aten = torch.ops.aten
 
@@ -288,8 +288,3 @@ def trace_save(model: nn.Module, symbols: dict[str, LayoutTensor]) -> dict[str, 
         if symbol.problem:
             raise CheckpointError(f"{type(model).__name__} has no checkpoint layout for {name!r}: {symbol.problem}")
     return written
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, or the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
