@@ -98,7 +98,7 @@ def test_what_symbols_cannot_express_is_refused() -> None:
     a, b = (LayoutTensor(Layout.leaf(n, (4, 6)), torch.float32, trace) for n in range(2))
     cases = {
         "a, b: aten.add": a + b,
-        "a: aten.diagonal.default: steps of (7,)": a.diagonal(),
+        "a: aten.diagonal.default: steps of [7]": a.diagonal(),
         "a: aten.expand": a.expand(3, 4, 6),
         "a: a second conversion, from torch.bfloat16": a.bfloat16().float(),
         "a: aten.sum": a.sum(),

@@ -64,39 +64,36 @@ def raw_file(header: object, data: bytes = bytes(24)) -> bytes:
 
 
 BAD_FILES = {
-    "empty": (b"", "at least 8 bytes"),
-    "no header": (struct.pack("<Q", 400) + b"{}", "announces a header of 400 bytes"),
-    "huge header": (struct.pack("<Q", 2**63) + b"{}", "announces a header of 9223372036854775808 bytes"),
-    "not JSON": (struct.pack("<Q", 4) + b"{\x00a}", "header in JSON"),
-    "not UTF-8": (struct.pack("<Q", 2) + b"\xff\xfe", "header in JSON"),
-    "not an object": (raw_file([]), "expected a JSON object"),
-    "deep": (struct.pack("<Q", 200000) + b"[" * 200000, "header in JSON"),
-    "pickle": (b"PK\x03\x04" + b"\x00" * 40, "announces a header"),
-    "unknown dtype": (raw_file({"t": entry(dtype="F31")}), "expected a dtype among"),
-    "dtype is a list": (raw_file({"t": entry(dtype=["F32"])}), "expected a dtype among"),
-    "negative size": (raw_file({"t": entry(shape=[-2, 3])}), "expected a shape of"),
-    "size is a flag": (raw_file({"t": entry(shape=[True, 6])}), "expected a shape of"),
-    "size is text": (raw_file({"t": entry(shape="23")}), "expected a shape of"),
-    "one offset": (raw_file({"t": entry(offsets=[24])}), "data_offsets"),
-    "offsets reversed": (raw_file({"t": entry(offsets=[24, 0])}), "expected 24 bytes"),
-    "too few bytes": (raw_file({"t": entry(offsets=[0, 20])}), "expected 24 bytes for F32"),
-    "no shape": (raw_file({"t": {"dtype": "F32", "data_offsets": [0, 24]}}), "expected dtype, shape and data_offsets"),
-    "a number": (raw_file({"t": 3}), "expected dtype, shape and data_offsets"),
-    "hole": (raw_file({"t": entry(offsets=[4, 28])}), "a hole or an overlap"),
-    "overlap": (raw_file({"t": entry(), "u": entry(offsets=[12, 36])}), "a hole or an overlap"),
-    "too long": (raw_file({"t": entry(shape=[1], offsets=[0, 4])}), "too long: expected"),
-    "truncated": (raw_file({"t": entry()}, bytes(23)), "truncated: expected"),
+    "empty": b"",
+    "no header": struct.pack("<Q", 400) + b"{}",
+    "not JSON": struct.pack("<Q", 4) + b"{\x00a}",
+    "not UTF-8": struct.pack("<Q", 2) + b"\xff\xfe",
+    "not an object": raw_file([]),
+    "deep": struct.pack("<Q", 200000) + b"[" * 200000,
+    "pickle": b"PK\x03\x04" + b"\x00" * 40,
+    "unknown dtype": raw_file({"t": entry(dtype="F31")}),
+    "dtype of half a byte": raw_file({"t": entry(dtype="F4", shape=[48])}),
+    "dtype is a list": raw_file({"t": entry(dtype=["F32"])}),
+    "negative size": raw_file({"t": entry(shape=[-2, 3])}),
+    "size is a flag": raw_file({"t": entry(shape=[True, 6])}),
+    "size is text": raw_file({"t": entry(shape="23")}),
+    "one offset": raw_file({"t": entry(offsets=[24])}),
+    "offsets reversed": raw_file({"t": entry(offsets=[24, 0])}),
+    "too few bytes": raw_file({"t": entry(offsets=[0, 20])}),
+    "no shape": raw_file({"t": {"dtype": "F32", "data_offsets": [0, 24]}}),
+    "a number": raw_file({"t": 3}),
+    "hole": raw_file({"t": entry(offsets=[4, 28])}),
+    "overlap": raw_file({"t": entry(), "u": entry(offsets=[12, 36])}),
+    "too long": raw_file({"t": entry(shape=[1], offsets=[0, 4])}),
+    "truncated": raw_file({"t": entry()}, bytes(23)),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, case: str) -> None:
-    content, message = BAD_FILES[case]
     path = tmp_path / "bad.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as error:
-        SafetensorsFile(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(BAD_FILES[case])
+    refused(lambda: SafetensorsFile(path), CheckpointError, f"{path}: ")
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:

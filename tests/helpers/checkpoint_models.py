@@ -115,6 +115,6 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[st
     save_file(change(load_file(directory / SINGLE_FILE)), directory / SINGLE_FILE, metadata={"format": "pt"})
 
 
-def edit_config(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
+def edit_config(directory: Path, file: str = "config.json", **changes: Any) -> None:
+    path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
