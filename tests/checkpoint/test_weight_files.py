@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import zipfile
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_models import read_tensor
-from hostile_files import refused
+from hostile_files import raw_file, refused
 from safetensors.torch import load_file, save_file
 
 from distzo2.checkpoint.weight_files import (
     DTYPES,
+    MAX_SMALL_HEADER_BYTES,
     CheckpointError,
     SafetensorsFile,
     SafetensorsWriter,
@@ -58,11 +58,6 @@ def entry(dtype: object = "F32", shape: object = (2, 3), offsets: object = (0, 2
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def raw_file(header: object, data: bytes = bytes(24)) -> bytes:
-    raw = json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
 BAD_FILES = {
     "empty": b"",
     "no header": struct.pack("<Q", 400) + b"{}",
@@ -86,6 +81,14 @@ BAD_FILES = {
     "overlap": raw_file({"t": entry(), "u": entry(offsets=[12, 36])}),
     "too long": raw_file({"t": entry(shape=[1], offsets=[0, 4])}),
     "truncated": raw_file({"t": entry()}, bytes(23)),
+    "huge": raw_file({"t": entry(shape=[2**62, 4])}),
+    "huge and empty": raw_file({"t": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}, b""),
+    "size beyond 64 bits": raw_file({"t": entry(shape=[2**64], offsets=[0, 0])}, b""),
+    "too many dimensions": raw_file({"t": entry(shape=[1] * 65, offsets=[0, 4])}, bytes(4)),
+    "far away": raw_file({"t": entry(offsets=[2**62, 2**62 + 24])}),
+    "before the file": raw_file({"t": entry(offsets=[-24, 0])}),
+    "long header": raw_file(b"{" + b" " * MAX_SMALL_HEADER_BYTES + b"}"),
+    "longer than the file": struct.pack("<Q", 2**63 + 5) + b"{}",
 }
 
 
@@ -93,7 +96,7 @@ BAD_FILES = {
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, case: str) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD_FILES[case])
-    refused(lambda: SafetensorsFile(path), CheckpointError, f"{path}: ")
+    assert refused(lambda: SafetensorsFile(path), CheckpointError, f"{path}: ") < 1 << 20
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
