@@ -186,13 +186,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: (path / SINGLE_FILE).rename(path / "pytorch_model.bin"),
         "pytorch_model.bin: expected an archive that torch.save wrote",
     ),
-    "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint with a config.json"),
+    "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint directory with a config.json"),
     "broken config": (lambda path: (path / "config.json").write_text("{"), "config.json: expected JSON"),
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
         lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "quantized weights",
     ),
-    "nothing at all": (shutil.rmtree, "no directory of that name"),
+    "nothing at all": (shutil.rmtree, "expected a checkpoint directory with a config.json"),
 }  # fmt: skip
 
 

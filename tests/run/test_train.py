@@ -47,7 +47,7 @@ def _without_weights(model: Path) -> None:
         (_truncated, "model.safetensors"),
         (_corrupt, "model.safetensors"),
         (_without_tokenizer, "no tokenizer"),
-        (_without_weights, "expected model.safetensors"),
+        (_without_weights, "directory with model.safetensors"),
         (lambda model: (model / "config.json").write_text('{"model_type": "nobody"}'), "not a configuration"),
     ],
 )

@@ -153,7 +153,7 @@ def save_pretrained(
 
     Raises:
         CheckpointError: `out_dir` already holds a checkpoint and `overwrite` is false, or its disk has too little
-            room. A save that fails while it writes leaves `out_dir` as it was.
+            room. A save that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     runtime = runtime_of(model)
     base = getattr(runtime, "base", None)
@@ -259,11 +259,9 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: expected a checkpoint directory, got no directory of that name")
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory}: expected a checkpoint with a config.json, found none")
+        raise CheckpointError(f"{directory}: expected a checkpoint directory with a config.json, found none")
     todo: list[Any] = [read_json(path)]
     while todo:
         part = todo.pop()

@@ -2,8 +2,8 @@
 
 A file that the page cache holds is read through it; any other with O_DIRECT, so that a checkpoint larger than memory
 drives nothing out of the cache. Direct reads need aligned offsets and memory, which tensors in a file do not have: each
-thread reads into its own block, on huge pages (a read is then a few segments and not a thousand), and copies from
-there. That block is all the memory that reading takes, whatever is read.
+thread reads into its own block (`scratch`), on huge pages (a read is then a few segments and not a thousand), and
+copies from there. That block is all the memory that reading takes, whatever is read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
-_HUGEPAGE = 2 << 20
+_HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # may be read in vain to save a read
 _SAMPLED_PAGES = 16
 
@@ -53,7 +53,7 @@ def scratch(dtype: torch.dtype, numel: int) -> torch.Tensor:
     num_bytes = numel * dtype.itemsize
     block = getattr(_scratch, "block", None)
     if block is None or block.numel() < num_bytes:
-        block = _scratch.block = torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
+        block = _scratch.block = aligned_buffer(max(num_bytes, CHUNK_BYTES + _HUGE_PAGE))
     return block[:num_bytes].view(dtype)
 
 
@@ -103,13 +103,12 @@ class CheckpointFiles:
         self.files: list[RangeFile] = []
         self.entries: list[TensorEntry] = []  # by the number that pieces name as their source
         self.file_of: list[RangeFile] = []
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: expected a checkpoint directory, got no directory of that name")
         for single, index in ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, _TORCH_INDEX)):
             if (self.directory / single).is_file() or (self.directory / index).is_file():
                 break
         else:
-            raise CheckpointError(f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+            expected = f"expected a checkpoint directory with {SINGLE_FILE} or {INDEX_FILE}"
+            raise CheckpointError(f"{self.directory}: {expected}, found neither")
         weight_map = {} if (self.directory / single).is_file() else self._weight_map(index)
         seen: dict[str, RangeFile] = {}
         for name in dict.fromkeys(weight_map.values()) or (single,):
@@ -222,7 +221,6 @@ class ParallelReader:
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="distzo2-read")
-        self._local = threading.local()
         self._direct: dict[RangeFile, int | None] = {}  # descriptors with O_DIRECT; None: through the page cache
 
     def start(self, ranges: Iterable[Range]) -> list[Future[None]]:
@@ -268,12 +266,10 @@ class ParallelReader:
             for part in batch:
                 part.read()
             return
-        if not hasattr(self._local, "block"):
-            self._local.block = aligned_buffer(CHUNK_BYTES + _HUGEPAGE)  # a range may begin and end within a page
-        block, begin = self._local.block, batch[0].offset // PAGE * PAGE
+        begin = batch[0].offset // PAGE * PAGE  # a range may begin and end within a page
         num_bytes = batch[-1].end - begin
-        whole_pages = bytes_of(block)[: -(-num_bytes // PAGE) * PAGE]
-        batch[0].file.read_into(whole_pages, begin, num_bytes, direct)
+        block = scratch(torch.uint8, -(-num_bytes // PAGE) * PAGE)
+        batch[0].file.read_into(bytes_of(block), begin, num_bytes, direct)
         for part in batch:
             data = block[part.offset - begin : part.end - begin]
             if part.place is not None:

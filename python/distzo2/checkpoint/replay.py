@@ -33,7 +33,6 @@ from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import JournalError
-from distzo2.text import brief
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def replay(
     Raises:
         JournalError: the journal is damaged, or `to_step` is beyond it.
         CheckpointError: the base is not the run's, is corrupt, or `out_dir` holds a checkpoint or has too little room.
-            A replay that fails while it writes leaves `out_dir` as it was.
+            A replay that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     # What is found quickly is refused before gigabytes are hashed.
     num_base_bytes = sum(file.stat().st_size for file in Path(base_dir).glob("*") if file.is_file())
@@ -128,7 +127,9 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         JournalError: the table or the map differs from the header's.
     """
     table = header["table"]
-    dtypes = {row["name"]: _torch_dtype(row) for row in table}
+    dtypes = {
+        row["name"]: _DTYPES.get(row["dtype"]) for row in table
+    }  # None: no dtype of weights, and so refused below
     if (directory / "config.json").is_file():
         _, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
@@ -139,7 +140,7 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         checkpoint_map = _map_by_table(directory, table)
     mapped = checkpoint_map.mapped
     for name in checkpoint_map.names:
-        mapped[name] = replace_fields(mapped[name], dtype=dtypes.get(name, mapped[name].dtype))
+        mapped[name] = replace_fields(mapped[name], dtype=dtypes.get(name) or mapped[name].dtype)
     params = [mapped[name] for name in checkpoint_map.names]
     rows = [*table, *({"index": i} for i in range(len(table), len(params)))]
     ours = [
@@ -152,13 +153,6 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
     if header["map"] is not None:
         _check_map(header["map"], checkpoint_map.to_json(), journal)
     return checkpoint_map
-
-
-def _torch_dtype(row: Mapping[str, Any]) -> torch.dtype:
-    dtype = _DTYPES.get(row["dtype"])
-    if dtype is None:
-        raise JournalError(f"parameter {row['index']} {row['name']!r}: no dtype of weights is {brief(row['dtype'])}")
-    return dtype
 
 
 def _map_by_table(directory: Path, table: Sequence[Mapping[str, Any]]) -> CheckpointMap:

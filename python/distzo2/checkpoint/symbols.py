@@ -175,9 +175,7 @@ def _same(symbol: LayoutTensor, *_: Any, **__: Any) -> LayoutTensor:
     return symbol.moved(symbol.where)
 
 
-def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> LayoutTensor:
-    if device is not None and torch.device(device).type != "cpu":
-        raise LayoutError(f"a checkpoint is mapped on the CPU, not on {device}")
+def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:
     if dtype is None or dtype == symbol.dtype:
         return _same(symbol)
     if symbol.cast:

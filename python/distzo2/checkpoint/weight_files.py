@@ -15,7 +15,7 @@ import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -293,7 +293,7 @@ def open_weights(path: str | os.PathLike) -> RangeFile:
     return TorchFile(path) if Path(path).suffix == ".bin" else SafetensorsFile(path)
 
 
-class SafetensorsWriter(RangeFile):
+class SafetensorsWriter(SafetensorsFile):
     """A new safetensors file whose tensors are known in advance and whose bytes are written in any order.
 
     The header is written and the whole file allocated at once, so that a full disk is noticed before any work is done.
@@ -302,23 +302,20 @@ class SafetensorsWriter(RangeFile):
     def __init__(self, path: str | os.PathLike, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
         self.path = Path(path)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self.tensors = {}
         end = 0
         # Wide dtypes first: every tensor then starts on a multiple of its own item size.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
             if dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"{self.path}: tensor {name!r}: {dtype} cannot be stored in a safetensors file")
-            entry = self.tensors[name] = TensorEntry(name, dtype, shape, end, math.prod(shape) * dtype.itemsize)
-            end += entry.num_bytes
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [entry.offset, end]}
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         raw += b" " * (-len(raw) % 8)
-        start = 8 + len(raw)
-        self.num_bytes = start + end
-        self.tensors = {name: replace(entry, offset=start + entry.offset) for name, entry in self.tensors.items()}
+        self.num_bytes = 8 + len(raw) + end
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._allocate()
         self.write_bytes(struct.pack("<Q", len(raw)) + raw, 0)
+        self.tensors = self._read_tensors()
 
     def _allocate(self) -> None:
         try:
