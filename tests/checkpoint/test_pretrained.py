@@ -57,13 +57,6 @@ def test_training_mode_is_a_choice(tmp_path: Path) -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_model_from_elsewhere_is_saved_as_transformers_would(tmp_path: Path) -> None:
-    reference = make("mixtral", tmp_path / "plain")
-    model = distzo2.offload(make("mixtral"))
-    distzo2.save_pretrained(model, tmp_path / "out")
-    assert_same_weights(load(T.AutoModelForCausalLM, tmp_path / "out"), reference)
-
-
 class Classifier(nn.Module):
     """No language model: convolutions, a normalisation with buffers, a tied pair, and a scale without dimensions."""
 

@@ -99,16 +99,6 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, case: str
     assert refused(lambda: SafetensorsFile(path), CheckpointError, f"{path}: ") < 1 << 20
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "f.safetensors"
-    save_file({"a": torch.randn(4), "b": torch.randn(3)}, path)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError):
-            SafetensorsFile(path)
-
-
 def test_bin_files_are_read_in_place(tmp_path: Path) -> None:
     base = torch.randn(6, 5)
     tensors = {

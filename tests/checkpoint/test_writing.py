@@ -240,16 +240,6 @@ def test_what_a_killed_writer_left_is_replaced(tmp_path: Path) -> None:
         assert (there / HIDDEN).is_dir()
 
 
-def test_an_output_directory_that_is_a_link(tmp_path: Path) -> None:
-    reference = make("opt", tmp_path / "in")
-    _, checkpoint = open_checkpoint(tmp_path / "in")
-    (tmp_path / "real").mkdir(mode=0o750)
-    (tmp_path / "link").symlink_to("real")
-    write_all(checkpoint, reference, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").stat().st_mode & 0o777 == 0o750
-    assert names_in(tmp_path / "real") == {SINGLE_FILE, "config.json", "generation_config.json"}
-
-
 def test_parameters_that_do_not_make_whole_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save_file({"x": torch.randn(8, 6)}, tmp_path / "in" / SINGLE_FILE)
