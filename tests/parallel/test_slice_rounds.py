@@ -11,9 +11,13 @@ import pytest
 import round_cases as trouble
 import torch
 from parallel_cases import assert_same_weights
-from parallel_ranks import Ranks
+from parallel_ranks import Ranks, mesh_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import distzo2.parallel
+from distzo2.parallel import slice_rounds
+from distzo2.parallel.heartbeat import RankFailedError
+from distzo2.parallel.slice_rounds import WANTS, SliceExchange, Word
 from distzo2.parallel.sliced_store import SlicedStore, slices_of
 from distzo2.weights.store import MemoryStore, StoredCopy
 from distzo2.weights.units import Unit
@@ -121,6 +125,48 @@ def test_slices_stay_within_their_node(ranks: Ranks, alone: Any, numbers: tuple[
         assert node == tuple(r for r in range(4) if numbers[r] == numbers[rank])
         assert last == losses[-1][0]
         assert_same_weights(mine, state)
+
+
+def closed_by_peer() -> None:
+    raise RuntimeError("Connection closed by peer")
+
+
+class _BrokenWork:
+    wait = staticmethod(closed_by_peer)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class _BrokenStore:
+    """What it raises follows from the loss of a rank, whatever it says."""
+
+    def begin(self, index: int, stamp: int, ours: bool) -> None:
+        closed_by_peer()
+
+
+@pytest.mark.parametrize("where", ["start", "wait", "act", "connect"])
+def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, monkeypatch):
+    mesh = mesh_of(1, 1, slice=True)
+    exchange, heartbeat, node = mesh.exchange, mesh.ranks.heartbeat, mesh.node
+    try:
+        node.connect()
+        node.register(node.new_store(), _BrokenStore())
+        calls = {
+            "start": lambda: exchange.start(closed_by_peer),
+            "wait": lambda: exchange.wait(_BrokenWork()),
+            "act": lambda: (node.say(Word(WANTS)), node.act()),
+            "connect": lambda: SliceExchange(exchange, [[0]], "gloo").connect(),
+        }
+        monkeypatch.setattr(slice_rounds, "new_group", lambda ranks, backend: closed_by_peer())
+        monkeypatch.setattr(heartbeat, "check", lambda: None)  # the loss is noticed after the call
+        heartbeat.fail("rank 1 was lost: its process 7 has ended", 1)
+        for _ in range(2):  # and so does whatever follows
+            with pytest.raises(RankFailedError, match="rank 1 was lost: its process 7 has ended") as raised:
+                calls[where]()
+            assert raised.value.rank == 1
+    finally:
+        distzo2.parallel.shutdown()
 
 
 # ---- gathers ahead of time --------------------------------------------------------------------------------------

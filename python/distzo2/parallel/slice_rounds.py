@@ -91,7 +91,10 @@ class SliceExchange:
         if self._words_group is not None:
             return
         for ranks in self._nodes:
-            words, blocks = new_group(ranks, "gloo"), new_group(ranks, self.backend)
+            words, blocks = (
+                self.exchange.start(lambda ranks=ranks, backend=backend: new_group(ranks, backend))
+                for backend in ("gloo", self.backend)
+            )
             if self.exchange.rank in ranks:
                 self._words_group, self._bytes_group = words, blocks
 
@@ -241,10 +244,7 @@ class SliceExchange:
         if self.backend != "nccl":
             self.exchange.wait(work)
             return
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self.exchange.give_up(error) from error
+        self.exchange.start(work.wait)
 
     def abort(self) -> None:
         """Ends what is in flight on a GPU, which would wait for a lost rank without end."""
