@@ -138,20 +138,13 @@ class _BrokenWork:
         return True
 
 
-class _BrokenStore:
-    """What it raises follows from the loss of a rank, whatever it says."""
-
-    def begin(self, index: int, stamp: int, ours: bool) -> None:
-        closed_by_peer()
-
-
 @pytest.mark.parametrize("where", ["start", "wait", "act", "connect"])
 def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, monkeypatch):
     mesh = mesh_of(1, 1, slice=True)
     exchange, heartbeat, node = mesh.exchange, mesh.ranks.heartbeat, mesh.node
     try:
         node.connect()
-        node.register(node.new_store(), _BrokenStore())
+        node.register(node.new_store(), lambda index, stamp, ours: closed_by_peer())
         calls = {
             "start": lambda: exchange.start(closed_by_peer),
             "wait": lambda: exchange.wait(_BrokenWork()),
@@ -196,7 +189,7 @@ class _Node:
         self.works: list[_Work] = []
         self.waited: list[_Work] = []
 
-    def register(self, number: int, store: Any) -> None: ...
+    def register(self, number: int, begin: Any) -> None: ...
     def leave(self, ends: bool) -> None: ...
 
     def gather(self, parts: Any) -> list[_Work]:

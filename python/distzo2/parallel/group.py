@@ -67,17 +67,10 @@ class Mesh:
     node: SliceExchange | None  # the ranks of this node, which may share them; None: no slices
     log: Callable[[str], None]
 
-    @property
-    def rank(self) -> int:
-        return self.ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.ranks.world_size
-
-    @property
-    def local_rank(self) -> int:
-        return self.ranks.local_rank
+    def __post_init__(self) -> None:
+        ranks = self.ranks
+        self.rank, self.world_size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
+        self.exchange = ranks.exchange
 
     @property
     def pert_rank(self) -> int:
@@ -88,14 +81,6 @@ class Mesh:
     def data_rank(self) -> int:
         """This rank's coordinate along micro-batches: what a DistributedSampler of `shape.data` replicas wants."""
         return self.rank // self.shape.pert
-
-    @property
-    def exchange(self) -> Exchange:
-        return self.ranks.exchange
-
-    @property
-    def heartbeat(self) -> Heartbeat:
-        return self.ranks.heartbeat
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """`with mesh.together("loading"):` an exception of one rank in it is an error of all at its end, where the

@@ -113,7 +113,7 @@ class SlicedStore(Store):
         """Lets the other ranks gather from here on; `weights` brings slices up to date. `number` is from
         `node.new_store`."""
         self._weights, self._number = weights, number
-        self._node.register(number, self)
+        self._node.register(number, self.begin)
 
     @property
     def source(self) -> Store:
