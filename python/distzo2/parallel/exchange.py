@@ -24,7 +24,6 @@ from distzo2.parallel.heartbeat import Heartbeat, RankFailedError, describe
 from distzo2.parallel.rendezvous import new_group
 
 NUMBERS = 2  # plain numbers in a word
-TEXT_BYTES = 1000  # of an error's description
 LONGEST_PAUSE = 5e-4  # seconds between two looks at a collective in flight
 PATIENCE = 2.0  # seconds of waiting after which Ctrl-C need not wait for a safe point
 LAST_WORDS = 2.0  # seconds in which what a rank sent before it left must arrive
@@ -86,10 +85,8 @@ class Exchange:
         """Rank 0's values, into those of the others."""
         self._run(lambda: dist.broadcast(values, group_src=0, group=self.group, async_op=True))
         num_bytes = values.numel() * values.element_size()
-        if self.rank == 0:
-            self._sent += num_bytes
-        else:
-            self._received += num_bytes
+        self._sent += num_bytes if self.rank == 0 else 0
+        self._received += num_bytes if self.rank else 0
         return values
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -97,12 +94,6 @@ class Exchange:
         lengths = self.gather(torch.tensor([len(data)]))[:, 0].tolist()
         rows = self.gather(_padded(data, max(*lengths, 1)))
         return [row.numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
-
-    def broadcast_bytes(self, data: bytes = b"") -> bytes:
-        """Rank 0's bytes, of any length."""
-        length = int(self.broadcast(torch.tensor([len(data)]))[0])
-        mine = data if self.rank == 0 else b""
-        return self.broadcast(_padded(mine, max(length, 1))).numpy().tobytes()[:length]
 
     def _run(self, start: Callable[[], Any]) -> None:
         if self.before_each is not None:
@@ -170,9 +161,8 @@ class Exchange:
         if isinstance(error, Exception) and self.heartbeat.failure is not None:
             error = copy(self.heartbeat.failure)
         if self._broken is None:
-            failed = error if isinstance(error, RankFailedError) else RankFailedError("", self.rank)
             text = f"this mesh cannot be used any more: {describe(error)}"
-            self._broken = RankFailedError(text, failed.rank, failed.told)
+            self._broken = RankFailedError(text, getattr(error, "rank", self.rank), getattr(error, "told", False))
         if not isinstance(error, RankFailedError) and not quiet:
             self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
         return error
@@ -217,22 +207,20 @@ class Exchange:
         rank has failed."""
         if not any(failed):
             return
-        text = describe(error).encode()[:TEXT_BYTES] if error is not None else b""
-        rows = self.gather(_padded(text, TEXT_BYTES))
+        texts = self.gather_bytes(b"" if error is None else describe(error).encode())
         if error is not None:
             error.known_to_all_ranks = True  # see `is_known`
             raise error
         first = list(failed).index(True)
-        cause = rows[first].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
-        raise RankFailedError(f"rank {first} failed in {what}: {cause}", first, told=True)
+        raise RankFailedError(f"rank {first} failed in {what}: {texts[first].decode()}", first, told=True)
 
     def _raise_difference(self, what: str, fields: Mapping[str, Any]) -> NoReturn:
         mine = {"what": what, "fields": {name: repr(value) for name, value in fields.items()}}
         all_ranks = [json.loads(text) for text in self.gather_bytes(json.dumps(mine).encode())]
         if len({other["what"] for other in all_ranks}) > 1:
-            raise RanksDisagreeError(f"the ranks do different things: {_groups([o['what'] for o in all_ranks])}")
+            raise RanksDisagreeError(f"the ranks do different things: {by_ranks([o['what'] for o in all_ranks])}")
         differing = [
-            f"{name}: {_groups([other['fields'].get(name, 'nothing') for other in all_ranks])}"
+            f"{name}: {by_ranks([other['fields'].get(name, 'nothing') for other in all_ranks])}"
             for name in all_ranks[0]["fields"]
             if len({other["fields"].get(name) for other in all_ranks}) > 1
         ]
@@ -262,8 +250,8 @@ class Exchange:
                 data = make()
         except BaseException as error:
             failure = error
-        self.agree(what, error=failure)
-        return self.broadcast_bytes(data)
+        length = self.agree(what, numbers=[len(data)], error=failure)[0][0]
+        return self.broadcast(_padded(data, max(length, 1))).numpy().tobytes()[:length]
 
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
@@ -271,7 +259,7 @@ def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
 
 
-def _groups(texts: Sequence[str]) -> str:
+def by_ranks(texts: Sequence[str]) -> str:
     """`a on ranks 0, 2; b on rank 1`; of long texts the part where they differ."""
     differing = (i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
     same = next(differing, min(map(len, texts)))

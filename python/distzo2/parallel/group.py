@@ -52,7 +52,6 @@ class Ranks:
     exchange: Exchange
     heartbeat: Heartbeat
     owns_default_group: bool
-    failed: bool = False  # an exception is about to end this rank
     nodes: list[SliceExchange] = field(default_factory=list)  # of their meshes
 
 
@@ -240,10 +239,8 @@ def _watch_for_the_end() -> None:
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    if _ranks is not None:
-        _ranks.failed = True
-        _report(_ranks, error)
     _previous_excepthook(kind, error, traceback)
+    shutdown(error)
 
 
 def _at_exit_of_child() -> None:
@@ -251,14 +248,6 @@ def _at_exit_of_child() -> None:
     if isinstance(error, SystemExit):
         error = error.__context__ if error.code else None
     shutdown(error)
-
-
-def _report(ranks: Ranks, error: BaseException) -> None:
-    """Tells the other ranks why this one ends, unless they know."""
-    from distzo2.parallel.exchange import is_known
-
-    if not is_known(error):
-        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
 
 
 def shutdown(error: BaseException | None = None) -> None:
@@ -273,9 +262,11 @@ def shutdown(error: BaseException | None = None) -> None:
         return
     import torch.distributed as dist
 
-    if error is not None:
-        _report(ranks, error)
-    for node in ranks.nodes if error is None and not ranks.failed else ():
+    from distzo2.parallel.exchange import is_known
+
+    if error is not None and not is_known(error):
+        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
+    for node in ranks.nodes if error is None else ():
         with suppress(DistZO2Error):
             node.leave(ends=True)  # the others may still want slices of this rank
     if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -220,13 +220,18 @@ class Heartbeat:
                 )
 
 
+def machine_name() -> str:
+    """The kernel's name for this boot of the machine, which containers on it share as they share its memory."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
 def host_name() -> str:
     """Names this machine and its space of process ids."""
-    parts = []
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with suppress(OSError):
-            parts.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip())
-    return " ".join(parts)
+    with suppress(OSError):
+        return f"{machine_name()} {os.readlink('/proc/self/ns/pid')}"
+    return machine_name()
 
 
 def process_start(pid: int) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from distzo2.errors import UsageError
 
@@ -201,31 +201,22 @@ def deal_lanes(shape: MeshShape, evaluations: Sequence[Evaluation], num_closures
     Raises:
         UsageError: ranks that should have equally many closures do not, or there is no closure at all.
     """
-    ranks = range(shape.size)
-    if mode == OWN:
-        firsts = [sum(num_closures[:r]) for r in ranks]
-        everything = list(range(len(evaluations)))
-        batches = [range(firsts[r], firsts[r] + num_closures[r]) for r in ranks]
-        parts = [everything for _ in ranks]
-        total = sum(num_closures)
+    width = 1 if mode == OWN else shape.pert  # of the ranks that have the same list
+    dealt = [range(len(evaluations))] if mode == OWN else deal_evaluations(evaluations, shape.pert)
+    lists = num_closures[::width]
+    for rank, count in enumerate(num_closures):
+        if count != lists[rank // width]:
+            raise UsageError(
+                f"rank {rank} has {_counted(count, 'closure')} and rank {rank - rank % width}, of the same data "
+                f"coordinate, {lists[rank // width]}"
+            )
+    if mode == GLOBAL:
+        spans, starts = deal_evenly(lists[0], shape.data), [0] * shape.data
     else:
-        dealt = deal_evaluations(evaluations, shape.pert)
-        rows = [num_closures[d * shape.pert] for d in range(shape.data)]
-        for r in ranks:
-            if num_closures[r] != rows[r // shape.pert]:
-                raise UsageError(
-                    f"rank {r} has {_counted(num_closures[r], 'closure')} and rank {r - r % shape.pert}, of the same "
-                    f"data coordinate, {rows[r // shape.pert]}"
-                )
-        if mode == ROW:
-            starts = [sum(rows[:d]) for d in range(shape.data)]
-            spans = [range(starts[d], starts[d] + rows[d]) for d in range(shape.data)]
-            firsts, total = [starts[r // shape.pert] for r in ranks], sum(rows)
-        else:
-            spans = deal_evenly(rows[0], shape.data)
-            firsts, total = [0 for _ in ranks], rows[0]
-        batches = [spans[r // shape.pert] for r in ranks]
-        parts = [dealt[r % shape.pert] for r in ranks]
+        starts = [0, *accumulate(lists)]
+        spans = [range(a, b) for a, b in pairwise(starts)]
+    total = sum(map(len, spans))
     if total == 0:
         raise UsageError("no rank has a closure: a step needs at least one")
-    return Deal(total, [[(e, m) for e in parts[r] for m in batches[r]] for r in ranks], firsts)
+    lanes = [[(e, m) for e in dealt[r % width] for m in spans[r // width]] for r in range(shape.size)]
+    return Deal(total, lanes, [starts[r // width] for r in range(shape.size)])
