@@ -113,10 +113,9 @@ def _what_it_is(facts: dict[str, Any]) -> list[str]:
 
 
 def _streaming(record: dict[str, Any], steps: list[dict[str, Any]]) -> str:
-    totals = record["totals"]
-    hidden = hidden_share(totals["transfer_s"], totals["exposed_wait_s"])
+    hidden = hidden_share(sum(s["transfer_s"] for s in steps), sum(s["exposed_wait_s"] for s in steps))
     share = "nothing was transferred" if hidden is None else f"{hidden:.0%} of their time was hidden behind compute"
-    moved = (totals["bytes_up"] + totals["bytes_down"]) / len(steps)
+    moved = sum(s["bytes_up"] + s["bytes_down"] for s in steps) / len(steps)
     device = [s["device_peak"] for s in steps if s.get("device_peak")]
     weights, held, process = (gib(record[k]) for k in ("model_bytes", "weights_in_memory", "peak_bytes"))
     return "\n".join(

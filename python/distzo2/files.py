@@ -87,23 +87,6 @@ def lock(path: str | os.PathLike[str], flags: int = os.O_RDWR | os.O_CREAT | os.
         os.close(descriptor)
 
 
-def is_locked(path: str | os.PathLike[str]) -> bool:
-    """Whether a process holds the lock of a file. False where the file is missing or cannot be opened."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike[str], prefix: str = "") -> Iterator[None]:
     """Gives an OSError of the block the name of the file, and `prefix` before its reason."""

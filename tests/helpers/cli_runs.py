@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +14,9 @@ from same_bits import assert_same_tensors
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
 from distzo2.cli.main import main
+from distzo2.record.journal import read_journal
 
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A checkpoint and data that no test changes."""
-    return make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test in an empty directory."""
-    monkeypatch.chdir(tmp_path)
 
 
 def make_files(root: Path) -> SimpleNamespace:
@@ -41,8 +31,16 @@ def finetune(files: SimpleNamespace, *options: str) -> int:
     return main(["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", *STEPS, *options])
 
 
-def environment() -> dict[str, str]:
-    return dict(os.environ)
+def resume(*options: str, out: str = "out") -> int:
+    return main(["finetune", "--resume", f"--out={out}", "--quiet", *options])
+
+
+def record(out: str = "out") -> dict[str, Any]:
+    return json.loads(Path(out, "run.json").read_text())
+
+
+def steps_in(out: str = "out") -> int:
+    return len(read_journal(Path(out, "journal.jsonl")).entries)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -3,6 +3,7 @@ the link, and what a link that is cut and mended does. The hosts are namespaces 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli_runs import environment
 from torchrun_cases import arguments, assert_same_run, make_files, run_alone
 from two_hosts import Host, NoNamespaces, TwoHosts
 
@@ -54,7 +54,7 @@ class Launch:
             home = self.directories[host] = directory / host.name
             (home / "tmp").mkdir(parents=True, exist_ok=True)
             self._logs[host] = directory / f"{name} on {host.name}.log"
-            variables = {**environment(), "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "TMPDIR": str(home / "tmp")}
             variables.pop("GLOO_SOCKET_IFNAME", None)
             with open(self._logs[host], "wb") as log:
                 self.agents[host] = subprocess.Popen(

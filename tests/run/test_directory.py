@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import finetune, one_line, weights
+from cli_runs import finetune, one_line, record, resume, steps_in, weights
 
-from distzo2.cli.main import main
 from distzo2.errors import UsageError
-from distzo2.record.journal import read_journal
 from distzo2.run import train
 from distzo2.run.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_directory")
-
-RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
 
 
 def test_a_run_is_not_overwritten(files, capsys) -> None:
@@ -47,13 +40,14 @@ def test_one_run_in_a_directory(files, capsys, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(train, "from_pretrained", while_the_first_loads)
     assert finetune(files) == 0
-    assert seen[0] == 2 and "out: another distzo2 process is using this directory" in seen[1]
-    assert len(read_journal("out/journal.jsonl").entries) == 4 and Path("out/checkpoint").is_dir()
+    assert seen[0] == 2 and "out: already holds a run (run.json): --resume it" in seen[1]
+    assert steps_in() == 4 and Path("out/checkpoint").is_dir()
     assert not Path("out/run.lock").exists()
 
-    other = RunDirectory.resumed("out")
+    other = RunDirectory("out")
+    assert other.check(resume=True)
     other.claim()
-    assert main(["finetune", "--resume", "--out=out", "--steps=5"]) == 2
+    assert resume("--steps=5") == 2
     assert "is using this directory" in one_line(capsys) and Path("out/run.lock").exists()
     other.withdraw()  # not a run that it began
     other.release()
@@ -62,30 +56,31 @@ def test_one_run_in_a_directory(files, capsys, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_run_that_was_killed_before_its_journal_was_there_begins_again(files, capsys) -> None:
     assert finetune(files, "--steps=2") == 0
-    record = json.loads(Path("out/run.json").read_text())
+    began = record()
     for name in ("journal.jsonl", "metrics.jsonl"):
         Path("out", name).unlink()
     shutil.rmtree("out/checkpoint")
     capsys.readouterr()
-    assert main(["finetune", "--resume", "--out=out"]) == 2  # it had begun, and its journal is gone
+    assert resume() == 2  # it had begun, and its journal is gone
     assert "the run has no journal" in one_line(capsys)
-    Path("out/run.json").write_text(json.dumps({**record, "status": "starting"}))
+    Path("out/run.json").write_text(json.dumps({**began, "status": "starting"}))
     assert finetune(files) == 2
     assert "already holds a run (run.json): --resume it" in one_line(capsys)
-    other = RunDirectory.unbegun("out")
+    other = RunDirectory("out")
+    assert not other.check(resume=True) and other.begins_again
     other.claim()
-    assert main(["finetune", "--resume", "--out=out"]) == 2
+    assert resume() == 2
     assert "is using this directory" in one_line(capsys)
     other.release()
     for leftover in (".journal.jsonl.0a1b2c3d.tmp", "weights-killed.dzo2"):
         Path("out", leftover).write_text("what it was at")
-    assert main(["finetune", "--resume", "--out=out"]) == 0
-    assert len(read_journal("out/journal.jsonl").entries) == 2
+    assert resume() == 0
+    assert steps_in() == 2
     assert {path.name for path in Path("out").iterdir()} == {"journal.jsonl", "run.json", "metrics.jsonl", "checkpoint"}
 
 
 def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
-    first, second = RunDirectory.new("a/b"), RunDirectory.new("a/b")
+    first, second = RunDirectory("a/b"), RunDirectory("a/b")
     second.withdraw()
     assert not Path("a").exists()
     first.claim()
@@ -98,14 +93,11 @@ def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
 
     Path("c").mkdir()
     Path("c/run.lock").write_text("")  # of a process that was killed
-    third = RunDirectory.new("c")
-    third.claim()
-    third.withdraw()
-    assert not list(Path("c").iterdir())
-    fourth = RunDirectory.new("d/e")
-    fourth.claim()
-    fourth.withdraw()
-    assert not Path("d").exists()
+    for path in ("c", "d/e"):
+        run = RunDirectory(path)
+        run.claim()
+        run.withdraw()
+    assert not list(Path("c").iterdir()) and not Path("d").exists()
 
 
 def test_a_journal_of_another_program_is_left_alone(files, capsys, monkeypatch) -> None:
@@ -122,48 +114,27 @@ def test_a_journal_of_another_program_is_left_alone(files, capsys, monkeypatch) 
     assert Path("out/journal.jsonl").read_text() == "mine"
 
 
-def test_a_look_at_the_lock_keeps_nobody_out(files) -> None:
-    """Who asks whether a directory is in use has its lock for an instant."""
-    assert finetune(files, "--steps=1", "--save=none") == 0
-    lock = Path("out/run.lock")
-    lock.touch()  # of a run that was killed
-    held = os.open(lock, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_SH)
-    threading.Timer(0.05, os.close, (held,)).start()
-    run = RunDirectory.resumed("out")
-    run.claim()
-    run.release()
-
-
 def test_a_checkpoint_of_others_is_not_replaced(files, capsys) -> None:
     assert finetune(files, "--steps=2", "--save=none") == 0
-    Path("out/checkpoint").mkdir()
-    Path("out/checkpoint/model.safetensors").write_text("mine")
-    capsys.readouterr()
-    assert main([*RESUME, "--steps=4", "--save=last"]) == 1
-    assert "out/checkpoint/model.safetensors: not written by this run" in one_line(capsys)
-    assert Path("out/checkpoint/model.safetensors").read_text() == "mine"
-    assert len(read_journal("out/journal.jsonl").entries) == 2  # refused before any step
-    assert main([*RESUME, "--steps=4", "--save=none"]) == 0
-    shutil.rmtree("out/checkpoint")
-    Path("out/checkpoint").write_text("mine")
-    capsys.readouterr()
-    assert main([*RESUME, "--steps=5", "--save=last"]) == 1
-    assert "out/checkpoint: a directory was expected" in one_line(capsys)
+    checkpoint = Path("out/checkpoint")
+    checkpoint.mkdir()
+    for name in ("model.safetensors", "adapter.safetensors"):
+        (checkpoint / name).write_text("mine")
+        assert resume("--steps=4", "--save=last") == 1
+        assert f"out/checkpoint/{name}: not written by this run" in capsys.readouterr().err
+        assert (checkpoint / name).read_text() == "mine" and steps_in() == 2  # refused before any step
+        (checkpoint / name).unlink()
+    assert resume("--steps=4", "--save=none") == 0
 
 
-def test_other_files_in_a_checkpoint_stay(files, capsys) -> None:
-    assert finetune(files, "--steps=2", "--save=last") == 0
+def test_other_files_in_a_checkpoint_stay(files) -> None:
+    assert finetune(files, "--steps=2") == 0
     Path("out/checkpoint/NOTES.md").write_text("mine")
     Path("out/notes.tmp").write_text("mine too")
     before = weights("out/checkpoint")
-    assert main([*RESUME, "--steps=3"]) == 0
+    assert resume("--steps=3") == 0
     assert Path("out/checkpoint/NOTES.md").read_text() == "mine" and Path("out/notes.tmp").exists()
     assert any(not torch.equal(before[name], value) for name, value in weights("out/checkpoint").items())
-    Path("out/checkpoint/adapter.safetensors").write_text("mine")
-    capsys.readouterr()
-    assert main([*RESUME, "--steps=4"]) == 1
-    assert "out/checkpoint/adapter.safetensors: not written by this run" in one_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"options": {}}', '{"options": {"steps": 3}}', "{", "\x00"])
@@ -171,6 +142,6 @@ def test_a_damaged_record_is_refused(files, capsys, content) -> None:
     assert finetune(files, "--steps=2", "--save=none") == 0
     Path("out/run.json").write_text(content)
     capsys.readouterr()
-    assert main(RESUME) in (1, 2)
+    assert resume() in (1, 2)
     assert one_line(capsys)
-    assert len(read_journal("out/journal.jsonl").entries) == 2
+    assert steps_in() == 2

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import finetune, one_line, weights
+from cli_runs import finetune, one_line, record, resume, weights
 from safetensors.torch import load_file, save_file
 
 from distzo2.cli.main import main
@@ -18,48 +17,30 @@ from distzo2.record.journal import Journal, JournalError, read_journal
 from distzo2.record.writer import JournalWriter
 from distzo2.run import loop
 from distzo2.run.directory import RunDirectory
-from distzo2.run.loop import factor_of, make_scheduler
+from distzo2.run.loop import factor_of
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
-RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
-
-
-def rates(schedule: str, num_steps: int, warmup: int, first: int = 0) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    scheduler = make_scheduler(optimizer, factor_of(schedule, num_steps, warmup), first)
-    result = []
-    for _ in range(first, num_steps):
-        result.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return result
-
 
 def test_values() -> None:
-    assert rates("constant", 4, 0) == [0.5] * 4
-    assert rates("linear", 4, 0) == pytest.approx([0.5, 0.375, 0.25, 0.125])
-    assert rates("cosine", 4, 0) == pytest.approx([0.5, 0.4267767, 0.25, 0.0732233])
-    assert rates("linear", 5, 3) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.25])
-    assert factor_of("linear", 4)(9) == 0.0
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_taken_up_in_the_middle(schedule: str) -> None:
-    whole = rates(schedule, 9, 2)
-    for first in (1, 2, 5, 8):
-        assert rates(schedule, 9, 2, first) == whole[first:]
-
-
-def record() -> dict:
-    return json.loads(Path("out/run.json").read_text())
+    for schedule, num_steps, warmup, factors in (
+        ("constant", 4, 0, [1, 1, 1, 1]),
+        ("linear", 4, 0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 4, 0, [1, 0.8535534, 0.5, 0.1464466]),
+        ("linear", 5, 3, [0.25, 0.5, 0.75, 1, 0.5]),
+        ("linear", 4, 0, [1, 0.75, 0.5, 0.25, 0, 0]),
+    ):
+        factor = factor_of(schedule, num_steps, warmup)
+        assert [factor(step) for step in range(len(factors))] == pytest.approx(factors)
 
 
 def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, capsys, monkeypatch) -> None:
     options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best", "--steps=4"]
     assert finetune(files, *options, "--out=whole") == 0
-    best = json.loads(Path("whole/run.json").read_text())["best_step"]
+    best = record("whole")["best_step"]
+    evals = [line for line in read_metrics("whole/metrics.jsonl") if line["kind"] == "eval"]
+    assert best == record("whole")["checkpoint_step"] == min(evals, key=lambda line: line["loss"])["step"]
     update = RunDirectory.update
 
     class Killed(BaseException):
@@ -75,18 +56,16 @@ def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, c
         finetune(files, *options)
     monkeypatch.setattr(RunDirectory, "update", update)
     assert best > 0 and record().get("best_step") != best
-    assert main(RESUME) == 0
-    whole = json.loads(Path("whole/run.json").read_text())
-    assert {k: record()[k] for k in ("best_step", "best", "checkpoint_step")} == {
-        k: whole[k] for k in ("best_step", "best", "checkpoint_step")
-    }
+    assert resume() == 0
+    keys = ("best_step", "best", "checkpoint_step")
+    assert [record()[key] for key in keys] == [record("whole")[key] for key in keys]
 
 
 def test_a_best_step_of_evaluations_that_count_no_more_is_forgotten(files, capsys) -> None:
     options = [f"--eval={files.eval}", "--eval-every=1", "--score=loss", "--save=best"]
     assert finetune(files, *options, "--steps=2") == 0
     assert record()["best_step"] is not None
-    assert main([*RESUME, "--eval=", "--eval-every=0", "--save=last", "--steps=3"]) == 0
+    assert resume("--eval=", "--eval-every=0", "--save=last", "--steps=3") == 0
     assert record()["best_step"] is record()["best"] is None and record()["checkpoint_step"] == 3
 
 
@@ -113,35 +92,31 @@ def test_a_loss_that_is_not_finite(files, tmp_path: Path, capsys) -> None:
     assert all(not e.update.terms for e in entries)
     lines = read_metrics("out/metrics.jsonl")
     assert [line["loss"] for line in lines] == [None, None] and lines[0]["skipped"] == "non-finite loss"
-    assert json.loads(Path("out/run.json").read_text())["status"].startswith("stopped: ")
+    assert record()["status"].startswith("stopped: ")
 
 
-def test_a_run_has_not_finished_before_its_journal_is_durable(files, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("steps", "durable", "error"),
+    [
+        (3, 3, lambda path: OSError(errno.EIO, os.strerror(errno.EIO), path)),  # at the end
+        (100_000, 2, lambda path: JournalError(f"{path}: {os.strerror(errno.EIO)}")),
+    ],
+)
+def test_a_run_whose_journal_fails_has_not_finished(files, capsys, monkeypatch, steps, durable, error) -> None:
     sync = JournalWriter._sync
 
-    def fails_at_the_end(self):
-        if self._written >= 3:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), self.path)
+    def fails(self):
+        if self._written >= durable:
+            raise error(self.path)
         sync(self)
 
-    monkeypatch.setattr(JournalWriter, "_sync", fails_at_the_end)
-    assert finetune(files, "--steps=3", "--save=none", "--fsync-every=100") == 1
+    monkeypatch.setattr(JournalWriter, "_sync", fails)
+    assert finetune(files, f"--steps={steps}", "--save=none", "--fsync-every=100" if steps == 3 else "--quiet") == 1
     assert "journal.jsonl" in one_line(capsys)
-    assert record()["status"] != "finished"
-
-
-def test_a_journal_that_fails_is_what_stopped_the_run(files, capsys, monkeypatch) -> None:
-    sync = JournalWriter._sync
-
-    def fails_in_between(self):
-        if self._written >= 2:
-            raise JournalError(f"{self.path}: {os.strerror(errno.EIO)}")
-        sync(self)
-
-    monkeypatch.setattr(JournalWriter, "_sync", fails_in_between)
-    assert finetune(files, "--steps=100000", "--save=none") == 1
-    assert "journal.jsonl" in one_line(capsys)
-    assert record()["status"].startswith("stopped: ") and record()["steps_done"] < 100000
+    if steps == 3:
+        assert record()["status"] != "finished"
+    else:
+        assert record()["status"].startswith("stopped: ") and record()["steps_done"] < steps
 
 
 def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files, capsys, monkeypatch) -> None:
@@ -155,12 +130,12 @@ def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files, capsys, monkey
     monkeypatch.setattr(RunDirectory, "update", fails_at_the_end)
     assert finetune(files, "--steps=2") == 1
     assert "run.json.tmp: Input/output error" in one_line(capsys)
-    assert json.loads(Path("out/run.json").read_text())["status"] == "running"
+    assert record()["status"] == "running"
     before = weights("out/checkpoint")
     monkeypatch.setattr(RunDirectory, "update", update)
-    assert main(["finetune", "--resume", "--out=out", "--quiet"]) == 0
-    record = json.loads(Path("out/run.json").read_text())
-    assert (record["status"], record["steps_done"], record["checkpoint_step"]) == ("finished", 2, 2)
+    assert resume() == 0
+    done = record()
+    assert (done["status"], done["steps_done"], done["checkpoint_step"]) == ("finished", 2, 2)
     after = weights("out/checkpoint")
     assert all(torch.equal(after[name], value) for name, value in before.items())
 

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from cli_runs import finetune, one_line
+from cli_runs import finetune, record, resume
 from tiny_text import choice_lines, write_jsonl
 
-from distzo2.cli.main import main
 from distzo2.record.line import encode_line
-from distzo2.run import loop
 from distzo2.run.metrics import MAX_LINE_BYTES, read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
-
-RESUME = ["finetune", "--resume", "--out=out", "--quiet"]
-
-
-def record() -> dict:
-    return json.loads(Path("out/run.json").read_text())
-
-
-def test_metrics_that_are_taken_away_end_the_run(files, capsys, monkeypatch) -> None:
-    evaluate = loop.evaluate_examples
-
-    def removes(*args, **kwargs):
-        Path("out/metrics.jsonl").unlink()
-        return evaluate(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "evaluate_examples", removes)
-    assert finetune(files, f"--eval={files.eval}", "--steps=2") == 1
-    assert "metrics.jsonl: No such file" in one_line(capsys)
 
 
 def damaged(change) -> None:
@@ -58,7 +37,7 @@ def test_a_damaged_evaluation_is_told_and_does_not_count(files, capsys, change) 
     damaged(change)
     assert Path("out/metrics.jsonl").read_bytes() != before
     capsys.readouterr()
-    assert main([*RESUME, "--steps=6"]) == 0
+    assert resume("--steps=6") == 0
     out = capsys.readouterr().out
     assert "metrics.jsonl: line 4 is left out: " in out
     evals = [line["step"] for line in read_metrics("out/metrics.jsonl") if line["kind"] == "eval"]
@@ -70,7 +49,7 @@ def test_evaluations_on_other_examples_do_not_count(files, capsys, tmp_path) -> 
     assert finetune(files, *options, "--steps=4") == 0
     other = write_jsonl(tmp_path / "other.jsonl", choice_lines(9))
     capsys.readouterr()
-    assert main([*RESUME, "--steps=6", f"--eval={other}"]) == 0
+    assert resume("--steps=6", f"--eval={other}") == 0
     assert "evaluations on other examples, of steps 0, 2, 4, do not count" in capsys.readouterr().out
     assert record()["best_step"] == record()["checkpoint_step"] in (4, 6)
     evals = [(line["step"], line["examples"]) for line in read_metrics("out/metrics.jsonl") if line["kind"] == "eval"]

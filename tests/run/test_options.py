@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import finetune, one_line
+from cli_runs import finetune, one_line, record, steps_in
 
 from distzo2.cli.main import main, parse
 from distzo2.errors import UsageError
-from distzo2.record.journal import read_journal
 from distzo2.run.options import FinetuneOptions, num_bytes
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
+FULL = ["--model=m", "--train=t", "--out=o", "--steps=10"]
 BASE = {"model": "m", "train": "t", "out": "o", "steps": 10, "lr": 2e-5, "batch-size": 8, "train_mode": True}
 
 
@@ -28,12 +28,8 @@ def options_of(*arguments: str) -> FinetuneOptions:
 
 
 def write_config(name: str, values: dict[str, Any]) -> None:
-    text = {
-        "json": lambda: json.dumps(values),
-        "toml": lambda: "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()),
-        "yaml": lambda: "".join(f"{k}: {v}\n" for k, v in values.items()),
-    }
-    Path(name).write_text(text[name.rpartition(".")[2]]())
+    toml = "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+    Path(name).write_text(toml if name.endswith(".toml") else json.dumps(values))  # JSON is YAML too
 
 
 @pytest.mark.parametrize("name", ["c.json", "c.toml", "c.yaml"])
@@ -67,7 +63,6 @@ def test_none() -> None:
         ({"quiet": "yes"}, "quiet: yes: expected a valid boolean"),
         ({"eps": 0}, "eps: 0: expected a number greater than 0"),
         ({"model": 3}, "model: 3: expected a valid string"),
-        ({"parallel": "4"}, "parallel: 4: expected a mesh (such as pert=2,data=2)"),
         ({"journal_chain": True}, "journal_chain: is no longer an option: "),
     ],
 )
@@ -92,18 +87,17 @@ def test_a_file_that_is_no_file_of_options(name: str, text: str, capsys) -> None
     [
         ("--lr=-1", "expected a number greater than or equal to 0"),
         ("--lr=x", "expected a valid number"),
-        ("--lr=1e60", "expected a number in the range of float32"),
-        ("--lr=1e-60", "expected a number in the range of float32"),
+        ("--lr=1e60", "expected a number less than 34028"),
         ("--lr=nan", "expected a "),
         ("--eps=0", "expected a number greater than 0"),
         ("--seed=-1", "expected a number greater than or equal to 0"),
         ("--seed=18446744073709551616", "expected a number less than 184467440737"),
+        ("--threads=9999", "expected a number less than or equal to 1024"),
         ("--steps=0", "expected a number greater than or equal to 1"),
         ("--steps=4294967296", "expected a number less than 4294967296"),
         ("--max-coef=0.5", "expected a number greater than 1"),
         ("--snapshot-pace=2", "expected a number less than or equal to 1"),
         ("--memory-budget=infGiB", "expected a number of bytes (such as 12GiB), or auto"),
-        ("--parallel=pert", "expected a mesh"),
         ("--weights=tape", "expected 'device', 'host' or 'disk'"),
         ("--train=", "expected "),
         ("--out=", "expected "),
@@ -127,35 +121,25 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         (["--resume"], "--resume needs --out"),
         (["--resume", "--config=no-out.toml"], "--resume needs --out"),
         (["--resume", "--branch-from=a"], "give one of them"),
+        ([*FULL, "--micro-batches=3"], "--micro-batches 3 does not divide --batch-size 16"),
+        ([*FULL, "--estimator=fzoo"], "needs --probes 2"),
+        ([*FULL, "--warmup=11"], "--warmup 11 is more than --steps 10"),
+        ([*FULL, "--fsync-every=2", "--weights=disk"], "every step is synced"),
+        ([*FULL, "--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
+        ([*FULL, "--at-step=1"], "--at-step needs --branch-from"),
+        ([*FULL, "--save=best"], "--save best needs --eval"),
+        ([*FULL, "--eval-every=2"], "--eval-every needs --eval"),
     ],
 )
-def test_what_is_missing(given: list[str], reason: str) -> None:
+def test_options_that_are_missing_or_do_not_go_together(given: list[str], reason: str) -> None:
     Path("no-out.toml").write_text("steps = 3")
     with pytest.raises(UsageError, match=reason):
         options_of(*given)
 
 
-@pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        (["--micro-batches=3"], "--micro-batches 3 does not divide --batch-size 16"),
-        (["--estimator=fzoo"], "needs --probes 2"),
-        (["--warmup=11"], "--warmup 11 is more than --steps 10"),
-        (["--fsync-every=2", "--weights=disk"], "every step is synced"),
-        (["--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
-        (["--at-step=1"], "--at-step needs --branch-from"),
-        (["--save=best"], "--save best needs --eval"),
-        (["--eval-every=2"], "--eval-every needs --eval"),
-    ],
-)
-def test_options_that_do_not_go_together(given: list[str], reason: str) -> None:
-    with pytest.raises(UsageError, match=reason):
-        options_of("--model=m", "--train=t", "--out=o", "--steps=10", *given)
-
-
 def test_numbers_of_bytes() -> None:
     assert [num_bytes(text) for text in ("auto", "1", "1.5KiB", "2GiB", 7)] == ["auto", 1, 1536, 2 << 30, 7]
-    for wrong in ("0", "-1", "12GB", "nan", "infGiB", "", True):
+    for wrong in ("0", "-1", "12Gx", "nan", "infGiB", "", True):
         with pytest.raises(ValueError, match="expected a number of bytes"):
             num_bytes(wrong)
 
@@ -163,9 +147,9 @@ def test_numbers_of_bytes() -> None:
 def test_a_resumed_run_has_the_options_of_its_record(files) -> None:
     """Whatever an earlier version wrote there: options that left, and `trace` as a number of steps."""
     assert finetune(files, "--steps=2", "--seed=5", "--lr=1e-4", "--max-coef=none", "--save=none") == 0
-    record = json.loads(Path("out/run.json").read_text())
-    record["options"] |= {"journal_chain": True, "keep": 3, "config": None, "trace": 4}
-    Path("out/run.json").write_text(json.dumps(record))
+    kept = record()
+    kept["options"] |= {"journal_chain": True, "keep": 3, "config": None, "trace": 4}
+    Path("out/run.json").write_text(json.dumps(kept))
     options = options_of("--resume", "--out=out", "--steps=3")
     assert (options.seed, options.lr, options.max_coef, options.trace, options.steps) == (5, 1e-4, None, None, 3)
     assert options_of("--branch-from=out", "--out=new").seed == 5
@@ -174,8 +158,8 @@ def test_a_resumed_run_has_the_options_of_its_record(files) -> None:
     os.rename("out", "elsewhere")
     Path("run.toml").write_text('out = "elsewhere"\nsteps = 3\n')
     assert main(["finetune", "--resume", "--config=run.toml", "--quiet"]) == 0
-    assert len(read_journal("elsewhere/journal.jsonl").entries) == 3
-    record["options"]["colour"] = "red"
-    Path("elsewhere/run.json").write_text(json.dumps(record))
+    assert steps_in("elsewhere") == 3
+    kept["options"]["colour"] = "red"
+    Path("elsewhere/run.json").write_text(json.dumps(kept))
     with pytest.raises(UsageError, match=r"elsewhere/run.json: 'colour' is not an option"):
         options_of("--resume", "--out=elsewhere")

@@ -18,32 +18,27 @@ CHOICES = {"prompt": "the cat is", "choices": [" good", " bad"], "label": 1}
     ("line", "reason"),
     [
         ("{", "not valid JSON"),
-        ('{"text": "ab', "not valid JSON: Unterminated string starting at column 10"),
-        ('{"text": "a \\ud800 b"}', r"'text' holds \ud800, half of a surrogate pair, at character 2"),
-        ('{"prompt": "\\udfff", "completion": "b"}', r"'prompt' holds \udfff"),
-        ('{"prompt": "a", "choices": ["b", "c\\ud800"], "label": 0}', r"choice 1 holds \ud800"),
-        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', r"message 0 holds \ud800"),
-        ("[1, 2]", "a JSON object was expected, not an array"),
-        ("3", "a JSON object was expected, not a number"),
+        ('{"text": "ab', "not valid JSON: EOF while parsing a string at column 12"),
+        ('{"text": "a \\ud800 b"}', "not valid JSON: unexpected end of hex escape at column 19"),
+        ("[1, 2]", "an object with one of"),
         ('{"prompt": "a"}', "none of them"),
-        ('{"completion": "a"}', "'prompt' is missing"),
-        ('{"prompt": 3, "completion": "a"}', "'prompt' must be a string, not a number"),
-        ('{"prompt": "a", "completion": ""}', "'completion' is empty"),
-        ('{"prompt": "a", "completion": null}', "'completion' must be a string, not null"),
-        ('{"text": ""}', "'text' is empty"),
+        ('{"completion": "a"}', "prompt: missing"),
+        ('{"prompt": 3, "completion": "a"}', "prompt: expected a valid string"),
+        ('{"prompt": "a", "completion": ""}', "completion: expected at least 1 character"),
+        ('{"text": ""}', "text: expected at least 1 character"),
         ('{"text": "a", "messages": []}', "both 'messages' and 'text'"),
-        ('{"prompt": "a", "choices": ["b"], "label": 0}', "at least two"),
-        ('{"prompt": "a", "choices": ["b", ""], "label": 0}', "choice 1"),
+        ('{"prompt": "a", "choices": ["b"], "label": 0}', "choices: expected at least 2 items"),
+        ('{"prompt": "a", "choices": ["b", ""], "label": 0}', "choices.1: expected at least 1 character"),
         ('{"prompt": "a", "choices": ["b", "b"], "label": 0}', "two choices are the same"),
-        ('{"prompt": "a", "choices": ["b", "c"]}', "'label' is missing"),
-        ('{"prompt": "a", "choices": ["b", "c"], "label": "0"}', "'label' must be an integer, not a string"),
-        ('{"prompt": "a", "choices": ["b", "c"], "label": true}', "'label' must be an integer, not a boolean"),
+        ('{"prompt": "a", "choices": ["b", "c"]}', "label: missing"),
+        ('{"prompt": "a", "choices": ["b", "c"], "label": "0"}', "label: expected a valid integer"),
+        ('{"prompt": "a", "choices": ["b", "c"], "label": true}', "label: expected a valid integer"),
         ('{"prompt": "a", "choices": ["b", "c"], "label": 2}', "label 2 is out of range: there are 2 choices (0 to 1)"),
         ('{"prompt": "a", "choices": ["b", "c"], "label": -1}', "label -1 is out of range"),
-        ('{"messages": []}', "'messages' must be an array that is not empty"),
-        ('{"messages": [{"role": "pope", "content": "a"}]}', "message 0: 'role' must be one of"),
+        ('{"messages": []}', "no message of the assistant"),
+        ('{"messages": [{"role": "pope", "content": "a"}]}', "messages.0.role: expected 'system', "),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
-        ('{"messages": [{"role": "user"}]}', "message 0: 'content' must be a string"),
+        ('{"messages": [{"role": "user"}]}', "messages.0.content: missing"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -57,12 +52,11 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, reason: str) -> No
 
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"a:2: not UTF-8"):
-        read_lines(tmp_path / "a")
-    (tmp_path / "b").write_bytes(b"\n \n")
-    with pytest.raises(DataError, match="holds no examples"):
-        read_lines(tmp_path / "b")
+    no_text = b'{"text": "a"}\n{"text": "\xff"}\n'
+    for content, reason in ((no_text, "f:2: not valid JSON"), (b"\n \n", "holds no examples")):
+        (tmp_path / "f").write_bytes(content)
+        with pytest.raises(DataError, match=reason):
+            read_lines(tmp_path / "f")
     with pytest.raises(DataError, match="No such file"):
         read_lines(tmp_path / "c")
     (tmp_path / "d").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n')

@@ -69,6 +69,12 @@ def test_choices(model, tmp_path: Path) -> None:
     assert figures.tolist() == pytest.approx([sum(losses), 7, accuracy * 7, 7], rel=2e-5)
     error = Objective(model, "error", pad_id=0)
     assert error.closure(error.batch(examples))().item() == pytest.approx(1 - accuracy)
+    # lm learns the right choice of each.
+    lm, scores = Objective(model, "lm", pad_id=0), []
+    for e in examples:
+        whole = torch.cat([torch.as_tensor(e.tokens), torch.as_tensor(e.options[e.label])])
+        scores.append(likelihoods(model, whole)[len(e.tokens) - 1 :])
+    assert lm.closure(lm.batch(examples))().item() == pytest.approx(-torch.cat(scores).mean().item(), rel=2e-5)
 
 
 @torch.no_grad()
@@ -97,19 +103,6 @@ def test_logits_are_made_only_where_they_are_read(model, tmp_path: Path) -> None
     handle.remove()
     assert shapes[0][1] == 1 and shapes[1][1] == len(examples[0].tokens)
     torch.testing.assert_close(with_keep, without, **CLOSE)
-
-
-@torch.no_grad()
-def test_lm_on_choices_learns_the_right_one(model, tmp_path: Path) -> None:
-    examples = examples_of(choice_lines(3), tmp_path)
-    objective = Objective(model, "lm", pad_id=0)
-    parts = []
-    for e in examples:
-        whole = torch.cat([torch.as_tensor(e.tokens), torch.as_tensor(e.options[e.label])])
-        parts.append(likelihoods(model, whole)[len(e.tokens) - 1 :])
-    assert objective.closure(objective.batch(examples))().item() == pytest.approx(
-        -torch.cat(parts).mean().item(), rel=2e-5
-    )
 
 
 def test_which_objective(tmp_path: Path) -> None:

@@ -74,35 +74,33 @@ def test_every_turn_of_the_assistant_is_learned(tokenizer) -> None:
         one(templated, messages)
 
 
-def test_long_lines(tokenizer) -> None:
-    line = {"prompt": "the cat sat on the mat and", "completion": " the dog ran"}
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "the cat sat on the mat and", "completion": " the dog ran"},
+        {"prompt": "the cat sat on the mat and", "choices": [" yes", " no it is"], "label": 0},
+    ],
+)
+@pytest.mark.parametrize("bos", [False, True])
+def test_long_lines(line: dict, bos: bool) -> None:
+    """Cut where it is asked, and never the choices nor the token that the tokenizer puts first."""
+    tokenizer = make_tokenizer(bos=bos)
     whole = one(tokenizer, line)
-    limit = len(whole.tokens) - 3
-    with pytest.raises(DataError, match=rf"f:1: {len(whole.tokens)} tokens, the limit is {limit}"):
+    limit = whole.num_tokens - 3
+    with pytest.raises(DataError, match=rf"f:1: {whole.num_tokens} tokens, the limit is {limit}"):
         one(tokenizer, line, limit=limit)
-    left = one(tokenizer, line, limit=limit, truncate="left")
-    assert left.tokens.tolist() == whole.tokens[3:].tolist() and left.targets.sum() == whole.targets.sum()
-    right = one(tokenizer, line, limit=limit, truncate="right")
+    left, right = (one(tokenizer, line, limit=limit, truncate=side) for side in ("left", "right"))
+    assert left.tokens.tolist() == [*whole.tokens[:bos], *whole.tokens[3 + bos :]]
     assert right.tokens.tolist() == whole.tokens[:-3].tolist()
-    with pytest.raises(DataError, match="no token is left to learn"):
-        one(tokenizer, line, limit=2, truncate="right")
-
-
-def test_long_lines_keep_their_choices_and_their_first_token() -> None:
-    tokenizer = make_tokenizer(bos=True)
-    line = {"prompt": "the cat sat on the mat and", "choices": [" yes", " no it is"], "label": 0}
-    whole = one(tokenizer, line)
-    limit = whole.num_tokens - 2
-    with pytest.raises(DataError, match="tokens, the limit is"):
-        one(tokenizer, line, limit=limit)
-    left = one(tokenizer, line, limit=limit, truncate="left")
-    assert left.tokens.tolist() == [1, *whole.tokens[3:]] and left.num_tokens == limit
-    right = one(tokenizer, line, limit=limit, truncate="right")
-    assert right.tokens.tolist() == whole.tokens[:-2].tolist()
-    for cut, full in zip(right.options, whole.options, strict=True):
-        assert cut.tolist() == full.tolist()
-    with pytest.raises(DataError, match="leaves no room for the prompt"):
-        one(tokenizer, line, limit=max(len(o) for o in whole.options) + 1, truncate="left")
+    for cut in (left, right):
+        assert [option.tolist() for option in cut.options] == [option.tolist() for option in whole.options]
+    if "choices" in line:
+        limit, reason = max(len(option) for option in whole.options) + bos, "leaves no room for the prompt"
+    else:
+        assert left.targets.sum() == whole.targets.sum()
+        limit, reason = 2, "no token is left to learn"
+    with pytest.raises(DataError, match=reason):
+        one(tokenizer, line, limit=limit, truncate="right")
 
 
 def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:

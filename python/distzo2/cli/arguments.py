@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
+from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from distzo2.run.options import LEFT, FinetuneOptions, Switch, groups_of, types_of
+from distzo2.run.options import Switch, groups_of, types_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,27 +24,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-class Formatter(argparse.HelpFormatter):
-    """Adds each option's default to its help."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=110)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        has_default = action.default not in (None, argparse.SUPPRESS) and action.default is not False  # 0 is one
-        if action.option_strings and has_default and "default" not in text:
-            text += " (default: %(default)s)"
-        return text
+Formatter = partial(argparse.HelpFormatter, max_help_position=30, width=110)
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     """Adds the options of an options class to `parser`, and `--config`."""
     types = types_of(kind)
-    titles = {title: parser if title is None else parser.add_argument_group(title) for title in groups_of(kind)}
     for title, group in groups_of(kind).items():
+        section = parser if title is None else parser.add_argument_group(title)
         for option in group:
-            _add(titles[title], option, types[option.name])
+            _add(section, option, types[option.name])
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS,
         help="TOML, YAML or JSON whose keys are the names of these options; the command line wins",
@@ -51,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
-    shown, default = option.metadata, option.default
+    default, shown = option.default, {"short": None, "bare": None, "positional": False} | option.metadata
     text = shown["help"]
     if default not in (MISSING, None) and default is not False and "default" not in text:
         text += f" (default: {default})"
@@ -59,7 +49,7 @@ def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
     if kind is Switch:
         settings["action"] = "store_true"
     else:
-        settings["metavar"] = shown["metavar"] or _choices(kind)
+        settings["metavar"] = shown["metavar"] or _metavar(kind)
         if shown["bare"] is not None:
             settings |= {"nargs": "?", "const": shown["bare"]}
     if shown["positional"]:
@@ -69,16 +59,18 @@ def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
         parser.add_argument(*flags, dest=option.name, **settings)
 
 
-def _choices(kind: Any) -> str | None:
-    """`{a,b}` for a Literal, which may be optional; None for other types."""
+def _metavar(kind: Any) -> str | None:
+    """`{a,b}` for a Literal, N for a whole number, X for another; None for other types."""
     names = [name for part in (kind, *get_args(kind)) if get_origin(part) is Literal for name in get_args(part)]
-    return f"{{{','.join(names)}}}" if names and get_origin(kind) is not Annotated else None
+    if names and get_origin(kind) is not Annotated:
+        return f"{{{','.join(names)}}}"
+    types = [each for part in (kind, *get_args(kind)) for each in get_args(part)]
+    return "N" if int in types else "X" if float in types else None
 
 
-def refuse(parser: argparse.ArgumentParser, kind: type | None, unknown: Sequence[str]) -> NoReturn:
-    """Ends the command for arguments that it does not know."""
+def refuse(parser: argparse.ArgumentParser, left: Mapping[str, str], unknown: Sequence[str]) -> NoReturn:
+    """Ends the command for arguments that it does not know; `left` says what replaces those it once had."""
     names = [text.split("=")[0].removeprefix("--").replace("-", "_") for text in unknown]
-    left = [name for name in names if kind is FinetuneOptions and name in LEFT]
-    if left:
-        parser.error(f"--{left[0].replace('_', '-')} is no longer an option: {LEFT[left[0]]}")
+    for name in filter(left.get, names):
+        parser.error(f"--{name.replace('_', '-')} is no longer an option: {left[name]}")
     parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.text import printable
@@ -46,7 +46,7 @@ def _text_of(error: BaseException) -> str:
 
 def _expected(error: Exception) -> bool:
     """Whether the cause of an error lies outside the program, so that a traceback would help nobody."""
-    if isinstance(error, DistZO2Error | OSError | MemoryError):
+    if isinstance(error, DistZO2Error | OSError | MemoryError | UnicodeDecodeError):
         return True
     import torch
 
@@ -55,30 +55,29 @@ def _expected(error: Exception) -> bool:
     return isinstance(error, BackendError | torch.OutOfMemoryError)
 
 
-class Terminated:
-    """Makes SIGTERM end a run as Ctrl-C does, at a point where the step in flight is whole or dropped.
+@contextmanager
+def terminated_as_interrupted() -> Iterator[list[int]]:
+    """Makes SIGTERM end a run as Ctrl-C does, at a point where the step in flight is whole or dropped. The list is
+    empty until it comes.
 
     A process that was started to ignore Ctrl-C, as with nohup, continues to ignore it.
     """
+    came: list[int] = []
 
-    happened = False
-
-    def __enter__(self) -> Terminated:
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_terminate)
-            if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for signum, previous in self._previous.items():
-            signal.signal(signum, previous)
-
-    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
-        self.happened = True
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
         signal.raise_signal(signal.SIGINT)
 
-    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self.happened:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if came:
             raise KeyboardInterrupt
+
+    handlers = {signal.SIGTERM: terminate}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        handlers[signal.SIGINT] = interrupt
+    previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield came
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -34,10 +34,8 @@ LEFT = {
 
 def step_range(text: str) -> slice:
     """a:b, as in Python: steps a to b - 1, counted from the end where negative; either may be left out."""
-    match = re.fullmatch(r"(-?\d{1,12})?:(-?\d{1,12})?", text)
-    if match is None:
-        raise ValueError
-    return slice(*(None if part is None else int(part) for part in match.groups()))
+    first, last = text.split(":")
+    return slice(int(first) if first else None, int(last) if last else None)
 
 
 step_range.__name__ = "range (such as 100:200, or -10: for the last ten)"
@@ -64,16 +62,8 @@ def add_journal(parser: Parser) -> None:
 
     sub = command("verify", "check every line of a journal, and what belongs to it; exit status 1 if anything is wrong")
     sub.add_argument("file", metavar="FILE", help="journal, or directory of a run")
-    sub.add_argument(
-        "--base", metavar="DIR",
-        help="base checkpoint, to be compared with its SHA-256s (default: that of the run, if it is there)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--parent", metavar="FILE",
-        help="journal, or run, that the run was branched from (default: the one of that name beside it)",
-    )  # fmt: skip
-    sub.add_argument("--run", dest="left_run", action="store_true", help=argparse.SUPPRESS)
-    sub.add_argument("--chain", dest="left_chain", help=argparse.SUPPRESS)
+    sub.add_argument("--base", metavar="DIR", help="base checkpoint (default: that of the run, if it is there)")
+    sub.add_argument("--parent", metavar="FILE", help="journal, or run, of the parent (default: the one beside it)")
 
     sub = command(
         "diff", "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
@@ -152,23 +142,21 @@ def _row(entry: StepEntry) -> str:
     more = f" (+{len(coefs) - COEFS_SHOWN})" if len(coefs) > COEFS_SHOWN else ""
     marks = [f"skipped: {entry.skipped}"] if entry.skipped is not None else []
     marks += ["clipped"] if entry.extra.get("clipped") else []
-    text = f"{entry.step:8}  {_mean_loss(entry):10.5f}  {lr:>10}  {entry.tokens:8}  {entry.seconds:8.3f}  "
+    text = f"{entry.step:8}  {entry.mean_loss:10.5f}  {lr:>10}  {entry.tokens:8}  {entry.seconds:8.3f}  "
     return (text + " ".join(coefs[:COEFS_SHOWN]) + more + (f"  [{', '.join(marks)}]" if marks else "")).rstrip()
-
-
-def _mean_loss(entry: StepEntry) -> float:
-    losses = [loss for row in entry.losses for loss in row]
-    return sum(losses) / len(losses) if losses else math.nan
 
 
 def _step_record(entry: StepEntry) -> dict[str, Any]:
     from distzo2.run.metrics import finite
 
-    groups = [group._asdict() for group in entry.update.groups]
-    terms = [term._asdict() for term in entry.update.terms]
-    clipped = bool(entry.extra.get("clipped"))
+    return finite(_fields(entry) | {"loss": entry.mean_loss, "clipped": bool(entry.extra.get("clipped"))})
+
+
+def _fields(entry: StepEntry) -> dict[str, Any]:
+    """A step as JSON values."""
     fields = {name: value for name, value in vars(entry).items() if name != "update"}
-    return finite(fields | {"loss": _mean_loss(entry), "groups": groups, "terms": terms, "clipped": clipped})
+    groups, terms = ([part._asdict() for part in parts] for parts in (entry.update.groups, entry.update.terms))
+    return {"groups": groups, "terms": terms, **fields}
 
 
 def _pairs(record: Mapping[str, Any]) -> str:
@@ -181,28 +169,22 @@ def _pairs(record: Mapping[str, Any]) -> str:
 def _verify(options: argparse.Namespace) -> int:
     from distzo2.record.journal import JournalError, read_journal
 
-    for name, instead in LEFT.items():
-        if getattr(options, f"left_{name}"):
-            raise UsageError(f"journal verify --{name} left: {instead}")
     path, findings, checked = journal_path(options.file), [], ["every line"]
-    num_steps = 0
     try:
         contents = read_journal(path, findings=findings)
     except JournalError as error:
         findings.append(str(error))
     else:
-        num_steps = len(contents.entries)
         findings += [contents.torn] if contents.torn else []
         for what, found in _around(options, path, contents.header):
             checked.append(what)
             findings += found
     for finding in findings:
-        print(printable(" ".join(finding.split())))
+        print(printable(finding))
     if findings:
         print(printable(f"{path}: not in order: {len(findings)} finding{'s' * (len(findings) > 1)}"))
         return 1
-    names = checked[0] if len(checked) == 1 else f"{', '.join(checked[:-1])} and {checked[-1]}"
-    print(printable(f"{path}: in order: {num_steps} steps; checked {names}"))
+    print(printable(f"{path}: in order: {len(contents.entries)} steps; checked {' and '.join(checked)}"))
     return 0
 
 
@@ -215,9 +197,9 @@ def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) 
 
     base, parent, is_run = options.base, options.parent, Path(options.file).is_dir()
     if base is None and is_run and header["base"]["files"]:
-        with suppress(DistZO2Error):  # no run.json that can be read
-            named = saved_options(options.file).get("model")
-            base = named if isinstance(named, str) and Path(named).is_dir() else None
+        with suppress(DistZO2Error, KeyError):  # no run.json that can be read
+            base = saved_options(options.file)["model"]
+            base = base if Path(base).is_dir() else None
     if base is not None:
         no_files = [] if header["base"]["files"] else [f"{base}: the journal's run did not start from a checkpoint"]
         yield "the base checkpoint", [*no_files, *checkpoint_differences(base, header["base"])]
@@ -241,16 +223,18 @@ def _diff(options: argparse.Namespace) -> int:
     try:
         first, second = (read_journal(path) for path in paths)
     except OSError as error:
-        raise UsageError(f"{error.filename}: {os.strerror(error.errno)}") from error
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
     except DistZO2Error as error:
         raise UsageError(str(error)) from error
     for text in (first.torn, second.torn):
         if text:
             print(printable(text), file=sys.stderr)
-    shared = list(zip(first.entries, second.entries, strict=False))
+    # No two runs share their times.
+    entries = [[dataclasses.replace(entry, seconds=0.0) for entry in each.entries] for each in (first, second)]
+    shared = list(zip(*entries, strict=False))
     lines = [f"header: {found}" for found in islice(_differences(first.header, second.header), 1)]
     for a, b in shared:
-        found = list(islice(_differences(_compared(a), _compared(b)), DIFFERENCES_SHOWN))
+        found = list(islice(_differences(_fields(a), _fields(b)), DIFFERENCES_SHOWN))
         if found:
             lines.append(f"step {a.step}: {'; '.join(found)}")
             break
@@ -266,15 +250,6 @@ def _diff(options: argparse.Namespace) -> int:
     same = next((i for i, (a, b) in enumerate(shared) if repr(a.update) != repr(b.update)), len(shared))
     print(f"the first {same} steps make the same updates")
     return 1
-
-
-def _compared(entry: StepEntry) -> dict[str, Any]:
-    """What two steps are compared by: all but their time, which no two runs share."""
-    record = {
-        "groups": [group._asdict() for group in entry.update.groups],
-        "terms": [term._asdict() for term in entry.update.terms],
-    }
-    return record | {name: getattr(entry, name) for name in ("eps", "losses", "skipped", "tokens", "extra")}
 
 
 def _differences(a: Any, b: Any, path: str = "") -> Iterator[str]:

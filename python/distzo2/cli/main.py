@@ -5,21 +5,21 @@ Expected errors are one line on stderr and exit status 1, wrong usage is 2, Ctrl
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from distzo2.cli import journal
 from distzo2.cli.arguments import Formatter, Parser, add_options, refuse
-from distzo2.cli.ending import Terminated, end_with
-from distzo2.cli.journal import add_journal, journal_path, run_journal
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.cli.ending import end_with, terminated_as_interrupted
+from distzo2.errors import UsageError
 from distzo2.run.options import (
+    LEFT,
     EvalOptions,
     FinetuneOptions,
     GenerateOptions,
@@ -46,7 +46,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         about = text[0].upper() + text[1:] + "."
         sub = commands.add_parser(name, help=text, description=about, formatter_class=Formatter)
         if kind is None:
-            add_journal(sub)
+            journal.add_journal(sub)
         else:
             add_options(sub, kind)
     return parser, commands.choices
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     given, unknown = parser.parse_known_args(arguments)
     name, kind = given.command, COMMANDS[given.command][1]
     if unknown:
-        refuse(commands[name], kind, unknown)
+        refuse(commands[name], {"finetune": LEFT, "journal": journal.LEFT}.get(name, {}), unknown)
     if kind is None:
         return name, given
     values = vars(given)
@@ -82,13 +82,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    terminated = Terminated()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # what its encoding lacks is escaped
-            with suppress(OSError, ValueError):  # a broken stream reports its error at the next write
-                stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what its encoding lacks is escaped
+    terminated: list[int] = []
     try:
-        with terminated:
+        with terminated_as_interrupted() as terminated:
             name, options = parse(sys.argv[1:] if arguments is None else arguments)
             _quiet_libraries()
             return COMMANDS[name][2](options)
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (python flushes it at exit)
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        return end_with(error, terminated.happened)
+        return end_with(error, bool(terminated))
 
 
 def _quiet_libraries() -> None:
@@ -124,29 +123,12 @@ def _finetune(options: FinetuneOptions) -> int:
     from distzo2.text import gib
 
     mesh = launch.make_mesh(options, _log)
-    try:
-        result = finetune(options, _log)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(options)) from None
+    result = finetune(options, _log)
     parallel.shutdown()
-    if mesh is not None and mesh.rank != 0:
-        return 0
-    memory = f"peak memory {gib(result.peak_bytes)}, weights {gib(result.size.total)}"
-    _log(f"{result.num_steps} steps in {result.out}; {memory}")
+    if mesh is None or mesh.rank == 0:
+        memory = f"peak memory {gib(result.peak_bytes)}, weights {gib(result.size.total)}"
+        _log(f"{result.num_steps} steps in {result.out}; {memory}")
     return 0
-
-
-def _interrupted(options: FinetuneOptions) -> str:
-    from distzo2.record.journal import read_journal
-
-    try:
-        num_steps = len(read_journal(os.path.join(options.out, "journal.jsonl")).entries)
-    except (OSError, DistZO2Error):
-        return "interrupted before the first step: nothing was written"
-    return (
-        f"interrupted: {num_steps} steps are in the journal; continue with distzo2 finetune --resume --out "
-        f"{options.out}"
-    )
 
 
 def _eval(options: EvalOptions) -> int:
@@ -165,59 +147,30 @@ def _generate(options: GenerateOptions) -> int:
     from distzo2.run.inference import generate_text
 
     if options.prompt is None:
-        options = replace(options, prompt=_standard_input())
-    generate_text(options, lambda text: print(text, end="", flush=True))
-    print()
+        options = replace(options, prompt=sys.stdin.read())
+    generate_text(options)
     return 0
-
-
-def _standard_input() -> str:
-    if sys.stdin is None:
-        raise UsageError("--prompt is missing, and standard input is closed")
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise DistZO2Error(f"standard input: not {error.encoding}: {error.reason} at byte {error.start}") from error
 
 
 def _replay(options: ReplayOptions) -> int:
     from distzo2.checkpoint.replay import replay
     from distzo2.run.directory import saved_options
 
-    if os.path.lexists(options.out) and not os.path.isdir(options.out):
-        raise UsageError(f"--out {options.out}: a directory was expected")
-    run, base, journal = options.run_dir, options.base, options.journal or options.journal_file
+    run, base = options.run_dir, options.base
     if options.journal_file is not None:  # BASE JOURNAL
         base = run
+    steps = journal.journal_path(options.journal or options.journal_file or run)
     base = base or saved_options(run)["model"]
-    journal = os.fspath(journal_path(journal)) if journal else os.path.join(run, "journal.jsonl")
-    report = replay(base, journal, options.out, to_step=options.to_step, progress=not options.quiet)
+    report = replay(base, steps, options.out, to_step=options.to_step, progress=not options.quiet)
     if report.torn:
         print(printable(report.torn), file=sys.stderr)
     print(f"wrote {options.out}: {report.num_steps} of {report.num_journal_steps} steps")
     return 0
 
 
-def _report(options: ReportOptions) -> int:
-    from distzo2.planning.report import run_report
-
-    return run_report(options, print)
-
-
-def _measure(options: MeasureOptions) -> int:
-    from distzo2.planning.measure import run_measure
-
-    return run_measure(options, _log)
-
-
-def _plan(options: PlanOptions) -> int:
-    from distzo2.planning.plan import run_plan
-
-    return run_plan(options, _log)
-
-
-def _journal(options: Namespace) -> int:
-    return run_journal(options)
+def _planning(name: str, log: Callable[[str], None]) -> Callable[[Any], int]:
+    """The function that runs a command of the planning room, which is imported when it is called."""
+    return lambda options: getattr(importlib.import_module(f"distzo2.planning.{name}"), f"run_{name}")(options, log)
 
 
 # Of each command: what it does, its options, and the function that runs it.
@@ -226,8 +179,12 @@ COMMANDS = {
     "eval": ("loss and accuracy of a checkpoint on a JSONL file", EvalOptions, _eval),
     "generate": ("text from a checkpoint, its weights streamed", GenerateOptions, _generate),
     "replay": ("rebuild the checkpoint of any step from a run's journal, bit for bit", ReplayOptions, _replay),
-    "journal": ("show, check or compare the journals of runs", None, _journal),
-    "report": ("a picture of a run: loss, time of a step, memory, transfers", ReportOptions, _report),
-    "measure": ("rates of this machine's links, disk, cores and GPUs, and what slows them", MeasureOptions, _measure),
-    "plan": ("memory, time of a step and the best mesh of a run, before it is started", PlanOptions, _plan),
+    "journal": ("show, check or compare the journals of runs", None, journal.run_journal),
+    "report": (
+        "a picture of a run: loss, time, memory, transfers",
+        ReportOptions,
+        _planning("report", print),
+    ),
+    "measure": ("rates of this machine's links, disk, cores and GPUs", MeasureOptions, _planning("measure", _log)),
+    "plan": ("memory, time of a step and best mesh of a run, before it starts", PlanOptions, _planning("plan", _log)),
 }

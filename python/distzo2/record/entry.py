@@ -52,6 +52,12 @@ class StepEntry:
     seconds: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def mean_loss(self) -> float:
+        """Mean of the losses; NaN if there is none."""
+        losses = [loss for row in self.losses for loss in row]
+        return sum(losses) / len(losses) if losses else math.nan
+
     def to_line(self) -> bytes:
         """The entry as one line with its newline.
 

@@ -16,21 +16,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distzo2 import files
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.files import lock, sync_directory, write_whole
 from distzo2.run.metrics import finite
 from distzo2.run.options import LEFT
 
 _RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
 _LEFTOVERS = ("weights-*.dzo2", ".journal.jsonl.*.tmp", "run.json.tmp", "metrics.jsonl.tmp")  # of a killed run
-_IN_USE = "another distzo2 process is using this directory"
-_PATIENCE_S = 0.5  # `files.is_locked` holds a lock for an instant
 
 
 class RunDirectory:
@@ -45,113 +42,69 @@ class RunDirectory:
         self.trace = self.path / "trace.json"
         self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}  # what run.json says
-        self._check = self._check_new
+        self.continues = False  # whether a run with a journal is in it, which is resumed
+        self._resume = False
         self._descriptor: int | None = None  # of the lock, while it is held
         self._made: list[Path] = []  # directories that this process made, innermost first
 
-    @classmethod
-    def new(cls, path: str | os.PathLike) -> RunDirectory:
-        """A directory for a new run; nothing is created yet.
+    def check(self, resume: bool) -> bool:
+        """Checks, and reads run.json, before a run starts in the directory; nothing is created.
+
+        Args:
+            resume: whether to continue the run in it. One that was killed before it had a journal begins again.
+
+        Returns:
+            `continues`.
 
         Raises:
-            UsageError: it holds a run, or is no directory.
+            UsageError: it holds a run, or with `resume` none, or is no directory.
         """
-        run = cls(path)
-        run._check()
-        return run
-
-    @classmethod
-    def resumed(cls, path: str | os.PathLike) -> RunDirectory:
-        """The directory of a run to continue.
-
-        Raises:
-            UsageError: it holds none.
-        """
-        run = cls(path)
-        run._check = run._check_resumed
-        run._check()
-        return run
-
-    @classmethod
-    def unbegun(cls, path: str | os.PathLike) -> RunDirectory | None:
-        """The directory of a run that was killed before it had a journal, so that it begins again; None if it is not
-        one."""
-        run = cls(path)
-        run._check = run._check_unbegun
-        try:
-            run._check()
-        except DistZO2Error:
-            return None
-        return run
-
-    @classmethod
-    def restarted(cls, path: str | os.PathLike, launch: str) -> RunDirectory | None:
-        """The directory of a run with steps that this launch of torchrun began; None if it holds none. A run of this
-        launch without steps is removed."""
-        run = cls(path)
-        try:
-            run.record = _read_record(run.path)
-        except DistZO2Error:
-            return None
-        if run.record.get("launch") != launch:
-            return None
-        if run.journal.is_file() and run.journal.read_bytes().count(b"\n") > 1:
-            return cls.resumed(path)
-        for leftover in (run.metrics, run.journal, run.path / "run.json"):
-            leftover.unlink(missing_ok=True)
-        run.remove_leftovers()
-        return None
-
-    def _check_new(self) -> None:
+        self._resume, self.continues = resume, False
+        if resume:
+            self.record = _read_record(self.path)
+            self.continues = _has_begun(self.path, self.record)
+            if self.continues and not self.journal.is_file():
+                raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
+            return self.continues
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: a directory was expected")
         for name in _RUN:
             if os.path.lexists(self.path / name):
-                if self._descriptor is None and files.is_locked(self.lock):
-                    raise UsageError(f"{self.path}: {_IN_USE}")
                 raise UsageError(f"{self.path}: already holds a run ({name}): --resume it, or give another --out")
+        return False
 
-    def _check_resumed(self) -> None:
-        self.record = _read_record(self.path)
-        if not self.journal.is_file():
-            raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
-
-    def _check_unbegun(self) -> None:
-        if _read_record(self.path).get("status") != "starting" or os.path.lexists(self.journal):
-            raise UsageError(f"{self.path}: another distzo2 process began this run: --resume it")
+    def is_of_launch(self, launch: str | None) -> bool:
+        """Whether a launch of torchrun began the run in the directory."""
+        with suppress(DistZO2Error):
+            return launch is not None and _read_record(self.path).get("launch") == launch
+        return False
 
     @property
     def begins_again(self) -> bool:
         """Whether it holds a run that was killed before it had a journal."""
-        return self._check == self._check_unbegun
+        return self._resume and not self.continues
 
     def claim(self) -> None:
         """Makes the directory and its parents, and keeps other processes out of it until `release`.
 
         Raises:
-            UsageError: another process uses it, or has used it since this object was made.
+            UsageError: another process uses it, or has used it since `check`.
             DistZO2Error: the directory cannot be made, or not be locked.
         """
-        deadline = time.monotonic() + _PATIENCE_S
         try:
-            while self._descriptor is None:
-                missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._made = missing or self._made
-                for path in missing:
-                    files.sync_directory(path.parent)
-                try:
-                    self._descriptor = files.lock(self.lock)
-                except FileNotFoundError:  # a run that ended meanwhile removed the directory
-                    continue
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise UsageError(f"{self.path}: {_IN_USE}") from None
-                    time.sleep(0.01)
+            self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in self._made:
+                sync_directory(path.parent)
+            self._descriptor = lock(self.lock)
+        except BlockingIOError:
+            raise UsageError(f"{self.path}: another distzo2 process is using this directory") from None
         except OSError as error:
             raise DistZO2Error(f"{error.filename or self.path}: {error.strerror}") from error
-        try:
-            self._check()  # what was there before the lock may have changed
+        before = self.continues
+        try:  # what was there before the lock may have changed
+            if self.check(self._resume) != before:
+                raise UsageError(f"{self.path}: another distzo2 process began this run: --resume it")
         except BaseException:
             self.release()
             raise
@@ -167,7 +120,7 @@ class RunDirectory:
     def withdraw(self, with_journal: bool = True) -> None:
         """Removes what a new run put there before its first step, and releases the directory. No-op unless it was
         claimed for a new run."""
-        if self._descriptor is None or self._check == self._check_resumed:
+        if self._descriptor is None or self.continues:
             return
         for path in (self.metrics, *([self.journal] if with_journal else []), self.path / "run.json"):
             path.unlink(missing_ok=True)
@@ -188,7 +141,7 @@ class RunDirectory:
     def update(self, **values: Any) -> None:
         """Sets entries of run.json, whole or not at all, and durable when this returns."""
         record = self.record | values
-        files.write_whole(self.path / "run.json", (json.dumps(finite(record), indent=1) + "\n").encode())
+        write_whole(self.path / "run.json", (json.dumps(finite(record), indent=1) + "\n").encode())
         self.record = record
 
     # ---- the checkpoint -----------------------------------------------------------------------------------------
@@ -203,15 +156,12 @@ class RunDirectory:
         """Checks that the run's checkpoint overwrites nothing but its own files.
 
         Raises:
-            DistZO2Error: `checkpoint/` holds a checkpoint of others, or is no directory.
+            DistZO2Error: `checkpoint/` holds a checkpoint of others.
         """
-        advice = "move it away, or give --save none"
-        if os.path.lexists(self.checkpoint) and not self.checkpoint.is_dir():
-            raise DistZO2Error(f"{self.checkpoint}: a directory was expected, or nothing: {advice}")
         held = holds_checkpoint(self.checkpoint)
         ours = (self.record.get("checkpoint_files") or held) if self.has_checkpoint else []  # None while it is written
-        foreign = [name for name in held if name not in ours]
-        if foreign:
+        if foreign := [name for name in held if name not in ours]:
+            advice = "move it away, or give --save none"
             raise DistZO2Error(f"{self.checkpoint / foreign[0]}: not written by this run: {advice}")
 
     def drop_checkpoint(self) -> None:
@@ -219,7 +169,7 @@ class RunDirectory:
         if self.has_checkpoint:
             for name in holds_checkpoint(self.checkpoint):
                 (self.checkpoint / name).unlink()
-            files.sync_directory(self.checkpoint)
+            sync_directory(self.checkpoint)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -232,6 +182,11 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
         raise DistZO2Error(f"{path / 'run.json'}: not the record of a run")
     return record
+
+
+def _has_begun(path: Path, record: dict[str, Any]) -> bool:
+    """Whether a run has come so far that it has had a journal."""
+    return record.get("status") != "starting" or os.path.lexists(path / "journal.jsonl")
 
 
 def trace_of(path: str | os.PathLike) -> Path:
@@ -249,9 +204,10 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         UsageError: it holds none.
     """
-    options = dict(_read_record(Path(path))["options"])
+    record = _read_record(Path(path))
+    options = dict(record["options"])
     # A run may continue on other ranks; it is branched once, when it begins.
-    begun = () if RunDirectory.unbegun(path) is not None else ("branch_from", "at_step")
+    begun = ("branch_from", "at_step") if _has_begun(Path(path), record) else ()
     for name in ("resume", "config", "out", "parallel", "slice", *begun, *LEFT):
         options.pop(name, None)
     if not isinstance(options.get("trace"), str):

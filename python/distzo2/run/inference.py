@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from transformers import TextStreamer
@@ -13,8 +12,8 @@ from transformers import TextStreamer
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.errors import DistZO2Error
 from distzo2.run.options import EvalOptions, GenerateOptions
-from distzo2.run.preflight import DTYPES, check_device, check_disk, check_memory, model_size, set_threads
-from distzo2.streaming.offload import runtime_of
+from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size, set_threads
+from distzo2.streaming.offload import runtime_of, usable_device
 from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolve_objective
 from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
 
@@ -22,7 +21,7 @@ from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
 @contextmanager
 def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, after the checks of its device and of the room it needs."""
-    device = check_device(options.device)
+    device = usable_device(options.device)
     set_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
     check_memory(size, device, options.weights)
@@ -38,15 +37,12 @@ def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Mo
             memory_budget=options.memory_budget,
             write_every=options.write_every,
         )
-        try:
+        with closing(runtime_of(model)):
             yield model, device
-        finally:
-            runtime_of(model).close()
 
 
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     """Loss and accuracy on a JSONL file, and the objective's name."""
-    check_device(options.device)
     tokenizer = load_tokenizer(options.model)
     limit = sequence_limit(options.model, options.max_length)
     examples = load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate)
@@ -57,13 +53,12 @@ def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
 
 
 @torch.no_grad()
-def generate_text(options: GenerateOptions, on_text: Callable[[str], None]) -> str:
-    """Continues a prompt; `on_text` gets the prompt's continuation piece by piece.
+def generate_text(options: GenerateOptions) -> None:
+    """Continues a prompt, and prints the continuation word by word.
 
     Raises:
         DistZO2Error: the prompt has no tokens, or more than the model has positions.
     """
-    check_device(options.device)
     tokenizer = load_tokenizer(options.model)
     limit = sequence_limit(options.model)
     inputs = tokenizer(options.prompt, return_tensors="pt")["input_ids"].long()
@@ -77,25 +72,12 @@ def generate_text(options: GenerateOptions, on_text: Callable[[str], None]) -> s
         if options.temperature > 0:
             torch.manual_seed(options.seed)
             sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
-        streamer = _Streamer(tokenizer, on_text)
         inputs = inputs.to(device)
-        tokens = model.generate(
+        model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=options.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=streamer,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,
         )
-    return tokenizer.decode(tokens[0, inputs.shape[1] :], skip_special_tokens=True)
-
-
-class _Streamer(TextStreamer):
-    """Passes on the generated text, without the prompt, word by word."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)

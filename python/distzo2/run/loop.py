@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
@@ -26,7 +24,7 @@ from distzo2.record.lineage import BranchPoint
 from distzo2.record.snapshot import Snapshots
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id
-from distzo2.run.metrics import Metrics, device_peak_bytes, finite, peak_bytes, progress_bar, resident_bytes
+from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
@@ -36,7 +34,12 @@ from distzo2.tasks.tokenize import Example
 from distzo2.text import gib
 from distzo2.version import __version__
 
+_OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
+    "lr", "eps", "weight_decay", "noise", "estimator", "seed",
+    "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every",
+)  # fmt: skip
 _SCORES = ("loss", "accuracy")
+_STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
@@ -53,13 +56,6 @@ def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int],
         return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor
-
-
-def make_scheduler(optimizer: Optimizer, factor: Callable[[int], float], first_step: int) -> LambdaLR:
-    """A scheduler at `first_step`; sets the optimizer's rate to that step's."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return LambdaLR(optimizer, factor, last_epoch=first_step - 1)
 
 
 @dataclass(frozen=True)
@@ -98,28 +94,18 @@ class TrainLoop:
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
         self.score_name = options.score or ("accuracy" if train[0].options else "loss")
-        self.totals: dict[str, float] = {}
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
-        self._traced = 0  # steps; -1: the trace is written
+        self._factor = factor_of(options.schedule, options.steps, options.warmup)
+        self._tracing = False
 
-    def start(self, settings: dict[str, Any], train_sha256: str) -> None:
+    def start(self, settings: dict[str, Any]) -> None:
         """Opens journal and metrics; a resumed run takes over the steps that it has made."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
-            lr=o.lr,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
             num_probes=o.probes,
-            noise=o.noise,
-            estimator=o.estimator,
-            seed=o.seed,
-            max_lanes=o.max_lanes,
-            max_coef=o.max_coef,
-            max_clipped=o.max_clipped,
-            max_skipped=o.max_skipped,
-            verify_every=o.verify_every,
+            **{name: getattr(o, name) for name in _OPTIMIZER},
             journal=self.run.journal,
             resume=o.resume,
             snapshots=Snapshots(
@@ -132,6 +118,7 @@ class TrainLoop:
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             fsync_every=o.fsync_every,
         )
+        self._first_step = optimizer.step_count  # of this process
         if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
@@ -150,15 +137,12 @@ class TrainLoop:
             self.run.update(
                 options=settings,
                 distzo2=__version__,
-                train_sha256=train_sha256,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
-                model_elements=self.size.num_elements,
                 status="running",
+                launch=launch_id(),
                 **self._best_so_far(),
-                **({} if launch_id() is None else {"launch": launch_id()}),
             )
-        self.scheduler = make_scheduler(optimizer, factor_of(o.schedule, o.steps, o.warmup), optimizer.step_count)
 
     def run_to_end(self) -> Result:
         """Makes the steps that are left, with their evaluations, and saves the checkpoint."""
@@ -172,7 +156,9 @@ class TrainLoop:
                     self._evaluate_if_due(bar)
         except KeyboardInterrupt:
             self._stopped("interrupted")
-            raise
+            steps = f"interrupted: {optimizer.step_count} steps are in the journal"
+            advice = f"continue with distzo2 finetune --resume --out {o.out}"
+            raise KeyboardInterrupt(f"{steps}; {advice}" if self.has_stepped else "") from None
         except DistZO2Error as error:
             self._stopped(f"stopped: {error}")
             raise
@@ -205,6 +191,8 @@ class TrainLoop:
     def _step(self, bar: Any) -> None:
         optimizer, step = self.optimizer, self.optimizer.step_count
         self._trace(step)
+        for group in optimizer.param_groups:
+            group["lr"] = self.options.lr * self._factor(step)
         batches = self._batches(step)
         tokens = sum(b.num_tokens for b in batches)
         self.runtime.reset_stats()
@@ -216,24 +204,13 @@ class TrainLoop:
             self.runtime.trace.add("step", f"step {step}", start_ns, time.perf_counter_ns())
             if optimizer.step_count > step:
                 self._note(tokens, time.perf_counter() - start, bar)
-        self.scheduler.step()
 
     def _note(self, tokens: int, seconds: float, bar: Any) -> None:
-        last, stats = self.optimizer.last, self.runtime.stats()
-        times = {
-            "seconds": seconds,
-            "compute_s": stats["compute_s"],
-            "noise_s": stats["noise_s"],
-            # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
-            "exposed_wait_s": stats["exposed_wait_s"] + stats.get("stall_s", 0.0),
-            "upload_s": stats.get("upload_s", 0.0),
-            "download_s": stats.get("download_s", 0.0),
-            "transfer_s": stats.get("upload_s", 0.0) + stats.get("download_s", 0.0),
-            "bytes_up": stats.get("bytes_up", 0),
-            "bytes_down": stats.get("bytes_down", 0),
-        }
-        for name, value in times.items():
-            self.totals[name] = self.totals.get(name, 0) + value
+        last, stats, device = self.optimizer.last, self.runtime.stats(), self.runtime.device
+        times = {"seconds": seconds} | {name: stats.get(name, 0) for name in _STATS}
+        times["transfer_s"] = times["upload_s"] + times["download_s"]
+        # The host waits in acquire on a CPU; on CUDA the device does, for what the host has queued.
+        times["exposed_wait_s"] += stats.get("stall_s", 0.0)
         memory = resident_bytes()
         self.metrics.write(
             kind="step",
@@ -250,7 +227,7 @@ class TrainLoop:
             down_bytes_per_s=_rate(times["bytes_down"], times["download_s"]),
             rss=memory,
             peak=peak_bytes(),
-            device_peak=device_peak_bytes(self.runtime.device),
+            device_peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
         if last.skipped:
             bar.write(f"step {last.step}: {last.skipped}: not applied")
@@ -259,20 +236,20 @@ class TrainLoop:
 
     def _trace(self, step: int) -> None:
         """Records --trace-steps steps from the third on, or from the first where there are no more."""
-        if self.options.trace is None or self._traced < 0 or not self.leads:
+        o = self.options
+        first = max(self._first_step, min(TRACE_FROM, max(0, o.steps - o.trace_steps)))
+        if o.trace is None or not self.leads:
             return
-        first = min(TRACE_FROM, max(0, self.options.steps - self.options.trace_steps))
-        if step >= first and self._traced == 0:
+        if step == first:
             self.runtime.weights.enable_trace(True)
-        if step >= first:
-            self._traced += 1
-        if self._traced > self.options.trace_steps:
+            self._tracing = True
+        elif step == first + o.trace_steps:
             self._end_trace()
 
     def _end_trace(self) -> None:
         self.runtime.weights.save_trace(self.options.trace or self.run.trace)
         self.runtime.weights.enable_trace(False)
-        self._traced = -1
+        self._tracing = False
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -351,7 +328,7 @@ class TrainLoop:
             self._ended(status)
 
     def _ended(self, status: str) -> None:
-        if self._traced > 0:
+        if self._tracing:
             self._end_trace()
         stats = self.runtime.stats()
         self.run.update(
@@ -359,7 +336,6 @@ class TrainLoop:
             steps_done=self.optimizer.step_count,
             peak_bytes=peak_bytes(),
             weights_in_memory=sum(stats[k] for k in ("resident_bytes", "slot_bytes", "scratch_bytes")),
-            totals=self.totals,
             **self._best_so_far(),
         )
 

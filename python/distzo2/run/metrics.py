@@ -13,7 +13,6 @@ so they are synced to the disk, and have a CRC-32 as the journal's lines have.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic_core import from_json
 from tqdm import tqdm
 
 from distzo2.files import write_whole
@@ -46,7 +45,6 @@ class Metrics:
         self, path: str | os.PathLike | None, data: str | None = None, log: Callable[[str], None] = lambda text: None
     ) -> None:
         self.path = Path(path or os.devnull)
-        self._place = os.path.abspath(self.path)  # the working directory may change
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         self._data, self._log = data, log
         self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
@@ -55,7 +53,7 @@ class Metrics:
         """Appends a line.
 
         Raises:
-            OSError: it cannot be written, or the file is no longer there.
+            OSError: it cannot be written.
         """
         if line["kind"] == "eval":
             line["data"] = self._data
@@ -65,8 +63,6 @@ class Metrics:
             self._file.flush()
             if line["kind"] == "eval" and self.path != Path(os.devnull):
                 os.fsync(self._file.fileno())  # before a step can follow: which step is best depends on it
-                if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._place)):
-                    raise FileNotFoundError(errno.ENOENT, "another file has taken its place", os.fspath(self.path))
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error
 
@@ -98,11 +94,10 @@ class Metrics:
 
 
 def _line_of(entry: Any) -> dict[str, Any]:
-    losses = [value for row in entry.losses for value in row]
     return {
         "kind": "step",
         "step": entry.step,
-        "loss": sum(losses) / len(losses) if losses else math.nan,
+        "loss": entry.mean_loss,
         "coefs": [term.c for term in entry.update.terms],
         "lr": entry.update.groups[0].lr if entry.update.groups else 0.0,
         "skipped": entry.skipped,
@@ -132,10 +127,7 @@ def _text(line: dict[str, Any]) -> str:
 
 def _read_line(text: bytes) -> dict[str, Any]:
     """Raises ValueError unless `text` is a line of metrics."""
-    try:
-        line = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    line = from_json(text)
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise ValueError("not a line of metrics")
     if line.get("kind") == "eval":
@@ -174,8 +166,3 @@ def peak_bytes() -> int:
     # Not getrusage: after fork and exec its figure includes what the parent had.
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def device_peak_bytes(device: torch.device) -> int | None:
-    """Peak memory that torch allocated on a CUDA device; None on other devices."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -9,19 +9,20 @@ them pass `checked`, which refuses unknown names and values out of range before 
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationError
 from pydantic import Field as Range
 
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import UsageError
+from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode")
@@ -43,65 +44,37 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-def _not_empty(value: str) -> str:
-    if not value:
-        raise ValueError("expected a name")
-    return value
-
-
-def _float32(value: float) -> float:
-    """Steps are computed in float32, which must hold the value."""
-    if value and not 2.0**-149 <= abs(value) < 2.0**128:
-        raise ValueError("expected a number in the range of float32")
-    return value
-
-
 def _none_or(value: Any) -> Any:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
 def num_bytes(value: int | str | None) -> int | str | None:
-    """Reads a number of bytes, with the suffix KiB, MiB or GiB or without; or "auto".
+    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto".
 
     Raises:
         ValueError: `value` is neither, or not from 1 to 2^63 - 1.
     """
     if value in ("auto", None):
         return value
-    try:
-        text, scale = str(value), 1
-        for suffix, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-            if text.endswith(suffix):
-                text, scale = text.removesuffix(suffix), factor
-        number = float(text) * scale
-    except ValueError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number < 2**63:
-        raise ValueError("expected a number of bytes (such as 12GiB), or auto")
-    return int(number)
+    with suppress(ValidationError):
+        number = int(_BYTES.validate_python(value))
+        if not isinstance(value, bool) and 1 <= number < 2**63:
+            return number
+    raise ValueError("expected a number of bytes (such as 12GiB), or auto")
 
 
-def _mesh(value: str) -> str:
-    from distzo2.parallel.mesh import parse_mesh
-
-    try:
-        parse_mesh(value)
-    except (ValueError, DistZO2Error) as error:
-        raise ValueError("expected a mesh (such as pert=2,data=2)") from error
-    return value
-
-
+_BYTES = TypeAdapter(ByteSize)
 _NUMBER = BeforeValidator(_not_bool)
-Name = Annotated[str, AfterValidator(_not_empty)]
+Name = Annotated[str, Range(min_length=1)]
 Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
 CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
 Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
-Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
-PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
+Positive = Annotated[float, _NUMBER, Range(gt=0, lt=2.0**128)]  # steps are computed in float32
+PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0, lt=2.0**128)]
 Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
 Multiple = Annotated[Annotated[float, _NUMBER, Range(gt=1)] | None, BeforeValidator(_none_or)]
 Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
-MeshShape = Annotated[str, AfterValidator(_mesh)]
+Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
 Switch = Annotated[bool, Range(strict=True)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -110,29 +83,17 @@ Noise = Literal["normal", "rademacher"]
 Weights = Literal["device", "host", "disk"]
 
 
-def option(
-    default: Any,
-    text: str,
-    metavar: str | None = None,
-    *,
-    short: str | None = None,
-    bare: str | None = None,
-    positional: bool = False,
-    group: str | None = None,
-) -> Any:
+def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
     """A field of an options class.
 
     Args:
         default: MISSING if the option is required.
         text: its line in `--help`.
         metavar: what `--help` calls its value.
-        short: a second flag.
-        bare: the value of the flag without a value.
-        positional: whether it is given by position.
-        group: title of the group in `--help` that begins with it.
+        more: `short`, a second flag; `bare`, the value of the flag without a value; `positional`, whether it is given
+            by position; `group`, the title of the group in `--help` that begins with it.
     """
-    shown = {"help": text, "metavar": metavar, "short": short, "bare": bare, "positional": positional, "group": group}
-    return field(default=default, metadata=shown)
+    return field(default=default, metadata={"help": text, "metavar": metavar, **more})
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -144,9 +105,7 @@ class Placement:
 
     device: str = option("cpu", "where it computes", "cpu|cuda|cuda:N", group="where it runs")
     weights: Weights = option(
-        "host",
-        "where the streamed weights live: on the device, in pinned host memory, or in a file that needs as much room "
-        "on the disk as the model",
+        "host", "where the streamed weights live: the device, pinned host memory, or a file as large as the model"
     )
     weights_dir: str | None = option(None, "directory of that file (default: the output directory, or /tmp)", "DIR")
     memory_budget: Bytes = option(
@@ -159,10 +118,9 @@ class Placement:
         1,
         "write a streamed block back at every N-th step, blocks in turn, and repeat the updates in between at each "
         "visit: spares a disk, costs noise",
-        "N",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
-    threads: Count | None = option(None, "CPU threads for computing (default: torch's choice)", "N")
+    threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +139,7 @@ class DataReading:
         "what to do with a line that is longer than --max-length: stop with file and line number, or drop tokens of "
         "its beginning or its end (of a line with choices: of its prompt)",
     )
-    max_length: Count | None = option(None, "longest sequence (default: the model's)", "TOKENS")
+    max_length: Count | None = option(None, "longest sequence (default: the model's)")
 
 
 # ---- finetune ----------------------------------------------------------------------------------------------------
@@ -195,32 +153,24 @@ class FinetuneOptions(DataReading, Placement):
         UsageError: two options do not go together.
     """
 
-    model: Name = option(
-        MISSING, "directory of a Hugging Face checkpoint (safetensors, tokenizer)", "DIR", group="what"
-    )
-    train: Name = option(
-        MISSING, "JSONL: prompt and completion, or prompt, choices and label, or messages, or text", "FILE"
-    )
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR", group="what")
+    train: Name = option(MISSING, "JSONL of prompt + completion, prompt + choices + label, messages, or text", "FILE")
     eval: str | None = option(None, "JSONL of held-out lines of the same kind", "FILE")
     out: Name = option(MISSING, "directory of the run: journal, metrics, checkpoint", "DIR")
-    resume: Switch = option(
-        False, "continue the run in --out from its last durable step; options not given are the run's"
-    )
+    resume: Switch = option(False, "continue the run in --out; options not given are that run's")
     branch_from: str | None = option(
         None,
         "begin with the first steps of the run in that directory, and continue in --out with other options; options "
         "not given are that run's, and --seed, --model and --dtype must be",
         "RUN",
     )
-    at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)", "N")
+    at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)")
 
-    steps: Count = option(MISSING, "steps in all, one update each", "N", group="how it learns")
+    steps: Count = option(MISSING, "steps in all, one update each", group="how it learns")
     lr: PositiveOrZero = option(1e-6, "learning rate, per unit of the estimated gradient")
     eps: Positive = option(1e-3, "size of a perturbation, in units of a weight")
-    batch_size: Count = option(16, "examples a step", "N")
-    micro_batches: Count = option(
-        1, "parts that a step's batch is cut into, to save memory for long sequences; must divide --batch-size", "N"
-    )
+    batch_size: Count = option(16, "examples a step")
+    micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
     probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
     noise: Noise = option("normal", "distribution of a perturbation's elements")
     estimator: Estimator = option(
@@ -228,18 +178,16 @@ class FinetuneOptions(DataReading, Placement):
         "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
         "and takes a far larger --lr)",
     )
-    weight_decay: PositiveOrZero = option(
-        0.0, "pull towards 0, times --lr, a step; biases and norms are left out", "LAMBDA"
-    )
+    weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
-    warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0", "STEPS")
+    warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0")
     seed: Seed = option(0, "of perturbations, data order and dropout")
     train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
 
     eval_every: CountOrZero = option(
-        0, "steps between evaluations, besides the one before and the one after; 0: none", "N", group="what is kept"
+        0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
-    eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation", "N")
+    eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
     score: Literal["accuracy", "loss"] | None = option(
         None, "held-out figure that decides the best step (default: accuracy where lines have choices, else loss)"
     )
@@ -264,7 +212,6 @@ class FinetuneOptions(DataReading, Placement):
         1,
         "sync the journal to the disk after N steps, behind the steps that follow; a power cut may cost the steps "
         "since, a kill does not",
-        "N",
     )
     trace: str | None = option(
         None,
@@ -273,30 +220,20 @@ class FinetuneOptions(DataReading, Placement):
         "FILE",
         bare="",
     )
-    trace_steps: Count = option(3, "how many steps --trace records", "N")
+    trace_steps: Count = option(3, "how many steps --trace records")
     quiet: Switch = option(False, "no progress bar")
 
     max_coef: Multiple = option(
-        10.0,
-        "clip a step's coefficients to this multiple of their running median; none: never",
-        "X",
-        group="when it goes wrong",
+        10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
-    max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never", "N")
-    no_check: Switch = option(
-        False, "do not check, before the first step, that two equal forward passes agree to the bit"
-    )
-    max_skipped: Count = option(
-        5, "stop after N steps in a row whose loss is not finite; such steps are not applied", "N"
-    )
+    max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
+    no_check: Switch = option(False, "skip the check that two equal forward passes agree to the bit")
+    max_skipped: Count = option(5, "stop after N steps in a row whose loss is not finite; such steps are not applied")
     max_lanes: Count | None = option(
-        None,
-        "evaluations (perturbation x micro-batch) that share a pass over the weights; fewer need less memory, same "
-        "bits (default: all)",
-        "N",
+        None, "evaluations (perturbation x micro-batch) in a pass over the weights; fewer save memory (default: all)"
     )
 
-    parallel: MeshShape | None = option(
+    parallel: str | None = option(
         None,
         "ranks that share the perturbations of a step, and ranks that share its micro-batches; P x D is the number of "
         "ranks (default: the mesh whose busiest rank has the least to do)",
@@ -308,12 +245,8 @@ class FinetuneOptions(DataReading, Placement):
         "each rank keeps a slice of every streamed block, and the ranks of a machine gather the blocks together "
         "(default: what is faster, as measured at the start)",
     )
-    verify_every: CountOrZero = option(
-        0, "steps between comparisons of the ranks' weights, besides the one before the first step; 0: none", "N"
-    )
-    heartbeat_limit: Positive = option(
-        30.0, "a rank that is silent for this long is given up, and the run ends", "SECONDS"
-    )
+    verify_every: CountOrZero = option(0, "steps between comparisons of the ranks' weights (one at the start); 0: none")
+    heartbeat_limit: Positive = option(30.0, "a rank that is silent for this long is given up; the run ends", "SECONDS")
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batches:
@@ -344,7 +277,7 @@ class EvalOptions(Placement, DataReading):
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
     eval: Name = option(MISSING, "JSONL of lines as for finetune", "FILE")
-    batch_size: Count = option(16, "examples in a micro-batch", "N")
+    batch_size: Count = option(16, "examples in a micro-batch")
     json: Switch = option(False, "print one line of JSON")
 
 
@@ -354,7 +287,7 @@ class GenerateOptions(Placement):
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
     prompt: str | None = option(None, "how the text begins (default: read from standard input)", "TEXT")
-    max_new_tokens: Count = option(64, "tokens to add at most", "N")
+    max_new_tokens: Count = option(64, "tokens to add at most")
     temperature: PositiveOrZero = option(0.0, "of sampling; 0: the likeliest token each time")
     top_k: CountOrZero = option(50, "sample among the K likeliest tokens; 0: all", "K")
     seed: Seed = option(0, "of sampling")
@@ -375,7 +308,7 @@ class ReplayOptions:
     base: str | None = option(None, "base checkpoint (default: the one that RUN names)", "DIR")
     journal: str | None = option(None, "journal (default: RUN/journal.jsonl)", "FILE")
     out: Name = option(MISSING, "where the checkpoint is written; it must not hold one", "DIR", short="-o")
-    to_step: CountOrZero | None = option(None, "updates to apply (default: all)", "N")
+    to_step: CountOrZero | None = option(None, "updates to apply (default: all)")
     quiet: Switch = option(False, "no progress bar")
 
     def __post_init__(self) -> None:
@@ -413,10 +346,10 @@ class PlanOptions:
         group="what",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
-    batch: Count = option(8, "sequences a step, of all ranks", "N")
-    tokens: Count = option(512, "tokens of a sequence", "N")
+    batch: Count = option(8, "sequences a step, of all ranks")
+    tokens: Count = option(512, "tokens of a sequence")
     micro_batches: Count | None = option(
-        None, "parts of the batch, of all ranks; must divide --batch (default: one a data rank)", "N"
+        None, "parts of the batch, of all ranks; must divide --batch (default: one a data rank)"
     )
     probes: Count = option(1, "perturbations a step", "K")
     estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
@@ -429,17 +362,17 @@ class PlanOptions:
         group="where",
     )
     parallel: str | None = option(None, "the mesh (default: one device)", "pert=P,data=D")
-    nproc: Count | None = option(None, "try every mesh of N ranks, and name the best", "N")
+    nproc: Count | None = option(None, "try every mesh of N ranks, and name the best")
     slice: Literal["on", "off", "auto"] = option(
         "auto", "whether ranks share every block's transfer; auto: both are planned"
     )
     weights: Weights = option("host", "where blocks live")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
-    slots: Count = option(3, "blocks on the device at once", "N")
-    write_every: Count = option(1, "write a block back at every N-th step", "N")
+    slots: Count = option(3, "blocks on the device at once")
+    write_every: Count = option(1, "write a block back at every N-th step")
     memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
-    max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank", "N")
-    devices_per_switch: Count = option(1, "GPUs that share a link to the host", "N")
+    max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")
+    devices_per_switch: Count = option(1, "GPUs that share a link to the host")
     no_nvlink: Switch = option(False, "all-gathers go over the links to the host")
 
     picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE", group="what is written")
@@ -466,7 +399,7 @@ def groups_of(kind: type) -> dict[str | None, list[Field]]:
     for base in kind.__mro__:
         title = None
         for name in (name for name in get_annotations(base) if name in known):
-            title = known[name].metadata["group"] or title
+            title = known[name].metadata.get("group") or title
             groups.setdefault(title, []).append(known.pop(name))
     return groups
 
@@ -492,11 +425,8 @@ def checked(kind: type, values: Mapping[str, Any], source: str | None = None) ->
         try:
             result[name] = TypeAdapter(types_of(kind)[name]).validate_python(value)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False)[0]
-            reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-            reason = re.sub("expected (?=greater|less)", "expected a number ", reason)
             text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-            raise UsageError(f"{shown} {text}: {reason}") from error
+            raise UsageError(f"{shown} {text}: {first_reason(error)}") from error
     return result
 
 
@@ -508,7 +438,7 @@ def made(kind: type[Options], values: Mapping[str, Any]) -> Options:
     """
     for f in fields(kind):
         if f.default is MISSING and f.name not in values:
-            name = f.metadata["metavar"] if f.metadata["positional"] else "--" + f.name.replace("_", "-")
+            name = f.metadata["metavar"] if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
             raise UsageError(f"{name} is missing")
     return kind(**values)
 
@@ -521,23 +451,18 @@ def read_config(kind: type, path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        content = Path(path).read_bytes()
-        if path.endswith(".json"):
-            values = json.loads(content)
-        elif path.endswith((".yaml", ".yml")):
-            import yaml
+    import yaml
 
-            try:
-                values = yaml.safe_load(content)
-            except yaml.YAMLError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".json"):
+            values = json.loads(text)
         else:
-            values = tomllib.loads(content.decode("utf-8"))
+            values = yaml.safe_load(text) if path.endswith((".yaml", ".yml")) else tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path}: {error}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"--config {path}: expected option names and values")
     return checked(kind, values, path)

@@ -1,14 +1,15 @@
-"""Checks made before anything is allocated or written: the device, room on the disk, room in memory."""
+"""Checks made before anything is allocated or written: room in memory and on the disk."""
 
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
 from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error
 from distzo2.text import gib
 from distzo2.weights.residency import available_memory, free_disk_bytes
 
@@ -22,7 +23,6 @@ class ModelSize:
 
     total: int
     largest: int  # of one tensor
-    num_elements: int
 
 
 def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> ModelSize:
@@ -31,65 +31,25 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is truncated or corrupt.
     """
-    files = CheckpointFiles(directory)
-    try:
-        sizes = [
-            e.numel * (dtype if dtype is not None and e.dtype.is_floating_point else e.dtype).itemsize
-            for e in files.entries
-        ]
-        return ModelSize(sum(sizes), max(sizes, default=0), sum(e.numel for e in files.entries))
-    finally:
-        files.close()
-
-
-def check_device(name: str) -> torch.device:
-    """The device called `name`.
-
-    Raises:
-        UsageError: not a name of a device.
-        DistZO2Error: there is no such device here; the message says what is missing.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cpu" and device.index in (None, 0):
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
-    if torch.version.cuda is None:
-        raise DistZO2Error(f"--device {name}: this torch ({torch.__version__}) was built without CUDA")
-    if not torch.cuda.is_available():
-        raise DistZO2Error(f"--device {name}: torch finds no NVIDIA GPU, or its driver is missing or too old")
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise DistZO2Error(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
-    return device
+    with closing(CheckpointFiles(directory)) as files:
+        entries = list(files.entries)
+    sizes = [e.numel * (dtype if dtype and e.dtype.is_floating_point else e.dtype).itemsize for e in entries]
+    return ModelSize(sum(sizes), max(sizes, default=0))
 
 
 def set_threads(num_threads: int | None) -> None:
-    """Sets how many CPU threads torch computes with; None: torch's choice.
-
-    Raises:
-        UsageError: far more than there are cores.
-    """
-    if num_threads is None:
-        return
-    most = max(1024, 16 * (os.cpu_count() or 1))
-    if num_threads > most:
-        raise UsageError(f"--threads {num_threads}: at most {most} were expected")
-    torch.set_num_threads(num_threads)
+    """Sets how many CPU threads torch computes with; None: torch's choice."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
 
-def check_memory(
-    size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1, num_copies: int | None = None
-) -> None:
+def check_memory(size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1, num_copies: int = 1) -> None:
     """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor.
 
-    `num_ranks` of this machine have a device each, and keep `num_copies` of the weights, if not one each.
+    `num_ranks` of this machine have a device each, and keep `num_copies` of the weights together.
     """
     scratch = 3 * size.largest
-    on_host = size.total if weights == "host" or (device.type == "cpu" and weights == "device") else 0
-    on_host *= num_copies or num_ranks
+    on_host = size.total * num_copies if weights == "host" or (device.type == "cpu" and weights == "device") else 0
     if device.type == "cpu":
         on_host += scratch * num_ranks
     free = available_memory()

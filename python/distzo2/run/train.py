@@ -9,9 +9,9 @@ loaded. The steps are in loop.py.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id, restarts
 from distzo2.run.loop import Result, TrainLoop, together
 from distzo2.run.options import FinetuneOptions, changed
-from distzo2.run.preflight import DTYPES, ModelSize, check_device, check_disk, check_memory, model_size, set_threads
-from distzo2.streaming.offload import runtime_of
+from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, model_size, set_threads
+from distzo2.streaming.offload import runtime_of, usable_device
 from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
 
@@ -41,40 +41,33 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         DistZO2Error: bad input, or the run stopped itself. The journal holds every step that was made.
         KeyboardInterrupt: the step in flight is dropped whole or in the journal whole.
     """
-    mesh = current()
+    mesh, run = current(), RunDirectory(options.out)
     leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
-    asked = options.resume
+    log = log if leads else (lambda line: None)
     if mesh is None:
-        options = replace(options, resume=_resumes(options, log))
+        options = replace(options, resume=_continues(options, run, log))
     else:
         answer = mesh.exchange.from_rank_0(
-            "looking for a run to continue", lambda: json.dumps(_resumes(options, log)).encode()
+            "looking for a run to continue", lambda: b"yes" if _continues(options, run, log) else b"no"
         )
-        options = replace(options, resume=json.loads(answer), parallel=str(mesh.shape))
-    log = log if leads else (lambda line: None)
+        options = replace(options, resume=answer == b"yes", parallel=str(mesh.shape))
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
-        device = check_device(f"cuda:{mesh.local_rank}" if own_gpu else options.device)
+        device = usable_device(f"cuda:{mesh.local_rank}" if own_gpu else options.device)
         set_threads(options.threads)
-        if options.trace and not Path(options.trace).absolute().parent.is_dir():
-            raise UsageError(f"--trace {options.trace}: its directory does not exist")
-        if options.trace and Path(options.trace).is_dir():
-            raise UsageError(f"--trace {options.trace}: a file was expected, not a directory")
-        run = _directory(options, asked) if leads else RunDirectory(options.out)
+        if options.trace and (not Path(options.trace).absolute().parent.is_dir() or Path(options.trace).is_dir()):
+            raise UsageError(f"--trace {options.trace}: expected a file in a directory that exists")
         size = model_size(options.model, DTYPES.get(options.dtype))
         tokenizer = load_tokenizer(options.model)
         limit = sequence_limit(options.model, options.max_length)
-        train = load_examples(options.train, tokenizer, limit=limit, truncate=options.truncate)
-        held_out = (
-            load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate) if options.eval else []
-        )
+        reading = {"limit": limit, "truncate": options.truncate}
+        train = load_examples(options.train, tokenizer, **reading)
         objective_name = resolve_objective(options.objective, train, options.train)
+        held_out = load_examples(options.eval, tokenizer, **reading) if options.eval else []
         if held_out:
             resolve_objective(objective_name, held_out, options.eval)
         check_memory(size, device, options.weights, _ranks_here(), _copies_here(options.weights))
-        if leads and not options.resume and not run.begins_again:
-            _check_room(options, size, run)
         train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     if mesh is not None:
         mesh.exchange.agree("the data", {"the training file": train_sha256, "the bytes of the model": size.total})
@@ -90,9 +83,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 else:  # if this process is killed before the journal is there, --resume begins again
                     if run.begins_again:
                         run.remove_leftovers()
-                        _check_room(options, size, run)
-                    launch = {} if launch_id() is None else {"launch": launch_id()}
-                    run.update(options=settings, train_sha256=train_sha256, status="starting", **launch)
+                    _check_room(options, size, run)
+                    run.update(options=settings, train_sha256=train_sha256, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
             model = from_pretrained(
                 options.model,
@@ -104,41 +96,31 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 write_every=options.write_every,
                 train=options.train_mode,
             )
-        try:
+        with closing(runtime_of(model)):
             objective = Objective(model, objective_name, pad_id=tokenizer.pad_token_id or 0, device=device)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
-            try:
+            with closing(loop):
                 with together(mesh, "starting the run"):
-                    loop.start(settings, train_sha256)
+                    loop.start(settings)
                 return loop.run_to_end()
-            finally:
-                loop.close()
-        finally:
-            runtime_of(model).close()
     except BaseException as error:
         foreign = isinstance(error.__cause__, FileExistsError)  # another program made a journal meanwhile
         if loop is None or not loop.has_stepped:
             run.withdraw(with_journal=not foreign)
+            if isinstance(error, KeyboardInterrupt) and not options.resume:
+                raise KeyboardInterrupt("interrupted before the first step: nothing was written") from None
         raise
     finally:
         run.release()
 
 
-def _resumes(options: FinetuneOptions, log: Callable[[str], None]) -> bool:
+def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> bool:
     """Whether the run continues what is in --out: as asked, or because torchrun restarted these ranks."""
-    if options.resume:
-        return RunDirectory.unbegun(options.out) is None
-    if not restarts() or launch_id() is None or RunDirectory.restarted(options.out, launch_id()) is None:
-        return False
-    log(f"restart {restarts()}: continuing the run in {options.out}")
-    return True
-
-
-def _directory(options: FinetuneOptions, asked: bool) -> RunDirectory:
-    """The run's directory; `asked`: --resume was given, also where the run has to begin again."""
-    if options.resume:
-        return RunDirectory.resumed(options.out)
-    return (RunDirectory.unbegun(options.out) if asked else None) or RunDirectory.new(options.out)
+    restarted = restarts() > 0 and run.is_of_launch(launch_id())
+    continues = run.check(options.resume or restarted)
+    if continues and restarted:
+        log(f"restart {restarts()}: continuing the run in {options.out}")
+    return continues
 
 
 def _ranks_here() -> int:

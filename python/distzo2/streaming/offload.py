@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, UsageError
 from distzo2.parallel.group import current, joined
 from distzo2.parallel.node import choose_slices, memory_share
 from distzo2.parallel.sliced_store import SlicedStore, slices_of
@@ -87,7 +87,7 @@ def offload(
         raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
-    device = _usable_device(device)
+    device = usable_device(device)
     runtime = _hand_over(
         model,
         device,
@@ -154,21 +154,27 @@ def _hand_over(
     return StreamingRuntime(model, unit_weights, WeightAccess(unit_weights, together), weights)
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device called `name`: "cpu", "cuda" (the current one) or "cuda:N".
+
+    Raises:
+        UsageError: not a name of such a device.
+        DistZO2Error: this machine does not have it; the message says what is missing.
+    """
     try:
-        device = torch.device(device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise DistZO2Error(f"device={device!r}: expected cpu or cuda") from error
+        raise UsageError(f"device {name}: expected cpu, cuda or cuda:N") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise DistZO2Error(f"device={str(device)!r}: expected cpu or cuda")
+        raise UsageError(f"device {name}: expected cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         built = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         usable, reason = cuda_available()
-        raise DistZO2Error(f"device={str(device)!r} cannot be used: {built}" + ("" if usable else f" ({reason})"))
+        raise DistZO2Error(f"device {name} cannot be used: {built}" + ("" if usable else f" ({reason})"))
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise DistZO2Error(f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise DistZO2Error(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -13,7 +13,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from distzo2.errors import UsageError
 from distzo2.tasks.tokenize import Example
 from distzo2_core import permutation
 
@@ -22,8 +21,6 @@ class DataOrder:
     """An endless sequence of examples: one permutation of all of them an epoch, epoch after epoch."""
 
     def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
-        if num_examples < 1 or batch_size < 1:
-            raise UsageError(f"{num_examples} examples in batches of {batch_size}: at least 1 of each was expected")
         self._num_examples, self._batch_size = num_examples, batch_size
         self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(num_examples, seed, epoch))
 

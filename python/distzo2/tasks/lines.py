@@ -10,16 +10,64 @@ Other keys are ignored. A file holds either lines with choices or lines without.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from distzo2.errors import DataError
+from distzo2.text import first_reason
 
-KINDS = ("completion", "choices", "messages", "text")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)  # no number for a string, and no boolean for a number
+
+
+class _CompletionLine(_Strict):
+    prompt: str
+    completion: _Text
+
+
+class _ChoicesLine(_Strict):
+    prompt: str
+    choices: Annotated[list[_Text], Field(min_length=2)]
+    label: int
+
+    @model_validator(mode="after")
+    def _label_is_of_a_choice(self) -> _ChoicesLine:
+        last = len(self.choices) - 1
+        if len(set(self.choices)) <= last:
+            raise ValueError("two choices are the same")
+        if not 0 <= self.label <= last:
+            raise ValueError(f"label {self.label} is out of range: there are {last + 1} choices (0 to {last})")
+        return self
+
+
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str
+
+
+class _MessagesLine(_Strict):
+    messages: list[_Message]
+
+    @model_validator(mode="after")
+    def _assistant_speaks(self) -> _MessagesLine:
+        if not any(message.role == "assistant" and message.content for message in self.messages):
+            raise ValueError("no message of the assistant, so there is nothing to learn")
+        return self
+
+
+class _TextLine(_Strict):
+    text: _Text
+
+
+_KINDS = {"completion": _CompletionLine, "choices": _ChoicesLine, "messages": _MessagesLine, "text": _TextLine}
 
 
 @dataclass(frozen=True)
@@ -42,10 +90,8 @@ def read_lines(path: str | os.PathLike) -> list[Line]:
         raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    lines = []
-    for number, content in enumerate(raw.splitlines(), start=1):
-        if content.strip():
-            lines.append(read_line(content, f"{path}:{number}"))
+    contents = enumerate(raw.splitlines(), start=1)
+    lines = [read_line(content, f"{path}:{number}") for number, content in contents if content.strip()]
     if not lines:
         raise DataError(f"{path}: holds no examples")
     first = lines[0]
@@ -62,92 +108,16 @@ def read_line(content: bytes, where: str) -> Line:
         DataError: the line is malformed.
     """
     try:
-        record = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        reason = error.msg.removesuffix(" at")
-        raise DataError(f"{where}: not valid JSON: {reason} at column {error.colno}") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON object was expected, not {_name(record)}")
-    kinds = [kind for kind in KINDS if kind in record]
+        record = from_json(content)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON: {str(error).replace('line 1 column', 'column')}") from error
+    kinds = [kind for kind in _KINDS if kind in record] if isinstance(record, dict) else []
     if len(kinds) != 1:
         found = f"both {kinds[0]!r} and {kinds[1]!r}" if kinds else "none of them"
-        raise DataError(f"{where}: one of {', '.join(map(repr, KINDS))} was expected, it has {found}")
-    kind = kinds[0]
-    if kind in ("completion", "choices"):
-        _check_text(record, "prompt", where, allow_empty=True)
-    if kind == "completion":
-        _check_text(record, "completion", where)
-    elif kind == "text":
-        _check_text(record, "text", where)
-    elif kind == "choices":
-        _check_choices(record, where)
-    else:
-        _check_messages(record["messages"], where)
-    return Line(kind, record, where)
-
-
-def _name(value: Any) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def _check_text(record: dict[str, Any], key: str, where: str, *, allow_empty: bool = False) -> None:
-    if key not in record:
-        raise DataError(f"{where}: {key!r} is missing")
-    value = record[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be a string, not {_name(value)}")
-    if not value and not allow_empty:
-        raise DataError(f"{where}: {key!r} is empty")
-    _check_encodable(value, repr(key), where)
-
-
-def _check_encodable(text: str, name: str, where: str) -> None:
-    """Refuses half of a surrogate pair, which JSON can spell, and which is no text."""
+        raise DataError(f"{where}: an object with one of {', '.join(map(repr, _KINDS))} was expected, it has {found}")
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(
-            f"{where}: {name} holds {half}, half of a surrogate pair, at character {error.start}"
-        ) from error
-
-
-def _check_choices(record: dict[str, Any], where: str) -> None:
-    choices = record["choices"]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise DataError(f"{where}: 'choices' must be an array of at least two strings")
-    for i, choice in enumerate(choices):
-        if not isinstance(choice, str) or not choice:
-            raise DataError(f"{where}: choice {i} must be a string that is not empty")
-        _check_encodable(choice, f"choice {i}", where)
-    if len(set(choices)) < len(choices):
-        raise DataError(f"{where}: two choices are the same")
-    if "label" not in record:
-        raise DataError(f"{where}: 'label' is missing")
-    label = record["label"]
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise DataError(f"{where}: 'label' must be an integer, not {_name(label)}")
-    if not 0 <= label < len(choices):
-        raise DataError(
-            f"{where}: label {label} is out of range: there are {len(choices)} choices (0 to {len(choices) - 1})"
-        )
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' must be an array that is not empty")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: message {i} must be an object, not {_name(message)}")
-        if message.get("role") not in _ROLES:
-            raise DataError(f"{where}: message {i}: 'role' must be one of {', '.join(_ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: message {i}: 'content' must be a string")
-        _check_encodable(message["content"], f"message {i}", where)
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
-        raise DataError(f"{where}: no message of the assistant, so there is nothing to learn")
+        _KINDS[kinds[0]].model_validate(record)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(f"{where}: {place}{': ' if place else ''}{first_reason(error)}") from error
+    return Line(kinds[0], record, where)

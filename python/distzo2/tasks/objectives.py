@@ -49,16 +49,12 @@ def resolve_objective(name: str | None, examples: Sequence[Example], source: str
     return name
 
 
-def right_choices(examples: Sequence[Example]) -> list[Example]:
-    """Replaces examples with choices by sequences whose right choice is learned, as `lm` reads such data."""
-    result = []
-    for example in examples:
-        if not example.options:
-            result.append(example)
-            continue
-        tokens = np.concatenate([example.tokens, example.options[example.label]])
-        result.append(Example(tokens, np.arange(len(tokens)) >= len(example.tokens)))
-    return result
+def right_choice(example: Example) -> Example:
+    """An example with choices as a sequence whose right choice is learned, as `lm` reads it; others as they are."""
+    if not example.options:
+        return example
+    tokens = np.concatenate([example.tokens, example.options[example.label]])
+    return Example(tokens, np.arange(len(tokens)) >= len(example.tokens))
 
 
 class Objective:
@@ -66,25 +62,22 @@ class Objective:
 
     def __init__(self, model: nn.Module, name: str, *, pad_id: int, device: torch.device | str = "cpu") -> None:
         self.model, self.name, self._pad_id, self._device = model, name, pad_id, device
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_keep = "logits_to_keep" in accepted
+        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """The tensors of a micro-batch."""
-        examples = right_choices(examples) if self.name == "lm" else examples
+        examples = [right_choice(e) for e in examples] if self.name == "lm" else examples
         return collate(examples, pad_id=self._pad_id, device=self._device)
 
     def closure(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """A closure that returns the micro-batch's loss, float32 scalar."""
 
         def loss() -> torch.Tensor:
-            scores = self._token_scores(batch)
+            logits, likelihoods = self._token_scores(batch)
             if self.name == "error":
-                hits, count = self._hits(batch, scores)
+                hits, count = _hits(batch, logits, likelihoods)
                 return 1.0 - hits / count
-            if batch.choices is None:
-                return -scores.likelihoods.mean()
-            return _choice_losses(batch, scores.likelihoods).mean()
+            return _losses(batch, likelihoods).mean()
 
         return loss
 
@@ -92,21 +85,17 @@ class Objective:
         """A closure that returns float64 [4]: sum of losses, number of them, right answers, number of them."""
 
         def figures() -> torch.Tensor:
-            scores = self._token_scores(batch)
-            if batch.choices is None:
-                losses = -scores.likelihoods
-            else:
-                losses = _choice_losses(batch, scores.likelihoods)
-            hits, count = self._hits(batch, scores)
+            logits, likelihoods = self._token_scores(batch)
+            losses = _losses(batch, likelihoods)
+            hits, count = _hits(batch, logits, likelihoods)
             if self.name == "error":
                 return torch.stack([count - hits, count, hits, count])
             return torch.stack([losses.double().sum(), torch.full_like(count, losses.numel()), hits, count])
 
         return figures
 
-    # ---- scores -----------------------------------------------------------------------------------------------------
-
-    def _token_scores(self, batch: Batch) -> _TokenScores:
+    def _token_scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, float32 [scored, vocabulary], and log-likelihoods, float32 [scores]."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         columns = batch.columns
         if batch.keep is not None:
@@ -114,24 +103,8 @@ class Objective:
                 inputs["logits_to_keep"] = batch.keep
             else:
                 columns = batch.keep[columns]
-        logits = self.model(**inputs).logits[batch.rows, columns].float()  # [scored, vocabulary]
-        likelihoods = logits[batch.scored, batch.tokens] - logits.logsumexp(-1)[batch.scored]
-        return _TokenScores(logits, likelihoods)
-
-    def _hits(self, batch: Batch, scores: _TokenScores) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 scalars: right answers, and answers."""
-        if batch.choices is None:
-            right = scores.logits.argmax(-1)[batch.scored] == batch.tokens
-        else:
-            right = choice_scores(batch, scores.likelihoods).argmax(-1) == batch.labels
-        hits = right.double().sum()
-        return hits, torch.full_like(hits, right.numel())
-
-
-@dataclass(frozen=True)
-class _TokenScores:
-    logits: torch.Tensor  # float32 [scored, vocabulary]
-    likelihoods: torch.Tensor  # float32 [scores]
+        logits = self.model(**inputs).logits[batch.rows, columns].float()
+        return logits, logits[batch.scored, batch.tokens] - logits.logsumexp(-1)[batch.scored]
 
 
 def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
@@ -141,10 +114,22 @@ def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
     return torch.cat([means, means.new_full((1,), -torch.inf)])[batch.choices]
 
 
-def _choice_losses(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
-    """float32 [examples]."""
+def _losses(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
+    """float32: of each token, or with choices of each example."""
+    if batch.choices is None:
+        return -likelihoods
     scores = choice_scores(batch, likelihoods)
     return scores.logsumexp(-1) - scores.gather(-1, batch.labels[:, None])[:, 0]
+
+
+def _hits(batch: Batch, logits: torch.Tensor, likelihoods: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 scalars: right answers, and answers."""
+    if batch.choices is None:
+        right = logits.argmax(-1)[batch.scored] == batch.tokens
+    else:
+        right = choice_scores(batch, likelihoods).argmax(-1) == batch.labels
+    hits = right.double().sum()
+    return hits, torch.full_like(hits, right.numel())
 
 
 def evaluate_examples(

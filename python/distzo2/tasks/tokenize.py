@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from distzo2.checkpoint.weight_files import read_json
+from distzo2.checkpoint.pretrained import load_config
+from distzo2.checkpoint.symbols import one_line
 from distzo2.errors import DataError, DistZO2Error
 from distzo2.tasks.lines import Line, read_lines
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
+_TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.json vocab.txt tekken.json"
 _TOKENIZE_LINES = 1024  # lines handed to the tokenizer at a time
 
 
@@ -51,30 +44,24 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        DistZO2Error: the directory has none, or it cannot be loaded.
+        DistZO2Error: the directory is no checkpoint, has no tokenizer, or it cannot be loaded.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise DistZO2Error(f"{directory}: expected a checkpoint directory, got no directory of that name")
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES[:4])}, ...)")
-    if (config := directory / "config.json").is_file():  # transformers looks there for the tokenizer's class
-        read_json(config)
+    load_config(Path(directory))  # checked: transformers looks there for the tokenizer's class
+    if not any(os.path.isfile(os.path.join(directory, name)) for name in _TOKENIZER_FILES.split()):
+        raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES.split()[:4])}, ...)")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the many tokenizer classes raise on damaged files
-        reason = " ".join(str(error).split())
-        raise DistZO2Error(f"{directory}: the tokenizer cannot be loaded: {reason[:200]}") from error
+        raise DistZO2Error(f"{directory}: the tokenizer cannot be loaded: {one_line(error)}") from error
 
 
 def max_positions(config: Any) -> int | None:
     """How many positions a model of this config has, or None where it has no limit."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    values = (
+        getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    )
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def sequence_limit(directory: str | os.PathLike, max_length: int | None = None) -> int | None:
@@ -83,13 +70,7 @@ def sequence_limit(directory: str | os.PathLike, max_length: int | None = None) 
     Raises:
         DistZO2Error: the checkpoint's configuration cannot be read.
     """
-    if (config := Path(directory) / "config.json").is_file():
-        read_json(config)
-    try:
-        positions = max_positions(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
-    except Exception as error:  # whatever a configuration class raises on values it does not take
-        reason = " ".join(str(error).split())[:200]
-        raise DistZO2Error(f"{directory}: not a configuration that transformers knows: {reason}") from error
+    positions = max_positions(load_config(Path(directory)))
     return min((n for n in (positions, max_length) if n is not None), default=None)
 
 
@@ -162,8 +143,7 @@ class Tokenize:
                 (write(messages[:i], add_generation_prompt=True) if i else "", write(messages[: i + 1])) for i in turns
             ]
         except Exception as error:  # jinja's errors, raised by the template for roles it does not take
-            reason = " ".join(str(error).split())
-            raise DataError(f"{line.where}: the chat template refuses these messages: {reason[:200]}") from error
+            raise DataError(f"{line.where}: the chat template refuses these messages: {one_line(error)}") from error
         # Some templates rewrite earlier turns once later ones follow: then only the last turn is learned.
         whole = pairs[-1][1]
         kept = [pair for pair in pairs[:-1] if whole.startswith(pair[1]) and pair[1].startswith(pair[0])]
@@ -192,49 +172,39 @@ class Tokenize:
         if self._eos is not None and not ends_itself and (not tokens or tokens[-1] != self._eos):
             tokens.append(self._eos)
             targets = np.append(targets, True)
-        if self._limit is not None and len(tokens) > self._limit:
-            self._refuse_long(line, len(tokens))
-            if self._truncate == "right":
-                tokens, targets = tokens[: self._limit], targets[: self._limit]
-            else:
-                head = self._head(tokens)
-                cut = len(tokens) - self._limit + head
-                tokens, targets = tokens[:head] + tokens[cut:], np.append(targets[:head], targets[cut:])
-        if len(targets):
-            targets[0] = False  # nothing comes before it that could predict it
+        kept = self._fitting(line, len(tokens))
+        tokens, targets = np.asarray(tokens, dtype=np.int32)[kept], targets[kept]
+        targets[:1] = False  # nothing comes before the first that could predict it
         if not targets.any():
             raise DataError(f"{line.where}: no token is left to learn")
-        return Example(np.asarray(tokens, dtype=np.int32), targets)
+        return Example(tokens, targets)
 
     def _choices(self, line: Line, ids: list[list[int]]) -> Example:
         prompt, wholes = ids[0], ids[1:]
         # A tokenizer may merge across the border: options begin where the first of them leaves the prompt.
         border = min(_common_prefix(prompt, whole) for whole in wholes)
         options = [np.asarray(whole[border:], dtype=np.int32) for whole in wholes]
-        prompt = list(prompt[:border])
-        if not prompt:
+        prompt = np.asarray(prompt[:border], dtype=np.int32)
+        if not len(prompt):
             raise DataError(f"{line.where}: the prompt has no tokens, so nothing predicts the first token of a choice")
         for i, option in enumerate(options):
             if not len(option):
                 raise DataError(f"{line.where}: choice {i} has no tokens")
         longest = max(len(o) for o in options)
-        if self._limit is not None and len(prompt) + longest > self._limit:
-            self._refuse_long(line, len(prompt) + longest)
-            keep = self._limit - longest
-            head = self._head(prompt)
-            if keep <= head:
-                raise DataError(f"{line.where}: a choice of {longest} tokens leaves no room for the prompt")
-            prompt = prompt[:keep] if self._truncate == "right" else prompt[:head] + prompt[len(prompt) - keep + head :]
-        return Example(np.asarray(prompt, dtype=np.int32), None, tuple(options), line.record["label"])
+        kept = self._fitting(line, len(prompt), longest)
+        if len(kept) < len(prompt) and len(kept) <= self._num_head:
+            raise DataError(f"{line.where}: a choice of {longest} tokens leaves no room for the prompt")
+        return Example(prompt[kept], None, tuple(options), line.record["label"])
 
-    def _head(self, tokens: list[int]) -> int:
-        return min(self._num_head, len(tokens))
-
-    def _refuse_long(self, line: Line, num_tokens: int) -> None:
-        if self._truncate == "error":
-            raise DataError(
-                f"{line.where}: {num_tokens} tokens, the limit is {self._limit} (--truncate left or right shortens it)"
-            )
+    def _fitting(self, line: Line, num_tokens: int, num_behind: int = 0) -> np.ndarray:
+        """int64: places of the tokens that fit the limit, with `num_behind` more behind them."""
+        total = num_tokens + num_behind
+        excess = 0 if self._limit is None else max(0, total - self._limit)
+        if excess and self._truncate == "error":
+            advice = "--truncate left or right shortens it"
+            raise DataError(f"{line.where}: {total} tokens, the limit is {self._limit} ({advice})")
+        first = max(0, num_tokens - excess) if self._truncate == "right" else min(self._num_head, num_tokens)
+        return np.r_[:first, first + excess : num_tokens]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

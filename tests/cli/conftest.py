@@ -1,1 +1,0 @@
-from cli_runs import files, own_directory  # noqa: F401  (fixtures)
