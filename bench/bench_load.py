@@ -83,7 +83,7 @@ def one_read_at_a_time(model: torch.nn.Module, checkpoint_map: CheckpointMap) ->
     for unit in runtime.units:
         with runtime.access.writing(unit) as views:
             for name, view in views.items():
-                checkpoint_map.read_param(name, view)
+                checkpoint_map.read(name, view)
 
 
 def bench(checkpoint: Path, weights: str, directory: Path, rounds: int) -> dict:

@@ -65,7 +65,7 @@ def load(base: Path, header: dict) -> dict[str, torch.Tensor]:
     for name in checkpoint_map.names:
         mapped = checkpoint_map.mapped[name]
         weights[name] = torch.empty(mapped.shape, dtype=mapped.dtype)
-        checkpoint_map.read_param(name, weights[name])
+        checkpoint_map.read(name, weights[name])
     checkpoint_map.close()
     return weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,52 +16,49 @@ from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
 
 
-def random_step(rng: random.Random, pool: list) -> tuple[torch.Tensor, LayoutTensor] | None:
-    real, symbol = rng.choice(pool)
-    dims = real.dim()
+def random_step(rng: random.Random, pool: list) -> Callable | None:
+    """An operation on a tensor or the symbol of it, and which of the pool it is made of."""
+    number = rng.randrange(len(pool))
+    shape = pool[number][0].shape
+    numel, dims = shape.numel(), len(shape)
     kind = rng.choice(["transpose", "chunk", "cat", "stack", "reshape", "select", "slice", "permute"])
     if kind == "stack":
-        other = rng.choice([pair for pair in pool if pair[0].shape == real.shape])
+        other = rng.choice([i for i, pair in enumerate(pool) if pair[0].shape == shape])
         dim = rng.randrange(dims + 1)
-        if dims < 4 and real.numel() < 2000:
-            return torch.stack([real, other[0]], dim), torch.stack([symbol, other[1]], dim)
-        return None
+        return (lambda ts: torch.stack([ts[number], ts[other]], dim)) if dims < 4 and numel < 2000 else None
     if kind == "reshape":
-        sizes, rest = [], real.numel()
+        sizes, rest = [], numel
         while rest > 1 and len(sizes) < 4:
             sizes.append(rng.choice([d for d in range(2, rest + 1) if rest % d == 0]))
             rest //= sizes[-1]
         sizes.append(rest)
         rng.shuffle(sizes)
-        return real.reshape(sizes), symbol.reshape(sizes)
+        return lambda ts: ts[number].reshape(sizes)
     if not dims:
         return None
     dim = rng.randrange(dims)
-    size = real.shape[dim]
     if kind == "transpose":
         other = rng.randrange(dims)
-        return real.transpose(dim, other).contiguous(), symbol.transpose(dim, other).contiguous()
+        return lambda ts: ts[number].transpose(dim, other).contiguous()
     if kind == "permute":
         order = rng.sample(range(dims), dims)
-        return real.permute(order).contiguous(), symbol.permute(order).contiguous()
+        return lambda ts: ts[number].permute(order).contiguous()
     if kind == "chunk":
-        number = rng.randrange(len(real.chunk(3, dim)))
-        return real.chunk(3, dim)[number], symbol.chunk(3, dim)[number]
+        part = rng.randrange(len(pool[number][0].chunk(3, dim)))
+        return lambda ts: ts[number].chunk(3, dim)[part]
+    begin = rng.randrange(shape[dim])
     if kind == "select":
-        index = rng.randrange(size)
-        return real.select(dim, index), symbol.select(dim, index)
+        return lambda ts: ts[number].select(dim, begin)
     if kind == "slice":
-        begin = rng.randrange(size)
-        end = rng.randrange(begin + 1, size + 1)
-        return real.narrow(dim, begin, end - begin), symbol.narrow(dim, begin, end - begin)
+        end = rng.randrange(begin + 1, shape[dim] + 1)
+        return lambda ts: ts[number].narrow(dim, begin, end - begin)
+    fixed = [size for d, size in enumerate(shape) if d != dim]
     mates = [
-        pair for pair in pool
-        if pair[0].dim() == dims and all(pair[0].shape[d] == real.shape[d] for d in range(dims) if d != dim)
+        i for i, (t, _) in enumerate(pool)
+        if t.dim() == dims and [size for d, size in enumerate(t.shape) if d != dim] == fixed
     ]  # fmt: skip
-    other = rng.choice(mates)
-    if real.numel() + other[0].numel() > 4000:
-        return None
-    return torch.cat([real, other[0]], dim), torch.cat([symbol, other[1]], dim)
+    mate = rng.choice(mates)
+    return (lambda ts: torch.cat([ts[number], ts[mate]], dim)) if numel + pool[mate][0].numel() <= 4000 else None
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -81,10 +79,10 @@ def test_symbols_follow_tensors_and_files_follow_symbols(
     for number, e in enumerate(files.entries):
         pool.append((real[names.index(e.name)], LayoutTensor(Layout.leaf(number, e.shape), e.dtype, trace)))
     for _ in range(12):
-        made = random_step(rng, pool)
-        if made is None:
+        step = random_step(rng, pool)
+        if step is None:
             continue
-        tensor, symbol = made
+        tensor, symbol = (step(list(each)) for each in zip(*pool, strict=True))
         assert symbol.shape == tensor.shape == symbol.where.shape
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.empty(tensor.shape, dtype=dtype)

@@ -16,7 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import distzo2
 from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import plan_pieces, replay
+from distzo2.checkpoint.replay import ReplayReport, plan_pieces, replay
 from distzo2.checkpoint.weight_files import CheckpointError
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal
@@ -47,6 +47,18 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert same, name
 
 
+def check_replay(
+    directory: Path, base: Path, weights: dict[str, torch.Tensor], frozen: Sequence[str] = (), **options: Any
+) -> ReplayReport:
+    """Replays a run on `base` into `directory / "out"`; `weights` become what they must be."""
+    table, updates = make_table(weights, frozen), make_updates()
+    journal = write_run(directory / "journal.jsonl", base, table, updates)
+    train(weights, table, updates)
+    report = replay(base, journal, directory / "out", progress=False, **options)
+    assert (report.num_steps, report.num_journal_steps, report.torn) == (NUM_STEPS, NUM_STEPS, None)
+    return report
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("piece_bytes", [1 << 20, 1000])
@@ -55,15 +67,10 @@ def test_replay_equals_the_plain_loop(tmp_path: Path, dtype: torch.dtype, tied: 
     weights = named_weights(base)
     assert ("lm_head.weight" in weights) == (not tied)
     frozen = ("model.layers.0.mlp.up_proj.weight",)
-    table, updates = make_table(weights, frozen), make_updates()
-    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
     before = {name: w.clone() for name, w in weights.items()}
-    train(weights, table, updates)
-    report = replay(base, journal, tmp_path / "out", progress=False, piece_bytes=piece_bytes)
-    assert (report.num_steps, report.num_journal_steps, report.torn) == (NUM_STEPS, NUM_STEPS, None)
+    report = check_replay(tmp_path, base, weights, frozen, piece_bytes=piece_bytes)
     assert report.num_bytes == sum(w.numel() * w.itemsize for w in weights.values())
-    found = named_weights(tmp_path / "out")
-    assert_same(found, weights)
+    assert_same(named_weights(tmp_path / "out"), weights)
     changed = {name for name in weights if not torch.equal(weights[name], before[name])}
     assert changed == weights.keys() - set(frozen)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
@@ -96,10 +103,7 @@ def test_several_terms_and_backends(tmp_path: Path) -> None:
 def test_a_run_in_another_dtype_than_its_base(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", torch.float32)
     weights = named_weights(base, torch.bfloat16)
-    table, updates = make_table(weights), make_updates()
-    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
-    train(weights, table, updates)
-    replay(base, journal, tmp_path / "out", progress=False)
+    check_replay(tmp_path, base, weights)
     assert_same(named_weights(tmp_path / "out"), weights)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -116,10 +120,7 @@ def test_experts_that_the_model_holds_fused(tmp_path: Path, piece_bytes: int) ->
     weights = named_weights(base)
     assert any(w.dim() == 3 for w in weights.values())
     assert any(".experts.0." in name for name in load_file(base / "model.safetensors"))
-    table, updates = make_table(weights), make_updates()
-    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
-    train(weights, table, updates)
-    replay(base, journal, tmp_path / "out", progress=False, piece_bytes=piece_bytes)
+    check_replay(tmp_path, base, weights, piece_bytes=piece_bytes)
     assert_same(named_weights(tmp_path / "out"), weights)
 
 
@@ -130,10 +131,7 @@ def test_a_checkpoint_of_no_language_model(tmp_path: Path) -> None:
     base.mkdir()
     save_file(model.state_dict(), base / "model.safetensors")
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
-    table, updates = make_table(weights), make_updates()
-    journal = write_run(tmp_path / "journal.jsonl", base, table, updates)
-    train(weights, table, updates)
-    replay(base, journal, tmp_path / "out", progress=False)
+    check_replay(tmp_path, base, weights)
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), dict(model.state_dict()) | weights)
 
 
@@ -171,11 +169,13 @@ def run(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def test_another_base_is_refused(run: tuple[Path, Path, Path]) -> None:
     base, journal, out = run
-    file = base / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    config, file = base / "config.json", base / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert_refused(base, journal, out, "model.safetensors: SHA-256")
+    file.write_bytes(data)
+    config.write_text(config.read_text().replace("32", "64"))
+    assert_refused(base, journal, out, "config.json: SHA-256")
     file.write_bytes(data[:-4])
     assert_refused(base, journal, out, "model.safetensors: ")
     file.unlink()
@@ -183,55 +183,41 @@ def test_another_base_is_refused(run: tuple[Path, Path, Path]) -> None:
     assert_refused(base / "nowhere", journal, out, "it is not there")
 
 
-def test_another_configuration_is_refused(run: tuple[Path, Path, Path]) -> None:
-    base, journal, out = run
-    config = base / "config.json"
-    config.write_text(config.read_text().replace("32", "64"))
-    assert_refused(base, journal, out, "config.json: SHA-256")
-
-
 def test_an_output_that_holds_a_checkpoint_is_refused(run: tuple[Path, Path, Path]) -> None:
     base, journal, out = run
     replay(base, journal, out, to_step=1, progress=False)
     before = (out / "model.safetensors").read_bytes()
-    assert_refused(base, journal, out, "already holds")
-    assert_refused(base, journal, base, "already holds")
+    for there in (out, base):
+        assert_refused(base, journal, there, "already holds")
     assert (out / "model.safetensors").read_bytes() == before
 
 
-def test_a_table_of_fewer_or_more_parameters_is_refused(run: tuple[Path, Path, Path]) -> None:
+def test_a_journal_of_another_run_is_refused(run: tuple[Path, Path, Path]) -> None:
+    """Of another table, of another map, or of no checkpoint."""
     base, journal, out = run
     table = make_table(named_weights(base))
-    extra = table_row(len(table), "extra", (2,), "float32", (1,), True, 0, "normal")
-    for rows, reason in ((table[:-1], "only the model has it"), ([*table, extra], "only the journal has it")):
+
+    def refuse(reason: str, rows: list[dict[str, Any]] = table, **options: Any) -> None:
         journal.unlink()
-        write_run(journal, base, rows, make_updates())
+        write_run(journal, base, rows, make_updates(), **options)
         assert_refused(base, journal, out, reason, JournalError)
 
-
-def test_another_map_is_refused(run: tuple[Path, Path, Path]) -> None:
-    base, journal, out = run
+    refuse("only the model has it", table[:-1])
+    extra = table_row(len(table), "extra", (2,), "float32", (1,), True, 0, "normal")
+    refuse("only the journal has it", [*table, extra])
     _, checkpoint_map = open_checkpoint(base)
-    record = checkpoint_map.to_json()
     checkpoint_map.close()
-    table = make_table(named_weights(base))
+    record = checkpoint_map.to_json()
+    name, params = table[1]["name"], record["params"]
+    others = params | {name: params["lm_head.weight"], "lm_head.weight": params[name]}
+    refuse(f"parameter {name!r} is read from other places", checkpoint_map=record | {"params": others})
+    journal.unlink()
+    header = make_header(seed=0, base={"name": "", "files": {}}, table=table, groups=[{}, {}])
+    Journal.create(journal, header).close()
+    assert_refused(base, journal, out, "did not start from a checkpoint", JournalError)
     journal.unlink()
     write_run(journal, base, table, make_updates(), checkpoint_map=record)
     replay(base, journal, out, to_step=1, progress=False)
-    name = table[1]["name"]
-    params = record["params"]
-    params[name], params["lm_head.weight"] = params["lm_head.weight"], params[name]
-    journal.unlink()
-    write_run(journal, base, table, make_updates(), checkpoint_map=record)
-    assert_refused(base, journal, out.with_name("other"), f"parameter {name!r} is read from other places", JournalError)
-
-
-def test_a_run_from_no_checkpoint_is_refused(run: tuple[Path, Path, Path]) -> None:
-    base, journal, out = run
-    journal.unlink()
-    header = make_header(seed=0, base={"name": "", "files": {}}, table=make_table(named_weights(base)), groups=[{}, {}])
-    Journal.create(journal, header).close()
-    assert_refused(base, journal, out, "did not start from a checkpoint", JournalError)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 64, 1000, 4096, 1 << 20])
@@ -248,8 +234,8 @@ def test_pieces_cover_every_element_once_and_are_bounded(run: tuple[Path, Path, 
         for part in piece:
             assert part.byte_offset >= end and part.byte_offset % 64 == 0
             end = part.byte_offset + part.num_bytes
-            assert part.row_begin * part.cols == seen[part.name]
-            seen[part.name] += part.numel
+            assert part.begin == seen[part.name]
+            seen[part.name] = part.end
         assert end <= max(piece_bytes, 4)
     assert seen == {name: w.numel() for name, w in weights.items()}
 

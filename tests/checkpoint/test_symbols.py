@@ -98,7 +98,7 @@ def test_what_symbols_cannot_express_is_refused() -> None:
     a, b = (LayoutTensor(Layout.leaf(n, (4, 6)), torch.float32, trace) for n in range(2))
     cases = {
         "a, b: aten.add": a + b,
-        "a: a slice with step 2": a[::2],
+        "a: aten.diagonal.default: steps of [7]": a.diagonal(),
         "a: aten.expand": a.expand(3, 4, 6),
         "a: a second conversion, from torch.bfloat16": a.bfloat16().float(),
         "a: aten.sum": a.sum(),
@@ -106,6 +106,7 @@ def test_what_symbols_cannot_express_is_refused() -> None:
     }
     for problem, result in cases.items():
         assert result.problem.startswith(problem), result.problem
+    assert a[1::2].where == a.reshape(2, 12)[:, 6:].where and a[::2].problem is None  # rows in turn are no computation
     assert cases["b: aten.mul"].shape == (2, 8) and cases["b: aten.mul"].zero_() is cases["b: aten.mul"]
     with pytest.raises(LayoutError, match=r"a: aten.fill_.Scalar computes"):
         a[1].fill_(0)  # the values of a checkpoint are not changed unseen

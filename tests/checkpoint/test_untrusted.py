@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hostile_files import HOSTILE_VALUES, PER_BYTE, STREAMS, TENSOR, archive_of, refused
+from hostile_files import HOSTILE_VALUES, PER_BYTE, STREAMS, TENSOR, archive_of, raw_file, refused
 from journal_cases import make_entry
 from replay_cases import make_llama, make_table, make_updates, named_weights, write_run
 from safetensors.torch import load_file, save_file
@@ -37,24 +36,28 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 FORBIDDEN = {
-    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "runpy",
+    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy",
 }  # fmt: skip
 CALLS = {"eval", "exec", "compile", "__import__"}
-METHODS = {("np", "load"), ("numpy", "load"), ("torch", "compile"), ("pickle", "loads")}
+METHODS = {("np", "load"), ("numpy", "load")}
 
 
 def test_no_source_can_unpickle_or_evaluate() -> None:
+    """Pickles are read by `torch.load(weights_only=True)` alone, YAML by `yaml.safe_load` alone."""
     sources = [*(ROOT / "python").rglob("*.py"), *(ROOT / "distzo2_core").rglob("*.py")]
     assert len(sources) > 50
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names += [node.module or ""]
+                assert "load" not in {alias.name for alias in node.names} and node.module != "yaml", (path, node.lineno)
             assert not {name.partition(".")[0] for name in names} & FORBIDDEN, path
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in CALLS, (path, node.lineno)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in METHODS - {("torch", "compile")}, (path, node.lineno)
+                assert (node.value.id, node.attr) not in METHODS, (path, node.lineno)
+                assert node.value.id != "yaml" or node.attr in ("safe_load", "YAMLError"), (path, node.lineno)
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
@@ -230,11 +233,6 @@ def test_a_table_that_is_not_the_bases_is_refused(tmp_path: Path, changes: dict[
     assert not (tmp_path / "out").exists()
 
 
-def raw_file(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
-    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
-    return path
-
-
 @pytest.mark.parametrize("case", HOSTILE_VALUES)
 def test_a_safetensors_header_takes_memory_in_proportion_to_its_length(tmp_path: Path, case: str) -> None:
     value = HOSTILE_VALUES[case]
@@ -245,39 +243,17 @@ def test_a_safetensors_header_takes_memory_in_proportion_to_its_length(tmp_path:
         b'{"t":{"dtype":%s,"shape":[1],"data_offsets":[0,4]}}' % value,
         b'{"__metadata__":%s,"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' % value,
     ):
-        path = raw_file(tmp_path / "model.safetensors", header, bytes(4))
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(raw_file(header, bytes(4)))
         assert refused(lambda path=path: SafetensorsFile(path), CheckpointError) < PER_BYTE * len(header) + (1 << 20)
 
 
-@pytest.mark.parametrize(
-    ("shape", "offsets"),
-    [
-        ([2**62, 4], [0, 4]),
-        ([2**32, 2**32], [0, 0]),
-        ([2**61], [0, 4]),
-        ([2**61], [0, 2**63]),
-        ([2**64], [0, 0]),
-        ([0, 2**62, 2**62], [0, 0]),
-        ([1] * 65, [0, 4]),
-        ([1], [2**62, 2**62 + 4]),
-        ([1], [-4, 0]),
-    ],
-)
-def test_shapes_beyond_the_file_are_refused(tmp_path: Path, shape: list[int], offsets: list[int]) -> None:
-    header = json.dumps({"t": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
-    path = raw_file(tmp_path / "model.safetensors", header, bytes(4))
-    assert refused(lambda: SafetensorsFile(path), CheckpointError, "model.safetensors") < 1 << 20
-
-
-def test_a_header_is_not_longer_than_its_tensors_warrant(tmp_path: Path) -> None:
-    path = raw_file(tmp_path / "model.safetensors", b"{" + b" " * MAX_SMALL_HEADER_BYTES + b"}")
-    assert refused(lambda: SafetensorsFile(path), CheckpointError, "it announces a header of") < 1 << 20
-    path = raw_file(tmp_path / "model.safetensors", b"{}", length=2**63 + 5)
-    assert refused(lambda: SafetensorsFile(path), CheckpointError) < 1 << 20
-    # Of a file of a gibibyte (a hole), it may be as long as 1/32 of it.
+def test_a_header_may_be_long_in_a_long_file(tmp_path: Path) -> None:
+    """Of a gibibyte (a hole), it may be as long as 1/32 of it."""
+    path = tmp_path / "model.safetensors"
     header = json.dumps({"t": {"dtype": "U8", "shape": [1 << 30], "data_offsets": [0, 1 << 30]}}).encode()
-    raw_file(path, header + b" " * (5 << 20))
-    os.truncate(path, 8 + len(header) + (5 << 20) + (1 << 30))
+    path.write_bytes(raw_file(header + b" " * (5 << 20), b""))
+    os.truncate(path, path.stat().st_size + (1 << 30))
     with SafetensorsFile(path) as file:
         assert file.tensors["t"].num_bytes == 1 << 30
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import zipfile
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_models import read_tensor
-from hostile_files import refused
+from hostile_files import raw_file, refused
 from safetensors.torch import load_file, save_file
 
 from distzo2.checkpoint.weight_files import (
     DTYPES,
+    MAX_SMALL_HEADER_BYTES,
     CheckpointError,
     SafetensorsFile,
     SafetensorsWriter,
@@ -58,55 +58,45 @@ def entry(dtype: object = "F32", shape: object = (2, 3), offsets: object = (0, 2
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def raw_file(header: object, data: bytes = bytes(24)) -> bytes:
-    raw = json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
 BAD_FILES = {
-    "empty": (b"", "at least 8 bytes"),
-    "no header": (struct.pack("<Q", 400) + b"{}", "announces a header of 400 bytes"),
-    "huge header": (struct.pack("<Q", 2**63) + b"{}", "announces a header of 9223372036854775808 bytes"),
-    "not JSON": (struct.pack("<Q", 4) + b"{\x00a}", "header in JSON"),
-    "not UTF-8": (struct.pack("<Q", 2) + b"\xff\xfe", "header in JSON"),
-    "not an object": (raw_file([]), "expected a JSON object"),
-    "deep": (struct.pack("<Q", 200000) + b"[" * 200000, "header in JSON"),
-    "pickle": (b"PK\x03\x04" + b"\x00" * 40, "announces a header"),
-    "unknown dtype": (raw_file({"t": entry(dtype="F31")}), "expected a dtype among"),
-    "dtype is a list": (raw_file({"t": entry(dtype=["F32"])}), "expected a dtype among"),
-    "negative size": (raw_file({"t": entry(shape=[-2, 3])}), "expected a shape of"),
-    "size is a flag": (raw_file({"t": entry(shape=[True, 6])}), "expected a shape of"),
-    "size is text": (raw_file({"t": entry(shape="23")}), "expected a shape of"),
-    "one offset": (raw_file({"t": entry(offsets=[24])}), "data_offsets"),
-    "offsets reversed": (raw_file({"t": entry(offsets=[24, 0])}), "expected 24 bytes"),
-    "too few bytes": (raw_file({"t": entry(offsets=[0, 20])}), "expected 24 bytes for F32"),
-    "no shape": (raw_file({"t": {"dtype": "F32", "data_offsets": [0, 24]}}), "expected dtype, shape and data_offsets"),
-    "a number": (raw_file({"t": 3}), "expected dtype, shape and data_offsets"),
-    "hole": (raw_file({"t": entry(offsets=[4, 28])}), "a hole or an overlap"),
-    "overlap": (raw_file({"t": entry(), "u": entry(offsets=[12, 36])}), "a hole or an overlap"),
-    "too long": (raw_file({"t": entry(shape=[1], offsets=[0, 4])}), "too long: expected"),
-    "truncated": (raw_file({"t": entry()}, bytes(23)), "truncated: expected"),
+    "empty": b"",
+    "no header": struct.pack("<Q", 400) + b"{}",
+    "not JSON": struct.pack("<Q", 4) + b"{\x00a}",
+    "not UTF-8": struct.pack("<Q", 2) + b"\xff\xfe",
+    "not an object": raw_file([]),
+    "deep": struct.pack("<Q", 200000) + b"[" * 200000,
+    "pickle": b"PK\x03\x04" + b"\x00" * 40,
+    "unknown dtype": raw_file({"t": entry(dtype="F31")}),
+    "dtype of half a byte": raw_file({"t": entry(dtype="F4", shape=[48])}),
+    "dtype is a list": raw_file({"t": entry(dtype=["F32"])}),
+    "negative size": raw_file({"t": entry(shape=[-2, 3])}),
+    "size is a flag": raw_file({"t": entry(shape=[True, 6])}),
+    "size is text": raw_file({"t": entry(shape="23")}),
+    "one offset": raw_file({"t": entry(offsets=[24])}),
+    "offsets reversed": raw_file({"t": entry(offsets=[24, 0])}),
+    "too few bytes": raw_file({"t": entry(offsets=[0, 20])}),
+    "no shape": raw_file({"t": {"dtype": "F32", "data_offsets": [0, 24]}}),
+    "a number": raw_file({"t": 3}),
+    "hole": raw_file({"t": entry(offsets=[4, 28])}),
+    "overlap": raw_file({"t": entry(), "u": entry(offsets=[12, 36])}),
+    "too long": raw_file({"t": entry(shape=[1], offsets=[0, 4])}),
+    "truncated": raw_file({"t": entry()}, bytes(23)),
+    "huge": raw_file({"t": entry(shape=[2**62, 4])}),
+    "huge and empty": raw_file({"t": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}, b""),
+    "size beyond 64 bits": raw_file({"t": entry(shape=[2**64], offsets=[0, 0])}, b""),
+    "too many dimensions": raw_file({"t": entry(shape=[1] * 65, offsets=[0, 4])}, bytes(4)),
+    "far away": raw_file({"t": entry(offsets=[2**62, 2**62 + 24])}),
+    "before the file": raw_file({"t": entry(offsets=[-24, 0])}),
+    "long header": raw_file(b"{" + b" " * MAX_SMALL_HEADER_BYTES + b"}"),
+    "longer than the file": struct.pack("<Q", 2**63 + 5) + b"{}",
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, case: str) -> None:
-    content, message = BAD_FILES[case]
     path = tmp_path / "bad.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as error:
-        SafetensorsFile(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "f.safetensors"
-    save_file({"a": torch.randn(4), "b": torch.randn(3)}, path)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError):
-            SafetensorsFile(path)
+    path.write_bytes(BAD_FILES[case])
+    assert refused(lambda: SafetensorsFile(path), CheckpointError, f"{path}: ") < 1 << 20
 
 
 def test_bin_files_are_read_in_place(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import assert_same_weights, load, make, write_all
+from checkpoint_models import assert_same_weights, edit_config, load, make, write_all
 from safetensors.torch import load_file, save_file
 
 from distzo2.checkpoint import reading, writing
@@ -53,13 +53,13 @@ def test_writing_runs_the_pieces_backwards(tmp_path: Path, seed: int, monkeypatc
     with CheckpointWriter(plan, tmp_path / "out") as writer:
         for name in order:
             value = torch.empty(mapped[name].shape)
-            plan.read_param(name, value)
+            plan.read(name, value)
             if rng.random() < 0.5:
-                writer.write_param(name, value)
+                writer.write(name, value)
             else:
                 middle = rng.randrange(1, len(value))
-                writer.write_range(name, middle, len(value), value[middle:])
-                writer.write_range(name, 0, middle, value[:middle])
+                writer.write(name, value[middle:], middle)
+                writer.write(name, value[:middle])
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == stored.keys() and all(torch.equal(written[n], stored[n]) for n in stored)
 
@@ -76,13 +76,19 @@ def test_an_existing_checkpoint_is_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be overwritten"):
         CheckpointWriter(checkpoint, source, overwrite=True)
     with pytest.raises(RuntimeError, match="stopped"), CheckpointWriter(checkpoint, out, overwrite=True) as writer:
-        writer.write_param("lm_head.weight", reference.lm_head.weight.detach() * 2)
+        writer.write("lm_head.weight", reference.lm_head.weight.detach() * 2)
         raise RuntimeError("stopped")
     with (
         pytest.raises(CheckpointError, match="parameters were not written"),
         CheckpointWriter(checkpoint, out, overwrite=True) as writer,
     ):
-        writer.write_param("lm_head.weight", reference.lm_head.weight.detach() * 2)
+        writer.write("lm_head.weight", reference.lm_head.weight.detach() * 2)
+    with (
+        pytest.raises(ValueError, match="elements were written, more than it still lacks"),
+        CheckpointWriter(checkpoint, out, overwrite=True) as writer,
+    ):
+        for _ in range(2):
+            writer.write("model.norm.weight", torch.ones(32))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -101,74 +107,37 @@ def test_too_little_disk_is_said_before_writing(tmp_path: Path, monkeypatch: pyt
         CheckpointWriter(checkpoint, tmp_path / "file" / "out")
 
 
-def test_companions_go_along(tmp_path: Path) -> None:
-    source = tmp_path / "in"
+def test_what_goes_along_is_the_checkpoints_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokenizers and the like are copied, also from the cache of a hub; other links lead nowhere."""
+    source = tmp_path / "models--x" / "snapshots" / "abc"
+    blobs = source.parents[1] / "blobs"
     reference = make("opt", source)
-    for name in ("tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "spiece.model", "LICENSE"):
-        (source / name).write_text(name)
+    blobs.mkdir()
     (source / "additional_chat_templates").mkdir()
-    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    edit_config(source, "generation_config.json", temperature=0.25, do_sample=True)
+    own = ("tokenizer.json", "vocab.json", "chat_template.jinja", "spiece.model", "LICENSE",
+           "additional_chat_templates/tools.jinja")  # fmt: skip
+    for path in (*(source / name for name in own), tmp_path / "secret", blobs / "1234"):
+        path.write_text(path.name)
     for name in ("README.md", "training_args.bin", "pytorch_model.bin", "secrets.txt"):
         (source / name).write_text(name)
-    edit = json.loads((source / "generation_config.json").read_text()) | {"temperature": 0.25, "do_sample": True}
-    (source / "generation_config.json").write_text(json.dumps(edit))
-    _, checkpoint = open_checkpoint(source)
-    write_all(checkpoint, reference, tmp_path / "out")
-    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert names == {
-        "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "spiece.model", "LICENSE",
-        "config.json", "generation_config.json", SINGLE_FILE, "additional_chat_templates/tools.jinja",
-    }  # fmt: skip
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.25
-    with (
-        pytest.raises(ValueError, match="elements were written, more than it still lacks"),
-        CheckpointWriter(checkpoint, tmp_path / "twice") as writer,
-    ):
-        writer.write_param("model.decoder.final_layer_norm.bias", torch.ones(32))
-        writer.write_param("model.decoder.final_layer_norm.bias", torch.ones(32))
-    assert not (tmp_path / "twice").exists()
+    links = {"merges.txt": blobs / "1234", "vocab.own": "vocab.json", "vocab.txt": tmp_path / "secret",
+             "vocab.up": blobs / "../../secret", "vocab.loop": "vocab.loop", "vocab.gone": "nowhere"}  # fmt: skip
+    for name, target in links.items():
+        (source / name).symlink_to(target)
 
+    def saved(source: Path) -> set[str]:
+        out = tmp_path / f"out-{source.name}"
+        write_all(open_checkpoint(source)[1], reference, out)
+        assert not any(path.is_symlink() for path in out.iterdir())
+        assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.25
+        return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
 
-def test_what_goes_along_is_the_checkpoints_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Links out of the checkpoint, and more than goes with weights, are left out with a warning."""
-    monkeypatch.setattr(writing, "_COMPANION_BYTES", 1 << 20)
-    cache = tmp_path / "models--x"
-    source = cache / "snapshots" / "abc"
-    reference = make("opt", source)
-    (cache / "blobs").mkdir()
-    (cache / "blobs" / "1234").write_text("merges")
-    (tmp_path / "secret").write_text("secret")
-    (source / "merges.txt").symlink_to("../../blobs/1234")
-    (source / "vocab.json").write_text("{}")
-    (source / "vocab.own").symlink_to("vocab.json")
-    (source / "vocab.txt").symlink_to(tmp_path / "secret")
-    (source / "vocab.up").symlink_to("../../blobs/../../secret")
-    (source / "vocab.loop").symlink_to("vocab.loop")
-    (source / "vocab.gone").symlink_to("nowhere")
-    with (source / "LICENSE").open("wb") as file:
-        file.truncate(3 << 30)
-    os.rename(source / "generation_config.json", tmp_path / "generation.json")
-    (source / "generation_config.json").symlink_to(tmp_path / "generation.json")
-    _, checkpoint = open_checkpoint(source)
-    write_all(checkpoint, reference, tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    settings = {"config.json", "generation_config.json"}
-    assert names == {"merges.txt", "vocab.json", "vocab.own", SINGLE_FILE, *settings}
-    assert (tmp_path / "out" / "merges.txt").read_text() == "merges"
-    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    names = {*own, "merges.txt", "vocab.own", SINGLE_FILE, "config.json", "generation_config.json"}
+    assert saved(source) == names
     told = [record.getMessage().partition(": left out")[0] for record in caplog.records]
-    left_out = ("LICENSE", "vocab.gone", "vocab.loop", "vocab.txt", "vocab.up")
-    assert told == [str(source / name) for name in left_out]
-    # Outside a cache, the same links lead elsewhere.
-    plain = tmp_path / "plain"
-    os.rename(source, plain)
-    (plain / "merges.txt").unlink()
-    (plain / "merges.txt").symlink_to(cache / "blobs" / "1234")
-    _, checkpoint = open_checkpoint(plain)
-    write_all(checkpoint, reference, tmp_path / "out2")
-    assert {path.name for path in (tmp_path / "out2").iterdir()} == names - {"merges.txt"}
+    assert told == [str(source / f"vocab.{name}") for name in ("gone", "loop", "txt", "up")]
+    assert saved(source.rename(tmp_path / "plain")) == names - {"merges.txt"}  # outside a cache, it leads elsewhere
 
 
 def names_in(directory: Path) -> set[str]:
@@ -239,7 +208,7 @@ def test_a_checkpoint_that_is_replaced_never_loads_mixed(
             patched.setattr(os, "rename", failing)
             with pytest.raises(OSError, match="went away"):
                 write_all(checkpoint, reference, out, overwrite=True, max_shard_bytes=after)
-        assert not (out / "config.json").exists() and not (out / HIDDEN).exists()
+        assert not (out / "config.json").exists() and (out / HIDDEN).exists()
         with pytest.raises(CheckpointError):
             open_checkpoint(out)
     write_all(checkpoint, reference, out, overwrite=True, max_shard_bytes=after)
@@ -271,23 +240,13 @@ def test_what_a_killed_writer_left_is_replaced(tmp_path: Path) -> None:
         assert (there / HIDDEN).is_dir()
 
 
-def test_an_output_directory_that_is_a_link(tmp_path: Path) -> None:
-    reference = make("opt", tmp_path / "in")
-    _, checkpoint = open_checkpoint(tmp_path / "in")
-    (tmp_path / "real").mkdir(mode=0o750)
-    (tmp_path / "link").symlink_to("real")
-    write_all(checkpoint, reference, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").stat().st_mode & 0o777 == 0o750
-    assert names_in(tmp_path / "real") == {SINGLE_FILE, "config.json", "generation_config.json"}
-
-
 def test_parameters_that_do_not_make_whole_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save_file({"x": torch.randn(8, 6)}, tmp_path / "in" / SINGLE_FILE)
     files = CheckpointFiles(tmp_path / "in")
     rows = {name: Layout.leaf(0, (8, 6)).narrow(0, begin, 4) for name, begin in (("a", 0), ("b", 2), ("c", 4))}
     params = {name: MappedTensor(name, torch.float32, where.shape, where.pieces) for name, where in rows.items()}
-    for names, reason in (("a", "hold 24 elements of its 48"), ("ab", "of its 48 and some twice")):
+    for names, reason in (("a", "hold 24 elements of its 48"), ("abc", "hold 72 elements of its 48")):
         plan = CheckpointMap(files.entries, {name: params[name] for name in names}, files=files)
         with pytest.raises(CheckpointError, match=f"'x' cannot be written: .* {reason}"):
             CheckpointWriter(plan, tmp_path / "out")

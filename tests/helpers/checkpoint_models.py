@@ -81,7 +81,7 @@ def assert_reads_as(checkpoint: CheckpointMap, expected: nn.Module) -> None:
     assert checkpoint.names == list(params)
     for name, param in params.items():
         out = torch.full(param.shape, torch.nan, dtype=param.dtype)
-        checkpoint.read_param(name, out)
+        checkpoint.read(name, out)
         assert torch.equal(out, param), name
 
 
@@ -100,7 +100,7 @@ def write_all(checkpoint: CheckpointMap, source: nn.Module, out: Path, **options
     held = {**dict(source.named_parameters()), **dict(source.named_buffers())}
     with CheckpointWriter(checkpoint, out, **options) as writer:
         for name in checkpoint.names:
-            writer.write_param(name, held[name].detach())
+            writer.write(name, held[name].detach())
 
 
 def read_tensor(file: RangeFile, name: str) -> torch.Tensor:
@@ -115,6 +115,6 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[st
     save_file(change(load_file(directory / SINGLE_FILE)), directory / SINGLE_FILE, metadata={"format": "pt"})
 
 
-def edit_config(directory: Path, **changes: Any) -> None:
-    path = directory / "config.json"
+def edit_config(directory: Path, file: str = "config.json", **changes: Any) -> None:
+    path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -23,6 +25,12 @@ def refused(read: Callable[[], Any], kind: type[Exception] | tuple[type[Exceptio
     text = str(caught.value)
     assert reason in text and "\n" not in text and len(text) < 2000, text[:3000]
     return peak
+
+
+def raw_file(header: object, data: bytes = bytes(24)) -> bytes:
+    """A safetensors file of any header: JSON, or bytes."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
 
 
 def archive_of(path: Path, stream: bytes, members: dict[str, bytes] | None = None) -> Path:

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 from block_models import Blocks
-from parallel_ranks import mesh_of
+from parallel_ranks import LIMIT, mesh_of
 from torch import nn
 
 import distzo2
@@ -68,6 +68,23 @@ def tower(weights: str, directory: Any, dtype: torch.dtype = torch.float32, **op
 
 def optimizer(model: nn.Module, **options: Any) -> distzo2.ZOSGD:
     return distzo2.ZOSGD(model, **{"lr": 1e-2, "eps": 1e-3, "seed": 11, **options})
+
+
+def started(
+    rank: int,
+    directory: Path,
+    shape: tuple[int, int] | None,
+    *,
+    weights: str = "disk",
+    slices: bool = False,
+    limit: float = LIMIT,
+    **options: Any,
+) -> tuple[nn.Module, distzo2.ZOSGD]:
+    """A tower and its optimizer, on a mesh of `shape`; None: without one."""
+    if shape is not None:
+        mesh_of(*shape, slice=slices, limit=limit)
+    model = tower(weights, directory / f"rank{rank}")
+    return model, optimizer(model, **options)
 
 
 def state_of(model: nn.Module) -> dict[str, np.ndarray]:
@@ -129,7 +146,7 @@ def pools_of_machines(rank: int, world_size: int, machines: list[str], readings:
     outcomes = []
     with (
         mock.patch.object(residency, "memory_budget", lambda: budget),
-        mock.patch.object(node, "_machine", lambda: machines[rank]),
+        mock.patch.object(node, "machine_name", lambda: machines[rank]),
     ):
         share = node.memory_share(distzo2.parallel.joined())
         for width in (72, 64):
@@ -146,9 +163,7 @@ def pools_of_machines(rank: int, world_size: int, machines: list[str], readings:
 
 def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path, what: str) -> list[str]:
     """Rank 1 does something else in the second step. What each rank was told, then the losses of a step in unison."""
-    mesh_of(*shape)
-    model = tower("disk", directory / f"rank{rank}")
-    opt = optimizer(model)
+    model, opt = started(rank, directory, shape)
     opt.step(closures_of(model, 0, 4))
     told = ""
     other = rank == 1
@@ -191,9 +206,7 @@ class Boom(Exception):
 
 def fail_once(rank: int, world_size: int, directory: Path, what: str, slices: bool) -> tuple[str, Any]:
     """Rank `world_size - 1` (rank 0 for what it alone does) fails in step 2, which is then made again."""
-    mesh_of(2, world_size // 2, slice=slices)
-    model = tower("disk", directory / f"rank{rank}")
-    opt = optimizer(model, journal=directory / f"{what}.jsonl")
+    model, opt = started(rank, directory, (2, world_size // 2), slices=slices, journal=directory / f"{what}.jsonl")
     told, last = "", world_size - 1
     while opt.step_count < 6:
         closures = closures_of(model, opt.step_count, 2)
@@ -242,9 +255,7 @@ def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: l
 
 def differing_units(rank: int, world_size: int, directory: Path, slices: bool) -> list[str]:
     """In step 1 the lanes of rank 1 leave a block out. What the rank was told, and the losses of the next step."""
-    mesh_of(1, 2, slice=slices)
-    model = tower("disk", directory / f"rank{rank}")
-    opt = optimizer(model)
+    model, opt = started(rank, directory, (1, 2), slices=slices)
     opt.step(closures_of(model, 0, 2))
     blocks, told = model.blocks, ""
     if rank == 1:
@@ -279,9 +290,7 @@ def traffic(
     rank: int, world_size: int, shape: tuple[int, int], directory: Path, steps: int, weights: str, slices: bool
 ) -> tuple[dict[str, int], list[int]]:
     """Collectives and bytes of some steps, and the bytes of this rank's slices."""
-    mesh_of(*shape, slice=slices)
-    model = tower(weights, directory / f"rank{rank}")
-    opt = optimizer(model, num_probes=2)
+    model, opt = started(rank, directory, shape, weights=weights, slices=slices, num_probes=2)
     opt.step(closures_of(model, 0, 4))
     distzo2.parallel.reset_stats()
     for step in range(steps):
@@ -312,9 +321,7 @@ def sampled(rank: int, world_size: int, directory: Path) -> list[int]:
 
 def changed_replica(rank: int, world_size: int, directory: Path) -> None:
     """One bit of one weight changes on rank 1 after the third step."""
-    mesh_of(1, 2)
-    model = tower("disk", directory / f"rank{rank}")
-    opt = optimizer(model, verify_every=2)
+    model, opt = started(rank, directory, (1, 2), verify_every=2)
     runtime = distzo2.runtime_of(model)
     for step in range(4):
         if step == 3 and rank == 1:
@@ -327,23 +334,33 @@ def changed_replica(rank: int, world_size: int, directory: Path) -> None:
 # ---- ranks that die or hang -------------------------------------------------------------------------------------
 
 
-def stop_in_step(rank: int, world_size: int, directory: Path, signum: int, limit: float) -> None:
-    """Rank 1 sends itself a signal in step 2; what the others are told."""
-    mesh_of(2, world_size // 2, limit=limit)
-    model = tower("disk", directory / f"rank{rank}")
-    opt = optimizer(model, journal=directory / f"{signum}.jsonl")
+def stop(rank: int, world_size: int, directory: Path, signum: int, limit: float, slices: bool) -> None:
+    """Rank 1 sends itself a signal in step 2: in a forward or, with slices, while it serves slices to the others."""
+    model, opt = started(rank, directory, (1, world_size), slices=slices, limit=limit)
     for step in range(3):
-        closures = closures_of(model, step, 2)
-        if step == 2 and rank == 1:
+        closures = closures_of(model, step, world_size)
+        if step == 2 and rank == 1 and slices:
+            _stop_at_third_gather(distzo2.runtime_of(model).weights.ring, signum)
+        elif step == 2 and rank == 1:
             closures = [lambda c=c: (os.kill(os.getpid(), signum), c())[1] for c in closures]
         opt.step(closures)
 
 
+def _stop_at_third_gather(store: Any, signum: int) -> None:
+    begin, begun = store.begin, []
+
+    def begin_or_stop(*args: Any) -> None:
+        begun.append(args)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signum)
+        begin(*args)
+
+    store._node.register(store._number, begin_or_stop)
+
+
 def left_early(rank: int, world_size: int, directory: Path, how: str) -> None:
     """Rank 1 makes two steps, the others want three."""
-    mesh_of(1, world_size)
-    model = tower("device", None)
-    opt = optimizer(model)
+    model, opt = started(rank, directory, (1, world_size), weights="device")
     for step in range(3):
         if step == 2 and rank == 1:
             if how == "shutdown":

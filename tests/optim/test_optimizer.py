@@ -12,8 +12,7 @@ from plain import plain_loop
 from same_bits import assert_same, same_bits
 
 import distzo2
-from distzo2.optim.clipping import WARM_UP, CoefficientClip, DivergenceError
-from distzo2.optim.state import NonFiniteLossError
+from distzo2.optim.state import WARM_UP, CoefficientClip, DivergenceError, NonFiniteLossError
 
 
 def losses_of(opt) -> list[float]:

@@ -8,12 +8,15 @@ from typing import Any
 
 import parallel_cases as cases
 import pytest
-import round_cases as trouble
+import slice_cases
 import torch
 from parallel_cases import assert_same_weights
-from parallel_ranks import Ranks
-from transformers import LlamaConfig, LlamaForCausalLM
+from parallel_ranks import Ranks, mesh_of
 
+import distzo2.parallel
+from distzo2.parallel import slice_rounds
+from distzo2.parallel.heartbeat import RankFailedError
+from distzo2.parallel.slice_rounds import WANTS, SliceExchange, Word
 from distzo2.parallel.sliced_store import SlicedStore, slices_of
 from distzo2.weights.store import MemoryStore, StoredCopy
 from distzo2.weights.units import Unit
@@ -25,14 +28,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("how", ["load_state_dict", "edit"])
 def test_no_rank_computes_with_half_replaced_weights(ranks: Ranks, how: str, tmp_path: Path):
-    old, new = (trouble.loss_of(cases.Tower(seed=seed)) for seed in (5, 9))
-    for rank, (before, after) in enumerate(ranks.values(trouble.forward_and_load, 2, tmp_path, how)):
+    old, new = (slice_cases.loss_of(cases.Tower(seed=seed)) for seed in (5, 9))
+    for rank, (before, after) in enumerate(ranks.values(slice_cases.forward_and_load, 2, tmp_path, how)):
         assert before == ([old] * 3 if rank == 1 else [])
         assert after == [new, new]
 
 
 def test_an_edit_that_fails_on_one_rank_changes_nothing(ranks: Ranks, tmp_path: Path):
-    results = ranks.values(trouble.edit_fails, 2, tmp_path)
+    results = ranks.values(slice_cases.edit_fails, 2, tmp_path)
     assert [told for told, _ in results] == [
         "RankFailedError: rank 1 failed in edit: ValueError: not like this",
         "ValueError: not like this",
@@ -40,10 +43,11 @@ def test_an_edit_that_fails_on_one_rank_changes_nothing(ranks: Ranks, tmp_path: 
     assert all(same for _, same in results)
 
 
-def test_ranks_that_load_other_weights_are_told(ranks: Ranks, tmp_path: Path):
-    for result in ranks.run(trouble.load_other_weights, 2, tmp_path):
+@pytest.mark.parametrize("how", ["hand over", "load_state_dict"])
+def test_ranks_with_other_weights_are_told(ranks: Ranks, how: str, tmp_path: Path):
+    for result in ranks.run(slice_cases.other_weights, 2, tmp_path, how):
         assert result.kind == "RanksDisagreeError", result
-        assert re.match(r"load_state_dict.*: the ranks do not agree on the weights: .*'blocks.2.0.weight'", result.text)
+        assert re.match(r"(load_state|handing).*: the ranks do not agree on the weights: .*'blocks.2", result.text)
 
 
 # ---- handing over and loading -----------------------------------------------------------------------------------
@@ -61,31 +65,26 @@ HAND_OVER = {
 @pytest.mark.parametrize("what", HAND_OVER)
 def test_a_model_is_handed_over_by_all_ranks_or_none(ranks: Ranks, what: str, tmp_path: Path):
     text, others = HAND_OVER[what]
-    first, second = ranks.run(trouble.hand_over, 2, tmp_path, what, timeout=60.0)
+    first, second = ranks.run(slice_cases.hand_over, 2, tmp_path, what, timeout=60.0)
     assert re.match(others or text, first.text), first
     assert re.match(text, second.text), second
 
 
 def make_checkpoints(directory: Path, other: bool) -> None:
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=96,
-        tie_word_embeddings=False,
-    )  # fmt: skip
     for rank in range(2):
-        torch.manual_seed(rank if other else 0)
-        LlamaForCausalLM(config).save_pretrained(directory / f"checkpoint{rank}")
+        slice_cases.small_llama(rank if other else 0).save_pretrained(directory / f"checkpoint{rank}")
 
 
 def test_a_checkpoint_that_one_rank_cannot_read(ranks: Ranks, tmp_path: Path):
     make_checkpoints(tmp_path, other=False)
-    first, second = ranks.run(trouble.load, 2, tmp_path, "EIO", timeout=60.0)
+    first, second = ranks.run(slice_cases.load_checkpoint, 2, tmp_path, "EIO", timeout=60.0)
     assert (second.kind, first.kind) == ("OSError", "RankFailedError")
     assert re.match(r"rank 1 failed in loading.*: OSError: .*Input/output error", first.text)
 
 
 def test_ranks_that_load_other_checkpoints_are_told(ranks: Ranks, tmp_path: Path):
     make_checkpoints(tmp_path, other=True)
-    for result in ranks.run(trouble.load, 2, tmp_path, "other", timeout=60.0):
+    for result in ranks.run(slice_cases.load_checkpoint, 2, tmp_path, "other", timeout=60.0):
         assert result.kind == "RanksDisagreeError", result
         assert result.text.startswith("loading a checkpoint: the ranks do not agree on the source")
 
@@ -95,32 +94,67 @@ def test_ranks_that_load_other_checkpoints_are_told(ranks: Ranks, tmp_path: Path
 
 def test_a_model_that_is_closed_on_one_rank_only(ranks: Ranks, alone: Any, tmp_path: Path):
     losses, state = alone(steps=2)
-    for result in ranks.values(trouble.two_models, 2, tmp_path, timeout=60.0):
+    for result in ranks.values(slice_cases.two_models, 2, tmp_path, timeout=60.0):
         assert result[0] == losses[-1][0]
         assert_same_weights(result[1], state)
 
 
 def test_ranks_whose_programs_end_serve_the_others_until_the_end(ranks: Ranks, alone: Any, tmp_path: Path):
-    results = ranks.values(trouble.ends_first, 3, tmp_path, "read", timeout=60.0)
+    results = ranks.values(slice_cases.ends_first, 3, tmp_path, "read", timeout=60.0)
     assert_same_weights(results[0], alone(steps=1, micro_batches=3)[1])
     assert results[1:] == [None, None]
-    results = ranks.run(trouble.ends_first, 3, tmp_path, "step", timeout=60.0)
+    results = ranks.run(slice_cases.ends_first, 3, tmp_path, "step", timeout=60.0)
     assert results[0].kind == "RankFailedError" and re.match(r"rank [12] has left the mesh", results[0].text)
 
 
 def test_an_interrupt_ends_a_long_wait_for_another_rank(ranks: Ranks, tmp_path: Path):
-    results = ranks.run(trouble.interrupted, 2, tmp_path, timeout=60.0)
+    results = ranks.run(slice_cases.interrupted, 2, tmp_path, timeout=60.0)
     assert results[0] < 8.0
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 1, 0)], ids=str)
 def test_slices_stay_within_their_node(ranks: Ranks, alone: Any, numbers: tuple[int, ...], tmp_path: Path):
     losses, state = alone(steps=4, micro_batches=4)
-    results = ranks.values(trouble.on_nodes, 4, tmp_path, numbers, timeout=60.0)
+    results = ranks.values(slice_cases.on_nodes, 4, tmp_path, numbers, timeout=60.0)
     for rank, (node, _, last, mine) in enumerate(results):
         assert node == tuple(r for r in range(4) if numbers[r] == numbers[rank])
         assert last == losses[-1][0]
         assert_same_weights(mine, state)
+
+
+def closed_by_peer() -> None:
+    raise RuntimeError("Connection closed by peer")
+
+
+class _BrokenWork:
+    wait = staticmethod(closed_by_peer)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("where", ["start", "wait", "act", "connect"])
+def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, monkeypatch):
+    mesh = mesh_of(1, 1, slice=True)
+    exchange, heartbeat, node = mesh.exchange, mesh.ranks.heartbeat, mesh.node
+    try:
+        node.connect()
+        node.register(node.new_store(), lambda index, stamp, ours: closed_by_peer())
+        calls = {
+            "start": lambda: exchange.start(closed_by_peer),
+            "wait": lambda: exchange.wait(_BrokenWork()),
+            "act": lambda: (node.say(Word(WANTS)), node.act()),
+            "connect": lambda: SliceExchange(exchange, [[0]], "gloo").connect(),
+        }
+        monkeypatch.setattr(slice_rounds, "new_group", lambda ranks, backend: closed_by_peer())
+        monkeypatch.setattr(heartbeat, "check", lambda: None)  # the loss is noticed after the call
+        heartbeat.fail("rank 1 was lost: its process 7 has ended", 1)
+        for _ in range(2):  # and so does whatever follows
+            with pytest.raises(RankFailedError, match="rank 1 was lost: its process 7 has ended") as raised:
+                calls[where]()
+            assert raised.value.rank == 1
+    finally:
+        distzo2.parallel.shutdown()
 
 
 # ---- gathers ahead of time --------------------------------------------------------------------------------------
@@ -128,7 +162,7 @@ def test_slices_stay_within_their_node(ranks: Ranks, alone: Any, numbers: tuple[
 
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_gathers_run_beside_compute(ranks: Ranks, evaluates: bool, tmp_path: Path):
-    for num_ahead, num_gathers in ranks.values(trouble.ahead, 2, tmp_path, evaluates):
+    for num_ahead, num_gathers in ranks.values(slice_cases.ahead, 2, tmp_path, evaluates):
         assert num_gathers == 8
         assert num_ahead >= 3  # the first of a pass cannot
 
@@ -150,7 +184,7 @@ class _Node:
         self.works: list[_Work] = []
         self.waited: list[_Work] = []
 
-    def register(self, number: int, store: Any) -> None: ...
+    def register(self, number: int, begin: Any) -> None: ...
     def leave(self, ends: bool) -> None: ...
 
     def gather(self, parts: Any) -> list[_Work]:

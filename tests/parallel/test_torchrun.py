@@ -66,12 +66,8 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
         assert re.search(f"mesh of {world_size} ranks: ({mesh}) ", results[0]["out"])
     if "--save=best" not in more:
         assert_same_run(tmp_path / "out", alone, STEPS)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "checkpoint",
-        "journal.jsonl",
-        "metrics.jsonl",
-        "run.json",
-    }
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"checkpoint", "journal.jsonl", "metrics.jsonl", "run.json"}
 
 
 @pytest.mark.parametrize(
@@ -137,14 +133,8 @@ def test_ranks_resume_from_a_weight_file_that_only_some_of_them_see(ranks, files
 
 
 def test_ranks_branch_from_a_run_of_one(ranks, files, alone, tmp_path):
-    branch = [
-        "finetune",
-        f"--branch-from={alone}",
-        "--at-step=3",
-        "--out=out",
-        "--parallel=pert=2",
-        "--weight-decay=0.1",
-    ]
+    branch = ["finetune", f"--branch-from={alone}", "--at-step=3", "--out=out", "--parallel=pert=2"]
+    branch += ["--weight-decay=0.1"]
     results = ranks.values(cases.command, 2, tmp_path, branch)
     assert [r["status"] for r in results] == [0, 0] and "at step 3 of 6" in results[0]["out"]
     ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (tmp_path / "out", alone))

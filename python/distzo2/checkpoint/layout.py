@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 _MAX_OBLIQUE_STEPS = 4096
@@ -80,17 +81,12 @@ class Piece(NamedTuple):
     @property
     def is_run(self) -> bool:
         """One contiguous run on both sides (of a coalesced piece)."""
-        return not self.sizes or (len(self.sizes) == 1 and self.src_strides[0] == 1 and self.dst_strides[0] == 1)
+        return self.src_strides == self.dst_strides and self.src_strides in ((), (1,))
 
     @property
     def src_is_dense(self) -> bool:
-        """The walk visits every element of its source span once (of a coalesced piece)."""
-        expected = 1
-        for stride, size in zip(reversed(self.src_strides), reversed(self.sizes), strict=True):
-            if stride != expected:
-                return False
-            expected *= size
-        return True
+        """The walk visits every element of its source span."""
+        return self.numel == self.src_span
 
     def blocks(self, max_span: int, min_density: float = 0.25, min_run: int = 1024) -> Iterator[Piece]:
         """Parts of a coalesced piece whose source span is at most `max_span` elements and mostly used.
@@ -214,8 +210,6 @@ class Layout(NamedTuple):
 
     def permute(self, order: Sequence[int]) -> Layout:
         """Dimension i of the result is dimension `order[i]`."""
-        if sorted(order) != list(range(len(self.shape))):
-            raise LayoutError(f"{list(order)} is no order of {len(self.shape)} dimensions")
         shape = tuple(self.shape[d] for d in order)
         goes_to = [list(order).index(d) for d in range(len(order))]
         placed = (part for piece in self.pieces for part in _place(piece, self.shape))
@@ -251,15 +245,29 @@ class Layout(NamedTuple):
         shift[dim] = -start
         return self._rebuild(shape, kept, list(range(len(shape))), shift)
 
+    def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> Layout:
+        """What `torch.as_strided` would view of the row-major tensor: dimension i of the result takes `shape[i]` steps
+        of `strides[i]` elements, from element `offset` on."""
+        if 0 in shape:
+            return Layout(tuple(shape), ())
+        dims = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
+        # Reshaped to dimensions that have just these strides, the tensor only needs to be narrowed and permuted.
+        extents = [*pairwise([self.numel, *(strides[d] for d in dims), 1])]
+        if any(step == 0 or extent % step for extent, step in extents):
+            raise LayoutError(f"steps of {list(strides)} do not follow the dimensions of {list(self.shape)}")
+        view = self.reshape([extent // step for extent, step in extents])
+        for k, (extent, step) in enumerate(extents):
+            view = view.narrow(k, offset % extent // step, shape[dims[k]] if k < len(dims) else 1)
+        if dims != sorted(dims):
+            view = view.permute([*sorted(range(len(dims)), key=lambda k: dims[k]), len(dims)])
+        return view.reshape(shape)
+
     @staticmethod
     def cat(parts: Sequence[Layout], dim: int) -> Layout:
         """`parts` side by side along `dim`."""
         first = parts[0].shape
-        for part in parts[1:]:
-            if len(part.shape) != len(first) or any(
-                a != b for d, (a, b) in enumerate(zip(part.shape, first, strict=True)) if d != dim
-            ):
-                raise LayoutError(f"shapes {list(first)} and {list(part.shape)} do not join along dimension {dim}")
+        if len({(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
+            raise LayoutError(f"shapes {[list(part.shape) for part in parts[:4]]} do not join along dimension {dim}")
         shape = (*first[:dim], sum(part.shape[dim] for part in parts), *first[dim + 1 :])
         pieces: list[Piece] = []
         at = 0

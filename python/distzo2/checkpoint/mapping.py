@@ -2,8 +2,8 @@
 
 A checkpoint and a model may differ in names (prefixes, legacy names), in layout (experts stored one by one and held
 fused), in dtype, and in what is tied. The map is found by tracing the installed transformers (`symbols`). Loading,
-saving and replay share it: `ranges_of` serves several reading threads, `read_range` one, and a `CheckpointWriter` runs
-the same pieces backwards.
+saving and replay share it: `ranges_of` serves several reading threads, `read` one, and a `CheckpointWriter` runs the
+same pieces backwards.
 """
 
 from __future__ import annotations
@@ -37,10 +37,6 @@ class MappedTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def rows(self, begin: int, end: int) -> tuple[Piece, ...]:
-        """The pieces of rows [begin, end) of the first dimension."""
-        return Layout(self.shape, self.pieces).narrow(0, begin, end - begin).pieces
-
 
 @dataclass
 class CheckpointMap:
@@ -67,11 +63,6 @@ class CheckpointMap:
     def names(self) -> list[str]:
         """Names of the parameters, tied weights once, in the model's order."""
         return [name for name, tensor in self.mapped.items() if not tensor.is_buffer]
-
-    @property
-    def buffer_names(self) -> list[str]:
-        """Names of the persistent buffers."""
-        return [name for name, tensor in self.mapped.items() if tensor.is_buffer]
 
     @staticmethod
     def for_saving(model: nn.Module, params: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> CheckpointMap:
@@ -109,29 +100,31 @@ class CheckpointMap:
             model_class=type(model).__name__,
         )
 
-    def read_param(self, name: str, out: torch.Tensor) -> None:
-        """Fills `out`, a contiguous CPU tensor of the parameter's shape and dtype, in the calling thread."""
-        mapped = self._checked(name, out, self.mapped[name].shape)
-        self.files.read_pieces(mapped.pieces, out)
+    def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
+        """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.
 
-    def read_range(self, name: str, row_begin: int, row_end: int, out: torch.Tensor) -> None:
-        """Fills `out` (contiguous) with rows [row_begin, row_end) of the first dimension of a parameter."""
-        mapped = self._checked(name, out, (row_end - row_begin, *self.mapped[name].shape[1:]))
-        self.files.read_pieces(mapped.rows(row_begin, row_end), out)
+        Raises:
+            ValueError: its dtype or its shape is not the parameter's.
+        """
+        mapped, shape = self.mapped[name], tuple(tensor.shape)
+        expected = (*shape[:1], *mapped.shape[1:]) if mapped.shape else ()
+        if shape != expected or tensor.dtype != mapped.dtype:
+            wanted = f"{mapped.dtype} {list(mapped.shape)}"
+            raise ValueError(f"{name}: expected {wanted} or rows of it, got {tensor.dtype} {list(shape)}")
+        if shape == mapped.shape:
+            return mapped.pieces
+        return Layout(mapped.shape, mapped.pieces).narrow(0, begin, len(tensor)).pieces
+
+    def read(self, name: str, out: torch.Tensor, begin: int = 0) -> None:
+        """Fills `out`, a contiguous CPU tensor, with a parameter or its rows from `begin` on, in the calling thread."""
+        self.files.read_pieces(self.pieces_of(name, out, begin), out)
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range | None = None) -> Iterator[Range]:
         """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape and dtype, for a
         `ParallelReader`. Elements outside `within`, counted through all dimensions, may be left out."""
-        mapped = self._checked(name, out, self.mapped[name].shape)
         flat = out.detach().view(-1)
-        for piece in mapped.pieces:
+        for piece in self.pieces_of(name, out):
             yield from self.files.ranges_of(piece, flat, within)
-
-    def _checked(self, name: str, out: torch.Tensor, shape: tuple[int, ...]) -> MappedTensor:
-        mapped = self.mapped[name]
-        if tuple(out.shape) != shape or out.dtype != mapped.dtype:
-            raise ValueError(f"{name}: expected {mapped.dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
-        return mapped
 
     def to_json(self) -> dict[str, Any]:
         """The map as plain JSON data: checkpoint tensors with their files, and each parameter's pieces."""
@@ -223,15 +216,14 @@ def _replace_symbols(model: nn.Module, files: CheckpointFiles) -> None:
     """Turns parameters into meta tensors (tied ones stay one object), and gives loaded buffers their values."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for name, param in module._parameters.items():
-            if isinstance(param, LayoutTensor):
-                if id(param) not in made:
-                    empty = torch.empty(param.shape, dtype=param.dtype, device="meta")
-                    made[id(param)] = nn.Parameter(empty, requires_grad=param.is_floating_point())
-                module._parameters[name] = made[id(param)]
-        for name, buffer in module._buffers.items():
-            if isinstance(buffer, LayoutTensor):
-                if id(buffer) not in made:
-                    made[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-                    files.read_pieces(buffer.where.pieces, made[id(buffer)])
-                module._buffers[name] = made[id(buffer)]
+        for held in (module._parameters, module._buffers):
+            for name, symbol in held.items():
+                if not isinstance(symbol, LayoutTensor):
+                    continue
+                if id(symbol) not in made and held is module._parameters:
+                    empty = torch.empty(symbol.shape, dtype=symbol.dtype, device="meta")
+                    made[id(symbol)] = nn.Parameter(empty, requires_grad=symbol.is_floating_point())
+                elif id(symbol) not in made:
+                    made[id(symbol)] = torch.empty(symbol.shape, dtype=symbol.dtype)
+                    files.read_pieces(symbol.where.pieces, made[id(symbol)])
+                held[name] = made[id(symbol)]

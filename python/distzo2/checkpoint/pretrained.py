@@ -24,8 +24,8 @@ from torch import nn
 
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, CheckpointFiles, ParallelReader
-from distzo2.checkpoint.symbols import creation_bound, one_line
-from distzo2.checkpoint.weight_files import CheckpointError, read_json
+from distzo2.checkpoint.symbols import creation_bound
+from distzo2.checkpoint.weight_files import CheckpointError, one_line, read_json
 from distzo2.checkpoint.writing import CONFIG_FILE, DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
 from distzo2.streaming.offload import offload, runtime_of
 from distzo2.streaming.runtime import StreamingRuntime
@@ -153,7 +153,7 @@ def save_pretrained(
 
     Raises:
         CheckpointError: `out_dir` already holds a checkpoint and `overwrite` is false, or its disk has too little
-            room. A save that fails while it writes leaves `out_dir` as it was.
+            room. A save that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     runtime = runtime_of(model)
     base = getattr(runtime, "base", None)
@@ -165,10 +165,10 @@ def save_pretrained(
         for unit in runtime.units:
             with runtime.access.reading(unit) as views:
                 for name, view in views.items():
-                    writer.write_param(name, view)
+                    writer.write(name, view)
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
-                writer.write_param(name, buffer)
+                writer.write(name, buffer)
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
@@ -261,11 +261,9 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: expected a checkpoint directory, got no directory of that name")
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory}: expected a checkpoint with a config.json, found none")
+        raise CheckpointError(f"{directory}: expected a checkpoint directory with a config.json, found none")
     todo: list[Any] = [read_json(path)]
     while todo:
         part = todo.pop()

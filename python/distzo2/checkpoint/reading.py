@@ -2,14 +2,13 @@
 
 A file that the page cache holds is read through it; any other with O_DIRECT, so that a checkpoint larger than memory
 drives nothing out of the cache. Direct reads need aligned offsets and memory, which tensors in a file do not have: each
-thread reads into its own block, on huge pages (a read is then a few segments and not a thousand), and copies from
-there. That block is all the memory that reading takes, whatever is read.
+thread reads into its own block (`scratch`), on huge pages (a read is then a few segments and not a thousand), and
+copies from there. That block is all the memory that reading takes, whatever is read.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import threading
 import zlib
@@ -25,6 +24,7 @@ from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.weight_files import (
     MAX_JSON_BYTES,
+    PAGE,
     CheckpointError,
     RangeFile,
     TensorEntry,
@@ -41,7 +41,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
-_PAGE = 4096  # most disks allow O_DIRECT at less, none asks for more
 _HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # may be read in vain to save a read
 _SAMPLED_PAGES = 16
@@ -54,7 +53,7 @@ def scratch(dtype: torch.dtype, numel: int) -> torch.Tensor:
     num_bytes = numel * dtype.itemsize
     block = getattr(_scratch, "block", None)
     if block is None or block.numel() < num_bytes:
-        block = _scratch.block = torch.empty(max(num_bytes, CHUNK_BYTES), dtype=torch.uint8)
+        block = _scratch.block = aligned_buffer(max(num_bytes, CHUNK_BYTES + _HUGE_PAGE))
     return block[:num_bytes].view(dtype)
 
 
@@ -104,13 +103,12 @@ class CheckpointFiles:
         self.files: list[RangeFile] = []
         self.entries: list[TensorEntry] = []  # by the number that pieces name as their source
         self.file_of: list[RangeFile] = []
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: expected a checkpoint directory, got no directory of that name")
         for single, index in ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, _TORCH_INDEX)):
             if (self.directory / single).is_file() or (self.directory / index).is_file():
                 break
         else:
-            raise CheckpointError(f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither")
+            expected = f"expected a checkpoint directory with {SINGLE_FILE} or {INDEX_FILE}"
+            raise CheckpointError(f"{self.directory}: {expected}, found neither")
         weight_map = {} if (self.directory / single).is_file() else self._weight_map(index)
         seen: dict[str, RangeFile] = {}
         for name in dict.fromkeys(weight_map.values()) or (single,):
@@ -152,7 +150,7 @@ class CheckpointFiles:
     def sample(self) -> list[tuple[str, int, int]]:
         """Name, length and a CRC of some pages of each file, for ranks to agree that they load the same checkpoint."""
         result = []
-        page = memoryview(bytearray(_PAGE))
+        page = memoryview(bytearray(PAGE))
         for file in self.files:
             crc = 0
             for i in range(_SAMPLED_PAGES):
@@ -189,16 +187,14 @@ class CheckpointFiles:
                 part.read()
 
     def equal(self, a: LayoutTensor, b: LayoutTensor) -> bool:
-        """Whether two symbols have equal values, compared a block of rows at a time."""
-        rows = max(1, CHUNK_BYTES // max(1, math.prod(a.shape[1:]) * a.dtype.itemsize))
-        for begin in range(0, a.shape[0], rows) if a.shape else (None,):
+        """Whether two symbols of one shape have equal values, compared a chunk at a time."""
+        step = max(1, CHUNK_BYTES // a.dtype.itemsize)
+        for begin in range(0, a.numel(), step):
             pair = []
             for symbol in (a, b):
-                where = symbol.where
-                if begin is not None:
-                    where = where.narrow(0, begin, min(rows, a.shape[0] - begin))
-                pair.append(torch.empty(where.shape, dtype=symbol.dtype))
-                self.read_pieces(where.pieces, pair[-1])
+                part = symbol.where.reshape((a.numel(),)).narrow(0, begin, min(step, a.numel() - begin))
+                pair.append(torch.empty(part.shape, dtype=symbol.dtype))
+                self.read_pieces(part.pieces, pair[-1])
             if not torch.equal(*pair):
                 return False
         return True
@@ -225,7 +221,6 @@ class ParallelReader:
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="distzo2-read")
-        self._local = threading.local()
         self._direct: dict[RangeFile, int | None] = {}  # descriptors with O_DIRECT; None: through the page cache
 
     def start(self, ranges: Iterable[Range]) -> list[Future[None]]:
@@ -271,10 +266,10 @@ class ParallelReader:
             for part in batch:
                 part.read()
             return
-        if not hasattr(self._local, "block"):
-            self._local.block = aligned_buffer(CHUNK_BYTES + _HUGE_PAGE)  # a range may begin and end within a page
-        block, begin = self._local.block, batch[0].offset // _PAGE * _PAGE
-        _read_direct(batch[0].file, direct, bytes_of(block), begin, batch[-1].end)
+        begin = batch[0].offset // PAGE * PAGE  # a range may begin and end within a page
+        num_bytes = batch[-1].end - begin
+        block = scratch(torch.uint8, -(-num_bytes // PAGE) * PAGE)
+        batch[0].file.read_into(bytes_of(block), begin, num_bytes, direct)
         for part in batch:
             data = block[part.offset - begin : part.end - begin]
             if part.place is not None:
@@ -302,36 +297,20 @@ def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
         yield batch
 
 
-def _read_direct(file: RangeFile, descriptor: int, view: memoryview, begin: int, end: int) -> None:
-    """Reads whole pages from `begin`, which is aligned, until byte `end` of the file is in `view`."""
-    wanted, done = -(-(end - begin) // _PAGE) * _PAGE, 0
-    while done < end - begin:
-        try:
-            count = os.preadv(descriptor, [view[done:wanted]], begin + done)
-        except OSError as error:
-            where = f"{file.path}: cannot be read at byte {begin + done}"
-            raise CheckpointError(f"{where}: {error.strerror}") from error
-        done += count
-        if count == 0 or (done < end - begin and done % _PAGE != 0):  # the file's end
-            where = f"{file.path}: truncated while it was read"
-            raise CheckpointError(f"{where}: expected {end - begin} bytes at {begin}, got {done}")
-
-
 def _open_direct(file: RangeFile) -> int | None:
     """A descriptor with O_DIRECT; None where the page cache holds the file, or its file system has no direct reads."""
     if _is_cached(file):
         return None
-    descriptor = None
-    try:
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        os.preadv(descriptor, [bytes_of(aligned_buffer(_PAGE))], 0)  # some take the flag and refuse the read
-        if os.path.samestat(os.fstat(descriptor), os.fstat(file.fileno())):  # else the name is another file's by now
-            return descriptor
+    try:  # the open file's own inode, whatever has its name by now
+        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
-        pass
-    if descriptor is not None:
+        return None
+    try:
+        os.preadv(descriptor, [bytes_of(aligned_buffer(PAGE))], 0)  # some take the flag and refuse the read
+    except OSError:
         os.close(descriptor)
-    return None
+        return None
+    return descriptor
 
 
 def _is_cached(file: RangeFile) -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
-from collections import Counter, deque
+import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import JournalError
-from distzo2.text import brief
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def replay(
     Raises:
         JournalError: the journal is damaged, or `to_step` is beyond it.
         CheckpointError: the base is not the run's, is corrupt, or `out_dir` holds a checkpoint or has too little room.
-            A replay that fails while it writes leaves `out_dir` as it was.
+            A replay that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     # What is found quickly is refused before gigabytes are hashed.
     num_base_bytes = sum(file.stat().st_size for file in Path(base_dir).glob("*") if file.is_file())
@@ -96,7 +96,8 @@ def replay(
         raise JournalError(
             f"{journal_path}: the run did not start from a checkpoint, so there is nothing to replay onto"
         )
-    verify_checkpoint(base_dir, header["base"])
+    for difference in checkpoint_differences(base_dir, header["base"]):
+        raise CheckpointError(difference)
 
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
     updates = [entry.update for entry in contents.entries[:num_steps]]
@@ -117,16 +118,6 @@ def replay(
     return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
 
 
-def verify_checkpoint(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> None:
-    """Checks a directory against what `digest_checkpoint` returned for it.
-
-    Raises:
-        CheckpointError: a file is missing or differs; the message names it.
-    """
-    for difference in checkpoint_differences(directory, base):
-        raise CheckpointError(difference)
-
-
 def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_class: Any = None) -> CheckpointMap:
     """The map from a base checkpoint to the parameters of a journal's index table, with the dtypes of the run.
 
@@ -136,7 +127,9 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         JournalError: the table or the map differs from the header's.
     """
     table = header["table"]
-    dtypes = {row["name"]: _torch_dtype(row) for row in table}
+    dtypes = {
+        row["name"]: _DTYPES.get(row["dtype"]) for row in table
+    }  # None: no dtype of weights, and so refused below
     if (directory / "config.json").is_file():
         _, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
@@ -147,26 +140,19 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         checkpoint_map = _map_by_table(directory, table)
     mapped = checkpoint_map.mapped
     for name in checkpoint_map.names:
-        mapped[name] = replace_fields(mapped[name], dtype=dtypes.get(name, mapped[name].dtype))
+        mapped[name] = replace_fields(mapped[name], dtype=dtypes.get(name) or mapped[name].dtype)
     params = [mapped[name] for name in checkpoint_map.names]
+    rows = [*table, *({"index": i} for i in range(len(table), len(params)))]
     ours = [
         {**row, "name": m.name, "shape": list(m.shape), "dtype": str(m.dtype).removeprefix("torch.")}
-        for row, m in zip(table, params, strict=False)
+        for row, m in zip(rows, params, strict=False)
     ]
-    ours += [{"index": i, "name": m.name} for i, m in enumerate(params)][len(ours) :]
     difference = table_difference(table, ours)
     if difference is not None:
         raise JournalError(f"{journal}: {directory} holds another model: {difference}")
     if header["map"] is not None:
         _check_map(header["map"], checkpoint_map.to_json(), journal)
     return checkpoint_map
-
-
-def _torch_dtype(row: Mapping[str, Any]) -> torch.dtype:
-    dtype = _DTYPES.get(row["dtype"])
-    if dtype is None:
-        raise JournalError(f"parameter {row['index']} {row['name']!r}: no dtype of weights is {brief(row['dtype'])}")
-    return dtype
 
 
 def _map_by_table(directory: Path, table: Sequence[Mapping[str, Any]]) -> CheckpointMap:
@@ -198,7 +184,7 @@ def _check_map(theirs: Mapping[str, Any], ours: Mapping[str, Any], journal: str)
 
 @dataclass(frozen=True)
 class PiecePart:
-    """Rows [row_begin, row_end) of a parameter that is cut into rows of `cols` elements; `matrix` is the parameter's
+    """Elements [begin, end) of a parameter, and the byte of the piece at which they begin; `matrix` is the parameter's
     shape as a matrix."""
 
     name: str
@@ -206,65 +192,43 @@ class PiecePart:
     param: int
     group: int | None
     matrix: tuple[int, int]
-    cols: int
-    row_begin: int
-    row_end: int
+    begin: int
+    end: int
     byte_offset: int
 
     @property
-    def numel(self) -> int:
-        return (self.row_end - self.row_begin) * self.cols
-
-    @property
     def num_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return (self.end - self.begin) * self.dtype.itemsize
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The part as a tensor [rows, cols] over `buffer` (uint8)."""
-        flat = buffer[self.byte_offset : self.byte_offset + self.num_bytes].view(self.dtype)
-        return flat.view(self.row_end - self.row_begin, self.cols)
+        """The part in `buffer` (uint8), flat."""
+        return buffer[self.byte_offset : self.byte_offset + self.num_bytes].view(self.dtype)
 
 
 def plan_pieces(
     checkpoint_map: CheckpointMap, table: Sequence[Mapping[str, Any]], piece_bytes: int
 ) -> list[list[PiecePart]]:
     """Cuts all parameters into pieces of at most `piece_bytes` (one element at least), in order. Small parameters share
-    a piece.
-
-    The map's parameters become matrices whose rows a piece can hold; flat indices, and so the noise, stay.
-    """
+    a piece. The map's parameters become flat; flat indices, and so the noise, stay."""
     pieces: list[list[PiecePart]] = []
     filled = 0  # bytes of the last piece
     for row in table:
         mapped = checkpoint_map.mapped[row["name"]]
-        if not mapped.numel:
-            continue
-        rows, cols = _matrix_shape(mapped.shape, max(1, piece_bytes // mapped.dtype.itemsize))
-        checkpoint_map.mapped[mapped.name] = replace_fields(mapped, shape=(rows, cols))
-        matrix_rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
-        matrix = matrix_rows, mapped.numel // matrix_rows
-        row_bytes = cols * mapped.dtype.itemsize
-        most_rows = max(1, piece_bytes // row_bytes)
-        for begin in range(0, rows, most_rows):
-            end = min(rows, begin + most_rows)
-            num_bytes = (end - begin) * row_bytes
+        checkpoint_map.mapped[mapped.name] = replace_fields(mapped, shape=(mapped.numel,))
+        rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
+        step = max(1, piece_bytes // mapped.dtype.itemsize)
+        for begin in range(0, mapped.numel, step):
+            end = min(mapped.numel, begin + step)
+            num_bytes = (end - begin) * mapped.dtype.itemsize
             if not pieces or filled + num_bytes > piece_bytes:
                 pieces.append([])
                 filled = 0
-            part = PiecePart(mapped.name, mapped.dtype, row["index"], row["group"], matrix, cols, begin, end, filled)
-            pieces[-1].append(part)
+            matrix = rows, mapped.numel // rows
+            pieces[-1].append(
+                PiecePart(mapped.name, mapped.dtype, row["index"], row["group"], matrix, begin, end, filled)
+            )
             filled += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     return pieces
-
-
-def _matrix_shape(shape: Sequence[int], max_cols: int) -> tuple[int, int]:
-    """(rows, cols) of a parameter: as many trailing dimensions as `max_cols` elements hold make a row."""
-    cols = 1
-    for size in reversed(shape[1:]):
-        if cols * size > max_cols:
-            break
-        cols *= size
-    return math.prod(shape) // cols, cols
 
 
 def _run(
@@ -277,46 +241,35 @@ def _run(
 ) -> Iterator[int]:
     """Reads, updates and writes all pieces; yields the bytes of each when it is written."""
     largest = max((part.byte_offset + part.num_bytes for piece in pieces for part in piece), default=0)
-    free = deque(torch.empty(largest, dtype=torch.uint8) for _ in range(min(_PIECES_IN_FLIGHT, len(pieces))))
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(_PIECES_IN_FLIGHT):
+        buffers.put(torch.empty(largest, dtype=torch.uint8))
+    updating, writing = threading.Lock(), threading.Lock()  # an update takes all cores; pieces may share a write
 
-    def read(piece: list[PiecePart], buffer: torch.Tensor) -> torch.Tensor:
-        for part in piece:
-            checkpoint_map.read_range(part.name, part.row_begin, part.row_end, part.view(buffer))
-        return buffer
-
-    def write(piece: list[PiecePart], buffer: torch.Tensor) -> torch.Tensor:
-        for part in piece:
-            writer.write_range(part.name, part.row_begin, part.row_end, part.view(buffer))
-        return buffer
-
-    with ThreadPoolExecutor(1, "replay-read") as reader, ThreadPoolExecutor(1, "replay-write") as writes:
-        todo = deque(pieces)
-        reading: deque[tuple[list[PiecePart], Future[torch.Tensor]]] = deque()
-        writing: deque[tuple[list[PiecePart], Future[torch.Tensor]]] = deque()
+    def process(piece: list[PiecePart]) -> int:
+        buffer = buffers.get()
         try:
-            while todo or reading or writing:
-                while todo and free:
-                    reading.append((todo[0], reader.submit(read, todo.popleft(), free.popleft())))
-                if reading:
-                    piece, future = reading.popleft()
-                    buffer = future.result()
-                    _apply(piece, buffer, updates, seed, backend)
-                    writing.append((piece, writes.submit(write, piece, buffer)))
-                # Wait for a write only if nothing can be read or updated meanwhile.
-                while writing and (writing[0][1].done() or not reading):
-                    piece, future = writing.popleft()
-                    free.append(future.result())
-                    yield sum(part.num_bytes for part in piece)
+            for part in piece:
+                checkpoint_map.read(part.name, part.view(buffer), part.begin)
+            with updating:
+                _apply(piece, buffer, updates, seed, backend)
+            with writing:
+                for part in piece:
+                    writer.write(part.name, part.view(buffer), part.begin)
         finally:
-            for _, future in (*reading, *writing):
-                future.cancel()
+            buffers.put(buffer)
+        return sum(part.num_bytes for part in piece)
+
+    # After an error, or where the caller stops, the pieces in flight are finished and no other begins.
+    with ThreadPoolExecutor(_PIECES_IN_FLIGHT, "replay") as pool, contextlib.closing(pool.map(process, pieces)) as done:
+        yield from done
 
 
 def _apply(
     piece: Sequence[PiecePart], buffer: torch.Tensor, updates: Sequence[Update], seed: int, backend: str | None
 ) -> None:
     segments = [
-        Segment(p.byte_offset, p.numel, p.dtype, p.param, p.row_begin * p.cols, p.group, *p.matrix)
+        Segment(p.byte_offset, p.end - p.begin, p.dtype, p.param, p.begin, p.group, *p.matrix)
         for p in piece
         if p.group is not None
     ]

@@ -9,7 +9,6 @@ computes is refused by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distzo2.checkpoint.layout import Layout, LayoutError
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.weight_files import CheckpointError, one_line
 
 aten = torch.ops.aten
 
@@ -126,6 +125,8 @@ class LayoutTensor(torch.Tensor):
         problem = next((symbol.problem for symbol in symbols if symbol.problem), None)
         if problem is None:
             try:
+                if func.is_view:
+                    return _view(func, *args, **kwargs)
                 if func not in _RULES:
                     raise LayoutError(f"{func} computes, or is not known to only move elements")
                 return _RULES[func](*args, **kwargs)
@@ -138,16 +139,12 @@ class LayoutTensor(torch.Tensor):
         elif func._schema.is_mutable:
             return args[0]
 
-        def on_meta(value: Any) -> Any:
-            is_tensor = isinstance(value, torch.Tensor)
-            return torch.empty(value.shape, dtype=value.dtype, device="meta") if is_tensor else value
-
         def with_problem(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 raise LayoutError(problem)
             return LayoutTensor(Layout(tuple(value.shape), ()), value.dtype, symbols[0].trace, problem=problem)
 
-        args, kwargs = tree_map(on_meta, (args, {name: v for name, v in kwargs.items() if name != "device"}))
+        args, kwargs = tree_map(_on_meta, (args, {name: v for name, v in kwargs.items() if name != "device"}))
         try:
             shapes = func(*args, **kwargs)
         except Exception as error:  # it looks at values
@@ -155,80 +152,35 @@ class LayoutTensor(torch.Tensor):
         return tree_map(with_problem, shapes)
 
 
+def _on_meta(value: Any) -> Any:
+    is_tensor = isinstance(value, torch.Tensor)
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if is_tensor else value
+
+
+def _view(func: Any, symbol: LayoutTensor, *args: Any, **kwargs: Any) -> Any:
+    """The results of an operation that only views: the strides that it gives a tensor on meta say where to look."""
+
+    def seen(value: torch.Tensor) -> LayoutTensor:
+        if value.dtype != symbol.dtype:
+            raise LayoutError(f"{func} takes bytes for another dtype")
+        try:
+            return symbol.moved(symbol.where.strided(value.shape, value.stride(), value.storage_offset()))
+        except LayoutError as error:
+            raise LayoutError(f"{func}: {error}") from error
+
+    return tree_map(seen, func(_on_meta(symbol), *args, **kwargs))
+
+
 def _same(symbol: LayoutTensor, *_: Any, **__: Any) -> LayoutTensor:
     return symbol.moved(symbol.where)
 
 
-def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> LayoutTensor:
-    if device is not None and torch.device(device).type != "cpu":
-        raise LayoutError(f"a checkpoint is mapped on the CPU, not on {device}")
+def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:
     if dtype is None or dtype == symbol.dtype:
         return _same(symbol)
     if symbol.cast:
         raise LayoutError(f"a second conversion, from {symbol.dtype} to {dtype}, is not expressed")
     return LayoutTensor(symbol.where, dtype, symbol.trace, cast=True)
-
-
-def _view(symbol: LayoutTensor, shape: Sequence[int], *_: Any) -> LayoutTensor:
-    if -1 in shape:
-        known = math.prod(size for size in shape if size != -1)
-        shape = [symbol.where.numel // max(known, 1) if size == -1 else size for size in shape]
-    return symbol.moved(symbol.where.reshape(shape))
-
-
-def _permute(symbol: LayoutTensor, order: Sequence[int]) -> LayoutTensor:
-    return symbol.moved(symbol.where.permute([d % symbol.dim() for d in order]))
-
-
-def _transpose(symbol: LayoutTensor, dim0: int = 0, dim1: int = 1) -> LayoutTensor:
-    if symbol.dim() < 2:
-        return _same(symbol)
-    order = list(range(symbol.dim()))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
-    return _permute(symbol, order)
-
-
-def _slice(
-    symbol: LayoutTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> LayoutTensor:
-    if step != 1:
-        raise LayoutError(f"a slice with step {step} is not expressed")
-    begin, stop, _ = slice(start, end).indices(symbol.shape[dim])
-    return symbol.moved(symbol.where.narrow(dim % symbol.dim(), begin, max(stop - begin, 0)))
-
-
-def _select(symbol: LayoutTensor, dim: int, index: int) -> LayoutTensor:
-    dim, index = dim % symbol.dim(), index % symbol.shape[dim]
-    row = symbol.where.narrow(dim, index, 1)
-    return symbol.moved(row.reshape([size for d, size in enumerate(symbol.shape) if d != dim]))
-
-
-def _split_sizes(symbol: LayoutTensor, sizes: Sequence[int], dim: int = 0) -> list[LayoutTensor]:
-    parts, at = [], 0
-    for size in sizes:
-        parts.append(symbol.moved(symbol.where.narrow(dim % symbol.dim(), at, size)))
-        at += size
-    return parts
-
-
-def _split(symbol: LayoutTensor, size: int, dim: int = 0) -> list[LayoutTensor]:
-    total = symbol.shape[dim]
-    return _split_sizes(symbol, [min(size, total - at) for at in range(0, total, size)], dim)
-
-
-def _unbind(symbol: LayoutTensor, dim: int = 0) -> list[LayoutTensor]:
-    return [_select(symbol, dim, index) for index in range(symbol.shape[dim])]
-
-
-def _squeeze(symbol: LayoutTensor, dims: int | Sequence[int] | None = None) -> LayoutTensor:
-    dims = range(symbol.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
-    drop = {d % symbol.dim() for d in dims if symbol.shape[d] == 1} if symbol.dim() else set()
-    return symbol.moved(symbol.where.reshape([size for d, size in enumerate(symbol.shape) if d not in drop]))
-
-
-def _unsqueeze(symbol: LayoutTensor, dim: int) -> LayoutTensor:
-    dim %= symbol.dim() + 1
-    return symbol.moved(symbol.where.reshape([*symbol.shape[:dim], 1, *symbol.shape[dim:]]))
 
 
 def _cat(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
@@ -241,8 +193,7 @@ def _cat(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
 
 
 def _stack(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
-    dim %= symbols[0].dim() + 1
-    return _cat([_unsqueeze(symbol, dim) for symbol in symbols], dim)
+    return _cat([symbol.unsqueeze(dim) for symbol in symbols], dim % (symbols[0].dim() + 1))
 
 
 def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
@@ -252,27 +203,9 @@ def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.alias.default: _same,
     aten.clone.default: _same,
-    aten.detach.default: _same,
     aten.lift_fresh.default: _same,
     aten._to_copy.default: _to_copy,
-    aten.view.default: _view,
-    aten._unsafe_view.default: _view,
-    aten._reshape_alias.default: _view,
-    aten.reshape.default: _view,
-    aten.t.default: _transpose,
-    aten.transpose.int: _transpose,
-    aten.permute.default: _permute,
-    aten.slice.Tensor: _slice,
-    aten.select.int: _select,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split_sizes,
-    aten.unbind.int: _unbind,
-    aten.squeeze.default: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
-    aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.equal.default: _equal,
@@ -353,8 +286,3 @@ def trace_save(model: nn.Module, symbols: dict[str, LayoutTensor]) -> dict[str, 
         if symbol.problem:
             raise CheckpointError(f"{type(model).__name__} has no checkpoint layout for {name!r}: {symbol.problem}")
     return written
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, or the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

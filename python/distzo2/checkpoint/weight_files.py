@@ -1,8 +1,8 @@
 """Files of weights: where each tensor's bytes are, reads of byte ranges, and safetensors files written in any order.
 
 A safetensors header, or the description in a PyTorch archive, is believed only where every offset, shape and dtype in
-it agrees with the size of the file. Files are read with `pread` and never mapped, so that no page of a checkpoint
-counts as this process's memory. Byte order is little-endian.
+it agrees with the size of the file. Tensors are read with `pread` and never through a mapping, so that their pages do
+not count as this process's memory. Byte order is little-endian.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from distzo2.checkpoint.layout import row_major_strides
 from distzo2.errors import DistZO2Error
-from distzo2.files import sync_directory, write_all  # noqa: F401
+from distzo2.files import write_all
 from distzo2.text import brief
 
 # Bounds on what a file of unknown origin may ask for. A parsed header takes some 25 times its length in memory.
@@ -31,6 +32,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_SMALL_HEADER_BYTES = 4 << 20  # for a file of any length; a longer file may have 1/32 of its length
 MAX_JSON_BYTES = 16 << 20  # of a file of settings
 MAX_DIMS = 64  # as in torch
+PAGE = 4096  # most disks allow O_DIRECT at less, none asks for more
 _MAX_IO_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 
 DTYPES: dict[str, torch.dtype] = {
@@ -75,6 +77,11 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
+def one_line(error: Exception) -> str:
+    """The first line of an error's message that is not empty, shortened, or the error's type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:1000]
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -103,7 +110,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     try:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{path}: expected JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -133,22 +140,25 @@ class RangeFile:
     def _read_tensors(self) -> dict[str, TensorEntry]:
         raise NotImplementedError
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` with the file's bytes from `offset` on.
+    def read_into(self, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None) -> None:
+        """Fills `buffer` with the file's bytes from `offset` on, at least with the first `needed` (None: all).
+
+        `direct` is a descriptor with O_DIRECT to read through; offset and buffer are then aligned to pages.
 
         Raises:
-            CheckpointError: the disk returns an error, or the file ends before the buffer is full.
+            CheckpointError: the disk returns an error, or the file ends before the buffer has what is needed.
         """
-        done = 0
-        while done < len(buffer):
+        done, needed = 0, len(buffer) if needed is None else needed
+        while done < needed:
+            descriptor = self._fd if direct is None or done % PAGE else direct
             try:
-                count = os.preadv(self._fd, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
+                count = os.preadv(descriptor, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
             except OSError as error:
                 where = f"{self.path}: cannot be read at byte {offset + done}"
                 raise CheckpointError(f"{where}: {error.strerror}") from error
             if count == 0:
                 where = f"{self.path}: truncated while it was read"
-                raise CheckpointError(f"{where}: expected {len(buffer)} bytes at {offset}, got {done}")
+                raise CheckpointError(f"{where}: expected {needed} bytes at {offset}, got {done}")
             done += count
 
     def fileno(self) -> int:
@@ -172,77 +182,40 @@ class RangeFile:
 class SafetensorsFile(RangeFile):
     """A safetensors file opened for reading.
 
-    Raises CheckpointError if the file is truncated, is no safetensors file, or has a header that disagrees with itself
-    or with the size of the file.
+    Raises CheckpointError if the file is truncated, is no safetensors file, has a header that disagrees with itself or
+    with the size of the file, or one that is too long for it.
     """
 
     def _read_tensors(self) -> dict[str, TensorEntry]:
-        path, num_bytes = self.path, self.num_bytes
-        if num_bytes < 8:
-            raise CheckpointError(f"{path}: expected at least 8 bytes of a safetensors file, got {num_bytes}")
-        (length,) = struct.unpack("<Q", self._read(8, 0))
-        if length > num_bytes - 8:
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if length > header_limit(self.num_bytes):
             raise CheckpointError(
-                f"{path}: truncated or no safetensors file: it announces a header of {length} bytes and has "
-                f"{num_bytes - 8} bytes after the first 8"
+                f"{self.path}: it announces a header of {length} bytes, and has {self.num_bytes} in all: at most "
+                f"{header_limit(self.num_bytes)} were expected"
             )
-        if length > header_limit(num_bytes):
-            raise CheckpointError(
-                f"{path}: it announces a header of {length} bytes, and has {num_bytes} in all: at most "
-                f"{header_limit(num_bytes)} were expected"
-            )
+        tensors, offset = {}, 8 + length
         try:
-            header = json.loads(self._read(length, 8).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: expected a header in JSON: {error}") from error
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{path}: expected a JSON object as the header, got {type(header).__name__}")
-        header.pop("__metadata__", None)
-        start = end = 8 + length
-        entries = [_parse_entry(path, name, fields, start) for name, fields in header.items()]
-        for entry in sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes)):
-            if entry.offset != end:
-                raise CheckpointError(
-                    f"{path}: tensor {entry.name!r}: expected data at byte {end - start}, "
-                    f"got {entry.offset - start}: a hole or an overlap"
-                )
-            end += entry.num_bytes
-        if end != num_bytes:
-            state = "truncated" if end > num_bytes else "too long"
-            raise CheckpointError(f"{path}: {state}: expected {end} bytes from its header, got {num_bytes}")
-        return {entry.name: entry for entry in entries}
+            # The library checks that tensors follow each other without a hole, up to the end of the file.
+            with safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
+                for name in file.offset_keys():
+                    header = file.get_slice(name)
+                    tensors[name] = self._entry(name, header.get_dtype(), tuple(header.get_shape()), offset)
+                    offset += tensors[name].num_bytes
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes: {one_line(error)}"
+            ) from error
+        return tensors
 
-    def _read(self, num_bytes: int, offset: int) -> bytes:
-        raw = bytearray(num_bytes)
-        self.read_into(memoryview(raw), offset)
-        return bytes(raw)
-
-
-def _is_size(value: object) -> bool:
-    """Whether a value can be a size or an offset; true and false cannot."""
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def _parse_entry(path: Path, name: str, fields: object, start: int) -> TensorEntry:
-    where = f"{path}: tensor {brief(name)}"
-    if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {brief(fields)}")
-    dtype = DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
-    if dtype is None:
-        raise CheckpointError(f"{where}: expected a dtype among {', '.join(DTYPES)}, got {brief(fields['dtype'])}")
-    shape, offsets = fields["shape"], fields["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_size, shape)):
-        raise CheckpointError(f"{where}: expected a shape of non-negative whole numbers, got {brief(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise CheckpointError(f"{where}: expected data_offsets [begin, end], got {brief(offsets)}")
-    if math.prod(size for size in shape if size) >= 1 << 63:  # an empty tensor has strides too
-        raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != num_bytes:
-        raise CheckpointError(
-            f"{where}: expected {num_bytes} bytes for {fields['dtype']} {brief(shape)}, got data_offsets {offsets}"
-        )
-    return TensorEntry(name, dtype, tuple(shape), start + offsets[0], num_bytes)
+    def _entry(self, name: str, dtype_name: str, shape: tuple[int, ...], offset: int) -> TensorEntry:
+        dtype = DTYPES.get(dtype_name)
+        if dtype is None:
+            expected = f"expected a dtype among {', '.join(DTYPES)}, got {dtype_name}"
+            raise CheckpointError(f"{self.path}: tensor {brief(name)}: {expected}")
+        # An empty tensor has strides too.
+        if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
+            raise CheckpointError(f"{self.path}: tensor {brief(name)}: no tensor can have the shape {brief(shape)}")
+        return TensorEntry(name, dtype, shape, offset, math.prod(shape) * dtype.itemsize)
 
 
 class TorchFile(RangeFile):
@@ -265,8 +238,7 @@ class TorchFile(RangeFile):
             raise
         except Exception as error:  # whatever a damaged archive or description raises
             raise CheckpointError(
-                f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: "
-                f"{' '.join(str(error).split())[:200] or type(error).__name__}"
+                f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: {one_line(error)}"
             ) from error
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors")
@@ -321,7 +293,7 @@ def open_weights(path: str | os.PathLike) -> RangeFile:
     return TorchFile(path) if Path(path).suffix == ".bin" else SafetensorsFile(path)
 
 
-class SafetensorsWriter(RangeFile):
+class SafetensorsWriter(SafetensorsFile):
     """A new safetensors file whose tensors are known in advance and whose bytes are written in any order.
 
     The header is written and the whole file allocated at once, so that a full disk is noticed before any work is done.
@@ -332,8 +304,7 @@ class SafetensorsWriter(RangeFile):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wide dtypes first: every tensor then starts on a multiple of its own item size.
-        ordered = sorted(tensors.items(), key=lambda item: -item[1][0].itemsize)
-        for name, (dtype, shape) in ordered:
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
             if dtype not in DTYPE_NAMES:
                 raise CheckpointError(f"{self.path}: tensor {name!r}: {dtype} cannot be stored in a safetensors file")
             begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -341,10 +312,10 @@ class SafetensorsWriter(RangeFile):
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         raw += b" " * (-len(raw) % 8)
         self.num_bytes = 8 + len(raw) + end
-        self.tensors = {name: _parse_entry(self.path, name, header[name], 8 + len(raw)) for name, _ in ordered}
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._allocate()
         self.write_bytes(struct.pack("<Q", len(raw)) + raw, 0)
+        self.tensors = self._read_tensors()
 
     def _allocate(self) -> None:
         try:

@@ -2,7 +2,8 @@
 
 All files are written into a hidden directory inside the output directory, synced, and then renamed into place one by
 one: weights first, the index and config.json last. Other files there stay. So a checkpoint that is being replaced has
-no config.json between the first rename and the last, and a killed writer never leaves a mixture that loads.
+no config.json between the first rename and the last, and a writer that fails or is killed never leaves a mixture that
+loads. The hidden directory that it leaves tells the next writer that the weights there are unfinished.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distzo2.checkpoint.layout import Piece
-from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.reading import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, scratch, strided_view
 from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
 from distzo2.files import sync_directory
@@ -31,7 +31,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
 HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed yet
-_OUR_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))  # but for the configuration
 # Files that go with the weights and are copied as they are: tokenizers, processors, chat templates, licences.
 _COMPANIONS = (
     "tokenizer*",
@@ -47,7 +47,6 @@ _COMPANIONS = (
     "*processor_config.json",
     "LICENSE*",
 )
-_COMPANION_BYTES = 256 << 20  # of all of them together; or as many as the weights have
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,8 @@ def holds_checkpoint(directory: str | os.PathLike) -> list[str]:
 
 
 class CheckpointWriter:
-    """Streams parameters into `out_dir`; a context manager that removes what it wrote if its block raises.
+    """Streams parameters into `out_dir`; a context manager that removes what it wrote if its block raises. Only what a
+    failed rename leaves stays, for the next writer to replace.
 
     `max_shard_bytes` bounds the tensors of one file (a larger tensor gets its own file). Persistent buffers that are
     not written are copied from the map's own files. With `overwrite`, files of weights that a `CheckpointWriter` made
@@ -82,6 +82,7 @@ class CheckpointWriter:
         self.out_dir = Path(out_dir)
         self._hidden = self.out_dir / HIDDEN
         self._shards: list[SafetensorsWriter] = []
+        self._renames = False  # whether files are being renamed into place
         if not overwrite:
             check_out_dir(self.out_dir, "name another directory or overwrite=True")
         source = checkpoint_map.directory
@@ -113,22 +114,18 @@ class CheckpointWriter:
         """The checkpoint tensors to write, in the order in which the model's parameters reach them."""
         covered: dict[int, int] = {}
         dtypes: dict[int, torch.dtype] = {}
-        runs: dict[int, list[tuple[int, int]]] = {}
         for mapped in self.map.mapped.values():
             for piece in mapped.pieces:
                 number = piece.source
                 covered[number] = covered.get(number, 0) + piece.numel
                 dtypes[number] = torch.promote_types(dtypes.get(number, mapped.dtype), mapped.dtype)
-                if piece.is_run:
-                    runs.setdefault(number, []).append((piece.src_offset, piece.src_offset + piece.numel))
         plan = []
         for number, numel in covered.items():
             entry, dtype = self.map.tensors[number], dtypes[number]
-            overlap = any(a[1] > b[0] for a, b in pairwise(sorted(runs.get(number, []))))
-            if numel != entry.numel or overlap:
+            if numel != entry.numel:
                 raise CheckpointError(
                     f"checkpoint tensor {entry.name!r} cannot be written: the model's parameters hold {numel} elements "
-                    f"of its {entry.numel}{' and some twice' if overlap else ''}"
+                    f"of its {entry.numel}"
                 )
             plan.append(TensorEntry(entry.name, dtype, entry.shape, 0, numel * dtype.itemsize))
         return plan
@@ -144,24 +141,9 @@ class CheckpointWriter:
                 f"and {DISK_SLACK_BYTES} to spare, {free} are free"
             )
 
-    def write_param(self, name: str, tensor: torch.Tensor) -> None:
-        """Writes a whole parameter or buffer, of the map's shape and dtype."""
-        mapped = self.map.mapped[name]
-        self._write(mapped, mapped.pieces, mapped.shape, tensor)
-
-    def write_range(self, name: str, row_begin: int, row_end: int, tensor: torch.Tensor) -> None:
-        """Writes rows [row_begin, row_end) of the first dimension of a parameter; each row once."""
-        mapped = self.map.mapped[name]
-        shape = (row_end - row_begin, *mapped.shape[1:])
-        self._write(mapped, mapped.rows(row_begin, row_end), shape, tensor)
-
-    def _write(
-        self, mapped: MappedTensor, pieces: tuple[Piece, ...], shape: tuple[int, ...], tensor: torch.Tensor
-    ) -> None:
-        name = mapped.name
-        if tuple(tensor.shape) != shape or tensor.dtype != mapped.dtype:
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name}: expected {mapped.dtype} {list(shape)}, got {got}")
+    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
+        """Writes a parameter or buffer of the map's shape and dtype, or its rows from `begin` on; each row once."""
+        pieces = self.map.pieces_of(name, tensor, begin)
         if not pieces:
             return  # no element, or a tensor that is not saved
         if self._missing.get(name, 0) < tensor.numel():
@@ -208,7 +190,7 @@ class CheckpointWriter:
             self._write_json(GENERATION_FILE, read_json(source / GENERATION_FILE))
         elif generation is not None:
             self._write_json(GENERATION_FILE, json.loads(generation.to_json_string()))
-        for path in _companions(source, self._num_bytes) if source is not None else ():
+        for path in _companions(source) if source is not None else ():
             target = self._hidden / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
@@ -219,12 +201,11 @@ class CheckpointWriter:
     def close(self) -> None:
         """Makes all files durable and renames them into place. Until the first rename, `out_dir` is as it was."""
         try:
-            for name in self.map.buffer_names:
-                if name in self._missing and self.map.files is not None:
-                    mapped = self.map.mapped[name]
+            for name, mapped in self.map.mapped.items():
+                if mapped.is_buffer and name in self._missing and self.map.files is not None:
                     value = torch.empty(mapped.shape, dtype=mapped.dtype)
-                    self.map.read_param(name, value)
-                    self.write_param(name, value)
+                    self.map.read(name, value)
+                    self.write(name, value)
             if self._missing:
                 name, numel = next(iter(self._missing.items()))
                 raise CheckpointError(
@@ -232,37 +213,43 @@ class CheckpointWriter:
                 )
             for shard in self._shards:
                 shard.close()
-            _sync_tree(self._hidden)
+            for path in (*self._hidden.rglob("*"), self._hidden):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
             self._publish()
         except BaseException:
             self.abort()
             raise
 
     def _publish(self) -> None:
+        self._renames = True
         new = {str(path.relative_to(self._hidden)) for path in self._hidden.rglob("*") if path.is_file()}
-        weights = {name for name in new if _OUR_WEIGHTS.fullmatch(name)}
         last = [name for name in (INDEX_FILE, CONFIG_FILE) if name in new]
-        old = {name for name in holds_checkpoint(self.out_dir) if _OUR_WEIGHTS.fullmatch(name)}
+        old = {name for name in holds_checkpoint(self.out_dir) if _OURS.fullmatch(name)}
         if old:  # a checkpoint that is being replaced cannot be loaded before the last rename
             for name in (CONFIG_FILE, INDEX_FILE):
                 (self.out_dir / name).unlink(missing_ok=True)
             sync_directory(self.out_dir)
-        for name in (*sorted(weights), *sorted(new - weights - {*last})):
+        for name in sorted(new - {*last}, key=lambda name: (_OURS.fullmatch(name) is None, name)):
             (self.out_dir / name).parent.mkdir(exist_ok=True)
             os.rename(self._hidden / name, self.out_dir / name)
-        for name in old - weights:
-            (self.out_dir / name).unlink()
+        for name in old - new:
+            (self.out_dir / name).unlink(missing_ok=True)
         sync_directory(self.out_dir)
         for name in last:
             os.rename(self._hidden / name, self.out_dir / name)
-        shutil.rmtree(self._hidden)
+        shutil.rmtree(self._hidden, ignore_errors=True)
         sync_directory(self.out_dir)
 
     def abort(self) -> None:
-        """Removes what was written so far."""
+        """Removes what was written so far, unless some of it may have its final name."""
         for shard in self._shards:
             shard.close()
-        shutil.rmtree(self._hidden, ignore_errors=True)
+        if not self._renames:
+            shutil.rmtree(self._hidden, ignore_errors=True)
         for path in self._made:
             with suppress(OSError):  # not there, or someone else's by now
                 path.rmdir()
@@ -278,13 +265,13 @@ class CheckpointWriter:
 
 
 def check_out_dir(out_dir: Path, advice: str = "name another directory") -> None:
-    """Refuses a directory that holds a checkpoint, unless a killed writer left it unfinished.
+    """Refuses a directory that holds a checkpoint, unless a writer left it unfinished.
 
     Raises:
         CheckpointError: it does; the message ends with `advice`.
     """
     held = holds_checkpoint(out_dir)
-    unfinished = (out_dir / HIDDEN).is_dir() and CONFIG_FILE not in held and all(map(_OUR_WEIGHTS.fullmatch, held))
+    unfinished = (out_dir / HIDDEN).is_dir() and CONFIG_FILE not in held and all(map(_OURS.fullmatch, held))
     if held and not unfinished:
         raise CheckpointError(f"{out_dir}: already holds {held[0]}; {advice}")
 
@@ -304,33 +291,15 @@ def _shard(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[TensorE
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards)}
 
 
-def _companions(source: Path, num_weight_bytes: int) -> Iterator[Path]:
+def _companions(source: Path) -> Iterator[Path]:
     """The files in `source` that go with the weights. Left out, with a warning, are links to files that are neither the
-    checkpoint's nor in its Hugging Face cache, and what would be more bytes than such files have."""
-    room = max(_COMPANION_BYTES, num_weight_bytes)
+    checkpoint's nor in its Hugging Face cache."""
     homes = [source.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
     for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
         target = Path(os.path.realpath(path))
-        if target.is_dir():
-            continue
-        if not target.is_file() or not any(target.is_relative_to(home) for home in homes):
-            logger.warning("%s: left out: not a file of this checkpoint", path)
-        elif target.stat().st_size > room:
-            logger.warning("%s: left out: %d bytes, at most %d are copied", path, target.stat().st_size, room)
-        else:
-            room -= target.stat().st_size
+        if target.is_file() and any(target.is_relative_to(home) for home in homes):
             yield path
-
-
-def _sync_tree(directory: Path) -> None:
-    """Makes all files below a directory durable, and their names."""
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(parent)
+        elif not target.is_dir():
+            logger.warning("%s: left out: not a file of this checkpoint", path)

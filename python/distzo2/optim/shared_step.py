@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
-from distzo2.parallel.exchange import hash64
+from distzo2.parallel.exchange import by_ranks, hash64
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, MeshShape, check_step, deal_lanes
 from distzo2.record.journal import Journal
@@ -40,6 +40,16 @@ _MASK = 2**64 - 1
 
 # (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> losses, units entered
 RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
+
+
+class StepWord(NamedTuple):
+    """What a rank says before a step."""
+
+    step: int
+    scalars: tuple[GroupScalars, ...]
+    num_closures: int
+    tokens: int
+    sharded: bool | str
 
 
 class ReplicasDifferError(DistZO2Error):
@@ -68,19 +78,10 @@ class Alone:
     def from_rank_0(self, what: str, make: Callable[[], bytes]) -> bytes:
         return make()
 
-    def open(
-        self,
-        step: int,
-        groups: Sequence[Mapping[str, Any]],
-        num_closures: int,
-        tokens: int,
-        sharded: bool | str,
-        error: Exception | None,
-    ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
+    def open(self, word: StepWord, error: Exception | None) -> tuple[Deal, int]:
         if error is not None:
             raise error
-        deal = deal_lanes(MeshShape(1, 1), self.settings.evaluations, [num_closures], GLOBAL)
-        return scalars_of(groups), deal, tokens
+        return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
         return run(deal.lanes[0], 0)[0].reshape(len(self.settings.evaluations), deal.num_batches)
@@ -104,7 +105,7 @@ class SharedStep:
         self.settings = settings
         self.first_version: int | None = None  # of the weights before the journal's first entry; None: no journal
         self.fingerprint: dict[str, Any] = {}  # for the journal's header
-        self.world_size, self.check = mesh.world_size, mesh.heartbeat.check
+        self.world_size, self.check = mesh.world_size, mesh.ranks.heartbeat.check
         self.together, self.from_rank_0 = mesh.together, mesh.exchange.from_rank_0
         self._mesh, self._exchange, self._rank, self._runtime = mesh, mesh.exchange, mesh.rank, runtime
         self._syncs = False  # rank 0 syncs each line before the update is broadcast
@@ -148,46 +149,34 @@ class SharedStep:
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
-    def open(
-        self,
-        step: int,
-        groups: Sequence[Mapping[str, Any]],
-        num_closures: int,
-        tokens: int,
-        sharded: bool | str,
-        error: Exception | None,
-    ) -> tuple[tuple[GroupScalars, ...], Deal, int]:
+    def open(self, word: StepWord, error: Exception | None) -> tuple[Deal, int]:
         """The agreed word of a step. `error` is why this rank cannot take part.
 
         Returns:
-            The groups' scalars, who runs which lane, and the tokens of all ranks.
+            Who runs which lane, and the tokens of all ranks.
 
         Raises:
             RanksDisagreeError: the ranks are about to make different steps; on all of them.
         """
-        s, shape, mode = self.settings, self._mesh.shape, SHARDED.get(sharded, GLOBAL)
-        scalars: tuple[GroupScalars, ...] = ()
-        try:
-            scalars = scalars_of(groups)
-        except Exception as unfit:
-            error = error or unfit
+        s, shape, mode = self.settings, self._mesh.shape, SHARDED.get(word.sharded, GLOBAL)
+        tokens = word.tokens
         fields = {
-            "the step": step,
-            "sharded": sharded,
-            "the number of closures": num_closures if mode == GLOBAL else "its own",
+            "the step": word.step,
+            "sharded": word.sharded,
+            "the number of closures": word.num_closures if mode == GLOBAL else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
             "seed": s.seed,  # what else does not change was compared in `join`
-            **_fields_of(scalars),
+            **_fields_of(word.scalars),
         }
-        numbers = self._exchange.agree(f"step {step}", fields, numbers=(num_closures, tokens), error=error)
+        numbers = self._exchange.agree(f"step {word.step}", fields, numbers=(word.num_closures, tokens), error=error)
         if mode == GLOBAL:
             try:
-                check_step(shape, s.evaluations, num_closures)
+                check_step(shape, s.evaluations, word.num_closures)
             except UsageError as unfit:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
         deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], mode)
         rows = range(0, shape.size, 1 if mode == OWN else shape.pert)
-        return scalars, deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
+        return deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
         """Runs this rank's lanes, and gathers the losses of all.
@@ -265,14 +254,10 @@ class SharedStep:
                 sums[unit.index] = checksum(views)
         for unit, row in zip(units, self._exchange.gather(sums).T.tolist(), strict=True):
             if len(set(row)) > 1:
-                groups: dict[int, list[str]] = {}
-                for rank, value in enumerate(row):
-                    groups.setdefault(value & _MASK, []).append(str(rank))
-                parts = "; ".join(
-                    f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}: {value:016x}"
-                    for value, ranks in groups.items()
+                sums_of_ranks = by_ranks([f"{value & _MASK:016x}" for value in row])
+                raise ReplicasDifferError(
+                    f"after {step} steps the ranks differ, first in unit {unit.name!r} ({sums_of_ranks})"
                 )
-                raise ReplicasDifferError(f"after {step} steps the ranks differ, first in unit {unit.name!r} ({parts})")
 
 
 def _fields_of(scalars: Sequence[GroupScalars]) -> dict[str, Any]:

@@ -15,11 +15,16 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.clipping import DivergenceError
 from distzo2.optim.estimator import Estimator, coefficients_of, mean_loss
-from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings
-from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, SharedStep
-from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS, NonFiniteLossError, Progress
+from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
+from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, SharedStep, StepWord
+from distzo2.optim.state import (
+    NON_FINITE_COEFFICIENT,
+    NON_FINITE_LOSS,
+    DivergenceError,
+    NonFiniteLossError,
+    Progress,
+)
 from distzo2.optim.step_lanes import StepLanes
 from distzo2.parallel.group import Mesh, current
 from distzo2.parallel.mesh import SHARDED, Deal
@@ -29,6 +34,8 @@ from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import runtime_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
+
+_SAME_IN_STATE = ("noise", "num_probes", "eps")  # settings that an optimizer and the state that it loads must share
 
 
 class ZOSGD(torch.optim.Optimizer):
@@ -245,14 +252,14 @@ class ZOSGD(torch.optim.Optimizer):
         """
         if self._closed:
             raise DistZO2Error("this optimizer was closed, and its journal with it")
-        closures, failure = [], None
+        closures, scalars, failure = [], (), None
         try:
-            closures = self._closures(closure, sharded)
+            closures, scalars = self._closures(closure, sharded), scalars_of(self.param_groups)
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
             start, step = time.perf_counter(), self.step_count
-            scalars, deal, tokens = self._ranks.open(step, self.param_groups, len(closures), tokens, sharded, failure)
+            deal, tokens = self._ranks.open(StepWord(step, scalars, len(closures), tokens, sharded), failure)
             losses = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
             loss = mean_loss(losses.reshape(-1))
             record = StepRecord(step, loss, losses.tolist(), self.settings.evaluations, [], lr=[g.lr for g in scalars])
@@ -367,17 +374,9 @@ class ZOSGD(torch.optim.Optimizer):
         """The groups without their tensors, the settings, and the number of the next step. Stored weights are brought
         up to date, so that a `model.state_dict()` made now or later goes with it."""
         self._runtime.weights.flush()
-        s, state = self.settings, super().state_dict()
-        state["distzo2"] = {
-            "seed": s.seed,
-            "step": self.step_count,
-            "eps": s.eps,
-            "noise": s.noise,
-            "num_probes": s.num_probes,
-            "clip": self._progress.clip.state(),
-            "pending": [],
-        }
-        return state
+        fixed = {name: getattr(self.settings, name) for name in ("seed", *_SAME_IN_STATE)}
+        mine = {**fixed, "step": self.step_count, "clip": self._progress.clip.state()}
+        return {**super().state_dict(), "distzo2": mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
@@ -390,7 +389,7 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error("this is not a state of ZOSGD: it has no entry 'distzo2'")
         if self.journal is not None:
             raise DistZO2Error("a run with a journal is resumed from it, with ZOSGD(journal=..., resume=True)")
-        for key in ("noise", "num_probes", "eps"):
+        for key in _SAME_IN_STATE:
             ours = getattr(self.settings, key)
             if mine[key] != ours:
                 raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {ours!r} in this optimizer")

@@ -11,7 +11,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from copy import copy
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +21,9 @@ import torch.distributed as dist
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import check_for_interrupt
 from distzo2.parallel.heartbeat import Heartbeat, RankFailedError, describe
+from distzo2.parallel.rendezvous import new_group
 
 NUMBERS = 2  # plain numbers in a word
-TEXT_BYTES = 1000  # of an error's description
 LONGEST_PAUSE = 5e-4  # seconds between two looks at a collective in flight
 PATIENCE = 2.0  # seconds of waiting after which Ctrl-C need not wait for a safe point
 LAST_WORDS = 2.0  # seconds in which what a rank sent before it left must arrive
@@ -32,14 +33,9 @@ class RanksDisagreeError(DistZO2Error):
     """The ranks are about to do different things; raised on all of them."""
 
 
-def is_known(error: BaseException, since: int) -> bool:
-    """Whether all ranks know of an error already, so that it need not be reported to them once more.
-
-    `since` is the number of the collective that was next when what the error ends began: the same object may have been
-    reported in an earlier failure.
-    """
-    told = getattr(error, "told_to_all_ranks", -1)  # number of the collective after which it was
-    return isinstance(error, RankFailedError | RanksDisagreeError) or told > since
+def is_known(error: BaseException) -> bool:
+    """Whether all ranks know of an error already, so that it need not be reported to them once more."""
+    return isinstance(error, RankFailedError | RanksDisagreeError) or hasattr(error, "known_to_all_ranks")
 
 
 def hash64(value: Any) -> int:
@@ -50,10 +46,12 @@ def hash64(value: Any) -> int:
 class Exchange:
     """Collectives of all ranks. Every rank must call the same ones in the same order: `agree` finds out where not."""
 
-    def __init__(self, group: Any, rank: int, world_size: int, heartbeat: Heartbeat, timeout: float) -> None:
+    def __init__(self, rank: int, world_size: int, heartbeat: Heartbeat, timeout: float) -> None:
         self.rank, self.world_size, self.heartbeat = rank, world_size, heartbeat
-        self._group, self._timeout = group, timeout
-        self._broken: str | None = None
+        self._timeout = timeout
+        self._broken: RankFailedError | None = None  # why no collective can follow
+        # Waiting is limited in `wait`, which asks the heartbeat meanwhile; gloo itself need not give up.
+        self.group = self.start(lambda: new_group(range(world_size), "gloo"))
         self.before_each: Callable[[], None] | None = None  # called before each collective
         self.number = 0  # of the next collective
         self.reset_stats()
@@ -77,7 +75,7 @@ class Exchange:
         """[n] on each rank -> [ranks, n]."""
         values = values.contiguous()
         result = torch.empty(self.world_size, *values.shape, dtype=values.dtype)
-        self._run(lambda: dist.all_gather(list(result.unbind(0)), values, group=self._group, async_op=True))
+        self._run(lambda: dist.all_gather(list(result.unbind(0)), values, group=self.group, async_op=True))
         num_bytes = values.numel() * values.element_size()
         self._sent += num_bytes
         self._received += num_bytes * (self.world_size - 1)
@@ -85,12 +83,10 @@ class Exchange:
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Rank 0's values, into those of the others."""
-        self._run(lambda: dist.broadcast(values, group_src=0, group=self._group, async_op=True))
+        self._run(lambda: dist.broadcast(values, group_src=0, group=self.group, async_op=True))
         num_bytes = values.numel() * values.element_size()
-        if self.rank == 0:
-            self._sent += num_bytes
-        else:
-            self._received += num_bytes
+        self._sent += num_bytes if self.rank == 0 else 0
+        self._received += num_bytes if self.rank else 0
         return values
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -98,12 +94,6 @@ class Exchange:
         lengths = self.gather(torch.tensor([len(data)]))[:, 0].tolist()
         rows = self.gather(_padded(data, max(*lengths, 1)))
         return [row.numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
-
-    def broadcast_bytes(self, data: bytes = b"") -> bytes:
-        """Rank 0's bytes, of any length."""
-        length = int(self.broadcast(torch.tensor([len(data)]))[0])
-        mine = data if self.rank == 0 else b""
-        return self.broadcast(_padded(mine, max(length, 1))).numpy().tobytes()[:length]
 
     def _run(self, start: Callable[[], Any]) -> None:
         if self.before_each is not None:
@@ -113,14 +103,13 @@ class Exchange:
         self._num_collectives += 1
 
     def start(self, start: Callable[[], Any]) -> Any:
-        """Begins a collective of any group; returns what `wait` waits for."""
-        if self._broken is not None:
-            raise RankFailedError(self._broken)
+        """Calls what begins a collective of any group, makes a group, or makes a GPU wait; returns its result."""
+        self._check()
         self.heartbeat.check()
         try:
             return start()
         except BaseException as error:
-            raise self.give_up(error) from None
+            raise self.give_up(self._explained(error)) from None
 
     def wait(self, work: Any, quiet: bool = False) -> None:
         """Waits until a collective that was begun has ended on this rank, or another rank is lost.
@@ -128,8 +117,7 @@ class Exchange:
         Args:
             quiet: this rank does not need the result: a failure is not reported to the others.
         """
-        if self._broken is not None:
-            raise RankFailedError(self._broken)
+        self._check()
         try:
             begun_at = left_at = time.monotonic()
             deadline, pause = left_at + self._timeout, 2e-5
@@ -150,17 +138,31 @@ class Exchange:
                 pause = min(2 * pause, LONGEST_PAUSE)
             work.wait()
         except BaseException as error:
-            raise self.give_up(error, quiet) from None
+            raise self.give_up(self._explained(error, quiet), quiet) from None
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise copy(self._broken)
+
+    def _explained(self, error: BaseException, quiet: bool = False) -> BaseException:
+        """Returns the failure of a rank that is behind an error of gloo or NCCL; other errors as they are."""
+        if not isinstance(error, RuntimeError):
+            return error
+        return RankFailedError(describe(error)) if quiet else self.heartbeat.explain(error)
 
     def give_up(self, error: BaseException, quiet: bool = False) -> BaseException:
         """Ends this mesh, because a collective failed or could not be begun: the others may or may not have what was
-        sent. Unless `quiet`, they get the error. Returns the error to raise."""
-        if isinstance(error, RuntimeError) and not quiet:  # gloo's
-            error = self.heartbeat.explain(error)
+        sent. Unless `quiet`, they get the error.
+
+        Returns:
+            The error to raise. Where another rank is known to have failed, that failure: whatever happened here since
+            may follow from it.
+        """
+        if isinstance(error, Exception) and self.heartbeat.failure is not None:
+            error = copy(self.heartbeat.failure)
         if self._broken is None:
-            self._broken = f"this mesh cannot be used any more: {describe(error)}"
-        if quiet and isinstance(error, RuntimeError):
-            error = RankFailedError(str(error))
+            text = f"this mesh cannot be used any more: {describe(error)}"
+            self._broken = RankFailedError(text, getattr(error, "rank", self.rank), getattr(error, "told", False))
         if not isinstance(error, RankFailedError) and not quiet:
             self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
         return error
@@ -205,23 +207,20 @@ class Exchange:
         rank has failed."""
         if not any(failed):
             return
-        text = describe(error).encode()[:TEXT_BYTES] if error is not None else b""
-        rows = self.gather(_padded(text, TEXT_BYTES))
+        texts = self.gather_bytes(b"" if error is None else describe(error).encode())
         if error is not None:
-            with suppress(AttributeError):
-                error.told_to_all_ranks = self.number  # see `is_known`
+            error.known_to_all_ranks = True  # see `is_known`
             raise error
         first = list(failed).index(True)
-        cause = rows[first].numpy().tobytes().rstrip(b"\0").decode(errors="replace")
-        raise RankFailedError(f"rank {first} failed in {what}: {cause}", first, told=True)
+        raise RankFailedError(f"rank {first} failed in {what}: {texts[first].decode()}", first, told=True)
 
     def _raise_difference(self, what: str, fields: Mapping[str, Any]) -> NoReturn:
         mine = {"what": what, "fields": {name: repr(value) for name, value in fields.items()}}
         all_ranks = [json.loads(text) for text in self.gather_bytes(json.dumps(mine).encode())]
         if len({other["what"] for other in all_ranks}) > 1:
-            raise RanksDisagreeError(f"the ranks do different things: {_groups([o['what'] for o in all_ranks])}")
+            raise RanksDisagreeError(f"the ranks do different things: {by_ranks([o['what'] for o in all_ranks])}")
         differing = [
-            f"{name}: {_groups([other['fields'].get(name, 'nothing') for other in all_ranks])}"
+            f"{name}: {by_ranks([other['fields'].get(name, 'nothing') for other in all_ranks])}"
             for name in all_ranks[0]["fields"]
             if len({other["fields"].get(name) for other in all_ranks}) > 1
         ]
@@ -235,12 +234,11 @@ class Exchange:
         that differ in the dict that it gives."""
         agreed: dict[str, Any] = {}
         failure: BaseException | None = None
-        since = self.number
         try:
             yield agreed
         except BaseException as error:
             failure = error
-            if is_known(error, since) or self.broken:
+            if is_known(error) or self.broken:
                 raise
         self.agree(what, agreed, error=failure)
 
@@ -252,8 +250,8 @@ class Exchange:
                 data = make()
         except BaseException as error:
             failure = error
-        self.agree(what, error=failure)
-        return self.broadcast_bytes(data)
+        length = self.agree(what, numbers=[len(data)], error=failure)[0][0]
+        return self.broadcast(_padded(data, max(length, 1))).numpy().tobytes()[:length]
 
 
 def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
@@ -261,7 +259,7 @@ def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(data.ljust(num_bytes, b"\0")), dtype=torch.uint8)
 
 
-def _groups(texts: Sequence[str]) -> str:
+def by_ranks(texts: Sequence[str]) -> str:
     """`a on ranks 0, 2; b on rank 1`; of long texts the part where they differ."""
     differing = (i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
     same = next(differing, min(map(len, texts)))

@@ -52,8 +52,6 @@ class Ranks:
     exchange: Exchange
     heartbeat: Heartbeat
     owns_default_group: bool
-    group: Any
-    failed: bool = False  # an exception is about to end this rank
     nodes: list[SliceExchange] = field(default_factory=list)  # of their meshes
 
 
@@ -68,17 +66,10 @@ class Mesh:
     node: SliceExchange | None  # the ranks of this node, which may share them; None: no slices
     log: Callable[[str], None]
 
-    @property
-    def rank(self) -> int:
-        return self.ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.ranks.world_size
-
-    @property
-    def local_rank(self) -> int:
-        return self.ranks.local_rank
+    def __post_init__(self) -> None:
+        ranks = self.ranks
+        self.rank, self.world_size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
+        self.exchange = ranks.exchange
 
     @property
     def pert_rank(self) -> int:
@@ -89,14 +80,6 @@ class Mesh:
     def data_rank(self) -> int:
         """This rank's coordinate along micro-batches: what a DistributedSampler of `shape.data` replicas wants."""
         return self.rank // self.shape.pert
-
-    @property
-    def exchange(self) -> Exchange:
-        return self.ranks.exchange
-
-    @property
-    def heartbeat(self) -> Heartbeat:
-        return self.ranks.heartbeat
 
     def together(self, what: str) -> AbstractContextManager[None]:
         """`with mesh.together("loading"):` an exception of one rank in it is an error of all at its end, where the
@@ -172,7 +155,7 @@ def init(
     try:
         ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
         node = None if slice is False or (slice is None and shape.size == 1) else _node_of(ranks)
-        _current = Mesh(shape, ranks, _device_mesh(shape), slice, node, log)
+        _current = Mesh(shape, ranks, ranks.exchange.start(lambda: _device_mesh(shape)), slice, node, log)
     except BaseException as error:
         shutdown(error)
         raise
@@ -208,7 +191,7 @@ def _node_of(ranks: Ranks) -> SliceExchange:
     nodes = [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
     node = SliceExchange(ranks.exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
     ranks.nodes.append(node)
-    ranks.heartbeat.on_failure(lambda error: node.abort())
+    ranks.heartbeat.on_failure(node.abort)
     return node
 
 
@@ -226,7 +209,7 @@ def join(
     import torch.distributed as dist
 
     from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.rendezvous import init_process_group, new_gloo_group
+    from distzo2.parallel.rendezvous import init_process_group
 
     if not dist.is_available():
         raise DistZO2Error("this torch was built without torch.distributed")
@@ -238,11 +221,9 @@ def join(
     session = store.add(f"distzo2/sessions of rank {rank}", 1)  # meshes come and go; each has keys of its own
     store = dist.PrefixStore(f"distzo2/{session}", store)
     heartbeat = Heartbeat(store.clone(), rank, world_size, interval=interval, limit=limit)
-    # Waiting is limited by the exchange, which asks the heartbeat meanwhile; gloo itself need not give up.
-    group = new_gloo_group(timeout + 86400)
-    exchange = Exchange(group, rank, world_size, heartbeat, timeout)
+    exchange = Exchange(rank, world_size, heartbeat, timeout)
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    _ranks = Ranks(rank, world_size, local_rank, store, exchange, heartbeat, owns, group)
+    _ranks = Ranks(rank, world_size, local_rank, store, exchange, heartbeat, owns)
     _watch_for_the_end()
     return _ranks
 
@@ -258,10 +239,8 @@ def _watch_for_the_end() -> None:
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    if _ranks is not None:
-        _ranks.failed = True
-        _report(_ranks, error)
     _previous_excepthook(kind, error, traceback)
+    shutdown(error)
 
 
 def _at_exit_of_child() -> None:
@@ -269,14 +248,6 @@ def _at_exit_of_child() -> None:
     if isinstance(error, SystemExit):
         error = error.__context__ if error.code else None
     shutdown(error)
-
-
-def _report(ranks: Ranks, error: BaseException) -> None:
-    """Tells the other ranks why this one ends, unless they know."""
-    from distzo2.parallel.exchange import is_known
-
-    if not is_known(error, ranks.exchange.number - 1):
-        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
 
 
 def shutdown(error: BaseException | None = None) -> None:
@@ -291,15 +262,17 @@ def shutdown(error: BaseException | None = None) -> None:
         return
     import torch.distributed as dist
 
-    if error is not None:
-        _report(ranks, error)
-    for node in ranks.nodes if error is None and not ranks.failed else ():
+    from distzo2.parallel.exchange import is_known
+
+    if error is not None and not is_known(error):
+        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
+    for node in ranks.nodes if error is None else ():
         with suppress(DistZO2Error):
             node.leave(ends=True)  # the others may still want slices of this rank
     if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         ranks.heartbeat.wait_for_others(ranks.heartbeat.limit)  # this process serves the store
     ranks.heartbeat.leave()
-    for group in [ranks.group, *(group for node in ranks.nodes for group in node.groups)]:
+    for group in [ranks.exchange.group, *(group for node in ranks.nodes for group in node.groups)]:
         if ranks.exchange.broken or ranks.heartbeat.failure is not None:
             # gloo's destructor waits for what is in flight, without end where a peer hangs: it is never called.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ class Heartbeat:
         self._processes: dict[int, tuple[int, str]] = {}  # ranks of this machine: process id, start time
         self._machines: dict[int, str] = {}  # ranks of other machines: " (name of the machine)"
         self._keys = [f"beat/{r}" for r in range(world_size)]
-        self._failure: RankFailedError | None = None
-        self._callbacks: list[Callable[[BaseException], None]] = []
+        self.failure: RankFailedError | None = None  # the first one that is known
+        self._callbacks: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self.left: set[int] = set()
@@ -87,7 +88,12 @@ class Heartbeat:
         mine["start"] = process_start(os.getpid())
         store.set(f"process/{rank}", json.dumps(mine))
         store.add(self._keys[rank], 1)
-        self._meet()
+        for other, text in enumerate(store.multi_get([f"process/{r}" for r in range(world_size)])):
+            process = json.loads(text)
+            if process["host"] != mine["host"]:
+                self._machines[other] = f" ({process['name']})"
+            elif other != rank:
+                self._processes[other] = process["pid"], process["start"]
         self._rounds = 0  # of the heartbeat with the store
         self._threads = [
             threading.Thread(target=target, name=f"distzo2-{target.__name__.strip('_')}", daemon=True)
@@ -96,31 +102,19 @@ class Heartbeat:
         for thread in self._threads:
             thread.start()
 
-    def _meet(self) -> None:
-        for rank, text in enumerate(self._store.multi_get([f"process/{r}" for r in range(self.world_size)])):
-            process = json.loads(text)
-            if process["host"] != host_name():
-                self._machines[rank] = f" ({process['name']})"
-            elif rank != self.rank:
-                self._processes[rank] = process["pid"], process["start"]
-
     # ---- what others ask ----------------------------------------------------------------------------------------
-
-    @property
-    def failure(self) -> RankFailedError | None:
-        return self._failure
 
     def check(self) -> None:
         """Raises RankFailedError once another rank is known to have failed."""
-        if self._failure is not None:
-            raise RankFailedError(str(self._failure), self._failure.rank, self._failure.told)
+        if self.failure is not None:
+            raise copy(self.failure)
 
-    def on_failure(self, callback: Callable[[BaseException], None]) -> None:
-        """Calls `callback(error)` from the heartbeat's thread when another rank fails; at once if one has."""
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        """Calls `callback()` from the heartbeat's thread when another rank fails; at once if one has."""
         with self._lock:
             self._callbacks.append(callback)
-        if self._failure is not None:
-            callback(self._failure)
+        if self.failure is not None:
+            callback()
 
     def post(self, text: str) -> None:
         """Tells all ranks that this one has failed. They report the first cause that any rank has posted."""
@@ -129,16 +123,14 @@ class Heartbeat:
     def explain(self, error: BaseException) -> RankFailedError:
         """Waits until it is known which rank's failure is behind an error of a connection; returns that failure."""
         deadline = time.monotonic() + self.limit + 2 * self.interval
-        while self._failure is None and not self.left and time.monotonic() < deadline:
+        while self.failure is None and not self.left and time.monotonic() < deadline:
             time.sleep(min(0.02, self.interval))
-        if self._failure is None and self.left:
+        if self.failure is None and self.left:
             gone = self.gone()
             time.sleep(2 * self.interval)  # a cause may be on its way
-            if self._failure is None:
+            if self.failure is None:
                 self._lost(gone.rank, str(gone))  # who leaves because of this one is not to be blamed
-        if self._failure is not None:
-            return RankFailedError(str(self._failure), self._failure.rank, self._failure.told)
-        return RankFailedError(f"the connection to another rank was lost ({describe(error)})")
+        return copy(self.failure) or RankFailedError(f"the connection to another rank was lost ({describe(error)})")
 
     def gone(self) -> RankFailedError:
         """Returns the error for those who still need ranks that have shut down their mesh."""
@@ -148,13 +140,13 @@ class Heartbeat:
     def fail(self, text: str, rank: int | None, told: bool = False) -> None:
         """Makes `check` raise from now on; the first failure stays."""
         with self._lock:
-            if self._failure is not None:
+            if self.failure is not None:
                 return
-            self._failure = RankFailedError(text, rank, told)
+            self.failure = RankFailedError(text, rank, told)
             callbacks = list(self._callbacks)
         for callback in callbacks:
             with suppress(Exception):
-                callback(self._failure)
+                callback()
 
     def leave(self) -> None:
         """Ends the threads, and tells the other ranks that this one has left."""
@@ -167,7 +159,7 @@ class Heartbeat:
     def wait_for_others(self, seconds: float) -> None:
         """Waits until all others have left, or one has failed. For the rank whose process serves the store."""
         deadline = time.monotonic() + seconds
-        while len(self.left) < self.world_size - 1 and self._failure is None and time.monotonic() < deadline:
+        while len(self.left) < self.world_size - 1 and self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
 
     # ---- the threads --------------------------------------------------------------------------------------------
@@ -211,7 +203,7 @@ class Heartbeat:
 
     def _post(self, cause: dict[str, Any]) -> dict[str, Any]:
         """Posts a cause; returns the first one that any rank has posted."""
-        if self._failure is None:
+        if self.failure is None:
             number = self._store.add("causes", 1)
             self._store.set(f"cause/{number}", json.dumps(cause))
         return json.loads(self._store.get("cause/1"))
@@ -228,13 +220,18 @@ class Heartbeat:
                 )
 
 
+def machine_name() -> str:
+    """The kernel's name for this boot of the machine, which containers on it share as they share its memory."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
 def host_name() -> str:
     """Names this machine and its space of process ids."""
-    parts = []
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with suppress(OSError):
-            parts.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip())
-    return " ".join(parts)
+    with suppress(OSError):
+        return f"{machine_name()} {os.readlink('/proc/self/ns/pid')}"
+    return machine_name()
 
 
 def process_start(pid: int) -> str | None:

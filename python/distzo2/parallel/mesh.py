@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from distzo2.errors import UsageError
 
@@ -105,14 +105,12 @@ def resolve_mesh(
     Raises:
         UsageError: the mesh is impossible; the message says what would fit.
     """
-    sizes = {name: size for name, size in (("pert", pert), ("data", data)) if size is not None}
-    for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"{name}={size}: expected at least 1")
-    asked = ",".join(f"{name}={size}" for name, size in sizes.items())
     if pert is None and data is None:
         return _best(world_size, evaluations, micro_batches)
-    least = (pert or 1) * (data or 1)
+    asked = ",".join(f"{name}={size}" for name, size in (("pert", pert), ("data", data)) if size is not None)
+    least = (1 if pert is None else pert) * (1 if data is None else data)
+    if least < 1:
+        raise UsageError(f"{asked}: expected at least 1 of each")
     if world_size % least or (pert and data and least != world_size):
         needed = f"{least} ranks" if pert and data else f"a multiple of {least} ranks"
         there = "there is 1" if world_size == 1 else f"there are {world_size}"
@@ -128,7 +126,7 @@ def _misfit(shape: MeshShape, evaluations: Sequence[Evaluation] | None, micro_ba
         count = num_perturbations(evaluations)
         return f"{shape.pert} ranks share neither {count} perturbations nor their {len(evaluations)} evaluations evenly"
     if micro_batches is not None and micro_batches < shape.data:
-        return f"{_counted(micro_batches, 'micro-batch')} a step cannot be dealt to {shape.data} data ranks"
+        return f"{_counted(micro_batches, 'micro-batch', 'es')} a step cannot be dealt to {shape.data} data ranks"
     return None
 
 
@@ -143,9 +141,8 @@ def check_step(shape: MeshShape, evaluations: Sequence[Evaluation] | None, micro
         raise UsageError(f"{shape}: {reason}; {_fitting(shape.size, evaluations, micro_batches)}")
 
 
-def _counted(count: int, what: str) -> str:
-    plural = what + ("es" if what.endswith("ch") else "s")
-    return f"{count} {what if count == 1 else plural}"
+def _counted(count: int, what: str, plural: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else plural}"
 
 
 def _shapes(world_size: int) -> list[MeshShape]:
@@ -159,24 +156,22 @@ def _fitting(world_size: int, evaluations: Sequence[Evaluation] | None, micro_ba
         return f"on {ranks}, {' or '.join(fitting)} would fit"
     return (
         f"no mesh of {ranks} fits: more micro-batches or more probes would help, or as many ranks as divide "
-        f"{_counted(len(evaluations or ()), 'evaluation')} x {_counted(micro_batches or 0, 'micro-batch')}"
+        f"{_counted(len(evaluations or ()), 'evaluation')} x {_counted(micro_batches or 0, 'micro-batch', 'es')}"
     )
 
 
 def _best(world_size: int, evaluations: Sequence[Evaluation] | None, micro_batches: int | None) -> MeshShape:
     evaluations = [(0, +1), (0, -1)] if evaluations is None else evaluations
-    shapes = [
-        s for s in _shapes(world_size) if _misfit(s, evaluations, 1 if micro_batches is None else micro_batches) is None
-    ]
-    if not shapes and micro_batches is None:  # a step of one closure fits nowhere: then there will be more
-        micro_batches = world_size
-        shapes = [s for s in _shapes(world_size) if _misfit(s, evaluations, None) is None]
-    if not shapes:
-        raise UsageError(_fitting(world_size, evaluations, micro_batches))
+    # If a step of one closure fits nowhere, there will be more of them.
+    for num_batches in (1, world_size) if micro_batches is None else (micro_batches,):
+        if shapes := [s for s in _shapes(world_size) if _misfit(s, evaluations, num_batches) is None]:
+            break
+    else:
+        raise UsageError(_fitting(world_size, evaluations, num_batches))
 
     def cost(shape: MeshShape) -> tuple[int, bool, int]:
         dealt = deal_evaluations(evaluations, shape.pert)
-        busiest = max(len(part) for part in dealt) * -(-(micro_batches or 1) // shape.data)
+        busiest = max(len(part) for part in dealt) * -(-num_batches // shape.data)
         split = sum(len({evaluations[i][0] for i in part if evaluations[i][1]}) for part in dealt)
         return busiest, split > num_perturbations(evaluations), -shape.pert
 
@@ -206,31 +201,22 @@ def deal_lanes(shape: MeshShape, evaluations: Sequence[Evaluation], num_closures
     Raises:
         UsageError: ranks that should have equally many closures do not, or there is no closure at all.
     """
-    ranks = range(shape.size)
-    if mode == OWN:
-        firsts = [sum(num_closures[:r]) for r in ranks]
-        everything = list(range(len(evaluations)))
-        batches = [range(firsts[r], firsts[r] + num_closures[r]) for r in ranks]
-        parts = [everything for _ in ranks]
-        total = sum(num_closures)
+    width = 1 if mode == OWN else shape.pert  # of the ranks that have the same list
+    dealt = [range(len(evaluations))] if mode == OWN else deal_evaluations(evaluations, shape.pert)
+    lists = num_closures[::width]
+    for rank, count in enumerate(num_closures):
+        if count != lists[rank // width]:
+            raise UsageError(
+                f"rank {rank} has {_counted(count, 'closure')} and rank {rank - rank % width}, of the same data "
+                f"coordinate, {lists[rank // width]}"
+            )
+    if mode == GLOBAL:
+        spans, starts = deal_evenly(lists[0], shape.data), [0] * shape.data
     else:
-        dealt = deal_evaluations(evaluations, shape.pert)
-        rows = [num_closures[d * shape.pert] for d in range(shape.data)]
-        for r in ranks:
-            if num_closures[r] != rows[r // shape.pert]:
-                raise UsageError(
-                    f"rank {r} has {_counted(num_closures[r], 'closure')} and rank {r - r % shape.pert}, of the same "
-                    f"data coordinate, {rows[r // shape.pert]}"
-                )
-        if mode == ROW:
-            starts = [sum(rows[:d]) for d in range(shape.data)]
-            spans = [range(starts[d], starts[d] + rows[d]) for d in range(shape.data)]
-            firsts, total = [starts[r // shape.pert] for r in ranks], sum(rows)
-        else:
-            spans = deal_evenly(rows[0], shape.data)
-            firsts, total = [0 for _ in ranks], rows[0]
-        batches = [spans[r // shape.pert] for r in ranks]
-        parts = [dealt[r % shape.pert] for r in ranks]
+        starts = [0, *accumulate(lists)]
+        spans = [range(a, b) for a, b in pairwise(starts)]
+    total = sum(map(len, spans))
     if total == 0:
         raise UsageError("no rank has a closure: a step needs at least one")
-    return Deal(total, [[(e, m) for e in parts[r] for m in batches[r]] for r in ranks], firsts)
+    lanes = [[(e, m) for e in dealt[r % width] for m in spans[r // width]] for r in range(shape.size)]
+    return Deal(total, lanes, [starts[r // width] for r in range(shape.size)])

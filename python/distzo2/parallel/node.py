@@ -6,13 +6,10 @@ Slices are taken as asked, or by what is measured here; the decision and its fig
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +17,7 @@ import torch
 from distzo2.errors import UsageError
 from distzo2.parallel.exchange import hash64
 from distzo2.parallel.group import Mesh, Ranks
+from distzo2.parallel.heartbeat import machine_name
 from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.parallel.sliced_store import cut
 from distzo2.text import gib
@@ -44,19 +42,12 @@ def memory_share(ranks: Ranks | None) -> MemoryShare:
     if ranks is None or ranks.world_size == 1:
         return mine
     what = "sharing the memory of a machine"
-    machines = [row[0] for row in ranks.exchange.agree(what, numbers=[hash64(_machine())])]
+    machines = [row[0] for row in ranks.exchange.agree(what, numbers=[hash64(machine_name())])]
     limits = [_NO_LIMIT if limit is None else limit for limit in (mine.cgroup_bytes, mine.available_bytes)]
     readings = ranks.exchange.agree(what, numbers=limits)
     here = [row for machine, row in zip(machines, readings, strict=True) if machine == machines[ranks.rank]]
     least = [min(column) for column in zip(*here, strict=True)]
     return MemoryShare(len(here), *(None if limit == _NO_LIMIT else limit for limit in least))
-
-
-def _machine() -> str:
-    """The kernel's name for this boot of the machine, which containers on it share as they share its memory."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{platform.node()} {os.environ.get('GROUP_RANK', '')}"
 
 
 # ---- slices -------------------------------------------------------------------------------------------------------

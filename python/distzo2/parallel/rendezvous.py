@@ -74,13 +74,6 @@ def new_group(ranks: Sequence[int], backend: str) -> Any:
     return group
 
 
-def new_gloo_group(timeout: float) -> Any:
-    """Makes a group of all ranks with connections of its own, whose collectives may take `timeout` seconds."""
-    group = dist.new_group(backend="gloo", timeout=CONNECTING)
-    _allow(group, timedelta(seconds=timeout))
-    return group
-
-
 def _allow(group: Any, timeout: timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,13 +34,6 @@ class Word(NamedTuple):
     store: int = 0  # in the order in which the ranks made them
     unit: int = 0
     stamp: int = 0  # of a block that is wanted: what it must hold; READY: the collective's number
-
-
-class GathersUnits(Protocol):
-    """A store of slices, as the rounds know it."""
-
-    def begin(self, index: int, stamp: int, ours: bool) -> None:
-        """Begins to gather unit `index`, with the weights of `stamp`; `ours`: this rank wants it too."""
 
 
 class _Round(NamedTuple):
@@ -64,10 +57,9 @@ class SliceExchange:
         self.exchange, self.backend = exchange, backend
         self.most_ranks = max(len(ranks) for ranks in nodes)
         self._nodes = nodes
-        self._words_group: Any = None
-        self._bytes_group: Any = None
+        self.groups: list[Any] = []  # of the node's ranks: for words, and for blocks
         self._num_stores = 0
-        self._stores: dict[int, GathersUnits] = {}
+        self._begin: dict[int, Callable[..., None]] = {}  # of each store that is open: begins to gather a unit
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
         self.num_acted = 0
         self.reset_stats()
@@ -82,18 +74,13 @@ class SliceExchange:
         """Whether there has been a store."""
         return self._num_stores > 0
 
-    @property
-    def groups(self) -> list[Any]:
-        return [group for group in (self._words_group, self._bytes_group) if group is not None]
-
     def connect(self) -> None:
         """Makes the groups, once; all ranks of all nodes call it."""
-        if self._words_group is not None:
-            return
-        for ranks in self._nodes:
-            words, blocks = new_group(ranks, "gloo"), new_group(ranks, self.backend)
-            if self.exchange.rank in ranks:
-                self._words_group, self._bytes_group = words, blocks
+        for ranks in self._nodes if not self.groups else ():
+            for backend in ("gloo", self.backend):
+                group = self.exchange.start(lambda ranks=ranks, backend=backend: new_group(ranks, backend))
+                if self.exchange.rank in ranks:
+                    self.groups.append(group)
 
     def new_store(self) -> int:
         """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
@@ -102,12 +89,9 @@ class SliceExchange:
         self._num_stores += 1
         return self._num_stores - 1
 
-    def register(self, number: int, store: GathersUnits | None) -> None:
-        """Sets the store of a number; None: it is closed."""
-        if store is None:
-            self._stores.pop(number, None)
-        else:
-            self._stores[number] = store
+    def register(self, number: int, begin: Callable[[int, int, bool], None] | None) -> None:
+        """Sets the `SlicedStore.begin` of the store of a number; None: it is closed."""
+        self._begin[number] = begin
 
     # ---- figures --------------------------------------------------------------------------------------------------
 
@@ -131,7 +115,7 @@ class SliceExchange:
         mine = torch.tensor(word, dtype=torch.int64, device="cpu")
         words = torch.empty(self.size, len(word), dtype=torch.int64, device="cpu")
         # Of the group itself: torch.distributed's own function takes longer than the exchange.
-        work = self.exchange.start(lambda: self._words_group.allgather([list(words.unbind(0))], [mine]))
+        work = self.exchange.start(lambda: self.groups[0].allgather([list(words.unbind(0))], [mine]))
         self._rounds.append(_Round(word, words, work))
         self.num_rounds += 1
 
@@ -162,10 +146,10 @@ class SliceExchange:
         if wanted is None:
             return words
         try:
-            store = self._stores.get(wanted.store)
-            if store is None:
+            begin = self._begin.get(wanted.store)
+            if begin is None:
                 raise DistZO2Error("another rank wants a block of a model that this one has closed")
-            store.begin(wanted.unit, wanted.stamp, ours=this.mine == wanted)
+            begin(wanted.unit, wanted.stamp, this.mine == wanted)
         except RuntimeError as error:
             raise self.exchange.give_up(DistZO2Error(describe(error))) from error
         except BaseException as error:  # the others wait for this rank's slice, which will not come
@@ -221,32 +205,28 @@ class SliceExchange:
         self.num_gathers += 1
         self.bytes_sent += own
         self.bytes_received += total - own
-        if self.backend == "nccl":
-            group, mine, same = self._bytes_group, parts[self.index], len({part.numel() for part in parts}) == 1
-            if not same:  # NCCL's broadcasts, as one group
-                return [self.exchange.start(lambda: dist.all_gather(list(parts), mine, group=group, async_op=True))]
-            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name
-            whole = parts[0].as_strided((total,), (1,))
-            return [self.exchange.start(lambda: all_gather(whole, mine, group, True))]
-        # gloo's all-gather goes through a copy of the whole; its broadcasts write where the bytes belong.
-        return [self._broadcast(part, i) for i, part in enumerate(parts)]
+        group, mine = self.groups[1], parts[self.index]
+        if self.backend != "nccl":
+            # gloo's all-gather goes through a copy of the whole; its broadcasts write where the bytes belong.
+            return [self._broadcast(part, i) for i, part in enumerate(parts)]
+        if len({part.numel() for part in parts}) > 1:  # NCCL's broadcasts, as one group
+            return [self.exchange.start(lambda: dist.all_gather(list(parts), mine, group=group, async_op=True))]
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name
+        return [self.exchange.start(lambda: all_gather(parts[0].as_strided((total,), (1,)), mine, group, True))]
 
     def _broadcast(self, part: torch.Tensor, index: int) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = index, 0
-        return self.exchange.start(lambda: self._bytes_group.broadcast([part], options))
+        return self.exchange.start(lambda: self.groups[1].broadcast([part], options))
 
     def wait(self, work: Any) -> None:
         """Waits for a part of a gather; on a GPU the current stream waits, and not the host."""
         if self.backend != "nccl":
             self.exchange.wait(work)
             return
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self.exchange.give_up(error) from error
+        self.exchange.start(work.wait)
 
     def abort(self) -> None:
         """Ends what is in flight on a GPU, which would wait for a lost rank without end."""
-        if self.backend == "nccl" and self._bytes_group is not None:
-            self._bytes_group._get_backend(torch.device("cuda")).abort()
+        if self.backend == "nccl" and len(self.groups) == 2:
+            self.groups[1]._get_backend(torch.device("cuda")).abort()

@@ -12,7 +12,7 @@ last update: a pass perturbs from it, and never writes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -66,14 +66,7 @@ class _Buffer:
     works: list[Any] = field(default_factory=list)  # what is still to be waited for
     readers: int = 0
     is_ahead: bool = False  # gathered because this rank wants it, and not read yet
-    number: int = 0  # of the gather
-    begun_ns: int = 0
-    ended_ns: int = 0
     released: Any = None  # CUDA event: what read it has ended
-
-    def note_the_end(self) -> None:
-        """Called from another thread when a part of the gather has come."""
-        self.ended_ns = time.perf_counter_ns()
 
 
 class SlicedStore(Store):
@@ -101,17 +94,18 @@ class SlicedStore(Store):
             shares: the share of each rank of the node.
         """
         self._source, self._device, self._node = source, device, node
+        self.set_durable, self.fail, self.flush = source.set_durable, source.fail, source.flush
+        self.trace, self.events = source.trace, source.events
         self._copies = {copy.unit.index: copy for copy in copies}
         self._bounds = {copy.unit.index: cut(copy.unit.num_bytes, shares) for copy in copies}
         self.num_slots = num_slots_of(slots, len(copies))
         self.slot_bytes = slot_bytes_of(bounds[-1] for bounds in self._bounds.values())
-        self._buffers = [self._new_buffer() for _ in range(self.num_slots)]
+        self._buffers = [self._new_buffer() for _ in range(self.num_slots)]  # the one filled last is last
         self._held: dict[int, _Buffer] = {}
-        self._num_begun = 0
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._spare: torch.Tensor | None = None
         self.gather_wait_ns = self.gathers_ahead = 0
-        self._traced = self._closed = False
+        self._closed = False
         self._weights: UnitWeights | None = None
         self._number = -1
 
@@ -119,7 +113,7 @@ class SlicedStore(Store):
         """Lets the other ranks gather from here on; `weights` brings slices up to date. `number` is from
         `node.new_store`."""
         self._weights, self._number = weights, number
-        self._node.register(number, self)
+        self._node.register(number, self.begin)
 
     @property
     def source(self) -> Store:
@@ -155,38 +149,29 @@ class SlicedStore(Store):
                 "and updates applied, by all ranks together"
             )
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
-            self._begin(copy, stamp, ours)
+            self._drop(lambda buffer: buffer.unit is copy.unit)  # of two gathers of a unit the later one counts
+            buffer = self._take_buffer()
+            if buffer.released is not None:
+                self._side.wait_event(buffer.released)
+            buffer.unit, buffer.stamp, buffer.is_ahead = copy.unit, stamp, ours
+            parts = [buffer.data[a:b] for a, b in pairwise(self._bounds[index])]
+            stored, changed = self._source.acquire(copy), False
+            try:
+                changed = self._weights.write_up_to_date(copy, stored, parts[self._node.index])
+            finally:
+                self._source.release(copy, changed)
+            buffer.works = self._node.gather(parts)
 
-    def _begin(self, copy: StoredCopy, stamp: int, ours: bool) -> None:
-        for buffer in self._buffers:
-            if buffer.unit is copy.unit and not buffer.readers:
-                self._settle(buffer)
-                buffer.unit = None  # of two gathers of a unit the later one counts
-        buffer = self._free_buffer()
-        if buffer.released is not None:
-            self._side.wait_event(buffer.released)
-        buffer.unit, buffer.stamp, buffer.number, buffer.is_ahead = copy.unit, stamp, self._num_begun, ours
-        self._num_begun += 1
-        buffer.begun_ns, buffer.ended_ns = time.perf_counter_ns(), 0
-        parts = [buffer.data[a:b] for a, b in pairwise(self._bounds[copy.unit.index])]
-        stored, changed = self._source.acquire(copy), False
-        try:
-            changed = self._weights.write_up_to_date(copy, stored, parts[self._node.index])
-        finally:
-            self._source.release(copy, changed)
-        buffer.works = self._node.gather(parts)
-        for work in buffer.works if self._traced else ():
-            work.get_future().add_done_callback(lambda _: buffer.note_the_end())
-
-    def _free_buffer(self) -> _Buffer:
+    def _take_buffer(self) -> _Buffer:
         """Returns the buffer to gather into: the oldest that nobody reads, if possible one that nobody will read."""
         idle = [b for b in self._buffers if not b.readers]
-        if not idle:  # nested windows hold more units than there are slots
-            self._buffers.append(self._new_buffer())
-            return self._buffers[-1]
-        buffer = min(idle, key=lambda b: (self._is_ahead(b), b.number))
-        self._settle(buffer)
-        buffer.unit = None
+        if idle:
+            buffer = min(idle, key=self._is_ahead)
+            self._settle(buffer)
+            self._buffers.remove(buffer)
+        else:  # nested windows hold more units than there are slots
+            buffer = self._new_buffer()
+        self._buffers.append(buffer)
         return buffer
 
     def _is_ahead(self, buffer: _Buffer) -> bool:
@@ -202,14 +187,9 @@ class SlicedStore(Store):
 
     def _settle(self, buffer: _Buffer) -> None:
         """Waits until a gather has ended; on CUDA what follows on the current stream waits, and not the host."""
-        if not buffer.works:
-            return
         for work in buffer.works:
             self._node.wait(work)
         buffer.works = []
-        if self._traced:
-            ended_ns = buffer.ended_ns or time.perf_counter_ns()
-            self._weights.trace.add("gather", buffer.unit.name, buffer.begun_ns, ended_ns)
 
     # ---- as every store -----------------------------------------------------------------------------------------
 
@@ -252,18 +232,13 @@ class SlicedStore(Store):
             self._node.act()
             self.gathers_ahead += 1
 
-    def set_durable(self, version: int) -> None:
-        self._source.set_durable(version)
-
-    def fail(self, reason: str) -> None:
-        self._source.fail(reason)
-
-    def flush(self) -> None:
-        self._source.flush()
-
     def forget(self) -> None:
+        self._drop(lambda buffer: True)
+
+    def _drop(self, unwanted: Callable[[_Buffer], bool]) -> None:
+        """Lets go of the blocks in `unwanted` buffers that nobody reads."""
         for buffer in self._buffers:
-            if not buffer.readers:
+            if not buffer.readers and unwanted(buffer):
                 self._settle(buffer)
                 buffer.unit = None
 
@@ -306,14 +281,6 @@ class SlicedStore(Store):
     def reset_stats(self) -> None:
         self.gather_wait_ns = self.gathers_ahead = 0
         self._source.reset_stats()
-
-    def trace(self, enable: bool) -> None:
-        """Records transfers and, on a CPU, gathers."""
-        self._traced = enable and self._side is None
-        self._source.trace(enable)
-
-    def events(self) -> list[tuple]:
-        return self._source.events()
 
     def close(self) -> None:
         """Serves the other ranks of the node while they want slices of this one, and ends."""
