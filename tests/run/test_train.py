@@ -16,6 +16,7 @@ from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.cli.main import main
 from distzo2.run import preflight
 from distzo2.weights import residency
+from distzo2_core import BlockFile
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_directory")
         ("model.safetensors", lambda content: content[:-100], "model.safetensors"),
         ("model.safetensors", lambda content: b"\xff" * 16 + content[16:], "model.safetensors"),
         ("tokenizer*", None, "no tokenizer"),
-        ("model.safetensors", None, "expected model.safetensors"),
+        ("model.safetensors", None, "directory with model.safetensors"),
         ("config.json", lambda content: b'{"model_type": "nobody"}', "not a configuration"),
     ],
 )
@@ -127,7 +128,7 @@ def test_resuming_takes_the_room_that_the_run_had(files, capsys, monkeypatch) ->
 
     monkeypatch.setattr(residency, "shutil", SimpleNamespace(disk_usage=disk_usage))
     assert resume("--steps=2") == 0
-    assert not leftover.exists() and steps_in() == 2
+    assert steps_in() == 2 and not list(Path("out").glob("weights*"))
     shutil.rmtree("out/checkpoint")
     capsys.readouterr()
     assert resume("--steps=3") == 1
