@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOMS = ("cli", "planning", "run", "tasks", "checkpoint", "optim", "streaming", "parallel", "record", "weights", "")
 PACKAGE = Path(__file__).parents[1] / "python/distzo2"
 FILES = {
@@ -14,7 +12,6 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOM_OF = {name: str(path.parent.relative_to(PACKAGE)).removeprefix(".") for name, path in FILES.items()}
-today = pytest.mark.xfail(strict=False, reason="the rooms are being rewritten")
 
 
 def imports_of(name: str) -> set[str]:
@@ -32,7 +29,6 @@ def imports_of(name: str) -> set[str]:
 IMPORTS = {name: imports_of(name) for name in FILES if name not in ("distzo2", "distzo2.__main__")}
 
 
-@today
 def test_imports_point_down_the_list_of_rooms():
     unknown = sorted(set(ROOM_OF.values()) - set(ROOMS))
     depth = {name: (*unknown, *ROOMS).index(room) for name, room in ROOM_OF.items()}
@@ -41,13 +37,11 @@ def test_imports_point_down_the_list_of_rooms():
     assert not unknown + up, "\n".join([f"unknown rooms: {unknown}", *up])
 
 
-@today
 def test_nothing_inside_imports_the_face():
     names = [name for name in IMPORTS if "distzo2" in IMPORTS[name]]
     assert not names, "\n".join(names)
 
 
-@today
 def test_no_circle():
     reached = {name: IMPORTS[name] - {"distzo2"} for name in IMPORTS}
     for middle in IMPORTS:  # Warshall's algorithm
@@ -57,14 +51,12 @@ def test_no_circle():
     assert not circles, "\n".join(map(str, sorted(circles)))
 
 
-@today
 def test_at_most_eight_modules_a_room():
     rooms = [ROOM_OF[name] for name in IMPORTS if name != f"distzo2.{ROOM_OF[name]}"]
     large = {room: rooms.count(room) for room in ROOMS if rooms.count(room) > 8}
     assert not large, str(large)
 
 
-@today
 def test_at_most_600_lines_a_file():
     lines = {name: path.read_text().count("\n") for name, path in FILES.items()}
     long = {name: number for name, number in lines.items() if number > 600}
