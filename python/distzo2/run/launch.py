@@ -22,6 +22,8 @@ from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.run.directory import saved_options
 from distzo2.run.options import FinetuneOptions, checked, made, read_config
 
+REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
+
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
     """The options of a run: defaults, below them the run's own where it is resumed or branched, then the file's, then
@@ -135,15 +137,28 @@ def report(error: BaseException, text: str, show: Callable[[str], None]) -> None
     """Calls `show(text)` on one rank, for an error that ends all of them."""
     ranks = parallel.joined()
     if ranks is None:
-        speaks = parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-    elif ranks.world_size == 1 or (isinstance(error, RankFailedError) and error.told):  # the one that failed reports
-        speaks = ranks.world_size == 1
-    elif ranks.heartbeat.store_lost:  # then one rank of each machine reports what it knows
-        speaks = _first_of_this_machine()
-    else:
-        speaks = bounded(lambda: ranks.store.add("tellers", 1), STORE_SECONDS) in (1, None)
-    if speaks:
+        if parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+            show(text)
+        return
+    if ranks.world_size == 1:
         show(text)
+        return
+    if ranks.heartbeat.store_lost:  # then one rank of each machine reports what it knows
+        if _first_of_this_machine():
+            show(text)
+        return
+
+    def another_reports() -> bool:
+        deadline = time.monotonic() + REPORT_SECONDS
+        second_hand = isinstance(error, RankFailedError) and error.told
+        second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
+        while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return ranks.store.add("tellers", 1) > 1
+
+    if not bounded(another_reports, REPORT_SECONDS + STORE_SECONDS):
+        show(text)
+        bounded(lambda: ranks.store.set("told", "1"), STORE_SECONDS)
 
 
 def _first_of_this_machine() -> bool:

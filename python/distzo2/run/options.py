@@ -18,7 +18,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, TypeAdapter, ValidationError
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
@@ -41,6 +41,13 @@ LEFT = {
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"expected a number, not {str(value).lower()}")
+    return value
+
+
+def _float32(value: float) -> float:
+    """Steps are computed in float32, which must hold the value."""
+    if value and not 2.0**-149 <= abs(value) < 2.0**128:
+        raise ValueError("expected a number in the range of float32")
     return value
 
 
@@ -69,8 +76,8 @@ Name = Annotated[str, Range(min_length=1)]
 Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
 CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
 Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
-Positive = Annotated[float, _NUMBER, Range(gt=0, lt=2.0**128)]  # steps are computed in float32
-PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0, lt=2.0**128)]
+Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
+PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
 Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
 Multiple = Annotated[Annotated[float, _NUMBER, Range(gt=1)] | None, BeforeValidator(_none_or)]
 Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
