@@ -285,7 +285,8 @@ TEST(misuse_is_refused_and_forgiven) {
     CHECK_EQ(engine.stats().downloads, 1u);
     const auto device = make_device("cpu");
     const Slots slots(2, 4096);
-    CHECK_THROWS(CopyEngine(device, *subject.pool, slots.addresses, slots.slot_bytes), "block 0 has 70000 bytes");
+    CopyEngine small(device, *subject.pool, slots.addresses, slots.slot_bytes);
+    CHECK_THROWS(small.acquire(0, nullptr), "block 0 has 70000 bytes");
     CHECK_THROWS(CopyEngine(device, *subject.pool, {subject.slots.addresses[0]}, kMaxBytes), "at least 2 slots");
     CHECK_THROWS(CopyEngine(device, subject.file, {slots.addresses[0] + 8, slots.addresses[1]}, kMaxBytes),
                  "multiple of 4096");
