@@ -268,7 +268,7 @@ class UnitWeights:
     ) -> bool:
         """Applies the updates that a copy has missed, and writes one perturbed copy for each emission, in one pass.
 
-        This is where a version is raised, and nowhere else.
+        This is where updates are applied, and so where a version rises.
 
         Args:
             copy: what is in `stored`, uint8 on the compute device; changed in place unless it stays behind.
