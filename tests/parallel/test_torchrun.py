@@ -122,7 +122,7 @@ def test_ranks_resume_from_a_weight_file_that_only_some_of_them_see(ranks, files
     command = arguments(files, "--parallel=pert=2", *options, *slices)
     results = ranks.values(cases.command, 2, tmp_path, command, "full at step 30")
     assert all(r["status"] for r in results)
-    assert {p.name for p in (tmp_path / "out").glob("weights*")} == {"weights.dzo2", "weights.dzo2.json"}
+    assert {p.name for p in (tmp_path / "out").glob("weights*")} >= {"weights.dzo2", "weights.dzo2.json"}
     more = ["finetune", "--resume", "--out=out", "--parallel=data=3", *slices]
     results = ranks.values(cases.command, 3, tmp_path, more, "blind")
     assert [r["status"] for r in results] == [0, 0, 0], results

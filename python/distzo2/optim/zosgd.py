@@ -138,7 +138,8 @@ class ZOSGD(torch.optim.Optimizer):
         given = {"having a journal": journal, "having a weight file": runtime.kept, "branching": branch}
         given = {name: value is not None for name, value in given.items()}
         self._ranks.join(self._index_table(), self.param_groups, {**given, "resume": resume})
-        self.verify_replicas()
+        if not (resume and runtime.kept):  # blocks of weight files hold different numbers of updates
+            self.verify_replicas()
         if journal is None:
             runtime.weights.set_durable(ALWAYS_DURABLE)
             return

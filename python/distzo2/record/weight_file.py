@@ -309,6 +309,9 @@ class KeptWeights:
             if self._is_done:
                 self.discard()
                 self.path.unlink(missing_ok=True)
+                if self.path == self.options.path_of(0):  # the run may have had more ranks before
+                    for left in self.path.parent.glob(f"{self.path.stem}.rank*{self.path.suffix}*"):
+                        left.unlink(missing_ok=True)
 
 
 def _row(copy: StoredCopy) -> list[Any]:
