@@ -133,6 +133,8 @@ class ZOSGD(torch.optim.Optimizer):
             earlier = branch.journal if branch else journal if resume else None
             params = default_groups(runtime.params, weight_decay != 0 or self._had_groups(earlier))
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
+        if runtime.kept is not None:
+            runtime.kept.check_optimizer(journal is not None, runtime.weights.replaced)
         super().__init__(params, defaults)
         self._bind()
         given = {"having a journal": journal, "having a weight file": runtime.kept, "branching": branch}
@@ -189,7 +191,8 @@ class ZOSGD(torch.optim.Optimizer):
         s, runtime = self.settings, self._runtime
         # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
         # Those of a weight file are the run's: its base need not be read again.
-        unread = runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
+        alone = self._ranks.world_size == 1
+        unread = alone and runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
         source = None if runtime.weights.replaced or unread else self._source
         return make_header(
             seed=s.seed,

@@ -145,7 +145,7 @@ def open_run(
     opened: list[Journal] = []
 
     def on_rank_0() -> bytes:
-        base_unread = kept is not None and kept.gave_all(access.weights)
+        base_unread = ranks.world_size == 1 and kept is not None and kept.gave_all(access.weights)
         opened.append(
             open_run_journal(
                 path, make_header(), resume=resume, branch=branch, fsync_every=fsync_every, base_unread=base_unread

@@ -136,6 +136,7 @@ class KeptWeights:
         self._block_of = {row: row for row in range(len(self.rows))}
         self._copier: Copier | None = None
         self._has_begun = self._is_done = False
+        self._run, self._old_streamed = run, 0
         try:
             self.file = self._open(run)
         except RuntimeError as error:
@@ -155,9 +156,15 @@ class KeptWeights:
             return None
         self.discard()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if old is None:
-            return BlockFile(str(self.path), sizes, durable=True)
-        return self._carry_over(old, sizes)
+        if old is not None:
+            try:
+                return self._carry_over(old, sizes)
+            except RuntimeError as error:
+                self.options.log(f"{error}: the weights are made from the base again")
+                old.close()
+                self.versions.clear()
+                self._block_of = {row: row for row in range(len(self.rows))}
+        return _make(self.path, sizes)
 
     def _earlier(self, run: RunSoFar | None) -> tuple[list[list[Any]], BlockFile | None]:
         """The rows and the file that an earlier process of this run left; no file if there is none that can be used."""
@@ -174,10 +181,12 @@ class KeptWeights:
         if record.get("format") != FORMAT:
             log(f"{self._record}: format {record.get('format')!r}, expected {FORMAT}: made from the base again")
             return [], None
-        rows = record["rows"]
+        rows, self._old_streamed = record["rows"], record["streamed"]
         try:
             return rows, BlockFile(str(self.path), [end - begin for _, begin, end in rows], create=False)
         except RuntimeError as error:
+            if "is in use" in str(error):
+                raise
             log(f"{error}: the weights are made from the base again")
             return [], None
 
@@ -188,7 +197,7 @@ class KeptWeights:
         def check(row: int) -> tuple[int, int] | None:
             copy, block = self.rows[row], self._block_of[row]
             version = file.version(block)
-            if version == 0 and row >= self.num_streamed:  # never copied
+            if version == 0 and block >= self._old_streamed:  # never copied
                 return None
             try:
                 if version > run.num_steps:
@@ -221,7 +230,8 @@ class KeptWeights:
         """A new file with the usable blocks of the old one, which has other rows: the weights lived elsewhere, or were
         cut for other ranks."""
         place = self.path.with_name(self.path.name + ".new")
-        new = BlockFile(str(place), sizes, durable=True)
+        place.unlink(missing_ok=True)
+        new = _make(place, sizes)
         for row, block in self._block_of.items():
             copy = self.rows[row]
             if copy.unit.index in self.versions:
@@ -259,13 +269,16 @@ class KeptWeights:
                 update that is made is durable already.
             weights: whose units are copied.
         """
-        if weights.replaced:
-            raise DistZO2Error(f"{self.path}: a weight file begins with the weights as they were handed over")
+        if self.versions and digest != self._run.digest:
+            raise DistZO2Error(
+                f"{self.path}: its weights are of the run in {self.options.journal}: resume that journal"
+            )
         for index, version in self.versions.items():
             weights.copies[index].version = version
         if not self.owns:
             return
-        line = {"format": FORMAT, "journal": digest, "rows": [_row(copy) for copy in self.rows]}
+        rows = [_row(copy) for copy in self.rows]
+        line = {"format": FORMAT, "journal": digest, "streamed": self.num_streamed, "rows": rows}
         write_whole(self._record, encode_line(line, MAX_RECORD_BYTES))
         self._has_begun = True
         copied = {copy.unit.index: row for row, copy in enumerate(self.rows) if row >= self.num_streamed}
@@ -278,15 +291,32 @@ class KeptWeights:
         if self._copier is not None:
             self._copier.step_done(access, step, seconds)
 
+    def check_optimizer(self, has_journal: bool, replaced: bool) -> None:
+        """Checks that an optimizer's updates can be those of the file's run.
+
+        Raises:
+            DistZO2Error: the weights came from the file, and the optimizer does not resume its journal; or they are no
+                longer those that were handed over, and its journal would begin with them.
+        """
+        if self.versions and not self._has_begun and not has_journal:
+            raise DistZO2Error(
+                f"{self.path}: its weights are of the run in {self.options.journal}: resume that journal"
+            )
+        if has_journal and replaced:
+            raise DistZO2Error(
+                f"{self.path}: a weight file begins with the weights as they were handed over: to begin another run, "
+                "save the model and hand it over again"
+            )
+
     def replaced(self) -> None:
         """The weights are about to be replaced: the journal will not lead to them."""
-        if self._has_begun:
+        if self.owns:
             self.discard()
 
     def discard(self) -> None:
         """From here on no resumed run uses the file's blocks."""
-        with suppress(FileNotFoundError):
-            self._record.unlink()
+        self._record.unlink(missing_ok=True)
+        if self._record.parent.is_dir():
             sync_directory(self._record.parent)
 
     def done(self) -> None:
@@ -304,14 +334,24 @@ class KeptWeights:
         """Ends copying and lets go of the file. Safe to call twice."""
         self.stop_copying()
         if self.file is not None:
-            self.file.close()
-            self.file = None
             if self._is_done:
                 self.discard()
                 self.path.unlink(missing_ok=True)
                 if self.path == self.options.path_of(0):  # the run may have had more ranks before
                     for left in self.path.parent.glob(f"{self.path.stem}.rank*{self.path.suffix}*"):
                         left.unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
+
+def _make(path: Path, sizes: Sequence[int]) -> BlockFile:
+    """A new durable file; what a process that was killed while it made one left there goes."""
+    with suppress(FileNotFoundError):
+        with open(path, "rb") as file:
+            is_unmade = not any(file.read(64))
+        if is_unmade:
+            path.unlink()
+    return BlockFile(str(path), sizes, durable=True)
 
 
 def _row(copy: StoredCopy) -> list[Any]:

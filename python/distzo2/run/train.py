@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         with closing(runtime_of(model)):
             objective = Objective(model, objective_name, pad_id=tokenizer.pad_token_id or 0, device=device)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
-            with closing(loop):
+            with closing(loop), _without_leftovers(loop, options.resume):
                 with together(mesh, "starting the run"):
                     loop.start(settings)
                 return loop.run_to_end()
@@ -112,6 +112,17 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         raise
     finally:
         run.release()
+
+
+@contextmanager
+def _without_leftovers(loop: TrainLoop, resumes: bool) -> Iterator[None]:
+    """A new run that ends before its first step leaves no weight file."""
+    try:
+        yield
+    except BaseException:
+        if not resumes and not loop.has_stepped and loop.runtime.kept is not None:
+            loop.runtime.kept.done()
+        raise
 
 
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> bool:
@@ -164,11 +175,15 @@ def _take_over(
 
 def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> WeightFile | None:
     """Where the run keeps weights that survive a crash; None if it keeps none, and an earlier process kept none."""
-    path, every = run.weight_file(options.weights_dir), options.snapshot_every
+    path, every, mesh = run.weight_file(options.weights_dir), options.snapshot_every, current()
     if every is None:
         every = 100 if options.weights == "disk" else 0
-    kept = WeightFile(path, run.journal, every, options.snapshot_minutes, options.snapshot_pace, log)
-    return kept if every or options.snapshot_minutes or options.weights == "disk" or path.exists() else None
+    exists = path.exists()
+    if mesh is not None:  # rank 0's, where machines share no disk
+        exists = mesh.exchange.from_rank_0("looking for a weight file", lambda: str(path.exists()).encode()) == b"True"
+    if not (every or options.snapshot_minutes or options.weights == "disk" or exists):
+        return None
+    return WeightFile(path, run.journal, every, options.snapshot_minutes, options.snapshot_pace, log)
 
 
 def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) -> None:

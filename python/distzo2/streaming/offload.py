@@ -174,11 +174,12 @@ def _hand_over(
         kept.load(unit_weights)
     elif weight_file is not None:
         kept = _load_in_turn(weight_file, unit_weights, run)
-    if kept is not None:
-        access.before_replacing = kept.replaced
     if isinstance(ring, SlicedStore):
         ring.serve(unit_weights, slices.number)
-    return StreamingRuntime(model, unit_weights, access, weights, kept)
+    runtime = StreamingRuntime(model, unit_weights, access, weights, kept)
+    if kept is not None:
+        access.before_replacing = kept.replaced
+    return runtime
 
 
 def _rank() -> int:

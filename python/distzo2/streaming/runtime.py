@@ -82,6 +82,7 @@ class StreamingRuntime:
                     with self.access.writing(unit, keep=len(present) < len(unit.params)) as views:
                         for param in present:
                             views[param.name].copy_(param.tensor.detach())
+                if present:  # filled or not: the ranks compare what they were given
                     note(unit.name, [param.tensor.detach() for param in present])
                 for param in unit.params:
                     self._placeholders.take_over(param)

@@ -86,7 +86,7 @@ class WeightAccess:
         Yields:
             A function to be called with the name and the tensors of what is written; they are compared.
         """
-        if error is None:
+        if error is None and source is None:  # a `source` fills what was handed over empty
             self.before_replacing()
         if self._together is None:
             if error is not None:
