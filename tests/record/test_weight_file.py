@@ -148,6 +148,55 @@ def test_weights_on_disk_resume_without_their_base(tmp_path, monkeypatch):
     assert_same_tensors(model.state_dict(), undisturbed(tmp_path / "undisturbed", steps + 2))
 
 
+@pytest.mark.parametrize("begun", ["host", "disk"])
+def test_what_was_never_copied_comes_from_the_base(tmp_path, begun):
+    """Blocks of a new file are zeros at version 0, and so may a unit that streams now not have been copied before."""
+    run = tmp_path / "run"
+    model = place(run, begun, every=10**6)
+    opt = optimizer(model, run)
+    train(model, opt, 5)
+    close(model, opt)
+    model = place(run, "disk")
+    opt = optimizer(model, run, resume=True)
+    train(model, opt, 8)
+    opt.close()
+    assert_same_tensors(model.state_dict(), undisturbed(tmp_path / "undisturbed", 8))
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_an_optimizer_that_does_not_resume_the_files_run_is_refused(tmp_path, weights):
+    steps = made(tmp_path / "run", weights)
+    for options in ({}, {"journal": tmp_path / "other"}):
+        model = place(tmp_path / "run", weights)
+        with pytest.raises(distzo2.DistZO2Error, match="resume that journal"):
+            distzo2.ZOSGD(model, lr=1e-2, seed=3, weight_decay=0.1, **options)
+        distzo2.runtime_of(model).close()
+    model = place(tmp_path / "run", weights)
+    opt = optimizer(model, tmp_path / "run", resume=True)
+    opt.close()
+    assert_same_tensors(model.state_dict(), undisturbed(tmp_path / "undisturbed", steps))
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_weights_replaced_before_the_run_is_resumed_end_the_files_use(tmp_path, weights):
+    steps = made(tmp_path / "run", weights)
+    model = place(tmp_path / "run", weights)
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    with pytest.raises(distzo2.DistZO2Error, match="as they were handed over"):
+        optimizer(model, tmp_path / "run", resume=True)
+    distzo2.runtime_of(model).close()
+    model = place(tmp_path / "run", weights)
+    opt = optimizer(model, tmp_path / "run", resume=True)
+    opt.close()
+    assert_same_tensors(model.state_dict(), undisturbed(tmp_path / "undisturbed", steps))
+
+
+def test_a_file_that_was_being_made_is_made_again(tmp_path):
+    (tmp_path / "weights.dzo2").write_bytes(bytes(8192))
+    close(model := place(tmp_path, "disk"), optimizer(model, tmp_path))
+    assert (tmp_path / "weights.dzo2.json").exists()
+
+
 def flip(path: Path, at: int) -> None:
     with open(path, "r+b") as file:
         file.seek(at)

@@ -134,7 +134,7 @@ class ZOSGD(torch.optim.Optimizer):
             params = default_groups(runtime.params, weight_decay != 0 or self._had_groups(earlier))
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         if runtime.kept is not None:
-            runtime.kept.check_optimizer(journal is not None, runtime.weights.replaced)
+            runtime.kept.check_optimizer(journal, runtime.weights.replaced)
         super().__init__(params, defaults)
         self._bind()
         given = {"having a journal": journal, "having a weight file": runtime.kept, "branching": branch}

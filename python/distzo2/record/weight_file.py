@@ -95,7 +95,7 @@ class RunSoFar(NamedTuple):
 
 
 def header_digest(journal: str | os.PathLike[str]) -> str:
-    """SHA-256 of a journal's first line, which no other run's journal has."""
+    """SHA-256 of a journal's first line: its base, parameters, seed and options."""
     with open(journal, "rb") as file:
         return hashlib.sha256(file.readline()).hexdigest()
 
@@ -291,18 +291,19 @@ class KeptWeights:
         if self._copier is not None:
             self._copier.step_done(access, step, seconds)
 
-    def check_optimizer(self, has_journal: bool, replaced: bool) -> None:
+    def check_optimizer(self, journal: str | os.PathLike[str] | None, replaced: bool) -> None:
         """Checks that an optimizer's updates can be those of the file's run.
 
         Raises:
-            DistZO2Error: the weights came from the file, and the optimizer does not resume its journal; or they are no
-                longer those that were handed over, and its journal would begin with them.
+            DistZO2Error: the optimizer's journal is another, or it has none although the weights came from the file; or
+                the weights are no longer those that were handed over, and its journal would begin with them.
         """
-        if self.versions and not self._has_begun and not has_journal:
-            raise DistZO2Error(
-                f"{self.path}: its weights are of the run in {self.options.journal}: resume that journal"
-            )
-        if has_journal and replaced:
+        own = Path(self.options.journal).absolute()
+        if (journal is not None and Path(journal).absolute() != own) or (
+            journal is None and self.versions and not self._has_begun
+        ):
+            raise DistZO2Error(f"{self.path}: its weights are of the run in {own}: resume that journal")
+        if journal is not None and replaced:
             raise DistZO2Error(
                 f"{self.path}: a weight file begins with the weights as they were handed over: to begin another run, "
                 "save the model and hand it over again"
