@@ -27,7 +27,7 @@ from distzo2.files import lock, sync_directory, write_whole
 from distzo2.run.metrics import finite
 from distzo2.run.options import LEFT
 
-_RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "weights.dzo2", "snapshots", "checkpoint")
+_RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
 _LEFTOVERS = (
     "weights.*dzo2.new",
     "weights.*json.tmp",
@@ -130,6 +130,9 @@ class RunDirectory:
             return
         for path in (self.metrics, *([self.journal] if with_journal else []), self.path / "run.json"):
             path.unlink(missing_ok=True)
+        for path in self.path.glob("weights.*dzo2"):
+            if not path.with_name(f"{path.name}.json").exists():  # made by a start that failed
+                path.unlink()
         self.release()
         for path in self._made:
             with suppress(OSError):
