@@ -90,7 +90,7 @@ def _trouble(kind: str, rank: int):
 
     step, path_of = ZOSGD.step, WeightFile.path_of
     if kind == "blind" and rank == 1:
-        WeightFile.path_of = lambda self, rank: Path("/nowhere/weights.dzo2")
+        WeightFile.path_of = lambda self, rank: Path("unseen/weights.dzo2").absolute()
 
     def spoilt(self, closures, **options):
         if self.step_count == {"full": 2, "full at step 30": 30}.get(kind) and rank == 1:
