@@ -3,7 +3,7 @@
     python bench/bench_parallel.py --model opt-125m --batch 16 --tokens 128 --micro-batches 2
 
 One rank, PertP on two and DDP on two run the same lanes in turn, several times: the processes are started once, and the
-ones that are not measured wait. The median of each is told, and the bytes that a step exchanges. A step of OPT-125M at
+ones that are not measured wait. Printed: the median of each, and the bytes that a step exchanges. A step of OPT-125M at
 16 x 128 tokens is 1.3 TFLOP: half a minute on a core of 45 GFLOP/s, so that a round takes a minute.
 
 Beside them, in the same rounds, two processes multiply matrices that stay in their caches, each as often as one does
@@ -34,7 +34,7 @@ CONTENDERS: dict[str, tuple[int, int] | None] = {"one rank": None, "PertP, 2 ran
 
 
 def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> None:
-    """A rank: runs what it is told, the yardstick or a step on a mesh, with a model made anew of the same weights."""
+    """A rank: on request, runs the yardstick, or a step on a mesh of a new model with the same weights."""
     import copy
 
     import torch.distributed as dist
@@ -87,7 +87,7 @@ def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> N
 
 
 def multiply(count: int) -> float:
-    """Seconds of so many products of matrices in the caches."""
+    """Times matrix products whose operands stay in the caches, in seconds."""
     a, b, result = torch.rand(SIDE, SIDE), torch.rand(SIDE, SIDE), torch.empty(SIDE, SIDE)
     torch.mm(a, b, out=result)
     start = time.perf_counter()
@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--directory", default="/tmp/distzo2-bench", help="of block files, with --weights disk")
     parser.add_argument("--slice", choices=["on", "off"], default="off", help="slices of the streamed weights")
     parser.add_argument("--yardstick", type=int, default=500, help="products of the yardstick")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions; the median is told")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved repetitions; the median is printed")
     parser.add_argument("--json", type=Path, help="append the result to this file, one line of JSON")
     args = parser.parse_args()
     import torch.distributed as dist
