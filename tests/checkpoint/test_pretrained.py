@@ -20,7 +20,7 @@ import distzo2
 from distzo2.checkpoint import pretrained
 from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint, meta_model, open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, ParallelReader
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.tensor_files import CheckpointError
 
 
 @pytest.mark.parametrize("weights", ["host", "disk"])

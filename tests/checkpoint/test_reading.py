@@ -28,7 +28,7 @@ from distzo2.checkpoint.reading import (
     _is_cached,
     split,
 )
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
+from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsFile
 
 
 def make_files(directory: Path) -> dict[str, torch.Tensor]:

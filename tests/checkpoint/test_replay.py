@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import distzo2
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.replay import ReplayReport, plan_pieces, replay
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError

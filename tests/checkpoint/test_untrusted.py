@@ -23,7 +23,7 @@ import distzo2
 from distzo2.checkpoint.pretrained import digest_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.replay import replay
-from distzo2.checkpoint.weight_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile, TorchFile
+from distzo2.checkpoint.tensor_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile, TorchFile
 from distzo2.record.header import make_header
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, seal_line

@@ -20,7 +20,7 @@ from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import HIDDEN, CheckpointWriter
 
 

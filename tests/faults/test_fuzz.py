@@ -22,7 +22,7 @@ from journal_cases import bits, json_values, make_entry, make_test_header
 from safetensors.torch import load_file, save_file
 
 from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
+from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsFile
 from distzo2.record.journal import Journal, JournalError, read_journal
 
 SECONDS = float(os.environ.get("DISTZO2_FUZZ_SECONDS", "0"))

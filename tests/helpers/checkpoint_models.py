@@ -14,7 +14,7 @@ from torch import nn
 
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
 from distzo2.checkpoint.reading import SINGLE_FILE
-from distzo2.checkpoint.weight_files import RangeFile, bytes_of
+from distzo2.checkpoint.tensor_files import RangeFile, bytes_of
 from distzo2.checkpoint.writing import CheckpointWriter
 
 T = transformers

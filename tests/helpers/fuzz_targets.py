@@ -20,7 +20,7 @@ from journal_cases import bits, json_values, make_entry, make_test_header, step_
 from safetensors.torch import save_file
 
 from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, SafetensorsFile, TorchFile, bytes_of
+from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, SafetensorsFile, TorchFile, bytes_of
 from distzo2.record.entry import StepEntry
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, encode_line, seal_line

@@ -20,7 +20,7 @@ from torch import nn
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.reading import CheckpointFiles, Range
 from distzo2.checkpoint.symbols import MISSING, LayoutTensor, Trace, trace_from_pretrained, trace_save
-from distzo2.checkpoint.weight_files import CheckpointError, TensorEntry
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import nn
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, CheckpointFiles, ParallelReader
 from distzo2.checkpoint.symbols import creation_bound
-from distzo2.checkpoint.weight_files import CheckpointError, one_line, read_json
+from distzo2.checkpoint.tensor_files import CheckpointError, one_line, read_json
 from distzo2.checkpoint.writing import CONFIG_FILE, DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
 from distzo2.streaming.offload import offload, runtime_of
 from distzo2.streaming.runtime import StreamingRuntime

@@ -22,7 +22,7 @@ import torch
 
 from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.symbols import LayoutTensor
-from distzo2.checkpoint.weight_files import (
+from distzo2.checkpoint.tensor_files import (
     MAX_JSON_BYTES,
     PAGE,
     CheckpointError,

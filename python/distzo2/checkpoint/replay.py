@@ -28,7 +28,7 @@ from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.pretrained import checkpoint_differences, open_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, header_limit
+from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distzo2.checkpoint.layout import Layout, LayoutError
-from distzo2.checkpoint.weight_files import CheckpointError, one_line
+from distzo2.checkpoint.tensor_files import CheckpointError, one_line
 
 aten = torch.ops.aten
 

@@ -23,7 +23,7 @@ import torch
 from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.reading import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, scratch, strided_view
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
+from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
 from distzo2.files import sync_directory
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

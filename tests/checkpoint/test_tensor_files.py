@@ -13,7 +13,7 @@ from checkpoint_models import read_tensor
 from hostile_files import raw_file, refused
 from safetensors.torch import load_file, save_file
 
-from distzo2.checkpoint.weight_files import (
+from distzo2.checkpoint.tensor_files import (
     DTYPES,
     MAX_SMALL_HEADER_BYTES,
     CheckpointError,
