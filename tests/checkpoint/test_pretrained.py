@@ -17,9 +17,9 @@ from checkpoint_models import MODELS, T, assert_same_weights, edit_config, load,
 from torch import nn
 
 import distzo2
-from distzo2.checkpoint import pretrained
-from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint, meta_model, open_checkpoint
-from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, ParallelReader
+from distzo2.checkpoint import pretrained, reading
+from distzo2.checkpoint.pretrained import meta_model, open_checkpoint
+from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, checkpoint_differences, digest_checkpoint
 from distzo2.checkpoint.tensor_files import CheckpointError
 
 
@@ -96,19 +96,19 @@ def test_a_model_that_lacks_some_weights_is_closed(
 ) -> None:
     make("llama", tmp_path / "in")
     num_read, made = [], []
-    read, offload = ParallelReader._read, pretrained.offload
+    read, offload = reading._read, pretrained.offload
 
     def noted(*args: Any, **options: Any) -> nn.Module:
         made.append(offload(*args, **options))
         return made[0]
 
-    def broken(self: ParallelReader, direct: int | None, batch: list) -> None:
+    def broken(direct: int | None, batch: list) -> None:
         num_read.append(len(batch))
         if len(num_read) > 3:
             raise CheckpointError("a shard is gone")
-        read(self, direct, batch)
+        read(direct, batch)
 
-    monkeypatch.setattr(ParallelReader, "_read", broken)
+    monkeypatch.setattr(reading, "_read", broken)
     monkeypatch.setattr(pretrained, "offload", noted)
     with pytest.raises(CheckpointError, match="a shard is gone"):
         distzo2.from_pretrained(tmp_path / "in", weights=weights, directory=tmp_path / "disk")

@@ -20,10 +20,9 @@ from replay_cases import make_llama, make_table, make_updates, named_weights, wr
 from safetensors.torch import load_file, save_file
 
 import distzo2
-from distzo2.checkpoint.pretrained import digest_checkpoint
-from distzo2.checkpoint.reading import CheckpointFiles
+from distzo2.checkpoint.reading import CheckpointFiles, digest_checkpoint
 from distzo2.checkpoint.replay import replay
-from distzo2.checkpoint.tensor_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile, TorchFile
+from distzo2.checkpoint.tensor_files import MAX_SMALL_HEADER_BYTES, CheckpointError, TensorFile
 from distzo2.record.header import make_header
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, seal_line
@@ -69,7 +68,7 @@ def test_no_source_can_unpickle_or_evaluate() -> None:
 def test_a_pickle_of_anything_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.chdir(tmp_path)
     path = archive_of(tmp_path / "pytorch_model.bin", STREAMS[case])
-    assert refused(lambda: TorchFile(path), CheckpointError) < 1 << 20
+    assert refused(lambda: TensorFile(path), CheckpointError) < 1 << 20
     assert not Path("it-ran").exists()
 
 
@@ -103,10 +102,10 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(
 ) -> None:
     good = archive_of(tmp_path / "pytorch_model.bin", TENSOR % (b"K\x02", b"K\x00", b"K\x02\x85", b"K\x01\x85"),
                       {"data/0": bytes(8)})  # fmt: skip
-    with TorchFile(good) as file:
+    with TensorFile(good) as file:
         assert file.tensors["w"].shape == (2,)
     bad = archive_of(tmp_path / "bad.bin", TENSOR % (numel, offset, shape, strides), {"data/0": bytes(8)})
-    refused(lambda: TorchFile(bad), CheckpointError)
+    refused(lambda: TensorFile(bad), CheckpointError)
 
 
 def test_a_description_takes_memory_in_proportion_to_its_length(tmp_path: Path) -> None:
@@ -120,10 +119,10 @@ def test_a_description_takes_memory_in_proportion_to_its_length(tmp_path: Path) 
     }
     for reason, stream in streams.items():
         path = archive_of(tmp_path / "pytorch_model.bin", stream)
-        assert refused(lambda path=path: TorchFile(path), CheckpointError, reason) < 1 << 20
+        assert refused(lambda path=path: TensorFile(path), CheckpointError, reason) < 1 << 20
     for end in (b"Q.", b"}q\x7f0h\x7fh\x3bK\x01s."):
         path = archive_of(tmp_path / "pytorch_model.bin", laughs + end)
-        assert refused(lambda path=path: TorchFile(path), CheckpointError) < 1 << 20
+        assert refused(lambda path=path: TensorFile(path), CheckpointError) < 1 << 20
 
 
 def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +244,7 @@ def test_a_safetensors_header_takes_memory_in_proportion_to_its_length(tmp_path:
     ):
         path = tmp_path / "model.safetensors"
         path.write_bytes(raw_file(header, bytes(4)))
-        assert refused(lambda path=path: SafetensorsFile(path), CheckpointError) < PER_BYTE * len(header) + (1 << 20)
+        assert refused(lambda path=path: TensorFile(path), CheckpointError) < PER_BYTE * len(header) + (1 << 20)
 
 
 def test_a_header_may_be_long_in_a_long_file(tmp_path: Path) -> None:
@@ -254,7 +253,7 @@ def test_a_header_may_be_long_in_a_long_file(tmp_path: Path) -> None:
     header = json.dumps({"t": {"dtype": "U8", "shape": [1 << 30], "data_offsets": [0, 1 << 30]}}).encode()
     path.write_bytes(raw_file(header + b" " * (5 << 20), b""))
     os.truncate(path, path.stat().st_size + (1 << 30))
-    with SafetensorsFile(path) as file:
+    with TensorFile(path) as file:
         assert file.tensors["t"].num_bytes == 1 << 30
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import checkpoint_differences, open_checkpoint
-from distzo2.checkpoint.reading import CheckpointFiles
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference

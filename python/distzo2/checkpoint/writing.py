@@ -22,12 +22,11 @@ import torch
 
 from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.reading import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, scratch, strided_view
+from distzo2.checkpoint.reading import CHUNK_BYTES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, scratch, strided_view
 from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
 from distzo2.files import sync_directory
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
 HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed yet
@@ -127,7 +126,7 @@ class CheckpointWriter:
                     f"checkpoint tensor {entry.name!r} cannot be written: the model's parameters hold {numel} elements "
                     f"of its {entry.numel}"
                 )
-            plan.append(TensorEntry(entry.name, dtype, entry.shape, 0, numel * dtype.itemsize))
+            plan.append(TensorEntry(entry.name, dtype, entry.shape))
         return plan
 
     def _check_room(self) -> None:

@@ -190,7 +190,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """What belongs to a journal and was looked at, and what is wrong with it."""
-    from distzo2.checkpoint.pretrained import checkpoint_differences
+    from distzo2.checkpoint.reading import checkpoint_differences
     from distzo2.record.header import parents_of
     from distzo2.record.lineage import parent_differences
     from distzo2.run.directory import saved_options
