@@ -80,7 +80,7 @@ class CheckpointMap:
             raise ValueError(f"{name}: expected {wanted} or rows of it, got {tensor.dtype} {list(shape)}")
         if shape == mapped.shape:
             return mapped.pieces
-        return Layout(mapped.shape, mapped.pieces).narrow(0, begin, len(tensor)).pieces
+        return Layout(mapped.shape, mapped.pieces).flat(begin * math.prod(shape[1:]), tensor.numel()).pieces
 
     def read(self, name: str, out: torch.Tensor, begin: int = 0) -> None:
         """Fills `out`, a contiguous CPU tensor, with a parameter or its rows from `begin` on, in the calling thread."""

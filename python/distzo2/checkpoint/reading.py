@@ -188,7 +188,7 @@ class CheckpointFiles:
         for begin in range(0, a.numel(), step):
             pair = []
             for symbol in (a, b):
-                part = symbol.where.reshape((a.numel(),)).narrow(0, begin, min(step, a.numel() - begin))
+                part = symbol.where.flat(begin, min(step, a.numel() - begin))
                 pair.append(torch.empty(part.shape, dtype=symbol.dtype))
                 self.read_pieces(part.pieces, pair[-1])
             if not torch.equal(*pair):

@@ -164,13 +164,9 @@ def _view(func: Any, symbol: LayoutTensor, *args: Any, **kwargs: Any) -> Any:
     return tree_map(seen, func(_on_meta(symbol), *args, **kwargs))
 
 
-def _same(symbol: LayoutTensor, *_: Any, **__: Any) -> LayoutTensor:
-    return symbol.moved(symbol.where)
-
-
-def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:
+def _copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:
     if dtype is None or dtype == symbol.dtype:
-        return _same(symbol)
+        return symbol.moved(symbol.where)
     if symbol.cast:
         raise LayoutError(f"a second conversion, from {symbol.dtype} to {dtype}, is not expressed")
     return LayoutTensor(symbol.where, dtype, symbol.trace, cast=True)
@@ -196,9 +192,9 @@ def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.clone.default: _same,
-    aten.lift_fresh.default: _same,
-    aten._to_copy.default: _to_copy,
+    aten.clone.default: _copy,
+    aten.lift_fresh.default: _copy,
+    aten._to_copy.default: _copy,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.equal.default: _equal,
