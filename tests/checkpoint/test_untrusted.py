@@ -6,7 +6,6 @@ import ast
 import io
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hostile_files import HOSTILE_VALUES, PER_BYTE, STREAMS, TENSOR, archive_of, raw_file, refused
+from hostile_files import STREAMS, TENSOR, archive_of, raw_file, refused
 from journal_cases import make_entry
 from replay_cases import make_llama, make_table, make_updates, named_weights, write_run
 from safetensors.torch import load_file, save_file
@@ -70,16 +69,6 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path, monkeypatch: pytes
     path = archive_of(tmp_path / "pytorch_model.bin", STREAMS[case])
     assert refused(lambda: TensorFile(path), CheckpointError) < 1 << 20
     assert not Path("it-ran").exists()
-
-
-def test_the_pickles_that_would_run_code_do_where_they_are_unpickled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for case in ("reduce", "stack global", "inst", "obj"):
-        pickle.loads(STREAMS[case])
-        assert Path("it-ran").is_file(), case
-        os.unlink("it-ran")
 
 
 @pytest.mark.parametrize(
@@ -206,18 +195,14 @@ def test_a_header_must_be_in_proportion_to_the_base(tmp_path: Path) -> None:
     "changes",
     [
         {"dtype": "load"},
-        {"dtype": "float64"},
-        {"dtype": "Tensor"},
         {"dtype": "x" * 100_000},
         {"name": "x" * 100_000},
         {"name": "model.other"},
         {"shape": [96, 16], "stride": [16, 1]},
         {"noise": ["normal"]},
-        {"noise": {}},
         {"shape": [2**62, 2**62, 96], "stride": [1, 1, 1]},
         {"shape": [2**63, 32]},
         {"stride": [-1, 1]},
-        {"index": [0]},
         {"group": {}},
     ],
 )
@@ -230,21 +215,6 @@ def test_a_table_that_is_not_the_bases_is_refused(tmp_path: Path, changes: dict[
     journal.write_bytes(seal_line(json.dumps(header).encode()[:-1]) + make_entry(0).to_line())
     refused(lambda: replay(base, journal, tmp_path / "out", progress=False), (JournalError, CheckpointError))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("case", HOSTILE_VALUES)
-def test_a_safetensors_header_takes_memory_in_proportion_to_its_length(tmp_path: Path, case: str) -> None:
-    value = HOSTILE_VALUES[case]
-    for header in (
-        b'{"t":%s}' % value,
-        b'{"t":{"dtype":"F32","shape":%s,"data_offsets":[0,4]}}' % value,
-        b'{"t":{"dtype":"F32","shape":[1],"data_offsets":%s}}' % value,
-        b'{"t":{"dtype":%s,"shape":[1],"data_offsets":[0,4]}}' % value,
-        b'{"__metadata__":%s,"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' % value,
-    ):
-        path = tmp_path / "model.safetensors"
-        path.write_bytes(raw_file(header, bytes(4)))
-        assert refused(lambda path=path: TensorFile(path), CheckpointError) < PER_BYTE * len(header) + (1 << 20)
 
 
 def test_a_header_may_be_long_in_a_long_file(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _check_map(theirs: Mapping[str, Any], ours: Mapping[str, Any], journal: str)
                 f"{journal}: parameter {name!r} is read from other places of the checkpoint than the run read it from; "
                 "use the version of transformers that the header names"
             )
-    if any((theirs.get(key) or {}) != (ours[key] or {}) for key in ("tensors", "params")):
+    if any(theirs.get(key) != ours[key] for key in ("tensors", "params")):
         raise JournalError(f"{journal}: the base checkpoint holds other tensors than those that the run read")
 
 

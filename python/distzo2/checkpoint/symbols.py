@@ -132,17 +132,14 @@ class LayoutTensor(torch.Tensor):
         elif func._schema.is_mutable:
             return args[0]
 
-        def with_problem(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                raise LayoutError(problem)
+        def with_problem(value: torch.Tensor) -> LayoutTensor:
             return LayoutTensor(Layout(tuple(value.shape), ()), value.dtype, symbols[0].trace, problem=problem)
 
         args, kwargs = tree_map(_on_meta, (args, {name: v for name, v in kwargs.items() if name != "device"}))
         try:
-            shapes = func(*args, **kwargs)
+            return tree_map(with_problem, func(*args, **kwargs))
         except Exception as error:  # it looks at values
             raise LayoutError(problem) from error
-        return tree_map(with_problem, shapes)
 
 
 def _on_meta(value: Any) -> Any:
@@ -155,13 +152,13 @@ def _view(func: Any, symbol: LayoutTensor, *args: Any, **kwargs: Any) -> Any:
 
     def seen(value: torch.Tensor) -> LayoutTensor:
         if value.dtype != symbol.dtype:
-            raise LayoutError(f"{func} takes bytes for another dtype")
-        try:
-            return symbol.moved(symbol.where.strided(value.shape, value.stride(), value.storage_offset()))
-        except LayoutError as error:
-            raise LayoutError(f"{func}: {error}") from error
+            raise LayoutError("takes bytes for another dtype")
+        return symbol.moved(symbol.where.strided(value.shape, value.stride(), value.storage_offset()))
 
-    return tree_map(seen, func(_on_meta(symbol), *args, **kwargs))
+    try:
+        return tree_map(seen, func(_on_meta(symbol), *args, **kwargs))
+    except LayoutError as error:
+        raise LayoutError(f"{func}: {error}") from error
 
 
 def _copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:

@@ -34,18 +34,8 @@ HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed ye
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))  # but for the configuration
 # Files that go with the weights and are copied as they are: tokenizers, processors, chat templates, licences.
 _COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "*chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-    "LICENSE*",
+    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.tiktoken tekken.json LICENSE* "
+    "*chat_template* additional_chat_templates/* *processor_config.json"
 )
 
 logger = logging.getLogger(__name__)
@@ -247,11 +237,8 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        if exc_type is None:
-            self.close()
-        else:
-            self.abort()
+    def __exit__(self, exc_type: Any, *_: object) -> None:
+        self.close() if exc_type is None else self.abort()
 
 
 def check_out_dir(out_dir: Path, advice: str = "name another directory") -> None:
@@ -287,7 +274,7 @@ def _companions(source: Path) -> Iterator[Path]:
     homes = [source.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
-    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
+    for path in sorted({path for pattern in _COMPANIONS.split() for path in source.glob(pattern)}):
         target = Path(os.path.realpath(path))
         if target.is_file() and any(target.is_relative_to(home) for home in homes):
             yield path
