@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import distzo2_core as core
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error
 from distzo2.planning.findings import (
     Finding,
     check_file_system,
@@ -35,6 +35,7 @@ from distzo2.planning.machines import MEASURED, default_path
 from distzo2.planning.transfers import (
     DIRECTIONS,
     MIB,
+    QUICK,
     Effort,
     link_under_load,
     measure_copies,
@@ -42,7 +43,8 @@ from distzo2.planning.transfers import (
     measure_gather,
     seconds_of,
 )
-from distzo2.run.preflight import gib
+from distzo2.run.preflight import check_output
+from distzo2.text import gib
 from distzo2.version import __version__
 
 
@@ -61,11 +63,10 @@ def measure(
         DistZO2Error: memory or disk space is short. BackendError: the extension was not built.
     """
     budget = core.require_extension("distzo2 measure").memory_budget()
-    effort, start = Effort(quick), time.perf_counter()
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    effort, start = QUICK if quick else Effort(), time.perf_counter()
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     cpus = os.sched_getaffinity(0)
-    findings: list[Finding] = []
-    machine = _machine(budget)
+    machine, findings = _machine(budget), []
     result: dict[str, Any] = {
         "format": MEASURED,
         "versions": {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -86,7 +87,7 @@ def measure(
         gpu = _gpu(device)
         machine["gpus"].append(gpu)
         where = f"{device} ({gpu['pci_address']})"
-        findings += check_link(where, gpu) + check_node(where, gpu["numa_node"], cpus)
+        findings += [*check_link(where, gpu), *check_node(where, gpu["numa_node"], cpus)]
 
     log("noise and matrix products")
     devices = [torch.device("cpu"), *gpus]
@@ -105,13 +106,12 @@ def measure(
             findings.append(Finding("gather", str(error)))
 
     if machine["simd"] == "portable":
-        text = "the noise kernels run at their portable level, without vector instructions"
-        findings.append(Finding("noise_portable", text))
+        findings.append(Finding("noise_portable", "the noise kernels run without vector instructions"))
     if gpus:
         findings += check_memlock(budget["memlock_bytes"], budget["allowed_bytes"] or 0)
         if not core.build_info()["cuda"]:
             findings.append(Finding("no_cuda_kernels", "the CUDA kernels were not compiled: GPUs use Triton's"))
-    findings += check_governor() + check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)
+    findings += [*check_governor(), *check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)]
     result["findings"] = [finding._asdict() for finding in findings]
     result["seconds"] = time.perf_counter() - start
     return result
@@ -211,9 +211,8 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def run_measure(options: Any, log: Callable[[str], None]) -> int:
     """The command: measures, prints the table, saves the file. `options` has `directory`, `json` and `quick`."""
+    check_output(json=options.json)
     path = Path(options.json) if options.json else default_path()
-    if options.json and not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its directory is not there")
     result = measure(options.directory, options.quick, lambda what: _progress(f"measuring: {what}"))
     _progress("")
     for line in table(result):

@@ -10,13 +10,13 @@ of their issue.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 
-from distzo2.planning.machines import Rates
+from distzo2.planning.machines import Duplex, Rates
 from distzo2.planning.plan_model import ModelPlan
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.scratch import Scratch
@@ -45,7 +45,7 @@ class Task:
     end: float = -1.0
 
 
-def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: Collection[str] = ()) -> None:
+def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: Set[str] = frozenset()) -> None:
     """Sets start and end of every task.
 
     Args:
@@ -53,15 +53,6 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
         duplex: speeds of upload and download while both are busy; 1: as alone.
         pool: resources that share one processor: while k of them are busy, each runs at 1/k.
     """
-
-    def speeds(busy: Collection[str]) -> dict[str, float]:
-        result = dict.fromkeys(busy, 1.0)
-        if "upload" in result and "download" in result:
-            result["upload"], result["download"] = duplex
-        inside = [r for r in result if r in pool]
-        for resource in inside:
-            result[resource] /= len(inside)
-        return result
 
     queues: dict[str, deque[Task]] = {}
     waiting: dict[Task, int] = {}
@@ -86,8 +77,7 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
             for resource, queue in queues.items():
                 while queue and resource not in running and waiting[queue[0]] == 0:
                     task = queue.popleft()
-                    task.start = now
-                    moved = True
+                    task.start, moved = now, True
                     if task.seconds > 0:
                         running[resource] = task, task.seconds
                     else:
@@ -95,7 +85,9 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
         if not running:
             assert not any(queues.values()), "tasks wait for one another"
             return
-        speed = speeds(running)
+        speed = {r: 1.0 / len(running.keys() & pool) if r in pool else 1.0 for r in running}
+        if {"upload", "download"} <= running.keys():
+            speed["upload"], speed["download"] = duplex
         step = min(left / speed[r] for r, (_, left) in running.items())
         now += step
         for resource, (task, left) in list(running.items()):
@@ -142,7 +134,8 @@ class Played:
 
 def play_steps(work: Work) -> Played:
     """Plays steps until they repeat, and takes the mean of those after."""
-    duplex = (work.transfers.up_speed, work.transfers.down_speed) if work.transfers else (1.0, 1.0)
+    link = work.link
+    duplex = tuple(min(1.0, link.both / 2 / rate) for rate in (link.up, link.down)) if link else (1.0, 1.0)
     # A slice's update takes from the device what compute would have; on a CPU so does a gather.
     pool = {"compute", "side", "gather"} if work.on_host else {"compute", "side"}
     num_steps = max(2, min(work.write_every, MOST_STEPS))
@@ -158,19 +151,13 @@ def play_steps(work: Work) -> Played:
             break
         if work.write_every > 1 and warm >= work.write_every:
             break
-    return _figures(schedule, ends, warm, num_steps)
-
-
-def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: int) -> Played:
     begin, end = ends[warm - 1], ends[-1]
-    busy: dict[str, float] = {}
-    num_bytes = {"upload": 0.0, "download": 0.0, "gather": 0.0}
-    noise_s = 0.0
+    busy, noise_s, num_bytes = Counter(), 0.0, dict.fromkeys(("upload", "download", "gather"), 0.0)
     for task in schedule.tasks:
         inside = min(task.end, end) - max(task.start, begin)
         if inside <= 0:
             continue
-        busy[task.resource] = busy.get(task.resource, 0.0) + inside / num_steps
+        busy[task.resource] += inside / num_steps
         if task.kind in ("materialize", "update"):
             noise_s += inside / num_steps
         elif task.kind in num_bytes:
@@ -178,7 +165,7 @@ def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: in
     waits = wait_intervals(schedule.tasks)
     return Played(
         (end - begin) / num_steps,
-        busy,
+        dict(busy),
         sum(max(0.0, min(b, end) - max(a, begin)) for a, b, _ in waits) / num_steps,
         noise_s,
         *num_bytes.values(),
@@ -189,16 +176,6 @@ def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: in
 
 
 # ---- the rules ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Transfers:
-    """Seconds a byte up and down alone; `up_speed` and `down_speed`: what is left of each while both are busy."""
-
-    up_s: float
-    down_s: float
-    up_speed: float
-    down_speed: float
 
 
 @dataclass(frozen=True)
@@ -220,7 +197,7 @@ class Work:
     on_host: bool  # the host computes
     streamed: Collection[int]  # indices of units that stream; their Unit.block is set
     slots: int
-    transfers: Transfers | None
+    link: Duplex | None  # the rank's share of it
     passes: Sequence[Sequence[Emission]]  # of a step: the lanes' emissions in their order
     num_terms: int  # of a step's update
     family: str
@@ -323,12 +300,11 @@ class Schedule:
             self._complete(unit)
         self._to_complete.clear()
         parts, host = self.work.model.parts, self.work.rates.host
-        by_index = {u.index: u for u in self.units}
         for part, seconds in zip(parts, self._part_s, strict=True):
             if part.units:
                 for index in self._present - set(part.units):
-                    self._release(by_index[index])
-                entered = by_index[part.units[-1]]
+                    self._release(self.units[index])
+                entered = self.units[part.units[-1]]
                 overhead = self._issue(host.visit_s)
                 if entered.index not in self._present:
                     self._bring(entered)
@@ -337,12 +313,12 @@ class Schedule:
             for emission in emissions:
                 pinned: set[int] = set()
                 for index in part.units:
-                    pinned.add(self._point(by_index[index], emission, distinct, pinned))
+                    pinned.add(self._point(self.units[index], emission, distinct, pinned))
                 overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
-                name = by_index[part.units[-1]].name if part.units else "(start)"
+                name = self.units[part.units[-1]].name if part.units else "(start)"
                 self._run("compute", name, seconds + overhead)
         for index in list(self._present):
-            self._release(by_index[index])
+            self._release(self.units[index])
 
     # ---- as UnitWeights ---------------------------------------------------------------------------------------------
 
@@ -453,7 +429,7 @@ class Schedule:
         slot.unit, slot.wanted, slot.version = unit, False, -1
         self._slot_of[unit.index] = slot
         num_bytes = unit.num_bytes / (self.work.slicing.num_ranks if self.work.slicing else 1)
-        seconds = num_bytes * self.work.transfers.up_s
+        seconds = num_bytes / self.work.link.up
         after = (self._host, slot.readers, slot.stored, self._store_of.get(unit.index))
         slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
         slot.stored = None
@@ -465,7 +441,7 @@ class Schedule:
         return slot
 
     def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
-        seconds, more = num_bytes * self.work.transfers.down_s, {"num_bytes": num_bytes, "slot": slot.number}
+        seconds, more = num_bytes / self.work.link.down, {"num_bytes": num_bytes, "slot": slot.number}
         slot.stored = self._add("download", "download", unit.name, seconds, after, slot.ready, **more)
         self._store_of[unit.index] = slot.stored
 

@@ -67,7 +67,7 @@ class RunDirectory:
         """
         self._resume, self.continues = resume, False
         if resume:
-            self.record = _read_record(self.path)
+            self.record = read_record(self.path)
             self.continues = _has_begun(self.path, self.record)
             if self.continues and not self.journal.is_file():
                 raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
@@ -82,7 +82,7 @@ class RunDirectory:
     def is_of_launch(self, launch: str | None) -> bool:
         """Whether a launch of torchrun began the run in the directory."""
         with suppress(DistZO2Error):
-            return launch is not None and _read_record(self.path).get("launch") == launch
+            return launch is not None and read_record(self.path).get("launch") == launch
         return False
 
     @property
@@ -187,7 +187,12 @@ class RunDirectory:
             sync_directory(self.checkpoint)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The run.json of the run in a directory.
+
+    Raises:
+        UsageError: there is none. DistZO2Error: it is damaged.
+    """
     try:
         record = json.loads((path / "run.json").read_bytes())
     except OSError as error:
@@ -204,22 +209,13 @@ def _has_begun(path: Path, record: dict[str, Any]) -> bool:
     return record.get("status") != "starting" or os.path.lexists(path / "journal.jsonl")
 
 
-def trace_of(path: str | os.PathLike) -> Path:
-    """Where the trace of the run in a directory is, if there is one."""
-    try:
-        named = saved_options(path).get("trace")
-    except UsageError:
-        named = None
-    return Path(named) if named else Path(path) / "trace.json"
-
-
 def saved_options(path: str | os.PathLike) -> dict[str, Any]:
     """The options of the run in a directory that a resumed run or a branch of it takes over, as run.json holds them.
 
     Raises:
         UsageError: it holds none.
     """
-    record = _read_record(Path(path))
+    record = read_record(Path(path))
     options = dict(record["options"])
     # A run may continue on other ranks; it is branched once, when it begins.
     begun = ("branch_from", "at_step") if _has_begun(Path(path), record) else ()

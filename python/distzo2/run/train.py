@@ -16,6 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.errors import UsageError
@@ -26,7 +28,7 @@ from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import launch_id, restarts
 from distzo2.run.loop import Result, TrainLoop, together
 from distzo2.run.options import FinetuneOptions, changed
-from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, model_size, set_threads
+from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size
 from distzo2.streaming.offload import runtime_of, usable_device
 from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
@@ -55,9 +57,9 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
         device = usable_device(f"cuda:{mesh.local_rank}" if own_gpu else options.device)
-        set_threads(options.threads)
-        if options.trace and (not Path(options.trace).absolute().parent.is_dir() or Path(options.trace).is_dir()):
-            raise UsageError(f"--trace {options.trace}: expected a file in a directory that exists")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        check_output(trace=options.trace)
         size = model_size(options.model, DTYPES.get(options.dtype))
         tokenizer = load_tokenizer(options.model)
         limit = sequence_limit(options.model, options.max_length)
