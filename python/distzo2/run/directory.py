@@ -29,12 +29,8 @@ from distzo2.run.options import LEFT
 
 _RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
 _LEFTOVERS = (
-    "weights.*dzo2.new",
-    "weights.*json.tmp",
-    ".journal.jsonl.*.tmp",
-    "run.json.tmp",
-    "metrics.jsonl.tmp",
-)  # of a killed run
+    "weights.*dzo2.new weights.*json.tmp .journal.jsonl.*.tmp run.json.tmp metrics.jsonl.tmp"  # of a killed run
+)
 
 
 class RunDirectory:
@@ -49,7 +45,7 @@ class RunDirectory:
         self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}  # what run.json says
         self.continues = False  # whether a run with a journal is in it, which is resumed
-        self._resume = False
+        self.resumes = False  # whether to continue the run that is in it
         self._descriptor: int | None = None  # of the lock, while it is held
         self._made: list[Path] = []  # directories that this process made, innermost first
 
@@ -65,7 +61,7 @@ class RunDirectory:
         Raises:
             UsageError: it holds a run, or with `resume` none, or is no directory.
         """
-        self._resume, self.continues = resume, False
+        self.resumes, self.continues = resume, False
         if resume:
             self.record = read_record(self.path)
             self.continues = _has_begun(self.path, self.record)
@@ -84,11 +80,6 @@ class RunDirectory:
         with suppress(DistZO2Error):
             return launch is not None and read_record(self.path).get("launch") == launch
         return False
-
-    @property
-    def begins_again(self) -> bool:
-        """Whether it holds a run that was killed before it had a journal."""
-        return self._resume and not self.continues
 
     def claim(self) -> None:
         """Makes the directory and its parents, and keeps other processes out of it until `release`.
@@ -109,7 +100,7 @@ class RunDirectory:
             raise DistZO2Error(f"{error.filename or self.path}: {error.strerror}") from error
         before = self.continues
         try:  # what was there before the lock may have changed
-            if self.check(self._resume) != before:
+            if self.check(self.resumes) != before:
                 raise UsageError(f"{self.path}: another distzo2 process began this run: --resume it")
         except BaseException:
             self.release()
@@ -140,7 +131,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Removes files without their final name, which a killed process left."""
-        for pattern in _LEFTOVERS:
+        for pattern in _LEFTOVERS.split():
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
         for directory in (self.path, self.checkpoint):  # earlier versions wrote beside the checkpoint

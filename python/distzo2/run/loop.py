@@ -72,6 +72,13 @@ def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
     return nullcontext() if mesh is None else mesh.together(what)
 
 
+def from_rank_0(mesh: Mesh | None, what: str, read: Callable[[], Any]) -> Any:
+    """The JSON value that `read` returns, on rank 0 of a mesh or without one."""
+    if mesh is None:
+        return read()
+    return json.loads(mesh.exchange.from_rank_0(what, lambda: json.dumps(read()).encode()))
+
+
 class TrainLoop:
     """One process's part of a run."""
 
@@ -115,16 +122,15 @@ class TrainLoop:
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
-        self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
+        data = hashlib.sha256(Path(o.eval).read_bytes()).hexdigest()[:16] if o.eval else None
+        self.metrics = Metrics(self.run.metrics if self.leads else None, data, self.log)
         if self.leads and (o.resume or self.branches):
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             what = f"resumed {self.run.path}" if o.resume else f"branched from {o.branch_from}"
             self.log(f"{what} at step {optimizer.step_count} of {o.steps}")
-        if o.resume and self.mesh is not None:
-            evals = self.mesh.exchange.from_rank_0(
-                "the evaluations so far", lambda: json.dumps(list(self.metrics.evals.values())).encode()
-            )
-            self.metrics.evals = {line["step"]: line for line in json.loads(evals)}
+        if o.resume:
+            evals = from_rank_0(self.mesh, "the evaluations so far", lambda: list(self.metrics.evals.values()))
+            self.metrics.evals = {line["step"]: line for line in evals}
         if self.leads:
             self.run.update(
                 options=settings,
@@ -148,9 +154,9 @@ class TrainLoop:
                     self._evaluate_if_due(bar)
         except KeyboardInterrupt:
             self._stopped("interrupted")
-            steps = f"interrupted: {optimizer.step_count} steps are in the journal"
             advice = f"continue with distzo2 finetune --resume --out {o.out}"
-            raise KeyboardInterrupt(f"{steps}; {advice}" if self.has_stepped else "") from None
+            text = f"interrupted: {optimizer.step_count} steps are in the journal; {advice}"
+            raise KeyboardInterrupt(text if self.has_stepped else "") from None
         except DistZO2Error as error:
             self._stopped(f"stopped: {error}")
             raise
@@ -231,9 +237,9 @@ class TrainLoop:
     def _trace(self, step: int) -> None:
         """Records --trace-steps steps from the third on, or from the first where there are no more."""
         o = self.options
-        first = max(self._first_step, min(TRACE_FROM, max(0, o.steps - o.trace_steps)))
         if o.trace is None or not self.leads:
             return
+        first = max(self._first_step, min(TRACE_FROM, max(0, o.steps - o.trace_steps)))
         if step == first:
             self.runtime.weights.enable_trace(True)
             self._tracing = True
@@ -284,12 +290,6 @@ class TrainLoop:
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
         return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
 
-    def _eval_data(self) -> str | None:
-        """Names the data of evaluations: the beginning of its SHA-256."""
-        if not self.options.eval:
-            return None
-        return hashlib.sha256(Path(self.options.eval).read_bytes()).hexdigest()[:16]
-
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -334,6 +334,9 @@ class TrainLoop:
         )
 
     def close(self) -> None:
+        """Closes what `start` opened. A new run that ends before its first step leaves no weight file."""
+        if self.runtime.kept is not None and not self.options.resume and not self.has_stepped:
+            self.runtime.kept.done()
         if self.metrics is not None:
             self.metrics.close()
         if self.optimizer is not None:
