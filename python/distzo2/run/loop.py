@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.zosgd import ZOSGD
-from distzo2.parallel.group import Mesh, current
+from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
 from distzo2.run.directory import RunDirectory
-from distzo2.run.launch import launch_id
+from distzo2.run.launch import from_rank_0, launch_id, together
 from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
@@ -65,18 +64,6 @@ class Result:
     num_steps: int
     size: ModelSize
     peak_bytes: int  # of this process's memory
-
-
-def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
-    """A block that the ranks of a mesh run together: an exception of one is an error of all. No-op without a mesh."""
-    return nullcontext() if mesh is None else mesh.together(what)
-
-
-def from_rank_0(mesh: Mesh | None, what: str, read: Callable[[], Any]) -> Any:
-    """The JSON value that `read` returns, on rank 0 of a mesh or without one."""
-    if mesh is None:
-        return read()
-    return json.loads(mesh.exchange.from_rank_0(what, lambda: json.dumps(read()).encode()))
 
 
 class TrainLoop:

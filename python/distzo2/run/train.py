@@ -24,8 +24,8 @@ from distzo2.parallel.group import current
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
-from distzo2.run.launch import launch_id, restarts
-from distzo2.run.loop import Result, TrainLoop, from_rank_0, together
+from distzo2.run.launch import from_rank_0, launch_id, restarts, together
+from distzo2.run.loop import Result, TrainLoop
 from distzo2.run.options import FinetuneOptions, changed
 from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size
 from distzo2.streaming.offload import runtime_of, usable_device
