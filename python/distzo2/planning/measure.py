@@ -30,6 +30,7 @@ from distzo2.planning.findings import (
     check_node,
     check_threads,
     file_system,
+    read_link,
 )
 from distzo2.planning.machines import MEASURED, default_path
 from distzo2.planning.transfers import (
@@ -37,7 +38,6 @@ from distzo2.planning.transfers import (
     MIB,
     QUICK,
     Effort,
-    link_under_load,
     measure_copies,
     measure_disk,
     measure_gather,
@@ -134,10 +134,18 @@ def _machine(budget: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    """What a GPU is, and its link while it is in use: an idle one is slowed down to save power."""
     about = torch.cuda.get_device_properties(device)
     address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
     names = {"device": str(device), "name": about.name, "memory_bytes": about.total_memory, "pci_address": address}
-    return names | link_under_load(device, address)
+    host = torch.zeros(64 * MIB, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(host, device=device)
+    for _ in range(40):
+        there.copy_(host, non_blocking=True)
+    time.sleep(0.02)
+    link = read_link(address)
+    torch.cuda.synchronize(device)
+    return names | link
 
 
 # ---- rates of a device --------------------------------------------------------------------------------------------

@@ -211,19 +211,6 @@ class Planner:
             raise UsageError(f"--parallel {r.parallel} is {mesh.size} ranks, and --nproc says {r.nproc}")
         return [mesh]
 
-    def assumptions(self) -> list[str]:
-        """What the figures rest on."""
-        r = self.request
-        return [
-            f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
-            "transformers runs them here",
-            *self.machine.assumptions,
-            *(() if self.machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
-            f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
-            if r.parallel or r.nproc
-            else "nothing else runs on the machine",
-        ]
-
 
 def possible_meshes(
     num_ranks: int, evaluations: Sequence[tuple[int, int]], num_batches: int | None, batch: int
@@ -270,6 +257,16 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
     model, rows = next(iter(planner.models.values())), [plan.row for plan in plans]
     for row in rows:
         row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    r, machine = planner.request, planner.machine
+    assumptions = [
+        f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
+        "transformers runs them here",
+        *machine.assumptions,
+        *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
+        f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
+        if r.parallel or r.nproc
+        else "nothing else runs on the machine",
+    ]
     fitting = [i for i, row in enumerate(rows) if row["fits"]]
     unasked = ("json", "picture", "trace")
     return {
@@ -283,8 +280,8 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
             "units": len(model.units),
             "blocks": sum(not u.resident for u in model.units),
         },
-        "request": {k: v for k, v in vars(planner.request).items() if k not in unasked},
-        "machine": {"name": planner.machine.name, "assumptions": planner.assumptions()},
+        "request": {k: v for k, v in vars(r).items() if k not in unasked},
+        "machine": {"name": machine.name, "assumptions": assumptions},
         "rows": rows,
         "best": max(fitting, key=lambda i: rows[i]["tokens_per_s"], default=None),
     }

@@ -147,9 +147,8 @@ def play_steps(work: Work) -> Played:
         ends = [task.end for task in schedule.step_ends]
         lengths = [b - a for a, b in pairwise(ends)]
         before, after = sum(lengths[-2 * num_steps : -num_steps]), sum(lengths[-num_steps:])
-        if len(lengths) >= 2 * num_steps and abs(after - before) <= SAME * after:
-            break
-        if work.write_every > 1 and warm >= work.write_every:
+        settled = len(lengths) >= 2 * num_steps and abs(after - before) <= SAME * after
+        if settled or 1 < work.write_every <= warm:
             break
     begin, end = ends[warm - 1], ends[-1]
     busy, noise_s, num_bytes = Counter(), 0.0, dict.fromkeys(("upload", "download", "gather"), 0.0)
@@ -352,17 +351,13 @@ class Schedule:
             self._dirty.discard(unit.index)
             self._download(unit, slot, unit.num_bytes, self._compute)
 
-    def _is_sliced(self, unit: Unit) -> bool:
-        """Whether the block reaches its slot with every update made."""
-        return self.work.slicing is not None and unit.index in self.work.streamed
-
     def _elides(self, unit: Unit) -> bool:
         behind = unit.index in self.work.streamed and self._stored[unit.index] < self._version
         return behind and (self._version + unit.block) % self.work.write_every != 0
 
     def _point(self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]) -> int:
         """The address of the perturbed copy that the lane uses; 0: the clean weights."""
-        stays_behind = self._elides(unit) and not self._is_sliced(unit)
+        stays_behind = self._elides(unit) and self.work.slicing is None
         if not unit.trainable or (emission.clean and not stays_behind):
             self._materialize(unit, (), 0)
             return 0
@@ -379,7 +374,9 @@ class Schedule:
     def _materialize(self, unit: Unit, emissions: Sequence[Emission], num_noises: int) -> None:
         if not unit.trainable:
             return
-        missed = 0 if self._is_sliced(unit) else self._version - self._stored[unit.index]
+        # A sliced block reaches its slot with every update made.
+        sliced = self.work.slicing is not None and unit.index in self.work.streamed
+        missed = 0 if sliced else self._version - self._stored[unit.index]
         writes = missed > 0 and not (emissions and self._elides(unit))
         if missed or emissions:
             seconds = self._noise_s(unit, 1.0, missed, num_noises, len(emissions), writes)
@@ -387,7 +384,7 @@ class Schedule:
             self._run("materialize", unit.name, seconds + overhead)
             if writes:
                 self._dirty.add(unit.index)
-        if writes or not (missed or self._is_sliced(unit)):
+        if writes or not (missed or sliced):
             self._stored[unit.index] = self._version
 
     def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:

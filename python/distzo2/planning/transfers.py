@@ -17,10 +17,10 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.utils.benchmark import Timer
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.planning.findings import read_link
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 MIB = 2**20
@@ -135,18 +135,6 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
     return {"device": name, "block_bytes": block_bytes, **rates}
 
 
-def link_under_load(device: torch.device, address: str) -> dict[str, Any]:
-    """The GPU's link while it is in use: an idle one is slowed down to save power."""
-    host = torch.zeros(64 * MIB, dtype=torch.uint8).pin_memory()
-    there = torch.empty_like(host, device=device)
-    for _ in range(40):
-        there.copy_(host, non_blocking=True)
-    time.sleep(0.02)
-    link = read_link(address)
-    torch.cuda.synchronize(device)
-    return link
-
-
 def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]:
     """Reads and writes of a file of blocks in `directory`, and how long an appended line takes to be durable.
 
@@ -161,7 +149,12 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
     block_bytes = effort.pick(2, 32) * MIB
     try:
         with tempfile.NamedTemporaryFile(prefix="distzo2-measure-", dir=directory, buffering=0) as named:
-            fsync_s = _fsync_seconds(named.fileno(), effort.pick(5, 40))
+            samples = []
+            for _ in range(effort.pick(5, 40)):
+                start = time.perf_counter()
+                named.write(b"x" * 300)  # such as a line of the journal
+                os.fsync(named.fileno())
+                samples.append(time.perf_counter() - start)
             named.truncate(0)
             file = BlockFile(named.name, [block_bytes] * NUM_BLOCKS)
             descriptor = os.open(named.name, os.O_RDWR)
@@ -190,19 +183,8 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
         engine.close()
         file.close()
         os.close(descriptor)
-    place = os.path.realpath(directory)
-    return {"directory": place, "direct": direct, "block_bytes": block_bytes, **rates, "fsync_s": fsync_s}
-
-
-def _fsync_seconds(descriptor: int, num_writes: int) -> float:
-    """Median seconds until an appended line, such as the journal's, is on the disk."""
-    samples = []
-    for _ in range(num_writes):
-        start = time.perf_counter()
-        os.write(descriptor, b"x" * 300)
-        os.fsync(descriptor)
-        samples.append(time.perf_counter() - start)
-    return statistics.median(samples)
+    about = {"directory": os.path.realpath(directory), "direct": direct, "block_bytes": block_bytes}
+    return {**about, **rates, "fsync_s": statistics.median(samples)}
 
 
 # ---- gather -------------------------------------------------------------------------------------------------------
@@ -244,8 +226,6 @@ def _gather_rank(
     rank: int, backend: str, num_ranks: int, slice_bytes: int, num_rounds: int, meet: str, times: Any
 ) -> None:
     """One rank, in its own process; rank 0 puts the slowest rank's seconds of each round into `times`."""
-    import torch.distributed as dist
-
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
