@@ -56,11 +56,7 @@ def test_products_of_a_forward() -> None:
         "model.decoder.embed_tokens", "model.decoder.embed_positions"
     ]  # fmt: skip
     assert len(plan.parts) == 1 + 2 + 12 + 1 + 1  # before, embeddings, blocks, norm, the tied head
-
-
-def test_what_lanes_hold() -> None:
-    """Parked in the blocks: hidden states. At the head: logits, and their logarithms beside them."""
-    plan = plan_model("opt-125m", torch.float32, 4, 128)
+    # Parked in the blocks: hidden states. At the head: logits, and their logarithms beside them.
     hidden, logits = 512 * 768 * 4, 512 * 50272 * 4
     assert plan.parts[6].live_before == pytest.approx(3 * hidden, rel=0.01)  # the lookups' results are alive
     assert plan.parts[-1].peak == pytest.approx(2 * logits + hidden, rel=0.01)
