@@ -52,7 +52,7 @@ def test_a_run_and_what_comes_of_it(files, capsys) -> None:
     assert "64 positions" in one_line(capsys)
 
 
-def test_a_run_goes_on(files, capsys) -> None:
+def test_a_run_continues(files, capsys) -> None:
     options = [f"--eval={files.eval}", "--eval-every=3", "--estimator=fzoo", "--noise=rademacher", "--probes=2"]
     assert finetune(files, *options, "--steps=6", "--out=whole") == 0
     assert finetune(files, *options, "--steps=4", "--out=out") == 0
@@ -89,7 +89,7 @@ def test_interrupted_at_any_time(files, signum: int, status: int) -> None:
         [*command, "--out=out", *STEPS, *options],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run may be told to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the test run may ignore it
     )
     journal = Path("out/journal.jsonl")
     while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from distzo2.planning.plan import Planner
 from distzo2.planning.plan_model import ModelPlan, Part, plan_module
 from distzo2.planning.report import read_trace
 from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_steps
+from distzo2.run.options import PlanOptions
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.units import ParamInfo, Unit
 from distzo2_core import Term
@@ -43,66 +43,40 @@ class FixedRates:
 
 def blocks(num: int = BLOCKS, trainable: bool = True) -> list[Unit]:
     """Units of 64 elements, which are 256 bytes."""
-    made = []
-    for i in range(num):
-        param = ParamInfo(i, f"b{i}.w", torch.Size([64]), torch.float32, (1,), trainable, nn.Parameter())
-        unit = Unit(i, f"b{i}", [param], [], resident=False)
-        unit.block = i
-        made.append(unit)
+    shape = torch.Size([64]), torch.float32, (1,), trainable
+    made = [Unit(i, f"b{i}", [ParamInfo(i, f"b{i}.w", *shape, nn.Parameter())], [], False) for i in range(num)]
+    for unit in made:
+        unit.block = unit.index
     return made
 
 
 def played(
-    compute: float,
-    up: float,
-    down: float = 0.0,
-    *,
-    shared: float = 1.0,
-    slots: int = 3,
-    lanes: Sequence[Emission] = (CLEAN,),
-    trainable: bool = True,
-    noise: float = 0.0,
-    num_blocks: int = BLOCKS,
-    on_host: bool = False,
-    slicing: Slicing | None = None,
-    write_every: int = 1,
-    host: Host = NO_HOST,
-) -> Played:
+    compute: float, up: float, down: float = 0.0, *, shared: float = 1.0, lanes: Sequence[Emission] = (CLEAN,),
+    trainable: bool = True, noise: float = 0.0, num_blocks: int = BLOCKS, host: Host = NO_HOST, slots: int = 3,
+    on_host: bool = False, **more,
+) -> Played:  # fmt: skip
     """Steps whose transfers take `up` and `down` a block, alone; both ways at once each has `shared` of its speed."""
     units = blocks(num_blocks, trainable)
     parts = [Part((), (), 0, 0, 0, 0), *(Part((u.index,), (), 0, 0, 0, 0) for u in units)]
-    model = ModelPlan("made", torch.float32, units, parts)
     rates = [256 / seconds if seconds else math.inf for seconds in (up, down)]
-    return play_steps(
-        Work(
-            model=model,
-            rates=FixedRates(compute, noise, host),
-            on_host=on_host,
-            streamed={u.index for u in units},
-            slots=slots,
-            link=Duplex(*rates, 2 * shared * max(rates)),
-            passes=[list(lanes)],
-            num_terms=1,
-            family="normal",
-            write_every=write_every,
-            slicing=slicing,
-        )
-    )
+    work = Work(
+        ModelPlan("made", torch.float32, units, parts), FixedRates(compute, noise, host), on_host,
+        {u.index for u in units}, slots, Duplex(*rates, 2 * shared * max(rates)), [list(lanes)], 1, "normal", **more,
+    )  # fmt: skip
+    return play_steps(work)
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def test_transfers_that_slow_each_other() -> None:
+def test_tasks_that_slow_each_other() -> None:
     up, down = Task("upload", "upload", "a", 4.0), Task("download", "download", "a", 2.0)
     last = Task("upload", "upload", "b", 1.0, (down,))
     play([up, down, last], duplex=(0.5, 0.5))
     assert down.end == pytest.approx(4.0)  # 2 s of work at half speed
     assert up.end == pytest.approx(6.0)  # 2 of 4 s done by then, the rest alone
     assert last.end == pytest.approx(7.0)
-
-
-def test_a_shared_processor() -> None:
+    # On a shared processor each of two runs at half speed.
     a, b = Task("compute", "compute", "a", 3.0), Task("side", "update", "b", 1.0)
     play([a, b], pool={"compute", "side"})
     assert (a.end, b.end) == pytest.approx((4.0, 2.0))
@@ -137,13 +111,8 @@ def test_both_ways() -> None:
     shared = played(1.0, 3.0, 3.0, lanes=PAIR[:1], shared=0.5)
     assert shared.step_s == pytest.approx(36.0)
     assert shared.bytes_down == pytest.approx(6 * 256) == shared.bytes_up
-
-
-@pytest.mark.parametrize("on_host", [False, True])
-def test_two_slots(on_host: bool) -> None:
-    """A slot's round is 3 + 1 + 3 s, in which two blocks pass."""
-    result = played(1.0, 3.0, 3.0, lanes=PAIR[:1], slots=2, on_host=on_host)
-    assert result.step_s == pytest.approx(6 * 3.5)
+    for on_host in (False, True):  # with two slots, two blocks pass in 3 + 1 + 3 s
+        assert played(1.0, 3.0, 3.0, lanes=PAIR[:1], slots=2, on_host=on_host).step_s == pytest.approx(6 * 3.5)
 
 
 def test_uploads_go_ahead_across_the_end_of_a_step() -> None:
@@ -253,28 +222,18 @@ def tiny(kind: str) -> nn.Module:
     return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=5, ffn_dim=128, word_embed_proj_dim=64))
 
 
-CASES = [
-    ("llama", "spsa", 1, 1, 1),
-    ("llama", "spsa", 2, 2, 1),
-    ("opt", "spsa", 1, 1, 1),
-    ("opt", "fzoo", 3, 1, 1),
-    ("opt", "spsa", 2, 1, 3),
-]
-
-
-@pytest.mark.parametrize(("kind", "estimator", "probes", "batches", "every"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "estimator", "probes", "batches", "every"),
+    [("llama", "spsa", 2, 2, 1), ("opt", "spsa", 1, 1, 1), ("opt", "fzoo", 3, 1, 1), ("opt", "spsa", 2, 1, 3)],
+)
 def test_the_runtime_does_the_same(
     kind: str, estimator: str, probes: int, batches: int, every: int, tmp_path: Path
 ) -> None:
     """Parts, noise and transfers come in the runtime's order; bytes of transfers and memory are equal."""
     with torch.device("meta"):
         plan = plan_module(tiny(kind).eval(), kind, torch.float32, 2, 9)
-    request = SimpleNamespace(
-        batch=2 * batches, tokens=9, micro_batches=batches, probes=probes, estimator=estimator, noise="normal",
-        slots=3, weights="disk", memory_budget=None, max_lanes=None, write_every=every, model="", dtype="auto",
-        parallel=None, nproc=None,
-    )  # fmt: skip
-    planner = Planner(request, GPUS["a100"])
+    request = {"batch": 2 * batches, "tokens": 9, "micro_batches": batches, "probes": probes, "estimator": estimator}
+    planner = Planner(PlanOptions(model=kind, weights="disk", write_every=every, **request), GPUS["a100"])
     planner.models[2] = plan
     predicted = planner.predict()
 

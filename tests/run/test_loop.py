@@ -125,7 +125,7 @@ def test_a_run_whose_journal_fails_has_not_finished(files, capsys, monkeypatch, 
         assert record()["status"].startswith("stopped: ") and record()["steps_done"] < steps
 
 
-def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files, capsys, monkeypatch) -> None:
+def test_a_run_whose_end_cannot_be_written_resumes(files, capsys, monkeypatch) -> None:
     error = OSError(errno.EIO, os.strerror(errno.EIO), "run.json.tmp")
     with failing_updates(monkeypatch, error, lambda values: values.get("status") == "finished"):
         assert finetune(files, "--steps=2") == 1

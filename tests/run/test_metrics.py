@@ -27,7 +27,7 @@ OPTIONS = ["--eval-every=2", "--score=loss", "--save=best", "--steps=4"]
         lambda line: b"[" * 100_000 + b"\n",
     ],
 )
-def test_a_damaged_evaluation_is_told_and_does_not_count(files, capsys, change) -> None:
+def test_a_damaged_evaluation_is_reported_and_does_not_count(files, capsys, change) -> None:
     assert finetune(files, f"--eval={files.eval}", *OPTIONS) == 0
     path = Path("out/metrics.jsonl")
     lines = path.read_bytes().splitlines(True)

@@ -87,7 +87,7 @@ def test_too_little_room(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None
     assert finetune(files, "--weights=disk") == 1
     assert "are free on its disk" in one_line(capsys)
     monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
-    assert finetune(files) == 1  # told before the first step, not when the checkpoint is to be written
+    assert finetune(files) == 1  # refused before the first step, not when the checkpoint is to be written
     assert "to spare 64.00 MiB" in one_line(capsys)
     monkeypatch.undo()
     monkeypatch.setattr(preflight, "available_memory", lambda: 1000)

@@ -83,7 +83,7 @@ def check_node(name: str, node: int | None, cpus: Collection[int], root: Path = 
 
 
 def parse_list(text: str) -> set[int]:
-    """Of the kernel's "0-3,8", {0, 1, 2, 3, 8}."""
+    """Reads a list of the kernel's: "0-3,8" is {0, 1, 2, 3, 8}."""
     ends = [part.split("-") for part in text.split(",") if part]
     return {number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)}
 

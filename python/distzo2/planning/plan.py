@@ -68,8 +68,6 @@ class Planner:
         self.models: dict[int, ModelPlan] = {}  # by sequences of a micro-batch
         if request.micro_batches is not None and request.batch % request.micro_batches:
             raise UsageError(f"--micro-batches {request.micro_batches} does not divide --batch {request.batch}")
-        if request.slots < 2:
-            raise UsageError(f"--slots {request.slots}: at least 2 were expected")
 
     def predict(self, mesh: MeshShape = ONE_DEVICE, sliced: bool = False) -> Prediction:
         """What a step on `mesh` takes.
@@ -167,7 +165,7 @@ class Planner:
         return streamed
 
     def _link(self, ranks: int) -> Duplex:
-        """Of one rank, the others being as busy."""
+        """The link of one rank, which the other ranks keep as busy."""
         machine = self.machine
         rates, sharers = machine.link, ranks if machine.computes_on_host else min(ranks, machine.devices_per_switch)
         if self.request.weights == "disk":

@@ -64,7 +64,7 @@ class Op:
 
     @property
     def flop(self) -> float:
-        """Of products and attention; a multiplication with its addition is two."""
+        """Arithmetic of a product or attention; a multiplication with its addition counts as two."""
         if self.kind == "product":
             return 2.0 * self.batch * math.prod(self.size)
         if self.kind == "attention":
@@ -73,7 +73,7 @@ class Op:
 
     @property
     def num_bytes(self) -> float:
-        """Read and written."""
+        """Bytes that it reads and writes."""
         if self.kind == "stream":
             return float(self.size[0])
         a, b, c = self.size
@@ -154,7 +154,7 @@ def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -
 
 
 def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int) -> ModelPlan:
-    """As `plan_model`, for a language model on the meta device."""
+    """Plans a language model that is on the meta device; see `plan_model`."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")

@@ -359,7 +359,7 @@ class PlanOptions:
     slice: Literal["on", "off", "auto"] = option("auto", "whether ranks share each block's transfer; auto: plan both")
     weights: Weights = option("host", "where blocks live")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
-    slots: Count = option(3, "blocks on the device at once")
+    slots: Annotated[Count, Range(ge=2)] = option(3, "blocks on the device at once")
     write_every: Count = option(1, "write a block back at every N-th step")
     memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
     max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")
