@@ -78,7 +78,7 @@ class RunDirectory:
     def is_of_launch(self, launch: str | None) -> bool:
         """Whether a launch of torchrun began the run in the directory."""
         with suppress(DistZO2Error):
-            return launch is not None and read_record(self.path).get("launch") == launch
+            return read_record(self.path).get("launch") == launch
         return False
 
     def claim(self) -> None:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +53,6 @@ def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int],
         return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    out: Path
-    num_steps: int
-    size: ModelSize
-    peak_bytes: int  # of this process's memory
 
 
 class TrainLoop:
@@ -129,7 +118,7 @@ class TrainLoop:
                 **self._best_so_far(),
             )
 
-    def run_to_end(self) -> Result:
+    def run_to_end(self) -> None:
         """Makes the steps that are left, with their evaluations, and saves the checkpoint."""
         o, optimizer = self.options, self.optimizer
         self._evaluate_if_due()
@@ -154,7 +143,6 @@ class TrainLoop:
                 self._ended("finished")  # if this cannot be written, the run has not finished
         if self.runtime.kept is not None:
             self.runtime.kept.done()
-        return Result(self.run.path, optimizer.step_count, self.size, peak_bytes())
 
     @property
     def branches(self) -> bool:

@@ -25,17 +25,19 @@ from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
-from distzo2.run.loop import Result, TrainLoop
+from distzo2.run.loop import TrainLoop
+from distzo2.run.metrics import peak_bytes
 from distzo2.run.options import FinetuneOptions, changed
 from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size
 from distzo2.streaming.offload import runtime_of, usable_device
 from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
+from distzo2.text import gib
 
 _PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
 
 
-def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> Result:
+def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> None:
     """Runs `distzo2 finetune` to the end.
 
     Raises:
@@ -98,7 +100,9 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             with closing(loop):
                 with together(mesh, "starting the run"):
                     loop.start(settings)
-                return loop.run_to_end()
+                loop.run_to_end()
+        memory = f"peak memory {gib(peak_bytes())}, weights {gib(size.total)}"
+        log(f"{loop.optimizer.step_count} steps in {run.path}; {memory}")
     except BaseException as error:
         foreign = isinstance(error.__cause__, FileExistsError)  # another program made a journal meanwhile
         if loop is None or not loop.has_stepped:
