@@ -55,33 +55,22 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
     """
 
     queues: dict[str, deque[Task]] = {}
-    waiting: dict[Task, int] = {}
-    behind: dict[Task, list[Task]] = {}
     for task in tasks:
         queues.setdefault(task.resource, deque()).append(task)
-        waiting[task] = len(task.after)
-        for before in task.after:
-            behind.setdefault(before, []).append(task)
     now = 0.0
     running: dict[str, tuple[Task, float]] = {}  # by resource: what runs there, seconds left at full speed
-
-    def finish(task: Task) -> None:
-        task.end = now
-        for follower in behind.get(task, ()):
-            waiting[follower] -= 1
-
     while True:
         moved = True
         while moved:
             moved = False
             for resource, queue in queues.items():
-                while queue and resource not in running and waiting[queue[0]] == 0:
+                while queue and resource not in running and all(before.end >= 0 for before in queue[0].after):
                     task = queue.popleft()
                     task.start, moved = now, True
                     if task.seconds > 0:
                         running[resource] = task, task.seconds
                     else:
-                        finish(task)
+                        task.end = now
         if not running:
             assert not any(queues.values()), "tasks wait for one another"
             return
@@ -94,7 +83,7 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
             left -= step * speed[resource]
             if left <= 1e-12 * max(1.0, task.seconds):
                 del running[resource]
-                finish(task)
+                task.end = now
             else:
                 running[resource] = task, left
 
@@ -240,7 +229,7 @@ class Schedule:
         self._slots = [_Slot(number) for number in range(work.slots)]
         self._slot_of: dict[int, _Slot] = {}
         self._store_of: dict[int, Task] = {}  # by unit: its last download
-        self._uses = 0
+        self._uses = itertools.count(1)
         streamed = [u for u in self.units if u.index in work.streamed]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}
         self._last: Unit | None = None
@@ -345,8 +334,7 @@ class Schedule:
             return
         slot = self._slot_of[unit.index]
         slot.held, slot.readers = False, self._compute
-        self._uses += 1
-        slot.last_use = self._uses
+        slot.last_use = next(self._uses)
         if unit.index in self._dirty:
             self._dirty.discard(unit.index)
             self._download(unit, slot, unit.num_bytes, self._compute)
@@ -408,8 +396,7 @@ class Schedule:
             self._assign(slot, unit)
         if not slot.held:
             slot.wanted = True
-            self._uses += 1
-            slot.last_use = self._uses
+            slot.last_use = next(self._uses)
         return True
 
     def _choose(self, for_acquire: bool) -> _Slot | None:
