@@ -211,7 +211,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Takes over the steps of a journal; no forward is run. Those from step `first_like` on count in the running
         median that clips later coefficients, as if this optimizer had made them."""
         for entry in entries:
-            self._runtime.weights.push([entry.update])
+            self._runtime.weights.updates.push(entry.update)
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
@@ -299,7 +299,7 @@ class ZOSGD(torch.optim.Optimizer):
         self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
     ) -> np.ndarray:
         """float64 [evaluations, micro-batches], of all ranks."""
-        self._runtime.weights.set_perturb_scales(scales)
+        self._runtime.weights.updates.set_perturb_scales(scales)
         losses = self._ranks.gather(
             step, deal, lambda lanes, first_batch: self._lanes.run(step, lanes, closures, first_batch)
         )
@@ -343,7 +343,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _push(self, update: Update, record: StepRecord, start: float) -> None:
         self._runtime.weights.trim()
-        self._runtime.weights.push([update])
+        self._runtime.weights.updates.push(update)
         self.last = record
         record.seconds = record.seconds or time.perf_counter() - start
         self._progress.count(record.coefs, record.skipped, record.clipped)
