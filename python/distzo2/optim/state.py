@@ -29,28 +29,24 @@ class DivergenceError(DistZO2Error):
 class CoefficientClip:
     """Scales a step's coefficients down to `max_coef` times the running median of max |c_k|.
 
-    The window holds the coefficients as they were used, so that it can be filled from a journal.
+    The window holds coefficients as they were used, so that it can be filled from a journal.
     """
 
     def __init__(self, max_coef: float | None, max_clipped: int) -> None:
         """`max_coef` None: nothing is clipped. `max_clipped` 0: clipping never ends the run."""
         self._max_coef, self._max_clipped = max_coef, max_clipped
-        self._window: deque[float] = deque(maxlen=WINDOW)
+        self.window: deque[float] = deque(maxlen=WINDOW)  # max |c_k| of the steps that were not skipped
         self._num_clipped = 0  # in a row
 
     def __call__(self, coefs: np.ndarray) -> tuple[np.ndarray, bool]:
         """float32 [probes] -> the coefficients to use, and whether they were clipped."""
+        if self._max_coef is None or len(self.window) < WARM_UP:
+            return coefs, False
         largest = float(np.abs(coefs).max(initial=0.0))
-        limit = self._limit()
-        if limit is None or not np.isfinite(largest) or largest <= limit:
+        limit = self._max_coef * float(np.median(self.window))
+        if not limit > 0 or not np.isfinite(largest) or largest <= limit:
             return coefs, False
         return (coefs.astype(np.float64) * (limit / largest)).astype(np.float32), True
-
-    def _limit(self) -> float | None:
-        if self._max_coef is None or len(self._window) < WARM_UP:
-            return None
-        median = float(np.median(self._window))
-        return self._max_coef * median if median > 0 else None
 
     def count(self, step: int, coefs: Sequence[float], clipped: bool) -> None:
         """Remembers the coefficients that a step has used; an empty list where it was skipped.
@@ -59,7 +55,7 @@ class CoefficientClip:
             DivergenceError: `max_clipped` steps in a row were clipped. The count begins again after it.
         """
         if len(coefs):
-            self._window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
+            self.window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
         self._num_clipped = self._num_clipped + 1 if clipped else 0
         if self._max_clipped and self._num_clipped >= self._max_clipped:
             self._num_clipped = 0
@@ -69,21 +65,9 @@ class CoefficientClip:
                 "journal holds every step."
             )
 
-    def state(self) -> list[float]:
-        """The window, for `load`."""
-        return list(self._window)
-
-    def load(self, state: Sequence[float]) -> None:
-        """Takes over what `state` returned."""
-        self._window.clear()
-        self._window.extend(state)
-
 
 class Progress:
-    """The number of the next step, and what earlier steps mean for it.
-
-    It is a function of the steps made: whether their forwards were run here or they were read from a journal.
-    """
+    """The number of the next step, and what earlier steps mean for it, made here or read from a journal."""
 
     def __init__(self, settings: Settings) -> None:
         self.step = 0  # number of the next step; skipped steps count
