@@ -100,16 +100,7 @@ def test_torch_op_of_every_shape_of_ids(dtype: torch.dtype, ids: torch.Tensor) -
 
 
 @needs_native
-def test_torch_op() -> None:
-    weight = torch.randn(6, 8, requires_grad=True)
-    ids = torch.tensor([[5, 0], [1, 1]])
-    out = distzo2_core.embedding(weight, ids, 0.1, **PLACE)
-    assert out.shape == (2, 2, 8) and not out.requires_grad
-    raw = (weight.detach(), ids, 0.1, -1, 3, 5, 7, 0, 0)
-    torch.library.opcheck(torch.ops.distzo2.embedding, raw)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def twice(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return 2 * distzo2_core.embedding(table, rows, 0.1, **PLACE)
-
-    assert_same_bits(twice(weight.detach(), ids), 2 * out)
+def test_the_rows_are_constants_to_autograd() -> None:
+    assert not distzo2_core.embedding(
+        torch.randn(6, 8, requires_grad=True), torch.tensor([5]), 0.1, **PLACE
+    ).requires_grad

@@ -189,3 +189,19 @@ def test_cuda_in_place(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(100))
 def test_cuda_materialize(seed: int) -> None:
     check_visit(random_visit(np.random.default_rng(seed), DTYPES, max_numel=5000), "native", "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_cuda_kernels), "triton"])
+def test_kernels_run_on_the_current_stream(backend: str) -> None:
+    """A launch goes behind the work that the current stream has: run before it, the zeroing would wipe it out."""
+    place = {"seed": 1, "step": 0, "param": 0, "backend": backend}
+    expected = distzo2_core.perturb_(torch.zeros(2**20, device="cuda"), 1.0, **place)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        weights = torch.ones(2**20, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        weights.zero_()
+        distzo2_core.perturb_(weights, 1.0, **place)
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(weights, expected)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import assert_same_bits, needs_native
+from kernel_cases import BACKENDS, INTERPRETED, assert_same_bits, needs_native, needs_triton
+from torch_op_cases import PLACE, segment
 
 import distzo2_core
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import Emit, GroupScalars, SegmentTable, Term, Update
 
-INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=needs_native),
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter of Triton's here")),
-]
-PLACE = {"seed": 2**64 - 1, "step": 2, "param": 3, "probe": 4, "offset": 5}
+NO_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 IN_PLACE = {distzo2_core.perturb_: (0.1,), distzo2_core.restore_: (0.1,), distzo2_core.update_: (0.1, 0.2)}
-TABLE = SegmentTable([Segment(0, 8, torch.float32, 0, 0, 0, 2, 4)])
+TABLE = SegmentTable([segment()])
 
 
 def materialize(weights: torch.Tensor, out: torch.Tensor, c: float, step: int, **arguments: object) -> None:
@@ -43,15 +36,15 @@ def buffers() -> tuple[torch.Tensor, torch.Tensor]:
 @needs_native
 @pytest.mark.parametrize("function", IN_PLACE)
 def test_compile_in_place(function: Callable[..., torch.Tensor]) -> None:
-    def step(w: torch.Tensor, *scalars: float) -> torch.Tensor:
-        return function(w, *scalars, **PLACE) * 2
+    def step(w: torch.Tensor, number: int, *scalars: float) -> torch.Tensor:
+        return function(w, *scalars, seed=number, step=number, param=number, offset=number) * 2
 
     torch._dynamo.reset()  # graphs are kept by their code, which all parameters of this test share
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for scale in (0.1, 0.2, -0.3, 0.0):
+    for number, scale in ((1, 0.1), (2, 0.2), (3, -0.3), (2**31 + 5, 0.0), (2**31 + 5, 0.1)):
         scalars = tuple(scale * x for x in IN_PLACE[function])
         eager, traced = torch.ones(9), torch.ones(9)
-        assert_same_bits(compiled(traced, *scalars), step(eager, *scalars))
+        assert_same_bits(compiled(traced, number, *scalars), step(eager, number, *scalars))
         assert_same_bits(traced, eager)
 
 
@@ -85,7 +78,7 @@ def test_compile_still_checks() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, in Triton's interpreter, of infinities
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=[needs_triton, NO_INTERPRETER])])
 def test_what_changes_has_its_version_raised(backend: str) -> None:
     """So that a backward pass that has saved it is refused, whatever changed it."""
     for function, scalars in IN_PLACE.items():
@@ -103,7 +96,7 @@ def test_what_changes_has_its_version_raised(backend: str) -> None:
         assert (weights._version > 0, out._version > 0) == (write_back, True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_leaf_that_requires_grad(backend: str) -> None:
     """It is changed as by an optimizer, and gradients are those at the changed weights."""
     for function, scalars in IN_PLACE.items():

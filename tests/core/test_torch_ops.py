@@ -95,27 +95,10 @@ def test_compile(backend: str, requires_grad: bool) -> None:
         assert_same_bits(one.detach(), other.detach())
 
 
-def test_compile_does_not_bake_numbers_in() -> None:
-    def step(w: torch.Tensor, number: int) -> torch.Tensor:
-        return distzo2_core.perturb_(w, 1e-3, seed=number, step=number, param=number, offset=number)
-
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    for number in (1, 2, 3, 2**31 + 5):
-        assert_same_bits(compiled(torch.ones(9), number), step(torch.ones(9), number))
-
-
-def test_materialize_raises_the_versions() -> None:
-    """Of the buffers that it changes: of the weights only if there are updates to write back."""
-    for changes, weights_change in (({}, True), ({"write_back": False}, False)):
-        arguments = materialize_arguments() | changes
-        buffers = [arguments["weights"], *arguments["outs"]]
-        before = [buffer._version for buffer in buffers]
-        ops.materialize(*arguments.values())
-        raised = [buffer._version > old for buffer, old in zip(buffers, before, strict=True)]
-        assert raised == [weights_change, True, True]
+def test_materialize_without_updates_leaves_the_weights_version() -> None:
     arguments = materialize_arguments() | encode_program([], [EMIT] * 2, 1)._asdict()
     ops.materialize(*arguments.values())
-    assert arguments["weights"]._version == 0
+    assert [buffer._version > 0 for buffer in (arguments["weights"], *arguments["outs"])] == [False, True, True]
 
 
 def test_what_follows_from_a_leaf() -> None:
@@ -197,11 +180,7 @@ TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ("updates", lambda t: one_row(t, 1, -1), "update 0: terms -1"),
     ("updates", lambda t: t[:-1], r"update_groups must have shape \[0, 1, 4\], got \[1, 1, 4\]"),
     ("update_groups", lambda t: t[:-1], r"update_groups must have shape \[1, 1, 4\], got \[0, 1, 4\]"),
-    (
-        "update_groups",
-        lambda t: t[:, :, :3].contiguous(),
-        r"update_groups must have shape \[1, 1, 4\], got \[1, 1, 3\]",
-    ),
+    ("update_groups", lambda t: t[:, :, :3].contiguous(), r"must have shape \[1, 1, 4\], got \[1, 1, 3\]"),
     ("update_groups", lambda t: t[:, :0], "must have shape"),
     ("emits", lambda t: one_row(t, 0, -1), "emit 0: terms -1"),
     ("emits", lambda t: t[:-1], "emit_scales must have shape"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,19 +10,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, check_embedding, check_in_place, check_noise, check_visit, random_visit
+from kernel_cases import (
+    DTYPES,
+    INTERPRETED,
+    check_embedding,
+    check_in_place,
+    check_noise,
+    check_visit,
+    needs_triton,
+    random_visit,
+)
 
 import distzo2_core
 
-# conftest.py turns the interpreter on where there is no GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="no NVIDIA GPU, and TRITON_INTERPRET=0"
-    ),
+    needs_triton,
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy, in the interpreter, of infinities
 ]
 

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
-from plain import plain_loop
-from same_bits import assert_same, same_bits
+from plain import flat_losses, plain_loop
+from same_bits import assert_same, assert_same_tensors, same_bits
 
 import distzo2
 from distzo2.optim.state import WARM_UP, CoefficientClip, DivergenceError, NonFiniteLossError
-
-
-def losses_of(opt) -> list[float]:
-    return [v for row in opt.last.losses for v in row]
 
 
 @pytest.mark.parametrize("weights", ["device", "host", "disk"])
@@ -30,13 +26,12 @@ def test_a_linear_schedule_to_zero_is_the_plain_loops(weights, tmp_path):
         opt.step(lambda: model(IDS))
         used.append(opt.last.lr[0])
         schedule.step()
-        losses.append(losses_of(opt))
+        losses.append(flat_losses(opt))
     assert used == [float(np.float32(2e-2 * (1 - t / steps))) for t in range(steps)]
     before = model.state_dict()
     opt.step(lambda: model(IDS))  # the schedule has come to zero
     assert opt.last.lr == [0.0]
-    for name, value in model.state_dict().items():
-        assert same_bits(value, before[name])
+    assert_same_tensors(model.state_dict(), before)
     reference = Blocks().eval()
     expected = plain_loop(
         reference, [[lambda: reference(IDS)]] * steps, lr=lambda step: 2e-2 * (1 - step / steps), eps=1e-3, seed=0
@@ -50,7 +45,7 @@ def test_seeds(tmp_path):
         model, reference = offloaded(Blocks(), tmp_path), Blocks().eval()
         opt = distzo2.ZOSGD(model, lr=1e-2, seed=seed)
         opt.step(functools.partial(model, IDS))
-        results[seed] = losses_of(opt)
+        results[seed] = flat_losses(opt)
         closures = [[functools.partial(reference, IDS)]]
         assert [results[seed]] == plain_loop(reference, closures, lr=lambda step: 1e-2, eps=1e-3, seed=seed)
     assert len({tuple(v) for v in results.values()}) == 4
@@ -109,8 +104,7 @@ def test_a_non_finite_loss_is_not_applied(tmp_path):
     for _ in range(2):
         opt.step(lambda: model(IDS) * float("nan"))
         assert opt.last.skipped == "non-finite loss"
-    for name, value in model.state_dict().items():
-        assert same_bits(value, before[name])
+    assert_same_tensors(model.state_dict(), before)
     with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
         opt.step(lambda: model(IDS) * float("inf"))
     opt.close()
@@ -119,7 +113,7 @@ def test_a_non_finite_loss_is_not_applied(tmp_path):
     assert all(not e.update.terms for e in entries[1:])
 
 
-def test_state_dict_goes_on_with_the_same_bits(tmp_path):
+def test_a_state_dict_continues_with_the_same_bits(tmp_path):
     def run(steps, model, opt):
         return [opt.step(lambda: model(IDS)).item() for _ in range(steps)]
 
@@ -135,7 +129,7 @@ def test_state_dict_goes_on_with_the_same_bits(tmp_path):
     fresh_opt.load_state_dict(saved_opt)
     assert fresh_opt.param_groups[0]["lr"] == 1e-2
     assert run(3, fresh, fresh_opt) == expected
-    assert_same(([], fresh.state_dict()), ([], final))
+    assert_same_tensors(fresh.state_dict(), final)
 
 
 def test_state_dict_of_a_part_and_strict_loading(tmp_path):
@@ -193,28 +187,25 @@ def test_float64_and_twice_are_refused():
 
 
 def test_a_journal_resumes_with_the_same_bits(tmp_path):
-    def run(model, opt, steps):
-        for _ in range(steps):
-            opt.step(lambda: model(IDS))
+    options = {"lr": 1e-2, "weight_decay": 0.1, "num_probes": 2}
 
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2)
-    run(model, opt, 6)
-    expected = model.state_dict()
+    def run(num_steps, **more):
+        model = offloaded(Blocks(), tmp_path)
+        opt = distzo2.ZOSGD(model, **options, seed=4, **more)
+        begun = opt.step_count
+        for _ in range(num_steps):
+            opt.step(lambda: model(IDS))
+        opt.close()
+        return begun, model.state_dict()
 
     path = tmp_path / "journal.jsonl"
-    first = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(first, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2, journal=path)
-    run(first, opt, 4)
-    opt.close()
-    second = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(second, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2, journal=path, resume=True)
-    assert opt.step_count == 4
-    run(second, opt, 2)
-    assert_same(([], second.state_dict()), ([], expected))
-    opt.close()
+    _, expected = run(6)
+    run(4, journal=path)
+    begun, resumed = run(2, journal=path, resume=True)
+    assert begun == 4
+    assert_same_tensors(resumed, expected)
     with pytest.raises(distzo2.DistZO2Error, match="seed is 4"):
-        distzo2.ZOSGD(offloaded(Blocks()), lr=1e-2, seed=5, weight_decay=0.1, num_probes=2, journal=path, resume=True)
+        distzo2.ZOSGD(offloaded(Blocks()), **options, seed=5, journal=path, resume=True)
 
 
 def use(clip: CoefficientClip, *coefs: float) -> tuple[np.ndarray, bool]:
@@ -246,7 +237,7 @@ def test_clipping_needs_a_history_and_can_be_off():
 
 
 def test_a_journal_that_is_removed_ends_the_run(tmp_path):
-    """However the steps go on: no later than at the end."""
+    """No later than at its end."""
     path = tmp_path / "journal.jsonl"
     model = offloaded(Blocks(), tmp_path)
     opt = distzo2.ZOSGD(model, lr=1e-2, journal=path)
@@ -259,6 +250,5 @@ def test_a_journal_that_is_removed_ends_the_run(tmp_path):
         assert "not there any more" in str(error)
     with pytest.raises(distzo2.DistZO2Error) as caught:
         opt.close()
-    assert str(caught.value).startswith(f"{path}: the journal was changed by another program") and "\n" not in str(
-        caught.value
-    )
+    text = str(caught.value)
+    assert text.startswith(f"{path}: the journal was changed by another program") and "\n" not in text
