@@ -15,7 +15,7 @@ PLACE = {"seed": 2**64 - 1, "step": 3, "param": 5, "probe": 7}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cols=st.integers(1, 1500))
 def test_rows_of_the_perturbed_table(backend: str, seed: int, dtype: torch.dtype, cols: int) -> None:
     check_embedding(np.random.default_rng(seed), backend, dtype, cols)

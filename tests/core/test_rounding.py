@@ -62,7 +62,7 @@ def test_nearest_is_nearest_even_at_every_midpoint(code: int) -> None:
 float_bits = st.integers(0, 2**32 - 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(bits=float_bits, code=st.sampled_from([BF16, FP16]))
 def test_nearest_against_rationals(bits: int, code: int) -> None:
     value = float(np.array([bits], np.uint32).view(np.float32)[0])
@@ -80,7 +80,7 @@ def test_nearest_against_rationals(bits: int, code: int) -> None:
     assert rounded == (float("inf") if exact > LARGEST[code] else exact)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(bits=float_bits, near_one=st.booleans(), random16=st.integers(0, 65535), code=st.sampled_from([BF16, FP16]))
 def test_stochastic_against_rationals(bits: int, near_one: bool, random16: int, code: int) -> None:
     """The definition, in exact arithmetic: up if and only if floor(frac(|x| / spacing) 2^16) + R >= 2^16."""
