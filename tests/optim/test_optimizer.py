@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from plain import flat_losses, plain_loop
 from same_bits import assert_same, assert_same_tensors, same_bits
 
 import distzo2
-from distzo2.optim.state import WARM_UP, CoefficientClip, DivergenceError, NonFiniteLossError
+from distzo2.optim.state import WARM_UP, DivergenceError, NonFiniteLossError, Progress
 
 
 @pytest.mark.parametrize("weights", ["device", "host", "disk"])
@@ -208,31 +209,35 @@ def test_a_journal_resumes_with_the_same_bits(tmp_path):
         distzo2.ZOSGD(offloaded(Blocks()), **options, seed=5, journal=path, resume=True)
 
 
-def use(clip: CoefficientClip, *coefs: float) -> tuple[np.ndarray, bool]:
-    used, clipped = clip(np.array(coefs, np.float32))
-    clip.count(7, used.tolist(), clipped)
+def progress(max_coef: float | None) -> Progress:
+    return Progress(SimpleNamespace(max_coef=max_coef, max_clipped=3, max_skipped=3))
+
+
+def use(progress: Progress, *coefs: float) -> tuple[np.ndarray, bool]:
+    used, clipped = progress.clip(np.array(coefs, np.float32))
+    progress.count(used.tolist(), None, clipped)
     return used, clipped
 
 
 def test_clipping_against_the_running_median():
-    clip = CoefficientClip(10.0, 3)
+    clipping = progress(10.0)
     for value in np.random.default_rng(0).normal(size=50).astype(np.float32):
-        assert use(clip, value) == (value, False)
-    used, clipped = use(clip, 1e6, -5e5)
+        assert use(clipping, value) == (value, False)
+    used, clipped = use(clipping, 1e6, -5e5)
     assert clipped and used[0] == pytest.approx(-2 * used[1])
     assert used[0] < 20
-    use(clip, 1e6)
-    with pytest.raises(DivergenceError, match=r"step 7: .* running median for 3 steps in a row"):
-        use(clip, 1e6)
-    use(clip, 1e6)  # a run that is resumed after it begins to count again
+    use(clipping, 1e6)
+    with pytest.raises(DivergenceError, match=r"step 52: .* running median for 3 steps in a row"):
+        use(clipping, 1e6)
+    use(clipping, 1e6)  # a run that is resumed after it begins to count again
 
 
 def test_clipping_needs_a_history_and_can_be_off():
-    clip = CoefficientClip(10.0, 3)
+    clipping = progress(10.0)
     for _ in range(WARM_UP - 1):
-        use(clip, 1.0)
-    assert use(clip, 1e6)[1] is False
-    off = CoefficientClip(None, 3)
+        use(clipping, 1.0)
+    assert use(clipping, 1e6)[1] is False
+    off = progress(None)
     assert all(use(off, v)[1] is False for v in [1.0] * 40 + [1e30])
 
 

@@ -368,7 +368,7 @@ class ZOSGD(torch.optim.Optimizer):
         up to date, so that a `model.state_dict()` made now or later goes with it."""
         self._runtime.weights.flush()
         fixed = {name: getattr(self.settings, name) for name in ("seed", *_SAME_IN_STATE)}
-        mine = {**fixed, "step": self.step_count, "clip": list(self._progress.clip.window)}
+        mine = {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
         return {**super().state_dict(), "distzo2": mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -389,7 +389,7 @@ class ZOSGD(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
         self.settings = self._lanes.settings = self._ranks.settings = replace(self.settings, seed=mine["seed"])
         self._progress.step = mine["step"]
-        self._progress.clip.window = deque(mine["clip"], WINDOW)
+        self._progress.window = deque(mine["clip"], WINDOW)
         self._bind()
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.trace import Trace
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
-from distzo2_core import Update, materialize
+from distzo2_core import materialize
 
 
 @dataclass(eq=False)
@@ -106,15 +106,10 @@ class UnitWeights:
         """Whether the weights are no longer those that the model was handed over with."""
         return self.stamp > 0
 
-    @property
-    def pending(self) -> list[Update]:
-        """The updates that some stored copy still misses, oldest first."""
-        versions = (c.version for c in self.copies if self.updates.table(c) is not None)
-        return self.updates.missed_at(min(versions, default=self.version))
-
     def trim(self) -> None:
         """Forgets the updates that every stored copy holds."""
-        self.updates.last = self.pending
+        versions = (c.version for c in self.copies if self.updates.table(c) is not None)
+        self.updates.last = self.updates.missed_at(min(versions, default=self.version))
 
     def set_durable(self, version: int) -> None:
         """Write-ahead rule: lets copies up to `version` reach a disk, since the journal's lines before it are there."""
