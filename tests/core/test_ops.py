@@ -121,7 +121,7 @@ def test_empty_is_nothing_done(backend: str) -> None:
     buffer = torch.full((16,), 7, dtype=torch.uint8)
     out = torch.full((16,), 9, dtype=torch.uint8)
     emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
-    for segments in (table, SegmentTable([])):
+    for segments in (table, SegmentTable([]), SegmentTable([segment(numel=0, byte_offset=16)])):
         arguments = {"updates": [update()], "emits": [emit], "outs": [out], "write_back": True, "backend": backend}
         distzo2_core.materialize(buffer, segments, seed=0, **arguments)
     distzo2_core.materialize(buffer, SegmentTable([segment(numel=4, cols=2)]), seed=0, backend=backend)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from kernel_cases import BACKENDS, INTERPRETED, assert_same_bits, needs_native, needs_triton
+from kernel_cases import BACKENDS, needs_interpreter, needs_native, needs_triton
 from torch_op_cases import PLACE, segment
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, SegmentTable, Term, Update
 
-NO_INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 IN_PLACE = {distzo2_core.perturb_: (0.1,), distzo2_core.restore_: (0.1,), distzo2_core.update_: (0.1, 0.2)}
 TABLE = SegmentTable([segment()])
 
@@ -27,39 +24,6 @@ def materialize(weights: torch.Tensor, out: torch.Tensor, c: float, step: int, *
 
 def buffers() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linspace(-1, 1, 8).view(torch.uint8).clone(), torch.zeros(32, dtype=torch.uint8)
-
-
-# torch.compile: one graph, with the bits of eager calls for numbers that change from call to call, as rates and
-# coefficients do.
-
-
-@needs_native
-@pytest.mark.parametrize("function", IN_PLACE)
-def test_compile_in_place(function: Callable[..., torch.Tensor]) -> None:
-    def step(w: torch.Tensor, number: int, *scalars: float) -> torch.Tensor:
-        return function(w, *scalars, seed=number, step=number, param=number, offset=number) * 2
-
-    torch._dynamo.reset()  # graphs are kept by their code, which all parameters of this test share
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for number, scale in ((1, 0.1), (2, 0.2), (3, -0.3), (2**31 + 5, 0.0), (2**31 + 5, 0.1)):
-        scalars = tuple(scale * x for x in IN_PLACE[function])
-        eager, traced = torch.ones(9), torch.ones(9)
-        assert_same_bits(compiled(traced, number, *scalars), step(eager, number, *scalars))
-        assert_same_bits(traced, eager)
-
-
-@needs_native
-def test_compile_materialize() -> None:
-    def step(weights: torch.Tensor, out: torch.Tensor, c: float, step: int) -> torch.Tensor:
-        materialize(weights, out, c, step)
-        return weights + out
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for c, number in ((0.1, 1), (0.2, 1), (-0.3, 2), (0.4, 3)):
-        eager, traced = buffers(), buffers()
-        assert_same_bits(compiled(*traced, c, number), step(*eager, c, number))
-        for one, other in zip(traced, eager, strict=True):
-            assert_same_bits(one, other)
 
 
 @needs_native
@@ -78,7 +42,7 @@ def test_compile_still_checks() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, in Triton's interpreter, of infinities
-@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=[needs_triton, NO_INTERPRETER])])
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=[needs_triton, needs_interpreter])])
 def test_what_changes_has_its_version_raised(backend: str) -> None:
     """So that a backward pass that has saved it is refused, whatever changed it."""
     for function, scalars in IN_PLACE.items():

@@ -24,6 +24,7 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
     reason="no triton for this platform, or no NVIDIA GPU and TRITON_INTERPRET=0",
 )
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
 
