@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from block_models import IDS, Blocks, offloaded
+from block_models import IDS, Blocks, offloaded, stepping
 from plain import flat_losses, plain_loop
 from same_bits import assert_same, assert_same_tensors, same_bits
 
@@ -85,8 +85,7 @@ def test_perturb_and_update_scales():
 
 
 def test_weight_decay_leaves_biases_and_norms_out():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2, weight_decay=0.5)
+    model, opt = stepping(Blocks(), weight_decay=0.5)
     decays = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         assert decays[id(p)] == (0.0 if name.endswith("bias") else 0.5), name
@@ -98,8 +97,7 @@ def test_a_model_that_was_not_handed_over_is_refused():
 
 
 def test_a_non_finite_loss_is_not_applied(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal.jsonl", max_skipped=3)
+    model, opt = stepping(Blocks(), tmp_path, journal=tmp_path / "journal.jsonl", max_skipped=3)
     opt.step(lambda: model(IDS))
     before = model.state_dict()
     for _ in range(2):
@@ -118,14 +116,12 @@ def test_a_state_dict_continues_with_the_same_bits(tmp_path):
     def run(steps, model, opt):
         return [opt.step(lambda: model(IDS)).item() for _ in range(steps)]
 
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, seed=4)
+    model, opt = stepping(Blocks(), tmp_path, seed=4)
     run(3, model, opt)
     saved_opt, saved_model = opt.state_dict(), model.state_dict()
     expected, final = run(3, model, opt), model.state_dict()
 
-    fresh = offloaded(Blocks(), tmp_path)
-    fresh_opt = distzo2.ZOSGD(fresh, lr=1.0, seed=9)
+    fresh, fresh_opt = stepping(Blocks(), tmp_path, lr=1.0, seed=9)
     fresh.load_state_dict(saved_model)
     fresh_opt.load_state_dict(saved_opt)
     assert fresh_opt.param_groups[0]["lr"] == 1e-2
@@ -134,8 +130,7 @@ def test_a_state_dict_continues_with_the_same_bits(tmp_path):
 
 
 def test_state_dict_of_a_part_and_strict_loading(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks(), tmp_path)
     opt.step(lambda: model(IDS))
     whole = model.state_dict()
     assert same_bits(model.blocks[1].state_dict()["0.weight"], whole["blocks.1.0.weight"])
@@ -163,8 +158,7 @@ def test_edit(weights, tmp_path):
 
 
 def test_replaced_weights_end_a_journal(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal.jsonl")
+    model, opt = stepping(Blocks(), tmp_path, journal=tmp_path / "journal.jsonl")
     opt.step(lambda: model(IDS))
     model.load_state_dict(Blocks().state_dict())
     with pytest.raises(distzo2.DistZO2Error, match="replaced from outside"):
@@ -191,8 +185,7 @@ def test_a_journal_resumes_with_the_same_bits(tmp_path):
     options = {"lr": 1e-2, "weight_decay": 0.1, "num_probes": 2}
 
     def run(num_steps, **more):
-        model = offloaded(Blocks(), tmp_path)
-        opt = distzo2.ZOSGD(model, **options, seed=4, **more)
+        model, opt = stepping(Blocks(), tmp_path, **options, seed=4, **more)
         begun = opt.step_count
         for _ in range(num_steps):
             opt.step(lambda: model(IDS))
@@ -244,8 +237,7 @@ def test_clipping_needs_a_history_and_can_be_off():
 def test_a_journal_that_is_removed_ends_the_run(tmp_path):
     """No later than at its end."""
     path = tmp_path / "journal.jsonl"
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, journal=path)
+    model, opt = stepping(Blocks(), tmp_path, journal=path)
     opt.step(lambda: model(IDS))
     path.unlink()
     try:

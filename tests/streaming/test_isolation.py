@@ -6,7 +6,7 @@ import contextvars
 
 import numpy as np
 import torch
-from block_models import IDS, Blocks, offloaded
+from block_models import IDS, Blocks, offloaded, stepping
 from zoo import CONV
 
 import distzo2
@@ -51,8 +51,7 @@ def test_a_lane_sees_its_own_buffers():
             self.calls += 1
             return loss * self.calls
 
-    model = offloaded(Counting())
-    opt = distzo2.ZOSGD(model, lr=0.0)
+    model, opt = stepping(Counting(), lr=0.0)
     plain = Blocks().eval()(IDS).item()
     opt.step(lambda: model(IDS))
     assert np.allclose(opt.last.losses, 2 * plain, rtol=1e-2)
@@ -70,8 +69,7 @@ def test_the_callers_random_state_is_left_as_it_was(tmp_path):
 
 def test_lanes_inherit_the_callers_context():
     variable = contextvars.ContextVar("variable", default=0)
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
     seen = []
 
     def closure():
@@ -93,8 +91,7 @@ def test_lanes_inherit_the_callers_context():
 
 
 def test_default_device_modes_reach_the_lanes():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
     seen = []
 
     def closure():

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from block_models import IDS, Blocks, offloaded
+from block_models import IDS, Blocks, offloaded, stepping
 from same_bits import assert_same_tensors
 from torch import nn
 
@@ -49,8 +49,7 @@ def test_an_exception_in_the_middle_of_a_block_comes_as_it_was_raised(tmp_path):
 
 
 def test_only_one_lane_raises(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks(), tmp_path)
     calls = []
 
     def closure():
