@@ -60,7 +60,7 @@ class UnitWeights:
         self.epoch = 0  # how often the weights were replaced from outside
         self.busy = False  # a window is open, or a pass under way
         self.closed = False
-        # Called with each unit that is let go of, its clean bytes and their version; they must not be changed or kept.
+        # Called with each unit that is released, its clean bytes and their version; they must not be changed or kept.
         self.tap: Callable[[Unit, torch.Tensor, int], None] | None = None
         self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
         self.trace = Trace()
