@@ -40,10 +40,10 @@ class Scratch:
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
         """Returns the buffer that holds `key` of `unit`, or None."""
-        buffers = self._class_of[unit.index].buffers
-        buffer = buffers.pop((unit.index, key), None)
-        if buffer is not None:
-            buffers[unit.index, key] = buffer
+        buffers, held = self._class_of[unit.index].buffers, (unit.index, key)
+        buffer = buffers.get(held)
+        if buffer is not None and buffer is not next(reversed(buffers.values())):
+            buffers[held] = buffers.pop(held)
         return buffer
 
     def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
