@@ -39,12 +39,7 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
     ) -> tuple[np.ndarray, Sequence[Unit]]:
-        """Runs the lanes of a step.
-
-        Args:
-            step: its number.
-            places: the lanes, as (evaluation, micro-batch).
-            closures: of micro-batch `first_batch` and those that follow it.
+        """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
 
         Returns:
             float64 [lanes], the losses; and the units that the lanes entered.
@@ -67,20 +62,12 @@ class StepLanes:
         return RandomStream.seeded(self._runtime.device, self.settings.seed, step, batch)
 
     def run_guarded(self, step: int, closure: Callable[[], Any]) -> None:
-        """Runs one clean lane in which every use of a parameter is watched.
-
-        Raises:
-            DistZO2Error: a parameter is used where its weights are not present; names it.
-        """
+        """Runs one clean lane. Raises DistZO2Error, which names the parameter, if it uses one that is not present."""
         with no_kv_cache(self._model):
             self._runtime.run([Lane(CLEAN, 0, self._runtime.guarded(closure), self._stream(step, 0))])
 
     def check(self, step: int, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and returns their loss.
-
-        Raises:
-            DistZO2Error: they differ.
-        """
+        """Runs two clean lanes of `closure` and returns their loss. Raises DistZO2Error if they differ."""
         lanes = [Lane(CLEAN, 0, closure, self._stream(step, 0)) for _ in range(2)]
         with self._interrupt, no_kv_cache(self._model):
             self._runtime.run(lanes, interrupt=self._interrupt)
@@ -94,11 +81,7 @@ class StepLanes:
         return first
 
     def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
-        """float64 [lanes]: what each closure returned, as a mean; one transfer for all where they are on a device.
-
-        Raises:
-            DistZO2Error: a closure returned neither a number nor a non-empty tensor.
-        """
+        """float64 [lanes]: the mean of what each closure returned; from a device they come in one transfer."""
         means = [self._mean(lane.result) for lane in lanes]
         return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy() if means else np.zeros(0)
 
