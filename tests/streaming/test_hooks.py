@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from block_models import IDS, Blocks, offloaded
+from block_models import IDS, Blocks, offloaded, stepping
 from both_ways import run_both
 from same_bits import assert_same_tensors
 from torch import nn
@@ -62,8 +62,7 @@ def test_use_of_a_weight_outside_its_module_is_named(tmp_path):
                 x = x + block(x)
             return nn.functional.cross_entropy((x @ self.embedding.weight.T).flatten(0, 1), ids.flatten())
 
-    model = offloaded(TiedByHand(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(TiedByHand(), tmp_path)
     with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight.*units="):
         opt.step(lambda: model(IDS))
     with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight"):
@@ -73,8 +72,7 @@ def test_use_of_a_weight_outside_its_module_is_named(tmp_path):
 
 
 def test_a_later_use_outside_any_module_is_named(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks(), tmp_path)
     opt.step(lambda: model(IDS))
     with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight(?!.*units=)"):
         opt.step(lambda: model(IDS) + model.head.weight.sum())
@@ -115,8 +113,7 @@ def test_compiled_blocks(backend, tmp_path):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_whole_model_compile_is_refused():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
     whole = torch.compile(model, backend="eager")
     with pytest.raises(distzo2.DistZO2Error, match="compile"):
         opt.step(lambda: whole(IDS))
@@ -125,21 +122,16 @@ def test_whole_model_compile_is_refused():
         opt.step(lambda: model(IDS))
     with pytest.raises(distzo2.DistZO2Error, match="compile"):
         distzo2.offload(torch.compile(Blocks(), backend="eager"))
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_a_model_compiled_and_run_before_the_hand_over_is_refused():
     model = Blocks().eval()
     whole = torch.compile(model, backend="eager")
-    whole(IDS)
-    opt = distzo2.ZOSGD(offloaded(model), lr=1e-2)
+    whole(IDS)  # before the hand-over
+    _, opt = stepping(model)
     with pytest.raises(distzo2.DistZO2Error, match="compile"):
         opt.step(lambda: whole(IDS))
 
 
 def test_requires_grad_after_the_hand_over_does_not_reach_autocasts_cache():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
     model.requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16):
         opt.step(lambda: model(IDS))
@@ -166,8 +158,7 @@ def test_deeply_nested_owners_stream(tmp_path):
 
 def test_each_new_closure_is_watched(tmp_path):
     """An objective that stays finite on NaN must not hide a weight that is not there."""
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks(), tmp_path)
     opt.step(lambda: model(IDS))
     with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight"):
         opt.step(lambda: model(IDS) + (IDS.float() @ model.head.weight[:7]).argmax().float())

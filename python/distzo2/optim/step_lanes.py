@@ -39,12 +39,7 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
     ) -> tuple[np.ndarray, Sequence[Unit]]:
-        """Runs the lanes of a step.
-
-        Args:
-            step: its number.
-            places: the lanes, as (evaluation, micro-batch).
-            closures: of micro-batch `first_batch` and those that follow it.
+        """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
 
         Returns:
             float64 [lanes], the losses; and the units that the lanes entered.
@@ -93,11 +88,7 @@ class StepLanes:
         return first
 
     def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
-        """float64 [lanes]: what each closure returned, as a mean; one transfer for all where they are on a device.
-
-        Raises:
-            DistZO2Error: a closure returned neither a number nor a non-empty tensor.
-        """
+        """float64 [lanes]: the mean of what each closure returned; from a device they come in one transfer."""
         means = [self._mean(lane.result) for lane in lanes]
         return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy() if means else np.zeros(0)
 
