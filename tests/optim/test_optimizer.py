@@ -11,6 +11,7 @@ import torch
 from block_models import IDS, Blocks, offloaded, stepping
 from plain import flat_losses, plain_loop
 from same_bits import assert_same, assert_same_tensors, same_bits
+from torch import nn
 
 import distzo2
 from distzo2.optim.state import WARM_UP, DivergenceError, NonFiniteLossError, Progress
@@ -168,9 +169,25 @@ def test_replaced_weights_end_a_journal(tmp_path):
 
 def test_moving_and_casting_are_refused():
     model = offloaded(Blocks())
-    for move in (model.half, model.double, lambda: model.to(torch.bfloat16), lambda: model.head.to("cpu")):
+    moves = (model.half, model.double, lambda: model.head.to(torch.bfloat16), lambda: model.to("meta"))
+    for move in moves:
         with pytest.raises(distzo2.DistZO2Error, match="before offload"):
             move()
+
+
+def test_moves_to_where_the_model_is_change_nothing():
+    class Cast(nn.Linear):
+        def forward(self, x):
+            return super(Cast, self.to(x.dtype)).forward(x)
+
+    model = Blocks()
+    model.blocks[1][0] = Cast(8, 8)
+    offloaded(model)
+    before = model.state_dict()
+    assert model.to("cpu") is model and model.float() is model and model.head.cpu() is model.head
+    assert model.to(torch.device("cpu"), torch.float32).share_memory() is model
+    distzo2.ZOSGD(model, lr=0.0).step(lambda: model(IDS))
+    assert_same_tensors(model.state_dict(), before)
 
 
 def test_float64_and_twice_are_refused():

@@ -46,33 +46,40 @@ class StepLanes:
         """
         s, lanes = self.settings, []
         for index, batch in places:
-            probe, sign = s.evaluations[index]
-            emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
-            lanes.append(Lane(emission, batch, closures[batch - first_batch], self._stream(step, batch)))
-        wave = s.max_lanes or len(lanes) or 1
+            lanes.append(self._lane(step, *s.evaluations[index], batch, closures[batch - first_batch]))
+        entered = self._run(lanes)
+        return self._losses(lanes), entered or ()
+
+    def _run(self, lanes: Sequence[Lane], check: bool = False) -> Sequence[Unit] | None:
+        wave = self.settings.max_lanes or len(lanes) or 1
         entered = None
         with no_kv_cache(self._model):
             for first in range(0, len(lanes), wave):
                 self._interrupt.check()
-                entered = self._runtime.run(lanes[first : first + wave], expected=entered, interrupt=self._interrupt)
-        return self._losses(lanes), entered or ()
+                some = lanes[first : first + wave]
+                entered = self._runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
+        return entered
+
+    def _lane(self, step: int, probe: int, sign: int, batch: int, closure: Callable[[], Any]) -> Lane:
+        s = self.settings
+        emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
+        return Lane(emission, batch, closure, self._stream(step, batch))
 
     def _stream(self, step: int, batch: int) -> RandomStream:
         """The same for every perturbation of a micro-batch."""
         return RandomStream.seeded(self._runtime.device, self.settings.seed, step, batch)
 
-    def run_guarded(self, step: int, closure: Callable[[], Any]) -> None:
-        """Runs one clean lane. Raises DistZO2Error, which names the parameter, if it uses one that is not present."""
-        with no_kv_cache(self._model):
-            self._runtime.run([Lane(CLEAN, 0, self._runtime.guarded(closure), self._stream(step, 0))])
-
     def check(self, step: int, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and returns their loss. Raises DistZO2Error if they differ."""
-        lanes = [Lane(CLEAN, 0, closure, self._stream(step, 0)) for _ in range(2)]
-        with self._interrupt, no_kv_cache(self._model):
-            self._runtime.run(lanes, interrupt=self._interrupt)
+        """Runs two clean lanes of `closure` and two perturbed ones; returns the clean loss.
+
+        Raises:
+            DistZO2Error: the clean ones differ, or a perturbed one differs when it runs alone.
+        """
+        lanes = [self._lane(step, 0, sign, 0, closure) for sign in (0, 0, +1, -1)]
+        with self._interrupt:
+            self._run(lanes, check=True)
         losses = self._losses(lanes)
-        first, second = losses.tolist()
+        first, second, *_ = losses.tolist()
         if losses[0].tobytes() != losses[1].tobytes():
             raise DistZO2Error(
                 f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "

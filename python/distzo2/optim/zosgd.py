@@ -63,7 +63,8 @@ class ZOSGD(torch.optim.Optimizer):
         branch_from: a `BranchPoint`, (journal of another run, number of its steps or None for all): takes over these
             steps, and begins `journal` with them.
         fsync_every: sync the journal to the disk after N steps; a power cut may cost the steps since.
-        max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same.
+        max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same. With 1 they run
+            one after another, as models need whose code keeps state elsewhere than in attributes of modules.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
@@ -129,7 +130,7 @@ class ZOSGD(torch.optim.Optimizer):
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
-        self._diagnosed = self._bound = self._closed = False
+        self._bound = self._closed = False
 
         if params is None:
             earlier = branch.journal if branch else journal if resume else None
@@ -236,7 +237,8 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss of a batch as a scalar, or per-example losses; or a list of such closures, one for
-                each micro-batch. It is called once for each perturbation, under no_grad, in a thread of its own.
+                each micro-batch. It is called once for each perturbation, under no_grad, in a separate thread; code
+                that is new, once more (see `check`).
             tokens: how many tokens the batch has, for the journal.
             sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
                 part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
@@ -305,13 +307,7 @@ class ZOSGD(torch.optim.Optimizer):
     ) -> np.ndarray:
         """float64 [evaluations, micro-batches], of all ranks."""
         self._runtime.weights.updates.set_perturb_scales(scales)
-        losses = self._ranks.gather(step, deal, lambda lanes, first: self._lanes.run(step, lanes, closures, first))
-        if not np.isfinite(losses).all() and not self._diagnosed:
-            self._diagnosed = True  # once: a parameter may have been used where it is not present
-            with self._ranks.together(f"step {step}"):
-                if closures and not self._runtime.has_compiled():
-                    self._lanes.run_guarded(step, closures[0])
-        return losses
+        return self._ranks.gather(step, deal, lambda lanes, first: self._lanes.run(step, lanes, closures, first))
 
     def _decide(self, losses: np.ndarray, record: StepRecord) -> None:
         """Fills `record` with the coefficients that the losses lead to, or why the step is skipped."""
@@ -344,11 +340,14 @@ class ZOSGD(torch.optim.Optimizer):
     # ---- besides steps ------------------------------------------------------------------------------------------
 
     def check(self, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and returns their loss.
+        """Runs two clean lanes of `closure` and two perturbed ones, one of which runs alone as well; returns the loss.
 
         Raises:
-            DistZO2Error: they differ. The forward is not deterministic, and every estimate would be made of that noise.
+            DistZO2Error: the clean ones differ: the forward is not deterministic, and every estimate would be made of
+                that noise. Or the perturbed one differs: lanes see each other (see `max_lanes`).
         """
+        scalars = scalars_of(self.param_groups)
+        self._runtime.weights.updates.set_perturb_scales([group.perturb_scale for group in scalars])
         return self._lanes.check(self.step_count, closure)
 
     def verify_replicas(self) -> None:

@@ -8,8 +8,10 @@ shared by modules of different blocks is one parameter and belongs to a resident
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -88,6 +90,7 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
     Raises:
         DistZO2Error: a parameter is of a dtype or layout that cannot be streamed, or there is none.
     """
+    _tie_shared_storage(model)
     params: dict[int, ParamInfo] = {}
     for index, (name, p) in enumerate(model.named_parameters()):
         if p.requires_grad and p.dtype not in TRAINABLE_DTYPES:
@@ -107,6 +110,39 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
     return list(params.values())
 
 
+def _tie_shared_storage(model: nn.Module) -> None:
+    """Makes parameters that are the same elements of one storage one parameter, as ties are.
+
+    Raises:
+        DistZO2Error: two parameters share a part of their elements; updates of one could not reach the other.
+    """
+    first: dict[tuple, tuple[str, nn.Parameter]] = {}
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for module_name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is None or p.is_meta or not p.numel():
+                continue
+            name = f"{module_name}.{key}".lstrip(".")
+            place = (p.untyped_storage().data_ptr(), p.storage_offset(), p.shape, p.stride(), p.dtype)
+            tied_to, other = first.setdefault(place, (name, p))
+            if other is not p:
+                if other.requires_grad != p.requires_grad:
+                    raise DistZO2Error(f"parameters {tied_to} and {name} share their elements; one of them is frozen")
+                module._parameters[key] = other
+            elif tied_to == name:
+                reach = sum((size - 1) * abs(step) for size, step in zip(p.shape, p.stride(), strict=True)) + 1
+                begin = p.storage_offset() * p.itemsize
+                spans.setdefault(place[0], []).append((begin, begin + reach * p.itemsize, name))
+    for some in spans.values():
+        some.sort()
+        for (_, end, one), (begin, _, other) in pairwise(some):
+            if begin < end:
+                raise DistZO2Error(
+                    f"parameters {one} and {other} are views that share a part of their elements: updates of one would "
+                    "not reach the other. Make one of them a copy before offload."
+                )
+
+
 def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[str] | None = None) -> list[Unit]:
     """Cuts the model into units.
 
@@ -124,7 +160,9 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
         blocks = _named_blocks(model, units)
     else:
         blocks = _block_lists(model) or _groups_by_bytes(model, params)
-    block_of = {m: name for name, modules in blocks.items() for outer in modules for m in outer.modules()}
+    inside = {name: {m for outer in modules for m in outer.modules()} for name, modules in blocks.items()}
+    times = Counter(m for modules in inside.values() for m in modules)  # one in several blocks belongs to none
+    block_of = {m: name for name, modules in inside.items() for m in modules if times[m] == 1}
     streamed: dict[str, list[ParamInfo]] = {name: [] for name in blocks}
     residents: list[ParamInfo] = []
     for p in params:
