@@ -6,7 +6,6 @@ A :class:`Journal` is one file, open for appending under an exclusive lock. `app
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import secrets
@@ -14,7 +13,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -28,7 +26,6 @@ from distzo2.record.line import (
     JournalError,
     crc_matches,
     encode_line,
-    torn_tail,
 )
 from distzo2.record.writer import JournalWriter
 
@@ -136,8 +133,7 @@ class Journal:
                 os.fsync(descriptor)
                 _publish(temporary, path)
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
+                temporary.unlink(missing_ok=True)
             try:
                 sync_directory(path.parent)
             except OSError:
@@ -205,7 +201,7 @@ class Journal:
         It must be quick, and must not call :meth:`sync` or :meth:`close`. What it raises, the next :meth:`append` or
         :meth:`sync` raises.
         """
-        self._writer.add_callback(callback)
+        self._writer.callbacks += (callback,)
 
     def on_failure(self, callback: Callable[[BaseException], None]) -> None:
         """Calls `callback(error)` once from the journal's thread if entries can no longer be written."""
@@ -251,8 +247,13 @@ def _read(
     while line:
         following = next_line()
         if not crc_matches(line) and (b"\0" in line or not following):
-            rest = chain([following], iter(next_line, b"")) if following else ()
-            torn = f"{path}: line {step + 2} (step {step}) {_torn_text(*torn_tail(line, rest), bool(following))}"
+            is_last, num_torn, num_whole = not following, 0, 0
+            while line:  # no more than two at a time, since a hole of zeros may be longer than any line
+                num_torn += len(line)
+                num_whole += crc_matches(line[line.rfind(b"\0") + 1 :])
+                line = following
+                following = next_line()
+            torn = f"{path}: line {step + 2} (step {step}) {_torn_text(num_torn, num_whole, is_last)}"
             return JournalContents(header, entries, torn, num_bytes)
         try:
             entry = StepEntry.from_line(line)
@@ -271,8 +272,8 @@ def _read(
     return JournalContents(header, entries, None, num_bytes)
 
 
-def _torn_text(num_bytes: int, num_whole: int, has_more: bool) -> str:
-    if not has_more:
+def _torn_text(num_bytes: int, num_whole: int, is_last: bool) -> str:
+    if is_last:
         return f"was torn and left out: {num_bytes} bytes"
     return (
         f"and all after it were torn and left out: {num_bytes} bytes, {num_whole} whole lines among them; the line has "

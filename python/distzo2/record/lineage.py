@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import parents_of, table_difference
+from distzo2.record.header import FORMAT_VERSION, parents_of, table_difference
 from distzo2.record.journal import read_journal
 
 
@@ -28,8 +28,8 @@ class BranchPoint(NamedTuple):
     step: int | None = None
 
 
-def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[StepEntry]]:
-    """What the journal of a branch begins with: the parents in its header, and their steps.
+def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str, Any], list[StepEntry]]:
+    """What the journal of a branch begins with: `header` with the branch's parents, and their steps.
 
     Args:
         header: of the branch, without parents.
@@ -68,7 +68,8 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict
         replace(entry, update=entry.update._replace(groups=tuple(entry.update.groups[g] for g in source)))
         for entry in contents.entries[:num_steps]
     ]
-    return [*parents_of(parent), record], entries
+    parents = [*parents_of(parent), record]
+    return {**header, "journal": FORMAT_VERSION, "hash": None, "parents": parents}, entries
 
 
 def parent_differences(header: Mapping[str, Any], path: str | os.PathLike[str]) -> list[str]:
