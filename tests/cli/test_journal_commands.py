@@ -200,9 +200,8 @@ def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path, capsys) -> None
     header = make_test_header(
         base={"name": f"b{evil}", "files": {}},
         options={f"key{evil}": f"value{evil}"},
-        software={"x": evil},
         fingerprint={"device": evil},
-    )
+    ) | {"software": {"x": evil}}
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     skipped = Update(0, (GroupScalars(0.0, 0.0),), ())
     for path, text, options in zip(

@@ -24,8 +24,8 @@ from distzo2.text import brief
 from distzo2_core.types import FAMILIES, MAX_PROBE, MAX_STEP, GroupScalars, Term, Update
 
 _MEMBERS = {
-    "step": "integer", "groups": "list", "terms": "list", "eps": "string", "losses": "list", "skipped": "string or null",
-    "tokens": "integer", "seconds": "string", "extra": "object",
+    "step": "integer", "groups": "list", "terms": "list", "eps": "string", "losses": "list",
+    "skipped": "string or null", "tokens": "integer", "seconds": "string", "extra": "object",
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ class StepEntry:
 
 
 def _read_group(row: Any) -> GroupScalars:
-    return GroupScalars(*(from_hex32(v, "group") for v in a_list(row, "a group", len(GroupScalars._fields))))
+    return GroupScalars(*(from_hex32(value, "group") for value in a_list(row, "a group", 4)))
 
 
 def _read_term(row: Any) -> Term:

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from distzo2.record.line import (
-    MAX_HEADER_BYTES,
-    MAX_INT64,
-    JournalError,
-    decode_line,
-    expect_members,
-    whole,
-)
+from distzo2.record.line import MAX_HEADER_BYTES, MAX_INT64, JournalError, decode_line, expect_members, whole
 from distzo2.text import brief
 from distzo2.version import __version__
 from distzo2.weights.units import ParamInfo
@@ -35,13 +29,14 @@ MAX_DIMS = 32
 PURPOSES = {**FAMILIES, "rounding": PURPOSE_ROUNDING, "data order": PURPOSE_DATA_ORDER}
 
 _HEADER = {
-    "journal": "integer", "noise": "string", "rounding": "string", "purposes": "object", "seed": "integer", "base": "object",
-    "map": "object or null", "table": "list", "groups": "list", "options": "object", "software": "object", "fingerprint": "object",
+    "journal": "integer", "noise": "string", "rounding": "string", "purposes": "object", "seed": "integer",
+    "base": "object", "map": "object or null", "table": "list", "groups": "list", "options": "object",
+    "software": "object", "fingerprint": "object",
 }  # fmt: skip
 _HEADER_2 = _HEADER | {"hash": "string or null", "parents": "list"}
 _PARENT = {
-    "name": "string", "steps": "integer", "sha256": "string", "chain": "string or null", "options": "object", "noise": "string",
-    "software": "object", "fingerprint": "object",
+    "name": "string", "steps": "integer", "sha256": "string", "chain": "string or null", "options": "object",
+    "noise": "string", "software": "object", "fingerprint": "object",
 }  # fmt: skip
 _ROW = {
     "index": "integer", "name": "string", "shape": "list", "dtype": "string", "stride": "list", "trainable": "boolean",
@@ -86,11 +81,8 @@ def index_table(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any]]
         groups: the optimizer's parameter groups; a parameter in none of them is frozen.
     """
     group_of = {id(tensor): i for i, group in enumerate(groups) for tensor in group["params"]}
-    rows = []
-    for p in params:
-        group = group_of.get(id(p.tensor))
-        rows.append(table_row(p.index, p.name, p.shape, p.dtype, p.stride, group is not None, group, noise))
-    return rows
+    rows = ((p, group_of.get(id(p.tensor))) for p in params)
+    return [table_row(p.index, p.name, p.shape, p.dtype, p.stride, g is not None, g, noise) for p, g in rows]
 
 
 def make_header(
@@ -101,7 +93,6 @@ def make_header(
     base: Mapping[str, Any] | None = None,
     checkpoint_map: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
-    software: Mapping[str, Any] | None = None,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A header, checked.
@@ -111,17 +102,15 @@ def make_header(
         groups: the optimizer's parameter groups; their numbers and strings are recorded.
         base: name and digests of the base checkpoint's files, as `digest_checkpoint` returns them; None for weights
             that came from no checkpoint, or were changed since.
-        checkpoint_map: `CheckpointMap.to_json`. A replay under another version of transformers then reads the base as
-            the run did, or is refused.
+        checkpoint_map: `CheckpointMap.to_json`, so that a replay under another version of transformers reads the base
+            as the run did, or is refused.
         options: of the optimizer; a resumed run must have the same.
-        software: versions; None: those of this process.
         fingerprint: what the bits of a forward depend on besides the weights.
 
     Raises:
         JournalError: a value is not what a header holds.
     """
-    if software is None:
-        software = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
     header = {
         "journal": 1,
         "noise": NOISE_VERSION,
@@ -133,7 +122,7 @@ def make_header(
         "table": [dict(row) for row in table],
         "groups": [{k: v for k, v in group.items() if isinstance(v, (int, float, str))} for group in groups],
         "options": dict(options or {}),
-        "software": dict(software),
+        "software": versions,
         "fingerprint": dict(fingerprint or {}),
     }
     check_header(header)
@@ -181,15 +170,14 @@ def table_difference(
     journal_table: Sequence[Mapping[str, Any]], model_table: Sequence[Mapping[str, Any]]
 ) -> str | None:
     """The first difference of two index tables in one line (parameter and field), or None where they are equal."""
-    for theirs, ours in zip(journal_table, model_table, strict=False):
-        for name in _ROW:
-            if theirs.get(name) != ours.get(name):
-                where = f"parameter {theirs.get('index')} {theirs.get('name')!r}"
-                return f"{where}: {name} is {theirs.get(name)!r} in the journal and {ours.get(name)!r} in the model"
-    if len(journal_table) != len(model_table):
-        longer, has = (journal_table, "journal") if len(journal_table) > len(model_table) else (model_table, "model")
-        row = longer[min(len(journal_table), len(model_table))]
-        return f"parameter {row.get('index')} {row.get('name')!r}: only the {has} has it"
+    for theirs, ours in zip_longest(journal_table, model_table):
+        row = theirs or ours
+        where = f"parameter {row['index']} {row['name']!r}"
+        if not theirs or not ours:
+            return f"{where}: only the {'journal' if theirs else 'model'} has it"
+        for key in theirs:
+            if theirs[key] != ours[key]:
+                return f"{where}: {key} is {theirs[key]!r} in the journal and {ours[key]!r} in the model"
     return None
 
 

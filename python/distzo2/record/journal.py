@@ -20,13 +20,7 @@ from typing import Any, BinaryIO
 from distzo2.files import lock, sync_directory, write_all
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import read_header
-from distzo2.record.line import (
-    MAX_HEADER_BYTES,
-    MAX_STEP_BYTES,
-    JournalError,
-    crc_matches,
-    encode_line,
-)
+from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, JournalError, crc_matches, encode_line
 from distzo2.record.writer import JournalWriter
 
 MAX_FINDINGS = 100  # of one journal

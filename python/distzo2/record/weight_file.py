@@ -385,7 +385,7 @@ class Copier:
     @property
     def in_round(self) -> bool:
         """Whether a round is under way."""
-        return bool(self._wanted) or self._writing is not None
+        return bool(self._wanted) or (self._writing is not None and not self._writing.done())
 
     def offer(self, unit: Unit, buffer: torch.Tensor, version: int) -> None:
         """A pass lets go of `unit`, whose clean bytes at `version` are in `buffer`."""
