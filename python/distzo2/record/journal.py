@@ -85,9 +85,8 @@ class Journal:
     def __init__(self, path: Path, descriptor: int, contents: JournalContents, fsync_every: int) -> None:
         self.path = path
         self.header, self.entries, self.torn = contents.header, contents.entries, contents.torn
-        self._writer = JournalWriter(
-            os.fspath(path), descriptor, contents.num_bytes, len(contents.entries), fsync_every
-        )
+        num_bytes, num_entries = contents.num_bytes, len(contents.entries)
+        self._writer = JournalWriter(os.fspath(path), descriptor, num_bytes, num_entries, fsync_every)
         # Also runs at interpreter exit, while the daemon thread still can write what is queued.
         self._finalizer = weakref.finalize(self, self._writer.close_quietly)
 
@@ -247,7 +246,11 @@ def _read(
                 num_whole += crc_matches(line[line.rfind(b"\0") + 1 :])
                 line = following
                 following = next_line()
-            torn = f"{path}: line {step + 2} (step {step}) {_torn_text(num_torn, num_whole, is_last)}"
+            torn = f"{path}: line {step + 2} (step {step})" + (
+                f" was torn and left out: {num_torn} bytes" if is_last else
+                f" and all after it were torn and left out: {num_torn} bytes, {num_whole} whole lines among them; the "
+                "line has zero bytes, as a power cut leaves them where lines had not reached the disk"
+            )  # fmt: skip
             return JournalContents(header, entries, torn, num_bytes)
         try:
             entry = StepEntry.from_line(line)
@@ -264,15 +267,6 @@ def _read(
         num_bytes += len(line)
         step, line = step + 1, following
     return JournalContents(header, entries, None, num_bytes)
-
-
-def _torn_text(num_bytes: int, num_whole: int, is_last: bool) -> str:
-    if is_last:
-        return f"was torn and left out: {num_bytes} bytes"
-    return (
-        f"and all after it were torn and left out: {num_bytes} bytes, {num_whole} whole lines among them; the line has "
-        "zero bytes, as a power cut leaves them where lines had not reached the disk"
-    )
 
 
 def _read_first(file: BinaryIO, path: str, max_bytes: int = MAX_HEADER_BYTES) -> tuple[dict[str, Any], int]:
