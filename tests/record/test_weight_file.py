@@ -72,7 +72,7 @@ def train(model: nn.Module, opt: distzo2.ZOSGD, until: int) -> None:
 
 
 def train_until_copied(model: nn.Module, opt: distzo2.ZOSGD, num_rounds: int = 2) -> None:
-    """Trains until every unit was copied so many times."""
+    """Trains until every unit was copied `num_rounds` times."""
     copier = copier_of(model)
     while copier.num_rounds < num_rounds or copier.in_round:
         train(model, opt, opt.step_count + 1)

@@ -133,7 +133,7 @@ def a_list(value: Any, what: str, length: int | None = None) -> list[Any]:
 
 
 def expect_members(record: Any, members: Mapping[str, str], what: str) -> None:
-    """Raises JournalError unless `record` is an object with exactly these members, each of a kind of its own."""
+    """Raises JournalError unless `record` is an object with exactly these members, each of its kind."""
     if not isinstance(record, dict):
         raise JournalError(f"{what} must be an object")
     missing, unknown = sorted(members.keys() - record.keys()), sorted(record.keys() - members.keys())
