@@ -20,8 +20,8 @@ from distzo2.record.entry import StepEntry
 from distzo2.record.header import table_difference
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError
-from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, first_own_step
-from distzo2.record.weight_file import KeptWeights, header_digest
+from distzo2.record.lineage import BranchPoint, branch_of, digest_lines, first_like_step, first_own_step
+from distzo2.record.weight_file import KeptWeights
 from distzo2.weights.unit_weights import UnitWeights
 
 logger = logging.getLogger("distzo2")
@@ -133,7 +133,7 @@ def open_run(
             except FileExistsError as error:
                 raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
         header, entries = journal.header, journal.entries if ranks.world_size > 1 else ()
-        about = f"{first_own_step(header)} {first_like_step(header)} {header_digest(path)}\n"
+        about = f"{first_own_step(header)} {first_like_step(header)} {digest_lines(path, 1)}\n"
         return about.encode() + b"".join(entry.to_line() for entry in entries)
 
     try:
@@ -146,26 +146,11 @@ def open_run(
             take_over(entries, int(first_like))
         weights.set_durable(first + len(entries))
         if journal is not None:
-            _report_to(weights, journal, first)
+            held = weakref.ref(weights)  # a journal that nobody closed is dropped together with the weights
+            journal.on_durable(lambda durable: (alive := held()) and alive.set_durable(first + durable))
+            journal.on_failure(lambda error: (alive := held()) and alive.fail(error))
         return journal, int(first_step)
     except BaseException:
         if journal is not None:
             journal.close()
         raise
-
-
-def _report_to(weights: UnitWeights, journal: Journal, first: int) -> None:
-    """Has the journal tell the weights how far it is durable. It holds them weakly: a journal that nobody closed is
-    dropped together with the weights."""
-    held = weakref.ref(weights)
-
-    def on_durable(durable: int) -> None:
-        if (alive := held()) is not None:
-            alive.set_durable(first + durable)
-
-    def on_failure(error: BaseException) -> None:
-        if (alive := held()) is not None:
-            alive.fail(error)
-
-    journal.on_durable(on_durable)
-    journal.on_failure(on_failure)

@@ -13,7 +13,6 @@ Write-ahead rule: a block at version v is written after the journal's lines befo
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -30,6 +29,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.files import sync_directory, write_whole
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, decode_line, encode_line
+from distzo2.record.lineage import digest_lines
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.store import StoredCopy
 from distzo2.weights.unit_weights import UnitWeights
@@ -79,7 +79,7 @@ class WeightFile:
 class RunSoFar(NamedTuple):
     """The run that a weight file may belong to."""
 
-    digest: str  # of its journal's header
+    digest: str  # SHA-256 of its journal's header: base, parameters, seed and options
     num_steps: int
 
     @classmethod
@@ -87,13 +87,7 @@ class RunSoFar(NamedTuple):
         """Reads a journal; None if there is none yet."""
         if not os.path.lexists(journal):
             return None
-        return cls(header_digest(journal), len(read_journal(journal).entries))
-
-
-def header_digest(journal: str | os.PathLike[str]) -> str:
-    """SHA-256 of a journal's first line: its base, parameters, seed and options."""
-    with open(journal, "rb") as file:
-        return hashlib.sha256(file.readline()).hexdigest()
+        return cls(digest_lines(journal, 1), len(read_journal(journal).entries))
 
 
 class KeptWeights:

@@ -31,18 +31,13 @@ class JournalWriter:
             num_bytes, num_entries: what the file holds, all of it durable.
             fsync_every: lines that may be written before they are synced.
         """
-        self.path = path
-        self.durable = num_entries
-        self._fsync_every = fsync_every
-        self._descriptor = descriptor
-        self._durable_bytes = num_bytes
-        self._written = num_entries  # entries in the file, durable or not, and the bytes that it has with them
-        self._written_bytes = num_bytes
+        self.path, self._descriptor, self._fsync_every = path, descriptor, fsync_every
+        self.durable, self._durable_bytes = num_entries, num_bytes
+        self._written, self._written_bytes = num_entries, num_bytes  # in the file, durable or not
         self._queue: collections.deque[bytes] = collections.deque()
         self._taken = num_entries  # entries that the thread has taken from the queue, or found in the file
         self._place = os.path.abspath(path)  # wherever the process goes
-        self._num_asked = 0  # calls that wait for all entries, and those that the thread has answered
-        self._num_answered = 0
+        self._num_asked = self._num_answered = 0  # calls that wait for all entries, and those that were answered
         self.callbacks: tuple[Callable[[int], None], ...] = ()
         self.failure_callbacks: tuple[Callable[[BaseException], None], ...] = ()
         self._error: BaseException | None = None
