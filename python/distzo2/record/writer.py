@@ -136,7 +136,7 @@ class JournalWriter:
     def _write(self, lines: list[bytes]) -> None:
         if not lines:
             return
-        self._check_size()  # a line written after the end of a file that was cut would leave a hole before it
+        self._check_file()  # a line written after the end of a file that was cut would leave a hole before it
         block = b"".join(lines)
         try:
             write_all(self._descriptor, block, self._written_bytes)
@@ -177,18 +177,15 @@ class JournalWriter:
         try:
             found = os.stat(self._place)
         except OSError as error:
-            raise self._changed_file(f"it is not there any more ({error.strerror})") from None
-        if not os.path.samestat(found, os.fstat(self._descriptor)):
-            raise self._changed_file("another file has its name")
-        self._check_size()
-
-    def _check_size(self) -> None:
-        num_bytes = os.fstat(self._descriptor).st_size
-        if num_bytes != self._written_bytes:
-            raise self._changed_file(f"it has {num_bytes} bytes, and {self._written_bytes} were written")
-
-    def _changed_file(self, what: str) -> JournalError:
-        return JournalError(f"{self.path}: the journal was changed by another program during the run: {what}")
+            what = f"it is not there any more ({error.strerror})"
+        else:
+            if not os.path.samestat(found, os.fstat(self._descriptor)):
+                what = "another file has its name"
+            elif found.st_size != self._written_bytes:
+                what = f"it has {found.st_size} bytes, and {self._written_bytes} were written"
+            else:
+                return
+        raise JournalError(f"{self.path}: the journal was changed by another program during the run: {what}")
 
     def _failure(self, error: OSError) -> OSError:
         reason = f"step {self._written} and later could not be written to the journal: {error.strerror}"
