@@ -199,8 +199,9 @@ def test_a_branch_is_compared_with_its_parent(run, tmp_path, capsys) -> None:
 
 def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path, capsys) -> None:
     evil = "\x1b[2J\x9b\r\n\u202e\ud800"
-    about = {"software": {"x": evil}, "fingerprint": {"device": evil}, "base": {"name": f"b{evil}", "files": {}}}
-    header = make_test_header(options={f"key{evil}": f"value{evil}"}, **about)
+    base = {"name": f"b{evil}", "files": {}}
+    header = make_test_header(options={f"key{evil}": f"value{evil}"}, fingerprint={"device": evil}, base=base)
+    header["software"] = {"x": evil}
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     skipped = Update(0, (GroupScalars(0.0, 0.0),), ())
     for path, text, changed in zip(paths, (evil, "other", evil), ({}, {}, {"options": {}}), strict=True):

@@ -154,7 +154,7 @@ class ZOSGD(torch.optim.Optimizer):
             return
         self._ranks.first_version = runtime.weights.version
         self.journal, self.first_step = open_run(
-            self._ranks, journal, self._header, runtime.access, self.take_over,
+            self._ranks, journal, self._header, runtime.weights, self.take_over,
             resume=resume, branch=branch, fsync_every=fsync_every, kept=runtime.kept,
         )  # fmt: skip
         if resume and runtime.kept is not None:
