@@ -136,7 +136,7 @@ class _BrokenWork:
 @pytest.mark.parametrize("where", ["start", "wait", "act", "connect"])
 def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, monkeypatch):
     mesh = mesh_of(1, 1, slice=True)
-    exchange, heartbeat, node = mesh.exchange, mesh.ranks.heartbeat, mesh.node
+    exchange, heartbeat, node = mesh.exchange, mesh.exchange.heartbeat, mesh.node
     try:
         node.connect()
         node.register(node.new_store(), lambda index, stamp, ours: closed_by_peer())

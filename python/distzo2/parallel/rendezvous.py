@@ -79,11 +79,8 @@ def _allow(group: Any, timeout: timedelta) -> None:
 
 
 def _store(rank: int, world_size: int, wait: timedelta) -> Any:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return next(iter(rendezvous("env://", rank, world_size, timeout=wait)))[0]
+    store = next(iter(rendezvous("env://", rank, world_size, timeout=wait)))[0]
     # torchrun's store outlives its ranks: those that it starts anew must not find the addresses of the dead.
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=wait)
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

@@ -46,7 +46,7 @@ def finetune_options(given: Mapping[str, Any], config: str | None = None) -> Fin
     def read() -> bytes:
         return json.dumps(asdict(_read_options(given, config))).encode()
 
-    return FinetuneOptions(**json.loads(ranks.exchange.from_rank_0("reading the options", read)))
+    return FinetuneOptions(**json.loads(ranks.from_rank_0("reading the options", read)))
 
 
 def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptions:
