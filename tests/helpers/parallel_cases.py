@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -165,18 +166,14 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
     """Rank 1 does something else in the second step. What each rank was told, then the losses of a step in unison."""
     model, opt = started(rank, directory, shape)
     opt.step(closures_of(model, 0, 4))
-    told = ""
-    other = rank == 1
-    if other and what == "lr":
-        opt.param_groups[0]["lr"] = 0.5
-    if other and what == "step":
-        opt._progress.step += 1
+    told, other = "", what if rank == 1 else ""
+    opt.param_groups[0]["lr"] = 0.5 if other == "lr" else 1e-2
+    opt._progress.step += other == "step"
     try:
-        if other and what == "kind":
+        if other == "kind":
             opt.verify_replicas()
         else:
-            number = 3 if other and what == "closures" else 4
-            opt.step(closures_of(model, 1, number), tokens=6 if other and what == "tokens" else 5)
+            opt.step(closures_of(model, 1, 4 - (other == "closures")), tokens=5 + (other == "tokens"))
     except distzo2.DistZO2Error as error:
         told = f"{type(error).__name__}: {error}"
     opt.param_groups[0]["lr"], opt._progress.step = 1e-2, 1
@@ -188,16 +185,14 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
 def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) -> None:
     """Rank 1 makes another optimizer, or has another model."""
     mesh_of(1, 2)
-    model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
-    if rank == 1 and what == "frozen":
-        model.head.requires_grad_(False)
+    other = what if rank == 1 else ""
+    model = Tower(seed=6 if other == "weights" else 5)
+    model.head.requires_grad_(other != "frozen")
     distzo2.offload(model, weights="host")
-    options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
+    options: dict[str, Any] = {"fsync_every": 4} if other == "journal options" else {}
     if what == "journal options":
         options["journal"] = directory / "journal.jsonl"
-    if rank == 1 and what == "journal options":
-        options["fsync_every"] = 4
-    optimizer(model, **options)
+    optimizer(model, seed=12 if other == "seed" else 11, **options)
 
 
 class Boom(Exception):
@@ -207,19 +202,18 @@ class Boom(Exception):
 def fail_once(rank: int, world_size: int, directory: Path, what: str, slices: bool) -> tuple[str, Any]:
     """Rank `world_size - 1` (rank 0 for what it alone does) fails in step 2, which is then made again."""
     model, opt = started(rank, directory, (2, world_size // 2), slices=slices, journal=directory / f"{what}.jsonl")
-    told, last = "", world_size - 1
+    told, fails = "", rank == (0 if what == "estimator" else world_size - 1)
     while opt.step_count < 6:
-        closures = closures_of(model, opt.step_count, 2)
-        good = list(closures)
-        spoilt = opt.step_count == 2 and not told
-        if spoilt and what == "estimator" and rank == 0:
-            opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
-        if spoilt and what == "closure" and rank == last:
-            closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
-        if spoilt and what == "interrupt" and rank == last:
-            closures = [lambda c=c: (os.kill(os.getpid(), signal.SIGINT), c())[1] for c in good]
-        if spoilt and what == "argument" and rank == last:
-            closures = [1, 2]
+        closures = good = closures_of(model, opt.step_count, 2)
+        if opt.step_count == 2 and fails and not told:
+            if what == "estimator":
+                opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
+            if what == "closure":
+                closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
+            if what == "interrupt":
+                closures = [lambda c=c: (os.kill(os.getpid(), signal.SIGINT), c())[1] for c in good]
+            if what == "argument":
+                closures = [1, 2]
         try:
             opt.step(closures, tokens=14)
         except (Boom, distzo2.DistZO2Error, KeyboardInterrupt) as error:
@@ -258,8 +252,7 @@ def differing_units(rank: int, world_size: int, directory: Path, slices: bool) -
     model, opt = started(rank, directory, (1, 2), slices=slices)
     opt.step(closures_of(model, 0, 2))
     blocks, told = model.blocks, ""
-    if rank == 1:
-        model.blocks = blocks[:2] + blocks[3:]
+    model.blocks = blocks[:2] + blocks[3:] if rank == 1 else blocks
     try:
         opt.step(closures_of(model, 1, 2))
     except distzo2.DistZO2Error as error:
@@ -340,22 +333,17 @@ def stop(rank: int, world_size: int, directory: Path, signum: int, limit: float,
     for step in range(3):
         closures = closures_of(model, step, world_size)
         if step == 2 and rank == 1 and slices:
-            _stop_at_third_gather(distzo2.runtime_of(model).weights.ring, signum)
+            store = distzo2.runtime_of(model).weights.ring
+
+            def begin(*args: Any, store: Any = store, begun: Any = itertools.count(1)) -> None:  # noqa: B008
+                if next(begun) == 3:
+                    os.kill(os.getpid(), signum)
+                store.begin(*args)
+
+            store._node.register(store._number, begin)
         elif step == 2 and rank == 1:
             closures = [lambda c=c: (os.kill(os.getpid(), signum), c())[1] for c in closures]
         opt.step(closures)
-
-
-def _stop_at_third_gather(store: Any, signum: int) -> None:
-    begin, begun = store.begin, []
-
-    def begin_or_stop(*args: Any) -> None:
-        begun.append(args)
-        if len(begun) == 3:
-            os.kill(os.getpid(), signum)
-        begin(*args)
-
-    store._node.register(store._number, begin_or_stop)
 
 
 def left_early(rank: int, world_size: int, directory: Path, how: str) -> None:

@@ -98,11 +98,8 @@ class Exchange:
             return start()
 
     def wait(self, work: Any, quiet: bool = False) -> None:
-        """Waits until a collective that was begun has ended on this rank, or another rank is lost.
-
-        Args:
-            quiet: this rank does not need the result: a failure is not reported to the others.
-        """
+        """Waits until a collective that was begun has ended on this rank, or another rank is lost. With `quiet` a
+        failure is not reported to the others, since this rank does not need the result."""
         with self._or_give_up(quiet):
             now = begun_at = left_at = time.monotonic()
             pause = 2e-5
@@ -138,9 +135,7 @@ class Exchange:
         """Ends this mesh, because a collective failed or could not be begun: the others may or may not have what was
         sent. Unless `quiet`, they get the error.
 
-        Returns:
-            The error to raise. Where another rank is known to have failed, that failure: whatever happened here since
-            may follow from it.
+        Returns the error to raise: the known failure of another rank, from which this one may follow, or else `error`.
         """
         if isinstance(error, Exception) and self.heartbeat.failure is not None:
             error = copy(self.heartbeat.failure)
@@ -154,12 +149,7 @@ class Exchange:
     # ---- agreement ------------------------------------------------------------------------------------------------
 
     def agree(
-        self,
-        what: str,
-        fields: Mapping[str, Any] | None = None,
-        *,
-        numbers: Sequence[int] = (),
-        error: BaseException | None = None,
+        self, what: str, fields: Mapping[str, Any] = {}, numbers: Sequence[int] = (), error: BaseException | None = None
     ) -> list[list[int]]:
         """The agreed word: opens something that all ranks do together.
 
@@ -176,17 +166,16 @@ class Exchange:
             RanksDisagreeError: on all ranks; says what differs, and on which ranks.
             RankFailedError: another rank cannot take part, or is gone.
         """
-        fields = fields or {}
         # A rank that cannot take part may have no fields; it fails before they are compared.
         hashes = [hash64(what), 0 if error is not None else hash64(fields)]
-        word = [int(error is not None), *hashes, *numbers, *[0] * (NUMBERS - len(numbers))]
-        words = self.gather(torch.tensor(word)).tolist()
-        self.settle(what, [bool(other[0]) for other in words], error)
-        if any(other[1:3] != hashes for other in words):
+        numbers = [*numbers, 0, 0][:NUMBERS]
+        words = self.gather(torch.tensor([int(error is not None), *hashes, *numbers])).tolist()
+        self.settle(what, [row[0] for row in words], error)
+        if any(row[1:3] != hashes for row in words):
             self._raise_difference(what, fields)
-        return [other[3:] for other in words]
+        return [row[3:] for row in words]
 
-    def settle(self, what: str, failed: Sequence[bool], error: BaseException | None) -> None:
+    def settle(self, what: str, failed: Sequence[bool | int], error: BaseException | None) -> None:
         """Ends on all ranks what has failed on one. `failed` [ranks] is the same on all of them; `error` is why this
         rank has failed."""
         if not any(failed):
@@ -195,7 +184,7 @@ class Exchange:
         if error is not None:
             error.known_to_all_ranks = True  # see `is_known`
             raise error
-        first = list(failed).index(True)
+        first = next(rank for rank, has_failed in enumerate(failed) if has_failed)
         raise RankFailedError(f"rank {first} failed in {what}: {texts[first].decode()}", first, told=True)
 
     def _raise_difference(self, what: str, fields: Mapping[str, Any]) -> NoReturn:
@@ -213,8 +202,7 @@ class Exchange:
     def together(self, what: str) -> Iterator[dict[str, Any]]:
         """Around what every rank does: an exception of one rank in it is an error of all at its end, and so are entries
         that differ in the dict that it gives."""
-        agreed: dict[str, Any] = {}
-        failure: BaseException | None = None
+        agreed, failure = {}, None
         try:
             yield agreed
         except BaseException as error:
@@ -227,8 +215,7 @@ class Exchange:
         """Returns on all ranks what `make` returns on rank 0; what it raises there is an error of all."""
         data, failure = b"", None
         try:
-            if self.rank == 0:
-                data = make()
+            data = make() if self.rank == 0 else b""
         except BaseException as error:
             failure = error
         length = self.agree(what, numbers=[len(data)], error=failure)[0][0]

@@ -38,12 +38,10 @@ class RankFailedError(DistZO2Error):
 
 def describe(error: BaseException) -> str:
     """An error in one line, with its type unless it is one of ours."""
-    text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, DistZO2Error):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind = "" if isinstance(error, DistZO2Error) else type(error).__name__
+    return ": ".join(filter(None, [kind, " ".join(str(error).split())]))
 
 
 def bounded(call: Callable[[], Any], seconds: float) -> Any:
@@ -57,7 +55,7 @@ def bounded(call: Callable[[], Any], seconds: float) -> Any:
         with suppress(Exception):
             results.append(call())
 
-    thread = threading.Thread(target=run, name="distzo2-bounded", daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(timeout=seconds)
     return results[0] if results else None
@@ -70,8 +68,7 @@ class Heartbeat:
         """
         Args:
             store: a connection for the heartbeats alone, since a blocked call on one holds up all others.
-            interval: seconds between heartbeats.
-            limit: seconds without one after which a rank is given up.
+            interval, limit: seconds between heartbeats, and without one before a rank is given up.
         """
         self.rank, self.world_size, self.interval, self.limit = rank, world_size, interval, limit
         self._store = store
@@ -87,10 +84,7 @@ class Heartbeat:
         store.add(self._keys[rank], 1)
         self._processes = [json.loads(text) for text in store.multi_get([f"process/{r}" for r in range(world_size)])]
         self._here = [r for r, process in enumerate(self._processes) if process["host"] == mine["host"] and r != rank]
-        self._threads = [
-            threading.Thread(target=target, name=f"distzo2-{target.__name__.strip('_')}", daemon=True)
-            for target in (self._beat, self._watch)
-        ]
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
         for thread in self._threads:
             thread.start()
 

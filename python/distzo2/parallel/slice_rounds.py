@@ -103,14 +103,8 @@ class SliceExchange:
         return bool(self._rounds) and self._rounds[0].work.is_completed()
 
     def act(self, quiet: bool = False) -> list[Word] | None:
-        """Waits for the words of the oldest round and begins its gather.
-
-        Args:
-            quiet: a rank that has left is no failure to report to the others.
-
-        Returns:
-            The words, if none of them is for a block.
-        """
+        """Waits for the words of the oldest round and begins its gather. Returns the words, if none of them wants a
+        block. With `quiet`, a rank that has left is no failure to report to the others."""
         self.exchange.wait(self._rounds[0].work, quiet=quiet)
         this = self._rounds.popleft()
         words = [Word(*row) for row in this.words.tolist()]
@@ -131,7 +125,7 @@ class SliceExchange:
     def bring(self, word: Word, begun: Callable[[], bool]) -> None:
         """Takes part in rounds until `begun()`: the gather that `word` wants has begun."""
         if not begun():
-            self._take_part(word, lambda words: begun())
+            self._take_part(word, lambda _: begun())
 
     def meet(self) -> None:
         """Serves the other ranks of the node until all of them stand before the same collective of scalars."""
@@ -164,11 +158,8 @@ class SliceExchange:
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
     def gather(self, parts: Sequence[torch.Tensor]) -> list[Any]:
-        """Begins a gather: `parts` are the ranks' slices, consecutive in memory, this rank's own filled.
-
-        Returns:
-            What to `wait` for.
-        """
+        """Begins a gather, and returns what to `wait` for. `parts` are the ranks' slices, consecutive in memory, this
+        rank's own filled."""
         own, total = parts[self.index].numel(), sum(part.numel() for part in parts)
         self.exchange.counts.update(slice_gathers=1, slice_bytes_sent=own, slice_bytes_received=total - own)
         group, mine = self.groups[1], parts[self.index]

@@ -12,7 +12,7 @@ last update: a pass perturbs from it, and never writes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -49,11 +49,8 @@ def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
 
 def slices_of(units: Sequence[Unit], shares: Sequence[float], index: int) -> list[StoredCopy]:
     """Returns the slices that the rank at `index` of its node keeps of the units that stream."""
-    copies = []
-    for block, unit in enumerate(units):
-        begin, end = cut(unit.num_bytes, shares)[index : index + 2]
-        copies.append(StoredCopy(unit, begin, end - begin, block=block))
-    return copies
+    spans = [(unit, *cut(unit.num_bytes, shares)[index : index + 2]) for unit in units]
+    return [StoredCopy(unit, begin, end - begin, block=i) for i, (unit, begin, end) in enumerate(spans)]
 
 
 @dataclass(eq=False)
@@ -86,9 +83,7 @@ class SlicedStore(Store):
     ) -> None:
         """
         Args:
-            source: the store of this rank's slices.
-            copies: the slices, from `slices_of`.
-            device: where it computes.
+            source: the store of this rank's slices, which are `copies`, from `slices_of`.
             slots: how many whole blocks are on the device at once, at least 2.
             shares: of each rank of the node, as `cut` takes them.
         """
@@ -144,7 +139,7 @@ class SlicedStore(Store):
                 "and updates applied, by all ranks together"
             )
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
-            self._drop(lambda buffer: buffer.unit is copy.unit)  # of two gathers of a unit the later one counts
+            self._drop(copy.unit)  # of two gathers of a unit the later one counts
             buffer = self._take_buffer()
             if buffer.released is not None:
                 self._side.wait_event(buffer.released)
@@ -178,7 +173,7 @@ class SlicedStore(Store):
         return any(all(work.is_completed() for work in buffer.works) for buffer in free)
 
     def _settle(self, buffer: _Buffer) -> None:
-        """Waits until a gather has ended; on CUDA what follows on the current stream waits, and not the host."""
+        """Waits until a gather has ended; on CUDA the current stream waits, and not the host."""
         for work in buffer.works:
             self._node.wait(work)
         buffer.works = []
@@ -222,12 +217,12 @@ class SlicedStore(Store):
             self._gathers_ahead += 1
 
     def forget(self) -> None:
-        self._drop(lambda buffer: True)
+        self._drop(None)
 
-    def _drop(self, unwanted: Callable[[_Buffer], bool]) -> None:
-        """Lets go of the blocks in `unwanted` buffers that nobody reads."""
+    def _drop(self, unit: Unit | None) -> None:
+        """Lets go of the gathered blocks of a unit, or of all units, that nobody reads."""
         for buffer in self._buffers:
-            if not buffer.readers and unwanted(buffer):
+            if not buffer.readers and unit in (None, buffer.unit):
                 self._settle(buffer)
                 buffer.unit, buffer.is_ahead = None, False
 
@@ -248,11 +243,10 @@ class SlicedStore(Store):
         mine = slice(copy.begin, max(copy.begin, min(copy.begin + copy.num_bytes, unit.num_bytes)))
         host = self._spare if self._spare is not None else aligned_buffer(self.slot_bytes)
         self._spare = None
-        if keep:
-            with self._source.open(copy, write=False) as stored:
+        with self._source.open(copy, write=True, keep=keep) as stored:
+            if keep:
                 host[mine].copy_(stored[: mine.stop - mine.start])
-        yield host[: unit.num_bytes]
-        with self._source.open(copy, write=True, keep=False) as stored:
+            yield host[: unit.num_bytes]
             stored[: mine.stop - mine.start].copy_(host[mine])
         self.forget()
         self._spare = host
