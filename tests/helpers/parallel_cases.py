@@ -340,7 +340,7 @@ def stop(rank: int, world_size: int, directory: Path, signum: int, limit: float,
                     os.kill(os.getpid(), signum)
                 store.begin(*args)
 
-            store._node.register(store._number, begin)
+            store._node.stores[store._number] = begin
         elif step == 2 and rank == 1:
             closures = [lambda c=c: (os.kill(os.getpid(), signum), c())[1] for c in closures]
         opt.step(closures)

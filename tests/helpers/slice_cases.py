@@ -46,7 +46,7 @@ def train_with(rank: int, world_size: int, shape: tuple[int, int], directory: Pa
         cases.tower, slice_choice.Slicing = tower, slicing
 
 
-def frozen(rank: int, world_size: int, shape: tuple[int, int] | None, directory: Path) -> Any:
+def frozen(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
     """Some parameters of each block are frozen."""
     if shape is not None:
         mesh_of(*shape, slice=True)

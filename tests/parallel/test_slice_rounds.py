@@ -116,7 +116,7 @@ def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, mo
     exchange, heartbeat, node = mesh.exchange, mesh.exchange.heartbeat, mesh.node
     try:
         node.connect()
-        node.register(node.new_store(), lambda index, stamp, ours: closed_by_peer())
+        node.stores[node.new_store()] = lambda index, stamp, ours: closed_by_peer()
         calls = {
             "start": lambda: exchange.start(closed_by_peer),
             "wait": lambda: exchange.wait(SimpleNamespace(is_completed=lambda: True, wait=closed_by_peer)),

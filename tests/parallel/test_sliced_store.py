@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import slice_cases
 import torch
 from parallel_cases import assert_same_run, assert_same_weights
 from parallel_ranks import Ranks
+from safetensors.torch import load_file
 
 from distzo2.parallel.sliced_store import cut
 
@@ -46,16 +49,18 @@ def test_what_must_not_change_a_bit(ranks: Ranks, alone: Any, what: str, tmp_pat
         assert_same_run(result, alone(steps=5))
 
 
-def test_frozen_parameters(ranks: Ranks, tmp_path: Path):
-    expected = slice_cases.frozen(0, 1, None, tmp_path)
-    for result in ranks.values(slice_cases.frozen, 2, (2, 1), tmp_path):
-        assert_same_run(result, expected)
-
-
-@pytest.mark.parametrize("how", ["load_state_dict", "edit"])
-def test_weights_that_are_replaced(ranks: Ranks, how: str, tmp_path: Path):
-    expected = slice_cases.replaced(0, 1, tmp_path, None, how)
-    for result in ranks.values(slice_cases.replaced, 2, tmp_path, (1, 2), how):
+@pytest.mark.parametrize(
+    ("case", "shape", "how"),
+    [
+        (slice_cases.frozen, (2, 1), ()),
+        (slice_cases.no_lanes, (1, 2), ()),
+        (slice_cases.replaced, (1, 2), ("load_state_dict",)),
+        (slice_cases.replaced, (1, 2), ("edit",)),
+    ],
+)
+def test_frozen_parameters_replaced_weights_and_ranks_without_lanes(ranks: Ranks, case, shape, how, tmp_path: Path):
+    expected = case(0, 1, tmp_path, None, *how)
+    for result in ranks.values(case, 2, tmp_path, shape, *how):
         assert_same_run(result, expected)
 
 
@@ -71,16 +76,8 @@ def test_every_rank_may_evaluate_generate_and_save(ranks: Ranks, alone: Any, tmp
     for rank, result in enumerate(results):
         assert result["seen"] == [v for i in range(0, 12, 3) for v in plain[i : i + 3] * max(rank, 1)], rank
     assert_same_weights(results[1]["state"], before)
-    from safetensors.torch import load_file
-
     for name, value in load_file(tmp_path / "saved" / "model.safetensors").items():
         assert np.array_equal(value.view(torch.uint8).numpy(), before[name]), name
-
-
-def test_a_rank_without_lanes_serves_the_others(ranks: Ranks, tmp_path: Path):
-    expected = slice_cases.no_lanes(0, 1, tmp_path, None)
-    for result in ranks.values(slice_cases.no_lanes, 2, tmp_path, (1, 2)):
-        assert_same_run(result, expected)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------
@@ -89,9 +86,9 @@ def test_a_rank_without_lanes_serves_the_others(ranks: Ranks, tmp_path: Path):
 def test_a_slice_that_cannot_be_read_ends_all_ranks(ranks: Ranks, tmp_path: Path):
     results = ranks.run(slice_cases.broken_slice, 4, tmp_path)
     assert results[1].kind == "DistZO2Error" and "checksum" in results[1].text
-    for rank in (0, 2, 3):
-        assert results[rank].kind == "RankFailedError"
-        assert re.match(r"(this mesh cannot be used any more: )?rank 1: .*checksum", results[rank].text)
+    for result in (results[0], *results[2:]):
+        assert result.kind == "RankFailedError"
+        assert re.match(r"(this mesh cannot be used any more: )?rank 1: .*checksum", result.text)
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------
@@ -136,9 +133,6 @@ def test_two_ranks_on_one_gpu(ranks: Ranks, shape: tuple[int, int], slices: bool
 @pytest.mark.cuda
 @pytest.mark.parametrize("weights", ["host", "disk"])
 def test_one_rank_with_nccl(weights: str, tmp_path: Path):
-    import multiprocessing
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

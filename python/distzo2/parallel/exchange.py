@@ -60,7 +60,7 @@ class Exchange:
         self.number = 0  # of the next collective
         self.counts = Counter(collectives=0, bytes_sent=0, bytes_received=0)  # see `group.stats`
         # Waiting is limited in `wait`, which asks the heartbeat meanwhile; gloo itself need not give up.
-        self.group = self.start(lambda: new_group(range(world_size), "gloo"))
+        self.group = self.start(lambda: new_group([range(world_size)], "gloo"))
 
     # ---- collectives --------------------------------------------------------------------------------------------
 

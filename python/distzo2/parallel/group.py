@@ -58,11 +58,6 @@ class Mesh:
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     @property
-    def pert_rank(self) -> int:
-        """This rank's coordinate along perturbations."""
-        return self.rank % self.shape.pert
-
-    @property
     def data_rank(self) -> int:
         """This rank's coordinate along micro-batches: what a DistributedSampler of `shape.data` replicas wants."""
         return self.rank // self.shape.pert

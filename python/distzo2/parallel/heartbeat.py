@@ -197,16 +197,14 @@ def left_mesh(rank: int) -> RankFailedError:
 
 def machine_name() -> str:
     """The kernel's name for this boot of the machine, which containers on it share as they share its memory."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return socket.gethostname()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def host_name() -> str:
     """Names this machine and its space of process ids."""
-    with suppress(OSError):
-        return f"{machine_name()} {os.readlink('/proc/self/ns/pid')}"
-    return machine_name()
+    pids = Path("/proc/self/ns/pid")
+    return f"{machine_name()} {pids.readlink() if pids.is_symlink() else ''}"
 
 
 def process_start(pid: int) -> str | None:

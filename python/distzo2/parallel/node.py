@@ -32,6 +32,8 @@ ROUNDS = 3
 _SPARE = 0.1  # of the memory that is available
 _NO_LIMIT = (1 << 63) - 1  # bytes, where a machine has none
 
+Place = str | os.PathLike | None  # the directory of block files; None: weights are in memory
+
 
 def memory_share(exchange: Exchange | None) -> MemoryShare:
     """Reads what memory this machine has. Ranks that have met all call it, and take none before it returns.
@@ -63,11 +65,7 @@ class Slicing(NamedTuple):
 
 
 def choose_slices(
-    mesh: Mesh | None,
-    units: Sequence[Unit],
-    device: torch.device,
-    weights: str,
-    directory: str | os.PathLike | None,
+    mesh: Mesh | None, units: Sequence[Unit], device: torch.device, weights: str, directory: Place
 ) -> Slicing | None:
     """Decides whether streamed units are kept in slices; None if not. All ranks call it and get the same answer.
 
@@ -84,11 +82,8 @@ def choose_slices(
     failure = None
     if weights == "device" and mesh.slice:
         failure = UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
-    fields = {
-        "weights": weights,
-        "device": device.type,
-        "the units": [(u.name, u.num_bytes, u.resident) for u in units],
-    }
+    table = [(u.name, u.num_bytes, u.resident) for u in units]
+    fields = {"weights": weights, "device": device.type, "the units": table}
     mesh.exchange.agree("handing over a model", fields, error=failure)
     streamed = [u for u in units if not u.resident]
     node, total = mesh.node, sum(u.num_bytes for u in streamed)
@@ -99,7 +94,7 @@ def choose_slices(
     bring = functools.partial(_bring_seconds, mesh, device, directory)
     chosen, why = True, "as asked"
     if mesh.slice is None:
-        chosen, why = _decide(mesh, total, sample, device, weights, directory, bring)
+        chosen, why = _decide(mesh, total, sample, bring, device, weights, directory)
         why += "; slice= or --slice sets it"
     shares = [1.0] * node.size
     if chosen and device.type != "cpu":  # of each rank of this node, by the rates of their links, all in use
@@ -112,18 +107,12 @@ def choose_slices(
 
 
 def _decide(
-    mesh: Mesh,
-    total: int,
-    sample: int,
-    device: torch.device,
-    weights: str,
-    directory: str | os.PathLike | None,
-    bring: Callable[[int], float],
+    mesh: Mesh, total: int, sample: int, bring: Callable[[int], float], device: torch.device, weights: str, place: Place
 ) -> tuple[bool, str]:
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_disk_bytes(directory)
+        free = available_memory() if weights == "host" else free_disk_bytes(place)
     for needed, room in _of_all(mesh, [node.size * total, free * (1 - _SPARE)]).tolist():
         if needed > room:
             where = "memory" if weights == "host" else "disk"
@@ -168,7 +157,7 @@ def _seconds(mesh: Mesh, device: torch.device, what: str, work: Callable[[], Non
     return statistics.median(times)
 
 
-def _bring_seconds(mesh: Mesh, device: torch.device, directory: str | os.PathLike | None, num_bytes: int) -> float:
+def _bring_seconds(mesh: Mesh, device: torch.device, directory: Place, num_bytes: int) -> float:
     """Seconds in which `num_bytes` come to the device, on the average of a few blocks."""
     unit = Unit(0, "a sample", [], [], resident=False)
     samples = [StoredCopy(unit, 0, num_bytes, block=i) for i in range(SAMPLE_BLOCKS)]

@@ -64,11 +64,11 @@ def init_process_group(device: str | torch.device | None, timeout: float) -> Non
         raise DistZO2Error(f"the ranks could not meet: {' '.join(str(error).split())}") from error
 
 
-def new_group(ranks: Sequence[int], backend: str) -> Any:
-    """Makes a group of some ranks; all ranks call it. Its collectives have no time limit: `Exchange.wait` has one."""
-    group = dist.new_group(list(ranks), backend=backend, timeout=CONNECTING)
-    if dist.get_rank() in ranks:
-        _allow(group, timedelta(days=365))
+def new_group(nodes: Sequence[Sequence[int]], backend: str) -> Any:
+    """Makes a group of the ranks of each node, and returns this rank's; all ranks call it. Its collectives have no time
+    limit: `Exchange.wait` has one."""
+    group, _ = dist.new_subgroups_by_enumeration([list(n) for n in nodes], timeout=CONNECTING, backend=backend)
+    _allow(group, timedelta(days=365))
     return group
 
 

@@ -58,17 +58,14 @@ class SliceExchange:
         self._nodes = nodes
         self.groups: list[Any] = []  # of the node's ranks: for words, and for blocks
         self._num_stores = 0
-        self._begin: dict[int, Callable[..., None]] = {}  # of each store that is open: begins to gather a unit
+        self.stores: dict[int, Callable[[int, int, bool], None]] = {}  # `SlicedStore.begin` of those that are open
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
         self._num_acted = 0
 
     def connect(self) -> None:
         """Makes the groups, once; all ranks of all nodes call it."""
-        for ranks in self._nodes if not self.groups else ():
-            for backend in ("gloo", self.backend):
-                group = self.exchange.start(lambda ranks=ranks, backend=backend: new_group(ranks, backend))
-                if self.exchange.rank in ranks:
-                    self.groups.append(group)
+        for backend in ("gloo", self.backend) if not self.groups else ():
+            self.groups.append(self.exchange.start(lambda backend=backend: new_group(self._nodes, backend)))
 
     def new_store(self) -> int:
         """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
@@ -76,10 +73,6 @@ class SliceExchange:
         self.exchange.before_each = self.meet
         self._num_stores += 1
         return self._num_stores - 1
-
-    def register(self, number: int, begin: Callable[[int, int, bool], None] | None) -> None:
-        """Sets the `SlicedStore.begin` of the store of a number; None: it is closed."""
-        self._begin[number] = begin
 
     # ---- rounds -------------------------------------------------------------------------------------------------
 
@@ -114,10 +107,9 @@ class SliceExchange:
         if wanted is None:
             return words
         try:
-            begin = self._begin.get(wanted.store)
-            if begin is None:
+            if wanted.store not in self.stores:
                 raise DistZO2Error("another rank wants a block of a model that this one has closed")
-            begin(wanted.unit, wanted.stamp, this.mine == wanted)
+            self.stores[wanted.store](wanted.unit, wanted.stamp, this.mine == wanted)
         except BaseException as error:  # the others wait for this rank's slice, which will not come
             raise self.exchange.give_up(error) from error.__cause__
         return None

@@ -103,7 +103,7 @@ class SlicedStore(Store):
     def serve(self, weights: UnitWeights, number: int) -> None:
         """Lets the other ranks gather from now on. `weights` brings slices up to date; `number` is of `new_store`."""
         self._weights, self._number = weights, number
-        self._node.register(number, self.begin)
+        self._node.stores[number] = self.begin
 
     @property
     def source(self) -> Store:
@@ -269,7 +269,7 @@ class SlicedStore(Store):
         """Serves the other ranks of the node while they want slices of this one, and ends."""
         try:
             self._node.leave(ends=False)
-            self._node.register(self._number, None)
+            del self._node.stores[self._number]
             for buffer in self._buffers:
                 try:
                     self._settle(buffer)
