@@ -72,14 +72,7 @@ def optimizer(model: nn.Module, **options: Any) -> distzo2.ZOSGD:
 
 
 def started(
-    rank: int,
-    directory: Path,
-    shape: tuple[int, int] | None,
-    *,
-    weights: str = "disk",
-    slices: bool = False,
-    limit: float = LIMIT,
-    **options: Any,
+    rank: int, directory: Path, shape: Any, *, weights: str = "disk", slices: bool = False, limit=LIMIT, **options: Any
 ) -> tuple[nn.Module, distzo2.ZOSGD]:
     """A tower and its optimizer, on a mesh of `shape`; None: without one."""
     if shape is not None:
@@ -230,20 +223,13 @@ def _raise(error: BaseException) -> None:
 
 
 def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: list[int], resume: bool) -> list[str]:
-    """Each rank has `threads[rank]` threads. What is logged when a run is begun or resumed."""
+    """Each rank has `threads[rank]` threads. The warnings when a run is begun or resumed."""
     mesh_of(1, world_size)
     told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("distzo2")
-    logger.addHandler(handler)
     torch.set_num_threads(threads[rank])
-    try:
-        model = tower("device", None)
-        optimizer(model, journal=directory / "journal.jsonl", resume=resume).close()
-    finally:
-        torch.set_num_threads(1)
-        logger.removeHandler(handler)
+    with mock.patch.object(logging.getLogger("distzo2"), "warning", lambda text, *args: told.append(text % args)):
+        optimizer(tower("device", None), journal=directory / "journal.jsonl", resume=resume).close()
+    torch.set_num_threads(1)
     return told
 
 

@@ -61,9 +61,6 @@ def frozen(rank: int, world_size: int, directory: Path, shape: tuple[int, int] |
     return [opt.last.losses, state_of(model)]
 
 
-# ---- ranks that want different things ---------------------------------------------------------------------------
-
-
 def odd_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     """Between steps each rank does what it likes: rank 0 evaluates and saves, forwards are of unequal number."""
     model, opt = started(rank, directory, (1, world_size) if world_size > 1 else None, slices=True)
@@ -118,9 +115,6 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
     return [(seen, opt.last.losses), state_of(model)]
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
 def broken_slice(rank: int, world_size: int, directory: Path) -> None:
     """A bit of every page of rank 1's block file, whose name is gone, flips after step 1."""
     model, opt = started(rank, directory, (1, world_size), slices=True)
@@ -133,9 +127,6 @@ def broken_slice(rank: int, world_size: int, directory: Path) -> None:
                     byte = os.pread(file.fileno(), 1, offset)
                     os.pwrite(file.fileno(), bytes([byte[0] ^ 4]), offset)
         opt.step(closures_of(model, step, world_size))
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
 
 
 def kept(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
@@ -221,9 +212,6 @@ def other_weights(rank: int, world_size: int, directory: Path, how: str) -> None
         tower("disk", directory / f"rank{rank}").load_state_dict(other.state_dict())
 
 
-# ---- handing over and loading -----------------------------------------------------------------------------------
-
-
 def hand_over(rank: int, world_size: int, directory: Path, what: str) -> None:
     """Something is wrong with rank 1 while all hand over their model."""
     mesh = mesh_of(1, 2, slice=None if what == "alone" else True)
@@ -258,9 +246,6 @@ def load_checkpoint(rank: int, world_size: int, directory: Path, what: str) -> N
 
     with mock.patch.object(parallel_read.ParallelReader, "finish", failing), mesh.together("loading"):
         distzo2.from_pretrained(directory / f"checkpoint{rank}", weights="host")
-
-
-# ---- coming and going -------------------------------------------------------------------------------------------
 
 
 def two_models(rank: int, world_size: int, directory: Path) -> Any:

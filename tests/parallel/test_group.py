@@ -22,34 +22,19 @@ from distzo2.record.journal import read_journal
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-SLICED = ("pert=2", "pert=2,data=2", "data=2 of 3 micro-batches", "pert=2 of fzoo")  # the others: in 200 steps
-
-
+@pytest.mark.parametrize("steps", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "slices"), [*((name, False) for name in MESHES), *((name, True) for name in SLICED)])
-def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, slices, dtype, tmp_path: Path):
-    for weights in ("disk", "host" if slices else "device") if dtype == torch.float32 else ("disk",):
-        check_mesh(ranks, alone, name, tmp_path, {}, weights=weights, dtype=dtype, slices=slices, verify_every=3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("weights", "slices"), [("device", False), ("host", False), ("disk", False), ("host", True), ("disk", True)]
-)
+@pytest.mark.parametrize("slices", [False, True])
 @pytest.mark.parametrize("name", MESHES)
-def test_every_mesh_has_the_bits_of_one_rank_after_200_steps(ranks, alone, name, slices, weights, dtype, tmp_path):
-    options = {"weights": weights, "dtype": dtype, "slices": slices, "journal": "journal.jsonl", "verify_every": 50}
-    check_mesh(ranks, alone, name, tmp_path, {"steps": 200, "lr": 1e-3}, **options)
-
-
-def check_mesh(ranks, alone, name, directory, changes, **options):
-    """`changes` are of the bits, `options` are not."""
+def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, slices, dtype, steps, tmp_path: Path):
     shape, lanes = MESHES[name]
-    run = functools.partial(cases.train, **options, **{**changes, **lanes})
-    for result in ranks.values(run, shape[0] * shape[1], shape, directory, timeout=600.0):
-        assert_same_run(result, alone(dtype=options["dtype"], **{**changes, **lanes}))
+    same = {"dtype": dtype, "steps": steps, **({"lr": 1e-3} if steps == 200 else {}), **lanes}
+    places = ["disk", "host" if slices else "device", *(["host"] if steps == 200 and not slices else [])]
+    for weights in places if dtype == torch.float32 or steps == 200 else ["disk"]:
+        options = {"journal": f"{weights}.jsonl", "verify_every": 3 if steps == 6 else 50}
+        run = functools.partial(cases.train, weights=weights, slices=slices, **options, **same)
+        for result in ranks.values(run, shape[0] * shape[1], shape, tmp_path, timeout=600.0):
+            assert_same_run(result, alone(**same))
 
 
 @pytest.mark.parametrize("sharded", [True, "data"])

@@ -24,8 +24,6 @@ from distzo2.weights.units import Unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# ---- replacing weights ------------------------------------------------------------------------------------------
-
 
 def test_an_edit_that_fails_on_one_rank_changes_nothing(ranks: Ranks, tmp_path: Path):
     results = ranks.values(slice_cases.edit_fails, 2, tmp_path)
@@ -42,8 +40,6 @@ def test_ranks_with_other_weights_are_told(ranks: Ranks, how: str, tmp_path: Pat
         assert result.kind == "RanksDisagreeError", result
         assert re.match(r"(load_state|handing).*: the ranks do not agree on the weights: .*'blocks.2", result.text)
 
-
-# ---- handing over and loading -----------------------------------------------------------------------------------
 
 HAND_OVER = {  # what rank 1 raises, and rank 0
     "directory": ("", r"rank 1 failed in .*: .*rank1"),
@@ -71,9 +67,6 @@ def test_a_checkpoint_that_one_rank_cannot_read_or_reads_alone(ranks: Ranks, wha
     for result in (first, second):
         assert result.kind == "RanksDisagreeError", result
         assert result.text.startswith("loading a checkpoint: the ranks do not agree on the source")
-
-
-# ---- coming and going -------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_is_closed_on_one_rank_only(ranks: Ranks, alone: Any, tmp_path: Path):
@@ -132,9 +125,6 @@ def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, mo
             assert raised.value.rank == 1
     finally:
         distzo2.parallel.shutdown()
-
-
-# ---- gathers ahead of time --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("evaluates", [False, True])

@@ -22,8 +22,6 @@ from distzo2.parallel.sliced_store import cut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# ---- where slices are cut --------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("num_bytes", [1, 255, 256, 257, 1000, 12_288, 12_289, 1_000_003])
 @pytest.mark.parametrize("shares", [[1.0], [1.0, 1.0], [2.5] * 7, [1.0, 3.0], [1e-9, 1.0, 1.0], [3.0, 1.0, 0.5, 2.0]])
@@ -38,9 +36,6 @@ def test_slices_are_whole_multiples_of_256_bytes_that_cover_a_block(num_bytes: i
     else:
         wanted = np.array(shares) / sum(shares) * num_bytes
         assert np.abs(sizes - wanted).max() <= 256 * (len(shares) + 1)
-
-
-# ---- bits -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["unequal slices", "write_every", "memory_budget", "waves"])
@@ -64,9 +59,6 @@ def test_frozen_parameters_replaced_weights_and_ranks_without_lanes(ranks: Ranks
         assert_same_run(result, expected)
 
 
-# ---- ranks that want different things ---------------------------------------------------------------------------
-
-
 def test_every_rank_may_evaluate_generate_and_save(ranks: Ranks, alone: Any, tmp_path: Path):
     results = ranks.values(slice_cases.odd_ranks, 3, tmp_path)
     losses, _ = alone(steps=5, micro_batches=5)
@@ -80,18 +72,12 @@ def test_every_rank_may_evaluate_generate_and_save(ranks: Ranks, alone: Any, tmp
         assert np.array_equal(value.view(torch.uint8).numpy(), before[name]), name
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------
-
-
 def test_a_slice_that_cannot_be_read_ends_all_ranks(ranks: Ranks, tmp_path: Path):
     results = ranks.run(slice_cases.broken_slice, 4, tmp_path)
     assert results[1].kind == "DistZO2Error" and "checksum" in results[1].text
     for result in (results[0], *results[2:]):
         assert result.kind == "RankFailedError"
         assert re.match(r"(this mesh cannot be used any more: )?rank 1: .*checksum", result.text)
-
-
-# ---- figures ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -114,9 +100,6 @@ def test_a_rank_reads_its_slices_only(ranks: Ranks, dtype: str | None, tmp_path:
         for name, value in model.state_dict().items():
             wanted = value if dtype is None else value.bfloat16()
             assert np.array_equal(state[name], wanted.float().numpy()), name
-
-
-# ---- on a GPU ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda
