@@ -113,11 +113,10 @@ def train(
     history = []
     while opt.step_count < steps:
         closures = closures_of(model, opt.step_count, micro_batches)
-        if sharded == "data":
+        if sharded:
             mesh = distzo2.parallel.current()
-            closures = uneven_share(closures, mesh.data_rank, mesh.shape.data)
-        elif sharded:
-            closures = uneven_share(closures, rank, world_size)
+            place = (mesh.data_rank, mesh.shape.data) if sharded == "data" else (rank, world_size)
+            closures = uneven_share(closures, *place)
         opt.step(closures, sharded=sharded, tokens=7 * micro_batches)
         history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped))
         time.sleep(pace)

@@ -212,7 +212,7 @@ def shutdown(error: BaseException | None = None) -> None:
         with suppress(DistZO2Error):
             node.leave(ends=True)  # the others may still want slices of this rank
     if exchange.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        heartbeat.wait_for_others(heartbeat.limit)  # this process serves the store
+        heartbeat.wait_for_others()  # this process serves the store
     heartbeat.leave()
     for group in [exchange.group, *(node.groups if node is not None else ())]:
         if exchange.broken is not None or heartbeat.failure is not None:

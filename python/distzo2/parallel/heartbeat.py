@@ -131,9 +131,9 @@ class Heartbeat:
         if not any(thread.is_alive() for thread in self._threads):
             bounded(lambda: self._store.set(self._keys[self.rank], LEFT), STORE_SECONDS)
 
-    def wait_for_others(self, seconds: float) -> None:
+    def wait_for_others(self) -> None:
         """Waits until all others have left, or one has failed. For the rank whose process serves the store."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.limit
         while len(self.left) < self.world_size - 1 and self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
 

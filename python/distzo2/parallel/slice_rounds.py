@@ -77,7 +77,10 @@ class SliceExchange:
     # ---- rounds -------------------------------------------------------------------------------------------------
 
     def say(self, word: Word) -> None:
-        """Says this rank's word of the next round; does not wait for the others'."""
+        """Says this rank's word of the next round; does not wait for the others'. No-op where the word was said in a
+        round that has not been acted on."""
+        if any(r.mine == word for r in self._rounds):
+            return
         mine = torch.tensor(word, dtype=torch.int64, device="cpu")
         words = torch.empty(self.size, len(word), dtype=torch.int64, device="cpu")
         # Of the group itself: torch.distributed's own function takes longer than the exchange.
@@ -85,10 +88,6 @@ class SliceExchange:
         self._rounds.append(_Round(word, words, work))
         sent = mine.nbytes
         self.exchange.counts.update(slice_rounds=1, slice_bytes_sent=sent, slice_bytes_received=words.nbytes - sent)
-
-    def is_said(self, word: Word) -> bool:
-        """Whether this rank has said `word` in a round that has not been acted on."""
-        return any(r.mine == word for r in self._rounds)
 
     @property
     def answered(self) -> bool:

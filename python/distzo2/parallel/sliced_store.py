@@ -205,9 +205,8 @@ class SlicedStore(Store):
             if (i >= num_current or self._find(copy.unit) is None) and not self._source.prefetch(copy):
                 break
         for copy in following[: min(num_current, self.num_slots - 1)]:
-            want = self._want(copy.unit)
-            if self._find(copy.unit) is None and not self._node.is_said(want):
-                self._node.say(want)
+            if self._find(copy.unit) is None:
+                self._node.say(self._want(copy.unit))
         self.poll()
 
     def poll(self) -> None:
