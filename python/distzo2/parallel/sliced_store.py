@@ -41,10 +41,7 @@ def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
     total = sum(shares)
     bounds = [round(num_bytes * s / total / ALIGNMENT) * ALIGNMENT for s in accumulate(shares)]
     bounds[-1] = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-    starts = [0]
-    for bound in bounds:
-        starts.append(max(bound, starts[-1] + ALIGNMENT))
-    return starts
+    return list(accumulate(bounds, lambda start, bound: max(bound, start + ALIGNMENT), initial=0))
 
 
 def slices_of(units: Sequence[Unit], shares: Sequence[float], index: int) -> list[StoredCopy]:
