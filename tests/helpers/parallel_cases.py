@@ -174,17 +174,23 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
     return [told, str(opt.last.losses)]
 
 
-def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) -> None:
-    """Rank 1 makes another optimizer, or has another model."""
+def differ(rank: int, world_size: int, directory: Path, what: str) -> None:
+    """Rank 1 makes another optimizer, has another model, or one bit of its weights changes after the third step."""
     mesh_of(1, 2)
     other = what if rank == 1 else ""
     model = Tower(seed=6 if other == "weights" else 5)
     model.head.requires_grad_(other != "frozen")
-    distzo2.offload(model, weights="host")
+    runtime = distzo2.runtime_of(distzo2.offload(model, weights="host", train=True))
     options: dict[str, Any] = {"fsync_every": 4} if other == "journal options" else {}
     if what == "journal options":
         options["journal"] = directory / "journal.jsonl"
-    optimizer(model, seed=12 if other == "seed" else 11, **options)
+    opt = optimizer(model, seed=12 if other == "seed" else 11, verify_every=2, **options)
+    for step in range(4):
+        if step == 3 and rank == 1:
+            unit = next(u for u in runtime.units if u.name == "blocks.3")
+            with runtime.access.writing(unit, keep=True) as views:
+                views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
+        opt.step(closures_of(model, step, 2))
 
 
 class Boom(Exception):
@@ -297,47 +303,33 @@ def sampled(rank: int, world_size: int, directory: Path) -> list[int]:
     return seen
 
 
-def changed_replica(rank: int, world_size: int, directory: Path) -> None:
-    """One bit of one weight changes on rank 1 after the third step."""
-    model, opt = started(rank, directory, (1, 2), verify_every=2)
-    runtime = distzo2.runtime_of(model)
-    for step in range(4):
-        if step == 3 and rank == 1:
-            unit = next(u for u in runtime.units if u.name == "blocks.3")
-            with runtime.access.writing(unit, keep=True) as views:
-                views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
-        opt.step(closures_of(model, step, 2))
-
-
 # ---- ranks that die or hang -------------------------------------------------------------------------------------
 
 
-def stop(rank: int, world_size: int, directory: Path, signum: int, limit: float, slices: bool) -> None:
-    """Rank 1 sends itself a signal in step 2: in a forward or, with slices, while it serves slices to the others."""
+def stop(rank: int, world_size: int, directory: Path, how: Any, limit: float, slices: bool) -> None:
+    """In step 2 rank 1 leaves, raises, or sends itself a signal: in a forward or, with slices, while it serves the
+    others."""
     model, opt = started(rank, directory, (1, world_size), slices=slices, limit=limit)
     for step in range(3):
         closures = closures_of(model, step, world_size)
-        if step == 2 and rank == 1 and slices:
-            store = distzo2.runtime_of(model).weights.ring
-
-            def begin(*args: Any, store: Any = store, begun: Any = itertools.count(1)) -> None:  # noqa: B008
-                if next(begun) == 3:
-                    os.kill(os.getpid(), signum)
-                store.begin(*args)
-
-            store._node.stores[store._number] = begin
-        elif step == 2 and rank == 1:
-            closures = [lambda c=c: (os.kill(os.getpid(), signum), c())[1] for c in closures]
+        if step == 2 and rank == 1:
+            if how == "shutdown":
+                return
+            if how == "raise":
+                raise Boom("out of data")
+            if slices:
+                _kill_at_third_gather(distzo2.runtime_of(model).weights.ring, how)
+            else:
+                closures = [lambda c=c: (os.kill(os.getpid(), how), c())[1] for c in closures]
         opt.step(closures)
 
 
-def left_early(rank: int, world_size: int, directory: Path, how: str) -> None:
-    """Rank 1 makes two steps, the others want three."""
-    model, opt = started(rank, directory, (1, world_size), weights="device")
-    for step in range(3):
-        if step == 2 and rank == 1:
-            if how == "shutdown":
-                distzo2.parallel.shutdown()
-                return
-            raise Boom("out of data")
-        opt.step(closures_of(model, step, world_size))
+def _kill_at_third_gather(store: Any, signum: int) -> None:
+    begun = itertools.count(1)
+
+    def begin(*args: Any) -> None:
+        if next(begun) == 3:
+            os.kill(os.getpid(), signum)
+        store.begin(*args)
+
+    store._node.stores[store._number] = begin
