@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from journal_cases import bits, json_values, make_entry, make_test_header
 from safetensors.torch import load_file, save_file
 
-from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
+from distzo2.checkpoint.reading import checkpoint_differences, digest_checkpoint
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorFile
 from distzo2.record.journal import Journal, JournalError, read_journal
 
 SECONDS = float(os.environ.get("DISTZO2_FUZZ_SECONDS", "0"))
@@ -164,7 +164,7 @@ def test_every_damage_of_a_base_is_found(tmp_path: Path) -> None:
         (difference,) = checkpoint_differences(tmp_path, record)
         assert re.search(r"model\.safetensors: (SHA-256|\d+ bytes)", difference)
         try:
-            with SafetensorsFile(path) as file:
+            with TensorFile(path) as file:
                 assert len(damaged) == len(data)  # every truncation is refused by the reader itself
                 assert sum(entry.num_bytes for entry in file.tensors.values()) == 8 * 16 * 4 * 4
             opened += 1

@@ -199,7 +199,7 @@ class ZOSGD(torch.optim.Optimizer):
             table=self._index_table(),
             groups=self.param_groups,
             base=None if source is None else source.digest(),
-            checkpoint_map=None if source is None else source.map.to_json(),
+            checkpoint_map=None if source is None else source.to_json(),
             options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
         )
