@@ -104,7 +104,7 @@ class SharedStep:
         self.settings = settings
         self.first_version: int | None = None  # of the weights before the journal's first entry; None: no journal
         self.fingerprint: dict[str, Any] = {}  # for the journal's header
-        self.world_size, self.check = mesh.world_size, mesh.ranks.heartbeat.check
+        self.world_size, self.check = mesh.world_size, mesh.exchange.heartbeat.check
         self.together, self.from_rank_0 = mesh.together, mesh.exchange.from_rank_0
         self._shape, self._exchange, self._rank, self._runtime = mesh.shape, mesh.exchange, mesh.rank, runtime
         self._syncs = False  # rank 0 syncs each line before the update is broadcast

@@ -37,12 +37,11 @@ def finetune_options(given: Mapping[str, Any], config: str | None = None) -> Fin
     Raises:
         UsageError: the file cannot be used, an option is missing or out of range, or two do not go together.
     """
-    ranks = None
     if parallel.world_size_of_environment() > 1:
         limit = given.get("heartbeat_limit", FinetuneOptions.heartbeat_limit)
         device = given.get("device", FinetuneOptions.device)
-        ranks = parallel.join(device=device, limit=limit, interval=heartbeat_interval(limit))
-    return FinetuneOptions(**from_rank_0(ranks, "reading the options", lambda: asdict(_read_options(given, config))))
+        parallel.join(device=device, limit=limit, interval=heartbeat_interval(limit))
+    return FinetuneOptions(**from_rank_0("reading the options", lambda: asdict(_read_options(given, config))))
 
 
 def together(mesh: parallel.Mesh | None, what: str) -> AbstractContextManager[None]:
@@ -50,11 +49,12 @@ def together(mesh: parallel.Mesh | None, what: str) -> AbstractContextManager[No
     return nullcontext() if mesh is None else mesh.together(what)
 
 
-def from_rank_0(ranks: parallel.Mesh | parallel.Ranks | None, what: str, read: Callable[[], Any]) -> Any:
+def from_rank_0(what: str, read: Callable[[], Any]) -> Any:
     """The JSON value that `read` returns on rank 0; without ranks, here."""
-    if ranks is None:
+    exchange = parallel.joined()
+    if exchange is None:
         return read()
-    return json.loads(ranks.exchange.from_rank_0(what, lambda: json.dumps(read()).encode()))
+    return json.loads(exchange.from_rank_0(what, lambda: json.dumps(read()).encode()))
 
 
 def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptions:

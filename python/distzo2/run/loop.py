@@ -105,7 +105,7 @@ class TrainLoop:
             what = f"resumed {self.run.path}" if o.resume else f"branched from {o.branch_from}"
             self.log(f"{what} at step {optimizer.step_count} of {o.steps}")
         if o.resume:
-            evals = from_rank_0(self.mesh, "the evaluations so far", lambda: list(self.metrics.evals.values()))
+            evals = from_rank_0("the evaluations so far", lambda: list(self.metrics.evals.values()))
             self.metrics.evals = {line["step"]: line for line in evals}
         if self.leads:
             self.run.update(

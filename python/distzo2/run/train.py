@@ -47,7 +47,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
     mesh, run = current(), RunDirectory(options.out)
     leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
     log = log if leads else (lambda line: None)
-    resume = from_rank_0(mesh, "looking for a run to continue", lambda: _continues(options, run, log))
+    resume = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
     options = replace(options, resume=resume, parallel=options.parallel if mesh is None else str(mesh.shape))
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
@@ -160,7 +160,7 @@ def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str
     path, every = run.weight_file(options.weights_dir), options.snapshot_every
     if every is None:
         every = 100 if options.weights == "disk" else 0
-    exists = from_rank_0(current(), "looking for a weight file", path.exists)  # machines may share no disk
+    exists = from_rank_0("looking for a weight file", path.exists)  # machines may share no disk
     if not (every or options.snapshot_minutes or options.weights == "disk" or exists):
         return None
     return WeightFile(path, run.journal, every, options.snapshot_minutes, options.snapshot_pace, log)
