@@ -23,8 +23,9 @@ from torch import nn
 from distzo2.checkpoint.mapping import CheckpointMap, map_for_saving, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles, ParallelReader
 from distzo2.checkpoint.symbols import creation_bound
-from distzo2.checkpoint.tensor_files import CheckpointError, one_line, read_json
+from distzo2.checkpoint.tensor_files import CheckpointError, read_json
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
+from distzo2.errors import one_line
 from distzo2.streaming.offload import offload, runtime_of
 
 _UNITS_AHEAD = 2

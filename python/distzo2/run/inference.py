@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from distzo2.checkpoint.pretrained import from_pretrained
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, blaming
 from distzo2.run.options import EvalOptions, GenerateOptions
 from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size
 from distzo2.streaming.offload import runtime_of, usable_device
@@ -48,7 +48,7 @@ def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     limit = sequence_limit(options.model, options.max_length)
     examples = load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate)
     name = resolve_objective(options.objective, examples, options.eval)
-    with loaded(options) as (model, device):
+    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
         objective = Objective(model, name, pad_id=tokenizer.pad_token_id or 0, device=device)
         return evaluate_examples(objective, examples, batch_size=options.batch_size), name
 
@@ -62,13 +62,14 @@ def generate_text(options: GenerateOptions) -> None:
     """
     tokenizer = load_tokenizer(options.model)
     limit = sequence_limit(options.model)
-    inputs = tokenizer(options.prompt, return_tensors="pt")["input_ids"].long()
+    with blaming(f"{options.model}: the tokenizer fails"):
+        inputs = tokenizer(options.prompt, return_tensors="pt")["input_ids"].long()
     if not inputs.numel():
         raise DistZO2Error("the prompt has no tokens")
     if limit is not None and inputs.shape[1] + options.max_new_tokens > limit:
         sizes = f"a prompt of {inputs.shape[1]} tokens and {options.max_new_tokens} new ones"
         raise DistZO2Error(f"{sizes}: the model has {limit} positions")
-    with loaded(options) as (model, device):
+    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
         sampling = {"do_sample": False}
         if options.temperature > 0:
             torch.manual_seed(options.seed)

@@ -13,8 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from distzo2.checkpoint.pretrained import load_config
-from distzo2.checkpoint.tensor_files import one_line
-from distzo2.errors import DataError, DistZO2Error
+from distzo2.errors import DataError, DistZO2Error, blaming, one_line
 from distzo2.tasks.lines import Line, read_lines
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.json vocab.txt tekken.json"
@@ -216,4 +215,6 @@ def load_examples(
     path: str | os.PathLike, tokenizer: Any, *, limit: int | None = None, truncate: str = "error"
 ) -> list[Example]:
     """Reads, checks and tokenizes a JSONL file; see `read_lines` and `Tokenize`."""
-    return Tokenize(tokenizer, limit=limit, truncate=truncate)(read_lines(path))
+    lines = read_lines(path)
+    with blaming(f"{tokenizer.name_or_path}: the tokenizer fails"):
+        return Tokenize(tokenizer, limit=limit, truncate=truncate)(lines)
