@@ -155,7 +155,7 @@ def run_example(argv: list[str], work: Path) -> tuple[int, str]:
 def is_clear(status: int, text: str) -> bool:
     """Whether a run worked, or ended with the program's own status and one line, or a usage in front of it."""
     lines = [line for line in text.splitlines() if line.strip() and "Warning" not in line and not line.startswith("  ")]
-    if status < 0 or not os.WIFEXITED(status) or "Traceback" in text or "unexpected" in text:
+    if status < 0 or not os.WIFEXITED(status) or "Traceback" in text or "DISTZO2_TRACEBACK" in text:
         return False
     if os.WEXITSTATUS(status) == 0:
         return True

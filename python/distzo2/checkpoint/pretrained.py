@@ -234,7 +234,8 @@ def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
             raise CheckpointError(f"{directory}: {auto_class.__name__} has no model for {type(config).__name__}")
         return chosen
     causal, base = resolve(transformers.AutoModelForCausalLM), resolve(transformers.AutoModel)
-    saved_from = (getattr(config, "architectures", None) or [""])[0]
+    names = getattr(config, "architectures", None)
+    saved_from = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     chosen = getattr(transformers, saved_from, None)
     if chosen is None and saved_from and getattr(config, "auto_map", None):
         raise CheckpointError(f"{directory}: {saved_from} needs code that comes with the checkpoint, which is not run")
