@@ -353,8 +353,7 @@ class StreamingRuntime:
         pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
         copied = summed and emission.clean
-        for param, view in zip(unit.params, views, strict=True):
-            self.parameters.show(param, view.clone() if copied else view, summed=summed)
+        self.parameters.show(unit.params, [view.clone() for view in views] if copied else views, summed=summed)
         self._pointed[unit.index] = _Pointed(emission, address, copied)
 
     def _hide(self, unit: Unit) -> None:
@@ -363,7 +362,7 @@ class StreamingRuntime:
             DistZO2Error: the forward wrote weights.
         """
         pointed = self._pointed.pop(unit.index)
-        written = [param for param in unit.params if self.parameters.hide(param)]
+        written = self.parameters.hide(unit.params)
         if not written:
             return
         self.weights.forget_derived()  # perturbed copies that were written
