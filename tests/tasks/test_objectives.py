@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import distzo2
 from distzo2.errors import UsageError
+from distzo2.tasks.examples import load_examples
 from distzo2.tasks.objectives import Objective, evaluate_examples, resolve_objective
-from distzo2.tasks.tokenize import Example, load_examples
+from distzo2.tasks.tokenize import Example
 
 LM = [
     {"prompt": "the cat", "completion": " sat on the mat"},

@@ -10,8 +10,10 @@ import pytest
 from tiny_text import make_checkpoint, make_tokenizer
 
 from distzo2.errors import DataError, DistZO2Error
+from distzo2.tasks.examples import tokenize_for
+from distzo2.tasks.kinds import max_positions
 from distzo2.tasks.lines import read_line
-from distzo2.tasks.tokenize import Tokenize, load_tokenizer, max_positions
+from distzo2.tasks.tokenize import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def tokenizer():
 
 def one(tokenizer, line: dict, **options):
     lines = [read_line(json.dumps(line).encode(), "f:1")]
-    return Tokenize(tokenizer, limit=options.pop("limit", None), **options)(lines)[0]
+    return tokenize_for(tokenizer, **options)(lines)[0]
 
 
 @pytest.mark.parametrize("bos", [False, True])
