@@ -11,7 +11,7 @@ from tiny_text import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the cat dog film is was it good bad yes no maybe great . sat on a mat".split()
+WORDS = ["the", "cat", "dog", "film", "is", "was", "it", "good", "bad", "yes", "no", "maybe", "great", ".", "a", "mat"]
 MARKS = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 SMALL = {"pad_token_id": 0, "vocab_size": len(MARKS) + len(WORDS)}
 BERT = SMALL | {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -65,7 +65,7 @@ class Chat:
                 so_far += f"{head} {message['content']}\n"
             return texts
         try:
-            with _time_is(self.clock):
+            with _time_is(self.clock) as asked:
                 pairs = [
                     (
                         self._write(messages[:i], add_generation_prompt=True) if i else self._nothing,
@@ -73,8 +73,8 @@ class Chat:
                     )
                     for i in turns
                 ]
-            if not self._examined:
-                self._examine(lambda: self._write(messages[: turns[-1] + 1]), pairs[-1][1])
+                if not self._examined:
+                    self._examine(pairs[-1][1] != self._write(messages[: turns[-1] + 1]), bool(asked))
         except DistZO2Error:
             raise
         except Exception as error:  # jinja's errors, raised by the template for roles it does not take
@@ -95,28 +95,24 @@ class Chat:
         behind = text.rpartition(messages[turn]["content"].strip())[2]
         return any(mark in behind for mark in self._marks)
 
-    def _examine(self, write: Callable[[], Any], written: Any) -> None:
+    def _examine(self, differs: bool, tells_time: bool) -> None:
+        """Refuses, or says, what the template depends on: `differs` from one rendering to the next, or the time."""
         self._examined = True
         template = self.tokenizer.chat_template
         templates = template.values() if isinstance(template, dict) else [template]
-        with _time_is(self.clock):
-            by_chance = write() != written or any(_CHANCE.search(text) for text in templates)
-        if by_chance:
+        if differs or any(_CHANCE.search(text) for text in templates):
             raise DistZO2Error("the chat template leaves what it writes to chance: a run could not be resumed")
-        with _time_is(datetime(2001, 2, 3, 4, 5, 6)):
-            if write() != written:
-                logger.warning(
-                    "the chat template writes the time: a run reads %s in it to its end, resumed or not",
-                    self.clock.isoformat(" ", "minutes"),
-                )
+        if tells_time:
+            time = self.clock.isoformat(" ", "minutes")
+            logger.warning("the chat template asks for the time: in this run it is %s to the end, resumed or not", time)
 
 
 @contextmanager
-def _time_is(clock: datetime):
-    """What transformers' `strftime_now` tells templates in the body."""
-    before = chat_template_utils.datetime
-    chat_template_utils.datetime = SimpleNamespace(now=lambda *_: clock)
+def _time_is(clock: datetime) -> Iterator[list[datetime]]:
+    """Makes transformers' `strftime_now` tell templates this time; yields a list that grows as they ask."""
+    before, asked = chat_template_utils.datetime, []
+    chat_template_utils.datetime = SimpleNamespace(now=lambda *_: asked.append(clock) or clock)
     try:
-        yield
+        yield asked
     finally:
         chat_template_utils.datetime = before
