@@ -77,7 +77,7 @@ LONG = "7" * 5000
             f'{{"prompt": "a", "choices": ["b", "c"], "label": {LONG[:4200]}}}',
             "777 is out of range: there are 2 choices",
         ),
-        (f'{{"prompt": "a", "choices": ["b", "c"], "label": 1e999}}', "label: expected a valid integer"),
+        ('{"prompt": "a", "choices": ["b", "c"], "label": 1e999}', "label: expected a valid integer"),
         (LONG, "not valid JSON: number out of range"),
         ("[" * 5000, "not valid JSON: recursion limit exceeded"),
         ('{"text": ' * 5000, "not valid JSON: recursion limit exceeded"),
@@ -111,6 +111,15 @@ def test_json_that_is_not_jsonl(tmp_path: Path, text: str, what: str) -> None:
             DataError, match=f"d: JSONL was expected, an object on each line; the file begins with {what}$"
         ):
             read_lines(tmp_path / "d", BadLines(allowed))
+
+
+def test_a_first_line_that_was_cut_is_a_bad_line(tmp_path: Path) -> None:
+    for cut in ('{"text": ', '{"text": "a", ', '{"text": "a'):
+        path = write_jsonl(tmp_path / "d", [cut, GOOD])
+        with pytest.raises(DataError, match=r"d:1: not valid JSON: EOF"):
+            read_lines(path)
+        bad = BadLines(1)
+        assert len(read_lines(path, bad)) == 1 and bad.count == 1 and ":1: not valid" in bad.first
 
 
 def test_kinds_do_not_mix(tmp_path: Path) -> None:

@@ -111,8 +111,9 @@ def read_lines(path: str | os.PathLike, bad: BadLines | None = None) -> list[Lin
         raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    first = raw.lstrip().split(b"\n", 1)[0].rstrip()
-    if first[:1] == b"[" or (first[:1] == b"{" and first[-1:] in b"{[,:"):
+    first, _, rest = raw.lstrip().partition(b"\n")
+    opens = first.rstrip()[-1:] in b"[{" or (first.rstrip()[-1:] in b",:" and rest.lstrip()[:1] != b"{")
+    if first[:1] == b"[" or (first[:1] == b"{" and opens):
         what = "an array" if first[:1] == b"[" else "an object of several lines"
         raise DataError(f"{path}: JSONL was expected, an object on each line; the file begins with {what}")
     lines: list[Line] = []
