@@ -45,17 +45,14 @@ def request_of(text: str) -> PlanOptions:
     return parse(["plan", *text.split()])[1]
 
 
-class Turn(Effort):
-    """Every rate once: rounds are the bench's own, with a step of the model in each."""
-
-    rounds = 1
+ONCE = Effort(seconds=0.05)  # of a rate: rounds are the bench's own, with a step of the model in each
 
 
 def one_round() -> dict[str, list[dict[str, Any]]]:
     """Rates as they are now."""
-    cpu, turn = torch.device("cpu"), Turn()
-    rates = {"noise": measure_noise(cpu, turn), "matmul": measure_matmul(cpu, turn)}
-    return {**rates, "memory": [measure_memory(cpu, turn)]}
+    cpu = torch.device("cpu")
+    rates = {"noise": measure_noise(cpu, ONCE), "matmul": measure_matmul(cpu, ONCE)}
+    return {**rates, "memory": [measure_memory(cpu, ONCE)]}
 
 
 def median_rows(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

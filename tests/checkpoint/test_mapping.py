@@ -21,7 +21,7 @@ from checkpoint_models import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
-from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
+from distzo2.checkpoint.mapping import map_for_saving, persistent_buffers
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE
 from distzo2.checkpoint.writing import CheckpointWriter
@@ -49,7 +49,7 @@ def test_loads_and_writes_as_transformers_does(tmp_path: Path, name: str) -> Non
     assert_reads_as(again, reference)
 
     # A model that came from elsewhere is written as transformers would write it.
-    plan = CheckpointMap.for_saving(reference, [(n, p.dtype, p.shape) for n, p in reference.named_parameters()])
+    plan = map_for_saving(reference, [(n, p.dtype, p.shape) for n, p in reference.named_parameters()])
     with CheckpointWriter(plan, out2) as writer:
         for key, tensor in (*reference.named_parameters(), *persistent_buffers(reference)):
             writer.write(key, tensor.detach())

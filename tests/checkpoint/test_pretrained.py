@@ -17,10 +17,10 @@ from checkpoint_models import MODELS, T, assert_same_weights, edit_config, load,
 from torch import nn
 
 import distzo2
-from distzo2.checkpoint import pretrained
-from distzo2.checkpoint.pretrained import checkpoint_differences, digest_checkpoint, meta_model, open_checkpoint
-from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, ParallelReader
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint import pretrained, reading
+from distzo2.checkpoint.pretrained import meta_model, open_checkpoint
+from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, digest_checkpoint
+from distzo2.checkpoint.tensor_files import CheckpointError
 
 
 @pytest.mark.parametrize("weights", ["host", "disk"])
@@ -49,12 +49,8 @@ def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> No
     distzo2.save_pretrained(model, out, overwrite=True, max_shard_bytes=30_000)
     assert_same_weights(load(T.AutoModelForCausalLM, out), reference)
     runtime.close()
-
-
-def test_training_mode_is_a_choice(tmp_path: Path) -> None:
-    make("opt", tmp_path)
-    model = distzo2.from_pretrained(tmp_path, train=True)
-    assert all(module.training for module in model.modules())
+    trained = distzo2.from_pretrained(source, train=True)
+    assert all(module.training for module in trained.modules())
 
 
 class Classifier(nn.Module):
@@ -96,19 +92,19 @@ def test_a_model_that_lacks_some_weights_is_closed(
 ) -> None:
     make("llama", tmp_path / "in")
     num_read, made = [], []
-    read, offload = ParallelReader._read, pretrained.offload
+    read, offload = reading._read, pretrained.offload
 
     def noted(*args: Any, **options: Any) -> nn.Module:
         made.append(offload(*args, **options))
         return made[0]
 
-    def broken(self: ParallelReader, direct: int | None, batch: list) -> None:
+    def broken(direct: int | None, batch: list) -> None:
         num_read.append(len(batch))
         if len(num_read) > 3:
             raise CheckpointError("a shard is gone")
-        read(self, direct, batch)
+        read(direct, batch)
 
-    monkeypatch.setattr(ParallelReader, "_read", broken)
+    monkeypatch.setattr(reading, "_read", broken)
     monkeypatch.setattr(pretrained, "offload", noted)
     with pytest.raises(CheckpointError, match="a shard is gone"):
         distzo2.from_pretrained(tmp_path / "in", weights=weights, directory=tmp_path / "disk")
@@ -134,19 +130,6 @@ def test_a_model_on_meta_is_the_one_that_is_loaded(tmp_path: Path, monkeypatch: 
         meta_model(tmp_path)
 
 
-def test_digest_names_what_differs(tmp_path: Path) -> None:
-    make("opt", tmp_path / "base")
-    digest = digest_checkpoint(tmp_path / "base")
-    assert digest["name"] == "base" and sorted(digest["files"]) == ["config.json", SINGLE_FILE]
-    assert list(checkpoint_differences(tmp_path / "base", digest)) == []
-    with (tmp_path / "base" / SINGLE_FILE).open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\1")
-    (tmp_path / "base" / "config.json").write_text("{}")
-    found = list(checkpoint_differences(tmp_path / "base", digest))
-    assert len(found) == 2 and "config.json: 2 bytes" in found[0] and f"{SINGLE_FILE}: SHA-256" in found[1]
-
-
 def weights_named(path: Path, name: str, weight_map: dict[str, str]) -> None:
     """Renames the only file of weights, and writes an index."""
     (path / SINGLE_FILE).rename(path / name)
@@ -164,15 +147,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"'model.norm.weight': expected shape \[32\] as config.json says, got \[31\]",
     ),
     "truncated": (lambda path: os.truncate(path / SINGLE_FILE, 5000), r"model.safetensors: truncated"),
-    "broken index": (
-        lambda path: (path / SINGLE_FILE).rename(path / INDEX_FILE), f"{INDEX_FILE}: expected JSON",
-    ),
     "no such shard": (
         lambda path: weights_named(path, SHARD, {"a": "gone.safetensors"}), "names this file, but it is not there",
-    ),
-    "file elsewhere": (
-        lambda path: weights_named(path, "../elsewhere", {"a": "../elsewhere"}),
-        "expected names of files in the same directory",
     ),
     "not in the shard": (lambda path: weights_named(path, SHARD, {"ghost": SHARD}), "expected tensor 'ghost'"),
     "no archive": (
@@ -180,7 +156,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "pytorch_model.bin: expected an archive that torch.save wrote",
     ),
     "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint directory with a config.json"),
-    "broken config": (lambda path: (path / "config.json").write_text("{"), "config.json: expected JSON"),
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
         lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "quantized weights",

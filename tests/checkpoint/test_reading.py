@@ -25,10 +25,9 @@ from distzo2.checkpoint.reading import (
     ParallelReader,
     Range,
     _batches,
-    _is_cached,
     split,
 )
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsFile
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorFile
 
 
 def make_files(directory: Path) -> dict[str, torch.Tensor]:
@@ -57,10 +56,10 @@ def how(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     make_files(tmp_path)
     if request.param == "cached":
         return request.param
-    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+    with TensorFile(tmp_path / "model.safetensors") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if _is_cached(file):
+        if file.is_cached():
             pytest.skip("this file system keeps its files in memory")
     if request.param == "no O_DIRECT":
         opened = os.open
@@ -91,17 +90,29 @@ def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
         jobs.append((leaf, torch.full_like(tensor, 1)))
         expected.append(tensor)
         if tensor.dim() == 2:  # transposed, sliced, and in another dtype: what is rearranged
-            jobs.append((leaf.permute((1, 0)), torch.full(tuple(tensor.shape[::-1]), 1, dtype=tensor.dtype)))
+            jobs.append(
+                (
+                    leaf.strided(tensor.t().shape, tensor.t().stride(), 0),
+                    torch.full(tuple(tensor.shape[::-1]), 1, dtype=tensor.dtype),
+                )
+            )
             expected.append(tensor.t())
-            jobs.append((leaf.permute((1, 0)), torch.full(tuple(tensor.shape[::-1]), 1, dtype=torch.float16)))
+            jobs.append(
+                (
+                    leaf.strided(tensor.t().shape, tensor.t().stride(), 0),
+                    torch.full(tuple(tensor.shape[::-1]), 1, dtype=torch.float16),
+                )
+            )
             expected.append(tensor.t().half())
             if len(tensor) > 3:
-                jobs.append((leaf.narrow(0, 1, 3), torch.full((3, tensor.shape[1]), 1, dtype=tensor.dtype)))
+                jobs.append(
+                    (
+                        leaf.flat(tensor.shape[1], 3 * tensor.shape[1]),
+                        torch.full((3, tensor.shape[1]), 1, dtype=tensor.dtype),
+                    )
+                )
                 expected.append(tensor[1:4])
-    with ParallelReader() as reader:
-        path = files.files[0]
-        reader.start([Range(path, 0, 1, fill=lambda data: None)])
-        assert (reader._direct[path] is not None) == (how == "direct")
+    assert (files.files[0].direct is not None) == (how == "direct")
     read_all(files, jobs)
     for (_, out), tensor in zip(jobs, expected, strict=True):
         assert out.shape == tensor.shape
@@ -111,7 +122,7 @@ def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
 
 def test_neighbours_are_read_at_once(tmp_path: Path) -> None:
     make_files(tmp_path)
-    with SafetensorsFile(tmp_path / "model.safetensors") as file:
+    with TensorFile(tmp_path / "model.safetensors") as file:
         ranges = [Range(file, at, 1000) for at in range(0, 40_000, 1000)]
         ranges += split(file, 50_000, torch.empty(3 * CHUNK_BYTES + 1, dtype=torch.uint8))
         ranges += [Range(file, 10, 5), Range(file, 1 << 20, 5)]
@@ -124,44 +135,33 @@ def test_neighbours_are_read_at_once(tmp_path: Path) -> None:
     assert list(_batches([])) == []
 
 
-def threads_alive() -> int:
-    return sum(thread.name.startswith("distzo2-read") for thread in threading.enumerate())
-
-
-def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "model.safetensors"
-    with SafetensorsFile(path) as file:
-        os.truncate(path, 10_000_001)
-        place = torch.zeros(CHUNK_BYTES, dtype=torch.uint8)
-        with ParallelReader() as reader:
-            futures = reader.start(split(file, 9_000_000, place))
-            with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated while it was read: expected"):
-                reader.finish(futures)
-    assert threads_alive() == 0
-
-
-def test_a_read_that_fails_names_the_file_and_the_byte(tmp_path: Path, how: str, monkeypatch) -> None:
-    read = os.preadv
+@pytest.mark.parametrize("damage", ["cut", "broken"])
+def test_a_read_that_fails_names_the_file_and_the_byte(tmp_path: Path, how: str, monkeypatch, damage: str) -> None:
+    path, read = tmp_path / "model.safetensors", os.preadv
 
     def broken(descriptor, buffers, offset, *flags):
         if offset >= 8_000_000 and not flags:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(descriptor, buffers, offset, *flags)
 
-    with SafetensorsFile(tmp_path / "model.safetensors") as file:
-        monkeypatch.setattr(os, "preadv", broken)
-        place = torch.zeros(10_000_000, dtype=torch.uint8)
+    with TensorFile(path) as file:
+        if damage == "cut":
+            os.truncate(path, 10_000_001)
+            reason = r"model\.safetensors: truncated while it was read: expected"
+        else:
+            monkeypatch.setattr(os, "preadv", broken)
+            reason = r"safetensors: cannot be read at byte 8\d+: Input/output error"
         with ParallelReader() as reader:
-            futures = reader.start(split(file, 1000, place))
-            with pytest.raises(CheckpointError, match=r"safetensors: cannot be read at byte 8\d+: Input/output error"):
+            futures = reader.start(split(file, 1000, torch.zeros(12_000_000, dtype=torch.uint8)))
+            with pytest.raises(CheckpointError, match=reason):
                 reader.finish(futures)
-    assert threads_alive() == 0
+    assert not any(thread.name.startswith("distzo2-read") for thread in threading.enumerate())
 
 
 def test_a_name_that_belongs_to_another_file_by_now(tmp_path: Path, how: str) -> None:
     """Shards that a download replaces meanwhile: what was checked is what is read."""
     path = tmp_path / "model.safetensors"
-    with SafetensorsFile(path) as file:
+    with TensorFile(path) as file:
         entry = file.tensors["b"]
         (tmp_path / "new").write_bytes(bytes(file.num_bytes))
         os.replace(tmp_path / "new", path)
@@ -176,13 +176,13 @@ def test_what_waits_behind_a_failure_is_not_read(tmp_path: Path, monkeypatch) ->
     make_files(tmp_path)
     begun = []
 
-    def broken(self, direct, batch):
+    def broken(direct, batch):
         begun.append(batch)
         time.sleep(0.02)
         raise CheckpointError("a shard is gone")
 
-    monkeypatch.setattr(ParallelReader, "_read", broken)
-    with SafetensorsFile(tmp_path / "model.safetensors") as file, ParallelReader(1) as reader:
+    monkeypatch.setattr(reading, "_read", broken)
+    with TensorFile(tmp_path / "model.safetensors") as file, ParallelReader(1) as reader:
         futures = reader.start([Range(file, at, 1) for at in range(0, 14_000_000, 140_000)])
         assert len(futures) == 100
         with pytest.raises(CheckpointError, match="a shard is gone"):
@@ -204,7 +204,7 @@ def test_reading_in_one_thread_takes_a_block_at_a_time(tmp_path: Path, monkeypat
     save_file({"w": weight}, tmp_path / "model.safetensors")
     files, where = CheckpointFiles(tmp_path), Layout.leaf(0, (300, 500))
     out = torch.empty(500, 300)
-    files.read_pieces(where.permute((1, 0)).pieces, out)
+    files.read_pieces(where.strided((500, 300), (1, 500), 0).pieces, out)
     assert torch.equal(out, weight.t())
     assert len(asked) >= weight.numel() * 4 // (1 << 16) and max(asked) <= 1 << 16
     asked.clear()

@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import distzo2
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.replay import ReplayReport, plan_pieces, replay
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError
@@ -232,10 +232,11 @@ def test_pieces_cover_every_element_once_and_are_bounded(run: tuple[Path, Path, 
     for piece in pieces:
         end = 0
         for part in piece:
-            assert part.byte_offset >= end and part.byte_offset % 64 == 0
-            end = part.byte_offset + part.num_bytes
-            assert part.begin == seen[part.name]
-            seen[part.name] = part.end
+            where = part.segment
+            assert where.byte_offset >= end and where.byte_offset % 64 == 0
+            end = where.byte_offset + part.num_bytes
+            assert where.element_offset == seen[part.name]
+            seen[part.name] += where.numel
         assert end <= max(piece_bytes, 4)
     assert seen == {name: w.numel() for name, w in weights.items()}
 

@@ -18,7 +18,7 @@ from distzo2.checkpoint.layout import Layout, LayoutError
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import SINGLE_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.tensor_files import CheckpointError
 
 
 def conversions() -> list[tuple[str, Callable[[list[torch.Tensor]], Any]]]:

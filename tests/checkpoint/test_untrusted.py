@@ -6,7 +6,6 @@ import ast
 import io
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hostile_files import HOSTILE_VALUES, PER_BYTE, STREAMS, TENSOR, archive_of, raw_file, refused
+from hostile_files import STREAMS, TENSOR, archive_of, raw_file, refused
 from journal_cases import make_entry
 from replay_cases import make_llama, make_table, make_updates, named_weights, write_run
 from safetensors.torch import load_file, save_file
 
 import distzo2
-from distzo2.checkpoint.pretrained import digest_checkpoint
-from distzo2.checkpoint.reading import CheckpointFiles
+from distzo2.checkpoint.reading import CheckpointFiles, digest_checkpoint
 from distzo2.checkpoint.replay import replay
-from distzo2.checkpoint.weight_files import MAX_SMALL_HEADER_BYTES, CheckpointError, SafetensorsFile, TorchFile
+from distzo2.checkpoint.tensor_files import MAX_SMALL_HEADER_BYTES, CheckpointError, TensorFile
 from distzo2.record.header import make_header
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, seal_line
@@ -69,18 +67,8 @@ def test_no_source_can_unpickle_or_evaluate() -> None:
 def test_a_pickle_of_anything_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.chdir(tmp_path)
     path = archive_of(tmp_path / "pytorch_model.bin", STREAMS[case])
-    assert refused(lambda: TorchFile(path), CheckpointError) < 1 << 20
+    assert refused(lambda: TensorFile(path), CheckpointError) < 1 << 20
     assert not Path("it-ran").exists()
-
-
-def test_the_pickles_that_would_run_code_do_where_they_are_unpickled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for case in ("reduce", "stack global", "inst", "obj"):
-        pickle.loads(STREAMS[case])
-        assert Path("it-ran").is_file(), case
-        os.unlink("it-ran")
 
 
 @pytest.mark.parametrize(
@@ -103,10 +91,10 @@ def test_a_tensor_that_is_not_in_its_storage_is_refused(
 ) -> None:
     good = archive_of(tmp_path / "pytorch_model.bin", TENSOR % (b"K\x02", b"K\x00", b"K\x02\x85", b"K\x01\x85"),
                       {"data/0": bytes(8)})  # fmt: skip
-    with TorchFile(good) as file:
+    with TensorFile(good) as file:
         assert file.tensors["w"].shape == (2,)
     bad = archive_of(tmp_path / "bad.bin", TENSOR % (numel, offset, shape, strides), {"data/0": bytes(8)})
-    refused(lambda: TorchFile(bad), CheckpointError)
+    refused(lambda: TensorFile(bad), CheckpointError)
 
 
 def test_a_description_takes_memory_in_proportion_to_its_length(tmp_path: Path) -> None:
@@ -120,10 +108,10 @@ def test_a_description_takes_memory_in_proportion_to_its_length(tmp_path: Path) 
     }
     for reason, stream in streams.items():
         path = archive_of(tmp_path / "pytorch_model.bin", stream)
-        assert refused(lambda path=path: TorchFile(path), CheckpointError, reason) < 1 << 20
+        assert refused(lambda path=path: TensorFile(path), CheckpointError, reason) < 1 << 20
     for end in (b"Q.", b"}q\x7f0h\x7fh\x3bK\x01s."):
         path = archive_of(tmp_path / "pytorch_model.bin", laughs + end)
-        assert refused(lambda path=path: TorchFile(path), CheckpointError) < 1 << 20
+        assert refused(lambda path=path: TensorFile(path), CheckpointError) < 1 << 20
 
 
 def test_code_beside_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,18 +195,14 @@ def test_a_header_must_be_in_proportion_to_the_base(tmp_path: Path) -> None:
     "changes",
     [
         {"dtype": "load"},
-        {"dtype": "float64"},
-        {"dtype": "Tensor"},
         {"dtype": "x" * 100_000},
         {"name": "x" * 100_000},
         {"name": "model.other"},
         {"shape": [96, 16], "stride": [16, 1]},
         {"noise": ["normal"]},
-        {"noise": {}},
         {"shape": [2**62, 2**62, 96], "stride": [1, 1, 1]},
         {"shape": [2**63, 32]},
         {"stride": [-1, 1]},
-        {"index": [0]},
         {"group": {}},
     ],
 )
@@ -233,28 +217,13 @@ def test_a_table_that_is_not_the_bases_is_refused(tmp_path: Path, changes: dict[
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", HOSTILE_VALUES)
-def test_a_safetensors_header_takes_memory_in_proportion_to_its_length(tmp_path: Path, case: str) -> None:
-    value = HOSTILE_VALUES[case]
-    for header in (
-        b'{"t":%s}' % value,
-        b'{"t":{"dtype":"F32","shape":%s,"data_offsets":[0,4]}}' % value,
-        b'{"t":{"dtype":"F32","shape":[1],"data_offsets":%s}}' % value,
-        b'{"t":{"dtype":%s,"shape":[1],"data_offsets":[0,4]}}' % value,
-        b'{"__metadata__":%s,"t":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' % value,
-    ):
-        path = tmp_path / "model.safetensors"
-        path.write_bytes(raw_file(header, bytes(4)))
-        assert refused(lambda path=path: SafetensorsFile(path), CheckpointError) < PER_BYTE * len(header) + (1 << 20)
-
-
 def test_a_header_may_be_long_in_a_long_file(tmp_path: Path) -> None:
     """Of a gibibyte (a hole), it may be as long as 1/32 of it."""
     path = tmp_path / "model.safetensors"
     header = json.dumps({"t": {"dtype": "U8", "shape": [1 << 30], "data_offsets": [0, 1 << 30]}}).encode()
     path.write_bytes(raw_file(header + b" " * (5 << 20), b""))
     os.truncate(path, path.stat().st_size + (1 << 30))
-    with SafetensorsFile(path) as file:
+    with TensorFile(path) as file:
         assert file.tensors["t"].num_bytes == 1 << 30
 
 

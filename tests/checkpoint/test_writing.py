@@ -20,7 +20,7 @@ from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
-from distzo2.checkpoint.weight_files import CheckpointError
+from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import HIDDEN, CheckpointWriter
 
 
@@ -83,12 +83,6 @@ def test_an_existing_checkpoint_is_kept(tmp_path: Path) -> None:
         CheckpointWriter(checkpoint, out, overwrite=True) as writer,
     ):
         writer.write("lm_head.weight", reference.lm_head.weight.detach() * 2)
-    with (
-        pytest.raises(ValueError, match="elements were written, more than it still lacks"),
-        CheckpointWriter(checkpoint, out, overwrite=True) as writer,
-    ):
-        for _ in range(2):
-            writer.write("model.norm.weight", torch.ones(32))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -244,7 +238,7 @@ def test_parameters_that_do_not_make_whole_tensors_are_refused(tmp_path: Path) -
     (tmp_path / "in").mkdir()
     save_file({"x": torch.randn(8, 6)}, tmp_path / "in" / SINGLE_FILE)
     files = CheckpointFiles(tmp_path / "in")
-    rows = {name: Layout.leaf(0, (8, 6)).narrow(0, begin, 4) for name, begin in (("a", 0), ("b", 2), ("c", 4))}
+    rows = {name: Layout.leaf(0, (8, 6)).flat(6 * begin, 24) for name, begin in (("a", 0), ("b", 2), ("c", 4))}
     params = {name: MappedTensor(name, torch.float32, where.shape, where.pieces) for name, where in rows.items()}
     for names, reason in (("a", "hold 24 elements of its 48"), ("abc", "hold 72 elements of its 48")):
         plan = CheckpointMap(files.entries, {name: params[name] for name in names}, files=files)

@@ -102,8 +102,12 @@ def test_wrong_usage(tmp_path, capsys) -> None:
             journal(*arguments)
         assert caught.value.code == 2
         assert reason in one_line(capsys)
-    assert journal("show", tmp_path / "none") == 1
-    assert "none" in one_line(capsys)
+    (tmp_path / "bad").write_bytes(b"\n")
+    for command, name, status, reason in (
+        ("show", "none", 1, "none"), ("diff", "none", 2, "none: No such file"), ("diff", "bad", 2, "bad: line 1")
+    ):  # fmt: skip
+        assert journal(command, tmp_path / name, *[tmp_path / "x"] * (command == "diff")) == status
+        assert reason in one_line(capsys)
 
 
 # verify
@@ -134,11 +138,9 @@ def test_every_damaged_line_is_named(tmp_path, capsys) -> None:
     lines[4] = make_entry(7).to_line()
     lines[6] = lines[6][:-20]
     several = make_entry(0, update=Update(0, (GroupScalars(0.0, 0.0),) * 2, ())).to_line()
+    of_lines = ["line 3: the CRC does not match", "line 5: step 7 where step 3 must follow", "line 7 (step 5) was torn"]
     for content, reasons in (
-        (
-            lines,
-            ["line 3: the CRC does not match", "line 5: step 7 where step 3 must follow", "line 7 (step 5) was torn"],
-        ),
+        (lines, of_lines),
         ([*lines[:3], bytes(600), *lines[3:]], ["line 3: the CRC", "line 4 (step 2) and all after it were torn"]),
         ([b"x", lines[0][1:], lines[1]], ["line 1: not the header of a journal: the CRC"]),
         ([lines[0], several], ["line 2: 2 groups, the header has 1"]),
@@ -197,19 +199,13 @@ def test_a_branch_is_compared_with_its_parent(run, tmp_path, capsys) -> None:
 
 def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path, capsys) -> None:
     evil = "\x1b[2J\x9b\r\n\u202e\ud800"
-    header = make_test_header(
-        base={"name": f"b{evil}", "files": {}},
-        options={f"key{evil}": f"value{evil}"},
-        software={"x": evil},
-        fingerprint={"device": evil},
-    )
+    base = {"name": f"b{evil}", "files": {}}
+    header = make_test_header(options={f"key{evil}": f"value{evil}"}, fingerprint={"device": evil}, base=base)
+    header["software"] = {"x": evil}
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     skipped = Update(0, (GroupScalars(0.0, 0.0),), ())
-    for path, text, options in zip(
-        paths, (evil, "other", evil), (header["options"], header["options"], {}), strict=True
-    ):
-        entry = make_entry(0, update=skipped, skipped=text)
-        Journal.create(path, header | {"options": options}, [entry]).close()
+    for path, text, changed in zip(paths, (evil, "other", evil), ({}, {}, {"options": {}}), strict=True):
+        Journal.create(path, header | changed, [make_entry(0, update=skipped, skipped=text)]).close()
     for arguments in (["show", paths[0]], ["show", paths[0], "--json"], ["diff", *paths[:2]], ["diff", *paths[::2]],
                       ["verify", paths[0], f"--base={tmp_path}"]):  # fmt: skip
         journal(*arguments)
@@ -222,7 +218,8 @@ def test_nothing_of_a_journal_reaches_the_terminal_raw(tmp_path, capsys) -> None
 def test_replay_takes_a_base_and_a_journal(run, tmp_path, capsys) -> None:
     base, out = run.files.model, tmp_path / "out"
     expected = (run.path / "checkpoint" / "model.safetensors").read_bytes()
-    for number, arguments in enumerate(([base, run.journal], [base, run.path], [run.path])):
+    ways = ([base, run.journal], [base, run.path], [run.path], [f"--base={base}", f"--journal={run.path}"])
+    for number, arguments in enumerate(ways):
         assert main(["replay", *map(str, arguments), "-o", f"{out}{number}", "--quiet"]) == 0
         assert (Path(f"{out}{number}") / "model.safetensors").read_bytes() == expected
     assert main(["replay", str(base), str(run.journal), "-o", str(out), "--to-step", "1", "--quiet"]) == 0
@@ -267,11 +264,3 @@ def test_diff(run, tmp_path, capsys) -> None:
     ):
         lines = differences(capsys, run.path, written(changed, **header))
         assert lines[1].startswith(difference) and lines[2] == f"the first {num_same} steps make the same updates"
-
-
-def test_diff_of_what_cannot_be_read(run, tmp_path, capsys) -> None:
-    assert journal("diff", run.journal, tmp_path / "none") == 2
-    assert "none: No such file" in one_line(capsys)
-    (tmp_path / "bad").write_bytes(b"\n")
-    assert journal("diff", tmp_path / "bad", run.journal) == 2
-    assert "bad: line 1" in one_line(capsys)

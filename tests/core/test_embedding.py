@@ -7,7 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, DTYPES, assert_same_bits, check_embedding, needs_native
+from kernel_cases import (
+    BACKENDS,
+    DTYPES,
+    INTERPRETED,
+    assert_same_bits,
+    check_embedding,
+    needs_interpreter,
+    needs_native,
+    needs_triton,
+)
 
 import distzo2_core
 
@@ -15,7 +24,7 @@ PLACE = {"seed": 2**64 - 1, "step": 3, "param": 5, "probe": 7}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cols=st.integers(1, 1500))
 def test_rows_of_the_perturbed_table(backend: str, seed: int, dtype: torch.dtype, cols: int) -> None:
     check_embedding(np.random.default_rng(seed), backend, dtype, cols)
@@ -31,15 +40,25 @@ def test_many_ids_on_many_threads(dtype: torch.dtype) -> None:
     assert_same_bits(got, torch.nn.functional.embedding(ids, table))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not distzo2_core.build_info()["cuda"], reason="built without CUDA kernels")
+needs_cuda_kernels = pytest.mark.skipif(not distzo2_core.build_info()["cuda"], reason="built without CUDA kernels")
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, in Triton's interpreter, of infinities
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param("native", "cuda", marks=[pytest.mark.cuda, needs_cuda_kernels]),
+        pytest.param("triton", "cpu" if INTERPRETED else "cuda", marks=needs_triton),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cuda(dtype: torch.dtype) -> None:
-    for cols in (1, 7, 8, 100, 768, 1030, 4096):
-        check_embedding(np.random.default_rng(cols), "native", dtype, cols, "cuda")
-    table, ids = torch.ones(3, 4, dtype=dtype, device="cuda"), torch.tensor([2, 3, -1], device="cuda")
-    rows = distzo2_core.embedding(table, ids, 1.0, **PLACE)
-    assert rows[0].isfinite().all() and rows[1:].isnan().all()
+def test_other_backends(backend: str, device: str, dtype: torch.dtype) -> None:
+    for cols in (1, 100, 1030) if INTERPRETED else (1, 7, 8, 100, 768, 1030, 4096):
+        check_embedding(np.random.default_rng(cols), backend, dtype, cols, device)
+    if device == "cuda":  # where no error can be raised, rows that do not exist are NaN
+        table, ids = torch.ones(3, 4, dtype=dtype, device="cuda"), torch.tensor([2, 3, -1], device="cuda")
+        rows = distzo2_core.embedding(table, ids, 1.0, **PLACE, backend=backend)
+        assert rows[0].isfinite().all() and rows[1:].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,7 +81,7 @@ def test_empty(backend: str) -> None:
     assert one.shape == (4,)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=[needs_triton, needs_interpreter])])
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40])
 def test_an_id_that_is_no_row(backend: str, wrong: int) -> None:
     with pytest.raises(IndexError, match=rf"ids\[1\] is {wrong}, and the table has 3 rows"):
@@ -100,16 +119,7 @@ def test_torch_op_of_every_shape_of_ids(dtype: torch.dtype, ids: torch.Tensor) -
 
 
 @needs_native
-def test_torch_op() -> None:
-    weight = torch.randn(6, 8, requires_grad=True)
-    ids = torch.tensor([[5, 0], [1, 1]])
-    out = distzo2_core.embedding(weight, ids, 0.1, **PLACE)
-    assert out.shape == (2, 2, 8) and not out.requires_grad
-    raw = (weight.detach(), ids, 0.1, -1, 3, 5, 7, 0, 0)
-    torch.library.opcheck(torch.ops.distzo2.embedding, raw)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def twice(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return 2 * distzo2_core.embedding(table, rows, 0.1, **PLACE)
-
-    assert_same_bits(twice(weight.detach(), ids), 2 * out)
+def test_the_rows_are_constants_to_autograd() -> None:
+    assert not distzo2_core.embedding(
+        torch.randn(6, 8, requires_grad=True), torch.tensor([5]), 0.1, **PLACE
+    ).requires_grad

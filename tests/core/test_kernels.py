@@ -98,23 +98,30 @@ def test_materialize_is_the_single_ops_in_turn(backend: str, dtype: torch.dtype)
 # Native against the reference: every bit, for everything that can vary.
 
 
-@needs_native
-def test_native_noise() -> None:
-    check_noise("native", numels=(1, 2, 3, 4, 5, 7, 8, 31, 128, 129, 1024, 70_001))
+needs_cuda_kernels = pytest.mark.skipif(not distzo2_core.build_info()["cuda"], reason="built without CUDA kernels")
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=needs_native), pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda_kernels])],
+)
 
 
-@needs_native
-@settings(max_examples=60, deadline=None)
+@on_each_device
+def test_native_noise(device: str) -> None:
+    check_noise("native", device, numels=(1, 2, 3, 4, 5, 7, 8, 31, 128, 129, 1024, 70_001))
+
+
+@on_each_device
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), numel=st.integers(1, 3000))
-def test_native_in_place(seed: int, dtype: torch.dtype, numel: int) -> None:
-    check_in_place(np.random.default_rng(seed), "native", dtype, numel)
+def test_native_in_place(device: str, seed: int, dtype: torch.dtype, numel: int) -> None:
+    check_in_place(np.random.default_rng(seed), "native", dtype, numel, device)
 
 
-@needs_native
-@settings(max_examples=120, deadline=None)
+@on_each_device
+@settings(max_examples=120)
 @given(seed=st.integers(0, 2**32), dtypes=st.sampled_from([DTYPES, *((dtype,) for dtype in DTYPES)]))
-def test_native_materialize(seed: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    check_visit(random_visit(np.random.default_rng(seed), dtypes, max_numel=2500), "native")
+def test_native_materialize(device: str, seed: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_visit(random_visit(np.random.default_rng(seed), dtypes, max_numel=2500), "native", device)
 
 
 @needs_native
@@ -159,33 +166,23 @@ cut_points = st.lists(st.integers(0, 2000), max_size=4)
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), cuts=cut_points)
 def test_native_splits_of_each_op(seed: int, dtype: torch.dtype, cuts: list[int]) -> None:
     check_splits(np.random.default_rng(seed), dtype, sorted({0, 2000, *cuts}))
 
 
-# The CUDA kernels against the reference; Triton's are in test_triton.py.
-
-needs_cuda_kernels = pytest.mark.skipif(not distzo2_core.build_info()["cuda"], reason="built without CUDA kernels")
-
-
 @pytest.mark.cuda
-@needs_cuda_kernels
-def test_cuda_noise() -> None:
-    check_noise("native", "cuda", numels=(1, 3, 129, 1024, 100_003))
-
-
-@pytest.mark.cuda
-@needs_cuda_kernels
-@pytest.mark.parametrize("seed", range(40))
-def test_cuda_in_place(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    check_in_place(rng, "native", DTYPES[seed % 3], int(rng.integers(1, 5000)), "cuda")
-
-
-@pytest.mark.cuda
-@needs_cuda_kernels
-@pytest.mark.parametrize("seed", range(100))
-def test_cuda_materialize(seed: int) -> None:
-    check_visit(random_visit(np.random.default_rng(seed), DTYPES, max_numel=5000), "native", "cuda")
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_cuda_kernels), "triton"])
+def test_kernels_run_on_the_current_stream(backend: str) -> None:
+    """A launch goes behind the work that the current stream has: run before it, the zeroing would wipe it out."""
+    place = {"seed": 1, "step": 0, "param": 0, "backend": backend}
+    expected = distzo2_core.perturb_(torch.zeros(2**20, device="cuda"), 1.0, **place)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        weights = torch.ones(2**20, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        weights.zero_()
+        distzo2_core.perturb_(weights, 1.0, **place)
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(weights, expected)

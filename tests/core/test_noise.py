@@ -63,7 +63,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], words: list[in
 # Which words an element takes.
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(place=places, element=offsets)
 def test_normal_takes_lane_of_group_of_4(place: dict[str, int], element: int) -> None:
     words = [np.array([word], np.uint32) for word in group_words(0, place, element // 4)]
@@ -71,14 +71,14 @@ def test_normal_takes_lane_of_group_of_4(place: dict[str, int], element: int) ->
     assert reference.normal_values(**place, offset=element, numel=1).tobytes() == expected.tobytes()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(place=places, element=offsets)
 def test_rademacher_takes_bit_of_group_of_128(place: dict[str, int], element: int) -> None:
     bit = group_words(1, place, element // 128)[element % 128 // 32] >> element % 32 & 1
     assert reference.rademacher_values(**place, offset=element, numel=1).tolist() == [1.0 if bit else -1.0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(place=places, element=offsets)
 def test_rounding_takes_half_of_group_of_8(place: dict[str, int], element: int) -> None:
     half = group_words(2, place | {"probe": 0}, element // 8)[element % 8 // 2] >> 16 * (element % 2) & 0xFFFF
@@ -86,7 +86,7 @@ def test_rounding_takes_half_of_group_of_8(place: dict[str, int], element: int) 
     assert got.tolist() == [half]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(place=places, offset=offsets, cut=st.integers(0, 700))
 def test_a_slice_is_that_part_of_the_whole(place: dict[str, int], offset: int, cut: int) -> None:
     for values in (reference.normal_values, reference.rademacher_values):

@@ -8,20 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_cases import BACKENDS
+from torch_op_cases import segment, update
 
 import distzo2_core
-from distzo2_core import BackendError, Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import BackendError, Emit, SegmentTable, Term
 
 PLACE = {"seed": 1, "step": 2, "param": 3}
 IN_PLACE = {distzo2_core.perturb_: (1.0,), distzo2_core.restore_: (1.0,), distzo2_core.update_: (1.0, 1.0)}
-
-
-def update(step: int = 0, terms: tuple[Term, ...] = (Term(0, 0, 0, 0, 1.0),), num_groups: int = 1) -> Update:
-    return Update(step, (GroupScalars(0.1, 0.0),) * num_groups, terms)
-
-
-def segment(**changes: object) -> Segment:
-    return Segment(0, 8, torch.float32, 0, 0, 0, 2, 4)._replace(**changes)
 
 
 # Noise and in-place ops: what they refuse.
@@ -128,7 +121,7 @@ def test_empty_is_nothing_done(backend: str) -> None:
     buffer = torch.full((16,), 7, dtype=torch.uint8)
     out = torch.full((16,), 9, dtype=torch.uint8)
     emit = Emit((Term(0, 0, 0, 0, 1.0),), (1.0,))
-    for segments in (table, SegmentTable([])):
+    for segments in (table, SegmentTable([]), SegmentTable([segment(numel=0, byte_offset=16)])):
         arguments = {"updates": [update()], "emits": [emit], "outs": [out], "write_back": True, "backend": backend}
         distzo2_core.materialize(buffer, segments, seed=0, **arguments)
     distzo2_core.materialize(buffer, SegmentTable([segment(numel=4, cols=2)]), seed=0, backend=backend)
@@ -184,11 +177,7 @@ def test_materialize_refuses_wrong_buffers(backend: str) -> None:
         ([other[:32]], ValueError, r"outs\[0\] must have 64 bytes as weights have, got 32"),
         ([other[:64].view(torch.int8)], TypeError, r"outs\[0\] must be a tensor of torch.uint8, got torch.int8"),
         ([other[::2]], ValueError, r"outs\[0\] must be a contiguous vector"),
-        (
-            [other[:1].expand(64)],
-            ValueError,
-            r"outs\[0\] must be a contiguous vector, got shape \(64,\), strides \(0,\)",
-        ),
+        ([other[:1].expand(64)], ValueError, r"outs\[0\] must be a contiguous .* shape \(64,\), strides \(0,\)"),
         ([other[:64].view(8, 8)], ValueError, r"outs\[0\] must be a contiguous vector"),
         ([other[1:65]], ValueError, r"outs\[0\] must begin at an address that is a multiple of 4"),
         ([buffer], ValueError, r"weights and outs\[0\] overlap|outs\[0\] and weights overlap"),

@@ -58,7 +58,7 @@ def round_exact(value: Fraction) -> float:
     return sign * (float(rounded) if rounded < 2**128 else float("inf"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(a=floats32, b=floats32, c=floats32)
 @example(a=1 + 2.0**-23, b=1 + 2.0**-23, c=-(1 + 2.0**-22))
 @example(a=1 + 2.0**-12, b=1 + 2.0**-12, c=2.0**-149)
@@ -71,7 +71,7 @@ def test_fma_is_exactly_rounded(a: float, b: float, c: float) -> None:
     assert got == round_exact(Fraction(a) * Fraction(b) + Fraction(c))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     a=st.integers(2**23, 2**24 - 1),
     b=st.integers(2**23, 2**24 - 1),

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable
-
 import pytest
 import torch
-from kernel_cases import assert_same_bits, needs_native
+from kernel_cases import BACKENDS, needs_interpreter, needs_native, needs_triton
+from torch_op_cases import PLACE, segment
 
 import distzo2_core
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import Emit, GroupScalars, SegmentTable, Term, Update
 
-INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=needs_native),
-    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter of Triton's here")),
-]
-PLACE = {"seed": 2**64 - 1, "step": 2, "param": 3, "probe": 4, "offset": 5}
 IN_PLACE = {distzo2_core.perturb_: (0.1,), distzo2_core.restore_: (0.1,), distzo2_core.update_: (0.1, 0.2)}
-TABLE = SegmentTable([Segment(0, 8, torch.float32, 0, 0, 0, 2, 4)])
+TABLE = SegmentTable([segment()])
 
 
 def materialize(weights: torch.Tensor, out: torch.Tensor, c: float, step: int, **arguments: object) -> None:
@@ -34,39 +24,6 @@ def materialize(weights: torch.Tensor, out: torch.Tensor, c: float, step: int, *
 
 def buffers() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linspace(-1, 1, 8).view(torch.uint8).clone(), torch.zeros(32, dtype=torch.uint8)
-
-
-# torch.compile: one graph, with the bits of eager calls for numbers that change from call to call, as rates and
-# coefficients do.
-
-
-@needs_native
-@pytest.mark.parametrize("function", IN_PLACE)
-def test_compile_in_place(function: Callable[..., torch.Tensor]) -> None:
-    def step(w: torch.Tensor, *scalars: float) -> torch.Tensor:
-        return function(w, *scalars, **PLACE) * 2
-
-    torch._dynamo.reset()  # graphs are kept by their code, which all parameters of this test share
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for scale in (0.1, 0.2, -0.3, 0.0):
-        scalars = tuple(scale * x for x in IN_PLACE[function])
-        eager, traced = torch.ones(9), torch.ones(9)
-        assert_same_bits(compiled(traced, *scalars), step(eager, *scalars))
-        assert_same_bits(traced, eager)
-
-
-@needs_native
-def test_compile_materialize() -> None:
-    def step(weights: torch.Tensor, out: torch.Tensor, c: float, step: int) -> torch.Tensor:
-        materialize(weights, out, c, step)
-        return weights + out
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for c, number in ((0.1, 1), (0.2, 1), (-0.3, 2), (0.4, 3)):
-        eager, traced = buffers(), buffers()
-        assert_same_bits(compiled(*traced, c, number), step(*eager, c, number))
-        for one, other in zip(traced, eager, strict=True):
-            assert_same_bits(one, other)
 
 
 @needs_native
@@ -85,7 +42,7 @@ def test_compile_still_checks() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy, in Triton's interpreter, of infinities
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=[needs_triton, needs_interpreter])])
 def test_what_changes_has_its_version_raised(backend: str) -> None:
     """So that a backward pass that has saved it is refused, whatever changed it."""
     for function, scalars in IN_PLACE.items():
@@ -103,7 +60,7 @@ def test_what_changes_has_its_version_raised(backend: str) -> None:
         assert (weights._version > 0, out._version > 0) == (write_back, True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_leaf_that_requires_grad(backend: str) -> None:
     """It is changed as by an optimizer, and gradients are those at the changed weights."""
     for function, scalars in IN_PLACE.items():

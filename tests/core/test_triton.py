@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,19 +10,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, check_embedding, check_in_place, check_noise, check_visit, random_visit
+from kernel_cases import (
+    DTYPES,
+    INTERPRETED,
+    check_in_place,
+    check_noise,
+    check_visit,
+    needs_triton,
+    random_visit,
+)
 
 import distzo2_core
 
-# conftest.py turns the interpreter on where there is no GPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(), reason="no NVIDIA GPU, and TRITON_INTERPRET=0"
-    ),
+    needs_triton,
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy, in the interpreter, of infinities
 ]
 
@@ -37,20 +39,6 @@ def test_in_place(dtype: torch.dtype) -> None:
     rng = np.random.default_rng(5)
     for numel in (1, 1100):
         check_in_place(rng, "triton", dtype, numel, DEVICE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding(dtype: torch.dtype) -> None:
-    for cols in (1, 100, 1030):
-        check_embedding(np.random.default_rng(cols), "triton", dtype, cols, DEVICE)
-    table = torch.ones(3, 4, dtype=dtype, device=DEVICE)
-    ids = torch.tensor([2, 3, -1], device=DEVICE)
-    if INTERPRETED:
-        with pytest.raises(IndexError, match=r"ids\[1\] is 3, and the table has 3 rows"):
-            distzo2_core.embedding(table, ids, 1.0, seed=0, step=0, param=0, backend="triton")
-        return
-    rows = distzo2_core.embedding(table, ids, 1.0, seed=0, step=0, param=0, backend="triton")
-    assert rows[0].isfinite().all() and rows[1:].isnan().all()
 
 
 @pytest.mark.parametrize("seed", range(6 if INTERPRETED else 200))

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch_op_cases import segment, update
 
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
 from distzo2_core.types import check_seed, encode_program
-
-
-def update(step: int = 0, terms: tuple[Term, ...] = (Term(0, 0, 0, 0, 1.0),), num_groups: int = 1) -> Update:
-    return Update(step, (GroupScalars(0.1, 0.0),) * num_groups, terms)
-
-
-def segment(**changes: object) -> Segment:
-    return Segment(0, 8, torch.float32, 0, 0, 0, 2, 4)._replace(**changes)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])

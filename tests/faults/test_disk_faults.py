@@ -1,7 +1,7 @@
-"""A full disk, or a broken one, at each call of a run that changes a file: it goes on, or ends in one line. Then, when
-resumed, it ends with the bits of a run that nothing happened to.
+"""A full or broken disk at each call of a run that changes a file: the run continues, or ends in one line. Resumed, it
+ends with the bits of a run that nothing happened to.
 
-By default every so many calls are tried, another set for each error; DISTZO2_ALL_FAULTS=1 tries every call with both
+By default some eight calls are tried, others for each error; DISTZO2_ALL_FAULTS=1 tries every call with both
 (`make faults`).
 """
 
@@ -74,8 +74,8 @@ def test_each_call_that_fails_ends_well(files, runs, undisturbed, tmp_path, kind
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 def test_each_call_of_a_replay_that_fails_ends_well(runs, undisturbed, tmp_path, error):
-    """In one line; made again, it writes the same bits, or says that they are there already. Or it goes on: a copy that
-    the kernel cannot make is made by hand."""
+    """In one line; made again, it writes the same bits, or says that they are there already. Or it continues: a copy
+    that the kernel cannot make is made by hand."""
     command = ["replay", str(undisturbed.path), "--out=out/new", "--to-step=9", "--quiet"]
     clean = runs.run(tmp_path, command)
     assert clean.status == 0, clean.text

@@ -1,4 +1,4 @@
-"""A limit on memory that is hit in any phase ends in one clear error, and a training that goes on afterwards with the
+"""A limit on memory that is hit in any phase ends in one clear error, and a training that continues with the
 same bits."""
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ RARELY_SYNCED = ["--snapshot-every=0", "--eval-every=0", "--save=last"]  # nothi
 
 
 def go_on(runs: ShimmedRuns, directory: Path, command: list[str]) -> str:
-    """What the run says that goes on with what a cut has left, to its end."""
+    """Continues with what a cut has left, to the run's end; returns what it says."""
     where = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
     if (directory / "out/run.json").exists():
         command = ["finetune", "--resume", "--out=out"]

@@ -1,6 +1,14 @@
 """Runs made and killed by an old commit are resumed and replayed to the bits of their undisturbed twins.
 
-`make_golden.py` says how the runs were made. Each test takes one of them:
+They were made by `tests/golden/make_golden.py` of commit d7b1529, which runs with the code of commit db4b99d alone, on
+an AVX-512 machine, in the directory /tmp/golden that their run.json name. Of each there is
+
+    killed/         its directory as a SIGKILL half-way left it
+    journal.jsonl   the journal of its twin, which ran to its end
+    golden.json     SHA-256 of each tensor of the twin, its losses and evaluations, inputs of some of its forward
+                    passes, and what `forward_bits` made of them
+
+Each test takes one of them:
 
 * Replay makes no forward pass. The twin's journal leads to the twin's tensors on every machine.
 * A resumed run makes forward passes, whose bits depend on the processor and on torch. Where transformers alone, without

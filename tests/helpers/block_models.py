@@ -13,6 +13,12 @@ def offloaded(model, directory=None, **options):
     return distzo2.offload(model, weights=weights, directory=directory, **options)
 
 
+def stepping(model, directory=None, *, lr=1e-2, **options):
+    """The model, handed over, and an optimizer of it."""
+    offloaded(model, directory)
+    return model, distzo2.ZOSGD(model, lr=lr, **options)
+
+
 class Blocks(nn.Module):
     """Embedding, a list of blocks and a head, with room for mischief."""
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
 from distzo2.checkpoint.reading import SINGLE_FILE
-from distzo2.checkpoint.weight_files import RangeFile, bytes_of
+from distzo2.checkpoint.tensor_files import TensorFile, bytes_of
 from distzo2.checkpoint.writing import CheckpointWriter
 
 T = transformers
@@ -103,7 +103,7 @@ def write_all(checkpoint: CheckpointMap, source: nn.Module, out: Path, **options
             writer.write(name, held[name].detach())
 
 
-def read_tensor(file: RangeFile, name: str) -> torch.Tensor:
+def read_tensor(file: TensorFile, name: str) -> torch.Tensor:
     """A whole tensor of an opened file of weights."""
     entry = file.tensors[name]
     out = torch.empty(entry.shape, dtype=entry.dtype)

@@ -20,7 +20,7 @@ from journal_cases import bits, json_values, make_entry, make_test_header, step_
 from safetensors.torch import save_file
 
 from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, SafetensorsFile, TorchFile, bytes_of
+from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, TensorFile, bytes_of
 from distzo2.record.entry import StepEntry
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, encode_line, seal_line
@@ -192,7 +192,7 @@ def check_safetensors(path: Path, data: bytes) -> None:
     """What is opened lies within the file, without holes, and can be read; the reference reader finds the same."""
     path.write_bytes(data)
     try:
-        file = SafetensorsFile(path)
+        file = TensorFile(path)
     except CheckpointError as error:
         one_line(error)
         return
@@ -229,7 +229,7 @@ def check_stream(path: Path, stream: bytes) -> None:
 
 def check_archive(path: Path) -> None:
     try:
-        file = TorchFile(path)
+        file = TensorFile(path)
     except CheckpointError as error:
         one_line(error)
         return

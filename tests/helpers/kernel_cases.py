@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,12 @@ needs_native = pytest.mark.skipif(
     not distzo2_core.build_info()["native"], reason="the extension distzo2_core._C is not built"
 )
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels: conftest.py sets it where there is no GPU
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="no triton for this platform, or no NVIDIA GPU and TRITON_INTERPRET=0",
+)
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
 
@@ -58,16 +66,8 @@ class Visit(NamedTuple):
         """The weights and the buffers of the emits afterwards; bytes between segments begin as 0xA5."""
         weights = self.weights.to(device, copy=True)
         outs = [torch.full_like(weights, 0xA5) for _ in self.emits]
-        distzo2_core.materialize(
-            weights,
-            self.segments,
-            seed=self.seed,
-            updates=self.updates,
-            emits=self.emits,
-            outs=outs,
-            write_back=write_back,
-            backend=backend,
-        )
+        program = {"seed": self.seed, "updates": self.updates, "emits": self.emits}
+        distzo2_core.materialize(weights, self.segments, **program, outs=outs, write_back=write_back, backend=backend)
         return [weights, *outs]
 
 

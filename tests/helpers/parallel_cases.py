@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -71,14 +72,7 @@ def optimizer(model: nn.Module, **options: Any) -> distzo2.ZOSGD:
 
 
 def started(
-    rank: int,
-    directory: Path,
-    shape: tuple[int, int] | None,
-    *,
-    weights: str = "disk",
-    slices: bool = False,
-    limit: float = LIMIT,
-    **options: Any,
+    rank: int, directory: Path, shape: Any, *, weights: str = "disk", slices: bool = False, limit=LIMIT, **options: Any
 ) -> tuple[nn.Module, distzo2.ZOSGD]:
     """A tower and its optimizer, on a mesh of `shape`; None: without one."""
     if shape is not None:
@@ -119,11 +113,10 @@ def train(
     history = []
     while opt.step_count < steps:
         closures = closures_of(model, opt.step_count, micro_batches)
-        if sharded == "data":
+        if sharded:
             mesh = distzo2.parallel.current()
-            closures = uneven_share(closures, mesh.data_rank, mesh.shape.data)
-        elif sharded:
-            closures = uneven_share(closures, rank, world_size)
+            place = (mesh.data_rank, mesh.shape.data) if sharded == "data" else (rank, world_size)
+            closures = uneven_share(closures, *place)
         opt.step(closures, sharded=sharded, tokens=7 * micro_batches)
         history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped))
         time.sleep(pace)
@@ -165,18 +158,14 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
     """Rank 1 does something else in the second step. What each rank was told, then the losses of a step in unison."""
     model, opt = started(rank, directory, shape)
     opt.step(closures_of(model, 0, 4))
-    told = ""
-    other = rank == 1
-    if other and what == "lr":
-        opt.param_groups[0]["lr"] = 0.5
-    if other and what == "step":
-        opt._progress.step += 1
+    told, other = "", what if rank == 1 else ""
+    opt.param_groups[0]["lr"] = 0.5 if other == "lr" else 1e-2
+    opt._progress.step += other == "step"
     try:
-        if other and what == "kind":
+        if other == "kind":
             opt.verify_replicas()
         else:
-            number = 3 if other and what == "closures" else 4
-            opt.step(closures_of(model, 1, number), tokens=6 if other and what == "tokens" else 5)
+            opt.step(closures_of(model, 1, 4 - (other == "closures")), tokens=5 + (other == "tokens"))
     except distzo2.DistZO2Error as error:
         told = f"{type(error).__name__}: {error}"
     opt.param_groups[0]["lr"], opt._progress.step = 1e-2, 1
@@ -185,19 +174,23 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
     return [told, str(opt.last.losses)]
 
 
-def disagree_at_first(rank: int, world_size: int, directory: Path, what: str) -> None:
-    """Rank 1 makes another optimizer, or has another model."""
+def differ(rank: int, world_size: int, directory: Path, what: str) -> None:
+    """Rank 1 makes another optimizer, has another model, or one bit of its weights changes after the third step."""
     mesh_of(1, 2)
-    model = Tower(seed=6 if rank == 1 and what == "weights" else 5)
-    if rank == 1 and what == "frozen":
-        model.head.requires_grad_(False)
-    distzo2.offload(model, weights="host")
-    options: dict[str, Any] = {"seed": 12 if rank == 1 and what == "seed" else 11}
+    other = what if rank == 1 else ""
+    model = Tower(seed=6 if other == "weights" else 5)
+    model.head.requires_grad_(other != "frozen")
+    runtime = distzo2.runtime_of(distzo2.offload(model, weights="host", train=True))
+    options: dict[str, Any] = {"fsync_every": 4} if other == "journal options" else {}
     if what == "journal options":
         options["journal"] = directory / "journal.jsonl"
-    if rank == 1 and what == "journal options":
-        options["fsync_every"] = 4
-    optimizer(model, **options)
+    opt = optimizer(model, seed=12 if other == "seed" else 11, verify_every=2, **options)
+    for step in range(4):
+        if step == 3 and rank == 1:
+            unit = next(u for u in runtime.units if u.name == "blocks.3")
+            with runtime.access.writing(unit, keep=True) as views:
+                views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
+        opt.step(closures_of(model, step, 2))
 
 
 class Boom(Exception):
@@ -207,19 +200,18 @@ class Boom(Exception):
 def fail_once(rank: int, world_size: int, directory: Path, what: str, slices: bool) -> tuple[str, Any]:
     """Rank `world_size - 1` (rank 0 for what it alone does) fails in step 2, which is then made again."""
     model, opt = started(rank, directory, (2, world_size // 2), slices=slices, journal=directory / f"{what}.jsonl")
-    told, last = "", world_size - 1
+    told, fails = "", rank == (0 if what == "estimator" else world_size - 1)
     while opt.step_count < 6:
-        closures = closures_of(model, opt.step_count, 2)
-        good = list(closures)
-        spoilt = opt.step_count == 2 and not told
-        if spoilt and what == "estimator" and rank == 0:
-            opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
-        if spoilt and what == "closure" and rank == last:
-            closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
-        if spoilt and what == "interrupt" and rank == last:
-            closures = [lambda c=c: (os.kill(os.getpid(), signal.SIGINT), c())[1] for c in good]
-        if spoilt and what == "argument" and rank == last:
-            closures = [1, 2]
+        closures = good = closures_of(model, opt.step_count, 2)
+        if opt.step_count == 2 and fails and not told:
+            if what == "estimator":
+                opt.settings.estimator.coefficients = lambda *args: np.zeros(7)
+            if what == "closure":
+                closures = [lambda c=c: (c(), _raise(Boom("bang")))[0] for c in good]
+            if what == "interrupt":
+                closures = [lambda c=c: (os.kill(os.getpid(), signal.SIGINT), c())[1] for c in good]
+            if what == "argument":
+                closures = [1, 2]
         try:
             opt.step(closures, tokens=14)
         except (Boom, distzo2.DistZO2Error, KeyboardInterrupt) as error:
@@ -236,20 +228,13 @@ def _raise(error: BaseException) -> None:
 
 
 def threads_of_their_own(rank: int, world_size: int, directory: Path, threads: list[int], resume: bool) -> list[str]:
-    """Each rank has `threads[rank]` threads. What is logged when a run is begun or resumed."""
+    """Each rank has `threads[rank]` threads. The warnings when a run is begun or resumed."""
     mesh_of(1, world_size)
     told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logger = logging.getLogger("distzo2")
-    logger.addHandler(handler)
     torch.set_num_threads(threads[rank])
-    try:
-        model = tower("device", None)
-        optimizer(model, journal=directory / "journal.jsonl", resume=resume).close()
-    finally:
-        torch.set_num_threads(1)
-        logger.removeHandler(handler)
+    with mock.patch.object(logging.getLogger("distzo2"), "warning", lambda text, *args: told.append(text % args)):
+        optimizer(tower("device", None), journal=directory / "journal.jsonl", resume=resume).close()
+    torch.set_num_threads(1)
     return told
 
 
@@ -258,8 +243,7 @@ def differing_units(rank: int, world_size: int, directory: Path, slices: bool) -
     model, opt = started(rank, directory, (1, 2), slices=slices)
     opt.step(closures_of(model, 0, 2))
     blocks, told = model.blocks, ""
-    if rank == 1:
-        model.blocks = blocks[:2] + blocks[3:]
+    model.blocks = blocks[:2] + blocks[3:] if rank == 1 else blocks
     try:
         opt.step(closures_of(model, 1, 2))
     except distzo2.DistZO2Error as error:
@@ -319,52 +303,33 @@ def sampled(rank: int, world_size: int, directory: Path) -> list[int]:
     return seen
 
 
-def changed_replica(rank: int, world_size: int, directory: Path) -> None:
-    """One bit of one weight changes on rank 1 after the third step."""
-    model, opt = started(rank, directory, (1, 2), verify_every=2)
-    runtime = distzo2.runtime_of(model)
-    for step in range(4):
-        if step == 3 and rank == 1:
-            unit = next(u for u in runtime.units if u.name == "blocks.3")
-            with runtime.access.writing(unit, keep=True) as views:
-                views["blocks.3.0.weight"].view(torch.int32)[2, 3] ^= 1
-        opt.step(closures_of(model, step, 2))
-
-
 # ---- ranks that die or hang -------------------------------------------------------------------------------------
 
 
-def stop(rank: int, world_size: int, directory: Path, signum: int, limit: float, slices: bool) -> None:
-    """Rank 1 sends itself a signal in step 2: in a forward or, with slices, while it serves slices to the others."""
+def stop(rank: int, world_size: int, directory: Path, how: Any, limit: float, slices: bool) -> None:
+    """In step 2 rank 1 leaves, raises, or sends itself a signal: in a forward or, with slices, while it serves the
+    others."""
     model, opt = started(rank, directory, (1, world_size), slices=slices, limit=limit)
     for step in range(3):
         closures = closures_of(model, step, world_size)
-        if step == 2 and rank == 1 and slices:
-            _stop_at_third_gather(distzo2.runtime_of(model).weights.ring, signum)
-        elif step == 2 and rank == 1:
-            closures = [lambda c=c: (os.kill(os.getpid(), signum), c())[1] for c in closures]
+        if step == 2 and rank == 1:
+            if how == "shutdown":
+                return
+            if how == "raise":
+                raise Boom("out of data")
+            if slices:
+                _kill_at_third_gather(distzo2.runtime_of(model).weights.ring, how)
+            else:
+                closures = [lambda c=c: (os.kill(os.getpid(), how), c())[1] for c in closures]
         opt.step(closures)
 
 
-def _stop_at_third_gather(store: Any, signum: int) -> None:
-    begin, begun = store.begin, []
+def _kill_at_third_gather(store: Any, signum: int) -> None:
+    begun = itertools.count(1)
 
-    def begin_or_stop(*args: Any) -> None:
-        begun.append(args)
-        if len(begun) == 3:
+    def begin(*args: Any) -> None:
+        if next(begun) == 3:
             os.kill(os.getpid(), signum)
-        begin(*args)
+        store.begin(*args)
 
-    store._node.register(store._number, begin_or_stop)
-
-
-def left_early(rank: int, world_size: int, directory: Path, how: str) -> None:
-    """Rank 1 makes two steps, the others want three."""
-    model, opt = started(rank, directory, (1, world_size), weights="device")
-    for step in range(3):
-        if step == 2 and rank == 1:
-            if how == "shutdown":
-                distzo2.parallel.shutdown()
-                return
-            raise Boom("out of data")
-        opt.step(closures_of(model, step, world_size))
+    store._node.stores[store._number] = begin

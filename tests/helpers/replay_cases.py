@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from distzo2.checkpoint.pretrained import digest_checkpoint
+from distzo2.checkpoint.reading import digest_checkpoint
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal

@@ -36,7 +36,8 @@ class Ring:
         else:
             self.slots = [torch.empty(SLOT_BYTES, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         source = self.file if self.file is not None else self.pool
-        self.engine = CopyEngine(device, source, [s.data_ptr() for s in self.slots], SLOT_BYTES)
+        staging = HostPool([SLOT_BYTES] * 4, device) if kind == "disk" and device != "cpu" else None
+        self.engine = CopyEngine(device, source, [s.data_ptr() for s in self.slots], SLOT_BYTES, staging)
 
     def stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0

@@ -23,6 +23,6 @@ def assert_same_run(run: Path, expected: Path) -> None:
     records = [json.loads((path / "run.json").read_text()) for path in (run, expected)]
     for key in ("status", "steps_done", "best_step", "best", "checkpoint_step"):
         assert records[0][key] == records[1][key], key
-    names = [{p.name for p in path.iterdir()} - {"snapshots", "trace.json"} for path in (run, expected)]
+    names = [{p.name for p in path.iterdir()} - {"trace.json"} for path in (run, expected)]
     assert names[0] == names[1]
     assert not [p for p in (run / "checkpoint").iterdir() if p.name.startswith(".")]

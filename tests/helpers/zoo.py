@@ -20,10 +20,11 @@ class Case:
     batch: Callable[[int], dict[str, torch.Tensor]]
 
     def closure(
-        self, model: nn.Module, batch_index: int = 0, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, batch_index: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> Callable[[], torch.Tensor]:
         """Returns the loss of a batch, whose inputs are of `dtype`, in float32."""
-        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.batch(batch_index).items()}
+        values = self.batch(batch_index).items()
+        batch = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in values}
 
         def loss() -> torch.Tensor:
             output = model(**batch)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from block_models import IDS, Blocks, offloaded
-from plain import plain_loop
-from same_bits import assert_same, same_bits
+from block_models import IDS, Blocks, offloaded, stepping
+from plain import flat_losses, plain_loop
+from same_bits import assert_same, assert_same_tensors, same_bits
+from torch import nn
 
 import distzo2
-from distzo2.optim.state import WARM_UP, CoefficientClip, DivergenceError, NonFiniteLossError
-
-
-def losses_of(opt) -> list[float]:
-    return [v for row in opt.last.losses for v in row]
+from distzo2.optim.state import WARM_UP, DivergenceError, NonFiniteLossError, Progress
 
 
 @pytest.mark.parametrize("weights", ["device", "host", "disk"])
@@ -30,13 +28,12 @@ def test_a_linear_schedule_to_zero_is_the_plain_loops(weights, tmp_path):
         opt.step(lambda: model(IDS))
         used.append(opt.last.lr[0])
         schedule.step()
-        losses.append(losses_of(opt))
+        losses.append(flat_losses(opt))
     assert used == [float(np.float32(2e-2 * (1 - t / steps))) for t in range(steps)]
     before = model.state_dict()
     opt.step(lambda: model(IDS))  # the schedule has come to zero
     assert opt.last.lr == [0.0]
-    for name, value in model.state_dict().items():
-        assert same_bits(value, before[name])
+    assert_same_tensors(model.state_dict(), before)
     reference = Blocks().eval()
     expected = plain_loop(
         reference, [[lambda: reference(IDS)]] * steps, lr=lambda step: 2e-2 * (1 - step / steps), eps=1e-3, seed=0
@@ -50,7 +47,7 @@ def test_seeds(tmp_path):
         model, reference = offloaded(Blocks(), tmp_path), Blocks().eval()
         opt = distzo2.ZOSGD(model, lr=1e-2, seed=seed)
         opt.step(functools.partial(model, IDS))
-        results[seed] = losses_of(opt)
+        results[seed] = flat_losses(opt)
         closures = [[functools.partial(reference, IDS)]]
         assert [results[seed]] == plain_loop(reference, closures, lr=lambda step: 1e-2, eps=1e-3, seed=seed)
     assert len({tuple(v) for v in results.values()}) == 4
@@ -89,8 +86,7 @@ def test_perturb_and_update_scales():
 
 
 def test_weight_decay_leaves_biases_and_norms_out():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2, weight_decay=0.5)
+    model, opt = stepping(Blocks(), weight_decay=0.5)
     decays = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         assert decays[id(p)] == (0.0 if name.endswith("bias") else 0.5), name
@@ -102,15 +98,13 @@ def test_a_model_that_was_not_handed_over_is_refused():
 
 
 def test_a_non_finite_loss_is_not_applied(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal.jsonl", max_skipped=3)
+    model, opt = stepping(Blocks(), tmp_path, journal=tmp_path / "journal.jsonl", max_skipped=3)
     opt.step(lambda: model(IDS))
     before = model.state_dict()
     for _ in range(2):
         opt.step(lambda: model(IDS) * float("nan"))
         assert opt.last.skipped == "non-finite loss"
-    for name, value in model.state_dict().items():
-        assert same_bits(value, before[name])
+    assert_same_tensors(model.state_dict(), before)
     with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
         opt.step(lambda: model(IDS) * float("inf"))
     opt.close()
@@ -119,28 +113,25 @@ def test_a_non_finite_loss_is_not_applied(tmp_path):
     assert all(not e.update.terms for e in entries[1:])
 
 
-def test_state_dict_goes_on_with_the_same_bits(tmp_path):
+def test_a_state_dict_continues_with_the_same_bits(tmp_path):
     def run(steps, model, opt):
         return [opt.step(lambda: model(IDS)).item() for _ in range(steps)]
 
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, seed=4)
+    model, opt = stepping(Blocks(), tmp_path, seed=4)
     run(3, model, opt)
     saved_opt, saved_model = opt.state_dict(), model.state_dict()
     expected, final = run(3, model, opt), model.state_dict()
 
-    fresh = offloaded(Blocks(), tmp_path)
-    fresh_opt = distzo2.ZOSGD(fresh, lr=1.0, seed=9)
+    fresh, fresh_opt = stepping(Blocks(), tmp_path, lr=1.0, seed=9)
     fresh.load_state_dict(saved_model)
     fresh_opt.load_state_dict(saved_opt)
     assert fresh_opt.param_groups[0]["lr"] == 1e-2
     assert run(3, fresh, fresh_opt) == expected
-    assert_same(([], fresh.state_dict()), ([], final))
+    assert_same_tensors(fresh.state_dict(), final)
 
 
 def test_state_dict_of_a_part_and_strict_loading(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks(), tmp_path)
     opt.step(lambda: model(IDS))
     whole = model.state_dict()
     assert same_bits(model.blocks[1].state_dict()["0.weight"], whole["blocks.1.0.weight"])
@@ -168,8 +159,7 @@ def test_edit(weights, tmp_path):
 
 
 def test_replaced_weights_end_a_journal(tmp_path):
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal.jsonl")
+    model, opt = stepping(Blocks(), tmp_path, journal=tmp_path / "journal.jsonl")
     opt.step(lambda: model(IDS))
     model.load_state_dict(Blocks().state_dict())
     with pytest.raises(distzo2.DistZO2Error, match="replaced from outside"):
@@ -179,9 +169,25 @@ def test_replaced_weights_end_a_journal(tmp_path):
 
 def test_moving_and_casting_are_refused():
     model = offloaded(Blocks())
-    for move in (model.half, model.double, lambda: model.to(torch.bfloat16), lambda: model.head.to("cpu")):
+    moves = (model.half, model.double, lambda: model.head.to(torch.bfloat16), lambda: model.to("meta"))
+    for move in moves:
         with pytest.raises(distzo2.DistZO2Error, match="before offload"):
             move()
+
+
+def test_moves_to_where_the_model_is_change_nothing():
+    class Cast(nn.Linear):
+        def forward(self, x):
+            return super(Cast, self.to(x.dtype)).forward(x)
+
+    model = Blocks()
+    model.blocks[1][0] = Cast(8, 8)
+    offloaded(model)
+    before = model.state_dict()
+    assert model.to("cpu") is model and model.float() is model and model.head.cpu() is model.head
+    assert model.to(torch.device("cpu"), torch.float32).share_memory() is model
+    distzo2.ZOSGD(model, lr=0.0).step(lambda: model(IDS))
+    assert_same_tensors(model.state_dict(), before)
 
 
 def test_float64_and_twice_are_refused():
@@ -193,63 +199,62 @@ def test_float64_and_twice_are_refused():
 
 
 def test_a_journal_resumes_with_the_same_bits(tmp_path):
-    def run(model, opt, steps):
-        for _ in range(steps):
-            opt.step(lambda: model(IDS))
+    options = {"lr": 1e-2, "weight_decay": 0.1, "num_probes": 2}
 
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2)
-    run(model, opt, 6)
-    expected = model.state_dict()
+    def run(num_steps, **more):
+        model, opt = stepping(Blocks(), tmp_path, **options, seed=4, **more)
+        begun = opt.step_count
+        for _ in range(num_steps):
+            opt.step(lambda: model(IDS))
+        opt.close()
+        return begun, model.state_dict()
 
     path = tmp_path / "journal.jsonl"
-    first = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(first, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2, journal=path)
-    run(first, opt, 4)
-    opt.close()
-    second = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(second, lr=1e-2, seed=4, weight_decay=0.1, num_probes=2, journal=path, resume=True)
-    assert opt.step_count == 4
-    run(second, opt, 2)
-    assert_same(([], second.state_dict()), ([], expected))
-    opt.close()
+    _, expected = run(6)
+    run(4, journal=path)
+    begun, resumed = run(2, journal=path, resume=True)
+    assert begun == 4
+    assert_same_tensors(resumed, expected)
     with pytest.raises(distzo2.DistZO2Error, match="seed is 4"):
-        distzo2.ZOSGD(offloaded(Blocks()), lr=1e-2, seed=5, weight_decay=0.1, num_probes=2, journal=path, resume=True)
+        distzo2.ZOSGD(offloaded(Blocks()), **options, seed=5, journal=path, resume=True)
 
 
-def use(clip: CoefficientClip, *coefs: float) -> tuple[np.ndarray, bool]:
-    used, clipped = clip(np.array(coefs, np.float32))
-    clip.count(7, used.tolist(), clipped)
+def progress(max_coef: float | None) -> Progress:
+    return Progress(SimpleNamespace(max_coef=max_coef, max_clipped=3, max_skipped=3))
+
+
+def use(progress: Progress, *coefs: float) -> tuple[np.ndarray, bool]:
+    used, clipped = progress.clip(np.array(coefs, np.float32))
+    progress.count(used.tolist(), None, clipped)
     return used, clipped
 
 
 def test_clipping_against_the_running_median():
-    clip = CoefficientClip(10.0, 3)
+    clipping = progress(10.0)
     for value in np.random.default_rng(0).normal(size=50).astype(np.float32):
-        assert use(clip, value) == (value, False)
-    used, clipped = use(clip, 1e6, -5e5)
+        assert use(clipping, value) == (value, False)
+    used, clipped = use(clipping, 1e6, -5e5)
     assert clipped and used[0] == pytest.approx(-2 * used[1])
     assert used[0] < 20
-    use(clip, 1e6)
-    with pytest.raises(DivergenceError, match=r"step 7: .* running median for 3 steps in a row"):
-        use(clip, 1e6)
-    use(clip, 1e6)  # a run that is resumed after it begins to count again
+    use(clipping, 1e6)
+    with pytest.raises(DivergenceError, match=r"step 52: .* running median for 3 steps in a row"):
+        use(clipping, 1e6)
+    use(clipping, 1e6)  # a run that is resumed after it begins to count again
 
 
 def test_clipping_needs_a_history_and_can_be_off():
-    clip = CoefficientClip(10.0, 3)
+    clipping = progress(10.0)
     for _ in range(WARM_UP - 1):
-        use(clip, 1.0)
-    assert use(clip, 1e6)[1] is False
-    off = CoefficientClip(None, 3)
+        use(clipping, 1.0)
+    assert use(clipping, 1e6)[1] is False
+    off = progress(None)
     assert all(use(off, v)[1] is False for v in [1.0] * 40 + [1e30])
 
 
 def test_a_journal_that_is_removed_ends_the_run(tmp_path):
-    """However the steps go on: no later than at the end."""
+    """No later than at its end."""
     path = tmp_path / "journal.jsonl"
-    model = offloaded(Blocks(), tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, journal=path)
+    model, opt = stepping(Blocks(), tmp_path, journal=path)
     opt.step(lambda: model(IDS))
     path.unlink()
     try:
@@ -259,6 +264,5 @@ def test_a_journal_that_is_removed_ends_the_run(tmp_path):
         assert "not there any more" in str(error)
     with pytest.raises(distzo2.DistZO2Error) as caught:
         opt.close()
-    assert str(caught.value).startswith(f"{path}: the journal was changed by another program") and "\n" not in str(
-        caught.value
-    )
+    text = str(caught.value)
+    assert text.startswith(f"{path}: the journal was changed by another program") and "\n" not in text

@@ -101,7 +101,7 @@ def test_the_mesh_that_is_chosen(world_size, num_probes, micro_batches, shape):
         (2, {"data": 2}, 1, 1, "1 micro-batch a step cannot .*; on 2 ranks, pert=2,data=1 would fit"),
         (3, {}, 1, 1, "no mesh of 3 ranks fits: more micro-batches or more probes"),
         (1, {"pert": 2}, 1, 1, "and there is 1"),
-        (2, {"pert": 0}, 1, 1, "at least 1"),
+        (2, {"pert": 0}, 1, 1, "pert=0: a multiple of 0 ranks would be needed, and there are 2; on 2 ranks"),
     ],
 )  # fmt: skip
 def test_impossible_meshes_are_refused_with_what_fits(world_size, asked, num_probes, micro_batches, text):

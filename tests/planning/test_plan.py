@@ -56,11 +56,7 @@ def test_products_of_a_forward() -> None:
         "model.decoder.embed_tokens", "model.decoder.embed_positions"
     ]  # fmt: skip
     assert len(plan.parts) == 1 + 2 + 12 + 1 + 1  # before, embeddings, blocks, norm, the tied head
-
-
-def test_what_lanes_hold() -> None:
-    """Parked in the blocks: hidden states. At the head: logits, and their logarithms beside them."""
-    plan = plan_model("opt-125m", torch.float32, 4, 128)
+    # Parked in the blocks: hidden states. At the head: logits, and their logarithms beside them.
     hidden, logits = 512 * 768 * 4, 512 * 50272 * 4
     assert plan.parts[6].live_before == pytest.approx(3 * hidden, rel=0.01)  # the lookups' results are alive
     assert plan.parts[-1].peak == pytest.approx(2 * logits + hidden, rel=0.01)
@@ -161,25 +157,17 @@ def test_a_measured_machine(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(
-        UsageError, match=r"distzo2/measure\.json: No such file or directory: run distzo2 measure first"
-    ):
+    with pytest.raises(UsageError, match=r"distzo2/measure\.json: No such file .*: run distzo2 measure first"):
         find_machine("this")
     path = tmp_path / "m.json"
     for text, message in (
         ("{", "is no measurement"),
-        ("[]", "format list"),
+        ("[]", "is no measurement"),
         ('{"format": "distzo2-measure/2"}', r"/2; distzo2-measure/3 was expected: run distzo2 measure again"),
     ):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             find_machine(str(path))
-
-
-def test_named_machines() -> None:
-    assert all(machine.num_devices == 8 and machine.assumptions for machine in GPUS.values())
-    assert GPUS["a100"].link.up == 26e9 and GPUS["h100"].link.up == GPUS["h200"].link.up == 55e9
-    assert GPUS["a100"].device_bytes == GPUS["h100"].device_bytes < GPUS["h200"].device_bytes
 
 
 # ---- meshes ---------------------------------------------------------------------------------------------------------
@@ -198,19 +186,17 @@ def test_possible_meshes() -> None:
         (["--parallel=data=4", "--micro-batches=2"], "2 micro-batches a step cannot be dealt to 4 data ranks"),
         (["--parallel=data=3"], "data=3 does not divide --batch 8"),
         (["--parallel=data=16", "--batch=16"], "is 16 ranks, and 8 x A100"),
-        (["--nproc=16"], "--nproc 16: 8 x A100"),
+        (["--nproc=16"], "is 16 ranks, and 8 x A100"),
         (["--nproc=7"], "no mesh of 7 ranks can share 2 evaluations and a batch of 8: more --probes"),
         (["--parallel=pert=2", "--nproc=4"], "--parallel pert=2 is 2 ranks, and --nproc says 4"),
         (["--parallel=pert=two"], "--parallel pert=two: expected pert=P,data=D"),
-        (["--parallel=2x4"], "expected pert=P,data=D"),
         (["--micro-batches=3"], "--micro-batches 3 does not divide --batch 8"),
-        (["--slots=1"], "--slots 1: at least 2 were expected"),
         (["--machine=v100"], "--machine v100: expected a100, h100, h200, this"),
         (["--device=cpu"], "--device cpu: 8 x A100 SXM 80 GB, PCIe 4, NVLink 3 computes on cuda"),
         (["--devices-per-switch=3"], "--devices-per-switch 3 does not divide 8 devices"),
         (["--model=opt-9b"], "--model opt-9b: expected a checkpoint's directory, a config.json, or one of opt-125m"),
         (["--tokens=4096"], "--tokens 4096: opt-125m has 2048 positions"),
-        (["--json=/nowhere/x.json"], "--json /nowhere/x.json: its directory is not there"),
+        (["--json=/nowhere/x.json"], "--json /nowhere/x.json: expected a file in a directory that exists"),
         (["--memory-budget=1MiB"], "memory_budget of 1.00 MiB: streaming needs at least"),
     ],
 )
@@ -306,11 +292,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     json.dumps(result, allow_nan=False)
 
 
-def test_numbers_for_people() -> None:
-    numbers = {0.012345: "0.01235", 219.04: "219", 999.96: "1000", 74741.3: "74741", 1.5e6: "1500000"}
-    assert [significant(n) for n in numbers] == list(numbers.values())
-
-
 def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--json=-"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["mesh"] == "one device"
+    numbers = {0.012345: "0.01235", 219.04: "219", 999.96: "1000", 74741.3: "74741", 1.5e6: "1500000"}
+    assert [significant(n) for n in numbers] == list(numbers.values())

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import distzo2
-from distzo2.planning.machines import GPUS, Host
+from distzo2.planning.machines import GPUS, Duplex, Host
 from distzo2.planning.plan import Planner
 from distzo2.planning.plan_model import ModelPlan, Part, plan_module
 from distzo2.planning.report import read_trace
-from distzo2.planning.schedule import Played, Slicing, Task, Transfers, Work, play, play_steps
+from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_steps
+from distzo2.run.options import PlanOptions
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.units import ParamInfo, Unit
 from distzo2_core import Term
@@ -42,66 +43,40 @@ class FixedRates:
 
 def blocks(num: int = BLOCKS, trainable: bool = True) -> list[Unit]:
     """Units of 64 elements, which are 256 bytes."""
-    made = []
-    for i in range(num):
-        param = ParamInfo(i, f"b{i}.w", torch.Size([64]), torch.float32, (1,), trainable, nn.Parameter())
-        unit = Unit(i, f"b{i}", [param], [], resident=False)
-        unit.block = i
-        made.append(unit)
+    shape = torch.Size([64]), torch.float32, (1,), trainable
+    made = [Unit(i, f"b{i}", [ParamInfo(i, f"b{i}.w", *shape, nn.Parameter())], [], False) for i in range(num)]
+    for unit in made:
+        unit.block = unit.index
     return made
 
 
 def played(
-    compute: float,
-    up: float,
-    down: float = 0.0,
-    *,
-    speeds: tuple[float, float] = (1.0, 1.0),
-    slots: int = 3,
-    lanes: Sequence[Emission] = (CLEAN,),
-    trainable: bool = True,
-    noise: float = 0.0,
-    num_blocks: int = BLOCKS,
-    on_host: bool = False,
-    slicing: Slicing | None = None,
-    write_every: int = 1,
-    host: Host = NO_HOST,
-) -> Played:
-    """Steps whose transfers take `up` and `down` a block, alone."""
+    compute: float, up: float, down: float = 0.0, *, shared: float = 1.0, lanes: Sequence[Emission] = (CLEAN,),
+    trainable: bool = True, noise: float = 0.0, num_blocks: int = BLOCKS, host: Host = NO_HOST, slots: int = 3,
+    on_host: bool = False, **more,
+) -> Played:  # fmt: skip
+    """Steps whose transfers take `up` and `down` a block, alone; both ways at once each has `shared` of its speed."""
     units = blocks(num_blocks, trainable)
     parts = [Part((), (), 0, 0, 0, 0), *(Part((u.index,), (), 0, 0, 0, 0) for u in units)]
-    model = ModelPlan("made", torch.float32, units, parts)
-    transfers = Transfers(up / 256, down / 256, *speeds)
-    return play_steps(
-        Work(
-            model=model,
-            rates=FixedRates(compute, noise, host),
-            on_host=on_host,
-            streamed={u.index for u in units},
-            slots=slots,
-            transfers=transfers,
-            passes=[list(lanes)],
-            num_terms=1,
-            family="normal",
-            write_every=write_every,
-            slicing=slicing,
-        )
-    )
+    rates = [256 / seconds if seconds else math.inf for seconds in (up, down)]
+    work = Work(
+        ModelPlan("made", torch.float32, units, parts), FixedRates(compute, noise, host), on_host,
+        {u.index for u in units}, slots, Duplex(*rates, 2 * shared * max(rates)), [list(lanes)], 1, "normal", **more,
+    )  # fmt: skip
+    return play_steps(work)
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def test_transfers_that_slow_each_other() -> None:
+def test_tasks_that_slow_each_other() -> None:
     up, down = Task("upload", "upload", "a", 4.0), Task("download", "download", "a", 2.0)
     last = Task("upload", "upload", "b", 1.0, (down,))
     play([up, down, last], duplex=(0.5, 0.5))
     assert down.end == pytest.approx(4.0)  # 2 s of work at half speed
     assert up.end == pytest.approx(6.0)  # 2 of 4 s done by then, the rest alone
     assert last.end == pytest.approx(7.0)
-
-
-def test_a_shared_processor() -> None:
+    # On a shared processor each of two runs at half speed.
     a, b = Task("compute", "compute", "a", 3.0), Task("side", "update", "b", 1.0)
     play([a, b], pool={"compute", "side"})
     assert (a.end, b.end) == pytest.approx((4.0, 2.0))
@@ -113,10 +88,10 @@ def test_a_shared_processor() -> None:
 @pytest.mark.parametrize("on_host", [False, True])
 def test_compute_bound(on_host: bool) -> None:
     """Two lanes of 4 s on each of 6 blocks; uploads of 1 s are behind them."""
-    result = played(4.0, 1.0, lanes=[CLEAN, CLEAN], trainable=False, on_host=on_host)
+    result = played(4.0, 1.0, noise=1.0, lanes=[CLEAN, CLEAN], trainable=False, on_host=on_host)
     assert result.step_s == pytest.approx(48.0)
     assert result.wait_s == pytest.approx(0.0) and result.busy_s["compute"] == pytest.approx(48.0)
-    assert result.bytes_up == pytest.approx(6 * 256) and result.bytes_down == 0
+    assert result.bytes_up == pytest.approx(6 * 256) and result.bytes_down == result.noise_s == 0
 
 
 @pytest.mark.parametrize("on_host", [False, True])
@@ -133,16 +108,11 @@ def test_both_ways() -> None:
     is 3 + 1 + 3 (6 + 1 + 6) s, in which three blocks pass."""
     free = played(1.0, 3.0, 3.0, lanes=PAIR[:1])
     assert free.step_s == pytest.approx(18.0)
-    shared = played(1.0, 3.0, 3.0, lanes=PAIR[:1], speeds=(0.5, 0.5))
+    shared = played(1.0, 3.0, 3.0, lanes=PAIR[:1], shared=0.5)
     assert shared.step_s == pytest.approx(36.0)
     assert shared.bytes_down == pytest.approx(6 * 256) == shared.bytes_up
-
-
-@pytest.mark.parametrize("on_host", [False, True])
-def test_two_slots(on_host: bool) -> None:
-    """A slot's round is 3 + 1 + 3 s, in which two blocks pass."""
-    result = played(1.0, 3.0, 3.0, lanes=PAIR[:1], slots=2, on_host=on_host)
-    assert result.step_s == pytest.approx(6 * 3.5)
+    for on_host in (False, True):  # with two slots, two blocks pass in 3 + 1 + 3 s
+        assert played(1.0, 3.0, 3.0, lanes=PAIR[:1], slots=2, on_host=on_host).step_s == pytest.approx(6 * 3.5)
 
 
 def test_uploads_go_ahead_across_the_end_of_a_step() -> None:
@@ -163,11 +133,9 @@ def test_a_slot_is_filled_after_its_readers(slicing: Slicing | None, trainable: 
     assert len(uploads) > 12
     for upload in uploads:
         later = [u for u in uploads if u.slot == upload.slot and u.start > upload.start]
-        refilled = min((u.start for u in later), default=float("inf"))
+        refilled = min((u.start for u in later), default=math.inf)
         mine = [t for t in readers if t.name == upload.name and upload.start < t.start]
-        again = min(
-            (u.start for u in uploads if u.name == upload.name and u.start > upload.start), default=float("inf")
-        )
+        again = min((u.start for u in uploads if u.name == upload.name and u.start > upload.start), default=math.inf)
         for reader in (t for t in mine if t.start < again):
             assert upload.end <= reader.start and reader.end <= refilled
         for down in result.tasks:
@@ -216,11 +184,6 @@ def test_blocks_that_all_fit_stay() -> None:
     assert result.step_s == pytest.approx(3 * 3.0)  # downloads of 3 s, which a block's next reader waits for
 
 
-def test_frozen_blocks_do_not_go_back() -> None:
-    result = played(1.0, 1.0, 1.0, lanes=PAIR, trainable=False, noise=1.0)
-    assert result.bytes_down == 0 and result.noise_s == 0
-
-
 def test_blocks_written_in_turn() -> None:
     every = played(1.0, 1.0, 1.0, lanes=PAIR, noise=0.1)
     third = played(1.0, 1.0, 1.0, lanes=PAIR, noise=0.1, write_every=3)
@@ -253,42 +216,25 @@ def test_no_faster_part_makes_a_step_slower(slicing: Slicing | None) -> None:
 def tiny(kind: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+    sizes = {"vocab_size": 131, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 32}
     if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=131, hidden_size=64, num_hidden_layers=7, intermediate_size=96, num_attention_heads=2,
-            max_position_embeddings=32,
-        )  # fmt: skip
-        return LlamaForCausalLM(config)
-    config = OPTConfig(
-        vocab_size=131, hidden_size=64, num_hidden_layers=5, ffn_dim=128, num_attention_heads=2,
-        max_position_embeddings=32, word_embed_proj_dim=64,
-    )  # fmt: skip
-    return OPTForCausalLM(config)
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=7, intermediate_size=96))
+    return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=5, ffn_dim=128, word_embed_proj_dim=64))
 
 
-CASES = [
-    ("llama", "spsa", 1, 1, 1),
-    ("llama", "spsa", 2, 2, 1),
-    ("opt", "spsa", 1, 1, 1),
-    ("opt", "fzoo", 3, 1, 1),
-    ("opt", "spsa", 2, 1, 3),
-]
-
-
-@pytest.mark.parametrize(("kind", "estimator", "probes", "batches", "every"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "estimator", "probes", "batches", "every"),
+    [("llama", "spsa", 2, 2, 1), ("opt", "spsa", 1, 1, 1), ("opt", "fzoo", 3, 1, 1), ("opt", "spsa", 2, 1, 3)],
+)
 def test_the_runtime_does_the_same(
     kind: str, estimator: str, probes: int, batches: int, every: int, tmp_path: Path
 ) -> None:
     """Parts, noise and transfers come in the runtime's order; bytes of transfers and memory are equal."""
     with torch.device("meta"):
         plan = plan_module(tiny(kind).eval(), kind, torch.float32, 2, 9)
-    request = SimpleNamespace(
-        batch=2 * batches, tokens=9, micro_batches=batches, probes=probes, estimator=estimator, noise="normal",
-        slots=3, weights="disk", memory_budget=None, max_lanes=None, write_every=every, model="", dtype="auto",
-        parallel=None, nproc=None,
-    )  # fmt: skip
-    planner = Planner(request, GPUS["a100"])
-    planner._models[2] = plan
+    request = {"batch": 2 * batches, "tokens": 9, "micro_batches": batches, "probes": probes, "estimator": estimator}
+    planner = Planner(PlanOptions(model=kind, weights="disk", write_every=every, **request), GPUS["a100"])
+    planner.models[2] = plan
     predicted = planner.predict()
 
     torch.manual_seed(0)

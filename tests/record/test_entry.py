@@ -26,21 +26,10 @@ def test_line_round_trip(entry: StepEntry) -> None:
     assert again.to_line() == line
 
 
-@given(st.binary(max_size=200))
-@settings(deadline=None)
-def test_arbitrary_bytes_are_refused(data: bytes) -> None:
-    # With and without a right CRC, so that the parser behind it is reached too.
-    for line in (data + b"\n", seal_line(data)):
-        with pytest.raises(JournalError):
-            StepEntry.from_line(line)
-
-
 @given(st.sampled_from(sorted(json.loads(make_entry(0).to_line()))), json_values)
 @settings(deadline=None, max_examples=300)
 def test_arbitrary_json_is_refused_or_kept(key: str, value: Any) -> None:
-    record = json.loads(make_entry(0).to_line())
-    del record["crc"]
-    line = encode_line(record | {key: value}, MAX_STEP_BYTES)
+    line = reencoded(**{key: value})
     try:
         entry = StepEntry.from_line(line)
     except JournalError as error:
@@ -110,17 +99,14 @@ def test_hostile_lines_are_refused() -> None:
 
 def test_values_that_a_line_cannot_hold_are_refused() -> None:
     update = make_entry(0).update
-    with pytest.raises(JournalError, match="float32"):
-        make_entry(0, update=update._replace(groups=(GroupScalars(1e-3, 0.0),))).to_line()
-    with pytest.raises(JournalError, match="finite"):
-        make_entry(0, update=update._replace(terms=(Term(0, 0, 0, 0, math.nan),))).to_line()
-    with pytest.raises(JournalError, match="1e\\+39"):
-        make_entry(0, eps=1e39).to_line()
-    with pytest.raises(JournalError, match="update of step 1"):
-        make_entry(0, update=update._replace(step=1)).to_line()
-    with pytest.raises(JournalError, match="JSON"):
-        make_entry(0, extra={"x": math.nan}).to_line()
-    with pytest.raises(JournalError, match="keys"):
-        make_entry(0, extra={1: 2}).to_line()
-    with pytest.raises(JournalError, match="at most"):
-        make_entry(0, extra={"x": "y" * MAX_STEP_BYTES}).to_line()
+    for reason, changes in (
+        ("float32", {"update": update._replace(groups=(GroupScalars(1e-3, 0.0),))}),
+        ("finite", {"update": update._replace(terms=(Term(0, 0, 0, 0, math.nan),))}),
+        ("1e\\+39", {"eps": 1e39}),
+        ("update of step 1", {"update": update._replace(step=1)}),
+        ("JSON", {"extra": {"x": math.nan}}),
+        ("keys", {"extra": {1: 2}}),
+        ("at most", {"extra": {"x": "y" * MAX_STEP_BYTES}}),
+    ):
+        with pytest.raises(JournalError, match=reason):
+            make_entry(0, **changes).to_line()

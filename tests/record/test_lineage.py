@@ -1,4 +1,4 @@
-"""Branches, and runs that go on elsewhere: base and journal are all of the run, and its bits."""
+"""Branches, and runs that continue elsewhere: base and journal are all of the run, and its bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_runs import finetune, make_files, one_line, weights
+from cli_runs import assert_same_bits, finetune, make_files, one_line
 
 from distzo2.cli.main import main
 from distzo2.errors import DistZO2Error
@@ -22,21 +22,7 @@ from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, firs
 from distzo2.run import loop
 from distzo2.run.metrics import read_metrics
 
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_files(tmp_path_factory.mktemp("branch"))
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def assert_same_bits(first: str, second: str) -> None:
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)) for name in a)
+pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 def updates(run: str) -> list:
@@ -51,11 +37,8 @@ def test_a_branch_with_the_same_options_has_the_parents_bits(files: SimpleNamesp
     assert finetune(files, "--steps=6", "--schedule=linear", f"--eval={files.eval}") == 0
     assert branch("--at-step=4") == 0
     assert_same_bits("out/checkpoint", "new/checkpoint")
-    entries = [
-        [dataclasses.replace(e, seconds=0.0) for e in read_journal(f"{run}/journal.jsonl").entries]
-        for run in ("out", "new")
-    ]
-    assert entries[0] == entries[1]
+    ours, theirs = (read_journal(f"{run}/journal.jsonl").entries for run in ("new", "out"))
+    assert ours == [dataclasses.replace(entry, seconds=e.seconds) for entry, e in zip(theirs, ours, strict=True)]
     # The steps that were taken over are in the metrics too; the branch is evaluated where it begins and ends.
     lines = read_metrics("new/metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(6))
@@ -67,7 +50,7 @@ def test_a_branch_with_the_same_options_has_the_parents_bits(files: SimpleNamesp
 
 def test_a_branch_with_other_options_is_replayed_from_the_base(files: SimpleNamespace) -> None:
     assert finetune(files, "--steps=5") == 0
-    # Other estimate, noise and groups; and the parent is gone when the branch is replayed and goes on.
+    # Other estimate, noise and groups; and the parent is gone when the branch is replayed and continues.
     options = ["--noise=rademacher", "--probes=2", "--estimator=fzoo", "--lr=1e-2", "--weight-decay=0.1"]
     assert branch("--at-step=3", "--steps=6", *options) == 0
     parent, ours = updates("out"), updates("new")
@@ -95,7 +78,7 @@ def test_a_branch_of_a_branch_without_decay_keeps_its_groups(files: SimpleNamesp
     assert updates("third")[:2] == updates("out")[:2]
 
 
-def test_a_branch_that_torchrun_starts_anew_goes_on(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_that_torchrun_starts_anew_continues(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert finetune(files, "--steps=6") == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     assert branch("--at-step=3", "--steps=4") == 0
@@ -188,8 +171,8 @@ def test_coefficients_of_another_estimate_do_not_count() -> None:
         assert (first_like_step(made), first_own_step(made)) == (first_like, first_own)
 
 
-def test_a_run_goes_on_on_another_machine(files: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
-    """Moved base and data, other threads: what differs is told by name, and base and journal lead to the weights."""
+def test_a_run_continues_on_another_machine(files: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    """Moved base and data, other threads: what differs is reported by name; base and journal lead to the weights."""
     assert finetune(files, "--steps=3", "--threads=1") == 0
     record = json.loads(Path("out/run.json").read_text())
     Path("there").mkdir()

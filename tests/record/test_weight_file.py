@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import os
 import random
@@ -17,7 +18,7 @@ from torch import nn
 
 import distzo2
 from distzo2.record.line import decode_line, encode_line
-from distzo2.record.weight_file import MAX_RECORD_BYTES, Copier, Pace
+from distzo2.record.weight_file import MAX_RECORD_BYTES, Copier
 from distzo2.record.writer import JournalWriter
 from distzo2_core import BlockFile
 
@@ -47,9 +48,9 @@ class Mixed(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
 
-def place(run: Path, weights: str, device: str = "cpu", log=None, every: int = 3, **options) -> nn.Module:
+def place(run: Path, weights: str, device: str = "cpu", log=None, every=3, pace=1.0, **options) -> nn.Module:
     run.mkdir(exist_ok=True)
-    kept = distzo2.WeightFile(run / "weights.dzo2", run / "journal", every, pace=1.0, log=log or (lambda line: None))
+    kept = distzo2.WeightFile(run / "weights.dzo2", run / "journal", every, pace=pace, log=log or (lambda line: None))
     return distzo2.offload(Mixed(), device=device, weights=weights, weight_file=kept, **options)
 
 
@@ -71,7 +72,7 @@ def train(model: nn.Module, opt: distzo2.ZOSGD, until: int) -> None:
 
 
 def train_until_copied(model: nn.Module, opt: distzo2.ZOSGD, num_rounds: int = 2) -> None:
-    """Trains until every unit was copied so many times."""
+    """Trains until every unit was copied `num_rounds` times."""
     copier = copier_of(model)
     while copier.num_rounds < num_rounds or copier.in_round:
         train(model, opt, opt.step_count + 1)
@@ -120,7 +121,7 @@ def test_resumes_to_the_same_bits(tmp_path, begun, resumed, options, device):
     assert any(line.startswith("from weights.dzo2:") for line in said)
     opt = optimizer(model, run, resume=True)
     kept = distzo2.runtime_of(model).kept
-    trained = {unit.index for unit in distzo2.runtime_of(model).access.trained_units()}
+    trained = {unit.index for unit in distzo2.runtime_of(model).units if unit.trainable}
     assert trained <= kept.versions.keys() and all(0 < kept.versions[index] <= steps for index in trained)
     train(model, opt, steps + 3)
     opt.close()
@@ -275,8 +276,8 @@ def test_no_copy_is_ahead_of_the_durable_journal(tmp_path, monkeypatch):
     opt = optimizer(model, tmp_path, fsync_every=10**6)
     train(model, opt, 12)
     copier = copier_of(model)
-    assert copier._errand.task is not None and copier.num_copies == 0 and opt.journal.durable == 0
-    sizes = [row.num_bytes for row in distzo2.runtime_of(model).kept.rows]
+    assert not copier._writing.done() and opt.journal.durable == 0
+    sizes = [copy.num_bytes for copy in distzo2.runtime_of(model).kept.copies]
     assert all(distzo2.runtime_of(model).kept.file.version(block) == 0 for block in range(len(sizes)))
     go.set()
     train_until_copied(model, opt)
@@ -346,7 +347,7 @@ def test_a_run_that_is_dropped_lets_go_of_everything(tmp_path):
 
     runtime = use()
     threads = [thread for thread in threading.enumerate() if thread not in before]
-    assert "distzo2-weight-file" in {thread.name for thread in threads}
+    assert "distzo2-weight-file_0" in {thread.name for thread in threads}
     deadline = time.monotonic() + 60  # it may be in the middle of the next copy
     while runtime() is not None and time.monotonic() < deadline:
         gc.collect()
@@ -380,17 +381,20 @@ def test_a_finished_run_removes_its_file(tmp_path):
     assert not list(tmp_path.glob("weights*"))
 
 
-def test_a_pace_is_kept():
-    """One unit at a time is taken, and none while what was taken is not earned."""
-    pace = Pace(0.1)
-    assert not pace.allows()
-    pace.earn(1.0)
-    assert pace.allows()
-    guess = pace.spend(0.5, 1000)
-    assert not pace.allows()
-    pace.correct(guess, 0.5, 1000)
-    for _ in range(9):
-        pace.earn(1.0)
-    assert not pace.allows()
-    pace.earn(1.0)
-    assert pace.allows()
+def test_a_pace_is_kept(tmp_path):
+    """No unit is copied while what the copies before it took is not earned."""
+    model = place(tmp_path, "host", pace=1e-9)
+    opt = optimizer(model, tmp_path)
+    copier, kept = copier_of(model), distzo2.runtime_of(model).kept
+
+    def num_copied() -> int:
+        concurrent.futures.wait([copier._writing] if copier._writing else [])
+        return sum(kept.file.version(block) > 0 for block in range(len(kept.copies)))
+
+    train(model, opt, 5)
+    assert num_copied() == 1 and copier.num_rounds == 1
+    for seconds, pays in ((1e-3, False), (1e9, True)):  # of a step that earns too little, and enough
+        kept.step_done(distzo2.runtime_of(model).access, opt.step_count, seconds)
+        train(model, opt, opt.step_count + 5)
+        assert (num_copied() > 1) is pays
+    close(model, opt)

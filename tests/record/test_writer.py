@@ -16,7 +16,6 @@ import pytest
 from journal_cases import make_entry, make_test_header, run_python, start_python, write_journal
 
 from distzo2.record.journal import Journal, JournalError, read_journal
-from distzo2.record.weight_file import _Errand
 
 
 def failing(code: int) -> Callable[..., Any]:
@@ -261,32 +260,25 @@ def test_a_journal_that_is_dropped_in_its_own_thread_ends(tmp_path: Path) -> Non
         assert journal.durable == 2
 
 
-@pytest.mark.parametrize("thread", ["journal", "weight file"])
-def test_garbage_that_is_collected_just_before_a_thread_waits(tmp_path: Path, monkeypatch, thread: str) -> None:
+def test_garbage_that_is_collected_just_before_the_thread_waits(tmp_path: Path, monkeypatch) -> None:
     """What ends the thread comes after its look whether to end, and before anybody can wake it: at the lock that a wait
     makes."""
-    if thread == "journal":
-        journal = Journal.create(tmp_path / "journal.jsonl", make_test_header())
-        owner = journal._writer
-        running, condition, end = owner._thread, owner._changed, owner.close_quietly
-    else:
-        owner = _Errand()
-        running, condition, end = threading.Thread(target=owner.run, daemon=True), owner.changed, owner.close
-        running.start()
-    wait, ended = condition.wait, threading.Event()
+    journal = Journal.create(tmp_path / "journal.jsonl", make_test_header())
+    writer, ended = journal._writer, threading.Event()
+    wait = writer._changed.wait
 
     def wait_after_the_end(timeout: float | None = None) -> bool:
-        if threading.current_thread() is running and not ended.is_set():
-            end()
+        if threading.current_thread() is writer._thread and not ended.is_set():
+            writer.close_quietly()
             ended.set()
         return wait(timeout)
 
-    with condition:
-        monkeypatch.setattr(condition, "wait", wait_after_the_end)
-        condition.notify_all()
+    with writer._changed:
+        monkeypatch.setattr(writer._changed, "wait", wait_after_the_end)
+        writer._changed.notify_all()
     assert ended.wait(60)
-    running.join(timeout=60)
-    assert not running.is_alive()
+    writer._thread.join(timeout=60)
+    assert not writer._thread.is_alive()
 
 
 # ---- another program

@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_before_its_journal_was_there_begins_again(files, 
     assert finetune(files) == 2
     assert "already holds a run (run.json): --resume it" in one_line(capsys)
     other = RunDirectory("out")
-    assert not other.check(resume=True) and other.begins_again
+    assert not other.check(resume=True) and other.resumes
     other.claim()
     assert resume() == 2
     assert "is using this directory" in one_line(capsys)

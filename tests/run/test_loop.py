@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,21 @@ from distzo2.run.loop import factor_of
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
+
+
+@contextmanager
+def failing_updates(monkeypatch, error: BaseException, fails: Callable[[dict], bool]) -> Iterator[None]:
+    """Updates of run.json for whose values `fails` is true raise `error`."""
+    update = RunDirectory.update
+
+    def failing(self, **values):
+        if fails(values):
+            raise error
+        update(self, **values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "update", failing)
+        yield
 
 
 def test_values() -> None:
@@ -41,20 +58,9 @@ def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, c
     best = record("whole")["best_step"]
     evals = [line for line in read_metrics("whole/metrics.jsonl") if line["kind"] == "eval"]
     assert best == record("whole")["checkpoint_step"] == min(evals, key=lambda line: line["loss"])["step"]
-    update = RunDirectory.update
-
-    class Killed(BaseException):
-        pass
-
-    def killed(self, **values):
-        if values.get("best_step") == best and "status" not in values:
-            raise Killed
-        update(self, **values)
-
-    monkeypatch.setattr(RunDirectory, "update", killed)
-    with pytest.raises(Killed):
+    at_best = lambda values: values.get("best_step") == best and "status" not in values  # noqa: E731
+    with failing_updates(monkeypatch, SystemExit("killed"), at_best), pytest.raises(SystemExit, match="killed"):
         finetune(files, *options)
-    monkeypatch.setattr(RunDirectory, "update", update)
     assert best > 0 and record().get("best_step") != best
     assert resume() == 0
     keys = ("best_step", "best", "checkpoint_step")
@@ -119,20 +125,13 @@ def test_a_run_whose_journal_fails_has_not_finished(files, capsys, monkeypatch, 
         assert record()["status"].startswith("stopped: ") and record()["steps_done"] < steps
 
 
-def test_a_run_whose_end_cannot_be_written_is_gone_on_with(files, capsys, monkeypatch) -> None:
-    update = RunDirectory.update
-
-    def fails_at_the_end(self, **values):
-        if values.get("status") == "finished":
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self.path / "run.json.tmp"))
-        update(self, **values)
-
-    monkeypatch.setattr(RunDirectory, "update", fails_at_the_end)
-    assert finetune(files, "--steps=2") == 1
+def test_a_run_whose_end_cannot_be_written_resumes(files, capsys, monkeypatch) -> None:
+    error = OSError(errno.EIO, os.strerror(errno.EIO), "run.json.tmp")
+    with failing_updates(monkeypatch, error, lambda values: values.get("status") == "finished"):
+        assert finetune(files, "--steps=2") == 1
     assert "run.json.tmp: Input/output error" in one_line(capsys)
     assert record()["status"] == "running"
     before = weights("out/checkpoint")
-    monkeypatch.setattr(RunDirectory, "update", update)
     assert resume() == 0
     done = record()
     assert (done["status"], done["steps_done"], done["checkpoint_step"]) == ("finished", 2, 2)

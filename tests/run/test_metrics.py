@@ -14,10 +14,7 @@ from distzo2.run.metrics import MAX_LINE_BYTES, read_metrics
 pytestmark = pytest.mark.usefixtures("own_directory")
 
 
-def damaged(change) -> None:
-    path = Path("out/metrics.jsonl")
-    lines = path.read_bytes().splitlines(True)
-    path.write_bytes(b"".join(change(line) if b'"eval","step":2' in line else line for line in lines))
+OPTIONS = ["--eval-every=2", "--score=loss", "--save=best", "--steps=4"]
 
 
 @pytest.mark.parametrize(
@@ -30,12 +27,13 @@ def damaged(change) -> None:
         lambda line: b"[" * 100_000 + b"\n",
     ],
 )
-def test_a_damaged_evaluation_is_told_and_does_not_count(files, capsys, change) -> None:
-    options = [f"--eval={files.eval}", "--eval-every=2", "--score=loss", "--save=best"]
-    assert finetune(files, *options, "--steps=4") == 0
-    before = Path("out/metrics.jsonl").read_bytes()
-    damaged(change)
-    assert Path("out/metrics.jsonl").read_bytes() != before
+def test_a_damaged_evaluation_is_reported_and_does_not_count(files, capsys, change) -> None:
+    assert finetune(files, f"--eval={files.eval}", *OPTIONS) == 0
+    path = Path("out/metrics.jsonl")
+    lines = path.read_bytes().splitlines(True)
+    assert b'"eval","step":2' in lines[3]
+    path.write_bytes(b"".join([*lines[:3], change(lines[3]), *lines[4:]]))
+    assert path.read_bytes().splitlines(True) != lines
     capsys.readouterr()
     assert resume("--steps=6") == 0
     out = capsys.readouterr().out
@@ -45,8 +43,7 @@ def test_a_damaged_evaluation_is_told_and_does_not_count(files, capsys, change) 
 
 
 def test_evaluations_on_other_examples_do_not_count(files, capsys, tmp_path) -> None:
-    options = [f"--eval={files.eval}", "--eval-every=2", "--score=loss", "--save=best"]
-    assert finetune(files, *options, "--steps=4") == 0
+    assert finetune(files, f"--eval={files.eval}", *OPTIONS) == 0
     other = write_jsonl(tmp_path / "other.jsonl", choice_lines(9))
     capsys.readouterr()
     assert resume("--steps=6", f"--eval={other}") == 0

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("own_directory")
     ("names", "damage", "reason"),
     [
         ("*", None, "model: "),
-        ("model.safetensors", lambda content: content[:-100], "model.safetensors"),
         ("model.safetensors", lambda content: b"\xff" * 16 + content[16:], "model.safetensors"),
         ("tokenizer*", None, "no tokenizer"),
         ("model.safetensors", None, "directory with model.safetensors"),
@@ -68,6 +67,12 @@ def test_bad_data(files, capsys, line: str, reason: str, which: str) -> None:
         (["--resume"], 2, "holds no run"),
         (["--config=none.toml"], 2, "none.toml"),
         (["--objective=lm", "--max-length=4"], 1, "the limit is 4"),
+        pytest.param(
+            ["--device=cuda"],
+            1,
+            "device cuda cannot be used",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_bad_options(files, capsys, options: list[str], status: int, reason: str) -> None:
@@ -77,19 +82,12 @@ def test_bad_options(files, capsys, options: list[str], status: int, reason: str
     assert [path.name for path in Path().iterdir()] == ["text.jsonl"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(files, capsys) -> None:
-    assert finetune(files, "--device=cuda") == 1
-    assert "device cuda cannot be used" in one_line(capsys)
-    assert not Path("out").exists()
-
-
 def test_too_little_room(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     assert finetune(files, "--weights=disk") == 1
     assert "are free on its disk" in one_line(capsys)
     monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
-    assert finetune(files) == 1  # told before the first step, not when the checkpoint is to be written
+    assert finetune(files) == 1  # refused before the first step, not when the checkpoint is to be written
     assert "to spare 64.00 MiB" in one_line(capsys)
     monkeypatch.undo()
     monkeypatch.setattr(preflight, "available_memory", lambda: 1000)
@@ -99,8 +97,7 @@ def test_too_little_room(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_missing_directory_is_called_that(files, capsys) -> None:
-    for command in ("eval", "generate"):
-        option = f"--eval={files.eval}" if command == "eval" else "--prompt=a"
+    for command, option in (("eval", f"--eval={files.eval}"), ("generate", "--prompt=a")):
         assert main([command, "--model=nowhere", option]) == 1
         assert "nowhere: expected a checkpoint directory" in one_line(capsys)
 

@@ -16,11 +16,16 @@ MODES = ["device", "host", "disk"]
 STEPS = 4
 
 
-def train(case: Case, weights: str, directory, *, dtype=torch.float32, micro_batches=1, steps=STEPS, **options):
-    model = distzo2.offload(case.build().to(dtype), weights=weights, directory=directory)
+def train(
+    case: Case, weights: str, directory, *, dtype=torch.float32, micro_batches=1, trainable=lambda name: True, **options
+):
+    model = case.build().to(dtype)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trainable(name))
+    distzo2.offload(model, weights=weights, directory=directory)
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=11, **options)
     losses = []
-    for step in range(steps):
+    for step in range(STEPS):
         closures = [case.closure(model, step * micro_batches + m, dtype) for m in range(micro_batches)]
         opt.step(closures)
         losses.append(flat_losses(opt))
@@ -30,10 +35,10 @@ def train(case: Case, weights: str, directory, *, dtype=torch.float32, micro_bat
 
 
 @functools.cache
-def plain(case: Case, *, dtype=torch.float32, micro_batches=1, steps=STEPS, **options):
+def plain(case: Case, *, dtype=torch.float32, micro_batches=1, **options):
     model = case.build().to(dtype)
     closures = [
-        [case.closure(model, step * micro_batches + m, dtype) for m in range(micro_batches)] for step in range(steps)
+        [case.closure(model, step * micro_batches + m, dtype) for m in range(micro_batches)] for step in range(STEPS)
     ]
     if hasattr(model, "config"):
         model.config.use_cache = False
@@ -95,28 +100,14 @@ def test_generate_equals_the_plain_model(tmp_path):
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), expected)
 
 
-def test_frozen_parameters_are_read_and_never_changed(tmp_path):
+def in_attention(name: str) -> bool:
+    return "self_attn" in name
+
+
+@pytest.mark.parametrize("weights", MODES)
+def test_frozen_parameters_are_read_and_never_changed(weights, tmp_path):
     case = BY_NAME["llama"]
-
-    def trainable(name: str) -> bool:
-        return "self_attn" in name
-
-    results = []
-    for weights in MODES:
-        model = case.build()
-        for name, p in model.named_parameters():
-            p.requires_grad_(trainable(name))
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        distzo2.offload(model, weights=weights, directory=tmp_path)
-        opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=11)
-        losses = []
-        for step in range(STEPS):
-            opt.step(case.closure(model, step))
-            losses.append(flat_losses(opt))
-        state = model.state_dict()
-        for name, value in before.items():
-            assert same_bits(state[name], value) is not trainable(name), name
-        results.append((losses, state))
-    expected = plain(case, trainable=trainable)
-    for result in results:
-        assert_same(result, expected)
+    losses, state = train(case, weights, tmp_path, trainable=in_attention)
+    assert_same((losses, state), plain(case, trainable=in_attention))
+    for name, value in case.build().named_parameters():
+        assert same_bits(state[name], value.detach()) is not in_attention(name), name

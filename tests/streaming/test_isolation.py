@@ -6,7 +6,7 @@ import contextvars
 
 import numpy as np
 import torch
-from block_models import IDS, Blocks, offloaded
+from block_models import IDS, Blocks, offloaded, stepping
 from zoo import CONV
 
 import distzo2
@@ -51,8 +51,7 @@ def test_a_lane_sees_its_own_buffers():
             self.calls += 1
             return loss * self.calls
 
-    model = offloaded(Counting())
-    opt = distzo2.ZOSGD(model, lr=0.0)
+    model, opt = stepping(Counting(), lr=0.0)
     plain = Blocks().eval()(IDS).item()
     opt.step(lambda: model(IDS))
     assert np.allclose(opt.last.losses, 2 * plain, rtol=1e-2)
@@ -70,12 +69,12 @@ def test_the_callers_random_state_is_left_as_it_was(tmp_path):
 
 def test_lanes_inherit_the_callers_context():
     variable = contextvars.ContextVar("variable", default=0)
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
     seen = []
 
     def closure():
-        seen.append((variable.get(), torch.get_num_threads(), torch.is_grad_enabled(), torch.empty(0).dtype))
+        made = torch.empty(0)
+        seen.append((variable.get(), torch.get_num_threads(), torch.is_grad_enabled(), made.dtype, made.device.type))
         variable.set(99)
         return model(IDS).float()
 
@@ -84,23 +83,10 @@ def test_lanes_inherit_the_callers_context():
     try:
         torch.set_num_threads(1)
         torch.set_default_dtype(torch.float64)
-        opt.step(closure)
+        with torch.device("meta"):
+            opt.step(closure)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
-    assert seen == [(5, 1, False, torch.float64)] * 2
+    assert seen == [(5, 1, False, torch.float64, "meta")] * 3  # two lanes, one of them once more alone
     assert variable.get() == 5
-
-
-def test_default_device_modes_reach_the_lanes():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
-    seen = []
-
-    def closure():
-        seen.append(torch.empty(1).device.type)
-        return model(IDS)
-
-    with torch.device("meta"):
-        opt.step(closure)
-    assert seen == ["meta", "meta"]

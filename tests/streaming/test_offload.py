@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
-from same_bits import same_bits
+from both_ways import run_both
+from same_bits import assert_same_tensors, same_bits
 from torch import nn
 
 import distzo2
@@ -28,14 +29,13 @@ def test_an_edit_that_fails_or_runs_the_model_changes_nothing(weights, tmp_path)
     with pytest.raises(KeyError), distzo2.edit(model), torch.no_grad():
         model.head.weight.zero_()
         raise KeyError
-    for name, value in model.state_dict().items():
-        assert same_bits(value, before[name])
+    assert_same_tensors(model.state_dict(), before)
     assert torch.isfinite(model(IDS))
 
 
 def test_a_parameter_added_after_the_hand_over_is_named():
     model = offloaded(Blocks())
-    model.head.bias = nn.Parameter(torch.zeros(32))
+    model.head._parameters["bias"] = nn.Parameter(torch.zeros(32))
     with pytest.raises(distzo2.DistZO2Error, match="parameter bias of a Linear was added"):
         model.state_dict()
 
@@ -48,3 +48,213 @@ def test_a_parameter_added_after_the_hand_over_is_named():
 def test_numbers_out_of_range_are_refused(option, wrong, expected):
     with pytest.raises(distzo2.DistZO2Error, match=f"{option}=.*: {expected}"):
         distzo2.offload(nn.Linear(2, 2), **{option: wrong})
+
+
+class Shares(Blocks):
+    """One layer is part of several blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks[1:]:
+            block[0] = self.blocks[0][0]
+
+
+class SharesADeepPart(Blocks):
+    """A module that is a part of two blocks, and listed nowhere else, inside and around other modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        shared = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.blocks[0].append(shared)
+        self.blocks[2].append(nn.Sequential(nn.Linear(8, 8), shared))
+
+
+class SameStorage(Blocks):
+    """The head is a second Parameter over the embedding's elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.embedding.weight.data)
+
+
+class SameStorageInBlocks(Blocks):
+    """Biases of two blocks are views of one tensor, each the whole of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        both = torch.zeros(8)
+        self.blocks[0][0].bias, self.blocks[3][0].bias = nn.Parameter(both), nn.Parameter(both.view(8))
+
+
+@pytest.mark.parametrize("build", [Shares, SharesADeepPart], ids=lambda build: build.__name__)
+def test_a_module_in_several_blocks_works(build, tmp_path):
+    _, model, reference = run_both(build, lambda model: model(IDS), tmp_path)
+    with torch.no_grad():
+        assert same_bits(model(IDS), reference(IDS))
+
+
+@pytest.mark.parametrize("build", [SameStorage, SameStorageInBlocks], ids=lambda build: build.__name__)
+def test_parameters_over_the_same_elements_stay_tied(build, tmp_path):
+    def tied():
+        model = build()
+        owners = {}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = owners.setdefault(p.data_ptr(), p)
+        return model
+
+    model = offloaded(build(), tmp_path)
+    reference = tied()
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
+    run_both(tied, lambda model: model(IDS), tmp_path / "tied")
+    distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=3).step(lambda: model(IDS))
+    state = model.state_dict()
+    if build is SameStorage:
+        assert same_bits(state["head.weight"], state["embedding.weight"])
+
+
+def test_views_that_overlap_are_refused_by_name():
+    for first, second in ((slice(0, 8), slice(4, 12)), (slice(0, 8), slice(0, 4))):
+        storage = torch.zeros(12)
+        model = Blocks()
+        model.blocks[0][0].bias = nn.Parameter(storage[first])
+        model.extra = nn.Parameter(storage[second])
+        with pytest.raises(distzo2.DistZO2Error, match=r"extra.*share a part|share a part.*extra"):
+            offloaded(model)
+    model = Blocks()
+    model.blocks[0][0].bias, model.extra = nn.Parameter(storage[:8]), nn.Parameter(storage[8:])
+    assert torch.isfinite(offloaded(model)(IDS))  # parts of one storage that do not meet
+    model = SameStorage()
+    model.head.weight.requires_grad_(False)
+    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight and head\.weight share"):
+        offloaded(model)
+
+
+def test_buffers_on_meta_are_made_again_or_named():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    plain = LlamaForCausalLM(config).eval()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    offloaded(model).load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert same_bits(model(IDS).logits, plain(IDS).logits)
+
+    class Garbage(Blocks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[1].register_buffer("table", torch.arange(8.0), persistent=False)
+
+    class Unmade(Garbage):
+        def _init_weights(self, module) -> None:
+            pass
+
+    for build in (Garbage, Unmade):
+        with torch.device("meta"):
+            model = build()
+        with pytest.raises(distzo2.DistZO2Error, match=r"buffer blocks\.1\.table is on the meta device"):
+            offloaded(model)
+
+
+RESTRUCTURE = {
+    "a module": lambda model: setattr(model, "head", nn.Linear(8, 32)),
+    "a block": lambda model: model.blocks.append(nn.Linear(8, 8)),
+    "a block replaced": lambda model: model.blocks.__setitem__(0, nn.Linear(8, 8)),
+    "a block removed": lambda model: model.blocks.__delitem__(0),
+    "a parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(40, 8))),
+    "a bias": lambda model: model.head.register_parameter("bias", nn.Parameter(torch.zeros(32))),
+    "none": lambda model: setattr(model.blocks[0][0], "bias", None),
+    "an adapter": lambda model: model.add_module("adapter", nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("change", RESTRUCTURE.values(), ids=RESTRUCTURE)
+def test_other_parameters_after_the_hand_over_are_refused_or_taken_over_in_edit(change, tmp_path):
+    model, reference = offloaded(Blocks(), tmp_path), Blocks().eval()
+    before = model.state_dict()
+    old = distzo2.ZOSGD(model, lr=1e-2)
+    with pytest.raises(distzo2.DistZO2Error, match="handed over cannot be added, replaced or resized"):
+        change(model)
+    assert_same_tensors(model.state_dict(), before)
+    with distzo2.edit(model):
+        torch.manual_seed(1)
+        change(model)
+    torch.manual_seed(1)
+    change(reference)
+    with torch.no_grad():
+        assert same_bits(model(IDS), reference(IDS))
+    assert_same_tensors(model.state_dict(), reference.state_dict())
+    with pytest.raises(distzo2.DistZO2Error):
+        old.step(lambda: model(IDS))
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_what_changes_no_parameters_may_be_set():
+    model = offloaded(Blocks())
+    model.head.weight = model.head.weight
+    model.blocks[0][1] = nn.ReLU()
+    model.note = "a word"
+    model.blocks = model.blocks
+    assert torch.isfinite(model(IDS))
+
+
+def test_resized_embeddings():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    offloaded(model)
+    with pytest.raises(distzo2.DistZO2Error, match=r"embed_tokens|handed over"):
+        model.resize_token_embeddings(40)
+    with distzo2.edit(model):
+        model.resize_token_embeddings(40)
+    with torch.no_grad():
+        assert same_bits(model(IDS).logits[..., :32].contiguous(), expected)
+
+
+@pytest.mark.parametrize("weights", ["device", "host", "disk"])
+def test_inference_mode_around_anything(weights, tmp_path):
+    with torch.inference_mode():
+        model = distzo2.offload(Blocks(), weights=weights, directory=tmp_path)
+        opt = distzo2.ZOSGD(model, lr=1e-2)
+        opt.step(lambda: model(IDS))
+        model(IDS)
+        distzo2.evaluate(model, [lambda: model(IDS)])
+        state = model.state_dict()
+    model.load_state_dict(state)
+    opt.step(lambda: model(IDS))
+    with distzo2.edit(model), torch.no_grad():
+        model.head.weight.mul_(2)
+    opt.step(lambda: model(IDS))
+    with torch.inference_mode():
+        model.load_state_dict(state)
+        opt.step(lambda: model(IDS))
+    opt.step(lambda: model(IDS))
+    assert torch.isfinite(model(IDS))
+
+
+def test_parameters_without_elements_survive(tmp_path):
+    model = Blocks()
+    model.blocks[1].register_parameter("empty", nn.Parameter(torch.zeros(0, 8)))
+    model.register_parameter("none", nn.Parameter(torch.zeros(3, 0)))
+    offloaded(model, tmp_path)
+    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
+    state = model.state_dict()
+    assert state["blocks.1.empty"].shape == (0, 8) and state["none"].shape == (3, 0)
+    model.load_state_dict(state)
+    distzo2.save_pretrained(model, tmp_path / "saved")
+    from safetensors.torch import load_file
+
+    assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), state)

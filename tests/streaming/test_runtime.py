@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from block_models import IDS, Blocks, offloaded
+from block_models import IDS, Blocks, offloaded, stepping
 from same_bits import same_bits
 from torch import nn
 
@@ -21,8 +21,7 @@ def test_a_lane_that_skips_a_block_is_named():
                     x = x + block(x)
             return self.head(x).float().square().mean()
 
-    model = offloaded(Skipping())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Skipping())
     opt.step([lambda: model(IDS, skip=1)] * 2)  # all lanes alike is no difference
     with pytest.raises(distzo2.DistZO2Error, match=r"position 2 .*'blocks\.1'.*'blocks\.2'"):
         opt.step([lambda: model(IDS), lambda: model(IDS, skip=1)])
@@ -32,8 +31,7 @@ def test_a_lane_that_skips_a_block_is_named():
 
 
 def test_a_lane_that_ends_early_is_named():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
     with pytest.raises(distzo2.DistZO2Error, match="no further unit"):
         opt.step([lambda: model(IDS), lambda: model.embedding(IDS).sum()])
 
@@ -46,8 +44,7 @@ def test_a_closure_that_never_enters_the_model():
 
 
 def test_a_closure_must_not_step_again():
-    model = offloaded(Blocks())
-    opt = distzo2.ZOSGD(model, lr=1e-2)
+    model, opt = stepping(Blocks())
 
     def closure():
         opt.step(lambda: model(IDS))
@@ -73,7 +70,7 @@ def test_two_threads_cannot_share_a_forward():
         return model(IDS)
 
     distzo2.ZOSGD(model, lr=1e-2).step(closure)
-    assert len(errors) == 2 and "thread" in errors[0]
+    assert len(errors) == 3 and "thread" in errors[0]
 
 
 def test_a_forward_that_was_interrupted_leaves_the_model_usable(tmp_path):

@@ -30,10 +30,11 @@ def caught_up(unit: Unit, copy: StoredCopy, before: torch.Tensor, frozen: set[st
     weights.bind(weights, {p.index: 0 for p in trained}, 1, seed=5)
     reached = any(copy.elements_of(p) for p in trained)
     for step in range(2):
-        weights.push([Update(step, (GroupScalars(0.1, 0.01),), (Term(FAMILIES["normal"], step, 0, 0, 0.5),))])
-        assert len(weights.pending) == reached  # no update is missing where none has anything to change
+        weights.updates.push(Update(step, (GroupScalars(0.1, 0.01),), (Term(FAMILIES["normal"], step, 0, 0, 0.5),)))
+        weights.trim()
+        assert len(weights.updates.last) == reached  # no update is missing where none has anything to change
         weights.flush()
-        assert copy.version == (weights.version if reached else 0) and not weights.pending
+        assert copy.version == (weights.version if reached else 0) and not weights.updates.last
     return store.acquire(copy)[: len(part)].clone()
 
 

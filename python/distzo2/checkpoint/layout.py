@@ -11,11 +11,13 @@ All offsets and strides count elements. Destination coordinates are flat row-maj
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 _MAX_OBLIQUE_STEPS = 4096
+_MIN_DENSITY = 0.25  # of a span that is read at once, unless its parts have less than _MIN_RUN elements
+_MIN_RUN = 1024
 
 
 class LayoutError(ValueError):
@@ -40,9 +42,6 @@ class Piece(NamedTuple):
     def src_span(self) -> int:
         """Elements from the first to the last one touched in the source."""
         return 1 + sum(stride * (size - 1) for stride, size in zip(self.src_strides, self.sizes, strict=True))
-
-    def to_json(self) -> list[int | list[int]]:
-        return [list(field) if isinstance(field, tuple) else field for field in self]
 
     def cut(self, dim: int, at: int) -> tuple[Piece, Piece]:
         """The first `at` steps along `dim`, and the rest."""
@@ -83,18 +82,11 @@ class Piece(NamedTuple):
         """One contiguous run on both sides (of a coalesced piece)."""
         return self.src_strides == self.dst_strides and self.src_strides in ((), (1,))
 
-    @property
-    def src_is_dense(self) -> bool:
-        """The walk visits every element of its source span."""
-        return self.numel == self.src_span
-
-    def blocks(self, max_span: int, min_density: float = 0.25, min_run: int = 1024) -> Iterator[Piece]:
-        """Parts of a coalesced piece whose source span is at most `max_span` elements and mostly used.
-
-        A part whose span is under `min_density` used is cut further, into parts of at least `min_run` elements.
-        """
+    def blocks(self, max_span: int) -> Iterator[Piece]:
+        """Parts of a coalesced piece whose source span is at most `max_span` elements and mostly used: of a sparse span
+        only parts of few elements are kept whole."""
         size = self.sizes[0] if self.sizes else 1
-        wasteful = self.numel < min_density * self.src_span and self.numel >= min_run * size
+        wasteful = self.numel < _MIN_DENSITY * self.src_span and self.numel >= _MIN_RUN * size
         if not self.sizes or (self.src_span <= max_span and not wasteful):
             yield self
             return
@@ -104,8 +96,8 @@ class Piece(NamedTuple):
         rest = self
         while rest.sizes[0] > steps:
             head, rest = rest.cut(0, steps)
-            yield from head.coalesced().blocks(max_span, min_density, min_run)
-        yield from rest.coalesced().blocks(max_span, min_density, min_run)
+            yield from head.coalesced().blocks(max_span)
+        yield from rest.coalesced().blocks(max_span)
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -113,63 +105,6 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
     for dim in range(len(shape) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * max(1, shape[dim + 1])
     return tuple(strides)
-
-
-class _Placed(NamedTuple):
-    """A piece whose every dimension moves along one dimension of its layout: (dim, step) each, from `start`."""
-
-    piece: Piece
-    start: tuple[int, ...]
-    dims: tuple[int, ...]
-    steps: tuple[int, ...]
-
-
-def _place(piece: Piece, shape: tuple[int, ...]) -> Iterator[_Placed]:
-    """`piece` cut and split until each of its dimensions lies within one dimension of `shape`."""
-    strides = row_major_strides(shape)
-    todo = [piece]
-    while todo:
-        piece = todo.pop()
-        start = tuple(piece.dst_offset // stride % size for stride, size in zip(strides, shape, strict=True))
-        dims, steps = [], []
-        oblique = None
-        for k, (stride, size) in enumerate(zip(piece.dst_strides, piece.sizes, strict=True)):
-            dim = next((d for d in range(len(shape)) if shape[d] > 1 and strides[d] <= stride), 0)
-            dims.append(dim)
-            steps.append(stride // strides[dim] if size > 1 else 0)
-            if size > 1 and stride % strides[dim]:
-                oblique = k
-        if oblique is not None:  # a step that moves along two dimensions: only single steps stay within them
-            if piece.sizes[oblique] > _MAX_OBLIQUE_STEPS:
-                raise LayoutError(f"a walk over {piece.sizes} does not follow the dimensions of shape {list(shape)}")
-            todo.extend(reversed(piece.cut(oblique, piece.sizes[oblique] // 2)))
-            continue
-        cut = _overflow(piece, shape, start, dims, steps)
-        if cut is None:
-            yield _Placed(piece, start, tuple(dims), tuple(steps))
-        else:
-            todo.extend(reversed(cut))
-
-
-def _overflow(
-    piece: Piece, shape: tuple[int, ...], start: tuple[int, ...], dims: list[int], steps: list[int]
-) -> list[Piece] | None:
-    """None if no dimension of `piece` runs past its dimension of `shape`, else the pieces to use instead."""
-    for dim in set(dims):
-        mine = [k for k, d in enumerate(dims) if d == dim and piece.sizes[k] > 1]
-        reach = {k: steps[k] * (piece.sizes[k] - 1) for k in mine}
-        if not mine or start[dim] + sum(reach.values()) < shape[dim]:
-            continue
-        k = max(mine, key=lambda k: steps[k])
-        others = sum(reach.values()) - reach[k]
-        whole = shape[dim] // steps[k]  # steps of k that fill the dimension exactly
-        if shape[dim] % steps[k] == 0 and start[dim] + others < steps[k] and 1 < whole < piece.sizes[k]:
-            if piece.sizes[k] % whole == 0:
-                return [piece.split_dim(k, whole)]
-            return list(piece.cut(k, piece.sizes[k] // whole * whole))
-        fits = (shape[dim] - 1 - start[dim] - others) // steps[k] + 1
-        return list(piece.cut(k, min(max(fits, 1), piece.sizes[k] - 1)))
-    return None
 
 
 class Layout(NamedTuple):
@@ -181,69 +116,13 @@ class Layout(NamedTuple):
     @staticmethod
     def leaf(source: int, shape: Sequence[int]) -> Layout:
         """The whole tensor number `source`."""
-        shape = tuple(shape)
         numel = math.prod(shape)
         pieces = (Piece(source, (numel,), 0, (1,), 0, (1,)).coalesced(),) if numel else ()
-        return Layout(shape, pieces)
+        return Layout(tuple(shape), pieces)
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def reshape(self, shape: Sequence[int]) -> Layout:
-        """Another row-major shape of as many elements; flat indices stay."""
-        if math.prod(shape) != self.numel:
-            raise LayoutError(f"shape {list(self.shape)} cannot become {list(shape)}")
-        return Layout(tuple(shape), self.pieces)
-
-    def _rebuild(
-        self, shape: tuple[int, ...], placed: Iterable[_Placed], order: Sequence[int], shift: Sequence[int]
-    ) -> Layout:
-        """Dimension d of every placed piece becomes dimension `order[d]` of `shape`, `shift[d]` further on."""
-        strides = row_major_strides(shape)
-        pieces = []
-        for part in placed:
-            offset = sum((s + shift[d]) * strides[order[d]] for d, s in enumerate(part.start))
-            dst = tuple(step * strides[order[d]] for d, step in zip(part.dims, part.steps, strict=True))
-            pieces.append(part.piece._replace(dst_offset=offset, dst_strides=dst).coalesced())
-        return Layout(shape, tuple(pieces))
-
-    def permute(self, order: Sequence[int]) -> Layout:
-        """Dimension i of the result is dimension `order[i]`."""
-        shape = tuple(self.shape[d] for d in order)
-        goes_to = [list(order).index(d) for d in range(len(order))]
-        placed = (part for piece in self.pieces for part in _place(piece, self.shape))
-        return self._rebuild(shape, placed, goes_to, [0] * len(shape))
-
-    def narrow(self, dim: int, start: int, length: int) -> Layout:
-        """Indices `start` to `start + length` of dimension `dim`."""
-        if not 0 <= start <= start + length <= self.shape[dim]:
-            raise LayoutError(f"rows {start} to {start + length} are outside dimension {dim} of {list(self.shape)}")
-        if start == 0 and length == self.shape[dim]:
-            return self
-        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
-        kept: list[_Placed] = []
-        todo = [part for piece in self.pieces for part in _place(piece, self.shape)]
-        while todo:
-            part = todo.pop()
-            mine = [k for k, d in enumerate(part.dims) if d == dim and part.piece.sizes[k] > 1]
-            first = part.start[dim]
-            last = first + sum(part.steps[k] * (part.piece.sizes[k] - 1) for k in mine)
-            if last < start or first >= start + length:
-                continue
-            if first >= start and last < start + length:
-                kept.append(part)
-                continue
-            k = max(mine, key=lambda k: part.steps[k])
-            border = start if first < start else start + length
-            at = min(max(-(-(border - first) // part.steps[k]), 1), part.piece.sizes[k] - 1)
-            head, tail = part.piece.cut(k, at)
-            moved = list(part.start)
-            moved[dim] += at * part.steps[k]
-            todo += [part._replace(piece=head), part._replace(piece=tail, start=tuple(moved))]
-        shift = [0] * len(shape)
-        shift[dim] = -start
-        return self._rebuild(shape, kept, list(range(len(shape))), shift)
+    def flat(self, begin: int, length: int) -> Layout:
+        """The `length` elements from `begin` on, counted through all dimensions."""
+        return Layout((length,), self._moved((math.prod(self.shape),), (begin,), (length,), (1,)))
 
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> Layout:
         """What `torch.as_strided` would view of the row-major tensor: dimension i of the result takes `shape[i]` steps
@@ -251,16 +130,18 @@ class Layout(NamedTuple):
         if 0 in shape:
             return Layout(tuple(shape), ())
         dims = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
-        # Reshaped to dimensions that have just these strides, the tensor only needs to be narrowed and permuted.
-        extents = [*pairwise([self.numel, *(strides[d] for d in dims), 1])]
-        if any(step == 0 or extent % step for extent, step in extents):
+        # A window into the tensor reshaped to dimensions that have just these strides.
+        extents = [*pairwise([math.prod(self.shape), *(strides[d] for d in dims), 1])]
+        begin = [offset % max(1, extent) // max(1, step) for extent, step in extents]
+        length = [*(shape[d] for d in dims), 1]
+        if any(
+            step == 0 or extent % step or b + n > extent // step
+            for (extent, step), b, n in zip(extents, begin, length, strict=True)
+        ):
             raise LayoutError(f"steps of {list(strides)} do not follow the dimensions of {list(self.shape)}")
-        view = self.reshape([extent // step for extent, step in extents])
-        for k, (extent, step) in enumerate(extents):
-            view = view.narrow(k, offset % extent // step, shape[dims[k]] if k < len(dims) else 1)
-        if dims != sorted(dims):
-            view = view.permute([*sorted(range(len(dims)), key=lambda k: dims[k]), len(dims)])
-        return view.reshape(shape)
+        steps = row_major_strides(shape)
+        view = [extent // step for extent, step in extents]
+        return Layout(tuple(shape), self._moved(view, begin, length, [*(steps[d] for d in dims), 0]))
 
     @staticmethod
     def cat(parts: Sequence[Layout], dim: int) -> Layout:
@@ -269,16 +150,71 @@ class Layout(NamedTuple):
         if len({(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
             raise LayoutError(f"shapes {[list(part.shape) for part in parts[:4]]} do not join along dimension {dim}")
         shape = (*first[:dim], sum(part.shape[dim] for part in parts), *first[dim + 1 :])
+        rows, row = math.prod(shape[:dim]), math.prod(shape[dim:])
         pieces: list[Piece] = []
         at = 0
         for part in parts:
-            if all(size == 1 for size in first[:dim]):  # outermost: flat indices only shift
-                offset = at * row_major_strides(shape)[dim]
-                pieces += [p._replace(dst_offset=p.dst_offset + offset) for p in part.pieces]
-            else:
-                shift = [0] * len(shape)
-                shift[dim] = at
-                placed = (q for piece in part.pieces for q in _place(piece, part.shape))
-                pieces += part._rebuild(shape, placed, list(range(len(shape))), shift).pieces
-            at += part.shape[dim]
+            view = rows, math.prod(part.shape[dim:])
+            pieces += part._moved(view, (0, 0), view, (row, 1), at)
+            at += view[1]
         return Layout(shape, tuple(pieces))
+
+    def _moved(
+        self, shape: Sequence[int], begin: Sequence[int], length: Sequence[int], steps: Sequence[int], offset: int = 0
+    ) -> tuple[Piece, ...]:
+        """The pieces of a window into the tensor reshaped to `shape`: `length[d]` indices from `begin[d]` on. Each
+        index in the window moves an element by `steps[d]`, from `offset` on."""
+        strides = row_major_strides(shape)
+        pieces = []
+        for piece, start, dims in (part for p in self.pieces for part in _parts(p, shape, strides, begin, length)):
+            to = offset + sum(step * (s - b) for step, s, b in zip(steps, start, begin, strict=True))
+            walk = (stride // strides[d] * steps[d] for stride, d in zip(piece.dst_strides, dims, strict=True))
+            pieces.append(piece._replace(dst_offset=to, dst_strides=tuple(walk)).coalesced())
+        return tuple(pieces)
+
+
+def _parts(
+    piece: Piece, shape: Sequence[int], strides: Sequence[int], begin: Sequence[int], length: Sequence[int]
+) -> Iterator[tuple[Piece, list[int], list[int]]]:
+    """The parts of `piece` in a window of `shape`, cut and split until each of their dimensions lies within one of
+    `shape`; with the indices at which each starts, and the dimension of `shape` in which each of its dimensions lies.
+    """
+    todo = [piece]
+    while todo:
+        piece = todo.pop()
+        start = [piece.dst_offset // stride % size for stride, size in zip(strides, shape, strict=True)]
+        dims = [
+            next((d for d, size in enumerate(shape) if size > 1 and strides[d] <= stride), 0)
+            for stride in piece.dst_strides
+        ]
+        walks = [k for k, size in enumerate(piece.sizes) if size > 1]
+        oblique = [k for k in walks if piece.dst_strides[k] % strides[dims[k]]]
+        if oblique:  # a step that moves along two dimensions: only single steps stay within them
+            k = oblique[-1]
+            if piece.sizes[k] > _MAX_OBLIQUE_STEPS:
+                raise LayoutError(f"a walk over {piece.sizes} does not follow the dimensions of shape {list(shape)}")
+            todo += reversed(piece.cut(k, piece.sizes[k] // 2))
+            continue
+        last = list(start)
+        for k in walks:
+            last[dims[k]] += piece.dst_strides[k] // strides[dims[k]] * (piece.sizes[k] - 1)
+        spans = list(enumerate(zip(start, last, shape, begin, length, strict=True)))
+        over = [(dim, size) for dim, (_, end, size, _, _) in spans if end >= size]
+        if not over and any(end < b or first >= b + n for _, (first, end, _, b, n) in spans):
+            continue
+        cuts = over or [
+            (dim, b if first < b else b + n) for dim, (first, end, _, b, n) in spans if first < b or end >= b + n
+        ]
+        if not cuts:
+            yield piece, start, dims
+            continue
+        dim, border = cuts[0]
+        k = max((k for k in walks if dims[k] == dim), key=lambda k: piece.dst_strides[k])
+        step, size = piece.dst_strides[k] // strides[dim], piece.sizes[k]
+        first = last[dim] - step * (size - 1) if over else start[dim]  # with the reach of the shorter steps
+        whole = border // step  # steps of k that fill the dimension exactly
+        if over and border % step == 0 and first < step and 1 < whole < size:
+            even = size // whole * whole
+            todo += [piece.split_dim(k, whole)] if even == size else reversed(piece.cut(k, even))
+        else:
+            todo += reversed(piece.cut(k, min(max((border - 1 - first) // step + 1, 1), size - 1)))

@@ -6,15 +6,13 @@ second copy of more than a few blocks (`reading.CHUNK_BYTES`) in memory.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,34 +20,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers, trace_checkpoint
-from distzo2.checkpoint.reading import INDEX_FILE, CheckpointFiles, ParallelReader
+from distzo2.checkpoint.mapping import CheckpointMap, map_for_saving, persistent_buffers, trace_checkpoint
+from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles, ParallelReader
 from distzo2.checkpoint.symbols import creation_bound
-from distzo2.checkpoint.weight_files import CheckpointError, one_line, read_json
-from distzo2.checkpoint.writing import CONFIG_FILE, DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
+from distzo2.checkpoint.tensor_files import CheckpointError, one_line, read_json
+from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
 from distzo2.streaming.offload import offload, runtime_of
-from distzo2.streaming.runtime import StreamingRuntime
 
 _UNITS_AHEAD = 2
 _MOST_TENSORS = 1 << 12  # of a configuration that comes without a checkpoint
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # may name kernels of a hub
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Base:
-    """The checkpoint that a model came from, and the map that filled it: `runtime_of(model).base`. Also a path."""
-
-    directory: Path
-    map: CheckpointMap
-
-    def __fspath__(self) -> str:
-        return os.fspath(self.directory)
-
-    def digest(self) -> dict[str, Any]:
-        """What a journal's header records of the files, all of which are read."""
-        return digest_checkpoint(self.directory)
 
 
 def from_pretrained(
@@ -96,7 +78,7 @@ def from_pretrained(
         fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()
-    model.distzo2_source = runtime_of(model).base = Base(Path(path), checkpoint_map)
+    model.distzo2_source = runtime_of(model).base = checkpoint_map
     return model
 
 
@@ -110,11 +92,14 @@ def open_checkpoint(
     """The model of a checkpoint with its parameters on meta and its buffers real, and the map that fills it."""
     directory = Path(path)
     config = load_config(directory)
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model_class = class_of(directory, config, auto_class)
-    model, checkpoint_map = trace_checkpoint(CheckpointFiles(directory), model_class, config, **options)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model, checkpoint_map = trace_checkpoint(
+        CheckpointFiles(directory),
+        class_of(directory, config, auto_class),
+        config,
+        dtype=dtype or "auto",
+        **options,
+    )
     checkpoint_map.generation_config = model.generation_config = _load_generation_config(directory, model)
     if checkpoint_map.unexpected:
         names = checkpoint_map.unexpected
@@ -156,11 +141,8 @@ def save_pretrained(
             room. A save that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     runtime = runtime_of(model)
-    base = getattr(runtime, "base", None)
-    if base is not None:
-        checkpoint_map = base.map
-    else:
-        checkpoint_map = CheckpointMap.for_saving(model, [(p.name, p.dtype, p.shape) for p in runtime.params])
+    params = [(p.name, p.dtype, p.shape) for p in runtime.params]
+    checkpoint_map = runtime.base or map_for_saving(model, params)
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:
             with runtime.access.reading(unit) as views:
@@ -174,83 +156,27 @@ def save_pretrained(
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Fills an offloaded model unit by unit. Where units are filled in place, the reads of the next ones overlap."""
     runtime = runtime_of(model)
-    with runtime.access.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
-        _fill(runtime, checkpoint_map)
-
-
-def _fill(runtime: StreamingRuntime, checkpoint_map: CheckpointMap) -> None:
+    access = runtime.access
     filling: deque[tuple[ExitStack, list[Future[None]]]] = deque()  # windows, and what is read into them
-    try:
-        with ParallelReader() as reader:
-
-            def finish_first() -> None:
-                reader.finish(filling[0][1])
-                filling.popleft()[0].close()
-
-            for unit in runtime.units:
-                if runtime.is_filled(unit):
-                    continue
-                stack = ExitStack()
-                views = stack.enter_context(runtime.access.writing(unit))
-                filling.append((stack, []))
-                kept = runtime.access.kept_elements(unit)
-                ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
-                filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
-                while len(filling) > (_UNITS_AHEAD if runtime.access.fills_in_place(unit) else 0):
-                    finish_first()
-            while filling:
-                finish_first()
-    except BaseException:
-        for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
-            with suppress(BaseException):
-                stack.__exit__(*sys.exc_info())
-        runtime.close()  # a model that lacks some of its weights is of no use
-        raise
-
-
-def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
-
-    The files are those that decide the weights: files of weights, their safetensors index, and config.json.
-
-    Raises:
-        CheckpointError: there is no checkpoint in `directory`.
-    """
-    path = Path(directory)
-    files = CheckpointFiles(path)
-    files.close()
-    names = {file.path.name for file in files.files}
-    names |= {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
-    return {"name": path.resolve().name, "files": _digest_files(path, sorted(names))}
-
-
-def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
-    """Each difference between a directory and what `digest_checkpoint` returned for it, as a line that names the file.
-    Missing files and other lengths come first, since they are found quickly."""
-    path = Path(directory)
-    same_length = []
-    for name, record in base["files"].items():
-        file = path / name
-        if not file.is_file():
-            yield f"{file}: the journal's base checkpoint has this file, but it is not there"
-        elif file.stat().st_size != record["num_bytes"]:
-            yield f"{file}: {file.stat().st_size} bytes, the journal's base checkpoint has {record['num_bytes']}"
-        else:
-            same_length.append(name)
-    for name, record in _digest_files(path, same_length).items():
-        expected = base["files"][name]["sha256"]
-        if record["sha256"] != expected:
-            yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
-
-
-def _digest_files(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    def digest(name: str) -> dict[str, Any]:
-        with open(directory / name, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"sha256": sha256, "num_bytes": os.fstat(file.fileno()).st_size}
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "sha256") as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+    with access.replacing("loading a checkpoint", source=checkpoint_map.files.sample):
+        try:
+            with ParallelReader() as reader:
+                for unit in [*(unit for unit in runtime.units if not runtime.is_filled(unit)), None]:
+                    if unit is not None:
+                        filling.append((ExitStack(), []))
+                        views = filling[-1][0].enter_context(access.writing(unit))
+                        kept = access.kept_elements(unit)
+                        ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
+                        filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
+                    while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
+                        reader.finish(filling[0][1])
+                        filling.popleft()[0].close()
+        except BaseException:
+            for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
+                with suppress(BaseException):
+                    stack.__exit__(*sys.exc_info())
+            runtime.close()  # a model that lacks some of its weights is of no use
+            raise
 
 
 def load_config(directory: Path) -> Any:
@@ -306,13 +232,12 @@ def class_of(directory: Path, config: Any, auto_class: Any) -> Any:
         if chosen is None:
             raise CheckpointError(f"{directory}: {auto_class.__name__} has no model for {type(config).__name__}")
         return chosen
-    saved_from = (getattr(config, "architectures", None) or [None])[0]
-    causal = resolve(transformers.AutoModelForCausalLM)
-    base = resolve(transformers.AutoModel)
-    chosen = getattr(transformers, saved_from, None) if saved_from else None
+    causal, base = resolve(transformers.AutoModelForCausalLM), resolve(transformers.AutoModel)
+    saved_from = (getattr(config, "architectures", None) or [""])[0]
+    chosen = getattr(transformers, saved_from, None)
     if chosen is None and saved_from and getattr(config, "auto_map", None):
         raise CheckpointError(f"{directory}: {saved_from} needs code that comes with the checkpoint, which is not run")
-    if chosen is None or (chosen is base and causal is not None):
+    if chosen in (None, base):
         chosen = causal or base
     if chosen is None:
         raise CheckpointError(f"{directory}: transformers has no model class for {type(config).__name__}")

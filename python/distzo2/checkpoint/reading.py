@@ -9,27 +9,28 @@ copies from there. That block is all the memory that reading takes, whatever is 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.symbols import LayoutTensor
-from distzo2.checkpoint.weight_files import (
+from distzo2.checkpoint.tensor_files import (
     MAX_JSON_BYTES,
     PAGE,
     CheckpointError,
-    RangeFile,
     TensorEntry,
+    TensorFile,
     bytes_of,
-    open_weights,
     read_json,
 )
 from distzo2.text import brief
@@ -39,8 +40,8 @@ CHUNK_BYTES = 4 << 20  # of one read
 NUM_THREADS = 6
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_TORCH_FILE = "pytorch_model.bin"
-_TORCH_INDEX = "pytorch_model.bin.index.json"
+CONFIG_FILE = "config.json"
+_FIRST_FILES = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first one counts
 _HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # may be read in vain to save a read
 _SAMPLED_PAGES = 16
@@ -57,14 +58,13 @@ def scratch(dtype: torch.dtype, numel: int) -> torch.Tensor:
     return block[:num_bytes].view(dtype)
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Bytes [offset, offset + num_bytes) of a file, at most `CHUNK_BYTES`, and where they go.
 
     They are copied to `place`, or `fill` is called with them as a uint8 tensor, in one of the reading threads.
     """
 
-    file: RangeFile
+    file: TensorFile
     offset: int
     num_bytes: int
     place: torch.Tensor | None = None  # uint8, contiguous, on the CPU
@@ -82,7 +82,7 @@ class Range:
             self.fill(data)
 
 
-def split(file: RangeFile, offset: int, place: torch.Tensor) -> Iterator[Range]:
+def split(file: TensorFile, offset: int, place: torch.Tensor) -> Iterator[Range]:
     """The ranges of a long run of bytes that belongs at `place`, cut where the file's chunks end."""
     flat = place.detach().reshape(-1).view(torch.uint8)
     begin = 0
@@ -100,19 +100,17 @@ class CheckpointFiles:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self.files: list[RangeFile] = []
+        self.files: list[TensorFile] = []
         self.entries: list[TensorEntry] = []  # by the number that pieces name as their source
-        self.file_of: list[RangeFile] = []
-        for single, index in ((SINGLE_FILE, INDEX_FILE), (_TORCH_FILE, _TORCH_INDEX)):
-            if (self.directory / single).is_file() or (self.directory / index).is_file():
-                break
-        else:
+        self.file_of: list[TensorFile] = []
+        first = next((name for name in _FIRST_FILES if (self.directory / name).is_file()), None)
+        if first is None:
             expected = f"expected a checkpoint directory with {SINGLE_FILE} or {INDEX_FILE}"
             raise CheckpointError(f"{self.directory}: {expected}, found neither")
-        weight_map = {} if (self.directory / single).is_file() else self._weight_map(index)
-        seen: dict[str, RangeFile] = {}
-        for name in dict.fromkeys(weight_map.values()) or (single,):
-            file = open_weights(self.directory / name)
+        weight_map = self._weight_map(first) if first.endswith(".json") else {}
+        seen: dict[str, TensorFile] = {}
+        for name in dict.fromkeys(weight_map.values()) or (first,):
+            file = TensorFile(self.directory / name)
             self.files.append(file)
             for entry in file.tensors.values():
                 if weight_map.get(entry.name, name) != name:
@@ -122,25 +120,23 @@ class CheckpointFiles:
                 seen[entry.name] = file
                 self.entries.append(entry)
                 self.file_of.append(file)
-        lost = sorted(weight_map.keys() - seen.keys())
-        if lost:
+        if lost := sorted(weight_map.keys() - seen.keys()):
             where = self.directory / weight_map[lost[0]]
-            raise CheckpointError(f"{where}: expected tensor {lost[0]!r} as {index} says, got none of that name")
+            raise CheckpointError(f"{where}: expected tensor {lost[0]!r} as {first} says, got none of that name")
 
     def _weight_map(self, index_name: str) -> dict[str, str]:
         """Tensor names to file names."""
         index = self.directory / index_name
         num_bytes = sum(file.stat().st_size for file in self.directory.iterdir() if file.is_file())
         weight_map = read_json(index, max(MAX_JSON_BYTES, num_bytes // 64)).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+        if not is_map or not weight_map:
             raise CheckpointError(f"{index}: expected JSON with a weight_map from tensors to files")
         for name in set(weight_map.values()):
             if Path(name).name != name or "\0" in name or len(name) > 255:
                 raise CheckpointError(f"{index}: expected names of files in the same directory, got {brief(name)}")
             if not (self.directory / name).is_file():
                 raise CheckpointError(f"{self.directory / name}: {index_name} names this file, but it is not there")
-        if not weight_map:
-            raise CheckpointError(f"{index}: expected JSON with a weight_map, got an empty one")
         return weight_map
 
     def close(self) -> None:
@@ -192,7 +188,7 @@ class CheckpointFiles:
         for begin in range(0, a.numel(), step):
             pair = []
             for symbol in (a, b):
-                part = symbol.where.reshape((a.numel(),)).narrow(0, begin, min(step, a.numel() - begin))
+                part = symbol.where.flat(begin, min(step, a.numel() - begin))
                 pair.append(torch.empty(part.shape, dtype=symbol.dtype))
                 self.read_pieces(part.pieces, pair[-1])
             if not torch.equal(*pair):
@@ -213,25 +209,18 @@ def strided_view(flat: torch.Tensor, piece: Piece) -> torch.Tensor:
     return flat.as_strided(piece.sizes, piece.dst_strides, flat.storage_offset() + piece.dst_offset)
 
 
-class ParallelReader:
+class ParallelReader(ThreadPoolExecutor):
     """A few threads that read ranges. One thread at a time may use it.
 
     After an error, reads that are still queued are dropped, and `finish` raises the first error.
     """
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="distzo2-read")
-        self._direct: dict[RangeFile, int | None] = {}  # descriptors with O_DIRECT; None: through the page cache
+        super().__init__(num_threads, "distzo2-read")
 
     def start(self, ranges: Iterable[Range]) -> list[Future[None]]:
         """Queues reads. Ranges that are neighbours in a file should be neighbours here."""
-        futures = []
-        for batch in _batches(ranges):
-            file = batch[0].file
-            if file not in self._direct:
-                self._direct[file] = _open_direct(file)
-            futures.append(self._threads.submit(self._read, self._direct[file], batch))
-        return futures
+        return [self.submit(_read, batch[0].file.direct, batch) for batch in _batches(ranges)]
 
     def finish(self, futures: list[Future[None]]) -> None:
         """Waits for reads that `start` queued.
@@ -247,35 +236,25 @@ class ParallelReader:
             if not future.cancelled():
                 future.result()
 
-    def close(self) -> None:
-        """Ends the threads; queued reads are dropped."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for descriptor in self._direct.values():
-            if descriptor is not None:
-                os.close(descriptor)
-        self._direct.clear()
-
-    def __enter__(self) -> ParallelReader:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self.shutdown(cancel_futures=True)
 
-    def _read(self, direct: int | None, batch: list[Range]) -> None:
-        if direct is None:
-            for part in batch:
-                part.read()
-            return
-        begin = batch[0].offset // PAGE * PAGE  # a range may begin and end within a page
-        num_bytes = batch[-1].end - begin
-        block = scratch(torch.uint8, -(-num_bytes // PAGE) * PAGE)
-        batch[0].file.read_into(bytes_of(block), begin, num_bytes, direct)
+
+def _read(direct: int | None, batch: list[Range]) -> None:
+    if direct is None:
         for part in batch:
-            data = block[part.offset - begin : part.end - begin]
-            if part.place is not None:
-                ctypes.memmove(part.place.data_ptr(), data.data_ptr(), part.num_bytes)  # releases the GIL
-            if part.fill is not None:
-                part.fill(data)
+            part.read()
+        return
+    begin = batch[0].offset // PAGE * PAGE  # a range may begin and end within a page
+    num_bytes = batch[-1].end - begin
+    block = scratch(torch.uint8, -(-num_bytes // PAGE) * PAGE)
+    batch[0].file.read_into(bytes_of(block), begin, num_bytes, direct)
+    for part in batch:
+        data = block[part.offset - begin : part.end - begin]
+        if part.place is not None:
+            ctypes.memmove(part.place.data_ptr(), data.data_ptr(), part.num_bytes)  # releases the GIL
+        if part.fill is not None:
+            part.fill(data)
 
 
 def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
@@ -297,28 +276,45 @@ def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
         yield batch
 
 
-def _open_direct(file: RangeFile) -> int | None:
-    """A descriptor with O_DIRECT; None where the page cache holds the file, or its file system has no direct reads."""
-    if _is_cached(file):
-        return None
-    try:  # the open file's own inode, whatever has its name by now
-        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
-        return None
-    try:
-        os.preadv(descriptor, [bytes_of(aligned_buffer(PAGE))], 0)  # some take the flag and refuse the read
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
+
+    The files are those that decide the weights: files of weights, their safetensors index, and config.json.
+
+    Raises:
+        CheckpointError: there is no checkpoint in `directory`.
+    """
+    path = Path(directory)
+    with closing(CheckpointFiles(path)) as files:
+        names = {file.path.name for file in files.files}
+    names |= {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
+    return {"name": path.resolve().name, "files": _digest_files(path, sorted(names))}
 
 
-def _is_cached(file: RangeFile) -> bool:
-    """Whether the page cache holds the file: its first page, its last, and some between."""
-    page = memoryview(bytearray(1))
-    for place in range(8):
-        try:
-            os.preadv(file.fileno(), [page], max(0, file.num_bytes - 1) * place // 7, os.RWF_NOWAIT)
-        except OSError:  # not cached, or a file system that cannot tell
-            return False
-    return True
+def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
+    """Each difference between a directory and what `digest_checkpoint` returned for it, as a line that names the file.
+    Missing files and other lengths come first, since they are found quickly."""
+    path = Path(directory)
+    same_length = []
+    for name, record in base["files"].items():
+        file = path / name
+        if not file.is_file():
+            yield f"{file}: the journal's base checkpoint has this file, but it is not there"
+        elif file.stat().st_size != record["num_bytes"]:
+            yield f"{file}: {file.stat().st_size} bytes, the journal's base checkpoint has {record['num_bytes']}"
+        else:
+            same_length.append(name)
+    for name, record in _digest_files(path, same_length).items():
+        expected = base["files"][name]["sha256"]
+        if record["sha256"] != expected:
+            yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
+
+
+def _digest_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    def digest(name: str) -> dict[str, Any]:
+        with open(directory / name, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"sha256": sha256, "num_bytes": os.fstat(file.fileno()).st_size}
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -13,22 +13,22 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import checkpoint_differences, open_checkpoint
-from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.checkpoint.weight_files import DTYPES, CheckpointError, header_limit
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences
+from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
@@ -93,28 +93,19 @@ def replay(
         logger.warning("%s", torn)
     check_out_dir(Path(out_dir))
     if not header["base"]["files"]:
-        raise JournalError(
-            f"{journal_path}: the run did not start from a checkpoint, so there is nothing to replay onto"
-        )
+        raise JournalError(f"{journal_path}: the run did not start from a checkpoint, there is nothing to replay onto")
     for difference in checkpoint_differences(base_dir, header["base"]):
         raise CheckpointError(difference)
 
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
     updates = [entry.update for entry in contents.entries[:num_steps]]
     del contents  # losses and the like are not needed any more
-    params = [checkpoint_map.mapped[name] for name in checkpoint_map.names]
-    num_bytes = sum(param.numel * param.dtype.itemsize for param in params)
     with contextlib.closing(checkpoint_map):
         pieces = plan_pieces(checkpoint_map, header["table"], piece_bytes)
+        num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
         bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=f"replay {num_steps} steps", disable=not progress)
-        with (
-            bar,
-            CheckpointWriter(checkpoint_map, out_dir) as writer,
-            # Closed before the writer, so that no thread writes while the writer cleans up.
-            contextlib.closing(_run(checkpoint_map, writer, pieces, updates, header["seed"], backend)) as run,
-        ):
-            for done in run:
-                bar.update(done)
+        with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
+            _run(checkpoint_map, writer, pieces, updates, header["seed"], backend, bar)
     return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
 
 
@@ -127,9 +118,7 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         JournalError: the table or the map differs from the header's.
     """
     table = header["table"]
-    dtypes = {
-        row["name"]: _DTYPES.get(row["dtype"]) for row in table
-    }  # None: no dtype of weights, and so refused below
+    dtypes = {row["name"]: _DTYPES.get(row["dtype"]) for row in table}  # None: refused below
     if (directory / "config.json").is_file():
         _, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
@@ -178,31 +167,24 @@ def _check_map(theirs: Mapping[str, Any], ours: Mapping[str, Any], journal: str)
                 f"{journal}: parameter {name!r} is read from other places of the checkpoint than the run read it from; "
                 "use the version of transformers that the header names"
             )
-    if any((theirs.get(key) or {}) != (ours[key] or {}) for key in ("tensors", "params")):
+    if any(theirs.get(key) != ours[key] for key in ("tensors", "params")):
         raise JournalError(f"{journal}: the base checkpoint holds other tensors than those that the run read")
 
 
-@dataclass(frozen=True)
-class PiecePart:
-    """Elements [begin, end) of a parameter, and the byte of the piece at which they begin; `matrix` is the parameter's
-    shape as a matrix."""
+class PiecePart(NamedTuple):
+    """A part of a parameter, and where it lies in a piece. The segment of a frozen parameter has no group."""
 
     name: str
-    dtype: torch.dtype
-    param: int
-    group: int | None
-    matrix: tuple[int, int]
-    begin: int
-    end: int
-    byte_offset: int
+    segment: Segment
 
     @property
     def num_bytes(self) -> int:
-        return (self.end - self.begin) * self.dtype.itemsize
+        return self.segment.numel * self.segment.dtype.itemsize
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The part in `buffer` (uint8), flat."""
-        return buffer[self.byte_offset : self.byte_offset + self.num_bytes].view(self.dtype)
+        begin = self.segment.byte_offset
+        return buffer[begin : begin + self.num_bytes].view(self.segment.dtype)
 
 
 def plan_pieces(
@@ -218,15 +200,13 @@ def plan_pieces(
         rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
         step = max(1, piece_bytes // mapped.dtype.itemsize)
         for begin in range(0, mapped.numel, step):
-            end = min(mapped.numel, begin + step)
-            num_bytes = (end - begin) * mapped.dtype.itemsize
+            numel = min(mapped.numel - begin, step)
+            num_bytes = numel * mapped.dtype.itemsize
             if not pieces or filled + num_bytes > piece_bytes:
                 pieces.append([])
                 filled = 0
-            matrix = rows, mapped.numel // rows
-            pieces[-1].append(
-                PiecePart(mapped.name, mapped.dtype, row["index"], row["group"], matrix, begin, end, filled)
-            )
+            place = filled, numel, mapped.dtype, row["index"], begin, row["group"]
+            pieces[-1].append(PiecePart(mapped.name, Segment(*place, rows, mapped.numel // rows)))
             filled += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     return pieces
 
@@ -238,41 +218,33 @@ def _run(
     updates: Sequence[Update],
     seed: int,
     backend: str | None,
-) -> Iterator[int]:
-    """Reads, updates and writes all pieces; yields the bytes of each when it is written."""
-    largest = max((part.byte_offset + part.num_bytes for piece in pieces for part in piece), default=0)
+    bar: tqdm,
+) -> None:
+    """Reads, updates and writes all pieces."""
+    largest = max((piece[-1].segment.byte_offset + piece[-1].num_bytes for piece in pieces), default=0)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_PIECES_IN_FLIGHT):
         buffers.put(torch.empty(largest, dtype=torch.uint8))
     updating, writing = threading.Lock(), threading.Lock()  # an update takes all cores; pieces may share a write
 
-    def process(piece: list[PiecePart]) -> int:
+    def process(piece: list[PiecePart]) -> None:
         buffer = buffers.get()
         try:
             for part in piece:
-                checkpoint_map.read(part.name, part.view(buffer), part.begin)
+                checkpoint_map.read(part.name, part.view(buffer), part.segment.element_offset)
+            segments = [part.segment for part in piece if part.segment.group is not None]
             with updating:
-                _apply(piece, buffer, updates, seed, backend)
+                if segments and updates:
+                    table = SegmentTable(segments, buffer.numel())
+                    materialize(buffer, table, seed=seed, updates=updates, write_back=True, backend=backend)
             with writing:
                 for part in piece:
-                    writer.write(part.name, part.view(buffer), part.begin)
+                    writer.write(part.name, part.view(buffer), part.segment.element_offset)
+                    bar.update(part.num_bytes)
         finally:
             buffers.put(buffer)
-        return sum(part.num_bytes for part in piece)
 
-    # After an error, or where the caller stops, the pieces in flight are finished and no other begins.
-    with ThreadPoolExecutor(_PIECES_IN_FLIGHT, "replay") as pool, contextlib.closing(pool.map(process, pieces)) as done:
-        yield from done
-
-
-def _apply(
-    piece: Sequence[PiecePart], buffer: torch.Tensor, updates: Sequence[Update], seed: int, backend: str | None
-) -> None:
-    segments = [
-        Segment(p.byte_offset, p.end - p.begin, p.dtype, p.param, p.begin, p.group, *p.matrix)
-        for p in piece
-        if p.group is not None
-    ]
-    if segments and updates:
-        table = SegmentTable(segments, buffer.numel())
-        materialize(buffer, table, seed=seed, updates=updates, write_back=True, backend=backend)
+    # After an error the pieces in flight are finished, before the writer cleans up, and no other begins.
+    with ThreadPoolExecutor(_PIECES_IN_FLIGHT, "replay") as pool:
+        for _ in pool.map(process, pieces):
+            pass

@@ -9,10 +9,10 @@ computes is refused by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,11 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distzo2.checkpoint.layout import Layout, LayoutError
-from distzo2.checkpoint.weight_files import CheckpointError, one_line
+from distzo2.checkpoint.tensor_files import CheckpointError
 
 aten = torch.ops.aten
 
-MISSING = "no tensor in the checkpoint fills it"
 SMALL_BUFFER_BYTES = 256 << 20  # of buffers that are in no file, whatever the size of the checkpoint
 _FEW_MODULES = 1 << 12
 _MODULES_PER_TENSOR = 32  # most have no parameters: dropouts, activations, containers
@@ -50,8 +49,8 @@ def creation_bound(num_tensors: int, num_bytes: int) -> Iterator[None]:
     """
     max_modules = max(_FEW_MODULES, _MODULES_PER_TENSOR * num_tensors)
     max_bytes = max(SMALL_BUFFER_BYTES, num_bytes)
-    num_modules = total = 0
-    buffer_bytes: dict[tuple[int, str], int] = {}  # a buffer that is replaced counts once
+    num_modules = 0
+    buffer_bytes: Counter[tuple[int, str]] = Counter()  # a buffer that is replaced counts once
 
     def on_module(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         nonlocal num_modules
@@ -63,16 +62,11 @@ def creation_bound(num_tensors: int, num_bytes: int) -> Iterator[None]:
             )
 
     def on_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> None:
-        nonlocal total
-        if buffer is None:
-            return
-        now = buffer.numel() * buffer.itemsize
-        total += now - buffer_bytes.get((id(module), name), 0)
-        buffer_bytes[id(module), name] = now
-        if total > max_bytes:
+        buffer_bytes[id(module), name] = 0 if buffer is None else buffer.nbytes
+        if buffer_bytes.total() > max_bytes:
             raise CheckpointError(
-                f"config.json asks for {total} bytes beside the parameters ({type(module).__name__}.{name}), at most "
-                f"{max_bytes} were expected"
+                f"config.json asks for {buffer_bytes.total()} bytes beside the parameters "
+                f"({type(module).__name__}.{name}), at most {max_bytes} were expected"
             )
 
     hooks = register_module_module_registration_hook(on_module), register_module_buffer_registration_hook(on_buffer)
@@ -83,8 +77,7 @@ def creation_bound(num_tensors: int, num_bytes: int) -> Iterator[None]:
             hook.remove()
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(NamedTuple):
     """What the symbols of one load share: the names of the sources, and how to compare the values of two symbols."""
 
     sources: Sequence[str]
@@ -139,17 +132,14 @@ class LayoutTensor(torch.Tensor):
         elif func._schema.is_mutable:
             return args[0]
 
-        def with_problem(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                raise LayoutError(problem)
+        def with_problem(value: torch.Tensor) -> LayoutTensor:
             return LayoutTensor(Layout(tuple(value.shape), ()), value.dtype, symbols[0].trace, problem=problem)
 
         args, kwargs = tree_map(_on_meta, (args, {name: v for name, v in kwargs.items() if name != "device"}))
         try:
-            shapes = func(*args, **kwargs)
+            return tree_map(with_problem, func(*args, **kwargs))
         except Exception as error:  # it looks at values
             raise LayoutError(problem) from error
-        return tree_map(with_problem, shapes)
 
 
 def _on_meta(value: Any) -> Any:
@@ -162,22 +152,18 @@ def _view(func: Any, symbol: LayoutTensor, *args: Any, **kwargs: Any) -> Any:
 
     def seen(value: torch.Tensor) -> LayoutTensor:
         if value.dtype != symbol.dtype:
-            raise LayoutError(f"{func} takes bytes for another dtype")
-        try:
-            return symbol.moved(symbol.where.strided(value.shape, value.stride(), value.storage_offset()))
-        except LayoutError as error:
-            raise LayoutError(f"{func}: {error}") from error
+            raise LayoutError("takes bytes for another dtype")
+        return symbol.moved(symbol.where.strided(value.shape, value.stride(), value.storage_offset()))
 
-    return tree_map(seen, func(_on_meta(symbol), *args, **kwargs))
-
-
-def _same(symbol: LayoutTensor, *_: Any, **__: Any) -> LayoutTensor:
-    return symbol.moved(symbol.where)
+    try:
+        return tree_map(seen, func(_on_meta(symbol), *args, **kwargs))
+    except LayoutError as error:
+        raise LayoutError(f"{func}: {error}") from error
 
 
-def _to_copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:
+def _copy(symbol: LayoutTensor, *, dtype: torch.dtype | None = None, **_: Any) -> LayoutTensor:
     if dtype is None or dtype == symbol.dtype:
-        return _same(symbol)
+        return symbol.moved(symbol.where)
     if symbol.cast:
         raise LayoutError(f"a second conversion, from {symbol.dtype} to {dtype}, is not expressed")
     return LayoutTensor(symbol.where, dtype, symbol.trace, cast=True)
@@ -203,9 +189,9 @@ def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.clone.default: _same,
-    aten.lift_fresh.default: _same,
-    aten._to_copy.default: _to_copy,
+    aten.clone.default: _copy,
+    aten.lift_fresh.default: _copy,
+    aten._to_copy.default: _copy,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.equal.default: _equal,
@@ -223,66 +209,23 @@ class _MissingStaysMissing(TorchDispatchMode):
         kwargs = kwargs or {}
         allocates = func is aten.empty_like.default and torch.device(kwargs.get("device") or "meta").type != "meta"
         if allocates and isinstance(args[0], nn.Parameter) and args[0].is_meta:
-            return LayoutTensor(Layout(tuple(args[0].shape), ()), args[0].dtype, self.trace, problem=MISSING)
+            problem = "no tensor in the checkpoint fills it"
+            return LayoutTensor(Layout(tuple(args[0].shape), ()), args[0].dtype, self.trace, problem=problem)
         return func(*args, **kwargs)
 
 
 @contextmanager
-def quiet_transformers() -> Any:
-    """Silences transformers' progress bar and load report; the caller reports what was found."""
+def lenient_transformers(trace: Trace) -> Iterator[None]:
+    """Lets transformers load a checkpoint of symbols that lacks some, in silence: the caller reports what was found."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with _MissingStaysMissing(trace):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def trace_from_pretrained(
-    model_class: Any,
-    config: Any,
-    symbols: dict[str, LayoutTensor],
-    trace: Trace,
-    where: str,
-    num_bytes: int,
-    **kwargs: Any,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """`model_class.from_pretrained` over symbols: the model, whose loaded tensors are symbols, and the loading report.
-
-    `num_bytes` of the checkpoint bound what the model may take beside its parameters (`creation_bound`). Raises
-    CheckpointError, which begins with `where`, if transformers cannot load it.
-    """
-    bound = creation_bound(len(symbols), num_bytes)
-    with quiet_transformers(), torch.device("cpu"), bound, _MissingStaysMissing(trace):
-        try:
-            return model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=symbols,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **kwargs,
-            )
-        except Exception as error:
-            raise CheckpointError(
-                f"{where}: this checkpoint cannot be mapped onto {model_class.__name__}: {one_line(error)}"
-            ) from error
-
-
-def trace_save(model: nn.Module, symbols: dict[str, LayoutTensor]) -> dict[str, LayoutTensor]:
-    """What transformers would write for a model whose state dict is `symbols`: checkpoint names and layouts."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    try:
-        written = revert_weight_conversion(model, symbols)
-    except Exception as error:
-        raise CheckpointError(f"{type(model).__name__} has no checkpoint layout: {one_line(error)}") from error
-    for name, symbol in written.items():
-        if symbol.problem:
-            raise CheckpointError(f"{type(model).__name__} has no checkpoint layout for {name!r}: {symbol.problem}")
-    return written

@@ -13,39 +13,29 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.reading import CHUNK_BYTES, INDEX_FILE, SINGLE_FILE, scratch, strided_view
-from distzo2.checkpoint.weight_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
+from distzo2.checkpoint.reading import CHUNK_BYTES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, scratch, strided_view
+from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
 from distzo2.files import sync_directory
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 DISK_SLACK_BYTES = 64 << 20  # configuration, tokenizer, and the file system's own needs
 HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed yet
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))  # but for the configuration
 # Files that go with the weights and are copied as they are: tokenizers, processors, chat templates, licences.
 _COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "*chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-    "LICENSE*",
+    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.tiktoken tekken.json LICENSE* "
+    "*chat_template* additional_chat_templates/* *processor_config.json"
 )
 
 logger = logging.getLogger(__name__)
@@ -82,6 +72,7 @@ class CheckpointWriter:
         self.out_dir = Path(out_dir)
         self._hidden = self.out_dir / HIDDEN
         self._shards: list[SafetensorsWriter] = []
+        self._place: dict[str, tuple[SafetensorsWriter, TensorEntry]] = {}
         self._renames = False  # whether files are being renamed into place
         if not overwrite:
             check_out_dir(self.out_dir, "name another directory or overwrite=True")
@@ -91,7 +82,15 @@ class CheckpointWriter:
         tensors = self._plan()
         self._num_bytes = sum(entry.num_bytes for entry in tensors)
         self._missing = {name: tensor.numel for name, tensor in checkpoint_map.mapped.items() if tensor.pieces}
-        self._check_room()
+        existing = next(path for path in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise CheckpointError(f"{self.out_dir}: expected a directory, got the file {existing}")
+        free = shutil.disk_usage(existing).free
+        if free < self._num_bytes + DISK_SLACK_BYTES:
+            raise CheckpointError(
+                f"{self.out_dir}: too little room on its disk: the checkpoint needs {self._num_bytes} bytes "
+                f"and {DISK_SLACK_BYTES} to spare, {free} are free"
+            )
         self._made = [path for path in (self.out_dir, *self.out_dir.parents) if not path.exists()]  # innermost first
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +99,6 @@ class CheckpointWriter:
             if self._hidden.is_dir():  # a killed writer's
                 shutil.rmtree(self._hidden)
             self._hidden.mkdir()
-            self._place: dict[str, tuple[SafetensorsWriter, TensorEntry]] = {}
             for file, part in _shard(tensors, max_shard_bytes).items():
                 shard = SafetensorsWriter(self._hidden / file, {e.name: (e.dtype, e.shape) for e in part})
                 self._shards.append(shard)
@@ -112,63 +110,45 @@ class CheckpointWriter:
 
     def _plan(self) -> list[TensorEntry]:
         """The checkpoint tensors to write, in the order in which the model's parameters reach them."""
-        covered: dict[int, int] = {}
+        covered: Counter[int] = Counter()
         dtypes: dict[int, torch.dtype] = {}
         for mapped in self.map.mapped.values():
             for piece in mapped.pieces:
-                number = piece.source
-                covered[number] = covered.get(number, 0) + piece.numel
-                dtypes[number] = torch.promote_types(dtypes.get(number, mapped.dtype), mapped.dtype)
-        plan = []
+                covered[piece.source] += piece.numel
+                dtypes[piece.source] = torch.promote_types(dtypes.get(piece.source, mapped.dtype), mapped.dtype)
         for number, numel in covered.items():
-            entry, dtype = self.map.tensors[number], dtypes[number]
+            entry = self.map.tensors[number]
             if numel != entry.numel:
                 raise CheckpointError(
                     f"checkpoint tensor {entry.name!r} cannot be written: the model's parameters hold {numel} elements "
                     f"of its {entry.numel}"
                 )
-            plan.append(TensorEntry(entry.name, dtype, entry.shape, 0, numel * dtype.itemsize))
-        return plan
-
-    def _check_room(self) -> None:
-        existing = next(path for path in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise CheckpointError(f"{self.out_dir}: expected a directory, got the file {existing}")
-        free = shutil.disk_usage(existing).free
-        if free < self._num_bytes + DISK_SLACK_BYTES:
-            raise CheckpointError(
-                f"{self.out_dir}: too little room on its disk: the checkpoint needs {self._num_bytes} bytes "
-                f"and {DISK_SLACK_BYTES} to spare, {free} are free"
-            )
+        return [replace(self.map.tensors[number], dtype=dtype) for number, dtype in dtypes.items()]
 
     def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
         """Writes a parameter or buffer of the map's shape and dtype, or its rows from `begin` on; each row once."""
         pieces = self.map.pieces_of(name, tensor, begin)
         if not pieces:
             return  # no element, or a tensor that is not saved
-        if self._missing.get(name, 0) < tensor.numel():
-            raise ValueError(f"{name}: {tensor.numel()} elements were written, more than it still lacks")
         flat = tensor.detach().cpu().contiguous().view(-1)
         for piece in pieces:
-            self._write_piece(piece, flat)
+            shard, entry = self._place[self.map.tensors[piece.source].name]
+            item = entry.dtype.itemsize
+            if piece.is_run and entry.dtype == flat.dtype:
+                run = flat[piece.dst_offset : piece.dst_offset + piece.numel]
+                shard.write_bytes(bytes_of(run), entry.offset + piece.src_offset * item)
+                continue
+            for block in piece.blocks(CHUNK_BYTES // item):
+                begin = entry.offset + block.src_offset * item
+                buffer = scratch(entry.dtype, block.src_span)
+                if block.numel < block.src_span:  # other pieces own the elements in between
+                    shard.read_into(bytes_of(buffer), begin)
+                source = buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset())
+                source.copy_(strided_view(flat, block))
+                shard.write_bytes(bytes_of(buffer), begin)
         self._missing[name] -= tensor.numel()
         if not self._missing[name]:
             del self._missing[name]
-
-    def _write_piece(self, piece: Piece, flat: torch.Tensor) -> None:
-        shard, entry = self._place[self.map.tensors[piece.source].name]
-        item = entry.dtype.itemsize
-        if piece.is_run and entry.dtype == flat.dtype:
-            run = flat[piece.dst_offset : piece.dst_offset + piece.numel]
-            shard.write_bytes(bytes_of(run), entry.offset + piece.src_offset * item)
-            return
-        for block in piece.blocks(CHUNK_BYTES // item):
-            begin = entry.offset + block.src_offset * item
-            buffer = scratch(entry.dtype, block.src_span)
-            if not block.src_is_dense:  # other pieces own the elements in between
-                shard.read_into(bytes_of(buffer), begin)
-            buffer.as_strided(block.sizes, block.src_strides, buffer.storage_offset()).copy_(strided_view(flat, block))
-            shard.write_bytes(bytes_of(buffer), begin)
 
     def _write_settings(self) -> None:
         """Writes the index and the settings, and copies what goes with the weights."""
@@ -257,11 +237,8 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        if exc_type is None:
-            self.close()
-        else:
-            self.abort()
+    def __exit__(self, exc_type: Any, *_: object) -> None:
+        self.close() if exc_type is None else self.abort()
 
 
 def check_out_dir(out_dir: Path, advice: str = "name another directory") -> None:
@@ -297,7 +274,7 @@ def _companions(source: Path) -> Iterator[Path]:
     homes = [source.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
-    for path in sorted({path for pattern in _COMPANIONS for path in source.glob(pattern)}):
+    for path in sorted({path for pattern in _COMPANIONS.split() for path in source.glob(pattern)}):
         target = Path(os.path.realpath(path))
         if target.is_file() and any(target.is_relative_to(home) for home in homes):
             yield path

@@ -25,7 +25,7 @@ def end_with(error: BaseException, terminated: bool) -> int:
     interrupted = isinstance(error, KeyboardInterrupt)
     if not interrupted and (os.environ.get("DISTZO2_TRACEBACK") or not _expected(error)):
         raise error
-    text = printable(" ".join(_text_of(error).split())) or ("interrupted" if interrupted else type(error).__name__)
+    text = printable(" ".join(text_of(error).split())) or ("interrupted" if interrupted else type(error).__name__)
 
     def show(text: str) -> None:
         print(f"distzo2: {'' if interrupted else 'error: '}{text}", file=sys.stderr, flush=True)
@@ -37,7 +37,7 @@ def end_with(error: BaseException, terminated: bool) -> int:
     return 2 if isinstance(error, UsageError) else 1
 
 
-def _text_of(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     """The message of an error; of a system error, the file and the reason without the number."""
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
         return f"{error.filename}: {error.strerror}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distzo2.cli.arguments import Formatter, Parser
+from distzo2.cli.ending import text_of
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.text import brief, printable
 
@@ -47,29 +48,25 @@ def add_journal(parser: Parser) -> None:
         dest="journal_command", required=True, metavar="command", parser_class=Parser, help="what to do"
     )
 
-    def command(name: str, text: str) -> Parser:
-        return commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=Formatter
-        )
+    def command(name: str, text: str, *files: tuple[str, str]) -> Parser:
+        about = text[0].upper() + text[1:] + "."
+        sub = commands.add_parser(name, help=text, description=about, formatter_class=Formatter)
+        for file, metavar in files:
+            sub.add_argument(file, metavar=metavar, help="journal, or directory of a run")
+        return sub
 
-    sub = command("show", "what a run was made of, and its steps")
-    sub.add_argument("file", metavar="FILE", help="journal, or directory of a run")
-    sub.add_argument(
+    show = command("show", "what a run was made of, and its steps", ("file", "FILE"))
+    show.add_argument(
         "--steps", type=step_range, default=slice(None), metavar="A:B",
         help="steps A to B - 1; --steps=-10: shows the last ten (default: all)",
     )  # fmt: skip
-    sub.add_argument("--json", action="store_true", help="print one line of JSON: header and steps")
-
-    sub = command("verify", "check every line of a journal, and what belongs to it; exit status 1 if anything is wrong")
-    sub.add_argument("file", metavar="FILE", help="journal, or directory of a run")
-    sub.add_argument("--base", metavar="DIR", help="base checkpoint (default: that of the run, if it is there)")
-    sub.add_argument("--parent", metavar="FILE", help="journal, or run, of the parent (default: the one beside it)")
-
-    sub = command(
-        "diff", "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
-    )
-    sub.add_argument("first", metavar="A", help="journal, or directory of a run")
-    sub.add_argument("second", metavar="B", help="journal, or directory of a run")
+    show.add_argument("--json", action="store_true", help="print one line of JSON: header and steps")
+    text = "check every line of a journal, and what belongs to it; exit status 1 if anything is wrong"
+    verify = command("verify", text, ("file", "FILE"))
+    verify.add_argument("--base", metavar="DIR", help="base checkpoint (default: that of the run, if it is there)")
+    verify.add_argument("--parent", metavar="FILE", help="journal, or run, of the parent (default: the one beside it)")
+    text = "where two journals part, times left out; exit status 1 if they do, and 2 if one cannot be read"
+    command("diff", text, ("first", "A"), ("second", "B"))
 
 
 def run_journal(options: argparse.Namespace) -> int:
@@ -190,7 +187,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """What belongs to a journal and was looked at, and what is wrong with it."""
-    from distzo2.checkpoint.pretrained import checkpoint_differences
+    from distzo2.checkpoint.reading import checkpoint_differences
     from distzo2.record.header import parents_of
     from distzo2.record.lineage import parent_differences
     from distzo2.run.directory import saved_options
@@ -222,10 +219,8 @@ def _diff(options: argparse.Namespace) -> int:
     paths = [journal_path(options.first), journal_path(options.second)]
     try:
         first, second = (read_journal(path) for path in paths)
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
-    except DistZO2Error as error:
-        raise UsageError(str(error)) from error
+    except (OSError, DistZO2Error) as error:
+        raise UsageError(text_of(error)) from error
     for text in (first.torn, second.torn):
         if text:
             print(printable(text), file=sys.stderr)
@@ -233,15 +228,13 @@ def _diff(options: argparse.Namespace) -> int:
     entries = [[dataclasses.replace(entry, seconds=0.0) for entry in each.entries] for each in (first, second)]
     shared = list(zip(*entries, strict=False))
     lines = [f"header: {found}" for found in islice(_differences(first.header, second.header), 1)]
-    for a, b in shared:
-        found = list(islice(_differences(_fields(a), _fields(b)), DIFFERENCES_SHOWN))
-        if found:
-            lines.append(f"step {a.step}: {'; '.join(found)}")
-            break
-    else:
-        if len(first.entries) != len(second.entries):
-            longer = "first" if len(first.entries) > len(second.entries) else "second"
-            lines.append(f"step {len(shared)}: only in the {longer} journal")
+    parts = ((a.step, list(islice(_differences(_fields(a), _fields(b)), DIFFERENCES_SHOWN))) for a, b in shared)
+    step, found = next((part for part in parts if part[1]), (len(shared), []))
+    if found:
+        lines.append(f"step {step}: {'; '.join(found)}")
+    elif len(first.entries) != len(second.entries):
+        longer = "first" if len(first.entries) > len(second.entries) else "second"
+        lines.append(f"step {step}: only in the {longer} journal")
     if not lines:
         return 0
     print(printable(f"{paths[0]}: {len(first.entries)} steps; {paths[1]}: {len(second.entries)} steps"))

@@ -120,14 +120,10 @@ def _finetune(options: FinetuneOptions) -> int:
     from distzo2.parallel import group as parallel
     from distzo2.run import launch
     from distzo2.run.train import finetune
-    from distzo2.text import gib
 
-    mesh = launch.make_mesh(options, _log)
-    result = finetune(options, _log)
+    launch.make_mesh(options, _log)
+    finetune(options, _log)
     parallel.shutdown()
-    if mesh is None or mesh.rank == 0:
-        memory = f"peak memory {gib(result.peak_bytes)}, weights {gib(result.size.total)}"
-        _log(f"{result.num_steps} steps in {result.out}; {memory}")
     return 0
 
 

@@ -5,7 +5,7 @@ The update is w <- w - lr * (sum of c_k·z_k + weight_decay·w).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -86,23 +86,3 @@ def make_estimator(estimator: str | Estimator) -> Estimator:
     if not isinstance(estimator, Estimator):
         raise DistZO2Error(f"estimator={estimator!r} has no evaluations() and coefficients()")
     return estimator
-
-
-def coefficients_of(
-    estimator: Estimator, losses: np.ndarray, evaluations: Sequence[Evaluation], num_probes: int, eps: float
-) -> np.ndarray:
-    """float32 [num_probes] from `losses`, float64 [evaluations, micro-batches], all finite. A coefficient too large for
-    float32 is infinite.
-
-    Raises:
-        DistZO2Error: the estimator gave another number of coefficients.
-    """
-    values = {e: losses[i] for i, e in enumerate(evaluations)}
-    coefs = np.asarray(estimator.coefficients(values, num_probes, eps))
-    if coefs.shape != (num_probes,):
-        raise DistZO2Error(
-            f"estimator {type(estimator).__name__} gave coefficients of shape {coefs.shape}; one for each "
-            f"of {num_probes} probes was expected"
-        )
-    with np.errstate(over="ignore"):
-        return coefs.astype(np.float64).astype(np.float32)

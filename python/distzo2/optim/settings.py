@@ -38,6 +38,23 @@ class Settings:
         """The perturbations that each step evaluates, in the order in which they run."""
         return self.estimator.evaluations(self.num_probes)
 
+    def coefficients(self, losses: np.ndarray) -> np.ndarray:
+        """float32 [num_probes] from `losses`, float64 [evaluations, micro-batches], all finite. A coefficient too large
+        for float32 is infinite.
+
+        Raises:
+            DistZO2Error: the estimator gave another number of coefficients.
+        """
+        losses_of = dict(zip(self.evaluations, losses, strict=True))
+        coefs = np.asarray(self.estimator.coefficients(losses_of, self.num_probes, self.eps))
+        if coefs.shape != (self.num_probes,):
+            raise DistZO2Error(
+                f"estimator {type(self.estimator).__name__} gave coefficients of shape {coefs.shape}; one for each of "
+                f"{self.num_probes} probes was expected"
+            )
+        with np.errstate(over="ignore"):
+            return coefs.astype(np.float64).astype(np.float32)
+
 
 def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> Settings:
     """Checks the options of `ZOSGD`.
@@ -46,8 +63,7 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
         DistZO2Error: one is out of range.
     """
     with np.errstate(over="ignore"):
-        settings = Settings(eps=float(np.float32(eps)), estimator=make_estimator(estimator), **others)
-    s = settings
+        s = Settings(eps=float(np.float32(eps)), estimator=make_estimator(estimator), **others)
     if s.noise not in FAMILIES:
         raise DistZO2Error(f"noise={s.noise!r}: expected one of {', '.join(FAMILIES)}")
     if not (np.isfinite(s.eps) and s.eps > 0):
@@ -62,8 +78,8 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
         raise DistZO2Error(f"max_coef={s.max_coef!r}: expected a number above 1, or None")
     if s.fsync_every < 1:
         raise DistZO2Error(f"fsync_every={s.fsync_every}: expected at least 1")
-    _ = settings.evaluations  # the estimator refuses a number of probes that does not suit it
-    return settings
+    _ = s.evaluations  # the estimator refuses a number of probes that does not suit it
+    return s
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What an optimizer exchanges with the other ranks of its mesh, and `Alone`, which stands in for them without a mesh.
+"""What an optimizer exchanges with the other ranks of its mesh; without a mesh, `Alone` stands in for them.
 
 A step opens with an agreed word, runs this rank's lanes, gathers all losses as float64, and takes over the coefficients
 that rank 0 makes of them: three collectives. Rank 0 alone writes the journal.
@@ -36,7 +36,6 @@ logger = logging.getLogger("distzo2")
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
 _HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
-_MASK = 2**64 - 1
 
 # (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> losses, units entered
 RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
@@ -57,7 +56,7 @@ class ReplicasDifferError(DistZO2Error):
 
 
 class Alone:
-    """A process without a mesh: as `SharedStep`, with nobody to ask."""
+    """A process without a mesh: has the methods of `SharedStep`, and asks nobody."""
 
     world_size = 1
     fingerprint: Mapping[str, Any] = {}
@@ -105,9 +104,9 @@ class SharedStep:
         self.settings = settings
         self.first_version: int | None = None  # of the weights before the journal's first entry; None: no journal
         self.fingerprint: dict[str, Any] = {}  # for the journal's header
-        self.world_size, self.check = mesh.world_size, mesh.ranks.heartbeat.check
+        self.world_size, self.check = mesh.world_size, mesh.exchange.heartbeat.check
         self.together, self.from_rank_0 = mesh.together, mesh.exchange.from_rank_0
-        self._mesh, self._exchange, self._rank, self._runtime = mesh, mesh.exchange, mesh.rank, runtime
+        self._shape, self._exchange, self._rank, self._runtime = mesh.shape, mesh.exchange, mesh.rank, runtime
         self._syncs = False  # rank 0 syncs each line before the update is broadcast
 
     # ---- when the optimizer is made -----------------------------------------------------------------------------
@@ -115,13 +114,8 @@ class SharedStep:
     def join(self, table: Sequence[Any], groups: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
         """Compares the optimizers of all ranks, and what the bits of their forwards depend on.
 
-        Args:
-            table: the index table.
-            groups: the parameter groups.
-            given: which of the optional arguments were given.
-
-        Raises:
-            RanksDisagreeError: the optimizers are not the same; on all ranks.
+        `table` is the index table, and `given` says which optional arguments were given. Raises RanksDisagreeError on
+        all ranks if the optimizers differ; other forwards are reported.
         """
         s = self.settings
         fields = {
@@ -138,14 +132,11 @@ class SharedStep:
         self._syncs = any(row[0] for row in on_disk)
         mine = json.dumps(fingerprint(self._runtime.device)).encode()
         prints = [json.loads(text) for text in self._exchange.gather_bytes(mine)]
-        self.fingerprint = {"mesh": vars(self._mesh.shape).copy(), "ranks": prints}
+        self.fingerprint = {"mesh": vars(self._shape).copy(), "ranks": prints}
         for rank, other in enumerate(prints if self._rank == 0 else ()):
-            for key, value in prints[0].items():
-                if other.get(key) != value:
-                    logger.warning(
-                        "rank %d has %s %r and rank 0 %r: a run on another number of ranks may have other bits",
-                        rank, key, other.get(key), value,
-                    )  # fmt: skip
+            for key in [key for key, value in prints[0].items() if other.get(key) != value]:
+                message = "rank %d has %s %r and rank 0 %r: a run on another number of ranks may have other bits"
+                logger.warning(message, rank, key, other.get(key), prints[0][key])
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -158,14 +149,13 @@ class SharedStep:
         Raises:
             RanksDisagreeError: the ranks are about to make different steps; on all of them.
         """
-        s, shape, mode = self.settings, self._mesh.shape, SHARDED.get(word.sharded, GLOBAL)
-        tokens = word.tokens
+        s, shape, mode, tokens = self.settings, self._shape, SHARDED.get(word.sharded, GLOBAL), word.tokens
         fields = {
             "the step": word.step,
             "sharded": word.sharded,
             "the number of closures": word.num_closures if mode == GLOBAL else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
-            "seed": s.seed,  # what else does not change was compared in `join`
+            "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }
         numbers = self._exchange.agree(f"step {word.step}", fields, numbers=(word.num_closures, tokens), error=error)
@@ -232,7 +222,7 @@ class SharedStep:
             except BaseException as error:
                 failure, made[0] = error, 1.0
         failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
-        others = [False] * (self._mesh.world_size - 1)
+        others = [False] * (self.world_size - 1)
         self._exchange.settle(f"step {record.step}", [bool(failed), *others], failure)
         if self._rank == 0:
             return
@@ -254,7 +244,7 @@ class SharedStep:
                 sums[unit.index] = checksum(views)
         for unit, row in zip(units, self._exchange.gather(sums).T.tolist(), strict=True):
             if len(set(row)) > 1:
-                sums_of_ranks = by_ranks([f"{value & _MASK:016x}" for value in row])
+                sums_of_ranks = by_ranks([f"{value % 2**64:016x}" for value in row])
                 raise ReplicasDifferError(
                     f"after {step} steps the ranks differ, first in unit {unit.name!r} ({sums_of_ranks})"
                 )

@@ -26,84 +26,53 @@ class DivergenceError(DistZO2Error):
     """The coefficients stay far above their running median."""
 
 
-class CoefficientClip:
-    """Scales a step's coefficients down to `max_coef` times the running median of max |c_k|.
-
-    The window holds the coefficients as they were used, so that it can be filled from a journal.
-    """
-
-    def __init__(self, max_coef: float | None, max_clipped: int) -> None:
-        """`max_coef` None: nothing is clipped. `max_clipped` 0: clipping never ends the run."""
-        self._max_coef, self._max_clipped = max_coef, max_clipped
-        self._window: deque[float] = deque(maxlen=WINDOW)
-        self._num_clipped = 0  # in a row
-
-    def __call__(self, coefs: np.ndarray) -> tuple[np.ndarray, bool]:
-        """float32 [probes] -> the coefficients to use, and whether they were clipped."""
-        largest = float(np.abs(coefs).max(initial=0.0))
-        limit = self._limit()
-        if limit is None or not np.isfinite(largest) or largest <= limit:
-            return coefs, False
-        return (coefs.astype(np.float64) * (limit / largest)).astype(np.float32), True
-
-    def _limit(self) -> float | None:
-        if self._max_coef is None or len(self._window) < WARM_UP:
-            return None
-        median = float(np.median(self._window))
-        return self._max_coef * median if median > 0 else None
-
-    def count(self, step: int, coefs: Sequence[float], clipped: bool) -> None:
-        """Remembers the coefficients that a step has used; an empty list where it was skipped.
-
-        Raises:
-            DivergenceError: `max_clipped` steps in a row were clipped. The count begins again after it.
-        """
-        if len(coefs):
-            self._window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
-        self._num_clipped = self._num_clipped + 1 if clipped else 0
-        if self._max_clipped and self._num_clipped >= self._max_clipped:
-            self._num_clipped = 0
-            raise DivergenceError(
-                f"step {step}: coefficients above {self._max_coef:g} times their running median for "
-                f"{self._max_clipped} steps in a row: the run diverges. A smaller lr or a larger eps may help; the "
-                "journal holds every step."
-            )
-
-    def state(self) -> list[float]:
-        """The window, for `load`."""
-        return list(self._window)
-
-    def load(self, state: Sequence[float]) -> None:
-        """Takes over what `state` returned."""
-        self._window.clear()
-        self._window.extend(state)
-
-
 class Progress:
-    """The number of the next step, and what earlier steps mean for it.
+    """The number of the next step, and what earlier steps mean for it, whether they were made here or are a journal's.
 
-    It is a function of the steps made: whether their forwards were run here or they were read from a journal.
+    Attributes:
+        step: number of the next step; skipped steps count.
+        window: max |c_k| of the latest steps, as the coefficients were used, so that a journal can fill it.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.step = 0  # number of the next step; skipped steps count
-        self.clip = CoefficientClip(settings.max_coef, settings.max_clipped)
-        self._max_skipped = settings.max_skipped
-        self._num_skipped = 0  # in a row
+        self.step = 0
+        self.window: deque[float] = deque(maxlen=WINDOW)
+        self._settings = settings
+        self._num_skipped = self._num_clipped = 0  # in a row
+
+    def clip(self, coefs: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Scales float32 [probes] down to `max_coef` times the median of the window; returns whether it had to."""
+        max_coef = self._settings.max_coef
+        if max_coef is None or len(self.window) < WARM_UP:
+            return coefs, False
+        largest = float(np.abs(coefs).max(initial=0.0))
+        limit = max_coef * float(np.median(self.window))
+        if not limit > 0 or not np.isfinite(largest) or largest <= limit:
+            return coefs, False
+        return (coefs.astype(np.float64) * (limit / largest)).astype(np.float32), True
 
     def count(self, coefs: Sequence[float], skipped: str | None, clipped: bool) -> None:
-        """Counts a step that was made.
+        """Counts a step that was made; `coefs` is empty if it was skipped. After an error, counts begin at 0 again.
 
         Raises:
-            NonFiniteLossError: `max_skipped` steps in a row were skipped. The count begins again after it.
-            DivergenceError: too many steps in a row were clipped.
+            NonFiniteLossError: `max_skipped` steps in a row were skipped.
+            DivergenceError: `max_clipped` steps in a row were clipped.
         """
-        step, self.step = self.step, self.step + 1
+        s, step, self.step = self._settings, self.step, self.step + 1
         self._num_skipped = self._num_skipped + 1 if skipped else 0
         if skipped != NON_FINITE_LOSS:
-            self.clip.count(step, coefs, clipped)
-        if skipped and self._num_skipped >= self._max_skipped:
+            if len(coefs):
+                self.window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
+            self._num_clipped = self._num_clipped + 1 if clipped else 0
+            if s.max_clipped and self._num_clipped >= s.max_clipped:
+                self._num_clipped = 0
+                raise DivergenceError(
+                    f"step {step}: coefficients above {s.max_coef:g} times their running median for {s.max_clipped} "
+                    "steps in a row: the run diverges. A smaller lr or a larger eps may help; the journal holds every "
+                    "step."
+                )
+        if skipped and self._num_skipped >= s.max_skipped:
             self._num_skipped = 0
             raise NonFiniteLossError(
-                f"step {step}: {skipped}, for {self._max_skipped} steps in a row; none of them was applied"
+                f"step {step}: {skipped}, for {s.max_skipped} steps in a row; none of them was applied"
             )

@@ -39,53 +39,47 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
     ) -> tuple[np.ndarray, Sequence[Unit]]:
-        """Runs the lanes of a step.
-
-        Args:
-            step: its number.
-            places: the lanes, as (evaluation, micro-batch).
-            closures: of micro-batch `first_batch` and those that follow it.
+        """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
 
         Returns:
             float64 [lanes], the losses; and the units that the lanes entered.
         """
         s, lanes = self.settings, []
         for index, batch in places:
-            probe, sign = s.evaluations[index]
-            emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
-            lanes.append(Lane(emission, batch, closures[batch - first_batch], self._stream(step, batch)))
-        wave = s.max_lanes or len(lanes) or 1
+            lanes.append(self._lane(step, *s.evaluations[index], batch, closures[batch - first_batch]))
+        entered = self._run(lanes)
+        return self._losses(lanes), entered or ()
+
+    def _run(self, lanes: Sequence[Lane], check: bool = False) -> Sequence[Unit] | None:
+        wave = self.settings.max_lanes or len(lanes) or 1
         entered = None
         with no_kv_cache(self._model):
             for first in range(0, len(lanes), wave):
                 self._interrupt.check()
-                entered = self._runtime.run(lanes[first : first + wave], expected=entered, interrupt=self._interrupt)
-        return self._losses(lanes), entered or ()
+                some = lanes[first : first + wave]
+                entered = self._runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
+        return entered
+
+    def _lane(self, step: int, probe: int, sign: int, batch: int, closure: Callable[[], Any]) -> Lane:
+        s = self.settings
+        emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
+        return Lane(emission, batch, closure, self._stream(step, batch))
 
     def _stream(self, step: int, batch: int) -> RandomStream:
         """The same for every perturbation of a micro-batch."""
         return RandomStream.seeded(self._runtime.device, self.settings.seed, step, batch)
 
-    def run_guarded(self, step: int, closure: Callable[[], Any]) -> None:
-        """Runs one clean lane in which every use of a parameter is watched.
-
-        Raises:
-            DistZO2Error: a parameter is used where its weights are not present; names it.
-        """
-        with no_kv_cache(self._model):
-            self._runtime.run([Lane(CLEAN, 0, self._runtime.guarded(closure), self._stream(step, 0))])
-
     def check(self, step: int, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and returns their loss.
+        """Runs two clean lanes of `closure` and two perturbed ones; returns the clean loss.
 
         Raises:
-            DistZO2Error: they differ.
+            DistZO2Error: the clean ones differ, or a perturbed one differs when it runs alone.
         """
-        lanes = [Lane(CLEAN, 0, closure, self._stream(step, 0)) for _ in range(2)]
-        with self._interrupt, no_kv_cache(self._model):
-            self._runtime.run(lanes, interrupt=self._interrupt)
+        lanes = [self._lane(step, 0, sign, 0, closure) for sign in (0, 0, +1, -1)]
+        with self._interrupt:
+            self._run(lanes, check=True)
         losses = self._losses(lanes)
-        first, second = losses.tolist()
+        first, second, *_ = losses.tolist()
         if losses[0].tobytes() != losses[1].tobytes():
             raise DistZO2Error(
                 f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "
@@ -94,11 +88,7 @@ class StepLanes:
         return first
 
     def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
-        """float64 [lanes]: what each closure returned, as a mean; one transfer for all where they are on a device.
-
-        Raises:
-            DistZO2Error: a closure returned neither a number nor a non-empty tensor.
-        """
+        """float64 [lanes]: the mean of what each closure returned; from a device they come in one transfer."""
         means = [self._mean(lane.result) for lane in lanes]
         return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy() if means else np.zeros(0)
 

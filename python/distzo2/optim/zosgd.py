@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,12 +16,13 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.estimator import Estimator, coefficients_of, mean_loss
+from distzo2.optim.estimator import Estimator, mean_loss
 from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, SharedStep, StepWord
 from distzo2.optim.state import (
     NON_FINITE_COEFFICIENT,
     NON_FINITE_LOSS,
+    WINDOW,
     DivergenceError,
     NonFiniteLossError,
     Progress,
@@ -61,7 +63,8 @@ class ZOSGD(torch.optim.Optimizer):
         branch_from: a `BranchPoint`, (journal of another run, number of its steps or None for all): takes over these
             steps, and begins `journal` with them.
         fsync_every: sync the journal to the disk after N steps; a power cut may cost the steps since.
-        max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same.
+        max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same. With 1 they run
+            one after another, as models need whose code keeps state elsewhere than in attributes of modules.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
@@ -127,11 +130,15 @@ class ZOSGD(torch.optim.Optimizer):
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
-        self._diagnosed = self._bound = self._closed = False
+        self._bound = self._closed = False
 
         if params is None:
             earlier = branch.journal if branch else journal if resume else None
-            params = default_groups(runtime.params, weight_decay != 0 or self._had_groups(earlier))
+            split = weight_decay != 0  # weights and biases are in groups of their own, as in the run so far
+            if not split and earlier is not None:
+                count = self._ranks.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(earlier))
+                split = int(count) > 1
+            params = default_groups(runtime.params, split)
         defaults = {"lr": lr, "weight_decay": weight_decay, "perturb_scale": 1.0, "update_scale": 1.0}
         if runtime.kept is not None:
             runtime.kept.check_optimizer(journal, runtime.weights.replaced)
@@ -147,7 +154,7 @@ class ZOSGD(torch.optim.Optimizer):
             return
         self._ranks.first_version = runtime.weights.version
         self.journal, self.first_step = open_run(
-            self._ranks, journal, self._header, runtime.access, self.take_over,
+            self._ranks, journal, self._header, runtime.weights, self.take_over,
             resume=resume, branch=branch, fsync_every=fsync_every, kept=runtime.kept,
         )  # fmt: skip
         if resume and runtime.kept is not None:
@@ -170,19 +177,13 @@ class ZOSGD(torch.optim.Optimizer):
             raise
 
     def _bind(self) -> None:
-        """Makes this the model's optimizer: its updates are of these groups and this seed from here on."""
+        """Makes this the model's optimizer: from here on, its updates are of these groups and this seed."""
         group_of = group_of_each(self._runtime.params, self.param_groups)
         other = self._runtime.weights.owner
         if other is not None and other is not self and other.journal is not None:
             raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
         self._runtime.weights.bind(self, group_of, len(self.param_groups), self.settings.seed)
         self._epoch, self._bound = self._runtime.weights.epoch, True
-
-    def _had_groups(self, journal: str | os.PathLike | None) -> bool:
-        """Whether the run so far, if there is one, keeps weights and biases in groups of their own."""
-        if journal is None:
-            return False
-        return int(self._ranks.from_rank_0("reading the journal", lambda: b"%d" % num_groups_of(journal))) > 1
 
     # ---- the journal --------------------------------------------------------------------------------------------
 
@@ -191,15 +192,14 @@ class ZOSGD(torch.optim.Optimizer):
         s, runtime = self.settings, self._runtime
         # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
         # Those of a weight file are the run's: its base need not be read again.
-        alone = self._ranks.world_size == 1
-        unread = alone and runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
+        unread = self._ranks.world_size == 1 and runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
         source = None if runtime.weights.replaced or unread else self._source
         return make_header(
             seed=s.seed,
             table=self._index_table(),
             groups=self.param_groups,
             base=None if source is None else source.digest(),
-            checkpoint_map=None if source is None else source.map.to_json(),
+            checkpoint_map=None if source is None else source.to_json(),
             options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
         )
@@ -208,10 +208,10 @@ class ZOSGD(torch.optim.Optimizer):
         return index_table(self._runtime.params, self.param_groups, self.settings.noise)
 
     def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
-        """Takes over the steps of a journal; no forward is run. Those from step `first_like` on count in the running
+        """Takes over the steps of a journal without a forward. Those from step `first_like` on count in the running
         median that clips later coefficients, as if this optimizer had made them."""
         for entry in entries:
-            self._runtime.weights.push([entry.update])
+            self._runtime.weights.updates.push(entry.update)
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
@@ -237,7 +237,8 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss of a batch as a scalar, or per-example losses; or a list of such closures, one for
-                each micro-batch. It is called once for each perturbation, under no_grad, in a thread of its own.
+                each micro-batch. It is called once for each perturbation, under no_grad, in a separate thread; code
+                that is new, once more (see `check`).
             tokens: how many tokens the batch has, for the journal.
             sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
                 part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
@@ -262,23 +263,29 @@ class ZOSGD(torch.optim.Optimizer):
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
-            start, step = time.perf_counter(), self.step_count
+            s, start, step = self.settings, time.perf_counter(), self.step_count
             deal, tokens = self._ranks.open(StepWord(step, scalars, len(closures), tokens, sharded), failure)
             losses = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
             loss = mean_loss(losses.reshape(-1))
-            record = StepRecord(step, loss, losses.tolist(), self.settings.evaluations, [], lr=[g.lr for g in scalars])
+            record = StepRecord(step, loss, losses.tolist(), s.evaluations, [], lr=[g.lr for g in scalars])
 
             def decide() -> None:
                 self._decide(losses, record)
                 record.seconds = time.perf_counter() - start
-                self._append(self._update(record, scalars), record, tokens)
+                if self.journal is not None:
+                    extra = {"clipped": True} if record.clipped else {}
+                    update = self._update(record, scalars)
+                    self.journal.append(
+                        StepEntry(step, update, s.eps, record.losses, record.skipped, tokens, record.seconds, extra)
+                    )
 
             self._ranks.decide(record, decide, self.journal)
-            self._push(self._update(record, scalars), record, start)
+            record.seconds = record.seconds or time.perf_counter() - start
+            self._push(self._update(record, scalars), record)
         return torch.tensor(loss, dtype=torch.float64)
 
     def _closures(self, closure: Any, sharded: bool | str) -> list[Callable[[], Any]]:
-        """The closures of a step, once it is known that it can be made."""
+        """The closures of a step, after checking that it can be made."""
         closures = [closure] if callable(closure) else list(closure)
         if not (closures or sharded) or not all(callable(c) for c in closures):
             raise DistZO2Error("step expects a closure or a non-empty list of closures")
@@ -299,53 +306,31 @@ class ZOSGD(torch.optim.Optimizer):
         self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
     ) -> np.ndarray:
         """float64 [evaluations, micro-batches], of all ranks."""
-        self._runtime.weights.set_perturb_scales(scales)
-        losses = self._ranks.gather(
-            step, deal, lambda lanes, first_batch: self._lanes.run(step, lanes, closures, first_batch)
-        )
-        if not np.isfinite(losses).all() and not self._diagnosed:
-            self._diagnosed = True  # once: a parameter may have been used where it is not present
-            with self._ranks.together(f"step {step}"):
-                if closures and not self._runtime.has_compiled():
-                    self._lanes.run_guarded(step, closures[0])
-        return losses
+        self._runtime.weights.updates.set_perturb_scales(scales)
+        return self._ranks.gather(step, deal, lambda lanes, first: self._lanes.run(step, lanes, closures, first))
 
     def _decide(self, losses: np.ndarray, record: StepRecord) -> None:
         """Fills `record` with the coefficients that the losses lead to, or why the step is skipped."""
-        s = self.settings
         if not np.isfinite(losses).all():
             record.skipped = NON_FINITE_LOSS
             return
-        coefs, record.clipped = self._progress.clip(
-            coefficients_of(s.estimator, losses, s.evaluations, s.num_probes, s.eps)
-        )
+        coefs, record.clipped = self._progress.clip(self.settings.coefficients(losses))
         if np.isfinite(coefs).all():
             record.coefs = coefs.tolist()
         else:
             record.skipped = NON_FINITE_COEFFICIENT
 
     def _update(self, record: StepRecord, scalars: tuple[GroupScalars, ...]) -> Update:
+        step, family = record.step, FAMILIES[self.settings.noise]
         if record.skipped is not None:
             scalars = tuple(group._replace(lr=0.0) for group in scalars)
-        family = FAMILIES[self.settings.noise]
-        return Update(
-            record.step, scalars, tuple(Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs))
-        )
+        return Update(step, scalars, tuple(Term(family, step, k, 0, c) for k, c in enumerate(record.coefs)))
 
-    def _append(self, update: Update, record: StepRecord, tokens: int) -> None:
-        """From here on the step is made: in the journal, and in every unit at its next visit."""
-        if self.journal is not None:
-            extra = {"clipped": True} if record.clipped else {}
-            eps, seconds = self.settings.eps, record.seconds
-            self.journal.append(
-                StepEntry(update.step, update, eps, record.losses, record.skipped, tokens, seconds, extra)
-            )
-
-    def _push(self, update: Update, record: StepRecord, start: float) -> None:
+    def _push(self, update: Update, record: StepRecord) -> None:
+        """Makes the step: from here on, every unit takes over the update at its next visit."""
         self._runtime.weights.trim()
-        self._runtime.weights.push([update])
+        self._runtime.weights.updates.push(update)
         self.last = record
-        record.seconds = record.seconds or time.perf_counter() - start
         self._progress.count(record.coefs, record.skipped, record.clipped)
         if self._runtime.kept is not None:
             self._runtime.kept.step_done(self._runtime.access, self.step_count, record.seconds)
@@ -355,11 +340,14 @@ class ZOSGD(torch.optim.Optimizer):
     # ---- besides steps ------------------------------------------------------------------------------------------
 
     def check(self, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and returns their loss.
+        """Runs two clean lanes of `closure` and two perturbed ones, one of which runs alone as well; returns the loss.
 
         Raises:
-            DistZO2Error: they differ. The forward is not deterministic, and every estimate would be made of that noise.
+            DistZO2Error: the clean ones differ: the forward is not deterministic, and every estimate would be made of
+                that noise. Or the perturbed one differs: lanes see each other (see `max_lanes`).
         """
+        scalars = scalars_of(self.param_groups)
+        self._runtime.weights.updates.set_perturb_scales([group.perturb_scale for group in scalars])
         return self._lanes.check(self.step_count, closure)
 
     def verify_replicas(self) -> None:
@@ -379,7 +367,7 @@ class ZOSGD(torch.optim.Optimizer):
         up to date, so that a `model.state_dict()` made now or later goes with it."""
         self._runtime.weights.flush()
         fixed = {name: getattr(self.settings, name) for name in ("seed", *_SAME_IN_STATE)}
-        mine = {**fixed, "step": self.step_count, "clip": self._progress.clip.state()}
+        mine = {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
         return {**super().state_dict(), "distzo2": mine}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -400,7 +388,7 @@ class ZOSGD(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
         self.settings = self._lanes.settings = self._ranks.settings = replace(self.settings, seed=mine["seed"])
         self._progress.step = mine["step"]
-        self._progress.clip.load(mine["clip"])
+        self._progress.window = deque(mine["clip"], WINDOW)
         self._bind()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -46,28 +47,20 @@ def hash64(value: Any) -> int:
 class Exchange:
     """Collectives of all ranks. Every rank must call the same ones in the same order: `agree` finds out where not."""
 
-    def __init__(self, rank: int, world_size: int, heartbeat: Heartbeat, timeout: float) -> None:
-        self.rank, self.world_size, self.heartbeat = rank, world_size, heartbeat
+    def __init__(self, rank: int, world_size: int, store: Any, heartbeat: Heartbeat, timeout: float) -> None:
+        """
+        Args:
+            store: of the rendezvous, for words outside of collectives.
+            timeout: seconds to wait for ranks that are alive.
+        """
+        self.rank, self.world_size, self.store, self.heartbeat = rank, world_size, store, heartbeat
         self._timeout = timeout
-        self._broken: RankFailedError | None = None  # why no collective can follow
-        # Waiting is limited in `wait`, which asks the heartbeat meanwhile; gloo itself need not give up.
-        self.group = self.start(lambda: new_group(range(world_size), "gloo"))
+        self.broken: RankFailedError | None = None  # why no collective can follow
         self.before_each: Callable[[], None] | None = None  # called before each collective
         self.number = 0  # of the next collective
-        self.reset_stats()
-
-    @property
-    def broken(self) -> bool:
-        """Whether a collective failed, so that none can follow."""
-        return self._broken is not None
-
-    def reset_stats(self) -> None:
-        self._num_collectives = self._sent = self._received = 0
-
-    def stats(self) -> dict[str, int]:
-        """Counts collectives and the bytes of their payloads: an all-gather of b bytes sends b and receives b from each
-        other rank; a broadcast sends or receives b."""
-        return {"collectives": self._num_collectives, "bytes_sent": self._sent, "bytes_received": self._received}
+        self.counts = Counter(collectives=0, bytes_sent=0, bytes_received=0)  # see `group.stats`
+        # Waiting is limited in `wait`, which asks the heartbeat meanwhile; gloo itself need not give up.
+        self.group = self.start(lambda: new_group([range(world_size)], "gloo"))
 
     # ---- collectives --------------------------------------------------------------------------------------------
 
@@ -76,17 +69,13 @@ class Exchange:
         values = values.contiguous()
         result = torch.empty(self.world_size, *values.shape, dtype=values.dtype)
         self._run(lambda: dist.all_gather(list(result.unbind(0)), values, group=self.group, async_op=True))
-        num_bytes = values.numel() * values.element_size()
-        self._sent += num_bytes
-        self._received += num_bytes * (self.world_size - 1)
+        self.counts.update(bytes_sent=values.nbytes, bytes_received=result.nbytes - values.nbytes)
         return result
 
     def broadcast(self, values: torch.Tensor) -> torch.Tensor:
         """Rank 0's values, into those of the others."""
         self._run(lambda: dist.broadcast(values, group_src=0, group=self.group, async_op=True))
-        num_bytes = values.numel() * values.element_size()
-        self._sent += num_bytes if self.rank == 0 else 0
-        self._received += num_bytes if self.rank else 0
+        self.counts["bytes_received" if self.rank else "bytes_sent"] += values.nbytes
         return values
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -100,69 +89,59 @@ class Exchange:
             self.before_each()
         self.wait(self.start(start))
         self.number += 1
-        self._num_collectives += 1
+        self.counts["collectives"] += 1
 
     def start(self, start: Callable[[], Any]) -> Any:
         """Calls what begins a collective of any group, makes a group, or makes a GPU wait; returns its result."""
-        self._check()
-        self.heartbeat.check()
-        try:
+        with self._or_give_up():
+            self.heartbeat.check()
             return start()
-        except BaseException as error:
-            raise self.give_up(self._explained(error)) from None
 
     def wait(self, work: Any, quiet: bool = False) -> None:
-        """Waits until a collective that was begun has ended on this rank, or another rank is lost.
-
-        Args:
-            quiet: this rank does not need the result: a failure is not reported to the others.
-        """
-        self._check()
-        try:
-            begun_at = left_at = time.monotonic()
-            deadline, pause = left_at + self._timeout, 2e-5
+        """Waits until a collective that was begun has ended on this rank, or another rank is lost. With `quiet` a
+        failure is not reported to the others, since this rank does not need the result."""
+        with self._or_give_up(quiet):
+            now = begun_at = left_at = time.monotonic()
+            pause = 2e-5
             while not work.is_completed():
                 self.heartbeat.check()
-                if not self.heartbeat.left:
-                    left_at = time.monotonic()
-                elif time.monotonic() > left_at + LAST_WORDS:
+                left_at = left_at if self.heartbeat.left else now
+                if now > left_at + LAST_WORDS:
                     raise self.heartbeat.gone() if quiet else self.heartbeat.explain(self.heartbeat.gone())
-                if time.monotonic() > begun_at + PATIENCE:
+                if now > begun_at + PATIENCE:
                     check_for_interrupt()
-                if time.monotonic() > deadline:
+                if now > begun_at + self._timeout:
                     raise RankFailedError(
                         f"rank {self.rank} has waited {self._timeout:g} s for the other ranks, which are alive: one of "
-                        "them is busy elsewhere (timeout= sets how long is waited)"
+                        "them is busy elsewhere (timeout= sets the limit)"
                     )
                 time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause, now = min(2 * pause, LONGEST_PAUSE), time.monotonic()
             work.wait()
+
+    @contextmanager
+    def _or_give_up(self, quiet: bool = False) -> Iterator[None]:
+        """Around what begins or awaits a collective: an error in it ends this mesh."""
+        if self.broken is not None:
+            raise copy(self.broken)
+        try:
+            yield
         except BaseException as error:
-            raise self.give_up(self._explained(error, quiet), quiet) from None
-
-    def _check(self) -> None:
-        if self._broken is not None:
-            raise copy(self._broken)
-
-    def _explained(self, error: BaseException, quiet: bool = False) -> BaseException:
-        """Returns the failure of a rank that is behind an error of gloo or NCCL; other errors as they are."""
-        if not isinstance(error, RuntimeError):
-            return error
-        return RankFailedError(describe(error)) if quiet else self.heartbeat.explain(error)
+            if isinstance(error, RuntimeError):  # of gloo or NCCL, and behind it the failure of a rank
+                error = RankFailedError(describe(error)) if quiet else self.heartbeat.explain(error)
+            raise self.give_up(error, quiet) from None
 
     def give_up(self, error: BaseException, quiet: bool = False) -> BaseException:
         """Ends this mesh, because a collective failed or could not be begun: the others may or may not have what was
         sent. Unless `quiet`, they get the error.
 
-        Returns:
-            The error to raise. Where another rank is known to have failed, that failure: whatever happened here since
-            may follow from it.
+        Returns the error to raise: the known failure of another rank, from which this one may follow, or else `error`.
         """
         if isinstance(error, Exception) and self.heartbeat.failure is not None:
             error = copy(self.heartbeat.failure)
-        if self._broken is None:
+        if self.broken is None:
             text = f"this mesh cannot be used any more: {describe(error)}"
-            self._broken = RankFailedError(text, getattr(error, "rank", self.rank), getattr(error, "told", False))
+            self.broken = RankFailedError(text, getattr(error, "rank", self.rank), getattr(error, "told", False))
         if not isinstance(error, RankFailedError) and not quiet:
             self.heartbeat.post(f"rank {self.rank}: {describe(error)}")
         return error
@@ -170,12 +149,7 @@ class Exchange:
     # ---- agreement ------------------------------------------------------------------------------------------------
 
     def agree(
-        self,
-        what: str,
-        fields: Mapping[str, Any] | None = None,
-        *,
-        numbers: Sequence[int] = (),
-        error: BaseException | None = None,
+        self, what: str, fields: Mapping[str, Any] = {}, numbers: Sequence[int] = (), error: BaseException | None = None
     ) -> list[list[int]]:
         """The agreed word: opens something that all ranks do together.
 
@@ -192,17 +166,16 @@ class Exchange:
             RanksDisagreeError: on all ranks; says what differs, and on which ranks.
             RankFailedError: another rank cannot take part, or is gone.
         """
-        fields = fields or {}
         # A rank that cannot take part may have no fields; it fails before they are compared.
         hashes = [hash64(what), 0 if error is not None else hash64(fields)]
-        word = [int(error is not None), *hashes, *numbers, *[0] * (NUMBERS - len(numbers))]
-        words = self.gather(torch.tensor(word)).tolist()
-        self.settle(what, [bool(other[0]) for other in words], error)
-        if any(other[1:3] != hashes for other in words):
+        numbers = [*numbers, 0, 0][:NUMBERS]
+        words = self.gather(torch.tensor([int(error is not None), *hashes, *numbers])).tolist()
+        self.settle(what, [row[0] for row in words], error)
+        if any(row[1:3] != hashes for row in words):
             self._raise_difference(what, fields)
-        return [other[3:] for other in words]
+        return [row[3:] for row in words]
 
-    def settle(self, what: str, failed: Sequence[bool], error: BaseException | None) -> None:
+    def settle(self, what: str, failed: Sequence[bool | int], error: BaseException | None) -> None:
         """Ends on all ranks what has failed on one. `failed` [ranks] is the same on all of them; `error` is why this
         rank has failed."""
         if not any(failed):
@@ -211,19 +184,16 @@ class Exchange:
         if error is not None:
             error.known_to_all_ranks = True  # see `is_known`
             raise error
-        first = list(failed).index(True)
+        first = next(rank for rank, has_failed in enumerate(failed) if has_failed)
         raise RankFailedError(f"rank {first} failed in {what}: {texts[first].decode()}", first, told=True)
 
     def _raise_difference(self, what: str, fields: Mapping[str, Any]) -> NoReturn:
-        mine = {"what": what, "fields": {name: repr(value) for name, value in fields.items()}}
-        all_ranks = [json.loads(text) for text in self.gather_bytes(json.dumps(mine).encode())]
-        if len({other["what"] for other in all_ranks}) > 1:
-            raise RanksDisagreeError(f"the ranks do different things: {by_ranks([o['what'] for o in all_ranks])}")
-        differing = [
-            f"{name}: {by_ranks([other['fields'].get(name, 'nothing') for other in all_ranks])}"
-            for name in all_ranks[0]["fields"]
-            if len({other["fields"].get(name) for other in all_ranks}) > 1
-        ]
+        mine = [what, {name: repr(value) for name, value in fields.items()}]
+        names, tables = zip(*map(json.loads, self.gather_bytes(json.dumps(mine).encode())), strict=True)
+        if len(set(names)) > 1:
+            raise RanksDisagreeError(f"the ranks do different things: {by_ranks(names)}")
+        rows = {name: [table.get(name, "nothing") for table in tables] for name in tables[0]}
+        differing = [f"{name}: {by_ranks(row)}" for name, row in rows.items() if len(set(row)) > 1]
         raise RanksDisagreeError(f"{what}: the ranks do not agree on {'; '.join(differing)}")
 
     # ---- built on it ------------------------------------------------------------------------------------------------
@@ -232,13 +202,12 @@ class Exchange:
     def together(self, what: str) -> Iterator[dict[str, Any]]:
         """Around what every rank does: an exception of one rank in it is an error of all at its end, and so are entries
         that differ in the dict that it gives."""
-        agreed: dict[str, Any] = {}
-        failure: BaseException | None = None
+        agreed, failure = {}, None
         try:
             yield agreed
         except BaseException as error:
             failure = error
-            if is_known(error) or self.broken:
+            if is_known(error) or self.broken is not None:
                 raise
         self.agree(what, agreed, error=failure)
 
@@ -246,8 +215,7 @@ class Exchange:
         """Returns on all ranks what `make` returns on rank 0; what it raises there is an error of all."""
         data, failure = b"", None
         try:
-            if self.rank == 0:
-                data = make()
+            data = make() if self.rank == 0 else b""
         except BaseException as error:
             failure = error
         length = self.agree(what, numbers=[len(data)], error=failure)[0][0]
@@ -260,14 +228,10 @@ def _padded(data: bytes, num_bytes: int) -> torch.Tensor:
 
 
 def by_ranks(texts: Sequence[str]) -> str:
-    """`a on ranks 0, 2; b on rank 1`; of long texts the part where they differ."""
+    """`a on ranks 0, 2, b on rank 1`; of long texts the part where they differ."""
     differing = (i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
-    same = next(differing, min(map(len, texts)))
-    start = max(0, same - 40) if max(map(len, texts)) > 120 else 0
-    by_text: dict[str, list[int]] = {}
+    start = max(0, next(differing, min(map(len, texts))) - 40) if max(map(len, texts)) > 120 else 0
+    ranks_of: dict[str, list[str]] = {}
     for rank, text in enumerate(texts):
-        part = text[start : start + 120]
-        by_text.setdefault(("..." if start else "") + part, []).append(rank)
-    return ", ".join(
-        f"{text} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" for text, ranks in by_text.items()
-    )
+        ranks_of.setdefault(("..." if start else "") + text[start : start + 120], []).append(str(rank))
+    return ", ".join(f"{text} on rank{'s' if len(r) > 1 else ''} {', '.join(r)}" for text, r in ranks_of.items())

@@ -18,41 +18,28 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import util
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from distzo2.errors import DistZO2Error
+from distzo2.parallel.exchange import Exchange, is_known
 from distzo2.parallel.heartbeat import Heartbeat, describe, host_name
 from distzo2.parallel.mesh import Evaluation, MeshShape, resolve_mesh
-
-if TYPE_CHECKING:  # these import torch, which `distzo2 --help` does not wait for
-    import torch
-
-    from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.slice_rounds import SliceExchange
+from distzo2.parallel.rendezvous import init_process_group
+from distzo2.parallel.slice_rounds import SliceExchange
 
 INTERVAL = 1.0  # seconds between heartbeats
 LIMIT = 30.0  # seconds without one after which a rank is given up
 TIMEOUT = 1800.0
 
 _current: Mesh | None = None
-_ranks: Ranks | None = None
-_previous_excepthook: Any = None
-
-
-@dataclass(eq=False)
-class Ranks:
-    """The processes of this run, once they have met; with or without a mesh."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    store: Any
-    exchange: Exchange
-    heartbeat: Heartbeat
-    owns_default_group: bool
-    nodes: list[SliceExchange] = field(default_factory=list)  # of their meshes
+_exchange: Exchange | None = None
+_owns_default_group = False
 
 
 @dataclass(eq=False)
@@ -60,21 +47,15 @@ class Mesh:
     """This rank's place among the others, and what they do together."""
 
     shape: MeshShape
-    ranks: Ranks
+    exchange: Exchange
     device_mesh: Any  # torch.distributed.device_mesh.DeviceMesh, of dimensions ("data", "pert")
     slice: bool | None  # whether streamed blocks are kept in slices; None: by what is measured
     node: SliceExchange | None  # the ranks of this node, which may share them; None: no slices
     log: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        ranks = self.ranks
-        self.rank, self.world_size, self.local_rank = ranks.rank, ranks.world_size, ranks.local_rank
-        self.exchange = ranks.exchange
-
-    @property
-    def pert_rank(self) -> int:
-        """This rank's coordinate along perturbations."""
-        return self.rank % self.shape.pert
+        self.rank, self.world_size = self.exchange.rank, self.exchange.world_size
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     @property
     def data_rank(self) -> int:
@@ -99,9 +80,9 @@ def current() -> Mesh | None:
     return _current
 
 
-def joined() -> Ranks | None:
-    """The ranks that `join` or `init` met; None before."""
-    return _ranks
+def joined() -> Exchange | None:
+    """The exchange of the ranks that `join` or `init` met; None before."""
+    return _exchange
 
 
 def world_size_of_environment() -> int:
@@ -151,47 +132,32 @@ def init(
     if _current is not None:
         raise DistZO2Error(f"there is a mesh already ({_current}): call distzo2.parallel.shutdown() first")
     shape = resolve_mesh(_world_size(), pert, data, evaluations=evaluations, micro_batches=micro_batches)
-    ranks = join(timeout=timeout, device=device, interval=interval, limit=limit)
+    exchange = join(timeout=timeout, device=device, interval=interval, limit=limit)
     try:
-        ranks.exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
-        node = None if slice is False or (slice is None and shape.size == 1) else _node_of(ranks)
-        _current = Mesh(shape, ranks, ranks.exchange.start(lambda: _device_mesh(shape)), slice, node, log)
+        exchange.agree("distzo2.parallel.init", {"mesh": str(shape), "slice": slice})
+        node = None if slice is False or (slice is None and shape.size == 1) else _node_of(exchange)
+        kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+        names = ("data", "pert")
+        device_mesh = exchange.start(lambda: init_device_mesh(kind, (shape.data, shape.pert), mesh_dim_names=names))
+        _current = Mesh(shape, exchange, device_mesh, slice, node, log)
     except BaseException as error:
         shutdown(error)
         raise
-    if pert is None and data is None and ranks.rank == 0 and ranks.world_size > 1:
-        log(f"mesh of {ranks.world_size} ranks: {shape} (chosen; pert= and data= set it)")
+    if pert is None and data is None and exchange.rank == 0 and shape.size > 1:
+        log(f"mesh of {shape.size} ranks: {shape} (chosen; pert= and data= set it)")
     return _current
 
 
 def _world_size() -> int:
-    if _ranks is not None:
-        return _ranks.world_size
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else world_size_of_environment()
+    return dist.get_world_size() if dist.is_initialized() else world_size_of_environment()
 
 
-def _device_mesh(shape: MeshShape) -> Any:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    return init_device_mesh(kind, (shape.data, shape.pert), mesh_dim_names=("data", "pert"))
-
-
-def _node_of(ranks: Ranks) -> SliceExchange:
-    """The ranks of this node."""
-    import torch.distributed as dist
-
-    from distzo2.parallel.slice_rounds import SliceExchange
-
-    number = os.environ.get("GROUP_RANK")  # what torchrun calls a node; without it, a machine
-    names = ranks.exchange.gather_bytes(f"{host_name()} {number or ''}".encode())
+def _node_of(exchange: Exchange) -> SliceExchange:
+    """The ranks of this node: what torchrun calls one, or else a machine."""
+    names = exchange.gather_bytes(f"{host_name()} {os.environ.get('GROUP_RANK', '')}".encode())
     nodes = [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
-    node = SliceExchange(ranks.exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
-    ranks.nodes.append(node)
-    ranks.heartbeat.on_failure(node.abort)
+    node = SliceExchange(exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
+    exchange.heartbeat.on_failure = node.abort
     return node
 
 
@@ -201,50 +167,28 @@ def join(
     device: str | torch.device | None = None,
     interval: float = INTERVAL,
     limit: float = LIMIT,
-) -> Ranks:
+) -> Exchange:
     """Meets the other ranks and watches over them from then on; `init` does it too. Safe to call twice."""
-    global _ranks
-    if _ranks is not None:
-        return _ranks
-    import torch.distributed as dist
-
-    from distzo2.parallel.exchange import Exchange
-    from distzo2.parallel.rendezvous import init_process_group
-
-    if not dist.is_available():
-        raise DistZO2Error("this torch was built without torch.distributed")
-    owns = not dist.is_initialized()
-    if owns:
+    global _exchange, _owns_default_group
+    if _exchange is not None:
+        return _exchange
+    _owns_default_group = not dist.is_initialized()
+    if _owns_default_group:
         init_process_group(device, timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
     session = store.add(f"distzo2/sessions of rank {rank}", 1)  # meshes come and go; each has keys of its own
     store = dist.PrefixStore(f"distzo2/{session}", store)
     heartbeat = Heartbeat(store.clone(), rank, world_size, interval=interval, limit=limit)
-    exchange = Exchange(rank, world_size, heartbeat, timeout)
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    _ranks = Ranks(rank, world_size, local_rank, store, exchange, heartbeat, owns)
-    _watch_for_the_end()
-    return _ranks
+    _exchange = Exchange(rank, world_size, store, heartbeat, timeout)
+    atexit.register(_at_exit)
+    util.Finalize(None, _at_exit, exitpriority=100)  # of a process that multiprocessing started
+    return _exchange
 
 
-def _watch_for_the_end() -> None:
-    """A program that ends tells the other ranks why, also where multiprocessing started it."""
-    global _previous_excepthook
-    if _previous_excepthook is None:
-        _previous_excepthook = sys.excepthook
-        sys.excepthook = _on_uncaught
-        atexit.register(shutdown)
-        util.Finalize(None, _at_exit_of_child, exitpriority=100)
-
-
-def _on_uncaught(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    _previous_excepthook(kind, error, traceback)
-    shutdown(error)
-
-
-def _at_exit_of_child() -> None:
-    error = sys.exc_info()[1]
+def _at_exit() -> None:
+    """Tells the other ranks why this program ends."""
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
     if isinstance(error, SystemExit):
         error = error.__context__ if error.code else None
     shutdown(error)
@@ -254,32 +198,30 @@ def shutdown(error: BaseException | None = None) -> None:
     """Leaves the mesh. Steps of this rank are its own afterwards, and the others' next ones fail.
 
     Args:
-        error: why, if this rank has failed; all ranks are told the first such cause.
+        error: why, if this rank has failed; all ranks get the first such cause.
     """
-    global _current, _ranks
-    ranks, _ranks, _current = _ranks, None, None
-    if ranks is None:
+    global _current, _exchange
+    exchange, node = _exchange, _current.node if _current is not None else None
+    _exchange = _current = None
+    if exchange is None:
         return
-    import torch.distributed as dist
-
-    from distzo2.parallel.exchange import is_known
-
+    heartbeat = exchange.heartbeat
     if error is not None and not is_known(error):
-        ranks.heartbeat.post(f"rank {ranks.rank}: {describe(error)}")
-    for node in ranks.nodes if error is None else ():
+        heartbeat.post(f"rank {exchange.rank}: {describe(error)}")
+    if node is not None and error is None:
         with suppress(DistZO2Error):
             node.leave(ends=True)  # the others may still want slices of this rank
-    if ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        ranks.heartbeat.wait_for_others(ranks.heartbeat.limit)  # this process serves the store
-    ranks.heartbeat.leave()
-    for group in [ranks.exchange.group, *(group for node in ranks.nodes for group in node.groups)]:
-        if ranks.exchange.broken or ranks.heartbeat.failure is not None:
+    if exchange.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        heartbeat.wait_for_others()  # this process serves the store
+    heartbeat.leave()
+    for group in [exchange.group, *(node.groups if node is not None else ())]:
+        if exchange.broken is not None or heartbeat.failure is not None:
             # gloo's destructor waits for what is in flight, without end where a peer hangs: it is never called.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         else:
             with suppress(Exception):
                 dist.destroy_process_group(group)
-    if ranks.owns_default_group:
+    if _owns_default_group:
         with suppress(Exception):
             dist.destroy_process_group()
 
@@ -287,19 +229,16 @@ def shutdown(error: BaseException | None = None) -> None:
 def stats() -> dict[str, int]:
     """Counts collectives of this rank and the bytes of their payloads, since the mesh was made or since `reset_stats`.
 
-    `collectives`, `bytes_sent`, `bytes_received` are of scalars, between all ranks. With slices there are also
-    `slice_rounds` and `slice_gathers` between the ranks of the node, and `slice_bytes_sent`, `slice_bytes_received`.
+    `collectives`, `bytes_sent`, `bytes_received` are of scalars, between all ranks: an all-gather of b bytes sends b,
+    and receives b from each other rank; a broadcast sends or receives b. With slices there are also `slice_rounds` and
+    `slice_gathers` between the ranks of the node, and `slice_bytes_sent`, `slice_bytes_received`.
     """
-    if _ranks is None:
+    if _exchange is None:
         raise DistZO2Error("there is no mesh: call distzo2.parallel.init() first")
-    of_slices = [node.stats() for node in _ranks.nodes if node.in_use]
-    totals = {f"slice_{key}": sum(stats[key] for stats in of_slices) for key in (of_slices[0] if of_slices else ())}
-    return {**_ranks.exchange.stats(), **totals}
+    return dict(_exchange.counts)
 
 
 def reset_stats() -> None:
     """Sets the counts of `stats` to zero."""
-    if _ranks is not None:
-        _ranks.exchange.reset_stats()
-        for node in _ranks.nodes:
-            node.reset_stats()
+    if _exchange is not None:
+        _exchange.counts.update({name: -count for name, count in _exchange.counts.items()})

@@ -38,12 +38,10 @@ class RankFailedError(DistZO2Error):
 
 def describe(error: BaseException) -> str:
     """An error in one line, with its type unless it is one of ours."""
-    text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, DistZO2Error):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    kind = "" if isinstance(error, DistZO2Error) else type(error).__name__
+    return ": ".join(filter(None, [kind, " ".join(str(error).split())]))
 
 
 def bounded(call: Callable[[], Any], seconds: float) -> Any:
@@ -57,7 +55,7 @@ def bounded(call: Callable[[], Any], seconds: float) -> Any:
         with suppress(Exception):
             results.append(call())
 
-    thread = threading.Thread(target=run, name="distzo2-bounded", daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(timeout=seconds)
     return results[0] if results else None
@@ -70,35 +68,23 @@ class Heartbeat:
         """
         Args:
             store: a connection for the heartbeats alone, since a blocked call on one holds up all others.
-            interval: seconds between heartbeats.
-            limit: seconds without one after which a rank is given up.
+            interval, limit: seconds between heartbeats, and without one before a rank is given up.
         """
         self.rank, self.world_size, self.interval, self.limit = rank, world_size, interval, limit
         self._store = store
-        self._processes: dict[int, tuple[int, str]] = {}  # ranks of this machine: process id, start time
-        self._machines: dict[int, str] = {}  # ranks of other machines: " (name of the machine)"
         self._keys = [f"beat/{r}" for r in range(world_size)]
         self.failure: RankFailedError | None = None  # the first one that is known
-        self._callbacks: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self.on_failure: Callable[[], None] | None = None  # called once, in a thread of the heartbeat
         self.left: set[int] = set()
         self.store_lost = False  # the store no longer answers
-        mine = {"host": host_name(), "name": socket.gethostname(), "pid": os.getpid()}
-        mine["start"] = process_start(os.getpid())
-        store.set(f"process/{rank}", json.dumps(mine))
-        store.add(self._keys[rank], 1)
-        for other, text in enumerate(store.multi_get([f"process/{r}" for r in range(world_size)])):
-            process = json.loads(text)
-            if process["host"] != mine["host"]:
-                self._machines[other] = f" ({process['name']})"
-            elif other != rank:
-                self._processes[other] = process["pid"], process["start"]
         self._rounds = 0  # of the heartbeat with the store
-        self._threads = [
-            threading.Thread(target=target, name=f"distzo2-{target.__name__.strip('_')}", daemon=True)
-            for target in (self._beat, self._watch)
-        ]
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        mine = {"host": host_name(), "name": socket.gethostname(), "pid": os.getpid()}
+        store.set(f"process/{rank}", json.dumps({**mine, "start": process_start(os.getpid())}))
+        store.add(self._keys[rank], 1)
+        self._processes = [json.loads(text) for text in store.multi_get([f"process/{r}" for r in range(world_size)])]
+        self._here = [r for r, process in enumerate(self._processes) if process["host"] == mine["host"] and r != rank]
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._beat, self._watch)]
         for thread in self._threads:
             thread.start()
 
@@ -109,16 +95,9 @@ class Heartbeat:
         if self.failure is not None:
             raise copy(self.failure)
 
-    def on_failure(self, callback: Callable[[], None]) -> None:
-        """Calls `callback()` from the heartbeat's thread when another rank fails; at once if one has."""
-        with self._lock:
-            self._callbacks.append(callback)
-        if self.failure is not None:
-            callback()
-
     def post(self, text: str) -> None:
         """Tells all ranks that this one has failed. They report the first cause that any rank has posted."""
-        bounded(lambda: self._post({"rank": self.rank, "by": self.rank, "text": text}), STORE_SECONDS)
+        bounded(lambda: self._first_cause(self.rank, text), STORE_SECONDS)
 
     def explain(self, error: BaseException) -> RankFailedError:
         """Waits until it is known which rank's failure is behind an error of a connection; returns that failure."""
@@ -127,15 +106,12 @@ class Heartbeat:
             time.sleep(min(0.02, self.interval))
         if self.failure is None and self.left:
             gone = self.gone()
-            time.sleep(2 * self.interval)  # a cause may be on its way
-            if self.failure is None:
-                self._lost(gone.rank, str(gone))  # who leaves because of this one is not to be blamed
+            self._lost(gone.rank, str(gone))  # who leaves because of this one is not to be blamed
         return copy(self.failure) or RankFailedError(f"the connection to another rank was lost ({describe(error)})")
 
     def gone(self) -> RankFailedError:
         """Returns the error for those who still need ranks that have shut down their mesh."""
-        rank = min(self.left)
-        return RankFailedError(f"rank {rank} has left the mesh: its program ended, or called shutdown()", rank)
+        return left_mesh(min(self.left))
 
     def fail(self, text: str, rank: int | None, told: bool = False) -> None:
         """Makes `check` raise from now on; the first failure stays."""
@@ -143,10 +119,9 @@ class Heartbeat:
             if self.failure is not None:
                 return
             self.failure = RankFailedError(text, rank, told)
-            callbacks = list(self._callbacks)
-        for callback in callbacks:
+        if self.on_failure is not None:
             with suppress(Exception):
-                callback()
+                self.on_failure()
 
     def leave(self) -> None:
         """Ends the threads, and tells the other ranks that this one has left."""
@@ -156,39 +131,38 @@ class Heartbeat:
         if not any(thread.is_alive() for thread in self._threads):
             bounded(lambda: self._store.set(self._keys[self.rank], LEFT), STORE_SECONDS)
 
-    def wait_for_others(self, seconds: float) -> None:
+    def wait_for_others(self) -> None:
         """Waits until all others have left, or one has failed. For the rank whose process serves the store."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.limit
         while len(self.left) < self.world_size - 1 and self.failure is None and time.monotonic() < deadline:
             time.sleep(0.01)
 
     # ---- the threads --------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        counts: dict[int, tuple[bytes, int]] = {}  # what each rank has counted, and rounds since it changed
+        before, silent = [b""] * self.world_size, [0] * self.world_size  # of each rank; rounds since its count changed
         while not self._stop.wait(self.interval):
-            try:
+            with suppress(Exception):  # how long the store may fail is for _watch to judge
                 self._store.add(self._keys[self.rank], 1)
                 beats = self._store.multi_get(self._keys)
-                cause = json.loads(self._store.get("cause/1")) if self._store.add("causes", 0) else None
-            except Exception:
-                self._look_at_processes()
-                continue  # how long this may last is for _watch to judge
-            self._rounds += 1
-            self.left = {r for r, beat in enumerate(beats) if beat == LEFT}
-            if cause is not None and cause["rank"] != self.rank:
-                self.fail(cause["text"], cause["rank"], told=cause["rank"] == cause["by"])
+                cause = json.loads(self._store.get("cause")) if self._store.check(["cause"]) else None
+                self._rounds += 1
+                if cause is not None and cause["rank"] != self.rank:
+                    self.fail(cause["text"], cause["rank"], told=cause["rank"] == cause["by"])
+                self.left = {r for r, beat in enumerate(beats) if beat == LEFT}  # after a cause, which is posted first
+                silent = [s + 1 if new == old else 0 for s, new, old in zip(silent, beats, before, strict=True)]
+                before = beats
             self._look_at_processes()
-            for rank, beat in enumerate(beats):
-                before, silent = counts.get(rank, (b"", 0))
-                counts[rank] = (beat, 0 if beat != before else silent + 1)
-                if rank != self.rank and beat != LEFT and counts[rank][1] * self.interval > self.limit:
-                    name = f"rank {rank}{self._machines.get(rank, '')}"
-                    self._lost(rank, f"{name} has not been heard of for {self.limit:g} s: it hangs, or is cut off")
+            for rank in set(range(self.world_size)) - {self.rank} - self.left:
+                if silent[rank] * self.interval > self.limit:
+                    where = "" if rank in self._here else f" ({self._processes[rank]['name']})"
+                    text = f"rank {rank}{where} has not been heard of for {self.limit:g} s: it hangs, or is cut off"
+                    self._lost(rank, text)
 
     def _look_at_processes(self) -> None:
-        for rank, (pid, start) in self._processes.items():
-            if rank in self.left or process_start(pid) == start:
+        for rank in self._here:
+            pid = self._processes[rank]["pid"]
+            if rank in self.left or process_start(pid) == self._processes[rank]["start"]:
                 continue
             with suppress(Exception):
                 if self._store.get(self._keys[rank]) == LEFT:  # it left in order, and then ended
@@ -197,16 +171,14 @@ class Heartbeat:
 
     def _lost(self, rank: int, text: str) -> None:
         with suppress(Exception):
-            cause = self._post({"rank": rank, "by": self.rank, "text": text})
+            cause = self._first_cause(rank, text)
             rank, text = cause["rank"], cause["text"]
         self.fail(text, rank)
 
-    def _post(self, cause: dict[str, Any]) -> dict[str, Any]:
-        """Posts a cause; returns the first one that any rank has posted."""
-        if self.failure is None:
-            number = self._store.add("causes", 1)
-            self._store.set(f"cause/{number}", json.dumps(cause))
-        return json.loads(self._store.get("cause/1"))
+    def _first_cause(self, rank: int, text: str) -> dict[str, Any]:
+        """Posts why a rank has failed; returns the first such cause that any rank has posted."""
+        mine = json.dumps({"rank": rank, "by": self.rank, "text": text})
+        return json.loads(self._store.compare_set("cause", "", mine))
 
     def _watch(self) -> None:
         limit, seen, silent = self.limit + 5 * self.interval, 0, 0
@@ -215,29 +187,29 @@ class Heartbeat:
             if silent * self.interval > limit:
                 self.store_lost = True
                 where = f" on {os.environ['MASTER_ADDR']}" if "MASTER_ADDR" in os.environ else ""
-                self.fail(
-                    f"the rendezvous store{where} has not answered for {limit:g} s: it or the network is down", None
-                )
+                text = f"the rendezvous store{where} has not answered for {limit:g} s: it or the network is down"
+                self.fail(text, None)
+
+
+def left_mesh(rank: int) -> RankFailedError:
+    return RankFailedError(f"rank {rank} has left the mesh: its program ended, or called shutdown()", rank)
 
 
 def machine_name() -> str:
     """The kernel's name for this boot of the machine, which containers on it share as they share its memory."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return socket.gethostname()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def host_name() -> str:
     """Names this machine and its space of process ids."""
-    with suppress(OSError):
-        return f"{machine_name()} {os.readlink('/proc/self/ns/pid')}"
-    return machine_name()
+    pids = Path("/proc/self/ns/pid")
+    return f"{machine_name()} {pids.readlink() if pids.is_symlink() else ''}"
 
 
 def process_start(pid: int) -> str | None:
     """Returns when a process started, in clock ticks; None if it has ended."""
-    try:
+    with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+        return None if fields[0] in "ZX" else fields[19]
+    return None

@@ -66,14 +66,12 @@ def deal_evaluations(evaluations: Sequence[Evaluation], pert: int) -> list[list[
     they should come from the same hardware. An evaluation of the clean weights then goes to the first rank.
     """
     probes = sorted({probe for probe, sign in evaluations if sign})
-    if probes and len(probes) % pert == 0:
-        part = len(probes) // pert
-        rank_of = {probe: i // part for i, probe in enumerate(probes)}
-        dealt: list[list[int]] = [[] for _ in range(pert)]
-        for index, (probe, sign) in enumerate(evaluations):
-            dealt[rank_of[probe] if sign else 0].append(index)
-        return dealt
-    return [list(part) for part in deal_evenly(len(evaluations), pert)]
+    if not probes or len(probes) % pert:
+        return [list(part) for part in deal_evenly(len(evaluations), pert)]
+    dealt: list[list[int]] = [[] for _ in range(pert)]
+    for index, (probe, sign) in enumerate(evaluations):
+        dealt[probes.index(probe) * pert // len(probes) if sign else 0].append(index)
+    return dealt
 
 
 def deal_evenly(count: int, parts: int) -> list[range]:
@@ -107,16 +105,13 @@ def resolve_mesh(
     """
     if pert is None and data is None:
         return _best(world_size, evaluations, micro_batches)
-    asked = ",".join(f"{name}={size}" for name, size in (("pert", pert), ("data", data)) if size is not None)
-    least = (1 if pert is None else pert) * (1 if data is None else data)
-    if least < 1:
-        raise UsageError(f"{asked}: expected at least 1 of each")
-    if world_size % least or (pert and data and least != world_size):
-        needed = f"{least} ranks" if pert and data else f"a multiple of {least} ranks"
+    shape = next((s for s in _shapes(world_size) if pert in (None, s.pert) and data in (None, s.data)), None)
+    if shape is None:
+        asked = ",".join(f"{name}={size}" for name, size in (("pert", pert), ("data", data)) if size is not None)
+        needed = f"a multiple of {data if pert is None else pert}" if None in (pert, data) else pert * data
         there = "there is 1" if world_size == 1 else f"there are {world_size}"
         fitting = _fitting(world_size, evaluations, micro_batches)
-        raise UsageError(f"{asked}: {needed} would be needed, and {there}; {fitting}")
-    shape = MeshShape(pert or world_size // data, data or world_size // pert)
+        raise UsageError(f"{asked}: {needed} ranks would be needed, and {there}; {fitting}")
     check_step(shape, evaluations, micro_batches)
     return shape
 
@@ -171,8 +166,8 @@ def _best(world_size: int, evaluations: Sequence[Evaluation] | None, micro_batch
 
     def cost(shape: MeshShape) -> tuple[int, bool, int]:
         dealt = deal_evaluations(evaluations, shape.pert)
-        busiest = max(len(part) for part in dealt) * -(-num_batches // shape.data)
         split = sum(len({evaluations[i][0] for i in part if evaluations[i][1]}) for part in dealt)
+        busiest = max(map(len, dealt)) * -(-num_batches // shape.data)
         return busiest, split > num_perturbations(evaluations), -shape.pert
 
     return min(shapes, key=cost)

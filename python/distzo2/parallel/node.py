@@ -5,18 +5,19 @@ Slices are taken as asked, or by what is measured here; the decision and its fig
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from distzo2.errors import UsageError
-from distzo2.parallel.exchange import hash64
-from distzo2.parallel.group import Mesh, Ranks
+from distzo2.parallel.exchange import Exchange, hash64
+from distzo2.parallel.group import Mesh
 from distzo2.parallel.heartbeat import machine_name
 from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.parallel.sliced_store import cut
@@ -31,22 +32,23 @@ ROUNDS = 3
 _SPARE = 0.1  # of the memory that is available
 _NO_LIMIT = (1 << 63) - 1  # bytes, where a machine has none
 
+Place = str | os.PathLike | None  # the directory of block files; None: weights are in memory
 
-def memory_share(ranks: Ranks | None) -> MemoryShare:
-    """Reads what memory this machine has. `ranks` that have met all call it, and take none before it returns.
+
+def memory_share(exchange: Exchange | None) -> MemoryShare:
+    """Reads what memory this machine has. Ranks that have met all call it, and take none before it returns.
 
     The least reading of a machine's ranks counts. A rank that read for itself would miss what the others had already
     taken, and divide the rest once more; or would not see what they are about to take.
     """
     mine = MemoryShare.of_one_rank()
-    if ranks is None or ranks.world_size == 1:
+    if exchange is None or exchange.world_size == 1:
         return mine
-    what = "sharing the memory of a machine"
-    machines = [row[0] for row in ranks.exchange.agree(what, numbers=[hash64(machine_name())])]
+    exchange.agree("sharing the memory of a machine")
     limits = [_NO_LIMIT if limit is None else limit for limit in (mine.cgroup_bytes, mine.available_bytes)]
-    readings = ranks.exchange.agree(what, numbers=limits)
-    here = [row for machine, row in zip(machines, readings, strict=True) if machine == machines[ranks.rank]]
-    least = [min(column) for column in zip(*here, strict=True)]
+    rows = exchange.gather(torch.tensor([hash64(machine_name()), *limits])).tolist()
+    here = [row for row in rows if row[0] == rows[exchange.rank][0]]
+    least = [min(column) for column in zip(*here, strict=True)][1:]
     return MemoryShare(len(here), *(None if limit == _NO_LIMIT else limit for limit in least))
 
 
@@ -63,11 +65,7 @@ class Slicing(NamedTuple):
 
 
 def choose_slices(
-    mesh: Mesh | None,
-    units: Sequence[Unit],
-    device: torch.device,
-    weights: str,
-    directory: str | os.PathLike | None,
+    mesh: Mesh | None, units: Sequence[Unit], device: torch.device, weights: str, directory: Place
 ) -> Slicing | None:
     """Decides whether streamed units are kept in slices; None if not. All ranks call it and get the same answer.
 
@@ -84,11 +82,8 @@ def choose_slices(
     failure = None
     if weights == "device" and mesh.slice:
         failure = UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
-    fields = {
-        "weights": weights,
-        "device": device.type,
-        "the units": [(u.name, u.num_bytes, u.resident) for u in units],
-    }
+    table = [(u.name, u.num_bytes, u.resident) for u in units]
+    fields = {"weights": weights, "device": device.type, "the units": table}
     mesh.exchange.agree("handing over a model", fields, error=failure)
     streamed = [u for u in units if not u.resident]
     node, total = mesh.node, sum(u.num_bytes for u in streamed)
@@ -96,11 +91,15 @@ def choose_slices(
         return None
     node.connect()
     sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
+    bring = functools.partial(_bring_seconds, mesh, device, directory)
     chosen, why = True, "as asked"
     if mesh.slice is None:
-        chosen, why = _decide(mesh, total, sample, device, weights, directory)
+        chosen, why = _decide(mesh, total, sample, bring, device, weights, directory)
         why += "; slice= or --slice sets it"
-    shares = _shares(mesh, sample, device, directory) if chosen else []
+    shares = [1.0] * node.size
+    if chosen and device.type != "cpu":  # of each rank of this node, by the rates of their links, all in use
+        seconds = _of_all(mesh, [bring(sample // node.most_ranks)])[:, 0].tolist()
+        shares = shares_of([seconds[rank] for rank in node.ranks])
     if mesh.rank == 0:
         kept = f"; {gib(int(total * shares[node.index] / sum(shares)))} of blocks a rank" if chosen else ""
         mesh.log(f"slices: {'on' if chosen else 'off'} ({why}{kept})")
@@ -108,36 +107,29 @@ def choose_slices(
 
 
 def _decide(
-    mesh: Mesh, total: int, sample: int, device: torch.device, weights: str, directory: str | os.PathLike | None
+    mesh: Mesh, total: int, sample: int, bring: Callable[[int], float], device: torch.device, weights: str, place: Place
 ) -> tuple[bool, str]:
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_disk_bytes(directory)
-    room = _of_all(mesh, [node.size * total, free * (1 - _SPARE)])
-    for needed, free in room.tolist():
-        if needed > free:
+        free = available_memory() if weights == "host" else free_disk_bytes(place)
+    for needed, room in _of_all(mesh, [node.size * total, free * (1 - _SPARE)]).tolist():
+        if needed > room:
             where = "memory" if weights == "host" else "disk"
-            return True, f"a copy for each rank, {gib(needed)}, does not fit into the {gib(free)} of {where} to be had"
+            return True, f"a copy for each rank, {gib(needed)}, does not fit into the {gib(room)} of {where} to be had"
     if weights == "host" and device.type == "cpu":
         return False, "weights in memory are used where they are"
     bounds = cut(sample, [1.0] * node.size)
-    seconds = [
-        _bring_seconds(mesh, sample, device, directory),
-        _bring_seconds(mesh, bounds[1], device, directory),
-        _gather_seconds(mesh, bounds, device),
-    ]
-    whole, part, gather = _of_all(mesh, seconds).max(dim=0).values.tolist()
-    figures = f"slices come in {1e3 * part:.1f} ms and are gathered in {1e3 * gather:.1f} ms"
-    return part + gather < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"
+    block = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
 
+    def gather() -> None:
+        for work in node.gather([block[a:b] for a, b in pairwise(bounds)]):
+            node.wait(work)
 
-def _shares(mesh: Mesh, sample: int, device: torch.device, directory: str | os.PathLike | None) -> list[float]:
-    """Of each rank of this node: in proportion to the rates of their links, all in use; equal ones on a CPU."""
-    if device.type == "cpu":
-        return [1.0] * mesh.node.size
-    seconds = _of_all(mesh, [_bring_seconds(mesh, sample // mesh.node.most_ranks, device, directory)])[:, 0]
-    return shares_of([float(seconds[rank]) for rank in mesh.node.ranks])
+    seconds = [bring(sample), bring(bounds[1]), _seconds(mesh, device, "measuring gathers", gather)]
+    whole, part, gathered = _of_all(mesh, seconds).max(dim=0).values.tolist()
+    figures = f"slices come in {1e3 * part:.1f} ms and are gathered in {1e3 * gathered:.1f} ms"
+    return part + gathered < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"
 
 
 def shares_of(seconds: Sequence[float]) -> list[float]:
@@ -152,44 +144,38 @@ def _of_all(mesh: Mesh, values: Sequence[float]) -> torch.Tensor:
     return mesh.exchange.gather(torch.tensor(values, dtype=torch.float64))
 
 
-def _bring_seconds(mesh: Mesh, num_bytes: int, device: torch.device, directory: str | os.PathLike | None) -> float:
+def _seconds(mesh: Mesh, device: torch.device, what: str, work: Callable[[], None]) -> float:
+    """The median of the seconds that `work()` takes while all ranks do it."""
+    times = []
+    for _ in range(ROUNDS):
+        with mesh.together(what):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _bring_seconds(mesh: Mesh, device: torch.device, directory: Place, num_bytes: int) -> float:
+    """Seconds in which `num_bytes` come to the device, on the average of a few blocks."""
     unit = Unit(0, "a sample", [], [], resident=False)
     samples = [StoredCopy(unit, 0, num_bytes, block=i) for i in range(SAMPLE_BLOCKS)]
-    times = []
+
+    def bring() -> None:
+        for sample in samples:
+            store.engine.drop(sample.block)
+        for i, sample in enumerate(samples):
+            store.acquire(sample)
+            store.release(sample, False)
+            store.expect(samples[i + 1 :], 0)
+
     with mesh.together("measuring transfers"):
         store = streaming_store(samples, device, directory=directory, slots=3)
         for sample in samples if directory is not None else ():
             with store.open(sample, write=True, keep=False) as buffer:
                 buffer.fill_(1)  # a file's holes are read faster
     try:
-        for _ in range(ROUNDS):
-            mesh.exchange.agree("measuring transfers")
-            with mesh.together("measuring transfers"):
-                start = time.perf_counter()
-                for i, sample in enumerate(samples):
-                    store.acquire(sample)
-                    store.release(sample, False)
-                    store.expect(samples[i + 1 :], 0)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append((time.perf_counter() - start) / SAMPLE_BLOCKS)
-            for sample in samples:
-                store.engine.drop(sample.block)
+        return _seconds(mesh, device, "measuring transfers", bring) / SAMPLE_BLOCKS
     finally:
         store.close()
-    return statistics.median(times)
-
-
-def _gather_seconds(mesh: Mesh, bounds: Sequence[int], device: torch.device) -> float:
-    whole = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(ROUNDS):
-        mesh.exchange.agree("measuring gathers")
-        start = time.perf_counter()
-        works = mesh.node.gather([whole[a:b] for a, b in pairwise(bounds)])
-        for work in works:
-            mesh.node.wait(work)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

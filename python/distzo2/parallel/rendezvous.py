@@ -42,49 +42,38 @@ def init_process_group(device: str | torch.device | None, timeout: float) -> Non
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return
     local, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    kind = torch.device(device).type if device is not None else None
+    place = torch.device("cuda" if device is None else device)
     one_each = torch.cuda.is_available() and torch.cuda.device_count() >= num_local and dist.is_nccl_available()
-    pinned = device is not None and torch.device(device).index is not None and num_local > 1  # a GPU that ranks share
     wait = timedelta(seconds=timeout)
     try:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = _store(rank, world_size, wait)
+        store = next(iter(rendezvous("env://", rank, world_size, timeout=wait)))[0]
+        # torchrun's store outlives its ranks: those that it starts anew must not find the addresses of the dead.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         if num_local < world_size and INTERFACE not in os.environ:
             interface = _interface_to_others(store, rank, world_size)
             if interface is not None:
                 os.environ[INTERFACE] = interface
-        options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size, "timeout": CONNECTING}
-        if kind != "cpu" and one_each and not pinned:
-            gpu = torch.device("cuda", local)
-            torch.cuda.set_device(gpu)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=gpu, **options)
-        else:
-            dist.init_process_group("gloo", **options)
+        backend, options = "gloo", {"store": store, "rank": rank, "world_size": world_size, "timeout": CONNECTING}
+        if place.type != "cpu" and one_each and (place.index is None or num_local == 1):  # not a GPU that ranks share
+            backend, options["device_id"] = "cpu:gloo,cuda:nccl", torch.device("cuda", local)
+            torch.cuda.set_device(local)
+        dist.init_process_group(backend, **options)
         _allow(None, wait)
     except (RuntimeError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise DistZO2Error(f"the ranks could not meet: {text}") from error
+        raise DistZO2Error(f"the ranks could not meet: {' '.join(str(error).split())}") from error
 
 
-def new_group(ranks: Sequence[int], backend: str) -> Any:
-    """Makes a group of some ranks; all ranks call it. Its collectives have no time limit: `Exchange.wait` has one."""
-    group = dist.new_group(list(ranks), backend=backend, timeout=CONNECTING)
-    if dist.get_rank() in ranks:
-        _allow(group, timedelta(days=365))
+def new_group(nodes: Sequence[Sequence[int]], backend: str) -> Any:
+    """Makes a group of the ranks of each node, and returns this rank's; all ranks call it. Its collectives have no time
+    limit: `Exchange.wait` has one."""
+    group, _ = dist.new_subgroups_by_enumeration([list(n) for n in nodes], timeout=CONNECTING, backend=backend)
+    _allow(group, timedelta(days=365))
     return group
 
 
 def _allow(group: Any, timeout: timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def _store(rank: int, world_size: int, wait: timedelta) -> Any:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return next(iter(rendezvous("env://", rank, world_size, timeout=wait)))[0]
-    # torchrun's store outlives its ranks: those that it starts anew must not find the addresses of the dead.
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=wait)
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 # ---- interfaces ----------------------------------------------------------------------------------------------------

@@ -20,10 +20,9 @@ import torch.distributed as dist
 
 from distzo2.errors import DistZO2Error
 from distzo2.parallel.exchange import Exchange
-from distzo2.parallel.heartbeat import RankFailedError, describe
+from distzo2.parallel.heartbeat import RankFailedError, left_mesh
 from distzo2.parallel.rendezvous import new_group
 
-WORD_BYTES = 32
 READY, WANTS, LEAVES, ENDS = range(4)
 
 
@@ -53,34 +52,20 @@ class SliceExchange:
             backend: what blocks go through, "gloo" or "nccl".
         """
         self.ranks = next(tuple(ranks) for ranks in nodes if exchange.rank in ranks)
-        self.index = self.ranks.index(exchange.rank)
+        self.size, self.index = len(self.ranks), self.ranks.index(exchange.rank)
         self.exchange, self.backend = exchange, backend
         self.most_ranks = max(len(ranks) for ranks in nodes)
         self._nodes = nodes
         self.groups: list[Any] = []  # of the node's ranks: for words, and for blocks
         self._num_stores = 0
-        self._begin: dict[int, Callable[..., None]] = {}  # of each store that is open: begins to gather a unit
+        self.stores: dict[int, Callable[[int, int, bool], None]] = {}  # `SlicedStore.begin` of those that are open
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
-        self.num_acted = 0
-        self.reset_stats()
-
-    @property
-    def size(self) -> int:
-        """Ranks of this node."""
-        return len(self.ranks)
-
-    @property
-    def in_use(self) -> bool:
-        """Whether there has been a store."""
-        return self._num_stores > 0
+        self._num_acted = 0
 
     def connect(self) -> None:
         """Makes the groups, once; all ranks of all nodes call it."""
-        for ranks in self._nodes if not self.groups else ():
-            for backend in ("gloo", self.backend):
-                group = self.exchange.start(lambda ranks=ranks, backend=backend: new_group(ranks, backend))
-                if self.exchange.rank in ranks:
-                    self.groups.append(group)
+        for backend in ("gloo", self.backend) if not self.groups else ():
+            self.groups.append(self.exchange.start(lambda backend=backend: new_group(self._nodes, backend)))
 
     def new_store(self) -> int:
         """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
@@ -89,39 +74,20 @@ class SliceExchange:
         self._num_stores += 1
         return self._num_stores - 1
 
-    def register(self, number: int, begin: Callable[[int, int, bool], None] | None) -> None:
-        """Sets the `SlicedStore.begin` of the store of a number; None: it is closed."""
-        self._begin[number] = begin
-
-    # ---- figures --------------------------------------------------------------------------------------------------
-
-    def reset_stats(self) -> None:
-        self.num_rounds = self.num_gathers = self.bytes_sent = self.bytes_received = 0
-
-    def stats(self) -> dict[str, int]:
-        """Counts rounds, gathers, and their bytes: each rank sends its word or slice, and receives the others'."""
-        words = WORD_BYTES * self.num_rounds
-        return {
-            "rounds": self.num_rounds,
-            "gathers": self.num_gathers,
-            "bytes_sent": self.bytes_sent + words,
-            "bytes_received": self.bytes_received + words * (self.size - 1),
-        }
-
     # ---- rounds -------------------------------------------------------------------------------------------------
 
     def say(self, word: Word) -> None:
-        """Says this rank's word of the next round; does not wait for the others'."""
+        """Says this rank's word of the next round; does not wait for the others'. No-op where the word was said in a
+        round that has not been acted on."""
+        if any(r.mine == word for r in self._rounds):
+            return
         mine = torch.tensor(word, dtype=torch.int64, device="cpu")
         words = torch.empty(self.size, len(word), dtype=torch.int64, device="cpu")
         # Of the group itself: torch.distributed's own function takes longer than the exchange.
         work = self.exchange.start(lambda: self.groups[0].allgather([list(words.unbind(0))], [mine]))
         self._rounds.append(_Round(word, words, work))
-        self.num_rounds += 1
-
-    def is_said(self, word: Word) -> bool:
-        """Whether this rank has said `word` in a round that has not been acted on."""
-        return any(r.mine == word for r in self._rounds)
+        sent = mine.nbytes
+        self.exchange.counts.update(slice_rounds=1, slice_bytes_sent=sent, slice_bytes_received=words.nbytes - sent)
 
     @property
     def answered(self) -> bool:
@@ -129,82 +95,64 @@ class SliceExchange:
         return bool(self._rounds) and self._rounds[0].work.is_completed()
 
     def act(self, quiet: bool = False) -> list[Word] | None:
-        """Waits for the words of the oldest round and begins its gather.
-
-        Args:
-            quiet: a rank that has left is no failure to report to the others.
-
-        Returns:
-            The words, if none of them is for a block.
-        """
+        """Waits for the words of the oldest round and begins its gather. Returns the words, if none of them wants a
+        block. With `quiet`, a rank that has left is no failure to report to the others."""
         self.exchange.wait(self._rounds[0].work, quiet=quiet)
         this = self._rounds.popleft()
         words = [Word(*row) for row in this.words.tolist()]
-        first = self.num_acted % self.size  # each rank's turn
-        self.num_acted += 1
+        first = self._num_acted % self.size  # each rank's turn
+        self._num_acted += 1
         wanted = next((word for word in words[first:] + words[:first] if word.kind == WANTS), None)
         if wanted is None:
             return words
         try:
-            begin = self._begin.get(wanted.store)
-            if begin is None:
+            if wanted.store not in self.stores:
                 raise DistZO2Error("another rank wants a block of a model that this one has closed")
-            begin(wanted.unit, wanted.stamp, this.mine == wanted)
-        except RuntimeError as error:
-            raise self.exchange.give_up(DistZO2Error(describe(error))) from error
+            self.stores[wanted.store](wanted.unit, wanted.stamp, this.mine == wanted)
         except BaseException as error:  # the others wait for this rank's slice, which will not come
             raise self.exchange.give_up(error) from error.__cause__
         return None
 
     def bring(self, word: Word, begun: Callable[[], bool]) -> None:
         """Takes part in rounds until `begun()`: the gather that `word` wants has begun."""
-        while not begun():
-            if not self._rounds:
-                self.say(word)
-            self._check_nobody_ended(self.act())
+        if not begun():
+            self._take_part(word, lambda _: begun())
 
     def meet(self) -> None:
         """Serves the other ranks of the node until all of them stand before the same collective of scalars."""
         word = Word(READY, stamp=self.exchange.number)
-        while True:
-            if not self._rounds:
-                self.say(word)
-            words = self.act()
-            if words is not None and all(w == word for w in words):
-                return
-            self._check_nobody_ended(words)
+        self._take_part(word, lambda words: words is not None and all(w == word for w in words))
 
     def leave(self, ends: bool) -> None:
         """Serves the others before a model is closed: until none of them wants a block. With `ends`, before this rank's
         program ends: until those of all ranks do."""
-        if not self.in_use or self.exchange.broken or self.exchange.heartbeat.failure is not None:
-            return
-        word = Word(ENDS if ends else LEAVES)
-        with suppress(RankFailedError):
-            while True:
-                if not self._rounds:
-                    self.say(word)
-                words = self.act(quiet=True)
-                if words is not None and (not ends or all(w.kind == ENDS for w in words)):
-                    return
 
-    def _check_nobody_ended(self, words: Sequence[Word] | None) -> None:
-        for rank, word in zip(self.ranks, words or (), strict=False):
-            if word.kind == ENDS:
-                raise RankFailedError(f"rank {rank} has left the mesh: its program ended, or called shutdown()", rank)
+        def done(words: list[Word] | None) -> bool:
+            return words is not None and (not ends or all(w.kind == ENDS for w in words))
+
+        if self._num_stores and self.exchange.broken is None and self.exchange.heartbeat.failure is None:
+            with suppress(RankFailedError):
+                self._take_part(Word(ENDS if ends else LEAVES), done, quiet=True)
+
+    def _take_part(self, word: Word, done: Callable[[list[Word] | None], bool], quiet: bool = False) -> None:
+        """Takes part in rounds, with `word` where this rank has said none ahead, until `done` of what `act` returns."""
+        while True:
+            if not self._rounds:
+                self.say(word)
+            words = self.act(quiet)
+            if done(words):
+                return
+            for rank, said in zip(self.ranks, words or (), strict=False):
+                if said.kind == ENDS and not quiet:
+                    raise left_mesh(rank)
 
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
     def gather(self, parts: Sequence[torch.Tensor]) -> list[Any]:
-        """Begins a gather: `parts` are the ranks' slices, consecutive in memory, this rank's own filled.
-
-        Returns:
-            What to `wait` for.
-        """
+        """Begins a gather, and returns what to `wait` for. `parts` are the ranks' slices, consecutive in memory, this
+        rank's own filled."""
         own, total = parts[self.index].numel(), sum(part.numel() for part in parts)
-        self.num_gathers += 1
-        self.bytes_sent += own
-        self.bytes_received += total - own
+        self.exchange.counts.update(slice_gathers=1, slice_bytes_sent=own, slice_bytes_received=total - own)
         group, mine = self.groups[1], parts[self.index]
         if self.backend != "nccl":
             # gloo's all-gather goes through a copy of the whole; its broadcasts write where the bytes belong.
@@ -221,10 +169,10 @@ class SliceExchange:
 
     def wait(self, work: Any) -> None:
         """Waits for a part of a gather; on a GPU the current stream waits, and not the host."""
-        if self.backend != "nccl":
+        if self.backend == "nccl":
+            self.exchange.start(work.wait)
+        else:
             self.exchange.wait(work)
-            return
-        self.exchange.start(work.wait)
 
     def abort(self) -> None:
         """Ends what is in flight on a GPU, which would wait for a lost rank without end."""

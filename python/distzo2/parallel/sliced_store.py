@@ -12,7 +12,7 @@ last update: a pass perturbs from it, and never writes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -41,19 +41,13 @@ def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
     total = sum(shares)
     bounds = [round(num_bytes * s / total / ALIGNMENT) * ALIGNMENT for s in accumulate(shares)]
     bounds[-1] = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-    starts = [0]
-    for bound in bounds:
-        starts.append(max(bound, starts[-1] + ALIGNMENT))
-    return starts
+    return list(accumulate(bounds, lambda start, bound: max(bound, start + ALIGNMENT), initial=0))
 
 
 def slices_of(units: Sequence[Unit], shares: Sequence[float], index: int) -> list[StoredCopy]:
     """Returns the slices that the rank at `index` of its node keeps of the units that stream."""
-    copies = []
-    for block, unit in enumerate(units):
-        begin, end = cut(unit.num_bytes, shares)[index : index + 2]
-        copies.append(StoredCopy(unit, begin, end - begin, block=block))
-    return copies
+    spans = [(unit, *cut(unit.num_bytes, shares)[index : index + 2]) for unit in units]
+    return [StoredCopy(unit, begin, end - begin, block=i) for i, (unit, begin, end) in enumerate(spans)]
 
 
 @dataclass(eq=False)
@@ -86,12 +80,9 @@ class SlicedStore(Store):
     ) -> None:
         """
         Args:
-            source: the store of this rank's slices.
-            copies: the slices, from `slices_of`.
-            device: where it computes.
+            source: the store of this rank's slices, which are `copies`, from `slices_of`.
             slots: how many whole blocks are on the device at once, at least 2.
-            node: the ranks that share the units.
-            shares: the share of each rank of the node.
+            shares: of each rank of the node, as `cut` takes them.
         """
         self._source, self._device, self._node = source, device, node
         self.set_durable, self.fail, self.flush = source.set_durable, source.fail, source.flush
@@ -100,27 +91,23 @@ class SlicedStore(Store):
         self._bounds = {copy.unit.index: cut(copy.unit.num_bytes, shares) for copy in copies}
         self.num_slots = num_slots_of(slots, len(copies))
         self.slot_bytes = slot_bytes_of(bounds[-1] for bounds in self._bounds.values())
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers = [self._new_buffer() for _ in range(self.num_slots)]  # the one filled last is last
         self._held: dict[int, _Buffer] = {}
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._spare: torch.Tensor | None = None
-        self.gather_wait_ns = self.gathers_ahead = 0
-        self._closed = False
-        self._weights: UnitWeights | None = None
-        self._number = -1
+        self._spare: torch.Tensor | None = None  # reused while units are written one after another, as in loading
+        self._gather_wait_s, self._gathers_ahead = 0.0, 0
 
     def serve(self, weights: UnitWeights, number: int) -> None:
-        """Lets the other ranks gather from here on; `weights` brings slices up to date. `number` is from
-        `node.new_store`."""
+        """Lets the other ranks gather from now on. `weights` brings slices up to date; `number` is of `new_store`."""
         self._weights, self._number = weights, number
-        self._node.register(number, self.begin)
+        self._node.stores[number] = self.begin
 
     @property
     def source(self) -> Store:
         return self._source
 
     def _new_buffer(self) -> _Buffer:
-        if self._device.type == "cpu":
+        if self._side is None:
             return _Buffer(aligned_buffer(self.slot_bytes))
         data = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
         return _Buffer(data, released=torch.cuda.Event())
@@ -149,7 +136,7 @@ class SlicedStore(Store):
                 "and updates applied, by all ranks together"
             )
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
-            self._drop(lambda buffer: buffer.unit is copy.unit)  # of two gathers of a unit the later one counts
+            self._drop(copy.unit)  # of two gathers of a unit the later one counts
             buffer = self._take_buffer()
             if buffer.released is not None:
                 self._side.wait_event(buffer.released)
@@ -164,29 +151,26 @@ class SlicedStore(Store):
 
     def _take_buffer(self) -> _Buffer:
         """Returns the buffer to gather into: the oldest that nobody reads, if possible one that nobody will read."""
-        idle = [b for b in self._buffers if not b.readers]
-        if idle:
-            buffer = min(idle, key=self._is_ahead)
+        buffer = min((b for b in self._buffers if not b.readers), key=self._is_ahead, default=None)
+        if buffer is None:  # nested windows hold more units than there are slots
+            buffer = self._new_buffer()
+        else:
             self._settle(buffer)
             self._buffers.remove(buffer)
-        else:  # nested windows hold more units than there are slots
-            buffer = self._new_buffer()
         self._buffers.append(buffer)
         return buffer
 
     def _is_ahead(self, buffer: _Buffer) -> bool:
-        """Whether the buffer holds a block that was gathered ahead, and that this rank is yet to read."""
-        return buffer.unit is not None and buffer.stamp == self._weights.stamp and buffer.is_ahead
+        """Whether the buffer holds a block that was gathered ahead, and that this rank has yet to read."""
+        return buffer.is_ahead and buffer.stamp == self._weights.stamp
 
     def _has_room(self) -> bool:
         """Whether a gather can begin without waiting, and without giving up a block that was gathered ahead."""
-        return any(
-            not b.readers and not self._is_ahead(b) and all(work.is_completed() for work in b.works)
-            for b in self._buffers
-        )
+        free = (b for b in self._buffers if not b.readers and not self._is_ahead(b))
+        return any(all(work.is_completed() for work in buffer.works) for buffer in free)
 
     def _settle(self, buffer: _Buffer) -> None:
-        """Waits until a gather has ended; on CUDA what follows on the current stream waits, and not the host."""
+        """Waits until a gather has ended; on CUDA the current stream waits, and not the host."""
         for work in buffer.works:
             self._node.wait(work)
         buffer.works = []
@@ -199,9 +183,9 @@ class SlicedStore(Store):
         unit = copy.unit
         self._node.bring(self._want(unit), lambda: self._find(unit) is not None)
         buffer = self._find(unit)
-        start = time.perf_counter_ns()
+        start = time.perf_counter()
         self._settle(buffer)
-        self.gather_wait_ns += time.perf_counter_ns() - start
+        self._gather_wait_s += time.perf_counter() - start
         buffer.readers, buffer.is_ahead = buffer.readers + 1, False
         self._held[unit.index] = buffer
         return buffer.data[: unit.num_bytes]
@@ -214,33 +198,29 @@ class SlicedStore(Store):
 
     def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
         """As in `Store`: the first `num_current` are gathered ahead; of the others, slices are brought."""
-        current = following[:num_current]
-        for copy in following:
-            if copy in current and self._find(copy.unit) is not None:
-                continue
-            if not self._source.prefetch(copy):
+        for i, copy in enumerate(following):
+            if (i >= num_current or self._find(copy.unit) is None) and not self._source.prefetch(copy):
                 break
-        for copy in current[: self.num_slots - 1]:
-            want = self._want(copy.unit)
-            if self._find(copy.unit) is None and not self._node.is_said(want):
-                self._node.say(want)
+        for copy in following[: min(num_current, self.num_slots - 1)]:
+            if self._find(copy.unit) is None:
+                self._node.say(self._want(copy.unit))
         self.poll()
 
     def poll(self) -> None:
         """Begins the gathers whose turn has come. Never waits for another rank."""
         while self._node.answered and self._has_room():
             self._node.act()
-            self.gathers_ahead += 1
+            self._gathers_ahead += 1
 
     def forget(self) -> None:
-        self._drop(lambda buffer: True)
+        self._drop(None)
 
-    def _drop(self, unwanted: Callable[[_Buffer], bool]) -> None:
-        """Lets go of the blocks in `unwanted` buffers that nobody reads."""
+    def _drop(self, unit: Unit | None) -> None:
+        """Lets go of the gathered blocks of a unit, or of all units, that nobody reads."""
         for buffer in self._buffers:
-            if not buffer.readers and unwanted(buffer):
+            if not buffer.readers and unit in (None, buffer.unit):
                 self._settle(buffer)
-                buffer.unit = None
+                buffer.unit, buffer.is_ahead = None, False
 
     @contextmanager
     def open(self, copy: StoredCopy, write: bool, keep: bool = True) -> Iterator[torch.Tensor]:
@@ -259,11 +239,10 @@ class SlicedStore(Store):
         mine = slice(copy.begin, max(copy.begin, min(copy.begin + copy.num_bytes, unit.num_bytes)))
         host = self._spare if self._spare is not None else aligned_buffer(self.slot_bytes)
         self._spare = None
-        if keep:
-            with self._source.open(copy, write=False) as stored:
+        with self._source.open(copy, write=True, keep=keep) as stored:
+            if keep:
                 host[mine].copy_(stored[: mine.stop - mine.start])
-        yield host[: unit.num_bytes]
-        with self._source.open(copy, write=True, keep=False) as stored:
+            yield host[: unit.num_bytes]
             stored[: mine.stop - mine.start].copy_(host[mine])
         self.forget()
         self._spare = host
@@ -273,23 +252,20 @@ class SlicedStore(Store):
     def stats(self) -> dict[str, int | float]:
         return {
             **self._source.stats(),
-            "gathers_ahead": self.gathers_ahead,
+            "gathers_ahead": self._gathers_ahead,
             "stored_bytes": sum(copy.num_bytes for copy in self._copies.values()),
-            "gather_wait_s": self.gather_wait_ns * 1e-9,
+            "gather_wait_s": self._gather_wait_s,
         }
 
     def reset_stats(self) -> None:
-        self.gather_wait_ns = self.gathers_ahead = 0
+        self._gather_wait_s, self._gathers_ahead = 0.0, 0
         self._source.reset_stats()
 
     def close(self) -> None:
         """Serves the other ranks of the node while they want slices of this one, and ends."""
-        if self._closed:
-            return
-        self._closed = True
         try:
             self._node.leave(ends=False)
-            self._node.register(self._number, None)
+            del self._node.stores[self._number]
             for buffer in self._buffers:
                 try:
                     self._settle(buffer)

@@ -7,23 +7,18 @@ file that is missing means that nothing is known, never that something is wrong:
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distzo2.run.preflight import gib
+from distzo2.text import gib
 
 ROOT = Path("/")
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs")
-_FILE_SYSTEMS = {
-    **dict.fromkeys(("tmpfs", "ramfs"), "its files are memory, so that weights on it save none"),
-    **dict.fromkeys(
-        ("overlay", "overlayfs", "aufs"),
-        "a layer of a container, slower than the disk below it; a volume or a bind mount is not",
-    ),
-    **dict.fromkeys(
-        (*NETWORK, "fuse"), "weights would come over the network or through another process; use a local disk"
-    ),
+_NETWORK = "nfs nfs4 cifs smb3 smbfs 9p ceph lustre gpfs beegfs glusterfs afs fuse"
+_FILE_SYSTEMS = {  # why weights should not be on them
+    "tmpfs ramfs": "its files are memory, so that weights on it save none",
+    "overlay overlayfs aufs": "a layer of a container, slower than the disk below it; a volume or a bind mount is not",
+    _NETWORK: "weights would come over the network or through another process; use a local disk",
 }
 
 
@@ -45,54 +40,50 @@ def _text(path: Path) -> str:
 def read_link(address: str, root: Path = ROOT) -> dict[str, Any]:
     """The PCIe link of the device at `address`, such as 0000:01:00.0: widths, speeds in GT/s a lane, NUMA node; None
     where the system does not say. A link that is idle may run slower than it can."""
-    device = root / "sys/bus/pci/devices" / address
 
-    def number(name: str, unknown: tuple[float, ...]) -> float | None:
-        words = _text(device / name).split()  # "16", "16.0 GT/s PCIe", "Unknown"
+    def number(name: str, *unknown: int) -> float | None:
+        word = _text(root / "sys/bus/pci/devices" / address / name).partition(" ")[0]  # of "16", "16.0 GT/s PCIe"
         try:
-            value = float(words[0]) if "." in words[0] else int(words[0])
-        except (IndexError, ValueError):
+            value = float(word) if "." in word else int(word)
+        except ValueError:
             return None
         return None if value in unknown else value
 
     return {
-        "pcie_width": number("current_link_width", (0,)),
-        "pcie_width_max": number("max_link_width", (0, 255)),
-        "pcie_gt_per_s": number("current_link_speed", ()),
-        "pcie_gt_per_s_max": number("max_link_speed", ()),
-        "numa_node": number("numa_node", (-1,)),
+        "pcie_width": number("current_link_width", 0),
+        "pcie_width_max": number("max_link_width", 0, 255),
+        "pcie_gt_per_s": number("current_link_speed"),
+        "pcie_gt_per_s_max": number("max_link_speed"),
+        "numa_node": number("numa_node", -1),
     }
 
 
-def check_link(name: str, link: Mapping[str, Any]) -> list[Finding]:
+def check_link(name: str, link: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether a device's link is as wide and as fast as both of its ends allow."""
-    found = []
-    width, widest = link["pcie_width"], link["pcie_width_max"]
-    if width and widest and width < widest:
-        found.append(Finding("pcie_width", f"{name}: its PCIe link is x{width}, and x{widest} is possible"))
-    speed, fastest = link["pcie_gt_per_s"], link["pcie_gt_per_s_max"]
-    if speed and fastest and speed < fastest:
-        text = f"{name}: its PCIe link runs at {speed:g} GT/s under load, and {fastest:g} are possible"
-        found.append(Finding("pcie_speed", text))
-    return found
+    for code, key, text in (
+        ("pcie_width", "pcie_width", "is x{}, and x{} is possible"),
+        ("pcie_speed", "pcie_gt_per_s", "runs at {:g} GT/s under load, and {:g} are possible"),
+    ):
+        now, most = link[key], link[f"{key}_max"]
+        if now and most and now < most:
+            yield Finding(code, f"{name}: its PCIe link {text.format(now, most)}")
 
 
-def check_node(name: str, node: int | None, cpus: Collection[int], root: Path = ROOT) -> list[Finding]:
+def check_node(name: str, node: int | None, cpus: Collection[int], root: Path = ROOT) -> Iterator[Finding]:
     """Whether a device on NUMA node `node` is on one on which this process may run."""
     nodes = {
         int(directory.name.removeprefix("node"))
         for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
         if parse_list(_text(directory / "cpulist")) & set(cpus)
     }
-    if node is None or not nodes or node in nodes:
-        return []
-    own = ", ".join(map(str, sorted(nodes)))
-    how = f"start it with numactl --cpunodebind={node} --membind={node}"
-    return [Finding("numa", f"{name} is on NUMA node {node}, and this process runs on node {own}: {how}")]
+    if node is not None and nodes and node not in nodes:
+        own = ", ".join(map(str, sorted(nodes)))
+        how = f"start it with numactl --cpunodebind={node} --membind={node}"
+        yield Finding("numa", f"{name} is on NUMA node {node}, and this process runs on node {own}: {how}")
 
 
 def parse_list(text: str) -> set[int]:
-    """Of the kernel's "0-3,8", {0, 1, 2, 3, 8}."""
+    """Reads a list of the kernel's: "0-3,8" is {0, 1, 2, 3, 8}."""
     ends = [part.split("-") for part in text.split(",") if part]
     return {number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)}
 
@@ -110,33 +101,32 @@ def file_system(directory: str | os.PathLike, root: Path = ROOT) -> str | None:
     return kind
 
 
-def check_file_system(directory: str | os.PathLike, kind: str | None) -> list[Finding]:
+def check_file_system(directory: str | os.PathLike, kind: str | None) -> Iterator[Finding]:
     """Whether the file system is one to stream weights from."""
-    why = _FILE_SYSTEMS.get((kind or "").partition(".")[0])  # fuse.sshfs is fuse
-    return [Finding("file_system", f"{directory} is on {kind}: {why}")] if why else []
+    for kinds, why in _FILE_SYSTEMS.items():
+        if kind and kind.partition(".")[0] in kinds.split():  # fuse.sshfs is fuse
+            yield Finding("file_system", f"{directory} is on {kind}: {why}")
 
 
-def check_memlock(limit: int | None, wanted: int) -> list[Finding]:
+def check_memlock(limit: int | None, wanted: int) -> Iterator[Finding]:
     """Whether `wanted` bytes may be pinned. `limit` is RLIMIT_MEMLOCK, None where it does not bind."""
-    if limit is None or limit >= wanted:
-        return []
-    text = (
-        f"the limit of locked memory (ulimit -l) is {gib(limit)}, under the {gib(wanted)} of memory that may be "
-        "taken: pinning more fails on drivers that count it; raise it in /etc/security/limits.conf"
-    )
-    return [Finding("memlock", text)]
+    if limit is not None and limit < wanted:
+        yield Finding(
+            "memlock",
+            f"the limit of locked memory (ulimit -l) is {gib(limit)}, under the {gib(wanted)} of memory that may be "
+            "taken: pinning more fails on drivers that count it; raise it in /etc/security/limits.conf",
+        )
 
 
-def check_governor(root: Path = ROOT) -> list[Finding]:
+def check_governor(root: Path = ROOT) -> Iterator[Finding]:
     """Whether a governor holds the clocks down. With the pstate drivers `powersave` follows the load, and is fine."""
     slow = [
         cpu.parent.name
         for cpu in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"))
         if _text(cpu / "scaling_governor") == "powersave" and "pstate" not in _text(cpu / "scaling_driver")
     ]
-    if not slow:
-        return []
-    return [Finding("governor", f"{len(slow)} CPUs ({slow[0]} first) are held at their lowest clock by powersave")]
+    if slow:
+        yield Finding("governor", f"{len(slow)} CPUs ({slow[0]} first) are held at their lowest clock by powersave")
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
@@ -158,17 +148,16 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     return min(quotas, default=None)
 
 
-def check_threads(num_threads: int, cpus: Collection[int], num_cpus: int, root: Path = ROOT) -> list[Finding]:
+def check_threads(num_threads: int, cpus: Collection[int], num_cpus: int, root: Path = ROOT) -> Iterator[Finding]:
     """Whether the computing threads and the CPUs that they may use agree."""
     allowed, quota = len(cpus), cpu_quota(root) or num_cpus
     usual = min(allowed, quota) / 2  # one thread for each core of two
-    checks = (
-        (allowed < num_cpus, "affinity", f"this process may run on {allowed} of the machine's {num_cpus} CPUs"),
-        (quota < min(allowed, num_threads), "cpu_quota",
-         f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute"),
-        (num_threads > allowed, "threads",
-         f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way"),
-        (num_threads < usual, "threads",
-         f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)"),
-    )  # fmt: skip
-    return [Finding(code, text) for is_wrong, code, text in checks if is_wrong]
+    if allowed < num_cpus:
+        yield Finding("affinity", f"this process may run on {allowed} of the machine's {num_cpus} CPUs")
+    if quota < min(allowed, num_threads):
+        yield Finding("cpu_quota", f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute")
+    if num_threads > allowed:
+        text = f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way"
+        yield Finding("threads", text)
+    if num_threads < usual:
+        yield Finding("threads", f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)")

@@ -181,28 +181,6 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distzo2" / "measure.json"
 
 
-def measured_machine(source: str) -> Machine:
-    """The machine of a file that `distzo2 measure` wrote, or, of "this", of where it writes by default.
-
-    Raises:
-        UsageError: there is no such file, or it is no measurement of this version's format.
-    """
-    path = default_path() if source == "this" else Path(source)
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        hint = ": run distzo2 measure first, or name a machine" if source == "this" else ""
-        raise UsageError(f"--machine {source}: {path}: {error.strerror}{hint}") from error
-    except ValueError as error:
-        raise UsageError(f"--machine {source}: {path} is no measurement: {error}") from error
-    if not isinstance(result, dict) or result.get("format") != MEASURED:
-        found = result.get("format") if isinstance(result, dict) else type(result).__name__
-        raise UsageError(
-            f"--machine {source}: {path} is of format {found}; {MEASURED} was expected: run distzo2 measure again"
-        )
-    return machine_from(result)
-
-
 def machine_from(result: Mapping[str, Any]) -> Machine:
     """The machine that a measurement describes, with its GPUs if it has any."""
     about, gpus = result["machine"], result["machine"]["gpus"]
@@ -216,18 +194,16 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
 
     gather = result["gather"]
     host_bytes = min(about["memory_bytes"], about["allowed_bytes"] or about["memory_bytes"])
-    notes = [f"rates as measured through the copy engine, by distzo2 {result['versions']['distzo2']}"]
-    if result["quick"]:
-        notes.append("the measurement was quick: its figures are rough")
-    notes.append(
+    notes = (
+        f"rates as measured through the copy engine, by distzo2 {result['versions']['distzo2']}",
+        *(("the measurement was quick: its figures are rough",) if result["quick"] else ()),
         "products at the rate of a large square one, attention at half of it, everything else at the memory's; "
-        "float16 at bfloat16's"
+        "float16 at bfloat16's",
+        *(() if gpus else ("ranks share the CPU's cores evenly, and their memory's rate with them",)),
     )
-    if not gpus:
-        notes.append("ranks share the CPU's cores evenly, and their memory's rate with them")
     return Machine(
         name=f"{gpus[0]['name']} x {len(gpus)}" if gpus else f"{about['cpu']}, {about['threads']} threads",
-        device="cuda" if gpus else "cpu",
+        device=device.partition(":")[0],
         num_devices=len(gpus) or max(1, about["threads"]),
         device_bytes=gpus[0]["memory_bytes"] if gpus else host_bytes,
         host_bytes=host_bytes,
@@ -240,7 +216,7 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
         link=duplex(row("copies")),
         disk=duplex(result["disk"]),
         gather_bytes_per_s=gather and gather["bytes_per_s"] * (gather["ranks"] - 1) / gather["ranks"],
-        assumptions=tuple(notes),
+        assumptions=notes,
     )
 
 
@@ -248,31 +224,39 @@ def find_machine(source: str, *, devices_per_switch: int = 1, nvlink: bool = Tru
     """The machine called `source`, with what is known of its wiring.
 
     Args:
-        source: a name of `GPUS`, "this", or the path of a measurement.
+        source: a name of `GPUS`, the path of a file that `distzo2 measure` wrote, or "this": of the file that it
+            writes by default.
         devices_per_switch: GPUs that share one link to the host.
         nvlink: whether GPUs reach each other over NVLink; without it, gathers use the links to the host.
 
     Raises:
-        UsageError: no such machine, or no measurement there (see `measured_machine`).
+        UsageError: there is no such machine or file, or it is no measurement of this version's format.
     """
-    if source == "this" or "/" in source or source.endswith(".json"):
-        machine = measured_machine(source)
-    elif source in GPUS:
+    if source in GPUS:
         machine = GPUS[source]
+    elif source == "this" or "/" in source or source.endswith(".json"):
+        path = default_path() if source == "this" else Path(source)
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found = result.get("format")
+        except OSError as error:
+            hint = ": run distzo2 measure first, or name a machine" if source == "this" else ""
+            raise UsageError(f"--machine {source}: {path}: {error.strerror}{hint}") from error
+        except (ValueError, AttributeError) as error:
+            raise UsageError(f"--machine {source}: {path} is no measurement: {error}") from error
+        if found != MEASURED:
+            expected = f"{MEASURED} was expected: run distzo2 measure again"
+            raise UsageError(f"--machine {source}: {path} is of format {found}; {expected}")
+        machine = machine_from(result)
     else:
         raise UsageError(
             f"--machine {source}: expected {', '.join(GPUS)}, this (what distzo2 measure saved), or a file it wrote"
         )
     if machine.num_devices % devices_per_switch:
         raise UsageError(f"--devices-per-switch {devices_per_switch} does not divide {machine.num_devices} devices")
-    notes = list(machine.assumptions)
+    notes, gather = machine.assumptions, machine.gather_bytes_per_s if nvlink else None
     if devices_per_switch > 1:
-        notes.append(f"{devices_per_switch} devices share each link to the host")
+        notes += (f"{devices_per_switch} devices share each link to the host",)
     if not nvlink:
-        notes.append("no NVLink: an all-gather goes over the links to the host, beside the uploads")
-    return replace(
-        machine,
-        devices_per_switch=devices_per_switch,
-        gather_bytes_per_s=machine.gather_bytes_per_s if nvlink else None,
-        assumptions=tuple(notes),
-    )
+        notes += ("no NVLink: an all-gather goes over the links to the host, beside the uploads",)
+    return replace(machine, devices_per_switch=devices_per_switch, gather_bytes_per_s=gather, assumptions=notes)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import distzo2_core as core
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error
 from distzo2.planning.findings import (
     Finding,
     check_file_system,
@@ -30,19 +30,21 @@ from distzo2.planning.findings import (
     check_node,
     check_threads,
     file_system,
+    read_link,
 )
 from distzo2.planning.machines import MEASURED, default_path
 from distzo2.planning.transfers import (
     DIRECTIONS,
     MIB,
+    QUICK,
     Effort,
-    link_under_load,
     measure_copies,
     measure_disk,
     measure_gather,
     seconds_of,
 )
-from distzo2.run.preflight import gib
+from distzo2.run.preflight import check_output
+from distzo2.text import gib
 from distzo2.version import __version__
 
 
@@ -61,11 +63,10 @@ def measure(
         DistZO2Error: memory or disk space is short. BackendError: the extension was not built.
     """
     budget = core.require_extension("distzo2 measure").memory_budget()
-    effort, start = Effort(quick), time.perf_counter()
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    effort, start = QUICK if quick else Effort(), time.perf_counter()
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     cpus = os.sched_getaffinity(0)
-    findings: list[Finding] = []
-    machine = _machine(budget)
+    machine, findings = _machine(budget), []
     result: dict[str, Any] = {
         "format": MEASURED,
         "versions": {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -86,7 +87,7 @@ def measure(
         gpu = _gpu(device)
         machine["gpus"].append(gpu)
         where = f"{device} ({gpu['pci_address']})"
-        findings += check_link(where, gpu) + check_node(where, gpu["numa_node"], cpus)
+        findings += [*check_link(where, gpu), *check_node(where, gpu["numa_node"], cpus)]
 
     log("noise and matrix products")
     devices = [torch.device("cpu"), *gpus]
@@ -105,13 +106,12 @@ def measure(
             findings.append(Finding("gather", str(error)))
 
     if machine["simd"] == "portable":
-        text = "the noise kernels run at their portable level, without vector instructions"
-        findings.append(Finding("noise_portable", text))
+        findings.append(Finding("noise_portable", "the noise kernels run without vector instructions"))
     if gpus:
         findings += check_memlock(budget["memlock_bytes"], budget["allowed_bytes"] or 0)
         if not core.build_info()["cuda"]:
             findings.append(Finding("no_cuda_kernels", "the CUDA kernels were not compiled: GPUs use Triton's"))
-    findings += check_governor() + check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)
+    findings += [*check_governor(), *check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)]
     result["findings"] = [finding._asdict() for finding in findings]
     result["seconds"] = time.perf_counter() - start
     return result
@@ -134,10 +134,18 @@ def _machine(budget: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    """What a GPU is, and its link while it is in use: an idle one is slowed down to save power."""
     about = torch.cuda.get_device_properties(device)
     address = f"{about.pci_domain_id:04x}:{about.pci_bus_id:02x}:{about.pci_device_id:02x}.0"
     names = {"device": str(device), "name": about.name, "memory_bytes": about.total_memory, "pci_address": address}
-    return names | link_under_load(device, address)
+    host = torch.zeros(64 * MIB, dtype=torch.uint8).pin_memory()
+    there = torch.empty_like(host, device=device)
+    for _ in range(40):
+        there.copy_(host, non_blocking=True)
+    time.sleep(0.02)
+    link = read_link(address)
+    torch.cuda.synchronize(device)
+    return names | link
 
 
 # ---- rates of a device --------------------------------------------------------------------------------------------
@@ -211,9 +219,8 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def run_measure(options: Any, log: Callable[[str], None]) -> int:
     """The command: measures, prints the table, saves the file. `options` has `directory`, `json` and `quick`."""
+    check_output(json=options.json)
     path = Path(options.json) if options.json else default_path()
-    if options.json and not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {options.json}: its directory is not there")
     result = measure(options.directory, options.quick, lambda what: _progress(f"measuring: {what}"))
     _progress("")
     for line in table(result):

@@ -20,9 +20,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,9 +31,11 @@ from distzo2.optim.estimator import make_estimator
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
 from distzo2.planning.machines import EXCHANGE_S, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
-from distzo2.planning.schedule import Played, Slicing, Transfers, Work, play_steps
-from distzo2.run.preflight import DTYPES, gib
+from distzo2.planning.report import draw_plan, plan_events
+from distzo2.planning.schedule import Played, Slicing, Work, play_steps
+from distzo2.run.preflight import DTYPES, check_output
 from distzo2.streaming.lanes import Emission
+from distzo2.text import gib
 from distzo2.version import __version__
 from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream
 from distzo2.weights.store import slot_bytes_of
@@ -46,12 +48,11 @@ STAGING_BYTES = 6 * 4 * 2**20  # pinned, between a disk and a GPU
 ONE_DEVICE = MeshShape(pert=1, data=1)
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """One mesh, sliced or not: a row of the file, and the schedule behind it."""
 
     row: dict[str, Any]
-    played: Played = field(repr=False)
+    played: Played
 
     @property
     def step_s(self) -> float:
@@ -64,20 +65,9 @@ class Planner:
     def __init__(self, request: Any, machine: Machine) -> None:
         self.request, self.machine = request, machine
         self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
-        self._models: dict[int, ModelPlan] = {}
+        self.models: dict[int, ModelPlan] = {}  # by sequences of a micro-batch
         if request.micro_batches is not None and request.batch % request.micro_batches:
             raise UsageError(f"--micro-batches {request.micro_batches} does not divide --batch {request.batch}")
-        if request.slots < 2:
-            raise UsageError(f"--slots {request.slots}: at least 2 were expected")
-
-    def model(self, rows: int | None = None) -> ModelPlan:
-        """The model at micro-batches of `rows` sequences; None: at any that was planned."""
-        if rows is None:
-            return next(iter(self._models.values()))
-        if rows not in self._models:
-            r = self.request
-            self._models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens)
-        return self._models[rows]
 
     def predict(self, mesh: MeshShape = ONE_DEVICE, sliced: bool = False) -> Prediction:
         """What a step on `mesh` takes.
@@ -92,7 +82,10 @@ class Planner:
             raise UsageError(f"data={mesh.data} does not divide --batch {r.batch}, and --micro-batches is not given")
         num_batches = r.micro_batches or mesh.data
         check_step(mesh, self.evaluations, num_batches)
-        model = self.model(r.batch // num_batches)
+        rows = r.batch // num_batches
+        if rows not in self.models:
+            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens)
+        model = self.models[rows]
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
         # The busiest rank sets the pace.
@@ -106,7 +99,7 @@ class Planner:
             on_host=machine.computes_on_host,
             streamed={u.index for u in streamed},
             slots=max(2, min(r.slots, len(streamed) + 1)),
-            transfers=self._transfers(ranks) if streamed else None,
+            link=self._link(ranks) if streamed else None,
             passes=[lanes[i : i + wave] for i in range(0, len(lanes), wave)],
             num_terms=r.probes,
             family=r.noise,
@@ -171,16 +164,14 @@ class Planner:
             unit.block = block
         return streamed
 
-    def _transfers(self, ranks: int) -> Transfers:
-        """Of one rank, the others being as busy."""
+    def _link(self, ranks: int) -> Duplex:
+        """The link of one rank, which the other ranks keep as busy."""
         machine = self.machine
         rates, sharers = machine.link, ranks if machine.computes_on_host else min(ranks, machine.devices_per_switch)
         if self.request.weights == "disk":
             rates, sharers = machine.disk, ranks
         most = float("inf") if machine.host_bytes_per_s is None else machine.host_bytes_per_s / ranks
-        rates = Duplex(*(min(rate / sharers, most) for rate in (rates.up, rates.down, rates.both)))
-        half = rates.both / 2
-        return Transfers(1 / rates.up, 1 / rates.down, min(1.0, half / rates.up), min(1.0, half / rates.down))
+        return Duplex(*(min(rate / sharers, most) for rate in (rates.up, rates.down, rates.both)))
 
     def _slicing(self, ranks: int) -> Slicing:
         machine = self.machine
@@ -189,7 +180,7 @@ class Planner:
             return Slicing(ranks, received / machine.gather_bytes_per_s)
         if machine.computes_on_host:
             raise DistZO2Error(f"the rate of a gather on {machine.name} was not measured")
-        return Slicing(ranks, received * self._transfers(ranks).up_s, over_link=True)
+        return Slicing(ranks, received / self._link(ranks).up, over_link=True)
 
     def plans(self) -> list[Prediction]:
         """One device first, then what the request names: a mesh, or all meshes of a number of ranks.
@@ -198,43 +189,25 @@ class Planner:
             UsageError: the request is impossible.
         """
         r, machine = self.request, self.machine
-        meshes = [mesh for mesh in self._meshes() if mesh.size > 1]
         ways = {"on": [True], "off": [False], "auto": [False, True]}[r.slice]
         no_gather = machine.computes_on_host and machine.gather_bytes_per_s is None
         if r.weights == "device" or (r.slice == "auto" and no_gather):
             ways = [False]
+        meshes = [mesh for mesh in self._meshes() if mesh.size > 1]
         return [self.predict(), *(self.predict(mesh, sliced) for mesh in meshes for sliced in ways)]
 
     def _meshes(self) -> list[MeshShape]:
         r = self.request
-        if r.parallel:
-            try:
-                mesh = MeshShape(**{"pert": 1, "data": 1, **parse_mesh(r.parallel)})
-            except ValueError:
-                raise UsageError(
-                    f"--parallel {r.parallel}: expected pert=P,data=D with numbers of at least 1"
-                ) from None
-            if r.nproc not in (None, mesh.size):
-                raise UsageError(f"--parallel {r.parallel} is {mesh.size} ranks, and --nproc says {r.nproc}")
-            return [mesh]
-        if r.nproc in (None, 1):
-            return []
-        if r.nproc > self.machine.num_devices:
-            raise UsageError(f"--nproc {r.nproc}: {self.machine.name} has {self.machine.num_devices} devices")
-        return possible_meshes(r.nproc, self.evaluations, r.micro_batches, r.batch)
-
-    def assumptions(self) -> list[str]:
-        """What the figures rest on."""
-        r = self.request
-        return [
-            f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
-            "transformers runs them here",
-            *self.machine.assumptions,
-            *(() if self.machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
-            f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
-            if r.parallel or r.nproc
-            else "nothing else runs on the machine",
-        ]
+        if not r.parallel:
+            return possible_meshes(r.nproc, self.evaluations, r.micro_batches, r.batch) if r.nproc else []
+        try:
+            mesh = MeshShape(**{"pert": 1, "data": 1, **parse_mesh(r.parallel)})
+        except ValueError:
+            expected = "expected pert=P,data=D with numbers of at least 1"
+            raise UsageError(f"--parallel {r.parallel}: {expected}") from None
+        if r.nproc not in (None, mesh.size):
+            raise UsageError(f"--parallel {r.parallel} is {mesh.size} ranks, and --nproc says {r.nproc}")
+        return [mesh]
 
 
 def possible_meshes(
@@ -246,7 +219,7 @@ def possible_meshes(
     Raises:
         UsageError: there is none.
     """
-    meshes = [MeshShape(pert, num_ranks // pert) for pert in range(1, num_ranks + 1) if num_ranks % pert == 0]
+    meshes = (MeshShape(pert, num_ranks // pert) for pert in range(1, num_ranks + 1) if num_ranks % pert == 0)
     found = [
         mesh
         for mesh in meshes
@@ -279,9 +252,19 @@ def _bound(played: Played) -> str:
 
 def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
     """The content of the JSON file, as the module's docstring lists it."""
-    model, rows = planner.model(), [plan.row for plan in plans]
+    model, rows = next(iter(planner.models.values())), [plan.row for plan in plans]
     for row in rows:
         row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    r, machine = planner.request, planner.machine
+    assumptions = [
+        f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
+        "transformers runs them here",
+        *machine.assumptions,
+        *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
+        f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
+        if r.parallel or r.nproc
+        else "nothing else runs on the machine",
+    ]
     fitting = [i for i, row in enumerate(rows) if row["fits"]]
     unasked = ("json", "picture", "trace")
     return {
@@ -295,8 +278,8 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
             "units": len(model.units),
             "blocks": sum(not u.resident for u in model.units),
         },
-        "request": {k: v for k, v in vars(planner.request).items() if k not in unasked},
-        "machine": {"name": planner.machine.name, "assumptions": planner.assumptions()},
+        "request": {k: v for k, v in vars(r).items() if k not in unasked},
+        "machine": {"name": machine.name, "assumptions": assumptions},
         "rows": rows,
         "best": max(fitting, key=lambda i: rows[i]["tokens_per_s"], default=None),
     }
@@ -345,10 +328,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def run_plan(request: Any, log: Callable[[str], None]) -> int:
     """The command; `request` has its options as attributes."""
-    for name in ("picture", "trace", "json"):
-        path = getattr(request, name)
-        if path and path != "-" and not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"--{name} {path}: its directory is not there")
+    check_output(picture=request.picture, trace=request.trace, json=request.json)
     machine = find_machine(request.machine, devices_per_switch=request.devices_per_switch, nvlink=not request.no_nvlink)
     if request.device not in ("auto", machine.device):
         raise UsageError(f"--device {request.device}: {machine.name} computes on {machine.device}")
@@ -364,15 +344,11 @@ def run_plan(request: Any, log: Callable[[str], None]) -> int:
         if request.json:
             Path(request.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     chosen = plans[result["best"] or 0]
-    if request.trace or request.picture:
-        from distzo2.planning.report import draw_plan, plan_events
-
-        if request.trace:
-            Path(request.trace).write_text(json.dumps({"traceEvents": plan_events(chosen.played)}), encoding="utf-8")
-        if request.picture:
-            how = ", sliced" * chosen.row["slice"]
-            title = f"{result['model']['name']} on {machine.name}: {chosen.row['mesh']}{how}"
-            draw_plan(chosen.played, request.picture, title)
+    if request.trace:
+        Path(request.trace).write_text(json.dumps({"traceEvents": plan_events(chosen.played)}), encoding="utf-8")
+    if request.picture:
+        title = f"{result['model']['name']} on {machine.name}: {chosen.row['mesh']}{', sliced' * chosen.row['slice']}"
+        draw_plan(chosen.played, request.picture, title)
     written = [path for path in (request.json, request.trace, request.picture) if path]
     if written and request.json != "-":
         log(f"\nwrote {', '.join(written)}")

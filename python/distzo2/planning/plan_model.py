@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.streaming.hooks import Windows
 from distzo2.weights.units import Unit, collect_params, find_units
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class Op:
 
     @property
     def flop(self) -> float:
-        """Of products and attention; a multiplication with its addition is two."""
+        """Arithmetic of a product or attention; a multiplication with its addition counts as two."""
         if self.kind == "product":
             return 2.0 * self.batch * math.prod(self.size)
         if self.kind == "attention":
@@ -71,7 +73,7 @@ class Op:
 
     @property
     def num_bytes(self) -> float:
-        """Read and written."""
+        """Bytes that it reads and writes."""
         if self.kind == "stream":
             return float(self.size[0])
         a, b, c = self.size
@@ -152,18 +154,24 @@ def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -
 
 
 def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int) -> ModelPlan:
-    """As `plan_model`, for a language model on the meta device."""
+    """Plans a language model that is on the meta device; see `plan_model`."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")
     units = find_units(model, collect_params(model))
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    recorder = _Recorder(model)
+    windows = Windows(model, units, recorder)
     try:
-        parts = _traced(model, units, ids)
+        with torch.no_grad(), recorder, _Functions(recorder):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.float()
     except (RuntimeError, NotImplementedError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DistZO2Error(f"the forward of {name} cannot be planned, it needs values: {why}") from error
-    return ModelPlan(name, dtype, units, parts)
+    finally:
+        windows.remove()
+    recorder.finish()
+    return ModelPlan(name, dtype, units, recorder.parts)
 
 
 # ---- following a forward ------------------------------------------------------------------------------------------
@@ -172,28 +180,34 @@ def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, toke
 class _Recorder(TorchDispatchMode):
     """The operations that reach the device, and the storages that they make."""
 
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.parts: list[Part] = []
-        self.open: list[Unit] = []
+        self._open: list[Unit] = []
         self._live = 0
-        self._known = {}  # id of a storage -> weak reference to it
-        for tensor in known:  # these belong to the model, not to a lane
-            storage = tensor.untyped_storage()
-            self._known[id(storage)] = weakref.ref(storage)
-        self._begin(())
+        self._known = WeakIdKeyDictionary()  # storages; those of the model are not a lane's
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._known[tensor.untyped_storage()] = None
+        self._begin()
 
-    def _begin(self, units: tuple[int, ...]) -> None:
-        self._units, self._ops = units, Counter()
-        self._before = self._peak = self._live
+    def _begin(self) -> None:
+        self._ops, self._before, self._peak = Counter(), self._live, self._live
+        self._units = tuple(dict.fromkeys(u.index for u in self._open))
 
-    def hand_over(self, unit: Unit) -> None:
-        """The lane parks here: the part so far ends."""
-        self.finish()
-        self.open.append(unit)
-        self._begin(tuple(u.index for u in self.open))
+    def enter(self, unit: Unit) -> None:
+        """A window opens. The lane parks here, unless another window of the unit is open: the part so far ends."""
+        parks = unit not in self._open
+        if parks:
+            self.finish()
+        self._open.append(unit)
+        if parks:
+            self._begin()
+
+    def exit(self, unit: Unit) -> None:
+        self._open.pop()
 
     def finish(self) -> None:
+        """Ends the last part."""
         ops = tuple(self._ops.items())
         self.parts.append(Part(self._units, ops, self._ops.total(), self._before, self._peak, self._live))
 
@@ -215,19 +229,16 @@ class _Recorder(TorchDispatchMode):
     def _is_new(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage was not there before; from now on it counts, until it is freed."""
         storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._known and self._known[key]() is storage:
+        if storage in self._known:
             return False
-        num_bytes = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            self._live -= num_bytes
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, gone)
-        self._live += num_bytes
+        self._known[storage] = None
+        weakref.finalize(storage, self._freed, storage.nbytes())
+        self._live += storage.nbytes()
         self._peak = max(self._peak, self._live)
         return True
+
+    def _freed(self, num_bytes: int) -> None:
+        self._live -= num_bytes
 
 
 class _Functions(TorchFunctionMode):
@@ -261,37 +272,6 @@ class _Functions(TorchFunctionMode):
         return x.new_empty(x.shape[0], columns)
 
 
-def _traced(model: nn.Module, units: Sequence[Unit], ids: torch.Tensor) -> list[Part]:
-    recorder = _Recorder([*model.parameters(), *model.buffers()])
-    units_of: dict[nn.Module, list[Unit]] = {}
-    for unit in units:
-        for module in unit.windows:
-            units_of.setdefault(module, []).append(unit)
-    entered: list[list[Unit]] = []
-
-    def before(module, args) -> None:
-        entered.append([unit for unit in units_of[module] if unit not in recorder.open])
-        for unit in entered[-1]:
-            recorder.hand_over(unit)
-
-    def after(module, args, output) -> None:
-        for unit in entered.pop():
-            recorder.open.remove(unit)
-
-    handles = []
-    for module in units_of:
-        handles.append(module.register_forward_pre_hook(before, prepend=True))
-        handles.append(module.register_forward_hook(after, always_call=True))
-    try:
-        with torch.no_grad(), recorder, _Functions(recorder):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.float()
-        recorder.finish()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorder.parts
-
-
 def _op_of(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Op:
     """The operation `name` as one of our kinds."""
     dtype = outputs[0].dtype
@@ -299,12 +279,14 @@ def _op_of(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
         a, b = inputs[-2:]
         batch = a.shape[0] if a.dim() == 3 else 1
         return Op("product", (a.shape[-2], a.shape[-1], b.shape[-1]), a.dtype, batch)
-    written = sum(t.numel() * t.dtype.itemsize for t in outputs)
+    num_bytes = sum(t.numel() * t.dtype.itemsize for t in outputs)
     if name in _EXPONENTIALS:
-        return Op("stream", (3 * written,), dtype)  # read for the sum, then again for the result
-    if name in _LOOKUPS:
-        return Op("stream", (2 * written,), dtype)
-    return Op("stream", (written + sum(_read_bytes(t) for t in inputs),), dtype)
+        num_bytes *= 3  # read for the sum, then again for the result
+    elif name in _LOOKUPS:
+        num_bytes *= 2
+    else:
+        num_bytes += sum(_read_bytes(t) for t in inputs)
+    return Op("stream", (num_bytes,), dtype)
 
 
 def _read_bytes(tensor: torch.Tensor) -> int:

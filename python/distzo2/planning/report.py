@@ -9,13 +9,12 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error
 from distzo2.planning.schedule import Played, wait_intervals
-from distzo2.run.directory import trace_of
+from distzo2.run.directory import read_record, saved_options
 from distzo2.run.metrics import read_metrics
 from distzo2.text import gib
 
@@ -32,63 +31,48 @@ LANES = (
 )
 COLOURS = {name: colour for _, name, colour in LANES} | {"other": "#bbbbbb"}
 
-Interval = tuple[float, float]
 Lines = Sequence[dict[str, Any]]  # of metrics, or events of a trace
 
 
 def run_report(options: Any, log: Callable[[str], None]) -> int:
-    """The command; `options` has `run_dir` and `out`."""
-    path = write_report(options.run_dir, options.out)
-    run_dir = Path(options.run_dir)
-    line = transfer_line([s for s in read_metrics(run_dir / "metrics.jsonl") if s["kind"] == "step"])
-    if line is not None:
-        log(line)
-    trace = read_trace(trace_of(run_dir))
-    if trace:
-        log(f"trace: {step_figures(trace).text()}")
-    log(f"wrote {path}")
-    return 0
+    """Draws the run in `options.run_dir`, which may still be running: loss and held-out score, the split of step time,
+    memory, transfers if there were any, and one step of the trace if the run has one.
 
-
-def write_report(run_dir: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Draws loss and held-out score, the split of step time, memory, transfers if there were any, and one step of the
-    trace if the run has one.
-
-    Args:
-        run_dir: a run's directory; the run may still be running.
-        out: the PNG; None: `report.png` in the run's directory.
+    The picture is `options.out`, or `report.png` in the run's directory. Figures of the transfers are logged.
 
     Raises:
         UsageError: the directory holds no run.
         DistZO2Error: the run has no step yet.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise UsageError(f"{run_dir}: holds no run (no metrics.jsonl)")
+    run_dir = Path(options.run_dir)
+    record, saved = read_record(run_dir), saved_options(run_dir)
     lines = read_metrics(run_dir / "metrics.jsonl")
-    steps = [line for line in lines if line["kind"] == "step"]
-    evals = [line for line in lines if line["kind"] == "eval"]
+    steps, evals = ([line for line in lines if line["kind"] == kind] for kind in ("step", "eval"))
     if not steps:
         raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
-    record = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").is_file() else {}
-    trace = read_trace(trace_of(run_dir))
+    trace = read_trace(saved["trace"] or run_dir / "trace.json")
     moved = any(s.get("up_bytes_per_s") or s.get("down_bytes_per_s") for s in steps)
     rows = 2 + moved + bool(trace)
-    path = Path(out) if out is not None else run_dir / "report.png"
+    path = Path(options.out or run_dir / "report.png")
     with _figure(path, 11, 1 + 3 * rows) as figure:
         grid = figure.add_gridspec(rows, 2)
         _draw_loss(figure.add_subplot(grid[0, 0]), steps, evals)
         _draw_accuracy(figure.add_subplot(grid[0, 1]), steps, evals)
         _draw_time(figure.add_subplot(grid[1, 0]), steps)
-        _draw_memory(figure.add_subplot(grid[1, 1]), steps, record)
+        _draw_memory(figure.add_subplot(grid[1, 1]), steps, record.get("model_bytes"))
         if moved:
             _draw_rates(figure.add_subplot(grid[2, :]), steps)
         for axes in figure.axes:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if trace:
             draw_step(figure.add_subplot(grid[rows - 1, :]), trace)
-        figure.suptitle(_title(run_dir, record, steps))
-    return path
+        figure.suptitle(_title(run_dir, saved, len(steps)))
+    if line := transfer_line(steps):
+        log(line)
+    if trace:
+        log(f"trace: {step_figures(trace).text()}")
+    log(f"wrote {path}")
+    return 0
 
 
 @contextmanager
@@ -119,29 +103,27 @@ def transfer_line(steps: Lines) -> str | None:
     """The transfers of a step in one line, medians; None where nothing was transferred."""
     parts = []
     for way in ("up", "down"):
-        moving = [s for s in steps if s.get(f"{way}_bytes_per_s")]
-        if moving:
-            num_bytes = statistics.median(s[f"bytes_{way}"] for s in moving)
-            rate = statistics.median(s[f"{way}_bytes_per_s"] for s in moving)
+        if moving := [s for s in steps if s.get(f"{way}_bytes_per_s")]:
+            num_bytes, rate = (
+                statistics.median(_column(moving, key)) for key in (f"bytes_{way}", f"{way}_bytes_per_s")
+            )
             parts.append(f"{gib(num_bytes)} {way} at {rate / 1e9:.2f} GB/s")
     if not parts:
         return None
     timed = [s for s in steps if s.get("exposed_wait_s") is not None]
-    wait, whole = (1e3 * statistics.median(s[key] for s in timed) for key in ("exposed_wait_s", "seconds"))
+    wait, whole = (statistics.median(_column(timed, key, 1e3)) for key in ("exposed_wait_s", "seconds"))
     return f"a step: {', '.join(parts)}, exposed wait {wait:.1f} ms of {whole:.1f} ms"
 
 
 # ---- a run's metrics ----------------------------------------------------------------------------------------------
 
 
-def _title(run_dir: Path, record: dict[str, Any], steps: Lines) -> str:
-    options = record.get("options", {})
-    parts = [str(run_dir), f"{len(steps)} steps"]
-    if options:
-        parts.append(f"{options['estimator']}, {options['noise']}, {options['probes']} probes")
-        parts.append(f"lr {options['lr']:g}, eps {options['eps']:g}")
-        parts.append(f"weights {options['weights']}, device {options['device']}")
-    return "\n".join([" · ".join(parts[:2]), " · ".join(parts[2:])]).strip()
+def _title(run_dir: Path, options: dict[str, Any], num_steps: int) -> str:
+    o = options
+    return (
+        f"{run_dir} · {num_steps} steps\n{o['estimator']}, {o['noise']}, {o['probes']} probes · "
+        f"lr {o['lr']:g}, eps {o['eps']:g} · weights {o['weights']}, device {o['device']}"
+    )
 
 
 def _column(lines: Lines, name: str, scale: float = 1.0) -> list[float]:
@@ -222,15 +204,15 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
     _finish(axes, "rate of the transfers", "GB/s")
 
 
-def _draw_memory(axes: Any, steps: Lines, record: dict[str, Any]) -> None:
+def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
     x, mib = [s["step"] for s in steps], 2**-20
     axes.plot(x, _column(steps, "rss", mib), color="#4477aa", label="process, now")
     axes.plot(x, _column(steps, "peak", mib), color="#4477aa", linestyle=":", label="process, peak")
     if any(s.get("device_peak") for s in steps):
         axes.plot(x, _column(steps, "device_peak", mib), color="#228833", label="device, peak")
-    if record.get("model_bytes"):
-        size = record["model_bytes"]
-        axes.axhline(size * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(size)}")
+    if model_bytes:
+        label = f"weights of the model, {gib(model_bytes)}"
+        axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=label)
     _finish(axes, "memory", "MiB")
 
 
@@ -243,8 +225,7 @@ def _finish(axes: Any, title: str, ylabel: str) -> None:
 # ---- one step of a trace ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StepFigures:
+class StepFigures(NamedTuple):
     """A step's transfers. Seconds are of the clock: intervals that overlap count once."""
 
     name: str
@@ -258,10 +239,8 @@ class StepFigures:
 
     def text(self) -> str:
         parts = [f"{self.name}, {1e3 * self.seconds:.1f} ms"]
-        if self.upload_s > 0:
-            parts.append(f"{gib(self.bytes_up)} up at {self.bytes_up / self.upload_s / 1e9:.2f} GB/s")
-        if self.download_s > 0:
-            parts.append(f"{gib(self.bytes_down)} down at {self.bytes_down / self.download_s / 1e9:.2f} GB/s")
+        ways = (("up", self.bytes_up, self.upload_s), ("down", self.bytes_down, self.download_s))
+        parts += [f"{gib(size)} {way} at {size / seconds / 1e9:.2f} GB/s" for way, size, seconds in ways if seconds > 0]
         hidden = hidden_share(self.transfer_s, self.exposed_wait_s)
         if hidden is not None:
             parts.append(f"exposed wait {1e3 * self.exposed_wait_s:.1f} ms, {hidden:.0%} of the transfers hidden")
@@ -280,7 +259,7 @@ def read_trace(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def one_step(events: Lines) -> tuple[str, float, float]:
-    """Name, begin and end (µs) of the step in the middle of a trace; of one without steps, its first second."""
+    """Name, begin and end (µs) of the step in the middle of a trace; of one without steps, all of it."""
     steps = [e for e in events if e["cat"] == "step"]
     if steps:
         step = steps[len(steps) // 2]
@@ -296,36 +275,25 @@ def step_figures(events: Lines) -> StepFigures:
     def seconds(*kinds: str) -> float:
         """Length of the union of the intervals within the step."""
         total, reached = 0.0, begin
-        for a, b in _clip((e for e in events if e["cat"] in kinds), begin, end):
+        for a, b, _ in _clip((e for e in events if e["cat"] in kinds), begin, end):
             total += max(0.0, b - max(a, reached))
             reached = max(reached, b)
         return total * 1e-6
 
     def num_bytes(kind: str) -> float:
-        total = 0.0
-        for e in events:
-            if e["cat"] == kind:
-                inside = min(e["ts"] + e["dur"], end) - max(e["ts"], begin)
-                share = inside / e["dur"] if e["dur"] > 0 else float(begin <= e["ts"] < end)
-                total += max(0.0, share) * e.get("args", {}).get("bytes", 0)
-        return total
+        parts = _clip((e for e in events if e["cat"] == kind), begin, end)
+        return sum((b - a) / e["dur"] * e["args"]["bytes"] for a, b, e in parts)
 
+    moved, ways = (num_bytes("upload"), num_bytes("download")), (seconds("upload"), seconds("download"))
     return StepFigures(
-        name,
-        (end - begin) * 1e-6,
-        num_bytes("upload"),
-        num_bytes("download"),
-        seconds("upload"),
-        seconds("download"),
-        seconds("upload", "download"),
-        seconds("wait", "stall"),
+        name, (end - begin) * 1e-6, *moved, *ways, seconds("upload", "download"), seconds("wait", "stall")
     )
 
 
-def _clip(events: Iterable[dict[str, Any]], begin: float, end: float) -> list[Interval]:
-    """The events' intervals as far as they lie in [begin, end], in order."""
-    clipped = ((max(e["ts"], begin), min(e["ts"] + e["dur"], end)) for e in events)
-    return sorted((a, b) for a, b in clipped if b > a)
+def _clip(events: Iterable[dict[str, Any]], begin: float, end: float) -> list[tuple[float, float, dict[str, Any]]]:
+    """The events' intervals as far as they lie in [begin, end], in order, each with its event."""
+    clipped = ((max(e["ts"], begin), min(e["ts"] + e["dur"], end), e) for e in events)
+    return sorted(((a, b, e) for a, b, e in clipped if b > a), key=lambda part: part[:2])
 
 
 def draw_step(axes: Any, events: Lines) -> None:
@@ -340,7 +308,7 @@ def draw_step(axes: Any, events: Lines) -> None:
         for part in range(parts):
             mine = [e for e in events if e["cat"] == kind and (parts == 1 or e.get("args", {}).get("slot", 0) == part)]
             axes.broken_barh(
-                [((a - begin) / 1e3, (b - a) / 1e3) for a, b in _clip(mine, begin, end)],
+                [((a - begin) / 1e3, (b - a) / 1e3) for a, b, _ in _clip(mine, begin, end)],
                 (row - 0.4 + part * height, height),
                 facecolor=colour,
                 edgecolor="white" if kind == "compute" else colour,  # keeps short bars visible
@@ -357,21 +325,22 @@ def plan_events(played: Played) -> list[dict[str, Any]]:
     """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
     begin, events = played.steps[0][0], []
 
-    def add(kind: str, name: str, start: float, end: float, row: int, **args: float) -> None:
+    kinds = ["step", "wait", "compute", "materialize", "update", "gather"]
+    rows = {kind: row for row, kind in enumerate(kinds)} | {"upload": 16, "download": 32}
+
+    def add(kind: str, name: str, start: float, end: float, **args: float) -> None:
         if end > max(start, begin):
             start = max(start, begin)
             event = {"ph": "X", "cat": kind, "name": name, "ts": 1e6 * start, "dur": 1e6 * (end - start), "args": args}
-            events.append({**event, "pid": 0, "tid": row})
+            events.append({**event, "pid": 0, "tid": rows[kind] + args.get("slot", 0)})
 
     for number, (start, end) in enumerate(played.steps):
-        add("step", f"step {number}", start, end, 0)
+        add("step", f"step {number}", start, end)
     for start, end, name in wait_intervals(played.tasks):
-        add("wait", name, start, end, 1)
-    kinds = {"compute": 2, "materialize": 3, "update": 4, "gather": 5, "upload": 16, "download": 32}
+        add("wait", name, start, end)
     for task in played.tasks:
-        if task.kind in kinds:
-            args = {"bytes": round(task.num_bytes), "slot": task.slot}
-            add(task.kind, task.name, task.start, task.end, kinds[task.kind] + task.slot, **args)
+        if task.kind in rows and task.kind != "wait":
+            add(task.kind, task.name, task.start, task.end, bytes=round(task.num_bytes), slot=task.slot)
     return events
 
 

@@ -10,13 +10,13 @@ of their issue.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 
-from distzo2.planning.machines import Rates
+from distzo2.planning.machines import Duplex, Rates
 from distzo2.planning.plan_model import ModelPlan
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.scratch import Scratch
@@ -45,7 +45,7 @@ class Task:
     end: float = -1.0
 
 
-def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: Collection[str] = ()) -> None:
+def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: Set[str] = frozenset()) -> None:
     """Sets start and end of every task.
 
     Args:
@@ -54,55 +54,36 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
         pool: resources that share one processor: while k of them are busy, each runs at 1/k.
     """
 
-    def speeds(busy: Collection[str]) -> dict[str, float]:
-        result = dict.fromkeys(busy, 1.0)
-        if "upload" in result and "download" in result:
-            result["upload"], result["download"] = duplex
-        inside = [r for r in result if r in pool]
-        for resource in inside:
-            result[resource] /= len(inside)
-        return result
-
     queues: dict[str, deque[Task]] = {}
-    waiting: dict[Task, int] = {}
-    behind: dict[Task, list[Task]] = {}
     for task in tasks:
         queues.setdefault(task.resource, deque()).append(task)
-        waiting[task] = len(task.after)
-        for before in task.after:
-            behind.setdefault(before, []).append(task)
     now = 0.0
     running: dict[str, tuple[Task, float]] = {}  # by resource: what runs there, seconds left at full speed
-
-    def finish(task: Task) -> None:
-        task.end = now
-        for follower in behind.get(task, ()):
-            waiting[follower] -= 1
-
     while True:
         moved = True
         while moved:
             moved = False
             for resource, queue in queues.items():
-                while queue and resource not in running and waiting[queue[0]] == 0:
+                while queue and resource not in running and all(before.end >= 0 for before in queue[0].after):
                     task = queue.popleft()
-                    task.start = now
-                    moved = True
+                    task.start, moved = now, True
                     if task.seconds > 0:
                         running[resource] = task, task.seconds
                     else:
-                        finish(task)
+                        task.end = now
         if not running:
             assert not any(queues.values()), "tasks wait for one another"
             return
-        speed = speeds(running)
+        speed = {r: 1.0 / len(running.keys() & pool) if r in pool else 1.0 for r in running}
+        if {"upload", "download"} <= running.keys():
+            speed["upload"], speed["download"] = duplex
         step = min(left / speed[r] for r, (_, left) in running.items())
         now += step
         for resource, (task, left) in list(running.items()):
             left -= step * speed[resource]
             if left <= 1e-12 * max(1.0, task.seconds):
                 del running[resource]
-                finish(task)
+                task.end = now
             else:
                 running[resource] = task, left
 
@@ -142,7 +123,8 @@ class Played:
 
 def play_steps(work: Work) -> Played:
     """Plays steps until they repeat, and takes the mean of those after."""
-    duplex = (work.transfers.up_speed, work.transfers.down_speed) if work.transfers else (1.0, 1.0)
+    link = work.link
+    duplex = tuple(min(1.0, link.both / 2 / rate) for rate in (link.up, link.down)) if link else (1.0, 1.0)
     # A slice's update takes from the device what compute would have; on a CPU so does a gather.
     pool = {"compute", "side", "gather"} if work.on_host else {"compute", "side"}
     num_steps = max(2, min(work.write_every, MOST_STEPS))
@@ -154,23 +136,16 @@ def play_steps(work: Work) -> Played:
         ends = [task.end for task in schedule.step_ends]
         lengths = [b - a for a, b in pairwise(ends)]
         before, after = sum(lengths[-2 * num_steps : -num_steps]), sum(lengths[-num_steps:])
-        if len(lengths) >= 2 * num_steps and abs(after - before) <= SAME * after:
+        settled = len(lengths) >= 2 * num_steps and abs(after - before) <= SAME * after
+        if settled or 1 < work.write_every <= warm:
             break
-        if work.write_every > 1 and warm >= work.write_every:
-            break
-    return _figures(schedule, ends, warm, num_steps)
-
-
-def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: int) -> Played:
     begin, end = ends[warm - 1], ends[-1]
-    busy: dict[str, float] = {}
-    num_bytes = {"upload": 0.0, "download": 0.0, "gather": 0.0}
-    noise_s = 0.0
+    busy, noise_s, num_bytes = Counter(), 0.0, dict.fromkeys(("upload", "download", "gather"), 0.0)
     for task in schedule.tasks:
         inside = min(task.end, end) - max(task.start, begin)
         if inside <= 0:
             continue
-        busy[task.resource] = busy.get(task.resource, 0.0) + inside / num_steps
+        busy[task.resource] += inside / num_steps
         if task.kind in ("materialize", "update"):
             noise_s += inside / num_steps
         elif task.kind in num_bytes:
@@ -178,7 +153,7 @@ def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: in
     waits = wait_intervals(schedule.tasks)
     return Played(
         (end - begin) / num_steps,
-        busy,
+        dict(busy),
         sum(max(0.0, min(b, end) - max(a, begin)) for a, b, _ in waits) / num_steps,
         noise_s,
         *num_bytes.values(),
@@ -189,16 +164,6 @@ def _figures(schedule: Schedule, ends: Sequence[float], warm: int, num_steps: in
 
 
 # ---- the rules ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Transfers:
-    """Seconds a byte up and down alone; `up_speed` and `down_speed`: what is left of each while both are busy."""
-
-    up_s: float
-    down_s: float
-    up_speed: float
-    down_speed: float
 
 
 @dataclass(frozen=True)
@@ -220,7 +185,7 @@ class Work:
     on_host: bool  # the host computes
     streamed: Collection[int]  # indices of units that stream; their Unit.block is set
     slots: int
-    transfers: Transfers | None
+    link: Duplex | None  # the rank's share of it
     passes: Sequence[Sequence[Emission]]  # of a step: the lanes' emissions in their order
     num_terms: int  # of a step's update
     family: str
@@ -264,7 +229,7 @@ class Schedule:
         self._slots = [_Slot(number) for number in range(work.slots)]
         self._slot_of: dict[int, _Slot] = {}
         self._store_of: dict[int, Task] = {}  # by unit: its last download
-        self._uses = 0
+        self._uses = itertools.count(1)
         streamed = [u for u in self.units if u.index in work.streamed]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}
         self._last: Unit | None = None
@@ -323,12 +288,11 @@ class Schedule:
             self._complete(unit)
         self._to_complete.clear()
         parts, host = self.work.model.parts, self.work.rates.host
-        by_index = {u.index: u for u in self.units}
         for part, seconds in zip(parts, self._part_s, strict=True):
             if part.units:
                 for index in self._present - set(part.units):
-                    self._release(by_index[index])
-                entered = by_index[part.units[-1]]
+                    self._release(self.units[index])
+                entered = self.units[part.units[-1]]
                 overhead = self._issue(host.visit_s)
                 if entered.index not in self._present:
                     self._bring(entered)
@@ -337,12 +301,12 @@ class Schedule:
             for emission in emissions:
                 pinned: set[int] = set()
                 for index in part.units:
-                    pinned.add(self._point(by_index[index], emission, distinct, pinned))
+                    pinned.add(self._point(self.units[index], emission, distinct, pinned))
                 overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
-                name = by_index[part.units[-1]].name if part.units else "(start)"
+                name = self.units[part.units[-1]].name if part.units else "(start)"
                 self._run("compute", name, seconds + overhead)
         for index in list(self._present):
-            self._release(by_index[index])
+            self._release(self.units[index])
 
     # ---- as UnitWeights ---------------------------------------------------------------------------------------------
 
@@ -370,15 +334,10 @@ class Schedule:
             return
         slot = self._slot_of[unit.index]
         slot.held, slot.readers = False, self._compute
-        self._uses += 1
-        slot.last_use = self._uses
+        slot.last_use = next(self._uses)
         if unit.index in self._dirty:
             self._dirty.discard(unit.index)
             self._download(unit, slot, unit.num_bytes, self._compute)
-
-    def _is_sliced(self, unit: Unit) -> bool:
-        """Whether the block reaches its slot with every update made."""
-        return self.work.slicing is not None and unit.index in self.work.streamed
 
     def _elides(self, unit: Unit) -> bool:
         behind = unit.index in self.work.streamed and self._stored[unit.index] < self._version
@@ -386,7 +345,7 @@ class Schedule:
 
     def _point(self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]) -> int:
         """The address of the perturbed copy that the lane uses; 0: the clean weights."""
-        stays_behind = self._elides(unit) and not self._is_sliced(unit)
+        stays_behind = self._elides(unit) and self.work.slicing is None
         if not unit.trainable or (emission.clean and not stays_behind):
             self._materialize(unit, (), 0)
             return 0
@@ -403,7 +362,9 @@ class Schedule:
     def _materialize(self, unit: Unit, emissions: Sequence[Emission], num_noises: int) -> None:
         if not unit.trainable:
             return
-        missed = 0 if self._is_sliced(unit) else self._version - self._stored[unit.index]
+        # A sliced block reaches its slot with every update made.
+        sliced = self.work.slicing is not None and unit.index in self.work.streamed
+        missed = 0 if sliced else self._version - self._stored[unit.index]
         writes = missed > 0 and not (emissions and self._elides(unit))
         if missed or emissions:
             seconds = self._noise_s(unit, 1.0, missed, num_noises, len(emissions), writes)
@@ -411,7 +372,7 @@ class Schedule:
             self._run("materialize", unit.name, seconds + overhead)
             if writes:
                 self._dirty.add(unit.index)
-        if writes or not (missed or self._is_sliced(unit)):
+        if writes or not (missed or sliced):
             self._stored[unit.index] = self._version
 
     def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:
@@ -435,8 +396,7 @@ class Schedule:
             self._assign(slot, unit)
         if not slot.held:
             slot.wanted = True
-            self._uses += 1
-            slot.last_use = self._uses
+            slot.last_use = next(self._uses)
         return True
 
     def _choose(self, for_acquire: bool) -> _Slot | None:
@@ -453,7 +413,7 @@ class Schedule:
         slot.unit, slot.wanted, slot.version = unit, False, -1
         self._slot_of[unit.index] = slot
         num_bytes = unit.num_bytes / (self.work.slicing.num_ranks if self.work.slicing else 1)
-        seconds = num_bytes * self.work.transfers.up_s
+        seconds = num_bytes / self.work.link.up
         after = (self._host, slot.readers, slot.stored, self._store_of.get(unit.index))
         slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
         slot.stored = None
@@ -465,7 +425,7 @@ class Schedule:
         return slot
 
     def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
-        seconds, more = num_bytes * self.work.transfers.down_s, {"num_bytes": num_bytes, "slot": slot.number}
+        seconds, more = num_bytes / self.work.link.down, {"num_bytes": num_bytes, "slot": slot.number}
         slot.stored = self._add("download", "download", unit.name, seconds, after, slot.ready, **more)
         self._store_of[unit.index] = slot.stored
 

@@ -12,41 +12,36 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.utils.benchmark import Timer
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.planning.findings import read_link
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 MIB = 2**20
 SLOTS = 3
 NUM_BLOCKS = 9  # a multiple of the slots
 DIRECTIONS = ("up", "down", "both")
-MAX_CALLS = 10_000
 GATHER_LIMIT_S = 90.0
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure. A quick measurement shows that all of it works; its figures are rough."""
+class Effort(NamedTuple):
+    """How long to measure."""
 
-    quick: bool = False
-
-    @property
-    def rounds(self) -> int:
-        return 2 if self.quick else 5
-
-    @property
-    def batch_s(self) -> float:
-        """Seconds of calls timed together at least."""
-        return 0.002 if self.quick else 0.05
+    quick: bool = False  # shows that all of it works; the figures are rough
+    rounds: int = 5  # of transfers
+    seconds: float = 0.25  # of calls at least
 
     def pick(self, quick: int, whole: int) -> int:
         return quick if self.quick else whole
+
+
+QUICK = Effort(True, 2, 0.004)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -55,18 +50,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], Any], effort: Effort, device: torch.device) -> float:
-    """Median seconds of a call on the device over the rounds."""
-
-    def turn(num_calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(num_calls):
-            call()
-        _synchronize(device)
-        return (time.perf_counter() - start) / num_calls
-
-    turn(1)  # pages, caches, threads and kernels are made at the first call
-    num_calls = max(1, min(MAX_CALLS, round(effort.batch_s / max(turn(1), 1e-9))))
-    return statistics.median(turn(num_calls) for _ in range(effort.rounds))
+    """Median seconds of a call on the device."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # which the timer synchronizes
+        return timer.blocked_autorange(min_run_time=effort.seconds).median
 
 
 # ---- the copy engine ----------------------------------------------------------------------------------------------
@@ -79,7 +66,7 @@ def _rates(
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     ahead = SLOTS - 1
 
-    def visit(block: int, dirty: bool) -> None:
+    def visit(block: int, dirty: bool = False) -> None:
         engine.acquire(block, stream)
         engine.release(block, stream, dirty=dirty, version=0)
 
@@ -88,7 +75,7 @@ def _rates(
         for block in engine.present():
             engine.drop(block)
         for block in range(SLOTS if direction == "down" else 0):
-            visit(block, dirty=False)
+            visit(block)
         _synchronize(device)
         before()
 
@@ -148,18 +135,6 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
     return {"device": name, "block_bytes": block_bytes, **rates}
 
 
-def link_under_load(device: torch.device, address: str) -> dict[str, Any]:
-    """The GPU's link while it is in use: an idle one is slowed down to save power."""
-    host = torch.zeros(64 * MIB, dtype=torch.uint8).pin_memory()
-    there = torch.empty_like(host, device=device)
-    for _ in range(40):
-        there.copy_(host, non_blocking=True)
-    time.sleep(0.02)
-    link = read_link(address)
-    torch.cuda.synchronize(device)
-    return link
-
-
 def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]:
     """Reads and writes of a file of blocks in `directory`, and how long an appended line takes to be durable.
 
@@ -169,23 +144,22 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
         UsageError: there is no such directory, or it cannot be written to.
         DistZO2Error: its disk is full, or refuses a transfer.
     """
-    if not os.path.isdir(directory):
-        raise UsageError(f"--directory {directory}: a directory on the disk to measure was expected")
+    if not (os.path.isdir(directory) and os.access(directory, os.W_OK)):
+        raise UsageError(f"--directory {directory}: expected a directory, on the disk to measure, to write to")
     block_bytes = effort.pick(2, 32) * MIB
     try:
-        descriptor, path = tempfile.mkstemp(prefix="distzo2-measure-", dir=directory)
-    except OSError as error:
-        raise UsageError(f"--directory {directory}: no file can be made there: {error.strerror}") from error
-    try:
-        fsync_s = _fsync_seconds(descriptor, effort.pick(5, 40))
-        os.ftruncate(descriptor, 0)
-        file = BlockFile(path, [block_bytes] * NUM_BLOCKS)
+        with tempfile.NamedTemporaryFile(prefix="distzo2-measure-", dir=directory, buffering=0) as named:
+            samples = []
+            for _ in range(effort.pick(5, 40)):
+                start = time.perf_counter()
+                named.write(b"x" * 300)  # such as a line of the journal
+                os.fsync(named.fileno())
+                samples.append(time.perf_counter() - start)
+            named.truncate(0)
+            file = BlockFile(named.name, [block_bytes] * NUM_BLOCKS)
+            descriptor = os.open(named.name, os.O_RDWR)
     except (OSError, RuntimeError) as error:
         raise DistZO2Error(f"{directory}: cannot be written to: {error}") from error
-    finally:
-        os.close(descriptor)
-        descriptor = os.open(path, os.O_RDWR)
-        os.unlink(path)
     slots = [aligned_buffer(block_bytes) for _ in range(SLOTS)]
     for slot in slots:
         slot.random_(generator=torch.Generator().manual_seed(0))  # a disk that compresses must not see zeros
@@ -209,19 +183,8 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
         engine.close()
         file.close()
         os.close(descriptor)
-    place = os.path.realpath(directory)
-    return {"directory": place, "direct": direct, "block_bytes": block_bytes, **rates, "fsync_s": fsync_s}
-
-
-def _fsync_seconds(descriptor: int, num_writes: int) -> float:
-    """Median seconds until an appended line, such as the journal's, is on the disk."""
-    samples = []
-    for _ in range(num_writes):
-        start = time.perf_counter()
-        os.write(descriptor, b"x" * 300)
-        os.fsync(descriptor)
-        samples.append(time.perf_counter() - start)
-    return statistics.median(samples)
+    about = {"directory": os.path.realpath(directory), "direct": direct, "block_bytes": block_bytes}
+    return {**about, **rates, "fsync_s": statistics.median(samples)}
 
 
 # ---- gather -------------------------------------------------------------------------------------------------------
@@ -263,8 +226,6 @@ def _gather_rank(
     rank: int, backend: str, num_ranks: int, slice_bytes: int, num_rounds: int, meet: str, times: Any
 ) -> None:
     """One rank, in its own process; rank 0 puts the slowest rank's seconds of each round into `times`."""
-    import torch.distributed as dist
-
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")

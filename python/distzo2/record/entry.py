@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distzo2.record.line import (
-    MAX_DEPTH,
     MAX_INT64,
     MAX_STEP_BYTES,
     JournalError,
     a_list,
-    check_depth,
     decode_line,
     encode_line,
-    expect_keys,
+    expect_members,
     from_hex,
     from_hex32,
     hex32,
@@ -25,7 +23,10 @@ from distzo2.record.line import (
 from distzo2.text import brief
 from distzo2_core.types import FAMILIES, MAX_PROBE, MAX_STEP, GroupScalars, Term, Update
 
-_STEP_KEYS = ("step", "groups", "terms", "eps", "losses", "skipped", "tokens", "seconds", "extra")
+_MEMBERS = {
+    "step": "integer", "groups": "list", "terms": "list", "eps": "string", "losses": "list",
+    "skipped": "string or null", "tokens": "integer", "seconds": "string", "extra": "object",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,15 @@ class StepEntry:
             JournalError: the line is damaged, or holds anything else.
         """
         record = decode_line(line, MAX_STEP_BYTES)
-        expect_keys(record, _STEP_KEYS, "a step")
-        if tuple(record) != _STEP_KEYS:
-            raise JournalError(f"the members of a step are not spelled as {', '.join(_STEP_KEYS)}, in this order")
-        step = whole(record["step"], 0, MAX_STEP, "step")
-        groups, terms = a_list(record["groups"], "groups"), a_list(record["terms"], "terms")
-        losses = [a_list(row, "losses") for row in a_list(record["losses"], "losses")]
+        expect_members(record, _MEMBERS, "a step")
+        if list(record) != list(_MEMBERS):
+            raise JournalError(f"the members of a step are not spelled as {', '.join(_MEMBERS)}, in this order")
+        step, groups, terms = record["step"], map(_read_group, record["groups"]), map(_read_term, record["terms"])
         entry = cls(
             step=step,
-            update=Update(step, tuple(map(_read_group, groups)), tuple(map(_read_term, terms))),
+            update=Update(step, tuple(groups), tuple(terms)),
             eps=from_hex32(record["eps"], "eps"),
-            losses=[[from_hex(loss, "losses") for loss in row] for row in losses],
+            losses=[[from_hex(loss, "losses") for loss in a_list(row, "losses")] for row in record["losses"]],
             skipped=record["skipped"],
             tokens=record["tokens"],
             seconds=from_hex(record["seconds"], "seconds"),
@@ -113,7 +112,7 @@ class StepEntry:
 
 
 def _read_group(row: Any) -> GroupScalars:
-    return GroupScalars(*(from_hex32(v, "group") for v in a_list(row, "a group", len(GroupScalars._fields))))
+    return GroupScalars(*(from_hex32(value, "group") for value in a_list(row, "a group", 4)))
 
 
 def _read_term(row: Any) -> Term:
@@ -135,14 +134,8 @@ def _check_entry(entry: StepEntry) -> None:
             raise JournalError(f"unknown sub {brief(term.sub)} in a term, only 0 is known")
         whole(term.step, 0, MAX_STEP, "a term's step")
         whole(term.probe, 0, MAX_PROBE, "a term's probe")
-    if entry.skipped is not None:
-        if not isinstance(entry.skipped, str):
-            raise JournalError("skipped must be null or the reason as a string")
-        if any(group.lr != 0 for group in update.groups):
-            raise JournalError(f"step {entry.step} is skipped, so its lr must be 0 in every group")
+    if entry.skipped is not None and any(group.lr != 0 for group in update.groups):
+        raise JournalError(f"step {entry.step} is skipped, so its lr must be 0 in every group")
     whole(entry.tokens, 0, MAX_INT64, "tokens")
     if not math.isfinite(entry.seconds):
         raise JournalError("seconds must be finite")
-    if not isinstance(entry.extra, dict):
-        raise JournalError("extra must be an object")
-    check_depth(entry.extra, MAX_DEPTH - 1)

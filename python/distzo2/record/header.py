@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from distzo2.record.line import (
-    MAX_HEADER_BYTES,
-    MAX_INT64,
-    JournalError,
-    a_list,
-    check_depth,
-    decode_line,
-    expect_keys,
-    whole,
-)
+from distzo2.record.line import MAX_HEADER_BYTES, MAX_INT64, JournalError, decode_line, expect_members, whole
 from distzo2.text import brief
 from distzo2.version import __version__
 from distzo2.weights.units import ParamInfo
@@ -36,12 +28,20 @@ MAX_DIMS = 32
 # Purposes of the noise's counter that this format can hold; a term's family is the purpose of its noise.
 PURPOSES = {**FAMILIES, "rounding": PURPOSE_ROUNDING, "data order": PURPOSE_DATA_ORDER}
 
-_HEADER_KEYS = {
-    "journal", "noise", "rounding", "purposes", "seed", "base", "map", "table", "groups", "options", "software",
-    "fingerprint",
+_HEADER = {
+    "journal": "integer", "noise": "string", "rounding": "string", "purposes": "object", "seed": "integer",
+    "base": "object", "map": "object or null", "table": "list", "groups": "list", "options": "object",
+    "software": "object", "fingerprint": "object",
 }  # fmt: skip
-_PARENT_KEYS = {"name", "steps", "sha256", "chain", "options", "noise", "software", "fingerprint"}
-_ROW_FIELDS = ("index", "name", "shape", "dtype", "stride", "trainable", "group", "noise")
+_HEADER_2 = _HEADER | {"hash": "string or null", "parents": "list"}
+_PARENT = {
+    "name": "string", "steps": "integer", "sha256": "string", "chain": "string or null", "options": "object",
+    "noise": "string", "software": "object", "fingerprint": "object",
+}  # fmt: skip
+_ROW = {
+    "index": "integer", "name": "string", "shape": "list", "dtype": "string", "stride": "list", "trainable": "boolean",
+    "group": "integer or null", "noise": "string",
+}  # fmt: skip
 
 
 def table_row(
@@ -81,11 +81,8 @@ def index_table(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any]]
         groups: the optimizer's parameter groups; a parameter in none of them is frozen.
     """
     group_of = {id(tensor): i for i, group in enumerate(groups) for tensor in group["params"]}
-    rows = []
-    for p in params:
-        group = group_of.get(id(p.tensor))
-        rows.append(table_row(p.index, p.name, p.shape, p.dtype, p.stride, group is not None, group, noise))
-    return rows
+    rows = ((p, group_of.get(id(p.tensor))) for p in params)
+    return [table_row(p.index, p.name, p.shape, p.dtype, p.stride, g is not None, g, noise) for p, g in rows]
 
 
 def make_header(
@@ -96,7 +93,6 @@ def make_header(
     base: Mapping[str, Any] | None = None,
     checkpoint_map: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
-    software: Mapping[str, Any] | None = None,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A header, checked.
@@ -106,17 +102,15 @@ def make_header(
         groups: the optimizer's parameter groups; their numbers and strings are recorded.
         base: name and digests of the base checkpoint's files, as `digest_checkpoint` returns them; None for weights
             that came from no checkpoint, or were changed since.
-        checkpoint_map: `CheckpointMap.to_json`. A replay under another version of transformers then reads the base as
-            the run did, or is refused.
+        checkpoint_map: `CheckpointMap.to_json`, so that a replay under another version of transformers reads the base
+            as the run did, or is refused.
         options: of the optimizer; a resumed run must have the same.
-        software: versions; None: those of this process.
         fingerprint: what the bits of a forward depend on besides the weights.
 
     Raises:
         JournalError: a value is not what a header holds.
     """
-    if software is None:
-        software = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
     header = {
         "journal": 1,
         "noise": NOISE_VERSION,
@@ -128,18 +122,11 @@ def make_header(
         "table": [dict(row) for row in table],
         "groups": [{k: v for k, v in group.items() if isinstance(v, (int, float, str))} for group in groups],
         "options": dict(options or {}),
-        "software": dict(software),
+        "software": versions,
         "fingerprint": dict(fingerprint or {}),
     }
     check_header(header)
     return header
-
-
-def with_parents(header: Mapping[str, Any], parents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The header of a run that was branched from `parents`, the nearest last (:mod:`distzo2.record.lineage`)."""
-    if not parents:
-        return dict(header)
-    return {**header, "journal": FORMAT_VERSION, "hash": None, "parents": [dict(parent) for parent in parents]}
 
 
 def parents_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -163,69 +150,47 @@ def check_header(header: Mapping[str, Any]) -> None:
     version = header.get("journal")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise JournalError(f"format version {brief(version)}, this reader knows 1 to {FORMAT_VERSION}")
-    expect_keys(header, _HEADER_KEYS | ({"hash", "parents"} if version > 1 else set()), "the header")
+    expect_members(header, _HEADER if version == 1 else _HEADER_2, "the header")
     for key, known in (("noise", NOISE_VERSION), ("rounding", ROUNDING_VERSION)):
         if header[key] != known:
             raise JournalError(f"{key} version {brief(header[key])}, this reader makes {known!r}")
-    purposes = header["purposes"]
-    if not isinstance(purposes, dict) or any(type(v) is not int or PURPOSES.get(k) != v for k, v in purposes.items()):
-        raise JournalError(f"purposes {brief(purposes)}, this reader knows {PURPOSES}")
+    if any(type(v) is not int or PURPOSES.get(k) != v for k, v in header["purposes"].items()):
+        raise JournalError(f"purposes {brief(header['purposes'])}, this reader knows {PURPOSES}")
     whole(header["seed"], 0, MAX_SEED, "seed")
-    for key in ("options", "software", "fingerprint"):
-        if not isinstance(header[key], dict):
-            raise JournalError(f"{key} must be an object")
-    if header["map"] is not None and not isinstance(header["map"], dict):
-        raise JournalError("map must be null or an object")
-    groups = a_list(header["groups"], "groups")
-    if not all(isinstance(group, dict) for group in groups):
+    if not all(isinstance(group, dict) for group in header["groups"]):
         raise JournalError("groups must be a list of objects")
     _check_base(header["base"])
     if version > 1:
         _check_lineage(header)
-    for position, row in enumerate(a_list(header["table"], "table")):
-        _check_row(row, position, len(groups))
-    check_depth(header)
+    for position, row in enumerate(header["table"]):
+        _check_row(row, position, len(header["groups"]))
 
 
 def table_difference(
     journal_table: Sequence[Mapping[str, Any]], model_table: Sequence[Mapping[str, Any]]
 ) -> str | None:
     """The first difference of two index tables in one line (parameter and field), or None where they are equal."""
-    for theirs, ours in zip(journal_table, model_table, strict=False):
-        for name in _ROW_FIELDS:
-            if theirs.get(name) != ours.get(name):
-                where = f"parameter {theirs.get('index')} {theirs.get('name')!r}"
-                return f"{where}: {name} is {theirs.get(name)!r} in the journal and {ours.get(name)!r} in the model"
-    if len(journal_table) != len(model_table):
-        longer, has = (journal_table, "journal") if len(journal_table) > len(model_table) else (model_table, "model")
-        row = longer[min(len(journal_table), len(model_table))]
-        return f"parameter {row.get('index')} {row.get('name')!r}: only the {has} has it"
+    for theirs, ours in zip_longest(journal_table, model_table):
+        row = theirs or ours
+        where = f"parameter {row['index']} {row['name']!r}"
+        if not theirs or not ours:
+            return f"{where}: only the {'journal' if theirs else 'model'} has it"
+        for key in theirs:
+            if theirs[key] != ours[key]:
+                return f"{where}: {key} is {theirs[key]!r} in the journal and {ours[key]!r} in the model"
     return None
-
-
-def check_table(header: Mapping[str, Any], model_table: Sequence[Mapping[str, Any]]) -> None:
-    """Raises JournalError naming the first difference between the header's index table and the model's."""
-    difference = table_difference(header["table"], model_table)
-    if difference is not None:
-        raise JournalError(f"the journal is of another model: {difference}")
 
 
 def _check_lineage(header: Mapping[str, Any]) -> None:
     if header["hash"] not in (None, CHAIN_HASH):
         raise JournalError(f"hash {brief(header['hash'])}, this reader knows {CHAIN_HASH!r}")
-    for parent in a_list(header["parents"], "parents"):
-        expect_keys(parent, _PARENT_KEYS, "a parent")
+    for parent in header["parents"]:
+        expect_members(parent, _PARENT, "a parent")
         whole(parent["steps"], 0, MAX_STEP, "steps of a parent")
-        if not isinstance(parent["name"], str) or not _is_sha256(parent["sha256"]):
-            raise JournalError("a parent must have a name and the SHA-256 of its journal")
-        if parent["chain"] is not None and not _is_sha256(parent["chain"]):
-            raise JournalError("chain of a parent must be null or a SHA-256")
-        if (
-            not isinstance(parent["noise"], str)
-            or parent["noise"] not in FAMILIES
-            or not all(isinstance(parent[key], dict) for key in ("options", "software", "fingerprint"))
-        ):
-            raise JournalError("noise, options, software or fingerprint of a parent is of the wrong kind")
+        if not _is_sha256(parent["sha256"]) or not (parent["chain"] is None or _is_sha256(parent["chain"])):
+            raise JournalError("sha256 or chain of a parent is not a SHA-256")
+        if parent["noise"] not in FAMILIES:
+            raise JournalError(f"unknown noise {brief(parent['noise'])} of a parent")
 
 
 def _is_sha256(text: Any) -> bool:
@@ -246,20 +211,18 @@ def _check_base(base: Any) -> None:
 
 
 def _check_row(row: Any, position: int, num_groups: int) -> None:
-    expect_keys(row, set(_ROW_FIELDS), f"table row {position}")
+    expect_members(row, _ROW, f"table row {position}")
     name = row["name"]
-    if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise JournalError(f"table row {position} has no name of at most {MAX_NAME} characters")
-    if row["index"] != position or type(row["index"]) is not int:
+    if len(name) > MAX_NAME:
+        raise JournalError(f"table row {position} has a name of more than {MAX_NAME} characters")
+    if row["index"] != position:
         raise JournalError(f"table row {position} ({name!r}) has index {brief(row['index'])}")
     for key in ("shape", "stride"):
-        for value in a_list(row[key], f"{key} of {name!r}"):
+        for value in row[key]:
             whole(value, 0, MAX_INT64, f"{key} of {name!r}")
     if len(row["shape"]) != len(row["stride"]) or len(row["shape"]) > MAX_DIMS:
         raise JournalError(f"shape and stride of {name!r} do not fit together")
-    if not isinstance(row["dtype"], str) or not isinstance(row["trainable"], bool):
-        raise JournalError(f"dtype or trainable of {name!r} is of the wrong kind")
-    if not isinstance(row["noise"], str) or row["noise"] not in FAMILIES:
+    if row["noise"] not in FAMILIES:
         raise JournalError(f"unknown noise {brief(row['noise'])} of {name!r}")
     if row["group"] is not None or row["trainable"]:
         whole(row["group"], 0, num_groups - 1, f"group of {name!r}")

@@ -6,7 +6,6 @@ A :class:`Journal` is one file, open for appending under an exclusive lock. `app
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import secrets
@@ -14,7 +13,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,14 +20,7 @@ from typing import Any, BinaryIO
 from distzo2.files import lock, sync_directory, write_all
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import read_header
-from distzo2.record.line import (
-    MAX_HEADER_BYTES,
-    MAX_STEP_BYTES,
-    JournalError,
-    crc_matches,
-    encode_line,
-    torn_tail,
-)
+from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, JournalError, crc_matches, encode_line
 from distzo2.record.writer import JournalWriter
 
 MAX_FINDINGS = 100  # of one journal
@@ -94,9 +85,8 @@ class Journal:
     def __init__(self, path: Path, descriptor: int, contents: JournalContents, fsync_every: int) -> None:
         self.path = path
         self.header, self.entries, self.torn = contents.header, contents.entries, contents.torn
-        self._writer = JournalWriter(
-            os.fspath(path), descriptor, contents.num_bytes, len(contents.entries), fsync_every
-        )
+        num_bytes, num_entries = contents.num_bytes, len(contents.entries)
+        self._writer = JournalWriter(os.fspath(path), descriptor, num_bytes, num_entries, fsync_every)
         # Also runs at interpreter exit, while the daemon thread still can write what is queued.
         self._finalizer = weakref.finalize(self, self._writer.close_quietly)
 
@@ -136,8 +126,7 @@ class Journal:
                 os.fsync(descriptor)
                 _publish(temporary, path)
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
+                temporary.unlink(missing_ok=True)
             try:
                 sync_directory(path.parent)
             except OSError:
@@ -205,7 +194,7 @@ class Journal:
         It must be quick, and must not call :meth:`sync` or :meth:`close`. What it raises, the next :meth:`append` or
         :meth:`sync` raises.
         """
-        self._writer.add_callback(callback)
+        self._writer.callbacks += (callback,)
 
     def on_failure(self, callback: Callable[[BaseException], None]) -> None:
         """Calls `callback(error)` once from the journal's thread if entries can no longer be written."""
@@ -251,8 +240,17 @@ def _read(
     while line:
         following = next_line()
         if not crc_matches(line) and (b"\0" in line or not following):
-            rest = chain([following], iter(next_line, b"")) if following else ()
-            torn = f"{path}: line {step + 2} (step {step}) {_torn_text(*torn_tail(line, rest), bool(following))}"
+            is_last, num_torn, num_whole = not following, 0, 0
+            while line:  # no more than two at a time, since a hole of zeros may be longer than any line
+                num_torn += len(line)
+                num_whole += crc_matches(line[line.rfind(b"\0") + 1 :])
+                line = following
+                following = next_line()
+            torn = f"{path}: line {step + 2} (step {step})" + (
+                f" was torn and left out: {num_torn} bytes" if is_last else
+                f" and all after it were torn and left out: {num_torn} bytes, {num_whole} whole lines among them; the "
+                "line has zero bytes, as a power cut leaves them where lines had not reached the disk"
+            )  # fmt: skip
             return JournalContents(header, entries, torn, num_bytes)
         try:
             entry = StepEntry.from_line(line)
@@ -269,15 +267,6 @@ def _read(
         num_bytes += len(line)
         step, line = step + 1, following
     return JournalContents(header, entries, None, num_bytes)
-
-
-def _torn_text(num_bytes: int, num_whole: int, has_more: bool) -> str:
-    if not has_more:
-        return f"was torn and left out: {num_bytes} bytes"
-    return (
-        f"and all after it were torn and left out: {num_bytes} bytes, {num_whole} whole lines among them; the line has "
-        "zero bytes, as a power cut leaves them where lines had not reached the disk"
-    )
 
 
 def _read_first(file: BinaryIO, path: str, max_bytes: int = MAX_HEADER_BYTES) -> tuple[dict[str, Any], int]:

@@ -1,19 +1,19 @@
 """One line of a journal: a record as compact JSON that ends in its CRC-32, with floats in hex.
 
 :mod:`distzo2.record.entry` and :mod:`distzo2.record.header` know what the records hold. Reading any bytes ends in a
-record or in a JournalError, and takes no more memory than a small multiple of their number.
+record or in a JournalError, and takes memory in proportion to their number.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import operator
 import re
-import struct
 import zlib
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from distzo2.errors import DistZO2Error
@@ -23,10 +23,11 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_STEP_BYTES = 4 << 20
 MAX_DEPTH = 16  # of nested objects and lists
 MAX_INT64 = (1 << 63) - 1
+_KINDS = {dict: "object", list: "list", str: "string", int: "integer", bool: "boolean", NoneType: "null"}
 
 _CRC_MARK = b',"crc":"'
 _CRC_BYTES = len(_CRC_MARK) + 8 + len(b'"}\n')
-# Runs of older versions could chain their lines: a hash stands before the CRC. It is not checked, and not written.
+# Older versions could chain the lines: a hash stands before the CRC. It is neither checked nor written.
 _CHAIN = re.compile(rb',"chain":"[0-9a-f]{64}"\Z')
 _CHAIN_BYTES = len(b',"chain":""') + 64
 
@@ -39,7 +40,7 @@ def encode_line(record: Mapping[str, Any], max_bytes: int) -> bytes:
     """The line of a record: compact ASCII JSON whose last member, `crc`, is the CRC-32 of all bytes before `,"crc"`.
 
     Raises:
-        JournalError: the record is no JSON, or the line is longer than `max_bytes`.
+        JournalError: the record is no JSON, is nested too deep, or makes a line longer than `max_bytes`.
     """
     return seal_line(_encode(record, max_bytes))
 
@@ -82,31 +83,10 @@ def decode_line(line: bytes, max_bytes: int) -> dict[str, Any]:
     return record
 
 
-def torn_tail(line: bytes, rest: Iterable[bytes]) -> tuple[int, int]:
-    """The bytes that a cut at `line` takes off the file, and how many whole lines are among them.
-
-    A killed process leaves a last line that is not whole. After a power cut, any part of the lines since the last sync
-    may be missing and read as zeros. A line has no zero byte, so the file is good up to the first line that has one.
-
-    Args:
-        line: a line whose CRC does not match, and which is the last or holds a zero byte.
-        rest: the lines after it.
-    """
-    num_bytes = num_whole = 0
-    for each in chain([line], rest):
-        num_bytes += len(each)
-        num_whole += crc_matches(each[each.rfind(b"\0") + 1 :])
-    return num_bytes, num_whole
-
-
 def hex32(value: float, what: str) -> str:
     """A finite float32 value in hex."""
     text = hex64(value, what)
-    try:
-        (rounded,) = struct.unpack("<f", struct.pack("<f", value))
-    except OverflowError:
-        rounded = math.inf
-    if rounded != value:
+    if ctypes.c_float(value).value != value:
         raise JournalError(f"{what} is {value!r}, which is no float32 value")
     return text
 
@@ -152,16 +132,20 @@ def a_list(value: Any, what: str, length: int | None = None) -> list[Any]:
     return value
 
 
-def expect_keys(record: Any, keys: Iterable[str], what: str) -> None:
-    if not isinstance(record, Mapping):
+def expect_members(record: Any, members: Mapping[str, str], what: str) -> None:
+    """Raises JournalError unless `record` is an object with exactly these members, each of its kind."""
+    if not isinstance(record, dict):
         raise JournalError(f"{what} must be an object")
-    missing, unknown = sorted(set(keys) - set(record)), sorted(set(record) - set(keys))
+    missing, unknown = sorted(members.keys() - record.keys()), sorted(record.keys() - members.keys())
     if missing or unknown:
         raise JournalError(f"{what} lacks {brief(missing)} and has unknown {brief(unknown)}")
+    for key, kinds in members.items():  # such as "object or null"
+        if _KINDS.get(type(record[key]), "number") not in kinds:
+            raise JournalError(f"{key} of {what} is {brief(record[key])}, expected {kinds}")
 
 
-def check_depth(value: Any, depth: int = MAX_DEPTH) -> None:
-    """Raises JournalError if a JSON value is nested deeper than `depth`, or has a key that is no string."""
+def _check_depth(value: Any, depth: int = MAX_DEPTH) -> None:
+    """Raises JournalError if a value is nested deeper than `depth`, or has a key that is no string."""
     if depth < 0:
         raise JournalError(f"nested deeper than {MAX_DEPTH}")
     if isinstance(value, dict):
@@ -170,7 +154,7 @@ def check_depth(value: Any, depth: int = MAX_DEPTH) -> None:
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for child in value:
-            check_depth(child, depth - 1)
+            _check_depth(child, depth - 1)
 
 
 def _crc_member(body: bytes | memoryview) -> bytes:
@@ -179,10 +163,12 @@ def _crc_member(body: bytes | memoryview) -> bytes:
 
 def _encode(record: Mapping[str, Any], max_bytes: int) -> bytes:
     """The JSON of a record without its closing brace."""
+    _check_depth(record)
     try:
         text = json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise JournalError(f"cannot be written as JSON: {error}") from None
-    if len(text) - 1 + _CRC_BYTES > max_bytes:
-        raise JournalError(f"the line has {len(text) - 1 + _CRC_BYTES} bytes, at most {max_bytes} fit")
+    num_bytes = len(text) - 1 + _CRC_BYTES
+    if num_bytes > max_bytes:
+        raise JournalError(f"the line has {num_bytes} bytes, at most {max_bytes} fit")
     return text[:-1].encode("ascii")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import parents_of, table_difference
+from distzo2.record.header import FORMAT_VERSION, parents_of, table_difference
 from distzo2.record.journal import read_journal
 
 
@@ -28,8 +28,8 @@ class BranchPoint(NamedTuple):
     step: int | None = None
 
 
-def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[StepEntry]]:
-    """What the journal of a branch begins with: the parents in its header, and their steps.
+def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str, Any], list[StepEntry]]:
+    """What the journal of a branch begins with: `header` with the branch's parents, and their steps.
 
     Args:
         header: of the branch, without parents.
@@ -43,14 +43,18 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict
     num_steps = len(contents.entries) if branch.step is None else branch.step
     if not 0 <= num_steps <= len(contents.entries):
         raise DistZO2Error(f"{path}: no branch at step {num_steps}: it holds {len(contents.entries)} steps")
-    theirs, ours = ({key: h[key] for key in ("seed", "noise", "rounding")} for h in (parent, header))
-    for fields, h in ((theirs, parent), (ours, header)):
-        fields |= {f"base checkpoint: {name}": file for name, file in h["base"]["files"].items()}
+    theirs, ours = (
+        {key: h[key] for key in ("seed", "noise", "rounding")}
+        | {f"base checkpoint: {name}": file for name, file in h["base"]["files"].items()}
+        for h in (parent, header)
+    )
     for key in {**theirs, **ours}:
         if theirs.get(key) != ours.get(key):
             reason = f"{key} is {theirs.get(key)!r} in the parent's journal and {ours.get(key)!r} in its branch"
             raise DistZO2Error(f"{path}: {reason}")
-    difference = table_difference(_weights_only(parent["table"]), _weights_only(header["table"]))
+    # A branch may change groups and noise.
+    tables = ([{**row, "group": None, "noise": ""} for row in h["table"]] for h in (parent, header))
+    difference = table_difference(*tables)
     if difference is not None:
         raise DistZO2Error(f"{path}: its run is of another model: {difference}")
     source = _parent_groups(path, parent, header)
@@ -58,7 +62,7 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict
         "name": Path(path).absolute().parent.name,
         "steps": num_steps,
         "sha256": digest_lines(path, 1 + num_steps),
-        "chain": None,  # a member of this version of the format, which older versions filled
+        "chain": None,  # older versions filled it
         "options": parent["options"],
         "noise": _noise_of(parent),
         "software": parent["software"],
@@ -68,7 +72,8 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[list[dict
         replace(entry, update=entry.update._replace(groups=tuple(entry.update.groups[g] for g in source)))
         for entry in contents.entries[:num_steps]
     ]
-    return [*parents_of(parent), record], entries
+    parents = [*parents_of(parent), record]
+    return {**header, "journal": FORMAT_VERSION, "hash": None, "parents": parents}, entries
 
 
 def parent_differences(header: Mapping[str, Any], path: str | os.PathLike[str]) -> list[str]:
@@ -94,12 +99,9 @@ def first_like_step(header: Mapping[str, Any]) -> int:
 
     Steps of parents count as far back as the parents had the run's kind of estimate and noise.
     """
-    num_steps = None
-    for parent in reversed(parents_of(header)):
-        num_steps = parent["steps"] if num_steps is None else min(num_steps, parent["steps"])
-        if (parent["options"], parent["noise"]) != (header["options"], _noise_of(header)):
-            return num_steps
-    return 0
+    parents = parents_of(header)
+    unlike = [i for i, p in enumerate(parents) if (p["options"], p["noise"]) != (header["options"], _noise_of(header))]
+    return min(parent["steps"] for parent in parents[unlike[-1] :]) if unlike else 0
 
 
 def digest_lines(path: str | os.PathLike[str], num_lines: int) -> str:
@@ -116,19 +118,10 @@ def _noise_of(header: Mapping[str, Any]) -> str:
     return next((row["noise"] for row in header["table"] if row["group"] is not None), "normal")
 
 
-def _weights_only(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The index table without what a branch may change."""
-    return [{k: v for k, v in row.items() if k not in ("group", "noise")} for row in table]
-
-
 def _parent_groups(path: str, parent: Mapping[str, Any], header: Mapping[str, Any]) -> list[int]:
     """For each parameter group of the branch, the group of the parent that its parameters were in."""
     source: dict[int, int] = {}
     for theirs, ours in zip(parent["table"], header["table"], strict=True):
-        if (theirs["group"] is None) != (ours["group"] is None):
-            raise DistZO2Error(
-                f"{path}: parameter {ours['name']!r} is trained in only one of the parent and its branch"
-            )
         if ours["group"] is not None and source.setdefault(ours["group"], theirs["group"]) != theirs["group"]:
             raise DistZO2Error(
                 f"{path}: group {ours['group']} of the branch joins parameters of the parent's groups "

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.record.header import check_table, with_parents
-from distzo2.record.journal import Journal, StepEntry
-from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, first_own_step
-from distzo2.record.weight_file import KeptWeights, header_digest
-from distzo2.weights.access import WeightAccess
+from distzo2.record.entry import StepEntry
+from distzo2.record.header import table_difference
+from distzo2.record.journal import Journal
+from distzo2.record.line import JournalError
+from distzo2.record.lineage import BranchPoint, branch_of, digest_lines, first_like_step, first_own_step
+from distzo2.record.weight_file import KeptWeights
+from distzo2.weights.unit_weights import UnitWeights
 
 logger = logging.getLogger("distzo2")
 
@@ -38,17 +40,19 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 
 
 def check_same_run(
-    path: str | os.PathLike[str], journal: Mapping[str, Any], run: Mapping[str, Any], base_unread: bool = False
+    path: str | os.PathLike[str], journal: Mapping[str, Any], run: Mapping[str, Any], reads_base: bool
 ) -> None:
-    """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`. With `base_unread`, no
+    """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`. Unless `reads_base`, no
     weight came from the base, and the base is not compared.
 
     A fingerprint that differs is logged: the journal still leads to the same weights, but the losses of forwards to
     come may have other bits.
     """
-    check_table(journal, run["table"])
+    difference = table_difference(journal["table"], run["table"])
+    if difference is not None:
+        raise JournalError(f"the journal is of another model: {difference}")
     pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding", "options")}
-    if not base_unread:
+    if reads_base:
         pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
     for key, (theirs, ours) in pairs.items():
         if theirs != ours:
@@ -72,39 +76,6 @@ def _by_rank(values: Sequence[Any]) -> str:
     return ", ".join(f"{value} (rank {', '.join(which)})" for value, which in ranks.items())
 
 
-# ---- the journal ------------------------------------------------------------------------------------------------
-
-
-def open_run_journal(
-    path: str | os.PathLike[str],
-    header: Mapping[str, Any],
-    *,
-    resume: bool,
-    branch: BranchPoint | None = None,
-    fsync_every: int = 1,
-    base_unread: bool = False,
-) -> Journal:
-    """The journal that a run with this header appends to. Its `entries` are the steps to take over.
-
-    Raises:
-        DistZO2Error: the journal exists already, or belongs to another run, or the branch cannot be made.
-        OSError: the file cannot be read or written.
-    """
-    if resume:
-        journal = Journal.open(path, fsync_every=fsync_every)
-        try:
-            check_same_run(path, journal.header, header, base_unread)
-        except BaseException:
-            journal.close()
-            raise
-        return journal
-    parents, entries = ([], []) if branch is None else branch_of(branch, header)
-    try:
-        return Journal.create(path, with_parents(header, parents), entries, fsync_every=fsync_every)
-    except FileExistsError as error:
-        raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
-
-
 class Ranks(Protocol):
     """The ranks that share a run, as its opening knows them. Rank 0 alone has the journal."""
 
@@ -121,7 +92,7 @@ def open_run(
     ranks: Ranks,
     path: str | os.PathLike[str],
     make_header: Callable[[], Mapping[str, Any]],
-    access: WeightAccess,
+    weights: UnitWeights,
     take_over: Callable[[Sequence[StepEntry], int], None],
     *,
     resume: bool,
@@ -140,57 +111,46 @@ def open_run(
     Returns:
         The journal, open on rank 0 and None on the others, and the first step that is the run's own, and not one of a
         run that it was branched from.
+
+    Raises:
+        DistZO2Error: the journal exists already, or belongs to another run, or the branch cannot be made.
+        OSError: the file cannot be read or written.
     """
-    first = access.weights.version  # of the weights before the journal's first entry
-    opened: list[Journal] = []
+    first = weights.version  # of the weights before the journal's first entry
+    journal: Journal | None = None
 
     def on_rank_0() -> bytes:
-        base_unread = ranks.world_size == 1 and kept is not None and kept.gave_all(access.weights)
-        opened.append(
-            open_run_journal(
-                path, make_header(), resume=resume, branch=branch, fsync_every=fsync_every, base_unread=base_unread
-            )
-        )
-        header, entries = opened[0].header, opened[0].entries if ranks.world_size > 1 else ()
-        about = f"{first_own_step(header)} {first_like_step(header)} {header_digest(path)}\n"
+        nonlocal journal
+        header = make_header()
+        if resume:
+            journal = Journal.open(path, fsync_every=fsync_every)
+            base_unread = ranks.world_size == 1 and kept is not None and kept.gave_all(weights)
+            check_same_run(path, journal.header, header, reads_base=not base_unread)
+        else:
+            header, entries = (header, []) if branch is None else branch_of(branch, header)
+            try:
+                journal = Journal.create(path, header, entries, fsync_every=fsync_every)
+            except FileExistsError as error:
+                raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
+        header, entries = journal.header, journal.entries if ranks.world_size > 1 else ()
+        about = f"{first_own_step(header)} {first_like_step(header)} {digest_lines(path, 1)}\n"
         return about.encode() + b"".join(entry.to_line() for entry in entries)
 
     try:
         about, *lines = ranks.from_rank_0("opening the journal", on_rank_0).splitlines(True)
         first_step, first_like, digest = about.decode().split()
-        journal = opened[0] if opened else None
         entries = [StepEntry.from_line(line) for line in lines] if journal is None else journal.entries
         with ranks.together("taking over the journal"):
             if kept is not None:
-                kept.begin(digest, journal, access.weights)
+                kept.begin(digest, journal, weights)
             take_over(entries, int(first_like))
-        access.weights.set_durable(first + len(entries))
+        weights.set_durable(first + len(entries))
         if journal is not None:
-            on_durable, on_failure = durability_callbacks(access, first)
-            journal.on_durable(on_durable)
-            journal.on_failure(on_failure)
+            held = weakref.ref(weights)  # a journal that nobody closed is dropped together with the weights
+            journal.on_durable(lambda durable: (alive := held()) and alive.set_durable(first + durable))
+            journal.on_failure(lambda error: (alive := held()) and alive.fail(error))
         return journal, int(first_step)
     except BaseException:
-        for journal in opened:
+        if journal is not None:
             journal.close()
         raise
-
-
-def durability_callbacks(
-    access: WeightAccess, first_version: int
-) -> tuple[Callable[[int], None], Callable[[BaseException], None]]:
-    """What a journal's thread calls as its lines become durable, and when they cannot.
-
-    They hold the weights weakly: a journal that nobody closed is dropped together with them and the model.
-    """
-    held = weakref.ref(access)
-
-    def on_durable(durable: int) -> None:
-        if (alive := held()) is not None:
-            alive.weights.set_durable(first_version + durable)
-
-    def on_failure(error: BaseException) -> None:
-        if (alive := held()) is not None:
-            alive.weights.fail(error)
-
-    return on_durable, on_failure

@@ -31,24 +31,18 @@ class JournalWriter:
             num_bytes, num_entries: what the file holds, all of it durable.
             fsync_every: lines that may be written before they are synced.
         """
-        self.path = path
-        self.durable = num_entries
-        self._fsync_every = fsync_every
-        self._descriptor = descriptor
-        self._durable_bytes = num_bytes
-        self._written = num_entries  # entries in the file, durable or not, and the bytes that it has with them
-        self._written_bytes = num_bytes
+        self.path, self._descriptor, self._fsync_every = path, descriptor, fsync_every
+        self.durable, self._durable_bytes = num_entries, num_bytes
+        self._written, self._written_bytes = num_entries, num_bytes  # in the file, durable or not
         self._queue: collections.deque[bytes] = collections.deque()
         self._taken = num_entries  # entries that the thread has taken from the queue, or found in the file
         self._place = os.path.abspath(path)  # wherever the process goes
-        self._num_asked = 0  # times that somebody waited for all entries, and that this was answered
-        self._num_answered = 0
-        self._callbacks: tuple[Callable[[int], None], ...] = ()
+        self._num_asked = self._num_answered = 0  # calls that wait for all entries, and those that were answered
+        self.callbacks: tuple[Callable[[int], None], ...] = ()
         self.failure_callbacks: tuple[Callable[[BaseException], None], ...] = ()
         self._error: BaseException | None = None
         self._closing = False
-        self._closed = False
-        self._ends_alone = False  # nobody joins the thread, so it closes the descriptor itself
+        self._closed = False  # by the thread, which closes the descriptor at its end
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="distzo2-journal", daemon=True)
         self._thread.start()
@@ -61,7 +55,6 @@ class JournalWriter:
             return self._taken + len(self._queue)
 
     def put(self, line: bytes) -> None:
-        """Queues a line."""
         with self._changed:
             self._raise_error()
             if self._closing:
@@ -69,14 +62,9 @@ class JournalWriter:
             self._queue.append(line)  # and nothing else: an interrupt finds the entry appended or not
             self._changed.notify_all()
 
-    def add_callback(self, callback: Callable[[int], None]) -> None:
-        with self._changed:
-            self._callbacks += (callback,)
-
     def sync(self) -> None:
         """Waits until every line queued so far is durable."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("sync() would wait for itself in an on_durable callback")
+        self._refuse_in_thread("sync()")
         with self._changed:
             target = self._taken + len(self._queue)
             self._num_asked += 1
@@ -89,26 +77,19 @@ class JournalWriter:
 
     def close(self) -> None:
         """Writes and syncs what is queued, ends the thread and closes the descriptor."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("close() would wait for itself in an on_durable callback")
+        self._refuse_in_thread("close()")
         with self._changed:
-            if self._closed:
+            if self._closing:
                 return
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        with self._changed:
-            if self._closed:
-                return
-            self._closed = True
-            self._changed.notify_all()
-            os.close(self._descriptor)
-            self._raise_error()
+        self._raise_error()
 
     def close_quietly(self) -> None:
         """Closes without raising, also in the thread itself, where a dropped journal may be collected as garbage."""
         if threading.current_thread() is self._thread:
-            self._closing = self._ends_alone = True
+            self._closing = True
             return
         with contextlib.suppress(Exception):
             self.close()
@@ -147,15 +128,15 @@ class JournalWriter:
             with self._changed:
                 self._num_answered = asked
                 self._changed.notify_all()
-        if self._ends_alone:
-            with self._changed:
-                self._closed = True
-                os.close(self._descriptor)
+        with self._changed:
+            self._closed = True
+            os.close(self._descriptor)
+            self._changed.notify_all()
 
     def _write(self, lines: list[bytes]) -> None:
         if not lines:
             return
-        self._check_size()  # a line written after the end of a file that was cut would leave a hole before it
+        self._check_file()  # a line written after the end of a file that was cut would leave a hole before it
         block = b"".join(lines)
         try:
             write_all(self._descriptor, block, self._written_bytes)
@@ -188,31 +169,31 @@ class JournalWriter:
         with self._changed:
             self.durable = self._written
             self._durable_bytes = self._written_bytes
-            callbacks = self._callbacks
-        for callback in callbacks:
+        for callback in self.callbacks:
             callback(self.durable)
 
     def _check_file(self) -> None:
-        """Raises JournalError unless the journal is found under its name, with the bytes that were written."""
+        """Raises JournalError unless the journal still has its name and the bytes that were written."""
         try:
             found = os.stat(self._place)
         except OSError as error:
-            raise self._changed_file(f"it is not there any more ({error.strerror})") from None
-        if not os.path.samestat(found, os.fstat(self._descriptor)):
-            raise self._changed_file("another file has its name")
-        self._check_size()
-
-    def _check_size(self) -> None:
-        num_bytes = os.fstat(self._descriptor).st_size
-        if num_bytes != self._written_bytes:
-            raise self._changed_file(f"it has {num_bytes} bytes, and {self._written_bytes} were written")
-
-    def _changed_file(self, what: str) -> JournalError:
-        return JournalError(f"{self.path}: the journal was changed by another program during the run: {what}")
+            what = f"it is not there any more ({error.strerror})"
+        else:
+            if not os.path.samestat(found, os.fstat(self._descriptor)):
+                what = "another file has its name"
+            elif found.st_size != self._written_bytes:
+                what = f"it has {found.st_size} bytes, and {self._written_bytes} were written"
+            else:
+                return
+        raise JournalError(f"{self.path}: the journal was changed by another program during the run: {what}")
 
     def _failure(self, error: OSError) -> OSError:
         reason = f"step {self._written} and later could not be written to the journal: {error.strerror}"
         return OSError(error.errno, reason, self.path)
+
+    def _refuse_in_thread(self, call: str) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"{call} would wait for itself in an on_durable callback")
 
     def _raise_error(self) -> None:
         if self._error is not None:

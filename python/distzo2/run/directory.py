@@ -29,12 +29,8 @@ from distzo2.run.options import LEFT
 
 _RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
 _LEFTOVERS = (
-    "weights.*dzo2.new",
-    "weights.*json.tmp",
-    ".journal.jsonl.*.tmp",
-    "run.json.tmp",
-    "metrics.jsonl.tmp",
-)  # of a killed run
+    "weights.*dzo2.new weights.*json.tmp .journal.jsonl.*.tmp run.json.tmp metrics.jsonl.tmp"  # of a killed run
+)
 
 
 class RunDirectory:
@@ -49,7 +45,7 @@ class RunDirectory:
         self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}  # what run.json says
         self.continues = False  # whether a run with a journal is in it, which is resumed
-        self._resume = False
+        self.resumes = False  # whether to continue the run that is in it
         self._descriptor: int | None = None  # of the lock, while it is held
         self._made: list[Path] = []  # directories that this process made, innermost first
 
@@ -65,9 +61,9 @@ class RunDirectory:
         Raises:
             UsageError: it holds a run, or with `resume` none, or is no directory.
         """
-        self._resume, self.continues = resume, False
+        self.resumes, self.continues = resume, False
         if resume:
-            self.record = _read_record(self.path)
+            self.record = read_record(self.path)
             self.continues = _has_begun(self.path, self.record)
             if self.continues and not self.journal.is_file():
                 raise UsageError(f"{self.path}: nothing to resume: the run has no journal")
@@ -82,13 +78,8 @@ class RunDirectory:
     def is_of_launch(self, launch: str | None) -> bool:
         """Whether a launch of torchrun began the run in the directory."""
         with suppress(DistZO2Error):
-            return launch is not None and _read_record(self.path).get("launch") == launch
+            return read_record(self.path).get("launch") == launch
         return False
-
-    @property
-    def begins_again(self) -> bool:
-        """Whether it holds a run that was killed before it had a journal."""
-        return self._resume and not self.continues
 
     def claim(self) -> None:
         """Makes the directory and its parents, and keeps other processes out of it until `release`.
@@ -109,7 +100,7 @@ class RunDirectory:
             raise DistZO2Error(f"{error.filename or self.path}: {error.strerror}") from error
         before = self.continues
         try:  # what was there before the lock may have changed
-            if self.check(self._resume) != before:
+            if self.check(self.resumes) != before:
                 raise UsageError(f"{self.path}: another distzo2 process began this run: --resume it")
         except BaseException:
             self.release()
@@ -140,7 +131,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Removes files without their final name, which a killed process left."""
-        for pattern in _LEFTOVERS:
+        for pattern in _LEFTOVERS.split():
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
         for directory in (self.path, self.checkpoint):  # earlier versions wrote beside the checkpoint
@@ -187,7 +178,12 @@ class RunDirectory:
             sync_directory(self.checkpoint)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The run.json of the run in a directory.
+
+    Raises:
+        UsageError: there is none. DistZO2Error: it is damaged.
+    """
     try:
         record = json.loads((path / "run.json").read_bytes())
     except OSError as error:
@@ -204,22 +200,13 @@ def _has_begun(path: Path, record: dict[str, Any]) -> bool:
     return record.get("status") != "starting" or os.path.lexists(path / "journal.jsonl")
 
 
-def trace_of(path: str | os.PathLike) -> Path:
-    """Where the trace of the run in a directory is, if there is one."""
-    try:
-        named = saved_options(path).get("trace")
-    except UsageError:
-        named = None
-    return Path(named) if named else Path(path) / "trace.json"
-
-
 def saved_options(path: str | os.PathLike) -> dict[str, Any]:
     """The options of the run in a directory that a resumed run or a branch of it takes over, as run.json holds them.
 
     Raises:
         UsageError: it holds none.
     """
-    record = _read_record(Path(path))
+    record = read_record(Path(path))
     options = dict(record["options"])
     # A run may continue on other ranks; it is branched once, when it begins.
     begun = ("branch_from", "at_step") if _has_begun(Path(path), record) else ()

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.errors import DistZO2Error
 from distzo2.run.options import EvalOptions, GenerateOptions
-from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size, reading_of, set_threads
+from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size, reading_of
 from distzo2.streaming.offload import runtime_of, usable_device
 from distzo2.tasks.examples import load_examples, tokenize_for
 from distzo2.tasks.kinds import model_kind
@@ -24,7 +24,8 @@ from distzo2.tasks.tokenize import load_tokenizer
 def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, after the checks of its device and of the room it needs."""
     device = usable_device(options.device)
-    set_threads(options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
     check_memory(size, device, options.weights)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -36,17 +37,24 @@ def finetune_options(given: Mapping[str, Any], config: str | None = None) -> Fin
     Raises:
         UsageError: the file cannot be used, an option is missing or out of range, or two do not go together.
     """
-    if parallel.world_size_of_environment() == 1:
-        return _read_options(given, config)
-    limit = given.get("heartbeat_limit", FinetuneOptions.heartbeat_limit)
-    ranks = parallel.join(
-        device=given.get("device", FinetuneOptions.device), limit=limit, interval=heartbeat_interval(limit)
-    )
+    if parallel.world_size_of_environment() > 1:
+        limit = given.get("heartbeat_limit", FinetuneOptions.heartbeat_limit)
+        device = given.get("device", FinetuneOptions.device)
+        parallel.join(device=device, limit=limit, interval=heartbeat_interval(limit))
+    return FinetuneOptions(**from_rank_0("reading the options", lambda: asdict(_read_options(given, config))))
 
-    def read() -> bytes:
-        return json.dumps(asdict(_read_options(given, config))).encode()
 
-    return FinetuneOptions(**json.loads(ranks.exchange.from_rank_0("reading the options", read)))
+def together(mesh: parallel.Mesh | None, what: str) -> AbstractContextManager[None]:
+    """A block that the ranks of a mesh run together: an exception of one is an error of all. No-op without a mesh."""
+    return nullcontext() if mesh is None else mesh.together(what)
+
+
+def from_rank_0(what: str, read: Callable[[], Any]) -> Any:
+    """The JSON value that `read` returns on rank 0; without ranks, here."""
+    exchange = parallel.joined()
+    if exchange is None:
+        return read()
+    return json.loads(exchange.from_rank_0(what, lambda: json.dumps(read()).encode()))
 
 
 def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptions:
@@ -136,23 +144,21 @@ def first_cause(error: BaseException, terminated: bool) -> BaseException:
 def report(error: BaseException, text: str, show: Callable[[str], None]) -> None:
     """Calls `show(text)` on one rank, for an error that ends all of them."""
     ranks = parallel.joined()
-    if ranks is None:
-        if parallel.world_size_of_environment() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    if ranks is None or ranks.world_size == 1:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             show(text)
-        return
-    if ranks.world_size == 1:
-        show(text)
         return
     if ranks.heartbeat.store_lost:  # then one rank of each machine reports what it knows
         if _first_of_this_machine():
             show(text)
         return
 
+    interrupted = isinstance(error, KeyboardInterrupt)
+    waits = ranks.rank != 0 if interrupted else isinstance(error, RankFailedError) and error.told  # others know more
+
     def another_reports() -> bool:
         deadline = time.monotonic() + REPORT_SECONDS
-        second_hand = isinstance(error, RankFailedError) and error.told
-        second_hand = second_hand or (isinstance(error, KeyboardInterrupt) and ranks.rank != 0)  # rank 0 knows more
-        while second_hand and not ranks.store.check(["told"]) and time.monotonic() < deadline:
+        while waits and not ranks.store.check(["told"]) and time.monotonic() < deadline:
             time.sleep(0.02)
         return ranks.store.add("tellers", 1) > 1
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,10 @@ from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.zosgd import ZOSGD
-from distzo2.parallel.group import Mesh, current
+from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
 from distzo2.run.directory import RunDirectory
-from distzo2.run.launch import launch_id
+from distzo2.run.launch import from_rank_0, launch_id, together
 from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
@@ -55,21 +53,6 @@ def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int],
         return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     return factor
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    out: Path
-    num_steps: int
-    size: ModelSize
-    peak_bytes: int  # of this process's memory
-
-
-def together(mesh: Mesh | None, what: str) -> AbstractContextManager[None]:
-    """A block that the ranks of a mesh run together: an exception of one is an error of all. No-op without a mesh."""
-    return nullcontext() if mesh is None else mesh.together(what)
 
 
 class TrainLoop:
@@ -115,16 +98,15 @@ class TrainLoop:
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
             optimizer.check(self.objective.closure(self._batches(0)[0]))
-        self.metrics = Metrics(self.run.metrics if self.leads else None, self._eval_data(), self.log)
+        data = hashlib.sha256(Path(o.eval).read_bytes()).hexdigest()[:16] if o.eval else None
+        self.metrics = Metrics(self.run.metrics if self.leads else None, data, self.log)
         if self.leads and (o.resume or self.branches):
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             what = f"resumed {self.run.path}" if o.resume else f"branched from {o.branch_from}"
             self.log(f"{what} at step {optimizer.step_count} of {o.steps}")
-        if o.resume and self.mesh is not None:
-            evals = self.mesh.exchange.from_rank_0(
-                "the evaluations so far", lambda: json.dumps(list(self.metrics.evals.values())).encode()
-            )
-            self.metrics.evals = {line["step"]: line for line in json.loads(evals)}
+        if o.resume:
+            evals = from_rank_0("the evaluations so far", lambda: list(self.metrics.evals.values()))
+            self.metrics.evals = {line["step"]: line for line in evals}
         if self.leads:
             self.run.update(
                 options=settings,
@@ -136,7 +118,7 @@ class TrainLoop:
                 **self._best_so_far(),
             )
 
-    def run_to_end(self) -> Result:
+    def run_to_end(self) -> None:
         """Makes the steps that are left, with their evaluations, and saves the checkpoint."""
         o, optimizer = self.options, self.optimizer
         self._evaluate_if_due()
@@ -148,9 +130,9 @@ class TrainLoop:
                     self._evaluate_if_due(bar)
         except KeyboardInterrupt:
             self._stopped("interrupted")
-            steps = f"interrupted: {optimizer.step_count} steps are in the journal"
             advice = f"continue with distzo2 finetune --resume --out {o.out}"
-            raise KeyboardInterrupt(f"{steps}; {advice}" if self.has_stepped else "") from None
+            text = f"interrupted: {optimizer.step_count} steps are in the journal; {advice}"
+            raise KeyboardInterrupt(text if self.has_stepped else "") from None
         except DistZO2Error as error:
             self._stopped(f"stopped: {error}")
             raise
@@ -161,7 +143,6 @@ class TrainLoop:
                 self._ended("finished")  # if this cannot be written, the run has not finished
         if self.runtime.kept is not None:
             self.runtime.kept.done()
-        return Result(self.run.path, optimizer.step_count, self.size, peak_bytes())
 
     @property
     def branches(self) -> bool:
@@ -231,9 +212,9 @@ class TrainLoop:
     def _trace(self, step: int) -> None:
         """Records --trace-steps steps from the third on, or from the first where there are no more."""
         o = self.options
-        first = max(self._first_step, min(TRACE_FROM, max(0, o.steps - o.trace_steps)))
         if o.trace is None or not self.leads:
             return
+        first = max(self._first_step, min(TRACE_FROM, max(0, o.steps - o.trace_steps)))
         if step == first:
             self.runtime.weights.enable_trace(True)
             self._tracing = True
@@ -284,12 +265,6 @@ class TrainLoop:
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
         return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
 
-    def _eval_data(self) -> str | None:
-        """Names the data of evaluations: the beginning of its SHA-256."""
-        if not self.options.eval:
-            return None
-        return hashlib.sha256(Path(self.options.eval).read_bytes()).hexdigest()[:16]
-
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -334,6 +309,9 @@ class TrainLoop:
         )
 
     def close(self) -> None:
+        """Closes what `start` opened. A new run that ends before its first step leaves no weight file."""
+        if self.runtime.kept is not None and not self.options.resume and not self.has_stepped:
+            self.runtime.kept.done()
         if self.metrics is not None:
             self.metrics.close()
         if self.optimizer is not None:

@@ -30,6 +30,7 @@ from distzo2.files import write_whole
 from distzo2.record.line import decode_line, encode_line
 
 MAX_LINE_BYTES = 1 << 16
+_KEYS = {"step": {"step"}, "eval": {"step", "loss", "accuracy", "examples", "tokens", "data"}}
 
 
 class Metrics:
@@ -45,7 +46,7 @@ class Metrics:
         self, path: str | os.PathLike | None, data: str | None = None, log: Callable[[str], None] = lambda text: None
     ) -> None:
         self.path = Path(path or os.devnull)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._file = self.path.open("a", encoding="utf-8")
         self._data, self._log = data, log
         self.evals: dict[int, dict[str, Any]] = {}  # updates made -> line
 
@@ -85,7 +86,7 @@ class Metrics:
         lines = sorted([*steps.values(), *others, *self.evals.values()], key=lambda s: (s["step"], s["kind"] == "step"))
         self._file.close()
         write_whole(self.path, "".join(_text(line) for line in lines).encode())
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Closes the file. Errors are suppressed: the write that failed has raised."""
@@ -113,7 +114,13 @@ def read_metrics(path: str | os.PathLike, log: Callable[[str], None] = lambda te
     *texts, _torn = Path(path).read_bytes().split(b"\n")
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(_read_line(text + b"\n"))
+            line = from_json(text)
+            kind = line.get("kind") if isinstance(line, dict) else None
+            if kind == "eval":
+                line = decode_line(text + b"\n", MAX_LINE_BYTES)
+            if kind not in ("step", "eval") or not _KEYS[kind] <= line.keys() or not isinstance(line["step"], int):
+                raise ValueError("not a line of metrics")
+            lines.append(line)
         except ValueError as error:
             log(f"{path}: line {number} is left out: {error}")
     return lines
@@ -123,21 +130,6 @@ def _text(line: dict[str, Any]) -> str:
     if line["kind"] == "eval":
         return encode_line({k: v for k, v in finite(line).items() if k != "crc"}, MAX_LINE_BYTES).decode("ascii")
     return json.dumps(finite(line)) + "\n"
-
-
-def _read_line(text: bytes) -> dict[str, Any]:
-    """Raises ValueError unless `text` is a line of metrics."""
-    line = from_json(text)
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        raise ValueError("not a line of metrics")
-    if line.get("kind") == "eval":
-        line = decode_line(text, MAX_LINE_BYTES)
-        missing = [key for key in ("loss", "accuracy", "examples", "tokens", "data") if key not in line]
-        if missing:
-            raise ValueError(f"an evaluation without {missing[0]}")
-    elif line.get("kind") != "step":
-        raise ValueError("not a line of metrics")
-    return line
 
 
 def finite(value: Any) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from inspect import get_annotations
@@ -52,26 +51,18 @@ def _float32(value: float) -> float:
     return value
 
 
-def _none_or(value: Any) -> Any:
-    return None if isinstance(value, str) and value.lower() == "none" else value
-
-
 def num_bytes(value: int | str | None) -> int | str | None:
-    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto".
+    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto"; None stays None.
 
     Raises:
-        ValueError: `value` is neither, or not from 1 to 2^63 - 1.
+        ValueError: `value` is none of these.
     """
-    if value in ("auto", None):
-        return value
-    with suppress(ValidationError):
-        number = int(_BYTES.validate_python(value))
-        if not isinstance(value, bool) and 1 <= number < 2**63:
-            return number
-    raise ValueError("expected a number of bytes (such as 12GiB), or auto")
+    try:
+        return value if value in ("auto", None) else int(_BYTES.validate_python(value))
+    except ValidationError:
+        raise ValueError("expected a number of bytes (such as 12GiB), or auto") from None
 
 
-_BYTES = TypeAdapter(ByteSize)
 _NUMBER = BeforeValidator(_not_bool)
 Name = Annotated[str, Range(min_length=1)]
 Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
@@ -80,7 +71,11 @@ Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
 Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
 PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
 Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
-Multiple = Annotated[Annotated[float, _NUMBER, Range(gt=1)] | None, BeforeValidator(_none_or)]
+Multiple = Annotated[
+    Annotated[float, _NUMBER, Range(gt=1)] | None,
+    BeforeValidator(lambda value: None if str(value).lower() == "none" else value),
+]
+_BYTES = TypeAdapter(Annotated[ByteSize, _NUMBER, Range(ge=1, lt=2**63)])
 Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
 Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
 Switch = Annotated[bool, Range(strict=True)]
@@ -113,7 +108,7 @@ class Placement:
 
     device: str = option("cpu", "where it computes", "cpu|cuda|cuda:N", group="where it runs")
     weights: Weights = option(
-        "host", "where the streamed weights live: the device, pinned host memory, or a file as large as the model"
+        "host", "where streamed weights live: the device, pinned memory, or a file as large as the model"
     )
     weights_dir: str | None = option(None, "directory of that file (default: the output directory, or /tmp)", "DIR")
     memory_budget: Bytes = option(
@@ -123,9 +118,7 @@ class Placement:
         "BYTES|auto",
     )
     write_every: Count = option(
-        1,
-        "write a streamed block back at every N-th step, blocks in turn, and repeat the updates in between at each "
-        "visit: spares a disk, costs noise",
+        1, "write a streamed block back at every N-th step, blocks in turn: spares a disk, makes more noise"
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
     threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
@@ -218,9 +211,7 @@ class FinetuneOptions(DataReading, Placement):
     snapshot_minutes: PositiveOrZero = option(0.0, "minutes between these copies; 0: none by time", "MINUTES")
     snapshot_pace: Share = option(0.03, "the most that making copies may take of the steps' time", "SHARE")
     fsync_every: Count = option(
-        1,
-        "sync the journal to the disk after N steps, behind the steps that follow; a power cut may cost the steps "
-        "since, a kill does not",
+        1, "sync the journal to the disk after N steps; a power cut may cost the steps since, a kill does not"
     )
     trace: str | None = option(
         None,
@@ -357,9 +348,7 @@ class PlanOptions:
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
     batch: Count = option(8, "sequences a step, of all ranks")
     tokens: Count = option(512, "tokens of a sequence")
-    micro_batches: Count | None = option(
-        None, "parts of the batch, of all ranks; must divide --batch (default: one a data rank)"
-    )
+    micro_batches: Count | None = option(None, "parts of the batch; must divide --batch (default: one a data rank)")
     probes: Count = option(1, "perturbations a step", "K")
     estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
     noise: Noise = option("normal", "of the perturbations")
@@ -372,12 +361,10 @@ class PlanOptions:
     )
     parallel: str | None = option(None, "the mesh (default: one device)", "pert=P,data=D")
     nproc: Count | None = option(None, "try every mesh of N ranks, and name the best")
-    slice: Literal["on", "off", "auto"] = option(
-        "auto", "whether ranks share every block's transfer; auto: both are planned"
-    )
+    slice: Literal["on", "off", "auto"] = option("auto", "whether ranks share each block's transfer; auto: plan both")
     weights: Weights = option("host", "where blocks live")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
-    slots: Count = option(3, "blocks on the device at once")
+    slots: Annotated[Count, Range(ge=2)] = option(3, "blocks on the device at once")
     write_every: Count = option(1, "write a block back at every N-th step")
     memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
     max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")

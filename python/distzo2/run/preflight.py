@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, UsageError
 from distzo2.run.options import DataReading
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
@@ -51,10 +52,11 @@ def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
     }
 
 
-def set_threads(num_threads: int | None) -> None:
-    """Sets how many CPU threads torch computes with; None: torch's choice."""
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+def check_output(**paths: str | None) -> None:
+    """Raises UsageError unless each of the paths, by the option that it comes from, can be that of a file."""
+    for name, path in paths.items():
+        if path and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+            raise UsageError(f"--{name} {path}: expected a file in a directory that exists")
 
 
 def check_memory(size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1, num_copies: int = 1) -> None:

@@ -9,14 +9,15 @@ loaded. The steps are in loop.py.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
@@ -25,21 +26,22 @@ from distzo2.parallel.group import current
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
-from distzo2.run.launch import launch_id, restarts
-from distzo2.run.loop import Result, TrainLoop, together
+from distzo2.run.launch import from_rank_0, launch_id, restarts, together
+from distzo2.run.loop import TrainLoop
+from distzo2.run.metrics import peak_bytes
 from distzo2.run.options import FinetuneOptions, changed
-from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, model_size, reading_of, set_threads
+from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size, reading_of
 from distzo2.streaming.offload import runtime_of, usable_device
 from distzo2.tasks.examples import examples_digest, load_examples
 from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
-from distzo2.text import brief
+from distzo2.text import brief, gib
 
 _PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
 
 
-def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> Result:
+def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> None:
     """Runs `distzo2 finetune` to the end.
 
     Raises:
@@ -49,23 +51,16 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
     mesh, run = current(), RunDirectory(options.out)
     leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
     log = log if leads else (lambda line: None)
-    if mesh is None:
-        terms = _continues(options, run, log)
-    else:
-        terms = json.loads(
-            mesh.exchange.from_rank_0(
-                "looking for a run to continue", lambda: json.dumps(_continues(options, run, log)).encode()
-            )
-        )
-        options = replace(options, parallel=str(mesh.shape))
-    options = replace(options, resume=terms.pop("resume"))
+    terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
+    parallel = options.parallel if mesh is None else str(mesh.shape)
+    options = replace(options, resume=terms.pop("resume"), parallel=parallel)
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
         device = usable_device(f"cuda:{mesh.local_rank}" if own_gpu else options.device)
-        set_threads(options.threads)
-        if options.trace and (not Path(options.trace).absolute().parent.is_dir() or Path(options.trace).is_dir()):
-            raise UsageError(f"--trace {options.trace}: expected a file in a directory that exists")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        check_output(trace=options.trace)
         size = model_size(options.model, DTYPES.get(options.dtype))
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
         clock = datetime.fromisoformat(terms["clock"])
@@ -92,11 +87,11 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             if leads:
                 run.claim()
                 if options.resume:
-                    _take_over(options, log, run, size, settings, made_of)
-                else:  # if this process is killed before the journal is there, --resume begins again
-                    if run.begins_again:
-                        run.remove_leftovers()
-                    _check_room(options, size, run)
+                    _take_over(options, log, run, settings, made_of)
+                if run.resumes:
+                    run.remove_leftovers()  # they take the room that this run's will
+                _check_room(options, size, run)
+                if not options.resume:  # if this process is killed before the journal is there, --resume begins again
                     run.update(options=settings, **made_of, **terms, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
             model = from_pretrained(
@@ -112,12 +107,14 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         with closing(runtime_of(model)):
             objective = Objective(model, objective_name, pad_id=kind.padding(tokenizer), device=device)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
-            with closing(loop), _without_leftovers(loop, options.resume):
+            with closing(loop):
                 with together(mesh, "starting the run"):
                     if not options.resume and not options.no_check:
                         objective.check_causal(train[0], kind)
                     loop.start(settings)
-                return loop.run_to_end()
+                loop.run_to_end()
+        memory = f"peak memory {gib(peak_bytes())}, weights {gib(size.total)}"
+        log(f"{loop.optimizer.step_count} steps in {run.path}; {memory}")
     except BaseException as error:
         foreign = isinstance(error.__cause__, FileExistsError)  # another program made a journal meanwhile
         if loop is None or not loop.has_stepped:
@@ -127,17 +124,6 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         raise
     finally:
         run.release()
-
-
-@contextmanager
-def _without_leftovers(loop: TrainLoop, resumes: bool) -> Iterator[None]:
-    """A new run that ends before its first step leaves no weight file."""
-    try:
-        yield
-    except BaseException:
-        if not resumes and not loop.has_stepped and loop.runtime.kept is not None:
-            loop.runtime.kept.done()
-        raise
 
 
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
@@ -164,14 +150,9 @@ def _copies_here(weights: str) -> int:
 
 
 def _take_over(
-    options: FinetuneOptions,
-    log: Callable[[str], None],
-    run: RunDirectory,
-    size: ModelSize,
-    settings: dict[str, Any],
-    made_of: dict[str, Any],
+    options: FinetuneOptions, log: Callable[[str], None], run: RunDirectory, settings: dict, made_of: dict
 ) -> None:
-    """Checks what must hold before an earlier process's run continues, and removes what that process left."""
+    """Checks what must hold before an earlier process's run continues."""
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
     _compare(run, made_of, settings["train"])
@@ -186,8 +167,6 @@ def _take_over(
         run.check_checkpoint()
     if (run.path / "snapshots").exists():
         log(f"{run.path / 'snapshots'}: snapshots of an earlier version are not read, and may be removed")
-    run.remove_leftovers()  # they take the room that this run's will
-    _check_room(options, size, run)
 
 
 def _compare(run: RunDirectory, made_of: dict[str, Any], train: str) -> None:
@@ -209,12 +188,10 @@ def _compare(run: RunDirectory, made_of: dict[str, Any], train: str) -> None:
 
 def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> WeightFile | None:
     """Where the run keeps weights that survive a crash; None if it keeps none, and an earlier process kept none."""
-    path, every, mesh = run.weight_file(options.weights_dir), options.snapshot_every, current()
+    path, every = run.weight_file(options.weights_dir), options.snapshot_every
     if every is None:
         every = 100 if options.weights == "disk" else 0
-    exists = path.exists()
-    if mesh is not None:  # rank 0's, where machines share no disk
-        exists = mesh.exchange.from_rank_0("looking for a weight file", lambda: str(path.exists()).encode()) == b"True"
+    exists = from_rank_0("looking for a weight file", path.exists)  # machines may share no disk
     if not (every or options.snapshot_minutes or options.weights == "disk" or exists):
         return None
     return WeightFile(path, run.journal, every, options.snapshot_minutes, options.snapshot_pace, log)
@@ -223,17 +200,15 @@ def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str
 def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) -> None:
     """Raises DistZO2Error unless the weight files and the checkpoint fit on their disks. A checkpoint of fewer steps
     makes room for the new one, and so does a weight file."""
-    block_file, path = {}, run.weight_file(options.weights_dir)
-    if options.weights == "disk":
-        block_file = {"the file of streamed weights": size.total * _copies_here(options.weights)}
-    elif options.snapshot_every or options.snapshot_minutes:
-        block_file = {"the copies of the weights": size.total}
-    if path.exists():
-        block_file = {}
+    weights, exists = {}, run.weight_file(options.weights_dir).exists()
+    if options.weights == "disk" and not exists:
+        weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
+    elif (options.snapshot_every or options.snapshot_minutes) and not exists:
+        weights = {"the copies of the weights": size.total}
     needs = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:
-        check_disk(options.weights_dir, block_file)
-        block_file = {}
-    check_disk(options.out, block_file | needs)
+        check_disk(options.weights_dir, weights)
+        weights = {}
+    check_disk(options.out, weights | needs)

@@ -1,12 +1,16 @@
-"""What is a lane's own: random streams, the buffers it changes, and the state it inherits from the caller's thread."""
+"""What is a lane's own: random streams, buffers and attributes of modules, and the state of the caller's thread."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import threading
+from typing import Any
 
 import torch
 from torch import nn
 
+from distzo2.errors import UsageError
 from distzo2_core import ThreadState
 
 SMALL_BYTES = 64 * 1024  # buffers up to this size are compared by content in training mode
@@ -64,6 +68,102 @@ class CallerState:
         if self.stream is not None:
             torch.cuda.set_device(self.device)
             torch.cuda.set_stream(self.stream)
+
+
+_MISSING = object()
+_of_thread = threading.local()  # `attributes`: those of the lane that runs in this thread
+
+
+class LaneAttributes:
+    """The attributes of modules that a lane has set: swapped in while it runs, and the model's own in between.
+
+    A lane finds what the model had before the pass, or what it set itself. What it sets is noticed by
+    `nn.Module.__setattr__`, so lanes that set nothing cost nothing.
+    """
+
+    def __init__(self) -> None:
+        self._set: dict[tuple[int, str], list[Any]] = {}  # module, name, the model's own value, the lane's
+
+    def record(self) -> None:
+        """Records what the current thread sets from now on."""
+        _watch_modules()
+        _of_thread.attributes = self
+
+    @staticmethod
+    def stop() -> None:
+        _of_thread.attributes = None
+
+    def note(self, module: nn.Module, name: str) -> None:
+        """An attribute is about to be set or deleted."""
+        key = id(module), name
+        if key not in self._set:
+            own = module.__dict__.get(name, _MISSING)
+            self._set[key] = [module, name, own, own]
+
+    def swap_in(self) -> None:
+        for module, name, _, value in self._set.values():
+            _place(module, name, value)
+
+    def swap_out(self) -> None:
+        for entry in self._set.values():
+            module, name, own, _ = entry
+            entry[3] = module.__dict__.get(name, _MISSING)
+            _place(module, name, own)
+
+    leave = swap_in  # after the pass: what lanes set stays, as their plain loop leaves it
+
+
+def _place(module: nn.Module, name: str, value: Any) -> None:
+    if value is _MISSING:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = value
+
+
+@functools.cache
+def _watch_modules() -> None:
+    """Has every change of a module's attributes noticed, from the first call on."""
+    set_plainly, delete_plainly = nn.Module.__setattr__, nn.Module.__delattr__
+
+    @functools.wraps(set_plainly)
+    def set_noticed(self: nn.Module, name: str, value: Any) -> None:
+        _notice(self, name, value)
+        set_plainly(self, name, value)
+
+    @functools.wraps(delete_plainly)
+    def delete_noticed(self: nn.Module, name: str) -> None:
+        _notice(self, name, None)
+        delete_plainly(self, name)
+
+    nn.Module.__setattr__, nn.Module.__delattr__ = set_noticed, delete_noticed
+
+
+def _notice(module: nn.Module, name: str, value: Any) -> None:
+    if module.__dict__.get("_distzo2_streams"):
+        refuse_new_weights(module, name, value)
+    attributes = getattr(_of_thread, "attributes", None)
+    if attributes is not None and not (name in module._buffers or name in module._modules):
+        attributes.note(module, name)
+
+
+def refuse_new_weights(module: nn.Module, name: str, value: Any) -> None:
+    """
+    Raises:
+        UsageError: setting `name` to `value` would add, replace or remove weights of a model that was handed over.
+    """
+    old = module._parameters.get(name)
+    old = module._modules.get(name) if old is None else old
+    if old is not value and (_has_weights(old) or _has_weights(value)):
+        raise UsageError(
+            f"{type(module).__name__}.{name}: parameters of a model that was handed over cannot be added, replaced or "
+            "resized, since they stream as they were cut. Do it before offload() or from_pretrained()."
+        )
+
+
+def _has_weights(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return any(True for _ in value.parameters())
+    return isinstance(value, nn.Parameter)
 
 
 class BufferGuard:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.streaming.isolation import CallerState, RandomStream
+from distzo2.streaming.isolation import CallerState, LaneAttributes, RandomStream
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import Emission
 
@@ -39,10 +39,12 @@ class Lane:
     result: Any = None
     error: BaseException | None = None
     done: bool = False
+    entered: bool = False  # a unit's forward
     request: Unit | None = None  # the unit at whose entry the lane is parked
     windows: list[Unit] = field(default_factory=list)  # open, outermost first
     visited: list[Unit] = field(default_factory=list)
     changed_buffers: dict[int, torch.Tensor] = field(default_factory=dict)
+    attributes: LaneAttributes = field(default_factory=LaneAttributes)
     thread: LaneThread | None = None
 
 
@@ -92,9 +94,11 @@ class LaneThread(threading.Thread):
         try:
             self._caller.enter()
             try:
+                lane.attributes.record()
                 with torch.no_grad():
                     lane.result = lane.closure()
             finally:
+                lane.attributes.stop()
                 self._caller.thread_state.exit()
         except LaneCancelled:
             lane.error = None

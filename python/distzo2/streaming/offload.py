@@ -95,24 +95,64 @@ def offload(
         raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
     if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
         raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
-    device = usable_device(device)
-    runtime = _hand_over(
+    if not train:
+        model.eval()
+    _take(
         model,
-        device,
+        usable_device(device),
         weights,
-        units=units,
+        units=None if units is None else [units] if isinstance(units, str) else list(units),
         directory=directory if weights == "disk" else None,
         slots=slots,
         memory_budget=memory_budget,
         write_every=write_every,
         weight_file=weight_file,
     )
-    _move_buffers(model, device)
-    if not train:
-        model.eval()
+    return model
+
+
+def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) -> None:
+    """Hands a model over; `edit` does so again where its body changed which parameters there are."""
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be changed outside
+        make_meta_buffers(model)
+        runtime = _hand_over(model, device, weights, **options)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+    runtime.options = {"device": device, "weights": weights, **options}
     object.__setattr__(model, "_distzo2_runtime", runtime)
     object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
-    return model
+
+
+def make_meta_buffers(model: nn.Module) -> None:
+    """Makes buffers that are on the meta device as the model's class makes them (`_init_weights` of transformers).
+
+    Raises:
+        DistZO2Error: it does not make one of them; names the buffer.
+    """
+    for prefix, module in model.named_modules():
+        absent = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in absent:
+            module._buffers[name] = torch.full_like(module._buffers[name], _unset(module._buffers[name]), device="cpu")
+        made = set()
+        if absent and hasattr(model, "_init_weights"):
+            model._init_weights(module)
+            made = {name for name in absent if not (module._buffers[name] == _unset(module._buffers[name])).any()}
+            made -= {name for name in made if module._buffers[name].isnan().any()}
+        for name in absent:
+            if name not in made:
+                raise DistZO2Error(
+                    f"buffer {f'{prefix}.{name}'.lstrip('.')} is on the meta device, and {type(model).__name__} does "
+                    "not say what it holds: build the model with real buffers (only parameters may be on meta), or "
+                    "load it with distzo2.from_pretrained"
+                )
+
+
+def _unset(buffer: torch.Tensor) -> float | int | bool:
+    if buffer.dtype == torch.bool:
+        return True
+    return float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
 
 
 def _hand_over(
@@ -233,13 +273,6 @@ def usable_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-
-
 def runtime_of(model: nn.Module) -> StreamingRuntime:
     """Returns the runtime of a model that was handed over.
 
@@ -275,18 +308,22 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
 @contextmanager
 def edit(model: nn.Module) -> Iterator[nn.Module]:
-    """Makes parameters real tensors in host memory, with every update made so far, that may be changed in place.
+    """Makes parameters real tensors in host memory, with every update made so far, that may be changed.
 
     Afterwards the changed weights are the model's, and no journal leads to them: one that is being written ends. If the
     body raises, the weights stay as they were. No forward may run in the body. With weights on disk the whole model is
-    in memory meanwhile.
+    in memory meanwhile. Where the body adds, replaces or resizes parameters or modules, the model is handed over anew,
+    as it was, without its weight file; the optimizers made for it before can step no more.
 
     Raises:
-        DistZO2Error: a parameter has another shape, dtype or device afterwards; nothing is changed then.
+        DistZO2Error: a parameter that is still the same object has another shape, dtype or device afterwards; nothing
+            is changed then.
     """
     runtime = runtime_of(model)
-    access = runtime.access
+    access, parameters = runtime.access, runtime.parameters
+    before = list(model.named_parameters())
     failure: BaseException | None = None
+    restructured = False
     try:
         try:
             with access.replacing("edit"):  # no rank is in a forward
@@ -294,29 +331,46 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             for unit in runtime.units:
                 with access.reading(unit) as views:
                     for param in unit.params:
-                        param.tensor.data = views[param.name].clone()
+                        parameters.show(param, views[param.name].clone())
             with runtime.editing():
+                model._distzo2_state.guard(False)
                 yield model
+            now = list(model.named_parameters())
+            same = [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in before]
+            restructured = not same
             edited = {param.index: param.tensor.data for param in runtime.params}
-            for param in runtime.params:
-                now = edited[param.index]
-                if (now.shape, now.dtype, now.device.type) != (param.shape, param.dtype, "cpu"):
+            for param in runtime.params if same else ():
+                found = edited[param.index]
+                if (found.shape, found.dtype, found.device.type) != (param.shape, param.dtype, "cpu"):
                     raise DistZO2Error(
-                        f"parameter {param.name} is {now.dtype} {tuple(now.shape)} on {now.device} after the edit; "
-                        f"{param.dtype} {tuple(param.shape)} on cpu was expected"
+                        f"parameter {param.name} is {found.dtype} {tuple(found.shape)} on {found.device} after the "
+                        f"edit; {param.dtype} {tuple(param.shape)} on cpu was expected"
                     )
         except BaseException as error:
             failure = error
         with access.replacing("edit", error=failure) as note:
-            for unit in runtime.units:
+            for unit in runtime.units if not restructured else ():
                 note(unit.name, [edited[param.index] for param in unit.params])
                 with access.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])
             access.rebase()
+        if restructured:
+            _take_again(model, runtime)
     finally:
-        for param in runtime.params:
-            runtime.place_placeholder(param)
+        if not restructured:
+            model._distzo2_state.guard(True)
+            for param in runtime.params:
+                parameters.hide(param)
+
+
+def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
+    """Hands a model over whose parameters are real and no longer those that it was cut into."""
+    runtime.close()
+    model._distzo2_state.remove()
+    for param in runtime.params:
+        param.tensor.requires_grad_(param.trainable)
+    _take(model, **runtime.options | {"weight_file": None})
 
 
 @contextmanager

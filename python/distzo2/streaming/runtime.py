@@ -6,11 +6,11 @@ Parameters whose window is not open are placeholders.
 
 from __future__ import annotations
 
-import functools
+import copy
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -20,21 +20,17 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
-from distzo2.streaming.hooks import Placeholders, Windows, use_guard
+from distzo2.streaming.company import LANE_ALONE, check_alike, code_of
+from distzo2.streaming.hooks import Windows
 from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream
 from distzo2.streaming.lanes import Lane, LaneGroup
+from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import ParamInfo, Unit
 from distzo2.weights.updates import CLEAN, Emission
 
-MAX_WATCHED = 256
-
-
-def _code_of(closure: Callable[[], Any]) -> Hashable:
-    while isinstance(closure, functools.partial):
-        closure = closure.func
-    return getattr(closure, "__code__", type(closure))
+MAX_WATCHED = 256  # closures' code that is remembered
 
 
 class StreamingRuntime:
@@ -60,15 +56,20 @@ class StreamingRuntime:
         self._compute_ns = 0
         self._lanes = LaneGroup()
         self._buffers = BufferGuard(model)
-        self._placeholders = Placeholders(self.params, self.device)
+        self.parameters = Parameters(self.params, self.device, self)
+        self._names = {module: name for name, module in model.named_modules()}
+        # Parameters of the root itself may be used in any of its methods, so each lane has them open throughout.
+        self._root_units = [u for u in self.units if u.resident and any(window is model for window in u.windows)]
         self._unit_of = {p.index: u for u in self.units for p in u.params}
-        self._pointed: dict[int, tuple[Emission, int]] = {}  # open unit -> what it points at, scratch address
+        self._pointed: dict[int, tuple[Emission, int, bool]] = {}  # open unit -> what it shows, scratch address, a copy
         self._emissions: list[Emission] = []  # of the pass that runs
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
         self._alone_thread: int | None = None
         self._interrupt = DeferredInterrupt()
-        self._watched: set[Hashable] = set()  # closures' code that has been seen to use parameters in their windows
+        self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
+        self._entered: set[int] = set()  # units that an ordinary forward has entered
+        self._summed = False  # every change of weights is looked for, and not only those that torch counts
         self._take_over()
         self._windows = Windows(model, self.units, self)
         weights.before_check = self._drop_stale_windows
@@ -85,7 +86,7 @@ class StreamingRuntime:
                 if present:  # filled or not: the ranks compare what they were given
                     note(unit.name, [param.tensor.detach() for param in present])
                 for param in unit.params:
-                    self._placeholders.take_over(param)
+                    self.parameters.take_over(param)
 
     def is_filled(self, unit: Unit) -> bool:
         """Whether the weight file gave the unit's weights, so that nothing else may fill it."""
@@ -99,30 +100,67 @@ class StreamingRuntime:
         *,
         expected: Sequence[Unit] | None = None,
         interrupt: DeferredInterrupt | None = None,
+        check: bool = False,
     ) -> list[Unit]:
         """Runs every lane to its end in one pass over the weights.
+
+        The first time that lanes of some code share a pass, one of them runs once more, alone, and must have the same
+        result: lanes may see each other through state that is not swapped.
 
         Args:
             lanes: lanes of the same emission should stand next to each other.
             expected: the units that the lanes must enter, in order; None: those of the first lane.
             interrupt: asked between units, the only points where Ctrl-C ends a pass.
+            check: runs one lane alone in any case.
 
         Returns:
             The units that the lanes entered.
 
         Raises:
-            DistZO2Error: lanes entered different units, or none. What a lane raises comes as it was raised.
+            DistZO2Error: lanes entered different units, or none, or saw each other, or wrote weights. What a lane
+                raises comes as it was raised.
         """
+        codes = {code_of(lane.closure) for lane in lanes}
+        new = not codes <= self._watched and len(self._watched) < MAX_WATCHED and not self.has_compiled()
+        starts = [copy.copy(lane.stream) for lane in lanes]
+
+        def alone(i: int) -> Any:
+            again = Lane(lanes[i].emission, lanes[i].batch, lanes[i].closure, copy.copy(starts[i]))
+            self._pass([again], None, interrupt)
+            return again.result
+
+        self._summed = new
+        try:
+            self._pass(lanes, expected, interrupt)
+        except RuntimeError as error:  # shapes that do not fit, for example
+            failed = next((i for i, lane in enumerate(lanes) if lane.error is error), None)
+            if new and failed is not None and len(lanes) > 1:
+                with suppress(Exception):
+                    alone(failed)
+                    error.add_note(f"distzo2: {LANE_ALONE}")
+            raise
+        finally:
+            self._summed = False
+        if (new or check) and len(lanes) > 1:
+            check_alike(self.model, lanes, alone)
+        self._watched |= codes if new else set()
+        for lane in lanes:
+            lane.attributes.leave()
+        return lanes[0].visited
+
+    def _pass(
+        self, lanes: Sequence[Lane], expected: Sequence[Unit] | None, interrupt: DeferredInterrupt | None
+    ) -> None:
         self.weights.check_idle("a pass")
         self._windows.check_not_compiled_whole()
         interrupt = interrupt or self._interrupt
         callers = [CallerState(self.device) for _ in lanes]
-        with interrupt, torch._C.DisableTorchFunction():  # the caller's modes are for the lanes
+        # The caller's modes are for the lanes. Tensors made in inference mode could not be changed outside of it.
+        with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             caller = RandomStream(self.device)
             self.weights.busy = self._in_pass = True
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             try:
-                self._watch_new_code(lanes)
                 self._buffers.begin()
                 self._lanes.begin(lanes, callers)
                 self._visit_units(lanes, interrupt)
@@ -138,20 +176,12 @@ class StreamingRuntime:
                 self._buffers.end()
                 caller.restore()
                 self.weights.busy = self._in_pass = False
-            return lanes[0].visited
-
-    def _watch_new_code(self, lanes: Sequence[Lane]) -> None:
-        """Watches the first lanes that run some code for parameters used outside their windows."""
-        codes = {_code_of(lane.closure) for lane in lanes}
-        if codes <= self._watched or self.has_compiled():
-            return
-        for lane in lanes:
-            lane.closure = self.guarded(lane.closure)
-        if len(self._watched) < MAX_WATCHED:
-            self._watched |= codes
 
     def _visit_units(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> None:
+        for unit in self._root_units:
+            self.weights.bring(unit)
         for lane in lanes:
+            lane.windows, lane.visited = self._root_units[:], self._root_units[:]
             self._advance(lane)
         while (unit := self._agreed_unit(lanes)) is not None:
             interrupt.check()
@@ -166,8 +196,9 @@ class StreamingRuntime:
         for index in [i for i in self._pointed if all(u.index != i for u in wanted)]:
             self._hide(self.units[index])
         for unit in wanted:
-            self._point(unit, lane.emission, wanted)
+            self._point(unit, lane.emission, wanted, self._summed)
         lane.stream.restore()
+        lane.attributes.swap_in()
         self._buffers.swap_in(lane.changed_buffers)
         start = time.perf_counter_ns()
         try:
@@ -177,6 +208,7 @@ class StreamingRuntime:
             self._compute_ns += end - start
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
             self._buffers.swap_out(lane.changed_buffers)
+            lane.attributes.swap_out()
         lane.stream.capture()
         self.weights.poll()
 
@@ -198,7 +230,7 @@ class StreamingRuntime:
         return first.request
 
     def _check_sequence(self, lanes: Sequence[Lane], expected: Sequence[Unit] | None) -> None:
-        if not lanes[0].visited:
+        if not lanes[0].entered:
             raise DistZO2Error(
                 "the closure ended without entering any unit of the model, so no perturbation reached it: is the "
                 "model that it calls the one that was handed over? (Whole-model torch.compile and CUDA graphs skip "
@@ -230,6 +262,7 @@ class StreamingRuntime:
         if lane is None:
             self._enter_alone(unit)
             return
+        lane.entered = True
         if unit not in lane.windows:
             self._lanes.park(unit)
         lane.windows.append(unit)
@@ -243,11 +276,13 @@ class StreamingRuntime:
         del windows[len(windows) - 1 - windows[::-1].index(unit)]
         if unit in windows:
             return
-        self._hide(unit)
-        if lane is None:
-            with self._interrupt:
-                self.weights.release(unit)
-            self.weights.busy = bool(self._alone)
+        try:
+            self._hide(unit)
+        finally:
+            if lane is None:
+                with self._interrupt:
+                    self.weights.release(unit)
+                self.weights.busy = bool(self._alone)
 
     def _enter_alone(self, unit: Unit) -> None:
         thread = threading.get_ident()
@@ -260,11 +295,12 @@ class StreamingRuntime:
             self._alone_thread = thread
         elif thread != self._alone_thread:
             raise DistZO2Error("another thread is in the middle of a forward of this model")
-        with self._interrupt, torch._C.DisableTorchFunction():
+        with self._interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
             self.weights.busy = True
             self._alone.append(unit)
-            self._point(unit, CLEAN, self._alone)
+            self._point(unit, CLEAN, self._alone, unit.index not in self._entered)
+            self._entered.add(unit.index)
 
     def _drop_stale_windows(self) -> None:
         """Closes, at the next use, windows that Ctrl-C left open: it ends a forward without torch calling the hooks."""
@@ -293,37 +329,63 @@ class StreamingRuntime:
 
     # ---- pointing parameters ----------------------------------------------------------------------------------------
 
-    def _point(self, unit: Unit, emission: Emission, open_units: Sequence[Unit]) -> None:
-        if self._pointed.get(unit.index, (None, 0))[0] == emission:
+    def _point(self, unit: Unit, emission: Emission, open_units: Sequence[Unit], summed: bool) -> None:
+        """Shows a unit's weights as `emission` has them. With `summed`, clean ones are shown as copies, so that a
+        forward that writes them, which `_hide` then finds, does not reach what is stored."""
+        pointed = self._pointed.get(unit.index)
+        if pointed is not None and pointed[0] == emission:
             return
+        if pointed is not None:
+            self._hide(unit)
         pinned = {self._pointed[u.index][1] for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
+        copied = summed and emission.clean
         for param, view in zip(unit.params, views, strict=True):
-            if param.tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
-                param.tensor.requires_grad_(False)
-            param.tensor.data = view
-        self._pointed[unit.index] = emission, address
+            self.parameters.show(param, view.clone() if copied else view, summed=summed)
+        self._pointed[unit.index] = emission, address, copied
 
     def _hide(self, unit: Unit) -> None:
-        for param in unit.params:
-            self._placeholders.place(param)
-        del self._pointed[unit.index]
+        """
+        Raises:
+            DistZO2Error: the forward wrote weights.
+        """
+        emission, _, copied = self._pointed.pop(unit.index)
+        written = [param for param in unit.params if self.parameters.hide(param)]
+        if not written:
+            return
+        self.weights.forget_derived()  # perturbed copies that were written
+        names = ", ".join(param.name for param in written[:3])
+        owner = type(written[0].owners[0]).__name__
+        lost = emission.clean and not copied
+        raise DistZO2Error(
+            f"a forward wrote {names} ({owner}) in place; weights may change by the optimizer's steps and inside "
+            "distzo2.edit(model) only" + ("; the stored weights are damaged: load them again" if lost else "")
+        )
 
-    def is_open(self, param: ParamInfo) -> bool:
-        """Whether `param` may be used now: the window of its unit is open."""
-        return self._unit_of[param.index].index in self._pointed
+    def value_of(self, param: ParamInfo) -> torch.Tensor | None:
+        """The up-to-date weights of a parameter of the root module, which its methods may read at any time."""
+        if not any(owner is self.model for owner in param.owners) or self._in_pass or self.weights.closed:
+            return None
+        unit = self._unit_of[param.index]
+        present = unit.index in self._pointed
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+            self.weights.bring(unit)
+            value = self.weights.up_to_date(unit)[unit.params.index(param)].clone()
+            if not present:
+                self.weights.release(unit)
+        return value
 
-    def guarded(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Wraps a closure: it raises DistZO2Error where it uses a parameter that is not present, and names it."""
-        return use_guard(self, self.params, closure)
+    def in_forward(self) -> bool:
+        """Whether a lane runs, or an ordinary forward."""
+        return self._in_pass or bool(self._alone)
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """The module's name in the model; None if it is no part of it."""
+        return self._names.get(module)
 
     def has_compiled(self) -> bool:
         """Whether a part of the model is compiled."""
         return self._windows.has_compiled()
-
-    def place_placeholder(self, param: ParamInfo) -> None:
-        """Puts the placeholder of `param` back, after it was pointed elsewhere from outside."""
-        self._placeholders.place(param)
 
     # ---- figures, and the end ---------------------------------------------------------------------------------------
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.streaming.isolation import refuse_new_weights
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import ParamInfo
 
@@ -22,14 +24,39 @@ class StateHooks:
         self._runtime, self._access = runtime, runtime.access
         self._of = {id(p.tensor): (unit, p) for unit in runtime.units for p in unit.params}
         self._loading: dict[int, ParamInfo] = {}
+        self._handles: list[Any] = []
         for module in runtime.model.modules():
             if any(p is not None for p in module._parameters.values()):
                 # torch sets a mark on the hook, which a bound method does not allow.
-                module.register_state_dict_post_hook(functools.partial(self._fill))
-                module.register_load_state_dict_pre_hook(self._make_room)
-                module.register_load_state_dict_post_hook(self._store)
-            object.__setattr__(module, "_apply", _refuse_apply)
-        object.__setattr__(runtime.model, "__deepcopy__", _refuse_copy)
+                self._handles += [
+                    module.register_state_dict_post_hook(functools.partial(self._fill)),
+                    module.register_load_state_dict_pre_hook(self._make_room),
+                    module.register_load_state_dict_post_hook(self._store),
+                ]
+        self.guard(True)
+
+    def guard(self, on: bool) -> None:
+        """Refuses, or lets happen, what would move, copy or restructure a part of the model."""
+        for module in self._runtime.model.modules():
+            refusing = {
+                "_distzo2_streams": True,
+                "_apply": functools.partial(_apply_nothing, module),
+                "__reduce_ex__": _refuse_copy,
+                "__deepcopy__": _refuse_copy,
+                "add_module": functools.partial(_add, module, "_modules"),
+                "register_parameter": functools.partial(_add, module, "_parameters"),
+            }
+            for name, value in refusing.items():
+                if on:
+                    module.__dict__[name] = value
+                else:
+                    module.__dict__.pop(name, None)
+
+    def remove(self) -> None:
+        """Makes the model an ordinary one again."""
+        self.guard(False)
+        for handle in self._handles:
+            handle.remove()
 
     def _own(self, module: nn.Module) -> list[tuple[str, Any, ParamInfo]]:
         own = []
@@ -59,7 +86,7 @@ class StateHooks:
             pass
         for _, unit, param in self._own(module):
             with self._access.reading(unit) as views:
-                param.tensor.data = views[param.name].clone()
+                self._runtime.parameters.show(param, views[param.name].clone())
             self._loading[param.index] = param
 
     def _store(self, module: nn.Module, incompatible_keys: Any) -> None:
@@ -73,18 +100,33 @@ class StateHooks:
                 note(param.name, [param.tensor.data])
                 with self._access.writing(unit, keep=True) as views:
                     views[param.name].copy_(param.tensor.data)
-                self._runtime.place_placeholder(param)
+                self._runtime.parameters.hide(param)
             self._access.rebase()
 
 
-def _refuse_apply(fn: Any, recurse: bool = True) -> NoReturn:
-    raise DistZO2Error(
-        "a model that was handed over cannot be moved or cast (.to(), .half(), .cuda(), ...): its weights stream "
-        "through the device that offload() was given. Convert it before offload."
-    )
+def _apply_nothing(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """`module._apply`: what leaves dtypes and devices as they are has nothing to do."""
+    tensors = [*module.parameters(recurse), *module.buffers(recurse)]
+    for dtype, device, dims in {(t.dtype, t.device, t.dim()) for t in tensors}:
+        probe = torch.empty((1,) * dims, dtype=dtype, device=device)
+        result = fn(probe)
+        if (result.dtype, result.device) != (dtype, device):
+            raise DistZO2Error(
+                f"{type(module).__name__}: weights that were handed over cannot be moved or cast (.to(), .half(), "
+                f".cuda(), ...): they stream, as {dtype}, through {device}. Convert the model before offload."
+            )
+    return module
 
 
-def _refuse_copy(memo: dict) -> NoReturn:
-    raise DistZO2Error(
-        "a model that was handed over cannot be copied; save it with distzo2.save_pretrained and load it"
+def _add(module: nn.Module, kind: str, name: str, value: Any) -> None:
+    """`module.add_module` and `module.register_parameter`."""
+    refuse_new_weights(module, name, value)
+    add = nn.Module.add_module if kind == "_modules" else nn.Module.register_parameter
+    add(module, name, value)
+
+
+def _refuse_copy(*args: Any) -> NoReturn:
+    raise UsageError(
+        "a model that was handed over cannot be copied or pickled: its weights are not in its parameters. Save it with "
+        "distzo2.save_pretrained(model, directory), or its model.state_dict()."
     )

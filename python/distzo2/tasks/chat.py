@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
-from distzo2.checkpoint.symbols import one_line
+from distzo2.checkpoint.tensor_files import one_line
 from distzo2.errors import DataError, DistZO2Error, UsageError
 from distzo2.tasks.lines import Line
 

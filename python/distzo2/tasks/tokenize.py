@@ -16,7 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from distzo2.checkpoint.pretrained import load_config
-from distzo2.checkpoint.symbols import one_line
+from distzo2.checkpoint.tensor_files import one_line
 from distzo2.errors import DataError, DistZO2Error
 from distzo2.tasks.chat import Chat
 from distzo2.tasks.kinds import CAUSAL, ModelKind

@@ -1,4 +1,4 @@
-"""Weights from outside of a pass: read, written, replaced and brought up to date, one unit at a time."""
+"""Weights outside of a pass: read, written, replaced and brought up to date, one unit at a time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ class Together(Protocol):
     """How the ranks that share blocks agree on what they do to them."""
 
     def agree(self, what: str, fields: dict[str, Any], *, error: BaseException | None = None) -> Any:
-        """Begins something that all ranks do; `fields` must be equal on all of them. `error` is raised on all."""
+        """Raises on all ranks if `fields` differ between them, or if one has an `error`."""
 
     def together(self, what: str) -> AbstractContextManager[dict[str, Any]]:
-        """Something that all ranks do; an exception of one is an error of all at its end, and so are entries of the
-        dict that differ."""
+        """Surrounds what all ranks do. At its end all raise if one did, or if entries of the dict differ."""
 
 
 class WeightAccess:
-    """Reads and replaces `weights`, those of one model. Not possible in the middle of a pass."""
+    """Reads and replaces the weights of one model. Every method raises DistZO2Error in the middle of a pass."""
 
     def __init__(self, weights: UnitWeights, together: Together | None = None) -> None:
         """`together` is given where ranks share blocks, each keeping a slice."""
@@ -34,24 +33,16 @@ class WeightAccess:
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def trained_units(self) -> list[Unit]:
-        """Returns the units that updates reach."""
-        return [unit for unit in self.weights.units if self.weights.reaches(unit)]
-
     def touch(self, unit: Unit) -> None:
         """Brings one unit up to date and lets go of it, as a pass that enters it does."""
-        self.weights.check_idle("reading weights")
-        self.weights.bring(unit)
-        try:
-            self.weights.up_to_date(unit)
-        finally:
-            self.weights.release(unit)
+        for _ in self.visit([unit]):
+            pass
 
-    def visit(self) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
-        """Yields every unit with its up-to-date parameters on the compute device. Each unit is read once, and written
-        back if it had missed an update."""
+    def visit(self, units: Sequence[Unit] | None = None) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
+        """Yields each of `units` (None: of all) with its up-to-date parameters on the compute device. Each unit is read
+        once, and written back if it had missed an update."""
         self.weights.check_idle("visiting the weights")
-        for unit in self.weights.units:
+        for unit in self.weights.units if units is None else units:
             self.weights.bring(unit)
             try:
                 yield unit, self.weights.up_to_date(unit)
@@ -60,7 +51,7 @@ class WeightAccess:
 
     @contextmanager
     def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
-        """Gives a unit's up-to-date parameters in host memory, by name. They must not be changed."""
+        """Yields a unit's up-to-date parameters in host memory, by name. They must not be changed."""
         self.weights.check_idle("reading weights")
         copy = self.weights.copies[unit.index]
         store = self.weights.store_of(copy)
@@ -94,12 +85,12 @@ class WeightAccess:
             yield lambda name, tensors: None
             return
         fields: dict[str, Any] = {}
-        try:
-            if source is not None and error is None:
+        if source is not None and error is None:
+            try:
                 fields["the source"] = source()
-        except Exception as not_readable:
-            error = not_readable
-        self._together.agree(what, {} if error is not None else fields, error=error)
+            except Exception as not_readable:
+                error = not_readable
+        self._together.agree(what, fields, error=error)
         written: list[tuple[str, int]] = []
         with self._together.together(f"{what}: the end") as agreed:
             yield lambda name, tensors: written.append((name, checksum(tensors)))
@@ -108,7 +99,7 @@ class WeightAccess:
 
     @contextmanager
     def writing(self, unit: Unit, keep: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Gives a unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
+        """Yields a unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
 
         All of them must be filled, unless `keep` is set: then they hold their up-to-date values at first (of a unit in
         slices, those of this rank's slice).
@@ -122,19 +113,15 @@ class WeightAccess:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
         copy.version = self.weights.version
 
-    def set_version(self, unit: Unit, version: int) -> None:
-        """Says how many updates the copy holds that was written last; those after it are still to come."""
-        self.weights.copies[unit.index].version = version
-
     def kept_elements(self, unit: Unit) -> dict[str, range]:
         """Returns which elements of each parameter `writing` keeps on this rank: all, unless the unit is in slices."""
         copy = self.weights.copies[unit.index]
         return {p.name: copy.elements_of(p) for p in unit.params}
 
     def fills_in_place(self, unit: Unit) -> bool:
-        """Whether `writing` gives the stored copy itself, so that several may be open at no cost in memory."""
+        """Whether `writing` yields the stored copy itself, so that several units may be open at no cost in memory."""
         return self.weights.store_of(self.weights.copies[unit.index]).in_host_memory
 
     def rebase(self) -> None:
-        """Makes the weights, which were replaced, the base of the updates that follow."""
+        """Makes the replaced weights the base of the updates that follow."""
         self.weights.restart()

@@ -34,18 +34,18 @@ class MemoryShare:
 
     @classmethod
     def of_one_rank(cls) -> MemoryShare:
-        """Reads what the machine and the control groups of this process leave to it now."""
+        """Reads what the machine and the control groups of this process leave it now."""
         budget = memory_budget()
         return cls(1, budget["cgroup_bytes"], budget["available_bytes"])
 
     @property
     def num_bytes(self) -> int:
-        """One rank's share, with nothing to spare."""
+        """One rank's whole share."""
         limits = [limit for limit in (self.cgroup_bytes, self.available_bytes) if limit is not None]
         return min(limits, default=_NO_LIMIT) // self.num_ranks
 
     def pool_options(self) -> dict[str, Any]:
-        """Arguments for this rank's `HostPool`, beside which the other ranks make theirs."""
+        """Arguments for this rank's `HostPool`, beside those of the other ranks."""
         return vars(self).copy()
 
 
@@ -89,7 +89,9 @@ def blocks_to_stream(
     if budget == "auto":
         budget = int(AUTO_SHARE * free_bytes())
     residents = sum(u.num_bytes for u in units if u.resident)
-    scratch = BUFFERS * sum(_largest_of_classes(units))
+    trainable = [u for u in units if u.trainable]
+    largest = max((u.num_bytes for u in trainable if not u.resident), default=0)
+    scratch = BUFFERS * (largest + sum(u.num_bytes for u in trainable if u.resident))
     if residents + scratch + sum(u.num_bytes for u in blocks) <= budget:  # no ring is needed
         return []
     ring = slots * slot_bytes_of(u.num_bytes for u in blocks)
@@ -102,10 +104,3 @@ def blocks_to_stream(
     num_staying = min((budget - least) // max(u.num_bytes for u in blocks), len(blocks) - 1)
     staying = {(2 * j + 1) * len(blocks) // (2 * num_staying) for j in range(num_staying)}
     return [unit for i, unit in enumerate(blocks) if i not in staying]
-
-
-def _largest_of_classes(units: Sequence[Unit]) -> list[int]:
-    """Bytes of a perturbed copy of the largest block, and of each resident unit: what one set of scratch holds."""
-    trainable = [u for u in units if u.trainable]
-    blocks = [u.num_bytes for u in trainable if not u.resident]
-    return [max(blocks, default=0), *(u.num_bytes for u in trainable if u.resident)]

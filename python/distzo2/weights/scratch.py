@@ -7,7 +7,7 @@ buffer may be taken whenever no running lane looks at it: its content is made ag
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,11 +19,10 @@ BUFFERS = 2  # one for each sign
 SMALL_BUFFERS = 32
 
 
-@dataclass(eq=False)
-class _Entry:
-    buffer: torch.Tensor
-    address: int
-    key: Hashable = None
+@dataclass
+class _SizeClass:
+    num_bytes: int = 0  # of its largest unit, and so of each buffer
+    buffers: dict[Hashable, torch.Tensor] = field(default_factory=dict)  # by what they hold, oldest use first
 
 
 class Scratch:
@@ -31,54 +30,37 @@ class Scratch:
 
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self._device = device
-        self._class_bytes: dict[Hashable, int] = {}
+        self._classes: dict[Hashable, _SizeClass] = {}
+        self._class_of: dict[int, _SizeClass] = {}  # by the unit's index
         for unit in units:
-            kind = self._class_of(unit)
-            self._class_bytes[kind] = max(self._class_bytes.get(kind, 0), unit.num_bytes)
-        self._entries: dict[Hashable, list[_Entry]] = {kind: [] for kind in self._class_bytes}  # oldest use first
-        self._holder: dict[Hashable, _Entry] = {}  # by what an entry holds
-
-    @staticmethod
-    def _class_of(unit: Unit) -> Hashable:
-        if unit.num_bytes <= SMALL_BYTES:
-            return "small"
-        return "streamed" if not unit.resident else ("resident", unit.num_bytes.bit_length() // 3)
+            kind = "streamed" if not unit.resident else ("resident", unit.num_bytes.bit_length() // 3)
+            one = self._classes.setdefault("small" if unit.num_bytes <= SMALL_BYTES else kind, _SizeClass())
+            one.num_bytes = max(one.num_bytes, unit.num_bytes)
+            self._class_of[unit.index] = one
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
         """Returns the buffer that holds `key` of `unit`, or None."""
-        entry = self._holder.get((unit.index, key))
-        if entry is None:
-            return None
-        self._used(self._entries[self._class_of(unit)], entry)
-        return entry.buffer
+        buffers, held = self._class_of[unit.index].buffers, (unit.index, key)
+        buffer = buffers.get(held)
+        if buffer is not None and buffer is not next(reversed(buffers.values())):
+            buffers[held] = buffers.pop(held)
+        return buffer
 
     def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
         """Returns buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
-        kind = self._class_of(unit)
-        entries = self._entries[kind]
-        limit = SMALL_BUFFERS if kind == "small" else BUFFERS
-        taken: list[_Entry] = []
-        for _ in keys:
-            usable = (e for e in entries if e.address not in pinned and e not in taken)
-            entry = next(usable, None)
-            if entry is None or (entry.key is not None and len(entries) < limit):
-                buffer = self._allocate(self._class_bytes[kind])
-                entry = _Entry(buffer, buffer.data_ptr())
-                entries.append(entry)
+        size_class = self._class_of[unit.index]
+        buffers = size_class.buffers
+        limit = SMALL_BUFFERS if size_class is self._classes.get("small") else BUFFERS
+        taken = []
+        for key in keys:
+            usable = (k for k, b in buffers.items() if b.data_ptr() not in pinned and all(b is not t for t in taken))
+            oldest = next(usable, None)
+            if oldest is None or (not isinstance(oldest, int) and len(buffers) < limit):
+                taken.append(self._allocate(size_class.num_bytes))
             else:
-                self._used(entries, entry)
-            taken.append(entry)
-        for key, entry in zip(keys, taken, strict=True):  # after all allocations: one that fails changes nothing
-            self._holder.pop(entry.key, None)
-            entry.key = (unit.index, key)
-            self._holder[entry.key] = entry
-        return [entry.buffer for entry in taken]
-
-    @staticmethod
-    def _used(entries: list[_Entry], entry: _Entry) -> None:
-        if entries[-1] is not entry:
-            entries.remove(entry)
-            entries.append(entry)
+                taken.append(buffers.pop(oldest))
+            buffers[unit.index, key] = taken[-1]
+        return taken
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         if self._device.type == "cpu":
@@ -86,12 +68,10 @@ class Scratch:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def forget(self) -> None:
-        """Marks every buffer as holding nothing."""
-        self._holder.clear()
-        for entries in self._entries.values():
-            for entry in entries:
-                entry.key = None
+        """Marks every buffer as holding nothing: a number stands in the place of what it held."""
+        for size_class in self._classes.values():
+            size_class.buffers = dict(enumerate(size_class.buffers.values()))
 
     @property
     def num_bytes(self) -> int:
-        return sum(e.buffer.numel() for entries in self._entries.values() for e in entries)
+        return sum(b.numel() for one in self._classes.values() for b in one.buffers.values())

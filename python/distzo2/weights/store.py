@@ -15,13 +15,12 @@ import ctypes
 import functools
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,15 +38,14 @@ _FALLBACKS = {
 
 logger = logging.getLogger("distzo2")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _core_errors(function: Callable[P, T]) -> Callable[P, T]:
+def _core_errors(function: Callable[..., T]) -> Callable[..., T]:
     """Turns the compiled core's errors (memory, disk, driver; one line each) into errors for the user."""
 
     @functools.wraps(function)
-    def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+    def translated(*args: Any, **kwargs: Any) -> T:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
@@ -82,15 +80,15 @@ class StoredCopy:
 
 
 class Store:
-    """What every store does. This one holds nothing: its methods are those of a store in which nothing moves."""
+    """What every store does. This one is the store of no copies, in which nothing moves."""
 
     in_host_memory = False  # whether `open` gives the stored bytes themselves
-    gathers = False  # whether `acquire` gives whole units as they are after the last update, not to be changed
+    gathers = False  # whether `acquire` gives whole units, read-only, with every update
     slot_bytes = num_slots = 0  # of the ring, where there is one
 
     @property
     def source(self) -> Store:
-        """The store whose `acquire` gives the stored copies themselves, to be changed in place."""
+        """The store whose `acquire` gives the stored copies themselves, which may be changed in place."""
         return self
 
     def acquire(self, copy: StoredCopy) -> torch.Tensor:
@@ -98,35 +96,34 @@ class Store:
         raise NotImplementedError
 
     def release(self, copy: StoredCopy, dirty: bool) -> None:
-        """Ends a use. Dirty bytes are stored once the journal is durable up to `copy.version`."""
+        """Ends a use. Dirty bytes are stored once the journal's lines before `copy.version` are durable."""
 
     def open(self, copy: StoredCopy, write: bool, keep: bool = True) -> Any:
         """A context manager that gives the unit's bytes in host memory, uint8 [unit.num_bytes].
 
-        With `write`, the bytes at the end become the stored copy. Without `keep` they hold anything at first.
+        With `write`, the bytes become the stored copy at the end. Without `keep` they are undefined at first.
         """
         raise NotImplementedError
 
     def prefetch(self, copy: StoredCopy) -> bool:
-        """Starts to bring a copy; returns False where no slot can be taken for it now."""
+        """Starts to bring a copy; returns False if no slot is free for it now."""
         return True
 
     def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
-        """Starts to bring what will be acquired next, in this order. The first `num_current` are wanted before the
+        """Starts to bring the copies that are acquired next, in this order; the first `num_current` of them before the
         next update is made."""
 
     def poll(self) -> None:
-        """Begins work whose turn has come; called whenever a lane has run."""
+        """Begins transfers whose turn has come; called whenever a lane has run."""
 
     def forget(self) -> None:
-        """Drops what was made of stored copies, after they were changed from outside."""
+        """Drops what was derived from stored copies, which are changed from outside."""
 
     def set_durable(self, version: int) -> None:
-        """Stored copies up to `version` may be written: the journal's lines before it are on disk. Memory, which a
-        crash does not leave behind, does not wait for this."""
+        """Lets copies up to `version` reach a disk, since the journal's lines before it are there."""
 
     def fail(self, reason: str) -> None:
-        """Stored copies can no longer be written: whatever waits for that ends with an error."""
+        """Makes whatever waits to write a stored copy end with an error."""
 
     def flush(self) -> None:
         """Waits until every released copy is stored."""
@@ -136,13 +133,13 @@ class Store:
         return {}
 
     def reset_stats(self) -> None:
-        """Starts the counting of transfers anew."""
+        """Sets the counters of transfers to 0."""
 
     def trace(self, enable: bool) -> None:
         """Records every transfer from now on."""
 
     def events(self) -> list[tuple]:
-        """Returns what was recorded, see `CopyEngine.events`."""
+        """Returns the recorded transfers, as `CopyEngine.events`."""
         return []
 
     def close(self) -> None:
@@ -192,13 +189,7 @@ class StreamingStore(Store):
     def __init__(
         self, copies: Sequence[StoredCopy], storage: HostPool | BlockFile, device: torch.device, slots: int
     ) -> None:
-        """
-        Args:
-            copies: what streams; their blocks are numbered 0, 1, ... in this order.
-            storage: has a block of the size of each copy.
-            device: where it computes.
-            slots: number of slots of the ring, at least 2.
-        """
+        """`copies` are the blocks of `storage`, in this order; at most `slots` of them are on `device` at once."""
         self.slot_bytes = slot_bytes_of(c.num_bytes for c in copies)
         self.num_slots = num_slots_of(slots, len(copies))
         self._storage, self._device = storage, device
@@ -207,10 +198,11 @@ class StreamingStore(Store):
         if device.type == "cpu":
             self._slots = [aligned_buffer(self.slot_bytes) for _ in range(self.num_slots)]
         else:
-            ring = torch.empty(self.slot_bytes * self.num_slots + SLOT_ALIGNMENT, dtype=torch.uint8, device=device)
-            start = -ring.data_ptr() % SLOT_ALIGNMENT
-            self._slots = list(ring[start : start + self.slot_bytes * self.num_slots].split(self.slot_bytes))
-        self.engine = CopyEngine(device_name(device), storage, [s.data_ptr() for s in self._slots], self.slot_bytes)
+            ring = torch.empty(self.slot_bytes * self.num_slots, dtype=torch.uint8, device=device)
+            self._slots = list(ring.split(self.slot_bytes))
+        self.engine = engine = CopyEngine(str(device), storage, [s.data_ptr() for s in self._slots], self.slot_bytes)
+        self.set_durable, self.fail, self.flush = engine.set_durable, engine.fail, _core_errors(engine.flush)
+        self.reset_stats, self.trace, self.events = engine.reset_stats, engine.trace, engine.events
         stats = self.stats()
         for key, what in _FALLBACKS.items():
             if stats.get(key):
@@ -237,16 +229,6 @@ class StreamingStore(Store):
             if not self.prefetch(copy):
                 return
 
-    def set_durable(self, version: int) -> None:
-        self.engine.set_durable(version)
-
-    def fail(self, reason: str) -> None:
-        self.engine.fail(reason)
-
-    @_core_errors
-    def flush(self) -> None:
-        self.engine.flush()
-
     @contextmanager
     def open(self, copy: StoredCopy, write: bool, keep: bool = True) -> Iterator[torch.Tensor]:
         self.flush()
@@ -268,15 +250,6 @@ class StreamingStore(Store):
     def stats(self) -> dict[str, Any]:
         return {**self._storage.stats(), **self.engine.stats()}
 
-    def reset_stats(self) -> None:
-        self.engine.reset_stats()
-
-    def trace(self, enable: bool) -> None:
-        self.engine.trace(enable)
-
-    def events(self) -> list[tuple]:
-        return self.engine.events()
-
     def close(self) -> None:
         self.engine.close()
         if not self.in_host_memory:
@@ -295,11 +268,6 @@ def num_slots_of(slots: int, num_copies: int) -> int:
     return max(2, min(slots, num_copies + 1))
 
 
-def device_name(device: torch.device) -> str:
-    """Returns the core's name of a device, with the index of a CUDA device."""
-    return f"{device.type}:0" if device.type != "cpu" and device.index is None else str(device)
-
-
 @_core_errors
 def streaming_store(
     copies: Sequence[StoredCopy],
@@ -312,26 +280,21 @@ def streaming_store(
 ) -> StreamingStore:
     """Makes a store whose copies live in `file`, or in a working block file in `directory`, or in host memory."""
     sizes = [c.num_bytes for c in copies]
-    if device.type == "cpu" and (file is not None or directory is not None):
+    if file is None and directory is not None:
+        file = _working_file(Path(directory), sizes)
+    if file is None:
+        return StreamingStore(copies, HostPool(sizes, device=str(device), **pool_options), device, slots)
+    if device.type == "cpu":
         _return_freed_memory()
-    if file is not None:
-        storage = file
-    elif directory is not None:
-        storage = _working_file(Path(directory), sizes)
-    else:
-        storage = HostPool(sizes, device=device_name(device), **pool_options)
-    return StreamingStore(copies, storage, device, slots)
+    return StreamingStore(copies, file, device, slots)
 
 
 def _working_file(directory: Path, sizes: Sequence[int]) -> BlockFile:
-    """Makes a block file that belongs to this process alone, after checking that it fits."""
-    with suppress(FileExistsError):
-        directory.mkdir(parents=True)
-    if not directory.is_dir():
-        raise DistZO2Error(f"{directory}: a directory for the block file was expected")
-    free, needed = shutil.disk_usage(directory).free, BlockFile.file_bytes(sizes)
-    if free < needed:
-        raise DistZO2Error(f"{directory}: the block file needs {needed} bytes, and {free} bytes are free")
+    """Makes a block file that belongs to this process alone."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise DistZO2Error(f"{directory}: a directory for the block file was expected") from None
     handle, path = tempfile.mkstemp(prefix="weights-", suffix=".dzo2", dir=directory)
     os.close(handle)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 # Rows of the picture. Intervals of one row must not overlap, or viewers nest them: transfers have a row for each slot.
 _KINDS = ("step", "compute", "materialize", "wait", "stall", "update", "gather")
-_ROWS = {kind: row for row, kind in enumerate(_KINDS)} | {"upload": 16, "download": 32}
+_TRANSFERS = {"upload": 16, "download": 32}
 
 
 class Trace:
@@ -28,33 +28,25 @@ class Trace:
 
     def save(self, path: str | os.PathLike, transfers: Iterable[tuple], block_names: dict[int, str]) -> None:
         """Writes the intervals and the engine's transfers (kind, block, slot, bytes, start_ns, end_ns) to `path`."""
-        events = [_event(kind, name, _ROWS[kind], start, end, {}) for kind, name, start, end in self._events]
-        rows = {row: kind for kind, row in _ROWS.items() if kind not in ("upload", "download")}
+        events, rows = [], dict(enumerate(_KINDS))
+
+        def add(kind: str, name: str, row: int, start: int, end: int, **args: float) -> None:
+            times = {"ts": start / 1000, "dur": (end - start) / 1000}
+            events.append({"name": name, "cat": kind, "ph": "X", **times, "pid": 0, "tid": row, "args": args})
+
+        for kind, name, start, end in self._events:
+            add(kind, name, _KINDS.index(kind), start, end)
         for kind, block, slot, num_bytes, start, end in transfers:
-            row = _ROWS[kind]
-            if kind in ("upload", "download"):
-                row += slot
+            if kind in _TRANSFERS:
+                row = _TRANSFERS[kind] + slot
                 rows[row] = f"{kind}, slot {slot}"
-            args = {"bytes": num_bytes, "slot": slot}
-            if end > start and kind != "stall":
-                args["GB/s"] = round(num_bytes / (end - start), 3)
-            events.append(_event(kind, block_names.get(block, str(block)), row, start, end, args))
+            else:
+                row = _KINDS.index(kind)
+            rate = {"GB/s": round(num_bytes / (end - start), 3)} if end > start and kind != "stall" else {}
+            add(kind, block_names.get(block, str(block)), row, start, end, bytes=num_bytes, slot=slot, **rate)
         names = [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": rows[row]}}
-            for row in sorted(rows)
+            {"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": name}}
+            for row, name in sorted(rows.items())
         ]
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": names + events, "displayTimeUnit": "ms"}, file)
-
-
-def _event(kind: str, name: str, row: int, start: int, end: int, args: dict) -> dict:
-    return {
-        "name": name,
-        "cat": kind,
-        "ph": "X",
-        "ts": start / 1000,
-        "dur": (end - start) / 1000,
-        "pid": 0,
-        "tid": row,
-        "args": args,
-    }

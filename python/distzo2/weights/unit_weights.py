@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.trace import Trace
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
-from distzo2_core import Update, materialize
+from distzo2_core import materialize
 
 
 @dataclass(eq=False)
@@ -60,12 +60,12 @@ class UnitWeights:
         self.epoch = 0  # how often the weights were replaced from outside
         self.busy = False  # a window is open, or a pass under way
         self.closed = False
-        # Called with each unit that is let go of, its clean bytes and their version; they must not be changed or kept.
+        # Called with each unit that is released, its clean bytes and their version; they must not be changed or kept.
         self.tap: Callable[[Unit, torch.Tensor, int], None] | None = None
         self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
         self.trace = Trace()
+        self.updates = Updates()
         self.memory, self.ring, self._write_every = memory, ring, write_every
-        self._updates = Updates()
         self._scratch = Scratch([u for u in units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._owner: weakref.ref | None = None
@@ -79,17 +79,11 @@ class UnitWeights:
     # ---- updates ----------------------------------------------------------------------------------------------------
 
     def bind(self, owner: object, group_of: Mapping[int, int], num_groups: int, seed: int) -> None:
-        """Makes `owner`, an optimizer, the one whose updates follow. Updates made before are applied first.
-
-        Args:
-            group_of: the group of each parameter that updates reach, by its index.
-            num_groups: how many groups there are.
-            seed: of the run.
-        """
+        """Makes `owner` the optimizer whose updates follow, as in `Updates.bind`. Earlier updates are applied first."""
         self.flush()
         self._assume_current()
         self._owner = weakref.ref(owner)
-        self._updates.bind(group_of, num_groups, seed)
+        self.updates.bind(group_of, num_groups, seed)
         self._scratch.forget()
 
     @property
@@ -100,7 +94,7 @@ class UnitWeights:
     @property
     def version(self) -> int:
         """Number of updates made so far."""
-        return self._updates.version
+        return self.updates.version
 
     @property
     def stamp(self) -> int:
@@ -108,43 +102,21 @@ class UnitWeights:
         return (self.epoch << 32) + self.version
 
     @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return self._updates.seed
-
-    @property
     def replaced(self) -> bool:
         """Whether the weights are no longer those that the model was handed over with."""
         return self.stamp > 0
 
-    def reaches(self, unit: Unit) -> bool:
-        """Whether updates reach any parameter of a unit."""
-        return any(p.index in self._updates.group_of and p.numel for p in unit.params)
-
-    def set_perturb_scales(self, scales: Sequence[float]) -> None:
-        """Sets one factor on eps for each group, for the perturbations to come."""
-        self._updates.set_perturb_scales(scales)
-
-    def push(self, updates: Iterable[Update]) -> None:
-        """Adds updates; each unit applies them at its next visit."""
-        self._updates.push(updates)
-
-    @property
-    def pending(self) -> list[Update]:
-        """The updates that some stored copy still misses, oldest first."""
-        versions = (c.version for c in self.copies if self._updates.table(c) is not None)
-        return self._updates.missed_at(min(versions, default=self.version))
-
     def trim(self) -> None:
         """Forgets the updates that every stored copy holds."""
-        self._updates.forget_but(len(self.pending))
+        versions = (c.version for c in self.copies if self.updates.table(c) is not None)
+        self.updates.last = self.updates.missed_at(min(versions, default=self.version))
 
     def set_durable(self, version: int) -> None:
-        """Write-ahead rule: journal lines before `version` are on disk, so stored copies up to it may be."""
+        """Write-ahead rule: lets copies up to `version` reach a disk, since the journal's lines before it are there."""
         self.ring.set_durable(version)
 
     def fail(self, error: BaseException) -> None:
-        """The journal cannot be written, so stored copies may not be either: whatever waits for that ends."""
+        """Forbids to store copies, since the journal cannot be written: whatever waits for that ends with an error."""
         self.ring.fail(str(error))
 
     # ---- presence ---------------------------------------------------------------------------------------------------
@@ -233,11 +205,11 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present[unit.index]
-        if self._updates.table(present.copy) is None or (emission.clean and not self._elides(present.copy)):
+        if (emission.clean and not self._elides(present.copy)) or self.updates.table(present.copy) is None:
             return self.up_to_date(unit), 0
         buffer = self._scratch.find(unit, self._key(emission))
         if buffer is None:
-            mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
+            mirrored = [e for e in emissions if e != emission and e.mirrors(emission)]
             wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
             try:
                 outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
@@ -247,16 +219,16 @@ class UnitWeights:
                 raise
             buffer = outs[0]
         views = self._views_of(unit, buffer)
-        mixed = [views[i] if p.index in self._updates.group_of else present.views[i] for i, p in enumerate(unit.params)]
+        reached = self.updates.group_of
+        mixed = [views[i] if p.index in reached else present.views[i] for i, p in enumerate(unit.params)]
         return mixed, buffer.data_ptr()
 
     def _key(self, emission: Emission) -> tuple:
-        return self.version, emission.terms, self._updates.perturb_scales
+        return self.version, emission.terms, self.updates.perturb_scales
 
     def _elides(self, copy: StoredCopy) -> bool:
-        """Whether a stored copy stays behind at this visit: it is written at every `write_every`-th update, blocks in
-        turn. Perturbed copies, the clean one too, are then made of it and the updates that it has missed.
-        """
+        """Whether a stored copy stays behind at this visit, since its turn to be written has not come. Perturbed
+        copies, and the clean one, are then made of it and the updates that it has missed."""
         return copy.block >= 0 and copy.version < self.version and (self.version + copy.block) % self._write_every != 0
 
     def _catch_up(
@@ -278,14 +250,15 @@ class UnitWeights:
         Returns:
             Whether `stored` was changed.
         """
-        table, missed = self._updates.table(copy), self._updates.missed_by(copy)
-        if table is None or not (missed or emissions):
+        misses = copy.version < self.version
+        table = self.updates.table(copy) if misses or emissions else None
+        if table is None:
             return False
-        write_back = bool(missed) and not (emissions and self._elides(copy))
-        program = self._updates.program(copy.version, tuple(emissions))
+        write_back = misses and not (emissions and self._elides(copy))
+        program = self.updates.program(copy.version, tuple(emissions))
         start = time.perf_counter_ns()
         outs = [out[: copy.num_bytes] for out in outs]
-        materialize(stored, table, seed=self.seed, program=program, outs=outs, write_back=write_back)
+        materialize(stored, table, seed=self.updates.seed, program=program, outs=outs, write_back=write_back)
         end = time.perf_counter_ns()
         self._noise_ns += end - start
         self.trace.add("materialize", copy.unit.name, start, end)
@@ -295,23 +268,23 @@ class UnitWeights:
 
     def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
         """Writes a copy with every update made so far to `out`; returns whether `stored` was brought up to date too."""
-        missed = self._updates.missed_by(copy)
-        if not missed or not self._updates.reaches_all_of(copy):
+        misses = self.updates.missed_by(copy)
+        if not misses or not all(p.index in self.updates.group_of for p in copy.unit.params):
             out.copy_(stored)
-        return bool(missed) and self._catch_up(copy, stored, [CLEAN], [out])
+        return misses and self._catch_up(copy, stored, [CLEAN], [out])
 
     def flush(self) -> None:
         """Brings every stored copy to the current version, and waits until it is where the weights live."""
         self.check_idle("flush")
-        behind = [copy for copy in self.copies if self._updates.missed_by(copy)]
+        behind = [copy for copy in self.copies if self.updates.missed_by(copy)]
         for i, copy in enumerate(behind):
             self.catch_up_stored(copy, [c for c in behind[i + 1 : i + self.ring.num_slots] if c.block >= 0])
         self.ring.flush()
-        self._updates.forget_but(0)
+        self.updates.last.clear()
 
     def catch_up_stored(self, copy: StoredCopy, following: Sequence[StoredCopy] = ()) -> None:
         """Brings a stored copy to the current version. The `following` ones are next."""
-        if not self._updates.missed_by(copy):
+        if not self.updates.missed_by(copy):
             return
         source, dirty = self.store_of(copy).source, False
         stored = source.acquire(copy)
@@ -331,7 +304,7 @@ class UnitWeights:
     def restart(self) -> None:
         """Counts updates from 0 again, for stored copies that were replaced from outside."""
         self.flush()
-        self._updates.restart()
+        self.updates.restart()
         self._assume_current()
         self.forget_derived()
         self.epoch += 1
@@ -368,12 +341,11 @@ class UnitWeights:
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
         names = {c.block: c.unit.name for c in self.copies if c.block >= 0}
-        transfers = []
-        for kind, *rest in self.ring.events():
-            if kind != "wait":
-                transfers.append((kind, *rest))
-            elif self.device.type != "cpu":  # the device's waits; on a CPU `bring` has recorded them
-                transfers.append(("stall", *rest))
+        transfers = [
+            ("stall" if kind == "wait" else kind, *rest)
+            for kind, *rest in self.ring.events()
+            if kind != "wait" or self.device.type != "cpu"  # on a CPU `bring` has recorded the waits
+        ]
         self.trace.save(path, transfers, names)
 
     def check_idle(self, what: str) -> None:

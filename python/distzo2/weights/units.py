@@ -8,8 +8,10 @@ shared by modules of different blocks is one parameter and belongs to a resident
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -88,6 +90,7 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
     Raises:
         DistZO2Error: a parameter is of a dtype or layout that cannot be streamed, or there is none.
     """
+    _tie_shared_storage(model)
     params: dict[int, ParamInfo] = {}
     for index, (name, p) in enumerate(model.named_parameters()):
         if p.requires_grad and p.dtype not in TRAINABLE_DTYPES:
@@ -107,6 +110,39 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
     return list(params.values())
 
 
+def _tie_shared_storage(model: nn.Module) -> None:
+    """Makes parameters that are the same elements of one storage one parameter, as ties are.
+
+    Raises:
+        DistZO2Error: two parameters share a part of their elements; updates of one could not reach the other.
+    """
+    first: dict[tuple, tuple[str, nn.Parameter]] = {}
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for module_name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is None or p.is_meta or not p.numel():
+                continue
+            name = f"{module_name}.{key}".lstrip(".")
+            place = (p.untyped_storage().data_ptr(), p.storage_offset(), p.shape, p.stride(), p.dtype)
+            tied_to, other = first.setdefault(place, (name, p))
+            if other is not p:
+                if other.requires_grad != p.requires_grad:
+                    raise DistZO2Error(f"parameters {tied_to} and {name} share their elements; one of them is frozen")
+                module._parameters[key] = other
+            elif tied_to == name:
+                reach = sum((size - 1) * abs(step) for size, step in zip(p.shape, p.stride(), strict=True)) + 1
+                begin = p.storage_offset() * p.itemsize
+                spans.setdefault(place[0], []).append((begin, begin + reach * p.itemsize, name))
+    for some in spans.values():
+        some.sort()
+        for (_, end, one), (begin, _, other) in pairwise(some):
+            if begin < end:
+                raise DistZO2Error(
+                    f"parameters {one} and {other} are views that share a part of their elements: updates of one would "
+                    "not reach the other. Make one of them a copy before offload."
+                )
+
+
 def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[str] | None = None) -> list[Unit]:
     """Cuts the model into units.
 
@@ -120,124 +156,96 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
     Raises:
         DistZO2Error: a name matches no module, or one streamed module holds another.
     """
-    blocks = _named_blocks(model, units) if units is not None else _block_lists(model)
-    if not blocks and units is None:
-        blocks_of = {id(p): unit for p, unit in _groups_by_bytes(model, params)}
-        names = list(dict.fromkeys(blocks_of.values()))
-        windows: dict[str, list[nn.Module]] = {name: [] for name in names}
+    if units is not None:
+        blocks = _named_blocks(model, units)
     else:
-        scope = {id(m): name for name, block in blocks for m in block.modules()}
-        blocks_of = {}
-        for p in params:
-            inside = {scope.get(id(m)) for m in p.owners}
-            if len(inside) == 1 and None not in inside:
-                blocks_of[id(p)] = inside.pop()
-        names = [name for name, _ in blocks]
-        windows = {name: [block] for name, block in blocks}
-
-    streamed: dict[str, list[ParamInfo]] = {name: [] for name in names}
+        blocks = _block_lists(model) or _groups_by_bytes(model, params)
+    inside = {name: {m for outer in modules for m in outer.modules()} for name, modules in blocks.items()}
+    times = Counter(m for modules in inside.values() for m in modules)  # one in several blocks belongs to none
+    block_of = {m: name for name, modules in inside.items() for m in modules if times[m] == 1}
+    streamed: dict[str, list[ParamInfo]] = {name: [] for name in blocks}
     residents: list[ParamInfo] = []
     for p in params:
-        name = blocks_of.get(id(p))
-        if name is None:
-            residents.append(p)
-        else:
-            streamed[name].append(p)
-            for m in p.owners:
-                if not any(m is w or _contains(w, m) for w in windows[name]):
-                    windows[name].append(m)
-
-    result = []
+        around = {block_of.get(m) for m in p.owners}
+        name = around.pop() if len(around) == 1 else None
+        streamed.get(name, residents).append(p)
+    result: list[Unit] = []
     for group in _by_shared_owner(residents):
-        owners = list({id(m): m for p in group for m in p.owners}.values())
-        result.append(Unit(len(result), _parent_name(group[0].name), group, owners, resident=True))
-    for name in names:
-        if streamed[name]:
-            result.append(Unit(len(result), name, streamed[name], windows[name], resident=False))
+        owners = list(dict.fromkeys(m for p in group for m in p.owners))
+        result.append(Unit(len(result), group[0].name.rpartition(".")[0] or "(root)", group, owners, resident=True))
+    for name, members in streamed.items():
+        if members:
+            result.append(Unit(len(result), name, members, blocks[name], resident=False))
     return result
 
 
-def _owns_inside(module: nn.Module) -> bool:
-    """Whether a module inside this one owns parameters."""
-    return any(p is not None for m in module.modules() if m is not module for p in m._parameters.values())
-
-
-def _contains(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(m is inner for m in outer.modules())
-
-
-def _parent_name(param_name: str) -> str:
-    return param_name.rpartition(".")[0] or "(root)"
-
-
-def _block_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns the children of the outermost ModuleLists whose children all own parameters, with their names."""
-    found: list[tuple[str, nn.Module]] = []
-    taken: set[int] = set()
+def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Returns the children of the outermost ModuleLists whose children all own parameters, by their names."""
+    found: dict[str, list[nn.Module]] = {}
+    taken: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if id(module) in taken or not isinstance(module, nn.ModuleList) or len(module) == 0:
+        if module in taken or not isinstance(module, nn.ModuleList):
             continue
-        if all(any(True for _ in child.parameters()) for child in module):
+        if all(next(child.parameters(), None) is not None for child in module):
             for child_name, child in module.named_children():
-                if id(child) not in taken:  # a block listed twice is one unit, visited twice
-                    found.append((f"{name}.{child_name}" if name else child_name, child))
-                    taken.update(id(m) for m in child.modules())
+                if child not in taken:  # a block listed twice is one unit, visited twice
+                    found[f"{name}.{child_name}" if name else child_name] = [child]
+                    taken.update(child.modules())
     return found
 
 
-def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> list[tuple[str, nn.Module]]:
+def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[nn.Module]]:
     if isinstance(patterns, str):
         patterns = [patterns]
     modules = dict(model.named_modules())
-    chosen: dict[str, nn.Module] = {}
+    found: dict[str, list[nn.Module]] = {}
     for pattern in patterns:
         matches = [n for n in modules if fnmatch.fnmatchcase(n, pattern) or (pattern == "." and n == "")]
         if not matches:
             raise DistZO2Error(f"units={pattern!r} matches no module of {type(model).__name__}")
-        chosen.update((n or "(root)", modules[n]) for n in matches)
-    inside: dict[int, str] = {}
-    for name, block in chosen.items():
+        found.update((n or "(root)", [modules[n]]) for n in matches)
+    block_of: dict[nn.Module, str] = {}
+    for name, [block] in found.items():
         for m in block.modules():
-            if id(m) in inside:
-                raise DistZO2Error(f"units: {name} and {inside[id(m)]} overlap; a module can be in one unit only")
-            inside[id(m)] = name
-    return list(chosen.items())
+            if m in block_of:
+                raise DistZO2Error(f"units: {name} and {block_of[m]} overlap; a module can be in one unit only")
+            block_of[m] = name
+    return found
 
 
-def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> list[tuple[ParamInfo, str]]:
-    """Groups consecutive modules that own parameters, each group about an eighth of the model.
+def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> dict[str, list[nn.Module]]:
+    """Groups consecutive modules that own parameters, each group about an eighth of the model; by its first module.
 
-    Tied weights are left out, and so are modules around others: their windows would hold slots that the inner ones
-    need.
+    Modules around others that own parameters are left out: their windows would hold slots that the inner ones need.
     """
-    names = {id(m): n or "(root)" for n, m in model.named_modules()}
-    owned: dict[str, list[ParamInfo]] = {}
+    names = {m: n or "(root)" for n, m in model.named_modules()}
+    owners = {m for p in params for m in p.owners}
+    bytes_of: dict[nn.Module, int] = {}  # of the parameters that no other module owns
     for p in params:
-        if len(p.owners) == 1 and not _owns_inside(p.owners[0]):
-            owned.setdefault(names[id(p.owners[0])], []).append(p)
-    total = sum(p.num_bytes for p in params)
-    limit = max(total // GROUPS_WITHOUT_BLOCKS, 1)
-    result: list[tuple[ParamInfo, str]] = []
-    group, filled = "", 0
-    for name, mine in owned.items():
-        num_bytes = sum(p.num_bytes for p in mine)
+        if len(p.owners) == 1 and not any(m in owners for m in p.owners[0].modules() if m is not p.owners[0]):
+            bytes_of[p.owners[0]] = bytes_of.get(p.owners[0], 0) + p.num_bytes
+    limit = max(sum(p.num_bytes for p in params) // GROUPS_WITHOUT_BLOCKS, 1)
+    groups: dict[str, list[nn.Module]] = {}
+    group, filled = [], 0
+    for module, num_bytes in bytes_of.items():
         if not group or filled + num_bytes > limit:
-            group, filled = name, 0
+            group = groups[names[module]] = []
+            filled = 0
+        group.append(module)
         filled += num_bytes
-        result.extend((p, group) for p in mine)
-    return result
+    return groups
 
 
 def _by_shared_owner(params: Sequence[ParamInfo]) -> list[list[ParamInfo]]:
-    """Groups parameters that are connected through common owners, each group in the order of the parameters."""
-    group_of: dict[int, int] = {}  # id(module) -> group
-    groups: dict[int, list[ParamInfo]] = {}
+    """Groups parameters that are connected through common owners, in the order of their indices."""
+    groups: list[tuple[set[nn.Module], list[ParamInfo]]] = []
     for p in params:
-        touching = sorted({group_of[id(m)] for m in p.owners if id(m) in group_of})
-        target = touching[0] if touching else p.index
-        merged = [q for g in touching for q in groups.pop(g)]
-        groups[target] = [*merged, p]
-        for q in groups[target]:
-            for m in q.owners:
-                group_of[id(m)] = target
-    return [sorted(g, key=lambda q: q.index) for _, g in sorted(groups.items())]
+        owners, members, others = set(p.owners), [p], []
+        for group in groups:
+            if group[0].isdisjoint(owners):
+                others.append(group)
+            else:
+                owners, members = owners | group[0], members + group[1]
+        groups = [*others, (owners, members)]
+    ordered = [sorted(members, key=lambda p: p.index) for _, members in groups]
+    return sorted(ordered, key=lambda group: group[0].index)

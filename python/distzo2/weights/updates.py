@@ -7,13 +7,13 @@ version, over the copy's `SegmentTable`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distzo2.weights.store import StoredCopy
 from distzo2_core import Emit, Program, Segment, SegmentTable, Term, Update, encode_program
 
-MAX_PROGRAMS = 64  # encoded visits that are remembered within a step
+MAX_PROGRAMS = 64  # encoded visits that are kept within a step
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Emission:
 
     @property
     def clean(self) -> bool:
+        """Whether these are the weights themselves."""
         return not self.terms
 
     def mirrors(self, other: Emission) -> bool:
@@ -35,19 +36,22 @@ CLEAN = Emission()
 
 
 class Updates:
-    """The updates made so far, as far as a stored copy still misses them.
+    """The updates made so far, as far as a stored copy may miss them.
 
-    `version` is their number. `group_of` maps a parameter's index to its group; a parameter without one is read and
-    never changed. `perturb_scales` holds a factor on eps for each group.
+    Attributes:
+        version: the number of updates made.
+        last: the latest of them, oldest first.
+        seed: of the run.
+        group_of: maps a parameter's index to its group; a parameter without one is read and never changed.
+        perturb_scales: a factor on eps for each group.
     """
 
     def __init__(self) -> None:
-        self.version = 0
-        self.seed = 0
+        self.version = self.seed = 0
+        self.last: list[Update] = []
         self.group_of: dict[int, int] = {}
         self.perturb_scales: tuple[float, ...] = ()
-        self._last: list[Update] = []  # the first one's number is version - len(_last)
-        self._tables: dict[tuple[int, int, int], tuple[SegmentTable | None, bool]] = {}
+        self._tables: dict[tuple[int, int, int], SegmentTable | None] = {}
         self._programs: dict[tuple, Program] = {}
 
     def bind(self, group_of: Mapping[int, int], num_groups: int, seed: int) -> None:
@@ -63,29 +67,24 @@ class Updates:
             self.perturb_scales = tuple(scales)
             self._programs.clear()
 
-    def push(self, updates: Iterable[Update]) -> None:
-        """Adds updates, oldest first."""
-        for update in updates:
-            self._last.append(update)
-            self.version += 1
+    def push(self, update: Update) -> None:
+        """Adds an update; each unit applies it at its next visit."""
+        self.last.append(update)
+        self.version += 1
         self._programs.clear()
 
     def missed_at(self, version: int) -> list[Update]:
         """Returns the updates missing from a copy at `version`, oldest first."""
-        return self._last[len(self._last) - (self.version - version) :] if version < self.version else []
+        return self.last[len(self.last) - (self.version - version) :] if version < self.version else []
 
-    def missed_by(self, copy: StoredCopy) -> list[Update]:
-        """Returns the updates missing from a copy, oldest first; none if no update reaches it."""
-        return self.missed_at(copy.version) if self.table(copy) is not None else []
-
-    def forget_but(self, num_last: int) -> None:
-        """Forgets all but the last `num_last` updates, which every stored copy must hold."""
-        self._last = self._last[len(self._last) - num_last :]
+    def missed_by(self, copy: StoredCopy) -> bool:
+        """Whether a copy misses an update that reaches it."""
+        return copy.version < self.version and self.table(copy) is not None
 
     def restart(self) -> None:
         """Counts from 0 again, for weights that were replaced."""
         self.version = 0
-        self._last.clear()
+        self.last.clear()
         self._programs.clear()
 
     def program(self, version: int, emissions: tuple[Emission, ...]) -> Program:
@@ -100,23 +99,13 @@ class Updates:
 
     def table(self, copy: StoredCopy) -> SegmentTable | None:
         """Returns the segments of the copy that updates and perturbations reach; None if there are none."""
-        return self._table(copy)[0]
-
-    def reaches_all_of(self, copy: StoredCopy) -> bool:
-        """Whether every element of the copy is in its table."""
-        return self._table(copy)[1]
-
-    def _table(self, copy: StoredCopy) -> tuple[SegmentTable | None, bool]:
         key = copy.unit.index, copy.begin, copy.num_bytes
         if key not in self._tables:
-            segments, reaches_all = [], True
+            segments = []
             for p in copy.unit.params:
-                elements, group = copy.elements_of(p), self.group_of.get(p.index)
-                if elements and group is not None:
-                    offset = p.byte_offset + elements.start * p.dtype.itemsize - copy.begin
-                    segments.append(
-                        Segment(offset, len(elements), p.dtype, p.index, elements.start, group, *p.matrix_shape)
-                    )
-                reaches_all &= not elements or group is not None
-            self._tables[key] = SegmentTable(segments) if segments else None, reaches_all
+                part, group = copy.elements_of(p), self.group_of.get(p.index)
+                if part and group is not None:
+                    offset = p.byte_offset + part.start * p.dtype.itemsize - copy.begin
+                    segments.append(Segment(offset, len(part), p.dtype, p.index, part.start, group, *p.matrix_shape))
+            self._tables[key] = SegmentTable(segments) if segments else None
         return self._tables[key]

@@ -12,20 +12,20 @@ import json
 import math
 import os
 import pickletools
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distzo2.checkpoint.layout import row_major_strides
 from distzo2.errors import DistZO2Error
 from distzo2.files import write_all
 from distzo2.text import brief
+from distzo2_core import aligned_buffer
 
 # Bounds on what a file of unknown origin may ask for. A parsed header takes some 25 times its length in memory.
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -69,12 +69,15 @@ class TensorEntry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
+    offset: int = 0
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 def one_line(error: Exception) -> str:
@@ -84,11 +87,7 @@ def one_line(error: Exception) -> str:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"expected a contiguous CPU tensor, got {tensor.device} with strides {tensor.stride()}")
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
 def header_limit(num_bytes: int) -> int:
@@ -116,10 +115,13 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
-class RangeFile:
+class TensorFile:
     """A file of tensors opened for reading: `tensors` by name, and reads of byte ranges.
 
-    Raises CheckpointError, one line that names the file, if it cannot be opened or its description is wrong.
+    A name that ends in `.bin` means a file that `torch.save` wrote (torch 1.6 or later), any other a safetensors file.
+
+    Raises CheckpointError, one line that names the file, if it cannot be opened, is truncated or of another kind, or
+    has a header that disagrees with itself or with the size of the file, or that is too long for it.
     """
 
     _fd = -1
@@ -130,15 +132,92 @@ class RangeFile:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
-        try:
-            self.num_bytes = os.fstat(self._fd).st_size
-            self.tensors = self._read_tensors()
-        except BaseException:
-            self.close()
-            raise
+        self.num_bytes = os.fstat(self._fd).st_size
+        self.tensors = self._read_torch() if self.path.suffix == ".bin" else self._read_safetensors()
 
-    def _read_tensors(self) -> dict[str, TensorEntry]:
-        raise NotImplementedError
+    def _read_safetensors(self) -> dict[str, TensorEntry]:
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
+        if length > header_limit(self.num_bytes):
+            raise CheckpointError(
+                f"{self.path}: it announces a header of {length} bytes, and has {self.num_bytes} in all: at most "
+                f"{header_limit(self.num_bytes)} were expected"
+            )
+        tensors, offset = {}, 8 + length
+        try:
+            # The library checks that tensors follow each other without a hole, up to the end of the file.
+            with safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
+                for name in file.offset_keys():
+                    header = file.get_slice(name)
+                    dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
+                    where = f"{self.path}: tensor {brief(name)}"
+                    if dtype is None:
+                        expected = f"expected a dtype among {', '.join(DTYPES)}"
+                        raise CheckpointError(f"{where}: {expected}, got {header.get_dtype()}")
+                    # An empty tensor has strides too.
+                    if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
+                        raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
+                    tensors[name] = TensorEntry(name, dtype, shape, offset)
+                    offset += tensors[name].num_bytes
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes: {one_line(error)}"
+            ) from error
+        return tensors
+
+    def _read_torch(self) -> dict[str, TensorEntry]:
+        """The contiguous tensors of a flat dictionary.
+
+        `torch.load` reads the description under fake mode, where it allocates nothing and reports at which byte of the
+        file each tensor's storage begins.
+        """
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                for info in archive.infolist():
+                    if info.compress_type != zipfile.ZIP_STORED:
+                        name = brief(info.filename.partition("/")[2])
+                        raise CheckpointError(f"{self.path}: expected stored bytes in {name}, got compressed ones")
+            reader = torch._C.PyTorchFileReader(os.fspath(self.path))
+            sizes = {reader.get_record_offset(name): reader.get_record_size(name) for name in reader.get_all_records()}
+            if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
+                raise CheckpointError(f"{self.path}: expected little-endian tensors")
+            if reader.get_record_size("data.pkl") > header_limit(self.num_bytes):
+                raise CheckpointError(f"{self.path}: its description of tensors is longer than its tensors allow")
+            self._check_description(reader.get_record("data.pkl"))
+            with FakeTensorMode():
+                tensors = torch.load(self.path, weights_only=True)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a damaged archive or description raises
+            raise CheckpointError(
+                f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: {one_line(error)}"
+            ) from error
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors")
+        entries = {}
+        for name, tensor in tensors.items():
+            where = f"{self.path}: tensor {brief(name)}"
+            if not isinstance(name, str) or tensor.dim() > MAX_DIMS:
+                raise CheckpointError(f"{where}: expected a name, and at most {MAX_DIMS} dimensions")
+            if tensor.numel() and not tensor.is_contiguous():
+                raise CheckpointError(f"{where} is not contiguous, strides {tensor.stride()}")
+            begin, offset = tensor.untyped_storage()._checkpoint_offset, tensor.storage_offset() * tensor.itemsize
+            entry = entries[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), begin + offset)
+            if entry.numel and not 0 <= offset <= offset + entry.num_bytes <= sizes.get(begin, -1):
+                expected = f"expected {entry.num_bytes} bytes at byte {offset} of a member of the archive"
+                raise CheckpointError(f"{where}: {expected}")
+        return entries
+
+    def _check_description(self, stream: bytes) -> None:
+        """Refuses a pickle that names anything but tensors, or a place in the memo beyond its length."""
+        for opcode, argument, _ in pickletools.genops(stream):
+            if "PUT" in opcode.name and argument is not None and not 0 <= argument <= len(stream):
+                raise CheckpointError(f"{self.path}: its description has a memo of {argument} entries")
+            if opcode.name in ("INST", "GLOBAL") and argument not in _PICKLE_GLOBALS:
+                module, _, name = argument.partition(" ")
+                if module != "torch" or not name.endswith("Storage"):
+                    raise CheckpointError(f"{self.path}: {module[:80]}.{name[:80]} has no place in a file of weights")
 
     def read_into(self, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None) -> None:
         """Fills `buffer` with the file's bytes from `offset` on, at least with the first `needed` (None: all).
@@ -161,13 +240,39 @@ class RangeFile:
                 raise CheckpointError(f"{where}: expected {needed} bytes at {offset}, got {done}")
             done += count
 
+    @cached_property
+    def direct(self) -> int | None:
+        """A descriptor with O_DIRECT; None if the page cache holds the file or its file system has no direct reads."""
+        if self.is_cached():
+            return None
+        descriptor = -1
+        try:  # the open file's own inode, whatever has its name by now
+            descriptor = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            os.preadv(descriptor, [bytes_of(aligned_buffer(PAGE))], 0)  # some take the flag and refuse the read
+        except OSError:
+            if descriptor >= 0:
+                os.close(descriptor)
+            return None
+        return descriptor
+
+    def is_cached(self) -> bool:
+        """Whether the page cache holds the file: its first page, its last, and some between."""
+        page = memoryview(bytearray(1))
+        try:
+            for place in range(8):
+                os.preadv(self._fd, [page], max(0, self.num_bytes - 1) * place // 7, os.RWF_NOWAIT)
+        except OSError:  # not cached, or a file system that cannot tell
+            return False
+        return True
+
     def fileno(self) -> int:
         return self._fd
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for descriptor in (self._fd, self.__dict__.pop("direct", None)):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self._fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -179,121 +284,7 @@ class RangeFile:
         self.close()
 
 
-class SafetensorsFile(RangeFile):
-    """A safetensors file opened for reading.
-
-    Raises CheckpointError if the file is truncated, is no safetensors file, has a header that disagrees with itself or
-    with the size of the file, or one that is too long for it.
-    """
-
-    def _read_tensors(self) -> dict[str, TensorEntry]:
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
-        if length > header_limit(self.num_bytes):
-            raise CheckpointError(
-                f"{self.path}: it announces a header of {length} bytes, and has {self.num_bytes} in all: at most "
-                f"{header_limit(self.num_bytes)} were expected"
-            )
-        tensors, offset = {}, 8 + length
-        try:
-            # The library checks that tensors follow each other without a hole, up to the end of the file.
-            with safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
-                for name in file.offset_keys():
-                    header = file.get_slice(name)
-                    tensors[name] = self._entry(name, header.get_dtype(), tuple(header.get_shape()), offset)
-                    offset += tensors[name].num_bytes
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes: {one_line(error)}"
-            ) from error
-        return tensors
-
-    def _entry(self, name: str, dtype_name: str, shape: tuple[int, ...], offset: int) -> TensorEntry:
-        dtype = DTYPES.get(dtype_name)
-        if dtype is None:
-            expected = f"expected a dtype among {', '.join(DTYPES)}, got {dtype_name}"
-            raise CheckpointError(f"{self.path}: tensor {brief(name)}: {expected}")
-        # An empty tensor has strides too.
-        if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
-            raise CheckpointError(f"{self.path}: tensor {brief(name)}: no tensor can have the shape {brief(shape)}")
-        return TensorEntry(name, dtype, shape, offset, math.prod(shape) * dtype.itemsize)
-
-
-class TorchFile(RangeFile):
-    """A `.bin` file that `torch.save` wrote (torch 1.6 or later): a flat dictionary of contiguous tensors.
-
-    `torch.load(weights_only=True)` reads the description under fake mode, where it allocates nothing and reports where
-    in the file each tensor's storage begins. The bytes are then read in place, as those of a safetensors file.
-
-    Raises CheckpointError if the file is truncated or compressed, or holds anything but contiguous tensors.
-    """
-
-    def _read_tensors(self) -> dict[str, TensorEntry]:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        try:
-            records = self._read_records()
-            with FakeTensorMode():
-                tensors = torch.load(self.path, weights_only=True)
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever a damaged archive or description raises
-            raise CheckpointError(
-                f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: {one_line(error)}"
-            ) from error
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors")
-        return {name: self._entry(name, tensor, records) for name, tensor in tensors.items()}
-
-    def _read_records(self) -> dict[int, int]:
-        """Sizes of the archive's members by the byte at which each begins, once the description is known to be safe."""
-        with zipfile.ZipFile(self.path) as archive:
-            records = {}
-            for info in archive.infolist():
-                name = info.filename.partition("/")[2]
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"{self.path}: expected stored bytes in {brief(name)}, got compressed ones")
-                local = bytearray(30)
-                self.read_into(memoryview(local), info.header_offset)
-                name_length, extra_length = struct.unpack("<26xHH", local)
-                records[info.header_offset + 30 + name_length + extra_length] = info.file_size
-                if name == "byteorder" and archive.read(info) != b"little":
-                    raise CheckpointError(f"{self.path}: expected little-endian tensors")
-                if name == "data.pkl":
-                    if info.file_size > header_limit(self.num_bytes):
-                        raise CheckpointError(f"{self.path}: its description of tensors has {info.file_size} bytes")
-                    self._check_description(archive.read(info))
-        return records
-
-    def _check_description(self, stream: bytes) -> None:
-        """Refuses a pickle that names anything but tensors, or a place in the memo beyond its own length."""
-        for opcode, argument, _ in pickletools.genops(stream):
-            if "PUT" in opcode.name and argument is not None and not 0 <= argument <= len(stream):
-                raise CheckpointError(f"{self.path}: its description has a memo of {argument} entries")
-            if opcode.name in ("INST", "GLOBAL") and argument not in _PICKLE_GLOBALS:
-                module, _, name = argument.partition(" ")
-                if module != "torch" or not name.endswith("Storage"):
-                    raise CheckpointError(f"{self.path}: {module[:80]}.{name[:80]} has no place in a file of weights")
-
-    def _entry(self, name: object, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorEntry:
-        if not isinstance(name, str) or tensor.dim() > MAX_DIMS:
-            raise CheckpointError(f"{self.path}: expected names, and at most {MAX_DIMS} dimensions: {brief(name)}")
-        shape, where = tuple(tensor.shape), f"{self.path}: tensor {brief(name)}"
-        steps = zip(shape, tensor.stride(), row_major_strides(shape), strict=True)
-        if tensor.numel() and any(size > 1 and stride != wanted for size, stride, wanted in steps):
-            raise CheckpointError(f"{where} is not contiguous, strides {tensor.stride()}")
-        begin = tensor.untyped_storage()._checkpoint_offset
-        offset, num_bytes = tensor.storage_offset() * tensor.itemsize, tensor.numel() * tensor.itemsize
-        if num_bytes and not 0 <= offset <= offset + num_bytes <= records.get(begin, -1):
-            raise CheckpointError(f"{where}: expected {num_bytes} bytes at byte {offset} of a member of the archive")
-        return TensorEntry(name, tensor.dtype, shape, begin + offset, num_bytes)
-
-
-def open_weights(path: str | os.PathLike) -> RangeFile:
-    """A file of weights; the ending of its name says which kind."""
-    return TorchFile(path) if Path(path).suffix == ".bin" else SafetensorsFile(path)
-
-
-class SafetensorsWriter(SafetensorsFile):
+class SafetensorsWriter(TensorFile):
     """A new safetensors file whose tensors are known in advance and whose bytes are written in any order.
 
     The header is written and the whole file allocated at once, so that a full disk is noticed before any work is done.
@@ -313,17 +304,14 @@ class SafetensorsWriter(SafetensorsFile):
         raw += b" " * (-len(raw) % 8)
         self.num_bytes = 8 + len(raw) + end
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._allocate()
-        self.write_bytes(struct.pack("<Q", len(raw)) + raw, 0)
-        self.tensors = self._read_tensors()
-
-    def _allocate(self) -> None:
         try:
             os.posix_fallocate(self._fd, 0, self.num_bytes)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise CheckpointError(f"{self.path}: no room for {self.num_bytes} bytes on its disk") from error
             os.ftruncate(self._fd, self.num_bytes)  # a file system that cannot allocate in advance
+        self.write_bytes(len(raw).to_bytes(8, "little") + raw, 0)
+        self.tensors = self._read_safetensors()
 
     def write_bytes(self, data: bytes | memoryview, offset: int) -> None:
         """Writes `data` at byte `offset` of the file."""

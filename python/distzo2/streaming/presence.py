@@ -1,0 +1,200 @@
+"""What a parameter is where its weights are not: its shape, dtype and device, and a named error for all else.
+
+A unit's window is the forward of a module that uses its parameters, from entry to exit. Outside it a parameter's class
+is `AbsentParameter`, over a stride-0 expand of NaN. Libraries may count it; what would read or write it raises and
+names it. Inside its window it has its own class again, so that operations there cost nothing more.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from distzo2.errors import DistZO2Error
+from distzo2.weights.units import ParamInfo
+from distzo2_core import checksum
+
+# Questions about a tensor that do not read it, besides those named is_...
+_METADATA = {
+    "size", "dim", "numel", "nelement", "stride", "element_size", "data_ptr", "storage_offset", "__len__", "__hash__",
+    "get_device", "ndimension", "requires_grad_", "untyped_storage", "type", "result_type",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
+}  # fmt: skip
+_READING_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag"}
+_SETTABLE = {"grad", "requires_grad"}
+
+
+class Presence(Protocol):
+    """What an absent parameter asks of the runtime."""
+
+    def value_of(self, param: ParamInfo) -> torch.Tensor | None:
+        """The up-to-date weights of a parameter that may be read outside of its window; None for others."""
+
+    def in_forward(self) -> bool:
+        """Whether a lane runs, or an ordinary forward."""
+
+    def name_of(self, module: nn.Module) -> str | None:
+        """The module's name in the model; None if it is no part of it."""
+
+
+def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None) -> Any:
+    """What a torch function gives for arguments some of which are absent."""
+    kwargs = kwargs or {}
+    name = getattr(func, "__name__", "")
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")
+    absent = next(_absent_in([*args, *kwargs.values()]))
+    if name == "__repr__":
+        return _described(absent)
+    with torch._C.DisableTorchFunctionSubclass():
+        if name == "__get__" and owner not in _READING_PROPERTIES:
+            result = func(*args, **kwargs)
+            return _lent(result, absent) if owner == "data" else result
+        if name == "detach":
+            return _lent(func(*args, **kwargs), absent)
+        if name in _METADATA or (name.startswith("is_") and name != "is_nonzero"):
+            return func(*args, **kwargs)
+        if name == "__set__" and owner in _SETTABLE:
+            return func(*args, **kwargs)
+        writes = name == "__set__" or name == "__setitem__" or "out" in kwargs or _is_in_place(name)
+        return func(*_present(args, writes), **_present(kwargs, writes))
+
+
+def _is_in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name.endswith("__"))
+
+
+def _absent_in(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, (AbsentParameter, AbsentTensor)):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _absent_in(value)
+        elif isinstance(value, dict):
+            yield from _absent_in(value.values())
+
+
+def _present(value: Any, writes: bool) -> Any:
+    """`value` with weights in the place of absent parameters."""
+    if isinstance(value, (AbsentParameter, AbsentTensor)):
+        param, presence = value._distzo2
+        weights = None if writes else presence.value_of(param)
+        if weights is None:
+            raise _used_outside(param, presence)
+        return weights
+    if isinstance(value, dict):
+        return {key: _present(item, writes) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_present(item, writes) for item in value]
+        return type(value)(items) if type(value) in (tuple, list) else type(value)(*items)
+    return value
+
+
+def _lent(tensor: torch.Tensor, absent: Any) -> torch.Tensor:
+    result = tensor.as_subclass(AbsentTensor)
+    result._distzo2 = absent._distzo2
+    return result
+
+
+def _described(absent: Any) -> str:
+    param, _ = absent._distzo2
+    return (
+        f"<parameter {param.name}: {tuple(param.shape)}, {param.dtype}; its weights are not present outside of a "
+        "forward: see distzo2.edit(model) or model.state_dict()>"
+    )
+
+
+class AbsentParameter(nn.Parameter):
+    """A parameter whose window is not open."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return _answer(func, args, kwargs)
+
+
+class AbsentTensor(torch.Tensor):
+    """`.data` and `.detach()` of such a parameter."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return _answer(func, args, kwargs)
+
+
+def _used_outside(param: ParamInfo, presence: Presence) -> DistZO2Error:
+    error = (
+        f"parameter {param.name} was used outside the forward of the module that owns it, where its weights are not "
+        "present. Call that module instead"
+    )
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
+        name = presence.name_of(module) if isinstance(module, nn.Module) else None
+        if name is not None and any(inner is owner for inner in module.modules() for owner in param.owners):
+            return DistZO2Error(f'{error}, or hand the model over with units=["{name or "."}"], around the use.')
+        frame = frame.f_back
+    if presence.in_forward():
+        return DistZO2Error(f"{error}, or compute the term inside the model's forward.")
+    return DistZO2Error(
+        f"parameter {param.name}: its weights are not present outside of a forward. Read them with "
+        "model.state_dict(), or read and change them inside `with distzo2.edit(model):`."
+    )
+
+
+class Parameters:
+    """Points a model's parameters at weights, and hides them where none are present."""
+
+    def __init__(self, params: Sequence[ParamInfo], device: torch.device, presence: Presence) -> None:
+        self._placeholders: dict[int, torch.Tensor] = {}
+        self._classes = {p.index: nn.Parameter if p.tensor.is_meta else type(p.tensor) for p in params}
+        self._presence = presence
+        self._seen: dict[int, tuple[int, int | None]] = {}  # shown parameter -> its version counter, its checksum
+        fills: dict[torch.dtype, torch.Tensor] = {}
+        for p in params:
+            if p.dtype not in fills:
+                fills[p.dtype] = torch.full((), _poison(p.dtype), dtype=p.dtype, device=device)
+            self._placeholders[p.index] = fills[p.dtype].expand(p.shape)
+
+    def take_over(self, param: ParamInfo) -> None:
+        """Hides a parameter for the first time. One on meta, or made in inference mode, is replaced in its owners."""
+        if param.tensor.is_meta or param.tensor.is_inference():
+            fresh = nn.Parameter(self._placeholders[param.index], requires_grad=False)
+            for owner in param.owners:
+                for name, p in owner._parameters.items():
+                    if p is param.tensor:
+                        owner._parameters[name] = fresh
+            param.tensor = fresh
+        param.tensor.requires_grad_(False)
+        param.tensor.grad = None
+        param.tensor._distzo2 = (param, self._presence)
+        self.hide(param)
+
+    def show(self, param: ParamInfo, weights: torch.Tensor, *, summed: bool = False) -> None:
+        """Points a parameter at `weights`. With `summed`, `hide` finds every change of them, and not only those that
+        torch counts."""
+        tensor = param.tensor
+        tensor.__class__ = self._classes[param.index]
+        if tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
+            tensor.requires_grad_(False)
+        tensor.data = weights
+        self._seen[param.index] = tensor._version, checksum([weights]) if summed else None
+
+    def hide(self, param: ParamInfo) -> bool:
+        """Puts the placeholder back; returns whether the weights were written while they were shown."""
+        tensor = param.tensor
+        written = False
+        if (seen := self._seen.pop(param.index, None)) is not None:
+            written = tensor._version != seen[0] or (seen[1] is not None and checksum([tensor.detach()]) != seen[1])
+        tensor.__class__ = self._classes[param.index]
+        tensor.data = self._placeholders[param.index]
+        tensor.__class__ = AbsentParameter
+        return written
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max

@@ -1,0 +1,153 @@
+"""Parameters between and around forwards: countable, and named where their weights would be read or written."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from block_models import IDS, Blocks, offloaded
+from both_ways import run_both
+from same_bits import same_bits
+from torch import nn
+
+import distzo2
+
+READS = {
+    "norm": lambda p: p.norm(),
+    "sum": torch.sum,
+    "data": lambda p: p.data.abs(),
+    "detach": lambda p: p.detach() + 1,
+    "index": lambda p: p[0],
+    "transpose": lambda p: p.T,
+    "numpy": np.asarray,
+    "item": lambda p: p.tolist(),
+    "matmul": lambda p: torch.ones(1, 8) @ p,
+    "stack": lambda p: torch.stack([p, p]),
+    "clone": lambda p: p.clone(),
+    "to": lambda p: p.to(torch.float64),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "save": lambda p: torch.save(p, io.BytesIO()),
+    "equal": lambda p: torch.equal(p, p),
+    "vector": lambda p: nn.utils.parameters_to_vector([p]),
+    "initialise": nn.init.zeros_,
+    "in place": lambda p: p.add_(1),
+    "data in place": lambda p: p.data.mul_(0.5),
+    "assign": lambda p: p.__setitem__(0, 1.0),
+    "data replaced": lambda p: setattr(p, "data", torch.zeros(8, 8)),
+    "copy": lambda p: torch.zeros(8, 8).copy_(p),
+    "out": lambda p: torch.add(torch.ones(8, 8), 1, out=p),
+    "state of torch's optimizers": lambda p: torch._foreach_add_([p], 1.0),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_between_steps_a_parameter_is_named(read, weights, tmp_path):
+    model = distzo2.offload(Blocks(), weights=weights, directory=tmp_path)
+    with (
+        pytest.raises(distzo2.DistZO2Error, match=r"blocks\.1\.0\.weight.*state_dict\(\).*edit\(model\)"),
+        torch.no_grad(),
+    ):
+        read(model.blocks[1][0].weight)
+    assert torch.isfinite(model(IDS))
+
+
+def test_what_only_counts_works():
+    model, plain = offloaded(Blocks()), Blocks()
+    for (name, p), (expected_name, expected) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == expected_name and isinstance(p, nn.Parameter)
+        assert (p.shape, p.dtype, p.device, p.numel(), p.dim(), p.nbytes) == (
+            (expected.shape, expected.dtype, expected.device, expected.numel(), expected.dim(), expected.nbytes)
+        )
+        assert p.data.numel() == p.detach().nelement() == p.size().numel() == expected.numel()
+        assert p.is_floating_point() and not p.is_cuda and not p.is_sparse and p.grad is None and p.is_leaf
+        assert torch.zeros_like(p).shape == torch.empty_like(p).shape == p.new_zeros(p.shape).shape == p.shape
+        assert type(torch.zeros_like(p)) is torch.Tensor
+        assert name in repr(p) and "nan" not in repr(p) and "edit" in str(p.data)
+        assert p in {p} and hash(p) == id(p)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+    model.zero_grad()
+    model.requires_grad_(True)
+    assert all(p.requires_grad for p in model.parameters())
+    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
+    assert "nan" not in repr(model)
+
+
+def test_an_optimizer_of_torch_over_it_is_named():
+    model = offloaded(Blocks())
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones(p.shape)
+    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight.*edit"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "use", [lambda w: w.sum().item(), lambda w: nn.functional.linear(torch.ones(1, 8), w).argmax()]
+)
+def test_ordinary_forwards_are_watched(use, tmp_path):
+    class TiedByHand(Blocks):
+        def forward(self, ids):
+            return super().forward(ids) + use(self.head.weight)
+
+    model = offloaded(TiedByHand(), tmp_path)
+    for _ in range(2):
+        with pytest.raises(distzo2.DistZO2Error, match=r'head\.weight.*units=\["\."\]'), torch.no_grad():
+            model(IDS)
+    whole = offloaded(TiedByHand(), tmp_path / "whole", units=["."])
+    with torch.no_grad():
+        assert same_bits(whole(IDS), TiedByHand().eval()(IDS))
+
+
+class Rooted(Blocks):
+    """The root module has parameters, which its methods use outside of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8,), 0.7))
+        self.shift = nn.Parameter(torch.full((8,), 0.1, dtype=torch.bfloat16))
+
+    def encode(self, ids):
+        x = self.embedding(ids) * self.scale
+        for block in self.blocks:
+            x = x + block(x)
+        return x + self.shift
+
+    def score(self, ids):
+        return (self.head(self.encode(ids)).square().mean() + self.scale.sum()).float()
+
+
+@pytest.mark.parametrize(
+    "loss", [Rooted.score, lambda model, ids: model(ids) + model.scale.sum()], ids=["method", "after"]
+)
+def test_parameters_of_the_root_are_readable_in_all_its_methods(loss, tmp_path):
+    _, model, reference = run_both(Rooted, lambda model: loss(model, IDS), tmp_path)
+    with torch.no_grad():
+        assert same_bits(model.score(IDS), reference.score(IDS))
+        assert same_bits(model.scale * 2, reference.scale * 2)
+        assert same_bits(distzo2.evaluate(model, [lambda: model.score(IDS)])[0], reference.score(IDS))
+    for write in (lambda: model.scale.mul_(2), lambda: setattr(model.scale, "data", torch.ones(8))):
+        with pytest.raises(distzo2.DistZO2Error, match="scale"), torch.no_grad():
+            write()
+
+
+@pytest.mark.parametrize("do", [copy.deepcopy, copy.copy, pickle.dumps, lambda m: torch.save(m, io.BytesIO())])
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.blocks[0], lambda model: [model.head]])
+def test_copies_and_pickles_are_refused_by_name(do, part, tmp_path):
+    model = offloaded(Blocks())
+    if do is copy.copy and isinstance(part(model), list):
+        return  # the list is copied, not the model
+    with pytest.raises(distzo2.DistZO2Error, match=r"cannot be copied or pickled.*save_pretrained"):
+        do(part(model))
+
+
+def test_a_model_that_was_closed_is_named():
+    model = offloaded(Blocks())
+    distzo2.runtime_of(model).close()
+    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight"):
+        model.embedding.weight.sum()
