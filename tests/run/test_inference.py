@@ -106,7 +106,7 @@ def test_a_prompt_ends_without_what_ends_a_text(capsys: pytest.CaptureFixture[st
 def test_what_does_not_fit_is_refused(name: str, lines, fields, reason: str, capsys) -> None:
     model = make(Path("model"), name, **fields)
     capsys.readouterr()
-    assert finetune(model, lines) == 1
+    assert finetune(model, lines, "--weights=disk") == 1
     assert reason in one_line(capsys)
     assert not Path("out").exists()
     assert main(["eval", f"--model={model}", "--eval=data.jsonl"]) == 1

@@ -108,6 +108,20 @@ def test_lines_that_do_not_fit(kind: ModelKind, line: dict[str, Any], reason: st
         one(kind, line)
 
 
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (ModelKind(), {"prompt": "the cat is", "choices": [" bad", " good", "  good"], "label": 0}),
+        (ModelKind(), {"prompt": "the cat is", "choices": [" bad", " unheard", " of"], "label": 0}),  # not in its words
+        (DECODER, CHOICES | {"choices": ["bad", "good", " good"]}),
+        (MASKED, WORD | {"choices": ["bad", "good", " good"]}),
+    ],
+)
+def test_choices_that_the_model_cannot_tell_apart(kind: ModelKind, line: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="f:1: choices 1 and 2 are the same tokens to the model"):
+        one(kind, line)
+
+
 def test_a_tokenizer_without_a_mask() -> None:
     with pytest.raises(DistZO2Error, match="AMasked fills masks in, and the tokenizer has no mask token"):
         one(MASKED, WORD, make_tokenizer())

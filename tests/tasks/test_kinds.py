@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,8 @@ def test_fields_that_change_a_forward(tmp_path: Path) -> None:
     same = {"transformers_version": "9", "use_cache": False, "dtype": "bfloat16", "sliding_window": None}
     (directory / "config.json").write_text(json.dumps(config | same))
     assert forward_config(directory) == before
+    (directory / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, math.inf], "x": math.nan}))
+    assert forward_config(directory) == json.loads(json.dumps(forward_config(directory), allow_nan=False)) != before
     for change in ({"rms_norm_eps": 1e-3}, {"hidden_act": "relu"}, {"rope_parameters": {"rope_theta": 7.0}}):
         (directory / "config.json").write_text(json.dumps(config | change))
         assert forward_config(directory) != before

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from tiny_text import make_checkpoint, make_tokenizer
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -194,3 +195,23 @@ def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
         (tmp_path / "m" / name).unlink()
     with pytest.raises(DistZO2Error, match="no tokenizer"):
         load_tokenizer(tmp_path / "m")
+
+
+def test_no_merge_is_left_to_chance(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    tokenizer = make_tokenizer()
+    expected = tokenizer("the cat sat on the mat and the dog ran")["input_ids"]
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    tokenizer.save_pretrained(tmp_path)
+    assert '"dropout": 0.5' in (tmp_path / "tokenizer.json").read_text()
+    loaded = load_tokenizer(tmp_path)
+    assert all(loaded("the cat sat on the mat and the dog ran")["input_ids"] == expected for _ in range(5))
+
+
+@pytest.mark.parametrize("name", ["ByT5Tokenizer", "CanineTokenizer"])
+def test_tokenizers_written_in_python(name: str) -> None:
+    tokenizer = getattr(transformers, name)()
+    head, tail = special_counts(tokenizer, tokenizer)
+    assert (head, tail) == ((0, 1) if name == "ByT5Tokenizer" else (1, 1))
+    example = one(tokenizer, {"prompt": "ab", "choices": ["c", "de"], "label": 0})
+    assert len(example.tokens) == head + 2 and [len(option) for option in example.options] == [1, 2]

@@ -227,7 +227,9 @@ class FinetuneOptions(DataReading, Placement):
         10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
-    no_check: Switch = option(False, "skip the check that two equal forward passes agree to the bit")
+    no_check: Switch = option(
+        False, "skip the checks that two equal forward passes agree to the bit, and that no token sees later ones"
+    )
     max_skipped: Count = option(5, "stop after N steps in a row whose loss is not finite; such steps are not applied")
     max_lanes: Count | None = option(
         None, "evaluations (perturbation x micro-batch) in a pass over the weights; fewer save memory (default: all)"

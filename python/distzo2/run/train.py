@@ -36,7 +36,7 @@ from distzo2.tasks.examples import examples_digest, load_examples
 from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
-from distzo2.text import brief, gib
+from distzo2.text import MAX_BRIEF, gib
 
 _PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
 
@@ -182,8 +182,8 @@ def _compare(run: RunDirectory, made_of: dict[str, Any], train: str) -> None:
     if "config" in differs:
         was, now = before["config"], made_of["config"]
         key = next(key for key in {**was, **now} if was.get(key) != now.get(key))
-        change = f"{key} was {brief(was.get(key))} and is {brief(now.get(key))}"
-        raise UsageError(f"{run.path}: config.json of the model: {change}: start a new run for that")
+        change = " and is ".join(fields.get(key, "absent")[:MAX_BRIEF] for fields in (was, now))
+        raise UsageError(f"{run.path}: config.json of the model: {key} was {change}: start a new run for that")
 
 
 def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> WeightFile | None:

@@ -82,7 +82,7 @@ def model_kind(directory: str | os.PathLike) -> ModelKind:
             )
     return ModelKind(
         name, model, _whole(text, "vocab_size"), positions, _whole(text, "pad_token_id"),
-        _whole(config, "decoder_start_token_id"), num_classes, any("expert" in key for key in text.to_dict()),
+        _start_of(config), num_classes, any("expert" in key for key in text.to_dict()),
     )  # fmt: skip
 
 
@@ -118,6 +118,12 @@ def _positions_after_padding(directory: Path, positions: int | None) -> int | No
     return positions
 
 
+def _start_of(config: Any) -> int | None:
+    """What a decoder reads first."""
+    start = _whole(config, "decoder_start_token_id")
+    return _whole(getattr(config, "decoder", None), "bos_token_id") if start is None else start
+
+
 def _text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -127,7 +133,8 @@ def _whole(config: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def forward_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The fields of config.json that a forward may read, to be compared when a run is resumed."""
+def forward_config(directory: str | os.PathLike) -> dict[str, str]:
+    """The fields of config.json that a forward may read, as JSON, to be compared when a run is resumed."""
     fields = json.loads(Path(directory, CONFIG_FILE).read_bytes())
-    return {key: value for key, value in fields.items() if key not in _NOT_OF_A_FORWARD and value is not None}
+    used = {key: value for key, value in fields.items() if key not in _NOT_OF_A_FORWARD and value is not None}
+    return {key: json.dumps(value, sort_keys=True) for key, value in used.items()}

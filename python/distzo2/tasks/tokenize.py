@@ -64,9 +64,13 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     if not any(os.path.isfile(os.path.join(directory, name)) for name in _TOKENIZER_FILES.split()):
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES.split()[:4])}, ...)")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the many tokenizer classes raise on damaged files
         raise DistZO2Error(f"{directory}: the tokenizer cannot be loaded: {one_line(error)}") from error
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):  # merges that are left out by chance: no two readings would be the same
+        model.dropout = None
+    return tokenizer
 
 
 def special_counts(tokenizer: Any, encode: Callable[..., Any], legacy: bool = False) -> tuple[int, int]:
@@ -139,7 +143,7 @@ class Tokenize(ABC):
             for (line, _), ids in zip(group, encoded, strict=True):
                 with bad.skipped():
                     example = self.example(line, ids)
-                    self._check_vocabulary(line, example)
+                    self._check(line, example)
                     examples.append(example)
         return examples
 
@@ -189,8 +193,11 @@ class Tokenize(ABC):
         kept = self.fitting(line, len(ids) - self.num_tail, self.num_tail)
         return np.asarray(ids, dtype=np.int32)[np.r_[kept, len(ids) - self.num_tail : len(ids)]]
 
-    def _check_vocabulary(self, line: Line, example: Example) -> None:
-        size = self.kind.vocab_size
+    def _check(self, line: Line, example: Example) -> None:
+        size, options = self.kind.vocab_size, [option.tolist() for option in example.options]
+        if not self.legacy and (same := next((o for o in options if options.count(o) > 1), None)):
+            first, second, *_ = (i for i, option in enumerate(options) if option == same)
+            raise DataError(f"{line.where}: choices {first} and {second} are the same tokens to the model")
         for ids in (example.tokens, *example.options, *([] if example.source is None else [example.source])):
             if size is not None and len(ids) and (highest := int(ids.max())) >= size:
                 token = self.tokenizer.convert_ids_to_tokens(highest)
