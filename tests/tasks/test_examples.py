@@ -55,6 +55,11 @@ def test_long_prompts_of_an_encoder() -> None:
     tokenizer = word_tokenizer()
     left, right = (one(DECODER, CHOICES, limit=4, truncate=side) for side in ("left", "right"))
     assert tokenizer.decode(left.source) == "<s> cat is </s>" and tokenizer.decode(right.source) == "<s> the cat </s>"
+    for single, side, text in (("$A </s>", "left", "</s> . </s>"), ("$A </s>", "right", "</s> good .")):
+        long = one(DECODER, COMPLETION, word_tokenizer(single), limit=3, truncate=side)
+        assert tokenizer.decode(long.tokens) == text and not long.targets[0] and long.targets[1:].all()
+    with pytest.raises(DataError, match="f:1: no token is left to learn"):
+        one(DECODER, COMPLETION, word_tokenizer("$A </s>"), limit=1, truncate="left")
     with pytest.raises(DataError, match="f:1: a choice of 4 tokens, the limit is 3"):
         one(DECODER, CHOICES, limit=3, truncate="left")
 

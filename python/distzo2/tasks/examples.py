@@ -131,8 +131,8 @@ class EncoderDecoderLines(Tokenize):
                 f"config.json has no decoder_start_token_id, with which {self.kind.model} begins to answer"
             )
         if line.kind == "completion":
-            tokens = np.asarray([start, *answers[0]], dtype=np.int32)
-            tokens = tokens[self.fitting(line, len(tokens))]
+            kept = self.fitting(line, len(answers[0]), 1)
+            tokens = np.asarray([start, *answers[0]], dtype=np.int32)[np.r_[0, 1 + kept]]
             if len(tokens) < 2:
                 raise DataError(f"{line.where}: no token is left to learn")
             return Example(tokens, np.arange(len(tokens)) > 0, source=source)
