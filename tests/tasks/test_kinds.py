@@ -33,6 +33,8 @@ def config_of(directory: Path, name: str, **fields) -> Path:
         ("MixtralForCausalLM", "causal"),
         ("BertLMHeadModel", "causal"),  # whether it is one, its logits tell
         ("LlavaForConditionalGeneration", "causal"),
+        ("BartForCausalLM", "causal"),
+        ("PegasusForCausalLM", "causal"),
         ("T5ForConditionalGeneration", "encoder-decoder"),
         ("MT5ForConditionalGeneration", "encoder-decoder"),
         ("BartForConditionalGeneration", "encoder-decoder"),
@@ -79,6 +81,26 @@ def test_models_without_an_objective(name: str, tmp_path: Path) -> None:
 def test_heads_without_an_objective(fields: dict, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DistZO2Error, match=reason):
         model_kind(config_of(tmp_path, "BertForSequenceClassification", **BERT | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("EsmForMaskedLM", {}),  # without the size of a vocabulary
+        ("NemotronForSequenceClassification", {"pad_token_id": 0, "num_key_value_heads": 0}),
+        ("BertForMaskedLM", {"hidden_size": 7, "num_attention_heads": 2}),
+        ("BertForSequenceClassification", {"hidden_act": "nobody's"}),
+    ],
+)
+def test_configurations_that_make_no_model(name: str, fields: dict, tmp_path: Path) -> None:
+    config = getattr(transformers, name).config_class()
+    config.architectures = [name]
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | fields))
+    with pytest.raises(DistZO2Error, match=r"config\.json: no(t a configuration| model can be made of it: )") as error:
+        model_kind(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_positions_of_configs(tmp_path: Path) -> None:

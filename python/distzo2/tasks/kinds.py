@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from distzo2.checkpoint.pretrained import class_of, load_config, meta_model
+from distzo2.checkpoint.tensor_files import one_line
 from distzo2.checkpoint.writing import CONFIG_FILE
 from distzo2.errors import DistZO2Error
 
@@ -62,6 +63,15 @@ def model_kind(directory: str | os.PathLike) -> ModelKind:
     """
     directory = Path(directory)
     config = load_config(directory)
+    try:
+        return _kind_of(directory, config)
+    except DistZO2Error:
+        raise
+    except Exception as error:  # whatever transformers' classes make of fields that do not go together
+        raise DistZO2Error(f"{directory / CONFIG_FILE}: no model can be made of it: {one_line(error)}") from error
+
+
+def _kind_of(directory: Path, config: Any) -> ModelKind:
     model = class_of(directory, config, None).__name__
     name, text = _name_of(model, config), _text_config(config)
     if name is None:
@@ -99,8 +109,10 @@ def _name_of(model: str, config: Any) -> str | None:
         return "encoder-decoder"
     if has("MASKED_LM") and not (has("CAUSAL_LM") and getattr(config, "causal", False)):
         return "masked"
-    reads_text = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-    return "causal" if any(map(has, reads_text)) and not getattr(config, "is_encoder_decoder", False) else None
+    if has("CAUSAL_LM"):  # also a decoder by itself, whose configuration may be that of its whole model
+        return "causal"
+    reads_text = any(map(has, ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")))
+    return "causal" if reads_text and not getattr(config, "is_encoder_decoder", False) else None
 
 
 def max_positions(config: Any) -> int | None:
