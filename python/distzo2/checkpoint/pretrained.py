@@ -96,7 +96,7 @@ def open_checkpoint(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model, checkpoint_map = trace_checkpoint(
         CheckpointFiles(directory),
-        _model_class(directory, config, auto_class),
+        class_of(directory, config, auto_class),
         config,
         dtype=dtype or "auto",
         **options,
@@ -117,7 +117,7 @@ def meta_model(directory: Path, dtype: torch.dtype | str | None = None) -> nn.Mo
         CheckpointError: there is no configuration that transformers knows, or its model has too many modules.
     """
     config = load_config(directory)
-    model_class = _model_class(directory, config, None)
+    model_class = class_of(directory, config, None)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"), creation_bound(_MOST_TENSORS, sys.maxsize):
         return model_class._from_config(config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
@@ -220,7 +220,7 @@ def _load_generation_config(directory: Path, model: nn.Module) -> Any:
         raise CheckpointError(f"{path}: {one_line(error)}") from error
 
 
-def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
+def class_of(directory: Path, config: Any, auto_class: Any) -> Any:
     """The concrete model class for a checkpoint (see `from_pretrained`)."""
     import transformers
 

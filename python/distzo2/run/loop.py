@@ -75,7 +75,7 @@ class TrainLoop:
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
-        self.score_name = options.score or ("accuracy" if train[0].options else "loss")
+        self.score_name = options.score or ("accuracy" if train[0].chooses else "loss")
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
