@@ -1,0 +1,127 @@
+"""Triton's kernels compiled for sm_90 without a GPU, and launchers that run their PTX for `distzo2_core.triton_ops`.
+
+    python -m ptx.triton_kernels FOLDER     # compiles every variant that triton_ops launches, in a process of its own
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .cuda_kernels import DeviceMemory
+from .machine import Module
+from .memory import READ, WRITE
+from .parser import PtxError
+
+TILE = 1024  # as triton_ops has it
+ARGUMENTS = {
+    "materialize_kernel": ("weights", "out0", "out1", "segments", "ints", "floats"),
+    "noise_kernel": ("out", "ints"),
+    "embedding_kernel": ("table", "ids", "out", "ints", "floats"),
+}
+PROGRAMS = ((False, 1), (False, 2), (True, 0), (True, 1), (True, 2))  # write back, emits
+
+
+def variants() -> list[tuple[str, dict[str, int]]]:
+    """Every kernel with the constants that it is compiled for."""
+    found = []
+    for code in range(3):
+        found += [
+            ("materialize_kernel", {"CODE": code, "WRITE_BACK": back, "NUM_EMITS": emits, "TILE": TILE})
+            for back, emits in PROGRAMS
+        ]
+        for name, family in itertools.product(("noise_kernel", "embedding_kernel"), range(2)):
+            found.append((name, {"FAMILY": family, "CODE": code, "TILE": TILE}))
+    return found
+
+
+def key_of(name: str, constants: dict[str, int]) -> str:
+    return " ".join([name, *(f"{constant}={int(value)}" for constant, value in sorted(constants.items()))])
+
+
+def compile_variant(name: str, constants: dict[str, int], aligned: bool) -> dict[str, str | int]:
+    """PTX and bytes of shared memory. `aligned`: the pointers are multiples of 16, which Triton specializes for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from distzo2_core import triton_kernels
+
+    types = dict.fromkeys(("segments", "ints", "ids"), "*i64") | {"floats": "*fp32"}
+    stored = "*i32" if constants["CODE"] == 0 else "*i16"
+    signature = {each: types.get(each, stored) for each in ARGUMENTS[name]}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))} if aligned else {}
+    source = ASTSource(
+        getattr(triton_kernels, name),
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs=attributes,
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    return {"ptx": made.asm["ptx"], "shared": made.metadata.shared}
+
+
+def compile_kernels(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Every variant, in a process where Triton does not interpret."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    subprocess.run([sys.executable, "-m", "ptx.triton_kernels", str(folder)], env=environment, check=True)
+    return json.loads((folder / "kernels.json").read_text())
+
+
+class TritonKernels:
+    """Stands for the kernels of `distzo2_core.triton_kernels`.
+
+    Attributes: as those of `CudaKernels`.
+    """
+
+    def __init__(self, compiled: dict[str, dict[str, str | int]]) -> None:
+        self.compiled = compiled
+        self.launches: collections.Counter[str] = collections.Counter()
+        self.instructions = 0
+
+    def launch(self, name: str, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], constants: dict) -> None:
+        """What `kernel[grid](*tensors, **constants)` does on a GPU."""
+        if constants.pop("enable_fp_fusion") is not False:
+            raise PtxError(f"{name} is launched with products and sums fused")
+        key = key_of(name, constants)
+        rights = dict.fromkeys(("out", "out0", "out1"), READ | WRITE)
+        rights["weights"] = READ | WRITE if constants.get("WRITE_BACK") else READ
+        named = zip(ARGUMENTS[name], tensors, strict=True)
+        device = DeviceMemory([(tensor, rights.get(argument, READ)) for argument, tensor in named])
+        program = Module(self.compiled[key]["ptx"])[name]
+        scratch = (0,) * (len(program.kernel.params) - len(tensors))  # Triton's own, which these kernels do not use
+        addresses = [device.address(tensor) for tensor in tensors]
+        arguments = [address.to_bytes(8, "little") for address in (*addresses, *scratch)]
+        shape = (*grid, 1, 1)[:3]
+        threads = (program.kernel.max_threads, 1, 1)
+        self.instructions += program.run(shape, threads, arguments, device.memory, self.compiled[key]["shared"])
+        self.launches[key] += 1
+        device.copy_back()
+
+    def kernel(self, name: str) -> object:
+        """An object that is launched as a kernel of Triton is."""
+        kernels = self
+
+        class Kernel:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                return lambda *tensors, **constants: kernels.launch(name, grid, tensors, constants)
+
+        return Kernel()
+
+
+if __name__ == "__main__":
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    CUDABackend.make_cubin = lambda *_, **__: b""  # ptxas is not needed
+    found = {key_of(name, constants): compile_variant(name, constants, aligned=True) for name, constants in variants()}
+    name, constants = variants()[0]
+    found["unaligned"] = compile_variant(name, constants, aligned=False)
+    (Path(sys.argv[1]) / "kernels.json").write_text(json.dumps(found))
