@@ -9,7 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ SOURCES = ("csrc/kernels/cuda/materialize.cu", "csrc/kernels/check_tables.cpp", 
 ARCHS = (80, 90)
 FLAGS = ("-std=c++20", "--fmad=false", "-O3", "-Xcompiler=-fPIC,-ffp-contract=off")  # as cmake/Distzo2Cuda.cmake
 BASE = 0x7F32_1000_0000  # of device memory: addresses need more than 32 bits
-MISALIGNED = 64  # an address keeps its residue modulo this
+ALIGNMENT = 64  # of what torch allocates: an address keeps its residue
 STREAM = 0x51
 
 
@@ -73,9 +73,15 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 class DeviceMemory:
-    """Tensors in the machine's memory. Those that share a storage overlap there as they do on the host."""
+    """Copies of tensors in the machine's memory; a tensor that is given twice is there once.
 
-    def __init__(self, tensors: list[tuple[torch.Tensor, int]], extra: int = 0) -> None:
+    Args:
+        tensors: each with its rights.
+        shifts: bytes that the addresses move by, in turn, against the residue that the tensor has on the host.
+        extra: bytes that workspaces may take.
+    """
+
+    def __init__(self, tensors: list[tuple[torch.Tensor, int]], shifts: Sequence[int] = (0,), extra: int = 0) -> None:
         self.memory = Memory(BASE, extra + sum(tensor.nbytes + 3 * GAP for tensor, _ in tensors))
         self.addresses: dict[tuple[int, int], int] = {}
         self.written: list[torch.Tensor] = []
@@ -83,7 +89,9 @@ class DeviceMemory:
             key = (tensor.data_ptr(), tensor.nbytes)
             if key not in self.addresses and tensor.nbytes:
                 data = bytes_of(tensor)
-                self.addresses[key] = self.memory.place(data, rights, tensor.data_ptr() % MISALIGNED)
+                shift = 0 if tensor.dtype == torch.int64 else shifts[len(self.addresses) % len(shifts)]  # tables stay
+                residue = tensor.data_ptr() % ALIGNMENT + shift
+                self.addresses[key] = self.memory.place(data, rights, residue)
                 if rights & WRITE:
                     self.written.append(tensor)
 
@@ -100,12 +108,14 @@ class CudaKernels:
 
     Attributes:
         module: the kernels; another one may be put in its place.
+        shifts: as of `DeviceMemory`.
         launches: how often each kernel was launched.
         instructions: instructions of all threads since it was set to 0.
     """
 
     def __init__(self, library: Path, module: Module, device: int = 0) -> None:
         self.module, self.device, self.rsqrt_ulps = module, device, 0
+        self.shifts: Sequence[int] = (0,)
         self.launches: collections.Counter[str] = collections.Counter()
         self.instructions = 0
         self._library = ctypes.CDLL(str(library))
@@ -156,7 +166,7 @@ class CudaKernels:
 
     def _call(self, name: str, tensors: list[tuple[torch.Tensor, int]], make: Callable[..., Any], *scalars: float) -> None:
         """An entry of the host code on these tensors, the request being made of their addresses."""
-        self._device_memory, self._error = DeviceMemory(tensors, extra=1 << 16), None
+        self._device_memory, self._error = DeviceMemory(tensors, self.shifts, extra=1 << 16), None
         self._library.set_callbacks((ctypes.c_void_p * 3)(*(ctypes.cast(c, ctypes.c_void_p) for c in self._callbacks)))
         request = make(self._device_memory.address)
         values = [ctypes.c_float(scalar) for scalar in scalars]

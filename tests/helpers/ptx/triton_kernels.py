@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -77,15 +77,13 @@ def compile_kernels(folder: Path) -> dict[str, dict[str, str | int]]:
 
 
 class TritonKernels:
-    """Stands for the kernels of `distzo2_core.triton_kernels`.
-
-    Attributes: as those of `CudaKernels`.
-    """
+    """Stands for the kernels of `distzo2_core.triton_kernels`. Its attributes are those of `CudaKernels`."""
 
     def __init__(self, compiled: dict[str, dict[str, str | int]]) -> None:
         self.compiled = compiled
         self.launches: collections.Counter[str] = collections.Counter()
         self.instructions = 0
+        self.shifts: Sequence[int] = (0,)
 
     def launch(self, name: str, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], constants: dict) -> None:
         """What `kernel[grid](*tensors, **constants)` does on a GPU."""
@@ -95,7 +93,7 @@ class TritonKernels:
         rights = dict.fromkeys(("out", "out0", "out1"), READ | WRITE)
         rights["weights"] = READ | WRITE if constants.get("WRITE_BACK") else READ
         named = zip(ARGUMENTS[name], tensors, strict=True)
-        device = DeviceMemory([(tensor, rights.get(argument, READ)) for argument, tensor in named])
+        device = DeviceMemory([(tensor, rights.get(argument, READ)) for argument, tensor in named], self.shifts)
         program = Module(self.compiled[key]["ptx"])[name]
         scratch = (0,) * (len(program.kernel.params) - len(tensors))  # Triton's own, which these kernels do not use
         addresses = [device.address(tensor) for tensor in tensors]

@@ -1,0 +1,137 @@
+"""Calls of every op with random arguments, by kernels that are interpreted and by the native CPU kernels: equal bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import numpy as np
+import torch
+from kernel_cases import Visit, assert_same_bits, random_coef, random_place, random_weights
+
+import distzo2_core
+import distzo2_core.ops
+from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, triton_ops
+
+from .cuda_kernels import CudaKernels
+from .triton_kernels import ARGUMENTS, TritonKernels
+
+FAMILIES = ("normal", "rademacher")
+# Updates and emits that the CUDA kernels have programs for, and one that they have none for.
+SHAPES = ((0, 1), (0, 2), (1, 0), (1, 2), (1, 1))
+
+
+@contextmanager
+def backend_of(kernels: CudaKernels | TritonKernels) -> Iterator[str]:
+    """The name of a backend of `distzo2_core` that is these kernels."""
+    original = distzo2_core.ops.implementation
+    functions = kernels if isinstance(kernels, CudaKernels) else triton_ops
+    with ExitStack() as stack:
+        stack.enter_context(
+            mock.patch.object(
+                distzo2_core.ops,
+                "implementation",
+                lambda backend, device: functions if backend == "ptx" else original(backend, device),
+            )
+        )
+        if isinstance(kernels, TritonKernels):
+            for name in ARGUMENTS:
+                stack.enter_context(mock.patch.object(triton_ops, name, kernels.kernel(name)))
+        yield "ptx"
+
+
+def simple_visit(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    family: int,
+    dtypes: tuple[torch.dtype, ...],
+    numels: list[int],
+    exact: bool = False,
+) -> Visit:
+    """A visit of one-term updates and emits, all emits of one noise. `exact`: whole aligned octets, all scalars apart
+    from 0 and finite weights, so that every octet takes the usual way."""
+    parts, segments, num_bytes = [], [], 0
+    for numel in numels:
+        dtype = dtypes[rng.integers(len(dtypes))]
+        gap = 0 if exact else int(rng.integers(0, 5)) * 4 + -num_bytes % 4
+        offset = 0 if exact else int(rng.choice([0, 3, 8, 2**34 - 50, 2**37 + 5]))
+        where = (num_bytes + gap, numel, dtype, int(rng.integers(0, 2**32)), offset)
+        segments.append(Segment(*where, int(rng.integers(2)), 1, offset + numel))
+        weights = torch.randn(numel).mul(0.02).to(dtype) if exact else random_weights(rng, numel, dtype)
+        parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), weights.view(torch.uint8)]
+        num_bytes += gap + numel * dtype.itemsize
+    noises = [(family, int(rng.integers(0, 2**32)), int(rng.integers(0, 2**20)), 0) for _ in range(2)]
+
+    def scalar(*values: float) -> float:
+        return values[0] if exact else float(rng.choice(values))
+
+    updates = tuple(
+        Update(
+            int(rng.integers(0, 2**32)),
+            tuple(GroupScalars(scalar(1e-2, 0.0, -1e-3), scalar(0.1, 0.0), 1.0, scalar(1.0, 0.5)) for _ in range(2)),
+            (Term(*noises[0], 0.7 if exact else random_coef(rng)),),
+        )
+        for _ in range(shape[0])
+    )
+    coef = 1e-3 if exact else random_coef(rng)
+    emits = tuple(
+        Emit((Term(*noises[1], sign * coef),), (scalar(1.0, 0.5), scalar(1.0, 0.0, 1.7)))
+        for sign in (1, -1)[: shape[1]]
+    )
+    table = SegmentTable(segments, num_bytes=num_bytes)
+    return Visit(torch.cat(parts), table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, emits)
+
+
+def check_visit(visit: Visit, backend: str) -> int:
+    """A visit with and without write-back. Returns the bits compared."""
+    num_bits = 0
+    for write_back in (False, True):
+        got, expected = visit.run(backend, write_back), visit.run("native", write_back)
+        for index, (one, other) in enumerate(zip(got, expected, strict=True)):
+            assert_same_bits(one, other, f"buffer {index}, write_back={write_back}")
+            num_bits += 8 * one.numel()
+    return num_bits
+
+
+def check_ops(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel: int) -> int:
+    """Noise and the in-place ops, at a start that is aligned to an element only. Returns the bits compared."""
+    start, place, num_bits = int(rng.integers(0, 9)), random_place(rng), 0
+    weights = random_weights(rng, start + numel, dtype)
+    lr, decay = float(rng.choice([0.0, 1e-2])), float(rng.choice([0.0, 0.1]))
+    calls = [
+        (distzo2_core.perturb_, (random_coef(rng),), {}),
+        (distzo2_core.restore_, (random_coef(rng),), {}),
+        (distzo2_core.update_, (lr, random_coef(rng)), {"weight_decay": decay}),
+    ]
+    for family in FAMILIES:
+        results = []
+        for each in (backend, "native"):
+            out = weights.clone()
+            getattr(distzo2_core, family)(numel, **place, out=out[start:], backend=each)
+            results.append([out, getattr(distzo2_core, family)(numel, **place, dtype=dtype, backend=each)])
+            for function, arguments, extra in calls:
+                w = weights.clone()
+                function(w[start:], *arguments, **place, **extra, family=family, backend=each)
+                results[-1].append(w)
+        for index, (got, expected) in enumerate(zip(*results, strict=True)):
+            assert_same_bits(got, expected, (index, family, place))
+            num_bits += 8 * got.nbytes
+    return num_bits
+
+
+def check_lookup(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int) -> int:
+    """Perturbed rows of a table that begins at any element. Returns the bits compared."""
+    rows, place, num_bits = 7, random_place(rng), 0
+    start = int(rng.integers(0, 9))
+    table = random_weights(rng, start + rows * cols, dtype)[start:].view(rows, cols)
+    ids = torch.from_numpy(rng.integers(0, rows, (2, 3)))
+    for family, scale in itertools.product(FAMILIES, (0.0, random_coef(rng))):
+        results = [
+            distzo2_core.embedding(table, ids, scale, **place, family=family, backend=each)
+            for each in (backend, "native")
+        ]
+        assert_same_bits(*results, (scale, family, place))
+        num_bits += 8 * results[0].nbytes
+    return num_bits
