@@ -48,34 +48,40 @@ def simple_visit(
     family: int,
     dtypes: tuple[torch.dtype, ...],
     numels: list[int],
-    exact: bool = False,
+    whole: bool = False,
+    plain: bool = False,
 ) -> Visit:
-    """A visit of one-term updates and emits, all emits of one noise. `exact`: whole aligned octets, all scalars apart
-    from 0 and finite weights, so that every octet takes the usual way."""
+    """A visit of one-term updates and emits, all emits of one noise, to segments of the dtypes in turn.
+
+    Args:
+        whole: octets are whole and aligned, and no scalar is 0.
+        plain: weights are finite, and of a model's size.
+    """
     parts, segments, num_bytes = [], [], 0
-    for numel in numels:
-        dtype = dtypes[rng.integers(len(dtypes))]
-        gap = 0 if exact else int(rng.integers(0, 5)) * 4 + -num_bytes % 4
-        offset = 0 if exact else int(rng.choice([0, 3, 8, 2**34 - 50, 2**37 + 5]))
+    for index, numel in enumerate(numels):
+        dtype = dtypes[index % len(dtypes)]
+        gap = 0 if whole else int(rng.integers(0, 5)) * 4 + -num_bytes % 4
+        offset = 0 if whole else int(rng.choice([0, 3, 8, 2**34 - 50, 2**37 + 5]))
         where = (num_bytes + gap, numel, dtype, int(rng.integers(0, 2**32)), offset)
         segments.append(Segment(*where, int(rng.integers(2)), 1, offset + numel))
-        weights = torch.randn(numel).mul(0.02).to(dtype) if exact else random_weights(rng, numel, dtype)
+        usual = torch.from_numpy(rng.standard_normal(numel) * 0.02).to(dtype)
+        weights = usual if plain else random_weights(rng, numel, dtype)
         parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), weights.view(torch.uint8)]
         num_bytes += gap + numel * dtype.itemsize
     noises = [(family, int(rng.integers(0, 2**32)), int(rng.integers(0, 2**20)), 0) for _ in range(2)]
 
     def scalar(*values: float) -> float:
-        return values[0] if exact else float(rng.choice(values))
+        return values[0] if whole else float(rng.choice(values))
 
     updates = tuple(
         Update(
             int(rng.integers(0, 2**32)),
             tuple(GroupScalars(scalar(1e-2, 0.0, -1e-3), scalar(0.1, 0.0), 1.0, scalar(1.0, 0.5)) for _ in range(2)),
-            (Term(*noises[0], 0.7 if exact else random_coef(rng)),),
+            (Term(*noises[0], 0.7 if whole else random_coef(rng)),),
         )
         for _ in range(shape[0])
     )
-    coef = 1e-3 if exact else random_coef(rng)
+    coef = 1e-3 if whole else random_coef(rng)
     emits = tuple(
         Emit((Term(*noises[1], sign * coef),), (scalar(1.0, 0.5), scalar(1.0, 0.0, 1.7)))
         for sign in (1, -1)[: shape[1]]

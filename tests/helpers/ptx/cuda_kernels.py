@@ -164,7 +164,9 @@ class CudaKernels:
         with self._kept(stream):
             self._device_memory.memory.release(address, self._workspaces.pop(address))
 
-    def _call(self, name: str, tensors: list[tuple[torch.Tensor, int]], make: Callable[..., Any], *scalars: float) -> None:
+    def _call(
+        self, name: str, tensors: list[tuple[torch.Tensor, int]], make: Callable[..., Any], *scalars: float
+    ) -> None:
         """An entry of the host code on these tensors, the request being made of their addresses."""
         self._device_memory, self._error = DeviceMemory(tensors, self.shifts, extra=1 << 16), None
         self._library.set_callbacks((ctypes.c_void_p * 3)(*(ctypes.cast(c, ctypes.c_void_p) for c in self._callbacks)))

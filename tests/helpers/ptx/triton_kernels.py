@@ -1,6 +1,6 @@
 """Triton's kernels compiled for sm_90 without a GPU, and launchers that run their PTX for `distzo2_core.triton_ops`.
 
-    python -m ptx.triton_kernels FOLDER     # compiles every variant that triton_ops launches, in a process of its own
+python -m ptx.triton_kernels FOLDER     # compiles every variant that triton_ops launches, in a process of its own
 """
 
 from __future__ import annotations

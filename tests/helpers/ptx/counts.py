@@ -1,0 +1,79 @@
+"""Instructions that the kernels execute for an element, counted over all threads of whole, aligned octets.
+
+python -m ptx.counts          # from tests/helpers: writes bench/results/ptx_counts.json, after a change on purpose
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from kernel_cases import DTYPES
+
+import distzo2_core
+
+from . import cuda_kernels, triton_kernels
+from .cases import FAMILIES, SHAPES, backend_of, simple_visit
+from .cuda_kernels import CudaKernels
+from .machine import Module
+from .triton_kernels import TritonKernels
+
+RECORD = cuda_kernels.ROOT / "bench" / "results" / "ptx_counts.json"
+NUMEL = 16384
+NAMES = ("perturb", "perturb ±", "update", "visit")  # of the first SHAPES
+
+
+def compiler(kernels: CudaKernels | TritonKernels) -> str:
+    """The release that compiled the kernels: another one's counts are others."""
+    if isinstance(kernels, TritonKernels):
+        import triton
+
+        return f"triton {triton.__version__}"
+    text = subprocess.run([cuda_kernels.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"nvcc {re.search(r'V([0-9.]+)', text).group(1)}"
+
+
+def count(kernels: CudaKernels | TritonKernels) -> dict[str, float]:
+    """Instructions an element, by op, family of noise and dtype."""
+    counts = {}
+
+    def note(name: str, numel: int = NUMEL) -> None:
+        counts[name] = round(kernels.instructions / numel, 3)
+
+    with backend_of(kernels) as backend:
+        for dtype in DTYPES:
+            for code, family in enumerate(FAMILIES):
+                end = f"{family} {str(dtype).removeprefix('torch.')}"
+                kernels.instructions = 0
+                getattr(distzo2_core, family)(NUMEL, seed=1, step=2, param=3, dtype=dtype, backend=backend)
+                note(f"noise {end}")
+                kernels.instructions = 0
+                table, ids = torch.ones(9, 1024, dtype=dtype), torch.arange(8)
+                distzo2_core.embedding(table, ids, 0.1, seed=1, step=2, param=3, family=family, backend=backend)
+                note(f"lookup {end}", 8 * 1024)
+                for name, shape in zip(NAMES, SHAPES, strict=False):
+                    kernels.instructions = 0
+                    visit = simple_visit(
+                        np.random.default_rng(1), shape, code, (dtype,), [NUMEL], whole=True, plain=True
+                    )
+                    visit.run(backend, write_back=True)
+                    note(f"{name} {end}")
+    return counts
+
+
+def main() -> None:
+    """Compile, count, write."""
+    with tempfile.TemporaryDirectory() as name:
+        library, ptx = cuda_kernels.compile_kernels(Path(name))
+        every = [CudaKernels(library, Module(ptx[90])), TritonKernels(triton_kernels.compile_kernels(Path(name)))]
+        record = {compiler(kernels): count(kernels) for kernels in every}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
