@@ -69,8 +69,8 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
     rng = np.random.default_rng(1)
     with backend_of(kernels) as backend:
         if kernel == LOOKUP or "embedding" in kernel:
-            for cols in (64, 300):
-                check_lookup(rng, backend, torch.float16, cols)
+            for cols, whole in ((64, False), (300, False), (160, True)):
+                check_lookup(rng, backend, torch.float16, cols, whole)
         elif kernel == GENERATE or "noise" in kernel:
             for dtype, numel in itertools.product((torch.float32, torch.bfloat16), (100, 4500)):
                 check_ops(rng, backend, dtype, numel)
@@ -78,7 +78,7 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
             shape, family = {ANY: ((1, 1), 0), PERTURB: ((0, 1), 1), SHUFFLED: ((1, 2), 1)}.get(kernel, ((1, 2), 0))
             many = 40 if kernel in (PERTURB, PIECE) else 1
             for whole, numels, shift in (
-                (True, [2048, 264, 80], 0),
+                (True, [2048, 2048, 80], 0),
                 (True, [264, 80, 40], 8),
                 (False, [70, 300, 133], 0),
                 (False, [9, 11, 80, 2, 30, 40], 0),

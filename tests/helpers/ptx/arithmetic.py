@@ -76,7 +76,7 @@ def sqrt(a: np.ndarray, mode: str) -> np.ndarray:
 
 
 def rsqrt(a: np.ndarray, ulps: int) -> np.ndarray:
-    """1 / sqrt(a) to nearest, moved by some units in the last place: a GPU's table is within 2 of them, and not known."""
+    """1 / sqrt(a) to nearest, then off by some units in the last place: a GPU's table, not published, is within 2."""
     flushed = np.where(np.abs(a) < F32(2.0**-126), np.copysign(F32(0), a), a)
     near = (1 / np.sqrt(flushed.astype(F64))).astype(F32)
     bits = canonical(near)

@@ -1,7 +1,8 @@
-"""Calls of every op with random arguments, by kernels that are interpreted and by the native CPU kernels: equal bits."""
+"""Calls of every op with random arguments, by interpreted kernels and by the native CPU kernels: equal bits."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from kernel_cases import Visit, assert_same_bits, random_coef, random_place, ran
 
 import distzo2_core
 import distzo2_core.ops
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, triton_ops
+from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
 
 from .cuda_kernels import CudaKernels
 from .triton_kernels import ARGUMENTS, TritonKernels
@@ -26,19 +27,17 @@ SHAPES = ((0, 1), (0, 2), (1, 0), (1, 2), (1, 1))
 @contextmanager
 def backend_of(kernels: CudaKernels | TritonKernels) -> Iterator[str]:
     """The name of a backend of `distzo2_core` that is these kernels."""
-    original = distzo2_core.ops.implementation
-    functions = kernels if isinstance(kernels, CudaKernels) else triton_ops
+    original, functions = distzo2_core.ops.implementation, kernels
     with ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(
-                distzo2_core.ops,
-                "implementation",
-                lambda backend, device: functions if backend == "ptx" else original(backend, device),
-            )
-        )
         if isinstance(kernels, TritonKernels):
+            functions = importlib.import_module("distzo2_core.triton_ops")
             for name in ARGUMENTS:
-                stack.enter_context(mock.patch.object(triton_ops, name, kernels.kernel(name)))
+                stack.enter_context(mock.patch.object(functions, name, kernels.kernel(name)))
+
+        def implementation(backend: str | None, device: torch.device) -> object:
+            return functions if backend == "ptx" else original(backend, device)
+
+        stack.enter_context(mock.patch.object(distzo2_core.ops, "implementation", implementation))
         yield "ptx"
 
 
@@ -54,8 +53,8 @@ def simple_visit(
     """A visit of one-term updates and emits, all emits of one noise, to segments of the dtypes in turn.
 
     Args:
-        whole: octets are whole and aligned, and no scalar is 0.
-        plain: weights are finite, and of a model's size.
+        whole: octets are whole and aligned.
+        plain: weights are finite and of a model's size, and no scalar is 0.
     """
     parts, segments, num_bytes = [], [], 0
     for index, numel in enumerate(numels):
@@ -71,23 +70,31 @@ def simple_visit(
     noises = [(family, int(rng.integers(0, 2**32)), int(rng.integers(0, 2**20)), 0) for _ in range(2)]
 
     def scalar(*values: float) -> float:
-        return values[0] if whole else float(rng.choice(values))
+        return values[0] if plain else float(rng.choice(values))
 
     updates = tuple(
         Update(
             int(rng.integers(0, 2**32)),
             tuple(GroupScalars(scalar(1e-2, 0.0, -1e-3), scalar(0.1, 0.0), 1.0, scalar(1.0, 0.5)) for _ in range(2)),
-            (Term(*noises[0], 0.7 if whole else random_coef(rng)),),
+            (Term(*noises[0], 0.7 if plain else random_coef(rng)),),
         )
         for _ in range(shape[0])
     )
-    coef = 1e-3 if whole else random_coef(rng)
+    coef = 1e-3 if plain else random_coef(rng)
     emits = tuple(
         Emit((Term(*noises[1], sign * coef),), (scalar(1.0, 0.5), scalar(1.0, 0.0, 1.7)))
         for sign in (1, -1)[: shape[1]]
     )
     table = SegmentTable(segments, num_bytes=num_bytes)
     return Visit(torch.cat(parts), table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, emits)
+
+
+def in_workspace(visit: Visit) -> Visit:
+    """The same visit with scalars for so many more groups that its tables are too long for a launch's parameters."""
+    more = 1200
+    updates = tuple(each._replace(groups=each.groups + each.groups[-1:] * more) for each in visit.updates)
+    emits = tuple(each._replace(perturb_scales=each.perturb_scales + (1.0,) * more) for each in visit.emits)
+    return visit._replace(updates=updates, emits=emits)
 
 
 def check_visit(visit: Visit, backend: str) -> int:
@@ -127,10 +134,11 @@ def check_ops(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel:
     return num_bits
 
 
-def check_lookup(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int) -> int:
-    """Perturbed rows of a table that begins at any element. Returns the bits compared."""
+def check_lookup(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int, whole: bool = False) -> int:
+    """Perturbed rows of a table that begins at any element, or at a whole octet. Returns the bits compared."""
     rows, place, num_bits = 7, random_place(rng), 0
-    start = int(rng.integers(0, 9))
+    start = 0 if whole else int(rng.integers(0, 9))
+    place["offset"] -= place["offset"] % 8 if whole else 0
     table = random_weights(rng, start + rows * cols, dtype)[start:].view(rows, cols)
     ids = torch.from_numpy(rng.integers(0, rows, (2, 3)))
     for family, scale in itertools.product(FAMILIES, (0.0, random_coef(rng))):

@@ -131,6 +131,10 @@ class CudaKernels:
             ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)(self._release),
         )  # fmt: skip
 
+    def executed(self) -> dict[str, tuple[int, int]]:
+        """Of each kernel the instructions that were executed in this process, and all."""
+        return {name: self.module[name].coverage() for name in self.module.texts}
+
     # Called by the host code, through C: what goes wrong is raised when it has returned.
 
     @contextmanager
@@ -168,7 +172,7 @@ class CudaKernels:
         self, name: str, tensors: list[tuple[torch.Tensor, int]], make: Callable[..., Any], *scalars: float
     ) -> None:
         """An entry of the host code on these tensors, the request being made of their addresses."""
-        self._device_memory, self._error = DeviceMemory(tensors, self.shifts, extra=1 << 16), None
+        self._device_memory, self._error = DeviceMemory(tensors, self.shifts, extra=1 << 18), None
         self._library.set_callbacks((ctypes.c_void_p * 3)(*(ctypes.cast(c, ctypes.c_void_p) for c in self._callbacks)))
         request = make(self._device_memory.address)
         values = [ctypes.c_float(scalar) for scalar in scalars]

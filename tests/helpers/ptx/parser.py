@@ -72,7 +72,7 @@ def parse_params(text: str) -> dict[str, tuple[int, int]]:
 
 
 def parse_registers(line: str) -> dict[str, str]:
-    """`.reg .b32 %r<17>` or `.reg .pred p`: a prefix or a name, and its class. A register is bits, whatever its type."""
+    """A prefix or a name, and its class: `.reg .b32 %r<17>` or `.reg .pred p`. A register is bits of any type."""
     found = re.fullmatch(r"\.reg \.(pred|[bfus](?:16|32|64))\s+(%?\w+)(?:<\d+>)?", line)
     if not found:
         raise PtxError(f"not a declaration of registers: {line!r}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .cuda_kernels import DeviceMemory
-from .machine import Module
+from .machine import Module, Program
 from .memory import READ, WRITE
 from .parser import PtxError
 
@@ -85,6 +85,13 @@ class TritonKernels:
         self.instructions = 0
         self.shifts: Sequence[int] = (0,)
 
+    def _program(self, key: str) -> Program:
+        return Module(self.compiled[key]["ptx"])[key.split()[0]]
+
+    def executed(self) -> dict[str, tuple[int, int]]:
+        """Of each kernel the instructions that were executed in this process, and all."""
+        return {key: self._program(key).coverage() for key in self.compiled}
+
     def launch(self, name: str, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], constants: dict) -> None:
         """What `kernel[grid](*tensors, **constants)` does on a GPU."""
         if constants.pop("enable_fp_fusion") is not False:
@@ -94,7 +101,7 @@ class TritonKernels:
         rights["weights"] = READ | WRITE if constants.get("WRITE_BACK") else READ
         named = zip(ARGUMENTS[name], tensors, strict=True)
         device = DeviceMemory([(tensor, rights.get(argument, READ)) for argument, tensor in named], self.shifts)
-        program = Module(self.compiled[key]["ptx"])[name]
+        program = self._program(key)
         scratch = (0,) * (len(program.kernel.params) - len(tensors))  # Triton's own, which these kernels do not use
         addresses = [device.address(tensor) for tensor in tensors]
         arguments = [address.to_bytes(8, "little") for address in (*addresses, *scratch)]
@@ -121,5 +128,6 @@ if __name__ == "__main__":
     CUDABackend.make_cubin = lambda *_, **__: b""  # ptxas is not needed
     found = {key_of(name, constants): compile_variant(name, constants, aligned=True) for name, constants in variants()}
     name, constants = variants()[0]
-    found["unaligned"] = compile_variant(name, constants, aligned=False)
+    same = compile_variant(name, constants, aligned=False) == found[key_of(name, constants)]
+    assert same, "Triton has another kernel for pointers that are no multiples of 16: execute both"
     (Path(sys.argv[1]) / "kernels.json").write_text(json.dumps(found))
