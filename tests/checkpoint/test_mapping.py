@@ -148,25 +148,30 @@ def test_what_others_saved(tmp_path: Path, case: str) -> None:
     assert stored(tmp_path / "out").keys() >= stored(tmp_path).keys() - left_out
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("name", ["opt", "mixtral"])
-def test_pytorch_bin_files(tmp_path: Path, name: str, sharded: bool) -> None:
+@pytest.mark.parametrize("sharded", [False, True, "turned"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "gpt2", "deepseek_v3"])
+def test_pytorch_bin_files(tmp_path: Path, name: str, sharded: bool | str) -> None:
+    if name != "opt" and name != "mixtral" and sharded != "turned":
+        pytest.skip("of the same kind")
     model = make(name, tmp_path)
     tensors = model.state_dict()  # with the head, which shares its storage where it is tied
     legacy = load_file(tmp_path / SINGLE_FILE) | (
         {"lm_head.weight": tensors["lm_head.weight"]} if name == "opt" else {}
     )
+    if sharded == "turned":
+        legacy = {key: t.transpose(0, -1).contiguous().transpose(0, -1) for key, t in legacy.items()}
+        assert any(not t.is_contiguous() for t in legacy.values())
     (tmp_path / SINGLE_FILE).unlink()
-    parts = [dict(list(legacy.items())[i::2]) for i in range(2)] if sharded else [legacy]
-    files = [f"pytorch_model-{i}.bin" for i in range(2)] if sharded else ["pytorch_model.bin"]
+    parts = [dict(list(legacy.items())[i::2]) for i in range(2)] if sharded is True else [legacy]
+    files = [f"pytorch_model-{i}.bin" for i in range(2)] if sharded is True else ["pytorch_model.bin"]
     for file, part in zip(files, parts, strict=True):
         torch.save(part, tmp_path / file)
-    if sharded:
+    if sharded is True:
         weight_map = {key: file for file, part in zip(files, parts, strict=True) for key in part}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     reference = load(type(model), tmp_path)
     loaded, checkpoint = open_checkpoint(tmp_path)
-    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is (name == "opt")
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is (name in ("opt", "gpt2"))
     assert_reads_as(checkpoint, reference)
     write_all(checkpoint, reference, tmp_path / "out")
     assert_same_weights(load(type(model), tmp_path / "out"), reference)
