@@ -250,6 +250,10 @@ def _refuse_packed(where: str, entries: Sequence[TensorEntry], used: dict[int, t
     for number, entry in enumerate(entries):
         owner, _, leaf = entry.name.rpartition(".")
         beside = owner in names or ((owner in owners or is_fp8) and _PACKING.search(leaf))
+        if number not in used and re.search(r"(^|\.)(lora_|base_layer\.)", entry.name):
+            raise CheckpointError(
+                f"{where}: tensor {entry.name!r} is of an adapter (LoRA) that is not merged into the weights: merge it"
+            )
         if number not in used and (beside or (strong and _STRONG.search(leaf))):
             _refuse(where, entry, "belongs to other weights and has no use in the model")
 
@@ -273,15 +277,17 @@ def _wrapping(missing: Sequence[str], unused: Sequence[str]) -> str:
                         rest.pop()
                     else:
                         extra.insert(0, part)
-                if rest or not extra:
-                    continue
                 front = ".".join(extra) + "."
-
-                def without(long: str, front: str = front, extra: Sequence[str] = extra) -> str:
-                    inner = ".".join(part for part in long.split(".") if part not in extra)
-                    return long.removeprefix(front) if long.startswith(front) else inner
-
-                if 2 * len({without(other) for other in found} & {*wanted}) >= min(len(wanted), len(found)):
-                    which = f"{longer!r} in the checkpoint" if verb == "strip" else f"{name!r} in the checkpoint"
-                    return f"; {verb} {front!r} {'from' if verb == 'strip' else 'to'} the names ({which})"
+                in_front = longer.startswith(front)
+                if rest or not extra or (verb == "add" and not in_front):
+                    continue
+                shorter = {
+                    other.removeprefix(front) if in_front else ".".join(p for p in other.split(".") if p not in extra)
+                    for other in found
+                }
+                if 2 * len(shorter & {*wanted}) >= min(len(wanted), len(found)):
+                    which = [front] if in_front else [f"{part}." for part in dict.fromkeys(extra)]
+                    held = longer if verb == "strip" else name
+                    to = "from" if verb == "strip" else "to"
+                    return f"; {verb} {', '.join(map(repr, which))} {to} the checkpoint's names, such as {held!r}"
     return ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
+from itertools import accumulate, chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -24,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences
+from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences, strided_view
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20  # of weights that are read, updated and written at once
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_COMPARED = 1 << 20  # elements of a parameter whose places are compared at once, 8 bytes each
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one is read, one updated, one written
 
@@ -159,16 +162,66 @@ def _map_by_table(directory: Path, table: Sequence[Mapping[str, Any]]) -> Checkp
     return CheckpointMap(files.entries, mapped | whole, files=files)
 
 
-def _check_map(theirs: Mapping[str, Any], ours: Mapping[str, Any], journal: str) -> None:
+def _check_map(theirs: Any, ours: Mapping[str, Any], journal: str) -> None:
     ours = json.loads(json.dumps(ours))  # with lists for tuples
+    theirs = theirs if isinstance(theirs, dict) else {}
+    params = theirs.get("params") if isinstance(theirs.get("params"), dict) else {}
+    first = [0, *accumulate(math.prod(shape) for _, _, shape, _ in ours["tensors"])]
     for name, mapped in ours["params"].items():
-        if (theirs.get("params") or {}).get(name) != mapped:
+        if params.get(name) != mapped and not _same_elements(params.get(name), mapped, first):
             raise JournalError(
                 f"{journal}: parameter {name!r} is read from other places of the checkpoint than the run read it from; "
                 "use the version of transformers that the header names"
             )
-    if any(theirs.get(key) != ours[key] for key in ("tensors", "params")):
+    if theirs.get("tensors") != ours["tensors"] or params.keys() != ours["params"].keys():
         raise JournalError(f"{journal}: the base checkpoint holds other tensors than those that the run read")
+
+
+def _same_elements(theirs: Any, ours: list[Any], first: Sequence[int]) -> bool:
+    """Whether two entries of a map read the same elements in the same order, however they are cut into pieces.
+
+    `first` are the numbers of the tensors' first elements, where all elements of a checkpoint are counted through.
+    """
+    try:
+        dtype, shape, theirs = theirs
+        if [dtype, shape] != ours[:2]:
+            return False
+        numel = math.prod(shape)
+        both = [[_checked_piece(piece, numel, len(first) - 1) for piece in pieces] for pieces in (theirs, ours[2])]
+        if sum(piece.numel for piece in both[0]) != numel:
+            return False
+        windows = [(begin, min(_COMPARED, numel - begin)) for begin in range(0, numel, _COMPARED)]
+        return all(torch.equal(*(_elements(pieces, *window, numel, first) for pieces in both)) for window in windows)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # a journal may hold anything
+        return False
+
+
+def _checked_piece(fields: Any, numel: int, num_tensors: int) -> Piece:
+    piece = Piece(*(tuple(field) if isinstance(field, list) else field for field in fields))
+    walk = [*zip(piece.sizes, piece.src_strides, piece.dst_strides, strict=True)]
+    numbers = [piece.source, piece.src_offset, piece.dst_offset, *chain.from_iterable(walk)]
+    last = piece.dst_offset + sum((size - 1) * step for size, _, step in walk)
+    if any(type(n) is not int or n < 0 for n in numbers) or 0 in piece.sizes or last >= numel:
+        raise ValueError("not a piece of this parameter")
+    if piece.source >= num_tensors:
+        raise ValueError("not a piece of this checkpoint")
+    return piece
+
+
+def _elements(pieces: Sequence[Piece], begin: int, length: int, numel: int, first: Sequence[int]) -> torch.Tensor:
+    """The numbers of the checkpoint's elements that fill `length` elements of a parameter from `begin` on."""
+    found = torch.full((length,), -1)
+    near = []
+    for piece in pieces:
+        last = piece.dst_offset + sum((n - 1) * step for n, step in zip(piece.sizes, piece.dst_strides, strict=True))
+        if piece.dst_offset < begin + length and last >= begin:
+            near.append(piece)
+    for piece in Layout((numel,), tuple(near)).flat(begin, length).pieces:
+        numbers = torch.tensor(first[piece.source] + piece.src_offset)
+        for size, step in zip(piece.sizes, piece.src_strides, strict=True):
+            numbers = numbers[..., None] + torch.arange(size) * step
+        strided_view(found, piece).copy_(numbers)
+    return found
 
 
 class PiecePart(NamedTuple):

@@ -173,7 +173,8 @@ def _cat(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
     if not all(isinstance(symbol, LayoutTensor) for symbol in symbols):
         raise LayoutError("a checkpoint tensor is joined with one that is in no checkpoint")
     if len({(symbol.dtype, symbol.cast) for symbol in symbols}) > 1:
-        raise LayoutError(f"tensors of different dtypes are joined: {sorted({str(s.dtype) for s in symbols})}")
+        dtypes = sorted({f"{s.dtype}{', converted' if s.cast else ''}" for s in symbols})
+        raise LayoutError(f"tensors of different dtypes are joined: {dtypes}")
     first = symbols[0]
     return first.moved(Layout.cat([symbol.where for symbol in symbols], dim % first.dim()))
 

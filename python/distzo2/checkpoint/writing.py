@@ -34,8 +34,8 @@ HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed ye
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))  # but for the configuration
 # Files that go with the weights and are copied as they are: tokenizers, processors, chat templates, licences.
 _COMPANIONS = (
-    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.tiktoken tekken.json LICENSE* "
-    "*chat_template* additional_chat_templates/* *processor_config.json"
+    "tokenizer* special_tokens_map.json added_tokens.json *vocab* merges.txt *.model *.spm *.tiktoken tekken.json "
+    "LICENSE* *chat_template* additional_chat_templates/* *processor_config.json"
 )
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,10 @@ def tokenizer_files(source: Path) -> set[str]:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         classes.append(TOKENIZER_MAPPING[type(config)])
         classes.append(tokenizer_class_from_name(config.tokenizer_class.removesuffix("Fast")))
-    names = [*settings.values(), *(n for c in classes for n in (getattr(c, "vocab_files_names", None) or {}).values())]
+    names = [v for k, v in settings.items() if k.endswith("_file")]
+    for tokenizer in classes:
+        with suppress(Exception):  # a class that lacks a library raises whatever it is asked for
+            names += tokenizer.vocab_files_names.values()
     return {name for name in names if isinstance(name, str) and name == Path(name).name and name not in ("", "..")}
 
 
@@ -294,8 +297,9 @@ def _companions(source: Path) -> Iterator[Path]:
     homes = [source.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
+    named = tokenizer_files(source) - {*holds_checkpoint(source), GENERATION_FILE}
     found = {path for pattern in _COMPANIONS.split() for path in source.glob(pattern)}
-    for path in sorted(found | {source / name for name in tokenizer_files(source) if (source / name).is_file()}):
+    for path in sorted(found | {source / name for name in named if (source / name).is_file()}):
         target = Path(os.path.realpath(path))
         if target.is_file() and any(target.is_relative_to(home) for home in homes):
             yield path
