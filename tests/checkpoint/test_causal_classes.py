@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from causal_zoo import NOT_BUILT, TYPES, build, logits_of, loss_of
+from causal_zoo import GRADIENT_BITS, NOT_BUILT, TYPES, UNITS, build, logits_of, loss_of
 from plain import flat_losses, plain_loop
 from same_bits import assert_same, assert_same_tensors, same_bits
 
 import distzo2
 
-STEPS, OPTIONS = 2, {"eps": 1e-3, "seed": 11}
+STEPS = 2
 
 
 def steps_of(model: torch.nn.Module) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     """Losses and weights of a few streamed steps."""
-    opt = distzo2.ZOSGD(model, lr=1e-3, **OPTIONS)
+    opt = distzo2.ZOSGD(model, lr=1e-3, eps=1e-3, seed=11)
     losses = []
     for step in range(STEPS):
         opt.step(lambda step=step: loss_of(model, step))
@@ -25,30 +26,57 @@ def steps_of(model: torch.nn.Module) -> tuple[list[list[float]], dict[str, torch
     return losses, model.state_dict()
 
 
+def plain_steps(
+    model: torch.nn.Module, trained: set[str]
+) -> tuple[torch.Tensor, list[list[float]], dict[str, torch.Tensor]]:
+    """Logits before, and losses and weights after, of a plain model whose parameters `trained` are trained."""
+    with torch.no_grad():
+        logits = logits_of(model.requires_grad_(False))
+    closures = [[lambda step=step: loss_of(model, step)] for step in range(STEPS)]
+    losses = plain_loop(
+        model, closures, lr=lambda step: 1e-3, trainable=lambda name: name in trained, eps=1e-3, seed=11
+    )
+    assert losses[0][0] != losses[0][1]
+    return logits, losses, model.state_dict()
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, param in model.named_parameters() if param.requires_grad}
+
+
 def check(model_type: str, directory: Path) -> None:
     """Forward and steps of a plain model, of the same one streamed, and of one that went through files."""
-    plain = build(model_type)
+    plain, units = build(model_type), UNITS.get(model_type)
     plain.save_pretrained(directory / "in")
     with torch.no_grad():
-        expected = logits_of(plain)
-    model = distzo2.offload(build(model_type), weights="host")
+        before = logits_of(plain)
+    names = trained(plain)
+    expected, *steps = plain_steps(plain, names)
+    assert model_type in GRADIENT_BITS or same_bits(before, expected)
+    if units:  # without them: a named error, whose hint helps
+        model = distzo2.offload(build(model_type), weights="host")
+        with torch.no_grad(), pytest.raises(distzo2.DistZO2Error, match=re.escape(f'units=["{units[0]}"]')):
+            logits_of(model)
+        distzo2.runtime_of(model).close()
+    model = distzo2.offload(build(model_type), weights="host", units=units)
     with torch.no_grad():
         assert same_bits(logits_of(model), expected)
-    closures = [[lambda step=step: loss_of(plain, step)] for step in range(STEPS)]
-    losses = plain_loop(plain, closures, lr=lambda step: 1e-3, **OPTIONS)
-    assert losses[0][0] != losses[0][1]
-    assert_same(steps_of(model), (losses, plain.state_dict()))
+    assert_same(steps_of(model), steps)
     distzo2.runtime_of(model).close()
 
-    model = distzo2.from_pretrained(directory / "in", weights="disk", directory=directory, attn_implementation="eager")
+    options = {"attn_implementation": "eager", "units": units}
+    model = distzo2.from_pretrained(directory / "in", weights="disk", directory=directory, **options)
     model.config.use_cache = False
+    loaded = type(plain).from_pretrained(directory / "in", attn_implementation="eager")
+    if trained(loaded) != names:  # transformers does not keep what a class freezes
+        loaded.config.use_cache = False
+        _, *steps = plain_steps(loaded, trained(loaded))
     with torch.no_grad():
         assert same_bits(logits_of(model), expected)
-    assert_same(steps_of(model), (losses, plain.state_dict()))
+    assert_same(steps_of(model), steps)
     distzo2.save_pretrained(model, directory / "out")
     distzo2.runtime_of(model).close()
-    again = type(plain).from_pretrained(directory / "out")
-    assert_same_tensors(again.state_dict(), plain.state_dict())
+    assert_same_tensors(type(plain).from_pretrained(directory / "out").state_dict(), steps[1])
 
 
 FEW = (

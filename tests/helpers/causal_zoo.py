@@ -21,6 +21,7 @@ _RULES: list[tuple[str, Any]] = [  # names of fields, and what a number becomes;
     (r"first_k_dense_replace|max_window_layers|num_dense_layers|topk_group|moe_layer_.*", lambda v, f: min(v, 1)),
     (r"(n|num|moe_num|num_local|n_routed)_?(local_|routed_)?experts|zero_expert_num", lambda v, f: min(v, 4)),
     (r".*(position_embeddings|positions|seq_len|model_max_length|n_ctx|context_length)", lambda v, f: min(v, 128)),
+    (r"(mamba_)?chunk_size", lambda v, f: min(v, 8)),
     (r".*heads|n_head|num_query_groups", lambda v, f: v // 4 if v % 4 == 0 else v),
     (r".*head_?dim|kv_channels|d_kv|d_head|dim_head|rotary_dim|.*attention_head_size|mamba_d_head",
      lambda v, f: v if v < f else v // f),
@@ -78,6 +79,14 @@ _SHARED_KV = {
     "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.95, 0.0] * 2,
 }  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Classes that use a parameter outside the module that owns it, with the units that the error then asks for.
+UNITS = {
+    "gemma4": ["model"],
+    "prophetnet": ["prophetnet.decoder"],
+    "reformer": ["reformer.embeddings.position_embeddings"],
+}
+# Classes whose plain bits depend on whether their parameters require a gradient: here they never do.
+GRADIENT_BITS = {"falcon_mamba"}
 _INDEXER = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
     "indexer_compress_ratio": 4,
@@ -91,6 +100,7 @@ NOT_BUILT = {
 # What a default lacks or what the rules do not see; "factor" is by how much it is made narrower (16).
 OVERRIDES: dict[str, dict[str, Any]] = {
     "arcee": {"factor": 8},
+    "big_bird": {"attention_type": "original_full"},  # what it changes to by itself where a text is short
     "bloom": {"factor": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
@@ -100,6 +110,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {"mamba_n_heads": 16, "mamba_d_ssm": 128, "mamba_d_head": 8},
     "gemma3n_text": _SHARED_KV,
+    # Tied, it uses the embedding outside of both modules that share it, which is refused by name.
+    "gemma4": {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}},
     "gpt_neox_japanese": {"factor": 8},
     "gpt_oss": {"hidden_size": 48, "intermediate_size": 48},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -112,11 +124,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "reformer": {
-        "is_decoder": True, "hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8, "axial_pos_shape": [8, 16],
-        "axial_pos_embds_dim": [4, 12], "local_attn_chunk_length": 8,
+        "is_decoder": True, "hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8,
+        "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [4, 12], "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8, "hash_seed": 0,
         "attn_layers": ["local", "lsh"], "num_buckets": 2,
     },
+    "rwkv": {"rescale_every": 0},  # otherwise a forward divides weights in place, which is refused by name
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _HYBRID, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": _HYBRID, "num_hidden_layers": 4, "hybrid_layer_ids": [1, 3]},

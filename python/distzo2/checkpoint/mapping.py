@@ -224,7 +224,7 @@ def trace_checkpoint(
         mapped[name] = MappedTensor(name, symbol.dtype, tuple(symbol.shape), pieces, name not in params)
         made[symbol] = torch.empty(symbol.shape, dtype=symbol.dtype, device="meta" if name in params else "cpu")
         if name in params:
-            made[symbol] = nn.Parameter(made[symbol], requires_grad=symbol.is_floating_point())
+            made[symbol] = nn.Parameter(made[symbol], requires_grad=symbol.requires_grad)
         else:
             files.read_pieces(pieces, made[symbol])
     for module in model.modules():

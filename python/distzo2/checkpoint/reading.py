@@ -206,8 +206,12 @@ class CheckpointFiles:
             for part in self.ranges_of(piece, flat):
                 part.read()
 
-    def equal(self, a: LayoutTensor, b: LayoutTensor) -> bool:
-        """Whether two symbols of one shape have equal values, compared a chunk at a time."""
+    def equal(self, a: LayoutTensor, b: torch.Tensor) -> bool:
+        """Whether a symbol has the values of another, or of a tensor, of its shape; compared a chunk at a time."""
+        if not isinstance(b, LayoutTensor):
+            found = torch.empty(a.shape, dtype=a.dtype)
+            self.read_pieces(a.where.pieces, found)
+            return torch.equal(found, b.to(a.dtype))
         step = max(1, CHUNK_BYTES // a.dtype.itemsize)
         for begin in range(0, a.numel(), step):
             pair = []
