@@ -185,6 +185,8 @@ def trace_checkpoint(
     except Exception as error:
         _refuse_packed(where, files.entries, {}, strong=True)
         what = f"this checkpoint cannot be mapped onto {model_class.__name__}"
+        if kwargs.get("dtype") == "auto" and any(entry.dtype in _FP8 for entry in files.entries):
+            what += " (of 8-bit floats: name a dtype to hold them in)"
         raise CheckpointError(f"{where}: {what}: {one_line(error)}") from error
 
     params = dict(model.named_parameters())

@@ -205,6 +205,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.stack.default: _stack,
     aten.equal.default: _equal,
     aten.copy_.default: _overwrite,
+    aten.fill_.Tensor: _overwrite,
+    aten.fill_.Scalar: lambda symbol, value: _overwrite(symbol, torch.tensor(value)),
 }
 
 
