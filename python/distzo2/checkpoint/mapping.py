@@ -21,7 +21,8 @@ from torch import nn
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
-from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, one_line
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
+from distzo2.errors import one_line
 
 # The last part of a tensor's name where it scales or unpacks the weights beside it: GPTQ, AWQ, bitsandbytes,
 # compressed-tensors, FP8, MXFP4, HQQ, AQLM, quanto. Where a model lacks tensors, the strong ones tell by themselves.

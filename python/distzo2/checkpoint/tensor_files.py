@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, one_line
 from distzo2.files import write_all
 from distzo2.text import brief
 from distzo2_core import aligned_buffer
@@ -87,11 +87,6 @@ class TensorEntry:
             return self.num_bytes
         steps = zip(self.strides, self.shape, strict=True)
         return (1 + sum(step * (size - 1) for step, size in steps)) * self.dtype.itemsize
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, shortened, or the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:1000]
 
 
 def _where_flat(content: Any) -> str:

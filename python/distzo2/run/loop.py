@@ -15,7 +15,7 @@ import torch
 from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
@@ -75,7 +75,7 @@ class TrainLoop:
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
-        self.score_name = options.score or ("accuracy" if train[0].options else "loss")
+        self.score_name = options.score or ("accuracy" if train[0].chooses else "loss")
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
@@ -97,7 +97,8 @@ class TrainLoop:
         if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
-            optimizer.check(self.objective.closure(self._batches(0)[0]))
+            with blaming(f"{o.model}: the model fails on the first batch"):
+                optimizer.check(self.objective.closure(self._batches(0)[0]))
         data = hashlib.sha256(Path(o.eval).read_bytes()).hexdigest()[:16] if o.eval else None
         self.metrics = Metrics(self.run.metrics if self.leads else None, data, self.log)
         if self.leads and (o.resume or self.branches):
