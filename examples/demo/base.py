@@ -21,8 +21,8 @@ from docstrings import LABELS, LIBRARIES, Docstring, Split, collect, roots, spli
 from tqdm import tqdm
 
 from distzo2.tasks.batches import DataOrder
+from distzo2.tasks.examples import load_examples
 from distzo2.tasks.objectives import Objective
-from distzo2.tasks.tokenize import load_examples
 
 SUFFIX = " From:"
 

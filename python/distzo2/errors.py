@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DistZO2Error(Exception):
     """Base of every expected error: bad input, too little memory, a device that is not there. Messages are one line."""
@@ -13,3 +16,19 @@ class UsageError(DistZO2Error):
 
 class DataError(DistZO2Error):
     """A data file cannot be used; the message names file, line number and reason."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, shortened, or the error's type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:1000]
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Turns what a library raises about `what`, such as a user's model or tokenizer, into a DistZO2Error."""
+    try:
+        yield
+    except (DistZO2Error, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise DistZO2Error(f"{what}: {type(error).__name__}: {one_line(error)}") from error

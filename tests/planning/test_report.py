@@ -25,7 +25,7 @@ from distzo2.planning.report import (
 )
 from distzo2.run.metrics import Metrics, read_metrics
 from distzo2.run.options import ReportOptions
-from distzo2.weights.trace import Trace
+from distzo2.weights.timeline import Timeline
 
 
 def step(i: int, **more) -> dict:
@@ -187,7 +187,7 @@ def test_a_step_without_transfers_and_a_trace_without_steps() -> None:
 
 
 def test_rows_of_a_saved_trace(tmp_path: Path) -> None:
-    trace = Trace()
+    trace = Timeline()
     trace.add("compute", "lost", 0, 1)  # not enabled yet
     trace.enable()
     trace.add("compute", "block 0", 1_000, 3_000)

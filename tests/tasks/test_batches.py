@@ -9,7 +9,7 @@ import torch
 from tiny_text import choice_lines, make_tokenizer, write_jsonl
 
 from distzo2.tasks.batches import DataOrder, collate
-from distzo2.tasks.tokenize import load_examples
+from distzo2.tasks.examples import load_examples
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from tiny_kinds import make
 from tiny_text import choice_lines, make_checkpoint, make_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import distzo2
-from distzo2.errors import UsageError
+from distzo2.errors import DistZO2Error, UsageError
+from distzo2.tasks.examples import load_examples
+from distzo2.tasks.kinds import model_kind
 from distzo2.tasks.objectives import Objective, evaluate_examples, resolve_objective
-from distzo2.tasks.tokenize import Example, load_examples
+from distzo2.tasks.tokenize import Example, load_tokenizer
 
 LM = [
     {"prompt": "the cat", "completion": " sat on the mat"},
@@ -126,3 +131,169 @@ def test_evaluation_in_any_parts(tmp_path: Path) -> None:
         assert score.accuracy == pytest.approx(accuracy) and score.num_examples == 11
     assert not math.isnan(score.loss)
     distzo2.runtime_of(model).close()
+
+
+# ---- other kinds of model ----------------------------------------------------------------------------------------
+
+PLAIN = {"prompt": ["the cat is", "the film was it"], "completion": ["good .", "bad"]}
+CHOICES = [
+    {"prompt": "the cat is", "choices": ["good .", "bad", "maybe good"], "label": 0},
+    {"prompt": "the film was it", "choices": ["good", "bad ."], "label": 1},
+]
+MASKS = [
+    {"prompt": "the cat is <mask> .", "choices": ["good", "bad", "great"], "label": 0},
+    {"prompt": "<mask> was it", "choices": [" good", "bad"], "label": 1},
+]
+CLASSES = [
+    {"text": "the cat is", "label": 0},
+    {"text": "the film was it good .", "label": 2},
+    {"text": "a", "label": 1},
+]
+
+
+def made(directory: Path, name: str, lines, objective: str | None = None, **fields):
+    """Model, tokenizer, examples and objective of a tiny checkpoint."""
+    make(directory / name, name, **fields)
+    kind, tokenizer = model_kind(directory / name), load_tokenizer(directory / name)
+    model = getattr(transformers, name).from_pretrained(directory / name, dtype=torch.float32).eval()
+    examples = load_examples(write_jsonl(directory / "d", lines), tokenizer, kind=kind, limit=kind.limit(None))
+    name = resolve_objective(objective, examples)
+    return model, tokenizer, examples, Objective(model, name, pad_id=kind.padding(tokenizer))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_encoder_decoder(name: str, tmp_path: Path) -> None:
+    lines = [dict(zip(PLAIN, values, strict=True)) for values in zip(*PLAIN.values(), strict=True)]
+    model, tokenizer, examples, objective = made(tmp_path, name, lines)
+    for i in range(2):  # to the bit as transformers does it, alone
+        inputs = tokenizer(PLAIN["prompt"][i], return_tensors="pt")
+        plain = model(**inputs, labels=tokenizer(text_target=PLAIN["completion"][i], return_tensors="pt")["input_ids"])
+        assert torch.equal(objective.closure(objective.batch([examples[i]]))(), plain.loss)
+    inputs = tokenizer(PLAIN["prompt"], return_tensors="pt", padding=True)  # and together, padded
+    labels = tokenizer(text_target=PLAIN["completion"], return_tensors="pt", padding=True)["input_ids"]
+    plain = model(**inputs, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100))
+    batch = objective.batch(examples)
+    torch.testing.assert_close(objective.closure(batch)(), plain.loss, **CLOSE)
+    assert batch.num_tokens == inputs["attention_mask"].sum() + (labels != tokenizer.pad_token_id).sum()
+
+    model, tokenizer, examples, objective = made(tmp_path, name, CHOICES)
+    losses, right = [], 0
+    for line in CHOICES:
+        scores = []
+        for choice in line["choices"]:
+            answer = tokenizer(text_target=choice, return_tensors="pt")["input_ids"][:, :-1]
+            logits = model(**tokenizer(line["prompt"], return_tensors="pt"), labels=answer).logits[0].double()
+            head = int(answer[0, 0] == tokenizer.bos_token_id)
+            scores.append(logits.log_softmax(-1).gather(-1, answer[0, :, None])[head:].mean())
+        losses.append(-torch.stack(scores).log_softmax(0)[line["label"]].item())
+        right += int(torch.stack(scores).argmax() == line["label"])
+    figures = objective.evaluation(objective.batch(examples))().tolist()
+    assert figures == pytest.approx([sum(losses), 2, right, 2], rel=2e-5)
+    lm = Objective(model, "lm", pad_id=0)
+    assert lm.batch(examples).tokens.tolist() == [t for e in examples for t in e.options[e.label]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM"])
+def test_masked(name: str, tmp_path: Path) -> None:
+    model, tokenizer, examples, objective = made(tmp_path, name, MASKS)
+    losses, words, right = [], [], 0
+    for line in MASKS:
+        inputs = tokenizer(line["prompt"], return_tensors="pt")
+        logits = model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id][0].double()
+        scores = logits[tokenizer.convert_tokens_to_ids([c.strip() for c in line["choices"]])]
+        losses.append(-scores.log_softmax(0)[line["label"]].item())
+        words.append(
+            -logits.log_softmax(0)[tokenizer.convert_tokens_to_ids(line["choices"][line["label"]].strip())].item()
+        )
+        right += int(scores.argmax() == line["label"])
+    batch = objective.batch(examples)
+    assert batch.input_ids.shape[0] == 2  # all words of a prompt share its row
+    assert objective.evaluation(batch)().tolist() == pytest.approx([sum(losses), 2, right, 2], rel=2e-5)
+    lm = Objective(model, "lm", pad_id=0)
+    assert lm.closure(lm.batch(examples))().item() == pytest.approx(sum(words) / 2, rel=2e-5)
+    lines = [{"prompt": line["prompt"], "completion": line["choices"][line["label"]]} for line in MASKS]
+    _, _, examples, alone = made(tmp_path, name, lines)
+    assert alone.name == "lm"
+    assert torch.equal(alone.closure(alone.batch(examples))(), lm.closure(lm.batch(examples))())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "pad_id"),
+    [
+        ("BertForSequenceClassification", 0), ("RobertaForSequenceClassification", 0),
+        ("LlamaForSequenceClassification", 0), ("LlamaForSequenceClassification", 3),
+        ("BartForSequenceClassification", 0),
+    ],
+)  # fmt: skip
+def test_classes(name: str, pad_id: int, tmp_path: Path) -> None:
+    model, tokenizer, examples, objective = made(tmp_path, name, CLASSES, num_labels=3, pad_token_id=pad_id)
+    losses, right = [], 0
+    for line, example in zip(CLASSES, examples, strict=True):
+        plain = model(**tokenizer(line["text"], return_tensors="pt"), labels=torch.tensor([line["label"]]))
+        loss = objective.closure(objective.batch([example]))()
+        assert torch.equal(loss, plain.logits.logsumexp(-1)[0] - plain.logits[0, line["label"]])
+        assert loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)
+        losses.append(plain.loss.item())
+        right += int(plain.logits.argmax() == line["label"])
+    assert objective.evaluation(objective.batch(examples))().tolist() == pytest.approx(
+        [sum(losses), 3, right, 3], rel=2e-5
+    )
+    error = Objective(model, resolve_objective("error", examples), pad_id=pad_id)
+    assert error.closure(error.batch(examples))().item() == pytest.approx(1 - right / 3)
+    with pytest.raises(UsageError, match="d: objective 'lm' needs tokens to learn, and a classifier learns classes"):
+        resolve_objective("lm", examples, "d")
+
+
+def offloaded(directory: Path, name: str, tokenizer: Any = None, **fields):
+    make(directory / name, name, tokenizer, **fields)
+    return distzo2.from_pretrained(directory / name), model_kind(directory / name)
+
+
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM", "ElectraForCausalLM"])
+@pytest.mark.parametrize("lines", [LM, choice_lines(2)])
+def test_a_model_that_sees_the_future_is_refused(name: str, lines, tmp_path: Path) -> None:
+    model, kind = offloaded(tmp_path, name, make_tokenizer(), vocab_size=600, max_position_embeddings=64)
+    examples = examples_of(lines, tmp_path)
+    assert kind.name == "causal"
+    with pytest.raises(DistZO2Error, match=f"{name} sees the tokens that it is asked to predict"):
+        Objective(model, resolve_objective(None, examples), pad_id=0).check_causal(examples[0], kind)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("LlamaForCausalLM", {}), ("BertLMHeadModel", {"is_decoder": True}),
+        ("GPT2LMHeadModel", {"n_embd": 16, "n_head": 2}),
+        ("MixtralForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}), ("MambaForCausalLM", {}),
+        ("T5ForConditionalGeneration", {}), ("BartForConditionalGeneration", {"dropout": 0.5}),
+    ],
+)  # fmt: skip
+def test_a_causal_model_passes(name: str, fields: dict, train: bool, tmp_path: Path) -> None:
+    model, kind = offloaded(tmp_path, name, make_tokenizer(), vocab_size=600, **fields)
+    model.train(train)
+    lines = [{"prompt": "the cat sat on", "completion": " the mat"}] if kind.name != "causal" else LM
+    examples = load_examples(write_jsonl(tmp_path / "d", lines), make_tokenizer(), kind=kind)
+    Objective(model, "lm", pad_id=0).check_causal(examples[0], kind)
+    assert model.training == train
+
+
+@torch.no_grad()
+def test_sums_for_a_mean_over_a_step(model, tmp_path: Path) -> None:
+    """Under the rule "sum" a step's loss is the mean over all learned tokens or examples, whatever the cut."""
+    texts = [*LM, {"text": "the cat"}, {"text": "a graph has nodes and edges, a matrix has rows and columns"}]
+    for lines, name in ((texts, "lm"), (texts, "error"), (choice_lines(5), "choices"), (choice_lines(5), "lm")):
+        examples = examples_of(lines, tmp_path)
+        mean, summed = (Objective(model, name, pad_id=0, rule=rule) for rule in ("mean", "sum"))
+        whole = mean.closure(mean.batch(examples))().item()
+        learned = 5 if name == "choices" else len(summed.batch(examples).tokens)
+        for size in (1, 2, 5):
+            parts = [summed.closure(summed.batch(examples[i : i + size]))() for i in range(0, 5, size)]
+            assert all(total.dtype == torch.float64 and isinstance(count, int) for total, count in parts)
+            total, count = (sum(float(part[i]) for part in parts) for i in (0, 1))
+            assert total / count == pytest.approx(whole, rel=2e-5) and count == learned
+    single = mean.closure(mean.batch(examples[:1]))(), summed.closure(summed.batch(examples[:1]))()
+    assert single[0].item() == pytest.approx((single[1][0] / single[1][1]).item(), rel=1e-6)

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from tiny_text import make_checkpoint, make_tokenizer
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from distzo2.errors import DataError, DistZO2Error
+from distzo2.tasks.examples import tokenize_for
+from distzo2.tasks.kinds import ModelKind
 from distzo2.tasks.lines import read_line
-from distzo2.tasks.tokenize import Tokenize, load_tokenizer, max_positions
+from distzo2.tasks.tokenize import load_tokenizer, special_counts
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,7 @@ def tokenizer():
 
 def one(tokenizer, line: dict, **options):
     lines = [read_line(json.dumps(line).encode(), "f:1")]
-    return Tokenize(tokenizer, limit=options.pop("limit", None), **options)(lines)[0]
+    return tokenize_for(tokenizer, **options)(lines)[0]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -103,6 +108,83 @@ def test_long_lines(line: dict, bos: bool) -> None:
         one(tokenizer, line, limit=limit, truncate="right")
 
 
+def letters(alphabet: str, single: str, lower: bool = False) -> PreTrainedTokenizerFast:
+    """A token a letter; what is not in the alphabet is dropped."""
+    vocab = {mark: i for i, mark in enumerate(["<pad>", "[CLS]", "[SEP]", *alphabet])}
+    tokenizer = Tokenizer(models.BPE({k: v for k, v in vocab.items()}, []))
+    if lower:
+        tokenizer.normalizer = normalizers.Lowercase()
+    marks = [(mark, vocab[mark]) for mark in ("<pad>", "[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+    tokenizer.add_special_tokens([mark for mark, _ in marks])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="[SEP]")
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "single", "counts", "text"),
+    [
+        ("ACGT", "[CLS] $A", (1, 0), "ACGT"),
+        ("ACGT", "[CLS] $A [SEP]", (1, 1), "ACGT"),
+        ("ACGT", "$A [SEP] [SEP]", (0, 2), "GATT"),
+        ("0123456789", "[CLS] [SEP] $A [SEP]", (2, 1), "2026"),
+        ("bcd", "$A", (0, 0), "bdc"),
+        ("a", "[CLS] $A [CLS]", (1, 1), "aaa"),
+    ],
+)
+def test_special_tokens_are_the_tokenizers(alphabet: str, single: str, counts: tuple[int, int], text: str) -> None:
+    tokenizer = letters(alphabet, single)
+    assert special_counts(tokenizer, tokenizer) == counts
+    example = one(tokenizer, {"text": text})
+    whole = tokenizer.convert_ids_to_tokens(example.tokens)
+    assert whole[counts[0] :] == [*text, "[SEP]"] and example.targets.sum() == len(text) + 1 - (not counts[0])
+    example = one(tokenizer, {"prompt": text, "choices": [text[0], text[1] + text[0]], "label": 0})
+    assert [len(option) for option in example.options] == [1, 2]
+    assert tokenize_for(tokenizer).prompt(text) == tokenizer(text)["input_ids"][: counts[0] + len(text)]
+
+
+def test_a_run_begun_before_keeps_its_tokens() -> None:
+    """Earlier versions tried the letter a, and took the start token of a vocabulary without it for a tail."""
+    tokenizer = letters("ACGT", "[CLS] $A")
+    example = one(tokenizer, {"text": "ACGT"}, legacy=True)
+    assert tokenizer.convert_ids_to_tokens(example.tokens) == ["[CLS]", "A", "C", "G", "[SEP]"]
+    tokenizer = make_tokenizer(bos=True)
+    line = {"prompt": "the cat sat", "completion": " on the mat"}
+    assert one(tokenizer, line, legacy=True).tokens.tolist() == one(tokenizer, line).tokens.tolist()
+
+
+def test_special_tokens_spelled_in_data(tokenizer) -> None:
+    bos = make_tokenizer(bos=True)
+    for each, line in (
+        (tokenizer, {"text": "the <s> cat<eos>"}),
+        (bos, {"prompt": "the <s>", "completion": " cat<eos> ran"}),
+        (bos, {"prompt": "the <eos>", "choices": [" <s>", " dog"], "label": 0}),
+    ):
+        for splits in (False, True):
+            example = one(each, line, split_special_tokens=splits)
+            tokens = np.concatenate([example.tokens, *example.options[:1]])[each is bos :]
+            ends = not example.options  # with the token that is learned as the end of the text
+            found = np.isin(tokens[: len(tokens) - ends], [0, 1]).sum()
+            assert found == (
+                0
+                if splits
+                else sum(str(line).count(mark) for mark in ("<s>", "<eos>")) - (line.get("text") is not None)
+            )
+            text = line.get("text") or line["prompt"] + (line.get("completion") or line["choices"][0])
+            assert each.decode(tokens[: len(tokens) - ends]) == text or not splits
+
+
+def test_tokens_that_the_model_does_not_know(tokenizer) -> None:
+    kind = ModelKind(vocab_size=len(tokenizer) - 1)
+    ids = {i: token for token, i in tokenizer.get_vocab().items()}
+    text = tokenizer.decode([len(tokenizer) - 1])
+    for line in ({"text": text}, {"prompt": "a", "choices": [text, "b"], "label": 1}):
+        with pytest.raises(
+            DataError, match=rf"f:1: token {len(tokenizer) - 1} \(.*\): the model knows {len(ids) - 1} tokens"
+        ):
+            one(tokenizer, line, kind=kind)
+        one(tokenizer, line, kind=ModelKind(vocab_size=len(tokenizer)))
+
+
 def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "m")
     assert load_tokenizer(tmp_path / "m")("the cat")["input_ids"]
@@ -115,10 +197,21 @@ def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "m")
 
 
-def test_positions_of_configs() -> None:
-    from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
+def test_no_merge_is_left_to_chance(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    tokenizer = make_tokenizer()
+    expected = tokenizer("the cat sat on the mat and the dog ran")["input_ids"]
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    tokenizer.save_pretrained(tmp_path)
+    assert '"dropout": 0.5' in (tmp_path / "tokenizer.json").read_text()
+    loaded = load_tokenizer(tmp_path)
+    assert all(loaded("the cat sat on the mat and the dog ran")["input_ids"] == expected for _ in range(5))
 
-    assert max_positions(OPTConfig(max_position_embeddings=77)) == 77
-    assert max_positions(LlamaConfig(max_position_embeddings=78)) == 78
-    assert max_positions(GPT2Config(n_positions=79)) == 79
-    assert max_positions(MambaConfig()) is None
+
+@pytest.mark.parametrize("name", ["ByT5Tokenizer", "CanineTokenizer"])
+def test_tokenizers_written_in_python(name: str) -> None:
+    tokenizer = getattr(transformers, name)()
+    head, tail = special_counts(tokenizer, tokenizer)
+    assert (head, tail) == ((0, 1) if name == "ByT5Tokenizer" else (1, 1))
+    example = one(tokenizer, {"prompt": "ab", "choices": ["c", "de"], "label": 0})
+    assert len(example.tokens) == head + 2 and [len(option) for option in example.options] == [1, 2]

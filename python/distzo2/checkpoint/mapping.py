@@ -20,7 +20,8 @@ from torch import nn
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
-from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, one_line
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
+from distzo2.errors import one_line
 
 
 @dataclass(frozen=True)

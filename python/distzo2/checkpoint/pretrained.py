@@ -23,8 +23,9 @@ from torch import nn
 from distzo2.checkpoint.mapping import CheckpointMap, map_for_saving, persistent_buffers, trace_checkpoint
 from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles, ParallelReader
 from distzo2.checkpoint.symbols import creation_bound
-from distzo2.checkpoint.tensor_files import CheckpointError, one_line, read_json
+from distzo2.checkpoint.tensor_files import CheckpointError, read_json
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
+from distzo2.errors import one_line
 from distzo2.streaming.offload import offload, runtime_of
 
 _UNITS_AHEAD = 2
@@ -95,7 +96,7 @@ def open_checkpoint(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model, checkpoint_map = trace_checkpoint(
         CheckpointFiles(directory),
-        _model_class(directory, config, auto_class),
+        class_of(directory, config, auto_class),
         config,
         dtype=dtype or "auto",
         **options,
@@ -116,7 +117,7 @@ def meta_model(directory: Path, dtype: torch.dtype | str | None = None) -> nn.Mo
         CheckpointError: there is no configuration that transformers knows, or its model has too many modules.
     """
     config = load_config(directory)
-    model_class = _model_class(directory, config, None)
+    model_class = class_of(directory, config, None)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"), creation_bound(_MOST_TENSORS, sys.maxsize):
         return model_class._from_config(config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
@@ -219,7 +220,7 @@ def _load_generation_config(directory: Path, model: nn.Module) -> Any:
         raise CheckpointError(f"{path}: {one_line(error)}") from error
 
 
-def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
+def class_of(directory: Path, config: Any, auto_class: Any) -> Any:
     """The concrete model class for a checkpoint (see `from_pretrained`)."""
     import transformers
 
@@ -233,7 +234,8 @@ def _model_class(directory: Path, config: Any, auto_class: Any) -> Any:
             raise CheckpointError(f"{directory}: {auto_class.__name__} has no model for {type(config).__name__}")
         return chosen
     causal, base = resolve(transformers.AutoModelForCausalLM), resolve(transformers.AutoModel)
-    saved_from = (getattr(config, "architectures", None) or [""])[0]
+    names = getattr(config, "architectures", None)
+    saved_from = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     chosen = getattr(transformers, saved_from, None)
     if chosen is None and saved_from and getattr(config, "auto_map", None):
         raise CheckpointError(f"{directory}: {saved_from} needs code that comes with the checkpoint, which is not run")

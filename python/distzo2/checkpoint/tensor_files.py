@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, one_line
 from distzo2.files import write_all
 from distzo2.text import brief
 from distzo2_core import aligned_buffer
@@ -78,11 +78,6 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message that is not empty, shortened, or the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:1000]
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

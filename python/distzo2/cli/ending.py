@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,9 +24,16 @@ def end_with(error: BaseException, terminated: bool) -> int:
 
     error = launch.first_cause(error, terminated)
     interrupted = isinstance(error, KeyboardInterrupt)
-    if not interrupted and (os.environ.get("DISTZO2_TRACEBACK") or not _expected(error)):
+    if not interrupted and os.environ.get("DISTZO2_TRACEBACK"):
         raise error
-    text = printable(" ".join(text_of(error).split())) or ("interrupted" if interrupted else type(error).__name__)
+    text = " ".join(text_of(error).split()) or ("interrupted" if interrupted else type(error).__name__)
+    if not interrupted and not _expected(error):
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = (
+            f"unexpected {type(error).__name__} at {place.filename}:{place.lineno}: {text} "
+            "(DISTZO2_TRACEBACK=1 shows what led to it)"
+        )
+    text = printable(text)
 
     def show(text: str) -> None:
         print(f"distzo2: {'' if interrupted else 'error: '}{text}", file=sys.stderr, flush=True)

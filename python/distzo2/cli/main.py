@@ -165,7 +165,7 @@ def _replay(options: ReplayOptions) -> int:
 
 
 def _planning(name: str, log: Callable[[str], None]) -> Callable[[Any], int]:
-    """The function that runs a command of the planning room, which is imported when it is called."""
+    """The function that runs a command from distzo2.planning; its module is imported when it is called."""
     return lambda options: getattr(importlib.import_module(f"distzo2.planning.{name}"), f"run_{name}")(options, log)
 
 

@@ -27,7 +27,7 @@ from distzo2.parallel.rendezvous import new_group
 NUMBERS = 2  # plain numbers in a word
 LONGEST_PAUSE = 5e-4  # seconds between two looks at a collective in flight
 PATIENCE = 2.0  # seconds of waiting after which Ctrl-C need not wait for a safe point
-LAST_WORDS = 2.0  # seconds in which what a rank sent before it left must arrive
+LAST_WORDS = 2.0  # seconds that a rank waits for what another sent before it left
 
 
 class RanksDisagreeError(DistZO2Error):

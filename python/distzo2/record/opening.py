@@ -42,8 +42,8 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 def check_same_run(
     path: str | os.PathLike[str], journal: Mapping[str, Any], run: Mapping[str, Any], reads_base: bool
 ) -> None:
-    """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`. Unless `reads_base`, no
-    weight came from the base, and the base is not compared.
+    """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`. The base checkpoint is
+    compared only with `reads_base`: where the weight file gave every weight, it was not read.
 
     A fingerprint that differs is logged: the journal still leads to the same weights, but the losses of forwards to
     come may have other bits.
@@ -104,8 +104,8 @@ def open_run(
 
     Args:
         make_header: called on rank 0 for the header of the run as it is now.
-        take_over: called with the journal's entries, and the first of them whose coefficients can be compared with
-            those to come. It pushes their updates, which each unit applies as far as it misses them.
+        take_over: called with the journal's entries, and the first step whose coefficients are of the same estimator
+            and noise as those to come. It pushes their updates, which each unit applies as far as it misses them.
         kept: the weight file that this rank's weights came from, and which is the run's from here on.
 
     Returns:

@@ -10,12 +10,14 @@ import torch
 from transformers import TextStreamer
 
 from distzo2.checkpoint.pretrained import from_pretrained
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, blaming
 from distzo2.run.options import EvalOptions, GenerateOptions
-from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size
+from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size, reading_of
 from distzo2.streaming.offload import runtime_of, usable_device
+from distzo2.tasks.examples import load_examples, tokenize_for
+from distzo2.tasks.kinds import model_kind
 from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolve_objective
-from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
+from distzo2.tasks.tokenize import load_tokenizer
 
 
 @contextmanager
@@ -44,12 +46,12 @@ def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Mo
 
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     """Loss and accuracy on a JSONL file, and the objective's name."""
-    tokenizer = load_tokenizer(options.model)
-    limit = sequence_limit(options.model, options.max_length)
-    examples = load_examples(options.eval, tokenizer, limit=limit, truncate=options.truncate)
+    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    examples = load_examples(options.eval, tokenizer, **reading_of(options, kind))
     name = resolve_objective(options.objective, examples, options.eval)
-    with loaded(options) as (model, device):
-        objective = Objective(model, name, pad_id=tokenizer.pad_token_id or 0, device=device)
+    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
+        objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
+        objective.check_causal(examples[0], kind)
         return evaluate_examples(objective, examples, batch_size=options.batch_size), name
 
 
@@ -58,17 +60,22 @@ def generate_text(options: GenerateOptions) -> None:
     """Continues a prompt, and prints the continuation word by word.
 
     Raises:
-        DistZO2Error: the prompt has no tokens, or more than the model has positions.
+        DistZO2Error: the model generates no text, or the prompt has no tokens or more than the model has positions.
     """
-    tokenizer = load_tokenizer(options.model)
-    limit = sequence_limit(options.model)
-    inputs = tokenizer(options.prompt, return_tensors="pt")["input_ids"].long()
+    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    if kind.name not in ("causal", "encoder-decoder"):
+        raise DistZO2Error(f"{options.model}: {kind.model} generates no text")
+    with blaming(f"{options.model}: the tokenizer fails"):
+        inputs = torch.tensor([tokenize_for(tokenizer, kind).prompt(options.prompt)])
     if not inputs.numel():
         raise DistZO2Error("the prompt has no tokens")
-    if limit is not None and inputs.shape[1] + options.max_new_tokens > limit:
+    longest = inputs.shape[1] + options.max_new_tokens
+    if kind.name == "encoder-decoder":  # what it adds, it adds after a start of its own
+        longest = max(inputs.shape[1], options.max_new_tokens + 1)
+    if kind.positions is not None and longest > kind.positions:
         sizes = f"a prompt of {inputs.shape[1]} tokens and {options.max_new_tokens} new ones"
-        raise DistZO2Error(f"{sizes}: the model has {limit} positions")
-    with loaded(options) as (model, device):
+        raise DistZO2Error(f"{sizes}: the model has {kind.positions} positions")
+    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
         sampling = {"do_sample": False}
         if options.temperature > 0:
             torch.manual_seed(options.seed)
@@ -78,7 +85,7 @@ def generate_text(options: GenerateOptions) -> None:
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=options.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=kind.padding(tokenizer),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,
         )

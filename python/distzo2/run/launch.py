@@ -27,8 +27,8 @@ REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed
 
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
-    """The options of a run: defaults, below them the run's own where it is resumed or branched, then the file's, then
-    the command line's. On many ranks they are rank 0's.
+    """The options of a run. The command line wins over the file, the file over the run that is resumed or branched, and
+    that over the defaults. On many ranks they are rank 0's.
 
     Args:
         given: checked values from the command line.

@@ -15,7 +15,7 @@ import torch
 from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
-from distzo2.errors import DistZO2Error, UsageError
+from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
@@ -75,14 +75,14 @@ class TrainLoop:
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
-        self.score_name = options.score or ("accuracy" if train[0].options else "loss")
+        self.score_name = options.score or ("accuracy" if train[0].chooses else "loss")
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
 
-    def start(self, settings: dict[str, Any]) -> None:
-        """Opens journal and metrics; a resumed run takes over the steps that it has made."""
+    def start(self, settings: dict[str, Any], data_hash: str) -> None:
+        """Opens journal and metrics; a resumed run takes over the steps that it has made. `data_hash` is of the examples."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
@@ -92,12 +92,15 @@ class TrainLoop:
             resume=o.resume,
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             fsync_every=o.fsync_every,
+            data_hash=data_hash,
         )
+        self.objective.rule = "mean" if optimizer.settings.older_rules else "sum"
         self._first_step = optimizer.step_count  # of this process
         if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")
         if not o.resume and not o.no_check:
-            optimizer.check(self.objective.closure(self._batches(0)[0]))
+            with blaming(f"{o.model}: the model fails on the first batch"):
+                optimizer.check(self.objective.closure(self._batches(0)[0]))
         data = hashlib.sha256(Path(o.eval).read_bytes()).hexdigest()[:16] if o.eval else None
         self.metrics = Metrics(self.run.metrics if self.leads else None, data, self.log)
         if self.leads and (o.resume or self.branches):

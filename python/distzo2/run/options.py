@@ -24,7 +24,8 @@ from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode")
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode",
+         "split_special_tokens")  # fmt: skip
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -140,6 +141,10 @@ class DataReading:
         "its beginning or its end (of a line with choices: of its prompt)",
     )
     max_length: Count | None = option(None, "longest sequence (default: the model's)")
+    skip_bad_lines: CountOrZero = option(0, "go on after at most N bad lines of a file, and report how many", "N")
+    split_special_tokens: Switch = option(
+        False, "read special tokens that the data spell, such as </s>, as text and not as these tokens"
+    )
 
 
 # ---- finetune ----------------------------------------------------------------------------------------------------
@@ -222,7 +227,9 @@ class FinetuneOptions(DataReading, Placement):
         10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
-    no_check: Switch = option(False, "skip the check that two equal forward passes agree to the bit")
+    no_check: Switch = option(
+        False, "skip the checks that two equal forward passes agree to the bit, and that no token sees later ones"
+    )
     max_skipped: Count = option(5, "stop after N steps in a row whose loss is not finite; such steps are not applied")
     max_lanes: Count | None = option(
         None, "evaluations (perturbation x micro-batch) in a pass over the weights; fewer save memory (default: all)"
@@ -466,12 +473,13 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> 
         UsageError: one changed that the run's data or noise depend on.
     """
     for name in FIXED:
-        if before.get(name) != after.get(name):
+        was = before.get(name, getattr(FinetuneOptions, name))
+        if was != after.get(name):
             flag = "--" + name.replace("_", "-")
-            change = f"{flag} was {before.get(name)!r} and is {after.get(name)!r}"
+            change = f"{flag} was {was!r} and is {after.get(name)!r}"
             raise UsageError(f"{where}: {change}: start a new run for that")
     return [
         f"{name.replace('_', '-')} {before.get(name)} -> {value}"
         for name, value in after.items()
-        if name not in PLACES and before.get(name) != value
+        if name not in PLACES and before.get(name, getattr(FinetuneOptions, name, None)) != value
     ]

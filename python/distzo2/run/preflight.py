@@ -6,11 +6,14 @@ import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.run.options import DataReading
+from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
 from distzo2.weights.residency import available_memory, free_disk_bytes
 
@@ -36,6 +39,17 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
         entries = list(files.entries)
     sizes = [e.numel * (dtype if dtype and e.dtype.is_floating_point else e.dtype).itemsize for e in entries]
     return ModelSize(sum(sizes), max(sizes, default=0))
+
+
+def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
+    """How `load_examples` is to read the data of a command, for a kind of model."""
+    return {
+        "kind": kind,
+        "limit": kind.limit(options.max_length),
+        "truncate": options.truncate,
+        "split_special_tokens": options.split_special_tokens,
+        "skip_bad_lines": options.skip_bad_lines,
+    }
 
 
 def check_output(**paths: str | None) -> None:

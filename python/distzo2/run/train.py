@@ -13,7 +13,9 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +30,13 @@ from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
 from distzo2.run.metrics import peak_bytes
 from distzo2.run.options import FinetuneOptions, changed
-from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size
+from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size, reading_of
 from distzo2.streaming.offload import runtime_of, usable_device
+from distzo2.tasks.examples import examples_digest, load_examples
+from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
-from distzo2.tasks.tokenize import load_examples, load_tokenizer, sequence_limit
-from distzo2.text import gib
+from distzo2.tasks.tokenize import load_tokenizer
+from distzo2.text import MAX_BRIEF, gib
 
 _PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
 
@@ -47,8 +51,9 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
     mesh, run = current(), RunDirectory(options.out)
     leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
     log = log if leads else (lambda line: None)
-    resume = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
-    options = replace(options, resume=resume, parallel=options.parallel if mesh is None else str(mesh.shape))
+    terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
+    parallel = options.parallel if mesh is None else str(mesh.shape)
+    options = replace(options, resume=terms.pop("resume"), parallel=parallel)
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
@@ -57,18 +62,23 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             torch.set_num_threads(options.threads)
         check_output(trace=options.trace)
         size = model_size(options.model, DTYPES.get(options.dtype))
-        tokenizer = load_tokenizer(options.model)
-        limit = sequence_limit(options.model, options.max_length)
-        reading = {"limit": limit, "truncate": options.truncate}
+        kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+        clock = datetime.fromisoformat(terms["clock"])
+        reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
         train = load_examples(options.train, tokenizer, **reading)
         objective_name = resolve_objective(options.objective, train, options.train)
         held_out = load_examples(options.eval, tokenizer, **reading) if options.eval else []
         if held_out:
             resolve_objective(objective_name, held_out, options.eval)
         check_memory(size, device, options.weights, _ranks_here(), _copies_here(options.weights))
-        train_sha256 = hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
+        made_of = {
+            "train_sha256": hashlib.sha256(Path(options.train).read_bytes()).hexdigest(),
+            "examples_sha256": examples_digest(train),
+            "config": forward_config(options.model),
+        }
     if mesh is not None:
-        mesh.exchange.agree("the data", {"the training file": train_sha256, "the bytes of the model": size.total})
+        named = zip(("the training file", "the tokens of its lines", "config.json"), made_of.values(), strict=True)
+        mesh.exchange.agree("the data", {**dict(named), "the bytes of the model": size.total})
     settings = asdict(options)
     settings |= {name: str(Path(settings[name]).absolute()) for name in _PATHS if settings[name]}
     loop = None
@@ -77,12 +87,12 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             if leads:
                 run.claim()
                 if options.resume:
-                    _take_over(options, log, run, settings, train_sha256)
+                    _take_over(options, log, run, settings, made_of)
                 if run.resumes:
                     run.remove_leftovers()  # they take the room that this run's will
                 _check_room(options, size, run)
                 if not options.resume:  # if this process is killed before the journal is there, --resume begins again
-                    run.update(options=settings, train_sha256=train_sha256, status="starting", launch=launch_id())
+                    run.update(options=settings, **made_of, **terms, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
             model = from_pretrained(
                 options.model,
@@ -95,11 +105,13 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 train=options.train_mode,
             )
         with closing(runtime_of(model)):
-            objective = Objective(model, objective_name, pad_id=tokenizer.pad_token_id or 0, device=device)
+            objective = Objective(model, objective_name, pad_id=kind.padding(tokenizer), device=device)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
-                    loop.start(settings)
+                    if not options.resume and not options.no_check:
+                        objective.check_causal(train[0], kind)
+                    loop.start(settings, made_of["examples_sha256"])
                 loop.run_to_end()
         memory = f"peak memory {gib(peak_bytes())}, weights {gib(size.total)}"
         log(f"{loop.optimizer.step_count} steps in {run.path}; {memory}")
@@ -114,13 +126,16 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         run.release()
 
 
-def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> bool:
-    """Whether the run continues what is in --out: as asked, or because torchrun restarted these ranks."""
+def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
+    """Whether the run continues what is in --out ("resume"), as asked or because torchrun restarted these ranks; the
+    time that its chat template sees ("clock"); and whether it began before examples had a hash ("legacy")."""
     restarted = restarts() > 0 and run.is_of_launch(launch_id())
     continues = run.check(options.resume or restarted)
     if continues and restarted:
         log(f"restart {restarts()}: continuing the run in {options.out}")
-    return continues
+    before = run.record if continues else {}
+    legacy = before.get("legacy", continues and "examples_sha256" not in before)
+    return {"resume": continues, "clock": before.get("clock") or datetime.now().isoformat(), "legacy": legacy}
 
 
 def _ranks_here() -> int:
@@ -135,13 +150,12 @@ def _copies_here(weights: str) -> int:
 
 
 def _take_over(
-    options: FinetuneOptions, log: Callable[[str], None], run: RunDirectory, settings: dict, train_sha256: str
+    options: FinetuneOptions, log: Callable[[str], None], run: RunDirectory, settings: dict, made_of: dict
 ) -> None:
     """Checks what must hold before an earlier process's run continues."""
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
-    if run.record.get("train_sha256") != train_sha256:
-        raise UsageError(f"{run.path}: the training file is not the one that the run began with: {settings['train']}")
+    _compare(run, made_of, settings["train"])
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)
@@ -153,6 +167,23 @@ def _take_over(
         run.check_checkpoint()
     if (run.path / "snapshots").exists():
         log(f"{run.path / 'snapshots'}: snapshots of an earlier version are not read, and may be removed")
+
+
+def _compare(run: RunDirectory, made_of: dict[str, Any], train: str) -> None:
+    """Raises UsageError unless a step that is repeated would learn the same. What an earlier version did not record is
+    not compared; what is read of the training file decides, not its bytes, once that is recorded."""
+    before = run.record
+    differs = {key for key, value in made_of.items() if before.get(key) not in (None, value)}
+    if "examples_sha256" in differs or ("examples_sha256" not in before and "train_sha256" in differs):
+        what = f"the training file is not the one that the run began with: {train}"
+        if "train_sha256" not in differs:
+            what = f"{train} becomes other tokens than when the run began: the tokenizer or its chat template changed"
+        raise UsageError(f"{run.path}: {what}")
+    if "config" in differs:
+        was, now = before["config"], made_of["config"]
+        key = next(key for key in {**was, **now} if was.get(key) != now.get(key))
+        change = " and is ".join(fields.get(key, "absent")[:MAX_BRIEF] for fields in (was, now))
+        raise UsageError(f"{run.path}: config.json of the model: {key} was {change}: start a new run for that")
 
 
 def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> WeightFile | None:

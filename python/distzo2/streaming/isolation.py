@@ -110,7 +110,7 @@ class LaneAttributes:
             entry[3] = module.__dict__.get(name, _MISSING)
             _place(module, name, own)
 
-    leave = swap_in  # after the pass: what lanes set stays, as their plain loop leaves it
+    leave = swap_in  # after the pass, lane by lane: the model has what a plain loop would have left
 
 
 def _place(module: nn.Module, name: str, value: Any) -> None:

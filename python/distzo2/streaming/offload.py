@@ -330,8 +330,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                 runtime.weights.flush()
             for unit in runtime.units:
                 with access.reading(unit) as views:
-                    for param in unit.params:
-                        parameters.show(param, views[param.name].clone())
+                    parameters.show(unit.params, [views[param.name].clone() for param in unit.params])
             with runtime.editing():
                 model._distzo2_state.guard(False)
                 yield model
@@ -360,8 +359,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if not restructured:
             model._distzo2_state.guard(True)
-            for param in runtime.params:
-                parameters.hide(param)
+            parameters.hide(runtime.params)
 
 
 def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:

@@ -151,7 +151,8 @@ class Parameters:
         self._placeholders: dict[int, torch.Tensor] = {}
         self._classes = {p.index: nn.Parameter if p.tensor.is_meta else type(p.tensor) for p in params}
         self._presence = presence
-        self._seen: dict[int, tuple[int, int | None]] = {}  # shown parameter -> its version counter, its checksum
+        self._versions: dict[int, int] = {}  # of the parameters that are shown, torch's counters of writes
+        self._sums: dict[int, int] = {}  # and checksums of some
         fills: dict[torch.dtype, torch.Tensor] = {}
         for p in params:
             if p.dtype not in fills:
@@ -170,27 +171,33 @@ class Parameters:
         param.tensor.requires_grad_(False)
         param.tensor.grad = None
         param.tensor._distzo2 = (param, self._presence)
-        self.hide(param)
+        self.hide([param])
 
-    def show(self, param: ParamInfo, weights: torch.Tensor, *, summed: bool = False) -> None:
-        """Points a parameter at `weights`. With `summed`, `hide` finds every change of them, and not only those that
+    def show(self, params: Sequence[ParamInfo], weights: Iterable[torch.Tensor], *, summed: bool = False) -> None:
+        """Points parameters at `weights`. With `summed`, `hide` finds every change of them, and not only those that
         torch counts."""
-        tensor = param.tensor
-        tensor.__class__ = self._classes[param.index]
-        if tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
-            tensor.requires_grad_(False)
-        tensor.data = weights
-        self._seen[param.index] = tensor._version, checksum([weights]) if summed else None
+        for param, value in zip(params, weights, strict=True):
+            tensor = param.tensor
+            tensor.__class__ = self._classes[param.index]
+            if tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
+                tensor.requires_grad_(False)
+            tensor.data = value
+            self._versions[param.index] = tensor._version
+            if summed:
+                self._sums[param.index] = checksum([value])
 
-    def hide(self, param: ParamInfo) -> bool:
-        """Puts the placeholder back; returns whether the weights were written while they were shown."""
-        tensor = param.tensor
-        written = False
-        if (seen := self._seen.pop(param.index, None)) is not None:
-            written = tensor._version != seen[0] or (seen[1] is not None and checksum([tensor.detach()]) != seen[1])
-        tensor.__class__ = self._classes[param.index]
-        tensor.data = self._placeholders[param.index]
-        tensor.__class__ = AbsentParameter
+    def hide(self, params: Sequence[ParamInfo]) -> list[ParamInfo]:
+        """Puts placeholders back; returns the parameters whose weights were written while they were shown."""
+        written = []
+        for param in params:
+            tensor, version = param.tensor, self._versions.pop(param.index, None)
+            if version is not None and (tensor._version != version or param.index in self._sums):
+                total = self._sums.pop(param.index, None)
+                if tensor._version != version or checksum([tensor.detach()]) != total:
+                    written.append(param)
+            tensor.__class__ = self._classes[param.index]
+            tensor.data = self._placeholders[param.index]
+            tensor.__class__ = AbsentParameter
         return written
 
 

@@ -1,5 +1,10 @@
 """One pass over the weights: units are made present in turn, and every lane runs on each as it passes.
 
+The life of a lane: `run` starts its closure in a thread. Where the forward comes to a unit, a hook calls `enter`,
+which parks the lane. When all lanes are parked at that unit, `_visit_units` brings it; for each lane in turn `_advance`
+points the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at
+its end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
+
 Outside a pass the model is just a model: a forward streams one lane, with clean weights, in the caller's thread.
 Parameters whose window is not open are placeholders.
 """
@@ -12,7 +17,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -20,9 +25,9 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
-from distzo2.streaming.company import LANE_ALONE, check_alike, code_of
 from distzo2.streaming.hooks import Windows
 from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream
+from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
 from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
@@ -31,6 +36,14 @@ from distzo2.weights.units import ParamInfo, Unit
 from distzo2.weights.updates import CLEAN, Emission
 
 MAX_WATCHED = 256  # closures' code that is remembered
+
+
+class _Pointed(NamedTuple):
+    """What an open unit's parameters show."""
+
+    emission: Emission
+    address: int  # of the scratch buffer; 0: none
+    copied: bool  # the forward cannot reach what is stored
 
 
 class StreamingRuntime:
@@ -61,7 +74,7 @@ class StreamingRuntime:
         # Parameters of the root itself may be used in any of its methods, so each lane has them open throughout.
         self._root_units = [u for u in self.units if u.resident and any(window is model for window in u.windows)]
         self._unit_of = {p.index: u for u in self.units for p in u.params}
-        self._pointed: dict[int, tuple[Emission, int, bool]] = {}  # open unit -> what it shows, scratch address, a copy
+        self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
@@ -333,30 +346,29 @@ class StreamingRuntime:
         """Shows a unit's weights as `emission` has them. With `summed`, clean ones are shown as copies, so that a
         forward that writes them, which `_hide` then finds, does not reach what is stored."""
         pointed = self._pointed.get(unit.index)
-        if pointed is not None and pointed[0] == emission:
+        if pointed is not None and pointed.emission == emission:
             return
         if pointed is not None:
             self._hide(unit)
-        pinned = {self._pointed[u.index][1] for u in open_units if u is not unit and u.index in self._pointed}
+        pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
         copied = summed and emission.clean
-        for param, view in zip(unit.params, views, strict=True):
-            self.parameters.show(param, view.clone() if copied else view, summed=summed)
-        self._pointed[unit.index] = emission, address, copied
+        self.parameters.show(unit.params, [view.clone() for view in views] if copied else views, summed=summed)
+        self._pointed[unit.index] = _Pointed(emission, address, copied)
 
     def _hide(self, unit: Unit) -> None:
         """
         Raises:
             DistZO2Error: the forward wrote weights.
         """
-        emission, _, copied = self._pointed.pop(unit.index)
-        written = [param for param in unit.params if self.parameters.hide(param)]
+        pointed = self._pointed.pop(unit.index)
+        written = self.parameters.hide(unit.params)
         if not written:
             return
         self.weights.forget_derived()  # perturbed copies that were written
         names = ", ".join(param.name for param in written[:3])
         owner = type(written[0].owners[0]).__name__
-        lost = emission.clean and not copied
+        lost = pointed.emission.clean and not pointed.copied
         raise DistZO2Error(
             f"a forward wrote {names} ({owner}) in place; weights may change by the optimizer's steps and inside "
             "distzo2.edit(model) only" + ("; the stored weights are damaged: load them again" if lost else "")

@@ -37,10 +37,11 @@ class Batch:
 
     A score is the log-likelihood of one token at one position; scores belong to spans (a choice, or a completion), and
     spans to examples. Choices of one token share the row of their prompt, and a row that begins another is left out, so
-    there may be fewer rows than choices. This holds for causal models, whose logits depend on the past only.
+    there may be fewer rows than choices. This holds for causal models and decoders, whose logits depend on the past
+    only. Words in the place of a mask token share its row too. For a classifier nothing is scored but whole rows.
     """
 
-    input_ids: torch.Tensor  # int64 [rows, positions]
+    input_ids: torch.Tensor  # int64 [rows, positions]; of an encoder-decoder model what its decoder reads
     attention_mask: torch.Tensor  # int64 [rows, positions]; 1 on tokens
     keep: torch.Tensor | None  # int64 [kept], ascending: the positions whose logits are read; None: all of them
     rows: torch.Tensor  # int64 [scored]: distinct (row, kept position) pairs
@@ -50,7 +51,9 @@ class Batch:
     spans: torch.Tensor  # int64 [spans, longest]: scores of a span in order; `num_scores` where it is shorter
     span_lengths: torch.Tensor  # int64 [spans]
     choices: torch.Tensor | None  # int64 [examples, most choices]: spans of an example; `num_spans` where it has fewer
-    labels: torch.Tensor | None  # int64 [examples]: the right choice
+    labels: torch.Tensor | None  # int64 [examples]: the right choice or class
+    source_ids: torch.Tensor | None  # int64 [rows, positions of the encoder]
+    source_mask: torch.Tensor | None
     num_tokens: int  # that the model reads, padding left out
     num_examples: int
 
@@ -59,35 +62,38 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
     """Makes the tensors of a micro-batch, padded on the right.
 
     Args:
-        examples: all with choices, or all without.
+        examples: of one kind of model; all with choices, or all without.
         pad_id: token that fills rows up; any, since no scored position sees it.
         device: where the tensors go.
     """
     sequences: list[np.ndarray] = []
+    sources: list[np.ndarray] = []  # of each sequence, where there is an encoder
     scores: list[tuple[int, int, int]] = []  # (row, position whose logits are read, token)
     spans: list[list[int]] = []
     choices: list[list[int]] = []
     for example in examples:
-        if not example.options:
+        if example.targets is not None:
             (places,) = np.nonzero(example.targets)
             spans.append(list(range(len(scores), len(scores) + len(places))))
             scores += [(len(sequences), int(p) - 1, int(example.tokens[p])) for p in places]
+            # A decoder is given no more than what it needs, as transformers makes it from labels.
+            sequences.append(example.tokens if example.source is None else example.tokens[:-1])
+        elif not example.options:
             sequences.append(example.tokens)
-            continue
-        rows = _option_rows(example, sequences)
-        choices.append([])
-        for option, row in zip(example.options, rows, strict=True):
-            choices[-1].append(len(spans))
-            spans.append(list(range(len(scores), len(scores) + len(option))))
-            scores += [(row, len(example.tokens) - 1 + i, int(token)) for i, token in enumerate(option)]
+        else:
+            rows, first = _option_rows(example, sequences), len(spans)
+            asked = len(example.tokens) - 1 if example.place is None else example.place
+            for option, row in zip(example.options, rows, strict=True):
+                spans.append(list(range(len(scores), len(scores) + len(option))))
+                scores += [(row, asked + i, int(token)) for i, token in enumerate(option)]
+            if example.chooses:
+                choices.append(list(range(first, len(spans))))
+        if example.source is not None:
+            sources += [example.source] * (len(sequences) - len(sources))
 
-    width = max(len(s) for s in sequences)
-    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
-    mask = np.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-
+    input_ids, mask = _rows(sequences, pad_id)
+    source_ids, source_mask = _rows(sources, pad_id) if sources else (None, None)
+    width = input_ids.shape[1]
     pairs = [(row, position) for row, position, _ in scores]
     distinct = sorted(set(pairs))
     index = {pair: i for i, pair in enumerate(distinct)}
@@ -108,10 +114,22 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         spans=tensor(_padded(spans, len(scores))),
         span_lengths=tensor([len(span) for span in spans]),
         choices=tensor(_padded(choices, len(spans))) if choices else None,
-        labels=tensor([e.label for e in examples]) if choices else None,
-        num_tokens=int(mask.sum()),
+        labels=tensor([e.label for e in examples]) if examples[0].chooses else None,
+        source_ids=None if source_ids is None else tensor(source_ids),
+        source_mask=None if source_mask is None else tensor(source_mask),
+        num_tokens=int(mask.sum()) + (0 if source_mask is None else int(source_mask.sum())),
         num_examples=len(examples),
     )
+
+
+def _rows(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [sequences, longest]: tokens padded on the right, and 1 on tokens."""
+    input_ids = np.full((len(sequences), max(len(s) for s in sequences)), pad_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return input_ids, mask
 
 
 def _option_rows(example: Example, sequences: list[np.ndarray]) -> list[int]:

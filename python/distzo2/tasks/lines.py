@@ -4,13 +4,15 @@ A line is one of
     {"prompt": str, "completion": str}             learn the completion
     {"prompt": str, "choices": [str], "label": i}  learn which of the choices follows the prompt
     {"messages": [{"role": str, "content": str}]}  learn every turn of the assistant
-    {"text": str}                                  learn the whole text
+    {"text": str}                                  learn the whole text; a classifier learns its "label", a number
 Other keys are ignored. A file holds either lines with choices or lines without.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import from_json
 
 from distzo2.errors import DataError
-from distzo2.text import first_reason
+from distzo2.text import brief, first_reason
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -44,7 +46,7 @@ class _ChoicesLine(_Strict):
         if len(set(self.choices)) <= last:
             raise ValueError("two choices are the same")
         if not 0 <= self.label <= last:
-            raise ValueError(f"label {self.label} is out of range: there are {last + 1} choices (0 to {last})")
+            raise ValueError(f"label {brief(self.label)} is out of range: there are {last + 1} choices (0 to {last})")
         return self
 
 
@@ -79,25 +81,53 @@ class Line:
     where: str  # "file:line"
 
 
-def read_lines(path: str | os.PathLike) -> list[Line]:
-    """Reads and checks a JSONL file. Blank lines are skipped.
+class BadLines:
+    """Skips a file's bad lines as far as they are allowed, and counts them."""
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed, self.count, self.first = allowed, 0, ""  # `first`: what was wrong with the first of them
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """Suppresses the DataError of one line, unless it is one too many."""
+        try:
+            yield
+        except DataError as error:
+            self.count += 1
+            self.first = self.first or str(error)
+            if self.count > self.allowed:
+                before = f" (and {self.allowed} bad lines before it were skipped)" if self.allowed else ""
+                raise DataError(f"{error}{before}") from error
+
+
+def read_lines(path: str | os.PathLike, bad: BadLines | None = None) -> list[Line]:
+    """Reads and checks a JSONL file. Blank lines are skipped, and bad ones as far as `bad` allows.
 
     Raises:
         DataError: the file cannot be read, holds no example, or a line is malformed (file, line number, reason).
     """
-    path = os.fspath(path)
+    path, bad = os.fspath(path), bad or BadLines()
     try:
         raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    contents = enumerate(raw.splitlines(), start=1)
-    lines = [read_line(content, f"{path}:{number}") for number, content in contents if content.strip()]
+    first, _, rest = raw.lstrip().partition(b"\n")
+    opens = first.rstrip()[-1:] in b"[{" or (first.rstrip()[-1:] in b",:" and rest.lstrip()[:1] != b"{")
+    if first[:1] == b"[" or (first[:1] == b"{" and opens):
+        what = "an array" if first[:1] == b"[" else "an object of several lines"
+        raise DataError(f"{path}: JSONL was expected, an object on each line; the file begins with {what}")
+    lines: list[Line] = []
+    for number, content in enumerate(raw.splitlines(), start=1):
+        if content.strip():
+            with bad.skipped():
+                line = read_line(content, f"{path}:{number}")
+                kind = lines[0].kind if lines else line.kind
+                if (line.kind == "choices") != (kind == "choices"):
+                    begins = f"a file that begins with a {kind!r} line"
+                    raise DataError(f"{line.where}: a {line.kind!r} line in {begins}")
+                lines.append(line)
     if not lines:
         raise DataError(f"{path}: holds no examples")
-    first = lines[0]
-    for line in lines:
-        if (line.kind == "choices") != (first.kind == "choices"):
-            raise DataError(f"{line.where}: a {line.kind!r} line in a file that begins with a {first.kind!r} line")
     return lines
 
 

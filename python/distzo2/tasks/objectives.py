@@ -1,7 +1,8 @@
 """Objectives: what a step minimizes, and what evaluation reports. All of it is computed in float32 from the logits.
 
 lm         mean cross-entropy of the tokens that are learned (a completion, the assistant's turns, a text)
-choices    cross-entropy over the choices, a choice's score being the mean log-likelihood of its tokens
+choices    cross-entropy over the choices, a choice's score being the mean log-likelihood of its tokens; or over the
+           classes of a classifier
 error      1 - accuracy: of the choices, or of the tokens that are learned. No gradient exists, none is needed
 """
 
@@ -10,19 +11,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from distzo2.errors import UsageError
+from distzo2.errors import DistZO2Error, UsageError
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import deal_evenly
 from distzo2.streaming.offload import evaluate
 from distzo2.tasks.batches import Batch, collate
+from distzo2.tasks.kinds import ModelKind
 from distzo2.tasks.tokenize import Example
+
+_CHECKED_TOKENS = 64  # of a line, by which a model's causality is checked
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ def resolve_objective(name: str | None, examples: Sequence[Example], source: str
     Raises:
         UsageError: the data is not of the kind that the objective needs.
     """
-    has_choices = bool(examples[0].options)
+    first = examples[0]
     if name is None:
-        return "choices" if has_choices else "lm"
-    if name == "choices" and not has_choices:
+        return "choices" if first.chooses else "lm"
+    if name == "choices" and not first.chooses:
         raise UsageError(f"{source}: objective 'choices' needs lines with 'choices' and 'label'")
+    if name == "lm" and first.chooses and not first.options:
+        raise UsageError(f"{source}: objective 'lm' needs tokens to learn, and a classifier learns classes")
     return name
 
 
@@ -53,15 +59,35 @@ def right_choice(example: Example) -> Example:
     """An example with choices as a sequence whose right choice is learned, as `lm` reads it; others as they are."""
     if not example.options:
         return example
-    tokens = np.concatenate([example.tokens, example.options[example.label]])
-    return Example(tokens, np.arange(len(tokens)) >= len(example.tokens))
+    right = example.options[example.label]
+    if example.place is not None:
+        return replace(example, options=(right,), label=0)
+    tokens = np.concatenate([example.tokens, right])
+    return Example(tokens, np.arange(len(tokens)) >= len(example.tokens), source=example.source)
 
 
 class Objective:
     """Makes closures of micro-batches, for `ZOSGD.step` and for evaluation."""
 
-    def __init__(self, model: nn.Module, name: str, *, pad_id: int, device: torch.device | str = "cpu") -> None:
-        self.model, self.name, self._pad_id, self._device = model, name, pad_id, device
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        *,
+        pad_id: int,
+        device: torch.device | str = "cpu",
+        rule: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        """
+        Args:
+            model: that reads the batches.
+            name: "lm", "choices" or "error".
+            pad_id: token that fills rows up.
+            device: where batches go.
+            rule: "mean": closures return the mean loss of their micro-batch. "sum": the sum of its losses and their
+                number, for a mean over all of the step.
+        """
+        self.model, self.name, self._pad_id, self._device, self.rule = model, name, pad_id, device, rule
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def batch(self, examples: Sequence[Example]) -> Batch:
@@ -69,8 +95,13 @@ class Objective:
         examples = [right_choice(e) for e in examples] if self.name == "lm" else examples
         return collate(examples, pad_id=self._pad_id, device=self._device)
 
-    def closure(self, batch: Batch) -> Callable[[], torch.Tensor]:
-        """A closure that returns the micro-batch's loss, float32 scalar."""
+    def closure(self, batch: Batch) -> Callable[[], Any]:
+        """A closure for a step.
+
+        Returns:
+            The micro-batch's loss, float32 scalar; under the rule "sum" (sum of losses, float64 scalar; number of
+            them), a loss being a token's or, with choices or classes, an example's.
+        """
 
         def loss() -> torch.Tensor:
             logits, likelihoods = self._token_scores(batch)
@@ -79,7 +110,14 @@ class Objective:
                 return 1.0 - hits / count
             return _losses(batch, likelihoods).mean()
 
-        return loss
+        def summed() -> tuple[torch.Tensor, int]:
+            logits, likelihoods = self._token_scores(batch)
+            count = (batch.tokens if batch.labels is None else batch.labels).numel()
+            if self.name == "error":
+                return count - _hits(batch, logits, likelihoods)[0], count
+            return _losses(batch, likelihoods).double().sum(), count
+
+        return loss if self.rule == "mean" else summed
 
     def evaluation(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """A closure that returns float64 [4]: sum of losses, number of them, right answers, number of them."""
@@ -94,9 +132,45 @@ class Objective:
 
         return figures
 
+    def check_causal(self, example: Example, kind: ModelKind) -> None:
+        """Runs the model on the beginning of a line, twice, the second time with another token at its end.
+
+        Raises:
+            DistZO2Error: logits before the last token changed by a bit (in float32, and with experts, whose matrix
+                products a token changes in size: by more than rounding). A model that sees the token that it is asked
+                for cannot be trained as a causal one. No-op for models that answer at a mask or for a whole text.
+        """
+        if kind.name not in ("causal", "encoder-decoder"):
+            return
+        start = right_choice(example).tokens[:_CHECKED_TOKENS]
+        other = start.copy()
+        other[-1] = start[-1] - 1 if start[-1] else 1
+        batches = [
+            collate([replace(example, tokens=t, targets=None, options=())], pad_id=self._pad_id, device=self._device)
+            for t in (start, other)
+        ]
+        training = self.model.training
+        self.model.eval()  # dropout would differ
+        try:
+            runs = evaluate(self.model, [lambda b=b: self.model(**_inputs(b)).logits[0, :-1].float() for b in batches])
+        finally:
+            self.model.train(training)
+        change = (runs[0] - runs[1]).abs().max()
+        dtype = next(self.model.parameters()).dtype
+        rounds = kind.has_experts or dtype == torch.float32  # rounding there is far less than what a token does
+        if change > (8 * torch.finfo(dtype).eps * runs[0].abs().max() if rounds else 0):
+            raise DistZO2Error(
+                f"{kind.model} sees the tokens that it is asked to predict (another last token changes the logits "
+                "before it): it cannot learn as a causal language model"
+            )
+
     def _token_scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits, float32 [scored, vocabulary], and log-likelihoods, float32 [scores]."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        """Logits, float32 [scored, vocabulary], and log-likelihoods, float32 [scores]; of a classifier its logits,
+        float32 [examples, classes], twice."""
+        inputs = _inputs(batch)
+        if batch.choices is None and batch.labels is not None:
+            logits = self.model(**inputs).logits.float()
+            return logits, logits
         columns = batch.columns
         if batch.keep is not None:
             if self._takes_keep:
@@ -107,8 +181,19 @@ class Objective:
         return logits, logits[batch.scored, batch.tokens] - logits.logsumexp(-1)[batch.scored]
 
 
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """What the model is called with."""
+    if batch.source_ids is None:
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    source = {"input_ids": batch.source_ids, "attention_mask": batch.source_mask}
+    return source | {"decoder_input_ids": batch.input_ids}
+
+
 def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
-    """float32 [examples, most choices]: mean log-likelihood of each choice's tokens; -inf where there is no choice."""
+    """float32 [examples, most choices]: mean log-likelihood of each choice's tokens, -inf where there is no choice; or
+    [examples, classes]: a classifier's logits."""
+    if batch.choices is None:
+        return likelihoods  # of classes
     padded = torch.cat([likelihoods, likelihoods.new_zeros(1)])
     means = padded[batch.spans].sum(-1) / batch.span_lengths
     return torch.cat([means, means.new_full((1,), -torch.inf)])[batch.choices]
@@ -116,7 +201,7 @@ def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
 
 def _losses(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
     """float32: of each token, or with choices of each example."""
-    if batch.choices is None:
+    if batch.labels is None:
         return -likelihoods
     scores = choice_scores(batch, likelihoods)
     return scores.logsumexp(-1) - scores.gather(-1, batch.labels[:, None])[:, 0]
@@ -124,7 +209,7 @@ def _losses(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
 
 def _hits(batch: Batch, logits: torch.Tensor, likelihoods: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 scalars: right answers, and answers."""
-    if batch.choices is None:
+    if batch.labels is None:
         right = logits.argmax(-1)[batch.scored] == batch.tokens
     else:
         right = choice_scores(batch, likelihoods).argmax(-1) == batch.labels

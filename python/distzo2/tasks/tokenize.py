@@ -1,10 +1,13 @@
-"""Lines become examples: text is tokenized, and it is marked which tokens are learned."""
+"""Text becomes tokens: with the special tokens that the tokenizer puts around it, and cut to the model's limit."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,15 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from distzo2.checkpoint.pretrained import load_config
-from distzo2.checkpoint.tensor_files import one_line
-from distzo2.errors import DataError, DistZO2Error
-from distzo2.tasks.lines import Line, read_lines
+from distzo2.errors import DataError, DistZO2Error, one_line
+from distzo2.tasks.chat import Chat
+from distzo2.tasks.kinds import CAUSAL, ModelKind
+from distzo2.tasks.lines import BadLines, Line
 
 _TOKENIZER_FILES = "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.json vocab.txt tekken.json"
 _TOKENIZE_LINES = 1024  # lines handed to the tokenizer at a time
+
+logger = logging.getLogger("distzo2")
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,21 @@ class Example:
     the prompt, `options` are the tokens of each choice, and `label` is the right one.
     """
 
-    tokens: np.ndarray  # int32 [num_tokens]
+    tokens: np.ndarray  # int32 [num_tokens]; of an encoder-decoder model what the decoder reads
     targets: np.ndarray | None  # bool [num_tokens]; the first token is never a target
-    options: tuple[np.ndarray, ...] = ()  # int32 [num_tokens of the choice] each
-    label: int = 0
+    options: tuple[np.ndarray, ...] = ()  # int32 [num_tokens of the choice] each; one alone is the word to learn
+    label: int = 0  # or the class
+    source: np.ndarray | None = None  # int32: what the encoder reads
+    place: int | None = None  # of the mask token, where each option is a word in its place
+
+    @property
+    def chooses(self) -> bool:
+        """Whether one of several answers is right: of the choices, or of a classifier's classes."""
+        return self.targets is None and len(self.options) != 1
 
     @property
     def num_tokens(self) -> int:
-        """Length of the longest sequence that the model sees for this example."""
+        """Length of the longest sequence that a causal model sees for this example."""
         return len(self.tokens) + max((len(o) for o in self.options), default=0)
 
 
@@ -50,170 +63,153 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     if not any(os.path.isfile(os.path.join(directory, name)) for name in _TOKENIZER_FILES.split()):
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES.split()[:4])}, ...)")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the many tokenizer classes raise on damaged files
         raise DistZO2Error(f"{directory}: the tokenizer cannot be loaded: {one_line(error)}") from error
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):  # merges that are left out by chance: no two readings would be the same
+        model.dropout = None
+    return tokenizer
 
 
-def max_positions(config: Any) -> int | None:
-    """How many positions a model of this config has, or None where it has no limit."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    values = (
-        getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    )
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
+def special_counts(tokenizer: Any, encode: Callable[..., Any], legacy: bool = False) -> tuple[int, int]:
+    """How many special tokens a tokenizer puts before a text and after it.
 
-
-def sequence_limit(directory: str | os.PathLike, max_length: int | None = None) -> int | None:
-    """The longest sequence for a checkpoint's model: its positions, or `max_length` where that is less.
-
-    Raises:
-        DistZO2Error: the checkpoint's configuration cannot be read.
+    Args:
+        tokenizer: whose own tokens are the texts that are tried: the first that it does not drop tells.
+        encode: `tokenizer`, or it for another kind of text.
+        legacy: try the letter "a" alone, as earlier versions did.
     """
-    positions = max_positions(load_config(Path(directory)))
-    return min((n for n in (positions, max_length) if n is not None), default=None)
+    texts = ["a"] if legacy else [*tokenizer.get_added_vocab(), *tokenizer.get_vocab()]
+    for text in texts:
+        special = encode([text], return_special_tokens_mask=True, verbose=False)["special_tokens_mask"][0]
+        if 0 in special:
+            return special.index(0), special[::-1].index(0)
+    return 0, len(special)
 
 
-class Tokenize:
-    """Turns checked lines into examples, with one tokenizer and one limit of positions."""
+class Tokenize(ABC):
+    """Turns checked lines into examples for one kind of model (:mod:`distzo2.tasks.examples`)."""
 
-    def __init__(self, tokenizer: Any, *, limit: int | None, truncate: str = "error") -> None:
+    kinds: tuple[str, ...]  # of lines
+    wants = "lines of another kind"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        limit: int | None = None,
+        truncate: str = "error",
+        kind: ModelKind = CAUSAL,
+        split_special_tokens: bool = False,
+        clock: datetime | None = None,
+        legacy: bool = False,
+    ) -> None:
         """
         Args:
             tokenizer: as `load_tokenizer` returns it.
             limit: how many tokens a sequence may have; None: any number.
             truncate: what to do with a longer one: "error", "left" (drop its beginning, except the special tokens at
                 the start) or "right" (drop its end; of a line with choices, the end of the prompt).
+            kind: of the model.
+            split_special_tokens: whether special tokens that the data spell are text.
+            clock: the time that chat templates see; None: now.
+            legacy: whether to tokenize as versions did that kept no hash of the examples.
         """
-        self._tokenizer, self._limit, self._truncate = tokenizer, limit, truncate
-        self._eos = tokenizer.eos_token_id
-        probe = tokenizer("a")["input_ids"]
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._num_head = 0  # special tokens that the tokenizer puts before a text
-        while self._num_head + len(bare) < len(probe) and probe[self._num_head : self._num_head + len(bare)] != bare:
-            self._num_head += 1
-        self._num_tail = max(0, len(probe) - self._num_head - len(bare))  # and after it: taken off again
-        self._templated = bool(getattr(tokenizer, "chat_template", None))
+        self.tokenizer, self.kind, self.limit, self.truncate = tokenizer, kind, limit, truncate
+        self.splits, self.legacy = split_special_tokens, legacy
+        self.num_head, self.num_tail = special_counts(tokenizer, tokenizer, legacy)
+        self.chat = Chat(tokenizer, clock=clock, sanitized=split_special_tokens)
 
-    def __call__(self, lines: Sequence[Line]) -> list[Example]:
-        """One example for each line.
+    def __call__(self, lines: Sequence[Line], bad: BadLines | None = None) -> list[Example]:
+        """One example for each line, but for those that `bad` allows to skip.
 
         Raises:
-            DataError: a sequence is too long, or nothing of it is left to learn (file, line number, reason).
+            DataError: the model learns nothing from such a line, it is too long, a token is not of the model's
+                vocabulary, or nothing is left to learn (file, line number, reason).
         """
-        examples = []
+        examples, bad = [], bad or BadLines()
         for first in range(0, len(lines), _TOKENIZE_LINES):
-            group = lines[first : first + _TOKENIZE_LINES]
-            texts = [self._texts(line) for line in group]
-            encoded = iter(self._encode([text for some in texts for text in some]))
-            for line, some in zip(group, texts, strict=True):
-                ids = [next(encoded) for _ in some]
-                example = self._choices(line, ids) if line.kind == "choices" else self._sequence(line, some, ids)
-                examples.append(example)
+            group: list[tuple[Line, list[Any]]] = []
+            for line in lines[first : first + _TOKENIZE_LINES]:
+                with bad.skipped():
+                    if line.kind not in self.kinds:
+                        raise DataError(
+                            f"{line.where}: {self.kind.model} needs {self.wants}, this is a {line.kind!r} line"
+                        )
+                    group.append((line, self.texts(line)))
+            encoded = self.encode([texts for _, texts in group])
+            for (line, _), ids in zip(group, encoded, strict=True):
+                with bad.skipped():
+                    example = self.example(line, ids)
+                    self._check(line, example)
+                    examples.append(example)
         return examples
 
-    # ---- text -------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def texts(self, line: Line) -> list[Any]:
+        """What is tokenized for a line."""
 
-    def _texts(self, line: Line) -> list[str]:
-        """What is tokenized for a line: growing beginnings of its text, or the prompt and it with each choice."""
-        record = line.record
-        if line.kind == "choices":
-            return [record["prompt"], *(record["prompt"] + choice for choice in record["choices"])]
-        if line.kind == "completion":
-            return [record["prompt"], record["prompt"] + record["completion"]]
-        if line.kind == "text":
-            return ["", record["text"]]
-        return self._turns(line)
+    @abstractmethod
+    def example(self, line: Line, ids: list[list[int]]) -> Example:
+        """The example of a line, from the tokens of its texts."""
 
-    def _turns(self, line: Line) -> list[str]:
-        """For each turn of the assistant: the text up to it and the text with it."""
-        messages = line.record["messages"]
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"]]
-        if not self._templated:
-            texts, so_far = [], ""
-            for i, message in enumerate(messages[: turns[-1] + 1]):
-                head = f"{message['role'].capitalize()}:"
-                if i in turns:
-                    texts += [so_far + head, f"{so_far}{head} {message['content']}"]
-                so_far += f"{head} {message['content']}\n"
-            return texts
-        try:
-            write = partial(self._tokenizer.apply_chat_template, tokenize=False)
-            pairs = [
-                (write(messages[:i], add_generation_prompt=True) if i else "", write(messages[: i + 1])) for i in turns
-            ]
-        except Exception as error:  # jinja's errors, raised by the template for roles it does not take
-            raise DataError(f"{line.where}: the chat template refuses these messages: {one_line(error)}") from error
-        # Some templates rewrite earlier turns once later ones follow: then only the last turn is learned.
-        whole = pairs[-1][1]
-        kept = [pair for pair in pairs[:-1] if whole.startswith(pair[1]) and pair[1].startswith(pair[0])]
-        return [text for pair in [*kept, pairs[-1]] for text in pair]
+    def encode(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """The tokens of each text of each line, with the special tokens around it."""
+        return regrouped(self.ids([text for some in texts for text in some]), texts)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
-        result = []
-        for ids in encoded:
-            ids = ids[: len(ids) - self._num_tail] if self._num_tail else ids
-            # A chat template writes the token at the start itself.
-            if self._templated and self._num_head and ids[self._num_head : 2 * self._num_head] == ids[: self._num_head]:
-                ids = ids[self._num_head :]
-            result.append(ids)
-        return result
+    def ids(self, texts: list[str], as_target: bool = False) -> list[list[int]]:
+        """The tokens of each text, with the special tokens around it."""
+        if not texts:
+            return []
+        encode = partial(self.tokenizer, text_target=texts) if as_target else partial(self.tokenizer, texts)
+        split = {"split_special_tokens": True} if self.splits else {}
+        return encode(add_special_tokens=True, verbose=False, **split)["input_ids"]
 
-    # ---- examples -----------------------------------------------------------------------------------------------
+    def without_tail(self, ids: list[int]) -> list[int]:
+        """Without the special tokens after a text."""
+        return ids[: len(ids) - self.num_tail] if self.num_tail else ids
 
-    def _sequence(self, line: Line, texts: list[str], ids: list[list[int]]) -> Example:
-        """`ids` are pairs (up to, with) of growing beginnings; the last is the whole sequence."""
-        tokens = list(ids[-1])
-        targets = np.zeros(len(tokens), dtype=bool)
-        for before, after in zip(ids[::2], ids[1::2], strict=True):
-            targets[_common_prefix(before, tokens) : _common_prefix(after, tokens)] = True
-        ends_itself = line.kind == "messages" and self._templated
-        if self._eos is not None and not ends_itself and (not tokens or tokens[-1] != self._eos):
-            tokens.append(self._eos)
-            targets = np.append(targets, True)
-        kept = self._fitting(line, len(tokens))
-        tokens, targets = np.asarray(tokens, dtype=np.int32)[kept], targets[kept]
-        targets[:1] = False  # nothing comes before the first that could predict it
-        if not targets.any():
-            raise DataError(f"{line.where}: no token is left to learn")
-        return Example(tokens, targets)
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of a text that a model is to continue; of an encoder-decoder model, what its encoder reads."""
+        (ids,) = self.ids([text])
+        return ids if self.kind.name == "encoder-decoder" else self.without_tail(ids)
 
-    def _choices(self, line: Line, ids: list[list[int]]) -> Example:
-        prompt, wholes = ids[0], ids[1:]
-        # A tokenizer may merge across the border: options begin where the first of them leaves the prompt.
-        border = min(_common_prefix(prompt, whole) for whole in wholes)
-        options = [np.asarray(whole[border:], dtype=np.int32) for whole in wholes]
-        prompt = np.asarray(prompt[:border], dtype=np.int32)
-        if not len(prompt):
-            raise DataError(f"{line.where}: the prompt has no tokens, so nothing predicts the first token of a choice")
-        for i, option in enumerate(options):
-            if not len(option):
-                raise DataError(f"{line.where}: choice {i} has no tokens")
-        longest = max(len(o) for o in options)
-        kept = self._fitting(line, len(prompt), longest)
-        if len(kept) < len(prompt) and len(kept) <= self._num_head:
-            raise DataError(f"{line.where}: a choice of {longest} tokens leaves no room for the prompt")
-        return Example(prompt[kept], None, tuple(options), line.record["label"])
-
-    def _fitting(self, line: Line, num_tokens: int, num_behind: int = 0) -> np.ndarray:
+    def fitting(self, line: Line, num_tokens: int, num_behind: int = 0) -> np.ndarray:
         """int64: places of the tokens that fit the limit, with `num_behind` more behind them."""
         total = num_tokens + num_behind
-        excess = 0 if self._limit is None else max(0, total - self._limit)
-        if excess and self._truncate == "error":
+        excess = 0 if self.limit is None else max(0, total - self.limit)
+        if excess and self.truncate == "error":
             advice = "--truncate left or right shortens it"
-            raise DataError(f"{line.where}: {total} tokens, the limit is {self._limit} ({advice})")
-        first = max(0, num_tokens - excess) if self._truncate == "right" else min(self._num_head, num_tokens)
+            raise DataError(f"{line.where}: {total} tokens, the limit is {self.limit} ({advice})")
+        first = max(0, num_tokens - excess) if self.truncate == "right" else min(self.num_head, num_tokens)
         return np.r_[:first, first + excess : num_tokens]
 
+    def fitted(self, line: Line, ids: list[int]) -> np.ndarray:
+        """int32: a text's tokens, cut to the limit between the special tokens around them."""
+        if not ids:
+            raise DataError(f"{line.where}: the text has no tokens")
+        kept = self.fitting(line, len(ids) - self.num_tail, self.num_tail)
+        return np.asarray(ids, dtype=np.int32)[np.r_[kept, len(ids) - self.num_tail : len(ids)]]
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    def _check(self, line: Line, example: Example) -> None:
+        size, options = self.kind.vocab_size, [option.tolist() for option in example.options]
+        if not self.legacy and (same := next((o for o in options if options.count(o) > 1), None)):
+            first, second, *_ = (i for i, option in enumerate(options) if option == same)
+            raise DataError(f"{line.where}: choices {first} and {second} are the same tokens to the model")
+        for ids in (example.tokens, *example.options, *([] if example.source is None else [example.source])):
+            if size is not None and len(ids) and (highest := int(ids.max())) >= size:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                raise DataError(f"{line.where}: token {highest} ({token!r}): {self.kind.model} knows {size} tokens")
+
+
+def regrouped(flat: Sequence[Any], like: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The items of `flat` in lists as long as those of `like`."""
+    items = iter(flat)
+    return [[next(items) for _ in some] for some in like]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of what both begin with."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def load_examples(
-    path: str | os.PathLike, tokenizer: Any, *, limit: int | None = None, truncate: str = "error"
-) -> list[Example]:
-    """Reads, checks and tokenizes a JSONL file; see `read_lines` and `Tokenize`."""
-    return Tokenize(tokenizer, limit=limit, truncate=truncate)(read_lines(path))

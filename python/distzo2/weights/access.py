@@ -77,7 +77,7 @@ class WeightAccess:
         Yields:
             A function to be called with the name and the tensors of what is written; they are compared.
         """
-        if error is None and source is None:  # a `source` fills what was handed over empty
+        if error is None and source is None:  # a `source` fills weights that were handed over on meta
             self.before_replacing()
         if self._together is None:
             if error is not None:

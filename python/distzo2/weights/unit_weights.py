@@ -17,7 +17,7 @@ import torch
 from distzo2.errors import DistZO2Error
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import Store, StoredCopy
-from distzo2.weights.trace import Trace
+from distzo2.weights.timeline import Timeline
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
 from distzo2_core import Update, materialize
@@ -63,7 +63,7 @@ class UnitWeights:
         # Called with each unit that is released, its clean bytes and their version; they must not be changed or kept.
         self.tap: Callable[[Unit, torch.Tensor, int], None] | None = None
         self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
-        self.trace = Trace()
+        self.trace = Timeline()
         self.updates = Updates()
         self._unused: tuple[Sequence[Sequence[int]], frozenset[int]] = (), frozenset()  # of the last push: its units
         self.memory, self.ring, self._write_every = memory, ring, write_every
@@ -242,7 +242,7 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present[unit.index]
-        if (emission.clean and not self._elides(present.copy)) or self.updates.table(present.copy) is None:
+        if (emission.clean and not self._leaves_behind(present.copy)) or self.updates.table(present.copy) is None:
             return self.up_to_date(unit), 0
         buffer = self._scratch.find(unit, self._key(emission))
         if buffer is None:
@@ -263,7 +263,7 @@ class UnitWeights:
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self.updates.perturb_scales
 
-    def _elides(self, copy: StoredCopy) -> bool:
+    def _leaves_behind(self, copy: StoredCopy) -> bool:
         """Whether a stored copy stays behind at this visit, since its turn to be written has not come. Perturbed
         copies, and the clean one, are then made of it and the updates that it has missed."""
         return copy.block >= 0 and copy.version < self.version and (self.version + copy.block) % self._write_every != 0
@@ -293,7 +293,7 @@ class UnitWeights:
         table = self.updates.table(copy) if misses or emissions else None
         if table is None:
             return False
-        write_back = misses and not (emissions and self._elides(copy))
+        write_back = misses and not (emissions and self._leaves_behind(copy))
         program = self.updates.program(copy, tuple(emissions))
         start = time.perf_counter_ns()
         outs = [out[: copy.num_bytes] for out in outs]

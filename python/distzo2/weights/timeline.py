@@ -11,7 +11,7 @@ _KINDS = ("step", "compute", "materialize", "wait", "stall", "update", "gather")
 _TRANSFERS = {"upload": 16, "download": 32}
 
 
-class Trace:
+class Timeline:
     """Intervals of the orchestrator, on the clock of `time.perf_counter_ns` (the engine's steady clock)."""
 
     def __init__(self) -> None:
