@@ -82,7 +82,8 @@ class TrainLoop:
         self._tracing = False
 
     def start(self, settings: dict[str, Any], data_hash: str) -> None:
-        """Opens journal and metrics; a resumed run takes over the steps that it has made. `data_hash` is of the examples."""
+        """Opens journal and metrics; a resumed run takes over the steps that it has made. `data_hash` is that of
+        the examples."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
