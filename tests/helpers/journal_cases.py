@@ -43,7 +43,9 @@ def step_entries(draw: st.DrawFn) -> StepEntry:
     )
     losses = draw(st.lists(st.lists(st.floats(), max_size=3), max_size=3))
     counts = [[draw(st.floats(0, 1e300)) for _ in row] for row in losses] if draw(st.booleans()) else None
-    if counts is not None and (not all(any(row) for row in counts) or all(n == 1 for row in counts for n in row)):
+    if counts and all(row == counts[0] for row in counts):
+        counts = counts[:1]
+    if not counts or not all(any(row) for row in counts) or all(n == 1 for row in counts for n in row):
         counts = None  # a line cannot hold it
     ends = sorted(draw(st.sets(st.integers(0, 99), max_size=6)))
     return StepEntry(

@@ -185,13 +185,34 @@ def test_an_estimator_gets_what_gives_the_right_mean() -> None:
             assert given[key].tolist() == row or returns is counted
 
 
+def test_sums_are_added_in_ascending_order_in_float64() -> None:
+    given: dict[Any, np.ndarray] = {}
+
+    class Noting(SPSA):
+        def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
+            given.update(losses)
+            return super().coefficients(losses, num_probes, eps)
+
+    model, opt = stepping(Blocks(), eps=EPS, estimator=Noting())
+    sums, counts = [0.1, 1e16, -1e16, 0.7], [0.5, 2.0, 0.25, 3.0]
+
+    def closure(m: int) -> Callable[[], Any]:
+        return lambda: (token_losses(model, 0, 1)[0] * 0 + sums[m], counts[m])
+
+    opt.step([closure(m) for m in range(4)])
+    expected = (((0.1 + 1e16) - 1e16) + 0.7) / 5.75
+    assert expected != (0.7 - 1e16 + 1e16 + 0.1) / 5.75
+    assert {key: value.tolist() for key, value in given.items()} == {(0, +1): [expected], (0, -1): [expected]}
+    assert opt.last.counts == [counts] * 2
+
+
 def test_a_sum_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
     model, opt = stepping(Blocks(), journal=tmp_path / "journal.jsonl")
     opt.step([lambda: (token_losses(model, 0, 5).sum() * math.inf, 5), lambda: counted(token_losses(model, 5, 21))])
     assert opt.last.skipped == "non-finite loss"
     opt.close()
     (entry,) = read_journal(tmp_path / "journal.jsonl").entries
-    assert entry.skipped == "non-finite loss" and entry.counts == [[5.0, 16.0]] * 2
+    assert entry.skipped == "non-finite loss" and entry.counts == [[5.0, 16.0]]
 
 
 def test_the_journal_holds_means_and_counts(tmp_path: Path) -> None:
@@ -205,7 +226,7 @@ def test_the_journal_holds_means_and_counts(tmp_path: Path) -> None:
     assert contents.header["loss"] == "sum/count" and contents.header["compute_dtype"] == "float32"
     entry = contents.entries[2]
     assert entry.losses == record.losses
-    assert entry.counts == record.counts == [[5.0, 1.0, 8.0, 7.0]] * 2
+    assert entry.counts * 2 == record.counts == [[5.0, 1.0, 8.0, 7.0]] * 2
     assert entry.mean_loss == pytest.approx(record.loss, rel=1e-14)
 
 
@@ -250,3 +271,23 @@ def test_a_run_under_the_mean_of_means_goes_on_under_it(how: str, tmp_path: Path
         assert has_older_rules(contents.header) and len(contents.entries) == 2
         found.append(opt.last.loss)
     assert found[0] == pytest.approx(found[1], rel=1e-14)
+
+
+def test_counts_that_differ_between_evaluations_are_all_kept(tmp_path: Path) -> None:
+    """As of a closure that counts what the perturbed model says."""
+    path, calls = tmp_path / "journal.jsonl", []
+    model, opt = stepping(Blocks(), journal=path, max_lanes=1)
+
+    def closure() -> tuple[torch.Tensor, int]:
+        calls.append(0)
+        return token_losses(model, 0, 21).sum(), len(calls)
+
+    opt.step(closure)
+    (first,), (second,) = opt.last.counts
+    assert second == first + 1
+    assert opt.last.loss == pytest.approx(
+        (first * opt.last.losses[0][0] + second * opt.last.losses[1][0]) / (first + second)
+    )
+    opt.close()
+    (entry,) = read_journal(path).entries
+    assert entry.counts == opt.last.counts and entry.mean_loss == pytest.approx(opt.last.loss, rel=1e-14)

@@ -34,7 +34,7 @@ def test_micro_batches_do_not_change_the_loss(files: SimpleNamespace, options: l
         assert losses == pytest.approx(whole, rel=1e-5)
     for parts in (1, 2, 4):
         for entry, line in zip(entries_of(f"out{parts}"), read_metrics(f"out{parts}/metrics.jsonl"), strict=True):
-            assert all(len(row) == parts and row == entry.counts[0] for row in entry.counts)
+            assert [len(row) for row in entry.counts] == [parts]
             assert sum(entry.counts[0]) == sum(entries_of("out1")[entry.step].counts[0])
             assert line["loss"] == pytest.approx(entry.mean_loss, rel=1e-14)
     # Means of means are other losses.
@@ -47,7 +47,7 @@ def test_examples_with_choices_count_one_each(files: SimpleNamespace) -> None:
         train = write_jsonl(Path(f"{name}.jsonl"), lines)
         data = [f"--train={train}", f"--objective={name}", "--micro-batches=2", "--eps=1e-1", f"--out={name}"]
         assert finetune(files, *data) == 0
-    assert [entry.counts for entry in entries_of("choices")] == [[[2.0, 2.0]] * 2] * 4
+    assert [entry.counts for entry in entries_of("choices")] == [[[2.0, 2.0]]] * 4
     entries = entries_of("error")
     assert all(0 <= loss <= 1 for entry in entries for row in entry.losses for loss in row)
     assert any(len(set(row)) > 1 for entry in entries for row in entry.counts)

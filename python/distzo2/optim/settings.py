@@ -85,8 +85,8 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
 
 @dataclass
 class StepRecord:
-    """What a step did. `losses` is [evaluations][micro-batches], in the order of `evaluations`; `counts` and `unused`
-    are those of a `StepEntry`."""
+    """What a step did. `losses` is [evaluations][micro-batches], in the order of `evaluations`, and so is `counts`: how
+    many losses each is the mean of (None: 1). `unused` is that of a `StepEntry`."""
 
     step: int
     loss: float

@@ -301,7 +301,8 @@ class ZOSGD(torch.optim.Optimizer):
                     extra = {"clipped": True} if record.clipped else {}
                     update = self._update(record, scalars)
                     losses, times = (s.eps, record.losses, record.skipped), (tokens, record.seconds)
-                    self.journal.append(StepEntry(step, update, *losses, *times, extra, record.counts, record.unused))
+                    rows = record.counts and (record.counts[:1] if (counts == counts[0]).all() else record.counts)
+                    self.journal.append(StepEntry(step, update, *losses, *times, extra, rows, record.unused))
 
             self._ranks.decide(record, decide, self.journal)
             record.seconds = record.seconds or time.perf_counter() - start

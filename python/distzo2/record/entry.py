@@ -43,8 +43,8 @@ class StepEntry:
         tokens: tokens that went through the forwards of the step.
         seconds: wall time of the step.
         extra: other JSON values, with finite numbers.
-        counts: over how many tokens or examples each loss is the mean; None where all are 1. A loss whose count is 0 is
-            a sum.
+        counts: over how many tokens or examples each loss is the mean: for each micro-batch where all evaluations have
+            the same, else for each evaluation and micro-batch; None where all are 1. A loss whose count is 0 is a sum.
         unused: ascending ranges [first, last] of parameters, by their indices in the index table, whose units no lane
             entered: the update leaves them as they are.
     """
@@ -65,6 +65,7 @@ class StepEntry:
         """Mean of the losses, weighted by their counts; NaN if there is none."""
         losses = [loss for row in self.losses for loss in row]
         counts = [1.0] * len(losses) if self.counts is None else [n for row in self.counts for n in row]
+        counts *= len(losses) // max(len(counts), 1)
         total = sum(loss * (n or 1.0) for loss, n in zip(losses, counts, strict=True))
         return total / sum(counts) if losses else math.nan
 
@@ -166,8 +167,11 @@ def _check_entry(entry: StepEntry) -> None:
 
 
 def _check_counts(counts: list[list[float]], losses: list[list[float]]) -> None:
-    if [len(row) for row in counts] != [len(row) for row in losses]:
+    each = counts * len(losses) if len(counts) == 1 else counts
+    if [len(row) for row in each] != [len(row) for row in losses]:
         raise JournalError("counts and losses must be of the same lengths")
+    if len(counts) > 1 and all(row == counts[0] for row in counts):
+        raise JournalError("counts are the same for all evaluations, and must be given once")
     if not all(math.isfinite(n) and n >= 0 for row in counts for n in row):
         raise JournalError("counts must be finite and at least 0")
     if not all(any(row) for row in counts):
