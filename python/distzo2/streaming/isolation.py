@@ -139,7 +139,7 @@ def _watch_modules() -> None:
 
 
 def _notice(module: nn.Module, name: str, value: Any) -> None:
-    if module.__dict__.get("_distzo2_streams"):
+    if module.__dict__.get("_distzo2_streams") is not None:
         refuse_new_weights(module, name, value)
     attributes = getattr(_of_thread, "attributes", None)
     if attributes is not None and not (name in module._buffers or name in module._modules):
@@ -149,21 +149,20 @@ def _notice(module: nn.Module, name: str, value: Any) -> None:
 def refuse_new_weights(module: nn.Module, name: str, value: Any) -> None:
     """
     Raises:
-        UsageError: setting `name` to `value` would add, replace or remove weights of a model that was handed over.
+        UsageError: setting `name` to `value` would add or replace weights of a model that was handed over.
     """
-    old = module._parameters.get(name)
-    old = module._modules.get(name) if old is None else old
-    if old is not value and (_has_weights(old) or _has_weights(value)):
+    if isinstance(value, nn.Module):
+        brought = value.parameters()
+    elif isinstance(value, nn.Parameter):
+        brought = iter((value,))
+    else:
+        return
+    runtime = module.__dict__["_distzo2_streams"]
+    if any(getattr(p, "_distzo2", (None, None))[1] is not runtime for p in brought):
         raise UsageError(
             f"{type(module).__name__}.{name}: parameters of a model that was handed over cannot be added, replaced or "
-            "resized, since they stream as they were cut. Do it before offload() or from_pretrained()."
+            "resized, since they stream as they were cut. Do it before offload(), or inside `with distzo2.edit(model):`"
         )
-
-
-def _has_weights(value: Any) -> bool:
-    if isinstance(value, nn.Module):
-        return any(True for _ in value.parameters())
-    return isinstance(value, nn.Parameter)
 
 
 class BufferGuard:

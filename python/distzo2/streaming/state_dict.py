@@ -39,7 +39,7 @@ class StateHooks:
         """Refuses, or lets happen, what would move, copy or restructure a part of the model."""
         for module in self._runtime.model.modules():
             refusing = {
-                "_distzo2_streams": True,
+                "_distzo2_streams": self._runtime,
                 "_apply": functools.partial(_apply_nothing, module),
                 "__reduce_ex__": _refuse_copy,
                 "__deepcopy__": _refuse_copy,
