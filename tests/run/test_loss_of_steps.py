@@ -80,4 +80,4 @@ def test_a_run_under_the_mean_of_means_continues_under_it(files: SimpleNamespace
         plus, minus = (np.float64(row[0] + row[1]) / 2 for row in entry.losses)
         assert entry.counts is None
         assert [term.c for term in entry.update.terms] == [float(np.float32((plus - minus) / (2 * entry.eps)))]
-        assert all(np.float32(loss) == loss for row in entry.losses for loss in row)  # a float32 mean each
+        assert all(float(np.float32(loss)) == loss for row in entry.losses for loss in row)  # a float32 mean each
