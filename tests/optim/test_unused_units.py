@@ -291,3 +291,32 @@ def test_without_a_journal_they_keep_their_bits_too() -> None:
 )
 def test_ranges(indices: list[int], ranges: list[list[int]]) -> None:
     assert ranges_of(indices) == ranges
+
+
+@pytest.mark.parametrize("weights", ["host", "disk"])
+def test_the_vision_tower_of_a_model_that_reads_text_keeps_its_bits(
+    weights: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=16, **sizes)
+    text = LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    torch.manual_seed(4)
+    model = LlavaForConditionalGeneration(config).eval()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sees = [name for name in before if "vision_tower" in name or "multi_modal_projector" in name]
+    distzo2.offload(model, weights=weights, directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=LR, journal=tmp_path / "journal.jsonl")
+    for _ in range(3):
+        opt.step(lambda: model(input_ids=IDS % 60, labels=IDS % 60).loss)
+    opt.close()
+    (told,) = [r.getMessage() for r in caplog.records if "used none of" in r.getMessage()]
+    assert f"none of the {len(sees)} parameters of " in told and len(sees) > 30
+    names = list(before)
+    for entry in read_journal(tmp_path / "journal.jsonl").entries:
+        assert [names[i] for first, last in entry.unused for i in range(first, last + 1)] == sees
+    state = model.state_dict()
+    for name, value in before.items():
+        assert same_bits(state[name], value) == (name in sees), name
