@@ -7,6 +7,7 @@ not; a lane that reads it has another result in company than alone.
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -108,14 +109,23 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
             yield from _changing(f"the global {variable!r}", function.__globals__.get(variable))
 
 
+class _Objects(list):
+    """Objects, equal to the same ones. They are kept, since another could take the place of one that is gone."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, list) and len(self) == len(other) and all(map(operator.is_, self, other))
+
+    __hash__ = None
+
+
 def _changing(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.Tensor):
-        yield name, (id(value), value._version)
+        yield name, (_Objects([value]), value._version)
     elif isinstance(value, Mapping):
-        yield name, [(key, id(item)) for key, item in value.items()]
+        yield name, _Objects([*value.keys(), *value.values()])
     elif isinstance(value, (list, set)) or type(value).__name__ == "deque":
-        yield name, [id(item) for item in value]
+        yield name, _Objects(value)
     elif isinstance(value, (int, float)):
         yield name, value
     elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
-        yield name, [(key, id(item)) for key, item in vars(value).items()]
+        yield name, _Objects(vars(value).values())
