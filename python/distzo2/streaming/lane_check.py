@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,11 +109,15 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
             yield from _changing(f"the global {variable!r}", function.__globals__.get(variable))
 
 
-class _Objects(list):
+class _Objects:
     """Objects, equal to the same ones. They are kept, since another could take the place of one that is gone."""
 
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self.objects = list(objects)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, list) and len(self) == len(other) and all(map(operator.is_, self, other))
+        mine, theirs = self.objects, getattr(other, "objects", ())
+        return len(mine) == len(theirs) and all(map(operator.is_, mine, theirs))
 
     __hash__ = None
 
