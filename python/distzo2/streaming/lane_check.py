@@ -85,7 +85,7 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
     """What Python code may keep between calls, by name, with something that changes with it."""
     functions: dict[str, Any] = {"the closure": closure}
     for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in _OF_MODULES}
+        own = {k: v for k, v in vars(module).items() if k not in _OF_MODULES and not k.startswith("_distzo2")}
         for key, value in own.items():
             yield from _changing(f"{name or 'model'}.{key}", value)
         functions[f"the forward of {name or 'the model'}"] = type(module).forward
