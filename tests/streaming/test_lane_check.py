@@ -284,4 +284,4 @@ def test_the_comparison_is_made_once(tmp_path):
 
     for _ in range(3):
         opt.step(closure)
-    assert len(calls) == 3 * 2 + 1
+    assert len(calls) == 3 * 2 + 2

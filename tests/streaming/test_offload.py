@@ -168,6 +168,7 @@ RESTRUCTURE = {
     "a parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(40, 8))),
     "a bias": lambda model: model.head.register_parameter("bias", nn.Parameter(torch.zeros(32))),
     "an adapter": lambda model: model.add_module("adapter", nn.Linear(8, 8)),
+    "a tie": lambda model: setattr(model.head, "weight", model.embedding.weight),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,14 +76,14 @@ _of_thread = threading.local()  # `attributes`: those of the lane that runs in t
 
 
 class LaneAttributes:
-    """The attributes of modules that a lane has set: swapped in while it runs, and the model's own in between.
+    """The attributes and hooks of modules that a lane has set: swapped in while it runs, and the model's own in between.
 
-    A lane finds what the model had before the pass, or what it set itself. What it sets is noticed by
-    `nn.Module.__setattr__`, so lanes that set nothing cost nothing.
+    A lane finds what the model had before the pass, or what it set itself. What it sets is noticed by methods of
+    `nn.Module`, so lanes that set nothing cost nothing.
     """
 
     def __init__(self) -> None:
-        self._set: dict[tuple[int, str], list[Any]] = {}  # module, name, the model's own value, the lane's
+        self._set: dict[tuple[int, str], list[Any]] = {}  # a module's dict, name, the model's own value, the lane's
 
     def record(self) -> None:
         """Records what the current thread sets from now on."""
@@ -94,40 +95,64 @@ class LaneAttributes:
         _of_thread.attributes = None
 
     def note(self, module: nn.Module, name: str) -> None:
-        """An attribute is about to be set or deleted."""
-        key = id(module), name
-        if key not in self._set:
-            own = module.__dict__.get(name, _MISSING)
-            self._set[key] = [module, name, own, own]
+        """An attribute, a buffer or the dict of a module's hooks is about to change."""
+        place = module.__dict__
+        if name in module._buffers:
+            if name not in module._non_persistent_buffers_set:
+                return  # part of the model's state: `BufferGuard` takes it back
+            place = module._buffers
+        self._note(place, name)
+
+    def note_buffer(self, module: nn.Module, name: str) -> None:
+        """A buffer is about to be registered."""
+        if name in module._buffers:
+            self.note(module, name)
+        else:
+            self._note(module._buffers, name)
+
+    def note_hooks(self, module: nn.Module, name: str) -> None:
+        """A hook is about to be added to the dict `name`."""
+        if self._note(module.__dict__, name):
+            module.__dict__[name] = module.__dict__[name].copy()
+
+    def _note(self, place: dict[str, Any], name: str) -> bool:
+        key = id(place), name
+        if key in self._set:
+            return False
+        own = place.get(name, _MISSING)
+        self._set[key] = [place, name, own, own]
+        return True
 
     def swap_in(self) -> None:
-        for module, name, _, value in self._set.values():
-            _place(module, name, value)
+        for place, name, _, value in self._set.values():
+            _put(place, name, value)
 
     def swap_out(self) -> None:
         for entry in self._set.values():
-            module, name, own, _ = entry
-            entry[3] = module.__dict__.get(name, _MISSING)
-            _place(module, name, own)
+            place, name, own, _ = entry
+            entry[3] = place.get(name, _MISSING)
+            _put(place, name, own)
 
     leave = swap_in  # after the pass, lane by lane: the model has what a plain loop would have left
 
 
-def _place(module: nn.Module, name: str, value: Any) -> None:
+def _put(place: dict[str, Any], name: str, value: Any) -> None:
     if value is _MISSING:
-        module.__dict__.pop(name, None)
+        place.pop(name, None)
     else:
-        module.__dict__[name] = value
+        place[name] = value
 
 
 @functools.cache
 def _watch_modules() -> None:
-    """Has every change of a module's attributes noticed, from the first call on."""
+    """Has every change of a module's attributes, buffers and hooks noticed, from the first call on."""
     set_plainly, delete_plainly = nn.Module.__setattr__, nn.Module.__delattr__
+    register_plainly = nn.Module.register_buffer
 
     @functools.wraps(set_plainly)
     def set_noticed(self: nn.Module, name: str, value: Any) -> None:
-        _notice(self, name, value)
+        if "_distzo2_streams" in self.__dict__ or getattr(_of_thread, "attributes", None) is not None:
+            _notice(self, name, value)
         set_plainly(self, name, value)
 
     @functools.wraps(delete_plainly)
@@ -135,14 +160,34 @@ def _watch_modules() -> None:
         _notice(self, name, None)
         delete_plainly(self, name)
 
+    @functools.wraps(register_plainly)
+    def register_noticed(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
+            attributes.note_buffer(self, name)
+        register_plainly(self, name, *args, **kwargs)
+
     nn.Module.__setattr__, nn.Module.__delattr__ = set_noticed, delete_noticed
+    nn.Module.register_buffer = register_noticed
+    for name in ("forward_hook", "forward_pre_hook"):
+        setattr(nn.Module, f"register_{name}", _hooking(getattr(nn.Module, f"register_{name}"), f"_{name}s"))
 
 
+def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
+    @functools.wraps(register)
+    def noticed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
+            attributes.note_hooks(self, hooks)
+        return register(self, *args, **kwargs)
+
+    return noticed
+
+
+@torch.compiler.disable  # traced, it would be compiled anew for each block
 def _notice(module: nn.Module, name: str, value: Any) -> None:
     if module.__dict__.get("_distzo2_streams") is not None:
         refuse_new_weights(module, name, value)
     attributes = getattr(_of_thread, "attributes", None)
-    if attributes is not None and not (name in module._buffers or name in module._modules):
+    if attributes is not None and name not in module._modules:
         attributes.note(module, name)
 
 
@@ -151,18 +196,22 @@ def refuse_new_weights(module: nn.Module, name: str, value: Any) -> None:
     Raises:
         UsageError: setting `name` to `value` would add or replace weights of a model that was handed over.
     """
+    runtime = module.__dict__["_distzo2_streams"]
     if isinstance(value, nn.Module):
-        brought = value.parameters()
+        known = all(_known(p, runtime) for p in value.parameters())
     elif isinstance(value, nn.Parameter):
-        brought = iter((value,))
+        known = _known(value, runtime) and any(module is owner for owner in value._distzo2[0].owners)
     else:
         return
-    runtime = module.__dict__["_distzo2_streams"]
-    if any(getattr(p, "_distzo2", (None, None))[1] is not runtime for p in brought):
+    if not known:
         raise UsageError(
             f"{type(module).__name__}.{name}: parameters of a model that was handed over cannot be added, replaced or "
             "resized, since they stream as they were cut. Do it before offload(), or inside `with distzo2.edit(model):`"
         )
+
+
+def _known(parameter: nn.Parameter, runtime: Any) -> bool:
+    return getattr(parameter, "_distzo2", (None, None))[1] is runtime
 
 
 class BufferGuard:

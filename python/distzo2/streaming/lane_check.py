@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,19 +29,31 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def code_of(closure: Callable[[], Any]) -> Hashable:
-    """What closures that do the same have in common."""
+    """What closures that do the same have in common: their code, and that of the functions that they are given."""
+    given: list[Any] = []
     while isinstance(closure, functools.partial):
+        given += [*closure.args, *closure.keywords.values()]
         closure = closure.func
-    return getattr(closure, "__code__", type(closure))
+    for cell in getattr(closure, "__closure__", None) or ():
+        with suppress(ValueError):  # empty
+            given.append(cell.cell_contents)
+    codes = [code for function in given if (code := getattr(function, "__code__", None)) is not None]
+    return getattr(closure, "__code__", type(closure)), *codes
 
 
 def check_alike(model: nn.Module, lanes: Sequence[Lane], alone: Callable[[int], Any]) -> None:
-    """Runs one of `lanes`, which have run together, once more with `alone(its number)`, and compares the results' bits.
+    """Runs the first and the last of `lanes`, which have run together, once more, each with `alone(its number)`, and
+    compares the results' bits. The first lane reads what others have overwritten, the last what others have cached.
 
     Raises:
         DistZO2Error: they differ, and two runs alone do not.
     """
-    i = next((i for i, lane in enumerate(lanes) if not lane.emission.clean), 0)
+    perturbed = [i for i, lane in enumerate(lanes) if not lane.emission.clean] or range(len(lanes))
+    for i in dict.fromkeys((perturbed[0], perturbed[-1])):
+        _check_lane(model, lanes, alone, i)
+
+
+def _check_lane(model: nn.Module, lanes: Sequence[Lane], alone: Callable[[int], Any], i: int) -> None:
     together, first = _bits(lanes[i].result), alone(i)
     if together == _bits(first):
         return
@@ -49,7 +62,7 @@ def check_alike(model: nn.Module, lanes: Sequence[Lane], alone: Callable[[int], 
         warnings.warn(
             "the forward is not deterministic: the same weights, batch and random stream gave different results, and a "
             "difference of two losses is made of that",
-            stacklevel=5,
+            stacklevel=6,
         )
         return
     changed = [name for name, what in _kept(model, lanes[i].closure) if before.get(name) != what]
@@ -84,7 +97,7 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
     """What Python code may keep between calls, by name, with something that changes with it."""
     functions: dict[str, Any] = {"the closure": closure}
     for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in _OF_MODULES}
+        own = {key: value for key, value in vars(module).items() if key not in _OF_MODULES and not key.startswith("_distzo2")}
         for key, value in own.items():
             yield from _changing(f"{name or 'model'}.{key}", value)
         functions[f"the forward of {name or 'the model'}"] = type(module).forward

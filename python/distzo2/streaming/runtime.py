@@ -211,8 +211,8 @@ class StreamingRuntime:
         for unit in wanted:
             self._point(unit, lane.emission, wanted, self._summed)
         lane.stream.restore()
-        lane.attributes.swap_in()
         self._buffers.swap_in(lane.changed_buffers)
+        lane.attributes.swap_in()  # its own buffers take the place of the model's
         start = time.perf_counter_ns()
         try:
             self._lanes.advance(lane)
@@ -220,8 +220,8 @@ class StreamingRuntime:
             end = time.perf_counter_ns()
             self._compute_ns += end - start
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
-            self._buffers.swap_out(lane.changed_buffers)
             lane.attributes.swap_out()
+            self._buffers.swap_out(lane.changed_buffers)
         lane.stream.capture()
         self.weights.poll()
 
@@ -376,7 +376,7 @@ class StreamingRuntime:
 
     def value_of(self, param: ParamInfo) -> torch.Tensor | None:
         """The up-to-date weights of a parameter of the root module, which its methods may read at any time."""
-        if not any(owner is self.model for owner in param.owners) or self._in_pass or self.weights.closed:
+        if not any(user is self.model for user in param.users) or self._in_pass or self.weights.closed:
             return None
         unit = self._unit_of[param.index]
         present = unit.index in self._pointed
