@@ -123,7 +123,8 @@ class CheckpointWriter:
                     f"checkpoint tensor {entry.name!r} cannot be written: the model's parameters hold {numel} elements "
                     f"of its {entry.numel}"
                 )
-        return [replace(self.map.tensors[number], dtype=dtype) for number, dtype in dtypes.items()]
+        empty = [entry for entry in self.map.tensors if not entry.numel]  # no piece leads to them
+        return [*(replace(self.map.tensors[number], dtype=dtype) for number, dtype in dtypes.items()), *empty]
 
     def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
         """Writes a parameter or buffer of the map's shape and dtype, or its rows from `begin` on; each row once."""

@@ -71,12 +71,52 @@ class CallerState:
             torch.cuda.set_stream(self.stream)
 
 
+_SWITCHES = (  # of the process, which code sets for the time of a `with` block
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+)
+
+
+class LaneSwitches:
+    """Settings of torch for the whole process, such as the attention kernels that may be used, as one lane has them."""
+
+    def __init__(self) -> None:
+        self._own: tuple[Any, ...] | None = None  # None: as the caller has them
+
+    def swap_in(self) -> None:
+        if self._own is not None:
+            set_switches(self._own)
+
+    def swap_out(self, callers: tuple[Any, ...]) -> None:
+        now = switches()
+        self._own = None if now == callers else now
+        if self._own is not None:
+            set_switches(callers)
+
+    leave = swap_in
+
+
+def switches() -> tuple[Any, ...]:
+    return tuple([get() for get, _ in _SWITCHES])
+
+
+def set_switches(values: tuple[Any, ...]) -> None:
+    for (get, set_to), value in zip(_SWITCHES, values, strict=True):
+        if get() != value:
+            set_to(value)
+
+
 _MISSING = object()
 _of_thread = threading.local()  # `attributes`: those of the lane that runs in this thread
 
 
 class LaneAttributes:
-    """The attributes and hooks of modules that a lane has set: swapped in while it runs, and the model's own in between.
+    """The attributes and hooks of modules that a lane has set: swapped in while it runs, the model's own in between.
 
     A lane finds what the model had before the pass, or what it set itself. What it sets is noticed by methods of
     `nn.Module`, so lanes that set nothing cost nothing.
@@ -227,6 +267,7 @@ class BufferGuard:
         self._objects: list[torch.Tensor | None] = []
         self._pristine: list[torch.Tensor | None] = []
         self._versions: list[int] = []
+        self._repeated: set[int] = set()  # slots of tensors that an earlier slot holds as well
         self._training = False
 
     def begin(self) -> None:
@@ -242,6 +283,8 @@ class BufferGuard:
             pristine.append(tensor.detach().clone() if fresh else (None if i is None else self._pristine[i]))
             versions.append(0 if tensor is None else tensor._version)
         self._slots, self._objects, self._pristine, self._versions = slots, objects, pristine, versions
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(objects)))}
+        self._repeated = {i for i, tensor in enumerate(objects) if first[id(tensor)] != i}
 
     def swap_in(self, changed: dict[int, torch.Tensor]) -> None:
         """Gives the lane that is about to run the buffers that it changed before."""
@@ -253,19 +296,20 @@ class BufferGuard:
         for i, (module, name) in enumerate(self._slots):
             now = module._buffers.get(name)
             if now is self._objects[i]:
-                if now is None or not self._differs(i):
+                if now is None or i in self._repeated or not self._differs(i):
                     continue
                 changed[i] = now.detach().clone()
             else:
                 changed[i] = now
                 module._buffers[name] = self._objects[i]
-            self._restore(i)
+            if i not in self._repeated:
+                self._restore(i)
 
     def end(self) -> None:
         """Removes, after the last lane, all that the lanes changed."""
         for i, (module, name) in enumerate(self._slots):
             module._buffers[name] = self._objects[i]
-            if self._objects[i] is not None and self._differs(i):
+            if self._objects[i] is not None and self._differs(i) and i not in self._repeated:
                 self._restore(i)
 
     def _differs(self, i: int) -> bool:

@@ -97,17 +97,27 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
     """What Python code may keep between calls, by name, with something that changes with it."""
     functions: dict[str, Any] = {"the closure": closure}
     for name, module in model.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in _OF_MODULES and not key.startswith("_distzo2")}
+        own = {
+            key: value
+            for key, value in vars(module).items()
+            if key not in _OF_MODULES and not key.startswith("_distzo2")
+        }
         for key, value in own.items():
             yield from _changing(f"{name or 'model'}.{key}", value)
         functions[f"the forward of {name or 'the model'}"] = type(module).forward
         for hooks in _HOOKS:
             for i, hook in enumerate(getattr(module, hooks).values()):
                 functions[f"a hook of {name or 'the model'}" + (f" ({i})" if i else "")] = hook
+    for cls in dict.fromkeys(type(module) for module in model.modules()):
+        for key, value in vars(cls).items():
+            yield from _changing(f"{cls.__name__}.{key}", value)
     for name, function in functions.items():
         while isinstance(function, functools.partial):
             function = function.func
-        function = getattr(function, "__func__", function)
+        owner = getattr(function, "__self__", None if hasattr(function, "__code__") else function)
+        for key, value in getattr(owner, "__dict__", {}).items() if not isinstance(owner, nn.Module) else ():
+            yield from _changing(f"{type(owner).__name__}.{key} of {name}", value)
+        function = getattr(function, "__func__", None) or (function if owner is None else type(function).__call__)
         code = getattr(function, "__code__", None)
         if code is None:
             continue

@@ -7,6 +7,7 @@ names it. Inside its window it has its own class again, so that operations there
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -134,7 +135,8 @@ def _used_outside(param: ParamInfo, presence: Presence) -> DistZO2Error:
         module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
         name = presence.name_of(module) if isinstance(module, nn.Module) else None
         if name is not None and any(inner is owner for inner in module.modules() for owner in param.owners):
-            return DistZO2Error(f'{error}, or hand the model over with units=["{name or "."}"], around the use.')
+            alike = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name, count=1) or "."  # in all blocks
+            return DistZO2Error(f'{error}, or hand the model over with units=["{alike}"], around the use.')
         frame = frame.f_back
     if presence.in_forward():
         return DistZO2Error(f"{error}, or compute the term inside the model's forward.")

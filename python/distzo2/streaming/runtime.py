@@ -26,7 +26,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Windows
-from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream
+from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
 from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
@@ -76,6 +76,7 @@ class StreamingRuntime:
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
+        self._switches: tuple[Any, ...] = ()  # of the caller
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
         self._alone_thread: int | None = None
@@ -159,6 +160,7 @@ class StreamingRuntime:
         self._watched |= codes if new else set()
         for lane in lanes:
             lane.attributes.leave()
+        lanes[-1].switches.leave()
         return lanes[0].visited
 
     def _pass(
@@ -172,6 +174,7 @@ class StreamingRuntime:
         with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             caller = RandomStream(self.device)
             self.weights.busy = self._in_pass = True
+            self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             try:
                 self._buffers.begin()
@@ -211,6 +214,7 @@ class StreamingRuntime:
         for unit in wanted:
             self._point(unit, lane.emission, wanted, self._summed)
         lane.stream.restore()
+        lane.switches.swap_in()
         self._buffers.swap_in(lane.changed_buffers)
         lane.attributes.swap_in()  # its own buffers take the place of the model's
         start = time.perf_counter_ns()
@@ -220,6 +224,7 @@ class StreamingRuntime:
             end = time.perf_counter_ns()
             self._compute_ns += end - start
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
+            lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()
             self._buffers.swap_out(lane.changed_buffers)
         lane.stream.capture()

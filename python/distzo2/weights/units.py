@@ -235,6 +235,8 @@ def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[n
         matches = [n for n in modules if fnmatch.fnmatchcase(n, pattern) or (pattern == "." and n == "")]
         if not matches:
             raise DistZO2Error(f"units={pattern!r} matches no module of {type(model).__name__}")
+        inner = {m for n in matches for m in modules[n].modules() if m is not modules[n]}
+        matches = [n for n in matches if modules[n] not in inner]  # `*` reaches over dots: the outermost ones
         found.update((n or "(root)", _callable_parts(modules[n])) for n in matches)
     block_of: dict[nn.Module, str] = {}
     for name, parts in found.items():
