@@ -92,11 +92,13 @@ class LaneSwitches:
         if self._own is not None:
             set_switches(self._own)
 
-    def swap_out(self, callers: tuple[Any, ...]) -> None:
+    def swap_out(self, callers: tuple[Any, ...]) -> bool:
+        """Restores the `callers`; returns whether the lane has others."""
         now = switches()
         self._own = None if now == callers else now
         if self._own is not None:
             set_switches(callers)
+        return self._own is not None
 
     leave = swap_in
 

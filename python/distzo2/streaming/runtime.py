@@ -77,6 +77,7 @@ class StreamingRuntime:
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
         self._switches: tuple[Any, ...] = ()  # of the caller
+        self._switching = False  # a lane has been seen to change them
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
         self._alone_thread: int | None = None
@@ -224,7 +225,8 @@ class StreamingRuntime:
             end = time.perf_counter_ns()
             self._compute_ns += end - start
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
-            lane.switches.swap_out(self._switches)
+            if self._summed or self._switching:
+                self._switching |= lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()
             self._buffers.swap_out(lane.changed_buffers)
         lane.stream.capture()
