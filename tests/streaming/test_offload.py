@@ -126,6 +126,12 @@ def test_views_that_overlap_are_refused_by_name():
     model = Blocks()
     model.blocks[0][0].bias, model.extra = nn.Parameter(storage[:8]), nn.Parameter(storage[8:])
     assert torch.isfinite(offloaded(model)(IDS))  # parts of one storage that do not meet
+    model = Blocks()
+    model.register_buffer("table", model.head.weight.data[2:])
+    with pytest.raises(distzo2.DistZO2Error, match=r"buffer table is a view of parameter head\.weight"):
+        offloaded(model)
+    model.head.requires_grad_(False)
+    offloaded(model)
     model = SameStorage()
     model.head.weight.requires_grad_(False)
     with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight and head\.weight share"):

@@ -278,6 +278,10 @@ class StreamingRuntime:
 
     def enter(self, unit: Unit) -> None:
         """The forward of one of the unit's windows begins."""
+        if torch._C._get_tracing_state() is not None:
+            raise DistZO2Error(
+                "a model that was handed over cannot be traced: a trace would keep weights of one moment"
+            )
         lane = self._lanes.running
         if lane is None:
             self._enter_alone(unit)
@@ -393,6 +397,20 @@ class StreamingRuntime:
             if not present:
                 self.weights.release(unit)
         return value
+
+    def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
+        """
+        Raises:
+            DistZO2Error: the parameter was frozen when it was handed over, or an optimizer trains it.
+        """
+        if value and not param.trainable:
+            raise DistZO2Error(
+                f"parameter {param.name} was frozen when the model was handed over: make it trainable inside "
+                "`with distzo2.edit(model):`"
+            )
+        if not value and self.weights.owner is not None and param.index in self.weights.updates.group_of:
+            raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
+        param.requires_grad = value
 
     def in_forward(self) -> bool:
         """Whether a lane runs, or an ordinary forward."""

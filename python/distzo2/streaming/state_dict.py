@@ -43,6 +43,7 @@ class StateHooks:
                 "_apply": functools.partial(_apply_nothing, module),
                 "__reduce_ex__": _refuse_copy,
                 "__deepcopy__": _refuse_copy,
+                "__prepare_scriptable__": _refuse_copy,
                 "add_module": functools.partial(_add, module, "_modules"),
                 "register_parameter": functools.partial(_add, module, "_parameters"),
             }
@@ -127,6 +128,6 @@ def _add(module: nn.Module, kind: str, name: str, value: Any) -> None:
 
 def _refuse_copy(*args: Any) -> NoReturn:
     raise UsageError(
-        "a model that was handed over cannot be copied or pickled: its weights are not in its parameters. Save it with "
-        "distzo2.save_pretrained(model, directory), or its model.state_dict()."
+        "a model that was handed over cannot be copied, pickled or scripted: its weights are not in its "
+        "parameters. Save it with distzo2.save_pretrained(model, directory), or its model.state_dict()."
     )

@@ -33,6 +33,7 @@ class ParamInfo:
     dtype: torch.dtype
     stride: tuple[int, ...]
     trainable: bool
+    requires_grad: bool  # what the model answers; False may be set after the hand-over
     tensor: nn.Parameter
     owners: list[nn.Module] = field(default_factory=list)
     users: list[nn.Module] = field(default_factory=list)  # owners, and what holds those that have no forward
@@ -104,7 +105,7 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
             )
         if p.dtype.is_complex or p.is_sparse:
             raise DistZO2Error(f"parameter {name} is {p.dtype}, layout {p.layout}; dense real tensors are expected")
-        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), p.requires_grad, p)
+        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), p.requires_grad, p.requires_grad, p)
     users = _users(model)
     for module in model.modules():
         for p in module._parameters.values():
@@ -164,6 +165,15 @@ def _tie_shared_storage(model: nn.Module) -> None:
                 reach = sum((size - 1) * abs(step) for size, step in zip(p.shape, p.stride(), strict=True)) + 1
                 begin = p.storage_offset() * p.itemsize
                 spans.setdefault(place[0], []).append((begin, begin + reach * p.itemsize, name))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, buffer in model.named_buffers():
+        for begin, end, other in spans.get(buffer.untyped_storage().data_ptr(), ()) if buffer.numel() else ():
+            first_byte = buffer.storage_offset() * buffer.itemsize
+            if other in trainable and begin <= first_byte < end:
+                raise DistZO2Error(
+                    f"buffer {name} is a view of parameter {other}, whose updates would not reach it. Make it a copy, "
+                    "or the same Parameter, before offload."
+                )
     for some in spans.values():
         some.sort()
         for (_, end, one), (begin, _, other) in pairwise(some):
