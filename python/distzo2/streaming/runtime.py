@@ -119,14 +119,14 @@ class StreamingRuntime:
     ) -> list[Unit]:
         """Runs every lane to its end in one pass over the weights.
 
-        The first time that lanes of some code share a pass, one of them runs once more, alone, and must have the same
-        result: lanes may see each other through state that is not swapped.
+        The first time that lanes of some code share a pass, the first and the last of them run once more, each alone,
+        and must have the same results: lanes may see each other through state that is not swapped.
 
         Args:
             lanes: lanes of the same emission should stand next to each other.
             expected: the units that the lanes must enter, in order; None: those of the first lane.
             interrupt: asked between units, the only points where Ctrl-C ends a pass.
-            check: runs one lane alone in any case.
+            check: runs lanes alone in any case.
 
         Returns:
             The units that the lanes entered.

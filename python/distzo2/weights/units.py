@@ -33,10 +33,10 @@ class ParamInfo:
     dtype: torch.dtype
     stride: tuple[int, ...]
     trainable: bool
-    requires_grad: bool  # what the model answers; False may be set after the hand-over
     tensor: nn.Parameter
     owners: list[nn.Module] = field(default_factory=list)
     users: list[nn.Module] = field(default_factory=list)  # owners, and what holds those that have no forward
+    requires_grad: bool = True  # whether optimizers yet to be made take it, if it is trainable
     byte_offset: int = 0  # in its unit's buffer
 
     @property
@@ -105,7 +105,8 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
             )
         if p.dtype.is_complex or p.is_sparse:
             raise DistZO2Error(f"parameter {name} is {p.dtype}, layout {p.layout}; dense real tensors are expected")
-        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), p.requires_grad, p.requires_grad, p)
+        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), p.requires_grad, p)
+        params[id(p)].requires_grad = p.requires_grad
     users = _users(model)
     for module in model.modules():
         for p in module._parameters.values():
