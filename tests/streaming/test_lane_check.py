@@ -178,6 +178,19 @@ def test_what_a_lane_sets_on_a_module_is_its_own(build, num_batches, max_lanes, 
     assert switches() == before
 
 
+def test_handles_of_hooks_outlive_lanes_that_add_hooks():
+    model, calls = offloaded(Blocks()), []
+    handle = model.blocks[0].register_forward_hook(lambda module, args, output: calls.append(None))
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: _with_hooks(model, IDS))
+    handle.remove()
+    seen = len(calls)
+    opt.step(lambda: _with_hooks(model, IDS))
+    assert len(calls) == seen > 0
+    distzo2.runtime_of(model).close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.blocks.modules())
+
+
 @pytest.mark.parametrize("max_lanes", [None, 1])
 def test_the_last_lane_leaves_its_attributes(max_lanes, tmp_path):
     _, model, reference = run_both(Auxiliary, LOSSES[Auxiliary], tmp_path, steps=2, max_lanes=max_lanes)

@@ -125,7 +125,8 @@ class LaneAttributes:
     """
 
     def __init__(self) -> None:
-        self._set: dict[tuple[int, str], list[Any]] = {}  # a module's dict, name, the model's own value, the lane's
+        # A dict of a module, a name in it (None: all that it holds), the model's own value, and the lane's.
+        self._set: dict[tuple[int, str | None], list[Any]] = {}
 
     def record(self) -> None:
         """Records what the current thread sets from now on."""
@@ -137,7 +138,7 @@ class LaneAttributes:
         _of_thread.attributes = None
 
     def note(self, module: nn.Module, name: str) -> None:
-        """An attribute, a buffer or the dict of a module's hooks is about to change."""
+        """An attribute or a buffer is about to change."""
         place = module.__dict__
         if name in module._buffers:
             if name not in module._non_persistent_buffers_set:
@@ -152,18 +153,15 @@ class LaneAttributes:
         else:
             self._note(module._buffers, name)
 
-    def note_hooks(self, module: nn.Module, name: str) -> None:
-        """A hook is about to be added to the dict `name`."""
-        if self._note(module.__dict__, name):
-            module.__dict__[name] = module.__dict__[name].copy()
+    def note_hooks(self, hooks: dict[int, Any]) -> None:
+        """A hook is about to be added. Handles refer to the dict, which stays the same object."""
+        self._note(hooks, None)
 
-    def _note(self, place: dict[str, Any], name: str) -> bool:
+    def _note(self, place: dict[Any, Any], name: str | None) -> None:
         key = id(place), name
-        if key in self._set:
-            return False
-        own = place.get(name, _MISSING)
-        self._set[key] = [place, name, own, own]
-        return True
+        if key not in self._set:
+            own = _get(place, name)
+            self._set[key] = [place, name, own, own]
 
     def swap_in(self) -> None:
         for place, name, _, value in self._set.values():
@@ -172,14 +170,21 @@ class LaneAttributes:
     def swap_out(self) -> None:
         for entry in self._set.values():
             place, name, own, _ = entry
-            entry[3] = place.get(name, _MISSING)
+            entry[3] = _get(place, name)
             _put(place, name, own)
 
     leave = swap_in  # after the pass, lane by lane: the model has what a plain loop would have left
 
 
-def _put(place: dict[str, Any], name: str, value: Any) -> None:
-    if value is _MISSING:
+def _get(place: dict[Any, Any], name: str | None) -> Any:
+    return place.copy() if name is None else place.get(name, _MISSING)
+
+
+def _put(place: dict[Any, Any], name: str | None, value: Any) -> None:
+    if name is None:
+        place.clear()
+        place.update(value)
+    elif value is _MISSING:
         place.pop(name, None)
     else:
         place[name] = value
@@ -218,7 +223,7 @@ def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
     @functools.wraps(register)
     def noticed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (attributes := getattr(_of_thread, "attributes", None)) is not None:
-            attributes.note_hooks(self, hooks)
+            attributes.note_hooks(getattr(self, hooks))
         return register(self, *args, **kwargs)
 
     return noticed
