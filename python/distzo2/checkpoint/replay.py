@@ -41,6 +41,7 @@ PIECE_BYTES = 16 << 20  # of weights that are read, updated and written at once
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one is read, one updated, one written
+Unused = dict[tuple[tuple[int, int], ...], set[int]]  # ranges of parameters -> steps that left them as they were
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,17 @@ def replay(
 
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
     updates = [entry.update for entry in contents.entries[:num_steps]]
+    unused: Unused = {}
+    for entry in contents.entries[:num_steps]:
+        if entry.unused:
+            unused.setdefault(tuple(map(tuple, entry.unused)), set()).add(entry.step)
     del contents  # losses and the like are not needed any more
     with contextlib.closing(checkpoint_map):
         pieces = plan_pieces(checkpoint_map, header["table"], piece_bytes)
         num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
         bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=f"replay {num_steps} steps", disable=not progress)
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
-            _run(checkpoint_map, writer, pieces, updates, header["seed"], backend, bar)
+            _run(checkpoint_map, writer, pieces, updates, unused, header["seed"], backend, bar)
     return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
 
 
@@ -216,6 +221,7 @@ def _run(
     writer: CheckpointWriter,
     pieces: Sequence[list[PiecePart]],
     updates: Sequence[Update],
+    unused: Unused,
     seed: int,
     backend: str | None,
     bar: tqdm,
@@ -232,11 +238,18 @@ def _run(
         try:
             for part in piece:
                 checkpoint_map.read(part.name, part.view(buffer), part.segment.element_offset)
-            segments = [part.segment for part in piece if part.segment.group is not None]
+            alike: dict[tuple, list[Segment]] = {}  # segments that the same steps left as they were
+            for part in piece if updates else ():
+                s = part.segment
+                if s.group is not None:
+                    key = tuple(ranges for ranges in unused if any(a <= s.param <= b for a, b in ranges))
+                    alike.setdefault(key, []).append(s)
             with updating:
-                if segments and updates:
+                for key, segments in alike.items():
+                    left = set().union(*(unused[ranges] for ranges in key))
+                    some = [update for update in updates if update.step not in left] if left else updates
                     table = SegmentTable(segments, buffer.numel())
-                    materialize(buffer, table, seed=seed, updates=updates, write_back=True, backend=backend)
+                    materialize(buffer, table, seed=seed, updates=some, write_back=True, backend=backend)
             with writing:
                 for part in piece:
                     writer.write(part.name, part.view(buffer), part.segment.element_offset)

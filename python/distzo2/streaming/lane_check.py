@@ -7,8 +7,9 @@ not; a lane that reads it has another result in company than alone.
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -97,11 +98,7 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
     """What Python code may keep between calls, by name, with something that changes with it."""
     functions: dict[str, Any] = {"the closure": closure}
     for name, module in model.named_modules():
-        own = {
-            key: value
-            for key, value in vars(module).items()
-            if key not in _OF_MODULES and not key.startswith("_distzo2")
-        }
+        own = {k: v for k, v in vars(module).items() if k not in _OF_MODULES and not k.startswith("_distzo2")}
         for key, value in own.items():
             yield from _changing(f"{name or 'model'}.{key}", value)
         functions[f"the forward of {name or 'the model'}"] = type(module).forward
@@ -131,14 +128,27 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
             yield from _changing(f"the global {variable!r}", function.__globals__.get(variable))
 
 
+class _Objects:
+    """Objects, equal to the same ones. They are kept, since another could take the place of one that is gone."""
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        self.objects = list(objects)
+
+    def __eq__(self, other: object) -> bool:
+        mine, theirs = self.objects, getattr(other, "objects", ())
+        return len(mine) == len(theirs) and all(map(operator.is_, mine, theirs))
+
+    __hash__ = None
+
+
 def _changing(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.Tensor):
-        yield name, (id(value), value._version)
+        yield name, (_Objects([value]), value._version)
     elif isinstance(value, Mapping):
-        yield name, [(key, id(item)) for key, item in value.items()]
+        yield name, _Objects([*value.keys(), *value.values()])
     elif isinstance(value, (list, set)) or type(value).__name__ == "deque":
-        yield name, [id(item) for item in value]
+        yield name, _Objects(value)
     elif isinstance(value, (int, float)):
         yield name, value
     elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
-        yield name, [(key, id(item)) for key, item in vars(value).items()]
+        yield name, _Objects(vars(value).values())

@@ -86,6 +86,17 @@ class Unit:
         ]
 
 
+def ranges_of(indices: Iterable[int]) -> list[list[int]]:
+    """Returns whole numbers as ascending ranges [first, last]."""
+    ranges: list[list[int]] = []
+    for index in sorted(indices):
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ranges
+
+
 def collect_params(model: nn.Module) -> list[ParamInfo]:
     """Returns every parameter once, in the order of `model.named_parameters()`, with the modules that own it.
 
