@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
@@ -199,6 +202,14 @@ def test_other_parameters_after_the_hand_over_are_refused_or_taken_over_in_edit(
     opt = distzo2.ZOSGD(model, lr=1e-2)
     opt.step(lambda: model(IDS))
     assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_other_parameters_are_refused_before_any_lane_has_run():
+    code = (
+        "import distzo2, torch.nn as nn; m = distzo2.offload(nn.Sequential(nn.Linear(2, 2))); m.new = nn.Linear(2, 2)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Sequential.new: parameters of a model that was handed over" in ended.stderr
 
 
 def test_what_brings_no_parameters_may_be_set():

@@ -130,7 +130,6 @@ class LaneAttributes:
 
     def record(self) -> None:
         """Records what the current thread sets from now on."""
-        _watch_modules()
         _of_thread.attributes = self
 
     @staticmethod
@@ -191,7 +190,7 @@ def _put(place: dict[Any, Any], name: str | None, value: Any) -> None:
 
 
 @functools.cache
-def _watch_modules() -> None:
+def watch_modules() -> None:
     """Has every change of a module's attributes, buffers and hooks noticed, from the first call on."""
     set_plainly, delete_plainly = nn.Module.__setattr__, nn.Module.__delattr__
     register_plainly = nn.Module.register_buffer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.streaming.isolation import refuse_new_weights
+from distzo2.streaming.isolation import refuse_new_weights, watch_modules
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import ParamInfo
 
@@ -33,6 +33,7 @@ class StateHooks:
                     module.register_load_state_dict_pre_hook(self._make_room),
                     module.register_load_state_dict_post_hook(self._store),
                 ]
+        watch_modules()
         self.guard(True)
 
     def guard(self, on: bool) -> None:
