@@ -107,7 +107,7 @@ class StepRecord:
 def default_groups(params: Iterable[ParamInfo], split: bool) -> list[dict[str, Any]]:
     """One group of all trainable parameters. With `split`, those of fewer than 2 dimensions (biases, norms) are in a
     second group, without weight decay."""
-    trainable = [p for p in params if p.trainable]
+    trainable = [p for p in params if p.trainable and p.requires_grad]
     if not trainable:
         raise DistZO2Error("no parameter of the model is trainable")
     if not split:

@@ -377,7 +377,7 @@ class ZOSGD(torch.optim.Optimizer):
     # ---- besides steps ------------------------------------------------------------------------------------------
 
     def check(self, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and two perturbed ones, one of which runs alone as well; returns the loss.
+        """Runs two clean lanes of `closure` and two perturbed ones, which run alone as well; returns the loss.
 
         Raises:
             DistZO2Error: the clean ones differ: the forward is not deterministic, and every estimate would be made of

@@ -10,6 +10,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,19 +30,31 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def code_of(closure: Callable[[], Any]) -> Hashable:
-    """What closures that do the same have in common."""
+    """What closures that do the same have in common: their code, and that of the functions that they are given."""
+    given: list[Any] = []
     while isinstance(closure, functools.partial):
+        given += [*closure.args, *closure.keywords.values()]
         closure = closure.func
-    return getattr(closure, "__code__", type(closure))
+    for cell in getattr(closure, "__closure__", None) or ():
+        with suppress(ValueError):  # empty
+            given.append(cell.cell_contents)
+    codes = [code for function in given if (code := getattr(function, "__code__", None)) is not None]
+    return getattr(closure, "__code__", type(closure)), *codes
 
 
 def check_alike(model: nn.Module, lanes: Sequence[Lane], alone: Callable[[int], Any]) -> None:
-    """Runs one of `lanes`, which have run together, once more with `alone(its number)`, and compares the results' bits.
+    """Runs the first and the last of `lanes`, which have run together, once more, each with `alone(its number)`, and
+    compares the results' bits. The first lane reads what others have overwritten, the last what others have cached.
 
     Raises:
         DistZO2Error: they differ, and two runs alone do not.
     """
-    i = next((i for i, lane in enumerate(lanes) if not lane.emission.clean), 0)
+    perturbed = [i for i, lane in enumerate(lanes) if not lane.emission.clean] or range(len(lanes))
+    for i in dict.fromkeys((perturbed[0], perturbed[-1])):
+        _check_lane(model, lanes, alone, i)
+
+
+def _check_lane(model: nn.Module, lanes: Sequence[Lane], alone: Callable[[int], Any], i: int) -> None:
     together, first = _bits(lanes[i].result), alone(i)
     if together == _bits(first):
         return
@@ -50,7 +63,7 @@ def check_alike(model: nn.Module, lanes: Sequence[Lane], alone: Callable[[int], 
         warnings.warn(
             "the forward is not deterministic: the same weights, batch and random stream gave different results, and a "
             "difference of two losses is made of that",
-            stacklevel=5,
+            stacklevel=6,
         )
         return
     changed = [name for name, what in _kept(model, lanes[i].closure) if before.get(name) != what]
@@ -92,10 +105,16 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
         for hooks in _HOOKS:
             for i, hook in enumerate(getattr(module, hooks).values()):
                 functions[f"a hook of {name or 'the model'}" + (f" ({i})" if i else "")] = hook
+    for cls in dict.fromkeys(type(module) for module in model.modules()):
+        for key, value in vars(cls).items():
+            yield from _changing(f"{cls.__name__}.{key}", value)
     for name, function in functions.items():
         while isinstance(function, functools.partial):
             function = function.func
-        function = getattr(function, "__func__", function)
+        owner = getattr(function, "__self__", None if hasattr(function, "__code__") else function)
+        for key, value in getattr(owner, "__dict__", {}).items() if not isinstance(owner, nn.Module) else ():
+            yield from _changing(f"{type(owner).__name__}.{key} of {name}", value)
+        function = getattr(function, "__func__", None) or (function if owner is None else type(function).__call__)
         code = getattr(function, "__code__", None)
         if code is None:
             continue
