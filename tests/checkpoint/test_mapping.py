@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import re
+from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from distzo2.checkpoint.mapping import map_for_saving, persistent_buffers
 from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE
+from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import CheckpointWriter
 
 
@@ -148,25 +151,151 @@ def test_what_others_saved(tmp_path: Path, case: str) -> None:
     assert stored(tmp_path / "out").keys() >= stored(tmp_path).keys() - left_out
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("name", ["opt", "mixtral"])
-def test_pytorch_bin_files(tmp_path: Path, name: str, sharded: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    [("opt", False), ("opt", True), ("mixtral", False), ("mixtral", True)]
+    + [(name, "turned") for name in ("opt", "mixtral", "gpt2", "deepseek_v3")],
+)
+def test_pytorch_bin_files(tmp_path: Path, name: str, sharded: bool | str) -> None:
     model = make(name, tmp_path)
     tensors = model.state_dict()  # with the head, which shares its storage where it is tied
     legacy = load_file(tmp_path / SINGLE_FILE) | (
         {"lm_head.weight": tensors["lm_head.weight"]} if name == "opt" else {}
     )
+    if sharded == "turned":
+        legacy = {key: t.transpose(0, -1).contiguous().transpose(0, -1) for key, t in legacy.items()}
+        assert any(not t.is_contiguous() for t in legacy.values())
     (tmp_path / SINGLE_FILE).unlink()
-    parts = [dict(list(legacy.items())[i::2]) for i in range(2)] if sharded else [legacy]
-    files = [f"pytorch_model-{i}.bin" for i in range(2)] if sharded else ["pytorch_model.bin"]
+    parts = [dict(list(legacy.items())[i::2]) for i in range(2)] if sharded is True else [legacy]
+    files = [f"pytorch_model-{i}.bin" for i in range(2)] if sharded is True else ["pytorch_model.bin"]
     for file, part in zip(files, parts, strict=True):
         torch.save(part, tmp_path / file)
-    if sharded:
+    if sharded is True:
         weight_map = {key: file for file, part in zip(files, parts, strict=True) for key in part}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     reference = load(type(model), tmp_path)
     loaded, checkpoint = open_checkpoint(tmp_path)
-    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is (name == "opt")
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) is (name in ("opt", "gpt2"))
     assert_reads_as(checkpoint, reference)
     write_all(checkpoint, reference, tmp_path / "out")
     assert_same_weights(load(type(model), tmp_path / "out"), reference)
+
+
+def linear(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the weights that quantizers take, without their last part."""
+    return [n.removesuffix(".weight") for n, t in tensors.items() if t.dim() == 2 and ("proj" in n or "experts" in n)]
+
+
+def packed(
+    tensors: dict[str, torch.Tensor], beside: Callable[[torch.Tensor], dict[str, torch.Tensor]], keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """Each linear layer's weight (left out without `keep`) with what a quantizer stores, by what follows its name."""
+    result = {n: t for n, t in tensors.items() if keep or n.removesuffix(".weight") not in linear(tensors)}
+    for n in linear(tensors):
+        result |= {n + end: tensor.clone() for end, tensor in beside(tensors[n + ".weight"]).items()}
+    return result
+
+
+F8, ONE = torch.float8_e4m3fn, torch.ones(1)
+INTS, BYTES = torch.ones(4, 4, dtype=torch.int32), torch.ones(64, 1, dtype=torch.uint8)
+GPTQ = {".qweight": INTS, ".qzeros": INTS, ".scales": ONE, ".g_idx": INTS[0]}
+PACKED: dict[str, tuple[Callable, str]] = {  # what a quantizer makes of the tensors, and which of them is named
+    "fp8": (lambda t: packed(t, lambda w: {".weight": w.to(F8), ".weight_scale_inv": ONE}), "weight_scale_inv"),
+    "fp8 scaled beside": (lambda t: packed(t, lambda w: {".weight": w.to(F8), ".scale_weight": ONE}), "scale_weight"),
+    "fp8 scaled elsewhere": (lambda t: packed(t, lambda w: {".weight": w.to(F8)}) | {"scales": ONE}, "scales'"),
+    "gptq": (lambda t: packed(t, lambda w: GPTQ, keep=False), "(qweight|qzeros|scales|g_idx)"),
+    "awq": (
+        lambda t: packed(t, lambda w: {".qweight": INTS, ".qzeros": INTS, ".scales": ONE}, keep=False),
+        "(qweight|qzeros|scales)",
+    ),
+    "bitsandbytes 4": (
+        lambda t: packed(t, lambda w: {".weight": BYTES, ".weight.absmax": ONE, ".weight.quant_state.nf4": BYTES}),
+        "weight.absmax",
+    ),
+    "bitsandbytes 8": (lambda t: packed(t, lambda w: {".weight": w.to(torch.int8), ".SCB": ONE}), r"\(int8\)"),
+    "int8 alone": (lambda t: packed(t, lambda w: {".weight": w.to(torch.int8)}), r"\(int8\) would fill a parameter"),
+    "bits": (lambda t: packed(t, lambda w: {".weight": w > 0}), r"\(bool\) would fill a parameter"),
+    "compressed-tensors": (
+        lambda t: packed(t, lambda w: {".weight_packed": INTS, ".weight_scale": ONE, ".weight_shape": INTS[0]}, False),
+        "weight_",
+    ),
+    "mlx": (lambda t: packed(t, lambda w: {".weight": INTS, ".scales": ONE, ".biases": ONE}), "scales"),
+    "mxfp4": (lambda t: packed(t, lambda w: {"_blocks": BYTES, "_scales": BYTES}, keep=False), "_blocks"),
+    "nvfp4": (
+        lambda t: packed(t, lambda w: {".weight": BYTES, ".weight_scale": ONE.to(F8), ".weight_scale_2": ONE}),
+        "weight_scale",
+    ),
+    "hqq": (lambda t: packed(t, lambda w: {".W_q": BYTES, ".scale": ONE, ".zero": ONE}, keep=False), "W_q"),
+    "a scale beside floats": (lambda t: packed(t, lambda w: {".scale": ONE}), r"\.scale'"),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_weights_are_refused_by_name(tmp_path: Path, name: str, case: str) -> None:
+    """With no word about them in config.json."""
+    make(name, tmp_path)
+    change, tensor = PACKED[case]
+    rewrite(tmp_path, change)
+    with pytest.raises(
+        CheckpointError, match=f"packed or scaled, which cannot be decoded: tensor '.*{tensor}"
+    ) as error:
+        open_checkpoint(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_eight_bit_floats_without_a_scale_are_values(tmp_path: Path, name: str) -> None:
+    make(name, tmp_path)
+    rewrite(tmp_path, lambda t: packed(t, lambda w: {".weight": w.to(F8)}))
+    rewrite(tmp_path, lambda t: t | {"vision.blocks.0.layer_scale": ONE, "logit_scale": ONE[0].to(F8).float()})
+    if name == "mixtral":
+        rewrite(tmp_path, lambda t: {n: v for n, v in t.items() if "scale" not in n})
+    else:
+        with pytest.raises(CheckpointError, match="packed or scaled"):
+            open_checkpoint(tmp_path)
+        rewrite(tmp_path, lambda t: {n: v.float() for n, v in t.items()})  # scales of other models do no harm
+    _, checkpoint = open_checkpoint(tmp_path)
+    assert_reads_as(checkpoint, load(getattr(T, MODELS[name][0]), tmp_path))
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {change(name): t for name, t in tensors.items()}
+
+
+def inside(*words: str) -> Callable[[str], str]:
+    """Puts words behind the number of each layer."""
+    return lambda name: re.sub(r"\.(\d+)\.", rf".\1.{'.'.join(words)}.", name, count=1)
+
+
+PREFIXES = ("_orig_mod.", "module.", "_forward_module.", "module._orig_mod.", "model.model.", "state_dict.", "net.")
+WRAPPED = {prefix: (lambda name, prefix=prefix: prefix + name, f"strip '{prefix}' from") for prefix in PREFIXES} | {
+    "compiled layers": (inside("_orig_mod"), "strip '_orig_mod.' from"),
+    "sharded layers": (inside("_fsdp_wrapped_module", "x"), "strip '_fsdp_wrapped_module.', 'x.' from"),
+    "both": (lambda name: inside("_orig_mod")("_orig_mod." + name), "strip '_orig_mod.' from"),
+    "too little": (lambda name: name.replace("model.", "").replace("transformer.h", "h.x"), "no tensor .* fills"),
+    "an adapter": (
+        lambda name: "base_model.model." + name.replace("_proj.", "_proj.base_layer.").replace("c_fc", "base_layer.c"),
+        r"base_layer\..* is of an adapter \(LoRA\) that is not merged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_an_error_says_what_to_strip_from_the_names(tmp_path: Path, name: str, case: str) -> None:
+    reference = make(name, tmp_path)
+    change, message = WRAPPED[case]
+    before = stored(tmp_path).keys()
+    rewrite(tmp_path, renamed(change))
+    if case == "too little" and name != "gpt2":  # transformers finds the model's own prefix by itself
+        assert_reads_as(open_checkpoint(tmp_path)[1], load(type(reference), tmp_path))
+        return
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(tmp_path)
+    if "strip" in message:  # what the error says helps
+        words = re.findall("'([^']*)'", re.search("strip (.*) from", str(error.value)).group(1))
+        rewrite(tmp_path, renamed(lambda name: reduce(lambda n, word: n.replace(word, ""), words, name)))
+        if "model." not in words[0]:
+            assert stored(tmp_path).keys() == before
+            assert_reads_as(open_checkpoint(tmp_path)[1], reference)

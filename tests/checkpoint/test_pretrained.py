@@ -136,6 +136,15 @@ def weights_named(path: Path, name: str, weight_map: dict[str, str]) -> None:
     (path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
 
 
+def only_adapter(path: Path, *kept: str, **fields: Any) -> None:
+    """Leaves an adapter in a directory, and the files `kept`."""
+    for file in path.iterdir():
+        if file.name not in kept:
+            file.unlink()
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    (path / "adapter_model.safetensors").write_bytes(b"")
+
+
 SHARD = "model-1.safetensors"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (
@@ -159,6 +168,23 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
         lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "quantized weights",
+    ),
+    "quantized text": (
+        lambda path: edit_config(path, text_config={"quantization_config": {"quant_method": "gptq"}}),
+        r"config.json: quantized weights \(quantization_config\)",
+    ),
+    "compressed": (lambda path: edit_config(path, compression_config={"format": "int"}), r"\(compression_config\)"),
+    "quantized for mlx": (lambda path: edit_config(path, quantization={"bits": 4}), r"weights \(quantization\)"),
+    "an adapter alone": (
+        lambda path: only_adapter(path, base_model_name_or_path="acme/base-7b", peft_type="LORA"),
+        "found only an adapter .*'LORA'.* for the base model 'acme/base-7b': merge",
+    ),
+    "an adapter with a config": (
+        lambda path: only_adapter(path, "config.json", base_model_name_or_path="b", peft_type="IA3"), "base model 'b'",
+    ),
+    "an adapter of nothing": (lambda path: only_adapter(path, base_model_name_or_path=None), "does not say which"),
+    "a damaged adapter": (
+        lambda path: (only_adapter(path), (path / "adapter_config.json").write_text("[]")), "expected a JSON object",
     ),
     "nothing at all": (shutil.rmtree, "expected a checkpoint directory with a config.json"),
 }  # fmt: skip
@@ -184,3 +210,42 @@ def test_what_is_missing_is_not_allocated(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor in the checkpoint fills 'lm_head.weight' and 19 more"):
         open_checkpoint(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_parameters_without_elements_survive(tmp_path: Path, file: str) -> None:
+    config = T.BertConfig(**MODELS["bert"][2], type_vocab_size=0)
+    T.BertForMaskedLM(config).save_pretrained(tmp_path / "in")
+    if file.endswith(".bin"):
+        torch.save(stored(tmp_path / "in"), tmp_path / "in" / file)
+        (tmp_path / "in" / SINGLE_FILE).unlink()
+    reference = load(T.BertForMaskedLM, tmp_path / "in")
+    assert 0 in (empty := reference.get_parameter("bert.embeddings.token_type_embeddings.weight")).shape
+    for dtype in (torch.float32, torch.bfloat16):
+        model = distzo2.from_pretrained(tmp_path / "in", dtype=dtype)
+        distzo2.save_pretrained(model, tmp_path / "out", overwrite=True)
+        assert {(t.dtype, t.shape) for t in stored(tmp_path / "out").values() if not t.numel()} == {
+            (dtype, empty.shape)
+        }
+        assert_same_weights(load(T.BertForMaskedLM, tmp_path / "out"), reference.to(dtype))
+    model = distzo2.offload(reference)  # a transformers model that came from no checkpoint of ours
+    distzo2.save_pretrained(model, tmp_path / "plain")
+    assert stored(tmp_path / "plain").keys() == stored(tmp_path / "out").keys()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "t5"])
+def test_outputs_have_names_whatever_the_config_says(tmp_path: Path, name: str) -> None:
+    make(name, tmp_path)
+    ids = torch.arange(12).reshape(2, 6) + 3
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
+    reference = load(getattr(T, MODELS[name][0]), tmp_path).eval()
+    with torch.no_grad():
+        expected = reference(**inputs).logits
+    edit_config(tmp_path, return_dict=False)
+    model = distzo2.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected) and torch.equal(model(**inputs)[0], expected)
+    generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "decoder_start_token_id": 0}
+    assert torch.equal(model.generate(ids, **generate), reference.generate(ids, **generate))
+    distzo2.save_pretrained(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["return_dict"] is False

@@ -120,6 +120,37 @@ def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
     files.close()
 
 
+def test_tensors_of_other_strides(tmp_path: Path) -> None:
+    """Whatever the order of a stored tensor's elements: whole, its rows, and what is moved on from there."""
+    base = torch.randn(60, 50)
+    tensors = {
+        "turned": base.t(), "steps": base[::2, 1:40], "part": base[3:, :7], "same": torch.ones(1).expand(3),
+        "rows": torch.arange(5.0).expand(4, 5), "columns": torch.arange(5.0)[:, None].expand(5, 4),
+        "windows": torch.arange(90.0).unfold(0, 30, 3), "half": base.half()[:, ::7].t(),
+        "four": torch.randn(2, 3, 4, 5).permute(2, 0, 3, 1), "wide": torch.randn(1200, 1100).t(), "plain": base,
+        "last": torch.randn(3, 8, 5, 5).to(memory_format=torch.channels_last),
+    }  # fmt: skip
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    files = CheckpointFiles(tmp_path)
+    with ParallelReader(2) as reader:
+        for number, entry in enumerate(files.entries):
+            expected, leaf = tensors[entry.name], Layout.leaf(number, entry.shape)
+            turned = expected.transpose(0, -1)
+            where = leaf.strided(turned.shape, torch.empty(entry.shape).transpose(0, -1).stride(), 0)
+            cut = len(expected) // 3, expected[0].numel()
+            rows = leaf.flat(cut[0] * cut[1], cut[1])
+            for layout, value in ((leaf, expected), (where, turned), (rows, expected[cut[0]].reshape(-1))):
+                for dtype in (value.dtype, torch.float64):
+                    out = torch.full(value.shape, -1, dtype=dtype)
+                    files.read_pieces(layout.pieces, out)
+                    assert torch.equal(out, value.to(dtype)), entry.name
+                    out.fill_(-1)
+                    flat = out.view(-1)
+                    reader.finish(reader.start(r for p in layout.pieces for r in files.ranges_of(p, flat)))
+                    assert torch.equal(out, value.to(dtype)), entry.name
+    files.close()
+
+
 def test_neighbours_are_read_at_once(tmp_path: Path) -> None:
     make_files(tmp_path)
     with TensorFile(tmp_path / "model.safetensors") as file:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_models import make
 from replay_cases import NUM_STEPS, SEED, make_llama, make_table, make_updates, named_weights, write_run
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import distzo2
+from distzo2.checkpoint import replay as replay_module
+from distzo2.checkpoint.layout import Piece
 from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import ReplayReport, plan_pieces, replay
+from distzo2.checkpoint.replay import ReplayReport, _check_map, plan_pieces, replay
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal
@@ -218,6 +222,67 @@ def test_a_journal_of_another_run_is_refused(run: tuple[Path, Path, Path]) -> No
     journal.unlink()
     write_run(journal, base, table, make_updates(), checkpoint_map=record)
     replay(base, journal, out, to_step=1, progress=False)
+
+
+def cut_up(pieces: list[Piece], seed: int) -> list[Piece]:
+    """The same elements in other pieces, cut where nothing is aligned, in another order."""
+    draw = random.Random(seed)
+    for _ in range(40):
+        piece = pieces.pop(draw.randrange(len(pieces)))
+        dims = [dim for dim, size in enumerate(piece.sizes) if size > 1]
+        dim = draw.choice(dims) if dims else None
+        pieces += [piece] if dim is None else piece.cut(dim, draw.randrange(1, piece.sizes[dim]))
+    draw.shuffle(pieces)
+    return pieces
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2", "deepseek_v3"])
+def test_maps_are_compared_by_elements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A journal whose map is cut otherwise is one of the same run; one element elsewhere is of another."""
+    monkeypatch.setattr(replay_module, "_COMPARED", 999)
+    make(kind, tmp_path)
+    _, ours = open_checkpoint(tmp_path)
+    ours.close()
+    record = ours.to_json()
+
+    def check(params: Any, **fields: Any) -> None:
+        _check_map(json.loads(json.dumps(record | {"params": params} | fields)), record, "journal")
+
+    def cut(name: str, change: Callable[[list[Piece]], list[Piece]] = lambda pieces: pieces) -> dict[str, Any]:
+        dtype, shape, pieces = record["params"][name]
+        return record["params"] | {name: [dtype, shape, change(cut_up(list(pieces), 3))]}
+
+    def other(pieces: list[Piece], **changes: int) -> list[Piece]:
+        return [pieces[0]._replace(**changes), *pieces[1:]]
+
+    for name, (_, shape, _) in record["params"].items():
+        check(cut(name))
+        if math.prod(shape) > 1000:
+            for change in (
+                lambda p: p[1:],
+                lambda p: [*p, p[0]],
+                lambda p: other(p, src_offset=p[0].src_offset + 1),
+                lambda p: other(p, source=(p[0].source + 1) % 3),
+                lambda p: other(p, dst_offset=p[0].dst_offset + 1),
+                lambda p: other(p, src_offset=p[1].src_offset) if p[0].source == p[1].source else p[1:],
+                lambda p: other(p, dst_offset=1 << 70),
+                lambda p: other(p, source="x"),
+                lambda p: [[1, 2], *p],
+                lambda p: [7, *p],
+                lambda p: [p[0]._replace(sizes=(-1,) * len(p[0].sizes)), *p[1:]],
+            ):
+                with pytest.raises(JournalError, match=f"{name!r} is read from other places"):
+                    check(cut(name, change))
+    empty = {key: [] for key in record["params"]}
+    for params in ([], [1], "x", None, 3, {}, empty, dict.fromkeys(record["params"])):
+        with pytest.raises(JournalError, match="is read from other places"):
+            check(params)
+    with pytest.raises(JournalError, match="holds other tensors"):
+        check(record["params"] | {"more": record["params"][name]})
+    with pytest.raises(JournalError, match="holds other tensors"):
+        check(record["params"], tensors=[])
+    with pytest.raises(JournalError, match="is read from other places"):
+        _check_map(["params"], record, "journal")
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 64, 1000, 4096, 1 << 20])

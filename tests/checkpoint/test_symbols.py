@@ -108,7 +108,25 @@ def test_what_symbols_cannot_express_is_refused() -> None:
         assert result.problem.startswith(problem), result.problem
     assert a[1::2].where == a.reshape(2, 12)[:, 6:].where and a[::2].problem is None  # rows in turn are no computation
     assert cases["b: aten.mul"].shape == (2, 8) and cases["b: aten.mul"].zero_() is cases["b: aten.mul"]
-    with pytest.raises(LayoutError, match=r"a: aten.fill_.Scalar computes"):
+    with pytest.raises(LayoutError, match=r"a: other values are written over"):
         a[1].fill_(0)  # the values of a checkpoint are not changed unseen
     with pytest.raises(LayoutError, match=r"a: the values of a checkpoint are compared"):
         torch.equal(a, torch.ones(4, 6))
+
+
+def test_constants_that_are_there_already_may_be_written(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor([3.0, 4.0, -1.0]), "b": torch.ones(2, 3)}, tmp_path / "model.safetensors")
+    files = CheckpointFiles(tmp_path)
+    trace = Trace(["a", "b"], files.equal)
+    a, b = (LayoutTensor(Layout.leaf(n, e.shape), e.dtype, trace) for n, e in enumerate(files.entries))
+    a[-1] = -1.0
+    a[:2] = torch.tensor([3.0, 4.0])
+    b[1] = 1.0
+    b[0].fill_(1)
+    assert a.problem is None and a.where == Layout.leaf(0, (3,))
+    for number, value in ((-1, -2.0), (0, 4.0), (slice(0, 2), 3.0)):
+        with pytest.raises(LayoutError, match="a: other values are written over those of the checkpoint"):
+            a[number] = value
+    with pytest.raises(LayoutError, match="other values are written"):
+        b[0] = a
+    files.close()

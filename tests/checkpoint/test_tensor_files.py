@@ -119,10 +119,19 @@ class Payload:
     [
         ({"w": Payload()}, "posix.system has no place in a file of weights"),
         ({"w": bytearray(3)}, "has no place in a file of weights"),
-        ({"state_dict": {"w": torch.ones(2)}}, "a flat dictionary of tensors"),
+        ({"state_dict": {"w": torch.ones(2)}}, r"save torch.load(file)['state_dict'] alone"),
+        (
+            {"epoch": 3, "model": {"w": torch.ones(2)}, "optimizer": {"state": {}}},
+            r"save torch.load(file)['model'] alone",
+        ),
+        (
+            {"a": {"b": {"w": torch.ones(2), "v": torch.ones(2), "n": 3}}},
+            r"torch.load(file)['a']['b'] without 'n' alone",
+        ),
+        ({"w": torch.ones(2), "v": torch.ones(2), "step": 7}, r"save torch.load(file) without 'step' alone"),
         ([torch.ones(2)], "a flat dictionary of tensors"),
         ({7: torch.ones(2)}, "tensor 7: expected a name, and at most 64 dimensions"),
-        ({"w": torch.ones(2, 3).t()}, "'w' is not contiguous"),
+        ({"w": torch.ones(1).expand(10**9)}, "'w': shape (1000000000,) repeats few bytes"),
         ({"w": torch.ones(2).to_sparse()}, "has no place in a file of weights"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from checkpoint_models import assert_same_weights, edit_config, load, make, write_all
 from safetensors.torch import load_file, save_file
 
+import distzo2
 from distzo2.checkpoint import reading, writing
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
@@ -21,7 +22,7 @@ from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.checkpoint.writing import HIDDEN, CheckpointWriter
+from distzo2.checkpoint.writing import HIDDEN, CheckpointWriter, tokenizer_files
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -245,3 +246,41 @@ def test_parameters_that_do_not_make_whole_tensors_are_refused(tmp_path: Path) -
         with pytest.raises(CheckpointError, match=f"'x' cannot be written: .* {reason}"):
             CheckpointWriter(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+TOKENIZERS: dict[str, tuple[str, ...]] = {  # a tokenizer's class, and files that it names
+    "MarianTokenizer": ("source.spm", "target.spm", "target_vocab.json"),
+    "PhobertTokenizer": ("bpe.codes",),
+    "ProphetNetTokenizer": ("prophetnet.tokenizer",),
+    "LukeTokenizer": ("entity_vocab.json", "merges.txt"),
+    "RoCBertTokenizer": ("word_shape.json", "word_pronunciation.json"),
+    "WhisperTokenizerFast": ("normalizer.json",),
+    "ByT5Tokenizer": (),
+    "NoSuchTokenizer": (),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_files_of_any_tokenizer_go_along(tmp_path: Path, kind: str) -> None:
+    make("opt", tmp_path / "in")
+    settings = {"tokenizer_class": kind, "words_file": "my.words", "eos_token": "notes.txt", "odd_file": "../secret"}
+    settings |= {"n_file": 3, "x_file": "linked.words", "y_file": "config.json", "z_file": "model.safetensors"}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in (*TOKENIZERS[kind], "my.words", "notes.txt"):
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "secret").write_text("s")
+    (tmp_path / "in" / "linked.words").symlink_to(tmp_path / "secret")
+    distzo2.save_pretrained(distzo2.from_pretrained(tmp_path / "in"), tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    weights = {"model.safetensors", "config.json", "generation_config.json"}
+    assert found == {*TOKENIZERS[kind], "my.words", "tokenizer_config.json"} | weights
+    assert all((tmp_path / "out" / name).read_text() == name for name in (*TOKENIZERS[kind], "my.words"))
+
+
+def test_a_tokenizer_named_by_the_configuration_alone(tmp_path: Path) -> None:
+    make("bert", tmp_path / "in")
+    edit_config(tmp_path / "in", tokenizer_class="BertJapaneseTokenizer")
+    (tmp_path / "in" / "spiece.model").write_text("s")
+    edit_config(tmp_path / "in", model_type="bert")
+    assert {"vocab.txt", "spiece.model"} <= tokenizer_files(tmp_path / "in")
+    assert tokenizer_files(tmp_path) == set()

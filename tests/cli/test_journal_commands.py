@@ -44,7 +44,7 @@ def test_show(run, capsys) -> None:
     lines = output(capsys)
     fields = dict(line.split(maxsplit=1) for line in lines)
     contents = read_journal(run.journal)
-    assert fields["journal"] == f"{run.journal}: format 1"
+    assert fields["journal"] == f"{run.journal}: format 3"
     assert fields["noise"].startswith("normal, seed 0") and "in 2 groups" in fields["model"]
     assert fields["base"].startswith("model: 2 files") and fields["steps"].startswith("4, ")
     rows = [line.split() for line in lines if line.split()[0].isdigit()]

@@ -41,17 +41,26 @@ def step_entries(draw: st.DrawFn) -> StepEntry:
     term = st.builds(
         Term, st.sampled_from([0, 1]), st.integers(0, 2**32 - 1), st.integers(0, 2**20 - 1), st.just(0), float32s
     )
+    losses = draw(st.lists(st.lists(st.floats(), max_size=3), max_size=3))
+    counts = [[draw(st.floats(0, 1e300)) for _ in row] for row in losses] if draw(st.booleans()) else None
+    if counts and all(row == counts[0] for row in counts):
+        counts = counts[:1]
+    if not counts or not all(any(row) for row in counts) or all(n == 1 for row in counts for n in row):
+        counts = None  # a line cannot hold it
+    ends = sorted(draw(st.sets(st.integers(0, 99), max_size=6)))
     return StepEntry(
         step=step,
         update=Update(
             step, tuple(draw(st.lists(group, min_size=1, max_size=3))), tuple(draw(st.lists(term, max_size=4)))
         ),
         eps=draw(float32s),
-        losses=draw(st.lists(st.lists(st.floats(), max_size=3), max_size=3)),
+        losses=losses,
         skipped=skipped,
         tokens=draw(st.integers(0, 2**63 - 1)),
         seconds=draw(st.floats(0, 1e9)),
         extra=draw(st.dictionaries(st.text(), json_values, max_size=3)),
+        counts=counts,
+        unused=[[3 * a, 3 * b + 1] for a, b in zip(ends[::2], ends[1::2], strict=False)],
     )
 
 

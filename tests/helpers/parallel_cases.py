@@ -126,6 +126,41 @@ def train(
     return history, state
 
 
+def half_used(
+    rank: int,
+    world_size: int,
+    shape: tuple[int, int] | None,
+    directory: Path,
+    *,
+    weights: str = "disk",
+    slices: bool = False,
+    sharded: bool = False,
+    steps: int = 5,
+    journal: str | None = None,
+    **options: Any,
+) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """Steps that enter the second half of the blocks on even steps only, and the last block never; closures return
+    sums and counts. As `train`."""
+    if shape is not None:
+        mesh_of(*shape, slice=slices)
+    model = tower(weights, directory / f"rank{rank}", write_every=2)
+    if journal is not None:
+        options["journal"] = directory / journal
+    opt = optimizer(model, weight_decay=0.1, verify_every=2, **options)
+    history = []
+    while opt.step_count < steps:
+        model.depth = 2 if opt.step_count % 2 else 4
+        batches = [batch(10 * opt.step_count + m) for m in range(2)]
+        closures = [lambda b=b: (model(b) * b.numel(), b.numel()) for b in batches]
+        opt.step(uneven_share(closures, rank, world_size) if sharded else closures, sharded=sharded)
+        assert [len(set(row)) for row in opt.last.counts] == [2, 2]
+        history.append((opt.last.losses, opt.last.counts, opt.last.coefs, opt.last.unused))
+    state = state_of(model)
+    opt.close()
+    distzo2.runtime_of(model).close()
+    return history, state
+
+
 def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
     """In rank order; the first rank has none, the last has the most."""
     bounds = [len(closures) * r * (r + 1) // (world_size * (world_size + 1)) for r in range(world_size + 1)]

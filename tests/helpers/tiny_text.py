@@ -75,3 +75,8 @@ def choice_lines(count: int) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+def uneven_lines(count: int) -> list[dict[str, Any]]:
+    """Lines of which one, five or nine words are learned."""
+    return [{"prompt": "the cat sat.", "completion": " the" * (1 + 4 * (i % 3))} for i in range(count)]

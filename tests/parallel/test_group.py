@@ -46,6 +46,35 @@ def test_lists_of_the_ranks_own_closures(ranks: Ranks, alone: Any, shape, slices
         assert_same_run(result, alone(micro_batches=5))
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 2), {"sharded": True}),  # rank 0 has no lanes
+        ((2, 1), {"weights": "host"}),
+        ((1, 2), {"sharded": True, "slices": True}),
+        ((2, 1), {"slices": True, "weights": "host"}),
+        ((2, 2), {"slices": True}),
+    ],
+    ids=str,
+)
+def test_sums_and_unused_units_on_ranks_have_the_bits_of_one(ranks: Ranks, shape, options, tmp_path: Path):
+    """Rank 0 resumes its journal with the other ranks, and then alone."""
+    size, run = shape[0] * shape[1], functools.partial(cases.half_used, **options)
+    alone = cases.half_used(0, 1, None, tmp_path / "alone", weights="device")
+    used = [unused for *_, unused in alone[0]]
+    assert (
+        used[0] == used[2] and used[1] == used[3] and used[0][0][0] > used[1][0][0] and used[0][0][1] == used[1][0][1]
+    )
+    for result in ranks.values(run, size, shape, tmp_path):
+        assert_same_run(result, alone)
+    for steps, resume in ((3, False), (4, True)):
+        again = functools.partial(run, steps=steps, journal="journal.jsonl", resume=resume)
+        for result in ranks.values(again, size, shape, tmp_path):
+            assert result[0] == alone[0][steps - len(result[0]) : steps]
+    last = cases.half_used(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True)
+    assert_same_run((last[0], last[1]), (alone[0][4:], alone[1]))
+
+
 def test_a_distributed_sampler_loses_no_data(ranks: Ranks, tmp_path: Path):
     seen = ranks.values(cases.sampled, 4, tmp_path)
     counts = collections.Counter(index for part in seen for index in part)
@@ -145,7 +174,7 @@ def test_lanes_of_ranks_that_enter_other_units(ranks: Ranks, slices: bool, tmp_p
 def test_traffic_is_scalars_and_slices_to_the_byte(ranks: Ranks, shape, lanes, weights, slices, tmp_path: Path):
     """`lanes` are those of the busiest rank."""
     steps, num_probes, size, round_bytes = 5, 2, shape[0] * shape[1], 32
-    word, losses, outcome = 5 * 8, (2 + lanes) * 8, (4 + num_probes) * 8
+    word, losses, outcome = 5 * 8, (2 + 1 + 2 * lanes) * 8, (4 + num_probes) * 8  # a bit for each unit in one word
     results = ranks.values(cases.traffic, size, shape, tmp_path, steps, weights, slices)
     whole = sum(sum(parts) for _, parts in results)
     for rank, (stats, parts) in enumerate(results):

@@ -11,6 +11,7 @@ from journal_cases import bits, make_entry, make_test_header
 from power_cut import File
 
 from distzo2.record.entry import StepEntry
+from distzo2.record.header import with_older_rules
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, encode_line, seal_line
 
@@ -135,7 +136,7 @@ def chained(lines: list[bytes]) -> list[bytes]:
 
 def test_a_chained_journal_is_read_and_continued_without_a_chain(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    header = make_test_header() | {"journal": 2, "hash": "sha256", "parents": []}
+    header = with_older_rules(make_test_header()) | {"hash": "sha256"}
     before = b"".join(chained([encode_line(header, 1 << 20), *(make_entry(step).to_line() for step in range(3))]))
     path.write_bytes(before)
     with Journal.open(path) as journal:

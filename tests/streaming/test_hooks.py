@@ -54,6 +54,82 @@ def test_windows_of_many_shapes_of_models(kind, head, options, tmp_path):
     run_both(build, lambda model: model(**batch).loss, tmp_path)
 
 
+class _Listed(Blocks):
+    """Blocks are lists or dictionaries of modules, which no hook runs around."""
+
+    def __init__(self, container, blocks=3) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.blocks = nn.ModuleList(container(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(blocks))
+            self.scales = nn.ParameterList(torch.rand(8) for _ in range(blocks))
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block, scale in zip(self.blocks, self.scales, strict=True):
+            linear, norm = block.values() if hasattr(block, "values") else block
+            x = x + torch.tanh(linear(norm(x))) * scale
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+class _CalledOtherwise(nn.Module):
+    """A module around whose call no hook runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), 0.5))
+
+    def __call__(self, x):
+        return x * self.weight
+
+
+class _Namespaces(Blocks):
+    """Parameters in modules without a forward, at the root, in a block and in one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Module()
+        self.parts.shift = nn.Parameter(torch.full((8,), 0.1))
+        self.parts.inner = nn.ParameterDict({"scale": torch.full((8,), 0.9)})
+        self.called = _CalledOtherwise()
+        self.blocks[1].more = nn.ParameterList([torch.full((8,), 0.3)])
+        self.blocks[1].forward = lambda x: self.blocks[1][0](x) * self.blocks[1].more[0]
+
+    def forward(self, ids):
+        x = self.called(self.embedding(ids)) * self.parts.inner["scale"] + self.parts.shift
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
+
+
+CONTAINERS = {
+    "lists": lambda: _Listed(lambda *modules: nn.ModuleList(modules)),
+    "dictionaries": lambda: _Listed(lambda linear, norm: nn.ModuleDict({"linear": linear, "norm": norm})),
+    "lists of parameters": lambda: _Listed(lambda linear, norm: nn.ModuleList([_CalledOtherwise(), norm])),
+    "namespaces": _Namespaces,
+}
+
+
+@pytest.mark.parametrize("build", CONTAINERS.values(), ids=CONTAINERS)
+def test_modules_that_are_not_called_belong_to_what_holds_them(build, tmp_path):
+    _, model, _ = run_both(build, lambda model: model(IDS), tmp_path)
+    streamed = [unit.name for unit in distzo2.runtime_of(model).units if not unit.resident]
+    assert streamed == [f"blocks.{i}" for i in range(len(model.blocks))]
+
+
+def test_a_wildcard_names_the_outermost_modules():
+    model = offloaded(_Listed(lambda *modules: nn.Sequential(*modules)), units=["blocks.*"])
+    streamed = [unit.name for unit in distzo2.runtime_of(model).units if not unit.resident]
+    assert streamed == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_a_lazy_module_is_named():
+    model = Blocks()
+    model.blocks[1][0] = nn.LazyLinear(8)
+    with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.1\.0\.weight.*lazy.*run the model once"):
+        offloaded(model)
+
+
 def test_use_of_a_weight_outside_its_module_is_named(tmp_path):
     class TiedByHand(Blocks):
         def forward(self, ids):

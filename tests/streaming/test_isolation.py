@@ -88,5 +88,5 @@ def test_lanes_inherit_the_callers_context():
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(threads)
-    assert seen == [(5, 1, False, torch.float64, "meta")] * 3  # two lanes, one of them once more alone
+    assert seen == [(5, 1, False, torch.float64, "meta")] * 4  # two lanes, and each once more alone
     assert variable.get() == 5

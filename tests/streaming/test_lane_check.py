@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import collections
+import typing
 
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
 from both_ways import run_both
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distzo2
+from distzo2.streaming.isolation import switches
 
 OTHER = torch.randint(0, 32, (3, 9), generator=torch.Generator().manual_seed(2))
 BATCHES = [lambda model: model(IDS), lambda model: model(OTHER)]
@@ -71,19 +74,121 @@ class Deleted(Blocks):
         return loss
 
 
+class Grown(Blocks):
+    """A cache in a buffer that is not saved, and an attribute that says what it is for, as of growing rotary tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 2
+        self.register_buffer("table", torch.zeros(2), persistent=False)
+
+    def forward(self, ids):
+        if ids.shape[1] > self.length:
+            self.length = ids.shape[1]
+            self.register_buffer("table", torch.arange(self.length) * 0.1, persistent=False)
+        return super().forward(ids) + self.table[: ids.shape[1]].sum()
+
+
+class Registered(Blocks):
+    """Blocks leave a term in a buffer that was not there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.register_forward_hook(lambda module, args, output: self.leave(module, output.square().mean()))
+
+    def leave(self, module, term):
+        module.register_buffer("term", term, persistent=False)
+
+
+class HooksItself(Blocks):
+    """Hooks are installed by the first forward, and an attribute says so, as transformers does to collect outputs."""
+
+    def forward(self, ids):
+        if not hasattr(self, "hooked"):
+            for block in self.blocks:
+                block.register_forward_hook(lambda module, args, output: self.hidden.append(output))
+            self.hooked = True
+        self.hidden = []
+        loss = super().forward(ids)
+        assert len(self.hidden) == 4
+        return loss + torch.stack(self.hidden).square().mean()
+
+
+class SharedBuffer(Blocks):
+    """One tensor is a buffer of several modules, each of which changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = torch.ones(8)
+        for block in self.blocks:
+            block.register_buffer("shared", shared)
+
+    def forward(self, ids):
+        self.blocks[0].shared.fill_(1.0)
+        for block in self.blocks:
+            block.shared.mul_(1.5)
+        loss = super().forward(ids) * self.blocks[0].shared.mean()
+        self.blocks[3].shared.fill_(1.0)
+        return loss
+
+
+def _with_hooks(model, ids):
+    """A closure that collects features by hooks of its own."""
+    kept = []
+    handles = [block.register_forward_hook(lambda module, args, output: kept.append(output)) for block in model.blocks]
+    loss = model(ids)
+    for handle in handles:
+        handle.remove()
+    return loss + torch.stack(kept).square().mean()
+
+
+def _without_fused_attention(model, ids):
+    """A closure that changes what holds for the whole process, and puts it back."""
+    kind = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return model(ids) + torch.ones(1).element_size()
+    finally:
+        torch.set_default_dtype(kind)
+
+
 LOSSES = {
     Masked: BATCHES,
     Auxiliary: [lambda model: model(IDS) + model.terms(), lambda model: model(OTHER) + model.terms()],
     Lists: BATCHES,
     Deleted: BATCHES,
+    Grown: BATCHES,
+    HooksItself: BATCHES,
+    SharedBuffer: BATCHES,
+    Registered: [lambda model: model(IDS) + sum(b.term for b in model.blocks), lambda model: model(OTHER)],
+    "hooks of the closure": [lambda model: _with_hooks(model, IDS), lambda model: _with_hooks(model, OTHER)],
+    "settings of the process": [lambda model: _without_fused_attention(model, IDS), lambda model: model(OTHER)],
 }
 
 
-@pytest.mark.parametrize("build", LOSSES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", LOSSES, ids=lambda build: getattr(build, "__name__", build))
 @pytest.mark.parametrize("num_batches", [1, 2])
 @pytest.mark.parametrize("max_lanes", [None, 1, 3])
 def test_what_a_lane_sets_on_a_module_is_its_own(build, num_batches, max_lanes, tmp_path):
-    run_both(build, LOSSES[build][:num_batches], tmp_path, max_lanes=max_lanes)
+    before = switches()
+    model = Blocks if isinstance(build, str) else build
+    run_both(model, LOSSES[build][:num_batches], tmp_path, max_lanes=max_lanes)
+    assert switches() == before
+
+
+def test_handles_of_hooks_outlive_lanes_that_add_hooks():
+    model, calls = offloaded(Blocks()), []
+    handle = model.blocks[0].register_forward_hook(lambda module, args, output: calls.append(None))
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: _with_hooks(model, IDS))
+    handle.remove()
+    seen = len(calls)
+    opt.step(lambda: _with_hooks(model, IDS))
+    assert len(calls) == seen > 0
+    distzo2.runtime_of(model).close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.blocks.modules())
 
 
 @pytest.mark.parametrize("max_lanes", [None, 1])
@@ -207,9 +312,60 @@ def _around_setattr():
     return model, lambda: model(IDS) + sum(block.l_aux for block in model.blocks), "blocks.0.l_aux"
 
 
+def _in_a_cache_that_the_first_lane_fills():
+    model = WeightNormed()
+
+    def closure():
+        with nn.utils.parametrize.cached():
+            return model(IDS)
+
+    return model, closure, None
+
+
+class WeightNormed(Blocks):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            nn.utils.parametrizations.weight_norm(block[0])
+
+
+class _KeepsInItsClass(nn.Sequential):
+    seen: typing.ClassVar[list[torch.Tensor]] = []
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.seen.append(y.square().mean())
+        return y
+
+
+def _in_a_class():
+    model = Blocks()
+    for block in model.blocks:
+        block.__class__ = _KeepsInItsClass
+
+    def closure():
+        _KeepsInItsClass.seen.clear()
+        return model(IDS) + sum(_KeepsInItsClass.seen)
+
+    return model, closure, "_KeepsInItsClass.seen"
+
+
+def _in_the_object_whose_method_is_the_closure():
+    class Trainer:
+        def __init__(self) -> None:
+            self.terms = {}
+            self.model = Hooked(lambda i, output: self.terms.update({i: output.square().mean()}))
+
+        def loss(self):
+            return self.model(IDS) + sum(self.terms.values())
+
+    trainer = Trainer()
+    return trainer.model, trainer.loss, "Trainer.terms of the closure"
+
+
 CASES = [
     _in_a_dict, _in_a_global, _in_a_list_that_grows, _in_a_deque, _in_an_object, _in_a_dict_of_the_module, _in_a_tensor,
-    _around_setattr,
+    _around_setattr, _in_a_cache_that_the_first_lane_fills, _in_a_class, _in_the_object_whose_method_is_the_closure,
 ]  # fmt: skip
 
 
@@ -284,4 +440,20 @@ def test_the_comparison_is_made_once(tmp_path):
 
     for _ in range(3):
         opt.step(closure)
-    assert len(calls) == 3 * 2 + 1
+    assert len(calls) == 3 * 2 + 2
+
+
+def test_functions_that_a_closure_is_given_are_compared_too():
+    kept = {}
+    model = offloaded(Hooked(kept.__setitem__))
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+
+    def with_terms(ids):
+        return model(ids) + sum(v.square().mean() for v in kept.values())
+
+    def closure_of(function):
+        return lambda: function(IDS)
+
+    opt.step(closure_of(model.forward))
+    with pytest.raises(distzo2.DistZO2Error, match="lanes see each other"):
+        opt.step(closure_of(with_terms))

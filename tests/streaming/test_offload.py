@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
@@ -126,6 +129,12 @@ def test_views_that_overlap_are_refused_by_name():
     model = Blocks()
     model.blocks[0][0].bias, model.extra = nn.Parameter(storage[:8]), nn.Parameter(storage[8:])
     assert torch.isfinite(offloaded(model)(IDS))  # parts of one storage that do not meet
+    model = Blocks()
+    model.register_buffer("table", model.head.weight.data[2:])
+    with pytest.raises(distzo2.DistZO2Error, match=r"buffer table is a view of parameter head\.weight"):
+        offloaded(model)
+    model.head.requires_grad_(False)
+    offloaded(model)
     model = SameStorage()
     model.head.weight.requires_grad_(False)
     with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight and head\.weight share"):
@@ -168,6 +177,7 @@ RESTRUCTURE = {
     "a parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(40, 8))),
     "a bias": lambda model: model.head.register_parameter("bias", nn.Parameter(torch.zeros(32))),
     "an adapter": lambda model: model.add_module("adapter", nn.Linear(8, 8)),
+    "a tie": lambda model: setattr(model.head, "weight", model.embedding.weight),
 }
 
 
@@ -192,6 +202,14 @@ def test_other_parameters_after_the_hand_over_are_refused_or_taken_over_in_edit(
     opt = distzo2.ZOSGD(model, lr=1e-2)
     opt.step(lambda: model(IDS))
     assert opt.last.losses[0] != opt.last.losses[1]
+
+
+def test_other_parameters_are_refused_before_any_lane_has_run():
+    code = (
+        "import distzo2, torch.nn as nn; m = distzo2.offload(nn.Sequential(nn.Linear(2, 2))); m.new = nn.Linear(2, 2)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Sequential.new: parameters of a model that was handed over" in ended.stderr
 
 
 def test_what_brings_no_parameters_may_be_set():

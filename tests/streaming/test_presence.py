@@ -68,6 +68,7 @@ def test_what_only_counts_works():
         assert p.is_floating_point() and not p.is_cuda and not p.is_sparse and p.grad is None and p.is_leaf
         assert torch.zeros_like(p).shape == torch.empty_like(p).shape == p.new_zeros(p.shape).shape == p.shape
         assert type(torch.zeros_like(p)) is torch.Tensor
+        assert p.requires_grad
         assert name in repr(p) and "nan" not in repr(p) and "edit" in str(p.data)
         assert p in {p} and hash(p) == id(p)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
@@ -76,6 +77,40 @@ def test_what_only_counts_works():
     assert all(p.requires_grad for p in model.parameters())
     distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
     assert "nan" not in repr(model)
+
+
+def test_what_is_frozen_after_the_hand_over_is_left_alone():
+    model = offloaded(Blocks())
+    for p in model.blocks[1].parameters():
+        p.requires_grad = False
+    model.embedding.requires_grad_(False)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "0" not in n] == ["head.weight"]
+    before = model.state_dict()
+    opt = distzo2.ZOSGD(model, lr=1e-1, weight_decay=0.1)
+    opt.step(lambda: model(IDS))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.0\.0\.weight is trained by an optimizer"):
+        model.requires_grad_(False)
+    model.embedding.requires_grad_(True)
+    with distzo2.edit(model):
+        model.head.weight.requires_grad_(False)
+        assert model.embedding.weight.requires_grad
+    with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.1\.0\.weight was frozen when"):
+        model.requires_grad_(True)
+    with distzo2.edit(model):
+        model.requires_grad_(True)
+    opt = distzo2.ZOSGD(model, lr=1e-1)
+    before = model.state_dict()
+    opt.step(lambda: model(IDS))
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("do", [lambda m: torch.jit.trace(m, (IDS,)), torch.jit.script], ids=["trace", "script"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:module forward hook")
+def test_what_would_keep_weights_of_one_moment_is_named(do):
+    with pytest.raises(distzo2.DistZO2Error, match=r"traced|scripted"):
+        do(offloaded(Blocks()))
 
 
 def test_an_optimizer_of_torch_over_it_is_named():
@@ -142,7 +177,7 @@ def test_copies_and_pickles_are_refused_by_name(do, part, tmp_path):
     model = offloaded(Blocks())
     if do is copy.copy and isinstance(part(model), list):
         return  # the list is copied, not the model
-    with pytest.raises(distzo2.DistZO2Error, match=r"cannot be copied or pickled.*save_pretrained"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"cannot be copied, pickled or scripted.*save_pretrained"):
         do(part(model))
 
 

@@ -127,8 +127,17 @@ class Layout(NamedTuple):
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> Layout:
         """What `torch.as_strided` would view of the row-major tensor: dimension i of the result takes `shape[i]` steps
         of `strides[i]` elements, from element `offset` on."""
-        if 0 in shape:
-            return Layout(tuple(shape), ())
+        pieces = () if 0 in shape else self._walked(shape, strides, offset, row_major_strides(shape))
+        return Layout(tuple(shape), pieces)
+
+    def through(self, piece: Piece) -> tuple[Piece, ...]:
+        """What `piece` takes from this tensor, as pieces that take it from this tensor's own sources."""
+        return self._walked(piece.sizes, piece.src_strides, piece.src_offset, piece.dst_strides, piece.dst_offset)
+
+    def _walked(
+        self, shape: Sequence[int], strides: Sequence[int], offset: int, steps: Sequence[int], to: int = 0
+    ) -> tuple[Piece, ...]:
+        """The pieces of a walk of `strides` from element `offset` on, laid out with `steps` from `to` on."""
         dims = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
         # A window into the tensor reshaped to dimensions that have just these strides.
         extents = [*pairwise([math.prod(self.shape), *(strides[d] for d in dims), 1])]
@@ -139,9 +148,8 @@ class Layout(NamedTuple):
             for (extent, step), b, n in zip(extents, begin, length, strict=True)
         ):
             raise LayoutError(f"steps of {list(strides)} do not follow the dimensions of {list(self.shape)}")
-        steps = row_major_strides(shape)
         view = [extent // step for extent, step in extents]
-        return Layout(tuple(shape), self._moved(view, begin, length, [*(steps[d] for d in dims), 0]))
+        return self._moved(view, begin, length, [*(steps[d] for d in dims), 0], to)
 
     @staticmethod
     def cat(parts: Sequence[Layout], dim: int) -> Layout:

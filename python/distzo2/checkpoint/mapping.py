@@ -9,6 +9,7 @@ same pieces backwards.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,14 @@ from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 from distzo2.errors import one_line
+
+# The last part of a tensor's name where it scales or unpacks the weights beside it: GPTQ, AWQ, bitsandbytes,
+# compressed-tensors, FP8, MXFP4, HQQ, AQLM, quanto. Where a model lacks tensors, the strong ones tell by themselves.
+_STRONG = re.compile(
+    r"(?i)qweight|qzeros|scales$|weight_scale|absmax|^scb$|packed|blocks$|code(s|book)|qidxs|w_q$|quant"
+)
+_PACKING = re.compile(rf"{_STRONG.pattern}|(^|_)(scale|zeros?|zp|idx|perm|amax)(_|\d|$)")
+_FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
@@ -175,19 +184,31 @@ def trace_checkpoint(
         with torch.device("cpu"), bound, lenient_transformers(trace):
             model, report = model_class.from_pretrained(None, config=config, state_dict=state, **kwargs)
     except Exception as error:
+        _refuse_packed(where, files.entries, {}, strong=True)
         what = f"this checkpoint cannot be mapped onto {model_class.__name__}"
+        if kwargs.get("dtype") == "auto" and any(entry.dtype in _FP8 for entry in files.entries):
+            what += " (of 8-bit floats: name a dtype to hold them in)"
         raise CheckpointError(f"{where}: {what}: {one_line(error)}") from error
 
+    params = dict(model.named_parameters())
+    held = params | dict(persistent_buffers(model))
+    missing = sorted({*report["missing_keys"], *(name for name, tensor in held.items() if tensor.is_meta)})
+    used = {
+        piece.source: symbol.dtype
+        for symbol in held.values()
+        if isinstance(symbol, LayoutTensor)
+        for piece in symbol.where.pieces
+    }
+    _refuse_packed(where, files.entries, used, strong=bool(missing or report["mismatched_keys"]))
     if report["mismatched_keys"]:
         name, got, expected = min(report["mismatched_keys"])
         raise CheckpointError(
             f"{where}: tensor {name!r}: expected shape {list(expected)} as config.json says, got {list(got)}"
         )
-    params = dict(model.named_parameters())
-    held = params | dict(persistent_buffers(model))
-    missing = sorted({*report["missing_keys"], *(name for name, tensor in held.items() if tensor.is_meta)})
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        unused = [entry.name for number, entry in enumerate(files.entries) if number not in used]
+        more += _wrapping(missing, unused)
         raise CheckpointError(f"{where}: no tensor in the checkpoint fills {missing[0]!r}{more}")
 
     def in_file(piece: Piece) -> tuple[int, int]:
@@ -206,7 +227,7 @@ def trace_checkpoint(
         mapped[name] = MappedTensor(name, symbol.dtype, tuple(symbol.shape), pieces, name not in params)
         made[symbol] = torch.empty(symbol.shape, dtype=symbol.dtype, device="meta" if name in params else "cpu")
         if name in params:
-            made[symbol] = nn.Parameter(made[symbol], requires_grad=symbol.is_floating_point())
+            made[symbol] = nn.Parameter(made[symbol], requires_grad=symbol.requires_grad)
         else:
             files.read_pieces(pieces, made[symbol])
     for module in model.modules():
@@ -215,3 +236,61 @@ def trace_checkpoint(
     model.config.name_or_path = where
     unexpected = sorted(report["unexpected_keys"])
     return model, CheckpointMap(files.entries, mapped, unexpected, files, model.config, None, type(model).__name__)
+
+
+def _refuse_packed(where: str, entries: Sequence[TensorEntry], used: dict[int, torch.dtype], *, strong: bool) -> None:
+    """Refuses weights that are packed or scaled: the model takes their codes for values.
+
+    `used` are the numbers of the tensors that the model takes, with the dtypes it holds them in. With `strong`, which
+    is where the model lacks tensors, a name alone can tell.
+    """
+    for number, dtype in used.items():
+        if dtype.is_floating_point and not entries[number].dtype.is_floating_point:
+            _refuse(where, entries[number], f"would fill a parameter of {dtype}")
+    names = {entries[number].name for number in used}
+    owners = {name.rpartition(".")[0] for name in names} - {""}
+    is_fp8 = any(entries[number].dtype in _FP8 for number in used)
+    for number, entry in enumerate(entries):
+        owner, _, leaf = entry.name.rpartition(".")
+        beside = owner in names or ((owner in owners or is_fp8) and _PACKING.search(leaf))
+        if number not in used and re.search(r"(^|\.)(lora_|base_layer\.)", entry.name):
+            raise CheckpointError(
+                f"{where}: tensor {entry.name!r} is of an adapter (LoRA) that is not merged into the weights: merge it"
+            )
+        if number not in used and (beside or (strong and _STRONG.search(leaf))):
+            _refuse(where, entry, "belongs to other weights and has no use in the model")
+
+
+def _refuse(where: str, entry: TensorEntry, why: str) -> None:
+    dtype = str(entry.dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"{where}: the weights are packed or scaled, which cannot be decoded: tensor {entry.name!r} ({dtype}) {why}; "
+        "expected plain floating-point weights"
+    )
+
+
+def _wrapping(missing: Sequence[str], unused: Sequence[str]) -> str:
+    """How the names in a checkpoint differ from those of the missing parameters, as the end of a message."""
+    for verb, wanted, found in (("strip", missing, unused), ("add", unused, missing)):
+        for name in wanted[:: -(-len(wanted) // 8) or 1]:
+            for longer in found:
+                rest, extra = name.split("."), []
+                for part in reversed(longer.split(".")):
+                    if rest and part == rest[-1]:
+                        rest.pop()
+                    else:
+                        extra.insert(0, part)
+                front = ".".join(extra) + "."
+                in_front = longer.startswith(front)
+                if rest or not extra or (verb == "add" and not in_front):
+                    continue
+                shorter = {
+                    other.removeprefix(front) if in_front else ".".join(p for p in other.split(".") if p not in extra)
+                    for other in found
+                }
+                if 2 * len(shorter & {*wanted}) >= min(len(wanted), len(found)):
+                    which = [front] if in_front else [f"{part}." for part in dict.fromkeys(extra)]
+                    held = longer if verb == "strip" else name
+                    to = "from" if verb == "strip" else "to"
+                    return f"; {verb} {', '.join(map(repr, which))} {to} the checkpoint's names, such as {held!r}"
+    return ""

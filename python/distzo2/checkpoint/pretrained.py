@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from distzo2.checkpoint.mapping import CheckpointMap, map_for_saving, persistent_buffers, trace_checkpoint
-from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles, ParallelReader
+from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles, ParallelReader, adapter_in
 from distzo2.checkpoint.symbols import creation_bound
 from distzo2.checkpoint.tensor_files import CheckpointError, read_json
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
@@ -30,6 +30,7 @@ from distzo2.streaming.offload import offload, runtime_of
 
 _UNITS_AHEAD = 2
 _MOST_TENSORS = 1 << 12  # of a configuration that comes without a checkpoint
+_QUANT_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config", "quantize_config")
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # may name kernels of a hub
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,8 @@ def load_config(directory: Path) -> Any:
 
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{directory}: expected a checkpoint directory with a config.json, found none")
+        found = adapter_in(directory) or "found none"
+        raise CheckpointError(f"{directory}: expected a checkpoint directory with a config.json, {found}")
     todo: list[Any] = [read_json(path)]
     while todo:
         part = todo.pop()
@@ -198,12 +200,16 @@ def load_config(directory: Path) -> Any:
         for key in _CODE_KEYS if isinstance(part, dict) else ():
             if "/" in str(part.get(key)):
                 raise CheckpointError(f"{path}: {key} names code from elsewhere, {str(part[key])[:80]!r}: not run")
+        for key in _QUANT_KEYS if isinstance(part, dict) else ():
+            if part.get(key):
+                raise CheckpointError(f"{path}: quantized weights ({key}) cannot be perturbed or updated")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{path}: not a configuration that transformers knows: {one_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{directory}: quantized weights (quantization_config) cannot be perturbed or updated")
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if getattr(part, "return_dict", True) is False:  # transformers' own forwards need the names of inner outputs
+            part.return_dict = True
     return config
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distzo2.checkpoint.layout import Piece
+from distzo2.checkpoint.layout import Layout, Piece, row_major_strides
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.tensor_files import (
     MAX_JSON_BYTES,
@@ -41,6 +41,7 @@ NUM_THREADS = 6
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 _FIRST_FILES = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first one counts
 _HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # may be read in vain to save a read
@@ -92,6 +93,18 @@ def split(file: TensorFile, offset: int, place: torch.Tensor) -> Iterator[Range]
         begin = end
 
 
+def adapter_in(directory: Path) -> str | None:
+    """What to say of a directory that holds an adapter (LoRA, ...) of a model and not the model; None of any other."""
+    if not (directory / ADAPTER_FILE).is_file():
+        return None
+    fields = read_json(directory / ADAPTER_FILE)
+    base, kind = fields.get("base_model_name_or_path"), fields.get("peft_type")
+    return (
+        f"found only an adapter ({ADAPTER_FILE}, {brief(kind or 'of no type')}) for the base model "
+        f"{brief(base) if base else '(it does not say which)'}: merge it into that model and save the result"
+    )
+
+
 class CheckpointFiles:
     """All tensors of a checkpoint directory, in one file or in shards with an index; safetensors before `.bin`.
 
@@ -106,7 +119,7 @@ class CheckpointFiles:
         first = next((name for name in _FIRST_FILES if (self.directory / name).is_file()), None)
         if first is None:
             expected = f"expected a checkpoint directory with {SINGLE_FILE} or {INDEX_FILE}"
-            raise CheckpointError(f"{self.directory}: {expected}, found neither")
+            raise CheckpointError(f"{self.directory}: {expected}, {adapter_in(self.directory) or 'found neither'}")
         weight_map = self._weight_map(first) if first.endswith(".json") else {}
         seen: dict[str, TensorFile] = {}
         for name in dict.fromkeys(weight_map.values()) or (first,):
@@ -160,6 +173,17 @@ class CheckpointFiles:
         """The ranges that fill one piece of `flat`, the row-major elements of its parameter in CPU memory, in the
         order of the file. Elements outside `within` may be left out."""
         file, entry = self.file_of[piece.source], self.entries[piece.source]
+        if entry.strides is not None:
+            stored = Piece(piece.source, entry.shape, 0, entry.strides, 0, row_major_strides(entry.shape)).coalesced()
+            for part in Layout(entry.shape, (stored,)).through(piece):
+                yield from self._ranges_of(file, entry, part, flat, within)
+        else:
+            yield from self._ranges_of(file, entry, piece, flat, within)
+
+    def _ranges_of(
+        self, file: TensorFile, entry: TensorEntry, piece: Piece, flat: torch.Tensor, within: range | None
+    ) -> Iterator[Range]:
+        """The ranges of a piece whose source offset and strides are those of the file."""
         item = entry.dtype.itemsize
         within = range(flat.numel()) if within is None else within
         if piece.is_run and entry.dtype == flat.dtype:
@@ -182,8 +206,12 @@ class CheckpointFiles:
             for part in self.ranges_of(piece, flat):
                 part.read()
 
-    def equal(self, a: LayoutTensor, b: LayoutTensor) -> bool:
-        """Whether two symbols of one shape have equal values, compared a chunk at a time."""
+    def equal(self, a: LayoutTensor, b: torch.Tensor) -> bool:
+        """Whether a symbol has the values of another, or of a tensor, of its shape; compared a chunk at a time."""
+        if not isinstance(b, LayoutTensor):
+            found = torch.empty(a.shape, dtype=a.dtype)
+            self.read_pieces(a.where.pieces, found)
+            return torch.equal(found, b.to(a.dtype))
         step = max(1, CHUNK_BYTES // a.dtype.itemsize)
         for begin in range(0, a.numel(), step):
             pair = []

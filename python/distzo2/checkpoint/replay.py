@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
+from itertools import accumulate, chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -24,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from distzo2.checkpoint.layout import Layout
+from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences
+from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences, strided_view
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
@@ -39,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20  # of weights that are read, updated and written at once
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_COMPARED = 1 << 20  # elements of a parameter whose places are compared at once, 8 bytes each
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one is read, one updated, one written
+Unused = dict[tuple[tuple[int, int], ...], set[int]]  # ranges of parameters -> steps that left them as they were
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,17 @@ def replay(
 
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
     updates = [entry.update for entry in contents.entries[:num_steps]]
+    unused: Unused = {}
+    for entry in contents.entries[:num_steps]:
+        if entry.unused:
+            unused.setdefault(tuple(map(tuple, entry.unused)), set()).add(entry.step)
     del contents  # losses and the like are not needed any more
     with contextlib.closing(checkpoint_map):
         pieces = plan_pieces(checkpoint_map, header["table"], piece_bytes)
         num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
         bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=f"replay {num_steps} steps", disable=not progress)
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
-            _run(checkpoint_map, writer, pieces, updates, header["seed"], backend, bar)
+            _run(checkpoint_map, writer, pieces, updates, unused, header["seed"], backend, bar)
     return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
 
 
@@ -159,16 +167,66 @@ def _map_by_table(directory: Path, table: Sequence[Mapping[str, Any]]) -> Checkp
     return CheckpointMap(files.entries, mapped | whole, files=files)
 
 
-def _check_map(theirs: Mapping[str, Any], ours: Mapping[str, Any], journal: str) -> None:
+def _check_map(theirs: Any, ours: Mapping[str, Any], journal: str) -> None:
     ours = json.loads(json.dumps(ours))  # with lists for tuples
+    theirs = theirs if isinstance(theirs, dict) else {}
+    params = theirs.get("params") if isinstance(theirs.get("params"), dict) else {}
+    first = [0, *accumulate(math.prod(shape) for _, _, shape, _ in ours["tensors"])]
     for name, mapped in ours["params"].items():
-        if (theirs.get("params") or {}).get(name) != mapped:
+        if params.get(name) != mapped and not _same_elements(params.get(name), mapped, first):
             raise JournalError(
                 f"{journal}: parameter {name!r} is read from other places of the checkpoint than the run read it from; "
                 "use the version of transformers that the header names"
             )
-    if any(theirs.get(key) != ours[key] for key in ("tensors", "params")):
+    if theirs.get("tensors") != ours["tensors"] or params.keys() != ours["params"].keys():
         raise JournalError(f"{journal}: the base checkpoint holds other tensors than those that the run read")
+
+
+def _same_elements(theirs: Any, ours: list[Any], first: Sequence[int]) -> bool:
+    """Whether two entries of a map read the same elements in the same order, however they are cut into pieces.
+
+    `first` are the numbers of the tensors' first elements, where all elements of a checkpoint are counted through.
+    """
+    try:
+        dtype, shape, theirs = theirs
+        if [dtype, shape] != ours[:2]:
+            return False
+        numel = math.prod(shape)
+        both = [[_checked_piece(piece, numel, len(first) - 1) for piece in pieces] for pieces in (theirs, ours[2])]
+        if sum(piece.numel for piece in both[0]) != numel:
+            return False
+        windows = [(begin, min(_COMPARED, numel - begin)) for begin in range(0, numel, _COMPARED)]
+        return all(torch.equal(*(_elements(pieces, *window, numel, first) for pieces in both)) for window in windows)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # a journal may hold anything
+        return False
+
+
+def _checked_piece(fields: Any, numel: int, num_tensors: int) -> Piece:
+    piece = Piece(*(tuple(field) if isinstance(field, list) else field for field in fields))
+    walk = [*zip(piece.sizes, piece.src_strides, piece.dst_strides, strict=True)]
+    numbers = [piece.source, piece.src_offset, piece.dst_offset, *chain.from_iterable(walk)]
+    last = piece.dst_offset + sum((size - 1) * step for size, _, step in walk)
+    if any(type(n) is not int or n < 0 for n in numbers) or 0 in piece.sizes or last >= numel:
+        raise ValueError("not a piece of this parameter")
+    if piece.source >= num_tensors:
+        raise ValueError("not a piece of this checkpoint")
+    return piece
+
+
+def _elements(pieces: Sequence[Piece], begin: int, length: int, numel: int, first: Sequence[int]) -> torch.Tensor:
+    """The numbers of the checkpoint's elements that fill `length` elements of a parameter from `begin` on."""
+    found = torch.full((length,), -1)
+    near = []
+    for piece in pieces:
+        last = piece.dst_offset + sum((n - 1) * step for n, step in zip(piece.sizes, piece.dst_strides, strict=True))
+        if piece.dst_offset < begin + length and last >= begin:
+            near.append(piece)
+    for piece in Layout((numel,), tuple(near)).flat(begin, length).pieces:
+        numbers = torch.tensor(first[piece.source] + piece.src_offset)
+        for size, step in zip(piece.sizes, piece.src_strides, strict=True):
+            numbers = numbers[..., None] + torch.arange(size) * step
+        strided_view(found, piece).copy_(numbers)
+    return found
 
 
 class PiecePart(NamedTuple):
@@ -216,6 +274,7 @@ def _run(
     writer: CheckpointWriter,
     pieces: Sequence[list[PiecePart]],
     updates: Sequence[Update],
+    unused: Unused,
     seed: int,
     backend: str | None,
     bar: tqdm,
@@ -232,11 +291,18 @@ def _run(
         try:
             for part in piece:
                 checkpoint_map.read(part.name, part.view(buffer), part.segment.element_offset)
-            segments = [part.segment for part in piece if part.segment.group is not None]
+            alike: dict[tuple, list[Segment]] = {}  # segments that the same steps left as they were
+            for part in piece if updates else ():
+                s = part.segment
+                if s.group is not None:
+                    key = tuple(ranges for ranges in unused if any(a <= s.param <= b for a, b in ranges))
+                    alike.setdefault(key, []).append(s)
             with updating:
-                if segments and updates:
+                for key, segments in alike.items():
+                    left = set().union(*(unused[ranges] for ranges in key))
+                    some = [update for update in updates if update.step not in left] if left else updates
                     table = SegmentTable(segments, buffer.numel())
-                    materialize(buffer, table, seed=seed, updates=updates, write_back=True, backend=backend)
+                    materialize(buffer, table, seed=seed, updates=some, write_back=True, backend=backend)
             with writing:
                 for part in piece:
                     writer.write(part.name, part.view(buffer), part.segment.element_offset)

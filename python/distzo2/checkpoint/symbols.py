@@ -81,7 +81,7 @@ class Trace(NamedTuple):
     """What the symbols of one load share: the names of the sources, and how to compare the values of two symbols."""
 
     sources: Sequence[str]
-    equal: Callable[[LayoutTensor, LayoutTensor], bool] | None = None
+    equal: Callable[[LayoutTensor, torch.Tensor], bool] | None = None
 
 
 class LayoutTensor(torch.Tensor):
@@ -173,7 +173,8 @@ def _cat(symbols: Sequence[LayoutTensor], dim: int = 0) -> LayoutTensor:
     if not all(isinstance(symbol, LayoutTensor) for symbol in symbols):
         raise LayoutError("a checkpoint tensor is joined with one that is in no checkpoint")
     if len({(symbol.dtype, symbol.cast) for symbol in symbols}) > 1:
-        raise LayoutError(f"tensors of different dtypes are joined: {sorted({str(s.dtype) for s in symbols})}")
+        dtypes = sorted({f"{s.dtype}{', converted' if s.cast else ''}" for s in symbols})
+        raise LayoutError(f"tensors of different dtypes are joined: {dtypes}")
     first = symbols[0]
     return first.moved(Layout.cat([symbol.where for symbol in symbols], dim % first.dim()))
 
@@ -188,6 +189,14 @@ def _equal(a: LayoutTensor, b: LayoutTensor) -> bool:
     return a.shape == b.shape and a.trace.equal(a, b)
 
 
+def _overwrite(symbol: LayoutTensor, value: torch.Tensor, *_: Any) -> LayoutTensor:
+    """A class that writes constants into what it loaded changes nothing where they are there already."""
+    known = not isinstance(value, LayoutTensor) and not value.is_meta and isinstance(symbol, LayoutTensor)
+    if not known or not symbol.trace.equal or not symbol.trace.equal(symbol, value.expand(symbol.shape)):
+        raise LayoutError("other values are written over those of the checkpoint")
+    return symbol
+
+
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _copy,
     aten.lift_fresh.default: _copy,
@@ -195,6 +204,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.equal.default: _equal,
+    aten.copy_.default: _overwrite,
+    aten.fill_.Tensor: _overwrite,
+    aten.fill_.Scalar: lambda symbol, value: _overwrite(symbol, torch.tensor(value)),
 }
 
 

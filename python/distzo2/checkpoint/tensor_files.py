@@ -64,12 +64,13 @@ class CheckpointError(DistZO2Error, ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file. `offset` counts bytes from the start of the file."""
+    """One tensor of a file. `offset` counts bytes from the start of the file, `strides` elements (None: row-major)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int = 0
+    strides: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -78,6 +79,29 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes from the first element in the file to the end of the last one."""
+        if self.strides is None or not self.numel:
+            return self.num_bytes
+        steps = zip(self.strides, self.shape, strict=True)
+        return (1 + sum(step * (size - 1) for step, size in steps)) * self.dtype.itemsize
+
+
+def _where_flat(content: Any) -> str:
+    """Where in a file's content there are tensors by name, as the end of a message; "" if nowhere."""
+    todo: list[tuple[str, Any]] = [("", content)]
+    for path, part in todo:  # grows, breadth first
+        if len(todo) > 1000:
+            break
+        if isinstance(part, dict):
+            others = {key: value for key, value in part.items() if not isinstance(value, torch.Tensor)}
+            if 2 * len(others) < len(part):
+                without = f" without {brief(next(iter(others)))}" if others else ""
+                return f": strip what is around them, save torch.load(file){path}{without} alone"
+            todo += [(f"{path}[{brief(key)}]", value) for key, value in others.items()]
+    return ""
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -160,7 +184,7 @@ class TensorFile:
         return tensors
 
     def _read_torch(self) -> dict[str, TensorEntry]:
-        """The contiguous tensors of a flat dictionary.
+        """The tensors of a flat dictionary.
 
         `torch.load` reads the description under fake mode, where it allocates nothing and reports at which byte of the
         file each tensor's storage begins.
@@ -189,19 +213,20 @@ class TensorFile:
                 f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: {one_line(error)}"
             ) from error
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors")
+            raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors{_where_flat(tensors)}")
         entries = {}
         for name, tensor in tensors.items():
             where = f"{self.path}: tensor {brief(name)}"
             if not isinstance(name, str) or tensor.dim() > MAX_DIMS:
                 raise CheckpointError(f"{where}: expected a name, and at most {MAX_DIMS} dimensions")
-            if tensor.numel() and not tensor.is_contiguous():
-                raise CheckpointError(f"{where} is not contiguous, strides {tensor.stride()}")
+            strides = None if not tensor.numel() or tensor.is_contiguous() else tensor.stride()
             begin, offset = tensor.untyped_storage()._checkpoint_offset, tensor.storage_offset() * tensor.itemsize
-            entry = entries[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), begin + offset)
-            if entry.numel and not 0 <= offset <= offset + entry.num_bytes <= sizes.get(begin, -1):
-                expected = f"expected {entry.num_bytes} bytes at byte {offset} of a member of the archive"
+            entry = entries[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), begin + offset, strides)
+            if entry.numel and not 0 <= offset <= offset + entry.span_bytes <= sizes.get(begin, -1):
+                expected = f"expected {entry.span_bytes} bytes at byte {offset} of a member of the archive"
                 raise CheckpointError(f"{where}: {expected}")
+            if entry.num_bytes > self.num_bytes:
+                raise CheckpointError(f"{where}: shape {brief(entry.shape)} repeats few bytes, strides {strides}")
         return entries
 
     def _check_description(self, stream: bytes) -> None:
@@ -212,7 +237,10 @@ class TensorFile:
             if opcode.name in ("INST", "GLOBAL") and argument not in _PICKLE_GLOBALS:
                 module, _, name = argument.partition(" ")
                 if module != "torch" or not name.endswith("Storage"):
-                    raise CheckpointError(f"{self.path}: {module[:80]}.{name[:80]} has no place in a file of weights")
+                    raise CheckpointError(
+                        f"{self.path}: {module[:80]}.{name[:80]} has no place in a file of weights: "
+                        "save a flat dictionary of tensors alone"
+                    )
 
     def read_into(self, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None) -> None:
         """Fills `buffer` with the file's bytes from `offset` on, at least with the first `needed` (None: all).

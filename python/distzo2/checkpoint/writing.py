@@ -34,8 +34,8 @@ HIDDEN = ".distzo2-checkpoint"  # the directory of files that are not renamed ye
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))  # but for the configuration
 # Files that go with the weights and are copied as they are: tokenizers, processors, chat templates, licences.
 _COMPANIONS = (
-    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt *.model *.tiktoken tekken.json LICENSE* "
-    "*chat_template* additional_chat_templates/* *processor_config.json"
+    "tokenizer* special_tokens_map.json added_tokens.json *vocab* merges.txt *.model *.spm *.tiktoken tekken.json "
+    "LICENSE* *chat_template* additional_chat_templates/* *processor_config.json"
 )
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,9 @@ class CheckpointWriter:
                     f"checkpoint tensor {entry.name!r} cannot be written: the model's parameters hold {numel} elements "
                     f"of its {entry.numel}"
                 )
+        for number, entry in enumerate(self.map.tensors):  # a tensor without elements has no pieces
+            if not entry.numel:
+                dtypes[number] = self.map.mapped[entry.name].dtype if entry.name in self.map.mapped else entry.dtype
         return [replace(self.map.tensors[number], dtype=dtype) for number, dtype in dtypes.items()]
 
     def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
@@ -268,13 +271,35 @@ def _shard(entries: list[TensorEntry], max_bytes: int) -> dict[str, list[TensorE
     return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards)}
 
 
+def tokenizer_files(source: Path) -> set[str]:
+    """Names that the tokenizer's class gives its files (`vocab_files_names`), and files that its settings name."""
+    from transformers import AutoConfig
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING, tokenizer_class_from_name
+
+    settings, classes = {}, []
+    with suppress(Exception):  # what cannot be read or found has no names
+        settings = read_json(source / "tokenizer_config.json")
+        classes.append(tokenizer_class_from_name(settings["tokenizer_class"].removesuffix("Fast")))
+    with suppress(Exception):
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        classes.append(TOKENIZER_MAPPING[type(config)])
+        classes.append(tokenizer_class_from_name(config.tokenizer_class.removesuffix("Fast")))
+    names = [v for k, v in settings.items() if k.endswith("_file")]
+    for tokenizer in classes:
+        with suppress(Exception):  # a class that lacks a library raises whatever it is asked for
+            names += tokenizer.vocab_files_names.values()
+    return {name for name in names if isinstance(name, str) and name == Path(name).name and name not in ("", "..")}
+
+
 def _companions(source: Path) -> Iterator[Path]:
     """The files in `source` that go with the weights. Left out, with a warning, are links to files that are neither the
     checkpoint's nor in its Hugging Face cache."""
     homes = [source.resolve()]
     if homes[0].parent.name == "snapshots":
         homes.append(homes[0].parent.parent / "blobs")
-    for path in sorted({path for pattern in _COMPANIONS.split() for path in source.glob(pattern)}):
+    named = tokenizer_files(source) - {*holds_checkpoint(source), GENERATION_FILE}
+    found = {path for pattern in _COMPANIONS.split() for path in source.glob(pattern)}
+    for path in sorted(found | {source / name for name in named if (source / name).is_file()}):
         target = Path(os.path.realpath(path))
         if target.is_file() and any(target.is_relative_to(home) for home in homes):
             yield path

@@ -138,6 +138,8 @@ def _row(entry: StepEntry) -> str:
     coefs = [f"{term.c:+.4g}" for term in entry.update.terms]
     more = f" (+{len(coefs) - COEFS_SHOWN})" if len(coefs) > COEFS_SHOWN else ""
     marks = [f"skipped: {entry.skipped}"] if entry.skipped is not None else []
+    unused = sum(last - first + 1 for first, last in entry.unused)
+    marks += [f"{unused} parameters unused"] if unused else []
     marks += ["clipped"] if entry.extra.get("clipped") else []
     text = f"{entry.step:8}  {entry.mean_loss:10.5f}  {lr:>10}  {entry.tokens:8}  {entry.seconds:8.3f}  "
     return (text + " ".join(coefs[:COEFS_SHOWN]) + more + (f"  [{', '.join(marks)}]" if marks else "")).rstrip()

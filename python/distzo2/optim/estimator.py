@@ -5,7 +5,8 @@ The update is w <- w - lr * (sum of c_k·z_k + weight_decay·w).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +14,8 @@ import numpy as np
 from distzo2.errors import DistZO2Error
 from distzo2.parallel.mesh import Evaluation
 
-Losses = Mapping[Evaluation, np.ndarray]  # float64 [micro-batches], each the mean over its examples
+# float64 [micro-batches], each the mean over its examples; [1], the loss of all of them, where closures return counts.
+Losses = Mapping[Evaluation, np.ndarray]
 
 
 @runtime_checkable
@@ -29,12 +31,14 @@ class Estimator(Protocol):
         ...
 
 
-def mean_loss(losses: np.ndarray) -> float:
-    """The mean over micro-batches, summed in ascending order in float64."""
-    total = 0.0
-    for value in losses:
+def mean_loss(losses: Iterable[float], counts: Iterable[float] | None = None) -> float:
+    """The mean over micro-batches, added up in ascending order in float64. With `counts`, each loss is the sum of that
+    many losses; the counts must not all be 0."""
+    total = num = 0.0
+    for value, count in zip(losses, repeat(1.0) if counts is None else counts, strict=False):
         total += float(value)
-    return total / len(losses)
+        num += float(count)
+    return total / num
 
 
 class SPSA:

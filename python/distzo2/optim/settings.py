@@ -32,6 +32,7 @@ class Settings:
     max_skipped: int
     verify_every: int
     fsync_every: int
+    older_rules: bool = False  # those of a run that began under version 1 or 2 of the journal (`has_older_rules`)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -39,8 +40,8 @@ class Settings:
         return self.estimator.evaluations(self.num_probes)
 
     def coefficients(self, losses: np.ndarray) -> np.ndarray:
-        """float32 [num_probes] from `losses`, float64 [evaluations, micro-batches], all finite. A coefficient too large
-        for float32 is infinite.
+        """float32 [num_probes] from `losses`, finite float64 as an estimator takes them, a row for each evaluation. A
+        coefficient too large for float32 is infinite.
 
         Raises:
             DistZO2Error: the estimator gave another number of coefficients.
@@ -84,7 +85,8 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
 
 @dataclass
 class StepRecord:
-    """What a step did. `losses` is [evaluations][micro-batches], in the order of `evaluations`."""
+    """What a step did. `losses` is [evaluations][micro-batches], in the order of `evaluations`, and so is `counts`: how
+    many losses each is the mean of (None: 1). `unused` is that of a `StepEntry`."""
 
     step: int
     loss: float
@@ -95,6 +97,8 @@ class StepRecord:
     clipped: bool = False
     seconds: float = 0.0
     lr: list[float] = field(default_factory=list)
+    counts: list[list[float]] | None = None
+    unused: list[list[int]] = field(default_factory=list)
 
 
 # ---- parameter groups ---------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class StepRecord:
 def default_groups(params: Iterable[ParamInfo], split: bool) -> list[dict[str, Any]]:
     """One group of all trainable parameters. With `split`, those of fewer than 2 dimensions (biases, norms) are in a
     second group, without weight decay."""
-    trainable = [p for p in params if p.trainable]
+    trainable = [p for p in params if p.trainable and p.requires_grad]
     if not trainable:
         raise DistZO2Error("no parameter of the model is trainable")
     if not split:

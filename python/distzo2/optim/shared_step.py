@@ -37,7 +37,7 @@ ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
 _HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> losses, units entered
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, units entered
 RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
 
 
@@ -49,6 +49,14 @@ class StepWord(NamedTuple):
     num_closures: int
     tokens: int
     sharded: bool | str
+
+
+class Evaluated(NamedTuple):
+    """What the lanes of all ranks gave, float64 [evaluations, micro-batches], and which units they entered."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+    entered: frozenset[int]  # indices of units
 
 
 class ReplicasDifferError(DistZO2Error):
@@ -82,8 +90,10 @@ class Alone:
             raise error
         return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
 
-    def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
-        return run(deal.lanes[0], 0)[0].reshape(len(self.settings.evaluations), deal.num_batches)
+    def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
+        losses, entered = run(deal.lanes[0], 0)
+        sums, counts = losses.T.reshape(2, len(self.settings.evaluations), deal.num_batches)
+        return Evaluated(sums, counts, frozenset(unit.index for unit in entered))
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         make()
@@ -168,29 +178,31 @@ class SharedStep:
         rows = range(0, shape.size, 1 if mode == OWN else shape.pert)
         return deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
 
-    def gather(self, step: int, deal: Deal, run: RunLanes) -> np.ndarray:
+    def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
         """Runs this rank's lanes, and gathers the losses of all.
-
-        Returns:
-            float64 [evaluations, micro-batches].
 
         Raises:
             Anything that `run` raises; the other ranks get a RankFailedError.
             DistZO2Error: the lanes of two ranks entered different units.
         """
-        losses, entered, error = np.zeros(0), (), None
+        losses, entered, error = np.zeros((0, 2)), (), None
         try:
             losses, entered = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
             if self._exchange.broken:  # in a gather of slices: the other ranks know
                 raise
-        most = max(len(lanes) for lanes in deal.lanes)
-        mine = np.zeros(2 + most, dtype=np.int64)  # failed, hash of the units, the bits of the losses
+        most, num_words = max(len(lanes) for lanes in deal.lanes), -(-len(self._runtime.units) // 64)
+        first = 2 + num_words
+        # failed, hash of the units in their order, a bit for each unit, the bits of sums and counts
+        mine = np.zeros(first + 2 * most, dtype=np.int64)
         mine[0] = error is not None
         if error is None:
             mine[1] = hash64([unit.name for unit in entered])
-            mine[2 : 2 + len(losses)] = losses.view(np.int64)
+            in_units = np.zeros(64 * num_words, dtype=bool)
+            in_units[[unit.index for unit in entered]] = True
+            mine[2:first] = np.packbits(in_units).view(np.int64)
+            mine[first : first + losses.size] = losses.reshape(-1).view(np.int64)
         rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
         self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
         working = [rank for rank, lanes in enumerate(deal.lanes) if lanes]
@@ -201,11 +213,12 @@ class SharedStep:
                     f"rank {rank} entered others than those of rank {working[0]}. Where a forward skips blocks for "
                     "some batches or perturbations, name with units= a module around them."
                 )
-        result = np.zeros((len(self.settings.evaluations), deal.num_batches))
+        result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
-            for lane, loss in zip(lanes, rows[rank, 2:].view(np.float64), strict=False):
-                result[lane] = loss
-        return result
+            for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
+                result[:, *lane] = loss
+        words = np.bitwise_or.reduce(rows[:, 2:first])  # ranks without lanes entered none
+        return Evaluated(*result, frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist()))
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""

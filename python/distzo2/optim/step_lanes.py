@@ -42,7 +42,7 @@ class StepLanes:
         """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
 
         Returns:
-            float64 [lanes], the losses; and the units that the lanes entered.
+            float64 [lanes, 2], the sum of each lane's losses and their count; and the units that the lanes entered.
         """
         s, lanes = self.settings, []
         for index, batch in places:
@@ -79,18 +79,45 @@ class StepLanes:
         with self._interrupt:
             self._run(lanes, check=True)
         losses = self._losses(lanes)
-        first, second, *_ = losses.tolist()
+        (first, second), counts = (losses[:2, i].tolist() for i in (0, 1))
         if losses[0].tobytes() != losses[1].tobytes():
             raise DistZO2Error(
                 f"the same weights, batch and random stream gave {first!r} and {second!r}: the forward is not "
                 "deterministic, and a difference of two losses would be made of that"
             )
-        return first
+        return first / (counts[0] or 1.0)
 
     def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
-        """float64 [lanes]: the mean of what each closure returned; from a device they come in one transfer."""
-        means = [self._mean(lane.result) for lane in lanes]
-        return torch.stack([m.to(means[0].device) for m in means]).cpu().numpy() if means else np.zeros(0)
+        """float64 [lanes, 2]: sum and count of what each closure returned. From a device they come in one transfer."""
+        if not lanes:
+            return np.zeros((0, 2))
+        pairs = [self._pair(lane.result) for lane in lanes]
+        tensors = [value for pair in pairs for value in pair if isinstance(value, torch.Tensor)]
+        values = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist())
+        losses = np.array([[next(values) if isinstance(v, torch.Tensor) else v for v in pair] for pair in pairs])
+        counts, least = losses[:, 1], np.nextafter(0.0, 1.0) if self.settings.older_rules else 0.0
+        for lane, count in zip(lanes, counts.tolist(), strict=True):
+            if not least <= count < np.inf:
+                raise DistZO2Error(
+                    f"the closure of batch {lane.batch} returned a sum of losses and {count!r} as their number, "
+                    f"which must be finite and {'above' if self.settings.older_rules else 'at least'} 0"
+                )
+        if self.settings.older_rules:  # means of micro-batches, whatever their counts
+            losses = np.stack([losses[:, 0] / counts, np.ones(len(lanes))], 1)
+        return losses
+
+    def _pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Float64 scalars: (sum, count) as the closure returned it; a mean counts as one loss."""
+        if not isinstance(result, tuple):
+            return self._mean(result), 1.0
+        if len(result) != 2 or any(isinstance(value, torch.Tensor) and value.numel() != 1 for value in result):
+            shapes = ", ".join(str(list(v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in result)
+            raise DistZO2Error(
+                f"the closure returned a tuple of {shapes or 'nothing'}; a loss was expected, or the pair (sum of "
+                "losses, number of losses)"
+            )
+        total, count = result
+        return self._mean(total), self._mean(count) if isinstance(count, torch.Tensor) else self._mean(count).item()
 
     def _mean(self, result: Any) -> torch.Tensor:
         if not isinstance(result, torch.Tensor):

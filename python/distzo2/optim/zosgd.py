@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
 from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
-from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, SharedStep, StepWord
+from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
 from distzo2.optim.state import (
     NON_FINITE_COEFFICIENT,
     NON_FINITE_LOSS,
@@ -35,7 +36,10 @@ from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import runtime_of
+from distzo2.weights.units import Unit, ranges_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
+
+logger = logging.getLogger("distzo2")
 
 _SAME_IN_STATE = ("noise", "num_probes", "eps")  # settings that an optimizer and the state that it loads must share
 
@@ -58,6 +62,7 @@ class ZOSGD(torch.optim.Optimizer):
         noise: "normal" or "rademacher".
         estimator: "spsa", "fzoo", or an `Estimator`.
         seed: of the run, in [0, 2^64).
+        data_hash: SHA-256 of the run's examples, for the header of a new journal; nothing is compared with it.
         journal: path of a journal to write (or to continue, given `resume`), or None.
         resume: `journal` exists: checks that it belongs to this model and seed, and takes over its updates.
         branch_from: a `BranchPoint`, (journal of another run, number of its steps or None for all): takes over these
@@ -95,6 +100,7 @@ class ZOSGD(torch.optim.Optimizer):
         noise: str = "normal",
         estimator: str | Estimator = "spsa",
         seed: int = 0,
+        data_hash: str | None = None,
         journal: str | os.PathLike | None = None,
         resume: bool = False,
         branch_from: BranchPoint | None = None,
@@ -130,7 +136,8 @@ class ZOSGD(torch.optim.Optimizer):
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
-        self._bound = self._closed = False
+        self._data_hash = data_hash
+        self._bound = self._closed = self._told_unused = False
 
         if params is None:
             earlier = branch.journal if branch else journal if resume else None
@@ -153,10 +160,11 @@ class ZOSGD(torch.optim.Optimizer):
             runtime.weights.set_durable(ALWAYS_DURABLE)
             return
         self._ranks.first_version = runtime.weights.version
-        self.journal, self.first_step = open_run(
+        self.journal, self.first_step, older_rules = open_run(
             self._ranks, journal, self._header, runtime.weights, self.take_over,
             resume=resume, branch=branch, fsync_every=fsync_every, kept=runtime.kept,
         )  # fmt: skip
+        self._set(older_rules=older_rules)
         if resume and runtime.kept is not None:
             self.verify_replicas()  # ranks that cannot read the weight file have made the updates again
 
@@ -202,7 +210,12 @@ class ZOSGD(torch.optim.Optimizer):
             checkpoint_map=None if source is None else source.to_json(),
             options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
+            data_hash=self._data_hash,
         )
+
+    def _set(self, **changes: Any) -> None:
+        """Changes settings."""
+        self.settings = self._lanes.settings = self._ranks.settings = replace(self.settings, **changes)
 
     def _index_table(self) -> list[dict[str, Any]]:
         return index_table(self._runtime.params, self.param_groups, self.settings.noise)
@@ -211,7 +224,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Takes over the steps of a journal without a forward. Those from step `first_like` on count in the running
         median that clips later coefficients, as if this optimizer had made them."""
         for entry in entries:
-            self._runtime.weights.updates.push(entry.update)
+            self._runtime.weights.push(entry.update, entry.unused)
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
@@ -236,21 +249,24 @@ class ZOSGD(torch.optim.Optimizer):
         """Evaluates the step's perturbations and makes the update.
 
         Args:
-            closure: returns the loss of a batch as a scalar, or per-example losses; or a list of such closures, one for
-                each micro-batch. It is called once for each perturbation, under no_grad, in a separate thread; code
-                that is new, once more (see `check`).
+            closure: returns the loss of a batch as a scalar; or per-example losses, of which the mean is taken; or
+                (sum of losses, number of losses), for a mean over all of the step, however it is cut. Or a list of such
+                closures, one for each micro-batch. It is called once for each perturbation, under no_grad, in a
+                separate thread; code that is new, once more (see `check`).
             tokens: how many tokens the batch has, for the journal.
             sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
                 part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
                 empty. "data": those of its data coordinate; ranks that share it have the same list.
 
         Returns:
-            float64 scalar: the mean of all losses evaluated, on all ranks. `last` has the details.
+            float64 scalar: the mean of all losses evaluated, on all ranks. `last` has the details. The loss of an
+            evaluation is the sum of its closures' sums over that of their numbers; what is not a pair counts as one.
 
         Raises:
             NonFiniteLossError: `max_skipped` steps in a row had a non-finite loss. None of them was applied.
             DivergenceError: `max_clipped` steps in a row had to be clipped.
-            DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window.
+            DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window, or what a
+                closure returned is no loss, or the numbers of losses are all 0.
             RanksDisagreeError: the ranks of the mesh were about to make different steps.
             RankFailedError: another rank failed in this step, or is gone; it and the first cause are named.
             Anything that a closure raises, as it was raised; the step is then dropped whole, on all ranks.
@@ -265,19 +281,28 @@ class ZOSGD(torch.optim.Optimizer):
         with self._interrupt:
             s, start, step = self.settings, time.perf_counter(), self.step_count
             deal, tokens = self._ranks.open(StepWord(step, scalars, len(closures), tokens, sharded), failure)
-            losses = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
-            loss = mean_loss(losses.reshape(-1))
-            record = StepRecord(step, loss, losses.tolist(), s.evaluations, [], lr=[g.lr for g in scalars])
+            sums, counts, entered = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
+            if not counts.any(1).all():
+                raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
+            loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
+            record = StepRecord(step, loss, sums.tolist(), s.evaluations, [], lr=[g.lr for g in scalars])
+            if not (counts == 1).all():
+                record.counts = counts.tolist()
+                record.losses = np.divide(sums, counts, out=sums.copy(), where=counts > 0).tolist()
+                sums = np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
+            left_out = self._runtime.weights.left_out(entered)
+            record.unused = [] if s.older_rules else ranges_of(p.index for unit in left_out for p in unit.params)
 
             def decide() -> None:
-                self._decide(losses, record)
+                self._tell_unused(step, left_out)
+                self._decide(sums, record)
                 record.seconds = time.perf_counter() - start
                 if self.journal is not None:
                     extra = {"clipped": True} if record.clipped else {}
                     update = self._update(record, scalars)
-                    self.journal.append(
-                        StepEntry(step, update, s.eps, record.losses, record.skipped, tokens, record.seconds, extra)
-                    )
+                    losses, times = (s.eps, record.losses, record.skipped), (tokens, record.seconds)
+                    rows = record.counts and (record.counts[:1] if (counts == counts[0]).all() else record.counts)
+                    self.journal.append(StepEntry(step, update, *losses, *times, extra, rows, record.unused))
 
             self._ranks.decide(record, decide, self.journal)
             record.seconds = record.seconds or time.perf_counter() - start
@@ -304,13 +329,25 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _evaluate(
         self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
-    ) -> np.ndarray:
-        """float64 [evaluations, micro-batches], of all ranks."""
+    ) -> Evaluated:
         self._runtime.weights.updates.set_perturb_scales(scales)
         return self._ranks.gather(step, deal, lambda lanes, first: self._lanes.run(step, lanes, closures, first))
 
+    def _tell_unused(self, step: int, units: Sequence[Unit]) -> None:
+        """Reports, once, units that no lane entered."""
+        if not units or self._told_unused:
+            return
+        self._told_unused = True
+        names, more = ", ".join(unit.name for unit in units[:8]), ", ..." if len(units) > 8 else ""
+        effect = "the step leaves them as they are, as all such steps will"
+        if self.settings.older_rules:
+            effect = "their updates are noise, as the run began under an older version of the journal"
+        num_params = sum(len(unit.params) for unit in units)
+        logger.warning("step %d used none of the %d parameters of %s%s: %s", step, num_params, names, more, effect)
+
     def _decide(self, losses: np.ndarray, record: StepRecord) -> None:
-        """Fills `record` with the coefficients that the losses lead to, or why the step is skipped."""
+        """Fills `record` with the coefficients that the losses lead to, or why the step is skipped. `losses` are as an
+        estimator takes them."""
         if not np.isfinite(losses).all():
             record.skipped = NON_FINITE_LOSS
             return
@@ -329,7 +366,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _push(self, update: Update, record: StepRecord) -> None:
         """Makes the step: from here on, every unit takes over the update at its next visit."""
         self._runtime.weights.trim()
-        self._runtime.weights.updates.push(update)
+        self._runtime.weights.push(update, record.unused)
         self.last = record
         self._progress.count(record.coefs, record.skipped, record.clipped)
         if self._runtime.kept is not None:
@@ -340,7 +377,7 @@ class ZOSGD(torch.optim.Optimizer):
     # ---- besides steps ------------------------------------------------------------------------------------------
 
     def check(self, closure: Callable[[], Any]) -> float:
-        """Runs two clean lanes of `closure` and two perturbed ones, one of which runs alone as well; returns the loss.
+        """Runs two clean lanes of `closure` and two perturbed ones, which run alone as well; returns the loss.
 
         Raises:
             DistZO2Error: the clean ones differ: the forward is not deterministic, and every estimate would be made of
@@ -386,7 +423,7 @@ class ZOSGD(torch.optim.Optimizer):
             if mine[key] != ours:
                 raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {ours!r} in this optimizer")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
-        self.settings = self._lanes.settings = self._ranks.settings = replace(self.settings, seed=mine["seed"])
+        self._set(seed=mine["seed"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
         self._bind()

@@ -23,6 +23,7 @@ from distzo2.record.line import (
 from distzo2.text import brief
 from distzo2_core.types import FAMILIES, MAX_PROBE, MAX_STEP, GroupScalars, Term, Update
 
+_OPTIONAL = {"counts": "list", "unused": "list"}  # since version 3, where they say anything
 _MEMBERS = {
     "step": "integer", "groups": "list", "terms": "list", "eps": "string", "losses": "list",
     "skipped": "string or null", "tokens": "integer", "seconds": "string", "extra": "object",
@@ -37,11 +38,15 @@ class StepEntry:
         step: number of the step, 0 for the first; equal to `update.step`.
         update: learning rates, weight decays and terms, float32 values.
         eps: perturbation scale, a float32 value.
-        losses: for each evaluation, the loss of each micro-batch or example; float64, may be nan or inf.
+        losses: for each evaluation, the mean loss of each micro-batch; float64, may be nan or inf.
         skipped: why the update was not made, or None; a skipped step has lr 0 in every group.
         tokens: tokens that went through the forwards of the step.
         seconds: wall time of the step.
         extra: other JSON values, with finite numbers.
+        counts: over how many tokens or examples each loss is the mean: for each micro-batch where all evaluations have
+            the same, else for each evaluation and micro-batch; None where all are 1. A loss whose count is 0 is a sum.
+        unused: ascending ranges [first, last] of parameters, by their indices in the index table, whose units no lane
+            entered: the update leaves them as they are.
     """
 
     step: int
@@ -52,12 +57,17 @@ class StepEntry:
     tokens: int = 0
     seconds: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    counts: list[list[float]] | None = None
+    unused: list[list[int]] = field(default_factory=list)
 
     @property
     def mean_loss(self) -> float:
-        """Mean of the losses; NaN if there is none."""
+        """Mean of the losses, weighted by their counts; NaN if there is none."""
         losses = [loss for row in self.losses for loss in row]
-        return sum(losses) / len(losses) if losses else math.nan
+        counts = [1.0] * len(losses) if self.counts is None else [n for row in self.counts for n in row]
+        counts *= len(losses) // max(len(counts), 1)
+        total = sum(loss * (n or 1.0) for loss, n in zip(losses, counts, strict=True))
+        return total / sum(counts) if losses else math.nan
 
     def to_line(self) -> bytes:
         """The entry as one line with its newline.
@@ -83,6 +93,10 @@ class StepEntry:
             "seconds": hex64(self.seconds, "seconds"),
             "extra": self.extra,
         }
+        if self.counts is not None:
+            record["counts"] = [[hex64(n, "counts") for n in row] for row in self.counts]
+        if self.unused:
+            record["unused"] = self.unused
         return encode_line(record, MAX_STEP_BYTES)
 
     @classmethod
@@ -93,9 +107,11 @@ class StepEntry:
             JournalError: the line is damaged, or holds anything else.
         """
         record = decode_line(line, MAX_STEP_BYTES)
-        expect_members(record, _MEMBERS, "a step")
-        if list(record) != list(_MEMBERS):
-            raise JournalError(f"the members of a step are not spelled as {', '.join(_MEMBERS)}, in this order")
+        members = _MEMBERS | {name: kind for name, kind in _OPTIONAL.items() if name in record}
+        expect_members(record, members, "a step")
+        if list(record) != list(members):
+            raise JournalError(f"the members of a step are not spelled as {', '.join(members)}, in this order")
+        counts, unused = record.get("counts"), record.get("unused", [])
         step, groups, terms = record["step"], map(_read_group, record["groups"]), map(_read_term, record["terms"])
         entry = cls(
             step=step,
@@ -106,7 +122,11 @@ class StepEntry:
             tokens=record["tokens"],
             seconds=from_hex(record["seconds"], "seconds"),
             extra=record["extra"],
+            counts=counts and [[from_hex(n, "counts") for n in a_list(row, "counts")] for row in counts],
+            unused=[a_list(part, "a range of unused", 2) for part in unused],
         )
+        if "unused" in record and not unused:
+            raise JournalError("unused is empty, and must be left out")
         _check_entry(entry)
         return entry
 
@@ -139,3 +159,22 @@ def _check_entry(entry: StepEntry) -> None:
     whole(entry.tokens, 0, MAX_INT64, "tokens")
     if not math.isfinite(entry.seconds):
         raise JournalError("seconds must be finite")
+    if entry.counts is not None:
+        _check_counts(entry.counts, entry.losses)
+    end = -1  # of the range before, and one: neighbours are one range
+    for first, last in entry.unused:
+        end = whole(last, whole(first, end + 1, MAX_INT64, "unused"), MAX_INT64 - 1, "unused") + 1
+
+
+def _check_counts(counts: list[list[float]], losses: list[list[float]]) -> None:
+    each = counts * len(losses) if len(counts) == 1 else counts
+    if [len(row) for row in each] != [len(row) for row in losses]:
+        raise JournalError("counts and losses must be of the same lengths")
+    if len(counts) > 1 and all(row == counts[0] for row in counts):
+        raise JournalError("counts are the same for all evaluations, and must be given once")
+    if not all(math.isfinite(n) and n >= 0 for row in counts for n in row):
+        raise JournalError("counts must be finite and at least 0")
+    if not all(any(row) for row in counts):
+        raise JournalError("the counts of an evaluation are all 0")
+    if all(n == 1 for row in counts for n in row):
+        raise JournalError("counts are all 1, and must be left out")

@@ -20,8 +20,9 @@ from distzo2.weights.units import ParamInfo
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
 from distzo2_core.types import FAMILIES, MAX_SEED, MAX_STEP, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING
 
-# A header without parents is written as version 1, which all readers know.
-FORMAT_VERSION = 2
+# Versions 1 and 2 are read forever. Version 2 is still written: for a branch of such a run, which keeps its rules.
+FORMAT_VERSION = 3
+LOSS_RULE = "sum/count"  # L of an evaluation: the sum of its closures' sums over the sum of their counts
 CHAIN_HASH = "sha256"  # `hash` of older versions' journals, whose lines hold a hash that is not checked any more
 MAX_NAME = 4096  # characters of a parameter's name
 MAX_DIMS = 32
@@ -34,6 +35,10 @@ _HEADER = {
     "software": "object", "fingerprint": "object",
 }  # fmt: skip
 _HEADER_2 = _HEADER | {"hash": "string or null", "parents": "list"}
+_HEADER_3 = _HEADER | {
+    "parents": "list", "loss": "string", "compute_dtype": "string or null", "data_hash": "string or null",
+    "stored_formats": "null", "estimator_state": "null",
+}  # fmt: skip
 _PARENT = {
     "name": "string", "steps": "integer", "sha256": "string", "chain": "string or null", "options": "object",
     "noise": "string", "software": "object", "fingerprint": "object",
@@ -94,6 +99,7 @@ def make_header(
     checkpoint_map: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     fingerprint: Mapping[str, Any] | None = None,
+    data_hash: str | None = None,
 ) -> dict[str, Any]:
     """A header, checked.
 
@@ -106,13 +112,15 @@ def make_header(
             as the run did, or is refused.
         options: of the optimizer; a resumed run must have the same.
         fingerprint: what the bits of a forward depend on besides the weights.
+        data_hash: SHA-256 of the examples as the model is given them; None if it is not known.
 
     Raises:
         JournalError: a value is not what a header holds.
     """
     versions = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    dtypes = {row["dtype"] for row in table}
     header = {
-        "journal": 1,
+        "journal": FORMAT_VERSION,
         "noise": NOISE_VERSION,
         "rounding": ROUNDING_VERSION,
         "purposes": dict(PURPOSES),
@@ -124,9 +132,26 @@ def make_header(
         "options": dict(options or {}),
         "software": versions,
         "fingerprint": dict(fingerprint or {}),
+        "parents": [],
+        "loss": LOSS_RULE,
+        "compute_dtype": dtypes.pop() if len(dtypes) == 1 else None,
+        "data_hash": data_hash,
+        "stored_formats": None,
+        "estimator_state": None,
     }
     check_header(header)
     return header
+
+
+def has_older_rules(header: Mapping[str, Any]) -> bool:
+    """Whether the run began under version 1 or 2: the loss of a step is the mean of its micro-batches' means, and its
+    update reaches what no lane entered."""
+    return header["journal"] < FORMAT_VERSION
+
+
+def with_older_rules(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A header of version 3 as version 2 holds it."""
+    return {**{key: header[key] for key in _HEADER}, "journal": 2, "hash": None, "parents": header["parents"]}
 
 
 def parents_of(header: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -150,7 +175,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     version = header.get("journal")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise JournalError(f"format version {brief(version)}, this reader knows 1 to {FORMAT_VERSION}")
-    expect_members(header, _HEADER if version == 1 else _HEADER_2, "the header")
+    expect_members(header, (_HEADER, _HEADER_2, _HEADER_3)[version - 1], "the header")
     for key, known in (("noise", NOISE_VERSION), ("rounding", ROUNDING_VERSION)):
         if header[key] != known:
             raise JournalError(f"{key} version {brief(header[key])}, this reader makes {known!r}")
@@ -182,8 +207,12 @@ def table_difference(
 
 
 def _check_lineage(header: Mapping[str, Any]) -> None:
-    if header["hash"] not in (None, CHAIN_HASH):
+    if header.get("hash") not in (None, CHAIN_HASH):
         raise JournalError(f"hash {brief(header['hash'])}, this reader knows {CHAIN_HASH!r}")
+    if header.get("loss", LOSS_RULE) != LOSS_RULE:
+        raise JournalError(f"loss {brief(header['loss'])}, this reader knows {LOSS_RULE!r}")
+    if header.get("data_hash") is not None and not _is_sha256(header["data_hash"]):
+        raise JournalError(f"data_hash {brief(header['data_hash'])} is not a SHA-256")
     for parent in header["parents"]:
         expect_members(parent, _PARENT, "a parent")
         whole(parent["steps"], 0, MAX_STEP, "steps of a parent")

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 from distzo2.files import lock, sync_directory, write_all
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import read_header
-from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, JournalError, crc_matches, encode_line
+from distzo2.record.header import has_older_rules, read_header
+from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, JournalError, crc_matches, encode_line, whole
 from distzo2.record.writer import JournalWriter
 
 MAX_FINDINGS = 100  # of one journal
@@ -293,6 +293,10 @@ def _check_follows(entry: StepEntry, step: int, header: Mapping[str, Any]) -> No
     num_groups, expected = len(entry.update.groups), len(header["groups"])
     if num_groups != expected:
         raise JournalError(f"{num_groups} groups, the header has {expected}")
+    if has_older_rules(header) and (entry.counts is not None or entry.unused):
+        raise JournalError(f"counts and unused are not members of version {header['journal']}")
+    if entry.unused:
+        whole(entry.unused[-1][1], 0, len(header["table"]) - 1, "unused")
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import FORMAT_VERSION, parents_of, table_difference
+from distzo2.record.header import has_older_rules, parents_of, table_difference, with_older_rules
 from distzo2.record.journal import read_journal
 
 
@@ -29,7 +29,8 @@ class BranchPoint(NamedTuple):
 
 
 def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str, Any], list[StepEntry]]:
-    """What the journal of a branch begins with: `header` with the branch's parents, and their steps.
+    """What the journal of a branch begins with: `header` with the branch's parents, and their steps. The branch of an
+    older run keeps its rules, and so its version.
 
     Args:
         header: of the branch, without parents.
@@ -72,8 +73,8 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str,
         replace(entry, update=entry.update._replace(groups=tuple(entry.update.groups[g] for g in source)))
         for entry in contents.entries[:num_steps]
     ]
-    parents = [*parents_of(parent), record]
-    return {**header, "journal": FORMAT_VERSION, "hash": None, "parents": parents}, entries
+    header = with_older_rules(header) if has_older_rules(parent) else header
+    return {**header, "parents": [*parents_of(parent), record]}, entries
 
 
 def parent_differences(header: Mapping[str, Any], path: str | os.PathLike[str]) -> list[str]:

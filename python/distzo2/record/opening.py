@@ -17,7 +17,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import table_difference
+from distzo2.record.header import has_older_rules, table_difference
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError
 from distzo2.record.lineage import BranchPoint, branch_of, digest_lines, first_like_step, first_own_step
@@ -99,7 +99,7 @@ def open_run(
     branch: BranchPoint | None,
     fsync_every: int,
     kept: KeptWeights | None,
-) -> tuple[Journal | None, int]:
+) -> tuple[Journal | None, int, bool]:
     """Opens or makes the journal of a run, and brings the weights of every rank to its last step.
 
     Args:
@@ -109,8 +109,8 @@ def open_run(
         kept: the weight file that this rank's weights came from, and which is the run's from here on.
 
     Returns:
-        The journal, open on rank 0 and None on the others, and the first step that is the run's own, and not one of a
-        run that it was branched from.
+        The journal, open on rank 0 and None on the others; the first step that is the run's own, and not one of a run
+        that it was branched from; and whether the run has the rules of older versions (`has_older_rules`).
 
     Raises:
         DistZO2Error: the journal exists already, or belongs to another run, or the branch cannot be made.
@@ -133,12 +133,13 @@ def open_run(
             except FileExistsError as error:
                 raise DistZO2Error(f"{path} exists: resume it, or choose another name") from error
         header, entries = journal.header, journal.entries if ranks.world_size > 1 else ()
-        about = f"{first_own_step(header)} {first_like_step(header)} {digest_lines(path, 1)}\n"
+        numbers = first_own_step(header), first_like_step(header), int(has_older_rules(header))
+        about = f"{' '.join(map(str, numbers))} {digest_lines(path, 1)}\n"
         return about.encode() + b"".join(entry.to_line() for entry in entries)
 
     try:
         about, *lines = ranks.from_rank_0("opening the journal", on_rank_0).splitlines(True)
-        first_step, first_like, digest = about.decode().split()
+        first_step, first_like, older, digest = about.decode().split()
         entries = [StepEntry.from_line(line) for line in lines] if journal is None else journal.entries
         with ranks.together("taking over the journal"):
             if kept is not None:
@@ -149,7 +150,7 @@ def open_run(
             held = weakref.ref(weights)  # a journal that nobody closed is dropped together with the weights
             journal.on_durable(lambda durable: (alive := held()) and alive.set_durable(first + durable))
             journal.on_failure(lambda error: (alive := held()) and alive.fail(error))
-        return journal, int(first_step)
+        return journal, int(first_step), bool(int(older))
     except BaseException:
         if journal is not None:
             journal.close()

@@ -81,8 +81,9 @@ class TrainLoop:
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
 
-    def start(self, settings: dict[str, Any]) -> None:
-        """Opens journal and metrics; a resumed run takes over the steps that it has made."""
+    def start(self, settings: dict[str, Any], data_hash: str) -> None:
+        """Opens journal and metrics; a resumed run takes over the steps that it has made. `data_hash` is that of
+        the examples."""
         o = self.options
         optimizer = self.optimizer = ZOSGD(
             self.model,
@@ -92,7 +93,9 @@ class TrainLoop:
             resume=o.resume,
             branch_from=BranchPoint(RunDirectory(o.branch_from).journal, o.at_step) if self.branches else None,
             fsync_every=o.fsync_every,
+            data_hash=data_hash,
         )
+        self.objective.rule = "mean" if optimizer.settings.older_rules else "sum"
         self._first_step = optimizer.step_count  # of this process
         if optimizer.step_count > o.steps:  # of a branch; a resumed run was checked before
             raise UsageError(f"--steps {o.steps}: the branch takes over {optimizer.step_count} steps")

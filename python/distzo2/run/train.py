@@ -111,7 +111,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 with together(mesh, "starting the run"):
                     if not options.resume and not options.no_check:
                         objective.check_causal(train[0], kind)
-                    loop.start(settings)
+                    loop.start(settings, made_of["examples_sha256"])
                 loop.run_to_end()
         memory = f"peak memory {gib(peak_bytes())}, weights {gib(size.total)}"
         log(f"{loop.optimizer.step_count} steps in {run.path}; {memory}")

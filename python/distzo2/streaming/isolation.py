@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,23 +71,65 @@ class CallerState:
             torch.cuda.set_stream(self.stream)
 
 
+_SWITCHES = (  # of the process, which code sets for the time of a `with` block
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+)
+
+
+class LaneSwitches:
+    """Settings of torch for the whole process, such as the attention kernels that may be used, as one lane has them."""
+
+    def __init__(self) -> None:
+        self._own: tuple[Any, ...] | None = None  # None: as the caller has them
+
+    def swap_in(self) -> None:
+        if self._own is not None:
+            set_switches(self._own)
+
+    def swap_out(self, callers: tuple[Any, ...]) -> bool:
+        """Restores the `callers`; returns whether the lane has others."""
+        now = switches()
+        self._own = None if now == callers else now
+        if self._own is not None:
+            set_switches(callers)
+        return self._own is not None
+
+    leave = swap_in
+
+
+def switches() -> tuple[Any, ...]:
+    return tuple([get() for get, _ in _SWITCHES])
+
+
+def set_switches(values: tuple[Any, ...]) -> None:
+    for (get, set_to), value in zip(_SWITCHES, values, strict=True):
+        if get() != value:
+            set_to(value)
+
+
 _MISSING = object()
 _of_thread = threading.local()  # `attributes`: those of the lane that runs in this thread
 
 
 class LaneAttributes:
-    """The attributes of modules that a lane has set: swapped in while it runs, and the model's own in between.
+    """The attributes and hooks of modules that a lane has set: swapped in while it runs, the model's own in between.
 
-    A lane finds what the model had before the pass, or what it set itself. What it sets is noticed by
-    `nn.Module.__setattr__`, so lanes that set nothing cost nothing.
+    A lane finds what the model had before the pass, or what it set itself. What it sets is noticed by methods of
+    `nn.Module`, so lanes that set nothing cost nothing.
     """
 
     def __init__(self) -> None:
-        self._set: dict[tuple[int, str], list[Any]] = {}  # module, name, the model's own value, the lane's
+        # A dict of a module, a name in it (None: all that it holds), the model's own value, and the lane's.
+        self._set: dict[tuple[int, str | None], list[Any]] = {}
 
     def record(self) -> None:
         """Records what the current thread sets from now on."""
-        _watch_modules()
         _of_thread.attributes = self
 
     @staticmethod
@@ -94,40 +137,68 @@ class LaneAttributes:
         _of_thread.attributes = None
 
     def note(self, module: nn.Module, name: str) -> None:
-        """An attribute is about to be set or deleted."""
-        key = id(module), name
+        """An attribute or a buffer is about to change."""
+        place = module.__dict__
+        if name in module._buffers:
+            if name not in module._non_persistent_buffers_set:
+                return  # part of the model's state: `BufferGuard` takes it back
+            place = module._buffers
+        self._note(place, name)
+
+    def note_buffer(self, module: nn.Module, name: str) -> None:
+        """A buffer is about to be registered."""
+        if name in module._buffers:
+            self.note(module, name)
+        else:
+            self._note(module._buffers, name)
+
+    def note_hooks(self, hooks: dict[int, Any]) -> None:
+        """A hook is about to be added. Handles refer to the dict, which stays the same object."""
+        self._note(hooks, None)
+
+    def _note(self, place: dict[Any, Any], name: str | None) -> None:
+        key = id(place), name
         if key not in self._set:
-            own = module.__dict__.get(name, _MISSING)
-            self._set[key] = [module, name, own, own]
+            own = _get(place, name)
+            self._set[key] = [place, name, own, own]
 
     def swap_in(self) -> None:
-        for module, name, _, value in self._set.values():
-            _place(module, name, value)
+        for place, name, _, value in self._set.values():
+            _put(place, name, value)
 
     def swap_out(self) -> None:
         for entry in self._set.values():
-            module, name, own, _ = entry
-            entry[3] = module.__dict__.get(name, _MISSING)
-            _place(module, name, own)
+            place, name, own, _ = entry
+            entry[3] = _get(place, name)
+            _put(place, name, own)
 
     leave = swap_in  # after the pass, lane by lane: the model has what a plain loop would have left
 
 
-def _place(module: nn.Module, name: str, value: Any) -> None:
-    if value is _MISSING:
-        module.__dict__.pop(name, None)
+def _get(place: dict[Any, Any], name: str | None) -> Any:
+    return place.copy() if name is None else place.get(name, _MISSING)
+
+
+def _put(place: dict[Any, Any], name: str | None, value: Any) -> None:
+    if name is None:
+        place.clear()
+        place.update(value)
+    elif value is _MISSING:
+        place.pop(name, None)
     else:
-        module.__dict__[name] = value
+        place[name] = value
 
 
 @functools.cache
-def _watch_modules() -> None:
-    """Has every change of a module's attributes noticed, from the first call on."""
+def watch_modules() -> None:
+    """Has every change of a module's attributes, buffers and hooks noticed, from the first call on."""
     set_plainly, delete_plainly = nn.Module.__setattr__, nn.Module.__delattr__
+    register_plainly = nn.Module.register_buffer
 
     @functools.wraps(set_plainly)
     def set_noticed(self: nn.Module, name: str, value: Any) -> None:
-        _notice(self, name, value)
+        if "_distzo2_streams" in self.__dict__ or getattr(_of_thread, "attributes", None) is not None:
+            _notice(self, name, value)
         set_plainly(self, name, value)
 
     @functools.wraps(delete_plainly)
@@ -135,14 +206,34 @@ def _watch_modules() -> None:
         _notice(self, name, None)
         delete_plainly(self, name)
 
+    @functools.wraps(register_plainly)
+    def register_noticed(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
+            attributes.note_buffer(self, name)
+        register_plainly(self, name, *args, **kwargs)
+
     nn.Module.__setattr__, nn.Module.__delattr__ = set_noticed, delete_noticed
+    nn.Module.register_buffer = register_noticed
+    for name in ("forward_hook", "forward_pre_hook"):
+        setattr(nn.Module, f"register_{name}", _hooking(getattr(nn.Module, f"register_{name}"), f"_{name}s"))
 
 
+def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
+    @functools.wraps(register)
+    def noticed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
+            attributes.note_hooks(getattr(self, hooks))
+        return register(self, *args, **kwargs)
+
+    return noticed
+
+
+@torch.compiler.disable  # traced, it would be compiled anew for each block
 def _notice(module: nn.Module, name: str, value: Any) -> None:
     if module.__dict__.get("_distzo2_streams") is not None:
         refuse_new_weights(module, name, value)
     attributes = getattr(_of_thread, "attributes", None)
-    if attributes is not None and not (name in module._buffers or name in module._modules):
+    if attributes is not None and name not in module._modules:
         attributes.note(module, name)
 
 
@@ -151,18 +242,22 @@ def refuse_new_weights(module: nn.Module, name: str, value: Any) -> None:
     Raises:
         UsageError: setting `name` to `value` would add or replace weights of a model that was handed over.
     """
+    runtime = module.__dict__["_distzo2_streams"]
     if isinstance(value, nn.Module):
-        brought = value.parameters()
+        known = all(_known(p, runtime) for p in value.parameters())
     elif isinstance(value, nn.Parameter):
-        brought = iter((value,))
+        known = _known(value, runtime) and any(module is owner for owner in value._distzo2[0].owners)
     else:
         return
-    runtime = module.__dict__["_distzo2_streams"]
-    if any(getattr(p, "_distzo2", (None, None))[1] is not runtime for p in brought):
+    if not known:
         raise UsageError(
             f"{type(module).__name__}.{name}: parameters of a model that was handed over cannot be added, replaced or "
             "resized, since they stream as they were cut. Do it before offload(), or inside `with distzo2.edit(model):`"
         )
+
+
+def _known(parameter: nn.Parameter, runtime: Any) -> bool:
+    return getattr(parameter, "_distzo2", (None, None))[1] is runtime
 
 
 class BufferGuard:
@@ -178,6 +273,7 @@ class BufferGuard:
         self._objects: list[torch.Tensor | None] = []
         self._pristine: list[torch.Tensor | None] = []
         self._versions: list[int] = []
+        self._repeated: set[int] = set()  # slots of tensors that an earlier slot holds as well
         self._training = False
 
     def begin(self) -> None:
@@ -193,6 +289,8 @@ class BufferGuard:
             pristine.append(tensor.detach().clone() if fresh else (None if i is None else self._pristine[i]))
             versions.append(0 if tensor is None else tensor._version)
         self._slots, self._objects, self._pristine, self._versions = slots, objects, pristine, versions
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(objects)))}
+        self._repeated = {i for i, tensor in enumerate(objects) if first[id(tensor)] != i}
 
     def swap_in(self, changed: dict[int, torch.Tensor]) -> None:
         """Gives the lane that is about to run the buffers that it changed before."""
@@ -204,19 +302,20 @@ class BufferGuard:
         for i, (module, name) in enumerate(self._slots):
             now = module._buffers.get(name)
             if now is self._objects[i]:
-                if now is None or not self._differs(i):
+                if now is None or i in self._repeated or not self._differs(i):
                     continue
                 changed[i] = now.detach().clone()
             else:
                 changed[i] = now
                 module._buffers[name] = self._objects[i]
-            self._restore(i)
+            if i not in self._repeated:
+                self._restore(i)
 
     def end(self) -> None:
         """Removes, after the last lane, all that the lanes changed."""
         for i, (module, name) in enumerate(self._slots):
             module._buffers[name] = self._objects[i]
-            if self._objects[i] is not None and self._differs(i):
+            if self._objects[i] is not None and self._differs(i) and i not in self._repeated:
                 self._restore(i)
 
     def _differs(self, i: int) -> bool:

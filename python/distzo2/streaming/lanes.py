@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.streaming.isolation import CallerState, LaneAttributes, RandomStream
+from distzo2.streaming.isolation import CallerState, LaneAttributes, LaneSwitches, RandomStream
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import Emission
 
@@ -45,6 +45,7 @@ class Lane:
     visited: list[Unit] = field(default_factory=list)
     changed_buffers: dict[int, torch.Tensor] = field(default_factory=dict)
     attributes: LaneAttributes = field(default_factory=LaneAttributes)
+    switches: LaneSwitches = field(default_factory=LaneSwitches)
     thread: LaneThread | None = None
 
 

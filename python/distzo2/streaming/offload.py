@@ -52,7 +52,8 @@ def offload(
 
     Args:
         model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).access`. A
-            parameter with `requires_grad=False` is frozen for good: read, never perturbed, never written back.
+            parameter with `requires_grad=False` is frozen: read, never perturbed, never written back. One that is
+            frozen later is left out by optimizers made after that.
         device: where it computes: "cpu", "cuda", "cuda:1".
         weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
         units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
@@ -312,8 +313,8 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
 
     Afterwards the changed weights are the model's, and no journal leads to them: one that is being written ends. If the
     body raises, the weights stay as they were. No forward may run in the body. With weights on disk the whole model is
-    in memory meanwhile. Where the body adds, replaces or resizes parameters or modules, the model is handed over anew,
-    as it was, without its weight file; the optimizers made for it before can step no more.
+    in memory meanwhile. Where the body adds, replaces, resizes, freezes or thaws parameters, the model is handed over
+    anew, as it was, without its weight file; the optimizers made for it before can step no more.
 
     Raises:
         DistZO2Error: a parameter that is still the same object has another shape, dtype or device afterwards; nothing
@@ -321,7 +322,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
     """
     runtime = runtime_of(model)
     access, parameters = runtime.access, runtime.parameters
-    before = list(model.named_parameters())
+    before = _structure(model)
     failure: BaseException | None = None
     restructured = False
     try:
@@ -331,14 +332,14 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             for unit in runtime.units:
                 with access.reading(unit) as views:
                     parameters.show(unit.params, [views[param.name].clone() for param in unit.params])
-            with runtime.editing():
+            for param in runtime.params:
+                param.tensor.requires_grad_(param.requires_grad)
+            with runtime.editing(), torch.no_grad():
                 model._distzo2_state.guard(False)
                 yield model
-            now = list(model.named_parameters())
-            same = [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in before]
-            restructured = not same
+            restructured = _structure(model) != before
             edited = {param.index: param.tensor.data for param in runtime.params}
-            for param in runtime.params if same else ():
+            for param in runtime.params if not restructured else ():
                 found = edited[param.index]
                 if (found.shape, found.dtype, found.device.type) != (param.shape, param.dtype, "cpu"):
                     raise DistZO2Error(
@@ -362,12 +363,14 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             parameters.hide(runtime.params)
 
 
+def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
+    return [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+
+
 def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     """Hands a model over whose parameters are real and no longer those that it was cut into."""
     runtime.close()
     model._distzo2_state.remove()
-    for param in runtime.params:
-        param.tensor.requires_grad_(param.trainable)
     _take(model, **runtime.options | {"weight_file": None})
 
 

@@ -7,6 +7,7 @@ names it. Inside its window it has its own class again, so that operations there
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -21,12 +22,12 @@ from distzo2_core import checksum
 # Questions about a tensor that do not read it, besides those named is_...
 _METADATA = {
     "size", "dim", "numel", "nelement", "stride", "element_size", "data_ptr", "storage_offset", "__len__", "__hash__",
-    "get_device", "ndimension", "requires_grad_", "untyped_storage", "type", "result_type",
+    "get_device", "ndimension", "untyped_storage", "type", "result_type",
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
 }  # fmt: skip
 _READING_PROPERTIES = {"T", "mT", "H", "mH", "real", "imag"}
-_SETTABLE = {"grad", "requires_grad"}
+_SETTABLE = {"grad"}
 
 
 class Presence(Protocol):
@@ -34,6 +35,9 @@ class Presence(Protocol):
 
     def value_of(self, param: ParamInfo) -> torch.Tensor | None:
         """The up-to-date weights of a parameter that may be read outside of its window; None for others."""
+
+    def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
+        """Leaves a parameter to optimizers that are yet to be made, or not."""
 
     def in_forward(self) -> bool:
         """Whether a lane runs, or an ordinary forward."""
@@ -50,6 +54,12 @@ def _answer(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
     absent = next(_absent_in([*args, *kwargs.values()]))
     if name == "__repr__":
         return _described(absent)
+    param, presence = absent._distzo2
+    if isinstance(absent, AbsentParameter) and (owner == "requires_grad" or name == "requires_grad_"):
+        if name == "__get__":
+            return param.requires_grad
+        presence.set_requires_grad(param, bool(args[1] if len(args) > 1 else kwargs.get("requires_grad", True)))
+        return args[0]
     with torch._C.DisableTorchFunctionSubclass():
         if name == "__get__" and owner not in _READING_PROPERTIES:
             result = func(*args, **kwargs)
@@ -134,10 +144,11 @@ def _used_outside(param: ParamInfo, presence: Presence) -> DistZO2Error:
         module = frame.f_locals.get("self") if frame.f_code.co_name == "_call_impl" else None
         name = presence.name_of(module) if isinstance(module, nn.Module) else None
         if name is not None and any(inner is owner for inner in module.modules() for owner in param.owners):
-            return DistZO2Error(f'{error}, or hand the model over with units=["{name or "."}"], around the use.')
+            alike = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name, count=1) or "."  # in all blocks
+            return DistZO2Error(f'{error}, or hand the model over with units=["{alike}"], around the use.')
         frame = frame.f_back
     if presence.in_forward():
-        return DistZO2Error(f"{error}, or compute the term inside the model's forward.")
+        return DistZO2Error(f"{error}, or compute the term inside its forward.")
     return DistZO2Error(
         f"parameter {param.name}: its weights are not present outside of a forward. Read them with "
         "model.state_dict(), or read and change them inside `with distzo2.edit(model):`."
@@ -179,7 +190,7 @@ class Parameters:
         for param, value in zip(params, weights, strict=True):
             tensor = param.tensor
             tensor.__class__ = self._classes[param.index]
-            if tensor.requires_grad:  # set after the hand-over; autocast would cache one lane's weights for all
+            if tensor.requires_grad:  # after an edit; autocast would cache one lane's weights for all
                 tensor.requires_grad_(False)
             tensor.data = value
             self._versions[param.index] = tensor._version

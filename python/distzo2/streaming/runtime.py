@@ -26,7 +26,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Windows
-from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream
+from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
 from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
@@ -76,6 +76,8 @@ class StreamingRuntime:
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
+        self._switches: tuple[Any, ...] = ()  # of the caller
+        self._switching = False  # a lane has been seen to change them
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
         self._alone_thread: int | None = None
@@ -117,14 +119,14 @@ class StreamingRuntime:
     ) -> list[Unit]:
         """Runs every lane to its end in one pass over the weights.
 
-        The first time that lanes of some code share a pass, one of them runs once more, alone, and must have the same
-        result: lanes may see each other through state that is not swapped.
+        The first time that lanes of some code share a pass, the first and the last of them run once more, each alone,
+        and must have the same results: lanes may see each other through state that is not swapped.
 
         Args:
             lanes: lanes of the same emission should stand next to each other.
             expected: the units that the lanes must enter, in order; None: those of the first lane.
             interrupt: asked between units, the only points where Ctrl-C ends a pass.
-            check: runs one lane alone in any case.
+            check: runs lanes alone in any case.
 
         Returns:
             The units that the lanes entered.
@@ -159,6 +161,7 @@ class StreamingRuntime:
         self._watched |= codes if new else set()
         for lane in lanes:
             lane.attributes.leave()
+        lanes[-1].switches.leave()
         return lanes[0].visited
 
     def _pass(
@@ -172,6 +175,7 @@ class StreamingRuntime:
         with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             caller = RandomStream(self.device)
             self.weights.busy = self._in_pass = True
+            self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             try:
                 self._buffers.begin()
@@ -211,8 +215,9 @@ class StreamingRuntime:
         for unit in wanted:
             self._point(unit, lane.emission, wanted, self._summed)
         lane.stream.restore()
-        lane.attributes.swap_in()
+        lane.switches.swap_in()
         self._buffers.swap_in(lane.changed_buffers)
+        lane.attributes.swap_in()  # its own buffers take the place of the model's
         start = time.perf_counter_ns()
         try:
             self._lanes.advance(lane)
@@ -220,8 +225,10 @@ class StreamingRuntime:
             end = time.perf_counter_ns()
             self._compute_ns += end - start
             self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
-            self._buffers.swap_out(lane.changed_buffers)
+            if self._summed or self._switching:
+                self._switching |= lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()
+            self._buffers.swap_out(lane.changed_buffers)
         lane.stream.capture()
         self.weights.poll()
 
@@ -271,6 +278,10 @@ class StreamingRuntime:
 
     def enter(self, unit: Unit) -> None:
         """The forward of one of the unit's windows begins."""
+        if torch._C._get_tracing_state() is not None:
+            raise DistZO2Error(
+                "a model that was handed over cannot be traced: a trace would keep weights of one moment"
+            )
         lane = self._lanes.running
         if lane is None:
             self._enter_alone(unit)
@@ -376,7 +387,7 @@ class StreamingRuntime:
 
     def value_of(self, param: ParamInfo) -> torch.Tensor | None:
         """The up-to-date weights of a parameter of the root module, which its methods may read at any time."""
-        if not any(owner is self.model for owner in param.owners) or self._in_pass or self.weights.closed:
+        if not any(user is self.model for user in param.users) or self._in_pass or self.weights.closed:
             return None
         unit = self._unit_of[param.index]
         present = unit.index in self._pointed
@@ -386,6 +397,20 @@ class StreamingRuntime:
             if not present:
                 self.weights.release(unit)
         return value
+
+    def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
+        """
+        Raises:
+            DistZO2Error: the parameter was frozen when it was handed over, or an optimizer trains it.
+        """
+        if value and not param.trainable:
+            raise DistZO2Error(
+                f"parameter {param.name} was frozen when the model was handed over: make it trainable inside "
+                "`with distzo2.edit(model):`"
+            )
+        if not value and self.weights.owner is not None and param.index in self.weights.updates.group_of:
+            raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
+        param.requires_grad = value
 
     def in_forward(self) -> bool:
         """Whether a lane runs, or an ordinary forward."""

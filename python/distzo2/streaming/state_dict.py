@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.streaming.isolation import refuse_new_weights
+from distzo2.streaming.isolation import refuse_new_weights, watch_modules
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import ParamInfo
 
@@ -33,6 +33,7 @@ class StateHooks:
                     module.register_load_state_dict_pre_hook(self._make_room),
                     module.register_load_state_dict_post_hook(self._store),
                 ]
+        watch_modules()
         self.guard(True)
 
     def guard(self, on: bool) -> None:
@@ -43,6 +44,7 @@ class StateHooks:
                 "_apply": functools.partial(_apply_nothing, module),
                 "__reduce_ex__": _refuse_copy,
                 "__deepcopy__": _refuse_copy,
+                "__prepare_scriptable__": _refuse_copy,
                 "add_module": functools.partial(_add, module, "_modules"),
                 "register_parameter": functools.partial(_add, module, "_parameters"),
             }
@@ -127,6 +129,6 @@ def _add(module: nn.Module, kind: str, name: str, value: Any) -> None:
 
 def _refuse_copy(*args: Any) -> NoReturn:
     raise UsageError(
-        "a model that was handed over cannot be copied or pickled: its weights are not in its parameters. Save it with "
-        "distzo2.save_pretrained(model, directory), or its model.state_dict()."
+        "a model that was handed over cannot be copied, pickled or scripted: its weights are not in its "
+        "parameters. Save it with distzo2.save_pretrained(model, directory), or its model.state_dict()."
     )

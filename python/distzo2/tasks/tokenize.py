@@ -16,6 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from distzo2.checkpoint.pretrained import load_config
+from distzo2.checkpoint.writing import tokenizer_files
 from distzo2.errors import DataError, DistZO2Error, one_line
 from distzo2.tasks.chat import Chat
 from distzo2.tasks.kinds import CAUSAL, ModelKind
@@ -60,7 +61,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
         DistZO2Error: the directory is no checkpoint, has no tokenizer, or it cannot be loaded.
     """
     load_config(Path(directory))  # checked: transformers looks there for the tokenizer's class
-    if not any(os.path.isfile(os.path.join(directory, name)) for name in _TOKENIZER_FILES.split()):
+    names = {*_TOKENIZER_FILES.split()} | tokenizer_files(Path(directory))
+    if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES.split()[:4])}, ...)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -20,7 +20,7 @@ from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.timeline import Timeline
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
-from distzo2_core import materialize
+from distzo2_core import Update, materialize
 
 
 @dataclass(eq=False)
@@ -65,6 +65,7 @@ class UnitWeights:
         self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
         self.trace = Timeline()
         self.updates = Updates()
+        self._unused: tuple[Sequence[Sequence[int]], frozenset[int]] = (), frozenset()  # of the last push: its units
         self.memory, self.ring, self._write_every = memory, ring, write_every
         self._scratch = Scratch([u for u in units if u.trainable], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -84,6 +85,7 @@ class UnitWeights:
         self._assume_current()
         self._owner = weakref.ref(owner)
         self.updates.bind(group_of, num_groups, seed)
+        self._unused = (), frozenset()
         self._scratch.forget()
 
     @property
@@ -106,10 +108,45 @@ class UnitWeights:
         """Whether the weights are no longer those that the model was handed over with."""
         return self.stamp > 0
 
+    def left_out(self, entered: Collection[int]) -> list[Unit]:
+        """Returns the units that updates reach whose index is not in `entered`."""
+        if len(entered) == len(self.units):
+            return []
+        reached = self.updates.group_of
+        return [u for u in self.units if u.index not in entered and any(p.index in reached for p in u.params)]
+
+    def push(self, update: Update, unused: Sequence[Sequence[int]]) -> None:
+        """Adds an update, which leaves parameters of the ranges `unused` as they are.
+
+        Raises:
+            DistZO2Error: they are a part of what the update reaches in a unit.
+        """
+        if unused != self._unused[0]:
+            self._unused = unused, self._units_of(update.step, unused)
+        self.updates.push(update, self._unused[1])
+
+    def _units_of(self, step: int, unused: Sequence[Sequence[int]]) -> frozenset[int]:
+        indices = {index for first, last in unused for index in range(first, last + 1)}
+        excluded = []
+        for unit in self.units if indices else ():
+            reached = {p.index: p.name for p in unit.params if p.index in self.updates.group_of}
+            used = [name for index, name in reached.items() if index not in indices]
+            if used and len(used) < len(reached):
+                unused_name = next(name for index, name in reached.items() if index in indices)
+                raise DistZO2Error(
+                    f"step {step} of the journal used {used[0]} and not {unused_name}, and both are in unit "
+                    f"{unit.name!r} now: cut the model into the units that the run had (units=)"
+                )
+            if reached and not used:
+                excluded.append(unit.index)
+        return frozenset(excluded)
+
     def trim(self) -> None:
         """Forgets the updates that every stored copy holds."""
+        for copy in self.copies if self.updates.excluded else ():
+            self.updates.pass_excluded(copy)
         versions = (c.version for c in self.copies if self.updates.table(c) is not None)
-        self.updates.last = self.updates.missed_at(min(versions, default=self.version))
+        self.updates.drop_before(min(versions, default=self.version))
 
     def set_durable(self, version: int) -> None:
         """Write-ahead rule: lets copies up to `version` reach a disk, since the journal's lines before it are there."""
@@ -250,12 +287,14 @@ class UnitWeights:
         Returns:
             Whether `stored` was changed.
         """
+        if self.updates.excluded:
+            self.updates.pass_excluded(copy)
         misses = copy.version < self.version
         table = self.updates.table(copy) if misses or emissions else None
         if table is None:
             return False
         write_back = misses and not (emissions and self._leaves_behind(copy))
-        program = self.updates.program(copy.version, tuple(emissions))
+        program = self.updates.program(copy, tuple(emissions))
         start = time.perf_counter_ns()
         outs = [out[: copy.num_bytes] for out in outs]
         materialize(stored, table, seed=self.updates.seed, program=program, outs=outs, write_back=write_back)
@@ -280,7 +319,7 @@ class UnitWeights:
         for i, copy in enumerate(behind):
             self.catch_up_stored(copy, [c for c in behind[i + 1 : i + self.ring.num_slots] if c.block >= 0])
         self.ring.flush()
-        self.updates.last.clear()
+        self.updates.drop_before(self.version)
 
     def catch_up_stored(self, copy: StoredCopy, following: Sequence[StoredCopy] = ()) -> None:
         """Brings a stored copy to the current version. The `following` ones are next."""

@@ -35,6 +35,8 @@ class ParamInfo:
     trainable: bool
     tensor: nn.Parameter
     owners: list[nn.Module] = field(default_factory=list)
+    users: list[nn.Module] = field(default_factory=list)  # owners, and what holds those that have no forward
+    requires_grad: bool = True  # whether optimizers yet to be made take it, if it is trainable
     byte_offset: int = 0  # in its unit's buffer
 
     @property
@@ -84,12 +86,26 @@ class Unit:
         ]
 
 
+def ranges_of(indices: Iterable[int]) -> list[list[int]]:
+    """Returns whole numbers as ascending ranges [first, last]."""
+    ranges: list[list[int]] = []
+    for index in sorted(indices):
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ranges
+
+
 def collect_params(model: nn.Module) -> list[ParamInfo]:
     """Returns every parameter once, in the order of `model.named_parameters()`, with the modules that own it.
 
     Raises:
         DistZO2Error: a parameter is of a dtype or layout that cannot be streamed, or there is none.
     """
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.UninitializedParameter):
+            raise DistZO2Error(f"parameter {name} is of a lazy module and has no shape yet: run the model once before")
     _tie_shared_storage(model)
     params: dict[int, ParamInfo] = {}
     for index, (name, p) in enumerate(model.named_parameters()):
@@ -101,13 +117,41 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
         if p.dtype.is_complex or p.is_sparse:
             raise DistZO2Error(f"parameter {name} is {p.dtype}, layout {p.layout}; dense real tensors are expected")
         params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), p.requires_grad, p)
+        params[id(p)].requires_grad = p.requires_grad
+    users = _users(model)
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None:
                 params[id(p)].owners.append(module)
+                params[id(p)].users += [user for user in users[module] if user not in params[id(p)].users]
     if not params:
         raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
     return list(params.values())
+
+
+def _users(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """For each module, whose forward uses its parameters: its own, or, of a ParameterList and whatever else cannot be
+    called, that of the modules which hold it."""
+    users: dict[nn.Module, list[nn.Module]] = {model: [model]}
+    for module in model.modules():  # what holds a module comes before it
+        for child in module.children():
+            found = users.setdefault(child, [])
+            found += [user for user in ([child] if _can_be_called(child) else users[module]) if user not in found]
+    return users
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Whether a module has a forward, around which hooks run."""
+    cls = type(module)
+    has_forward = "forward" in vars(module) or getattr(cls, "forward", None) is not nn.Module.forward
+    return has_forward and cls.__call__ is nn.Module.__call__
+
+
+def _callable_parts(module: nn.Module) -> list[nn.Module]:
+    """The module, or what is called in its place where it is a ModuleList, a ModuleDict or the like."""
+    if _can_be_called(module):
+        return [module]
+    return list(dict.fromkeys(part for child in module.children() for part in _callable_parts(child)))
 
 
 def _tie_shared_storage(model: nn.Module) -> None:
@@ -133,6 +177,15 @@ def _tie_shared_storage(model: nn.Module) -> None:
                 reach = sum((size - 1) * abs(step) for size, step in zip(p.shape, p.stride(), strict=True)) + 1
                 begin = p.storage_offset() * p.itemsize
                 spans.setdefault(place[0], []).append((begin, begin + reach * p.itemsize, name))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, buffer in model.named_buffers():
+        for begin, end, other in spans.get(buffer.untyped_storage().data_ptr(), ()) if buffer.numel() else ():
+            first_byte = buffer.storage_offset() * buffer.itemsize
+            if other in trainable and begin <= first_byte < end:
+                raise DistZO2Error(
+                    f"buffer {name} is a view of parameter {other}, whose updates would not reach it. Make it a copy, "
+                    "or the same Parameter, before offload."
+                )
     for some in spans.values():
         some.sort()
         for (_, end, one), (begin, _, other) in pairwise(some):
@@ -166,16 +219,17 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
     streamed: dict[str, list[ParamInfo]] = {name: [] for name in blocks}
     residents: list[ParamInfo] = []
     for p in params:
-        around = {block_of.get(m) for m in p.owners}
+        around = {block_of.get(m) for m in p.users}
         name = around.pop() if len(around) == 1 else None
         streamed.get(name, residents).append(p)
     result: list[Unit] = []
     for group in _by_shared_owner(residents):
-        owners = list(dict.fromkeys(m for p in group for m in p.owners))
-        result.append(Unit(len(result), group[0].name.rpartition(".")[0] or "(root)", group, owners, resident=True))
+        users = list(dict.fromkeys(m for p in group for m in p.users))
+        result.append(Unit(len(result), group[0].name.rpartition(".")[0] or "(root)", group, users, resident=True))
     for name, members in streamed.items():
         if members:
-            result.append(Unit(len(result), name, members, blocks[name], resident=False))
+            windows = [m for m in blocks[name] if times[m] == 1]
+            result.append(Unit(len(result), name, members, windows, resident=False))
     return result
 
 
@@ -189,7 +243,7 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
         if all(next(child.parameters(), None) is not None for child in module):
             for child_name, child in module.named_children():
                 if child not in taken:  # a block listed twice is one unit, visited twice
-                    found[f"{name}.{child_name}" if name else child_name] = [child]
+                    found[f"{name}.{child_name}" if name else child_name] = _callable_parts(child)
                     taken.update(child.modules())
     return found
 
@@ -203,10 +257,12 @@ def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[n
         matches = [n for n in modules if fnmatch.fnmatchcase(n, pattern) or (pattern == "." and n == "")]
         if not matches:
             raise DistZO2Error(f"units={pattern!r} matches no module of {type(model).__name__}")
-        found.update((n or "(root)", [modules[n]]) for n in matches)
+        inner = {m for n in matches for m in modules[n].modules() if m is not modules[n]}
+        matches = [n for n in matches if modules[n] not in inner]  # `*` reaches over dots: the outermost ones
+        found.update((n or "(root)", _callable_parts(modules[n])) for n in matches)
     block_of: dict[nn.Module, str] = {}
-    for name, [block] in found.items():
-        for m in block.modules():
+    for name, parts in found.items():
+        for m in {m for part in parts for m in part.modules()}:
             if m in block_of:
                 raise DistZO2Error(f"units: {name} and {block_of[m]} overlap; a module can be in one unit only")
             block_of[m] = name
@@ -219,11 +275,11 @@ def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> dict[str,
     Modules around others that own parameters are left out: their windows would hold slots that the inner ones need.
     """
     names = {m: n or "(root)" for n, m in model.named_modules()}
-    owners = {m for p in params for m in p.owners}
+    users = {m for p in params for m in p.users}
     bytes_of: dict[nn.Module, int] = {}  # of the parameters that no other module owns
     for p in params:
-        if len(p.owners) == 1 and not any(m in owners for m in p.owners[0].modules() if m is not p.owners[0]):
-            bytes_of[p.owners[0]] = bytes_of.get(p.owners[0], 0) + p.num_bytes
+        if len(p.users) == 1 and not any(m in users for m in p.users[0].modules() if m is not p.users[0]):
+            bytes_of[p.users[0]] = bytes_of.get(p.users[0], 0) + p.num_bytes
     limit = max(sum(p.num_bytes for p in params) // GROUPS_WITHOUT_BLOCKS, 1)
     groups: dict[str, list[nn.Module]] = {}
     group, filled = [], 0
@@ -237,15 +293,15 @@ def _groups_by_bytes(model: nn.Module, params: Sequence[ParamInfo]) -> dict[str,
 
 
 def _by_shared_owner(params: Sequence[ParamInfo]) -> list[list[ParamInfo]]:
-    """Groups parameters that are connected through common owners, in the order of their indices."""
+    """Groups parameters that are connected through common users, in the order of their indices."""
     groups: list[tuple[set[nn.Module], list[ParamInfo]]] = []
     for p in params:
-        owners, members, others = set(p.owners), [p], []
+        users, members, others = set(p.users), [p], []
         for group in groups:
-            if group[0].isdisjoint(owners):
+            if group[0].isdisjoint(users):
                 others.append(group)
             else:
-                owners, members = owners | group[0], members + group[1]
-        groups = [*others, (owners, members)]
+                users, members = users | group[0], members + group[1]
+        groups = [*others, (users, members)]
     ordered = [sorted(members, key=lambda p: p.index) for _, members in groups]
     return sorted(ordered, key=lambda group: group[0].index)

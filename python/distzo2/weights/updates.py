@@ -41,6 +41,7 @@ class Updates:
     Attributes:
         version: the number of updates made.
         last: the latest of them, oldest first.
+        excluded: maps the number of an update among all, from 0, to the units that it leaves as they are, by index.
         seed: of the run.
         group_of: maps a parameter's index to its group; a parameter without one is read and never changed.
         perturb_scales: a factor on eps for each group.
@@ -49,6 +50,7 @@ class Updates:
     def __init__(self) -> None:
         self.version = self.seed = 0
         self.last: list[Update] = []
+        self.excluded: dict[int, frozenset[int]] = {}  # empty in the steady state of most models
         self.group_of: dict[int, int] = {}
         self.perturb_scales: tuple[float, ...] = ()
         self._tables: dict[tuple[int, int, int], SegmentTable | None] = {}
@@ -67,8 +69,10 @@ class Updates:
             self.perturb_scales = tuple(scales)
             self._programs.clear()
 
-    def push(self, update: Update) -> None:
-        """Adds an update; each unit applies it at its next visit."""
+    def push(self, update: Update, excluded: frozenset[int] = frozenset()) -> None:
+        """Adds an update; each unit but the `excluded` ones applies it at its next visit."""
+        if excluded:
+            self.excluded[self.version] = excluded
         self.last.append(update)
         self.version += 1
         self._programs.clear()
@@ -77,24 +81,41 @@ class Updates:
         """Returns the updates missing from a copy at `version`, oldest first."""
         return self.last[len(self.last) - (self.version - version) :] if version < self.version else []
 
+    def drop_before(self, version: int) -> None:
+        """Forgets the updates that a copy at `version` holds."""
+        self.last = self.missed_at(version)
+        self.excluded = {number: units for number, units in self.excluded.items() if number >= version}
+
+    def pass_excluded(self, copy: StoredCopy) -> None:
+        """Raises a copy's version past the next updates that leave its unit as it is."""
+        while copy.unit.index in self.excluded.get(copy.version, ()):
+            copy.version += 1
+
     def missed_by(self, copy: StoredCopy) -> bool:
         """Whether a copy misses an update that reaches it."""
+        self.pass_excluded(copy)
         return copy.version < self.version and self.table(copy) is not None
 
     def restart(self) -> None:
         """Counts from 0 again, for weights that were replaced."""
         self.version = 0
         self.last.clear()
+        self.excluded.clear()
         self._programs.clear()
 
-    def program(self, version: int, emissions: tuple[Emission, ...]) -> Program:
-        """Returns what a visit of a copy at `version` does, encoded once for all copies."""
-        key = version, self.version, emissions
+    def program(self, copy: StoredCopy, emissions: tuple[Emission, ...]) -> Program:
+        """Returns what a visit of a copy does, encoded once for all copies that miss the same updates."""
+        left_out: tuple[int, ...] = ()
+        if self.excluded:
+            left_out = tuple(n for n, units in self.excluded.items() if n >= copy.version and copy.unit.index in units)
+        key = copy.version, self.version, left_out, emissions
         if key not in self._programs:
             if len(self._programs) >= MAX_PROGRAMS:
                 self._programs.clear()
             emits = [Emit(e.terms, self.perturb_scales) for e in emissions]
-            self._programs[key] = encode_program(self.missed_at(version), emits, len(self.perturb_scales))
+            missed = enumerate(self.missed_at(copy.version), copy.version)
+            updates = [update for number, update in missed if number not in left_out]
+            self._programs[key] = encode_program(updates, emits, len(self.perturb_scales))
         return self._programs[key]
 
     def table(self, copy: StoredCopy) -> SegmentTable | None:

@@ -1,0 +1,96 @@
+"""Every causal language model class of transformers, tiny: streamed as it is plain, to the bit, and through files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from causal_zoo import GRADIENT_BITS, NOT_BUILT, TYPES, UNITS, build, logits_of, loss_of
+from plain import flat_losses, plain_loop
+from same_bits import assert_same, assert_same_tensors, same_bits
+
+import distzo2
+
+STEPS = 2
+
+
+def steps_of(model: torch.nn.Module) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """Losses and weights of a few streamed steps."""
+    opt = distzo2.ZOSGD(model, lr=1e-3, eps=1e-3, seed=11)
+    losses = []
+    for step in range(STEPS):
+        opt.step(lambda step=step: loss_of(model, step))
+        losses.append(flat_losses(opt))
+    return losses, model.state_dict()
+
+
+def plain_steps(
+    model: torch.nn.Module, trained: set[str]
+) -> tuple[torch.Tensor, list[list[float]], dict[str, torch.Tensor]]:
+    """Logits before, and losses and weights after, of a plain model whose parameters `trained` are trained."""
+    with torch.no_grad():
+        logits = logits_of(model.requires_grad_(False))
+    closures = [[lambda step=step: loss_of(model, step)] for step in range(STEPS)]
+    losses = plain_loop(
+        model, closures, lr=lambda step: 1e-3, trainable=lambda name: name in trained, eps=1e-3, seed=11
+    )
+    assert losses[0][0] != losses[0][1]
+    return logits, losses, model.state_dict()
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, param in model.named_parameters() if param.requires_grad}
+
+
+def check(model_type: str, directory: Path) -> None:
+    """Forward and steps of a plain model, of the same one streamed, and of one that went through files."""
+    plain, units = build(model_type), UNITS.get(model_type)
+    plain.save_pretrained(directory / "in")
+    with torch.no_grad():
+        before = logits_of(plain)
+    names = trained(plain)
+    expected, *steps = plain_steps(plain, names)
+    assert model_type in GRADIENT_BITS or same_bits(before, expected)
+    if units:  # without them: a named error, whose hint helps
+        model = distzo2.offload(build(model_type), weights="host")
+        with torch.no_grad(), pytest.raises(distzo2.DistZO2Error, match=re.escape(f'units=["{units[0]}"]')):
+            logits_of(model)
+        distzo2.runtime_of(model).close()
+    model = distzo2.offload(build(model_type), weights="host", units=units)
+    with torch.no_grad():
+        assert same_bits(logits_of(model), expected)
+    assert_same(steps_of(model), steps)
+    distzo2.runtime_of(model).close()
+
+    options = {"attn_implementation": "eager", "units": units}
+    model = distzo2.from_pretrained(directory / "in", weights="disk", directory=directory, **options)
+    model.config.use_cache = False
+    loaded = type(plain).from_pretrained(directory / "in", attn_implementation="eager")
+    if trained(loaded) != names:  # transformers does not keep what a class freezes
+        loaded.config.use_cache = False
+        _, *steps = plain_steps(loaded, trained(loaded))
+    with torch.no_grad():
+        assert same_bits(logits_of(model), expected)
+    assert_same(steps_of(model), steps)
+    distzo2.save_pretrained(model, directory / "out")
+    distzo2.runtime_of(model).close()
+    assert_same_tensors(type(plain).from_pretrained(directory / "out").state_dict(), steps[1])
+
+
+FEW = (
+    "opt", "gpt2", "bloom", "deepseek_v2", "deepseek_v3", "falcon_mamba", "gemma3n_text", "jamba", "mamba2", "mixtral",
+    "qwen3_next", "reformer", "zamba2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", FEW)
+def test_some_causal_classes(model_type: str, tmp_path: Path) -> None:
+    check(model_type, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(TYPES.keys() - {*FEW} - NOT_BUILT.keys()))
+def test_all_causal_classes(model_type: str, tmp_path: Path) -> None:
+    check(model_type, tmp_path)

@@ -1,0 +1,73 @@
+"""Checkpoints that people bring, on the command line: they work, or end in one line that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_models import edit_config, rewrite, stored
+from cli_runs import assert_same_bits, finetune, make_files, one_line
+
+from distzo2.cli.main import main
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    return make_files(tmp_path)
+
+
+def test_a_configuration_that_asks_for_tuples(files, capsys: pytest.CaptureFixture[str]) -> None:
+    """`"return_dict": false` changes neither steps, nor scores, nor texts."""
+    said = []
+    for asked in (True, False):
+        edit_config(files.model, return_dict=asked)
+        assert finetune(files, "--save=last") == 0
+        Path("out").rename(f"out-{asked}")
+        capsys.readouterr()
+        assert main(["eval", f"--model={files.model}", f"--eval={files.eval}"]) == 0
+        assert main(["generate", f"--model={files.model}", "--prompt=a b", "--max-new-tokens=4"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert_same_bits("out-True/checkpoint", "out-False/checkpoint")
+
+
+def adapter(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/7b", "peft_type": "LORA"}))
+
+
+def wrap(model: Path) -> None:
+    torch.save({"epoch": 1, "model_state": stored(model)}, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "adapter": (adapter, "for the base model 'acme/7b'"),
+    "wrapped": (wrap, "save torch.load(file)['model_state'] alone"),
+    "prefixed": (lambda model: rewrite(model, lambda t: {"module." + n: v for n, v in t.items()}), "strip 'module.'"),
+    "packed": (
+        lambda model: rewrite(model, lambda t: {n: v.to(torch.int8) if v.dim() == 2 else v for n, v in t.items()}),
+        "the weights are packed or scaled",
+    ),
+    "quantized": (lambda model: edit_config(model, text_config={"quantization_config": {"a": 1}}), "quantized weights"),
+}
+
+
+@pytest.mark.parametrize("case", BROUGHT)
+def test_what_cannot_be_read_is_one_line(files, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = BROUGHT[case]
+    change(files.model)
+    capsys.readouterr()
+    for run in (
+        lambda: finetune(files),
+        lambda: main(["eval", f"--model={files.model}", f"--eval={files.eval}"]),
+        lambda: main(["generate", f"--model={files.model}", "--prompt=a b", "--max-new-tokens=2"]),
+    ):
+        assert run() not in (0, None)
+        assert message in one_line(capsys)
+        shutil.rmtree("out", ignore_errors=True)
