@@ -150,10 +150,6 @@ COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "gt": np.greater,
     "ge": np.greater_equal,
     "ne": lambda a, b: (a < b) | (a > b) if a.dtype.kind == "f" else a != b,
-    "lo": np.less,
-    "ls": np.less_equal,
-    "hi": np.greater,
-    "hs": np.greater_equal,
     "num": lambda a, b: (a == a) & (b == b),
     "nan": lambda a, b: (a != a) | (b != b),
 }

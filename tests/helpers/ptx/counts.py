@@ -1,6 +1,6 @@
 """Instructions that the kernels execute for an element, counted over all threads of whole, aligned octets.
 
-python -m ptx.counts          # from tests/helpers: writes bench/results/ptx_counts.json, after a change on purpose
+PYTHONPATH=.:tests/helpers python -m ptx.counts writes bench/results/ptx_counts.json, after a change on purpose.
 """
 
 from __future__ import annotations

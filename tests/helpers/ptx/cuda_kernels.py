@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import itertools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,6 @@ from .parser import PtxError
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ("csrc/kernels/cuda/materialize.cu", "csrc/kernels/check_tables.cpp", "tests/helpers/ptx/fake_cudart.cpp")
 ARCHS = (80, 90)
-FLAGS = ("-std=c++20", "--fmad=false", "-O3", "-Xcompiler=-fPIC,-ffp-contract=off")  # as cmake/Distzo2Cuda.cmake
 BASE = 0x7F32_1000_0000  # of device memory: addresses need more than 32 bits
 ALIGNMENT = 64  # of what torch allocates: an address keeps its residue
 STREAM = 0x51
@@ -39,11 +40,27 @@ def find_nvcc() -> str | None:
     return next(filter(None, found), None)
 
 
+def build_flags() -> list[str]:
+    """nvcc's flags as the build has them."""
+    text = (ROOT / "cmake" / "Distzo2Cuda.cmake").read_text()
+    flags = re.search(r"COMPILE_LANGUAGE:CUDA>:(.*?),-fmacro-prefix-map", text).group(1).split(";")
+    return [*flags, re.search(r'CMAKE_CUDA_FLAGS_RELEASE "(.*)"', text).group(1)]
+
+
 def compile_kernels(folder: Path) -> tuple[Path, dict[int, str]]:
     """The host library, and the PTX of materialize.cu for each architecture."""
     library = folder / "kernels.so"
     targets = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
-    command = [find_nvcc(), "-shared", "-cudart=none", *FLAGS, *targets, f"-I{ROOT / 'csrc'}", "-t2"]
+    command = [
+        find_nvcc(),
+        "-shared",
+        "-cudart=none",
+        "-Xcompiler=-fPIC",
+        *build_flags(),
+        *targets,
+        f"-I{ROOT / 'csrc'}",
+        "-t2",
+    ]
     command += ["--keep", f"--keep-dir={folder}", "-o", str(library), *(str(ROOT / source) for source in SOURCES)]
     subprocess.run(command, check=True, cwd=folder)
     return library, {arch: (folder / f"materialize.compute_{arch}.ptx").read_text() for arch in ARCHS}
@@ -94,6 +111,8 @@ class DeviceMemory:
                 self.addresses[key] = self.memory.place(data, rights, residue)
                 if rights & WRITE:
                     self.written.append(tensor)
+        if any(begin + num > following for (begin, num), (following, _) in itertools.pairwise(sorted(self.addresses))):
+            raise PtxError("tensors that overlap and are not the same bytes")
 
     def address(self, tensor: torch.Tensor) -> int:
         return self.addresses.get((tensor.data_ptr(), tensor.nbytes), 0)

@@ -3,7 +3,7 @@
 Every basic block is translated to a Python function once, when it is first reached. The lanes with the lowest program
 counter go on, so that branches which part meet again, and lanes that come to a barrier have waited for the others of
 their block. A block function works on the active lanes only: it gathers the registers that live across blocks and
-scatters those that it changes. A register is None until it is written, and then full of poison where it was not.
+scatters those that it changes. Registers that a lane has not written hold poison in it.
 """
 
 from __future__ import annotations
