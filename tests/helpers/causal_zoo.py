@@ -83,7 +83,6 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 UNITS = {
     "gemma4": ["model"],
     "prophetnet": ["prophetnet.decoder"],
-    "reformer": ["reformer.embeddings.position_embeddings"],
 }
 # Classes whose plain bits depend on whether their parameters require a gradient: here they never do.
 GRADIENT_BITS = {"falcon_mamba"}
