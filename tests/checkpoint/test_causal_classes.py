@@ -16,14 +16,30 @@ import distzo2
 STEPS = 2
 
 
-def steps_of(model: torch.nn.Module) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
-    """Losses and weights of a few streamed steps."""
+def steps_of(model: torch.nn.Module) -> tuple[tuple[list[list[float]], dict[str, torch.Tensor]], set[str]]:
+    """Losses and weights of a few streamed steps, and the parameters of units that no lane entered."""
     opt = distzo2.ZOSGD(model, lr=1e-3, eps=1e-3, seed=11)
     losses = []
     for step in range(STEPS):
         opt.step(lambda step=step: loss_of(model, step))
         losses.append(flat_losses(opt))
-    return losses, model.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    unused = {name for first, last in opt.last.unused for name in names[first : last + 1]}
+    return (losses, model.state_dict()), unused
+
+
+def called(model: torch.nn.Module) -> set[str]:
+    """Parameters of the modules whose forward is called."""
+    used: set[str] = set()
+    handles = []
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{name}" for name in module._parameters}
+        handles.append(module.register_forward_pre_hook(lambda *_, own=own: used.update(own)))
+    with torch.no_grad():
+        loss_of(model, 0)
+    for handle in handles:
+        handle.remove()
+    return used
 
 
 def plain_steps(
@@ -51,7 +67,9 @@ def check(model_type: str, directory: Path) -> None:
     with torch.no_grad():
         before = logits_of(plain)
     names = trained(plain)
-    expected, *steps = plain_steps(plain, names)
+    used = called(plain)
+    with torch.no_grad():
+        expected = logits_of(plain.requires_grad_(False))
     assert model_type in GRADIENT_BITS or same_bits(before, expected)
     if units:  # without them: a named error, whose hint helps
         model = distzo2.offload(build(model_type), weights="host")
@@ -61,19 +79,24 @@ def check(model_type: str, directory: Path) -> None:
     model = distzo2.offload(build(model_type), weights="host", units=units)
     with torch.no_grad():
         assert same_bits(logits_of(model), expected)
-    assert_same(steps_of(model), steps)
+    streamed, unused = steps_of(model)
+    assert not unused & used  # the towers that a text does not reach
+    _, *steps = plain_steps(plain, names - unused)
+    assert_same(streamed, steps)
     distzo2.runtime_of(model).close()
 
     options = {"attn_implementation": "eager", "units": units}
     model = distzo2.from_pretrained(directory / "in", weights="disk", directory=directory, **options)
     model.config.use_cache = False
     loaded = type(plain).from_pretrained(directory / "in", attn_implementation="eager")
-    if trained(loaded) != names:  # transformers does not keep what a class freezes
-        loaded.config.use_cache = False
-        _, *steps = plain_steps(loaded, trained(loaded))
     with torch.no_grad():
         assert same_bits(logits_of(model), expected)
-    assert_same(steps_of(model), steps)
+    streamed, unused = steps_of(model)
+    assert not unused & used
+    if trained(loaded) != names:  # transformers does not keep what a class freezes
+        loaded.config.use_cache = False
+        _, *steps = plain_steps(loaded, trained(loaded) - unused)
+    assert_same(streamed, steps)
     distzo2.save_pretrained(model, directory / "out")
     distzo2.runtime_of(model).close()
     assert_same_tensors(type(plain).from_pretrained(directory / "out").state_dict(), steps[1])
