@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_models import MODELS, T, assert_same_weights, edit_config, load, make, rewrite, stored
+from same_bits import assert_same_tensors
+from tiny_text import make_checkpoint
 from torch import nn
 
 import distzo2
@@ -249,3 +251,16 @@ def test_outputs_have_names_whatever_the_config_says(tmp_path: Path, name: str) 
     assert torch.equal(model.generate(ids, **generate), reference.generate(ids, **generate))
     distzo2.save_pretrained(model, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["return_dict"] is False
+
+
+def test_a_model_rebuilt_in_edit_is_no_longer_the_checkpoints(tmp_path: Path) -> None:
+    model = distzo2.from_pretrained(make_checkpoint(tmp_path / "in"))
+    with distzo2.edit(model):
+        inner = model.model.layers[0].mlp
+        inner.up_proj = nn.Linear(inner.up_proj.in_features, inner.up_proj.out_features, bias=False)
+    opt = distzo2.ZOSGD(model, lr=1e-3, journal=tmp_path / "journal.jsonl")
+    assert opt.journal.header["base"]["files"] == {} and opt.journal.header["map"] is None
+    opt.close()
+    distzo2.save_pretrained(model, tmp_path / "out")
+    saved = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert_same_tensors(saved, model.state_dict())

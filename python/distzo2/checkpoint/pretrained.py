@@ -80,7 +80,7 @@ def from_pretrained(
         fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()
-    model.distzo2_source = runtime_of(model).base = checkpoint_map
+    runtime_of(model).base = checkpoint_map
     return model
 
 

@@ -132,7 +132,6 @@ class ZOSGD(torch.optim.Optimizer):
         self._interrupt.also = self._ranks.check
         self._lanes = StepLanes(model, runtime, settings, self._interrupt)
         self._progress = Progress(settings)
-        self._source = getattr(model, "distzo2_source", None)
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
@@ -201,7 +200,7 @@ class ZOSGD(torch.optim.Optimizer):
         # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
         # Those of a weight file are the run's: its base need not be read again.
         unread = self._ranks.world_size == 1 and runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
-        source = None if runtime.weights.replaced or unread else self._source
+        source = None if runtime.weights.replaced or unread else runtime.base
         return make_header(
             seed=s.seed,
             table=self._index_table(),

@@ -137,7 +137,7 @@ class StreamingRuntime:
         """
         codes = {code_of(lane.closure) for lane in lanes}
         new = not codes <= self._watched and len(self._watched) < MAX_WATCHED and not self.has_compiled()
-        starts = [copy.copy(lane.stream) for lane in lanes]
+        starts = [copy.copy(lane.stream) for lane in lanes] if new or check else []
 
         def alone(i: int) -> Any:
             again = Lane(lanes[i].emission, lanes[i].batch, lanes[i].closure, copy.copy(starts[i]))
