@@ -76,7 +76,9 @@ class StreamingRuntime:
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
         # Units in whose windows others open: their weights are wanted again while they are open.
-        self._around = {i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)}
+        self._around = {
+            i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)
+        }
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
         self._room: dict[int, int] = {}  # in scratch for units of it, by index
