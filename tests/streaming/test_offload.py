@@ -92,6 +92,12 @@ def test_a_state_dict_brings_each_unit_once(weights, tmp_path, monkeypatch):
         model.load_state_dict(dict(before), assign=True)
     nn.Module.load_state_dict(model, before)  # as libraries may call them
     assert_same_tensors(nn.Module.state_dict(model), before)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nn.Module.load_state_dict(model.blocks[2], {**model.blocks[2].state_dict(), "7.weight": torch.zeros(3)})
+    model.state_dict = lambda: "the user's"
+    with distzo2.edit(model):
+        pass
+    assert model.state_dict() == "the user's"
 
 
 def test_a_parameter_added_after_the_hand_over_is_named():
@@ -104,7 +110,8 @@ def test_a_parameter_added_after_the_hand_over_is_named():
 @pytest.mark.parametrize(
     ("option", "wrong", "expected"),
     [("write_every", value, "an integer of at least 1 was expected") for value in (0, -3, 2.0, True, None)]
-    + [("memory_budget", value, "expected a positive number of bytes") for value in (0, -1, 1.5, True, "all")],
+    + [("memory_budget", value, "expected a positive number of bytes") for value in (0, -1, 1.5, True, "all")]
+    + [("host_memory", value, "expected a positive number of bytes") for value in (0, 2.0, "200GB")],
 )
 def test_numbers_out_of_range_are_refused(option, wrong, expected):
     with pytest.raises(distzo2.DistZO2Error, match=f"{option}=.*: {expected}"):

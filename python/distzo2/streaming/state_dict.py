@@ -37,7 +37,12 @@ class StateHooks:
         self._of = {id(p.tensor): (unit, p) for unit in runtime.units for p in unit.params}
         self._calls: dict[str, _Call] = {}  # by method; those under way
         self._handles: list[Any] = []
+        self._methods: list[tuple[dict[str, Any], str, Any]] = []
         for module in runtime.model.modules():
+            for name in ("state_dict", "load_state_dict"):
+                method = functools.partial(self._call, name, module)
+                if module.__dict__.setdefault(name, method) is method:  # else the user's own, which hooks alone serve
+                    self._methods.append((module.__dict__, name, method))
             if any(p is not None for p in module._parameters.values()):
                 # torch sets a mark on the hook, which a bound method does not allow.
                 self._handles += [
@@ -59,7 +64,6 @@ class StateHooks:
                 "__prepare_scriptable__": _refuse_copy,
                 "add_module": functools.partial(_add, module, "_modules"),
                 "register_parameter": functools.partial(_add, module, "_parameters"),
-                **{name: functools.partial(self._call, name, module) for name in ("state_dict", "load_state_dict")},
             }
             for name, value in refusing.items():
                 if on:
@@ -72,6 +76,9 @@ class StateHooks:
         self.guard(False)
         for handle in self._handles:
             handle.remove()
+        for attributes, name, method in self._methods:
+            if attributes.get(name) is method:
+                del attributes[name]
 
     def _own(self, module: nn.Module) -> list[tuple[str, Any, ParamInfo]]:
         own = []
