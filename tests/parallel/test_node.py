@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> None:
     """Each read another number, as they do once some have begun to take memory; rank 2 has a machine to itself."""
-    results = ranks.values(cases.pools_of_machines, 3, ["one", "one", "two"], [1_000_000, 600_000, 300_000])
+    results = ranks.values(cases.pools_of_machines, 3, ["one", "one", "two"], [1_000_000, 600_000, 300_000], None)
     for share, (wide, narrow) in results[:2]:
         assert share == (2, None, 600_000, 300_000)
         assert narrow == "fits"
@@ -27,6 +27,11 @@ def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> No
     assert share == (1, None, 300_000, 300_000)
     assert narrow == "fits"
     assert "only 270000 bytes may be taken (" in wide
+    # As asked, for the ranks of a machine together, whatever is available.
+    results = ranks.values(cases.pools_of_machines, 3, ["one", "one", "two"], [1000, 1000, 1000], 580_000)
+    assert [row[0][3] for row in results] == [290_000, 290_000, 580_000]
+    assert [row[1][1] for row in results] == ["fits"] * 3
+    assert "by each of 2 ranks (host_memory= or --host-memory: 580000 bytes, " in results[0][1][0]
 
 
 def test_shares_follow_the_rates_of_links():

@@ -15,7 +15,7 @@ from distzo2.streaming.presence import AbsentParameter
 
 
 def watched(directory):
-    """A model of 4 blocks, an optimizer, its closure, and a list that its blocks add to: block, sign, whether its unit is held."""
+    """An optimizer of a model of 4 blocks, its closure, and a list that blocks add to: (block, sign, unit is held)."""
     seen = []
     model = Blocks()
     for i, block in enumerate(model.blocks):

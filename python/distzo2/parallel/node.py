@@ -22,7 +22,7 @@ from distzo2.parallel.heartbeat import machine_name
 from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.parallel.sliced_store import cut
 from distzo2.text import gib
-from distzo2.weights.residency import MemoryShare, available_memory, free_disk_bytes
+from distzo2.weights.residency import MemoryBudget, MemoryShare, available_memory, free_disk_bytes
 from distzo2.weights.store import StoredCopy, streaming_store
 from distzo2.weights.units import Unit
 
@@ -35,17 +35,18 @@ _NO_LIMIT = (1 << 63) - 1  # bytes, where a machine has none
 Place = str | os.PathLike | None  # the directory of block files; None: weights are in memory
 
 
-def memory_share(exchange: Exchange | None) -> MemoryShare:
+def memory_share(exchange: Exchange | None, host_memory: MemoryBudget = None) -> MemoryShare:
     """Reads what memory this machine has. Ranks that have met all call it, and take none before it returns.
 
     The least reading of a machine's ranks counts. A rank that read for itself would miss what the others had already
     taken, and divide the rest once more; or would not see what they are about to take.
     """
-    mine = MemoryShare.of_one_rank()
+    mine = MemoryShare.of_one_rank(host_memory)
     if exchange is None or exchange.world_size == 1:
         return mine
     exchange.agree("sharing the memory of a machine")
-    limits = [_NO_LIMIT if limit is None else limit for limit in (mine.cgroup_bytes, mine.available_bytes)]
+    mine_of = (mine.cgroup_bytes, mine.available_bytes, mine.host_memory)
+    limits = [_NO_LIMIT if limit is None else limit for limit in mine_of]
     rows = exchange.gather(torch.tensor([hash64(machine_name()), *limits])).tolist()
     here = [row for row in rows if row[0] == rows[exchange.rank][0]]
     least = [min(column) for column in zip(*here, strict=True)][1:]
@@ -65,7 +66,12 @@ class Slicing(NamedTuple):
 
 
 def choose_slices(
-    mesh: Mesh | None, units: Sequence[Unit], device: torch.device, weights: str, directory: Place
+    mesh: Mesh | None,
+    units: Sequence[Unit],
+    device: torch.device,
+    weights: str,
+    directory: Place,
+    host_memory: MemoryBudget = None,
 ) -> Slicing | None:
     """Decides whether streamed units are kept in slices; None if not. All ranks call it and get the same answer.
 
@@ -94,7 +100,7 @@ def choose_slices(
     bring = functools.partial(_bring_seconds, mesh, device, directory)
     chosen, why = True, "as asked"
     if mesh.slice is None:
-        chosen, why = _decide(mesh, total, sample, bring, device, weights, directory)
+        chosen, why = _decide(mesh, total, sample, bring, device, weights, directory, host_memory)
         why += "; slice= or --slice sets it"
     shares = [1.0] * node.size
     if chosen and device.type != "cpu":  # of each rank of this node, by the rates of their links, all in use
@@ -107,13 +113,21 @@ def choose_slices(
 
 
 def _decide(
-    mesh: Mesh, total: int, sample: int, bring: Callable[[int], float], device: torch.device, weights: str, place: Place
+    mesh: Mesh,
+    total: int,
+    sample: int,
+    bring: Callable[[int], float],
+    device: torch.device,
+    weights: str,
+    place: Place,
+    host_memory: MemoryBudget,
 ) -> tuple[bool, str]:
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_disk_bytes(place)
-    for needed, room in _of_all(mesh, [node.size * total, free * (1 - _SPARE)]).tolist():
+        free = available_memory(host_memory) if weights == "host" else free_disk_bytes(place)
+        spare = 0 if weights == "host" and host_memory not in (None, "auto") else _SPARE
+    for needed, room in _of_all(mesh, [node.size * total, free * (1 - spare)]).tolist():
         if needed > room:
             where = "memory" if weights == "host" else "disk"
             return True, f"a copy for each rank, {gib(needed)}, does not fit into the {gib(room)} of {where} to be had"

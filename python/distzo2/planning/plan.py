@@ -63,6 +63,9 @@ class Planner:
     """Predictions of one request: the options of `distzo2 plan`."""
 
     def __init__(self, request: Any, machine: Machine) -> None:
+        if request.host_memory not in (None, "auto"):
+            device_bytes = request.host_memory if machine.computes_on_host else machine.device_bytes
+            machine = replace(machine, host_bytes=request.host_memory, device_bytes=device_bytes)
         self.request, self.machine = request, machine
         self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
         self.models: dict[int, ModelPlan] = {}  # by sequences of a micro-batch

@@ -365,7 +365,7 @@ class Copier:
         if self._on_cpu:
             self._staging = aligned_buffer(num_bytes)
         else:
-            self._pool = HostPool([num_bytes], device=str(weights.device))
+            self._pool = HostPool([num_bytes], device=str(weights.device), host_memory=weights.host_memory)
             self._staging = self._pool.tensor(0)
         self._wanted: set[int] = set()  # units of this round that are not copied yet
         self._seen: set[int] = set()  # units that passes brought in this round

@@ -1,9 +1,9 @@
 """One pass over the weights: units are made present in turn, and every lane runs on each as it passes.
 
 The life of a lane: `run` starts its closure in a thread. Where the forward comes to a unit, a hook calls `enter`,
-which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn` points
-the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at its
-end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
+which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn`
+points the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at
+its end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
 
 Outside a pass the model is just a model: a forward streams one lane, with clean weights, in the caller's thread.
 Parameters whose window is not open are placeholders.

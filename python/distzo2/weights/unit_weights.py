@@ -48,6 +48,7 @@ class UnitWeights:
         *,
         device: torch.device,
         write_every: int = 1,
+        host_memory: int | None = None,
     ) -> None:
         """
         Args:
@@ -57,8 +58,9 @@ class UnitWeights:
             ring: the store of those that do.
             device: where it computes.
             write_every: each streamed copy is written at every `write_every`-th update, blocks in turn.
+            host_memory: of `MemoryShare`, for pools that are made later.
         """
-        self.units, self.copies, self.device = list(units), list(copies), device
+        self.units, self.copies, self.device, self.host_memory = list(units), list(copies), device, host_memory
         self.params = sorted((p for unit in units for p in unit.params), key=lambda p: p.index)
         self.epoch = 0  # how often the weights were replaced from outside
         self.busy = False  # a window is open, or a pass under way
