@@ -185,7 +185,7 @@ def test_a_buffer_on_a_gpu_is_filled_behind_its_readers_on_all_streams(monkeypat
     device, unit = torch.device("cuda:1"), Unit(0, "unit", [], [], resident=False)
     copies = slices_of([unit], [1.0], 0)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: aligned_buffer(size))
-    node = SimpleNamespace(index=0, stores={}, bring=lambda want, begun: store.begin(0, want.stamp, True))
+    node = SimpleNamespace(index=0, stores={}, bring=lambda want, begun: begun() or store.begin(0, want.stamp, True))
     node.gather = lambda parts, backend: []
     before = cuda.work()  # on memory that becomes a buffer
     store = SlicedStore(Store(), copies, device, slots=2, node=node, shares=[1.0], backend="nccl")
@@ -193,16 +193,16 @@ def test_a_buffer_on_a_gpu_is_filled_behind_its_readers_on_all_streams(monkeypat
     monkeypatch.setattr(Store, "acquire", lambda self, copy: None)
     weights = SimpleNamespace(stamp=0, write_up_to_date=lambda *args: bool(cuda.work()))
     store.serve(weights, 0)
-    reads = [before]
+    reads: list[Any] = []
     for stream in (reader, None):
-        node.bring = (lambda want, begun: store.begin(0, want.stamp, True)) if stream else (lambda want, begun: None)
         store.acquire(copies[0])
+        assert store._side.is_behind(before)
         reads.append(cuda.work())
         if stream is not None:
             stream.wait_stream(cuda.compute)
             reads.append(stream.work())
         store.release(copies[0], False, stream)
-    assert not any(store._side.is_behind(read) for read in reads[1:])
+    assert not any(store._side.is_behind(read) for read in reads)
     for weights.stamp in (1, 2):  # to the other buffer, and to this one
         store.begin(0, weights.stamp, False)
     assert all(store._side.is_behind(read) for read in reads)

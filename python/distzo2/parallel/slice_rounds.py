@@ -61,7 +61,7 @@ class SliceExchange:
         self._num_acted = 0
 
     def connect(self, backend: str) -> None:
-        """Makes the groups of words, and of blocks that go through `backend` ("gloo" or "nccl"), where they are missing.
+        """Makes the groups of words, and of blocks that go through `backend` ("gloo" or "nccl"), if they are missing.
         All ranks of all nodes call it."""
         for name, kind in ("words", "gloo"), (backend, backend):
             if name not in self.groups:
