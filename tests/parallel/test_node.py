@@ -10,9 +10,13 @@ import pytest
 import slice_cases
 import torch
 import torch.distributed as dist
-from parallel_ranks import Ranks
+from parallel_ranks import Ranks, mesh_of
 
+import distzo2.parallel
+from distzo2.parallel import node
 from distzo2.parallel.node import backend_of, shares_of
+from distzo2.parallel.slice_rounds import SliceExchange
+from distzo2.weights.units import Unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +47,21 @@ def test_gathers_go_through_nccl_between_gpus_of_the_ranks_own_only(ranks: Ranks
     assert backend_of(torch.device("cpu"), [[0]]) == "gloo"
     for result in ranks.values(slice_cases.on_cpus_beside_gpus, 2, tmp_path):
         cases.assert_same_run(result, alone())
+
+
+def test_nccl_makes_its_communicator_before_memory_is_divided(monkeypatch):
+    calls, connect = [], SliceExchange.connect
+    for name in ("gather", "wait"):
+        monkeypatch.setattr(SliceExchange, name, lambda *args, name=name: calls.append((name, args[-1])) or [None])
+    monkeypatch.setattr(SliceExchange, "connect", lambda self, _: calls.append("connect") or connect(self, "gloo"))
+    monkeypatch.setattr(node, "backend_of", lambda device, gpus: "nccl")
+    unit = Unit(0, "unit", [], [], resident=False)
+    try:
+        slicing = node.choose_slices(mesh_of(1, 1, slice=True, log=str), [unit], torch.device("cpu"), "host", None)
+    finally:
+        distzo2.parallel.shutdown()
+    assert slicing.backend == "nccl"
+    assert calls == ["connect", ("gather", "nccl"), ("wait", "nccl")]
 
 
 def test_what_is_chosen_is_said(ranks: Ranks, tmp_path: Path):

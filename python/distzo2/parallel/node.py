@@ -109,6 +109,8 @@ def choose_slices(
         node.disconnect(backend)
         return None
     node.connect(backend)
+    if backend == "nccl":  # it makes its communicator now, before the GPU's memory is divided
+        _sample_gather(node, device, 1, backend)()
     return Slicing(node, shares, node.new_store(), backend)
 
 
@@ -121,6 +123,18 @@ def backend_of(device: torch.device, gpus: Sequence[Sequence[int]]) -> str:
     numbers those of the ranks of each node."""
     own = all(len(set(numbers)) == len(numbers) for numbers in gpus)
     return "nccl" if device.type == "cuda" and own and dist.is_nccl_available() else "gloo"
+
+
+def _sample_gather(node: SliceExchange, device: torch.device, num_bytes: int, backend: str) -> Callable[[], None]:
+    """Returns what gathers a block of at least that many bytes."""
+    bounds = cut(num_bytes, [1.0] * node.size)
+    block = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
+
+    def gather() -> None:
+        for work in node.gather([block[a:b] for a, b in pairwise(bounds)], backend):
+            node.wait(work, backend)
+
+    return gather
 
 
 def _decide(
@@ -144,14 +158,9 @@ def _decide(
     if weights == "host" and device.type == "cpu":
         return False, "weights in memory are used where they are"
     node.connect(backend)
-    bounds = cut(sample, [1.0] * node.size)
-    block = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
-
-    def gather() -> None:
-        for work in node.gather([block[a:b] for a, b in pairwise(bounds)], backend):
-            node.wait(work, backend)
-
-    seconds = [bring(sample), bring(bounds[1]), _seconds(mesh, device, "measuring gathers", gather)]
+    gather = _sample_gather(node, device, sample, backend)
+    part = cut(sample, [1.0] * node.size)[1]
+    seconds = [bring(sample), bring(part), _seconds(mesh, device, "measuring gathers", gather)]
     whole, part, gathered = _of_all(mesh, seconds).max(dim=0).values.tolist()
     figures = f"slices come in {1e3 * part:.1f} ms and are gathered in {1e3 * gathered:.1f} ms"
     return part + gathered < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"
