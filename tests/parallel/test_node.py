@@ -8,9 +8,15 @@ from pathlib import Path
 import parallel_cases as cases
 import pytest
 import slice_cases
-from parallel_ranks import Ranks
+import torch
+import torch.distributed as dist
+from parallel_ranks import Ranks, mesh_of
 
-from distzo2.parallel.node import shares_of
+import distzo2.parallel
+from distzo2.parallel import node
+from distzo2.parallel.node import backend_of, shares_of
+from distzo2.parallel.slice_rounds import SliceExchange
+from distzo2.weights.units import Unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +43,30 @@ def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> No
 def test_shares_follow_the_rates_of_links():
     assert shares_of([2.0, 2.2, 2.4]) == [1.0, 1.0, 1.0]
     assert shares_of([1.0, 2.0]) == [1.0, 0.5]
+
+
+def test_gathers_go_through_nccl_between_gpus_of_the_ranks_own_only(ranks: Ranks, alone, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    assert backend_of(torch.device("cuda:1"), [[7, 8], [7]]) == "nccl"  # of two nodes
+    assert backend_of(torch.device("cuda:1"), [[7, 7], [8]]) == "gloo"
+    assert backend_of(torch.device("cpu"), [[0]]) == "gloo"
+    for result in ranks.values(slice_cases.on_cpus_beside_gpus, 2, tmp_path):
+        cases.assert_same_run(result, alone())
+
+
+def test_nccl_makes_its_communicator_before_memory_is_divided(monkeypatch):
+    calls, connect = [], SliceExchange.connect
+    for name in ("gather", "wait"):
+        monkeypatch.setattr(SliceExchange, name, lambda *args, name=name: calls.append((name, args[-1])) or [None])
+    monkeypatch.setattr(SliceExchange, "connect", lambda self, _: calls.append("connect") or connect(self, "gloo"))
+    monkeypatch.setattr(node, "backend_of", lambda device, gpus: "nccl")
+    unit = Unit(0, "unit", [], [], resident=False)
+    try:
+        slicing = node.choose_slices(mesh_of(1, 1, slice=True, log=str), [unit], torch.device("cpu"), "host", None)
+    finally:
+        distzo2.parallel.shutdown()
+    assert slicing.backend == "nccl"
+    assert calls == ["connect", ("gather", "nccl"), ("wait", "nccl")]
 
 
 def test_what_is_chosen_is_said(ranks: Ranks, tmp_path: Path):

@@ -213,7 +213,8 @@ def _hand_over(
             file = None if kept is None else kept.file
             ring = streaming_store(moving, device, directory=directory, file=file, slots=slots, **options)
         if moving and slices is not None:
-            ring = SlicedStore(ring, moving, device, slots=slots, node=slices.node, shares=shares)
+            node, backend = slices.node, slices.backend
+            ring = SlicedStore(ring, moving, device, slots=slots, node=node, shares=shares, backend=backend)
     copies = sorted([*staying, *moving], key=lambda copy: copy.unit.index)
     unit_weights = UnitWeights(
         found, copies, memory, ring, device=device, write_every=write_every, host_memory=share.host_memory
