@@ -43,7 +43,7 @@ from distzo2.weights.units import Unit
 from distzo2_core import FAMILIES, Term
 
 FORMAT = "distzo2-plan/1"
-CONTEXT_BYTES = 10**9  # of a GPU, taken by its driver and libraries
+CONTEXT_BYTES = 10**9  # of a GPU, taken by its driver and libraries, the workspace of cuBLAS among them
 STAGING_BYTES = 6 * 4 * 2**20  # pinned, between a disk and a GPU
 ONE_DEVICE = MeshShape(pert=1, data=1)
 

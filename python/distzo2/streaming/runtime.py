@@ -244,6 +244,8 @@ class StreamingRuntime:
             yield lane
         finally:
             self._note_compute()
+            if self.device.type == "cuda":
+                torch._C._cuda_clearCublasWorkspaces()  # each thread has its own, of 32 MiB: they share memory in turn
             if self._summed or self._switching:
                 self._switching |= lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()
