@@ -40,9 +40,9 @@ class Scratch:
         self._classes: dict[Hashable, _SizeClass] = {}
         self._class_of: dict[int, _SizeClass] = {}  # by the unit's index
         for unit in units:
-            kind = "streamed" if not unit.resident else ("resident", unit.num_bytes.bit_length() // 3)
-            one = self._classes.setdefault("small" if unit.num_bytes <= SMALL_BYTES else kind, _SizeClass())
-            one.num_bytes = max(one.num_bytes, unit.num_bytes)
+            kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
+            one = self._classes.setdefault("small" if unit.seen_bytes <= SMALL_BYTES else kind, _SizeClass())
+            one.num_bytes = max(one.num_bytes, unit.seen_bytes)
             self._class_of[unit.index] = one
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:

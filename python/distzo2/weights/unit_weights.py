@@ -19,11 +19,12 @@ from distzo2.errors import DistZO2Error
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.timeline import Timeline
-from distzo2.weights.units import Unit
+from distzo2.weights.units import TRAINABLE_DTYPES, Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
 from distzo2_core import Update, materialize
 from distzo2_core.ops import materialize_again
 
+CLEAN_KEY = ()  # of a copy that no update and no perturbation changes
 MAX_VISITED = 4096  # combinations of a unit and buffers that are remembered
 
 
@@ -74,13 +75,13 @@ class UnitWeights:
         self.updates = Updates()
         self._unused: tuple[Sequence[Sequence[int]], frozenset[int]] = (), frozenset()  # of the last push: its units
         self.memory, self.ring, self._write_every = memory, ring, write_every
-        self._scratch = Scratch([u for u in units if u.trainable], device)
+        self._scratch = Scratch([u for u in units if u.trainable or u.converts], device)
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._owner: weakref.ref | None = None
         self._present: dict[int, Present] = {}
         # Buffers, by unit and addresses, that `materialize` has checked: those that it wrote to.
         self._visited: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        self._reached: dict[int, bool] = {}  # by unit: whether updates reach all of it
+        self._copied_whole: dict[int, bool] = {}  # by unit
         streamed = [c.unit for c in copies if c.block >= 0]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
@@ -95,7 +96,7 @@ class UnitWeights:
         self._assume_current()
         self._owner = weakref.ref(owner)
         self.updates.bind(group_of, num_groups, seed)
-        self._reached.clear()
+        self._copied_whole.clear()
         self._visited.clear()
         self._unused = (), frozenset()
         self._scratch.forget()
@@ -230,6 +231,13 @@ class UnitWeights:
             self._views[key] = unit.views(buffer)
         return self._views[key]
 
+    def _seen_views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters over a buffer of scratch."""
+        key = (unit.index, buffer.data_ptr())
+        if key not in self._views:
+            self._views[key] = unit.seen_views(buffer)
+        return self._views[key]
+
     # ---- catching up, and perturbed copies --------------------------------------------------------------------------
 
     def up_to_date(self, unit: Unit) -> list[torch.Tensor]:
@@ -254,53 +262,75 @@ class UnitWeights:
         """
         present = self._present.get(unit.index)
         copy = self.copies[unit.index] if present is None else present.copy
-        if (emission.clean and not self._leaves_behind(copy)) or self.updates.table(copy) is None:
+        if not unit.converts and (self._is_stored(copy, emission) or self.updates.table(copy) is None):
             return self.up_to_date(unit), 0
-        buffer = self._scratch.find(unit, self._key(emission))
+        key = self._key(unit, emission)
+        buffer = self._scratch.find(unit, key)
         if buffer is None:
             present = self.bring(unit)
-            mirrored = [e for e in emissions if e != emission and e.mirrors(emission)]
-            wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
+            wanted = {key: emission if key is not CLEAN_KEY else CLEAN}
+            for other in emissions:
+                if other.mirrors(emission) and self._scratch.find(unit, self._key(unit, other)) is None:
+                    wanted.setdefault(self._key(unit, other), other)
             try:
-                outs = self._scratch.take(unit, [self._key(e) for e in wanted], pinned)
-                present.dirty |= self._catch_up(present.copy, present.buffer, wanted, outs)
+                outs = self._scratch.take(unit, list(wanted), pinned)
+                present.dirty |= self._catch_up(present.copy, present.buffer, list(wanted.values()), outs, unit.converts)
             except BaseException:
                 self._scratch.forget()
                 raise
             buffer = outs[0]
-        views = self._views_of(unit, buffer)
-        if not self._reaches_all(unit):
-            stored, reached = self.bring(unit).views, self.updates.group_of
-            views = [views[i] if p.index in reached else stored[i] for i, p in enumerate(unit.params)]
+        views = self._seen_views_of(unit, buffer)
+        if not self._is_copied_whole(unit):
+            stored, dtypes = self.bring(unit).views, TRAINABLE_DTYPES if unit.converts else ()
+            copied = [p.dtype in dtypes or p.index in self.updates.group_of for p in unit.params]
+            views = [views[i] if copied[i] else stored[i] for i in range(len(views))]
         return views, buffer.data_ptr()
 
-    def _reaches_all(self, unit: Unit) -> bool:
-        """Whether updates reach every parameter of the unit, so that a perturbed copy holds all of it."""
-        found = self._reached.get(unit.index)
+    def _is_stored(self, copy: StoredCopy, emission: Emission) -> bool:
+        """Whether what `emission` asks for is what is stored, once the copy has caught up."""
+        return emission.clean and not self._leaves_behind(copy)
+
+    def _is_copied_whole(self, unit: Unit) -> bool:
+        """Whether a copy for modules holds every parameter of the unit, or only those that updates reach."""
+        found = self._copied_whole.get(unit.index)
         if found is None:
-            found = self._reached[unit.index] = all(p.index in self.updates.group_of for p in unit.params)
+            reached, dtypes = self.updates.group_of, TRAINABLE_DTYPES if unit.converts else ()
+            found = all(p.index in reached or p.dtype in dtypes for p in unit.params)
+            self._copied_whole[unit.index] = found
         return found
 
     def release_early(self, unit: Unit, emissions: Sequence[Emission]) -> None:
         """Lets go of a unit that streams, before its forwards compute, if all of `emissions` are in scratch: nothing
         else is wanted of it in this visit, so its slot can go on at once. If it is wanted after all it comes back."""
         present = self._present.get(unit.index)
-        if present is None or self.copies[unit.index].block < 0 or not self._reaches_all(unit):
+        if present is None or self.copies[unit.index].block < 0 or not self._is_copied_whole(unit):
             return
-        if any(e.clean and not self._leaves_behind(present.copy) for e in emissions):
+        if not unit.converts and any(self._is_stored(present.copy, e) for e in emissions):
             return
-        if all(self._scratch.find(unit, self._key(e)) is not None for e in emissions):
+        if all(self._scratch.find(unit, self._key(unit, e)) is not None for e in emissions):
             self.release(unit)
             self._prefetch_after(unit)
 
     def room_ahead(self, unit: Unit, num_emissions: int) -> int:
-        """How many units like this one can be in use at once with `num_emissions` perturbed copies each; 0 if it
-        streams."""
+        """How many units like this one can be in use at once with `num_emissions` copies each; 0 if it streams."""
         if self.copies[unit.index].block >= 0:
             return 0
-        return self._scratch.limit(unit) // num_emissions if unit.trainable else 1
+        return self._scratch.limit(unit) // num_emissions if unit.trainable or unit.converts else 1
 
-    def _key(self, emission: Emission) -> tuple:
+    def compute_in(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
+        """Sets what modules compute with in the place of some stored dtypes. No unit may be present."""
+        self.check_idle("another compute dtype")
+        for unit in self.units:
+            unit.compute_in(dtypes)
+        self._scratch = Scratch([u for u in self.units if u.trainable or u.converts], self.device)
+        self.updates.forget_tables()
+        for cache in (self._views, self._visited, self._copied_whole):
+            cache.clear()
+
+    def _key(self, unit: Unit, emission: Emission) -> tuple:
+        """What a copy of a unit is a function of, besides what was stored at first."""
+        if unit.converts and self.updates.table(self.copies[unit.index]) is None:
+            return CLEAN_KEY  # neither updates nor perturbations reach it
         return self.version, emission.terms, self.updates.perturb_scales
 
     def _leaves_behind(self, copy: StoredCopy) -> bool:
@@ -314,6 +344,7 @@ class UnitWeights:
         stored: torch.Tensor,
         emissions: Sequence[Emission] = (),
         outs: Sequence[torch.Tensor] = (),
+        for_modules: bool = False,
     ) -> bool:
         """Applies the updates that a copy has missed, and writes one perturbed copy for each emission, in one pass.
 
@@ -323,14 +354,15 @@ class UnitWeights:
             copy: what is in `stored`, uint8 on the compute device; changed in place unless it stays behind.
             emissions: what to perturb by.
             outs: a buffer for each, at least as large as the copy.
+            for_modules: copies are for modules, in the dtypes that these compute with.
 
         Returns:
             Whether `stored` was changed.
         """
         if self.updates.excluded:
             self.updates.pass_excluded(copy)
-        misses = copy.version < self.version
-        table = self.updates.table(copy) if misses or emissions else None
+        misses = copy.version < self.version and self.updates.table(copy) is not None
+        table = self.updates.table(copy, for_modules) if misses or emissions else None
         if table is None:
             return False
         write_back = misses and not (emissions and self._leaves_behind(copy))
@@ -341,7 +373,7 @@ class UnitWeights:
         if known is not None:
             materialize_again(stored, table, self.updates.seed, program, known, write_back)
         else:
-            known = [out[: copy.num_bytes] for out in outs]
+            known = [out[: copy.unit.seen_bytes if for_modules else copy.num_bytes] for out in outs]
             materialize(stored, table, seed=self.updates.seed, program=program, outs=known, write_back=write_back)
             if len(self._visited) >= MAX_VISITED:
                 self._visited.clear()

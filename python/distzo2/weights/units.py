@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -38,6 +38,8 @@ class ParamInfo:
     users: list[nn.Module] = field(default_factory=list)  # owners, and what holds those that have no forward
     requires_grad: bool = True  # whether optimizers yet to be made take it, if it is trainable
     byte_offset: int = 0  # in its unit's buffer
+    seen: torch.dtype = torch.float32  # what modules compute with; set by the unit, at first as stored
+    seen_offset: int = 0  # bytes, in a copy for modules
 
     @property
     def numel(self) -> int:
@@ -64,13 +66,26 @@ class Unit:
     windows: list[nn.Module]  # modules whose forward uses the parameters
     resident: bool  # not a block, so it never streams
     num_bytes: int = 0  # of the packed buffer, padding included
+    seen_bytes: int = 0  # of a copy in the dtypes that modules compute with
+    converts: bool = False  # those are not all as stored: modules see copies, perturbed or not
 
     def __post_init__(self) -> None:
         offset = 0
         for param in self.params:
             param.byte_offset = offset
-            offset += -(-param.num_bytes // ALIGNMENT) * ALIGNMENT
+            offset += _aligned(param.num_bytes)
         self.num_bytes = max(offset, ALIGNMENT)
+        self.compute_in({})
+
+    def compute_in(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
+        """Sets what modules compute with in the place of some stored dtypes."""
+        offset = 0
+        for param in self.params:
+            param.seen = dtypes.get(param.dtype, param.dtype)
+            param.seen_offset = offset
+            offset += _aligned(param.numel * param.seen.itemsize)
+        self.seen_bytes = max(offset, ALIGNMENT)
+        self.converts = any(p.seen != p.dtype for p in self.params)
 
     @property
     def trainable(self) -> bool:
@@ -78,12 +93,31 @@ class Unit:
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The parameters as tensors over `buffer` (uint8, [num_bytes]), in the order of `params`."""
-        return [
-            buffer[p.byte_offset : p.byte_offset + p.num_bytes].view(p.dtype).view(p.shape)
-            if p.numel
-            else torch.empty(p.shape, dtype=p.dtype, device=buffer.device)
-            for p in self.params
-        ]
+        return [_view(buffer, p.byte_offset, p.dtype, p) for p in self.params]
+
+    def seen_views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters over a copy in the dtypes that modules compute with (uint8, [seen_bytes])."""
+        return [_view(buffer, p.seen_offset, p.seen, p) for p in self.params]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, param: ParamInfo) -> torch.Tensor:
+    if not param.numel:
+        return torch.empty(param.shape, dtype=dtype, device=buffer.device)
+    return buffer[offset : offset + param.numel * dtype.itemsize].view(dtype).view(param.shape)
+
+
+def dtypes_to_compute_in(params: Sequence[ParamInfo], dtype: torch.dtype | None) -> dict[torch.dtype, torch.dtype]:
+    """What `compute_in` takes, for modules that are to compute in `dtype`; None: as stored. What is stored in float32
+    beside narrower parameters is so for a reason, and stays."""
+    if dtype is None:
+        return {}
+    stored = {p.dtype for p in params if p.dtype in TRAINABLE_DTYPES}
+    narrower = stored - {torch.float32}
+    return {one: dtype for one in (narrower if narrower and dtype != torch.float32 else stored)}
 
 
 def ranges_of(indices: Iterable[int]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distzo2.weights.store import StoredCopy
+from distzo2.weights.units import TRAINABLE_DTYPES
 from distzo2_core import Emit, Program, Segment, SegmentTable, Term, Update, encode_program
 
 MAX_PROGRAMS = 64  # encoded visits that are kept within a step
@@ -53,7 +54,7 @@ class Updates:
         self.excluded: dict[int, frozenset[int]] = {}  # empty in the steady state of most models
         self.group_of: dict[int, int] = {}
         self.perturb_scales: tuple[float, ...] = ()
-        self._tables: dict[tuple[int, int, int], SegmentTable | None] = {}
+        self._tables: dict[tuple[int, int, int, bool], SegmentTable | None] = {}
         self._programs: dict[tuple, Program] = {}
 
     def bind(self, group_of: Mapping[int, int], num_groups: int, seed: int) -> None:
@@ -118,15 +119,26 @@ class Updates:
             self._programs[key] = encode_program(updates, emits, len(self.perturb_scales))
         return self._programs[key]
 
-    def table(self, copy: StoredCopy) -> SegmentTable | None:
-        """Returns the segments of the copy that updates and perturbations reach; None if there are none."""
-        key = copy.unit.index, copy.begin, copy.num_bytes
+    def table(self, copy: StoredCopy, for_modules: bool = False) -> SegmentTable | None:
+        """Returns the segments of the copy that updates and perturbations reach; None if there are none. `for_modules`:
+        all that are converted are in it, and emitted where and as modules see them."""
+        key = copy.unit.index, copy.begin, copy.num_bytes, for_modules
         if key not in self._tables:
             segments = []
             for p in copy.unit.params:
                 part, group = copy.elements_of(p), self.group_of.get(p.index)
-                if part and group is not None:
-                    offset = p.byte_offset + part.start * p.dtype.itemsize - copy.begin
-                    segments.append(Segment(offset, len(part), p.dtype, p.index, part.start, group, *p.matrix_shape))
+                if not part or (group is None and not (for_modules and p.dtype in TRAINABLE_DTYPES)):
+                    continue
+                offset = p.byte_offset + part.start * p.dtype.itemsize - copy.begin
+                segment = Segment(
+                    offset, len(part), p.dtype, p.index, part.start, -1 if group is None else group, *p.matrix_shape
+                )
+                if for_modules:
+                    segment = segment._replace(out_offset=p.seen_offset, out_dtype=p.seen)
+                segments.append(segment)
             self._tables[key] = SegmentTable(segments) if segments else None
         return self._tables[key]
+
+    def forget_tables(self) -> None:
+        """Makes tables anew, since modules compute in other dtypes."""
+        self._tables.clear()
