@@ -183,8 +183,7 @@ class UnitWeights:
         start = time.perf_counter_ns()
         buffer = store.acquire(copy)
         end = time.perf_counter_ns()
-        held = StoredCopy.whole(unit, self.version) if store.gathers else copy
-        present = self._present[unit.index] = Present(held, buffer, self._views_of(unit, buffer))
+        present = self._present[unit.index] = Present(self._held_copy(unit), buffer, self._views_of(unit, buffer))
         if copy.block >= 0:
             self._wait_ns += end - start
             self.trace.add("wait", unit.name, start, end)
@@ -193,6 +192,11 @@ class UnitWeights:
             self._last_streamed = unit
             self._prefetch_after(unit)
         return present
+
+    def _held_copy(self, unit: Unit) -> StoredCopy:
+        """What the unit's buffer holds when it is present."""
+        copy = self.copies[unit.index]
+        return StoredCopy.whole(unit, self.version) if self.store_of(copy).gathers else copy
 
     def _prefetch_after(self, unit: Unit) -> None:
         """Starts to bring the units that followed this one last time, across the end of the step too."""
@@ -253,7 +257,7 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present.get(unit.index)
-        copy = self.copies[unit.index] if present is None else present.copy
+        copy = self._held_copy(unit) if present is None else present.copy
         if (emission.clean and not self._leaves_behind(copy)) or self.updates.table(copy) is None:
             return self.up_to_date(unit), 0
         buffer = self._scratch.find(unit, self._key(emission))
