@@ -113,7 +113,7 @@ def _lent(tensor: torch.Tensor, absent: Any) -> torch.Tensor:
 def _described(absent: Any) -> str:
     param, _ = absent._distzo2
     return (
-        f"<parameter {param.name}: {tuple(param.shape)}, {param.dtype}; its weights are not present outside of a "
+        f"<parameter {param.name}: {tuple(param.shape)}, {param.seen}; its weights are not present outside of a "
         "forward: see distzo2.edit(model) or model.state_dict()>"
     )
 
@@ -187,10 +187,16 @@ class Parameters:
         self._units.append((tensors, classes, placeholders))
         hide_parameters(tensors, AbsentParameter, placeholders, [])
 
+    def compute_anew(self, unit: Unit) -> None:
+        """Hides a unit's parameters as ones of the dtypes that modules compute with now."""
+        params, classes, _ = self._units[unit.index]
+        self._units[unit.index] = params, classes, [self._placeholder(param) for param in unit.params]
+        self.hide(unit)
+
     def _placeholder(self, param: ParamInfo) -> torch.Tensor:
-        if param.dtype not in self._fills:
-            self._fills[param.dtype] = torch.full((), _poison(param.dtype), dtype=param.dtype, device=self._device)
-        return self._fills[param.dtype].expand(param.shape)
+        if param.seen not in self._fills:
+            self._fills[param.seen] = torch.full((), _poison(param.seen), dtype=param.seen, device=self._device)
+        return self._fills[param.seen].expand(param.shape)
 
     def show(self, unit: Unit, weights: list[torch.Tensor], *, summed: bool = False) -> None:
         """Points a unit's parameters at `weights`. With `summed`, `hide` finds every change of them, and not only those

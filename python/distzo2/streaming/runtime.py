@@ -32,9 +32,10 @@ from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
-from distzo2.weights.units import ParamInfo, Unit
+from distzo2.weights.units import ParamInfo, Unit, dtypes_to_compute_in
 from distzo2.weights.updates import CLEAN, Emission
 
+HALVES = (torch.bfloat16, torch.float16)
 MAX_WATCHED = 256  # closures' code that is remembered
 
 
@@ -55,6 +56,7 @@ class StreamingRuntime:
         access: reads and replaces its weights outside of a pass.
         where: where streamed weights live: "device", "host" or "disk".
         kept: the weight file, which outlives a crash; None without one.
+        compute_dtype: what modules compute with; None: as stored.
         base: what the weights were loaded from, for a journal's header; None if it is not known. Set by whoever loads
             them.
     """
@@ -64,6 +66,9 @@ class StreamingRuntime:
     ) -> None:
         self.model, self.weights, self.access, self.where, self.kept = model, weights, access, where, kept
         self.base: Any = None
+        self.compute_dtype: torch.dtype | None = None
+        # Buffers of 16 bits, which are float32 where modules compute in that.
+        self.stored_buffers = {name: b.dtype for name, b in model.named_buffers() if b.dtype in HALVES}
         self.units, self.params, self.device = weights.units, weights.params, weights.device
         self.trace = weights.trace
         self._compute_ns = 0
@@ -405,6 +410,24 @@ class StreamingRuntime:
         self._close_windows(())
         self.weights.busy = False
 
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Lets modules compute in another dtype than what is stored; None: in that. Their parameters are copies in it,
+        made at each visit, and buffers of 16 bits are float32 where that is.
+
+        Raises:
+            DistZO2Error: a pass or a forward is under way.
+        """
+        dtypes = dtypes_to_compute_in(self.params, dtype)
+        self.weights.compute_in(dtypes)
+        for unit in self.units:
+            self.parameters.compute_anew(unit)
+        self.compute_dtype = dtype
+        for name, stored in self.stored_buffers.items():
+            owner, _, key = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if (buffer := module._buffers.get(key)) is not None:
+                module._buffers[key] = buffer.to(torch.float32 if dtype == torch.float32 else stored)
+
     @contextmanager
     def editing(self) -> Iterator[None]:
         """While entered, no forward and no pass may run."""
@@ -429,7 +452,7 @@ class StreamingRuntime:
         if len(open_units) > 1:
             pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
-        copied = summed and emission.clean
+        copied = summed and not address
         self.parameters.show(unit, [view.clone() for view in views] if copied else views, summed=summed)
         self._pointed[unit.index] = _Pointed(emission, address, copied)
 
@@ -445,7 +468,7 @@ class StreamingRuntime:
         self.weights.forget_derived()  # perturbed copies that were written
         names = ", ".join(param.name for param in written[:3])
         owner = type(written[0].owners[0]).__name__
-        lost = pointed.emission.clean and not pointed.copied
+        lost = not pointed.address and not pointed.copied
         raise DistZO2Error(
             f"a forward wrote {names} ({owner}) in place; weights may change by the optimizer's steps and inside "
             "distzo2.edit(model) only" + ("; the stored weights are damaged: load them again" if lost else "")
@@ -459,7 +482,7 @@ class StreamingRuntime:
         present = unit.index in self._pointed
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
-            value = self.weights.up_to_date(unit)[unit.params.index(param)].clone()
+            value = self.weights.up_to_date(unit)[unit.params.index(param)].to(param.seen, copy=True)
             if not present:
                 self.weights.release(unit)
         return value

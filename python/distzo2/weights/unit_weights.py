@@ -184,8 +184,7 @@ class UnitWeights:
         start = time.perf_counter_ns()
         buffer = store.acquire(copy)
         end = time.perf_counter_ns()
-        held = StoredCopy.whole(unit, self.version) if store.gathers else copy
-        present = self._present[unit.index] = Present(held, buffer, self._views_of(unit, buffer))
+        present = self._present[unit.index] = Present(self._held_copy(unit), buffer, self._views_of(unit, buffer))
         if copy.block >= 0:
             self._wait_ns += end - start
             self.trace.add("wait", unit.name, start, end)
@@ -194,6 +193,11 @@ class UnitWeights:
             self._last_streamed = unit
             self._prefetch_after(unit)
         return present
+
+    def _held_copy(self, unit: Unit) -> StoredCopy:
+        """What the unit's buffer holds when it is present."""
+        copy = self.copies[unit.index]
+        return StoredCopy.whole(unit, self.version) if self.store_of(copy).gathers else copy
 
     def _prefetch_after(self, unit: Unit) -> None:
         """Starts to bring the units that followed this one last time, across the end of the step too."""
@@ -261,7 +265,7 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present.get(unit.index)
-        copy = self.copies[unit.index] if present is None else present.copy
+        copy = self._held_copy(unit) if present is None else present.copy
         if not unit.converts and (self._is_stored(copy, emission) or self.updates.table(copy) is None):
             return self.up_to_date(unit), 0
         key = self._key(unit, emission)
@@ -329,7 +333,7 @@ class UnitWeights:
 
     def _key(self, unit: Unit, emission: Emission) -> tuple:
         """What a copy of a unit is a function of, besides what was stored at first."""
-        if unit.converts and self.updates.table(self.copies[unit.index]) is None:
+        if unit.converts and all(p.index not in self.updates.group_of for p in unit.params):
             return CLEAN_KEY  # neither updates nor perturbations reach it
         return self.version, emission.terms, self.updates.perturb_scales
 
