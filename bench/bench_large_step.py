@@ -163,7 +163,10 @@ class Steps:
 
     def ours(self, contender: str, weights: str) -> None:
         start = time.perf_counter()
-        model, fill = distzo2.offload(self.meta_model(), device=self.device, weights=weights), RandomWeights(self.device)
+        model, fill = (
+            distzo2.offload(self.meta_model(), device=self.device, weights=weights),
+            RandomWeights(self.device),
+        )
         runtime = distzo2.runtime_of(model)
         with torch.no_grad():
             if weights == "device":

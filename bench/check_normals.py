@@ -45,12 +45,21 @@ def compare(backend: str, family: str, total: int, device: str) -> dict:
         expected = here.to(device)
         wrong = (there.view(torch.int32) != expected.view(torch.int32)).nonzero()[:, 0]
         for at in wrong[: max(0, SHOWN - differing)].tolist():
-            got, other = (f"{float(x[at]):.9g} ({int(x[at].view(torch.int32)) & 0xFFFFFFFF:#010x})" for x in (there, here))
+            got, other = (
+                f"{float(x[at]):.9g} ({int(x[at].view(torch.int32)) & 0xFFFFFFFF:#010x})" for x in (there, here)
+            )
             print(f"  element {offset + at}: {got} on {device} by {backend}, {other} on the CPU")
         differing += wrong.numel()
     name = f"{family} of {backend} on {device}, 2^{total.bit_length() - 1}"
     print(f"{name}: {differing} differ; {seconds['device']:.2f} s, the CPU {seconds['cpu']:.2f} s", flush=True)
-    return {"family": family, "backend": backend, "device": device, "numel": total, "differ": differing, "seconds": seconds}
+    return {
+        "family": family,
+        "backend": backend,
+        "device": device,
+        "numel": total,
+        "differ": differing,
+        "seconds": seconds,
+    }
 
 
 def main() -> None:

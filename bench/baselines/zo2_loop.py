@@ -77,9 +77,7 @@ class ZO2Loop:
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """The parameters of a block in its flat range."""
         ends = list(accumulate(shape.numel() for _, shape in self.names))
-        return [
-            flat[end - shape.numel() : end].view(shape) for end, (_, shape) in zip(ends, self.names, strict=True)
-        ]
+        return [flat[end - shape.numel() : end].view(shape) for end, (_, shape) in zip(ends, self.names, strict=True)]
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and stored weights: the rest's on the device, then the blocks' in host memory."""
