@@ -1,4 +1,6 @@
-"""Puts what gpu_check.sh left in its scratch folder into one JSON file; --draw prints it as a table and draws it too.
+"""Puts what gpu_check.sh left in its scratch folder into one JSON file.
+
+With --draw it also prints a table and draws it, and the status is 1 if a row failed.
 
 python bench/collect_gpu_check.py SCRATCH SECONDS FILE [--draw]
 
@@ -10,6 +12,7 @@ All that the benches measured is under "details". Imports no torch, since it run
 from __future__ import annotations
 
 import json
+import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -119,7 +122,12 @@ def of_copies(rows: list[Row]) -> list[Figure]:
 def of_items(rows: list[Row]) -> list[Figure]:
     """Microseconds of `.item()` beside the whole time of the downloads."""
     return [
-        figure(f".item() beside {row['beside']}", 1e6 * row["item_s"], "us", {"downloads": 1e6 * row["downloads_s"]})
+        figure(
+            f".item() beside {row['beside']}",
+            1e6 * row["item_s"],
+            "us",
+            {"downloads": 1e6 * row["downloads_s"]} if row["beside"] != "nothing" else {},
+        )
         for row in rows
     ]
 
@@ -237,7 +245,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
         )
         for axes, (unit, title) in zip(canvas.subplots(2, 2).flat, panels.items(), strict=True):
             items = [item for row in result["rows"] for item in row["figures"] if item["unit"] == unit]
-            axes.set_title(title)
+            axes.set_title(title, loc="left", pad=20)
             axes.set_yticks(range(len(items)), [item["what"] for item in items])
             axes.barh(range(len(items)), [item["measured"] for item in items], 0.6, color="#66ccee")
             marks: dict[str, list[tuple[float, int]]] = {}
@@ -250,8 +258,10 @@ def draw(result: dict[str, Any], target: Path) -> None:
                 axes.scatter(*zip(*points, strict=True), marker="|", s=150, color=f"C{index + 1}", label=name)
             axes.invert_yaxis()
             axes.margins(x=0.12)
+            if unit == "us" and items:
+                axes.set_xscale("log")
             if marks:
-                axes.legend(loc="lower right", frameon=False)
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 0.99), ncols=len(marks), frameon=False)
         canvas.savefig(target, dpi=110)
 
 
@@ -259,13 +269,14 @@ def main() -> None:
     """Collect, write the JSON in one go, and print and draw if asked."""
     scratch, seconds, target = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     result = collect(scratch, seconds)
-    written = target.with_suffix(".tmp")
+    written = target.with_suffix(f".{os.getpid()}")  # rows may end at once
     written.write_text(json.dumps(result, indent=1) + "\n")
     written.replace(target)
     if sys.argv[4:] == ["--draw"]:
         print(table(result))
         draw(result, target.with_suffix(".png"))
         print(f"{seconds} s in all; wrote {target} and {target.with_suffix('.png')}")
+        sys.exit(any(row["status"] for row in result["rows"]))
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ grep -E '^Mem(Total|Available)' /proc/meminfo
 
 # Seconds that a row may take are cut to what is left of the whole check's.
 deadline=470
-failed=0
 : > "$scratch/rows"
-# row NAME SECONDS COMMAND...: runs it and notes how it ended; a failure does not stop the others.
+# row NAME SECONDS COMMAND...: runs it and notes how it ended; a failure does not stop the others. Out of time, it is
+# interrupted, so that pytest still reports what it has.
 row() {
     local name=$1 limit=$2 start=$SECONDS status=0
     shift 2
@@ -67,13 +67,21 @@ row() {
         status=124
     else
         echo "=== $name (at most $limit s): $*"
-        timeout --kill-after=10 "$limit" "$@" || status=$?
+        timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT "$@" || status=$?
         echo "=== $name: status $status, $((SECONDS - start)) s"
     fi
-    [ "$status" -eq 0 ] || failed=1
     echo "$name $status $((SECONDS - start))" >> "$scratch/rows"
-    "$python" bench/collect_gpu_check.py "$scratch" "$SECONDS" "$out/gpu-check.json" || failed=1
+    "$python" bench/collect_gpu_check.py "$scratch" "$SECONDS" "$out/gpu-check.json"
     return "$status"
+}
+# beside FUNCTION ARGUMENTS...: a row, or several, beside others; only where no time is measured. The output comes in one
+# piece at the end.
+beside() {
+    {
+        "$@" > "$scratch/$BASHPID.out" 2>&1
+        cat "$scratch/$BASHPID.out"
+    } &
+    background=$!
 }
 build() { # the extension, and the C++ tests of the row cpp-driver
     DISTZO2_CUDA=1 CUDAARCHS=$(cat "$scratch/arch") "$python" setup.py --quiet build_ext --inplace &&
@@ -96,12 +104,11 @@ export -f build driver_tests
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 spread=()
 "$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8 --dist worksteal)
-native="tests/core/test_kernels.py::test_native"
-normals=() large=() ranks=(nccl gloo) kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
+rank_backends="nccl gloo" normals=() large=() kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
 if [ "$device" = cpu ]; then
     normals=(--backends reference --log2 20)
     large=(--model tiny --tokens 32 --batches 1,2 --probes 4 --repeats 2)
-    ranks=(gloo)
+    rank_backends=gloo
     kernels=(--dtypes bfloat16)
     copies=(--rounds 2 --mib 4 --total-mib 32 --skip-disk)
     item=(--mib 16)
@@ -118,40 +125,54 @@ large_step() { # contenders share a file, and have a process each
         --json "$scratch/large_step.json"
 }
 
+ranks() {
+    local backend
+    for backend in $rank_backends; do
+        bench "ranks-$backend" 45 check_ranks --backend "$backend"
+    done
+}
+tests() { # tests NAME LIMIT ARGUMENTS...
+    local name=$1 limit=$2
+    shift 2
+    OMP_NUM_THREADS=2 row "$name" "$limit" "${pytest[@]}" "$@" "${spread[@]}" --junit-xml="$scratch/$name.xml"
+}
+below() { # what watches the kernels, and the runtime over libcuda
+    local sanitizer=(compute-sanitizer --target-processes all --error-exitcode 9 --print-limit 20)
+    local native=tests/core/test_kernels.py::test_native triton=tests/core/test_triton.py
+    row memcheck 60 "${sanitizer[@]}" --tool memcheck "${pytest[@]}" "$native"_{noise,in_place,materialize}"[cuda]"
+    row cpp-driver 40 bash -c driver_tests
+    row racecheck 45 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" "$triton::test_noise" "$triton::test_materialize[0]"
+}
+
 if [ "$device" = cuda ]; then
     for tool in nvcc cmake c++; do
         command -v "$tool" > /dev/null || { echo "error: $tool not found"; exit 1; }
     done
     row build 200 bash -c build || { echo "error: nothing else can run without the build"; exit 1; }
     describe_machine
-    OMP_NUM_THREADS=2 row cuda-tests 90 "${pytest[@]}" -m cuda "${spread[@]}" --junit-xml="$scratch/cuda-tests.xml"
+    beside tests cuda-tests 90 -m cuda tests
 else
     describe_machine
-    row core-tests 90 "${pytest[@]}" tests/core/test_embedding.py --junit-xml="$scratch/core-tests.xml"
+    beside tests core-tests 90 tests/core/test_embedding.py
 fi
 bench normals 40 check_normals "${normals[@]}"
-for backend in "${ranks[@]}"; do
-    bench "ranks-$backend" 45 check_ranks --backend "$backend"
-done
-large_step resident 60 bare resident
-large_step streamed 70 streamed
+ranks
+wait "$background"
+large_step resident 75 bare resident
+large_step streamed 75 streamed
 large_step zo2 60 zo2
 bench kernels 60 bench_kernels --quick "${kernels[@]}"
 bench copies 40 bench_copy "${copies[@]}"
 bench item 25 bench_item "${item[@]}"
 if [ "$device" = cuda ]; then
-    sanitizer=(compute-sanitizer --target-processes all --error-exitcode 9 --print-limit 20)
-    row memcheck 60 "${sanitizer[@]}" --tool memcheck "${pytest[@]}" "$native"_{noise,in_place,materialize}"[cuda]"
-    row cpp-driver 40 bash -c driver_tests
-    row racecheck 45 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" tests/core/test_triton.py::test_noise \
-        "tests/core/test_triton.py::test_materialize[0]"
-    # Last, since it takes what time is left.
-    OMP_NUM_THREADS=2 row python-tests 300 "${pytest[@]}" -m "not slow and not cuda" "${spread[@]}" \
-        --junit-xml="$scratch/python-tests.xml"
+    beside below
+    tests python-tests 300 -m "not slow and not cuda" tests # last, since it takes what time is left
+    wait "$background"
 else
-    row python-tests 60 "${pytest[@]}" tests/test_rooms.py tests/test_files.py --junit-xml="$scratch/python-tests.xml"
+    tests python-tests 60 tests/test_rooms.py tests/test_files.py
 fi
 
-"$python" bench/collect_gpu_check.py "$scratch" "$SECONDS" "$out/gpu-check.json" --draw || failed=1
+"$python" bench/collect_gpu_check.py "$scratch" "$SECONDS" "$out/gpu-check.json" --draw
+status=$?
 echo "log: $log"
-exit "$failed"
+exit "$status"
