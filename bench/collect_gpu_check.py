@@ -67,16 +67,8 @@ def of_normals(rows: list[Row]) -> list[Figure]:
 
 
 def of_ranks(rows: list[Row]) -> list[Figure]:
-    """Whatever is compared or timed: a row's `same`, or its seconds."""
-    found = []
-    for row in rows:
-        what = str(next((row[key] for key in ("name", "what", "case") if key in row), "ranks"))
-        same = next((row[key] for key in ("same", "same_bits", "equal") if key in row), None)
-        if same is not None:
-            found.append(figure(f"{what}: bits equal to one rank's", int(bool(same)), "", {}, "1"))
-        if "seconds" in row:
-            found.append(figure(what, row["seconds"], "s"))
-    return found
+    """Seconds of each mesh, and in how much it differs from one rank."""
+    return [figure(row["what"], row["seconds"], "s", {"faults": len(row["found"])}, "0 faults") for row in rows]
 
 
 def of_kernels(rows: list[Row]) -> list[Figure]:

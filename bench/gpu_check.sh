@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command and under 8 minutes: builds for this GPU, then runs the rows below in
-# the order of their worth, each within a time limit: tests on the GPU, its normals beside the CPU's, ranks, steps of
-# OPT-13B, kernels, copies, compute-sanitizer, the runtime's C++ tests over libcuda, and the whole Python suite.
+# the order of their worth, each within a time limit: ranks over NCCL, tests on the GPU, ranks over gloo, normals beside
+# the CPU's, steps of OPT-13B, kernels, copies, compute-sanitizer, the runtime's C++ tests over libcuda, the Python suite.
 # After each row gpu-check.json is written anew into the folder given (default: bench/results), so that a run that is cut
 # short tells what it has; at the end stand a table on the terminal, gpu-check.log and gpu-check.png beside it.
 # Needs Python 3.11 or later with a CUDA torch (2.11 or later), pytest and hypothesis, nvcc, 32 GiB of free host memory,
@@ -74,6 +74,7 @@ row() {
     "$python" bench/collect_gpu_check.py "$scratch" "$SECONDS" "$out/gpu-check.json"
     return "$status"
 }
+background=()
 # beside FUNCTION ARGUMENTS...: a row, or several, beside others; only where no time is measured. The output comes in one
 # piece at the end.
 beside() {
@@ -81,7 +82,7 @@ beside() {
         "$@" > "$scratch/$BASHPID.out" 2>&1
         cat "$scratch/$BASHPID.out"
     } &
-    background=$!
+    background+=($!)
 }
 build() { # the extension, and the C++ tests of the row cpp-driver
     DISTZO2_CUDA=1 CUDAARCHS=$(cat "$scratch/arch") "$python" setup.py --quiet build_ext --inplace &&
@@ -104,11 +105,46 @@ export -f build driver_tests
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 spread=()
 "$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8 --dist worksteal)
-rank_backends="nccl gloo" normals=() large=() kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
+normals=() large=() kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
 if [ "$device" = cpu ]; then
     normals=(--backends reference --log2 20)
     large=(--model tiny --tokens 32 --batches 1,2 --probes 4 --repeats 2)
-    rank_backends=gloo
+    kernels=(--dtypes bfloat16)
+    copies=(--rounds 2 --mib 4 --total-mib 32 --skip-disk)
+    item=(--mib 16)
+fi
+bench() { # bench NAME LIMIT SCRIPT ARGUMENTS...: a row whose figures are in NAME.json
+    local name=$1 limit=$2 script=$3
+    shift 3
+    row "$name" "$limit" "$python" "bench/$script.py" "$@" --device "$device" --json "$scratch/$name.json"
+}
+large_step() { # contenders share a file, and have a process each
+    local contender=$1 limit=$2
+    shift 2
+    row "step-$contender" "$limit" "$python" bench/bench_large_step.py "$@" "${large[@]}" --device "$device" \
+        --json "$scratch/large_step.json"
+}
+
+tests() {
+    local test status=0
+    for test in host_pool_test copy_engine_cuda_test "training_stress_test cuda_"; do
+        # shellcheck disable=SC2086
+        DISTZO2_TEST_DRIVER=real DISTZO2_STRESS_STEPS=200 build/core/tests/$test || status=1
+    done
+    return "$status"
+}
+describe_machine() {
+    PYTHONPATH=$PYTHONPATH:bench "$python" -c 'import json, bench_common; print(json.dumps(bench_common.machine()))' \
+        > "$scratch/machine.json"
+}
+export -f build driver_tests
+pytest=("$python" -m pytest -q -p no:cacheprovider)
+spread=()
+"$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8 --dist worksteal)
+normals=() large=() kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
+if [ "$device" = cpu ]; then
+    normals=(--backends reference --log2 20)
+    large=(--model tiny --tokens 32 --batches 1,2 --probes 4 --repeats 2)
     kernels=(--dtypes bfloat16)
     copies=(--rounds 2 --mib 4 --total-mib 32 --skip-disk)
     item=(--mib 16)
@@ -136,12 +172,11 @@ tests() { # tests NAME LIMIT ARGUMENTS...
     shift 2
     OMP_NUM_THREADS=2 row "$name" "$limit" "${pytest[@]}" "$@" "${spread[@]}" --junit-xml="$scratch/$name.xml"
 }
-below() { # what watches the kernels, and the runtime over libcuda
-    local sanitizer=(compute-sanitizer --target-processes all --error-exitcode 9 --print-limit 20)
-    local native=tests/core/test_kernels.py::test_native triton=tests/core/test_triton.py
-    row memcheck 60 "${sanitizer[@]}" --tool memcheck "${pytest[@]}" "$native"_{noise,in_place,materialize}"[cuda]"
-    row cpp-driver 40 bash -c driver_tests
-    row racecheck 45 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" "$triton::test_noise" "$triton::test_materialize[0]"
+sanitizer() { # sanitizer TOOL LIMIT TESTS...
+    local tool=$1 limit=$2
+    shift 2
+    row "$tool" "$limit" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 --print-limit 20 \
+        "${pytest[@]}" "$@"
 }
 
 if [ "$device" = cuda ]; then
@@ -150,24 +185,29 @@ if [ "$device" = cuda ]; then
     done
     row build 200 bash -c build || { echo "error: nothing else can run without the build"; exit 1; }
     describe_machine
+    bench ranks-nccl 50 check_ranks --backend nccl --timeout 45 # alone, since it watches the GPU's free memory
     beside tests cuda-tests 90 -m cuda tests
 else
     describe_machine
     beside tests core-tests 90 tests/core/test_embedding.py
 fi
+beside bench ranks-gloo 90 check_ranks --backend gloo --timeout 85
 bench normals 40 check_normals "${normals[@]}"
-ranks
-wait "$background"
+wait "${background[@]}"
 large_step resident 75 bare resident
 large_step streamed 75 streamed
 large_step zo2 60 zo2
 bench kernels 60 bench_kernels --quick "${kernels[@]}"
 bench copies 40 bench_copy "${copies[@]}"
 bench item 25 bench_item "${item[@]}"
+background=()
 if [ "$device" = cuda ]; then
-    beside below
-    tests python-tests 300 -m "not slow and not cuda" tests # last, since it takes what time is left
-    wait "$background"
+    native=tests/core/test_kernels.py::test_native triton=tests/core/test_triton.py
+    beside sanitizer memcheck 90 "$native"_{noise,in_place,materialize}"[cuda]"
+    beside sanitizer racecheck 90 "$triton::test_noise" "$triton::test_materialize[0]"
+    beside row cpp-driver 60 bash -c driver_tests
+    tests python-tests 300 -m "not slow and not cuda" tests # takes what time is left
+    wait "${background[@]}"
 else
     tests python-tests 60 tests/test_rooms.py tests/test_files.py
 fi

@@ -1,4 +1,8 @@
-"""The baseline that stands for ZO2 does what MeZO's loop does: same losses, same weights."""
+"""The baseline that stands for ZO2 does what MeZO's loop does: same losses, same weights.
+
+On a GPU, where products in another place may be summed in another order, nearly so: a block that is used before it has
+come, or is written over, is off by lr * g * z, some 1e-2.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,11 @@ def test_losses_and_weights_are_those_of_the_plain_loop(device: str, buffers: in
     for step in range(4):
         plain_step(plain, watched, EPS, LR, SEED + step)
         losses = loop.step(ids)
-        assert losses == tuple(each.item() for each in seen[-2:]), step
+        assert losses == pytest.approx([each.item() for each in seen[-2:]], rel=0 if device == "cpu" else 1e-4), step
         assert losses[0] != losses[1]
     loop.flush()
     weights = dict(loop.named_weights())
     assert weights.keys() == dict(plain.named_parameters()).keys()
     for name, expected in plain.named_parameters():
-        assert torch.equal(weights[name].to(device), expected), name
+        torch.testing.assert_close(weights[name].to(device), expected, rtol=0, atol=0 if device == "cpu" else 1e-3)
     loop.close()
