@@ -11,8 +11,8 @@ zo2       ZO2's loop (bench/baselines/zo2_loop.py), blocks in pinned memory
 
 Each adds its rows to the file as it measures them, so that contenders may be run as processes of their own. All have
 the same weights and token ids. The plain model's loss is that of both of ours, and so are the losses of every step of
-the resident and the streamed model, to the bit; if not, the status is 1. Seconds are the host's, from one idle device
-to the next.
+the resident and the streamed model, to the bit; if not, the status is 1. Seconds are those of some steps in a row, from
+one idle device to the next, divided by their number.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,21 @@ class Steps:
         return torch.randint(4, vocabulary, (batch, self.options.tokens), generator=generator).to(self.device)
 
     def seconds_of(self, call: Callable[[], object], warmups: int, repeats: int) -> dict[str, Any]:
-        """Seconds of a call: median, all, and of the first."""
-        taken = []
-        for _ in range(warmups + repeats):
-            synchronize(self.device)
-            start = time.perf_counter()
+        """Seconds of a call: in a row, as the host saw each return, and of the first ever."""
+        first_s = self.total_seconds(call, 1)[0]
+        self.total_seconds(call, warmups - 1)
+        total, each = self.total_seconds(call, repeats)
+        return {"seconds": total / repeats, "host_seconds": each, "first_s": first_s}
+
+    def total_seconds(self, call: Callable[[], object], repeats: int) -> tuple[float, list[float]]:
+        """Seconds of calls in a row, and of each as the host saw it return."""
+        synchronize(self.device)
+        marks = [time.perf_counter()]
+        for _ in range(repeats):
             call()
-            synchronize(self.device)
-            taken.append(time.perf_counter() - start)
-        timed = taken[warmups:]
-        return {"seconds": statistics.median(timed), "all_seconds": timed, "first_s": taken[0]}
+            marks.append(time.perf_counter())
+        synchronize(self.device)
+        return time.perf_counter() - marks[0], [after - before for before, after in pairwise(marks)]
 
     def add(self, contender: str, **figures: Any) -> None:
         """Keeps a row, and writes the file anew."""
@@ -239,7 +244,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--batches", default="1,4", help="sequences a step, comma-separated")
     parser.add_argument("--probes", type=int, default=16, help="of the step of many probes; 1: no such step")
-    parser.add_argument("--repeats", type=int, default=5, help="the median is reported")
+    parser.add_argument("--repeats", type=int, default=5, help="steps in a row, of which the mean is reported")
     parser.add_argument("--json", type=Path, required=True, help="where rows are added")
     options = parser.parse_args()
     steps = Steps(options)
