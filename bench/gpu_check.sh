@@ -124,49 +124,6 @@ large_step() { # contenders share a file, and have a process each
     row "step-$contender" "$limit" "$python" bench/bench_large_step.py "$@" "${large[@]}" --device "$device" \
         --json "$scratch/large_step.json"
 }
-
-tests() {
-    local test status=0
-    for test in host_pool_test copy_engine_cuda_test "training_stress_test cuda_"; do
-        # shellcheck disable=SC2086
-        DISTZO2_TEST_DRIVER=real DISTZO2_STRESS_STEPS=200 build/core/tests/$test || status=1
-    done
-    return "$status"
-}
-describe_machine() {
-    PYTHONPATH=$PYTHONPATH:bench "$python" -c 'import json, bench_common; print(json.dumps(bench_common.machine()))' \
-        > "$scratch/machine.json"
-}
-export -f build driver_tests
-pytest=("$python" -m pytest -q -p no:cacheprovider)
-spread=()
-"$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8 --dist worksteal)
-normals=() large=() kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
-if [ "$device" = cpu ]; then
-    normals=(--backends reference --log2 20)
-    large=(--model tiny --tokens 32 --batches 1,2 --probes 4 --repeats 2)
-    kernels=(--dtypes bfloat16)
-    copies=(--rounds 2 --mib 4 --total-mib 32 --skip-disk)
-    item=(--mib 16)
-fi
-bench() { # bench NAME LIMIT SCRIPT ARGUMENTS...: a row whose figures are in NAME.json
-    local name=$1 limit=$2 script=$3
-    shift 3
-    row "$name" "$limit" "$python" "bench/$script.py" "$@" --device "$device" --json "$scratch/$name.json"
-}
-large_step() { # contenders share a file, and have a process each
-    local contender=$1 limit=$2
-    shift 2
-    row "step-$contender" "$limit" "$python" bench/bench_large_step.py "$@" "${large[@]}" --device "$device" \
-        --json "$scratch/large_step.json"
-}
-
-ranks() {
-    local backend
-    for backend in $rank_backends; do
-        bench "ranks-$backend" 45 check_ranks --backend "$backend"
-    done
-}
 tests() { # tests NAME LIMIT ARGUMENTS...
     local name=$1 limit=$2
     shift 2
