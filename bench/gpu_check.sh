@@ -3,7 +3,7 @@
 # the order of their worth, each within a time limit: ranks over NCCL, tests on the GPU, ranks over gloo, normals beside
 # the CPU's, steps of OPT-13B, kernels, copies, compute-sanitizer, the runtime's C++ tests over libcuda, the Python suite.
 # After each row gpu-check.json is written anew into the folder given (default: bench/results), so that a run that is cut
-# short tells what it has; at the end stand a table on the terminal, gpu-check.log and gpu-check.png beside it.
+# short keeps what it has; at the end stand a table on the terminal, gpu-check.log and gpu-check.png beside it.
 # Needs Python 3.11 or later with a CUDA torch (2.11 or later), pytest and hypothesis, nvcc, 32 GiB of free host memory,
 # and no network.
 # Usage: bash bench/gpu_check.sh [--cpu] [FOLDER]        PYTHON=... names the interpreter
@@ -75,8 +75,7 @@ row() {
     return "$status"
 }
 background=()
-# beside FUNCTION ARGUMENTS...: a row, or several, beside others; only where no time is measured. The output comes in one
-# piece at the end.
+# beside FUNCTION ARGUMENTS...: a row beside others, only where no time is measured. Its output comes in one piece.
 beside() {
     {
         "$@" > "$scratch/$BASHPID.out" 2>&1
@@ -84,13 +83,13 @@ beside() {
     } &
     background+=($!)
 }
-build() { # the extension, and the C++ tests of the row cpp-driver
-    DISTZO2_CUDA=1 CUDAARCHS=$(cat "$scratch/arch") "$python" setup.py --quiet build_ext --inplace &&
-        cmake --build build/core --target host_pool_test copy_engine_cuda_test training_stress_test
+build() {
+    DISTZO2_CUDA=1 CUDAARCHS=$(cat "$scratch/arch") "$python" setup.py --quiet build_ext --inplace
 }
 # Of a test that is skipped the log gives the reason; if all of a file are, it fails.
 driver_tests() {
     local test status=0
+    cmake --build build/core --target host_pool_test copy_engine_cuda_test training_stress_test || return 1
     for test in host_pool_test copy_engine_cuda_test "training_stress_test cuda_"; do
         # shellcheck disable=SC2086
         DISTZO2_TEST_DRIVER=real DISTZO2_STRESS_STEPS=200 build/core/tests/$test || status=1
@@ -162,7 +161,7 @@ if [ "$device" = cuda ]; then
     native=tests/core/test_kernels.py::test_native triton=tests/core/test_triton.py
     beside sanitizer memcheck 90 "$native"_{noise,in_place,materialize}"[cuda]"
     beside sanitizer racecheck 90 "$triton::test_noise" "$triton::test_materialize[0]"
-    beside row cpp-driver 60 bash -c driver_tests
+    beside row cpp-driver 90 bash -c driver_tests
     tests python-tests 300 -m "not slow and not cuda" tests # takes what time is left
     wait "${background[@]}"
 else
