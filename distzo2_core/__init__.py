@@ -27,14 +27,26 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
+    from ._C import (
+        BlockFile,
+        CopyEngine,
+        HostPool,
+        ThreadState,
+        aligned_buffer,
+        cuda_available,
+        hide_parameters,
+        memory_budget,
+        show_parameters,
+        walk_modules,
+    )
 
 # Versions that a journal records: changed bits are a new version.
 NOISE_VERSION = "philox4x32-10/1"
 ROUNDING_VERSION = "stochastic16/1"
 
 _FROM_EXTENSION = (
-    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "memory_budget",
+    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "hide_parameters",
+    "memory_budget", "show_parameters", "walk_modules",
 )  # fmt: skip
 
 __all__ = [
