@@ -36,6 +36,8 @@ class HostPool:
         num_ranks: processes on this machine that make such a pool; each may take its share of the memory.
         cgroup_bytes, available_bytes: what memory_budget() said before any of them made its pool; None reads it
             now.
+        host_memory: bytes that all these processes may take together, in place of nine tenths of what is
+            available. What a control group does not leave is refused all the same.
 
     Raises:
         ValueError: no block, or an unknown device.
@@ -51,6 +53,7 @@ class HostPool:
         num_ranks: int = 1,
         cgroup_bytes: int | None = None,
         available_bytes: int | None = None,
+        host_memory: int | None = None,
     ) -> None: ...
     def __len__(self) -> int:
         """
@@ -75,7 +78,8 @@ class HostPool:
         What the pool takes.
 
         bytes_used, bytes_padded, bytes_pinned; chunks: registrations; pin_error: "" or why it is not pinned;
-        numa_node: -1 where there is no choice; huge_pages: whether they were asked for.
+        numa_node: -1 where there is no choice; huge_pages: whether they were asked for; touch_s, pin_s: seconds in
+        which its pages were made present and pinned, which overlap.
         """
     def tensor(self, block: int) -> torch.Tensor:
         """
