@@ -102,8 +102,9 @@ def of_copies(rows: list[Row]) -> list[Figure]:
     found = []
     for row in rows:
         if row["pattern"] == "make_pool":
-            on_gpu = row["device"] == "cuda"
-            found.append(figure("pool made", row["gb_per_s"], "GB/s", {}, "8 and more" if on_gpu else ""))
+            *others, (how, rate) = row["gb_per_s"].items()
+            expected = "8 and more" if row["device"] == "cuda" else ""
+            found.append(figure(f"pool made, {how}", rate, "GB/s", dict(others), expected))
         elif row.get("source") == "host":
             beside = {"raw": row["raw_gb_per_s"]}
             what = f"engine {row['pattern']}, {row['block_mib']:.0f} MiB"
