@@ -8,9 +8,9 @@ each visit the engine is asked to acquire a block, to release it changed, and to
 for is left out. `visit` is a step's time by block beside that of two bare forwards: hooks, hand-over of two lanes,
 noise, and waiting included. Medians over all visits.
 
-`lane_unit` is what a small model shows, whose every operation waits for the host: OPT with 24 layers of width 32, on the
-device, one thread, SPSA. A step's time beside two bare forwards and the noise, by lane and unit; and what a step looks
-for in all modules: buffers, and configurations with a key-value cache.
+`lane_unit` is what a small model shows, whose every operation waits for the host: OPT with 24 layers of width 32, on
+the device, one thread, SPSA. A step's time less two bare forwards and the noise, by lane and unit; and what a step
+looks for in all modules: buffers, and configurations with a key-value cache.
 """
 
 from __future__ import annotations
