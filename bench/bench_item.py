@@ -1,10 +1,10 @@
-"""How long `.item()` of a small tensor waits while blocks are written back.
+"""How long `.item()` of a small tensor waits while blocks are written back, and how long a step's read of its losses.
 
     python bench/bench_item.py --json /tmp/item.json
 
 A number on the device is read by `.item()` with nothing under way, while the copy engine writes blocks back, and while
-torch copies as many bytes to memory pinned by torch on a stream of its own; each after the downloads are queued. On a
-CPU nothing is under way.
+torch copies as many bytes to memory pinned by torch on a stream of its own; each after the downloads are queued. A step
+reads its losses by a kernel that stores them into pinned memory. On a CPU nothing is under way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from bench_common import synchronize, write_results
 from bench_copy import MIB, stream_handle
 
 import distzo2_core
+from distzo2.optim.step_lanes import _read
 
 NUM_BLOCKS = 4
 
@@ -53,21 +55,22 @@ def measure(device: str, mib: int, rounds: int) -> list[dict]:
         "the engine's downloads": (download, engine.flush),
         "torch's downloads": (raw, lambda: synchronize(device)),
     }
+    reads = {".item()": lambda: (number * 2).item(), "losses": lambda: _read([(number * 2).double()[0]])}
     rows = []
-    for name, (begin, finish) in ways.items():
+    for (name, (begin, finish)), (how, read) in product(ways.items(), reads.items()):
         items, spans = [], []
         for _ in range(rounds + 1):
             synchronize(device)
             start = time.perf_counter()
             begin()
             queued = time.perf_counter()
-            (number * 2).item()
+            read()
             items.append(time.perf_counter() - queued)
             finish()
             spans.append(time.perf_counter() - start)
-        row = {"beside": name, "item_s": statistics.median(items[1:]), "max_s": max(items[1:])}
+        row = {"read": how, "beside": name, "item_s": statistics.median(items[1:]), "max_s": max(items[1:])}
         row |= {"downloads_s": statistics.median(spans[1:]), "num_bytes": nbytes * NUM_BLOCKS}
-        print(f".item() beside {name}: {row['item_s'] * 1e6:.0f} us (at most {row['max_s'] * 1e6:.0f}), "
+        print(f"{how} beside {name}: {row['item_s'] * 1e6:.0f} us (at most {row['max_s'] * 1e6:.0f}), "
               f"all {row['downloads_s'] * 1e3:.2f} ms", flush=True)  # fmt: skip
         rows.append(row)
     engine.close()

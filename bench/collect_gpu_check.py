@@ -113,10 +113,10 @@ def of_copies(rows: list[Row]) -> list[Figure]:
 
 
 def of_items(rows: list[Row]) -> list[Figure]:
-    """Microseconds of `.item()` beside the whole time of the downloads."""
+    """Microseconds of a read beside the whole time of the downloads."""
     return [
         figure(
-            f".item() beside {row['beside']}",
+            f"{row['read']} beside {row['beside']}",
             1e6 * row["item_s"],
             "us",
             {"downloads": 1e6 * row["downloads_s"]} if row["beside"] != "nothing" else {},
@@ -228,7 +228,12 @@ def draw(result: dict[str, Any], target: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    panels = {"ms": "Steps, ms", "G/s": "Kernels, G elements/s", "GB/s": "Copies, GB/s each way", "us": ".item(), us"}
+    panels = {
+        "ms": "Steps, ms",
+        "G/s": "Kernels, G elements/s",
+        "GB/s": "Copies, GB/s each way",
+        "us": "Reading a number, us",
+    }
     info = result["machine"] or {}
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         canvas = Canvas(figsize=(16, 10), layout="constrained")
