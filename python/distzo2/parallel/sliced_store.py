@@ -110,7 +110,9 @@ class SlicedStore(Store):
         if self._side is None:
             return _Buffer(aligned_buffer(self.slot_bytes))
         data = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
-        return _Buffer(data, released=torch.cuda.Event())
+        buffer = _Buffer(data, released=torch.cuda.Event())
+        buffer.released.record(torch.cuda.current_stream(self._device))  # whose work may still use the memory
+        return buffer
 
     # ---- gathers ------------------------------------------------------------------------------------------------
 
@@ -194,7 +196,7 @@ class SlicedStore(Store):
         buffer = self._held.pop(copy.unit.index)
         buffer.readers -= 1
         if buffer.released is not None:
-            buffer.released.record()
+            buffer.released.record(torch.cuda.current_stream(self._device))
 
     def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
         """As in `Store`: the first `num_current` are gathered ahead; of the others, slices are brought."""

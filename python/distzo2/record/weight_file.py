@@ -391,8 +391,8 @@ class Copier:
         start, event = time.perf_counter(), None
         self._staging[: unit.num_bytes].copy_(buffer, non_blocking=True)
         if buffer.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
+            event.record(torch.cuda.current_stream(buffer.device))
         self._wanted.discard(unit.index)
         self._account -= time.perf_counter() - start
         file, journal, staging = self._file, self._journal, self._staging
