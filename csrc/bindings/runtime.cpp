@@ -350,11 +350,9 @@ Raises:
     ValueError: too few slots, slots that are too small or misaligned, an unknown device.
     RuntimeError: the device is missing, or a thread, stream or event cannot be made.)")
         .def(engine_init<std::shared_ptr<HostPool>>(over_pool), py::arg("device"), py::arg("source").none(false),
-             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(),
-             py::arg("stream") = 0)
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(), py::arg("stream") = 0)
         .def(engine_init<PyBlockFile>(over_file), py::arg("device"), py::arg("source").none(false),
-             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(),
-             py::arg("stream") = 0)
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(), py::arg("stream") = 0)
         .def("prefetch", &CopyEngine::prefetch, py::arg("block"), Unlocked(),
              R"(Starts an upload of the block, unless it is present or on its way.
 

@@ -125,6 +125,7 @@ def test_threads_of_many_octets(compiled: tuple[Path, dict[int, str]]) -> None:
     rng = np.random.default_rng(0)
     with backend_of(nvcc) as backend:
         check_visit(simple_visit(rng, (1, 2), 0, DTYPES, [40_003, 70_000, 31_000]), backend)
+        check_ops(rng, backend, torch.bfloat16, 70_000)
 
 
 def test_sm_80_is_the_same_code(compiled: tuple[Path, dict[int, str]]) -> None:

@@ -19,7 +19,7 @@ struct CpuDevice::State {
     CopyHook hook;
     std::mutex mutex;
     std::condition_variable changed;
-    std::string error;        // of the first copy that failed; kept
+    std::string error; // of the first copy that failed; kept
 };
 
 struct CpuDevice::Mark { // an Event

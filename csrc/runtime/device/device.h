@@ -39,7 +39,7 @@ class Device {
     virtual void record(Event event, Stream stream) = 0;
     virtual void wait(Stream stream, Event event) = 0; // an event never recorded counts as complete
     virtual bool query(Event event) = 0;
-    virtual void synchronize(Event event) = 0;         // the thread sleeps
+    virtual void synchronize(Event event) = 0;             // the thread sleeps
     virtual double elapsed_ns(Event start, Event end) = 0; // of two complete timed events
     // Records a timed event on an idle stream and gives its time on the monotonic clock.
     virtual int64_t record_and_date(Event event, Stream stream) = 0;

@@ -57,8 +57,7 @@ CopyEngine::CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std
 }
 
 CopyEngine::CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile> file, std::vector<std::byte*> slots,
-                       size_t slot_bytes, std::shared_ptr<HostPool> staging, const DiskOptions& options,
-                       Stream stream)
+                       size_t slot_bytes, std::shared_ptr<HostPool> staging, const DiskOptions& options, Stream stream)
     : state_(std::make_unique<EngineState>()), slots_(slots.size()), slot_of_block_(file->block_bytes().size(), -1),
       owner_process_(getpid()) {
     state_->device = std::move(device);

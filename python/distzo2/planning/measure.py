@@ -110,7 +110,7 @@ def measure(
     if gpus:
         findings += check_memlock(budget["memlock_bytes"], budget["allowed_bytes"] or 0)
         if any(row["backend"] == "triton" for row in result["noise"]):
-            findings.append(Finding("no_cuda_kernels", "the CUDA kernels were not compiled, or do not run: Triton's do"))
+            findings.append(Finding("no_cuda_kernels", "the CUDA kernels are not compiled or do not run: Triton's do"))
     findings += [*check_governor(), *check_threads(torch.get_num_threads(), cpus, os.cpu_count() or 1)]
     result["findings"] = [finding._asdict() for finding in findings]
     result["seconds"] = time.perf_counter() - start

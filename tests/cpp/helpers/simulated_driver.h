@@ -1,7 +1,8 @@
 // A CUDA driver of threads, as a cu::DriverTable: each stream is a thread with its own queue, so that work on two
 // streams is ordered by events alone, as on a GPU. It refuses what a real driver refuses or only punishes: calls
 // without a context or from a host function, copies outside of an allocation, from memory that is not pinned or across
-// two registrations, use of destroyed handles, waits that spin. What tests ask of a driver besides (test_driver.h) is not its affair.
+// two registrations, use of destroyed handles, waits that spin. What tests ask of a driver besides (test_driver.h) is
+// not its affair.
 #pragma once
 
 #include <atomic>

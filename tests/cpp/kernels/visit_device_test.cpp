@@ -122,10 +122,10 @@ TEST(tiles_cover_large_segments) {
 // bits, next to each other, and their last threads at their last octets.
 TEST(octets_beyond_32_bits) {
     struct Recorder {
-        mutable int64_t octet_ = -1, end = 0;
+        mutable int64_t last = -1, end = 0;
         void octet(int64_t octet, const OctetPlace<DType::kBf16>& place) const {
-            octet_ = octet;
-            end = place.at + 2 * place.last;
+            last = std::max(last, octet);
+            end = std::max(end, place.at + 2 * place.last);
         }
     };
     Visit visit;
@@ -141,12 +141,13 @@ TEST(octets_beyond_32_bits) {
         CHECK(num_octets(begin, parts[i].end - begin) < (int64_t{1} << 32), "part ", i);
         at += 2 * (parts[i].end - begin);
         begin = parts[i].end;
-        const uint32_t end_tile = i + 1 < tables.header.num_segments ? parts[i + 1].first_tile : tables.header.num_tiles;
-        const Recorder last;
+        const uint32_t end_tile =
+            i + 1 < tables.header.num_segments ? parts[i + 1].first_tile : tables.header.num_tiles;
+        const Recorder recorder;
         for (uint32_t thread = 0; thread < kThreads; ++thread)
-            run_octets<DType::kBf16>(parts[i], true, last, end_tile - parts[i].first_tile - 1,
+            run_octets<DType::kBf16>(parts[i], true, recorder, end_tile - parts[i].first_tile - 1,
                                      tables.header.octets_per_thread, thread);
-        CHECK(last.octet_ == (begin - 1) / kOctet && last.end == at, "part ", i, " ends at octet ", last.octet_);
+        CHECK(recorder.last == (begin - 1) / kOctet && recorder.end == at, "part ", i, " ends at ", recorder.last);
     }
     CHECK_EQ(begin, kMaxElements);
 }

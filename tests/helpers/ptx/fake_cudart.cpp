@@ -83,8 +83,8 @@ cudaError_t cudaGetDevice(int* device) {
     *device = current_device;
     return cudaSuccess;
 }
-// There is no cudaSetDevice, which makes a context. Device 0 has the multiprocessors of an H200; the others have one, so
-// that a thread loops over octets of a small visit, and device 2 has no memory pools.
+// There is no cudaSetDevice, which makes a context. Device 0 has the multiprocessors of an H200; the others have one,
+// so that a thread loops over octets of a small visit, and device 2 has no memory pools.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     *value = attribute == cudaDevAttrMultiProcessorCount ? (device == 0 ? 132 : 1) : device != 2;
     return cudaSuccess;
