@@ -80,14 +80,13 @@ assert "triton" not in sys.modules or find_spec("triton")
     assert pool == "distzo2_core.HostPool needs the compiled extension distzo2_core._C, which was not built"
 
 
-@pytest.mark.parametrize("users", ["4", None])
-def test_cuda_gets_a_connection_for_each_stream(users: str | None) -> None:
+@pytest.mark.parametrize(("module", "users"), [("distzo2_core", "4"), ("distzo2_core", None), ("distzo2", None)])
+def test_cuda_gets_a_connection_for_each_stream(module: str, users: str | None) -> None:
     """Unless the user has chosen. It is in the environment of the process, where a driver reads it."""
-    code = "import distzo2_core, ctypes; f = ctypes.CDLL(None).getenv; f.restype = ctypes.c_char_p; print(f(b'{}'))"
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    code = f"import {module}, ctypes as c; f = c.CDLL(None).getenv; f.restype = c.c_char_p; print(f(b'{name}'))"
     environment = {key: value for key, value in os.environ.items() if key != name} | ({name: users} if users else {})
-    command = [sys.executable, "-c", code.format(name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == str((users or "32").encode()), done.stderr
 
 
