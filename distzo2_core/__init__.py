@@ -28,7 +28,18 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
+    from ._C import (
+        BlockFile,
+        CopyEngine,
+        HostPool,
+        ThreadState,
+        aligned_buffer,
+        cuda_available,
+        hide_parameters,
+        memory_budget,
+        show_parameters,
+        walk_modules,
+    )
 
 # Streams that share one of a GPU's 8 connections wait for one another; copies and computing need more of them. CUDA
 # reads this when it starts.
@@ -39,7 +50,8 @@ NOISE_VERSION = "philox4x32-10/1"
 ROUNDING_VERSION = "stochastic16/1"
 
 _FROM_EXTENSION = (
-    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "memory_budget",
+    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "hide_parameters",
+    "memory_budget", "show_parameters", "walk_modules",
 )  # fmt: skip
 
 __all__ = [

@@ -297,10 +297,23 @@ def materialize(
     if len(outs) != program.num_emits:
         raise ValueError(f"there must be one buffer in outs for each emit: {program.num_emits} emits, {len(outs)} outs")
     _check_buffers(weights, outs, segments)
+    materialize_again(weights, segments, seed, program, list(outs), write_back, backend)
+
+
+def materialize_again(
+    weights: torch.Tensor,
+    segments: SegmentTable,
+    seed: int,
+    program: Program,
+    outs: list[torch.Tensor],
+    write_back: bool,
+    backend: str | None = None,
+) -> None:
+    """`materialize` of buffers that it has checked once, in the place of checking them at each visit."""
     run = implementation(backend, weights.device).materialize
     writes = write_back and program.num_updates > 0
     if segments.num_bytes and (outs or writes):
-        run(weights, segments.tensor, seed, *program, list(outs), write_back)
+        run(weights, segments.tensor, seed, *program, outs, write_back)
         _mark_changed(run, *outs, *([weights] if writes else []))
 
 

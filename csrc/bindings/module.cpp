@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 namespace distzo2 {
 
+void register_modules(py::module_& module);      // modules.cpp
 void register_runtime(py::module_& module);      // runtime.cpp
 void register_thread_state(py::module_& module); // thread_state.cpp
 
@@ -48,6 +49,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 
 torch: the version it was built against; cuda: whether it has CUDA kernels; cuda_version, cuda_archs; simd:
 its variants of the CPU kernels; compiler.)");
+    distzo2::register_modules(module);
     distzo2::register_runtime(module);
     distzo2::register_thread_state(module);
 }

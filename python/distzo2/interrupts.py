@@ -18,19 +18,19 @@ class DeferredInterrupt:
 
     def __init__(self) -> None:
         self._depth = 0
-        self._pending = False
+        self.pending = False  # an interrupt came, and is kept
         self._previous = None
         self.also: Callable[[], None] | None = None  # asked at safe points too; what it raises ends the pass
 
     def _keep(self, signum: int, frame: FrameType | None) -> None:
-        self._pending = True
+        self.pending = True
 
     def __enter__(self) -> DeferredInterrupt:
         if threading.current_thread() is threading.main_thread():
             if self._depth == 0:
                 previous = signal.getsignal(signal.SIGINT)
                 if callable(previous):
-                    self._previous, self._pending = previous, False
+                    self._previous, self.pending = previous, False
                     signal.signal(signal.SIGINT, self._keep)
             self._depth += 1
             _entered.append(self)
@@ -44,14 +44,14 @@ class DeferredInterrupt:
         if self._depth == 0 and self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
-            if self._pending:
-                self._pending = False
+            if self.pending:
+                self.pending = False
                 signal.raise_signal(signal.SIGINT)
 
     def check(self) -> None:
         """A safe point: an interrupt that came is raised here."""
-        if self._pending and threading.current_thread() is threading.main_thread():
-            self._pending = False
+        if self.pending and threading.current_thread() is threading.main_thread():
+            self.pending = False
             self._previous(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt
         if self.also is not None:
             self.also()
@@ -61,6 +61,6 @@ def check_for_interrupt() -> None:
     """Raises an interrupt that came and is kept; for waits that may be long, whose end can be given up."""
     if threading.current_thread() is threading.main_thread():
         for interrupt in reversed(_entered):
-            if interrupt._pending:
-                interrupt._pending = False
+            if interrupt.pending:
+                interrupt.pending = False
                 interrupt._previous(signal.SIGINT, None)

@@ -14,6 +14,50 @@ import distzo2
 from distzo2.streaming.presence import AbsentParameter
 
 
+def watched(weights, directory):
+    """A model of 4 blocks, an optimizer, and a list that its blocks add to: block, sign, whether its unit is held."""
+    seen = []
+    model = Blocks()
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda module, args, i=i: seen.append((i, *state(i))))
+    offloaded(model, directory, memory_budget=0) if weights == "disk" else offloaded(model)
+    runtime = distzo2.runtime_of(model)
+
+    def state(i):
+        unit = next(u for u in runtime.units if u.name == f"blocks.{i}")
+        terms = runtime._lanes.running.emission.terms
+        return (terms[0].c > 0) - (terms[0].c < 0) if terms else 0, unit.index in runtime.weights._present
+
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    seen.clear()
+    return model, opt, seen
+
+
+def test_the_order_turns_at_each_block_and_slots_are_released_before_it_computes(tmp_path):
+    model, opt, seen = watched("disk", tmp_path)
+    opt.step(lambda: model(IDS))
+    assert [(i, sign) for i, sign, _ in seen] in (
+        [(0, 1), (0, -1), (1, -1), (1, 1), (2, 1), (2, -1), (3, -1), (3, 1)],
+        [(0, -1), (0, 1), (1, 1), (1, -1), (2, -1), (2, 1), (3, 1), (3, -1)],
+    )
+    assert not any(held for *_, held in seen)
+    seen.clear()
+    distzo2.evaluate(model, [lambda: model(IDS)] * 2)  # clean weights are used where they are
+    assert all(held for *_, held in seen)
+
+
+def test_a_lane_goes_on_through_units_in_place(tmp_path):
+    model, opt, seen = watched("host", tmp_path)
+    opt.step(lambda: model(IDS))
+    assert [(i, sign) for i, sign, _ in seen] in (
+        [(i, sign) for sign in signs for i in range(4)] for signs in ((1, -1), (-1, 1))
+    )
+    seen.clear()
+    opt.check(lambda: model(IDS))  # where they take turns at each block, so that they see what others leave
+    assert [i for i, *_ in seen[:16]] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
 class Boom(Exception):
     pass
 

@@ -290,7 +290,7 @@ class Schedule:
         for unit in self._to_complete:
             self._complete(unit)
         self._to_complete.clear()
-        parts, host = self.work.model.parts, self.work.rates.host
+        parts, host, turned = self.work.model.parts, self.work.rates.host, True
         for part, seconds in zip(parts, self._part_s, strict=True):
             if part.units:
                 for index in self._present - set(part.units):
@@ -301,10 +301,14 @@ class Schedule:
                     self._bring(entered)
                 if overhead:
                     self._run("compute", entered.name, overhead)
-            for emission in emissions:
+            turned = not turned  # the lane that came last goes on first
+            in_order = emissions[::-1] if turned else emissions
+            for i, emission in enumerate(in_order):
                 pinned: set[int] = set()
                 for index in part.units:
                     pinned.add(self._point(self.units[index], emission, distinct, pinned))
+                if part.units:
+                    self._release_early(entered, in_order[i:])
                 overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
                 name = self.units[part.units[-1]].name if part.units else "(start)"
                 self._run("compute", name, seconds + overhead)
@@ -325,7 +329,9 @@ class Schedule:
         if self._last is not None:
             self._next[self._last.index] = unit
         self._last = unit
-        after = unit
+        self._prefetch_after(unit)
+
+    def _prefetch_after(self, after: Unit) -> None:
         for _ in range(self.work.slots - 1):
             after = self._next[after.index]
             if not self._prefetch(after):
@@ -341,6 +347,15 @@ class Schedule:
         if unit.index in self._dirty:
             self._dirty.discard(unit.index)
             self._download(unit, slot, unit.num_bytes, self._compute)
+
+    def _release_early(self, unit: Unit, emissions: Sequence[Emission]) -> None:
+        if unit.index not in self.work.streamed or unit.index not in self._present:
+            return
+        if not all(p.trainable for p in unit.params) or any(e.clean and not self._elides(unit) for e in emissions):
+            return
+        if all(self._scratch.find(unit, (self._version, e.terms)) is not None for e in emissions):
+            self._release(unit)
+            self._prefetch_after(unit)
 
     def _elides(self, unit: Unit) -> bool:
         behind = unit.index in self.work.streamed and self._stored[unit.index] < self._version

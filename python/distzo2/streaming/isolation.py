@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import UsageError
-from distzo2_core import ThreadState
+from distzo2_core import ThreadState, walk_modules
 
 SMALL_BYTES = 64 * 1024  # buffers up to this size are compared by content in training mode
 
@@ -69,6 +69,26 @@ class CallerState:
         if self.stream is not None:
             torch.cuda.set_device(self.device)
             torch.cuda.set_stream(self.stream)
+
+
+class ScheduleState:
+    """The modes, device and stream under which a pass's schedule goes on in the thread of a lane: a context manager."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread_state = ThreadState()
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._lanes: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> None:
+        self._thread_state.enter()
+        if self._stream is not None:
+            self._lanes = torch.cuda.current_stream()
+            torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *error) -> None:
+        if self._lanes is not None:
+            torch.cuda.set_stream(self._lanes)
+        self._thread_state.exit()
 
 
 _SWITCHES = (  # of the process, which code sets for the time of a `with` block
@@ -278,8 +298,9 @@ class BufferGuard:
 
     def begin(self) -> None:
         """Takes the model's buffers as they are. Contents are copied once, and again only after a change."""
-        self._training = any(m.training for m in self._model.modules())
-        slots = [(m, name) for m in self._model.modules() for name in m._buffers]
+        slots, _, self._training = walk_modules(self._model)
+        if not slots and not self._slots:
+            return
         objects = [m._buffers[name] for m, name in slots]
         known = {id(o): i for i, o in enumerate(self._objects)}
         pristine, versions = [], []

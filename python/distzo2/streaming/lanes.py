@@ -1,7 +1,8 @@
 """Lanes: the evaluations of one pass, each the user's own code in its own thread, one running at a time.
 
-A lane parks where it enters a unit. `LaneGroup.advance` lets one lane run to its next unit or to its end; everything
-that belongs to a lane rather than to the process (random streams, changed buffers, open windows) is swapped there.
+A lane parks where it enters a unit. Who runs next is what the pass's schedule, a generator, yields. The thread that
+parks asks it and wakes the next one itself: to wake a thread costs more than the schedule does, so a lane whose own
+turn it is again goes on at once, and the caller's thread sleeps until the pass ends.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import contextvars
 import threading
 import weakref
 from _thread import allocate_lock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.streaming.isolation import CallerState, LaneAttributes, LaneSwitches, RandomStream
+from distzo2.streaming.isolation import CallerState, LaneAttributes, LaneSwitches, RandomStream, ScheduleState
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import Emission
 
@@ -41,6 +43,7 @@ class Lane:
     done: bool = False
     entered: bool = False  # a unit's forward
     request: Unit | None = None  # the unit at whose entry the lane is parked
+    ahead: int = 0  # units entered since, without parking
     windows: list[Unit] = field(default_factory=list)  # open, outermost first
     visited: list[Unit] = field(default_factory=list)
     changed_buffers: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -49,47 +52,93 @@ class Lane:
     thread: LaneThread | None = None
 
 
+class Turns:
+    """Whose turn it is in one pass. At any time one thread has it: the caller's, or that of `running`."""
+
+    def __init__(self, schedule: Generator[Lane | None], state: ScheduleState, back: Any) -> None:
+        self.running: Lane | None = None
+        self.cancelled = False  # the lanes end, and the schedule does not go on
+        self.away = False  # the caller's thread waits for `back`
+        self.ended = False
+        self.error: BaseException | None = None
+        self._schedule, self._state, self._back = schedule, state, back
+
+    def ask(self) -> None:
+        """Lets the schedule say who runs next; None: the caller's thread."""
+        self.running = None
+        try:
+            self.running = next(self._schedule)
+        except StopIteration:
+            self.ended = True
+        except BaseException as error:
+            self.error = error
+        if self.running is not None:
+            self.running.request = None
+
+    def hand_on(self, own: LaneThread | None = None) -> None:
+        """Called in a lane's thread that parks, or whose lane has ended (`own`: None): wakes whose turn it is."""
+        if self.cancelled:
+            self.running = None
+        else:
+            with self._state:
+                self.ask()
+        following = self.running and self.running.thread
+        if following is own is not None:
+            return
+        self._back.release() if following is None else following.resume()
+        if own is not None:
+            own.wait()
+
+    def close(self) -> None:
+        """Ends the schedule where it stands."""
+        with suppress(ValueError):  # it runs, in a lane that does not come back
+            self._schedule.close()
+
+
 class LaneThread(threading.Thread):
     """A thread that is kept across steps and runs one lane at a time."""
 
-    def __init__(self, back: Any, index: int) -> None:
+    def __init__(self, index: int) -> None:
         super().__init__(name=f"distzo2-lane-{index}", daemon=True)
         self._go = allocate_lock()
         self._go.acquire()
-        self._back = back  # released whenever the lane parks or ends
+        self._turns: Turns | None = None
         self._lane: Lane | None = None
         self._caller: CallerState | None = None
         self._context: contextvars.Context | None = None
         self.cancelled = False
         self.start()
 
-    def assign(self, lane: Lane, caller: CallerState, context: contextvars.Context) -> None:
-        self._lane, self._caller, self._context = lane, caller, context
+    def assign(self, lane: Lane, caller: CallerState, context: contextvars.Context, turns: Turns) -> None:
+        self._lane, self._caller, self._context, self._turns = lane, caller, context, turns
         self.cancelled = False
         lane.thread = self
 
     def resume(self) -> None:
         self._go.release()
 
-    def park(self) -> None:
-        """Called in the lane: gives control back and waits for it."""
-        self._back.release()
+    def wait(self) -> None:
         self._go.acquire()
+
+    def park(self) -> None:
+        """Called in the lane: gives the turn on and waits for it."""
+        self._turns.hand_on(self)
         if self.cancelled:
             raise LaneCancelled
 
     def run(self) -> None:
         while True:
-            self._go.acquire()
-            lane = self._lane
+            self.wait()
+            lane, turns = self._lane, self._turns
             if lane is None:
                 return
             if not self.cancelled:
                 self._context.run(self._evaluate, lane)
             lane.done = True
-            self._lane = self._caller = self._context = None
+            self._lane = self._caller = self._context = self._turns = None
             lane = None
-            self._back.release()
+            turns.hand_on()
+            turns = None
 
     def _evaluate(self, lane: Lane) -> None:
         try:
@@ -108,31 +157,46 @@ class LaneThread(threading.Thread):
 
 
 class LaneGroup:
-    """The lanes of one pass and the threads they run in. `advance` is the only way a lane runs."""
+    """The threads that lanes run in, and the pass under way."""
 
     def __init__(self) -> None:
         self._back = allocate_lock()
         self._back.acquire()
         self._threads: list[LaneThread] = []
-        self.running: Lane | None = None
+        self._turns: Turns | None = None
         # A group that is dropped without close() takes its threads with it.
         weakref.finalize(self, _end, self._threads).atexit = False
 
-    def begin(self, lanes: Sequence[Lane], callers: Sequence[CallerState]) -> None:
-        """Gives every lane a thread and one of `callers`; none runs yet."""
-        while len(self._threads) < len(lanes):
-            self._threads.append(LaneThread(self._back, len(self._threads)))
-        for lane, thread, caller in zip(lanes, self._threads, callers, strict=False):
-            thread.assign(lane, caller, contextvars.copy_context())
+    @property
+    def running(self) -> Lane | None:
+        """The lane whose turn it is."""
+        return self._turns and self._turns.running
 
-    def advance(self, lane: Lane) -> None:
-        """Runs `lane` until it parks at its next unit or ends; raises what its code raised."""
-        self.running, lane.request = lane, None
-        lane.thread.resume()
-        self._back.acquire()
-        self.running = None
-        if lane.error is not None:
-            raise lane.error
+    def run(
+        self,
+        lanes: Sequence[Lane],
+        callers: Sequence[CallerState],
+        schedule: Generator[Lane | None],
+        state: ScheduleState,
+    ) -> None:
+        """Gives every lane a thread and one of `callers`, and runs them in turn as `schedule` says: each lane that it
+        yields runs until it parks at its next unit or ends, and then the schedule goes on, under `state`, in that
+        lane's thread, or, where it yields None, in the caller's. Raises what the schedule raises."""
+        while len(self._threads) < len(lanes):
+            self._threads.append(LaneThread(len(self._threads)))
+        self._turns = turns = Turns(schedule, state, self._back)
+        for lane, thread, caller in zip(lanes, self._threads, callers, strict=False):
+            thread.assign(lane, caller, contextvars.copy_context(), turns)
+        while not turns.ended:
+            turns.ask()
+            if turns.running is not None:
+                turns.away = True
+                turns.running.thread.resume()
+                self._back.acquire()
+                turns.away = False
+            if turns.error is not None:
+                raise turns.error
+        self._turns = None
 
     def park(self, unit: Unit) -> None:
         """Called in the running lane, at the entry of `unit`."""
@@ -145,30 +209,34 @@ class LaneGroup:
 
     def unwind(self, lanes: Sequence[Lane]) -> None:
         """Ends every lane that has not ended. A lane that will not end in time takes its thread with it."""
-        stuck = self.running
-        interrupted = stuck is not None and not stuck.done  # while the lane computes: wait for it to come back
-        if interrupted and not self._back.acquire(timeout=UNWIND_SECONDS):
+        turns = self._turns
+        if turns is None:
+            return
+        turns.cancelled = True
+        interrupted = turns.away  # while a lane computes: wait for it to come back
+        came_back = not interrupted or self._back.acquire(timeout=UNWIND_SECONDS)
+        turns.close()
+        if not came_back:
             self._abandon()
             return
-        self.running = None
         for lane in lanes:
             thread = lane.thread
             attempts = 0
             while thread is not None and not lane.done:
                 thread.cancelled = True
-                self.running = lane
+                turns.running = lane
                 thread.resume()
                 if not self._back.acquire(timeout=UNWIND_SECONDS) or (attempts := attempts + 1) > 1000:
                     self._abandon()
                     return
-                self.running = None
+        self._turns = turns.error = None
 
     def _abandon(self) -> None:
         """Leaves a lane that does not come back behind: the threads of its pass are daemons, and new ones are made."""
         self._back = allocate_lock()
         self._back.acquire()
         self._threads.clear()
-        self.running = None
+        self._turns = None
 
     def close(self) -> None:
         """Ends the threads; they hold no lane between passes."""

@@ -27,7 +27,7 @@ from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_stor
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import collect_params, find_units
 from distzo2.weights.updates import CLEAN
-from distzo2_core import cuda_available
+from distzo2_core import cuda_available, walk_modules
 
 WEIGHTS = ("device", "host", "disk")
 
@@ -331,7 +331,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                 runtime.weights.flush()
             for unit in runtime.units:
                 with access.reading(unit) as views:
-                    parameters.show(unit.params, [views[param.name].clone() for param in unit.params])
+                    parameters.show(unit, [views[param.name].clone() for param in unit.params])
             for param in runtime.params:
                 param.tensor.requires_grad_(param.requires_grad)
             with runtime.editing(), torch.no_grad():
@@ -360,7 +360,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         if not restructured:
             model._distzo2_state.guard(True)
-            parameters.hide(runtime.params)
+            parameters.hide_each(runtime.params)
 
 
 def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
@@ -377,12 +377,11 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
 @contextmanager
 def no_kv_cache(model: nn.Module) -> Iterator[None]:
     """Switches `use_cache` off in every configuration of the model, since lanes need no key-value cache."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    switched = [c for c in configs.values() if getattr(c, "use_cache", None)]
-    for config in switched:
-        config.use_cache = False
+    switched = [config for config in walk_modules(model)[1] if getattr(config, "use_cache", None)]
+    for config in switched:  # by themselves configurations check all that is set
+        object.__setattr__(config, "use_cache", False)
     try:
         yield
     finally:
         for config in switched:
-            config.use_cache = True
+            object.__setattr__(config, "use_cache", True)

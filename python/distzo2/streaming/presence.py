@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
-from distzo2.weights.units import ParamInfo
-from distzo2_core import checksum
+from distzo2.weights.units import ParamInfo, Unit
+from distzo2_core import checksum, hide_parameters, show_parameters
 
 # Questions about a tensor that do not read it, besides those named is_...
 _METADATA = {
@@ -156,60 +156,70 @@ def _used_outside(param: ParamInfo, presence: Presence) -> DistZO2Error:
 
 
 class Parameters:
-    """Points a model's parameters at weights, and hides them where none are present."""
+    """Points a model's parameters at weights, unit by unit, and hides them where none are present."""
 
-    def __init__(self, params: Sequence[ParamInfo], device: torch.device, presence: Presence) -> None:
-        self._placeholders: dict[int, torch.Tensor] = {}
-        self._classes = {p.index: nn.Parameter if p.tensor.is_meta else type(p.tensor) for p in params}
+    def __init__(self, units: Sequence[Unit], device: torch.device, presence: Presence) -> None:
         self._presence = presence
-        self._versions: dict[int, int] = {}  # of the parameters that are shown, torch's counters of writes
-        self._sums: dict[int, int] = {}  # and checksums of some
-        fills: dict[torch.dtype, torch.Tensor] = {}
-        for p in params:
-            if p.dtype not in fills:
-                fills[p.dtype] = torch.full((), _poison(p.dtype), dtype=p.dtype, device=device)
-            self._placeholders[p.index] = fills[p.dtype].expand(p.shape)
+        self._classes = {p.index: nn.Parameter if p.tensor.is_meta else type(p.tensor) for u in units for p in u.params}
+        self._fills: dict[torch.dtype, torch.Tensor] = {}
+        self._device = device
+        self._units: list[tuple[list, list, list]] = []  # of each: parameters, their classes, placeholders
+        self._versions: dict[int, list[int]] = {}  # of units that are shown: torch's counters of writes
+        self._sums: dict[int, list[int]] = {}  # of the weights that some units show
 
-    def take_over(self, param: ParamInfo) -> None:
-        """Hides a parameter for the first time. One on meta, or made in inference mode, is replaced in its owners."""
-        if param.tensor.is_meta or param.tensor.is_inference():
-            fresh = nn.Parameter(self._placeholders[param.index], requires_grad=False)
-            for owner in param.owners:
-                for name, p in owner._parameters.items():
-                    if p is param.tensor:
-                        owner._parameters[name] = fresh
-            param.tensor = fresh
-        param.tensor.requires_grad_(False)
-        param.tensor.grad = None
-        param.tensor._distzo2 = (param, self._presence)
-        self.hide([param])
+    def take_over(self, unit: Unit) -> None:
+        """Hides the parameters of the next unit for the first time. One on meta, or made in inference mode, is replaced
+        in its owners."""
+        placeholders = [self._placeholder(param) for param in unit.params]
+        for param, placeholder in zip(unit.params, placeholders, strict=True):
+            if param.tensor.is_meta or param.tensor.is_inference():
+                fresh = nn.Parameter(placeholder, requires_grad=False)
+                for owner in param.owners:
+                    for name, p in owner._parameters.items():
+                        if p is param.tensor:
+                            owner._parameters[name] = fresh
+                param.tensor = fresh
+            param.tensor.requires_grad_(False)
+            param.tensor.grad = None
+            param.tensor._distzo2 = (param, self._presence)
+        classes = [self._classes[param.index] for param in unit.params]
+        tensors = [param.tensor for param in unit.params]
+        self._units.append((tensors, classes, placeholders))
+        hide_parameters(tensors, AbsentParameter, placeholders, [])
 
-    def show(self, params: Sequence[ParamInfo], weights: Iterable[torch.Tensor], *, summed: bool = False) -> None:
-        """Points parameters at `weights`. With `summed`, `hide` finds every change of them, and not only those that
-        torch counts."""
+    def _placeholder(self, param: ParamInfo) -> torch.Tensor:
+        if param.dtype not in self._fills:
+            self._fills[param.dtype] = torch.full((), _poison(param.dtype), dtype=param.dtype, device=self._device)
+        return self._fills[param.dtype].expand(param.shape)
+
+    def show(self, unit: Unit, weights: list[torch.Tensor], *, summed: bool = False) -> None:
+        """Points a unit's parameters at `weights`. With `summed`, `hide` finds every change of them, and not only those
+        that torch counts."""
+        params, classes, _ = self._units[unit.index]
+        self._versions[unit.index] = show_parameters(params, classes, weights)
+        if summed:
+            self._sums[unit.index] = [checksum([value]) for value in weights]
+
+    def show_each(self, params: Sequence[ParamInfo], weights: Sequence[torch.Tensor]) -> None:
+        """Points some parameters at `weights`, of any units; `hide_each` hides them."""
         for param, value in zip(params, weights, strict=True):
-            tensor = param.tensor
-            tensor.__class__ = self._classes[param.index]
-            if tensor.requires_grad:  # after an edit; autocast would cache one lane's weights for all
-                tensor.requires_grad_(False)
-            tensor.data = value
-            self._versions[param.index] = tensor._version
-            if summed:
-                self._sums[param.index] = checksum([value])
+            param.tensor.__class__ = self._classes[param.index]
+            param.tensor.data = value
 
-    def hide(self, params: Sequence[ParamInfo]) -> list[ParamInfo]:
-        """Puts placeholders back; returns the parameters whose weights were written while they were shown."""
-        written = []
+    def hide_each(self, params: Sequence[ParamInfo]) -> None:
+        """Puts placeholders back."""
         for param in params:
-            tensor, version = param.tensor, self._versions.pop(param.index, None)
-            if version is not None and (tensor._version != version or param.index in self._sums):
-                total = self._sums.pop(param.index, None)
-                if tensor._version != version or checksum([tensor.detach()]) != total:
-                    written.append(param)
-            tensor.__class__ = self._classes[param.index]
-            tensor.data = self._placeholders[param.index]
-            tensor.__class__ = AbsentParameter
-        return written
+            param.tensor.__class__ = self._classes[param.index]
+            param.tensor.data = self._placeholder(param)
+            param.tensor.__class__ = AbsentParameter
+
+    def hide(self, unit: Unit) -> list[ParamInfo]:
+        """Puts placeholders back; returns the parameters whose weights were written while they were shown."""
+        sums = self._sums.pop(unit.index, None) if self._sums else None
+        changed = sums and [i for i, p in enumerate(unit.params) if checksum([p.tensor.detach()]) != sums[i]]
+        params, _, placeholders = self._units[unit.index]
+        written = hide_parameters(params, AbsentParameter, placeholders, self._versions.pop(unit.index, []))
+        return [unit.params[i] for i in (sorted({*written, *changed}) if changed else written)]
 
 
 def _poison(dtype: torch.dtype) -> float | int | bool:

@@ -1,9 +1,9 @@
 """One pass over the weights: units are made present in turn, and every lane runs on each as it passes.
 
 The life of a lane: `run` starts its closure in a thread. Where the forward comes to a unit, a hook calls `enter`,
-which parks the lane. When all lanes are parked at that unit, `_visit_units` brings it; for each lane in turn `_advance`
-points the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at
-its end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
+which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn` points
+the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at its
+end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
 
 Outside a pass the model is just a model: a forward streams one lane, with clean weights, in the caller's thread.
 Parameters whose window is not open are placeholders.
@@ -15,7 +15,7 @@ import copy
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,7 +26,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Windows
-from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, switches
+from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, ScheduleState, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
 from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
@@ -69,13 +69,20 @@ class StreamingRuntime:
         self._compute_ns = 0
         self._lanes = LaneGroup()
         self._buffers = BufferGuard(model)
-        self.parameters = Parameters(self.params, self.device, self)
+        self.parameters = Parameters(self.units, self.device, self)
         self._names = {module: name for name, module in model.named_modules()}
         # Parameters of the root itself may be used in any of its methods, so each lane has them open throughout.
         self._root_units = [u for u in self.units if u.resident and any(window is model for window in u.windows)]
         self._unit_of = {p.index: u for u in self.units for p in u.params}
+        inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
+        # Units in whose windows others open: their weights are wanted again while they are open.
+        self._around = {i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)}
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
+        self._room: dict[int, int] = {}  # in scratch for units of it, by index
+        self._state: ScheduleState
+        self._since = 0  # when the running lane began, or went on
+        self._computing = ""  # the unit that it is in
         self._switches: tuple[Any, ...] = ()  # of the caller
         self._switching = False  # a lane has been seen to change them
         self._in_pass = False
@@ -84,6 +91,7 @@ class StreamingRuntime:
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
         self._entered: set[int] = set()  # units that an ordinary forward has entered
+        self._parks_always = False
         self._summed = False  # every change of weights is looked for, and not only those that torch counts
         self._take_over()
         self._windows = Windows(model, self.units, self)
@@ -100,8 +108,7 @@ class StreamingRuntime:
                             views[param.name].copy_(param.tensor.detach())
                 if present:  # filled or not: the ranks compare what they were given
                     note(unit.name, [param.tensor.detach() for param in present])
-                for param in unit.params:
-                    self.parameters.take_over(param)
+                self.parameters.take_over(unit)
 
     def is_filled(self, unit: Unit) -> bool:
         """Whether the weight file gave the unit's weights, so that nothing else may fill it."""
@@ -144,7 +151,7 @@ class StreamingRuntime:
             self._pass([again], None, interrupt)
             return again.result
 
-        self._summed = new
+        self._summed, self._parks_always = new, new or check
         try:
             self._pass(lanes, expected, interrupt)
         except RuntimeError as error:  # shapes that do not fit, for example
@@ -155,7 +162,7 @@ class StreamingRuntime:
                     error.add_note(f"distzo2: {LANE_ALONE}")
             raise
         finally:
-            self._summed = False
+            self._summed = self._parks_always = False
         if (new or check) and len(lanes) > 1:
             check_alike(self.model, lanes, alone)
         self._watched |= codes if new else set()
@@ -177,10 +184,11 @@ class StreamingRuntime:
             self.weights.busy = self._in_pass = True
             self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
+            self._room.clear()
+            self._state = ScheduleState(self.device)
             try:
                 self._buffers.begin()
-                self._lanes.begin(lanes, callers)
-                self._visit_units(lanes, interrupt)
+                self._lanes.run(lanes, callers, self._schedule(lanes, interrupt), self._state)
                 self._check_sequence(lanes, expected)
                 self._close_windows(lanes)
                 self.weights.end_pass()
@@ -194,43 +202,80 @@ class StreamingRuntime:
                 caller.restore()
                 self.weights.busy = self._in_pass = False
 
-    def _visit_units(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> None:
+    def _schedule(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> Generator[Lane | None]:
+        """The order of a pass, as `LaneGroup.run` takes it. It turns at each unit, so that the lane which came last to
+        its end is the first at the next one, and goes on in the thread that it is in."""
+        in_order = list(lanes)
         for unit in self._root_units:
             self.weights.bring(unit)
-        for lane in lanes:
+        for lane in in_order:
             lane.windows, lane.visited = self._root_units[:], self._root_units[:]
-            self._advance(lane)
-        while (unit := self._agreed_unit(lanes)) is not None:
+            yield from self._turn(lane)
+        agreed = 0
+        while (unit := self._agreed_unit(lanes, agreed)) is not None:
+            agreed = len(lanes[0].visited)
+            if interrupt.pending or self.weights.ring.gathers:
+                yield None  # only the caller's thread may be interrupted
             interrupt.check()
             self.weights.release_all_but({unit.index, *(u.index for lane in lanes for u in lane.windows)})
             self.weights.bring(unit)
-            for lane in lanes:
-                self._advance(lane)
+            in_order.reverse()
+            to_come = list(dict.fromkeys(lane.emission for lane in in_order))
+            for i, lane in enumerate(in_order):
+                if i and lane.emission != in_order[i - 1].emission:
+                    to_come.remove(in_order[i - 1].emission)
+                yield from self._turn(lane, to_come)
 
-    def _advance(self, lane: Lane) -> None:
-        """Lets one lane run to its next unit or its end, with what is its own swapped in and out."""
-        wanted = lane.windows if lane.request is None else [*lane.windows, lane.request]
-        for index in [i for i in self._pointed if all(u.index != i for u in wanted)]:
-            self._hide(self.units[index])
-        for unit in wanted:
-            self._point(unit, lane.emission, wanted, self._summed)
+    def _turn(self, lane: Lane, to_come: Sequence[Emission] = ()) -> Generator[Lane]:
+        """Lets one lane run to its next unit or its end, with what is its own swapped in and out. Only the emissions
+        `to_come`, the lane's among them, are still wanted of the unit that it enters."""
+        self._show(lane, lane.request)
+        if lane.request is not None and lane.request.index not in self._around:
+            self.weights.release_early(lane.request, to_come)
         lane.stream.restore()
         lane.switches.swap_in()
         self._buffers.swap_in(lane.changed_buffers)
         lane.attributes.swap_in()  # its own buffers take the place of the model's
-        start = time.perf_counter_ns()
+        lane.ahead = 0
+        self._since = time.perf_counter_ns()
         try:
-            self._lanes.advance(lane)
+            yield lane
         finally:
-            end = time.perf_counter_ns()
-            self._compute_ns += end - start
-            self.trace.add("compute", wanted[-1].name if wanted else "(start)", start, end)
+            self._note_compute()
             if self._summed or self._switching:
                 self._switching |= lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()
             self._buffers.swap_out(lane.changed_buffers)
+        if lane.error is not None:
+            raise lane.error
         lane.stream.capture()
         self.weights.poll()
+
+    def _go_on(self, lane: Lane, unit: Unit) -> None:
+        """Lets the running lane enter a unit in place, without giving its turn on."""
+        if threading.current_thread() is not lane.thread:
+            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
+        lane.visited.append(unit)
+        lane.ahead += 1
+        with self._state:
+            self._note_compute()
+            self.weights.bring(unit)
+            self._show(lane, unit)
+        self._since = time.perf_counter_ns()
+
+    def _show(self, lane: Lane, entering: Unit | None) -> None:
+        """Points the parameters of the lane's open windows, and of the unit that it enters, and hides all others."""
+        wanted = lane.windows if entering is None else [*lane.windows, entering]
+        for index in [i for i in self._pointed if all(u.index != i for u in wanted)]:
+            self._hide(self.units[index])
+        for unit in wanted:
+            self._point(unit, lane.emission, wanted, self._summed)
+        self._computing = wanted[-1].name if wanted else "(start)"
+
+    def _note_compute(self) -> None:
+        end = time.perf_counter_ns()
+        self._compute_ns += end - self._since
+        self.trace.add("compute", self._computing, self._since, end)
 
     def _close_windows(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
@@ -241,11 +286,12 @@ class StreamingRuntime:
 
     # ---- the order of units -------------------------------------------------------------------------------------
 
-    def _agreed_unit(self, lanes: Sequence[Lane]) -> Unit | None:
-        """Returns the unit at which every lane stands; None when all have ended."""
+    def _agreed_unit(self, lanes: Sequence[Lane], agreed: int) -> Unit | None:
+        """Returns the unit at which every lane stands; None when all have ended. They are known to have entered the
+        same first `agreed` units."""
         first = lanes[0]
-        for lane in lanes:
-            if lane.request is not first.request:
+        for lane in lanes[1:]:
+            if lane.visited[agreed:] != first.visited[agreed:]:
                 self._raise_difference(first.visited, first.done, lane)
         return first.request
 
@@ -288,8 +334,22 @@ class StreamingRuntime:
             return
         lane.entered = True
         if unit not in lane.windows:
-            self._lanes.park(unit)
+            if lane.ahead < self._most_ahead(unit):
+                self._go_on(lane, unit)
+            else:
+                self._lanes.park(unit)
         lane.windows.append(unit)
+
+    def _most_ahead(self, unit: Unit) -> int:
+        """How many units a lane may enter one after another while the others wait: as many as have room in scratch for
+        the perturbed copies of all lanes, so that each is still made once. A unit that streams is a place to wait, and
+        so is every unit where it is to be seen whether lanes see each other."""
+        if self._parks_always:
+            return 0
+        most = self._room.get(unit.index)
+        if most is None:
+            most = self._room[unit.index] = self.weights.room_ahead(unit, len(self._emissions))
+        return most
 
     def exit(self, unit: Unit) -> None:
         """The forward of one of the unit's windows has ended, or has failed."""
@@ -361,10 +421,12 @@ class StreamingRuntime:
             return
         if pointed is not None:
             self._hide(unit)
-        pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
+        pinned: Collection[int] = ()
+        if len(open_units) > 1:
+            pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
         copied = summed and emission.clean
-        self.parameters.show(unit.params, [view.clone() for view in views] if copied else views, summed=summed)
+        self.parameters.show(unit, [view.clone() for view in views] if copied else views, summed=summed)
         self._pointed[unit.index] = _Pointed(emission, address, copied)
 
     def _hide(self, unit: Unit) -> None:
@@ -373,7 +435,7 @@ class StreamingRuntime:
             DistZO2Error: the forward wrote weights.
         """
         pointed = self._pointed.pop(unit.index)
-        written = self.parameters.hide(unit.params)
+        written = self.parameters.hide(unit)
         if not written:
             return
         self.weights.forget_derived()  # perturbed copies that were written

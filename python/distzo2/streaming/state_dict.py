@@ -88,7 +88,7 @@ class StateHooks:
             pass
         for _, unit, param in self._own(module):
             with self._access.reading(unit) as views:
-                self._runtime.parameters.show([param], [views[param.name].clone()])
+                self._runtime.parameters.show_each([param], [views[param.name].clone()])
             self._loading[param.index] = param
 
     def _store(self, module: nn.Module, incompatible_keys: Any) -> None:
@@ -102,7 +102,7 @@ class StateHooks:
                 note(param.name, [param.tensor.data])
                 with self._access.writing(unit, keep=True) as views:
                     views[param.name].copy_(param.tensor.data)
-                self._runtime.parameters.hide([param])
+                self._runtime.parameters.hide_each([param])
             self._access.rebase()
 
 

@@ -14,9 +14,10 @@ import torch
 from distzo2.weights.units import Unit
 from distzo2_core import aligned_buffer
 
-SMALL_BYTES = 64 * 1024  # units up to this size share one class, with more buffers
-BUFFERS = 2  # one for each sign
-SMALL_BUFFERS = 32
+SMALL_BYTES = 64 * 1024  # units up to this size share one class
+BUFFERS = 2  # of a class at least: one for each sign
+MOST_BUFFERS = 32  # and at most, in up to
+CLASS_BYTES = 32 * 2**20  # where there are more than two
 
 
 @dataclass
@@ -24,9 +25,15 @@ class _SizeClass:
     num_bytes: int = 0  # of its largest unit, and so of each buffer
     buffers: dict[Hashable, torch.Tensor] = field(default_factory=dict)  # by what they hold, oldest use first
 
+    @property
+    def limit(self) -> int:
+        """How many buffers there may be."""
+        return max(BUFFERS, min(MOST_BUFFERS, CLASS_BYTES // self.num_bytes))
+
 
 class Scratch:
-    """Two buffers for each class of unit sizes; more only while the open windows of one lane need them."""
+    """Two buffers for each class of unit sizes, and more where they are small; beyond, only while the open windows of
+    one lane need them."""
 
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self._device = device
@@ -48,12 +55,16 @@ class Scratch:
             buffers[held] = buffers.pop(held)
         return buffer
 
+    def limit(self, unit: Unit) -> int:
+        """How many buffers there may be for units of this size."""
+        return self._class_of[unit.index].limit
+
     def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
         """Returns buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
         self._follow()
         size_class = self._class_of[unit.index]
         buffers = size_class.buffers
-        limit = SMALL_BUFFERS if size_class is self._classes.get("small") else BUFFERS
+        limit = size_class.limit
         taken = []
         for key in keys:
             usable = (k for k, b in buffers.items() if b.data_ptr() not in pinned and all(b is not t for t in taken))

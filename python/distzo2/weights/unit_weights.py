@@ -21,6 +21,9 @@ from distzo2.weights.timeline import Timeline
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
 from distzo2_core import Update, materialize
+from distzo2_core.ops import materialize_again
+
+MAX_VISITED = 4096  # combinations of a unit and buffers that are remembered
 
 
 @dataclass(eq=False)
@@ -71,6 +74,9 @@ class UnitWeights:
         self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._owner: weakref.ref | None = None
         self._present: dict[int, Present] = {}
+        # Buffers, by unit and addresses, that `materialize` has checked: those that it wrote to.
+        self._visited: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._reached: dict[int, bool] = {}  # by unit: whether updates reach all of it
         streamed = [c.unit for c in copies if c.block >= 0]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
@@ -85,6 +91,8 @@ class UnitWeights:
         self._assume_current()
         self._owner = weakref.ref(owner)
         self.updates.bind(group_of, num_groups, seed)
+        self._reached.clear()
+        self._visited.clear()
         self._unused = (), frozenset()
         self._scratch.forget()
 
@@ -230,10 +238,10 @@ class UnitWeights:
     def under(
         self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]
     ) -> tuple[list[torch.Tensor], int]:
-        """Returns a present unit's parameters as `emission` has them, with every update made so far.
+        """Returns a unit's parameters as `emission` has them, with every update made so far.
 
         Args:
-            unit: must be present.
+            unit: present, or released early.
             emission: what to perturb by.
             emissions: all of the pass; the mirror image of `emission` is made in the same call.
             pinned: addresses of scratch buffers that must stay as they are.
@@ -241,11 +249,13 @@ class UnitWeights:
         Returns:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
-        present = self._present[unit.index]
-        if (emission.clean and not self._leaves_behind(present.copy)) or self.updates.table(present.copy) is None:
+        present = self._present.get(unit.index)
+        copy = self.copies[unit.index] if present is None else present.copy
+        if (emission.clean and not self._leaves_behind(copy)) or self.updates.table(copy) is None:
             return self.up_to_date(unit), 0
         buffer = self._scratch.find(unit, self._key(emission))
         if buffer is None:
+            present = self.bring(unit)
             mirrored = [e for e in emissions if e != emission and e.mirrors(emission)]
             wanted = [emission, *(e for e in mirrored if self._scratch.find(unit, self._key(e)) is None)]
             try:
@@ -256,9 +266,36 @@ class UnitWeights:
                 raise
             buffer = outs[0]
         views = self._views_of(unit, buffer)
-        reached = self.updates.group_of
-        mixed = [views[i] if p.index in reached else present.views[i] for i, p in enumerate(unit.params)]
-        return mixed, buffer.data_ptr()
+        if not self._reaches_all(unit):
+            stored, reached = self.bring(unit).views, self.updates.group_of
+            views = [views[i] if p.index in reached else stored[i] for i, p in enumerate(unit.params)]
+        return views, buffer.data_ptr()
+
+    def _reaches_all(self, unit: Unit) -> bool:
+        """Whether updates reach every parameter of the unit, so that a perturbed copy holds all of it."""
+        found = self._reached.get(unit.index)
+        if found is None:
+            found = self._reached[unit.index] = all(p.index in self.updates.group_of for p in unit.params)
+        return found
+
+    def release_early(self, unit: Unit, emissions: Sequence[Emission]) -> None:
+        """Lets go of a unit that streams, before its forwards compute, if all of `emissions` are in scratch: nothing
+        else is wanted of it in this visit, so its slot can go on at once. If it is wanted after all it comes back."""
+        present = self._present.get(unit.index)
+        if present is None or self.copies[unit.index].block < 0 or not self._reaches_all(unit):
+            return
+        if any(e.clean and not self._leaves_behind(present.copy) for e in emissions):
+            return
+        if all(self._scratch.find(unit, self._key(e)) is not None for e in emissions):
+            self.release(unit)
+            self._prefetch_after(unit)
+
+    def room_ahead(self, unit: Unit, num_emissions: int) -> int:
+        """How many units like this one can be in use at once with `num_emissions` perturbed copies each; 0 if it
+        streams."""
+        if self.copies[unit.index].block >= 0:
+            return 0
+        return self._scratch.limit(unit) // num_emissions if unit.trainable else 1
 
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self.updates.perturb_scales
@@ -296,8 +333,16 @@ class UnitWeights:
         write_back = misses and not (emissions and self._leaves_behind(copy))
         program = self.updates.program(copy, tuple(emissions))
         start = time.perf_counter_ns()
-        outs = [out[: copy.num_bytes] for out in outs]
-        materialize(stored, table, seed=self.updates.seed, program=program, outs=outs, write_back=write_back)
+        key = (copy.unit.index, stored.data_ptr(), *[out.data_ptr() for out in outs])
+        known = self._visited.get(key)
+        if known is not None:
+            materialize_again(stored, table, self.updates.seed, program, known, write_back)
+        else:
+            known = [out[: copy.num_bytes] for out in outs]
+            materialize(stored, table, seed=self.updates.seed, program=program, outs=known, write_back=write_back)
+            if len(self._visited) >= MAX_VISITED:
+                self._visited.clear()
+            self._visited[key] = known
         end = time.perf_counter_ns()
         self._noise_ns += end - start
         self.trace.add("materialize", copy.unit.name, start, end)
@@ -402,6 +447,7 @@ class UnitWeights:
         """Ends transfers and deletes the working block file."""
         self.closed = True
         self._views.clear()
+        self._visited.clear()
         self._present.clear()
         self.ring.close()
         self.memory.close()
