@@ -7,7 +7,7 @@ Blocks go through a ring of three slots as in a step: the next two are prefetche
 leaves them clean, `duplex` marks each as changed, so that it also goes back. Raw on a CPU is memmove, by one thread and
 by as many as the engine has (`threads`, the figure to reach); raw on CUDA is a copy from and to memory pinned by torch,
 one stream for each direction; raw of a file is O_DIRECT reads from four threads. The contents of every slot are checked
-first.
+first. A pool is made before that: `overlapped` is how it is made, `in series` is touched first and pinned then.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ SLOTS = 3
 READERS = 4
 COPY_THREADS = 2  # of the engine on a CPU, for each direction
 COPY_CHUNK = 8 * MIB
+POOL_CHUNK = 2**30  # bytes that a pool pins at once
+POOL_CHUNKS = 8
+POOL_THREADS = 16  # that touch, at most
 
 
 @contextmanager
@@ -225,16 +228,51 @@ def raw_reads(path: Path, num_bytes: int, threads: ThreadPoolExecutor) -> Callab
     return lambda: list(threads.map(read, range(READERS)))
 
 
-def bench_pinning(device: str, num_bytes: int) -> dict:
-    """How fast a HostPool is made: pages touched in parallel and, on CUDA, pinned."""
-    cuda = device.startswith("cuda")
+def make_pool(device: str, num_bytes: int, pin: bool) -> tuple[distzo2_core.HostPool, float]:
+    """A pool of one block, and the seconds in which it was made."""
     start = time.perf_counter()
-    pool = distzo2_core.HostPool([num_bytes], "cuda:0" if cuda else "cpu", pin=cuda)
-    seconds = time.perf_counter() - start
+    pool = distzo2_core.HostPool([num_bytes], device, pin=pin)
+    return pool, time.perf_counter() - start
+
+
+def pin(tensor: torch.Tensor, num_threads: int) -> float:
+    """Seconds in which memory that is present already is pinned in chunks, by the runtime's call."""
+    runtime, chunks = torch.cuda.cudart(), tensor.split(POOL_CHUNK)
+
+    def register(chunk: torch.Tensor) -> None:
+        torch.cuda.check_error(runtime.cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0))
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        start = time.perf_counter()
+        list(threads.map(register, chunks))
+        seconds = time.perf_counter() - start
+    for chunk in chunks:
+        torch.cuda.check_error(runtime.cudaHostUnregister(chunk.data_ptr()))
+    return seconds
+
+
+def bench_pool(device: str, num_bytes: int) -> dict:
+    """How fast pages are touched, by all threads and on a CPU by one; on CUDA also pinned, in series and overlapped."""
+    cuda, cores = device.startswith("cuda"), os.sched_getaffinity(0)
+    seconds = {}
+    if not cuda:
+        os.sched_setaffinity(0, {min(cores)})
+        seconds["touch by 1"] = make_pool("cpu", num_bytes, False)[1]
+        os.sched_setaffinity(0, cores)
+    pool, touched = make_pool("cpu", num_bytes, False)
+    seconds[f"touch by {min(len(cores), POOL_THREADS)}"] = touched
     stats = pool.stats()
+    if cuda:
+        seconds |= {f"pin by {n}": pin(pool.tensor(0), n) for n in (1, 2)}
+        seconds["in series"] = touched + seconds["pin by 1"]
+        del pool
+        pool, seconds["overlapped"] = make_pool("cuda:0", num_bytes, True)
+        stats = pool.stats()
     pool.close()
-    print(f"{device:5} pool of {num_bytes / 2**30:.1f} GiB made at {num_bytes / seconds / 1e9:.2f} GB/s", flush=True)
-    return {"device": device, "pattern": "make_pool", "gb_per_s": num_bytes / seconds / 1e9, "stats": stats}
+    rates = {name: num_bytes / value / 1e9 for name, value in seconds.items()}
+    figures = "  ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+    print(f"{device:5} pool of {num_bytes / 2**30:.1f} GiB: {figures} GB/s", flush=True)
+    return {"device": device, "pattern": "make_pool", "num_bytes": num_bytes, "gb_per_s": rates, "stats": stats}
 
 
 def main() -> None:
@@ -254,7 +292,7 @@ def main() -> None:
         devices.append("cuda")
     rows: list[dict] = []
     for device in devices:
-        rows.append(bench_pinning(device, options.total_mib * MIB))
+        rows.append(bench_pool(device, POOL_CHUNKS * POOL_CHUNK if device == "cuda" else options.total_mib * MIB))
         for mib in map(int, options.mib.split(",")):
             num_blocks = max(SLOTS + 1, options.total_mib // mib)
             rows += bench_host(device, mib * MIB, num_blocks, options.rounds)

@@ -1,9 +1,9 @@
 """One pass over the weights: units are made present in turn, and every lane runs on each as it passes.
 
 The life of a lane: `run` starts its closure in a thread. Where the forward comes to a unit, a hook calls `enter`,
-which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn` points
-the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at its
-end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
+which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn`
+points the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at
+its end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
 
 Outside a pass the model is just a model: a forward streams one lane, with clean weights, in the caller's thread.
 Parameters whose window is not open are placeholders.
@@ -76,7 +76,9 @@ class StreamingRuntime:
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
         # Units in whose windows others open: their weights are wanted again while they are open.
-        self._around = {i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)}
+        self._around = {
+            i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)
+        }
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
         self._room: dict[int, int] = {}  # in scratch for units of it, by index
@@ -242,6 +244,8 @@ class StreamingRuntime:
             yield lane
         finally:
             self._note_compute()
+            if self.device.type == "cuda":
+                torch._C._cuda_clearCublasWorkspaces()  # each thread has its own, of 32 MiB: they share memory in turn
             if self._summed or self._switching:
                 self._switching |= lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()

@@ -183,10 +183,11 @@ class Objective:
 
 def _inputs(batch: Batch) -> dict[str, Any]:
     """What the model is called with."""
-    if batch.source_ids is None:
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    source = {"input_ids": batch.source_ids, "attention_mask": batch.source_mask}
-    return source | {"decoder_input_ids": batch.input_ids}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.source_ids is not None:
+        inputs = {"input_ids": batch.source_ids, "attention_mask": batch.source_mask}
+        inputs["decoder_input_ids"] = batch.input_ids
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:

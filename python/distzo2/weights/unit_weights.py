@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ class UnitWeights:
         *,
         device: torch.device,
         write_every: int = 1,
+        host_memory: int | None = None,
     ) -> None:
         """
         Args:
@@ -57,14 +59,16 @@ class UnitWeights:
             ring: the store of those that do.
             device: where it computes.
             write_every: each streamed copy is written at every `write_every`-th update, blocks in turn.
+            host_memory: of `MemoryShare`, for pools that are made later.
         """
-        self.units, self.copies, self.device = list(units), list(copies), device
+        self.units, self.copies, self.device, self.host_memory = list(units), list(copies), device, host_memory
         self.params = sorted((p for unit in units for p in unit.params), key=lambda p: p.index)
         self.epoch = 0  # how often the weights were replaced from outside
         self.busy = False  # a window is open, or a pass under way
         self.closed = False
         # Called with each unit that is released, its clean bytes and their version; they must not be changed or kept.
-        self.tap: Callable[[Unit, torch.Tensor, int], None] | None = None
+        # Returns the stream on which it still reads them, behind the current one; None if it does not.
+        self.tap: Callable[[Unit, torch.Tensor, int], Any] | None = None
         self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
         self.trace = Timeline()
         self.updates = Updates()
@@ -212,9 +216,8 @@ class UnitWeights:
     def release(self, unit: Unit) -> None:
         """Lets go of a unit; if it is dirty it starts on its way back."""
         present, copy = self._present.pop(unit.index), self.copies[unit.index]
-        if self.tap is not None:
-            self.tap(unit, present.buffer, present.copy.version)
-        self.store_of(copy).release(copy, present.dirty)
+        reader = self.tap(unit, present.buffer, present.copy.version) if self.tap is not None else None
+        self.store_of(copy).release(copy, present.dirty, reader)
 
     def release_all_but(self, held: Collection[int] = ()) -> None:
         """Releases what is present, except the units whose index is in `held`."""
