@@ -190,7 +190,7 @@ def raw_memmove(slots: list[torch.Tensor], blocks: list[torch.Tensor], nbytes: i
 
 def raw_cuda(slots: list[torch.Tensor], nbytes: int, num_blocks: int) -> Callable[[str], None]:
     """Pinned copies, each direction on a stream of its own, with no order between them."""
-    pinned = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    pinned = [torch.randint(256, (nbytes,), dtype=torch.uint8).pin_memory() for _ in range(2)]
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
 
     def run(pattern: str) -> None:

@@ -177,7 +177,7 @@ class Copy:
 
     def __init__(self, device: str) -> None:
         self.num_bytes = COPY_BYTES[device]
-        self.source = torch.ones(self.num_bytes // 4, device=device)
+        self.source = torch.randn(self.num_bytes // 4, device=device)  # ones would take less power
         self.target = torch.zeros_like(self.source)
 
     def __call__(self) -> object:

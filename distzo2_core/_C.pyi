@@ -190,6 +190,7 @@ class CopyEngine:
             a file they must be multiples of 4096 (aligned_buffer).
         slot_bytes: bytes of a slot, at least those of the largest block.
         staging: for CUDA over a file, a pinned pool to copy through; None makes one.
+        stream: on CUDA, transfers wait for what is on it now, which may still use the slots' memory.
 
     Raises:
         ValueError: too few slots, slots that are too small or misaligned, an unknown device.
@@ -203,6 +204,7 @@ class CopyEngine:
         slot_addresses: collections.abc.Sequence[int],
         slot_bytes: int,
         staging: HostPool | None = None,
+        stream: int = 0,
     ) -> None: ...
     @typing.overload
     def __init__(
@@ -212,6 +214,7 @@ class CopyEngine:
         slot_addresses: collections.abc.Sequence[int],
         slot_bytes: int,
         staging: HostPool | None = None,
+        stream: int = 0,
     ) -> None: ...
     def acquire(self, block: int, stream: int = 0) -> int:
         """
