@@ -4,10 +4,11 @@
     python bench/bench_copy.py --directory /big/disk --device cpu
 
 Blocks go through a ring of three slots as in a step: the next two are prefetched, one is acquired and released. `up`
-leaves them clean, `duplex` marks each as changed, so that it also goes back. Raw on a CPU is memmove, by one thread and
-by as many as the engine has (`threads`, the figure to reach); raw on CUDA is a copy from and to memory pinned by torch,
-one stream for each direction; raw of a file is O_DIRECT reads from four threads. The contents of every slot are checked
-first. A pool is made before that: `overlapped` is how it is made, `in series` is touched first and pinned then.
+leaves them clean, `duplex` marks each as changed, so that it also goes back; `down` writes back blocks that stay in
+their slots. Raw on a CPU is memmove, by one thread and by as many as the engine has (`threads`, the figure to reach);
+raw on CUDA is a copy from and to memory pinned by torch, one stream for each direction; raw of a file is O_DIRECT reads
+from four threads. The contents of every slot are checked first. A pool is made before that: `overlapped` is how it is
+made, `in series` is touched first and pinned then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ import distzo2_core
 
 MIB = 2**20
 SLOTS = 3
+WAYS = {"up": [True], "duplex": [True, False], "down": [False]}  # whether a copy goes up
 READERS = 4
 COPY_THREADS = 2  # of the engine on a CPU, for each direction
 COPY_CHUNK = 8 * MIB
@@ -55,7 +58,7 @@ def raw_cpu(blocks: list[torch.Tensor], slots: list[torch.Tensor]) -> Iterator[C
     with ThreadPoolExecutor(2 * COPY_THREADS) as threads:
 
         def run(direction: str) -> None:
-            ways = {"up": [True], "down": [False], "both": [True, False]}[direction]
+            ways = WAYS[direction]
             for future in [threads.submit(copy, thread, up) for thread in range(COPY_THREADS) for up in ways]:
                 future.result()
 
@@ -86,6 +89,16 @@ def run_ring(
     synchronize(device)
     for block in range(num_blocks):
         engine.drop(block)
+
+
+def run_down(engine: distzo2_core.CopyEngine, num_blocks: int, device: str) -> None:
+    """Writes SLOTS blocks back in turn, `num_blocks` in all; they are uploaded by the first call alone."""
+    stream = stream_handle(device)
+    for number in range(num_blocks):
+        engine.acquire(number % SLOTS, stream)
+        engine.release(number % SLOTS, stream, dirty=True, version=0)
+        if number % SLOTS == SLOTS - 1 or number == num_blocks - 1:
+            engine.flush()
 
 
 def checker(slots: list[torch.Tensor], nbytes: int) -> Callable[[int, int], None]:
@@ -132,7 +145,7 @@ def row(device: str, source: str, pattern: str, nbytes: int, num_blocks: int, se
 
 
 def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[dict]:
-    """Blocks in a HostPool: upload alone, and upload with download."""
+    """Blocks in a HostPool: upload alone, with download, and download alone."""
     cuda = device.startswith("cuda")
     pool = distzo2_core.HostPool([nbytes] * num_blocks, "cuda:0" if cuda else "cpu", pin=cuda)
     blocks = [pool.tensor(block) for block in range(num_blocks)]
@@ -145,13 +158,15 @@ def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[d
     raw = raw_cuda(slots, nbytes, num_blocks) if cuda else raw_memmove(slots, blocks, nbytes)
     rows = []
     with nullcontext() if cuda else raw_cpu(blocks, slots) as threaded:
-        for pattern, dirty in (("up", False), ("duplex", True)):
+        for pattern in WAYS:
             contenders = {
-                "engine": lambda dirty=dirty: run_ring(engine, num_blocks, device, dirty),
-                "raw": lambda dirty=dirty: raw(dirty),
+                "engine": partial(run_ring, engine, num_blocks, device, pattern == "duplex"),
+                "raw": partial(raw, pattern),
             }
+            if pattern == "down":
+                contenders["engine"] = partial(run_down, engine, num_blocks, device)
             if not cuda:
-                contenders["threads"] = lambda dirty=dirty: threaded("both" if dirty else "up")
+                contenders["threads"] = partial(threaded, pattern)
             # By the host's clock to the end of all copies: the engine's streams are its own.
             seconds = interleaved_seconds(contenders, "cpu", rounds)
             rows.append(row(device, "host", pattern, nbytes, num_blocks, seconds))
@@ -160,29 +175,30 @@ def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[d
     return rows
 
 
-def raw_memmove(slots: list[torch.Tensor], blocks: list[torch.Tensor], nbytes: int) -> Callable[[bool], None]:
-    """One thread: every block into a slot, and back if asked."""
+def raw_memmove(slots: list[torch.Tensor], blocks: list[torch.Tensor], nbytes: int) -> Callable[[str], None]:
+    """One thread: every block into a slot, and back."""
 
-    def run(both_ways: bool) -> None:
+    def run(pattern: str) -> None:
         for index, block in enumerate(blocks):
             slot = slots[index % SLOTS]
-            ctypes.memmove(slot.data_ptr(), block.data_ptr(), nbytes)
-            if both_ways:
-                ctypes.memmove(block.data_ptr(), slot.data_ptr(), nbytes)
+            for up in WAYS[pattern]:
+                target, source = (slot, block) if up else (block, slot)
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
 
     return run
 
 
-def raw_cuda(slots: list[torch.Tensor], nbytes: int, num_blocks: int) -> Callable[[bool], None]:
+def raw_cuda(slots: list[torch.Tensor], nbytes: int, num_blocks: int) -> Callable[[str], None]:
     """Pinned copies, each direction on a stream of its own, with no order between them."""
-    pinned = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    pinned = [torch.randint(256, (nbytes,), dtype=torch.uint8).pin_memory() for _ in range(2)]
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
 
-    def run(both_ways: bool) -> None:
+    def run(pattern: str) -> None:
         for index in range(num_blocks):
-            with torch.cuda.stream(up):
-                slots[index % 2].copy_(pinned[0], non_blocking=True)
-            if both_ways:
+            if pattern != "down":
+                with torch.cuda.stream(up):
+                    slots[index % 2].copy_(pinned[0], non_blocking=True)
+            if pattern != "up":
                 with torch.cuda.stream(down):
                     pinned[1].copy_(slots[2], non_blocking=True)
         torch.cuda.synchronize()
@@ -283,6 +299,7 @@ def main() -> None:
     parser.add_argument("--total-mib", type=int, default=1024, help="bytes moved in a pass, in MiB")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median is reported")
     parser.add_argument("--directory", type=Path, help="where the file of blocks goes (default: the temporary one)")
+    parser.add_argument("--skip-disk", action="store_true", help="without the file of blocks")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -296,7 +313,8 @@ def main() -> None:
         for mib in map(int, options.mib.split(",")):
             num_blocks = max(SLOTS + 1, options.total_mib // mib)
             rows += bench_host(device, mib * MIB, num_blocks, options.rounds)
-    if "cpu" in devices:
+            write_results(options.json, "copy", rows)  # a run that is cut short leaves what it has
+    if "cpu" in devices and not options.skip_disk:
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             for mib in map(int, options.mib.split(",")):
                 rows += bench_file(Path(directory), mib * MIB, max(SLOTS + 1, options.total_mib // mib), options.rounds)

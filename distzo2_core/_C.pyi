@@ -17,7 +17,10 @@ __all__: list[str] = [
     "arenas_made",
     "build_info",
     "cuda_available",
+    "hide_parameters",
     "memory_budget",
+    "show_parameters",
+    "walk_modules",
 ]
 
 class HostPool:
@@ -187,6 +190,7 @@ class CopyEngine:
             a file they must be multiples of 4096 (aligned_buffer).
         slot_bytes: bytes of a slot, at least those of the largest block.
         staging: for CUDA over a file, a pinned pool to copy through; None makes one.
+        stream: on CUDA, transfers wait for what is on it now, which may still use the slots' memory.
 
     Raises:
         ValueError: too few slots, slots that are too small or misaligned, an unknown device.
@@ -200,6 +204,7 @@ class CopyEngine:
         slot_addresses: collections.abc.Sequence[int],
         slot_bytes: int,
         staging: HostPool | None = None,
+        stream: int = 0,
     ) -> None: ...
     @typing.overload
     def __init__(
@@ -209,6 +214,7 @@ class CopyEngine:
         slot_addresses: collections.abc.Sequence[int],
         slot_bytes: int,
         staging: HostPool | None = None,
+        stream: int = 0,
     ) -> None: ...
     def acquire(self, block: int, stream: int = 0) -> int:
         """
@@ -328,6 +334,19 @@ def cuda_available() -> tuple[bool, str]:
     Whether there is a CUDA driver with a device, and why not: (True, an empty text) or (False, reason).
     """
 
+def hide_parameters(
+    params: list, absent: typing.Any, placeholders: list, versions: collections.abc.Sequence[int]
+) -> list[int]:
+    """
+    Points parameters at placeholders, of class `absent`.
+
+    Args:
+        versions: what show_parameters returned, or nothing.
+
+    Returns:
+        The places of the parameters that were written since.
+    """
+
 def memory_budget() -> dict:
     """
     Host memory that this process may still take.
@@ -335,4 +354,18 @@ def memory_budget() -> dict:
     allowed_bytes: 90% of the least of cgroup_bytes (what its control groups leave) and available_bytes (what
     the machine has available); memlock_bytes: what it may pin; text: all of them in words. Bytes; None where
     there is no limit.
+    """
+
+def show_parameters(params: list, classes: list, weights: list) -> list[int]:
+    """
+    Gives each parameter its class and points it at its weights; returns torch's counters of writes.
+    """
+
+def walk_modules(model: typing.Any) -> tuple:
+    """
+    Looks at every module of a model once.
+
+    Returns:
+        The (module, name) of each buffer, in the order of model.modules(); the objects that modules have as `config`, each
+        once; and whether any module is in training mode.
     """

@@ -7,6 +7,7 @@ transformers.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from .backends import BackendError, build_info, require_extension, resolve_backend
@@ -28,6 +29,10 @@ from .types import (
 
 if TYPE_CHECKING:
     from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
+
+# Streams that share one of a GPU's 8 connections wait for one another; copies and computing need more of them. CUDA
+# reads this when it starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 # Versions that a journal records: changed bits are a new version.
 NOISE_VERSION = "philox4x32-10/1"

@@ -2,8 +2,8 @@
 
 A backend is an object with the functions normal, rademacher, noise_, perturb_, restore_, update_, embedding and
 materialize in the raw signatures of `torch.ops.distzo2`. One that the caller names is used or refused,
-never swapped for another. `None` stands for `native` where it was built for the device, else `triton`; it is resolved
-once for each kind of device and logged.
+never swapped for another. `None` stands for `native` where it was built for the device and runs there, else `triton`;
+it is resolved once for each device and logged.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 BACKENDS = ("native", "triton", "reference")
 
 logger = logging.getLogger("distzo2_core")
 
-_defaults: dict[str, str] = {}  # the resolved default of each kind of device
+_Place = tuple[str, int | None]  # a device's type and index
+_defaults: dict[_Place, str] = {}  # the resolved default of each device
+_probed: dict[_Place, str | None] = {}  # what `_probe` found
 _extension: ModuleType | None = None
 
 
@@ -76,15 +79,42 @@ def build_info() -> dict[str, Any]:
     return {"native": True, **module.build_info()}
 
 
-def _why_not_native(device_type: str) -> str | None:
-    """Why the native backend cannot run on this kind of device; None if it can."""
+def _probe(place: _Place) -> str | None:
+    """Changes a few weights on the device, once, and compares them with the CPU's. A driver may be older than the CUDA
+    runtime in the extension, and a GPU older than what the kernels were compiled for.
+
+    Returns:
+        Why the native kernels are of no use on the device; None if they are.
+    """
+    if place not in _probed:
+        try:
+            with _disable_current_modes():
+                results = []
+                for device in (torch.device("cpu"), torch.device(*place)):
+                    w = torch.arange(-500, 503, dtype=torch.bfloat16, device="cpu").to(device)
+                    torch.ops.distzo2.update_(w, 0.1, 0.7, 0.1, 1, 2, 3, 4, 5, 0)
+                    torch.ops.distzo2.perturb_(w, 0.5, 1, 2, 3, 4, 5, 0)
+                    results.append(w.view(torch.int16).cpu())
+            _probed[place] = None if torch.equal(*results) else "its kernels give other bits there than on the CPU"
+        except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+            _probed[place] = f"its kernels do not run there: {str(error).partition(chr(10))[0]}"
+    return _probed[place]
+
+
+_probe._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which takes seconds to import dynamo
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    """Why the native backend cannot run on this device; None if it can."""
     if extension() is None:
         return "distzo2_core._C was not built"
-    if device_type == "cpu":
+    if device.type == "cpu":
         return None
-    if device_type != "cuda":
-        return f"it has no kernels for {device_type}"
-    return None if build_info()["cuda"] else "distzo2_core._C was built without CUDA kernels"
+    if device.type != "cuda":
+        return f"it has no kernels for {device.type}"
+    if not build_info()["cuda"]:
+        return "distzo2_core._C was built without CUDA kernels"
+    return _probe((device.type, device.index))
 
 
 def _why_not_triton(device_type: str) -> str | None:
@@ -98,20 +128,23 @@ def _why_not_triton(device_type: str) -> str | None:
     return f"it runs on cuda tensors, and on cpu tensors in its interpreter (TRITON_INTERPRET=1), not on {device_type}"
 
 
-def _default_backend(device_type: str) -> str:
-    if device_type in _defaults:
-        return _defaults[device_type]
-    reasons = {"native": _why_not_native(device_type)}
+def _default_backend(device: torch.device) -> str:
+    place = device.type, device.index
+    if place in _defaults:
+        return _defaults[place]
+    reasons = {"native": _why_not_native(device)}
     if reasons["native"] is not None:
-        reasons["triton"] = _why_not_triton(device_type)
+        reasons["triton"] = _why_not_triton(device.type)
     for name, reason in reasons.items():
         if reason is None:
             if not torch.compiler.is_compiling():
-                logger.info("distzo2_core: using the %s backend on %s", name, device_type)
-            _defaults[device_type] = name
+                logger.info("distzo2_core: using the %s backend on %s", name, device)
+                if name != "native" and build_info()["cuda"]:
+                    logger.warning("distzo2_core: native cannot run on %s: %s", device, reasons["native"])
+            _defaults[place] = name
             return name
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise BackendError(f"no backend for {device_type} tensors ({listed}); backend='reference' runs on cpu tensors")
+    raise BackendError(f"no backend for {device.type} tensors ({listed}); backend='reference' runs on cpu tensors")
 
 
 def resolve_backend(backend: str | None, device: torch.device | str) -> str:
@@ -121,17 +154,17 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
         ValueError: no backend has this name.
         BackendError: the backend named was not built, is not installed or cannot run on this device.
     """
-    device_type = torch.device(device).type
+    device = torch.device(device)
     if backend is None:
-        return _default_backend(device_type)
+        return _default_backend(device)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "native":
-        reason = _why_not_native(device_type)
+        reason = _why_not_native(device)
     elif backend == "triton":
-        reason = _why_not_triton(device_type)
+        reason = _why_not_triton(device.type)
     else:
-        reason = None if device_type == "cpu" else f"it runs on cpu tensors, not on {device_type}"
+        reason = None if device.type == "cpu" else f"it runs on cpu tensors, not on {device.type}"
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run: {reason}")
     return backend

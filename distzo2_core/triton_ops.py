@@ -4,6 +4,7 @@ stream of the tensors' device. The caller checked the arguments."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_
 from .types import CODE_DTYPES, DTYPE_CODES, NORMAL, RADEMACHER
 
 _TILE = 1024  # elements
+_tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
 
 _BITS_TYPE = {0: torch.int32, 1: torch.int16, 2: torch.int16}
 _segment_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -48,7 +50,7 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
                 rows.setdefault(code, []).append(row)
                 tiles[code] = begin + _num_tiles(element_offset, numel)
         cached[key] = [
-            (code, len(table), tiles[code], torch.tensor(table, dtype=torch.int64).to(device))
+            (code, len(table), tiles[code], _tensor(table, dtype=torch.int64).to(device))
             for code, table in rows.items()
         ]
     return cached[key]
@@ -88,7 +90,7 @@ def materialize(
     for launch in _split_emits(emits.tolist(), terms.tolist()) or [[]]:
         for code, num_segments, num_tiles, table in _group_segments(segments, weights.device):
             header = [seed & 0xFFFFFFFF, seed >> 32, num_segments, len(updates), num_groups]
-            ints = torch.tensor(header + [0] * (HEADER - len(header)), dtype=torch.int64)
+            ints = _tensor(header + [0] * (HEADER - len(header)), dtype=torch.int64)
             ints = torch.cat([ints, updates.reshape(-1), emits[launch].reshape(-1), terms.reshape(-1)])
             floats = torch.cat([update_groups.reshape(-1), emit_scales[launch].reshape(-1), coefs])
             stored = _typed(weights, code)
@@ -113,7 +115,7 @@ def materialize(
 
 def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, **program: torch.Tensor) -> None:
     """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
-    segments = torch.tensor([[0, w.numel(), DTYPE_CODES[w.dtype], param, offset, 0, 1, w.numel()]], dtype=torch.int64)
+    segments = _tensor([[0, w.numel(), DTYPE_CODES[w.dtype], param, offset, 0, 1, w.numel()]], dtype=torch.int64)
     outs = [w] * len(program["emits"])
     materialize(w, segments, seed, **program, outs=outs, write_back=len(program["updates"]) > 0)
 
@@ -126,12 +128,12 @@ def perturb_(
         seed,
         param,
         offset,
-        terms=torch.tensor([[family, step, probe, 0]]),
-        coefs=torch.tensor([scale], dtype=torch.float32),
-        updates=torch.empty(0, 3, dtype=torch.int64),
-        update_groups=torch.empty(0, 1, 4),
-        emits=torch.tensor([[0, 1]]),
-        emit_scales=torch.ones(1, 1),
+        terms=_tensor([[family, step, probe, 0]]),
+        coefs=_tensor([scale], dtype=torch.float32),
+        updates=_tensor([], dtype=torch.int64).view(0, 3),
+        update_groups=_tensor([]).view(0, 1, 4),
+        emits=_tensor([[0, 1]]),
+        emit_scales=_tensor([[1.0]]),
     )
 
 
@@ -158,12 +160,12 @@ def update_(
         seed,
         param,
         offset,
-        terms=torch.tensor([[family, step, probe, 0]]),
-        coefs=torch.tensor([coef], dtype=torch.float32),
-        updates=torch.tensor([[step, 0, 1]]),
-        update_groups=torch.tensor([[[lr, weight_decay, 1.0, 1.0]]], dtype=torch.float32),
-        emits=torch.empty(0, 2, dtype=torch.int64),
-        emit_scales=torch.empty(0, 1),
+        terms=_tensor([[family, step, probe, 0]]),
+        coefs=_tensor([coef], dtype=torch.float32),
+        updates=_tensor([[step, 0, 1]]),
+        update_groups=_tensor([[[lr, weight_decay, 1.0, 1.0]]], dtype=torch.float32),
+        emits=_tensor([], dtype=torch.int64).view(0, 2),
+        emit_scales=_tensor([]).view(0, 1),
     )
 
 
@@ -188,14 +190,14 @@ def embedding(
         return out
     seed %= 2**64
     code = DTYPE_CODES[weight.dtype]
-    ints = torch.tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, rows, cols], dtype=torch.int64)
+    ints = _tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, rows, cols], dtype=torch.int64)
     with _on_device(weight.device):
         embedding_kernel[(ids.numel(), (cols + 2 * (_TILE - 1)) // _TILE)](
             _typed(weight, code) if weight.numel() else _typed(out, code),
             ids.contiguous(),
             _typed(out, code),
             ints.to(weight.device, non_blocking=True),
-            torch.tensor([scale], dtype=torch.float32).to(weight.device, non_blocking=True),
+            _tensor([scale], dtype=torch.float32).to(weight.device, non_blocking=True),
             FAMILY=family,
             CODE=code,
             TILE=_TILE,
@@ -206,7 +208,7 @@ def embedding(
 
 def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: int) -> None:
     seed %= 2**64
-    ints = torch.tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, out.numel()], dtype=torch.int64)
+    ints = _tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, out.numel()], dtype=torch.int64)
     with _on_device(out.device):
         noise_kernel[(_num_tiles(offset, out.numel()),)](
             _typed(out, DTYPE_CODES[out.dtype]),

@@ -178,7 +178,7 @@ class SegmentTable:
     def __init__(self, segments: Iterable[Segment], num_bytes: int | None = None) -> None:
         self.segments: tuple[Segment, ...] = tuple(Segment(*segment) for segment in segments)
         rows = [_encode_segment(index, segment) for index, segment in enumerate(self.segments)]
-        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 8)
+        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 8)
         self.num_groups: int = max((segment.group + 1 for segment in self.segments), default=0)
         self.num_bytes: int = _check_layout(self.segments, num_bytes)
 

@@ -5,6 +5,7 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
@@ -64,10 +65,17 @@ void check_device(c10::Device device) {
     TORCH_CHECK(device.is_cpu() || cuda_compiled(), "distzo2 was built without CUDA kernels");
 }
 
-// The current stream, through torch's device-neutral interface: this file compiles against a CPU-only torch.
-CudaStream current_stream(c10::Device device) {
-    return reinterpret_cast<CudaStream>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
-}
+// A CUDA device, current for as long as this lives, and its current stream. By torch's device-neutral interface, since
+// this file compiles against a CPU-only torch; its guard makes no context on the device that was current before.
+struct OnDevice {
+    explicit OnDevice(c10::Device device)
+        : guard(device), index(device.index()),
+          stream(reinterpret_cast<CudaStream>(
+              c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle())) {}
+    const c10::DeviceGuard guard;
+    const int index;
+    const CudaStream stream;
+};
 
 InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
     check_device(w.device());
@@ -87,10 +95,12 @@ InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t p
 void write_noise(const InPlace& place, c10::Device device) {
     if (place.numel == 0)
         return;
-    if (device.is_cpu())
+    if (device.is_cpu()) {
         generate_cpu(place);
-    else
-        generate_cuda(place, device.index(), current_stream(device));
+    } else {
+        const OnDevice on(device);
+        generate_cuda(place, on.index, on.stream);
+    }
 }
 
 void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
@@ -126,10 +136,12 @@ void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param,
     if (place.numel == 0)
         return;
     mark_changed(w);
-    if (w.is_cpu())
+    if (w.is_cpu()) {
         perturb_cpu(place, scale32);
-    else
-        perturb_cuda(place, scale32, w.device().index(), current_stream(w.device()));
+    } else {
+        const OnDevice on(w.device());
+        perturb_cuda(place, scale32, on.index, on.stream);
+    }
 }
 
 void restore_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
@@ -145,10 +157,12 @@ void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed
     if (place.numel == 0)
         return;
     mark_changed(w);
-    if (w.is_cpu())
+    if (w.is_cpu()) {
         update_cpu(place, lr32, coef32, decay32);
-    else
-        update_cuda(place, lr32, coef32, decay32, w.device().index(), current_stream(w.device()));
+    } else {
+        const OnDevice on(w.device());
+        update_cuda(place, lr32, coef32, decay32, on.index, on.stream);
+    }
 }
 
 Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t seed, int64_t step, int64_t param,
@@ -185,7 +199,8 @@ Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t 
             TORCH_CHECK_INDEX(false, error.what());
         }
     } else {
-        lookup_cuda(request, out.device().index(), current_stream(out.device()));
+        const OnDevice on(out.device());
+        lookup_cuda(request, on.index, on.stream);
     }
     return out;
 }
@@ -234,10 +249,12 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
         mark_changed(weights);
     for (const Tensor& out : outs)
         mark_changed(out);
-    if (weights.is_cpu())
+    if (weights.is_cpu()) {
         materialize_cpu(visit);
-    else
-        materialize_cuda(visit, weights.device().index(), current_stream(weights.device()));
+    } else {
+        const OnDevice on(weights.device());
+        materialize_cuda(visit, on.index, on.stream);
+    }
 }
 
 int64_t checksum(const Tensor& data, int64_t before) {

@@ -322,19 +322,22 @@ template <class Source, class Make>
 auto engine_init(Make make) {
     return py::init([make](const std::string& device, const Source& source,
                            const std::vector<uintptr_t>& slot_addresses, size_t slot_bytes,
-                           const std::optional<std::shared_ptr<HostPool>>& staging) {
+                           const std::optional<std::shared_ptr<HostPool>>& staging, uintptr_t stream) {
         const py::gil_scoped_release unlocked;
-        return remember(
-            make(make_device(device), source, to_pointers(slot_addresses), slot_bytes, staging.value_or(nullptr)));
+        return remember(make(make_device(device), source, to_pointers(slot_addresses), slot_bytes,
+                             staging.value_or(nullptr), to_stream(stream)));
     });
 }
 
 void register_engine(py::module_& module) {
-    const auto over_pool = [](auto device, const auto& pool, auto slots, size_t slot_bytes, const auto& /*staging*/) {
-        return std::make_shared<CopyEngine>(std::move(device), *pool, std::move(slots), slot_bytes);
+    const auto over_pool = [](auto device, const auto& pool, auto slots, size_t slot_bytes, const auto& /*staging*/,
+                              Stream stream) {
+        return std::make_shared<CopyEngine>(std::move(device), *pool, std::move(slots), slot_bytes, stream);
     };
-    const auto over_file = [](auto device, const auto& file, auto slots, size_t slot_bytes, const auto& staging) {
-        return std::make_shared<CopyEngine>(std::move(device), file.shared(), std::move(slots), slot_bytes, staging);
+    const auto over_file = [](auto device, const auto& file, auto slots, size_t slot_bytes, const auto& staging,
+                              Stream stream) {
+        return std::make_shared<CopyEngine>(std::move(device), file.shared(), std::move(slots), slot_bytes, staging,
+                                            DiskOptions{}, stream);
     };
     py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(module, "CopyEngine", R"(Brings blocks to slots and back.
 
@@ -351,14 +354,15 @@ Args:
         a file they must be multiples of 4096 (aligned_buffer).
     slot_bytes: bytes of a slot, at least those of the largest block.
     staging: for CUDA over a file, a pinned pool to copy through; None makes one.
+    stream: on CUDA, transfers wait for what is on it now, which may still use the slots' memory.
 
 Raises:
     ValueError: too few slots, slots that are too small or misaligned, an unknown device.
     RuntimeError: the device is missing, or a thread, stream or event cannot be made.)")
         .def(engine_init<std::shared_ptr<HostPool>>(over_pool), py::arg("device"), py::arg("source").none(false),
-             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none())
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(), py::arg("stream") = 0)
         .def(engine_init<PyBlockFile>(over_file), py::arg("device"), py::arg("source").none(false),
-             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none())
+             py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(), py::arg("stream") = 0)
         .def("prefetch", &CopyEngine::prefetch, py::arg("block"), Unlocked(),
              R"(Starts an upload of the block, unless it is present or on its way.
 

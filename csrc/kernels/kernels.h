@@ -49,7 +49,8 @@ void update_cpu(const InPlace& place, float lr, float coef, float weight_decay);
 inline constexpr uint64_t kChecksumOdd = 0x9E3779B97F4A7C15; // of the golden ratio
 uint64_t checksum_cpu(const void* data, int64_t num_bytes, uint64_t before);
 
-// CUDA. In a build without nvcc these throw "distzo2 was built without CUDA kernels".
+// CUDA. In a build without nvcc these throw "distzo2 was built without CUDA kernels". `device` must be the calling
+// thread's current one.
 using CudaStream = void*; // a cudaStream_t
 bool cuda_compiled();
 void materialize_cuda(const Materialize& visit, int device, CudaStream stream);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from distzo2.errors import DistZO2Error
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.weight_file import WeightFile
     from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
+
+# As distzo2_core says, which may be imported only when CUDA has started.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 # Imported when first used, so that `distzo2 --help` does not wait for torch and transformers.
 _MODULE_OF = {

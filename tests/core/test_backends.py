@@ -80,6 +80,52 @@ assert "triton" not in sys.modules or find_spec("triton")
     assert pool == "distzo2_core.HostPool needs the compiled extension distzo2_core._C, which was not built"
 
 
+@pytest.mark.parametrize(("module", "users"), [("distzo2_core", "4"), ("distzo2_core", None), ("distzo2", None)])
+def test_cuda_gets_a_connection_for_each_stream(module: str, users: str | None) -> None:
+    """Unless the user has chosen. It is in the environment of the process, where a driver reads it."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    code = f"import {module}, ctypes as c; f = c.CDLL(None).getenv; f.restype = c.c_char_p; print(f(b'{name}'))"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: users} if users else {})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str((users or "32").encode()), done.stderr
+
+
+@needs_native
+def test_native_kernels_that_do_not_run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver, or a GPU, that is too old: tried once, and told once."""
+    calls = []
+
+    def perturb_(w: torch.Tensor, *rest: object) -> None:
+        calls.append(w)
+        raise RuntimeError("cudaErrorNoKernelImageForDevice\nmore")
+
+    monkeypatch.setattr(backends, "_defaults", {})
+    monkeypatch.setattr(backends, "_probed", {("cuda", 1): None})
+    monkeypatch.setattr(backends, "build_info", lambda: {"cuda": True})
+    monkeypatch.setattr(backends, "_why_not_triton", lambda device_type: None)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)  # of what is made for the device
+    monkeypatch.setattr(torch.ops.distzo2, "perturb_", perturb_)
+    with caplog.at_level(logging.WARNING, logger="distzo2_core"):
+        assert [distzo2_core.resolve_backend(None, "cuda:0") for _ in range(3)] == ["triton"] * 3
+    with pytest.raises(
+        BackendError, match=r"'native' cannot run: .* do not run there: cudaErrorNoKernelImageForDevice$"
+    ):
+        distzo2_core.resolve_backend("native", "cuda:0")
+    assert len(calls) == len(caplog.records) == 1 and "cannot run on cuda:0: its kernels" in caplog.text
+    assert distzo2_core.resolve_backend(None, "cuda:1") == "native"
+
+
+@needs_native
+def test_native_kernels_are_compared_with_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_probed", {})
+    with torch.device("meta"):
+        assert backends._probe(("cpu", None)) is None
+    assert torch.compile(lambda: backends._probe(("cpu", None)), fullgraph=True, backend="eager")() is None
+    original, turns = torch.ops.distzo2.perturb_, iter((0, 1))
+    monkeypatch.setattr(torch.ops.distzo2, "perturb_", lambda w, c, *place: original(w, c + next(turns), *place))
+    assert backends._probe(("cpu", 0)) == "its kernels give other bits there than on the CPU"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         distzo2_core.nothing  # noqa: B018

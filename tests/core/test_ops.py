@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import BACKENDS
+from kernel_cases import BACKENDS, needs_interpreter, needs_triton
 from torch_op_cases import segment, update
 
 import distzo2_core
-from distzo2_core import BackendError, Emit, SegmentTable, Term
+from distzo2_core import BackendError, Emit, GroupScalars, Segment, SegmentTable, Term, Update
 
 PLACE = {"seed": 1, "step": 2, "param": 3}
 IN_PLACE = {distzo2_core.perturb_: (1.0,), distzo2_core.restore_: (1.0,), distzo2_core.update_: (1.0, 1.0)}
@@ -202,3 +202,26 @@ def test_materialize_refuses_wrong_buffers(backend: str) -> None:
         distzo2_core.materialize(buffer, table, seed=0, emits=[emit])
     with pytest.raises(TypeError, match="segments must be a SegmentTable, got list"):
         distzo2_core.materialize(buffer, [segment()], seed=0)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=[needs_triton, needs_interpreter])])
+def test_the_default_device_does_not_matter(backend: str) -> None:
+    """Tables are made where the ops read them."""
+
+    def run() -> list[torch.Tensor]:
+        w, out = weights.clone(), torch.empty(128, dtype=torch.uint8, device="cpu")
+        table = SegmentTable([Segment(0, 32, torch.float32, 1, 0, 0, 4, 8)])
+        updates, emits = (Update(1, (GroupScalars(0.1, 0.1),), (term,)),), (Emit((term,), (1.0,)),)
+        distzo2_core.materialize(
+            w.view(-1).view(torch.uint8), table, seed=1, updates=updates, emits=emits, outs=[out], write_back=True,
+            backend=backend,
+        )  # fmt: skip
+        distzo2_core.perturb_(w, 0.1, **place)
+        distzo2_core.update_(w, 0.1, 1.0, **place)
+        return [w, out, distzo2_core.normal(9, **place), distzo2_core.embedding(w, ids, 0.1, **place)]
+
+    term, place = Term(0, 2, 3, 0, 0.5), {**PLACE, "backend": backend}
+    weights, ids = torch.arange(32.0).view(4, 8), torch.tensor([1, 3])
+    expected = run()
+    with torch.device("meta"):
+        assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))

@@ -12,7 +12,7 @@ import torch
 from kernel_cases import DTYPES, needs_native, random_visit
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, simple_visit
 from ptx.cuda_kernels import CudaKernels
-from ptx.machine import Module
+from ptx.machine import Module, Program
 from ptx.triton_kernels import TritonKernels
 
 import distzo2_core
@@ -92,6 +92,23 @@ def test_visits_of_any_program(kernels: CudaKernels | TritonKernels) -> None:
     check_random_visits(kernels, range(120))
 
 
+def test_a_device_without_memory_pools(compiled: tuple[Path, dict[int, str]]) -> None:
+    """Tables in parameters need none, and others a wait before their workspace is freed."""
+    nvcc = CudaKernels(compiled[0], Module(compiled[1][90]), device=2)
+    for workspace in (False, True):
+        check_random_visits(nvcc, range(2), workspace=workspace)
+    assert {"Inline" in name for name in nvcc.launches if "visit_kernel" in name} == {True, False}
+
+
+def test_normals_of_a_small_tensor_are_many_blocks(nvcc: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of 132 multiprocessors, 2^20 normals were 64 blocks of 8 octets a thread."""
+    grids = []
+    monkeypatch.setattr(Program, "run", lambda self, grid, *rest, **more: grids.append(grid) or 0)
+    with backend_of(nvcc) as backend:
+        distzo2_core.normal(2**20, seed=1, step=2, param=3, backend=backend)
+    assert grids == [(512, 1, 1)]
+
+
 def test_tables_in_a_workspace(nvcc: CudaKernels) -> None:
     """Tables too long for the parameters of a launch: many groups, or many segments."""
     check_simple_visits(nvcc, range(8), workspace=True)
@@ -108,6 +125,7 @@ def test_threads_of_many_octets(compiled: tuple[Path, dict[int, str]]) -> None:
     rng = np.random.default_rng(0)
     with backend_of(nvcc) as backend:
         check_visit(simple_visit(rng, (1, 2), 0, DTYPES, [40_003, 70_000, 31_000]), backend)
+        check_ops(rng, backend, torch.bfloat16, 70_000)
 
 
 def test_sm_80_is_the_same_code(compiled: tuple[Path, dict[int, str]]) -> None:

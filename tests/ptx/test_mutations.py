@@ -14,6 +14,8 @@ from ptx.cuda_kernels import CudaKernels
 from ptx.parser import PtxError
 from ptx.triton_kernels import TritonKernels
 
+import distzo2_core
+
 pytestmark = needs_native
 
 VISIT = r"visit_kernelINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEENS0_12InlineTables"
@@ -74,6 +76,11 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
         elif kernel == GENERATE or "noise" in kernel:
             for dtype, numel in itertools.product((torch.float32, torch.bfloat16), (100, 4500)):
                 check_ops(rng, backend, dtype, numel)
+            kernels.device = 1  # of one multiprocessor, where a thread makes two octets
+            got, expected = (
+                distzo2_core.normal(70_000, seed=1, step=2, param=3, backend=each) for each in (backend, "native")
+            )
+            assert torch.equal(got, expected)
         else:
             shape, family = {ANY: ((1, 1), 0), PERTURB: ((0, 1), 1), SHUFFLED: ((1, 2), 1)}.get(kernel, ((1, 2), 0))
             many = 40 if kernel in (PERTURB, PIECE) else 1

@@ -407,12 +407,12 @@ def test_a_pace_is_kept(tmp_path):
 def test_a_gpu_copies_beside_its_lanes_and_pays_for_the_link(tmp_path, monkeypatch):
     cuda = fake_streams.install(monkeypatch)
     pool = SimpleNamespace(tensor=lambda block: torch.zeros(512, dtype=torch.uint8))
-    monkeypatch.setattr(weight_file, "HostPool", lambda sizes, device: pool)
+    monkeypatch.setattr(weight_file, "HostPool", lambda sizes, **options: pool)
     unit = Unit(0, "unit", [], [], resident=False)
     unit.num_bytes = 512
     options = distzo2.WeightFile(tmp_path / "weights", tmp_path / "journal", pace=0.5)
     file = BlockFile(str(tmp_path / "weights"), [512], durable=True)
-    weights = SimpleNamespace(device=torch.device("cuda:1"), units=[unit])
+    weights = SimpleNamespace(device=torch.device("cuda:1"), units=[unit], host_memory=None)
     copier = Copier(options, file, {0: 0}, None, weights)
     copier.begin_round()
     buffer = torch.full((512,), 7, dtype=torch.uint8)

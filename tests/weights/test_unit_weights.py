@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from distzo2.parallel.sliced_store import slices_of
+from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import MemoryStore, Store, StoredCopy
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import Unit, collect_params
@@ -58,3 +62,24 @@ def test_every_element_is_in_one_slice() -> None:
     for param in block.params:
         slices = [slices_of([block], [1.0, 2.0, 1.0], i)[0] for i in range(3)]
         assert [e for copy in slices for e in copy.elements_of(param)] == list(range(param.numel))
+
+
+def test_scratch_follows_the_stream_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step on another stream waits for kernels that still read the buffers, and an allocator waits for both."""
+    log = []
+
+    class Stream(str):
+        def wait_stream(self, other: str) -> None:
+            log.append((self, "waits for", other))
+
+    numbers = iter(range(9))
+    buffer = lambda self, num_bytes: SimpleNamespace(  # noqa: E731
+        data_ptr=functools.partial(str, next(numbers)), record_stream=lambda stream: log.append(("read on", stream))
+    )
+    monkeypatch.setattr(Scratch, "_allocate", buffer)
+    one, scratch = unit(), Scratch([unit()], torch.device("cuda", 1))
+    for name in ("A", "A", "B", "B"):
+        monkeypatch.setattr(torch.cuda, "current_stream", {torch.device("cuda", 1): Stream(name)}.get)
+        if scratch.find(one, "+") is None:
+            scratch.take(one, ["+", "-"], [])
+    assert log == [("B", "waits for", "A"), ("read on", "B"), ("read on", "B")]

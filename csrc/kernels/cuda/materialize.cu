@@ -35,8 +35,9 @@ __global__ void __launch_bounds__(kThreads, Program::kMinBlocks) visit_kernel(co
 
 template <DType D>
 __global__ void __launch_bounds__(kThreads)
-    generate_kernel(const __grid_constant__ InPlace request, const __grid_constant__ PhiloxKeys keys) {
-    generate_thread<D>(request, keys, blockIdx.x, threadIdx.x);
+    generate_kernel(const __grid_constant__ InPlace request, const __grid_constant__ PhiloxKeys keys,
+                    uint32_t octets_per_thread) {
+    generate_thread<D>(request, keys, octets_per_thread, blockIdx.x, threadIdx.x);
 }
 
 template <DType D>
@@ -57,54 +58,67 @@ __global__ void __launch_bounds__(kThreads)
         *reinterpret_cast<Sixteen*>(to + i) = *reinterpret_cast<const Sixteen*>(piece.bytes + i);
 }
 
-// Makes a device current for the calling thread, and puts the former one back.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) : device_(device) {
-        DZO_CUDA_CHECK(cudaGetDevice(&former_));
-        if (former_ != device_)
-            DZO_CUDA_CHECK(cudaSetDevice(device_));
-    }
-    ~DeviceGuard() {
-        if (former_ != device_)
-            cudaSetDevice(former_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  private:
-    int device_;
-    int former_ = 0;
-};
-
 struct DeviceState {
-    std::once_flag once;
+    std::once_flag once, pool_once;
     int num_sms = 0;
+    int has_pools = 0;
     cudaMemPool_t pool = nullptr; // keeps what it has, so that a workspace costs no allocation after the first
 };
 
+// Of the current device, which must be `device`. To make it current here would make a context, if only on the device to
+// return to.
 DeviceState& device_state(int device) {
     static DeviceState states[kMaxDevices];
-    DZO_CHECK(device >= 0 && device < kMaxDevices, "device ", device);
+    int current = -1;
+    DZO_CUDA_CHECK(cudaGetDevice(&current));
+    DZO_CHECK(device == current && device < kMaxDevices, "device ", device, " while ", current, " is current");
     DeviceState& state = states[device];
     std::call_once(state.once, [&] {
         DZO_CUDA_CHECK(cudaDeviceGetAttribute(&state.num_sms, cudaDevAttrMultiProcessorCount, device));
-        int has_pools = 0;
-        DZO_CUDA_CHECK(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, device));
-        DZO_CHECK(has_pools != 0, "device ", device, " has no stream-ordered allocator");
-        cudaMemPoolProps properties{};
-        properties.allocType = cudaMemAllocationTypePinned;
-        properties.location.type = cudaMemLocationTypeDevice;
-        properties.location.id = device;
-        DZO_CUDA_CHECK(cudaMemPoolCreate(&state.pool, &properties));
-        uint64_t keep = UINT64_MAX;
-        DZO_CUDA_CHECK(cudaMemPoolSetAttribute(state.pool, cudaMemPoolAttrReleaseThreshold, &keep));
+        DZO_CUDA_CHECK(cudaDeviceGetAttribute(&state.has_pools, cudaDevAttrMemoryPoolsSupported, device));
     });
     return state;
 }
 
+// Device memory in the order of a stream. A device without memory pools waits for the stream before it frees.
+class Workspace {
+  public:
+    Workspace(size_t num_bytes, DeviceState& state, int device, cudaStream_t stream) : state_(state), stream_(stream) {
+        if (state.has_pools == 0) {
+            DZO_CUDA_CHECK(cudaMalloc(&data, num_bytes));
+            return;
+        }
+        std::call_once(state.pool_once, [&] {
+            cudaMemPoolProps properties{};
+            properties.allocType = cudaMemAllocationTypePinned;
+            properties.location.type = cudaMemLocationTypeDevice;
+            properties.location.id = device;
+            DZO_CUDA_CHECK(cudaMemPoolCreate(&state.pool, &properties));
+            uint64_t keep = UINT64_MAX;
+            DZO_CUDA_CHECK(cudaMemPoolSetAttribute(state.pool, cudaMemPoolAttrReleaseThreshold, &keep));
+        });
+        DZO_CUDA_CHECK(cudaMallocFromPoolAsync(&data, num_bytes, state.pool, stream));
+    }
+    ~Workspace() {
+        if (state_.has_pools != 0) {
+            cudaFreeAsync(data, stream_);
+        } else {
+            cudaStreamSynchronize(stream_);
+            cudaFree(data);
+        }
+    }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    void* data = nullptr;
+
+  private:
+    DeviceState& state_;
+    cudaStream_t stream_;
+};
+
 template <class Program>
-void launch(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+void launch(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
     const uint32_t num_tiles = tables.header.num_tiles;
     if (tables.bytes.size() <= kInlineBytes) {
         InlineTables arguments;
@@ -114,45 +128,41 @@ void launch(const VisitTables& tables, DeviceState& state, cudaStream_t stream) 
         DZO_CUDA_CHECK_LAUNCH();
         return;
     }
-    void* workspace = nullptr;
-    const size_t num_bytes = (tables.bytes.size() + 15) / 16 * 16;
-    DZO_CUDA_CHECK(cudaMallocFromPoolAsync(&workspace, num_bytes, state.pool, stream));
+    const Workspace workspace((tables.bytes.size() + 15) / 16 * 16, state, device, stream);
+    auto* const bytes = static_cast<uint8_t*>(workspace.data);
     for (size_t at = 0; at < tables.bytes.size(); at += kInlineBytes) {
         Piece piece;
         const size_t num = std::min(kInlineBytes, tables.bytes.size() - at);
         std::memcpy(piece.bytes, tables.bytes.data() + at, num);
-        store_piece_kernel<<<1, kThreads, 0, stream>>>(static_cast<uint8_t*>(workspace) + at, piece,
-                                                       static_cast<uint32_t>(num));
+        store_piece_kernel<<<1, kThreads, 0, stream>>>(bytes + at, piece, static_cast<uint32_t>(num));
         DZO_CUDA_CHECK_LAUNCH();
     }
-    visit_kernel<Program>
-        <<<num_tiles, kThreads, 0, stream>>>(WorkspaceTables{tables.header, static_cast<const uint8_t*>(workspace)});
+    visit_kernel<Program><<<num_tiles, kThreads, 0, stream>>>(WorkspaceTables{tables.header, bytes});
     DZO_CUDA_CHECK_LAUNCH();
-    DZO_CUDA_CHECK(cudaFreeAsync(workspace, stream));
 }
 
 template <Purpose kFamily>
-void launch_simple(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+void launch_simple(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
     const int updates = tables.shape.num_updates, emits = tables.shape.num_emits;
     if (updates == 1 && emits == 2)
-        launch<SimpleProgram<1, 2, kFamily>>(tables, state, stream);
+        launch<SimpleProgram<1, 2, kFamily>>(tables, state, device, stream);
     else if (updates == 0 && emits == 2)
-        launch<SimpleProgram<0, 2, kFamily>>(tables, state, stream);
+        launch<SimpleProgram<0, 2, kFamily>>(tables, state, device, stream);
     else if (updates == 0 && emits == 1)
-        launch<SimpleProgram<0, 1, kFamily>>(tables, state, stream);
+        launch<SimpleProgram<0, 1, kFamily>>(tables, state, device, stream);
     else if (updates == 1 && emits == 0)
-        launch<SimpleProgram<1, 0, kFamily>>(tables, state, stream);
+        launch<SimpleProgram<1, 0, kFamily>>(tables, state, device, stream);
     else
-        launch<AnyProgram>(tables, state, stream);
+        launch<AnyProgram>(tables, state, device, stream);
 }
 
-void launch_visit(const VisitTables& tables, DeviceState& state, cudaStream_t stream) {
+void launch_visit(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
     if (tables.shape.simple && tables.shape.family == Purpose::kNormal)
-        launch_simple<Purpose::kNormal>(tables, state, stream);
+        launch_simple<Purpose::kNormal>(tables, state, device, stream);
     else if (tables.shape.simple && tables.shape.family == Purpose::kRademacher)
-        launch_simple<Purpose::kRademacher>(tables, state, stream);
+        launch_simple<Purpose::kRademacher>(tables, state, device, stream);
     else
-        launch<AnyProgram>(tables, state, stream);
+        launch<AnyProgram>(tables, state, device, stream);
 }
 
 } // namespace
@@ -163,37 +173,41 @@ void materialize_cuda(const Materialize& visit, int device, CudaStream stream) {
     check(visit);
     if (visit.num_emits == 0 && (visit.num_updates == 0 || !visit.write_back))
         return;
-    const DeviceGuard guard(device);
     DeviceState& state = device_state(device);
     static thread_local VisitTables tables; // keeps its storage from visit to visit
     build_tables(visit, state.num_sms, tables);
     if (tables.header.num_tiles > 0)
-        launch_visit(tables, state, static_cast<cudaStream_t>(stream));
+        launch_visit(tables, state, device, static_cast<cudaStream_t>(stream));
 }
 
 void generate_cuda(const InPlace& request, int device, CudaStream stream) {
     if (request.numel == 0)
         return;
-    const DeviceGuard guard(device);
-    const int64_t octets = (request.offset + request.numel + kOctet - 1) / kOctet - request.offset / kOctet;
-    const int64_t tile = kThreads * kMaxOctetsPerThread;
-    const auto num_tiles = static_cast<unsigned>((octets + tile - 1) / tile);
+    const int num_sms = device_state(device).num_sms;
     const PhiloxKeys keys = philox_keys(request.seed);
     const auto on = static_cast<cudaStream_t>(stream);
-    if (request.dtype == DType::kFp32)
-        generate_kernel<DType::kFp32><<<num_tiles, kThreads, 0, on>>>(request, keys);
-    else if (request.dtype == DType::kBf16)
-        generate_kernel<DType::kBf16><<<num_tiles, kThreads, 0, on>>>(request, keys);
-    else
-        generate_kernel<DType::kFp16><<<num_tiles, kThreads, 0, on>>>(request, keys);
-    DZO_CUDA_CHECK_LAUNCH();
+    for_each_part(request.offset, request.numel, [&](int64_t begin, int64_t end) {
+        InPlace part = request;
+        part.data = static_cast<uint8_t*>(request.data) + (begin - request.offset) * dtype_bytes(request.dtype);
+        part.offset = begin;
+        part.numel = end - begin;
+        const uint32_t per_thread = octets_per_thread(num_octets(begin, part.numel), num_sms);
+        const uint32_t num_tiles = num_tiles_of(begin, part.numel, per_thread);
+        if (request.dtype == DType::kFp32)
+            generate_kernel<DType::kFp32><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread);
+        else if (request.dtype == DType::kBf16)
+            generate_kernel<DType::kBf16><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread);
+        else
+            generate_kernel<DType::kFp16><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread);
+        DZO_CUDA_CHECK_LAUNCH();
+    });
 }
 
 void lookup_cuda(const Lookup& request, int device, CudaStream stream) {
     if (request.num_ids == 0 || request.cols == 0)
         return;
     DZO_CHECK(request.num_ids <= INT32_MAX, "num_ids ", request.num_ids);
-    const DeviceGuard guard(device);
+    device_state(device);
     const auto num_blocks = static_cast<unsigned>(request.num_ids);
     const int64_t warps = (max_octets_of_row(request.cols) + 31) / 32;
     const auto num_threads = static_cast<unsigned>(std::min<int64_t>(warps * 32, kThreads));

@@ -193,7 +193,7 @@ struct SimpleProgram {
 };
 
 // The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first
-// octet, in 32 bits.
+// octet, in 32 bits: see kMaxPartOctets.
 template <DType D, class Run>
 DZO_HD void run_octets(const DeviceSegment& segment, bool aligned, const Run& run, uint32_t tile,
                        uint32_t octets_per_thread, uint32_t thread) {
@@ -265,10 +265,11 @@ struct GenerateRun {
 };
 
 template <DType D>
-DZO_HD void generate_thread(const InPlace& request, const PhiloxKeys& keys, uint32_t tile, uint32_t thread) {
+DZO_HD void generate_thread(const InPlace& request, const PhiloxKeys& keys, uint32_t octets_per_thread, uint32_t tile,
+                            uint32_t thread) {
     const DeviceSegment whole{0, request.offset, request.offset + request.numel, 0, 0, 0, 0};
     const bool aligned = is_aligned<D>(static_cast<const uint8_t*>(request.data), whole);
-    run_octets<D>(whole, aligned, GenerateRun<D>{request, keys}, tile, kMaxOctetsPerThread, thread);
+    run_octets<D>(whole, aligned, GenerateRun<D>{request, keys}, tile, octets_per_thread, thread);
 }
 
 } // namespace distzo2

@@ -2,6 +2,7 @@
 // in a device workspace. Built on the host for each launch; plain data, so that it is also what the tests on a CPU run.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -11,6 +12,8 @@ namespace distzo2 {
 
 constexpr int kThreads = 256;
 constexpr int kMaxOctetsPerThread = 8;
+// Threads count octets in 32 bits, so that longer runs of elements are cut.
+constexpr int64_t kMaxPartOctets = int64_t{1} << 30;
 
 struct DeviceSegment {
     int64_t byte_offset;
@@ -62,10 +65,28 @@ struct VisitTables {
     std::vector<uint8_t> bytes;
 };
 
-inline int64_t num_octets(const Segment& segment) {
-    return segment.numel == 0
-               ? 0
-               : (segment.element_offset + segment.numel + kOctet - 1) / kOctet - segment.element_offset / kOctet;
+inline int64_t num_octets(int64_t first_element, int64_t numel) {
+    return numel == 0 ? 0 : (first_element + numel + kOctet - 1) / kOctet - first_element / kOctet;
+}
+
+// Few enough that small tensors fill the device a few times over, and many enough to spread a thread's setup.
+inline uint32_t octets_per_thread(int64_t octets, int num_sms) {
+    return static_cast<uint32_t>(
+        std::clamp<int64_t>(octets / (int64_t{kThreads} * num_sms * 16), 1, kMaxOctetsPerThread));
+}
+
+inline uint32_t num_tiles_of(int64_t first_element, int64_t numel, uint32_t octets_per_thread) {
+    const int64_t tile = int64_t{kThreads} * octets_per_thread;
+    return static_cast<uint32_t>((num_octets(first_element, numel) + tile - 1) / tile);
+}
+
+// body(begin, end) for parts of elements [first, first + numel), cut between octets.
+template <class Body>
+void for_each_part(int64_t first, int64_t numel, Body body) {
+    for (int64_t begin = first, end = begin; begin < first + numel; begin = end) {
+        end = std::min(first + numel, (begin / kOctet + kMaxPartOctets) * kOctet);
+        body(begin, end);
+    }
 }
 
 template <class Row>
@@ -81,19 +102,14 @@ inline bool same_tensor(const Term& a, const Term& b) {
     return a.family == b.family && a.step == b.step && a.probe == b.probe;
 }
 
-// num_sms sets how many octets a thread takes: enough tiles to fill the device a few times over, few enough to spread a
-// thread's setup over its octets.
 inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tables) {
     VisitHeader& header = tables.header;
     std::vector<uint8_t>& bytes = tables.bytes;
     bytes.clear();
     int64_t octets = 0;
     for (int64_t s = 0; s < visit.num_segments; ++s)
-        octets += num_octets(visit.segments[s]);
-    const int64_t fill = octets / (int64_t{kThreads} * num_sms * 16);
-    header.octets_per_thread = static_cast<uint32_t>(fill < 1                     ? 1
-                                                     : fill > kMaxOctetsPerThread ? kMaxOctetsPerThread
-                                                                                  : fill);
+        octets += num_octets(visit.segments[s].element_offset, visit.segments[s].numel);
+    header.octets_per_thread = octets_per_thread(octets, num_sms);
     header.weights = visit.weights;
     header.keys = philox_keys(visit.seed);
     header.num_updates = static_cast<uint32_t>(visit.num_updates);
@@ -109,13 +125,12 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     uint32_t tiles = 0;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
-        if (segment.numel == 0)
-            continue;
-        segments.push_back({segment.byte_offset, segment.element_offset, segment.element_offset + segment.numel,
-                            static_cast<uint32_t>(segment.param), static_cast<uint32_t>(segment.group), tiles,
-                            static_cast<uint32_t>(segment.dtype)});
-        const int64_t tile = int64_t{kThreads} * header.octets_per_thread;
-        tiles += static_cast<uint32_t>((num_octets(segment) + tile - 1) / tile);
+        for_each_part(segment.element_offset, segment.numel, [&](int64_t begin, int64_t end) {
+            const int64_t skipped = (begin - segment.element_offset) * dtype_bytes(static_cast<DType>(segment.dtype));
+            segments.push_back({segment.byte_offset + skipped, begin, end, static_cast<uint32_t>(segment.param),
+                                static_cast<uint32_t>(segment.group), tiles, static_cast<uint32_t>(segment.dtype)});
+            tiles += num_tiles_of(begin, end - begin, header.octets_per_thread);
+        });
     }
     header.num_tiles = tiles;
     header.num_segments = static_cast<uint32_t>(segments.size());

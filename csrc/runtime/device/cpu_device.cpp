@@ -13,14 +13,13 @@
 namespace distzo2 {
 
 // One lock serves all queues and events: items are copies of megabytes, so that it is idle. A queue's thread sleeps on
-// a condition of its own, and who waits for an event or an idle stream on `changed`: a wake-up costs tens of
+// a condition of its own, and who waits for an event on `changed`: a wake-up costs tens of
 // microseconds, so only those are woken whom an item may concern.
 struct CpuDevice::State {
     CopyHook hook;
     std::mutex mutex;
     std::condition_variable changed;
-    int num_idle_waiters = 0; // of synchronize_stream()
-    std::string error;        // of the first copy that failed; kept
+    std::string error; // of the first copy that failed; kept
 };
 
 struct CpuDevice::Mark { // an Event
@@ -45,7 +44,6 @@ struct CpuDevice::Queue {                            // a Stream
     std::vector<Item> items = std::vector<Item>(64); // a ring; grows while warming up only
     size_t head = 0;
     size_t count = 0;
-    bool busy = false;
     bool closing = false;
     std::condition_variable ready;
     std::thread thread;
@@ -80,7 +78,6 @@ void CpuDevice::run(State& state, Queue& queue) {
         const Item item = queue.items[queue.head];
         queue.head = (queue.head + 1) % queue.items.size();
         --queue.count;
-        queue.busy = true;
         switch (item.kind) {
         case Item::Kind::kWait:
             state.changed.wait(lock, [&] { return item.mark->num_completed >= item.sequence; });
@@ -112,8 +109,7 @@ void CpuDevice::run(State& state, Queue& queue) {
                 state.error = failure;
             break;
         }
-        queue.busy = false;
-        if (item.kind == Item::Kind::kRecord || state.num_idle_waiters > 0)
+        if (item.kind == Item::Kind::kRecord)
             state.changed.notify_all();
     }
 }
@@ -152,16 +148,6 @@ void CpuDevice::destroy_stream(Stream stream) noexcept {
     }
     queue->thread.join();
     delete queue;
-}
-
-void CpuDevice::synchronize_stream(Stream stream) {
-    std::unique_lock lock(state_->mutex);
-    if (auto* queue = static_cast<Queue*>(stream)) {
-        ++state_->num_idle_waiters;
-        state_->changed.wait(lock, [&] { return queue->count == 0 && !queue->busy; });
-        --state_->num_idle_waiters;
-    }
-    throw_if_failed();
 }
 
 Event CpuDevice::create_event(bool /*timed*/) { return new Mark; }

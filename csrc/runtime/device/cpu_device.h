@@ -23,7 +23,6 @@ class CpuDevice final : public Device {
     size_t copy_chunk_bytes() const override;
     Stream create_stream(bool urgent) override;
     void destroy_stream(Stream stream) noexcept override;
-    void synchronize_stream(Stream stream) override;
     Event create_event(bool timed) override;
     void destroy_event(Event event) noexcept override;
     void record(Event event, Stream stream) override;

@@ -62,15 +62,16 @@ Stream CudaDevice::create_stream(bool urgent) {
 }
 
 void CudaDevice::destroy_stream(Stream stream) noexcept {
-    driver_.stream_synchronize(stream);
+    try {
+        synchronize_stream(stream);
+    } catch (const std::exception&) { // then the driver alone ends what is on it
+    }
     driver_.stream_destroy(stream);
 }
 
-void CudaDevice::synchronize_stream(Stream stream) { DZO_DRIVER(stream_synchronize, stream); }
-
 Event CudaDevice::create_event(bool timed) {
     Event event = nullptr;
-    DZO_DRIVER(event_create, &event, timed ? cu::kEventDefault : cu::kEventDisableTiming);
+    DZO_DRIVER(event_create, &event, cu::kEventBlockingSync | (timed ? 0 : cu::kEventDisableTiming));
     return event;
 }
 
@@ -96,7 +97,8 @@ double CudaDevice::elapsed_ns(Event start, Event end) {
     return static_cast<double>(milliseconds) * 1e6;
 }
 
-// The event happens between the two looks at the clock; tried again while they lie far apart.
+// The event happens between the two looks at the clock; tried again while they lie far apart. A thread that slept would
+// wake too late.
 int64_t CudaDevice::record_and_date(Event event, Stream stream) {
     constexpr int kMaxTries = 5;
     constexpr int64_t kCloseNs = 30'000;
@@ -105,7 +107,8 @@ int64_t CudaDevice::record_and_date(Event event, Stream stream) {
     for (int i = 0; i == 0 || (i < kMaxTries && after_ns - before_ns > kCloseNs); ++i) {
         before_ns = now_ns();
         record(event, stream);
-        synchronize(event);
+        while (!query(event))
+            ;
         after_ns = now_ns();
     }
     return before_ns + (after_ns - before_ns) / 2;

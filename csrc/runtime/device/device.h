@@ -33,14 +33,13 @@ class Device {
 
     virtual Stream create_stream(bool urgent) = 0;
     virtual void destroy_stream(Stream stream) noexcept = 0; // after what is queued on it
-    virtual void synchronize_stream(Stream stream) = 0;
 
     virtual Event create_event(bool timed) = 0;
     virtual void destroy_event(Event event) noexcept = 0;
     virtual void record(Event event, Stream stream) = 0;
     virtual void wait(Stream stream, Event event) = 0; // an event never recorded counts as complete
     virtual bool query(Event event) = 0;
-    virtual void synchronize(Event event) = 0;
+    virtual void synchronize(Event event) = 0;             // the thread sleeps
     virtual double elapsed_ns(Event start, Event end) = 0; // of two complete timed events
     // Records a timed event on an idle stream and gives its time on the monotonic clock.
     virtual int64_t record_and_date(Event event, Stream stream) = 0;
@@ -50,6 +49,19 @@ class Device {
 
     virtual void register_host(void* address, size_t num_bytes) = 0;
     virtual void unregister_host(void* address) noexcept = 0;
+
+    // Waits for what is on the stream. Makes an event each time.
+    void synchronize_stream(Stream stream) {
+        const Event event = create_event(false);
+        try {
+            record(event, stream);
+            synchronize(event);
+        } catch (...) {
+            destroy_event(event);
+            throw;
+        }
+        destroy_event(event);
+    }
 
     // Makes the device current on this thread for the lifetime of a DeviceGuard; they nest.
     virtual void enter() = 0;

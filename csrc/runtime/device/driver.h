@@ -28,7 +28,7 @@ inline constexpr Result kNotReady = 600;
 inline constexpr Result kAlreadyRegistered = 712;
 inline constexpr Result kNotRegistered = 713;
 inline constexpr unsigned kStreamNonBlocking = 1;
-inline constexpr unsigned kEventDefault = 0;
+inline constexpr unsigned kEventBlockingSync = 1; // who waits sleeps, where it would spin on a core
 inline constexpr unsigned kEventDisableTiming = 2;
 inline constexpr unsigned kRegisterPortable = 1; // pinned for every context of the process
 
@@ -47,7 +47,6 @@ inline constexpr unsigned kRegisterPortable = 1; // pinned for every context of 
     X(stream_priority_range, "cuCtxGetStreamPriorityRange", (int* least, int* greatest))                               \
     X(stream_create, "cuStreamCreateWithPriority", (Stream * stream, unsigned flags, int priority))                    \
     X(stream_destroy, "cuStreamDestroy_v2", (Stream stream))                                                           \
-    X(stream_synchronize, "cuStreamSynchronize", (Stream stream))                                                      \
     X(stream_wait_event, "cuStreamWaitEvent", (Stream stream, Event event, unsigned flags))                            \
     X(event_create, "cuEventCreate", (Event * event, unsigned flags))                                                  \
     X(event_record, "cuEventRecord", (Event event, Stream stream))                                                     \

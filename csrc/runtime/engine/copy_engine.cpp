@@ -44,7 +44,7 @@ struct CopyEngine::Call {
 };
 
 CopyEngine::CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std::vector<std::byte*> slots,
-                       size_t slot_bytes)
+                       size_t slot_bytes, Stream stream)
     : state_(std::make_unique<EngineState>()), slots_(slots.size()), slot_of_block_(pool.num_blocks(), -1),
       owner_process_(getpid()) {
     state_->device = std::move(device);
@@ -53,10 +53,11 @@ CopyEngine::CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std
     state_->slot_bytes = slot_bytes;
     check_slots();
     transport_ = std::make_unique<StreamTransport>(*state_, pool);
+    order_slots_behind(stream);
 }
 
 CopyEngine::CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile> file, std::vector<std::byte*> slots,
-                       size_t slot_bytes, std::shared_ptr<HostPool> staging, const DiskOptions& options)
+                       size_t slot_bytes, std::shared_ptr<HostPool> staging, const DiskOptions& options, Stream stream)
     : state_(std::make_unique<EngineState>()), slots_(slots.size()), slot_of_block_(file->block_bytes().size(), -1),
       owner_process_(getpid()) {
     state_->device = std::move(device);
@@ -68,6 +69,7 @@ CopyEngine::CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile
         if (state_->device->is_cpu() && !is_page_aligned(slot))
             throw std::invalid_argument("copy engine: slots that a file is read into must start at a multiple of 4096");
     transport_ = std::make_unique<DiskTransport>(*state_, std::move(file), std::move(staging), options);
+    order_slots_behind(stream);
 }
 
 void CopyEngine::check_slots() const {
@@ -76,6 +78,14 @@ void CopyEngine::check_slots() const {
     for (const std::byte* slot : state_->slots)
         if (slot == nullptr)
             throw std::invalid_argument("copy engine: a slot's address is 0");
+}
+
+// As if all that is on the stream had read every slot.
+void CopyEngine::order_slots_behind(Stream stream) {
+    const Lock lock(state_->mutex);
+    const DeviceGuard guard(*state_->device);
+    for (size_t i = 0; i < slots_.size(); ++i)
+        transport_->reader_done(static_cast<int>(i), stream);
 }
 
 CopyEngine::~CopyEngine() { close(); }

@@ -20,9 +20,12 @@ namespace distzo2 {
 class CopyEngine {
   public:
     // Throws std::invalid_argument for slots that cannot hold the blocks, std::runtime_error from device or threads.
-    CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std::vector<std::byte*> slots, size_t slot_bytes);
+    // An allocator may have handed out the slots while work on `stream` still uses their memory: transfers wait for it.
+    CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std::vector<std::byte*> slots, size_t slot_bytes,
+               Stream stream = nullptr);
     CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile> file, std::vector<std::byte*> slots,
-               size_t slot_bytes, std::shared_ptr<HostPool> staging = nullptr, const DiskOptions& options = {});
+               size_t slot_bytes, std::shared_ptr<HostPool> staging = nullptr, const DiskOptions& options = {},
+               Stream stream = nullptr);
     ~CopyEngine(); // as close()
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
@@ -66,6 +69,7 @@ class CopyEngine {
     struct Call; // the frame of a public function: lock, device, failures
 
     void check_slots() const;
+    void order_slots_behind(Stream stream);
     int slot_of(int block) const;
     int choose(bool for_acquire);
     void assign(int slot, int block, bool urgent);

@@ -17,6 +17,7 @@ StreamTransport::StreamTransport(EngineState& state, const HostPool& pool)
         create(uploads_, false);
         create(urgent_uploads_, true);
         create(downloads_, false);
+        flushed_ = device_.create_event(false);
         for (SlotState& slot : slots_)
             slot.ready = device_.create_event(false);
         timer_.create(uploads_.streams[0]);
@@ -58,6 +59,9 @@ void StreamTransport::stop() noexcept {
             if (slot.ready != nullptr)
                 device_.destroy_event(slot.ready);
         }
+        if (flushed_ != nullptr)
+            device_.destroy_event(flushed_);
+        flushed_ = nullptr;
         timer_.destroy();
     } catch (const std::exception&) { // the driver is gone, at the end of the process, and all of this with it
     }
@@ -166,8 +170,9 @@ void StreamTransport::reader_done(int slot, Stream stream) { slots_[slot].reader
 bool StreamTransport::is_present(int slot) { return device_.query(slots_[slot].ready); }
 
 void StreamTransport::flush(Lock& lock) {
+    device_.record(flushed_, downloads_.streams[0]);
     lock.unlock();
-    device_.synchronize_stream(downloads_.streams[0]);
+    device_.synchronize(flushed_);
     lock.lock();
 }
 

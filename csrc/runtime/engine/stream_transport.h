@@ -56,6 +56,7 @@ class StreamTransport final : public Transport {
     StreamSet uploads_;
     StreamSet urgent_uploads_;
     StreamSet downloads_;
+    Event flushed_ = nullptr;
     std::vector<SlotState> slots_;
     EventTimer timer_;
 };

@@ -197,6 +197,9 @@ class Work:
 class _Ledger(Scratch):
     """The runtime's scratch, without its memory."""
 
+    def _follow(self) -> None:
+        """No-op: there are no streams."""
+
     def _allocate(self, num_bytes: int) -> SimpleNamespace:
         address = next(_ADDRESSES)
         return SimpleNamespace(data_ptr=lambda: address, numel=lambda: num_bytes)

@@ -126,6 +126,8 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
         else torch.zeros(block_bytes, dtype=torch.uint8, device=device)
         for _ in range(SLOTS)
     ]
+    for block in range(NUM_BLOCKS):
+        pool.tensor(block).random_()
     engine = CopyEngine(name, pool, [slot.data_ptr() for slot in slots], block_bytes)
     try:
         rates = _rates(engine, device, block_bytes, effort, before=lambda: None)
@@ -233,7 +235,7 @@ def _gather_rank(
         torch.cuda.set_device(device)
     limit = timedelta(seconds=GATHER_LIMIT_S)
     dist.init_process_group(backend, init_method=meet, rank=rank, world_size=num_ranks, timeout=limit)
-    part = torch.full((slice_bytes,), rank + 1, dtype=torch.uint8, device=device)
+    part = torch.randint(256, (slice_bytes,), dtype=torch.uint8, device=device)
     whole = torch.zeros(slice_bytes * num_ranks, dtype=torch.uint8, device=device)
     places = whole.split(slice_bytes)
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name for it

@@ -37,6 +37,7 @@ class Scratch:
 
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None  # whose kernels used the buffers last
         self._classes: dict[Hashable, _SizeClass] = {}
         self._class_of: dict[int, _SizeClass] = {}  # by the unit's index
         for unit in units:
@@ -47,6 +48,7 @@ class Scratch:
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
         """Returns the buffer that holds `key` of `unit`, or None."""
+        self._follow()
         buffers, held = self._class_of[unit.index].buffers, (unit.index, key)
         buffer = buffers.get(held)
         if buffer is not None and buffer is not next(reversed(buffers.values())):
@@ -59,6 +61,7 @@ class Scratch:
 
     def take(self, unit: Unit, keys: Sequence[Hashable], pinned: Collection[int]) -> list[torch.Tensor]:
         """Returns buffers to be filled with `keys` of `unit`; never one whose address is in `pinned`."""
+        self._follow()
         size_class = self._class_of[unit.index]
         buffers = size_class.buffers
         limit = size_class.limit
@@ -72,6 +75,18 @@ class Scratch:
                 taken.append(buffers.pop(oldest))
             buffers[unit.index, key] = taken[-1]
         return taken
+
+    def _follow(self) -> None:
+        """Orders the current stream behind the one that used the buffers last, and their end behind both."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+            for size_class in self._classes.values():
+                for buffer in size_class.buffers.values():
+                    buffer.record_stream(stream)
+        self._stream = stream
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         if self._device.type == "cpu":

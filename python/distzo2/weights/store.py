@@ -212,7 +212,8 @@ class StreamingStore(Store):
         else:
             ring = torch.empty(self.slot_bytes * self.num_slots, dtype=torch.uint8, device=device)
             self._slots = list(ring.split(self.slot_bytes))
-        self.engine = engine = CopyEngine(str(device), storage, [s.data_ptr() for s in self._slots], self.slot_bytes)
+        addresses = [slot.data_ptr() for slot in self._slots]
+        self.engine = engine = CopyEngine(str(device), storage, addresses, self.slot_bytes, stream=self._stream())
         self.set_durable, self.fail, self.flush = engine.set_durable, engine.fail, _core_errors(engine.flush)
         self.reset_stats, self.trace, self.events = engine.reset_stats, engine.trace, engine.events
         stats = self.stats()
@@ -265,6 +266,9 @@ class StreamingStore(Store):
 
     def close(self) -> None:
         self.engine.close()
+        if self._device.type == "cuda":  # the allocator gives the slots away, and knows only the stream it made them on
+            with suppress(RuntimeError):  # a device that has failed reads no more
+                torch.cuda.synchronize(self._device)
         if not self.in_host_memory:
             self._storage.close()
         self._slots.clear()

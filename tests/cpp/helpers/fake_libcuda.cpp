@@ -57,7 +57,6 @@ EXPORT cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priority
     return driver().stream_create(stream, flags, priority);
 }
 EXPORT cuStreamDestroy_v2(CUstream stream) { return driver().stream_destroy(stream); }
-EXPORT cuStreamSynchronize(CUstream stream) { return driver().stream_synchronize(stream); }
 EXPORT cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
     return driver().stream_wait_event(stream, event, flags);
 }

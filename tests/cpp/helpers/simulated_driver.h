@@ -1,7 +1,8 @@
 // A CUDA driver of threads, as a cu::DriverTable: each stream is a thread with its own queue, so that work on two
 // streams is ordered by events alone, as on a GPU. It refuses what a real driver refuses or only punishes: calls
 // without a context or from a host function, copies outside of an allocation, from memory that is not pinned or across
-// two registrations, use of destroyed handles. What tests ask of a driver besides (test_driver.h) is not its affair.
+// two registrations, use of destroyed handles, waits that spin. What tests ask of a driver besides (test_driver.h) is
+// not its affair.
 #pragma once
 
 #include <atomic>
@@ -38,6 +39,7 @@ struct Record { // of an event, at one time
 
 struct EventState {
     bool timed = false;
+    bool blocking = false;
     std::shared_ptr<Record> last;
 };
 
@@ -251,14 +253,6 @@ class Driver {
             lock.unlock();
             return kSuccess; // `state` ends when its queue is empty
         };
-        t.stream_synchronize = [](Stream stream) {
-            SIMULATED_CALL("stream_synchronize", true);
-            SIMULATED_HANDLE("stream_synchronize", streams_, stream);
-            const auto record = d.push_record(stream);
-            lock.unlock();
-            await(*record);
-            return kSuccess;
-        };
         t.stream_wait_event = [](Stream stream, Event event, unsigned) {
             SIMULATED_CALL("stream_wait_event", true);
             SIMULATED_HANDLE("stream_wait_event", streams_, stream);
@@ -270,7 +264,7 @@ class Driver {
         t.event_create = [](Event* event, unsigned flags) {
             SIMULATED_CALL("event_create", true);
             *event = reinterpret_cast<Event>(++d.next_handle_);
-            d.events_[*event] = {(flags & kEventDisableTiming) == 0, nullptr};
+            d.events_[*event] = {(flags & kEventDisableTiming) == 0, (flags & kEventBlockingSync) != 0, nullptr};
             return kSuccess;
         };
         t.event_record = [](Event event, Stream stream) {
@@ -293,6 +287,8 @@ class Driver {
         t.event_synchronize = [](Event event) {
             SIMULATED_CALL("event_synchronize", true);
             SIMULATED_HANDLE("event_synchronize", events_, event);
+            if (!d.events_[event].blocking)
+                return d.complain("event_synchronize", "an event whose waiters spin", kInvalidHandle);
             const auto record = d.events_[event].last;
             lock.unlock();
             if (record)

@@ -75,6 +75,14 @@ class BareDriver {
         return result;
     }
 
+    void synchronize(cu::Stream stream) const {
+        cu::Event event = nullptr;
+        check(table.event_create(&event, cu::kEventBlockingSync), "event_create");
+        check(table.event_record(event, stream), "event_record");
+        check(table.event_synchronize(event), "event_synchronize");
+        check(table.event_destroy(event), "event_destroy");
+    }
+
     const cu::DriverTable& table;
     const MemoryOperation stream_wait_value; // null where the driver has none
     const MemoryOperation stream_write_value;

@@ -47,13 +47,13 @@ class Gate {
         bare_.check(bare_.table.memory_allocate(&cell_, sizeof(uint32_t)), "memory_allocate");
         bare_.check(bare_.table.stream_create(&opener_, cu::kStreamNonBlocking, 0), "stream_create");
         bare_.check(bare_.stream_write_value(opener_, cell_, 0, 0), "stream_write_value");
-        bare_.check(bare_.table.stream_synchronize(opener_), "stream_synchronize");
+        bare_.synchronize(opener_);
         bare_.check(bare_.stream_wait_value(held_, cell_, 1, kAtLeast), "stream_wait_value");
     }
     ~Gate() {
         const BareDriver::Current current(bare_);
         bare_.stream_write_value(opener_, cell_, 1, 0);
-        bare_.table.stream_synchronize(held_);
+        bare_.synchronize(held_);
         bare_.table.stream_destroy(opener_);
         bare_.table.memory_free(cell_);
     }

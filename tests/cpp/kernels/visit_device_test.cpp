@@ -118,6 +118,46 @@ TEST(tiles_cover_large_segments) {
     }
 }
 
+// A parameter of as many elements as there may be, of which no byte is touched: parts whose octets are counted in 32
+// bits, next to each other, and their last threads at their last octets.
+TEST(octets_beyond_32_bits) {
+    struct Recorder {
+        mutable int64_t last = -1, end = 0;
+        void octet(int64_t octet, const OctetPlace<DType::kBf16>& place) const {
+            last = std::max(last, octet);
+            end = std::max(end, place.at + 2 * place.last);
+        }
+    };
+    Visit visit;
+    visit.add_segment(DType::kBf16, 0, 0, 0, 0);
+    visit.segments[0] = {22, kMaxElements - 11, static_cast<int64_t>(DType::kBf16), 7, 11, 0, 1, kMaxElements};
+    std::vector<uint8_t*> pointers;
+    VisitTables tables;
+    build_tables(visit.view(pointers), 132, tables);
+    const auto* parts = reinterpret_cast<const DeviceSegment*>(tables.bytes.data() + tables.header.segments_at);
+    int64_t at = 22, begin = 11;
+    for (uint32_t i = 0; i < tables.header.num_segments; ++i) {
+        CHECK(parts[i].begin == begin && parts[i].byte_offset == at && parts[i].param == 7, "part ", i);
+        CHECK(num_octets(begin, parts[i].end - begin) < (int64_t{1} << 32), "part ", i);
+        at += 2 * (parts[i].end - begin);
+        begin = parts[i].end;
+        const uint32_t end_tile =
+            i + 1 < tables.header.num_segments ? parts[i + 1].first_tile : tables.header.num_tiles;
+        const Recorder recorder;
+        for (uint32_t thread = 0; thread < kThreads; ++thread)
+            run_octets<DType::kBf16>(parts[i], true, recorder, end_tile - parts[i].first_tile - 1,
+                                     tables.header.octets_per_thread, thread);
+        CHECK(recorder.last == (begin - 1) / kOctet && recorder.end == at, "part ", i, " ends at ", recorder.last);
+    }
+    CHECK_EQ(begin, kMaxElements);
+}
+
+// 2^20 normals, and a small visit, have work for each of the multiprocessors of an H200.
+TEST(small_tensors_fill_the_device) {
+    CHECK_EQ(num_tiles_of(0, 1 << 20, octets_per_thread((1 << 20) / kOctet, 132)), 512u);
+    CHECK_EQ(octets_per_thread(int64_t{1} << 30, 132), 8u);
+}
+
 TEST(special_values) {
     const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x7F7FFFFF, 0xFF7FFFFF,
                                  0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x477FE000, 0x477FF000, 0x33800000};
@@ -144,10 +184,13 @@ TEST(generated_noise) {
             InPlace request{expected.data(), DType::kFp32, kNumel, 3, family, 1, 2, 3, offset};
             generate_cpu(request);
             request.data = actual.data();
-            for (uint32_t tile = 0; tile < 2; ++tile)
-                for (uint32_t thread = 0; thread < kThreads; ++thread)
-                    generate_thread<DType::kFp32>(request, philox_keys(3), tile, thread);
-            CHECK(std::memcmp(actual.data(), expected.data(), kNumel * sizeof(float)) == 0, family, ' ', offset);
+            for (const uint32_t per_thread : {1, 5}) {
+                std::fill(actual.begin(), actual.end(), 0.0f);
+                for (uint32_t tile = 0; tile < num_tiles_of(offset, kNumel, per_thread); ++tile)
+                    for (uint32_t thread = 0; thread < kThreads; ++thread)
+                        generate_thread<DType::kFp32>(request, philox_keys(3), per_thread, tile, thread);
+                CHECK(std::memcmp(actual.data(), expected.data(), kNumel * sizeof(float)) == 0, family, ' ', offset);
+            }
         }
 }
 

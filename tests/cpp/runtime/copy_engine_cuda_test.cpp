@@ -275,6 +275,31 @@ TEST(stored_copies_are_never_torn) {
     }
 }
 
+// A caching allocator hands memory out again while a kernel of its last user is queued: no transfer comes before that.
+TEST(slots_are_the_engines_once_their_stream_is_done_with_them) {
+    const Watchdog watchdog("slots_are_the_engines_once_their_stream_is_done_with_them");
+    for (const bool from_file : {false, true}) {
+        Subject subject(from_file, 2, 0);
+        Gate gate(subject.driver, subject.streams[0]);
+        const auto make = [&] { // with a stream that is held
+            if (from_file)
+                return std::make_unique<CopyEngine>(subject.device, subject.file, subject.slots, kMaxBytes,
+                                                    subject.staging, DiskOptions{}, subject.streams[0]);
+            return std::make_unique<CopyEngine>(subject.device, *subject.pool, subject.slots, kMaxBytes,
+                                                subject.streams[0]);
+        };
+        subject.engine = make();
+        CHECK(subject.engine->prefetch(0));
+        sleep_us(50000);
+        CHECK(subject.engine->present().empty());
+        gate.open();
+        const int slot = subject.engine->acquire(0, subject.streams[1]);
+        subject.launch(subject.streams[1], slot, 0, 0);
+        subject.engine->release(0, subject.streams[1], false, 0);
+        subject.synchronize_streams();
+    }
+}
+
 // A prefetch is dropped while its upload is held back, the block comes in again through the urgent streams, and is
 // changed: the download may not write what the first upload has yet to read.
 TEST(a_dropped_upload_still_reads) {
@@ -377,7 +402,7 @@ TEST(each_driver_call_may_fail) {
     const Watchdog watchdog("each_driver_call_may_fail", 120);
     for (const bool from_file : {false, true})
         for (const char* call : {"stream_create", "event_create", "event_record", "stream_wait_event", "copy_to_device",
-                                 "copy_to_host", "stream_synchronize", "event_query"})
+                                 "copy_to_host", "event_synchronize", "event_query"})
             for (const int after : {0, 1, 5}) {
                 TestDriver driver;
                 {

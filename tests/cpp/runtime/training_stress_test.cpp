@@ -167,9 +167,9 @@ Outcome streamed_training(const Setting& setting, const TestDriver* driver, Engi
                     version = step;
                 engine->release(block, compute, write_back, version);
             }
-            {
+            if (setting.cuda) {
                 const DeviceGuard guard(*device);
-                device->synchronize_stream(compute);
+                driver->bare().synchronize(compute);
             }
             coefs.push_back(step_coefficient(lanes, outcome));
             journal.append(step + 1);

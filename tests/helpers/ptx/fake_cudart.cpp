@@ -30,10 +30,14 @@ struct {
 } configuration;
 
 std::string failure;
+int current_device = -1; // made so by the entries' caller
+cudaStream_t callers_stream = nullptr, idle_stream = nullptr;
 
 template <class Body>
-const char* guarded(Body body) {
+const char* guarded(int device, void* stream, Body body) {
     try {
+        current_device = device;
+        callers_stream = static_cast<cudaStream_t>(stream);
         body();
         return nullptr;
     } catch (const std::exception& error) {
@@ -41,8 +45,6 @@ const char* guarded(Body body) {
         return failure.c_str();
     }
 }
-
-int current_device = 0;
 
 } // namespace
 
@@ -81,13 +83,10 @@ cudaError_t cudaGetDevice(int* device) {
     *device = current_device;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
-    current_device = device;
-    return cudaSuccess;
-}
-// Device 0 has the multiprocessors of an H200, the others one, so that a thread loops over octets of a small visit.
+// There is no cudaSetDevice, which makes a context. Device 0 has the multiprocessors of an H200; the others have one,
+// so that a thread loops over octets of a small visit, and device 2 has no memory pools.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    *value = attribute == cudaDevAttrMultiProcessorCount && device == 0 ? 132 : 1;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? (device == 0 ? 132 : 1) : device != 2;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -103,23 +102,33 @@ cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
     callbacks.release(reinterpret_cast<uint64_t>(pointer), stream);
     return cudaSuccess;
 }
+// Memory that is freed in no stream's order belongs to the stream that was waited for.
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    idle_stream = stream;
+    return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** pointer, size_t num_bytes) {
+    idle_stream = nullptr;
+    return cudaMallocFromPoolAsync(pointer, num_bytes, nullptr, callers_stream);
+}
+cudaError_t cudaFree(void* pointer) { return cudaFreeAsync(pointer, idle_stream); }
 
 // The entries. Each returns what was thrown, or null.
 void set_callbacks(const Callbacks* given) { callbacks = *given; }
 
 const char* run_materialize(const Materialize* visit, int device, void* stream) {
-    return guarded([&] { materialize_cuda(*visit, device, stream); });
+    return guarded(device, stream, [&] { materialize_cuda(*visit, device, stream); });
 }
 const char* run_generate(const InPlace* place, int device, void* stream) {
-    return guarded([&] { generate_cuda(*place, device, stream); });
+    return guarded(device, stream, [&] { generate_cuda(*place, device, stream); });
 }
 const char* run_lookup(const Lookup* request, int device, void* stream) {
-    return guarded([&] { lookup_cuda(*request, device, stream); });
+    return guarded(device, stream, [&] { lookup_cuda(*request, device, stream); });
 }
 const char* run_perturb(const InPlace* place, float scale, int device, void* stream) {
-    return guarded([&] { perturb_cuda(*place, scale, device, stream); });
+    return guarded(device, stream, [&] { perturb_cuda(*place, scale, device, stream); });
 }
 const char* run_update(const InPlace* place, float lr, float coef, float weight_decay, int device, void* stream) {
-    return guarded([&] { update_cuda(*place, lr, coef, weight_decay, device, stream); });
+    return guarded(device, stream, [&] { update_cuda(*place, lr, coef, weight_decay, device, stream); });
 }
 }
