@@ -19,8 +19,9 @@ class DataError(DistZO2Error):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, shortened, or the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:1000]
+    """The first line of an error's message that is not empty, or the error's type, and its notes; shortened."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return "; ".join([first, *getattr(error, "__notes__", ())])[:1000]
 
 
 @contextmanager

@@ -19,8 +19,11 @@ CPU = torch.device("cpu")
 
 def blocks_that_stay(budget: int, num_blocks: int = 10) -> list[int]:
     """Numbers of the blocks that do not stream: of blocks of 4096 bytes beside a resident unit of 1000, 3 slots."""
-    resident = SimpleNamespace(resident=True, num_bytes=1000, trainable=True)
-    blocks = [SimpleNamespace(number=i, resident=False, num_bytes=4096, trainable=True) for i in range(num_blocks)]
+    more = {"trainable": True, "converts": False}
+    resident = SimpleNamespace(resident=True, num_bytes=1000, seen_bytes=1000, **more)
+    blocks = [
+        SimpleNamespace(number=i, resident=False, num_bytes=4096, seen_bytes=4096, **more) for i in range(num_blocks)
+    ]
     streaming = blocks_to_stream([resident, *blocks], CPU, budget, 3, lambda: 0)
     return [i for i, block in enumerate(blocks) if block not in streaming]
 

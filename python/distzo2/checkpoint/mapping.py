@@ -158,12 +158,12 @@ def map_for_saving(model: nn.Module, params: Iterable[tuple[str, torch.dtype, Se
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers that belong to a model's state dict, by name."""
-    found = []
+    """The buffers that belong to a model's state dict, by name, in the dtypes that are stored."""
+    found, stored = [], getattr(getattr(model, "_distzo2_runtime", None), "stored_buffers", {})
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         if leaf not in model.get_submodule(owner)._non_persistent_buffers_set:
-            found.append((name, buffer))
+            found.append((name, buffer.to(stored.get(name, buffer.dtype))))
     return found
 
 

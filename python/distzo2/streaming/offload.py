@@ -25,7 +25,7 @@ from distzo2.weights.access import WeightAccess
 from distzo2.weights.residency import MemoryBudget, blocks_to_stream, free_memory
 from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
-from distzo2.weights.units import collect_params, find_units
+from distzo2.weights.units import TRAINABLE_DTYPES, collect_params, dtypes_to_compute_in, find_units
 from distzo2.weights.updates import CLEAN
 from distzo2_core import cuda_available, walk_modules
 
@@ -44,6 +44,7 @@ def offload(
     host_memory: MemoryBudget = None,
     write_every: int = 1,
     weight_file: WeightFile | None = None,
+    compute_dtype: torch.dtype | None = None,
     train: bool = False,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
@@ -74,6 +75,10 @@ def offload(
         weight_file: keeps weights that survive a crash: with weights="disk" the streamed blocks live in it, and what
             else is trained is copied there. If its journal exists, weights come from the file as far as they can be
             used, and `ZOSGD` must then resume that journal.
+        compute_dtype: float32, bfloat16 or float16: what modules compute with, whatever is stored; their parameters are
+            copies in it, which are not rounded to what is stored. A difference of two losses often needs float32
+            where 16 bits are stored (docs/precision.md). Parameters stored in float32 beside narrower ones, and other
+            dtypes, stay as they are; buffers of 16 bits are float32 where that is. None: as stored.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -100,12 +105,15 @@ def offload(
     for name, num_bytes in (("memory_budget", memory_budget), ("host_memory", host_memory)):
         if not (num_bytes in (None, "auto") or (type(num_bytes) is int and 0 < num_bytes < 2**63)):
             raise DistZO2Error(f'{name}={num_bytes!r}: expected a positive number of bytes, "auto" or None')
+    usable = usable_device(device)
+    check_computes(usable, compute_dtype)
     if not train:
         model.eval()
     _take(
         model,
-        usable_device(device),
+        usable,
         weights,
+        compute_dtype=compute_dtype,
         units=None if units is None else [units] if isinstance(units, str) else list(units),
         directory=directory if weights == "disk" else None,
         slots=slots,
@@ -117,6 +125,23 @@ def offload(
     return model
 
 
+def check_computes(device: torch.device, dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        DistZO2Error: `dtype` is not one that weights may have, or the device has no products in it.
+    """
+    if dtype is None:
+        return
+    if dtype not in TRAINABLE_DTYPES:
+        raise DistZO2Error(
+            f"compute_dtype={dtype!r}: torch.float32, torch.bfloat16, torch.float16 or None was expected"
+        )
+    try:
+        torch.nn.functional.linear(*torch.ones(2, 8, 8, dtype=dtype, device=device))
+    except RuntimeError as error:
+        raise DistZO2Error(f"compute_dtype: {device} does not compute in {dtype}: {error}") from error
+
+
 def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) -> None:
     """Hands a model over; `edit` does so again where its body changed which parameters there are."""
     with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be changed outside
@@ -126,6 +151,7 @@ def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) 
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+        runtime.compute_in(options["compute_dtype"])
     runtime.options = {"device": device, "weights": weights, **options}
     object.__setattr__(model, "_distzo2_runtime", runtime)
     object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
@@ -166,6 +192,7 @@ def _hand_over(
     device: torch.device,
     weights: str,
     *,
+    compute_dtype: torch.dtype | None,
     units: Iterable[str] | None,
     directory: str | os.PathLike | None,
     slots: int,
@@ -178,7 +205,10 @@ def _hand_over(
 
     Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all.
     """
-    found = find_units(model, collect_params(model), units)
+    params = collect_params(model)
+    found = find_units(model, params, units)
+    for unit in found:
+        unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent

@@ -15,6 +15,7 @@ import copy
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Collection, Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
@@ -161,12 +162,14 @@ class StreamingRuntime:
         self._summed, self._parks_always = new, new or check
         try:
             self._pass(lanes, expected, interrupt)
-        except RuntimeError as error:  # shapes that do not fit, for example
+        except RuntimeError as error:  # shapes or dtypes that do not fit, for example
             failed = next((i for i, lane in enumerate(lanes) if lane.error is error), None)
             if new and failed is not None and len(lanes) > 1:
                 with suppress(Exception):
                     alone(failed)
                     error.add_note(f"distzo2: {LANE_ALONE}")
+            if self.compute_dtype is not None and "dtype" in str(error).lower():
+                error.add_note(self._about_dtypes(error))
             raise
         finally:
             self._summed = self._parks_always = False
@@ -177,6 +180,14 @@ class StreamingRuntime:
             lane.attributes.leave()
         lanes[-1].switches.leave()
         return lanes[0].visited
+
+    def _about_dtypes(self, error: BaseException) -> str:
+        modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = [name for m in modules if isinstance(m, nn.Module) and (name := self.name_of(m))]
+        return (
+            f"distzo2: in {names[-1] if names else 'the model'}, which computes in {self.compute_dtype} and is stored "
+            "in other dtypes: compute_dtype=None (--compute-dtype stored) computes in these"
+        )
 
     def _pass(
         self, lanes: Sequence[Lane], expected: Sequence[Unit] | None, interrupt: DeferredInterrupt | None

@@ -100,11 +100,22 @@ class StateHooks:
         left = Counter(self._of[id(p)][1].index for p in visits if id(p) in self._of)
         call = self._calls[method] = _Call(left, is_bound=True)
         try:
-            return plain(*args, **kwargs)
+            result = plain(*args, **kwargs)
+            if method == "state_dict":
+                self._give_as_stored(module, result, kwargs.get("prefix", ""))
+            return result
         finally:
             self._calls.pop(method, None)
             if method == "load_state_dict":  # what an error has kept from being stored
                 self._runtime.parameters.hide_each([p for _, p in self._of.values() if p.index in call.tensors])
+
+    def _give_as_stored(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Gives buffers that modules compute with in float32 in the 16 bits that they had."""
+        inside = self._runtime.name_of(module)
+        for name, dtype in self._runtime.stored_buffers.items():
+            key = prefix + name.removeprefix(f"{inside}." if inside else "")
+            if key in state:
+                state[key] = state[key].to(dtype)
 
     def _visit(self, method: str, module: nn.Module) -> tuple[_Call, list[tuple[str, Unit, ParamInfo]]]:
         """The call that visits `module`, or one for it alone, and the module's own parameters."""

@@ -94,9 +94,9 @@ def blocks_to_stream(
     if budget == "auto":
         budget = int(AUTO_SHARE * free_bytes())
     residents = sum(u.num_bytes for u in units if u.resident)
-    trainable = [u for u in units if u.trainable]
-    largest = max((u.seen_bytes for u in trainable if not u.resident), default=0)
-    scratch = BUFFERS * (largest + sum(u.seen_bytes for u in trainable if u.resident))
+    copied = [u for u in units if u.trainable or u.converts]  # for modules
+    largest = max((u.seen_bytes for u in copied if not u.resident), default=0)
+    scratch = BUFFERS * (largest + sum(u.seen_bytes for u in copied if u.resident))
     if residents + scratch + sum(u.num_bytes for u in blocks) <= budget:  # no ring is needed
         return []
     ring = slots * slot_bytes_of(u.num_bytes for u in blocks)

@@ -278,7 +278,9 @@ class UnitWeights:
                     wanted.setdefault(self._key(unit, other), other)
             try:
                 outs = self._scratch.take(unit, list(wanted), pinned)
-                present.dirty |= self._catch_up(present.copy, present.buffer, list(wanted.values()), outs, unit.converts)
+                present.dirty |= self._catch_up(
+                    present.copy, present.buffer, list(wanted.values()), outs, unit.converts
+                )
             except BaseException:
                 self._scratch.forget()
                 raise
