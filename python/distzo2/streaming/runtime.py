@@ -428,11 +428,10 @@ class StreamingRuntime:
         Raises:
             DistZO2Error: a pass or a forward is under way.
         """
-        dtypes = dtypes_to_compute_in(self.params, dtype)
-        self.weights.compute_in(dtypes)
+        self.weights.compute_in(dtypes_to_compute_in(self.params, dtype))
         for unit in self.units:
             self.parameters.compute_anew(unit)
-        self.compute_dtype = dtype
+        self.compute_dtype = dtype if any(unit.converts for unit in self.units) else None
         for name, stored in self.stored_buffers.items():
             owner, _, key = name.rpartition(".")
             module = self.model.get_submodule(owner)
