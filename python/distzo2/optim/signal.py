@@ -65,8 +65,8 @@ def measure_signal(
     eps: Sequence[float],
     probes: int,
 ) -> list[Signal]:
-    """Evaluates `probes` perturbations, both ways, in each of `dtypes` at each of `eps`; the reference is added if it is
-    not among `dtypes`. The noise is that of `step`. Weights stay as they are, and the compute dtype is what it was.
+    """Evaluates `probes` perturbations, both ways, in each of `dtypes` at each of `eps`, and in the reference. The noise
+    is that of `step`. Weights stay as they are, and the compute dtype is what it was.
 
     Returns:
         A signal for each dtype and eps, in this order. The reference is held against itself at the largest eps of at

@@ -20,6 +20,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
 from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
+from distzo2.optim.signal import Signal, measure_signal
 from distzo2.optim.state import (
     NON_FINITE_COEFFICIENT,
     NON_FINITE_LOSS,
@@ -28,7 +29,6 @@ from distzo2.optim.state import (
     NonFiniteLossError,
     Progress,
 )
-from distzo2.optim.signal import Signal, measure_signal
 from distzo2.optim.step_lanes import StepLanes
 from distzo2.parallel.group import Mesh, current
 from distzo2.parallel.mesh import SHARDED, Deal
@@ -400,7 +400,7 @@ class ZOSGD(torch.optim.Optimizer):
         eps: float | Sequence[float] | None = None,
         dtypes: Sequence[torch.dtype] | None = None,
     ) -> list[Signal]:
-        """How much of L+ - L- is the perturbation: the probes of the next step in several compute dtypes, beside float32.
+        """How much of L+ - L- is the perturbation: probes of the next step in several compute dtypes, beside float32.
 
         Args:
             closure: as `step` takes it.
