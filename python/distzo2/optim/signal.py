@@ -14,9 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import SPSA
+from distzo2.optim.settings import make_settings
 from distzo2.optim.step_lanes import StepLanes
+from distzo2.streaming.offload import runtime_of
 
 REFERENCE = torch.float32
 ENOUGH = 0.95  # a correlation at which a step is made of signal
@@ -65,8 +69,8 @@ def measure_signal(
     eps: Sequence[float],
     probes: int,
 ) -> list[Signal]:
-    """Evaluates `probes` perturbations, both ways, in each of `dtypes` at each of `eps`, and in the reference. The noise
-    is that of `step`. Weights stay as they are, and the compute dtype is what it was.
+    """Evaluates `probes` perturbations, both ways, in each of `dtypes` at each of `eps`, and in the reference. Noise is
+    that of `step`. Weights stay as they are, and the compute dtype is what it was.
 
     Returns:
         A signal for each dtype and eps, in this order. The reference is held against itself at the largest eps of at
@@ -93,6 +97,28 @@ def measure_signal(
         for dtype in dict.fromkeys(dtypes)
         for size in eps
     ]
+
+
+def signal_of(
+    model: nn.Module,
+    closures: Sequence[Callable[[], Any]],
+    *,
+    dtypes: Sequence[torch.dtype],
+    eps: Sequence[float],
+    probes: int,
+    noise: str = "normal",
+    seed: int = 0,
+    max_lanes: int | None = None,
+) -> list[Signal]:
+    """`measure_signal` of a model before it has an optimizer, with all that is trainable perturbed alike."""
+    runtime = runtime_of(model)
+    settings = make_settings(
+        eps=eps[0], estimator="spsa", seed=seed, noise=noise, num_probes=probes, max_lanes=max_lanes, max_coef=None,
+        max_clipped=0, max_skipped=1, verify_every=0, fsync_every=1,
+    )  # fmt: skip
+    lanes = StepLanes(model, runtime, settings, DeferredInterrupt())
+    runtime.weights.bind(lanes, {p.index: 0 for p in runtime.params if p.trainable and p.requires_grad}, 1, seed)
+    return measure_signal(lanes, closures, 0, dtypes=dtypes, eps=eps, probes=probes)
 
 
 def _differences(rows: np.ndarray) -> np.ndarray:

@@ -11,8 +11,7 @@ from transformers import TextStreamer
 
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.errors import DistZO2Error, UsageError, blaming
-from distzo2.optim.signal import ENOUGH, Signal
-from distzo2.optim.zosgd import ZOSGD
+from distzo2.optim.signal import ENOUGH, Signal, signal_of
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
 from distzo2.run.preflight import DTYPES, check_disk, check_memory, compute_dtype_of, model_size, reading_of
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
@@ -83,9 +82,9 @@ def signals_of_file(options: SignalOptions) -> list[Signal]:
         objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
         batch = DataOrder(len(examples), options.batch_size, options.seed).batch(0)
         closure = objective.closure(objective.batch([examples[i] for i in batch]))
-        optimizer = ZOSGD(model, lr=0.0, noise=options.noise, seed=options.seed, max_lanes=options.max_lanes)
         dtypes = [dtype for dtype in DTYPES.values() if _computes(device, dtype)]
-        return optimizer.signal(closure, probes=options.probes, eps=sizes, dtypes=dtypes)
+        more = {"noise": options.noise, "seed": options.seed, "max_lanes": options.max_lanes}
+        return signal_of(model, [closure], dtypes=dtypes, eps=sizes, probes=options.probes, **more)
 
 
 def _computes(device: torch.device, dtype: torch.dtype) -> bool:

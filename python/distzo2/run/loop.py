@@ -16,7 +16,7 @@ from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming
-from distzo2.optim.signal import advice
+from distzo2.optim.signal import advice, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
@@ -96,9 +96,10 @@ class TrainLoop:
         if o.no_signal or stored not in HALVES:
             return runtime.compute_dtype
         with blaming(f"{o.model}: the model fails on the first batch"):
-            probing = ZOSGD(self.model, lr=0.0, eps=o.eps, noise=o.noise, seed=o.seed, max_lanes=o.max_lanes)
             start = time.perf_counter()
-            found = probing.signal([self.objective.closure(b) for b in self._batches(0)], probes=SIGNAL_PROBES)[0]
+            closures = [self.objective.closure(batch) for batch in self._batches(0)]
+            more = {"noise": o.noise, "seed": o.seed, "max_lanes": o.max_lanes}
+            found = signal_of(self.model, closures, dtypes=[stored], eps=[o.eps], probes=SIGNAL_PROBES, **more)[0]
         seconds = time.perf_counter() - start
         name = str(found.dtype).removeprefix("torch.")
         self.log(

@@ -24,8 +24,8 @@ from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate", "max_length",
-         "train_mode", "split_special_tokens")  # fmt: skip
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate",
+         "max_length", "train_mode", "split_special_tokens")  # fmt: skip
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
