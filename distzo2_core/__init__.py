@@ -15,6 +15,7 @@ from .ops import checksum, embedding, materialize, normal, perturb_, rademacher,
 from .reference import permutation
 from .types import (
     FAMILIES,
+    FROZEN,
     NORMAL,
     RADEMACHER,
     Emit,
@@ -56,6 +57,7 @@ _FROM_EXTENSION = (
 
 __all__ = [
     "FAMILIES",
+    "FROZEN",
     "NOISE_VERSION",
     "NORMAL",
     "RADEMACHER",
