@@ -318,7 +318,7 @@ class UnitWeights:
             self._prefetch_after(unit)
 
     def room_ahead(self, unit: Unit, num_emissions: int) -> int:
-        """How many units like this one can be in use beside another with `num_emissions` copies each; 0 if it streams."""
+        """How many units like this can be in use beside another with `num_emissions` copies each; 0 if it streams."""
         if self.copies[unit.index].block >= 0:
             return 0
         copied = unit.trainable or unit.converts
