@@ -141,13 +141,11 @@ def _eval(options: EvalOptions) -> int:
 
 
 def _signal(options: SignalOptions) -> int:
-    from distzo2.run.inference import signals_of_file, table_of_signals
+    from distzo2.run.inference import json_of_signals, signals_of_file, table_of_signals
 
     signals = signals_of_file(options)
     if options.json:
-        rows = [{**vars(s), "dtype": str(s.dtype).removeprefix("torch."), "differences": s.differences.tolist()}
-                for s in signals]  # fmt: skip
-        print(json.dumps(rows))
+        print(json.dumps(json_of_signals(signals)))
     else:
         print("\n".join(table_of_signals(signals)))
     return 0

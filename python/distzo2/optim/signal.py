@@ -33,11 +33,13 @@ class Signal:
     Attributes:
         dtype: what modules computed with.
         eps: size of the perturbations.
-        correlation: of the differences L+ - L- of all probes with the reference's; nan if one of them is constant.
+        correlation: of the differences L+ - L- of all probes with the reference's, about 0, since the sign of a probe
+            is arbitrary; nan if they are all 0.
         slope: of the differences over the reference's, through 0.
         relative_error: norm of what the two differ by, over the norm of the reference's.
-        floor: error of one loss: that of a difference, root mean square, over sqrt(2).
-        curvature: median of |L+ + L- - 2 L0| over that of |L+ - L-|: what a second probe of the same loss would bend.
+        floor: rounding of one loss: the error of a difference, root mean square, over sqrt(2). The reference's is the
+            least at any eps, an upper bound since curvature is in it; nan where there is one eps only.
+        curvature: median of |L+ + L- - 2 L0| over that of |L+ - L-|. It cancels in SPSA, and is an error of FZOO.
         difference: median of |L+ - L-|.
         seconds: of the forwards of all probes.
         differences: float64 [probes].
@@ -92,11 +94,13 @@ def measure_signal(
     finally:
         lanes.settings = settings
         runtime.compute_in(before)
-    return [
+    found = [
         _signal(dtype, size, *losses[dtype, size], _reference(losses, dtype, size, eps))
         for dtype in dict.fromkeys(dtypes)
         for size in eps
     ]
+    own = min((s.floor for s in found if s.dtype == REFERENCE and s.eps != _reference_eps(eps)), default=float("nan"))
+    return [replace(s, floor=own) if s.dtype == REFERENCE else s for s in found]
 
 
 def signal_of(
@@ -125,37 +129,43 @@ def _differences(rows: np.ndarray) -> np.ndarray:
     return rows[:-1:2] - rows[1:-1:2]
 
 
+def _reference_eps(eps: Sequence[float]) -> float:
+    return max((e for e in eps if e <= 1e-3), default=min(eps))
+
+
 def _reference(losses: dict, dtype: torch.dtype, size: float, eps: Sequence[float]) -> np.ndarray:
-    other = size
-    if dtype == REFERENCE:
-        other = max((e for e in eps if e <= 1e-3), default=min(eps))
+    other = _reference_eps(eps) if dtype == REFERENCE else size
     return _differences(losses[REFERENCE, other][0]) * (size / other)
 
 
 def _signal(dtype: torch.dtype, eps: float, rows: np.ndarray, seconds: float, reference: np.ndarray) -> Signal:
-    found = _differences(rows)
+    found, error = _differences(rows), _differences(rows) - reference
+    size, norm = np.linalg.norm(found), np.linalg.norm(reference)
     with np.errstate(divide="ignore", invalid="ignore"):
-        constant = len(found) < 2 or not found.std() or not reference.std()
         bends = np.median(np.abs(rows[:-1:2] + rows[1:-1:2] - 2 * rows[-1])) / np.median(np.abs(found))
         return Signal(
-            dtype, eps, float("nan") if constant else float(np.corrcoef(found, reference)[0, 1]),
-            float(found @ reference / (reference @ reference)),
-            float(np.linalg.norm(found - reference) / np.linalg.norm(reference)),
-            float(np.sqrt(np.mean((found - reference) ** 2) / 2)), float(bends), float(np.median(np.abs(found))),
-            seconds, found,
-        )  # fmt: skip
+            dtype=dtype,
+            eps=eps,
+            correlation=float(found @ reference / (size * norm)),
+            slope=float(found @ reference / norm**2),
+            relative_error=float(np.linalg.norm(error) / norm),
+            floor=float(np.sqrt(np.mean(error**2) / 2)),
+            curvature=float(bends),
+            difference=float(np.median(np.abs(found))),
+            seconds=seconds,
+            differences=found,
+        )
 
 
-def advice(found: Signal, is_stored: bool) -> str | None:
+def advice(found: Signal) -> str | None:
     """One line for a run whose steps are mostly rounding, with the remedy; None if they are not."""
     if found.is_enough:
         return None
     name = str(found.dtype).removeprefix("torch.")
-    remedy = "a larger --eps, or --compute-dtype float32 (the weights stay stored as they are)"
-    if found.dtype == REFERENCE:
-        remedy = "a larger --eps"
+    what = f"a correlation of {found.correlation:.2f} with those in float32: steps are mostly rounding"
+    if np.isnan(found.correlation):
+        what = "no size: they are all 0, or not finite"
     return (
-        f"little signal: at eps {found.eps:g} in {name}, differences of losses have a correlation of "
-        f"{found.correlation:.2f} with those in float32, so that steps are rounding for a good part; "
-        f"{'weights are perturbed as they are stored; ' if is_stored else ''}try {remedy}"
+        f"little signal: at eps {found.eps:g} in {name}, differences of losses have {what}; try a larger --eps, or "
+        "--compute-dtype float32 (weights stay stored as they are)"
     )

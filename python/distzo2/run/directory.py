@@ -192,6 +192,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise DistZO2Error(f"{path / 'run.json'}: not valid JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
         raise DistZO2Error(f"{path / 'run.json'}: not the record of a run")
+    record["options"].setdefault("compute_dtype", "stored")  # of runs begun before there was a choice
     return record
 
 
@@ -212,7 +213,6 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
     begun = ("branch_from", "at_step") if _has_begun(Path(path), record) else ()
     for name in ("resume", "config", "out", "parallel", "slice", *begun, *LEFT):
         options.pop(name, None)
-    options.setdefault("compute_dtype", "stored")  # of runs begun before there was a choice
     if not isinstance(options.get("trace"), str):
         options["trace"] = None  # earlier versions stored a number of steps
     return options

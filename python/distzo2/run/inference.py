@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -12,6 +13,7 @@ from transformers import TextStreamer
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.signal import ENOUGH, Signal, signal_of
+from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
 from distzo2.run.preflight import DTYPES, check_disk, check_memory, compute_dtype_of, model_size, reading_of
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
@@ -22,6 +24,7 @@ from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolv
 from distzo2.tasks.tokenize import load_tokenizer
 
 BENT = 0.5  # of |L+ + L- - 2 L0| to |L+ - L-|, from which a difference is no slope any more
+SAME_COST = 1.1  # times the least seconds: of settings within it, the one with the least error is named
 
 
 @contextmanager
@@ -98,24 +101,36 @@ def _computes(device: torch.device, dtype: torch.dtype) -> bool:
 def table_of_signals(signals: Sequence[Signal]) -> list[str]:
     """The lines of `distzo2 signal`: a row for each dtype and eps, the cheapest setting with enough signal, and the
     largest eps that curvature does not bend."""
-    lines = [f"{'compute':<10}{'eps':>8}{'correlation':>13}{'slope':>8}{'error':>8}{'|L+ - L-|':>12}{'floor':>10}"
+    lines = [f"{'compute':<9}{'eps':>8}{'correlation':>13}{'slope':>8}{'error':>8}{'|L+ - L-|':>11}{'floor':>10}"
              f"{'curvature':>11}{'seconds':>9}"]  # fmt: skip
+    seconds = {s.dtype: min(other.seconds for other in signals if other.dtype == s.dtype) for s in signals}
     for s in signals:
         lines.append(
-            f"{str(s.dtype).removeprefix('torch.'):<10}{s.eps:>8.0e}{s.correlation:>13.3f}{s.slope:>8.2f}"
-            f"{s.relative_error:>8.2f}{s.difference:>12.2e}{s.floor:>10.1e}{s.curvature:>11.2f}{s.seconds:>9.1f}"
+            f"{_name(s.dtype):<9}{s.eps:>8g}{s.correlation:>13.3f}{s.slope:>8.2f}{s.relative_error:>8.2f}"
+            f"{s.difference:>11.1e}{s.floor:>10.1e}{s.curvature:>11.2f}{s.seconds:>9.1f}"
         )
     good = [s for s in signals if s.is_enough]
     straight = [s for s in good if s.curvature <= BENT]
-    if good:
-        best = min(straight or good, key=lambda s: (s.seconds, s.eps))
-        name = str(best.dtype).removeprefix("torch.")
-        lines.append(f"cheapest with a correlation of {ENOUGH} or more: --compute-dtype {name} --eps {best.eps:g}")
-    else:
-        lines.append(f"no setting has a correlation of {ENOUGH}: a larger batch or eps")
+    if not good:
+        return [*lines, f"no setting has a correlation of {ENOUGH} or more: a larger batch or --eps may have"]
+    some = straight or good
+    least = min(seconds[s.dtype] for s in some)
+    best = min((s for s in some if seconds[s.dtype] <= SAME_COST * least), key=lambda s: s.relative_error)
+    lines.append(
+        f"cheapest with a correlation of {ENOUGH} or more: --compute-dtype {_name(best.dtype)} --eps {best.eps:g}"
+    )
     if straight:
         lines.append(f"largest eps before curvature bends the loss: {max(s.eps for s in straight):g}")
     return lines
+
+
+def json_of_signals(signals: Sequence[Signal]) -> list[dict[str, Any]]:
+    """A row for each dtype and eps; what is not a number is null."""
+    return [finite(vars(s) | {"dtype": _name(s.dtype), "differences": s.differences.tolist()}) for s in signals]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @torch.no_grad()

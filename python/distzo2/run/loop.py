@@ -16,6 +16,7 @@ from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming
+from distzo2.optim.estimator import make_estimator
 from distzo2.optim.signal import advice, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
@@ -92,21 +93,19 @@ class TrainLoop:
             What the run computes in; None: as stored.
         """
         o, runtime = self.options, self.runtime
-        stored = runtime.compute_dtype or self.size.dtype
-        if o.no_signal or stored not in HALVES:
+        dtype = runtime.compute_dtype or self.size.dtype
+        if o.no_signal or dtype not in HALVES:
             return runtime.compute_dtype
+        start = time.perf_counter()
         with blaming(f"{o.model}: the model fails on the first batch"):
-            start = time.perf_counter()
             closures = [self.objective.closure(batch) for batch in self._batches(0)]
-            more = {"noise": o.noise, "seed": o.seed, "max_lanes": o.max_lanes}
-            found = signal_of(self.model, closures, dtypes=[stored], eps=[o.eps], probes=SIGNAL_PROBES, **more)[0]
-        seconds = time.perf_counter() - start
-        name = str(found.dtype).removeprefix("torch.")
-        self.log(
-            f"signal in {name} at eps {o.eps:g}: correlation {found.correlation:.2f} with float32 ({seconds:.1f} s)"
-        )
-        about = advice(found, runtime.compute_dtype is None)
-        about = from_rank_0("the signal", lambda: about)
+            lanes = o.max_lanes or len(closures) * len(make_estimator(o.estimator).evaluations(o.probes))
+            more = {"noise": o.noise, "seed": o.seed, "max_lanes": lanes}  # no more memory than a step takes
+            found = signal_of(self.model, closures, dtypes=[dtype], eps=[o.eps], probes=SIGNAL_PROBES, **more)[0]
+        correlation, about = from_rank_0("the signal", lambda: [finite(found.correlation), advice(found)])
+        name, seconds = str(dtype).removeprefix("torch."), time.perf_counter() - start
+        told = "none" if correlation is None else f"{correlation:.2f}"
+        self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {told} ({seconds:.1f} s)")
         if about is not None and o.compute_dtype == "auto":
             runtime.compute_in(torch.float32)
             self.log("little signal: computing in float32; the weights stay stored as they are")

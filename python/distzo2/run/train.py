@@ -62,7 +62,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
     log = log if leads else (lambda line: None)
     terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
     parallel = options.parallel if mesh is None else str(mesh.shape)
-    options = replace(options, resume=terms.pop("resume"), parallel=parallel)
+    options = replace(options, resume=terms.pop("resume"), compute_dtype=terms.pop("compute_dtype"), parallel=parallel)
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
@@ -124,6 +124,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 with together(mesh, "starting the run"):
                     computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
                     settings["compute_dtype"] = str(computed or "stored").removeprefix("torch.")
+                    if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
+                        run.update(options=settings)
                     if not options.resume and not options.no_check:
                         objective.check_causal(train[0], kind)
                     loop.start(settings, made_of["examples_sha256"])
@@ -143,14 +145,19 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
 
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
     """Whether the run continues what is in --out ("resume"), as asked or because torchrun restarted these ranks; the
-    time that its chat template sees ("clock"); and whether it began before examples had a hash ("legacy")."""
+    time that its chat template sees ("clock"); whether it began before examples had a hash ("legacy"); and what it
+    computes in, which was settled when it began."""
     restarted = restarts() > 0 and run.is_of_launch(launch_id())
     continues = run.check(options.resume or restarted)
     if continues and restarted:
         log(f"restart {restarts()}: continuing the run in {options.out}")
     before = run.record if continues else {}
     legacy = before.get("legacy", continues and "examples_sha256" not in before)
-    return {"resume": continues, "clock": before.get("clock") or datetime.now().isoformat(), "legacy": legacy}
+    compute_dtype = options.compute_dtype
+    if continues and compute_dtype == "auto":
+        compute_dtype = before["options"]["compute_dtype"]
+    clock = before.get("clock") or datetime.now().isoformat()
+    return {"resume": continues, "clock": clock, "legacy": legacy, "compute_dtype": compute_dtype}
 
 
 def _ranks_here() -> int:
