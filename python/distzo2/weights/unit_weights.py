@@ -298,11 +298,11 @@ class UnitWeights:
             self._prefetch_after(unit)
 
     def room_ahead(self, unit: Unit, num_emissions: int) -> int:
-        """How many units like this one can be in use at once with `num_emissions` perturbed copies each; 0 if it
+        """How many units like this one can be in use beside another with `num_emissions` perturbed copies each; 0 if it
         streams."""
         if self.copies[unit.index].block >= 0:
             return 0
-        return self._scratch.limit(unit) // num_emissions if unit.trainable else 1
+        return max(0, self._scratch.limit(unit) // num_emissions - 1) if unit.trainable else 1
 
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self.updates.perturb_scales
