@@ -95,16 +95,16 @@ def test_a_resumed_run_computes_as_it_did(tmp_path):
         model = offloaded(Blocks().bfloat16(), compute_dtype=compute)
         return model, distzo2.ZOSGD(model, lr=1e-1, journal=tmp_path / "journal.jsonl", **options)
 
-    model, opt = run(torch.float32)
-    for _ in range(4):
-        opt.step(lambda: model(IDS))
-        if opt.step_count == 2:
-            opt.close()
-            with pytest.raises(
-                distzo2.DistZO2Error, match="compute_dtype is 'float32' in the journal and None in this"
-            ):
-                run(None, resume=True)
-            model, opt = run(torch.float32, resume=True)
+    def step_twice(model, opt):
+        for _ in range(2):
+            opt.step(lambda: model(IDS))
+        opt.close()
+
+    step_twice(*run(torch.float32))
+    with pytest.raises(distzo2.DistZO2Error, match="compute_dtype is 'float32' in the journal and None in this"):
+        run(None, resume=True)
+    model, opt = run(torch.float32, resume=True)
+    step_twice(model, opt)
     expected, _ = stepped(None, torch.float32, steps=0)
     other = distzo2.ZOSGD(expected, lr=1e-1)
     for _ in range(4):
