@@ -81,6 +81,7 @@ Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
 Switch = Annotated[bool, Range(strict=True)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Estimator = Literal["spsa", "fzoo"]
 Noise = Literal["normal", "rademacher"]
 Weights = Literal["device", "host", "disk"]
@@ -354,6 +355,10 @@ class PlanOptions:
         group="what",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
+    compute_dtype: ComputeDtype = option(
+        "auto", "what modules compute with; auto: float32 on a CPU whose 16-bit products are no faster, else stored"
+    )
+    tf32: Switch = option(False, "float32 products in TF32, on a GPU")
     batch: Count = option(8, "sequences a step, of all ranks")
     tokens: Count = option(512, "tokens of a sequence")
     micro_batches: Count | None = option(None, "parts of the batch; must divide --batch (default: one a data rank)")
