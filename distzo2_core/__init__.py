@@ -15,6 +15,7 @@ from .ops import checksum, embedding, materialize, normal, perturb_, rademacher,
 from .reference import permutation
 from .types import (
     FAMILIES,
+    FROZEN,
     NORMAL,
     RADEMACHER,
     Emit,
@@ -46,6 +47,7 @@ _FOR_RUNTIMES = ("hide_parameters", "show_parameters", "walk_modules")
 
 __all__ = [
     "FAMILIES",
+    "FROZEN",
     "NOISE_VERSION",
     "NORMAL",
     "RADEMACHER",

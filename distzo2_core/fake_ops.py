@@ -48,8 +48,9 @@ def _embedding(
     probe: int,
     offset: int,
     family: int,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return weight.new_empty(*ids.shape, weight.shape[1])
+    return weight.new_empty(*ids.shape, weight.shape[1], dtype=out_dtype or weight.dtype)
 
 
 def _materialize(

@@ -211,6 +211,7 @@ def embedding(
     probe: int = 0,
     offset: int = 0,
     family: str = "normal",
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Rows of the table rne(weight + scale * z), made as they are read: the table itself is neither changed nor copied.
@@ -224,9 +225,10 @@ def embedding(
         ids: int64 of any shape, on the device of `weight`: indices of rows, in [0, rows).
         scale: epsilon with its sign, rounded to float32.
         seed, step, param, probe, offset, family, backend: as for `perturb_`.
+        out_dtype: what the rows are rounded to, float32 being exact; None: the dtype of `weight`.
 
     Returns:
-        A tensor [*ids.shape, cols] of the dtype and on the device of `weight`; it takes no part in autograd.
+        A tensor [*ids.shape, cols] of `out_dtype`, on the device of `weight`; it takes no part in autograd.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or device, or out of range.
@@ -241,8 +243,10 @@ def embedding(
         raise TypeError(f"ids must be a tensor of torch.int64, got {got}")
     if ids.device != weight.device:
         raise ValueError(f"ids must be on {weight.device} as weight is, got {ids.device}")
+    out_dtype = weight.dtype if out_dtype is None else out_dtype
+    dtype_code(out_dtype)
     run = implementation(backend, weight.device).embedding
-    return run(weight.detach(), ids, check_float("scale", scale), *place)
+    return run(weight.detach(), ids, check_float("scale", scale), *place, out_dtype)
 
 
 def materialize(
@@ -261,8 +265,8 @@ def materialize(
 
     For each element: w is read; for each update in order, a = weight_decay * w (+0 if weight_decay = 0), then
     a = fma(c * update_scale, z, a) for each term, then w = round(fma(-lr, a, w)), stochastic for 16-bit dtypes; for
-    each emit, a = w, then a = fma(c * perturb_scale, z, a) for each term, and rne(a) is written to the emit's buffer at
-    w's place. All in float32. A term whose scaled coefficient is 0 is left out. An update with lr = 0, or with
+    each emit, a = w, then a = fma(c * perturb_scale, z, a) for each term, and rne(a), in the segment's out_dtype, is
+    written to the emit's buffer at the segment's out_offset. All in float32. A term whose scaled coefficient is 0 is left out. An update with lr = 0, or with
     weight_decay = 0 and no term left, changes no bit. Every NaN that rounding stores is the canonical one.
 
     Args:
@@ -271,15 +275,16 @@ def materialize(
         seed: the run's seed, in [0, 2^64).
         updates: in the order in which they were made.
         emits: perturbations, each of the weights after all updates.
-        outs: for each emit a buffer like `weights` on the same device; bytes outside the segments are not touched.
+        outs: for each emit a buffer of uint8 on the device of `weights`, all of one size of at least
+            `segments.out_bytes`; bytes outside the segments are not touched.
         write_back: whether the updated weights are stored in `weights`; if not, they are left as they are.
         backend: "native", "triton", "reference", or None for the default of the device.
         program: what `encode_program(updates, emits, num_groups)` has made, in their place: encoded once, a visit of
             each of many buffers costs less.
 
     Raises:
-        TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, of another size or device than
-            `weights`, misaligned, or overlaps another; a number is out of range or not finite in float32; groups are
+        TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, of another device than `weights` or
+            of another size than the other outs, misaligned, or overlaps another; a number is out of range or not finite in float32; groups are
             missing.
         BackendError: the backend is not there or cannot run on the device.
     """
@@ -424,8 +429,11 @@ def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments
     traced = torch.compiler.is_compiling()
     size, device = _check_buffer("weights", weights), weights.device
     for index, out in enumerate(outs):
-        if _check_buffer(f"outs[{index}]", out) != size:
-            raise ValueError(f"outs[{index}] must have {size} bytes as weights have, got {out.numel()}")
+        out_size = _check_buffer(f"outs[{index}]", out)
+        if out_size < segments.out_bytes:
+            raise ValueError(f"outs[{index}] has {out_size} bytes, the segments need {segments.out_bytes}")
+        if out_size != outs[0].numel():
+            raise ValueError(f"outs[{index}] must have {outs[0].numel()} bytes as outs[0] has, got {out_size}")
         if out.device != device:
             raise ValueError(f"outs[{index}] must be on {device} as weights are, got {out.device}")
     if size < segments.num_bytes:
@@ -433,12 +441,13 @@ def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments
     if traced or weights.is_meta:
         return  # there are no addresses to compare
     names = ("weights", *(f"outs[{index}]" for index in range(len(outs))))
-    spans = sorted(zip((buffer.data_ptr() for buffer in (weights, *outs)), names, strict=True))
-    for start, name in spans:
+    buffers = zip(names, (weights, *outs), strict=True)
+    spans = sorted((buffer.data_ptr(), buffer.numel(), name) for name, buffer in buffers)
+    for start, _, name in spans:
         if start % 4 and segments.num_bytes:
             raise ValueError(f"{name} must begin at an address that is a multiple of 4")
-    for (start, first), (following, second) in itertools.pairwise(spans):
-        if following < start + size:
+    for (start, length, first), (following, _, second) in itertools.pairwise(spans):
+        if following < start + length:
             raise ValueError(f"{first} and {second} overlap in memory")
 
 

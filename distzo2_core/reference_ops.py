@@ -26,7 +26,7 @@ from .reference import (
     rounding_bits,
     updated,
 )
-from .types import CODE_DTYPES, DTYPE_CODES, NORMAL, RADEMACHER
+from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, NORMAL, RADEMACHER
 
 _CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
 _BITS = {FLOAT32: (torch.int32, np.uint32), BFLOAT16: (torch.int16, np.uint16), FLOAT16: (torch.int16, np.uint16)}
@@ -87,15 +87,19 @@ def embedding(
     probe: int,
     offset: int,
     family: int,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     rows, inverse = ids.reshape(-1).unique(return_inverse=True)
     for i, row in enumerate(ids.reshape(-1).tolist()):
         if not 0 <= row < weight.shape[0]:
             raise IndexError(f"ids[{i}] is {row}, and the table has {weight.shape[0]} rows")
-    out = weight[rows]
+    cols = weight.shape[1]
+    out = torch.empty(len(rows), cols, dtype=out_dtype or weight.dtype)
     for i, row in enumerate(rows.tolist()):
-        perturb_(out[i], scale, seed, step, param, probe, offset + row * weight.shape[1], family)
-    return out[inverse].view(*ids.shape, weight.shape[1])
+        noise = partial(noise_values, family, seed, step, param, probe, offset + row * cols, cols)
+        values = perturbed(decode(_bits_of(weight[row]), DTYPE_CODES[weight.dtype]), [(np.float32(scale), noise)])
+        _bits_of(out[i])[:] = round_nearest(values, DTYPE_CODES[out.dtype])
+    return out[inverse].view(*ids.shape, cols)
 
 
 def update_(
@@ -135,8 +139,9 @@ def materialize(
 ) -> None:
     stored, written = weights.numpy(), [out.numpy() for out in outs]
     term_rows, coef_values = terms.tolist(), coefs.numpy()
-    for byte_offset, numel, code, param, element_offset, group, _, _ in segments.tolist():
-        itemsize = CODE_DTYPES[code].itemsize
+    for byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code in segments.tolist():
+        itemsize, out_itemsize = CODE_DTYPES[code].itemsize, CODE_DTYPES[out_code].itemsize
+        frozen = group == FROZEN
         for at in range(0, numel, _CHUNK):
             count, offset = min(_CHUNK, numel - at), element_offset + at
             place = slice(byte_offset + at * itemsize, byte_offset + (at + count) * itemsize)
@@ -144,6 +149,8 @@ def materialize(
             bits = stored[place].view(_BITS[code][1])
             changed = False
             for (step, first, num), scalars in zip(updates.tolist(), update_groups.numpy(), strict=True):
+                if frozen:
+                    break
                 lr, weight_decay, _, update_scale = scalars[group]
                 update_terms = scaled(first, num, update_scale)
                 if not is_identity(lr, weight_decay, update_terms):
@@ -151,8 +158,9 @@ def materialize(
                     bits = round_stochastic(values, rounding_bits(seed, step, param, offset, count), code)
                     changed = True
             for (first, num), scales, out in zip(emits.tolist(), emit_scales.numpy(), written, strict=True):
-                values = perturbed(decode(bits, code), scaled(first, num, scales[group]))
-                out[place] = round_nearest(values, code).view(np.uint8)
+                values = perturbed(decode(bits, code), [] if frozen else scaled(first, num, scales[group]))
+                begin = out_offset + at * out_itemsize
+                out[begin : begin + count * out_itemsize] = round_nearest(values, out_code).view(np.uint8)
             if write_back and changed:
                 stored[place] = bits.view(np.uint8)
 

@@ -76,10 +76,20 @@ def noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def embedding_kernel(table, ids, out, ints, floats, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
+def embedding_kernel(
+    table,
+    ids,
+    out,
+    ints,
+    floats,
+    FAMILY: tl.constexpr,
+    CODE: tl.constexpr,
+    OUT_CODE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """One tile of one row of the result; a row of NaN for an id that is out of range.
 
-    table, out: int32 or int16 pointers by CODE, [rows, cols] and [ids, cols]. ids: int64.
+    table, out: int32 or int16 pointers by CODE and by OUT_CODE, [rows, cols] and [ids, cols]. ids: int64.
     ints: int64 [8], low and high half of the seed, step, param, probe, offset, rows, cols. floats: float32 [1], scale.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -97,7 +107,7 @@ def embedding_kernel(table, ids, out, ints, floats, FAMILY: tl.constexpr, CODE: 
         z = _stream_tile(ints, first, FAMILY, TILE)
         value = tl.fma(z, scale, value)
     value = tl.where(known, value, float("nan"))
-    _store_bits(out + row * cols + index, round_nearest(value, CODE), mask, CODE)
+    _store_bits(out + row * cols + index, round_nearest(value, OUT_CODE), mask, OUT_CODE)
 
 
 @triton.jit
@@ -109,15 +119,18 @@ def materialize_kernel(
     ints,
     floats,
     CODE: tl.constexpr,
+    OUT_CODE: tl.constexpr,
+    MOVED: tl.constexpr,
     WRITE_BACK: tl.constexpr,
     NUM_EMITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One tile of one segment.
 
-    weights, out0, out1: int32 or int16 pointers by CODE; emit i of NUM_EMITS goes to out i. Two emits have the same
-        terms but for the coefficients, so that each noise is made once.
-    segments: int64 [S, 6]: first tile, first element in the buffer, numel, param, element_offset, group.
+    weights, out0, out1: int32 or int16 pointers, weights by CODE, outs by OUT_CODE; emit i of NUM_EMITS goes to out i.
+        Two emits have the same terms but for the coefficients, so that each noise is made once.
+    segments: int64 [S, 7]: first tile, first element in the buffer, numel, param, element_offset, group, first element
+        in the outs, which is read where it is MOVED from that of the buffer.
     ints: int64: a header (low and high half of the seed, S, U, G); updates [U, 3]; emits [NUM_EMITS, 2]; terms [T, 4].
     floats: float32: update_groups [U, G, 4]; emit_scales [NUM_EMITS, G]; coefs [T].
     """
@@ -136,10 +149,10 @@ def materialize_kernel(
     high = tl.load(ints + 2).to(tl.int32) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        before = tl.load(segments + 6 * middle) <= tile
+        before = tl.load(segments + 7 * middle) <= tile
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle - 1)
-    segment = segments + 6 * low
+    segment = segments + 7 * low
     numel = tl.load(segment + 2)
     param = _uint32(segment + 3)
     element_offset = tl.load(segment + 4)
@@ -203,9 +216,11 @@ def materialize_kernel(
             if NUM_EMITS == 2:
                 coef1 = tl.load(coefs + t + shift) * scale1
                 total1 = tl.where(coef1 != 0.0, tl.fma(z, coef1, total1), total1)
-        _store_bits(out0 + place, round_nearest(total0, CODE), mask, CODE)
+        if MOVED:
+            place = tl.load(segment + 6) + index
+        _store_bits(out0 + place, round_nearest(total0, OUT_CODE), mask, OUT_CODE)
         if NUM_EMITS == 2:
-            _store_bits(out1 + place, round_nearest(total1, CODE), mask, CODE)
+            _store_bits(out1 + place, round_nearest(total1, OUT_CODE), mask, OUT_CODE)
 
 
 INTERPRETED = not isinstance(materialize_kernel, triton.JITFunction)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
-from .types import CODE_DTYPES, DTYPE_CODES, NORMAL, RADEMACHER
+from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, NORMAL, RADEMACHER
 
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
@@ -36,22 +38,35 @@ def _typed(buffer: torch.Tensor, code: int) -> torch.Tensor:
     return flat.view(_BITS_TYPE[code])
 
 
-def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[int, int, int, torch.Tensor]]:
-    """(dtype code, number of segments, number of tiles, device table) of each dtype, kept while `segments` is."""
+class _Kind(NamedTuple):
+    """What a kernel is compiled for: a segment's dtypes, and whether its place in the outs is another one."""
+
+    code: int
+    out_code: int
+    moved: bool
+
+
+def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[_Kind, int, int, torch.Tensor]]:
+    """(kind, number of segments, number of tiles, device table) of each kind, kept while `segments` is."""
     cached = _segment_tables.setdefault(segments, {})
     key = (device, segments._version)
     if key not in cached:
-        rows: dict[int, list[list[int]]] = {}
-        tiles: dict[int, int] = {}
-        for byte_offset, numel, code, param, element_offset, group, _, _ in segments.tolist():
+        rows: dict[_Kind, list[list[int]]] = {}
+        tiles: dict[_Kind, int] = {}
+        for byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code in segments.tolist():
             if numel:
-                begin = tiles.get(code, 0)
-                row = [begin, byte_offset // CODE_DTYPES[code].itemsize, numel, param, element_offset, group]
-                rows.setdefault(code, []).append(row)
-                tiles[code] = begin + _num_tiles(element_offset, numel)
+                kind = _Kind(code, out_code, (byte_offset, code) != (out_offset, out_code))
+                begin = tiles.get(kind, 0)
+                place, out_place = (
+                    offset // CODE_DTYPES[each].itemsize
+                    for offset, each in ((byte_offset, code), (out_offset, out_code))
+                )
+                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place]
+                rows.setdefault(kind, []).append(row)
+                tiles[kind] = begin + _num_tiles(element_offset, numel)
         cached[key] = [
-            (code, len(table), tiles[code], _tensor(table, dtype=torch.int64).to(device))
-            for code, table in rows.items()
+            (kind, len(table), tiles[kind], _tensor(table, dtype=torch.int64).to(device))
+            for kind, table in rows.items()
         ]
     return cached[key]
 
@@ -86,15 +101,19 @@ def materialize(
     write_back: bool,
 ) -> None:
     seed %= 2**64
+    # The kernel's first group is that of what is frozen: its rate and its scales are 0.
+    update_groups, emit_scales = pad(update_groups, (0, 0, 1, 0)), pad(emit_scales, (1, 0))
     num_groups = update_groups.shape[1] if len(updates) else emit_scales.shape[1]
     for launch in _split_emits(emits.tolist(), terms.tolist()) or [[]]:
-        for code, num_segments, num_tiles, table in _group_segments(segments, weights.device):
+        for kind, num_segments, num_tiles, table in _group_segments(segments, weights.device):
+            if not launch:
+                kind = _Kind(kind.code, kind.code, False)
             header = [seed & 0xFFFFFFFF, seed >> 32, num_segments, len(updates), num_groups]
             ints = _tensor(header + [0] * (HEADER - len(header)), dtype=torch.int64)
             ints = torch.cat([ints, updates.reshape(-1), emits[launch].reshape(-1), terms.reshape(-1)])
             floats = torch.cat([update_groups.reshape(-1), emit_scales[launch].reshape(-1), coefs])
-            stored = _typed(weights, code)
-            written = [_typed(outs[emit], code) for emit in launch]
+            stored = _typed(weights, kind.code)
+            written = [_typed(outs[emit], kind.out_code) for emit in launch]
             with _on_device(weights.device):
                 materialize_kernel[(num_tiles,)](
                     stored,
@@ -103,7 +122,9 @@ def materialize(
                     table,
                     ints.to(weights.device, non_blocking=True),
                     floats.to(weights.device, non_blocking=True),
-                    CODE=code,
+                    CODE=kind.code,
+                    OUT_CODE=kind.out_code,
+                    MOVED=kind.moved,
                     WRITE_BACK=write_back and len(updates) > 0,
                     NUM_EMITS=len(launch),
                     TILE=_TILE,
@@ -115,7 +136,8 @@ def materialize(
 
 def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, **program: torch.Tensor) -> None:
     """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
-    segments = _tensor([[0, w.numel(), DTYPE_CODES[w.dtype], param, offset, 0, 1, w.numel()]], dtype=torch.int64)
+    code = DTYPE_CODES[w.dtype]
+    segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code]], dtype=torch.int64)
     outs = [w] * len(program["emits"])
     materialize(w, segments, seed, **program, outs=outs, write_back=len(program["updates"]) > 0)
 
@@ -179,27 +201,29 @@ def embedding(
     probe: int,
     offset: int,
     family: int,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     rows, cols = weight.shape
     if weight.device.type == "cpu":
         for i, row in enumerate(ids.reshape(-1).tolist()):
             if not 0 <= row < rows:
                 raise IndexError(f"ids[{i}] is {row}, and the table has {rows} rows")
-    out = torch.empty(*ids.shape, cols, dtype=weight.dtype, device=weight.device)
+    out = torch.empty(*ids.shape, cols, dtype=out_dtype or weight.dtype, device=weight.device)
     if not out.numel():
         return out
     seed %= 2**64
-    code = DTYPE_CODES[weight.dtype]
+    code, out_code = DTYPE_CODES[weight.dtype], DTYPE_CODES[out.dtype]
     ints = _tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, rows, cols], dtype=torch.int64)
     with _on_device(weight.device):
         embedding_kernel[(ids.numel(), (cols + 2 * (_TILE - 1)) // _TILE)](
-            _typed(weight, code) if weight.numel() else _typed(out, code),
+            _typed(weight if weight.numel() else weight.new_empty(1), code),
             ids.contiguous(),
-            _typed(out, code),
+            _typed(out, out_code),
             ints.to(weight.device, non_blocking=True),
             _tensor([scale], dtype=torch.float32).to(weight.device, non_blocking=True),
             FAMILY=family,
             CODE=code,
+            OUT_CODE=out_code,
             TILE=_TILE,
             enable_fp_fusion=False,
         )

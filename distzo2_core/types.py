@@ -35,6 +35,10 @@ MAX_PARAM = 2**32 - 1
 MAX_PROBE = 2**20 - 1
 MAX_ELEMENTS = 2**38
 
+FROZEN = -1  # the group of a segment that is never changed
+
+_COLUMNS = 10  # of a segment table
+
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
@@ -138,7 +142,8 @@ class Update(NamedTuple):
 
 
 class Emit(NamedTuple):
-    """One perturbed copy: rne(w + sum of c * perturb_scale * z), the scales being one per group. c is +eps or -eps."""
+    """One perturbed copy: rne(w + sum of c * perturb_scale * z), the scales being one per group. c is +eps or -eps.
+    It is rounded to each segment's `out_dtype`; to float32 that is exact."""
 
     terms: tuple[Term, ...]
     perturb_scales: tuple[float, ...]
@@ -147,7 +152,9 @@ class Emit(NamedTuple):
 class Segment(NamedTuple):
     """Elements [element_offset, element_offset + numel) of parameter `param`, packed at `byte_offset` of a buffer.
 
+    group: FROZEN for what no update and no perturbation reaches: it is emitted, and never written back.
     rows, cols: the shape of the whole parameter seen as a matrix (rows * cols elements), whatever part of it is here.
+    out_offset, out_dtype: where in each emit's buffer the elements go, in bytes, and in which dtype; None: as stored.
     """
 
     byte_offset: int
@@ -158,6 +165,8 @@ class Segment(NamedTuple):
     group: int
     rows: int
     cols: int
+    out_offset: int | None = None
+    out_dtype: torch.dtype | None = None
 
 
 class SegmentTable:
@@ -165,60 +174,72 @@ class SegmentTable:
 
     Attributes:
         segments: the segments as given.
-        tensor: int64 [num_segments, 8] on the CPU; columns are byte_offset, numel, dtype code, param, element_offset,
-            group, rows, cols.
-        num_bytes: smallest size of a buffer that holds every segment.
+        tensor: int64 [num_segments, 10] on the CPU; columns are byte_offset, numel, dtype code, param, element_offset,
+            group, rows, cols, out_offset, out dtype code.
+        num_bytes: smallest size of a buffer that holds every segment as it is stored.
+        out_bytes: smallest size of a buffer that an emit is written to.
         num_groups: number of groups that updates and emits must give scalars for (largest group index + 1).
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range, a segment is not aligned to its dtype, lies
-            beyond `num_bytes`, or overlaps another; the message names the segment's position in the list.
+            beyond `num_bytes`, or overlaps another, as stored or as emitted; the message names the segment's position
+            in the list.
     """
 
     def __init__(self, segments: Iterable[Segment], num_bytes: int | None = None) -> None:
         self.segments: tuple[Segment, ...] = tuple(Segment(*segment) for segment in segments)
         rows = [_encode_segment(index, segment) for index, segment in enumerate(self.segments)]
-        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 8)
+        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), _COLUMNS)
         self.num_groups: int = max((segment.group + 1 for segment in self.segments), default=0)
-        self.num_bytes: int = _check_layout(self.segments, num_bytes)
+        stored = [(row[0], row[1] * s.dtype.itemsize) for row, s in zip(rows, self.segments, strict=True)]
+        emitted = [(row[8], row[1] * CODE_DTYPES[row[9]].itemsize) for row in rows]
+        self.num_bytes: int = _check_layout(stored, num_bytes)
+        self.out_bytes: int = _check_layout(emitted, None, ", as emitted,")
 
     def __len__(self) -> int:
         return len(self.segments)
 
     def __repr__(self) -> str:
-        return f"SegmentTable({len(self)} segments, {self.num_bytes} bytes, {self.num_groups} groups)"
+        out = "" if self.out_bytes == self.num_bytes else f", {self.out_bytes} bytes emitted"
+        return f"SegmentTable({len(self)} segments, {self.num_bytes} bytes{out}, {self.num_groups} groups)"
 
 
 def _encode_segment(index: int, segment: Segment) -> list[int]:
     where = f"segment {index}: "
     code = dtype_code(segment.dtype)
     numel = check_int(where + "numel", segment.numel, 0, MAX_ELEMENTS)
-    byte_offset = check_int(where + "byte_offset", segment.byte_offset, 0, 2**62)
-    if byte_offset % segment.dtype.itemsize:
-        raise ValueError(f"{where}byte_offset {byte_offset} is not aligned to {segment.dtype}")
+    byte_offset = _check_place(where, "byte_offset", segment.byte_offset, segment.dtype)
+    out_dtype = segment.dtype if segment.out_dtype is None else segment.out_dtype
+    out_code = dtype_code(out_dtype)
+    out = byte_offset if segment.out_offset is None else segment.out_offset
+    out_offset = _check_place(where, "out_offset", out, out_dtype)
     offset = check_int(where + "element_offset", segment.element_offset, 0, MAX_ELEMENTS - numel)
     param = check_int(where + "param", segment.param, 0, MAX_PARAM)
-    group = check_int(where + "group", segment.group, 0, 2**31 - 1)
+    group = check_int(where + "group", segment.group, FROZEN, 2**31 - 1)
     rows = check_int(where + "rows", segment.rows, 0, MAX_ELEMENTS)
     cols = check_int(where + "cols", segment.cols, 0, MAX_ELEMENTS)
     if offset + numel > rows * cols:
         raise ValueError(
             f"{where}elements {offset} to {offset + numel} do not lie in a parameter of {rows} x {cols} elements"
         )
-    return [byte_offset, numel, code, param, offset, group, rows, cols]
+    return [byte_offset, numel, code, param, offset, group, rows, cols, out_offset, out_code]
 
 
-def _check_layout(segments: Sequence[Segment], num_bytes: int | None) -> int:
-    """Checks that no two segments overlap and that all lie in the buffer; returns the buffer's least size in bytes."""
-    spans = sorted(
-        (segment.byte_offset, segment.byte_offset + segment.numel * segment.dtype.itemsize, index)
-        for index, segment in enumerate(segments)
-        if segment.numel
-    )
+def _check_place(where: str, name: str, value: object, dtype: torch.dtype) -> int:
+    offset = check_int(where + name, value, 0, 2**62)
+    if offset % dtype.itemsize:
+        raise ValueError(f"{where}{name} {offset} is not aligned to {dtype}")
+    return offset
+
+
+def _check_layout(places: Sequence[tuple[int, int]], num_bytes: int | None, what: str = "") -> int:
+    """Checks that no two segments, given as (offset, size) in bytes, overlap and that all lie in the buffer; returns
+    the buffer's least size in bytes."""
+    spans = sorted((begin, begin + size, index) for index, (begin, size) in enumerate(places) if size)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(
-                f"segments {first} and {second} overlap: one ends at byte {end}, the other begins at {begin}"
+                f"segments {first} and {second}{what} overlap: one ends at byte {end}, the other begins at {begin}"
             )
     needed = spans[-1][1] if spans else 0
     if num_bytes is not None and needed > check_int("num_bytes", num_bytes, 0, 2**62):

@@ -31,12 +31,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_BF16_PERTURB = 45.0
 # Kernels by what is in their mangled names: a name, the pattern.
 KERNELS = {  # every kernel's stack and registers are checked, these are counted too
-    "perturb": r"SimpleProgramILi0ELi1ELNS_7PurposeE0E.*InlineTables",
-    "perturb ±": r"SimpleProgramILi0ELi2ELNS_7PurposeE0E.*InlineTables",
-    "update": r"SimpleProgramILi1ELi0ELNS_7PurposeE0E.*InlineTables",
-    "visit": r"SimpleProgramILi1ELi2ELNS_7PurposeE0E.*InlineTables",
-    "perturb, signs": r"SimpleProgramILi0ELi1ELNS_7PurposeE1E.*InlineTables",
-    "visit, signs": r"SimpleProgramILi1ELi2ELNS_7PurposeE1E.*InlineTables",
+    "perturb": r"visit_kernelINS_13SimpleProgramILi0ELi1ELNS_7PurposeE0E.*InlineTables",
+    "perturb ±": r"visit_kernelINS_13SimpleProgramILi0ELi2ELNS_7PurposeE0E.*InlineTables",
+    "update": r"visit_kernelINS_13SimpleProgramILi1ELi0ELNS_7PurposeE0E.*InlineTables",
+    "visit": r"visit_kernelINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0E.*InlineTables",
+    "perturb, signs": r"visit_kernelINS_13SimpleProgramILi0ELi1ELNS_7PurposeE1E.*InlineTables",
+    "visit, signs": r"visit_kernelINS_13SimpleProgramILi1ELi2ELNS_7PurposeE1E.*InlineTables",
 }
 
 

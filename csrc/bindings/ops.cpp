@@ -9,6 +9,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -166,7 +167,7 @@ void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed
 }
 
 Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t seed, int64_t step, int64_t param,
-                 int64_t probe, int64_t offset, int64_t family) {
+                 int64_t probe, int64_t offset, int64_t family, std::optional<at::ScalarType> out_dtype) {
     check_device(weight.device());
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(), "weight must be a contiguous matrix, got shape ",
                       weight.sizes(), " with strides ", weight.strides());
@@ -176,9 +177,10 @@ Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t 
     const Tensor rows = ids.contiguous();
     Lookup request;
     request.dtype = dtype_of(weight.scalar_type(), "weight");
+    request.out_dtype = dtype_of(out_dtype.value_or(weight.scalar_type()), "out_dtype");
     std::vector<int64_t> shape = ids.sizes().vec();
     shape.push_back(weight.size(1));
-    Tensor out = at::empty(shape, weight.options().requires_grad(false));
+    Tensor out = at::empty(shape, weight.options().dtype(out_dtype.value_or(weight.scalar_type())).requires_grad(false));
     request.table = weight.const_data_ptr();
     request.out = out.mutable_data_ptr();
     request.ids = rows.const_data_ptr<int64_t>();
@@ -205,14 +207,16 @@ Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t 
     return out;
 }
 
-uint8_t* buffer(const Tensor& tensor, const Tensor& weights, const std::string& what) {
+// like: the name of a buffer that has `num_bytes`, as this one must have.
+uint8_t* buffer(const Tensor& tensor, const Tensor& weights, int64_t num_bytes, const char* like,
+                const std::string& what) {
     TORCH_CHECK_TYPE(tensor.scalar_type() == at::kByte, what, " must be uint8, got ", tensor.scalar_type());
     TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.is_contiguous(), what, " must be a contiguous vector, got shape ",
                       tensor.sizes(), " with strides ", tensor.strides());
     TORCH_CHECK_VALUE(tensor.device() == weights.device(), what, " must be on ", weights.device(),
                       " as weights are, got ", tensor.device());
-    TORCH_CHECK_VALUE(tensor.numel() == weights.numel(), what, " must have ", weights.numel(),
-                      " bytes as weights have, got ", tensor.numel());
+    TORCH_CHECK_VALUE(tensor.numel() == num_bytes, what, " must have ", num_bytes, " bytes as ", like, " has, got ",
+                      tensor.numel());
     return static_cast<uint8_t*>(tensor.mutable_data_ptr());
 }
 
@@ -221,12 +225,13 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
                  at::TensorList outs, bool write_back) {
     check_device(weights.device());
     Materialize visit;
-    visit.weights = buffer(weights, weights, "weights");
     visit.num_bytes = weights.numel();
+    visit.weights = buffer(weights, weights, visit.num_bytes, "weights", "weights");
+    visit.out_bytes = outs.empty() ? 0 : outs[0].numel();
     visit.seed = static_cast<uint64_t>(seed);
     visit.write_back = write_back;
     visit.num_segments = segments.dim() > 0 ? segments.size(0) : 0;
-    visit.segments = table<Segment>(segments, at::kLong, {visit.num_segments, 8}, "segments");
+    visit.segments = table<Segment>(segments, at::kLong, {visit.num_segments, 10}, "segments");
     visit.num_terms = terms.dim() > 0 ? terms.size(0) : 0;
     visit.terms = table<Term>(terms, at::kLong, {visit.num_terms, 4}, "terms");
     visit.coefs = table<float>(coefs, at::kFloat, {visit.num_terms}, "coefs");
@@ -243,7 +248,7 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     std::vector<uint8_t*> pointers;
     pointers.reserve(outs.size());
     for (const Tensor& out : outs)
-        pointers.push_back(buffer(out, weights, "outs[" + std::to_string(pointers.size()) + "]"));
+        pointers.push_back(buffer(out, weights, visit.out_bytes, "outs[0]", "outs[" + std::to_string(pointers.size()) + "]"));
     visit.outs = pointers.data();
     if (write_back && visit.num_updates > 0)
         mark_changed(weights);
@@ -281,7 +286,7 @@ TORCH_LIBRARY(distzo2, library) {
     library.def("update_(Tensor(a!) w, float lr, float coef, float weight_decay, int seed, int step, int param, "
                 "int probe, int offset, int family) -> ()");
     library.def("embedding(Tensor weight, Tensor ids, float scale, int seed, int step, int param, int probe, "
-                "int offset, int family) -> Tensor");
+                "int offset, int family, ScalarType? out_dtype=None) -> Tensor");
     library.def(
         "materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
         "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");

@@ -11,6 +11,13 @@ void check_span(const char* what, int64_t row, int64_t first, int64_t num, int64
               " to ", first, " + ", num, " of ", num_terms);
 }
 
+void check_place(const char* what, int64_t row, int64_t numel, int64_t dtype, int64_t at, int64_t num_bytes) {
+    DZO_CHECK(dtype >= 0 && dtype <= static_cast<int64_t>(DType::kFp16), what, ' ', row, ": dtype code ", dtype);
+    const int64_t bytes = dtype_bytes(static_cast<DType>(dtype));
+    DZO_CHECK(at >= 0 && at <= num_bytes - numel * bytes, what, ' ', row, ": ", numel, " elements of ", bytes,
+              " bytes at byte ", at, " of ", num_bytes);
+}
+
 } // namespace
 
 void check(const Materialize& visit) {
@@ -22,15 +29,12 @@ void check(const Materialize& visit) {
         return; // the segments are not looked at
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
-        DZO_CHECK(segment.dtype >= 0 && segment.dtype <= static_cast<int64_t>(DType::kFp16), "segment ", s,
-                  ": dtype code ", segment.dtype);
-        const int64_t bytes = dtype_bytes(static_cast<DType>(segment.dtype));
         DZO_CHECK(segment.numel >= 0 && segment.numel <= kMaxElements, "segment ", s, ": numel ", segment.numel);
-        DZO_CHECK(segment.byte_offset >= 0 && segment.byte_offset <= visit.num_bytes - segment.numel * bytes,
-                  "segment ", s, ": ", segment.numel, " elements of ", bytes, " bytes at byte ", segment.byte_offset,
-                  " of ", visit.num_bytes);
-        DZO_CHECK(segment.group >= 0 && segment.group < visit.num_groups, "segment ", s, ": group ", segment.group,
-                  " of ", visit.num_groups);
+        check_place("segment", s, segment.numel, segment.dtype, segment.byte_offset, visit.num_bytes);
+        if (visit.num_emits > 0)
+            check_place("out of segment", s, segment.numel, segment.out_dtype, segment.out_offset, visit.out_bytes);
+        DZO_CHECK(segment.group >= kNoGroup && segment.group < visit.num_groups, "segment ", s, ": group ",
+                  segment.group, " of ", visit.num_groups);
     }
 }
 

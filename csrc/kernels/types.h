@@ -5,26 +5,33 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "noise/philox.h"
+
 namespace distzo2 {
 
 enum class DType : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
 
-constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
+DZO_HD constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
 
 // Groups of normals are numbered with 36 bits, so a parameter has at most 2^38 elements.
 constexpr int64_t kMaxElements = int64_t{1} << 38;
 
-// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset.
-// rows and cols are the whole parameter's, for families of noise that need its shape.
+// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset,
+// and emitted at out + out_offset as elements of out_dtype. rows and cols are the whole parameter's, for families of
+// noise that need its shape. A segment of kNoGroup is frozen: no update and no perturbation reaches it.
+constexpr int64_t kNoGroup = -1;
+
 struct Segment {
     int64_t byte_offset;
     int64_t numel;
     int64_t dtype; // a DType
     int64_t param;
     int64_t element_offset;
-    int64_t group;
+    int64_t group; // kNoGroup: frozen
     int64_t rows;
     int64_t cols;
+    int64_t out_offset = byte_offset;
+    int64_t out_dtype = dtype;
 };
 
 // One noise tensor; its coefficient is in a table of its own. family is a Purpose that is a family; sub must be 0.
@@ -63,11 +70,13 @@ struct Emit {
 //       w = round(fma(-lr, a, w)), stochastic for bf16 and fp16 with the bits of (seed, update's step, param, element),
 //       rne for fp32
 //   for each emit: a = w; a = fma(coefs[j] * emit_scale[g], z_j, a) for each term whose product is not 0; out = rne(a)
+//   in the segment's out_dtype
 //   if write_back, and an update was not the identity: the weight is stored.
 // Every NaN that rounding stores is the canonical one (noise/rounding.h).
 struct Materialize {
     uint8_t* weights = nullptr;
-    int64_t num_bytes = 0; // of weights and of every out
+    int64_t num_bytes = 0; // of weights
+    int64_t out_bytes = 0; // of every out
     const Segment* segments = nullptr;
     int64_t num_segments = 0;
     uint64_t seed = 0;
@@ -81,7 +90,9 @@ struct Materialize {
     const Emit* emits = nullptr;        // [num_emits]
     const float* emit_scales = nullptr; // [num_emits][num_groups]
     int64_t num_emits = 0;
-    uint8_t* const* outs = nullptr; // [num_emits]; an out may be `weights` itself, but may not overlap it otherwise
+    // [num_emits]; an out may be `weights` itself if every segment is emitted as it is stored, but may not overlap it
+    // otherwise.
+    uint8_t* const* outs = nullptr;
     bool write_back = false;
 };
 
@@ -99,8 +110,9 @@ struct InPlace {
     int64_t offset = 0;
 };
 
-// out[i] = rne(fma(scale, z, row ids[i] of the table)), the table [num_rows, cols] holding elements [offset, offset +
-// num_rows * cols) of a parameter; rne(row) where scale is 0. Equal to the rows of a visit's emit of the whole table.
+// out[i] = rne(fma(scale, z, row ids[i] of the table)) in out_dtype, the table [num_rows, cols] holding elements [offset,
+// offset + num_rows * cols) of a parameter; rne(row) where scale is 0. Equal to the rows of a visit's emit of the whole
+// table.
 struct Lookup {
     const void* table = nullptr;
     void* out = nullptr; // [num_ids, cols]
@@ -116,6 +128,7 @@ struct Lookup {
     int64_t param = 0;
     int64_t probe = 0;
     int64_t offset = 0;
+    DType out_dtype = dtype;
 };
 
 } // namespace distzo2

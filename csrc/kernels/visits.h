@@ -11,7 +11,7 @@ struct OneSegmentVisit {
         : segment{0, place.numel, static_cast<int64_t>(place.dtype), place.param, place.offset, 0, 1, place.numel},
           term{place.family, place.step, place.probe, 0}, coef(coef) {
         visit.weights = static_cast<uint8_t*>(place.data);
-        visit.num_bytes = place.numel * dtype_bytes(place.dtype);
+        visit.num_bytes = visit.out_bytes = place.numel * dtype_bytes(place.dtype);
         visit.segments = &segment;
         visit.num_segments = 1;
         visit.seed = place.seed;

@@ -100,6 +100,7 @@ def test_what_is_refused() -> None:
         (ValueError, "ids must be on cpu as weight is, got meta", table, ids.to("meta"), {}),
         (ValueError, "offset must be between", table, ids, {"offset": 2**38 - 11}),
         (ValueError, "scale must be finite", table, ids, {"scale": float("inf")}),
+        (TypeError, "dtype must be .*, got torch.int8", table, ids, {"out_dtype": torch.int8}),
     ]
     for error, text, weight, rows, changes in wrong:
         arguments = {"scale": 1.0, **PLACE, **changes}
@@ -113,7 +114,8 @@ def test_what_is_refused() -> None:
 def test_torch_op_of_every_shape_of_ids(dtype: torch.dtype, ids: torch.Tensor) -> None:
     weight = torch.randn(6, 9).to(dtype)
     for family in (0, 1):
-        torch.library.opcheck(torch.ops.distzo2.embedding, (weight, ids, 0.1, -1, 3, 5, 7, 0, family))
+        for out_dtype in (None, torch.float16):
+            torch.library.opcheck(torch.ops.distzo2.embedding, (weight, ids, 0.1, -1, 3, 5, 7, 0, family, out_dtype))
     whole = distzo2_core.perturb_(weight.clone(), 0.1, **PLACE)
     assert_same_bits(distzo2_core.embedding(weight, ids, 0.1, **PLACE), torch.nn.functional.embedding(ids, whole))
 

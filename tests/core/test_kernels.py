@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from kernel_cases import (
 )
 
 import distzo2_core
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
 
 # The contract of each op, in plain float32 terms. One term at a time, so that NumPy's float64 shows what is meant.
 
@@ -93,6 +94,31 @@ def test_materialize_is_the_single_ops_in_turn(backend: str, dtype: torch.dtype)
         assert_same_bits(out.view(dtype), distzo2_core.perturb_(expected.clone(), scale, step=4, **place))
     distzo2_core.materialize(buffer, table, write_back=True, **arguments)
     assert_same_bits(buffer.view(dtype), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "out_dtype"), itertools.product(DTYPES, DTYPES))
+def test_emits_are_of_a_dtype_of_their_own(backend: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """A frozen segment as it is, and another one after its update, which is rounded as it is stored."""
+    w = (torch.randn(2, 200, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    part = 200 * dtype.itemsize
+    segments = [
+        Segment(part * i, 200, dtype, i, 5, group, 1, 205, 4 + 200 * out_dtype.itemsize * i, out_dtype)
+        for i, group in enumerate((FROZEN, 0))
+    ]
+    table, buffer = SegmentTable(segments), w.view(torch.uint8).view(-1).clone()
+    out = torch.zeros(table.out_bytes, dtype=torch.uint8)
+    program = {
+        "updates": [Update(1, (GroupScalars(1e-2, 0.1),), (Term(0, 1, 7, 0, 0.3),))],
+        "emits": [Emit((Term(0, 2, 7, 0, 1e-3),), (1.0,))],
+    }
+    distzo2_core.materialize(buffer, table, seed=9, **program, outs=[out], write_back=True, backend=backend)
+    place = {"seed": 9, "param": 1, "probe": 7, "offset": 5, "backend": backend}
+    updated = distzo2_core.update_(w[1].clone(), 1e-2, 0.3, weight_decay=0.1, step=1, **place)
+    assert_same_bits(buffer.view(dtype), torch.cat([w[0], updated]))
+    z = distzo2_core.normal(200, step=2, **place).double()
+    exact = (updated.double() + float(np.float32(1e-3)) * z).float()  # to 2^-53, far below a float32 tie
+    assert_same_bits(out[4:].view(out_dtype), torch.cat([w[0].to(out_dtype), exact.to(out_dtype)]))
 
 
 # Native against the reference: every bit, for everything that can vary.

@@ -174,7 +174,8 @@ def test_materialize_refuses_wrong_buffers(backend: str) -> None:
 
     other = torch.zeros(128, dtype=torch.uint8)
     for outs, error, message in (
-        ([other[:32]], ValueError, r"outs\[0\] must have 64 bytes as weights have, got 32"),
+        ([other[:31]], ValueError, r"outs\[0\] has 31 bytes, the segments need 32"),
+        ([other[:32], other[64:100]], ValueError, r"outs\[1\] must have 32 bytes as outs\[0\] has, got 36"),
         ([other[:64].view(torch.int8)], TypeError, r"outs\[0\] must be a tensor of torch.uint8, got torch.int8"),
         ([other[::2]], ValueError, r"outs\[0\] must be a contiguous vector"),
         ([other[:1].expand(64)], ValueError, r"outs\[0\] must be a contiguous .* shape \(64,\), strides \(0,\)"),

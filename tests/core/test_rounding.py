@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, INTERPRETED, Visit, assert_same_bits, needs_native, needs_triton
+from kernel_cases import BACKENDS, DTYPES, INTERPRETED, Visit, assert_same_bits, needs_native, needs_triton
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, reference
@@ -117,13 +117,17 @@ def test_stochastic_keeps_values_of_the_dtype(code: int) -> None:
 SHARES = [2.0**-16, 0.25, 0.5 - 2.0**-13, 0.5, 0.5 + 2.0**-13, 0.8125, 1 - 2.0**-16, 1.0]
 
 
-def every_value(code: int, stride: int = 1, num_updates: int = 0) -> tuple[Visit, np.ndarray]:
+def every_value(
+    code: int, stride: int = 1, num_updates: int = 0, out_dtype: torch.dtype | None = None
+) -> tuple[Visit, np.ndarray]:
     """The visit, and the spacing of each weight; `stride` leaves out exponents, but for the two lowest and highest."""
+    out_dtype = out_dtype or CODE_DTYPES[code]
     mantissa, num_exponents, lowest = (7, 256, -133) if code == BF16 else (10, 32, -24)
     numel = 2 << mantissa
     exponents = [e for e in range(num_exponents) if e % stride == 0 or e < 2 or e >= num_exponents - 2]
     segments = [
-        Segment(2 * numel * i, numel, CODE_DTYPES[code], e, 3 * e, i, 1, 3 * e + numel) for i, e in enumerate(exponents)
+        Segment(2 * n, numel, CODE_DTYPES[code], e, 3 * e, i, 1, 3 * e + numel, out_dtype.itemsize * n, out_dtype)
+        for i, (e, n) in enumerate((e, numel * i) for i, e in enumerate(exponents))
     ]
     spacings = [2.0 ** (lowest + min(max(e, 1), num_exponents - 2) - 1) for e in exponents]
     bits = np.concatenate(
@@ -138,11 +142,11 @@ def every_value(code: int, stride: int = 1, num_updates: int = 0) -> tuple[Visit
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("code", [BF16, FP16])
-def test_nearest_is_torchs_for_every_value(backend: str, code: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nearest_is_torchs_for_every_value(backend: str, code: int, dtype: torch.dtype) -> None:
     """The emits of every value, against torch's sum in float32 and its conversion; NaN is the canonical one."""
-    visit, spacings = every_value(code)
-    dtype = CODE_DTYPES[code]
-    weights = visit.weights.view(dtype)
+    visit, spacings = every_value(code, out_dtype=dtype)
+    weights = visit.weights.view(CODE_DTYPES[code])
     place = {"seed": 77, "step": 99, "backend": backend}
     signs = [
         distzo2_core.rademacher(s.numel, param=s.param, offset=s.element_offset, **place)
@@ -152,8 +156,7 @@ def test_nearest_is_torchs_for_every_value(backend: str, code: int) -> None:
     outs = visit.run(backend, write_back=False)[1:]
     for share, out in zip(SHARES, outs, strict=True):
         expected = (weights.float() + share * way).to(dtype)  # one rounding to float32, as the fma of the kernels has
-        nan = torch.full_like(expected, float("nan")).view(torch.int16)
-        expected = torch.where(expected.isnan(), nan, expected.view(torch.int16)).view(dtype)
+        expected[expected.isnan()] = float("nan")
         assert_same_bits(out.view(dtype), expected, share)
 
 

@@ -70,10 +70,11 @@ def check_ptx() -> None:
 
     from distzo2_core import triton_kernels
 
-    for capability, code in ((80, 1), (90, 0), (90, 2)):
-        pointer = "*i32" if code == 0 else "*i16"
-        constants = {"CODE": code, "WRITE_BACK": True, "NUM_EMITS": 2, "TILE": 1024}
-        signature = dict.fromkeys(("weights", "out0", "out1"), pointer)
+    for capability, code, out_code in ((80, 1, 1), (90, 0, 1), (90, 2, 2), (90, 1, 0)):
+        constants = {"CODE": code, "OUT_CODE": out_code, "MOVED": code != out_code}
+        constants |= {"WRITE_BACK": True, "NUM_EMITS": 2, "TILE": 1024}
+        signature = {"weights": "*i16" if code else "*i32"}
+        signature |= dict.fromkeys(("out0", "out1"), "*i16" if out_code else "*i32")
         signature |= {"segments": "*i64", "ints": "*i64", "floats": "*fp32"} | dict.fromkeys(constants, "constexpr")
         source = ASTSource(triton_kernels.materialize_kernel, signature=signature, constexprs=constants)
         target = GPUTarget("cuda", capability, 32)

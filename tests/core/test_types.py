@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch_op_cases import segment, update
 
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
 from distzo2_core.types import check_seed, encode_program
 
 
@@ -29,7 +29,13 @@ def test_seeds_travel_as_twos_complement(seed: int) -> None:
         ([segment(element_offset=1)], "segment 0: elements 1 to 9 do not lie"),
         ([segment(element_offset=2**38)], "segment 0: element_offset must be between"),
         ([segment(param=2**32)], "segment 0: param must be between"),
-        ([segment(group=-1)], "segment 0: group must be between"),
+        ([segment(group=-2)], "segment 0: group must be between -1 and"),
+        ([segment(out_offset=2)], "segment 0: out_offset 2 is not aligned to torch.float32"),
+        ([segment(out_offset=1, out_dtype=torch.float16)], "segment 0: out_offset 1 is not aligned to torch.float16"),
+        (
+            [segment(), segment(byte_offset=32, out_offset=16, out_dtype=torch.bfloat16)],
+            "segments 0 and 1, as emitted, overlap: one ends at byte 32, the other begins at 16",
+        ),
         ([segment(), segment(byte_offset=40)], "segment 1 ends at byte 72, beyond the buffer of 71 bytes"),
     ],
 )
@@ -40,15 +46,24 @@ def test_segment_tables_refuse(segments: list[Segment], message: str) -> None:
 
 def test_segment_table_encoding() -> None:
     table = SegmentTable(
-        [Segment(64, 6, torch.bfloat16, 5, 2, 1, 4, 2), Segment(0, 3, torch.float32, 2**32 - 1, 0, 0, 1, 3)]
+        [
+            Segment(64, 6, torch.bfloat16, 5, 2, 1, 4, 2, out_dtype=torch.float32),
+            Segment(0, 3, torch.float32, 2**32 - 1, 0, FROZEN, 1, 3, out_offset=88),
+        ]
     )
     assert table.tensor.dtype == torch.int64
-    assert table.tensor.tolist() == [[64, 6, 1, 5, 2, 1, 4, 2], [0, 3, 0, 2**32 - 1, 0, 0, 1, 3]]
-    assert (len(table), table.num_bytes, table.num_groups) == (2, 76, 2)
+    assert table.tensor.tolist() == [
+        [64, 6, 1, 5, 2, 1, 4, 2, 64, 0],
+        [0, 3, 0, 2**32 - 1, 0, -1, 1, 3, 88, 0],
+    ]
+    assert (len(table), table.num_bytes, table.out_bytes, table.num_groups) == (2, 76, 100, 2)
+    assert SegmentTable([segment(group=FROZEN)]).num_groups == 0
+    with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int8"):
+        SegmentTable([segment(out_dtype=torch.int8)])
     with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int8"):
         SegmentTable([segment(dtype=torch.int8)])
     empty = SegmentTable([])
-    assert (len(empty), empty.num_bytes, empty.num_groups, empty.tensor.shape) == (0, 0, 0, (0, 8))
+    assert (len(empty), empty.num_bytes, empty.num_groups, empty.tensor.shape) == (0, 0, 0, (0, 10))
 
 
 # Updates and emits.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import distzo2_core
-from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
 from distzo2_core.types import MAX_ELEMENTS
 
 needs_native = pytest.mark.skipif(
@@ -65,7 +65,7 @@ class Visit(NamedTuple):
     def run(self, backend: str, write_back: bool, device: str = "cpu") -> list[torch.Tensor]:
         """The weights and the buffers of the emits afterwards; bytes between segments begin as 0xA5."""
         weights = self.weights.to(device, copy=True)
-        outs = [torch.full_like(weights, 0xA5) for _ in self.emits]
+        outs = [torch.full((self.segments.out_bytes,), 0xA5, dtype=torch.uint8, device=device) for _ in self.emits]
         program = {"seed": self.seed, "updates": self.updates, "emits": self.emits}
         distzo2_core.materialize(weights, self.segments, **program, outs=outs, write_back=write_back, backend=backend)
         return [weights, *outs]
@@ -75,8 +75,28 @@ def random_coef(rng: np.random.Generator) -> float:
     return float(rng.choice([0.0, -0.0, 1.0, rng.standard_normal(), rng.standard_normal() * 1e3, 1e-40]))
 
 
-def random_visit(rng: np.random.Generator, dtypes: tuple[torch.dtype, ...], max_numel: int) -> Visit:
-    """A few segments of random sizes, gaps, parameters and offsets; up to three updates and four emits."""
+def emitted_as(
+    rng: np.random.Generator, segments: list[Segment], pairs: tuple[tuple[torch.dtype, torch.dtype], ...]
+) -> list[Segment]:
+    """The segments, emitted at other places, in a dtype that makes a pair with their own, or in their own."""
+    moved, at = [], 0
+    for segment in segments:
+        choices = [segment.dtype, *(out for dtype, out in pairs if dtype == segment.dtype)]
+        out_dtype = choices[rng.integers(len(choices))]
+        at += int(rng.integers(0, 3)) * 4 + -at % 4
+        moved.append(segment._replace(out_offset=at, out_dtype=out_dtype))
+        at += segment.numel * out_dtype.itemsize
+    return moved
+
+
+def random_visit(
+    rng: np.random.Generator,
+    dtypes: tuple[torch.dtype, ...],
+    max_numel: int,
+    pairs: tuple[tuple[torch.dtype, torch.dtype], ...] = tuple(itertools.product(DTYPES, DTYPES)),
+) -> Visit:
+    """A few segments of random sizes, gaps, parameters and offsets, some of them frozen, half of the time emitted as
+    one of `pairs`; up to three updates and four emits."""
     num_groups = int(rng.integers(1, 4))
     parts: list[torch.Tensor] = []
     segments: list[Segment] = []
@@ -86,7 +106,7 @@ def random_visit(rng: np.random.Generator, dtypes: tuple[torch.dtype, ...], max_
         numel = int(rng.integers(0, max_numel))
         gap = int(rng.integers(0, 3)) * 4 + -num_bytes % 4
         offset = int(rng.choice([0, 1, 127, 128, 2**34 - 50, 2**35 + 5, rng.integers(0, 5000)]))
-        param, group = int(rng.integers(0, 2**32)), int(rng.integers(num_groups))
+        param, group = int(rng.integers(0, 2**32)), FROZEN if rng.random() < 0.1 else int(rng.integers(num_groups))
         segments.append(Segment(num_bytes + gap, numel, dtype, param, offset, group, 1, offset + numel))
         parts.append(torch.full((gap,), 0x5A, dtype=torch.uint8))
         if numel:
@@ -125,6 +145,8 @@ def random_visit(rng: np.random.Generator, dtypes: tuple[torch.dtype, ...], max_
         if rng.random() < 0.7:  # the other sign of the same perturbation
             emits.append(Emit(tuple(term._replace(c=-term.c) for term in terms), scales))
     weights = torch.cat(parts)
+    if rng.random() < 0.5:
+        segments = emitted_as(rng, segments, pairs)
     table = SegmentTable(segments, num_bytes=weights.numel())
     return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))
 
@@ -163,7 +185,8 @@ def check_noise(backend: str, device: str = "cpu", numels: tuple[int, ...] = (1,
 
 
 def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int, device: str = "cpu") -> None:
-    """embedding against rows of the table that the reference has perturbed as a whole, for one random table."""
+    """embedding against rows of the table that the reference has perturbed as a whole, for one random table; in another
+    dtype, the rows that the reference makes of each."""
     rows = 11
     table = random_weights(rng, rows * cols, dtype).view(rows, cols)
     place = random_place(rng)
@@ -173,6 +196,11 @@ def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, 
         got = distzo2_core.embedding(before, ids.to(device), scale, **place, family=family, backend=backend)
         whole = distzo2_core.perturb_(table.clone(), scale, **place, family=family, backend="reference")
         assert_same_bits(got, torch.nn.functional.embedding(ids, whole), (scale, family, place))
+        out_dtype = DTYPES[rng.integers(3)]
+        more = {**place, "family": family, "out_dtype": out_dtype}
+        got = distzo2_core.embedding(before, ids.to(device), scale, **more, backend=backend)
+        expected = distzo2_core.embedding(table, ids, scale, **more, backend="reference")
+        assert_same_bits(got, expected, (scale, family, place, out_dtype))
         assert_same_bits(before, table)
 
 

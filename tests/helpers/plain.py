@@ -27,6 +27,7 @@ def plain_loop(
     weight_decay: float = 0.0,
     noise: str = "normal",
     trainable: Callable[[str], bool] = lambda name: True,
+    compute: torch.dtype | None = None,
 ) -> list[list[float]]:
     """Two-sided SPSA over the whole model in memory.
 
@@ -34,6 +35,7 @@ def plain_loop(
         model: changed in place.
         closures: for each step the closures of its micro-batches.
         lr: the learning rate of a step.
+        compute: what modules compute with: weights are perturbed in float32 from the stored ones, and rounded to it.
 
     Returns:
         The losses of each step, in the order of evaluation: probe 0 +, all micro-batches; probe 0 −; ...
@@ -41,16 +43,27 @@ def plain_loop(
     eps = float(np.float32(eps))
     params = [(i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if trainable(n)]
     history = []
+    stored = {n: p.data for n, p in model.named_parameters()}
+    kept = {
+        b: b.dtype for b in model.buffers() if compute == torch.float32 and b.dtype in (torch.float16, torch.bfloat16)
+    }
+    for b in kept:
+        b.data = b.data.to(compute)
     for step, micro_batches in enumerate(closures):
+        for n, p in model.named_parameters():
+            p.data = stored[n]
         clean = {i: p.data.clone() for i, _, p in params}
         losses = {}
+        for _, p in model.named_parameters():
+            p.data = p.data if compute is None else p.data.to(compute)
         for probe in range(num_probes):
             for sign in (+1, -1):
                 for i, _, p in params:
-                    p.data = distzo2_core.perturb_(
-                        clean[i].clone(), sign * eps, seed=seed, step=step, param=i, probe=probe, family=noise,
-                        backend="reference",
-                    )  # fmt: skip
+                    w = clean[i].clone() if compute is None else clean[i].float().clone()
+                    w = distzo2_core.perturb_(
+                        w, sign * eps, seed=seed, step=step, param=i, probe=probe, family=noise, backend="reference"
+                    )
+                    p.data = w if compute is None else w.to(compute)
                 with torch.no_grad():
                     losses[probe, sign] = [float(c()) for c in micro_batches]
         history.append([v for values in losses.values() for v in values])
@@ -58,10 +71,15 @@ def plain_loop(
         for probe in range(num_probes):
             plus, minus = (sum(losses[probe, s]) / len(micro_batches) for s in (+1, -1))
             coefs.append(float(np.float32((plus - minus) / (2.0 * eps * num_probes))))
-        for i, _, p in params:
+        for i, n, p in params:
             p.data = clean[i]
             decay = weight_decay if p.dim() > 1 else 0.0
             _update(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise)
+            stored[n] = p.data
+    for n, p in model.named_parameters():
+        p.data = stored[n]
+    for b, dtype in kept.items():
+        b.data = b.data.to(dtype)
     return history
 
 

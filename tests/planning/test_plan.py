@@ -325,7 +325,7 @@ def test_the_command_says_what_it_computes_in(capsys: pytest.CaptureFixture[str]
     assert "float16 computed in float32, 0.125 G" in lines and "MiB (float32: 2 x the stored), lanes" in lines
     assert main([*SMALL]) == 0
     lines = capsys.readouterr().out
-    assert "computed in the stored dtype" in lines and "float32: 2 x" not in lines
+    assert "computed as stored; finetune" in lines and "float32: 2 x" not in lines
 
 
 def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from kernel_cases import DTYPES, needs_native, random_visit
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, simple_visit
 from ptx.cuda_kernels import CudaKernels
 from ptx.machine import Module, Program
-from ptx.triton_kernels import TritonKernels
+from ptx.triton_kernels import PAIRS, TritonKernels
 
 import distzo2_core
 
@@ -27,6 +27,12 @@ def kernels(request: pytest.FixtureRequest) -> CudaKernels | TritonKernels:
     return request.getfixturevalue(request.param)
 
 
+def pairs_of(kernels: CudaKernels | TritonKernels) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+    """What is emitted in another dtype than it is stored in: everything, or what was compiled for these tests."""
+    codes = PAIRS if isinstance(kernels, TritonKernels) else itertools.permutations(range(3), 2)
+    return tuple((DTYPES[code], DTYPES[out_code]) for code, out_code in codes)
+
+
 def check_random_visits(
     kernels: CudaKernels | TritonKernels, seeds: range, max_numel: int = 300, workspace: bool = False
 ) -> int:
@@ -35,13 +41,14 @@ def check_random_visits(
     with backend_of(kernels) as backend:
         for seed in seeds:
             kernels.shifts = SHIFTS[seed % len(SHIFTS)]
-            visit = random_visit(np.random.default_rng(seed), DTYPES, max_numel)
+            visit = random_visit(np.random.default_rng(seed), DTYPES, max_numel, pairs_of(kernels))
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 
 
 def check_simple_visits(kernels: CudaKernels | TritonKernels, seeds: range, workspace: bool = False) -> int:
-    """Visits of each shape and family, of all dtypes, half of them of whole octets. Returns the bits compared."""
+    """Visits of each shape and family, of all dtypes, half of them of whole octets, a third of them emitted in other
+    dtypes. Returns the bits compared."""
     num_bits = 0
     with backend_of(kernels) as backend:
         for seed, (index, shape), family in itertools.product(seeds, enumerate(SHAPES), (0, 1)):
@@ -50,7 +57,8 @@ def check_simple_visits(kernels: CudaKernels | TritonKernels, seeds: range, work
                 [int(numel) * 8 for numel in rng.integers(1, 150, 6)] if whole else rng.integers(1, 400, 9).tolist()
             )
             kernels.shifts = (0,) if whole else SHIFTS[(seed // 2 + index) % len(SHIFTS)]
-            visit = simple_visit(rng, shape, family, DTYPES, numels, whole)
+            pairs = pairs_of(kernels) if seed % 3 == 1 else ()
+            visit = simple_visit(rng, shape, family, DTYPES, numels, whole, pairs=pairs)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 
@@ -69,17 +77,21 @@ def test_lookup(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> Non
             check_lookup(np.random.default_rng(seed), backend, dtype, cols)
         for cols in (8, 2104):
             check_lookup(np.random.default_rng(cols), backend, dtype, cols, whole=True)
+        for out_dtype in [out for stored, out in pairs_of(kernels) if stored == dtype]:
+            for cols in (7, 64, 2104):
+                check_lookup(np.random.default_rng(cols), backend, dtype, cols, cols > 7, out_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_do_not_exist_are_nan(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> None:
     table, ids = torch.ones(3, 20, dtype=dtype), torch.tensor([2, 3, -1, 2**40])
     if isinstance(kernels, CudaKernels):
-        rows = kernels.embedding(table, ids, 1.0, 5, 1, 2, 3, 0, 0)
+        rows = kernels.embedding(table, ids, 1.0, 5, 1, 2, 3, 0, 0, dtype)
     else:  # triton_ops refuses such ids where it can read them, as here
         rows, ints = torch.empty(4, 20, dtype=dtype), torch.tensor([5, 0, 1, 2, 3, 0, 3, 20])
         tensors = (table, ids, rows, ints, torch.ones(1))
-        constants = {"FAMILY": 0, "CODE": DTYPES.index(dtype), "TILE": 1024, "enable_fp_fusion": False}
+        code = DTYPES.index(dtype)
+        constants = {"FAMILY": 0, "CODE": code, "OUT_CODE": code, "TILE": 1024, "enable_fp_fusion": False}
         kernels.launch("embedding_kernel", (4, 2), tensors, constants)
     assert rows[0].isfinite().all() and rows[1:].isnan().all()
 

@@ -23,8 +23,10 @@ ANY = r"visit_kernelINS_10AnyProgramENS0_12InlineTables"
 PERTURB = r"visit_kernelINS_13SimpleProgramILi0ELi1ELNS_7PurposeE1EEENS0_15WorkspaceTables"
 PIECE = "store_piece_kernel"
 GENERATE = r"generate_kernelILNS_5DTypeE0E"
-LOOKUP = r"lookup_kernelILNS_5DTypeE2E"
-SHUFFLED = r"materialize_kernel CODE=1 NUM_EMITS=2 .*BACK=1"
+LOOKUP = r"lookup_kernelILNS_5DTypeE2ELb0E"
+MIXED = r"visit_kernelINS_5MixedINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEEEENS0_12InlineTables"
+SHUFFLED = r"materialize_kernel CODE=1 MOVED=0 NUM_EMITS=2 .*BACK=1"
+MOVED = r"materialize_kernel CODE=1 MOVED=1 NUM_EMITS=2 OUT_CODE=0 .*BACK=1"
 # What is changed: the kernel, a pattern of its text, what takes its place, and which of the matches it is.
 CUDA = {
     "a multiplier of Philox": (GENERATE, r"-845247145", "-845247143", 0),

@@ -17,16 +17,24 @@ STEPS = 4
 
 
 def train(
-    case: Case, weights: str, directory, *, dtype=torch.float32, micro_batches=1, trainable=lambda name: True, **options
+    case: Case,
+    weights: str,
+    directory,
+    *,
+    dtype=torch.float32,
+    compute=None,
+    micro_batches=1,
+    trainable=lambda name: True,
+    **options,
 ):
     model = case.build().to(dtype)
     for name, p in model.named_parameters():
         p.requires_grad_(trainable(name))
-    distzo2.offload(model, weights=weights, directory=directory)
+    distzo2.offload(model, weights=weights, directory=directory, compute_dtype=compute)
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=11, **options)
     losses = []
     for step in range(STEPS):
-        closures = [case.closure(model, step * micro_batches + m, dtype) for m in range(micro_batches)]
+        closures = [case.closure(model, step * micro_batches + m, compute or dtype) for m in range(micro_batches)]
         opt.step(closures)
         losses.append(flat_losses(opt))
     state = model.state_dict()
@@ -35,14 +43,15 @@ def train(
 
 
 @functools.cache
-def plain(case: Case, *, dtype=torch.float32, micro_batches=1, **options):
+def plain(case: Case, *, dtype=torch.float32, compute=None, micro_batches=1, **options):
     model = case.build().to(dtype)
     closures = [
-        [case.closure(model, step * micro_batches + m, dtype) for m in range(micro_batches)] for step in range(STEPS)
+        [case.closure(model, step * micro_batches + m, compute or dtype) for m in range(micro_batches)]
+        for step in range(STEPS)
     ]
     if hasattr(model, "config"):
         model.config.use_cache = False
-    losses = plain_loop(model, closures, lr=lambda step: 1e-2, eps=1e-3, seed=11, **options)
+    losses = plain_loop(model, closures, lr=lambda step: 1e-2, eps=1e-3, seed=11, compute=compute, **options)
     return losses, model.state_dict()
 
 
@@ -57,6 +66,20 @@ IN_16_BITS = [BY_NAME[name] for name in ("opt-tied", "llama", "mixtral", "conv")
 )
 def test_streamed_equals_plain_loop(case, dtype, weights, tmp_path):
     assert_same(train(case, weights, tmp_path, dtype=dtype), plain(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("weights", MODES)
+@pytest.mark.parametrize("case", IN_16_BITS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_what_is_stored_is_not_what_is_computed(case, dtype, compute, weights, tmp_path):
+    options = {"dtype": dtype, "compute": compute, "num_probes": 2, "weight_decay": 0.1}
+    found = train(case, weights, tmp_path, **options)
+    assert_same(found, plain(case, **options))
+    assert all(value.dtype == dtype for value in found[1].values() if value.is_floating_point())
 
 
 @pytest.mark.parametrize("weights", MODES)

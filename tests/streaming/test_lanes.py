@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 
+import numpy as np
 import pytest
+import torch
 from block_models import IDS, Blocks, offloaded, stepping
 from same_bits import assert_same_tensors
 from torch import nn
 
 import distzo2
 from distzo2.streaming.presence import AbsentParameter
+from distzo2.weights import scratch
 
 
 def watched(directory):
@@ -59,6 +63,63 @@ def test_a_lane_goes_on_through_units_in_place():
     seen.clear()
     opt.check(closure)  # where they take turns at each block, so that they see what others leave
     assert [i for i, *_ in seen[:16]] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+class Called(nn.Module):
+    """One block that is called three times in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(block(block(x)))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("weights", ["device", "disk"])
+def test_no_copy_is_made_twice_and_no_block_comes_back(weights, tmp_path, monkeypatch):
+    """With two micro-batches, and units of which scratch has room for no more than one."""
+    monkeypatch.setattr(scratch, "CLASS_BYTES", 0)
+    model = distzo2.offload(Called(), weights=weights, directory=tmp_path)
+    opt, x = distzo2.ZOSGD(model, lr=1e-3), torch.randn(2, 64)
+    closures = [lambda: model(x)] * 2
+    opt.step(closures)
+    runtime = distzo2.runtime_of(model)
+    runtime.weights.flush()
+    runtime.reset_stats()
+    runtime.weights.enable_trace()
+    for _ in range(4):
+        opt.step(closures)
+    runtime.weights.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("cat") == "materialize" for event in events) == 4 * 2
+    if weights == "disk":
+        assert runtime.stats()["bytes_up"] <= 4 * sum(unit.num_bytes for unit in runtime.units)
+
+
+def test_the_end_of_an_iterator_comes_as_it_was_raised(tmp_path):
+    model, opt = stepping(Blocks(), tmp_path)
+    batches = iter(())
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            opt.step(lambda: model(next(batches)))
+    opt.step(lambda: model(IDS))
+
+
+def test_emissions_that_come_twice(tmp_path):
+    class Twice:
+        def evaluations(self, num_probes):
+            return [(0, 1), (0, -1), (0, 1)]
+
+        def coefficients(self, losses, num_probes, eps):
+            return np.array([(losses[0, 1] - losses[0, -1]).mean()])
+
+    model, opt = stepping(Blocks(), tmp_path, estimator=Twice())
+    for _ in range(3):
+        opt.step(lambda: model(IDS))
+        assert opt.last.losses[0] == opt.last.losses[2] != opt.last.losses[1]
 
 
 class Boom(Exception):

@@ -17,13 +17,13 @@ class Rows {
     using Raw = typename Store::Raw;
 
     explicit Rows(const Lookup& request)
-        : scale_(request.scale), is_normal_(request.family == static_cast<int64_t>(Purpose::kNormal)),
+        : scale_(request.scale), out_dtype_(request.out_dtype), is_normal_(request.family == static_cast<int64_t>(Purpose::kNormal)),
           draw_(make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
                           static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe))),
           philox_(request.seed) {}
 
     // numel elements of the table at `from`, the first being `element` of the parameter; within one tile of it.
-    void add(const Raw* from, Raw* to, int64_t element, int numel) {
+    void add(const Raw* from, uint8_t* to, int64_t element, int numel) {
         const int64_t first = element / kAlign * kAlign;
         const int skip = static_cast<int>(element - first), count = (skip + numel + kAlign - 1) / kAlign * kAlign;
         if (used_ + count > kTile)
@@ -46,13 +46,12 @@ class Rows {
             normals_.make_radii(used_);
             normals_.turn(used_, [this](int i, F z) __attribute__((always_inline)) { V::store(noise_ + i, z); });
         }
-        const F scale = V::set(scale_);
-        for (int part = 0; part < num_parts_; ++part)
-            if (scale_ == 0.0f)
-                write(parts_[part], [](F w, const float*) __attribute__((always_inline)) { return w; });
-            else
-                write(parts_[part], [scale](F w, const float* z)
-                                        __attribute__((always_inline)) { return V::fma(scale, V::load(z), w); });
+        if (out_dtype_ == DType::kFp32)
+            write_parts<DType::kFp32>();
+        else if (out_dtype_ == DType::kBf16)
+            write_parts<DType::kBf16>();
+        else
+            write_parts<DType::kFp16>();
         used_ = num_parts_ = 0;
     }
 
@@ -63,26 +62,41 @@ class Rows {
 
     struct Part {
         const Raw* from;
-        Raw* to;
+        uint8_t* to;
         const float* noise;
         int numel;
     };
 
-    template <class Value>
-    DZO_HD void write(const Part& part, Value value) {
+    template <DType O>
+    void write_parts() const {
+        const F scale = V::set(scale_);
+        for (int part = 0; part < num_parts_; ++part)
+            if (scale_ == 0.0f)
+                write<O>(parts_[part], [](F w, const float*) __attribute__((always_inline)) { return w; });
+            else
+                write<O>(parts_[part], [scale](F w, const float* z)
+                                           __attribute__((always_inline)) { return V::fma(scale, V::load(z), w); });
+    }
+
+    template <DType O, class Value>
+    DZO_HD void write(const Part& part, Value value) const {
+        using Out = typename Storage<V, O>::Raw;
+        Out* to = reinterpret_cast<Out*>(part.to);
         int i = 0;
         for (; i + V::kWidth <= part.numel; i += V::kWidth)
-            Store::store_nearest(part.to + i, value(Store::load(part.from + i), part.noise + i));
+            Storage<V, O>::store_nearest(to + i, value(Store::load(part.from + i), part.noise + i));
         if (i == part.numel)
             return;
         Raw last[V::kWidth] = {};
-        const size_t num_bytes = static_cast<size_t>(part.numel - i) * sizeof(Raw);
-        __builtin_memcpy(last, part.from + i, num_bytes);
-        Store::store_nearest(last, value(Store::load(last), part.noise + i));
-        __builtin_memcpy(part.to + i, last, num_bytes);
+        Out rounded[V::kWidth];
+        const size_t num = static_cast<size_t>(part.numel - i);
+        __builtin_memcpy(last, part.from + i, num * sizeof(Raw));
+        Storage<V, O>::store_nearest(rounded, value(Store::load(last), part.noise + i));
+        __builtin_memcpy(to + i, rounded, num * sizeof(Out));
     }
 
     const float scale_;
+    const DType out_dtype_;
     const bool is_normal_;
     const Draw draw_;
     typename V::Philox philox_;
@@ -101,20 +115,21 @@ void run_rows(const Lookup& request, int64_t begin, int64_t end) {
     while (begin < end) {
         const int64_t row = begin / request.cols, col = begin % request.cols, left = request.cols - col;
         const int64_t numel = left < end - begin ? left : end - begin;
-        Raw* out = static_cast<Raw*>(request.out) + begin;
+        const int64_t out_bytes = dtype_bytes(request.out_dtype);
+        uint8_t* out = static_cast<uint8_t*>(request.out) + begin * out_bytes;
         begin += numel;
         // The ids have been checked, but another thread of the caller's may have changed them since: then a row of NaN,
         // as on a device.
         const int64_t id = __atomic_load_n(request.ids + row, __ATOMIC_RELAXED);
         if (id < 0 || id >= request.num_rows) {
             for (int64_t i = 0; i < numel; ++i)
-                out[i] = canonical_nan<D>();
+                __builtin_memcpy(out + i * out_bytes, canonical_nan(request.out_dtype), static_cast<size_t>(out_bytes));
             continue;
         }
         const int64_t place = id * request.cols + col, element = request.offset + place;
         const Raw* source = static_cast<const Raw*>(request.table) + place;
         for_tiles(element, element + numel, [&](int64_t lo, int64_t hi) {
-            rows.add(source + (lo - element), out + (lo - element), lo, static_cast<int>(hi - lo));
+            rows.add(source + (lo - element), out + (lo - element) * out_bytes, lo, static_cast<int>(hi - lo));
         });
     }
     rows.finish();

@@ -57,11 +57,11 @@ DZO_HD void for_signs(const uint32_t* words, int count, Consume consume) {
 
 // N copies of `count` elements, a multiple of 128: out[n] = rne(w + k[n]) where the sign is +1, else rne(w - k[n]). It
 // is fma(k[n], z, w) to the bit: k[n] * z is exact, each form rounds once, and every NaN is made canonical.
-template <class V, DType D, int N>
+template <class V, DType D, DType O, int N>
 DZO_HD void perturb_by_signs(const uint32_t* words, int count, const typename Storage<V, D>::Raw* weights,
-                             const typename V::F* k, typename Storage<V, D>::Raw* const* out) {
+                             const typename V::F* k, typename Storage<V, O>::Raw* const* out) {
     using F = typename V::F;
-    using Elements = Block<V, D>;
+    using Elements = Block<V, D, O>;
     constexpr int kAhead = kTile, kLine = 64 / sizeof(*weights); // elements
     F minus[N];
     for (int n = 0; n < N; ++n)

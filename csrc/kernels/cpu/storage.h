@@ -45,32 +45,30 @@ struct Storage<V, DType::kFp16> {
     }
 };
 
-template <DType D>
-DZO_HD typename std::conditional<D == DType::kFp32, float, uint16_t>::type canonical_nan() {
-    if constexpr (D == DType::kFp32)
-        return bits_float(kNanFp32);
-    else
-        return D == DType::kBf16 ? kNanBf16 : kNanFp16;
+// Where its bytes are.
+inline const void* canonical_nan(DType dtype) {
+    static constexpr uint32_t kFp32 = kNanFp32;
+    static constexpr uint16_t kBf16 = kNanBf16, kFp16 = kNanFp16;
+    return dtype == DType::kFp32 ? static_cast<const void*>(&kFp32) : dtype == DType::kBf16 ? &kBf16 : &kFp16;
 }
 
 constexpr int kSignsPerWord = 32;
 
-// The elements of one word of signs.
-template <class V, DType D>
+// The elements of one word of signs, loaded as D and stored as O.
+template <class V, DType D, DType O>
 struct Block {
     using F = typename V::F;
-    using Store = Storage<V, D>;
-    using Raw = typename Store::Raw;
     static constexpr int kParts = kSignsPerWord / V::kWidth;
-    static constexpr bool kPairs = D == DType::kBf16 && V::kHasBlocks; // even elements apart from odd ones
+    // Even elements apart from odd ones.
+    static constexpr bool kPairs = D == DType::kBf16 && O == DType::kBf16 && V::kHasBlocks;
 
-    DZO_HD static void load(const Raw* p, F* w) {
+    DZO_HD static void load(const typename Storage<V, D>::Raw* p, F* w) {
         if constexpr (kPairs)
             for (int j = 0; j < kParts; j += 2)
                 V::load_bf16_pair(p + j * V::kWidth, w[j], w[j + 1]);
         else
             for (int j = 0; j < kParts; ++j)
-                w[j] = Store::load(p + j * V::kWidth);
+                w[j] = Storage<V, D>::load(p + j * V::kWidth);
     }
 
     DZO_HD static void signs(uint32_t word, typename V::SignMask* sign) {
@@ -81,19 +79,19 @@ struct Block {
                 sign[j] = V::sign_mask(word, j * V::kWidth);
     }
 
-    DZO_HD static void store_nearest(Raw* p, F* x) {
+    DZO_HD static void store_nearest(typename Storage<V, O>::Raw* p, F* x) {
         if constexpr (V::kHasBlocks) {
             V::make_canonical(x);
             for (int j = 0; j < kParts; j += kPairs ? 2 : 1)
-                if constexpr (D == DType::kFp32)
+                if constexpr (O == DType::kFp32)
                     V::store(p + j * V::kWidth, x[j]);
-                else if constexpr (D == DType::kFp16)
+                else if constexpr (O == DType::kFp16)
                     V::store_fp16_number(p + j * V::kWidth, x[j]);
                 else
                     V::store_bf16_pair(p + j * V::kWidth, x[j], x[j + 1]);
         } else {
             for (int j = 0; j < kParts; ++j)
-                Store::store_nearest(p + j * V::kWidth, x[j]);
+                Storage<V, O>::store_nearest(p + j * V::kWidth, x[j]);
         }
     }
 };

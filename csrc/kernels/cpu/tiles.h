@@ -37,17 +37,18 @@ class Tile {
         count_ = static_cast<int>((hi - first_ + kAlign - 1) / kAlign * kAlign);
         skip_ = static_cast<int>(lo - first_);
         num_ = static_cast<int>(hi - lo);
-        place_ = segment_.byte_offset + (lo - segment_.element_offset) * static_cast<int64_t>(sizeof(Raw));
-        weights_ = reinterpret_cast<Raw*>(visit_.weights + place_);
+        const int64_t skipped = lo - segment_.element_offset;
+        weights_ = reinterpret_cast<Raw*>(visit_.weights + segment_.byte_offset) + skipped;
+        out_place_ = segment_.out_offset + skipped * dtype_bytes(static_cast<DType>(segment_.out_dtype));
         decoded_ = written_ = false;
         bool changed = false;
-        for (int64_t u = 0; u < visit_.num_updates; ++u)
+        for (int64_t u = 0; u < visit_.num_updates && segment_.group != kNoGroup; ++u)
             changed |= update(visit_.updates[u], visit_.update_groups[u * visit_.num_groups + segment_.group]);
         if (changed && visit_.write_back && !written_) {
             Raw* target = staged() ? staging_[0] : weights_;
             for (int i = 0; i < count_; i += V::kWidth)
                 Store::store_exact(target + i, V::load(values_ + i));
-            unstage(weights_, 0);
+            unstage(weights_, staging_[0]);
         }
         for (int64_t e = 0; e < visit_.num_emits;) {
             if (e + 1 < visit_.num_emits && shares_noise(e)) {
@@ -63,9 +64,10 @@ class Tile {
   private:
     bool staged() const { return num_ != count_; }
 
-    void unstage(Raw* target, int n) const {
+    template <class Element>
+    void unstage(Element* target, const Element* staging) const {
         if (staged())
-            __builtin_memcpy(target, staging_[n] + skip_, static_cast<size_t>(num_) * sizeof(Raw));
+            __builtin_memcpy(target, staging + skip_, static_cast<size_t>(num_) * sizeof(Element));
     }
 
     void decode() {
@@ -158,6 +160,8 @@ class Tile {
     }
 
     float emit_coef(int64_t emit, int64_t term) const {
+        if (segment_.group == kNoGroup)
+            return 0.0f;
         return visit_.coefs[visit_.emits[emit].first_term + term] *
                visit_.emit_scales[emit * visit_.num_groups + segment_.group];
     }
@@ -177,18 +181,48 @@ class Tile {
     // N emits that share their noise.
     template <int N>
     void emit(int64_t e) {
-        Raw *outs[N], *targets[N];
-        for (int n = 0; n < N; ++n) {
-            targets[n] = reinterpret_cast<Raw*>(visit_.outs[e + n] + place_);
-            outs[n] = staged() ? staging_[n] : targets[n];
-        }
-        emit_to<N>(e, outs);
-        for (int n = 0; n < N; ++n)
-            unstage(targets[n], n);
+        const auto out_dtype = static_cast<DType>(segment_.out_dtype);
+        if (out_dtype == D)
+            emit_as<D, N>(e, staging_);
+        else if (out_dtype == DType::kFp32)
+            emit_as<DType::kFp32, N>(e, sums_);
+        else if (out_dtype == DType::kBf16)
+            emit_rounded<DType::kBf16, N>(e);
+        else
+            emit_rounded<DType::kFp16, N>(e);
     }
 
-    template <int N>
-    void emit_to(int64_t e, Raw* const* outs) {
+    template <DType O, int N>
+    void emit_as(int64_t e, typename Storage<V, O>::Raw (*staging)[kTile]) {
+        typename Storage<V, O>::Raw *outs[N], *targets[N];
+        for (int n = 0; n < N; ++n) {
+            targets[n] = reinterpret_cast<typename Storage<V, O>::Raw*>(visit_.outs[e + n] + out_place_);
+            outs[n] = staged() ? staging[n] : targets[n];
+        }
+        emit_to<O, N>(e, outs);
+        for (int n = 0; n < N; ++n)
+            unstage(targets[n], staging[n]);
+    }
+
+    // By way of float32, in which the values are exact: the loops that make noise need not be compiled for every pair
+    // of dtypes.
+    template <DType O, int N>
+    void emit_rounded(int64_t e) {
+        float* sums[] = {sums_[0], sums_[1]};
+        emit_to<DType::kFp32, N>(e, sums);
+        for (int n = 0; n < N; ++n) {
+            auto* target = reinterpret_cast<uint16_t*>(visit_.outs[e + n] + out_place_);
+            uint16_t* out = staged() ? rounding_ : target; // of no use any more
+            for (int i = 0; i < count_; i += V::kWidth)
+                Storage<V, O>::store_nearest(out + i, V::load(sums_[n] + i));
+            unstage(target, rounding_);
+        }
+    }
+
+    // outs may be sums_.
+    template <DType O, int N>
+    void emit_to(int64_t e, typename Storage<V, O>::Raw* const* outs) {
+        using OutStore = Storage<V, O>;
         const Emit& emit = visit_.emits[e];
         const Term* terms = visit_.terms + emit.first_term;
         int64_t num_left = 0, only = 0;
@@ -199,18 +233,18 @@ class Tile {
             }
         if (num_left == 1) {
             F k[N];
-            Raw* out[N];
+            typename OutStore::Raw* out[N];
             for (int n = 0; n < N; ++n) {
                 k[n] = V::set(emit_coef(e + n, only));
                 out[n] = outs[n];
             }
             const auto store = [&](int i, F w, F z) __attribute__((always_inline)) {
                 for (int n = 0; n < N; ++n)
-                    Store::store_nearest(out[n] + i, V::fma(k[n], z, w));
+                    OutStore::store_nearest(out[n] + i, V::fma(k[n], z, w));
             };
             if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
                 if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
-                    perturb_by_signs<V, D, N>(sign_words(terms[only]), count_, weights_, k, out);
+                    perturb_by_signs<V, D, O, N>(sign_words(terms[only]), count_, weights_, k, out);
                     return;
                 }
                 noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
@@ -239,7 +273,7 @@ class Tile {
         }
         for (int n = 0; n < N; ++n)
             for (int i = 0; i < count_; i += V::kWidth)
-                Store::store_nearest(outs[n] + i, V::load(sums_[n] + i));
+                OutStore::store_nearest(outs[n] + i, V::load(sums_[n] + i));
     }
 
     const Materialize& visit_;
@@ -251,7 +285,7 @@ class Tile {
     bool decoded_ = false;             // values_ holds the weights
     bool written_ = false;             // the updated weights are stored
     int64_t first_ = 0;                // first element of the widened range
-    int64_t place_ = 0;                // byte of element lo in every buffer
+    int64_t out_place_ = 0;            // byte of element lo in every out
     int count_ = 0;                    // elements of the widened range
     int skip_ = 0;                     // lo - first_
     int num_ = 0;                      // hi - lo

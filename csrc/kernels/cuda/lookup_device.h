@@ -2,6 +2,8 @@
 // tests on a machine without a GPU run it too. No torch.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/octet.h"
 
 namespace distzo2 {
@@ -10,8 +12,8 @@ namespace distzo2 {
 DZO_HD int64_t max_octets_of_row(int64_t cols) { return (cols + 2 * (kOctet - 1)) / kOctet; }
 
 // Octets thread, thread + num_threads, ... of output row `row`. An id that is out of range gives a row of NaN: a device
-// cannot raise, and a loss of NaN is noticed.
-template <DType D>
+// cannot raise, and a loss of NaN is noticed. kMixed: the result is not of the table's dtype.
+template <DType D, bool kMixed = false>
 DZO_HD void lookup_thread(const Lookup& request, const PhiloxKeys& keys, int64_t row, int64_t thread,
                           int64_t num_threads) {
     constexpr int64_t kBytes = OctetStorage<D>::kBytes;
@@ -19,17 +21,26 @@ DZO_HD void lookup_thread(const Lookup& request, const PhiloxKeys& keys, int64_t
     const bool known = id >= 0 && id < request.num_rows;
     const int64_t begin = request.offset + (known ? id * request.cols : 0), end = begin + request.cols;
     const uint8_t* source = static_cast<const uint8_t*>(request.table) + (begin - request.offset) * kBytes;
-    uint8_t* target = static_cast<uint8_t*>(request.out) + row * request.cols * kBytes;
+    const int64_t out_bytes = kMixed ? dtype_bytes(request.out_dtype) : kBytes;
+    uint8_t* target = static_cast<uint8_t*>(request.out) + row * request.cols * out_bytes;
     const Draw draw = make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
                                 static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
     for (int64_t octet = begin / kOctet + thread; octet * kOctet < end; octet += num_threads) {
-        OctetPlace<D> place;
+        std::conditional_t<kMixed, MixedPlace<D>, OctetPlace<D>> place;
         place.at = (octet * kOctet - begin) * kBytes;
         place.first = octet * kOctet < begin ? static_cast<int>(begin % kOctet) : 0;
         place.last = end - octet * kOctet < kOctet ? static_cast<int>(end - octet * kOctet) : kOctet;
         place.whole = place.first == 0 && place.last == kOctet &&
-                      (reinterpret_cast<uintptr_t>(source) + static_cast<uintptr_t>(place.at)) % 16 == 0 &&
-                      (reinterpret_cast<uintptr_t>(target) + static_cast<uintptr_t>(place.at)) % 16 == 0;
+                      (reinterpret_cast<uintptr_t>(source) + static_cast<uintptr_t>(place.at)) % 16 == 0;
+        if constexpr (kMixed) {
+            place.out_dtype = request.out_dtype;
+            place.out_at = (octet * kOctet - begin) * out_bytes;
+            place.out_whole = place.first == 0 && place.last == kOctet &&
+                              (reinterpret_cast<uintptr_t>(target) + static_cast<uintptr_t>(place.out_at)) % 16 == 0;
+        } else {
+            place.whole =
+                place.whole && (reinterpret_cast<uintptr_t>(target) + static_cast<uintptr_t>(place.at)) % 16 == 0;
+        }
         float w[kOctet], z[kOctet];
         if (known)
             place.load(source, w);
@@ -44,7 +55,7 @@ DZO_HD void lookup_thread(const Lookup& request, const PhiloxKeys& keys, int64_t
             for (int i = 0; i < kOctet; ++i)
                 w[i] = bits_float(kNanFp32);
         }
-        place.template store<false>(target, w);
+        place.emit(target, w);
     }
 }
 

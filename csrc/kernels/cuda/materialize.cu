@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(kThreads)
     generate_thread<D>(request, keys, octets_per_thread, blockIdx.x, threadIdx.x);
 }
 
-template <DType D>
+template <DType D, bool kMixed>
 __global__ void __launch_bounds__(kThreads)
     lookup_kernel(const __grid_constant__ Lookup request, const __grid_constant__ PhiloxKeys keys) {
-    lookup_thread<D>(request, keys, blockIdx.x, threadIdx.x, blockDim.x);
+    lookup_thread<D, kMixed>(request, keys, blockIdx.x, threadIdx.x, blockDim.x);
 }
 
 // A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could
@@ -156,10 +156,31 @@ void launch_simple(const VisitTables& tables, DeviceState& state, int device, cu
         launch<AnyProgram>(tables, state, device, stream);
 }
 
+template <Purpose kFamily>
+void launch_mixed(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
+    const int updates = tables.shape.num_updates, emits = tables.shape.num_emits;
+    if (updates == 1 && emits == 2)
+        launch<Mixed<SimpleProgram<1, 2, kFamily>>>(tables, state, device, stream);
+    else if (updates == 0 && emits == 2)
+        launch<Mixed<SimpleProgram<0, 2, kFamily>>>(tables, state, device, stream);
+    else if (updates == 0 && emits == 1)
+        launch<Mixed<SimpleProgram<0, 1, kFamily>>>(tables, state, device, stream);
+    else
+        launch<Mixed<AnyProgram>>(tables, state, device, stream);
+}
+
 void launch_visit(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
-    if (tables.shape.simple && tables.shape.family == Purpose::kNormal)
+    const bool normal = tables.shape.simple && tables.shape.family == Purpose::kNormal;
+    const bool signs = tables.shape.simple && tables.shape.family == Purpose::kRademacher;
+    if (normal && tables.shape.mixed)
+        launch_mixed<Purpose::kNormal>(tables, state, device, stream);
+    else if (signs && tables.shape.mixed)
+        launch_mixed<Purpose::kRademacher>(tables, state, device, stream);
+    else if (tables.shape.mixed)
+        launch<Mixed<AnyProgram>>(tables, state, device, stream);
+    else if (normal)
         launch_simple<Purpose::kNormal>(tables, state, device, stream);
-    else if (tables.shape.simple && tables.shape.family == Purpose::kRademacher)
+    else if (signs)
         launch_simple<Purpose::kRademacher>(tables, state, device, stream);
     else
         launch<AnyProgram>(tables, state, device, stream);
@@ -213,12 +234,18 @@ void lookup_cuda(const Lookup& request, int device, CudaStream stream) {
     const auto num_threads = static_cast<unsigned>(std::min<int64_t>(warps * 32, kThreads));
     const PhiloxKeys keys = philox_keys(request.seed);
     const auto on = static_cast<cudaStream_t>(stream);
+    const auto launch = [&](auto dtype) {
+        if (request.out_dtype == request.dtype)
+            lookup_kernel<dtype.value, false><<<num_blocks, num_threads, 0, on>>>(request, keys);
+        else
+            lookup_kernel<dtype.value, true><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    };
     if (request.dtype == DType::kFp32)
-        lookup_kernel<DType::kFp32><<<num_blocks, num_threads, 0, on>>>(request, keys);
+        launch(std::integral_constant<DType, DType::kFp32>{});
     else if (request.dtype == DType::kBf16)
-        lookup_kernel<DType::kBf16><<<num_blocks, num_threads, 0, on>>>(request, keys);
+        launch(std::integral_constant<DType, DType::kBf16>{});
     else
-        lookup_kernel<DType::kFp16><<<num_blocks, num_threads, 0, on>>>(request, keys);
+        launch(std::integral_constant<DType, DType::kFp16>{});
     DZO_CUDA_CHECK_LAUNCH();
 }
 

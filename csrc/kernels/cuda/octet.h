@@ -283,6 +283,34 @@ struct OctetPlace {
             if (i >= first && i < last)
                 Store::encode_one(p + i * Store::kBytes, kExact ? x[i] : Store::nearest_one(x[i]));
     }
+    DZO_HD void emit(uint8_t* out, float x[kOctet]) const { store<false>(out, x); }
+    DZO_HD void advance(int64_t octets) { at += octets * kOctet * Store::kBytes; }
+};
+
+// An octet that is emitted in a dtype of its own, at a place of its own. The dtype is looked at for each octet: three
+// loops over octets in the place of nine.
+template <DType D>
+struct MixedPlace : OctetPlace<D> {
+    int64_t out_at; // as `at`, in each out
+    DType out_dtype;
+    bool out_whole;
+
+    template <DType O>
+    DZO_HD void emit_as(uint8_t* out, float x[kOctet]) const {
+        OctetPlace<O>{out_at, this->first, this->last, out_whole}.template store<false>(out, x);
+    }
+    DZO_HD void emit(uint8_t* out, float x[kOctet]) const {
+        if (out_dtype == DType::kFp32)
+            emit_as<DType::kFp32>(out, x);
+        else if (out_dtype == DType::kBf16)
+            emit_as<DType::kBf16>(out, x);
+        else
+            emit_as<DType::kFp16>(out, x);
+    }
+    DZO_HD void advance(int64_t octets) {
+        OctetPlace<D>::advance(octets);
+        out_at += octets * kOctet * dtype_bytes(out_dtype);
+    }
 };
 
 } // namespace distzo2

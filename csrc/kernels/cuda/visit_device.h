@@ -2,6 +2,8 @@
 // device, so that tests on a machine without a GPU run it too. No torch.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/octet.h"
 #include "kernels/cuda/visit_tables.h"
 
@@ -62,6 +64,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
 
 // Any program.
 struct AnyProgram {
+    static constexpr bool kMixed = false;
     static constexpr int kMinBlocks = 2; // blocks a multiprocessor: leaves it enough registers for all of its state
     template <DType D>
     struct Run {
@@ -69,7 +72,8 @@ struct AnyProgram {
         const TableReader& tables;
         const DeviceSegment& segment;
 
-        DZO_HD void octet(int64_t octet, const OctetPlace<D>& place) const {
+        template <class Place>
+        DZO_HD void octet(int64_t octet, const Place& place) const {
             float w[kOctet], z[kOctet], a[kOctet];
             uint32_t held = 0xFFFFFFFFu;
             place.load(header.weights, w);
@@ -101,7 +105,7 @@ struct AnyProgram {
                     for (int i = 0; i < kOctet; ++i)
                         a[i] = fma_rn(k, z[i], a[i]);
                 }
-                place.template store<false>(tables.row<uint8_t*>(header.outs_at, e), a);
+                place.emit(tables.row<uint8_t*>(header.outs_at, e), a);
             }
         }
     };
@@ -112,6 +116,7 @@ struct AnyProgram {
 // that a multiprocessor holds.
 template <int kUpdates, int kEmits, Purpose kFamily>
 struct SimpleProgram {
+    static constexpr bool kMixed = false;
     static constexpr int kMinBlocks =
         kUpdates > 0 && kEmits > 0 ? 3 : 0; // 0: the compiler's choice, which spills there
     template <DType D>
@@ -146,7 +151,8 @@ struct SimpleProgram {
             }
         }
 
-        DZO_HD void octet(int64_t octet, const OctetPlace<D>& place) const {
+        template <class Place>
+        DZO_HD void octet(int64_t octet, const Place& place) const {
             float w[kOctet], z[kOctet];
             place.load(header.weights, w);
             if (kUpdates > 0 && lr != 0.0f && (update_coef != 0.0f || weight_decay != 0.0f)) {
@@ -166,7 +172,7 @@ struct SimpleProgram {
                 DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
                     x[i] = emit_coef[e] != 0.0f ? fma_rn(emit_coef[e], z[i], w[i]) : w[i];
-                place.template store<false>(outs[e], x);
+                place.emit(outs[e], x);
             }
         }
 
@@ -192,41 +198,65 @@ struct SimpleProgram {
     };
 };
 
+// A program whose emits are of other dtypes than the weights, or at other places. A kernel of its own, so that the
+// common ones keep their registers.
+template <class Program>
+struct Mixed : Program {
+    static constexpr bool kMixed = true;
+};
+
 // The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first
 // octet, in 32 bits: see kMaxPartOctets.
-template <DType D, class Run>
+template <DType D, class Place = OctetPlace<D>, class Run>
 DZO_HD void run_octets(const DeviceSegment& segment, bool aligned, const Run& run, uint32_t tile,
-                       uint32_t octets_per_thread, uint32_t thread) {
+                       uint32_t octets_per_thread, uint32_t thread, const DeviceOut& out = {},
+                       bool out_aligned = false) {
     constexpr int kBytes = OctetStorage<D>::kBytes;
+    constexpr bool kMixed = !std::is_same_v<Place, OctetPlace<D>>;
     const int64_t first = segment.begin / kOctet;
     const uint32_t num = static_cast<uint32_t>((segment.end + kOctet - 1) / kOctet - first);
     const int head = static_cast<int>(segment.begin % kOctet), tail = static_cast<int>((segment.end - 1) % kOctet) + 1;
     uint32_t index = tile * kThreads * octets_per_thread + thread;
-    OctetPlace<D> place;
+    Place place;
     place.at = segment.byte_offset + (static_cast<int64_t>(index) * kOctet - head) * kBytes;
+    if constexpr (kMixed) {
+        place.out_dtype = static_cast<DType>(out.dtype);
+        place.out_at = out.offset + (static_cast<int64_t>(index) * kOctet - head) * dtype_bytes(place.out_dtype);
+    }
     for (uint32_t i = 0; i < octets_per_thread && index < num; ++i) {
         place.first = index == 0 ? head : 0;
         place.last = index == num - 1 ? tail : kOctet;
         place.whole = aligned && place.first == 0 && place.last == kOctet;
+        if constexpr (kMixed)
+            place.out_whole = out_aligned && place.first == 0 && place.last == kOctet;
         run.octet(first + index, place);
         index += kThreads;
-        place.at += kThreads * kOctet * kBytes;
+        place.advance(kThreads);
     }
 }
 
-// Whether the segment's octets begin at multiples of 16 bytes. Buffers are aligned alike (checked before the launch).
-template <DType D>
-DZO_HD bool is_aligned(const uint8_t* buffer, const DeviceSegment& segment) {
-    const int64_t head = segment.begin % kOctet * OctetStorage<D>::kBytes;
-    return (reinterpret_cast<uintptr_t>(buffer) + static_cast<uintptr_t>(segment.byte_offset - head)) % 16 == 0;
+// Whether the segment's octets, of elements of so many bytes, begin at multiples of 16 bytes of a buffer.
+DZO_HD bool is_aligned(const uint8_t* buffer, const DeviceSegment& segment, int64_t offset, int64_t bytes) {
+    const int64_t head = segment.begin % kOctet * bytes;
+    return (reinterpret_cast<uintptr_t>(buffer) + static_cast<uintptr_t>(offset - head)) % 16 == 0;
 }
 
 template <class Program, DType D>
-DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, const DeviceSegment& segment,
-                        uint32_t tile, uint32_t thread) {
+DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, uint32_t index,
+                        const DeviceSegment& segment, uint32_t tile, uint32_t thread) {
     const typename Program::template Run<D> run{header, tables, segment};
-    run_octets<D>(segment, header.aligned != 0 && is_aligned<D>(header.weights, segment), run,
-                  tile - segment.first_tile, header.octets_per_thread, thread);
+    const bool alike = header.aligned != 0;
+    const bool aligned = is_aligned(header.weights, segment, segment.byte_offset, OctetStorage<D>::kBytes);
+    tile -= segment.first_tile;
+    if constexpr (Program::kMixed) {
+        const DeviceOut out = tables.row<DeviceOut>(header.places_at, index);
+        const int64_t bytes = dtype_bytes(static_cast<DType>(out.dtype));
+        const bool out_aligned =
+            alike && is_aligned(tables.row<uint8_t*>(header.outs_at, 0), segment, out.offset, bytes);
+        run_octets<D, MixedPlace<D>>(segment, aligned, run, tile, header.octets_per_thread, thread, out, out_aligned);
+    } else {
+        run_octets<D>(segment, alike && aligned, run, tile, header.octets_per_thread, thread);
+    }
 }
 
 // All that one thread does.
@@ -242,11 +272,11 @@ DZO_HD void run_thread(const VisitHeader& header, const TableReader& tables, uin
     }
     const DeviceSegment segment = tables.row<DeviceSegment>(header.segments_at, low);
     if (segment.dtype == static_cast<uint32_t>(DType::kBf16))
-        run_segment<Program, DType::kBf16>(header, tables, segment, tile, thread);
+        run_segment<Program, DType::kBf16>(header, tables, low, segment, tile, thread);
     else if (segment.dtype == static_cast<uint32_t>(DType::kFp32))
-        run_segment<Program, DType::kFp32>(header, tables, segment, tile, thread);
+        run_segment<Program, DType::kFp32>(header, tables, low, segment, tile, thread);
     else
-        run_segment<Program, DType::kFp16>(header, tables, segment, tile, thread);
+        run_segment<Program, DType::kFp16>(header, tables, low, segment, tile, thread);
 }
 
 // Generated noise: rne(z) of elements [offset, offset + numel), as a visit that only writes.
@@ -268,7 +298,7 @@ template <DType D>
 DZO_HD void generate_thread(const InPlace& request, const PhiloxKeys& keys, uint32_t octets_per_thread, uint32_t tile,
                             uint32_t thread) {
     const DeviceSegment whole{0, request.offset, request.offset + request.numel, 0, 0, 0, 0};
-    const bool aligned = is_aligned<D>(static_cast<const uint8_t*>(request.data), whole);
+    const bool aligned = is_aligned(static_cast<const uint8_t*>(request.data), whole, 0, OctetStorage<D>::kBytes);
     run_octets<D>(whole, aligned, GenerateRun<D>{request, keys}, tile, octets_per_thread, thread);
 }
 

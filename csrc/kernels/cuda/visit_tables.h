@@ -24,6 +24,12 @@ struct DeviceSegment {
     uint32_t dtype;
 };
 
+// Where a segment is emitted, in a table of its own: what is emitted as it is stored needs none.
+struct DeviceOut {
+    int64_t offset;
+    uint32_t dtype;
+};
+
 struct DeviceTerm {
     uint32_t tag; // of its Draw: purpose and probe
     uint32_t step;
@@ -48,7 +54,8 @@ struct VisitHeader {
     uint32_t num_updates, num_groups, num_emits;
     uint32_t segments_at, terms_at, updates_at, groups_at, emits_at, scales_at, outs_at;
     uint32_t write_back;
-    uint32_t aligned; // the weights and all outs have the same address modulo 16
+    uint32_t aligned;   // all outs have the same address modulo 16, as the weights have unless `mixed`
+    uint32_t places_at; // of the DeviceOut of each segment if `mixed`
 };
 
 // The shape of the program, when every update and emit has one term, all of one family: a kernel is compiled for each.
@@ -57,6 +64,7 @@ struct VisitShape {
     Purpose family;
     int num_updates; // 0 or 1
     int num_emits;   // 0, 1 or 2 (the same z)
+    bool mixed;      // a segment is emitted in another dtype, or at another place, than it is stored
 };
 
 struct VisitTables {
@@ -98,6 +106,20 @@ uint32_t append_rows(std::vector<uint8_t>& bytes, const Row* rows, int64_t num) 
     return static_cast<uint32_t>(at);
 }
 
+// Of a table [num][num_groups], with a group of zeros after the others if `frozen`: with a rate and a scale of zero
+// nothing reaches a segment.
+template <class Row>
+uint32_t append_groups(std::vector<uint8_t>& bytes, const Row* rows, int64_t num, int64_t num_groups, bool frozen) {
+    if (!frozen)
+        return append_rows(bytes, rows, num * num_groups);
+    std::vector<Row> wider;
+    for (int64_t i = 0; i < num; ++i) {
+        wider.insert(wider.end(), rows + i * num_groups, rows + (i + 1) * num_groups);
+        wider.push_back(Row{});
+    }
+    return append_rows(bytes, wider.data(), static_cast<int64_t>(wider.size()));
+}
+
 inline bool same_tensor(const Term& a, const Term& b) {
     return a.family == b.family && a.step == b.step && a.probe == b.probe;
 }
@@ -107,28 +129,41 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     std::vector<uint8_t>& bytes = tables.bytes;
     bytes.clear();
     int64_t octets = 0;
-    for (int64_t s = 0; s < visit.num_segments; ++s)
-        octets += num_octets(visit.segments[s].element_offset, visit.segments[s].numel);
+    bool frozen = false, mixed = false;
+    for (int64_t s = 0; s < visit.num_segments; ++s) {
+        const Segment& segment = visit.segments[s];
+        octets += num_octets(segment.element_offset, segment.numel);
+        frozen = frozen || segment.group == kNoGroup;
+        mixed = mixed || segment.out_dtype != segment.dtype || segment.out_offset != segment.byte_offset;
+    }
+    mixed = mixed && visit.num_emits > 0;
     header.octets_per_thread = octets_per_thread(octets, num_sms);
     header.weights = visit.weights;
     header.keys = philox_keys(visit.seed);
     header.num_updates = static_cast<uint32_t>(visit.num_updates);
-    header.num_groups = static_cast<uint32_t>(visit.num_groups);
+    header.num_groups = static_cast<uint32_t>(visit.num_groups + (frozen ? 1 : 0));
     header.num_emits = static_cast<uint32_t>(visit.num_emits);
     header.write_back = visit.write_back ? 1 : 0;
     header.aligned = 1;
+    const uint8_t* const first = mixed ? visit.outs[0] : visit.weights;
     for (int64_t e = 0; e < visit.num_emits; ++e)
-        if ((reinterpret_cast<uintptr_t>(visit.outs[e]) - reinterpret_cast<uintptr_t>(visit.weights)) % 16 != 0)
+        if ((reinterpret_cast<uintptr_t>(visit.outs[e]) - reinterpret_cast<uintptr_t>(first)) % 16 != 0)
             header.aligned = 0;
 
     std::vector<DeviceSegment> segments;
+    std::vector<DeviceOut> places;
     uint32_t tiles = 0;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
         for_each_part(segment.element_offset, segment.numel, [&](int64_t begin, int64_t end) {
-            const int64_t skipped = (begin - segment.element_offset) * dtype_bytes(static_cast<DType>(segment.dtype));
-            segments.push_back({segment.byte_offset + skipped, begin, end, static_cast<uint32_t>(segment.param),
-                                static_cast<uint32_t>(segment.group), tiles, static_cast<uint32_t>(segment.dtype)});
+            const int64_t skipped = begin - segment.element_offset;
+            const auto group = segment.group == kNoGroup ? visit.num_groups : segment.group;
+            segments.push_back({segment.byte_offset + skipped * dtype_bytes(static_cast<DType>(segment.dtype)), begin,
+                                end, static_cast<uint32_t>(segment.param), static_cast<uint32_t>(group), tiles,
+                                static_cast<uint32_t>(segment.dtype)});
+            if (mixed)
+                places.push_back({segment.out_offset + skipped * dtype_bytes(static_cast<DType>(segment.out_dtype)),
+                                  static_cast<uint32_t>(segment.out_dtype)});
             tiles += num_tiles_of(begin, end - begin, header.octets_per_thread);
         });
     }
@@ -152,14 +187,15 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
                            static_cast<uint32_t>(visit.updates[u].first_term),
                            static_cast<uint32_t>(visit.updates[u].num_terms)});
     header.updates_at = append_rows(bytes, updates.data(), visit.num_updates);
-    header.groups_at = append_rows(bytes, visit.update_groups, visit.num_updates * visit.num_groups);
+    header.groups_at = append_groups(bytes, visit.update_groups, visit.num_updates, visit.num_groups, frozen);
     std::vector<DeviceEmit> emits;
     for (int64_t e = 0; e < visit.num_emits; ++e)
         emits.push_back(
             {static_cast<uint32_t>(visit.emits[e].first_term), static_cast<uint32_t>(visit.emits[e].num_terms)});
     header.emits_at = append_rows(bytes, emits.data(), visit.num_emits);
-    header.scales_at = append_rows(bytes, visit.emit_scales, visit.num_emits * visit.num_groups);
+    header.scales_at = append_groups(bytes, visit.emit_scales, visit.num_emits, visit.num_groups, frozen);
     header.outs_at = append_rows(bytes, visit.outs, visit.num_emits);
+    header.places_at = append_rows(bytes, places.data(), static_cast<int64_t>(places.size()));
 
     VisitShape& shape = tables.shape;
     shape.simple = visit.num_updates <= 1 && visit.num_emits <= 2 && visit.num_terms > 0;
@@ -174,6 +210,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
                        same_tensor(visit.terms[visit.emits[e].first_term], visit.terms[visit.emits[0].first_term]);
     shape.num_updates = static_cast<int>(visit.num_updates);
     shape.num_emits = static_cast<int>(visit.num_emits);
+    shape.mixed = mixed;
 }
 
 } // namespace distzo2

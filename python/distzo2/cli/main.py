@@ -27,6 +27,7 @@ from distzo2.run.options import (
     PlanOptions,
     ReplayOptions,
     ReportOptions,
+    SignalOptions,
     checked,
     made,
     read_config,
@@ -139,6 +140,19 @@ def _eval(options: EvalOptions) -> int:
     return 0
 
 
+def _signal(options: SignalOptions) -> int:
+    from distzo2.run.inference import signals_of_file, table_of_signals
+
+    signals = signals_of_file(options)
+    if options.json:
+        rows = [{**vars(s), "dtype": str(s.dtype).removeprefix("torch."), "differences": s.differences.tolist()}
+                for s in signals]  # fmt: skip
+        print(json.dumps(rows))
+    else:
+        print("\n".join(table_of_signals(signals)))
+    return 0
+
+
 def _generate(options: GenerateOptions) -> int:
     from distzo2.run.inference import generate_text
 
@@ -173,6 +187,7 @@ def _planning(name: str, log: Callable[[str], None]) -> Callable[[Any], int]:
 COMMANDS = {
     "finetune": ("fine-tune a checkpoint on a JSONL file", FinetuneOptions, _finetune),
     "eval": ("loss and accuracy of a checkpoint on a JSONL file", EvalOptions, _eval),
+    "signal": ("how much of a step is signal, by compute dtype and eps", SignalOptions, _signal),
     "generate": ("text from a checkpoint, its weights streamed", GenerateOptions, _generate),
     "replay": ("rebuild the checkpoint of any step from a run's journal, bit for bit", ReplayOptions, _replay),
     "journal": ("show, check or compare the journals of runs", None, journal.run_journal),

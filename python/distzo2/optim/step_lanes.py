@@ -12,6 +12,7 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
+from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane
@@ -29,7 +30,7 @@ class StepLanes:
         self, model: nn.Module, runtime: StreamingRuntime, settings: Settings, interrupt: DeferredInterrupt
     ) -> None:
         self.settings = settings
-        self._model, self._runtime, self._interrupt = model, runtime, interrupt
+        self._model, self.runtime, self._interrupt = model, runtime, interrupt
         self._warned = False  # of a loss in 16 bits
 
     def run(
@@ -50,6 +51,16 @@ class StepLanes:
         entered = self._run(lanes)
         return self._losses(lanes), entered or ()
 
+    def losses_of(
+        self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
+    ) -> np.ndarray:
+        """float64 [evaluations]: mean losses, all on this rank."""
+        lanes = [self._lane(step, *e, batch, closure) for e in evaluations for batch, closure in enumerate(closures)]
+        with self._interrupt:
+            self._run(lanes)
+        sums = self._losses(lanes).reshape(len(evaluations), len(closures), 2).sum(1)
+        return sums[:, 0] / sums[:, 1]
+
     def _run(self, lanes: Sequence[Lane], check: bool = False) -> Sequence[Unit] | None:
         wave = self.settings.max_lanes or len(lanes) or 1
         entered = None
@@ -57,7 +68,7 @@ class StepLanes:
             for first in range(0, len(lanes), wave):
                 self._interrupt.check()
                 some = lanes[first : first + wave]
-                entered = self._runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
+                entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
         return entered
 
     def _lane(self, step: int, probe: int, sign: int, batch: int, closure: Callable[[], Any]) -> Lane:
@@ -67,7 +78,7 @@ class StepLanes:
 
     def _stream(self, step: int, batch: int) -> RandomStream:
         """The same for every perturbation of a micro-batch."""
-        return RandomStream.seeded(self._runtime.device, self.settings.seed, step, batch)
+        return RandomStream.seeded(self.runtime.device, self.settings.seed, step, batch)
 
     def check(self, step: int, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and two perturbed ones; returns the clean loss.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +20,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
 from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
+from distzo2.optim.signal import Signal, measure_signal
 from distzo2.optim.state import (
     NON_FINITE_COEFFICIENT,
     NON_FINITE_LOSS,
@@ -196,7 +197,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _header(self) -> dict[str, Any]:
         """The header of this optimizer's run: everything that a line's scalars refer to."""
-        s, runtime = self.settings, self._runtime
+        s, runtime, computed = self.settings, self._runtime, self._runtime.compute_dtype
         # Weights that were trained or replaced since they were loaded are no longer those of the checkpoint.
         # Those of a weight file are the run's: its base need not be read again.
         unread = self._ranks.world_size == 1 and runtime.kept is not None and runtime.kept.gave_all(runtime.weights)
@@ -207,7 +208,12 @@ class ZOSGD(torch.optim.Optimizer):
             groups=self.param_groups,
             base=None if source is None else source.digest(),
             checkpoint_map=None if source is None else source.to_json(),
-            options={"eps": s.eps, "num_probes": s.num_probes, "estimator": type(s.estimator).__name__},
+            options={
+                "eps": s.eps,
+                "num_probes": s.num_probes,
+                "estimator": type(s.estimator).__name__,
+                **({} if computed is None else {"compute_dtype": str(computed).removeprefix("torch.")}),
+            },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
             data_hash=self._data_hash,
         )
@@ -385,6 +391,35 @@ class ZOSGD(torch.optim.Optimizer):
         scalars = scalars_of(self.param_groups)
         self._runtime.weights.updates.set_perturb_scales([group.perturb_scale for group in scalars])
         return self._lanes.check(self.step_count, closure)
+
+    def signal(
+        self,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]],
+        *,
+        probes: int = 8,
+        eps: float | Sequence[float] | None = None,
+        dtypes: Sequence[torch.dtype] | None = None,
+    ) -> list[Signal]:
+        """How much of L+ - L- is the perturbation: probes of the next step in several compute dtypes, beside float32.
+
+        Args:
+            closure: as `step` takes it.
+            probes: perturbations, each evaluated both ways; 2 or more.
+            eps: one size of them, or several; None: that of the steps.
+            dtypes: None: what modules compute with, and float32.
+
+        Returns:
+            A `Signal` for each dtype and eps, in this order. Weights are not changed.
+        """
+        runtime = self._runtime
+        stored = Counter({p.dtype: p.num_bytes for p in runtime.params if p.trainable}).most_common(1)[0][0]
+        sizes = [self.settings.eps] if eps is None else [eps] if isinstance(eps, (int, float)) else list(eps)
+        if probes < 2 or not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
+            raise DistZO2Error(f"signal: 2 probes or more and positive eps were expected, got {probes} and {sizes}")
+        runtime.weights.updates.set_perturb_scales([g.perturb_scale for g in scalars_of(self.param_groups)])
+        dtypes = dtypes or (runtime.compute_dtype or stored, torch.float32)
+        closures = [closure] if callable(closure) else list(closure)
+        return measure_signal(self._lanes, closures, self.step_count, dtypes=dtypes, eps=sizes, probes=probes)
 
     def verify_replicas(self) -> None:
         """Reads all weights once and compares them across the ranks of the mesh; all ranks call it. No-op without one.

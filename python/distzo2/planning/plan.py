@@ -49,7 +49,7 @@ STAGING_BYTES = 6 * 4 * 2**20  # pinned, between a disk and a GPU
 ONE_DEVICE = MeshShape(pert=1, data=1)
 AUTO_TEXTS = {  # what --compute-dtype auto comes to, for weights of 16 bits
     torch.float32: "computed in float32: products in 16 bits are no faster on this CPU",
-    None: "computed in the stored dtype; --compute-dtype float32 plans what a weak signal needs",
+    None: "computed as stored; finetune takes float32 where that loses the signal, which --compute-dtype float32 plans",
 }
 
 

@@ -327,7 +327,8 @@ class Schedule:
         for part, seconds in zip(self.work.model.parts, self._part_s, strict=True):
             unit = self.units[part.units[-1]] if part.units else None
             if group and unit is not None:
-                most = self._scratch.limit(unit) // num_emissions if self._copied[unit.index] else 1
+                copied = self._copied[unit.index]
+                most = max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
                 if unit.index in self.work.streamed or len(group) > most:
                     yield group
                     group = []

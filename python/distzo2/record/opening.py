@@ -51,7 +51,9 @@ def check_same_run(
     difference = table_difference(journal["table"], run["table"])
     if difference is not None:
         raise JournalError(f"the journal is of another model: {difference}")
-    pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding", "options")}
+    pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding")}
+    theirs, ours = journal["options"], run["options"]
+    pairs |= {key: (theirs.get(key), ours.get(key)) for key in {**theirs, **ours}}
     if reads_base:
         pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
     for key, (theirs, ours) in pairs.items():

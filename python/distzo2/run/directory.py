@@ -212,6 +212,7 @@ def saved_options(path: str | os.PathLike) -> dict[str, Any]:
     begun = ("branch_from", "at_step") if _has_begun(Path(path), record) else ()
     for name in ("resume", "config", "out", "parallel", "slice", *begun, *LEFT):
         options.pop(name, None)
+    options.setdefault("compute_dtype", "stored")  # of runs begun before there was a choice
     if not isinstance(options.get("trace"), str):
         options["trace"] = None  # earlier versions stored a number of steps
     return options

@@ -1,32 +1,38 @@
-"""`distzo2 eval` and `distzo2 generate`: a checkpoint is evaluated, or continues a text; its weights stream."""
+"""`distzo2 eval`, `signal` and `generate`: a checkpoint is evaluated, or continues a text; its weights stream."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 
 import torch
 from transformers import TextStreamer
 
 from distzo2.checkpoint.pretrained import from_pretrained
-from distzo2.errors import DistZO2Error, blaming
-from distzo2.run.options import EvalOptions, GenerateOptions
-from distzo2.run.preflight import DTYPES, check_disk, check_memory, model_size, reading_of
-from distzo2.streaming.offload import runtime_of, usable_device
+from distzo2.errors import DistZO2Error, UsageError, blaming
+from distzo2.optim.signal import ENOUGH, Signal, signal_of
+from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
+from distzo2.run.preflight import DTYPES, check_disk, check_memory, compute_dtype_of, model_size, reading_of
+from distzo2.streaming.offload import check_computes, runtime_of, usable_device
+from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
 from distzo2.tasks.kinds import model_kind
 from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
 
+BENT = 0.5  # of |L+ + L- - 2 L0| to |L+ - L-|, from which a difference is no slope any more
+
 
 @contextmanager
-def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Module, torch.device]]:
+def loaded(options: EvalOptions | GenerateOptions | SignalOptions) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, after the checks of its device and of the room it needs."""
     device = usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
+    compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
+    check_computes(device, compute_dtype)
     check_memory(size, device, options.weights, options.host_memory)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
         if options.weights == "disk":
@@ -36,6 +42,7 @@ def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Mo
             device=device,
             weights=options.weights,
             dtype=DTYPES.get(options.dtype),
+            compute_dtype=compute_dtype,
             directory=directory,
             memory_budget=options.memory_budget,
             host_memory=options.host_memory,
@@ -54,6 +61,61 @@ def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
         objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
         objective.check_causal(examples[0], kind)
         return evaluate_examples(objective, examples, batch_size=options.batch_size), name
+
+
+def signals_of_file(options: SignalOptions) -> list[Signal]:
+    """How much of a step on the first batch of a file is signal, in each dtype that the device computes in.
+
+    Raises:
+        UsageError: --eps is no list of positive numbers.
+    """
+    try:
+        sizes = [float(size) for size in options.eps.split(",")]
+        if not all(0 < size < float("inf") for size in sizes):
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"--eps {options.eps}: positive numbers with commas between were expected") from None
+    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    examples = load_examples(options.train, tokenizer, **reading_of(options, kind))
+    name = resolve_objective(options.objective, examples, options.train)
+    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
+        objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
+        batch = DataOrder(len(examples), options.batch_size, options.seed).batch(0)
+        closure = objective.closure(objective.batch([examples[i] for i in batch]))
+        dtypes = [dtype for dtype in DTYPES.values() if _computes(device, dtype)]
+        more = {"noise": options.noise, "seed": options.seed, "max_lanes": options.max_lanes}
+        return signal_of(model, [closure], dtypes=dtypes, eps=sizes, probes=options.probes, **more)
+
+
+def _computes(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        check_computes(device, dtype)
+    except DistZO2Error:
+        return False
+    return True
+
+
+def table_of_signals(signals: Sequence[Signal]) -> list[str]:
+    """The lines of `distzo2 signal`: a row for each dtype and eps, the cheapest setting with enough signal, and the
+    largest eps that curvature does not bend."""
+    lines = [f"{'compute':<10}{'eps':>8}{'correlation':>13}{'slope':>8}{'error':>8}{'|L+ - L-|':>12}{'floor':>10}"
+             f"{'curvature':>11}{'seconds':>9}"]  # fmt: skip
+    for s in signals:
+        lines.append(
+            f"{str(s.dtype).removeprefix('torch.'):<10}{s.eps:>8.0e}{s.correlation:>13.3f}{s.slope:>8.2f}"
+            f"{s.relative_error:>8.2f}{s.difference:>12.2e}{s.floor:>10.1e}{s.curvature:>11.2f}{s.seconds:>9.1f}"
+        )
+    good = [s for s in signals if s.is_enough]
+    straight = [s for s in good if s.curvature <= BENT]
+    if good:
+        best = min(straight or good, key=lambda s: (s.seconds, s.eps))
+        name = str(best.dtype).removeprefix("torch.")
+        lines.append(f"cheapest with a correlation of {ENOUGH} or more: --compute-dtype {name} --eps {best.eps:g}")
+    else:
+        lines.append(f"no setting has a correlation of {ENOUGH}: a larger batch or eps")
+    if straight:
+        lines.append(f"largest eps before curvature bends the loss: {max(s.eps for s in straight):g}")
+    return lines
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
     if values.get("resume"):
         if not values.get("out"):
             raise UsageError("--resume needs --out, the directory of the run")
+        if values.get("compute_dtype") == "auto":  # settled when the run began
+            del values["compute_dtype"]
         values = _saved(values["out"]) | values
     if not values.get("branch_from"):
         return made(FinetuneOptions, values)

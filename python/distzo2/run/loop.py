@@ -16,6 +16,7 @@ from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming
+from distzo2.optim.signal import advice, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
@@ -25,6 +26,7 @@ from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resid
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
+from distzo2.streaming.runtime import HALVES
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.objectives import Objective, evaluate_examples
 from distzo2.tasks.tokenize import Example
@@ -37,6 +39,7 @@ _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
 )  # fmt: skip
 _SCORES = ("loss", "accuracy")
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
+SIGNAL_PROBES = 4
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
@@ -80,6 +83,36 @@ class TrainLoop:
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
+
+    def settle_compute_dtype(self) -> torch.dtype | None:
+        """Looks, before the first step of a run that computes in 16 bits, at how much of it is signal. Where the dtype
+        is left to us, float32 takes the place of one in which it is rounding; else a line says so.
+
+        Returns:
+            What the run computes in; None: as stored.
+        """
+        o, runtime = self.options, self.runtime
+        stored = runtime.compute_dtype or self.size.dtype
+        if o.no_signal or stored not in HALVES:
+            return runtime.compute_dtype
+        with blaming(f"{o.model}: the model fails on the first batch"):
+            start = time.perf_counter()
+            closures = [self.objective.closure(batch) for batch in self._batches(0)]
+            more = {"noise": o.noise, "seed": o.seed, "max_lanes": o.max_lanes}
+            found = signal_of(self.model, closures, dtypes=[stored], eps=[o.eps], probes=SIGNAL_PROBES, **more)[0]
+        seconds = time.perf_counter() - start
+        name = str(found.dtype).removeprefix("torch.")
+        self.log(
+            f"signal in {name} at eps {o.eps:g}: correlation {found.correlation:.2f} with float32 ({seconds:.1f} s)"
+        )
+        about = advice(found, runtime.compute_dtype is None)
+        about = from_rank_0("the signal", lambda: about)
+        if about is not None and o.compute_dtype == "auto":
+            runtime.compute_in(torch.float32)
+            self.log("little signal: computing in float32; the weights stay stored as they are")
+        elif about is not None:
+            self.log(about)
+        return runtime.compute_dtype
 
     def start(self, settings: dict[str, Any], data_hash: str) -> None:
         """Opens journal and metrics; a resumed run takes over the steps that it has made. `data_hash` is that of

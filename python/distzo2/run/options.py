@@ -24,8 +24,8 @@ from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "objective", "truncate", "max_length", "train_mode",
-         "split_special_tokens")  # fmt: skip
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate",
+         "max_length", "train_mode", "split_special_tokens")  # fmt: skip
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -128,6 +128,11 @@ class Placement:
         1, "write a streamed block back at every N-th step, blocks in turn: spares a disk, makes more noise"
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
+    compute_dtype: ComputeDtype = option(
+        "auto",
+        "dtype that the model computes in, whatever is stored; auto: as stored, but float32 on a CPU that has no "
+        "instructions for it, and, for finetune, where differences of losses would be rounding (see distzo2 signal)",
+    )
     threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
 
 
@@ -234,6 +239,9 @@ class FinetuneOptions(DataReading, Placement):
         10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
+    no_signal: Switch = option(
+        False, "skip the look at how much of a difference of losses is rounding, where the model computes in 16 bits"
+    )
     no_check: Switch = option(
         False, "skip the checks that two equal forward passes agree to the bit, and that no token sees later ones"
     )
@@ -275,6 +283,21 @@ class FinetuneOptions(DataReading, Placement):
             raise UsageError("--at-step needs --branch-from")
         if not self.eval and (self.save == "best" or self.eval_every):
             raise UsageError(f"--{'save best' if self.save == 'best' else 'eval-every'} needs --eval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalOptions(DataReading, Placement):
+    """Options of `distzo2 signal`."""
+
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR")
+    train: Name = option(MISSING, "JSONL of lines as for finetune; the first batch of its order is taken", "FILE")
+    batch_size: Count = option(16, "examples of the batch")
+    probes: Annotated[int, _NUMBER, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
+    noise: Noise = option("normal", "distribution of a perturbation's elements")
+    seed: Seed = option(0, "of perturbations and data order")
+    eps: str = option("1e-2,1e-3,1e-4,1e-5", "sizes of perturbations, with commas", "LIST")
+    max_lanes: Count | None = option(None, "evaluations in a pass over the weights (default: all)")
+    json: Switch = option(False, "print one line of JSON")
 
 
 # ---- the other commands ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.run.options import DataReading
+from distzo2.streaming.runtime import HALVES
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
 from distzo2.weights.residency import MemoryBudget, available_memory, free_disk_bytes
@@ -27,6 +29,7 @@ class ModelSize:
 
     total: int
     largest: int  # of one tensor
+    dtype: torch.dtype | None = None  # of most of its bytes, among floating-point ones
 
 
 def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> ModelSize:
@@ -37,8 +40,30 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
     """
     with closing(CheckpointFiles(directory)) as files:
         entries = list(files.entries)
-    sizes = [e.numel * (dtype if dtype and e.dtype.is_floating_point else e.dtype).itemsize for e in entries]
-    return ModelSize(sum(sizes), max(sizes, default=0))
+    floating: Counter[torch.dtype] = Counter()
+    sizes = []
+    for entry in entries:
+        kept = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
+        sizes.append(entry.numel * kept.itemsize)
+        floating[kept] += sizes[-1] if kept.is_floating_point else 0
+    return ModelSize(sum(sizes), max(sizes, default=0), max(floating, key=floating.get, default=None))
+
+
+def compute_dtype_of(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The dtype that --compute-dtype asks for; None: as stored. For "auto" that is float32 on a CPU without
+    instructions for what is stored, where it is faster too."""
+    if name == "auto" and device.type == "cpu" and stored in HALVES and not _cpu_computes_in(stored):
+        return torch.float32
+    return DTYPES.get(name)
+
+
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of 16 bits by instructions, and oneDNN may use them."""
+    half, known = ("fp16", "FP16") if dtype == torch.float16 else ("bf16", "BF16")
+    names = (f"_is_avx512_{half}_supported", "_is_amx_tile_supported" if half == "bf16" else "_is_amx_fp16_supported")
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    allowed = most in ("DEFAULT", "ALL") or known in most or "AMX" in most or most.startswith("AVX10")
+    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:

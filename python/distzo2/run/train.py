@@ -30,8 +30,17 @@ from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
 from distzo2.run.metrics import peak_bytes
 from distzo2.run.options import FinetuneOptions, changed
-from distzo2.run.preflight import DTYPES, ModelSize, check_disk, check_memory, check_output, model_size, reading_of
-from distzo2.streaming.offload import runtime_of, usable_device
+from distzo2.run.preflight import (
+    DTYPES,
+    ModelSize,
+    check_disk,
+    check_memory,
+    check_output,
+    compute_dtype_of,
+    model_size,
+    reading_of,
+)
+from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.examples import examples_digest, load_examples
 from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
@@ -62,6 +71,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             torch.set_num_threads(options.threads)
         check_output(trace=options.trace)
         size = model_size(options.model, DTYPES.get(options.dtype))
+        compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
+        check_computes(device, compute_dtype)
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
         clock = datetime.fromisoformat(terms["clock"])
         reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
@@ -99,6 +110,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 device=device,
                 weights=options.weights,
                 dtype=DTYPES.get(options.dtype),
+                compute_dtype=compute_dtype,
                 memory_budget=options.memory_budget,
                 host_memory=options.host_memory,
                 write_every=options.write_every,
@@ -110,6 +122,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
+                    computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
+                    settings["compute_dtype"] = str(computed or "stored").removeprefix("torch.")
                     if not options.resume and not options.no_check:
                         objective.check_causal(train[0], kind)
                     loop.start(settings, made_of["examples_sha256"])

@@ -417,10 +417,12 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
 def no_kv_cache(model: nn.Module) -> Iterator[None]:
     """Switches `use_cache` off in every configuration of the model, since lanes need no key-value cache."""
     switched = [config for config in walk_modules(model)[1] if getattr(config, "use_cache", None)]
-    for config in switched:  # by themselves configurations check all that is set
-        object.__setattr__(config, "use_cache", False)
+    # Configurations of transformers check all that is set, which takes longer than the rest of a step's preparation.
+    setters = [object.__setattr__ if "use_cache" in vars(config) else setattr for config in switched]
+    for config, set_to in zip(switched, setters, strict=True):
+        set_to(config, "use_cache", False)
     try:
         yield
     finally:
-        for config in switched:
-            object.__setattr__(config, "use_cache", True)
+        for config, set_to in zip(switched, setters, strict=True):
+            set_to(config, "use_cache", True)

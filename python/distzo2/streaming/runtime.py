@@ -81,14 +81,14 @@ class StreamingRuntime:
         self._root_units = [u for u in self.units if u.resident and any(window is model for window in u.windows)]
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
-        # Units in whose windows others open: their weights are wanted again while they are open.
+        # Units in whose windows others open, or that are entered several times in a row: their slots are wanted again.
         self._around = {
             i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)
         }
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
         self._room: dict[int, int] = {}  # in scratch for units of it, by index
-        self._state: ScheduleState
+        self._state: ScheduleState | None = None
         self._since = 0  # when the running lane began, or went on
         self._computing = ""  # the unit that it is in
         self._switches: tuple[Any, ...] = ()  # of the caller
@@ -218,6 +218,7 @@ class StreamingRuntime:
             finally:
                 self._buffers.end()
                 caller.restore()
+                self._state = None
                 self.weights.busy = self._in_pass = False
 
     def _schedule(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> Generator[Lane | None]:
@@ -229,19 +230,23 @@ class StreamingRuntime:
         for lane in in_order:
             lane.windows, lane.visited = self._root_units[:], self._root_units[:]
             yield from self._turn(lane)
-        agreed = 0
+        agreed, last = 0, None
         while (unit := self._agreed_unit(lanes, agreed)) is not None:
             agreed = len(lanes[0].visited)
+            if unit is last:  # several windows, or a block that is called again: its slot would come right back
+                self._around.add(unit.index)
+            last = unit
             if interrupt.pending or self.weights.ring.gathers:
-                yield None  # only the caller's thread may be interrupted
+                yield None  # on in the caller's thread: it alone is interrupted, and answers other ranks
             interrupt.check()
             self.weights.release_all_but({unit.index, *(u.index for lane in lanes for u in lane.windows)})
             self.weights.bring(unit)
             in_order.reverse()
-            to_come = list(dict.fromkeys(lane.emission for lane in in_order))
             for i, lane in enumerate(in_order):
-                if i and lane.emission != in_order[i - 1].emission:
-                    to_come.remove(in_order[i - 1].emission)
+                if i and self.weights.ring.gathers:
+                    yield None
+                if not i or lane.emission != in_order[i - 1].emission:
+                    to_come = list(dict.fromkeys(other.emission for other in in_order[i:]))
                 yield from self._turn(lane, to_come)
 
     def _turn(self, lane: Lane, to_come: Sequence[Emission] = ()) -> Generator[Lane]:
@@ -428,11 +433,10 @@ class StreamingRuntime:
         Raises:
             DistZO2Error: a pass or a forward is under way.
         """
-        dtypes = dtypes_to_compute_in(self.params, dtype)
-        self.weights.compute_in(dtypes)
+        self.weights.compute_in(dtypes_to_compute_in(self.params, dtype))
         for unit in self.units:
             self.parameters.compute_anew(unit)
-        self.compute_dtype = dtype
+        self.compute_dtype = dtype if any(unit.converts for unit in self.units) else None
         for name, stored in self.stored_buffers.items():
             owner, _, key = name.rpartition(".")
             module = self.model.get_submodule(owner)

@@ -107,7 +107,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
 
     return Batch(
         input_ids=tensor(input_ids),
-        # On a GPU a model that is given a mask asks whether it is all ones, which waits behind all transfers.
+        # A model that is given a mask asks whether it is all ones; on a GPU that waits behind all transfers.
         attention_mask=None if causal and mask.all() else tensor(mask),
         keep=tensor(kept) if len(kept) < width else None,
         rows=tensor([row for row, _ in distinct]),

@@ -8,6 +8,7 @@ error      1 - accuracy: of the choices, or of the tokens that are learned. No g
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -88,6 +89,8 @@ class Objective:
                 number, for a mean over all of the step.
         """
         self.model, self.name, self._pad_id, self._device, self.rule = model, name, pad_id, device, rule
+        if torch.device(device).type == "cuda":
+            _never_packed()
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def batch(self, examples: Sequence[Example]) -> Batch:
@@ -179,6 +182,16 @@ class Objective:
                 columns = batch.keep[columns]
         logits = self.model(**inputs).logits[batch.rows, columns].float()
         return logits, logits[batch.scored, batch.tokens] - logits.logsumexp(-1)[batch.scored]
+
+
+@functools.cache
+def _never_packed() -> None:
+    """Keeps transformers from asking whether a row without a mask holds several sequences, which ours never do: the
+    answer is read from the GPU, behind all transfers."""
+    from transformers import masking_utils
+
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -318,10 +318,11 @@ class UnitWeights:
             self._prefetch_after(unit)
 
     def room_ahead(self, unit: Unit, num_emissions: int) -> int:
-        """How many units like this one can be in use at once with `num_emissions` copies each; 0 if it streams."""
+        """How many units like this one can be in use beside another with `num_emissions` copies each; 0 if it streams."""
         if self.copies[unit.index].block >= 0:
             return 0
-        return self._scratch.limit(unit) // num_emissions if unit.trainable or unit.converts else 1
+        copied = unit.trainable or unit.converts
+        return max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
 
     def compute_in(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
         """Sets what modules compute with in the place of some stored dtypes. No unit may be present."""

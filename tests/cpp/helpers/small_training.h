@@ -106,7 +106,7 @@ struct Program {
     void run(const Layout& layout, std::byte* weights, uint8_t* const* outs, bool write_back) const {
         Materialize visit;
         visit.weights = reinterpret_cast<uint8_t*>(weights);
-        visit.num_bytes = static_cast<int64_t>(layout.num_bytes);
+        visit.num_bytes = visit.out_bytes = static_cast<int64_t>(layout.num_bytes);
         visit.segments = layout.segments;
         visit.num_segments = 2;
         visit.seed = kSeed;

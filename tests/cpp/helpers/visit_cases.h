@@ -55,10 +55,13 @@ template <class Check>
 void every_16_bit_value(const std::vector<float>& shares, Check check) {
     Random random{12};
     for (DType dtype : {DType::kBf16, DType::kFp16}) {
-        EveryValue emitted(dtype);
-        for (float share : shares)
-            emitted.add_emit(1, share);
-        check(emitted.visit, "nearest, of every value");
+        for (DType out : kDTypes) {
+            EveryValue emitted(dtype);
+            emitted.visit.emit_as(out);
+            for (float share : shares)
+                emitted.add_emit(1, share);
+            check(emitted.visit, "nearest, of every value");
+        }
         for (float share : shares) {
             EveryValue updated(dtype);
             updated.visit.seed = random.next();
@@ -74,11 +77,14 @@ template <class Check>
 void perturbed_by_signs(const std::vector<float>& shares, Check check) {
     constexpr float kHuge = 3e38f; // its square is infinite
     const auto one_and_two = [&](const Visit& visit, const std::vector<float>& scales, float share) {
-        Visit copies = visit;
-        for (float signed_share : {share, -share}) {
-            copies.add_term(1, 1, 0, signed_share);
-            copies.add_emit(1, scales);
-            check(copies, "perturbed by signs");
+        for (DType out : kDTypes) {
+            Visit copies = visit;
+            copies.emit_as(out);
+            for (float signed_share : {share, -share}) {
+                copies.add_term(1, 1, 0, signed_share);
+                copies.add_emit(1, scales);
+                check(copies, "perturbed by signs");
+            }
         }
     };
     for (DType dtype : {DType::kBf16, DType::kFp16}) {
@@ -151,6 +157,7 @@ inline Visit cut(const Visit& whole, Random& random) {
             const int64_t wanted = random.below(3) == 0 ? to_tile : 1 + random.below(random.below(2) == 0 ? 9 : 700);
             Segment part = segment;
             part.byte_offset += begin * dtype_bytes(static_cast<DType>(segment.dtype));
+            part.out_offset += begin * dtype_bytes(static_cast<DType>(segment.out_dtype));
             part.element_offset += begin;
             part.numel = std::min(left, wanted);
             parts.segments.push_back(part);

@@ -37,6 +37,7 @@ struct Visit {
     std::vector<std::vector<uint8_t>> outs;
     uint64_t seed = 0;
     int64_t num_groups = 1;
+    int64_t out_bytes = -1; // -1: outs are laid out as the weights
     bool write_back = true;
 
     void add_term(int64_t family, int64_t step, int64_t probe, float coef) {
@@ -50,7 +51,7 @@ struct Visit {
     void add_emit(int64_t num_terms, std::vector<float> scales) {
         emits.push_back({static_cast<int64_t>(terms.size()) - num_terms, num_terms});
         emit_scales.insert(emit_scales.end(), scales.begin(), scales.end());
-        outs.emplace_back(weights.size(), uint8_t{0xA5});
+        outs.emplace_back(out_bytes < 0 ? weights.size() : static_cast<size_t>(out_bytes), uint8_t{0xA5});
     }
     // Appends a segment of `numel` elements after `gap` bytes of padding.
     void add_segment(DType dtype, int64_t numel, int64_t param, int64_t element_offset, int64_t group,
@@ -59,6 +60,22 @@ struct Visit {
         const int64_t place = (static_cast<int64_t>(weights.size()) + gap + bytes - 1) / bytes * bytes;
         segments.push_back({place, numel, static_cast<int64_t>(dtype), param, element_offset, group, 1, numel});
         weights.resize(static_cast<size_t>(place + numel * bytes), uint8_t{0x5A});
+    }
+    // Emits go to other places, in dtype_of(segment); `gap` gives the bytes of padding before each. To be called before
+    // emits are added.
+    template <class DTypeOf, class Gap>
+    void emit_as(DTypeOf dtype_of, Gap gap) {
+        out_bytes = 0;
+        for (Segment& segment : segments) {
+            const DType dtype = dtype_of(segment);
+            const int64_t bytes = dtype_bytes(dtype);
+            segment.out_dtype = static_cast<int64_t>(dtype);
+            segment.out_offset = (out_bytes + gap() + bytes - 1) / bytes * bytes;
+            out_bytes = segment.out_offset + segment.numel * bytes;
+        }
+    }
+    void emit_as(DType dtype) {
+        emit_as([dtype](const Segment&) { return dtype; }, [] { return 0; });
     }
     template <class Value>
     void fill(Value value) { // value(segment, i) is the float32 to store
@@ -71,6 +88,11 @@ struct Visit {
         fill([&](const Segment&, int64_t) { return random.uniform(-0.05f, 0.05f); });
     }
 
+    static Segment emitted(Segment segment) { // as if it was stored there
+        segment.byte_offset = segment.out_offset;
+        segment.dtype = segment.out_dtype;
+        return segment;
+    }
     static float load(const std::vector<uint8_t>& buffer, const Segment& segment, int64_t i) {
         const uint8_t* at = buffer.data() + segment.byte_offset + i * dtype_bytes(static_cast<DType>(segment.dtype));
         uint16_t half;
@@ -106,6 +128,7 @@ struct Visit {
         Materialize visit;
         visit.weights = weights.data();
         visit.num_bytes = static_cast<int64_t>(weights.size());
+        visit.out_bytes = out_bytes < 0 ? visit.num_bytes : out_bytes;
         visit.segments = segments.data();
         visit.num_segments = static_cast<int64_t>(segments.size());
         visit.seed = seed;
@@ -144,7 +167,7 @@ struct Visit {
                 const int64_t element = segment.element_offset + i;
                 float w = load(weights, segment, i);
                 bool changed = false;
-                for (size_t u = 0; u < updates.size(); ++u) {
+                for (size_t u = 0; u < updates.size() && segment.group != kNoGroup; ++u) {
                     const UpdateGroup& group = update_groups[u * static_cast<size_t>(num_groups) + segment.group];
                     bool any = false;
                     float a = group.weight_decay == 0 ? 0.0f : group.weight_decay * w;
@@ -173,11 +196,14 @@ struct Visit {
                 for (size_t e = 0; e < emits.size(); ++e) {
                     float a = w;
                     for (int64_t j = emits[e].first_term; j < emits[e].first_term + emits[e].num_terms; ++j) {
-                        const float k = coefs[j] * emit_scales[e * static_cast<size_t>(num_groups) + segment.group];
+                        const float k =
+                            segment.group == kNoGroup
+                                ? 0.0f
+                                : coefs[j] * emit_scales[e * static_cast<size_t>(num_groups) + segment.group];
                         if (k != 0)
                             a = fma_rn(k, noise(terms[j], segment, element), a);
                     }
-                    store(outs[e], segment, i, a);
+                    store(outs[e], emitted(segment), i, a);
                 }
                 if (changed && write_back)
                     store(weights, segment, i, w);
@@ -188,7 +214,8 @@ struct Visit {
 inline const DType kDTypes[] = {DType::kFp32, DType::kBf16, DType::kFp16};
 constexpr UpdateGroup kPlain{1e-3f, 0.0f, 1.0f, 1.0f};
 
-// Several groups, mixed dtypes, odd places, zero coefficients and rates, emits in pairs of both signs.
+// Several groups, mixed dtypes, odd places, zero coefficients and rates, what is frozen, emits in pairs of both signs,
+// every second time in other dtypes and at other places.
 inline Visit random_visit(Random& random) {
     Visit visit;
     visit.seed = random.next();
@@ -198,9 +225,11 @@ inline Visit random_visit(Random& random) {
         const DType dtype = kDTypes[random.below(3)];
         const int64_t numel = random.below(1500), param = random.below(1ll << 32);
         visit.add_segment(dtype, numel, param, random.below(1ll << (3 + random.below(30))),
-                          random.below(visit.num_groups), random.below(9));
+                          random.below(6) == 0 ? kNoGroup : random.below(visit.num_groups), random.below(9));
     }
     visit.fill_random(random.next());
+    if (random.below(2) == 0)
+        visit.emit_as([&](const Segment&) { return kDTypes[random.below(3)]; }, [&] { return random.below(9); });
     const auto coef = [&] { return random.below(4) == 0 ? 0.0f : random.uniform(-2, 2); };
     const auto add_terms = [&](int64_t num) {
         for (int64_t j = 0; j < num; ++j) {

@@ -148,15 +148,16 @@ TEST(lookups) {
     const std::vector<int64_t> ids = {6, 0, 3, 3};
     for (DType dtype : kDTypes)
         for (int64_t family : {0, 1})
-            for (float scale : {1e-2f, 0.0f}) {
+            for (const auto& [scale, out_dtype] : {std::pair{1e-2f, dtype}, {0.0f, dtype}, {1e-2f, DType::kFp32}}) {
                 Visit table;
                 table.seed = 5;
                 table.add_segment(dtype, kRows * kCols, 4, 1001, 0);
                 table.fill_random(11);
+                table.emit_as(out_dtype);
                 table.add_term(family, 8, 2, scale);
                 table.add_emit(1, {1.0f});
                 table.run_oracle();
-                const size_t row = static_cast<size_t>(kCols * dtype_bytes(dtype));
+                const size_t row = static_cast<size_t>(kCols * dtype_bytes(out_dtype));
                 std::vector<uint8_t> expected, out(ids.size() * row);
                 for (int64_t id : ids)
                     expected.insert(expected.end(), table.outs[0].begin() + id * static_cast<int64_t>(row),
@@ -169,6 +170,7 @@ TEST(lookups) {
                 request.num_rows = kRows;
                 request.cols = kCols;
                 request.dtype = dtype;
+                request.out_dtype = out_dtype;
                 request.scale = scale;
                 request.seed = 5;
                 request.family = family;

@@ -38,7 +38,10 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
         std::vector<uint8_t*> pointers;
         VisitTables tables;
         build_tables(actual.view(pointers), num_sms, tables);
-        run_grid<decltype(program)>(tables);
+        if (tables.shape.mixed)
+            run_grid<Mixed<decltype(program)>>(tables);
+        else
+            run_grid<decltype(program)>(tables);
         CHECK(actual.weights == expected.weights, what, ": weights differ at byte ",
               first_difference(actual.weights, expected.weights));
         for (size_t e = 0; e < visit.outs.size(); ++e)
@@ -78,7 +81,8 @@ TEST(simple_programs) {
     for (const auto& [dtype, family] : kDTypesAndFamilies)
         for (int num_updates : {0, 1})
             for (int num_emits : {0, 1, 2})
-                for (float zero : {1.0f, 0.0f}) { // the second group's coefficients
+                for (const auto& [zero, out] : {std::pair{1.0f, 3}, {0.0f, 3}, {1.0f, 0}, {0.0f, 1}, {1.0f, 2}}) {
+                    // zero: the second group's coefficients; out: the dtype of the emits, 3 where it is the weights'
                     Visit visit;
                     visit.num_groups = 2;
                     visit.seed = 0xABCDEF0123456789;
@@ -86,6 +90,9 @@ TEST(simple_programs) {
                         for (int64_t numel : {1, 7, 8, 9, 300, 5000})
                             visit.add_segment(dtype, numel, numel, offset, numel % 2, numel % 5);
                     visit.fill_random(12);
+                    int64_t num = 0;
+                    if (out < 3)
+                        visit.emit_as([out](const Segment&) { return kDTypes[out]; }, [&num] { return ++num % 3 * 4; });
                     for (int u = 0; u < num_updates; ++u) {
                         visit.add_term(family, 4, 0, 0.5f);
                         visit.add_update(4, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}, {1e-2f, 0.0f, 1.0f, zero}});
@@ -199,14 +206,19 @@ TEST(lookup) {
     for (const auto& [dtype, family] : kDTypesAndFamilies)
         for (int64_t cols : {int64_t{1}, int64_t{7}, int64_t{8}, int64_t{100}, int64_t{1283}})
             for (int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{1} << 34) - 200})
-                for (float scale : {0.0f, -1e-3f}) {
+                for (const auto& [scale, out_dtype] : {std::pair{0.0f, dtype},
+                                                       {-1e-3f, dtype},
+                                                       {-1e-3f, DType::kFp32},
+                                                       {-1e-3f, DType::kBf16},
+                                                       {0.0f, DType::kFp16}}) {
                     constexpr int64_t kRows = 9;
-                    const auto row_bytes = static_cast<size_t>(cols * dtype_bytes(dtype));
+                    const auto row_bytes = static_cast<size_t>(cols * dtype_bytes(out_dtype));
                     Visit whole;
                     whole.seed = 77;
                     whole.add_segment(dtype, kRows * cols, 5, offset, 0);
                     whole.fill_random(3);
                     const std::vector<uint8_t> table = whole.weights;
+                    whole.emit_as(out_dtype);
                     whole.add_term(family, 6, 2, scale);
                     whole.add_emit(1, {1.0f});
                     whole.run();
@@ -232,7 +244,8 @@ TEST(lookup) {
                                    6,
                                    5,
                                    2,
-                                   offset};
+                                   offset,
+                                   out_dtype};
                     lookup_cpu(request);
                     CHECK(got == expected, "cpu, cols ", cols, " offset ", offset);
 
@@ -241,12 +254,18 @@ TEST(lookup) {
                         for (int64_t thread = 0; thread < 32; ++thread) {
                             const auto keys = philox_keys(request.seed);
                             const auto at = static_cast<int64_t>(row);
+                            const auto look_up = [&, mixed = out_dtype != dtype](auto type) {
+                                if (mixed)
+                                    lookup_thread<type.value, true>(request, keys, at, thread, 32);
+                                else
+                                    lookup_thread<type.value>(request, keys, at, thread, 32);
+                            };
                             if (dtype == DType::kFp32)
-                                lookup_thread<DType::kFp32>(request, keys, at, thread, 32);
+                                look_up(std::integral_constant<DType, DType::kFp32>{});
                             else if (dtype == DType::kBf16)
-                                lookup_thread<DType::kBf16>(request, keys, at, thread, 32);
+                                look_up(std::integral_constant<DType, DType::kBf16>{});
                             else
-                                lookup_thread<DType::kFp16>(request, keys, at, thread, 32);
+                                look_up(std::integral_constant<DType, DType::kFp16>{});
                         }
                     CHECK(got == expected, "device, cols ", cols, " offset ", offset);
                 }

@@ -49,12 +49,14 @@ def simple_visit(
     numels: list[int],
     whole: bool = False,
     plain: bool = False,
+    pairs: tuple[tuple[torch.dtype, torch.dtype], ...] = (),
 ) -> Visit:
     """A visit of one-term updates and emits, all emits of one noise, to segments of the dtypes in turn.
 
     Args:
         whole: octets are whole and aligned.
         plain: weights are finite and of a model's size, and no scalar is 0.
+        pairs: what segments are emitted as, in turn, if there are any; at other places, of multiples of 16 if `whole`.
     """
     parts, segments, num_bytes = [], [], 0
     for index, numel in enumerate(numels):
@@ -85,6 +87,13 @@ def simple_visit(
         Emit((Term(*noises[1], sign * coef),), (scalar(1.0, 0.5), scalar(1.0, 0.0, 1.7)))
         for sign in (1, -1)[: shape[1]]
     )
+    at = 0
+    for index, segment in enumerate(segments if pairs else ()):
+        outs = [segment.dtype, *(out for dtype, out in pairs if dtype == segment.dtype)]
+        out_dtype = outs[-1] if plain else outs[(index // len(dtypes)) % len(outs)]
+        at += 16 - at % 16 if whole else int(rng.integers(0, 5)) * 4 + -at % 4
+        segments[index] = segment._replace(out_offset=at, out_dtype=out_dtype)
+        at += segment.numel * out_dtype.itemsize
     table = SegmentTable(segments, num_bytes=num_bytes)
     return Visit(torch.cat(parts), table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, emits)
 
@@ -134,7 +143,14 @@ def check_ops(rng: np.random.Generator, backend: str, dtype: torch.dtype, numel:
     return num_bits
 
 
-def check_lookup(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int, whole: bool = False) -> int:
+def check_lookup(
+    rng: np.random.Generator,
+    backend: str,
+    dtype: torch.dtype,
+    cols: int,
+    whole: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> int:
     """Perturbed rows of a table that begins at any element, or at a whole octet. Returns the bits compared."""
     rows, place, num_bits = 7, random_place(rng), 0
     start = 0 if whole else int(rng.integers(0, 9))
@@ -143,7 +159,7 @@ def check_lookup(rng: np.random.Generator, backend: str, dtype: torch.dtype, col
     ids = torch.from_numpy(rng.integers(0, rows, (2, 3)))
     for family, scale in itertools.product(FAMILIES, (0.0, random_coef(rng))):
         results = [
-            distzo2_core.embedding(table, ids, scale, **place, family=family, backend=each)
+            distzo2_core.embedding(table, ids, scale, **place, family=family, out_dtype=out_dtype, backend=each)
             for each in (backend, "native")
         ]
         assert_same_bits(*results, (scale, family, place))

@@ -75,13 +75,14 @@ def structure(name: str, fields: str) -> type[ctypes.Structure]:
 
 MATERIALIZE = structure(
     "Materialize",
-    "weights:p num_bytes:i segments:p num_segments:i seed:u terms:p coefs:p num_terms:i updates:p update_groups:p "
+    "weights:p num_bytes:i out_bytes:i segments:p num_segments:i seed:u terms:p coefs:p num_terms:i updates:p update_groups:p "
     "num_updates:i num_groups:i emits:p emit_scales:p num_emits:i outs:p write_back:b",
 )
 IN_PLACE = structure("InPlace", "data:p dtype:i numel:i seed:u family:i step:i param:i probe:i offset:i")
 LOOKUP = structure(
     "Lookup",
-    "table:p out:p ids:p num_ids:i num_rows:i cols:i dtype:i scale:f seed:u family:i step:i param:i probe:i offset:i",
+    "table:p out:p ids:p num_ids:i num_rows:i cols:i dtype:i scale:f seed:u family:i step:i param:i probe:i offset:i "
+    "out_dtype:i",
 )
 
 
@@ -226,7 +227,8 @@ class CudaKernels:
             tables += [len(updates), update_groups.shape[1] if len(updates) else emit_scales.shape[1]]
             tables += [emits, emit_scales, len(emits)]
             values = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in tables]
-            return MATERIALIZE(address(weights), weights.nbytes, *values, ctypes.addressof(self._outs), write_back)
+            sizes = weights.nbytes, outs[0].nbytes if outs else 0
+            return MATERIALIZE(address(weights), *sizes, *values, ctypes.addressof(self._outs), write_back)
 
         rights = READ | WRITE if write_back and len(updates) else READ
         self._call("materialize", [(weights, rights), *((out, READ | WRITE) for out in outs)], make)
@@ -260,12 +262,12 @@ class CudaKernels:
     def rademacher(self, *arguments: Any) -> torch.Tensor:
         return self._generate(1, *arguments)
 
-    def embedding(self, weight: torch.Tensor, ids: torch.Tensor, scale: float, *place: int) -> torch.Tensor:
-        seed, step, param, probe, offset, family = place
+    def embedding(self, weight: torch.Tensor, ids: torch.Tensor, scale: float, *place: Any) -> torch.Tensor:
+        seed, step, param, probe, offset, family, out_dtype = place
         (rows, cols), ids = weight.shape, ids.contiguous()
-        out = torch.empty(*ids.shape, cols, dtype=weight.dtype)
+        out = torch.empty(*ids.shape, cols, dtype=out_dtype)
         shape = (ids.numel(), rows, cols, DTYPE_CODES[weight.dtype])
-        noise = (scale, seed % 2**64, family, step, param, probe, offset)
+        noise = (scale, seed % 2**64, family, step, param, probe, offset, DTYPE_CODES[out_dtype])
 
         def make(address: Callable[[torch.Tensor], int]) -> ctypes.Structure:
             return LOOKUP(address(weight), address(out), address(ids), *shape, *noise)

@@ -28,18 +28,24 @@ ARGUMENTS = {
     "embedding_kernel": ("table", "ids", "out", "ints", "floats"),
 }
 PROGRAMS = ((False, 1), (False, 2), (True, 0), (True, 1), (True, 2))  # write back, emits
+PAIRS = ((0, 1), (1, 0), (2, 0))  # of a dtype's code and that of the emits, beside equal ones
 
 
 def variants() -> list[tuple[str, dict[str, int]]]:
     """Every kernel with the constants that it is compiled for."""
     found = []
-    for code in range(3):
-        found += [
-            ("materialize_kernel", {"CODE": code, "WRITE_BACK": back, "NUM_EMITS": emits, "TILE": TILE})
-            for back, emits in PROGRAMS
-        ]
-        for name, family in itertools.product(("noise_kernel", "embedding_kernel"), range(2)):
-            found.append((name, {"FAMILY": family, "CODE": code, "TILE": TILE}))
+    same = tuple((code, code) for code in range(3))
+    for (codes, moved), (back, emits) in itertools.product(
+        [*itertools.product(same, (False, True)), *((pair, True) for pair in PAIRS)], PROGRAMS
+    ):
+        if emits or not moved:
+            constants = {"CODE": codes[0], "OUT_CODE": codes[1], "MOVED": moved, "WRITE_BACK": back}
+            found.append(("materialize_kernel", constants | {"NUM_EMITS": emits, "TILE": TILE}))
+    for family, (code, out_code) in itertools.product(range(2), (*same, *PAIRS)):
+        constants = {"FAMILY": family, "CODE": code}
+        found.append(("embedding_kernel", constants | {"OUT_CODE": out_code, "TILE": TILE}))
+        if code == out_code:
+            found.append(("noise_kernel", constants | {"TILE": TILE}))
     return found
 
 
@@ -56,8 +62,9 @@ def compile_variant(name: str, constants: dict[str, int], aligned: bool) -> dict
     from distzo2_core import triton_kernels
 
     types = dict.fromkeys(("segments", "ints", "ids"), "*i64") | {"floats": "*fp32"}
-    stored = "*i32" if constants["CODE"] == 0 else "*i16"
-    signature = {each: types.get(each, stored) for each in ARGUMENTS[name]}
+    types |= dict.fromkeys(("weights", "table"), "*i16" if constants["CODE"] else "*i32")
+    emitted = "*i16" if constants.get("OUT_CODE", constants["CODE"]) else "*i32"
+    signature = {each: types.get(each, emitted) for each in ARGUMENTS[name]}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))} if aligned else {}
     source = ASTSource(
         getattr(triton_kernels, name),
