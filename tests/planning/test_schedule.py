@@ -20,7 +20,7 @@ from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_st
 from distzo2.run.options import PlanOptions
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.units import ParamInfo, Unit
-from distzo2_core import Segment, Term
+from distzo2_core import Term
 
 BLOCKS = 6
 NO_HOST = Host(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -252,9 +252,6 @@ def partly_frozen(kind: str) -> nn.Module:
     return model
 
 
-CONVERTS = pytest.mark.skipif("out_dtype" not in Segment._fields, reason="the kernels do not convert yet")
-
-
 @pytest.mark.parametrize(
     ("kind", "estimator", "probes", "batches", "every", "computed"),
     [
@@ -262,8 +259,8 @@ CONVERTS = pytest.mark.skipif("out_dtype" not in Segment._fields, reason="the ke
         ("opt", "spsa", 1, 1, 1, None),
         ("opt", "fzoo", 3, 1, 1, None),
         ("opt", "spsa", 2, 1, 3, None),
-        pytest.param("llama", "fzoo", 2, 2, 1, torch.float32, marks=CONVERTS),
-        pytest.param("opt", "spsa", 2, 1, 3, torch.float32, marks=CONVERTS),
+        ("llama", "fzoo", 2, 2, 1, torch.float32),
+        ("opt", "spsa", 2, 1, 3, torch.float32),
     ],
 )
 def test_the_runtime_does_the_same(
