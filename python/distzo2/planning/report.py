@@ -52,7 +52,7 @@ def run_report(options: Any, log: Callable[[str], None]) -> int:
         raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
     trace = read_trace(saved["trace"] or run_dir / "trace.json")
     moved = any(s.get("up_bytes_per_s") or s.get("down_bytes_per_s") for s in steps)
-    rows = 2 + moved + bool(trace)
+    rows = 3 + moved + bool(trace)
     path = Path(options.out or run_dir / "report.png")
     with _figure(path, 11, 1 + 3 * rows) as figure:
         grid = figure.add_gridspec(rows, 2)
@@ -60,8 +60,9 @@ def run_report(options: Any, log: Callable[[str], None]) -> int:
         _draw_accuracy(figure.add_subplot(grid[0, 1]), steps, evals)
         _draw_time(figure.add_subplot(grid[1, 0]), steps)
         _draw_memory(figure.add_subplot(grid[1, 1]), steps, record.get("model_bytes"))
+        _draw_signal(figure.add_subplot(grid[2, :]), steps, record.get("signal"))
         if moved:
-            _draw_rates(figure.add_subplot(grid[2, :]), steps)
+            _draw_rates(figure.add_subplot(grid[3, :]), steps)
         for axes in figure.axes:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if trace:
@@ -202,6 +203,19 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
             axes.plot(x, _smooth(rates), color=COLOURS[kind], label=label)
             axes.plot(x, rates, color=COLOURS[kind], alpha=0.3, linewidth=0.8)
     _finish(axes, "rate of the transfers", "GB/s")
+
+
+def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None:
+    x, differences = [s["step"] for s in steps], _column(steps, "difference")
+    axes.plot(x, differences, color="#4477aa", alpha=0.3, linewidth=0.8)
+    axes.plot(x, _smooth(differences), color="#4477aa", label="difference of two losses")
+    if signal is not None:
+        label = f"error of one loss in {signal['compute_dtype']}, before the first step"
+        axes.axhline(signal["floor"], color="#ee6677", linewidth=1, label=label)
+    if any(value > 0 for value in differences):
+        axes.set_yscale("log")
+    axes.set(title="what a step is made of", xlabel="step")
+    axes.legend(frameon=False)
 
 
 def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:

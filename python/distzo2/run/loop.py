@@ -83,6 +83,7 @@ class TrainLoop:
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
+        self._signal: dict[str, Any] = {}  # as the first step found it
 
     def settle_compute_dtype(self) -> torch.dtype | None:
         """Looks, before the first step of a run that computes in 16 bits, at how much of it is signal. Where the dtype
@@ -105,6 +106,8 @@ class TrainLoop:
         self.log(
             f"signal in {name} at eps {o.eps:g}: correlation {found.correlation:.2f} with float32 ({seconds:.1f} s)"
         )
+        kept = ("eps", "correlation", "slope", "relative_error", "floor", "curvature", "difference")
+        self._signal = {"compute_dtype": name, **{key: getattr(found, key) for key in kept}}
         about = advice(found, runtime.compute_dtype is None)
         about = from_rank_0("the signal", lambda: about)
         if about is not None and o.compute_dtype == "auto":
@@ -150,6 +153,7 @@ class TrainLoop:
                 distzo2=__version__,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
+                **({"signal": self._signal} if self._signal else {}),
                 status="running",
                 launch=launch_id(),
                 **self._best_so_far(),
@@ -230,6 +234,7 @@ class TrainLoop:
             loss=last.loss,
             coefs=last.coefs,
             lr=last.lr[0],
+            difference=last.difference,
             skipped=last.skipped,
             clipped=last.clipped,
             tokens=tokens,

@@ -168,7 +168,7 @@ class StreamingRuntime:
                 with suppress(Exception):
                     alone(failed)
                     error.add_note(f"distzo2: {LANE_ALONE}")
-            if self.compute_dtype is not None and "dtype" in str(error).lower():
+            if self.compute_dtype is not None and any(word in str(error) for word in ("dtype", "scalar type")):
                 error.add_note(self._about_dtypes(error))
             raise
         finally:
