@@ -272,7 +272,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
         "transformers runs them here",
         *machine.assumptions,
-        *([AUTO_TEXTS[model.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
+        *([AUTO_TEXTS[planner.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
         *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
         f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
         if r.parallel or r.nproc
@@ -285,7 +285,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         "model": {
             "name": model.name,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "compute_dtype": str(model.compute_dtype or model.dtype).removeprefix("torch."),
+            "compute_dtype": str(planner.compute_dtype or model.dtype).removeprefix("torch."),
             "elements": sum(p.numel for u in model.units for p in u.params),
             "bytes": sum(u.num_bytes for u in model.units),
             "seen_bytes": sum(u.seen_bytes for u in model.units),

@@ -104,7 +104,6 @@ class ModelPlan:
     dtype: torch.dtype  # that is stored
     units: Sequence[Unit]
     parts: Sequence[Part]
-    compute_dtype: torch.dtype | None = None  # None: as stored
 
     def lane_bytes(self, num_lanes: int) -> int:
         """The most that the lanes of a pass hold together: one runs, the others are parked on either side of it."""
@@ -185,7 +184,7 @@ def plan_module(
     finally:
         windows.remove()
     recorder.finish()
-    return ModelPlan(name, dtype, units, recorder.parts, compute_dtype)
+    return ModelPlan(name, dtype, units, recorder.parts)
 
 
 # ---- following a forward ------------------------------------------------------------------------------------------
