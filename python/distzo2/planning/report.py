@@ -225,8 +225,7 @@ def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
     if any(s.get("device_peak") for s in steps):
         axes.plot(x, _column(steps, "device_peak", mib), color="#228833", label="device, peak")
     if model_bytes:
-        label = f"weights of the model, {gib(model_bytes)}"
-        axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=label)
+        axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(model_bytes)}")
     _finish(axes, "memory", "MiB")
 
 
@@ -338,7 +337,6 @@ def draw_step(axes: Any, events: Lines) -> None:
 def plan_events(played: Played) -> list[dict[str, Any]]:
     """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
     begin, events = played.steps[0][0], []
-
     kinds = ["step", "wait", "compute", "materialize", "update", "gather"]
     rows = {kind: row for row, kind in enumerate(kinds)} | {"upload": 16, "download": 32}
 
