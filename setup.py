@@ -1,6 +1,7 @@
 """Builds distzo2_core._C: CMake makes the torch-free libraries, torch's BuildExtension compiles the bindings over them.
 
-Environment: DISTZO2_CUDA=0|1|auto (CUDA kernels; auto: where nvcc is found), MAX_JOBS (compile jobs).
+Environment: DISTZO2_CUDA=0|1|auto (CUDA kernels; auto: where nvcc is found), CUDAARCHS (their architectures, such as
+90-real;80-real), MAX_JOBS (compile jobs).
 """
 
 import json
@@ -56,6 +57,7 @@ def build_core() -> dict:
             environment["CUDACXX"] = nvcc
     configure = [cmake, "-S", str(ROOT), "-B", str(CORE_BUILD)]
     configure.append(f"-DDISTZO2_CUDA={os.environ.get('DISTZO2_CUDA', 'auto')}")
+    configure.append(f"-DDISTZO2_CUDAARCHS={os.environ.get('CUDAARCHS', '')}")
     ninja = find_tool("ninja")
     if ninja is not None and not (CORE_BUILD / "CMakeCache.txt").exists():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -4,10 +4,11 @@
     python bench/bench_copy.py --directory /big/disk --device cpu
 
 Blocks go through a ring of three slots as in a step: the next two are prefetched, one is acquired and released. `up`
-leaves them clean, `duplex` marks each as changed, so that it also goes back. Raw on a CPU is memmove, by one thread and
-by as many as the engine has (`threads`, the figure to reach); raw on CUDA is a copy from and to memory pinned by torch,
-one stream for each direction; raw of a file is O_DIRECT reads from four threads. The contents of every slot are checked
-first.
+leaves them clean, `duplex` marks each as changed, so that it also goes back; `down` writes back blocks that stay in
+their slots. Raw on a CPU is memmove, by one thread and by as many as the engine has (`threads`, the figure to reach);
+raw on CUDA is a copy from and to memory pinned by torch, one stream for each direction; raw of a file is O_DIRECT reads
+from four threads. The contents of every slot are checked first. A pool is made before that: `overlapped` is how it is
+made, `in series` is touched first and pinned then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +32,13 @@ import distzo2_core
 
 MIB = 2**20
 SLOTS = 3
+WAYS = {"up": [True], "duplex": [True, False], "down": [False]}  # whether a copy goes up
 READERS = 4
 COPY_THREADS = 2  # of the engine on a CPU, for each direction
 COPY_CHUNK = 8 * MIB
+POOL_CHUNK = 2**30  # bytes that a pool pins at once
+POOL_CHUNKS = 8
+POOL_THREADS = 16  # that touch, at most
 
 
 @contextmanager
@@ -52,7 +58,7 @@ def raw_cpu(blocks: list[torch.Tensor], slots: list[torch.Tensor]) -> Iterator[C
     with ThreadPoolExecutor(2 * COPY_THREADS) as threads:
 
         def run(direction: str) -> None:
-            ways = {"up": [True], "down": [False], "both": [True, False]}[direction]
+            ways = WAYS[direction]
             for future in [threads.submit(copy, thread, up) for thread in range(COPY_THREADS) for up in ways]:
                 future.result()
 
@@ -83,6 +89,16 @@ def run_ring(
     synchronize(device)
     for block in range(num_blocks):
         engine.drop(block)
+
+
+def run_down(engine: distzo2_core.CopyEngine, num_blocks: int, device: str) -> None:
+    """Writes SLOTS blocks back in turn, `num_blocks` in all; they are uploaded by the first call alone."""
+    stream = stream_handle(device)
+    for number in range(num_blocks):
+        engine.acquire(number % SLOTS, stream)
+        engine.release(number % SLOTS, stream, dirty=True, version=0)
+        if number % SLOTS == SLOTS - 1 or number == num_blocks - 1:
+            engine.flush()
 
 
 def checker(slots: list[torch.Tensor], nbytes: int) -> Callable[[int, int], None]:
@@ -129,7 +145,7 @@ def row(device: str, source: str, pattern: str, nbytes: int, num_blocks: int, se
 
 
 def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[dict]:
-    """Blocks in a HostPool: upload alone, and upload with download."""
+    """Blocks in a HostPool: upload alone, with download, and download alone."""
     cuda = device.startswith("cuda")
     pool = distzo2_core.HostPool([nbytes] * num_blocks, "cuda:0" if cuda else "cpu", pin=cuda)
     blocks = [pool.tensor(block) for block in range(num_blocks)]
@@ -142,13 +158,15 @@ def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[d
     raw = raw_cuda(slots, nbytes, num_blocks) if cuda else raw_memmove(slots, blocks, nbytes)
     rows = []
     with nullcontext() if cuda else raw_cpu(blocks, slots) as threaded:
-        for pattern, dirty in (("up", False), ("duplex", True)):
+        for pattern in WAYS:
             contenders = {
-                "engine": lambda dirty=dirty: run_ring(engine, num_blocks, device, dirty),
-                "raw": lambda dirty=dirty: raw(dirty),
+                "engine": partial(run_ring, engine, num_blocks, device, pattern == "duplex"),
+                "raw": partial(raw, pattern),
             }
+            if pattern == "down":
+                contenders["engine"] = partial(run_down, engine, num_blocks, device)
             if not cuda:
-                contenders["threads"] = lambda dirty=dirty: threaded("both" if dirty else "up")
+                contenders["threads"] = partial(threaded, pattern)
             # By the host's clock to the end of all copies: the engine's streams are its own.
             seconds = interleaved_seconds(contenders, "cpu", rounds)
             rows.append(row(device, "host", pattern, nbytes, num_blocks, seconds))
@@ -157,29 +175,30 @@ def bench_host(device: str, nbytes: int, num_blocks: int, rounds: int) -> list[d
     return rows
 
 
-def raw_memmove(slots: list[torch.Tensor], blocks: list[torch.Tensor], nbytes: int) -> Callable[[bool], None]:
-    """One thread: every block into a slot, and back if asked."""
+def raw_memmove(slots: list[torch.Tensor], blocks: list[torch.Tensor], nbytes: int) -> Callable[[str], None]:
+    """One thread: every block into a slot, and back."""
 
-    def run(both_ways: bool) -> None:
+    def run(pattern: str) -> None:
         for index, block in enumerate(blocks):
             slot = slots[index % SLOTS]
-            ctypes.memmove(slot.data_ptr(), block.data_ptr(), nbytes)
-            if both_ways:
-                ctypes.memmove(block.data_ptr(), slot.data_ptr(), nbytes)
+            for up in WAYS[pattern]:
+                target, source = (slot, block) if up else (block, slot)
+                ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
 
     return run
 
 
-def raw_cuda(slots: list[torch.Tensor], nbytes: int, num_blocks: int) -> Callable[[bool], None]:
+def raw_cuda(slots: list[torch.Tensor], nbytes: int, num_blocks: int) -> Callable[[str], None]:
     """Pinned copies, each direction on a stream of its own, with no order between them."""
     pinned = [torch.randint(256, (nbytes,), dtype=torch.uint8).pin_memory() for _ in range(2)]
     up, down = torch.cuda.Stream(), torch.cuda.Stream()
 
-    def run(both_ways: bool) -> None:
+    def run(pattern: str) -> None:
         for index in range(num_blocks):
-            with torch.cuda.stream(up):
-                slots[index % 2].copy_(pinned[0], non_blocking=True)
-            if both_ways:
+            if pattern != "down":
+                with torch.cuda.stream(up):
+                    slots[index % 2].copy_(pinned[0], non_blocking=True)
+            if pattern != "up":
                 with torch.cuda.stream(down):
                     pinned[1].copy_(slots[2], non_blocking=True)
         torch.cuda.synchronize()
@@ -225,16 +244,51 @@ def raw_reads(path: Path, num_bytes: int, threads: ThreadPoolExecutor) -> Callab
     return lambda: list(threads.map(read, range(READERS)))
 
 
-def bench_pinning(device: str, num_bytes: int) -> dict:
-    """How fast a HostPool is made: pages touched in parallel and, on CUDA, pinned."""
-    cuda = device.startswith("cuda")
+def make_pool(device: str, num_bytes: int, pin: bool) -> tuple[distzo2_core.HostPool, float]:
+    """A pool of one block, and the seconds in which it was made."""
     start = time.perf_counter()
-    pool = distzo2_core.HostPool([num_bytes], "cuda:0" if cuda else "cpu", pin=cuda)
-    seconds = time.perf_counter() - start
+    pool = distzo2_core.HostPool([num_bytes], device, pin=pin)
+    return pool, time.perf_counter() - start
+
+
+def pin(tensor: torch.Tensor, num_threads: int) -> float:
+    """Seconds in which memory that is present already is pinned in chunks, by the runtime's call."""
+    runtime, chunks = torch.cuda.cudart(), tensor.split(POOL_CHUNK)
+
+    def register(chunk: torch.Tensor) -> None:
+        torch.cuda.check_error(runtime.cudaHostRegister(chunk.data_ptr(), chunk.numel(), 0))
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        start = time.perf_counter()
+        list(threads.map(register, chunks))
+        seconds = time.perf_counter() - start
+    for chunk in chunks:
+        torch.cuda.check_error(runtime.cudaHostUnregister(chunk.data_ptr()))
+    return seconds
+
+
+def bench_pool(device: str, num_bytes: int) -> dict:
+    """How fast pages are touched, by all threads and on a CPU by one; on CUDA also pinned, in series and overlapped."""
+    cuda, cores = device.startswith("cuda"), os.sched_getaffinity(0)
+    seconds = {}
+    if not cuda:
+        os.sched_setaffinity(0, {min(cores)})
+        seconds["touch by 1"] = make_pool("cpu", num_bytes, False)[1]
+        os.sched_setaffinity(0, cores)
+    pool, touched = make_pool("cpu", num_bytes, False)
+    seconds[f"touch by {min(len(cores), POOL_THREADS)}"] = touched
     stats = pool.stats()
+    if cuda:
+        seconds |= {f"pin by {n}": pin(pool.tensor(0), n) for n in (1, 2)}
+        seconds["in series"] = touched + seconds["pin by 1"]
+        del pool
+        pool, seconds["overlapped"] = make_pool("cuda:0", num_bytes, True)
+        stats = pool.stats()
     pool.close()
-    print(f"{device:5} pool of {num_bytes / 2**30:.1f} GiB made at {num_bytes / seconds / 1e9:.2f} GB/s", flush=True)
-    return {"device": device, "pattern": "make_pool", "gb_per_s": num_bytes / seconds / 1e9, "stats": stats}
+    rates = {name: num_bytes / value / 1e9 for name, value in seconds.items()}
+    figures = "  ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
+    print(f"{device:5} pool of {num_bytes / 2**30:.1f} GiB: {figures} GB/s", flush=True)
+    return {"device": device, "pattern": "make_pool", "num_bytes": num_bytes, "gb_per_s": rates, "stats": stats}
 
 
 def main() -> None:
@@ -245,6 +299,7 @@ def main() -> None:
     parser.add_argument("--total-mib", type=int, default=1024, help="bytes moved in a pass, in MiB")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the median is reported")
     parser.add_argument("--directory", type=Path, help="where the file of blocks goes (default: the temporary one)")
+    parser.add_argument("--skip-disk", action="store_true", help="without the file of blocks")
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -254,11 +309,12 @@ def main() -> None:
         devices.append("cuda")
     rows: list[dict] = []
     for device in devices:
-        rows.append(bench_pinning(device, options.total_mib * MIB))
+        rows.append(bench_pool(device, POOL_CHUNKS * POOL_CHUNK if device == "cuda" else options.total_mib * MIB))
         for mib in map(int, options.mib.split(",")):
             num_blocks = max(SLOTS + 1, options.total_mib // mib)
             rows += bench_host(device, mib * MIB, num_blocks, options.rounds)
-    if "cpu" in devices:
+            write_results(options.json, "copy", rows)  # a run that is cut short leaves what it has
+    if "cpu" in devices and not options.skip_disk:
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             for mib in map(int, options.mib.split(",")):
                 rows += bench_file(Path(directory), mib * MIB, max(SLOTS + 1, options.total_mib // mib), options.rounds)

@@ -57,8 +57,10 @@ PASSES = {"normal": 1, "rademacher": 1, "visit": 4, "visit, float32": 6}
 SASS_KERNELS = {  # names of tools/sass_counts.py
     ("perturb_", "normal"): "perturb",
     ("perturb_", "rademacher"): "perturb, signs",
+    ("restore_", "normal"): "perturb",
     ("update_", "normal"): "update",
     ("visit", "normal"): "visit",
+    ("visit", "rademacher"): "visit, signs",
 }
 EMBEDDING_COLS, EMBEDDING_ELEMENTS = (64, 1024), 2**21
 
@@ -361,8 +363,14 @@ def instruction_bounds() -> dict[tuple[str, str, str], float]:
     }
 
 
-def run_device(device: str, backends: list[str], threads: list[int], options: argparse.Namespace) -> list[dict]:
-    """All rows of one device."""
+def run_device(
+    device: str,
+    backends: list[str],
+    threads: list[int],
+    options: argparse.Namespace,
+    save: Callable[[list[dict]], object],
+) -> list[dict]:
+    """All rows of one device; those so far are saved after each dtype."""
     if device == "cpu":
         sizes = [2**22] if options.quick else [2**20, 2**25]
     else:
@@ -373,6 +381,7 @@ def run_device(device: str, backends: list[str], threads: list[int], options: ar
             bench.run(dtype, numel)
         for cols in EMBEDDING_COLS:
             bench.run_embedding(dtype, min(sizes[-1], 2**26), cols)
+        save(bench.rows)
     return bench.rows
 
 
@@ -388,6 +397,10 @@ def main() -> None:
     info = distzo2_core.build_info()
     rows: list[dict] = []
     levels: list[dict] = []
+
+    def save(more: list[dict]) -> Path:
+        return write_results(options.json, "kernels", rows + more, normals_per_core=levels)
+
     if options.device != "cuda":
         if not info["native"]:
             raise SystemExit("error: distzo2_core._C is not built: python setup.py build_ext --inplace")
@@ -395,13 +408,13 @@ def main() -> None:
 
         levels = normals_per_core(3 if options.quick else 2 * options.rounds)
         all_threads = torch.get_num_threads()
-        rows += run_device("cpu", ["native"], sorted({1, all_threads}), options)
+        rows += run_device("cpu", ["native"], sorted({1, all_threads}), options, save)
         torch.set_num_threads(all_threads)
     if options.device == "cuda" or (options.device == "all" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise SystemExit("error: --device cuda, but torch sees no GPU")
-        rows += run_device("cuda", (["native"] if info["cuda"] else []) + ["triton"], [0], options)
-    path = write_results(options.json, "kernels", rows, normals_per_core=levels)
+        rows += run_device("cuda", (["native"] if info["cuda"] else []) + ["triton"], [0], options, save)
+    path = save([])
     from plot_kernels import draw
 
     print(f"wrote {draw(path)}")

@@ -17,7 +17,10 @@ __all__: list[str] = [
     "arenas_made",
     "build_info",
     "cuda_available",
+    "hide_parameters",
     "memory_budget",
+    "show_parameters",
+    "walk_modules",
 ]
 
 class HostPool:
@@ -36,6 +39,8 @@ class HostPool:
         num_ranks: processes on this machine that make such a pool; each may take its share of the memory.
         cgroup_bytes, available_bytes: what memory_budget() said before any of them made its pool; None reads it
             now.
+        host_memory: bytes that all these processes may take together, in place of nine tenths of what is
+            available. What a control group does not leave is refused all the same.
 
     Raises:
         ValueError: no block, or an unknown device.
@@ -51,6 +56,7 @@ class HostPool:
         num_ranks: int = 1,
         cgroup_bytes: int | None = None,
         available_bytes: int | None = None,
+        host_memory: int | None = None,
     ) -> None: ...
     def __len__(self) -> int:
         """
@@ -75,7 +81,8 @@ class HostPool:
         What the pool takes.
 
         bytes_used, bytes_padded, bytes_pinned; chunks: registrations; pin_error: "" or why it is not pinned;
-        numa_node: -1 where there is no choice; huge_pages: whether they were asked for.
+        numa_node: -1 where there is no choice; huge_pages: whether they were asked for; touch_s, pin_s: seconds in
+        which its pages were made present and pinned, which overlap.
         """
     def tensor(self, block: int) -> torch.Tensor:
         """
@@ -327,6 +334,19 @@ def cuda_available() -> tuple[bool, str]:
     Whether there is a CUDA driver with a device, and why not: (True, an empty text) or (False, reason).
     """
 
+def hide_parameters(
+    params: list, absent: typing.Any, placeholders: list, versions: collections.abc.Sequence[int]
+) -> list[int]:
+    """
+    Points parameters at placeholders, of class `absent`.
+
+    Args:
+        versions: what show_parameters returned, or nothing.
+
+    Returns:
+        The places of the parameters that were written since.
+    """
+
 def memory_budget() -> dict:
     """
     Host memory that this process may still take.
@@ -334,4 +354,18 @@ def memory_budget() -> dict:
     allowed_bytes: 90% of the least of cgroup_bytes (what its control groups leave) and available_bytes (what
     the machine has available); memlock_bytes: what it may pin; text: all of them in words. Bytes; None where
     there is no limit.
+    """
+
+def show_parameters(params: list, classes: list, weights: list) -> list[int]:
+    """
+    Gives each parameter its class and points it at its weights; returns torch's counters of writes.
+    """
+
+def walk_modules(model: typing.Any) -> tuple:
+    """
+    Looks at every module of a model once.
+
+    Returns:
+        The (module, name) of each buffer, in the order of model.modules(); the objects that modules have as `config`, each
+        once; and whether any module is in training mode.
     """

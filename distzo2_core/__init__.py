@@ -29,18 +29,7 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import (
-        BlockFile,
-        CopyEngine,
-        HostPool,
-        ThreadState,
-        aligned_buffer,
-        cuda_available,
-        hide_parameters,
-        memory_budget,
-        show_parameters,
-        walk_modules,
-    )
+    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
 
 # Streams that share one of a GPU's 8 connections wait for one another; copies and computing need more of them. CUDA
 # reads this when it starts.
@@ -51,9 +40,10 @@ NOISE_VERSION = "philox4x32-10/1"
 ROUNDING_VERSION = "stochastic16/1"
 
 _FROM_EXTENSION = (
-    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "hide_parameters",
-    "memory_budget", "show_parameters", "walk_modules",
+    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "memory_budget",
 )  # fmt: skip
+# What a pass calls once a lane and unit, or once a step. Not for users: it may change with any release.
+_FOR_RUNTIMES = ("hide_parameters", "show_parameters", "walk_modules")
 
 __all__ = [
     "FAMILIES",
@@ -93,6 +83,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_EXTENSION:
+    if name in _FROM_EXTENSION or name in _FOR_RUNTIMES:
         return getattr(require_extension(f"distzo2_core.{name}"), name)
     raise AttributeError(f"module 'distzo2_core' has no attribute {name!r}")

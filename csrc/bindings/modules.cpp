@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -85,6 +86,13 @@ py::tuple walk_modules(py::object model) {
     static PyObject* const config_name = PyUnicode_InternFromString("config");
     py::list slots, configs;
     std::unordered_set<PyObject*> seen, seen_configs;
+    std::unordered_map<PyTypeObject*, bool> types;
+    const auto has_config = [&types](PyTypeObject* type) {
+        const auto [found, added] = types.try_emplace(type, false);
+        if (added)
+            found->second = py::hasattr(reinterpret_cast<PyObject*>(type), "config");
+        return found->second;
+    };
     std::vector<py::object> waiting{std::move(model)}; // the next one last
     bool training = false;
     while (!waiting.empty()) {
@@ -97,9 +105,13 @@ py::tuple walk_modules(py::object model) {
             throw py::error_already_set();
         if (PyObject* flag = PyDict_GetItem(own.ptr(), training_name))
             training |= flag == Py_True;
-        if (PyObject* config = PyDict_GetItem(own.ptr(), config_name))
-            if (config != Py_None && seen_configs.insert(config).second)
-                configs.append(py::handle(config));
+        py::object config;
+        if (PyObject* item = PyDict_GetItem(own.ptr(), config_name))
+            config = py::reinterpret_borrow<py::object>(item);
+        else if (has_config(Py_TYPE(module.ptr()))) // a property, or of the class
+            config = py::getattr(module, config_name, py::none());
+        if (config && !config.is_none() && seen_configs.insert(config.ptr()).second)
+            configs.append(config);
         for_each_item(own.ptr(), module, buffers_name,
                       [&](py::handle name, py::handle) { slots.append(py::make_tuple(module, name)); });
         const size_t first = waiting.size();

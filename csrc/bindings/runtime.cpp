@@ -30,18 +30,23 @@ at::Tensor aligned_buffer(size_t num_bytes) {
 
 std::shared_ptr<HostPool> make_pool(std::vector<size_t> sizes, const std::string& device_name, std::optional<bool> pin,
                                     bool allow_pageable, int num_ranks, std::optional<size_t> cgroup_bytes,
-                                    std::optional<size_t> available_bytes) {
+                                    std::optional<size_t> available_bytes, std::optional<size_t> host_memory) {
     const py::gil_scoped_release unlocked; // here, since what pybind11 does after it needs the GIL
     auto device = make_device(device_name);
     HostPoolOptions options;
     options.pin = pin.value_or(!device->is_cpu());
     options.allow_pageable = allow_pageable;
     options.num_ranks = num_ranks;
+    options.host_memory = host_memory.value_or(kUnlimited);
+    options.between_chunks = [] { // a large pool takes a minute
+        const py::gil_scoped_acquire locked;
+        if (PyErr_CheckSignals() != 0)
+            throw py::error_already_set();
+    };
     if (cgroup_bytes || available_bytes) {
         options.machine = read_memory_budget(); // of the process itself: RLIMIT_MEMLOCK
         options.machine->cgroup_bytes = cgroup_bytes.value_or(kUnlimited);
         options.machine->available_bytes = available_bytes.value_or(kUnlimited);
-        options.machine->limit_to_these();
     }
     return std::make_shared<HostPool>(std::move(sizes), std::move(device), options);
 }
@@ -56,6 +61,8 @@ py::dict pool_stats(const HostPool& pool) {
     result["pin_error"] = stats.pin_error;
     result["numa_node"] = stats.numa_node;
     result["huge_pages"] = stats.huge_pages;
+    result["touch_s"] = static_cast<double>(stats.touch_ns) * 1e-9;
+    result["pin_s"] = static_cast<double>(stats.pin_ns) * 1e-9;
     return result;
 }
 
@@ -197,6 +204,8 @@ Args:
     num_ranks: processes on this machine that make such a pool; each may take its share of the memory.
     cgroup_bytes, available_bytes: what memory_budget() said before any of them made its pool; None reads it
         now.
+    host_memory: bytes that all these processes may take together, in place of nine tenths of what is
+        available. What a control group does not leave is refused all the same.
 
 Raises:
     ValueError: no block, or an unknown device.
@@ -204,7 +213,7 @@ Raises:
         missing.)")
         .def(py::init(&make_pool), py::arg("sizes"), py::arg("device") = "cpu", py::arg("pin") = py::none(),
              py::arg("allow_pageable") = false, py::arg("num_ranks") = 1, py::arg("cgroup_bytes") = py::none(),
-             py::arg("available_bytes") = py::none())
+             py::arg("available_bytes") = py::none(), py::arg("host_memory") = py::none())
         .def("__len__", &HostPool::num_blocks, "The number of blocks.")
         .def(
             "address",
@@ -225,7 +234,8 @@ Raises IndexError for an unknown block, RuntimeError after close().)")
         .def("stats", &pool_stats, R"(What the pool takes.
 
 bytes_used, bytes_padded, bytes_pinned; chunks: registrations; pin_error: "" or why it is not pinned;
-numa_node: -1 where there is no choice; huge_pages: whether they were asked for.)")
+numa_node: -1 where there is no choice; huge_pages: whether they were asked for; touch_s, pin_s: seconds in
+which its pages were made present and pinned, which overlap.)")
         .def("close", &HostPool::close, Unlocked(),
              "Releases the memory. It is freed when no engine and no tensor holds it.");
 }

@@ -38,6 +38,11 @@ def test_pool_refuses_what_does_not_fit_with_every_number() -> None:
         HostPool([1 << 50])
     budget = memory_budget()
     assert budget["allowed_bytes"] < budget["available_bytes"]
+    with pytest.raises(
+        RuntimeError, match=r"only 4096 bytes may be taken \(host_memory= or --host-memory: 4096 bytes, "
+    ):
+        HostPool([8192], host_memory=4096)
+    HostPool([8192], available_bytes=1000, host_memory=8192).close()
     for bad in ([], [-1], ["x"]):
         with pytest.raises((ValueError, TypeError)):
             HostPool(bad)

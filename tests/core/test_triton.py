@@ -26,6 +26,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 pytestmark = [
     needs_triton,
+    *(() if INTERPRETED else (pytest.mark.cuda,)),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy, in the interpreter, of infinities
 ]
 

@@ -36,7 +36,7 @@ FLAGS = [
     "--weights", "--schedule", "--warmup", "--weight-decay", "--max-length", "--truncate", "--objective",
     "--eval-every", "--save", "--score", "--memory-budget", "--write-every", "--max-lanes", "--dtype", "--threads",
     "--device", "--trace", "--config", "--max-coef", "--fsync-every", "--snapshot-every", "--weights-dir",
-    "--branch-from", "--parallel", "--no-such-option",
+    "--branch-from", "--parallel", "--host-memory", "--no-such-option",
 ]  # fmt: skip
 WORDS = [
     "0", "-1", "1", "2", "3", "1.5", "nan", "inf", "1e400", "x", "fzoo", "spsa", "rademacher", "disk", "device",

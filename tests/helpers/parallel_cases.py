@@ -167,7 +167,9 @@ def uneven_share(closures: list[Any], rank: int, world_size: int) -> list[Any]:
     return closures[bounds[rank] : bounds[rank + 1]]
 
 
-def pools_of_machines(rank: int, world_size: int, machines: list[str], readings: list[int]) -> tuple[Any, list[str]]:
+def pools_of_machines(
+    rank: int, world_size: int, machines: list[str], readings: list[int], host_memory: int | None
+) -> tuple[Any, list[str]]:
     """What each rank reads of its machine's memory, and whether blocks of 72 and 64 KiB x 4 fit its share."""
     mesh_of(1, world_size, slice=False)
     budget = {"cgroup_bytes": None, "available_bytes": readings[rank]}
@@ -176,10 +178,10 @@ def pools_of_machines(rank: int, world_size: int, machines: list[str], readings:
         mock.patch.object(residency, "memory_budget", lambda: budget),
         mock.patch.object(node, "machine_name", lambda: machines[rank]),
     ):
-        share = node.memory_share(distzo2.parallel.joined())
+        share = node.memory_share(distzo2.parallel.joined(), host_memory)
         for width in (72, 64):
             try:
-                distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), weights="host")).close()
+                distzo2.runtime_of(distzo2.offload(nn.Linear(1024, width), host_memory=host_memory)).close()
                 outcomes.append("fits")
             except distzo2.DistZO2Error as error:
                 outcomes.append(str(error))

@@ -15,6 +15,7 @@ from unittest import mock
 
 import parallel_cases as cases
 import torch
+import torch.distributed as dist
 from block_models import Blocks
 from parallel_cases import Tower, batch, closures_of, optimizer, started, state_of, tower
 from parallel_ranks import mesh_of
@@ -33,7 +34,7 @@ def train_with(rank: int, world_size: int, shape: tuple[int, int], directory: Pa
     options: dict[str, Any] = {"weights": "disk", "slices": True, "steps": 5}
     slicing = slice_choice.Slicing
     if what == "unequal slices":
-        slice_choice.Slicing = lambda node, _, number: slicing(node, [1.0 + r for r in range(node.size)], number)
+        slice_choice.Slicing = lambda node, _, *rest: slicing(node, [1.0 + r for r in range(node.size)], *rest)
     if what == "write_every":
         cases.tower = functools.partial(tower, write_every=3)
     if what == "memory_budget":  # room for two of the five blocks beside what streaming needs
@@ -58,6 +59,30 @@ def frozen(rank: int, world_size: int, directory: Path, shape: tuple[int, int] |
     opt = optimizer(model)
     for step in range(4):
         opt.step(closures_of(model, step, 2))
+    return [opt.last.losses, state_of(model)]
+
+
+class Tiny(nn.Module):
+    """Units of 256 bytes, so that the slices of all ranks but the first hold no element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(5))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x.mean()
+
+
+def tiny(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
+    if shape is not None:
+        mesh_of(*shape, slice=True)
+    model = distzo2.offload(Tiny(), weights="disk", directory=directory / f"rank{rank}")
+    opt, x = distzo2.ZOSGD(model, lr=1e-2), torch.arange(8.0).reshape(2, 4)
+    for _ in range(4):
+        opt.step([lambda: model(x), lambda: model(x + 1)])
     return [opt.last.losses, state_of(model)]
 
 
@@ -138,12 +163,24 @@ def kept(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
 def chosen(rank: int, world_size: int, directory: Path, weights: str, free: int | None) -> list[str]:
     """What is said of slices where nothing was asked; `free`: bytes that there seem to be on the disk."""
     lines: list[str] = []
-    mesh_of(1, world_size, log=lines.append)
+    mesh = mesh_of(1, world_size, log=lines.append)
     disk = nullcontext() if free is None else mock.patch.object(slice_choice, "free_disk_bytes", lambda _: free)
     with disk:
         model = tower(weights, directory / f"rank{rank}")
         optimizer(model).step(closures_of(model, 0, world_size))
-    return [*lines, str(isinstance(distzo2.runtime_of(model).weights.ring, SlicedStore))]
+    sliced = isinstance(distzo2.runtime_of(model).weights.ring, SlicedStore)
+    assert ("gloo" in mesh.node.groups) is sliced  # the group that was measured and is not used has ended
+    return [*lines, str(sliced)]
+
+
+def on_cpus_beside_gpus(rank: int, world_size: int, directory: Path) -> Any:
+    """The ranks seem to have a GPU each, and torch.distributed to have NCCL; the model is on the CPU."""
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(dist, "is_nccl_available", lambda: True),
+        mock.patch.object(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl"),
+    ):
+        return cases.train(rank, world_size, (1, world_size), directory, weights="host", slices=True)
 
 
 def load(rank: int, world_size: int, directory: Path, checkpoint: Path, dtype: str | None) -> tuple[int, int, Any]:
@@ -169,10 +206,9 @@ def train_with_nccl(directory: Path, port: int, weights: str) -> Any:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     mesh = distzo2.parallel.init(1, 1, slice=True, device="cuda")
-    assert mesh.node.backend == "nccl"
     cases.mesh_of = lambda *shape, **options: mesh
     result = cases.train(0, 1, (1, 1), directory, weights=weights, slices=True, device="cuda:0")
-    assert distzo2.parallel.stats()["slice_gathers"] > 0
+    assert distzo2.parallel.stats()["slice_gathers"] > 0 and mesh.node.groups.keys() == {"words", "nccl"}
     distzo2.parallel.shutdown()
     return result
 

@@ -15,9 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torchrun_cases import arguments, assert_same_run, make_files, run_alone
 from two_hosts import Host, NoNamespaces, TwoHosts
 
+from distzo2.parallel import rendezvous
 from distzo2.parallel.rendezvous import interface_of
 
 ENDLESS = 10**6  # steps
@@ -98,6 +101,54 @@ def num_ranks(host: Host) -> int:
 def test_the_interface_of_an_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.201") is None
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "num_ranks", "expected"),
+    [
+        (None, 4, 4, ("cpu:gloo,cuda:nccl", [2])),
+        ("cuda:3", 4, 1, ("cpu:gloo,cuda:nccl", [3])),
+        ("cuda", 1, 4, ("gloo", [])),  # they share it
+        ("cuda:0", 4, 4, ("gloo", [])),
+        ("cpu", 4, 4, ("gloo", [])),
+    ],
+)
+def test_nccl_makes_no_communicator_before_it_is_used(device, num_gpus, num_ranks, expected, monkeypatch):
+    made, gpus = [], []
+    local_rank = 2 if num_ranks == 4 else 0
+    for name, value in {"RANK": local_rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda *args, **options: iter([(dist.HashStore(),)]))
+    monkeypatch.setattr(rendezvous, "_allow", lambda group, timeout: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: made.append((backend, options)))
+    rendezvous.init_process_group(device, 60.0)
+    ((backend, options),) = made
+    assert (backend, gpus) == expected
+    assert "device_id" not in options  # with it torch makes the communicator of all ranks, and splits it for each group
+
+
+def test_gathers_of_gpus_have_a_stream_of_high_priority(monkeypatch):
+    made = []
+
+    class Options:
+        def __init__(self, is_high_priority_stream: bool = False) -> None:
+            self.is_high_priority_stream = is_high_priority_stream
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(
+        dist, "new_subgroups_by_enumeration", lambda ranks, **options: made.append(options) or (None, [])
+    )
+    monkeypatch.setattr(rendezvous, "_allow", lambda group, timeout: None)
+    for backend in ("gloo", "nccl"):
+        rendezvous.new_group([(0, 1), (2,)], backend)
+    words, blocks = made
+    assert words["pg_options"] is None
+    assert blocks["pg_options"].is_high_priority_stream and blocks["pg_options"]._timeout == blocks["timeout"]
 
 
 @pytest.mark.timeout(600)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_streams
 import pytest
 import slice_cases
 import torch
@@ -19,8 +20,9 @@ from distzo2.parallel import slice_rounds
 from distzo2.parallel.heartbeat import RankFailedError
 from distzo2.parallel.slice_rounds import WANTS, SliceExchange, Word
 from distzo2.parallel.sliced_store import SlicedStore, slices_of
-from distzo2.weights.store import MemoryStore, StoredCopy
+from distzo2.weights.store import MemoryStore, Store, StoredCopy
 from distzo2.weights.units import Unit
+from distzo2_core import aligned_buffer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,13 +110,13 @@ def test_an_error_that_follows_the_loss_of_a_rank_names_that_rank(where: str, mo
     mesh = mesh_of(1, 1, slice=True)
     exchange, heartbeat, node = mesh.exchange, mesh.exchange.heartbeat, mesh.node
     try:
-        node.connect()
+        node.connect("gloo")
         node.stores[node.new_store()] = lambda index, stamp, ours: closed_by_peer()
         calls = {
             "start": lambda: exchange.start(closed_by_peer),
             "wait": lambda: exchange.wait(SimpleNamespace(is_completed=lambda: True, wait=closed_by_peer)),
             "act": lambda: (node.say(Word(WANTS)), node.act()),
-            "connect": lambda: SliceExchange(exchange, [[0]], "gloo").connect(),
+            "connect": lambda: SliceExchange(exchange, [[0]]).connect("gloo"),
         }
         monkeypatch.setattr(slice_rounds, "new_group", lambda ranks, backend: closed_by_peer())
         monkeypatch.setattr(heartbeat, "check", lambda: None)  # the loss is noticed after the call
@@ -147,8 +149,8 @@ class _Work:
 def test_a_buffer_is_filled_again_only_after_its_gather_has_ended(monkeypatch):
     """The gathers of this node end when they are waited for."""
     node, works = mesh_of(1, 1, slice=True).node, []
-    monkeypatch.setattr(node, "gather", lambda parts: works.append(_Work()) or works[-1:])
-    monkeypatch.setattr(node, "wait", lambda work: work.wait())
+    monkeypatch.setattr(node, "gather", lambda parts, backend: works.append(_Work()) or works[-1:])
+    monkeypatch.setattr(node, "wait", lambda work, backend: work.wait())
 
     class Weights:
         stamp = 0
@@ -162,7 +164,9 @@ def test_a_buffer_is_filled_again_only_after_its_gather_has_ended(monkeypatch):
     device, weights = torch.device("cpu"), Weights()
     copies = slices_of(units, [1.0], 0)
     try:
-        store = SlicedStore(MemoryStore(copies, device), copies, device, slots=3, node=node, shares=[1.0])
+        store = SlicedStore(
+            MemoryStore(copies, device), copies, device, slots=3, node=node, shares=[1.0], backend="gloo"
+        )
         store.serve(weights, 0)
         for index in range(8):
             store.begin(index, 0, ours=False)
@@ -173,3 +177,32 @@ def test_a_buffer_is_filled_again_only_after_its_gather_has_ended(monkeypatch):
         store.close()
     finally:
         distzo2.parallel.shutdown()
+
+
+def test_a_buffer_on_a_gpu_is_filled_behind_its_readers_on_all_streams(monkeypatch):
+    """The weight file reads a gathered block on a stream of its own; one event stands for all readers of a buffer."""
+    cuda, reader = fake_streams.install(monkeypatch), fake_streams.Stream()
+    device, unit = torch.device("cuda:1"), Unit(0, "unit", [], [], resident=False)
+    copies = slices_of([unit], [1.0], 0)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: aligned_buffer(size))
+    node = SimpleNamespace(index=0, stores={}, bring=lambda want, begun: begun() or store.begin(0, want.stamp, True))
+    node.gather = lambda parts, backend: []
+    before = cuda.work()  # on memory that becomes a buffer
+    store = SlicedStore(Store(), copies, device, slots=2, node=node, shares=[1.0], backend="nccl")
+    assert store._side.priority < 0
+    monkeypatch.setattr(Store, "acquire", lambda self, copy: None)
+    weights = SimpleNamespace(stamp=0, write_up_to_date=lambda *args: bool(cuda.work()))
+    store.serve(weights, 0)
+    reads: list[Any] = []
+    for stream in (reader, None):
+        store.acquire(copies[0])
+        assert store._side.is_behind(before)
+        reads.append(cuda.work())
+        if stream is not None:
+            stream.wait_stream(cuda.compute)
+            reads.append(stream.work())
+        store.release(copies[0], False, stream)
+    assert not any(store._side.is_behind(read) for read in reads)
+    for weights.stamp in (1, 2):  # to the other buffer, and to this one
+        store.begin(0, weights.stamp, False)
+    assert all(store._side.is_behind(read) for read in reads)

@@ -252,6 +252,8 @@ def test_memory_that_does_not_fit() -> None:
     assert fits["fits"] and fits["rank_bytes"]["total"] < machine.device_bytes - CONTEXT_BYTES
     whole = Planner(request("--model=opt-66b", "--batch=1", "--weights=device"), machine).predict().row
     assert not whole["fits"] and "on a device" in whole["misfit"]
+    short = Planner(request("--model=opt-13b", "--batch=1", "--host-memory=20GB"), machine).predict().row
+    assert not short["fits"] and short["misfit"].endswith(" of 18.63 GiB on the host")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -10,16 +10,20 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_streams
 import pytest
 import torch
 from same_bits import assert_same_tensors
 from torch import nn
 
 import distzo2
+from distzo2.record import weight_file
 from distzo2.record.line import decode_line, encode_line
 from distzo2.record.weight_file import MAX_RECORD_BYTES, Copier
 from distzo2.record.writer import JournalWriter
+from distzo2.weights.units import Unit
 from distzo2_core import BlockFile
 
 IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -398,3 +402,28 @@ def test_a_pace_is_kept(tmp_path):
         train(model, opt, opt.step_count + 5)
         assert (num_copied() > 1) is pays
     close(model, opt)
+
+
+def test_a_gpu_copies_beside_its_lanes_and_pays_for_the_link(tmp_path, monkeypatch):
+    cuda = fake_streams.install(monkeypatch)
+    pool = SimpleNamespace(tensor=lambda block: torch.zeros(512, dtype=torch.uint8))
+    monkeypatch.setattr(weight_file, "HostPool", lambda sizes, **options: pool)
+    unit = Unit(0, "unit", [], [], resident=False)
+    unit.num_bytes = 512
+    options = distzo2.WeightFile(tmp_path / "weights", tmp_path / "journal", pace=0.5)
+    file = BlockFile(str(tmp_path / "weights"), [512], durable=True)
+    weights = SimpleNamespace(device=torch.device("cuda:1"), units=[unit], host_memory=None)
+    copier = Copier(options, file, {0: 0}, None, weights)
+    copier.begin_round()
+    buffer = torch.full((512,), 7, dtype=torch.uint8)
+    assert copier.offer(unit, buffer, 1) is None  # nothing is earned yet
+
+    copier.step_done(None, 1, seconds=0.2)
+    computed = cuda.work()
+    reader = copier.offer(unit, buffer, 2)
+    assert reader is not cuda.compute and reader.is_behind(computed)
+    assert cuda.compute.clock == {cuda.compute: 1}  # waits for nothing
+    copier.close()
+    assert copier._account == pytest.approx(0.1 - 0.25, abs=0.05)  # of the two, in seconds
+    assert file.version(0) == 2
+    file.close()

@@ -99,6 +99,7 @@ def test_a_file_that_is_no_file_of_options(name: str, text: str, capsys) -> None
         ("--max-coef=0.5", "expected a number greater than 1"),
         ("--snapshot-pace=2", "expected a number less than or equal to 1"),
         ("--memory-budget=infGiB", "expected a number of bytes (such as 12GiB), or auto"),
+        ("--host-memory=0", "expected a number of bytes (such as 12GiB), or auto"),
         ("--weights=tape", "expected 'device', 'host' or 'disk'"),
         ("--train=", "expected "),
         ("--out=", "expected "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,6 @@ from tiny_text import choice_lines, write_jsonl
 
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.cli.main import main
-from distzo2.run import preflight
 from distzo2.weights import residency
 from distzo2_core import BlockFile
 
@@ -89,11 +89,14 @@ def test_too_little_room(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=50 << 20))
     assert finetune(files) == 1  # refused before the first step, not when the checkpoint is to be written
     assert "to spare 64.00 MiB" in one_line(capsys)
-    monkeypatch.undo()
-    monkeypatch.setattr(preflight, "available_memory", lambda: 1000)
-    assert finetune(files, f"--out={Path.cwd() / 'out'}") == 1
-    assert "of memory" in one_line(capsys)
+    monkeypatch.setattr(residency.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+    monkeypatch.setattr(residency, "memory_budget", lambda: {"cgroup_bytes": None, "available_bytes": 1000})
+    assert finetune(files) == 1
+    assert re.search(r"of memory, and 1000 .*--host-memory sets what weights may take", one_line(capsys))
+    assert finetune(files, "--host-memory=9KiB") == 1
+    assert "of memory, and 9.00 KiB are" in one_line(capsys)
     assert not Path("out").exists()
+    assert finetune(files, "--host-memory=1GiB") == 0
 
 
 def test_a_missing_directory_is_called_that(files, capsys) -> None:

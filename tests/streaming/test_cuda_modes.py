@@ -75,3 +75,29 @@ def test_waves_have_the_bits_of_one_pass(max_lanes: int, tmp_path: Path) -> None
     case = BY_NAME["opt-tied"]
     expected = train(case, "host", tmp_path, torch.bfloat16)
     assert_same(train(case, "host", tmp_path, torch.bfloat16, max_lanes), expected)
+
+
+def test_lanes_share_a_workspace(tmp_path: Path) -> None:
+    """What stays allocated after a step does not grow with the number of lanes, each of which has a thread."""
+    import gc
+
+    left = []
+    for probes in (1, 12):
+        model = distzo2.offload(BY_NAME["llama"].build().to(torch.bfloat16), device="cuda", weights="device")
+        opt = distzo2.ZOSGD(model, lr=1e-2, num_probes=probes)
+        opt.step(BY_NAME["llama"].closure(model, 0, torch.bfloat16, "cuda"))
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+        distzo2.runtime_of(model).close()
+        del model, opt
+        gc.collect()
+    assert left[1] - left[0] < 16 * 2**20
+
+
+def test_losses_are_read_without_a_copy() -> None:
+    from distzo2.optim.step_lanes import _read
+
+    values = [torch.tensor(x, dtype=torch.float64, device="cuda") for x in (0.1, -3.5, float("inf"))]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assert _read(values) == [0.1, -3.5, float("inf")]
+    assert not [event for event in profile.events() if "Memcpy" in event.name and "DtoH" in event.name]

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 
+import numpy as np
 import pytest
+import torch
 from block_models import IDS, Blocks, offloaded, stepping
 from same_bits import assert_same_tensors
 from torch import nn
 
 import distzo2
 from distzo2.streaming.presence import AbsentParameter
+from distzo2.weights import scratch
 
 
-def watched(weights, directory):
-    """A model of 4 blocks, an optimizer, and a list that its blocks add to: block, sign, whether its unit is held."""
+def watched(directory):
+    """An optimizer of a model of 4 blocks, its closure, and a list that blocks add to: (block, sign, unit is held)."""
     seen = []
     model = Blocks()
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda module, args, i=i: seen.append((i, *state(i))))
-    offloaded(model, directory, memory_budget=0) if weights == "disk" else offloaded(model)
+    offloaded(model, directory)
     runtime = distzo2.runtime_of(model)
 
     def state(i):
@@ -28,34 +32,94 @@ def watched(weights, directory):
         terms = runtime._lanes.running.emission.terms
         return (terms[0].c > 0) - (terms[0].c < 0) if terms else 0, unit.index in runtime.weights._present
 
+    def closure():
+        return model(IDS)
+
     opt = distzo2.ZOSGD(model, lr=1e-2)
-    opt.step(lambda: model(IDS))
+    opt.step(closure)  # code that is new
     seen.clear()
-    return model, opt, seen
+    return opt, closure, seen
 
 
 def test_the_order_turns_at_each_block_and_slots_are_released_before_it_computes(tmp_path):
-    model, opt, seen = watched("disk", tmp_path)
-    opt.step(lambda: model(IDS))
+    opt, closure, seen = watched(tmp_path)
+    opt.step(closure)
     assert [(i, sign) for i, sign, _ in seen] in (
         [(0, 1), (0, -1), (1, -1), (1, 1), (2, 1), (2, -1), (3, -1), (3, 1)],
         [(0, -1), (0, 1), (1, 1), (1, -1), (2, -1), (2, 1), (3, 1), (3, -1)],
     )
     assert not any(held for *_, held in seen)
     seen.clear()
-    distzo2.evaluate(model, [lambda: model(IDS)] * 2)  # clean weights are used where they are
-    assert all(held for *_, held in seen)
+    opt.check(closure)  # clean weights are used where they are
+    assert all(held for _, sign, held in seen if not sign) and sum(held for *_, held in seen) >= 8
 
 
-def test_a_lane_goes_on_through_units_in_place(tmp_path):
-    model, opt, seen = watched("host", tmp_path)
-    opt.step(lambda: model(IDS))
+def test_a_lane_goes_on_through_units_in_place():
+    opt, closure, seen = watched(None)
+    opt.step(closure)
     assert [(i, sign) for i, sign, _ in seen] in (
         [(i, sign) for sign in signs for i in range(4)] for signs in ((1, -1), (-1, 1))
     )
     seen.clear()
-    opt.check(lambda: model(IDS))  # where they take turns at each block, so that they see what others leave
+    opt.check(closure)  # where they take turns at each block, so that they see what others leave
     assert [i for i, *_ in seen[:16]] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+class Called(nn.Module):
+    """One block that is called three times in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(block(block(x)))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("weights", ["device", "disk"])
+def test_no_copy_is_made_twice_and_no_block_comes_back(weights, tmp_path, monkeypatch):
+    """With two micro-batches, and units of which scratch has room for no more than one."""
+    monkeypatch.setattr(scratch, "CLASS_BYTES", 0)
+    model = distzo2.offload(Called(), weights=weights, directory=tmp_path)
+    opt, x = distzo2.ZOSGD(model, lr=1e-3), torch.randn(2, 64)
+    closures = [lambda: model(x)] * 2
+    opt.step(closures)
+    runtime = distzo2.runtime_of(model)
+    runtime.weights.flush()
+    runtime.reset_stats()
+    runtime.weights.enable_trace()
+    for _ in range(4):
+        opt.step(closures)
+    runtime.weights.save_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("cat") == "materialize" for event in events) == 4 * 2
+    if weights == "disk":
+        assert runtime.stats()["bytes_up"] <= 4 * sum(unit.num_bytes for unit in runtime.units)
+
+
+def test_the_end_of_an_iterator_comes_as_it_was_raised(tmp_path):
+    model, opt = stepping(Blocks(), tmp_path)
+    batches = iter(())
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            opt.step(lambda: model(next(batches)))
+    opt.step(lambda: model(IDS))
+
+
+def test_emissions_that_come_twice(tmp_path):
+    class Twice:
+        def evaluations(self, num_probes):
+            return [(0, 1), (0, -1), (0, 1)]
+
+        def coefficients(self, losses, num_probes, eps):
+            return np.array([(losses[0, 1] - losses[0, -1]).mean()])
+
+    model, opt = stepping(Blocks(), tmp_path, estimator=Twice())
+    for _ in range(3):
+        opt.step(lambda: model(IDS))
+        assert opt.last.losses[0] == opt.last.losses[2] != opt.last.losses[1]
 
 
 class Boom(Exception):

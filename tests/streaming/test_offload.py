@@ -36,6 +36,70 @@ def test_an_edit_that_fails_or_runs_the_model_changes_nothing(weights, tmp_path)
     assert torch.isfinite(model(IDS))
 
 
+class Deep(nn.Module):
+    """Three blocks of 16 parameters in eight modules, one of which is there twice, and a tied pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.blocks = nn.ModuleList(nn.Sequential(*(nn.Linear(8, 8) for _ in range(8))) for _ in range(3))
+        for block in self.blocks:
+            block.append(block[2])
+
+
+@pytest.mark.parametrize("weights", ["device", "host", "disk"])
+def test_a_state_dict_brings_each_unit_once(weights, tmp_path, monkeypatch):
+    other = Deep()
+    model = distzo2.offload(Deep(), weights=weights, directory=tmp_path)
+    runtime, opened = distzo2.runtime_of(model), []
+    for store in (runtime.weights.memory, runtime.weights.ring):
+
+        def counted(copy, open=store.open, **how):
+            opened.append((copy.unit.name, *how.values()))
+            return open(copy, **how)
+
+        monkeypatch.setattr(store, "open", counted)
+    names = sorted(unit.name for unit in runtime.units)
+
+    def take():
+        taken, opened[:] = sorted(opened), []
+        return taken
+
+    read_before = runtime.stats().get("bytes_read", 0)
+    before = model.state_dict()
+    assert take() == [(name, False) for name in names]
+    if weights == "disk":
+        sizes = [unit.num_bytes for unit in runtime.units if not unit.resident]
+        assert runtime.stats()["bytes_read"] - read_before == sum(sizes)
+    assert before["first.weight"].data_ptr() == before["second.weight"].data_ptr()  # as in a model of its own
+    assert before["blocks.0.2.weight"].data_ptr() == before["blocks.0.8.weight"].data_ptr()
+    assert_same_tensors(model.blocks[1][3].state_dict(), {n: before[f"blocks.1.3.{n}"] for n in ("weight", "bias")})
+    assert take() == [("blocks.1", False)]
+    model.load_state_dict(other.state_dict())
+    assert [row for row in take() if row[1]] == [(name, True, False) for name in names]
+    assert_same_tensors(model.state_dict(), other.state_dict())
+    take()
+    part = {"weight": torch.ones(8, 8), "bias": torch.zeros(8)}
+    model.blocks[1][3].load_state_dict(part)
+    assert take() == [("blocks.1", False), ("blocks.1", True, True)]
+    wrong = {**before, "blocks.2.7.weight": torch.zeros(3)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(wrong)
+    after = model.state_dict()
+    assert_same_tensors(after, {**before, "blocks.2.7.weight": other.state_dict()["blocks.2.7.weight"]})
+    with pytest.raises(distzo2.DistZO2Error, match="assign=True"):
+        model.load_state_dict(dict(before), assign=True)
+    nn.Module.load_state_dict(model, before)  # as libraries may call them
+    assert_same_tensors(nn.Module.state_dict(model), before)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nn.Module.load_state_dict(model.blocks[2], {**model.blocks[2].state_dict(), "7.weight": torch.zeros(3)})
+    model.state_dict = lambda: "the user's"
+    with distzo2.edit(model):
+        pass
+    assert model.state_dict() == "the user's"
+
+
 def test_a_parameter_added_after_the_hand_over_is_named():
     model = offloaded(Blocks())
     model.head._parameters["bias"] = nn.Parameter(torch.zeros(32))
@@ -46,7 +110,8 @@ def test_a_parameter_added_after_the_hand_over_is_named():
 @pytest.mark.parametrize(
     ("option", "wrong", "expected"),
     [("write_every", value, "an integer of at least 1 was expected") for value in (0, -3, 2.0, True, None)]
-    + [("memory_budget", value, "expected a positive number of bytes") for value in (0, -1, 1.5, True, "all")],
+    + [("memory_budget", value, "expected a positive number of bytes") for value in (0, -1, 1.5, True, "all")]
+    + [("host_memory", value, "expected a positive number of bytes") for value in (0, 2.0, "200GB")],
 )
 def test_numbers_out_of_range_are_refused(option, wrong, expected):
     with pytest.raises(distzo2.DistZO2Error, match=f"{option}=.*: {expected}"):

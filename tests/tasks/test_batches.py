@@ -36,6 +36,7 @@ def test_collated_sequences(tokenizer, tmp_path: Path) -> None:
     for row, example in enumerate(examples):
         real = batch.attention_mask[row].bool()
         assert batch.input_ids[row][real].tolist() == example.tokens.tolist() and bool(real[0])
+        assert collate([example], pad_id=9).attention_mask is None
         assert (batch.input_ids[row][~real] == 9).all()
         asked = [int(t) for t, pair in zip(batch.tokens, batch.scored, strict=True) if batch.rows[pair] == row]
         assert asked == example.tokens[example.targets].tolist()

@@ -6,13 +6,15 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_streams
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
 
 import distzo2
-from distzo2.weights.store import StoredCopy, StreamingStore, streaming_store
+from distzo2.weights.store import MemoryStore, StoredCopy, StreamingStore, streaming_store
 from distzo2.weights.units import Unit
 
 SCRIPT = """
@@ -49,3 +51,23 @@ def test_no_block_file_is_left_behind(tmp_path):
     model = offloaded(Blocks(), tmp_path)
     distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_that_are_read_on_another_stream_are_not_changed_before(monkeypatch):
+    """Slots of the engine by a reader of that stream; memory on a GPU by an event that the next use waits for."""
+    cuda, reader = fake_streams.install(monkeypatch), fake_streams.Stream()
+    copy, released = StoredCopy.whole(Unit(0, "unit", [], [], resident=False)), []
+    store = MemoryStore([copy], torch.device("cpu"))
+    store._buffers[copy] = SimpleNamespace(device=torch.device("cuda:1"))
+    store.acquire(copy)
+    read = reader.work()
+    store.release(copy, True, reader)
+    assert not cuda.compute.is_behind(read)
+    store.acquire(copy)
+    assert cuda.compute.is_behind(read)
+
+    ring = StreamingStore.__new__(StreamingStore)
+    ring._device, ring.engine = torch.device("cuda:1"), SimpleNamespace(release=lambda *args: released.append(args))
+    for stream in (reader, None):
+        ring.release(copy, True, stream)
+    assert released == [(-1, stream.cuda_stream, True, 0) for stream in (reader, cuda.compute)]

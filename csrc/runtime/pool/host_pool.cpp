@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cmath>
 #include <fstream>
+#include <future>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -20,7 +21,7 @@
 namespace distzo2 {
 namespace {
 
-constexpr size_t kTouchBytes = 64 * kMiB; // one thread's share at a time
+constexpr size_t kTouchBytes = 16 * kMiB; // one thread's share at a time
 constexpr unsigned kMaxTouchThreads = 16;
 
 std::atomic<size_t> num_arenas_made{0};
@@ -98,7 +99,8 @@ void Arena::touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s) 
             if (const int code = touch_range(begin + start, share))
                 error.store(code);
             const double seconds = static_cast<double>(now_ns() - start_ns) * 1e-9;
-            if (stalled_for_huge_pages(share, seconds, min_huge_bytes_per_s, stalls_before, compaction_stalls()) &&
+            if (static_cast<double>(share) < min_huge_bytes_per_s * seconds && // the counter takes 0.1 ms to read
+                stalled_for_huge_pages(share, seconds, min_huge_bytes_per_s, stalls_before, compaction_stalls()) &&
                 huge_pages_.exchange(false))
                 madvise(data_, num_bytes_, MADV_NOHUGEPAGE); // those that are huge stay so
         }
@@ -123,16 +125,19 @@ void Arena::touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s) 
 void Arena::pin(const std::shared_ptr<Device>& device, size_t offset, size_t num_bytes) {
     const DeviceGuard guard(*device);
     registrations_.reserve(registrations_.size() + 1);
-    // A forked child must not come to share these pages: its copy-on-write would move them away from the device's.
-    madvise(data_ + offset, num_bytes, MADV_DONTFORK);
-    device->register_host(data_ + offset, num_bytes);
+    // A forked child must not come to share these pages: its copy-on-write would move them away from the device's. Said
+    // once, of all: it waits for those who touch.
+    if (!device_)
+        madvise(data_, num_bytes_, MADV_DONTFORK);
     device_ = device;
+    device->register_host(data_ + offset, num_bytes);
     registrations_.push_back(data_ + offset);
     num_bytes_pinned_ += num_bytes;
 }
 
 void Arena::unpin() noexcept {
-    if (!registrations_.empty() && getpid() == owner_process_) {
+    if (device_ && getpid() == owner_process_) {
+        madvise(data_, num_bytes_, MADV_DOFORK);
         try {
             const DeviceGuard guard(*device_);
             for (std::byte* address : registrations_)
@@ -162,32 +167,46 @@ HostPool::HostPool(std::vector<size_t> block_bytes, std::shared_ptr<Device> devi
         stats_.bytes_padded += align_up(num_bytes, kPageBytes);
     }
     MemoryBudget budget = options_.machine ? *options_.machine : read_memory_budget();
-    budget.allowed_bytes = std::min(budget.allowed_bytes, options_.budget_bytes);
+    budget.asked_bytes = options_.host_memory;
+    budget.limit_to_these();
     check_memory_budget("the host pool", stats_.bytes_padded, budget, options_.num_ranks);
 
-    // Chunk by chunk, so that a pin that fails does so before all memory was touched. What was pinned before it is
-    // unpinned with the arena, or by unpin() where plain memory will do.
     auto arena = std::make_shared<Arena>(stats_.bytes_padded);
     stats_.numa_node = device ? device->numa_node() : -1;
     if (!arena->prefer_node(stats_.numa_node))
         stats_.numa_node = -1;
+    const auto chunk_at = [&](size_t offset) { return std::min(options_.chunk_bytes, stats_.bytes_padded - offset); };
+    const auto touch = [&](size_t offset) {
+        const int64_t start_ns = now_ns();
+        if (offset < stats_.bytes_padded)
+            arena->touch(offset, chunk_at(offset), options_.min_huge_bytes_per_s);
+        stats_.touch_ns += now_ns() - start_ns;
+    };
+    // One chunk ahead, so that a pin that fails does so before all memory was touched. What was pinned before it is
+    // unpinned with the arena, or by unpin() where plain memory will do.
     bool pinning = options_.pin;
+    touch(0);
     for (size_t offset = 0; offset < stats_.bytes_padded; offset += options_.chunk_bytes, ++stats_.chunks) {
-        const size_t num_bytes = std::min(options_.chunk_bytes, stats_.bytes_padded - offset);
-        arena->touch(offset, num_bytes, options_.min_huge_bytes_per_s);
-        if (!pinning)
-            continue;
+        // By another thread, or by get() where there is none to be had. It has ended before the arena does, since the
+        // destructor waits too.
+        auto next = std::async(std::launch::async | std::launch::deferred, touch, offset + options_.chunk_bytes);
+        const int64_t start_ns = now_ns();
         try {
-            arena->pin(device, offset, num_bytes);
+            if (pinning)
+                arena->pin(device, offset, chunk_at(offset));
         } catch (const std::runtime_error& error) {
-            stats_.pin_error =
-                join_text("cannot pin chunk ", stats_.chunks, " of the host pool, ", bytes_text(num_bytes), " after ",
-                          bytes_text(offset), ": ", error.what(), "; ", budget.text());
+            stats_.pin_error = join_text("cannot pin chunk ", stats_.chunks, " of the host pool, ",
+                                         bytes_text(chunk_at(offset)), " after ", bytes_text(offset), " of ",
+                                         bytes_text(stats_.bytes_padded), ": ", error.what(), "; ", budget.text());
             if (!options_.allow_pageable)
                 throw std::runtime_error(stats_.pin_error);
             arena->unpin();
             pinning = false;
         }
+        stats_.pin_ns += now_ns() - start_ns;
+        next.get();
+        if (options_.between_chunks)
+            options_.between_chunks();
     }
     stats_.bytes_pinned = arena->num_bytes_pinned();
     stats_.huge_pages = arena->uses_huge_pages();

@@ -1,6 +1,7 @@
 // Host memory of the weights: one contiguous arena of blocks, each aligned to a page. The arena is mapped without
-// reservation, touched in parallel, and pinned in chunks of at most 1 GiB, since large registrations fail. A copy must
-// not cross two registrations: for_each_chunk splits it. Blocks may be larger than a chunk.
+// reservation, touched by several threads, and pinned in chunks of at most 1 GiB, since large registrations fail; a
+// chunk is pinned while the next one is touched. A copy must not cross two registrations: for_each_chunk splits it.
+// Blocks may be larger than a chunk.
 //
 //   | block 0 | pad | block 1        | pad | block 2 ...            padding: less than a page a block
 //   | chunk 0: 1 GiB, pinned | chunk 1: 1 GiB, pinned | ...
@@ -11,6 +12,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -50,7 +52,7 @@ class Arena {
     // small pages. Throws std::runtime_error.
     void touch(size_t offset, size_t num_bytes, double min_huge_bytes_per_s = kMinHugeBytesPerSecond);
     bool uses_huge_pages() const { return huge_pages_.load(); } // asked for, not always given
-    // Pins [offset, offset + num_bytes) for the device; throws what the driver says.
+    // Pins [offset, offset + num_bytes) for the device, while others may touch; throws what the driver says.
     void pin(const std::shared_ptr<Device>& device, size_t offset, size_t num_bytes);
     void unpin() noexcept;
 
@@ -66,13 +68,15 @@ class Arena {
 
 struct HostPoolOptions {
     bool pin = false;
-    bool allow_pageable = false;    // use plain memory where pinning fails
-    size_t chunk_bytes = kGiB;      // smaller in tests
-    size_t budget_bytes = SIZE_MAX; // refuses more than this, besides what the machine says
-    int num_ranks = 1;              // pools like this one on the machine, which share what it says
+    bool allow_pageable = false; // use plain memory where pinning fails
+    size_t chunk_bytes = kGiB;   // smaller in tests
+    // What all ranks may take together instead of nine tenths of what the machine has available.
+    size_t host_memory = kUnlimited;
+    int num_ranks = 1; // pools like this one on the machine, which share what it says
     // What the machine said before any of them was made; without a value it is read now.
     std::optional<MemoryBudget> machine = std::nullopt;
     double min_huge_bytes_per_s = kMinHugeBytesPerSecond;
+    std::function<void()> between_chunks = nullptr; // what it throws ends the making of the pool
 };
 
 class HostPool {
@@ -94,6 +98,8 @@ class HostPool {
         size_t chunks;
         int numa_node;         // that was preferred, or -1
         bool huge_pages;       // asked for to the end
+        int64_t touch_ns;      // in which pages became present, and ...
+        int64_t pin_ns;        // ... in which they were pinned, at the same time but for the ends
         std::string pin_error; // why memory is pageable although pinned memory was asked for
     };
     Stats stats() const;

@@ -121,6 +121,8 @@ std::string limit_text(size_t num_bytes) { return num_bytes == kUnlimited ? "no 
 void MemoryBudget::limit_to_these() {
     const size_t least = std::min(cgroup_bytes, available_bytes);
     allowed_bytes = least == kUnlimited ? kUnlimited : least - least / 10;
+    if (asked_bytes != kUnlimited)
+        allowed_bytes = std::min(asked_bytes, cgroup_bytes);
 }
 
 std::string MemoryBudget::text() const {
@@ -143,8 +145,11 @@ void check_memory_budget(const std::string& what, size_t num_bytes, const Memory
     if (num_bytes <= share)
         return;
     const std::string whose = num_ranks == 1 ? "" : join_text(" by each of ", num_ranks, " ranks");
+    const bool asked = budget.asked_bytes != kUnlimited;
     fail(what, " needs ", bytes_text(num_bytes), " of host memory, but only ", bytes_text(share), " may be taken",
-         whose, " (nine tenths of the least of: ", budget.text(), ")");
+         whose, asked ? " (host_memory= or --host-memory: " : " (nine tenths of the least of: ",
+         asked ? join_text(bytes_text(budget.asked_bytes), ", ") : "", budget.text(),
+         asked ? ")" : "; host_memory= or --host-memory sets another limit)");
 }
 
 } // namespace distzo2

@@ -1,5 +1,7 @@
 // How much host memory this process may still take: 90% of the least of what its control groups leave (v2 and v1, every
-// level) and what the machine has available. Read from /proc and /sys at each call.
+// level) and what the machine has available. Read from /proc and /sys at each call. Who knows better than MemAvailable
+// (a cache that it does not count, swap) asks for a number of bytes; of a control group's limit no byte more can be
+// had.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +16,8 @@ struct MemoryBudget {
     size_t cgroup_bytes = kUnlimited;    // limit − usage + clean file cache, least over the levels
     size_t available_bytes = kUnlimited; // MemAvailable
     size_t memlock_bytes = kUnlimited;   // RLIMIT_MEMLOCK; kUnlimited with CAP_IPC_LOCK
-    size_t allowed_bytes = 0;            // 90% of the lesser of the first two: limit_to_these() sets it
+    size_t asked_bytes = kUnlimited;     // what the user asked for, in place of the 90%; kUnlimited: nothing
+    size_t allowed_bytes = 0;            // 90% of the lesser of the first two, or as asked: limit_to_these() sets it
 
     void limit_to_these();
     // "cgroup limit leaves 1 bytes (..), MemAvailable is .., ..."

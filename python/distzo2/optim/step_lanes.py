@@ -88,12 +88,12 @@ class StepLanes:
         return first / (counts[0] or 1.0)
 
     def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
-        """float64 [lanes, 2]: sum and count of what each closure returned. From a device they come in one transfer."""
+        """float64 [lanes, 2]: sum and count of what each closure returned."""
         if not lanes:
             return np.zeros((0, 2))
         pairs = [self._pair(lane.result) for lane in lanes]
         tensors = [value for pair in pairs for value in pair if isinstance(value, torch.Tensor)]
-        values = iter(torch.stack([t.to(tensors[0].device) for t in tensors]).tolist())
+        values = iter(_read([t.to(tensors[0].device) for t in tensors]))
         losses = np.array([[next(values) if isinstance(v, torch.Tensor) else v for v in pair] for pair in pairs])
         counts, least = losses[:, 1], np.nextafter(0.0, 1.0) if self.settings.older_rules else 0.0
         for lane, count in zip(lanes, counts.tolist(), strict=True):
@@ -137,3 +137,27 @@ class StepLanes:
         if result.numel() == 0:
             raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
         return result.detach().double().mean()
+
+
+class _Mapped:
+    """Pinned host memory, which kernels can write, as CUDA's array interface shows it."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(host.shape), "typestr": "<f8", "data": (host.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def _read(values: Sequence[torch.Tensor]) -> list[float]:
+    """Reads float64 scalars of one device. A GPU's are written to host memory by a kernel: a copy, however small, would
+    wait for the blocks that are on their way back."""
+    device = values[0].device
+    if device.type != "cuda":
+        return torch.stack(list(values)).tolist()
+    host = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
+    with torch.cuda.device(device):
+        torch.stack(list(values), out=torch.as_tensor(_Mapped(host), device=device))
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+    done.synchronize()
+    return host.tolist()

@@ -156,7 +156,7 @@ def _node_of(exchange: Exchange) -> SliceExchange:
     """The ranks of this node: what torchrun calls one, or else a machine."""
     names = exchange.gather_bytes(f"{host_name()} {os.environ.get('GROUP_RANK', '')}".encode())
     nodes = [[rank for rank, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
-    node = SliceExchange(exchange, nodes, "nccl" if "nccl" in dist.get_backend_config() else "gloo")
+    node = SliceExchange(exchange, nodes)
     exchange.heartbeat.on_failure = node.abort
     return node
 
@@ -214,7 +214,7 @@ def shutdown(error: BaseException | None = None) -> None:
     if exchange.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         heartbeat.wait_for_others()  # this process serves the store
     heartbeat.leave()
-    for group in [exchange.group, *(node.groups if node is not None else ())]:
+    for group in [exchange.group, *(node.groups.values() if node is not None else ())]:
         if exchange.broken is not None or heartbeat.failure is not None:
             # gloo's destructor waits for what is in flight, without end where a peer hangs: it is never called.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))

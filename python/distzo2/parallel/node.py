@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from distzo2.errors import UsageError
 from distzo2.parallel.exchange import Exchange, hash64
@@ -22,7 +23,7 @@ from distzo2.parallel.heartbeat import machine_name
 from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.parallel.sliced_store import cut
 from distzo2.text import gib
-from distzo2.weights.residency import MemoryShare, available_memory, free_disk_bytes
+from distzo2.weights.residency import MemoryBudget, MemoryShare, available_memory, free_disk_bytes
 from distzo2.weights.store import StoredCopy, streaming_store
 from distzo2.weights.units import Unit
 
@@ -35,17 +36,18 @@ _NO_LIMIT = (1 << 63) - 1  # bytes, where a machine has none
 Place = str | os.PathLike | None  # the directory of block files; None: weights are in memory
 
 
-def memory_share(exchange: Exchange | None) -> MemoryShare:
+def memory_share(exchange: Exchange | None, host_memory: MemoryBudget = None) -> MemoryShare:
     """Reads what memory this machine has. Ranks that have met all call it, and take none before it returns.
 
     The least reading of a machine's ranks counts. A rank that read for itself would miss what the others had already
     taken, and divide the rest once more; or would not see what they are about to take.
     """
-    mine = MemoryShare.of_one_rank()
+    mine = MemoryShare.of_one_rank(host_memory)
     if exchange is None or exchange.world_size == 1:
         return mine
     exchange.agree("sharing the memory of a machine")
-    limits = [_NO_LIMIT if limit is None else limit for limit in (mine.cgroup_bytes, mine.available_bytes)]
+    mine_of = (mine.cgroup_bytes, mine.available_bytes, mine.host_memory)
+    limits = [_NO_LIMIT if limit is None else limit for limit in mine_of]
     rows = exchange.gather(torch.tensor([hash64(machine_name()), *limits])).tolist()
     here = [row for row in rows if row[0] == rows[exchange.rank][0]]
     least = [min(column) for column in zip(*here, strict=True)][1:]
@@ -56,16 +58,22 @@ def memory_share(exchange: Exchange | None) -> MemoryShare:
 
 
 class Slicing(NamedTuple):
-    """How a node keeps streamed blocks: its ranks, the share of every block that each of them keeps, and the number of
-    the store."""
+    """How a node keeps streamed blocks: its ranks, the share of every block that each of them keeps, the number of the
+    store, and what its gathers go through."""
 
     node: SliceExchange
     shares: list[float]
     number: int
+    backend: str  # "gloo" or "nccl"
 
 
 def choose_slices(
-    mesh: Mesh | None, units: Sequence[Unit], device: torch.device, weights: str, directory: Place
+    mesh: Mesh | None,
+    units: Sequence[Unit],
+    device: torch.device,
+    weights: str,
+    directory: Place,
+    host_memory: MemoryBudget = None,
 ) -> Slicing | None:
     """Decides whether streamed units are kept in slices; None if not. All ranks call it and get the same answer.
 
@@ -84,17 +92,17 @@ def choose_slices(
         failure = UsageError("slices are of weights in host memory or on disk; these were asked to be on the device")
     table = [(u.name, u.num_bytes, u.resident) for u in units]
     fields = {"weights": weights, "device": device.type, "the units": table}
-    mesh.exchange.agree("handing over a model", fields, error=failure)
+    gpus = [row[0] for row in mesh.exchange.agree("handing over a model", fields, [_gpu_number(device)], failure)]
     streamed = [u for u in units if not u.resident]
     node, total = mesh.node, sum(u.num_bytes for u in streamed)
     if not streamed or weights == "device" or (node.most_ranks == 1 and not mesh.slice):
         return None
-    node.connect()
+    backend = backend_of(device, [[gpus[rank] for rank in ranks] for ranks in node.nodes])
     sample = min(max(u.num_bytes for u in streamed), SAMPLE_BYTES)
     bring = functools.partial(_bring_seconds, mesh, device, directory)
     chosen, why = True, "as asked"
     if mesh.slice is None:
-        chosen, why = _decide(mesh, total, sample, bring, device, weights, directory)
+        chosen, why = _decide(mesh, total, sample, bring, device, weights, directory, host_memory, backend)
         why += "; slice= or --slice sets it"
     shares = [1.0] * node.size
     if chosen and device.type != "cpu":  # of each rank of this node, by the rates of their links, all in use
@@ -103,30 +111,64 @@ def choose_slices(
     if mesh.rank == 0:
         kept = f"; {gib(int(total * shares[node.index] / sum(shares)))} of blocks a rank" if chosen else ""
         mesh.log(f"slices: {'on' if chosen else 'off'} ({why}{kept})")
-    return Slicing(node, shares, node.new_store()) if chosen else None
+    if not chosen:
+        node.disconnect(backend)
+        return None
+    node.connect(backend)
+    if backend == "nccl":  # it makes its communicator now, before the GPU's memory is divided
+        _sample_gather(node, device, 1, backend)()
+    return Slicing(node, shares, node.new_store(), backend)
+
+
+def _gpu_number(device: torch.device) -> int:
+    return hash64(str(torch.cuda.get_device_properties(device).uuid)) if device.type == "cuda" else 0
+
+
+def backend_of(device: torch.device, gpus: Sequence[Sequence[int]]) -> str:
+    """What gathers of a model on `device` go through: NCCL where each rank of a node has its own GPU, else gloo. `gpus`
+    numbers those of the ranks of each node."""
+    own = all(len(set(numbers)) == len(numbers) for numbers in gpus)
+    return "nccl" if device.type == "cuda" and own and dist.is_nccl_available() else "gloo"
+
+
+def _sample_gather(node: SliceExchange, device: torch.device, num_bytes: int, backend: str) -> Callable[[], None]:
+    """Returns what gathers a block of at least that many bytes."""
+    bounds = cut(num_bytes, [1.0] * node.size)
+    block = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
+
+    def gather() -> None:
+        for work in node.gather([block[a:b] for a, b in pairwise(bounds)], backend):
+            node.wait(work, backend)
+
+    return gather
 
 
 def _decide(
-    mesh: Mesh, total: int, sample: int, bring: Callable[[int], float], device: torch.device, weights: str, place: Place
+    mesh: Mesh,
+    total: int,
+    sample: int,
+    bring: Callable[[int], float],
+    device: torch.device,
+    weights: str,
+    place: Place,
+    host_memory: MemoryBudget,
+    backend: str,
 ) -> tuple[bool, str]:
     """Whether to take slices, and why. `total` bytes stream; `sample` bytes of a block are measured."""
     node = mesh.node
     with mesh.together("looking for room"):
-        free = available_memory() if weights == "host" else free_disk_bytes(place)
-    for needed, room in _of_all(mesh, [node.size * total, free * (1 - _SPARE)]).tolist():
+        free = available_memory(host_memory) if weights == "host" else free_disk_bytes(place)
+        spare = 0 if weights == "host" and host_memory not in (None, "auto") else _SPARE
+    for needed, room in _of_all(mesh, [node.size * total, free * (1 - spare)]).tolist():
         if needed > room:
             where = "memory" if weights == "host" else "disk"
             return True, f"a copy for each rank, {gib(needed)}, does not fit into the {gib(room)} of {where} to be had"
     if weights == "host" and device.type == "cpu":
         return False, "weights in memory are used where they are"
-    bounds = cut(sample, [1.0] * node.size)
-    block = torch.ones(bounds[-1], dtype=torch.uint8, device=device)
-
-    def gather() -> None:
-        for work in node.gather([block[a:b] for a, b in pairwise(bounds)]):
-            node.wait(work)
-
-    seconds = [bring(sample), bring(bounds[1]), _seconds(mesh, device, "measuring gathers", gather)]
+    node.connect(backend)
+    gather = _sample_gather(node, device, sample, backend)
+    part = cut(sample, [1.0] * node.size)[1]
+    seconds = [bring(sample), bring(part), _seconds(mesh, device, "measuring gathers", gather)]
     whole, part, gathered = _of_all(mesh, seconds).max(dim=0).values.tolist()
     figures = f"slices come in {1e3 * part:.1f} ms and are gathered in {1e3 * gathered:.1f} ms"
     return part + gathered < whole, f"of {sample / 2**20:.1f} MiB {figures}, the whole comes in {1e3 * whole:.1f} ms"

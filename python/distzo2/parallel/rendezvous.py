@@ -56,8 +56,9 @@ def init_process_group(device: str | torch.device | None, timeout: float) -> Non
                 os.environ[INTERFACE] = interface
         backend, options = "gloo", {"store": store, "rank": rank, "world_size": world_size, "timeout": CONNECTING}
         if place.type != "cpu" and one_each and (place.index is None or num_local == 1):  # not a GPU that ranks share
-            backend, options["device_id"] = "cpu:gloo,cuda:nccl", torch.device("cuda", local)
-            torch.cuda.set_device(local)
+            # Without device_id, NCCL makes a communicator at a group's first collective: unused ones cost no memory.
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(local if place.index is None else place.index)
         dist.init_process_group(backend, **options)
         _allow(None, wait)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -66,8 +67,14 @@ def init_process_group(device: str | torch.device | None, timeout: float) -> Non
 
 def new_group(nodes: Sequence[Sequence[int]], backend: str) -> Any:
     """Makes a group of the ranks of each node, and returns this rank's; all ranks call it. Its collectives have no time
-    limit: `Exchange.wait` has one."""
-    group, _ = dist.new_subgroups_by_enumeration([list(n) for n in nodes], timeout=CONNECTING, backend=backend)
+    limit: `Exchange.wait` has one. Those of NCCL run on a stream of high priority, so that they do not wait for the
+    blocks of a matrix product that has begun."""
+    options = None
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = CONNECTING  # torch warns where it is not the group's
+    ranks = [list(node) for node in nodes]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=CONNECTING, backend=backend, pg_options=options)
     _allow(group, timedelta(days=365))
     return group
 

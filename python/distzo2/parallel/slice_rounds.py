@@ -44,28 +44,33 @@ class _Round(NamedTuple):
 class SliceExchange:
     """The rounds and the gathers of this rank's node. Used by one thread."""
 
-    def __init__(self, exchange: Exchange, nodes: Sequence[Sequence[int]], backend: str) -> None:
+    def __init__(self, exchange: Exchange, nodes: Sequence[Sequence[int]]) -> None:
         """
         Args:
             exchange: of all ranks. Once there are stores, all ranks end their rounds before each of its collectives.
             nodes: the ranks of every node, ascending.
-            backend: what blocks go through, "gloo" or "nccl".
         """
         self.ranks = next(tuple(ranks) for ranks in nodes if exchange.rank in ranks)
         self.size, self.index = len(self.ranks), self.ranks.index(exchange.rank)
-        self.exchange, self.backend = exchange, backend
+        self.exchange, self.nodes = exchange, nodes
         self.most_ranks = max(len(ranks) for ranks in nodes)
-        self._nodes = nodes
-        self.groups: list[Any] = []  # of the node's ranks: for words, and for blocks
+        self.groups: dict[str, Any] = {}  # of the node's ranks: "words", and for blocks "gloo" and "nccl"
         self._num_stores = 0
         self.stores: dict[int, Callable[[int, int, bool], None]] = {}  # `SlicedStore.begin` of those that are open
         self._rounds: deque[_Round] = deque()  # said, and not yet acted on
         self._num_acted = 0
 
-    def connect(self) -> None:
-        """Makes the groups, once; all ranks of all nodes call it."""
-        for backend in ("gloo", self.backend) if not self.groups else ():
-            self.groups.append(self.exchange.start(lambda backend=backend: new_group(self._nodes, backend)))
+    def connect(self, backend: str) -> None:
+        """Makes the groups of words, and of blocks that go through `backend` ("gloo" or "nccl"), if they are missing.
+        All ranks of all nodes call it."""
+        for name, kind in ("words", "gloo"), (backend, backend):
+            if name not in self.groups:
+                self.groups[name] = self.exchange.start(lambda kind=kind: new_group(self.nodes, kind))
+
+    def disconnect(self, backend: str) -> None:
+        """Ends the group of blocks unless a store was made: NCCL's holds memory of the GPU. All ranks call it."""
+        if backend in self.groups and not self._num_stores:
+            self.exchange.start(lambda: dist.destroy_process_group(self.groups.pop(backend)))
 
     def new_store(self) -> int:
         """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
@@ -84,7 +89,7 @@ class SliceExchange:
         mine = torch.tensor(word, dtype=torch.int64, device="cpu")
         words = torch.empty(self.size, len(word), dtype=torch.int64, device="cpu")
         # Of the group itself: torch.distributed's own function takes longer than the exchange.
-        work = self.exchange.start(lambda: self.groups[0].allgather([list(words.unbind(0))], [mine]))
+        work = self.exchange.start(lambda: self.groups["words"].allgather([list(words.unbind(0))], [mine]))
         self._rounds.append(_Round(word, words, work))
         sent = mine.nbytes
         self.exchange.counts.update(slice_rounds=1, slice_bytes_sent=sent, slice_bytes_received=words.nbytes - sent)
@@ -148,33 +153,33 @@ class SliceExchange:
 
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
-    def gather(self, parts: Sequence[torch.Tensor]) -> list[Any]:
+    def gather(self, parts: Sequence[torch.Tensor], backend: str) -> list[Any]:
         """Begins a gather, and returns what to `wait` for. `parts` are the ranks' slices, consecutive in memory, this
-        rank's own filled."""
+        rank's own filled; `backend` was given to `connect`."""
         own, total = parts[self.index].numel(), sum(part.numel() for part in parts)
         self.exchange.counts.update(slice_gathers=1, slice_bytes_sent=own, slice_bytes_received=total - own)
-        group, mine = self.groups[1], parts[self.index]
-        if self.backend != "nccl":
+        group, mine = self.groups[backend], parts[self.index]
+        if backend != "nccl":
             # gloo's all-gather goes through a copy of the whole; its broadcasts write where the bytes belong.
-            return [self._broadcast(part, i) for i, part in enumerate(parts)]
+            return [self._broadcast(group, part, i) for i, part in enumerate(parts)]
         if len({part.numel() for part in parts}) > 1:  # NCCL's broadcasts, as one group
             return [self.exchange.start(lambda: dist.all_gather(list(parts), mine, group=group, async_op=True))]
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13's name
         return [self.exchange.start(lambda: all_gather(parts[0].as_strided((total,), (1,)), mine, group, True))]
 
-    def _broadcast(self, part: torch.Tensor, index: int) -> Any:
+    def _broadcast(self, group: Any, part: torch.Tensor, index: int) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = index, 0
-        return self.exchange.start(lambda: self.groups[1].broadcast([part], options))
+        return self.exchange.start(lambda: group.broadcast([part], options))
 
-    def wait(self, work: Any) -> None:
-        """Waits for a part of a gather; on a GPU the current stream waits, and not the host."""
-        if self.backend == "nccl":
+    def wait(self, work: Any, backend: str) -> None:
+        """Waits for a part of a gather; with NCCL the GPU's current stream waits, and not the host."""
+        if backend == "nccl":
             self.exchange.start(work.wait)
         else:
             self.exchange.wait(work)
 
     def abort(self) -> None:
         """Ends what is in flight on a GPU, which would wait for a lost rank without end."""
-        if self.backend == "nccl" and len(self.groups) == 2:
-            self.groups[1]._get_backend(torch.device("cuda")).abort()
+        if (group := self.groups.get("nccl")) is not None:
+            group._get_backend(torch.device("cuda")).abort()

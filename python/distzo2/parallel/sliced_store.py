@@ -77,21 +77,24 @@ class SlicedStore(Store):
         slots: int,
         node: SliceExchange,
         shares: Sequence[float],
+        backend: str,
     ) -> None:
         """
         Args:
             source: the store of this rank's slices, which are `copies`, from `slices_of`.
             slots: how many whole blocks are on the device at once, at least 2.
             shares: of each rank of the node, as `cut` takes them.
+            backend: what gathers go through, "gloo" or "nccl".
         """
-        self._source, self._device, self._node = source, device, node
+        self._source, self._device, self._node, self._backend = source, device, node, backend
         self.set_durable, self.fail, self.flush = source.set_durable, source.fail, source.flush
         self.trace, self.events = source.trace, source.events
         self._copies = {copy.unit.index: copy for copy in copies}
         self._bounds = {copy.unit.index: cut(copy.unit.num_bytes, shares) for copy in copies}
         self.num_slots = num_slots_of(slots, len(copies))
         self.slot_bytes = slot_bytes_of(bounds[-1] for bounds in self._bounds.values())
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Of high priority, since what makes a slice current must not wait for the matrix products of the lanes.
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._buffers = [self._new_buffer() for _ in range(self.num_slots)]  # the one filled last is last
         self._held: dict[int, _Buffer] = {}
         self._spare: torch.Tensor | None = None  # reused while units are written one after another, as in loading
@@ -110,9 +113,9 @@ class SlicedStore(Store):
         if self._side is None:
             return _Buffer(aligned_buffer(self.slot_bytes))
         data = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
-        buffer = _Buffer(data, released=torch.cuda.Event())
-        buffer.released.record(torch.cuda.current_stream(self._device))  # whose work may still use the memory
-        return buffer
+        released = torch.cuda.Event()
+        released.record(torch.cuda.current_stream(self._device))  # where torch's allocator has used the memory before
+        return _Buffer(data, released=released)
 
     # ---- gathers ------------------------------------------------------------------------------------------------
 
@@ -149,7 +152,7 @@ class SlicedStore(Store):
                 changed = self._weights.write_up_to_date(copy, stored, parts[self._node.index])
             finally:
                 self._source.release(copy, changed)
-            buffer.works = self._node.gather(parts)
+            buffer.works = self._node.gather(parts, self._backend)
 
     def _take_buffer(self) -> _Buffer:
         """Returns the buffer to gather into: the oldest that nobody reads, if possible one that nobody will read."""
@@ -174,7 +177,7 @@ class SlicedStore(Store):
     def _settle(self, buffer: _Buffer) -> None:
         """Waits until a gather has ended; on CUDA the current stream waits, and not the host."""
         for work in buffer.works:
-            self._node.wait(work)
+            self._node.wait(work, self._backend)
         buffer.works = []
 
     # ---- as every store -----------------------------------------------------------------------------------------
@@ -188,15 +191,17 @@ class SlicedStore(Store):
         start = time.perf_counter()
         self._settle(buffer)
         self._gather_wait_s += time.perf_counter() - start
+        if buffer.released is not None:  # the last reader may have used another stream, and one event stands for all
+            torch.cuda.current_stream(self._device).wait_event(buffer.released)
         buffer.readers, buffer.is_ahead = buffer.readers + 1, False
         self._held[unit.index] = buffer
         return buffer.data[: unit.num_bytes]
 
-    def release(self, copy: StoredCopy, dirty: bool) -> None:
+    def release(self, copy: StoredCopy, dirty: bool, stream: Any = None) -> None:
         buffer = self._held.pop(copy.unit.index)
         buffer.readers -= 1
         if buffer.released is not None:
-            buffer.released.record(torch.cuda.current_stream(self._device))
+            buffer.released.record(stream or torch.cuda.current_stream(self._device))
 
     def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
         """As in `Store`: the first `num_current` are gathered ahead; of the others, slices are brought."""

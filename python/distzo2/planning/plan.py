@@ -43,7 +43,7 @@ from distzo2.weights.units import Unit
 from distzo2_core import FAMILIES, Term
 
 FORMAT = "distzo2-plan/1"
-CONTEXT_BYTES = 10**9  # of a GPU, taken by its driver and libraries
+CONTEXT_BYTES = 10**9  # of a GPU, taken by its driver and libraries, the workspace of cuBLAS among them
 STAGING_BYTES = 6 * 4 * 2**20  # pinned, between a disk and a GPU
 ONE_DEVICE = MeshShape(pert=1, data=1)
 
@@ -63,6 +63,9 @@ class Planner:
     """Predictions of one request: the options of `distzo2 plan`."""
 
     def __init__(self, request: Any, machine: Machine) -> None:
+        if request.host_memory not in (None, "auto"):
+            device_bytes = request.host_memory if machine.computes_on_host else machine.device_bytes
+            machine = replace(machine, host_bytes=request.host_memory, device_bytes=device_bytes)
         self.request, self.machine = request, machine
         self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
         self.models: dict[int, ModelPlan] = {}  # by sequences of a micro-batch

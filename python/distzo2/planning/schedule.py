@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
 
 from distzo2.planning.machines import Duplex, Rates
-from distzo2.planning.plan_model import ModelPlan
+from distzo2.planning.plan_model import ModelPlan, Part
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.units import Unit
@@ -290,12 +290,13 @@ class Schedule:
         for unit in self._to_complete:
             self._complete(unit)
         self._to_complete.clear()
-        parts, host, turned = self.work.model.parts, self.work.rates.host, True
-        for part, seconds in zip(parts, self._part_s, strict=True):
-            if part.units:
-                for index in self._present - set(part.units):
+        host, turned = self.work.rates.host, True
+        for group in self._groups(len(distinct)):
+            first = group[0][0]
+            if first.units:
+                for index in self._present - set(first.units):
                     self._release(self.units[index])
-                entered = self.units[part.units[-1]]
+                entered = self.units[first.units[-1]]
                 overhead = self._issue(host.visit_s)
                 if entered.index not in self._present:
                     self._bring(entered)
@@ -304,16 +305,31 @@ class Schedule:
             turned = not turned  # the lane that came last goes on first
             in_order = emissions[::-1] if turned else emissions
             for i, emission in enumerate(in_order):
-                pinned: set[int] = set()
-                for index in part.units:
-                    pinned.add(self._point(self.units[index], emission, distinct, pinned))
-                if part.units:
-                    self._release_early(entered, in_order[i:])
-                overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
-                name = self.units[part.units[-1]].name if part.units else "(start)"
-                self._run("compute", name, seconds + overhead)
+                for part, seconds in group:
+                    pinned: set[int] = set()
+                    for index in part.units:
+                        pinned.add(self._point(self.units[index], emission, distinct, pinned))
+                    if part is first and first.units:
+                        self._release_early(entered, in_order[i:])
+                    overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
+                    name = self.units[part.units[-1]].name if part.units else "(start)"
+                    self._run("compute", name, seconds + overhead)
         for index in list(self._present):
             self._release(self.units[index])
+
+    def _groups(self, num_emissions: int) -> Iterator[list[tuple[Part, float]]]:
+        """The parts that a lane runs one after another, with their seconds: it waits for the others where a unit that
+        streams begins, or scratch has no room for the perturbed copies of one more."""
+        group: list[tuple[Part, float]] = []
+        for part, seconds in zip(self.work.model.parts, self._part_s, strict=True):
+            unit = self.units[part.units[-1]] if part.units else None
+            if group and unit is not None:
+                most = max(0, self._scratch.limit(unit) // num_emissions - 1) if unit.trainable else 1
+                if unit.index in self.work.streamed or len(group) > most:
+                    yield group
+                    group = []
+            group.append((part, seconds))
+        yield group
 
     # ---- as UnitWeights ---------------------------------------------------------------------------------------------
 

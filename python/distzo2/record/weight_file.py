@@ -347,7 +347,8 @@ class Copier:
     The training thread copies a unit that is let go of into one staging buffer; a thread writes that buffer to the
     file. What copying takes is bounded by an account: each step pays the share `pace` of its time into it, and what it
     leaves unused is lost. The copy and, where the CPU computes, the processor time of writing are taken from it, and
-    nothing is copied while it is in debt. A copy that cannot be made is reported, and the run continues.
+    nothing is copied while it is in debt. A GPU copies on a stream of its own, beside the lanes; the account pays for
+    the seconds that the copy has the link. A copy that cannot be made is reported, and the run continues.
     """
 
     def __init__(
@@ -362,11 +363,15 @@ class Copier:
         self._options, self._file, self._block_of, self._journal = options, file, dict(block_of), journal
         self.weights, self._on_cpu = weights, weights.device.type == "cpu"
         num_bytes = max(weights.units[index].num_bytes for index in block_of)
+        self._stream: Any = None
         if self._on_cpu:
             self._staging = aligned_buffer(num_bytes)
         else:
-            self._pool = HostPool([num_bytes], device=str(weights.device))
+            self._pool = HostPool([num_bytes], device=str(weights.device), host_memory=weights.host_memory)
             self._staging = self._pool.tensor(0)
+            self._stream = torch.cuda.Stream(weights.device)
+            # One copy is under way at a time. The thread that waits for its end sleeps.
+            self._begun, self._ended = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         self._wanted: set[int] = set()  # units of this round that are not copied yet
         self._seen: set[int] = set()  # units that passes brought in this round
         self._steps_of_round = self.num_rounds = 0
@@ -374,40 +379,47 @@ class Copier:
         self._account = 0.0  # seconds
         # An idle thread of it knows no owner: a copier that is dropped without close() is freed, and the thread ends.
         self._writer = ThreadPoolExecutor(1, "distzo2-weight-file")
-        self._writing: Future[float] | None = None  # the copy under way; its result is what writing took
+        self._writing: Future[float] | None = None  # the copy under way; its result is taken from the account
 
     @property
     def in_round(self) -> bool:
         """Whether a round is under way."""
         return bool(self._wanted) or (self._writing is not None and not self._writing.done())
 
-    def offer(self, unit: Unit, buffer: torch.Tensor, version: int) -> None:
-        """A pass lets go of `unit`, whose clean bytes at `version` are in `buffer`."""
+    def offer(self, unit: Unit, buffer: torch.Tensor, version: int) -> Any:
+        """A pass lets go of `unit`, whose clean bytes at `version` are in `buffer`. Returns the stream that reads them
+        from now on; None: they are not read any more."""
         if unit.index not in self._wanted:
-            return
+            return None
         self._seen.add(unit.index)
         if not self._is_free():
-            return
-        start, event = time.perf_counter(), None
-        self._staging[: unit.num_bytes].copy_(buffer, non_blocking=True)
-        if buffer.device.type == "cuda":
-            event = torch.cuda.Event(blocking=True)  # the thread sleeps while it waits
-            event.record(torch.cuda.current_stream(buffer.device))
+            return None
+        start, stream = time.perf_counter(), self._stream
+        staging = self._staging[: unit.num_bytes]
+        if stream is None:
+            staging.copy_(buffer)
+        else:
+            stream.wait_stream(torch.cuda.current_stream(self.weights.device))
+            with torch.cuda.stream(stream):
+                self._begun.record(stream)
+                staging.copy_(buffer, non_blocking=True)
+                self._ended.record(stream)
         self._wanted.discard(unit.index)
         self._account -= time.perf_counter() - start
-        file, journal, staging = self._file, self._journal, self._staging
-        block, num_bytes = self._block_of[unit.index], unit.num_bytes
+        file, journal, block, num_bytes = self._file, self._journal, self._block_of[unit.index], unit.num_bytes
+        events = None if stream is None else (self._begun, self._ended)
 
         def write() -> float:
-            if event is not None:
-                event.synchronize()
+            if events is not None:
+                events[1].synchronize()
             begun = time.thread_time()
             if journal is not None:
                 journal.sync()
             file.write(block, staging.data_ptr(), num_bytes, 0, version)
-            return time.thread_time() - begun
+            return time.thread_time() - begun if events is None else events[0].elapsed_time(events[1]) * 1e-3
 
         self._writing = self._writer.submit(write)
+        return stream
 
     def _is_free(self) -> bool:
         """Whether a copy may begin now. Settles the last one."""
@@ -417,7 +429,7 @@ class Copier:
             if error is not None:  # whatever it is, the run does not depend on the copy
                 self._options.log(f"a copy of the weights was given up: {str(error) or type(error).__name__}")
                 self._wanted.clear()
-            elif self._on_cpu:
+            else:
                 self._account -= writing.result()
         return self._writing is None and (self._options.pace >= 1 or self._account > 0)
 

@@ -27,7 +27,7 @@ def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Mo
     if options.threads:
         torch.set_num_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
-    check_memory(size, device, options.weights)
+    check_memory(size, device, options.weights, options.host_memory)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
         if options.weights == "disk":
             check_disk(directory, {"the file of streamed weights": size.total})
@@ -38,6 +38,7 @@ def loaded(options: EvalOptions | GenerateOptions) -> Iterator[tuple[torch.nn.Mo
             dtype=DTYPES.get(options.dtype),
             directory=directory,
             memory_budget=options.memory_budget,
+            host_memory=options.host_memory,
             write_every=options.write_every,
         )
         with closing(runtime_of(model)):

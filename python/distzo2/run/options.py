@@ -117,6 +117,12 @@ class Placement:
         "what is free (default: all blocks stream)",
         "BYTES|auto",
     )
+    host_memory: Bytes = option(
+        "auto",
+        "bytes of the machine's memory that the weights of all ranks may take, such as 200GB (default, and auto: nine "
+        "tenths of what is available)",
+        "BYTES|auto",
+    )
     write_every: Count = option(
         1, "write a streamed block back at every N-th step, blocks in turn: spares a disk, makes more noise"
     )
@@ -369,6 +375,7 @@ class PlanOptions:
     slots: Annotated[Count, Range(ge=2)] = option(3, "blocks on the device at once")
     write_every: Count = option(1, "write a block back at every N-th step")
     memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
+    host_memory: Bytes = option("auto", "bytes of the host that weights may take; auto: the machine's", "BYTES|auto")
     max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")
     devices_per_switch: Count = option(1, "GPUs that share a link to the host")
     no_nvlink: Switch = option(False, "all-gathers go over the links to the host")

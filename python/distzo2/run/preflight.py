@@ -15,7 +15,7 @@ from distzo2.errors import DistZO2Error, UsageError
 from distzo2.run.options import DataReading
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
-from distzo2.weights.residency import available_memory, free_disk_bytes
+from distzo2.weights.residency import MemoryBudget, available_memory, free_disk_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 0.05  # of what is free, left to others
@@ -59,18 +59,28 @@ def check_output(**paths: str | None) -> None:
             raise UsageError(f"--{name} {path}: expected a file in a directory that exists")
 
 
-def check_memory(size: ModelSize, device: torch.device, weights: str, num_ranks: int = 1, num_copies: int = 1) -> None:
+def check_memory(
+    size: ModelSize,
+    device: torch.device,
+    weights: str,
+    host_memory: MemoryBudget = None,
+    num_ranks: int = 1,
+    num_copies: int = 1,
+) -> None:
     """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor.
 
+    `host_memory` is what the user lets weights take, in place of what is available; the copies do not count then.
     `num_ranks` of this machine have a device each, and keep `num_copies` of the weights together.
     """
     scratch = 3 * size.largest
     on_host = size.total * num_copies if weights == "host" or (device.type == "cpu" and weights == "device") else 0
-    if device.type == "cpu":
+    asked = host_memory not in (None, "auto")
+    if device.type == "cpu" and not asked:
         on_host += scratch * num_ranks
-    free = available_memory()
-    if on_host > free * (1 - _SPARE):
-        hint = "" if weights == "disk" else " (--weights disk needs little)"
+    free = available_memory(host_memory)
+    if on_host > free * (1 if asked else 1 - _SPARE):
+        hint = "" if weights == "disk" else "--weights disk needs little; "
+        hint = f" ({hint}--host-memory sets what weights may take)"
         raise DistZO2Error(f"the run needs about {gib(on_host)} of memory, and {gib(free)} are available{hint}")
     if device.type == "cuda":
         on_device = scratch + (size.total if weights == "device" else 0)

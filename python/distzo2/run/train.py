@@ -70,7 +70,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         held_out = load_examples(options.eval, tokenizer, **reading) if options.eval else []
         if held_out:
             resolve_objective(objective_name, held_out, options.eval)
-        check_memory(size, device, options.weights, _ranks_here(), _copies_here(options.weights))
+        check_memory(size, device, options.weights, options.host_memory, _ranks_here(), _copies_here(options.weights))
         made_of = {
             "train_sha256": hashlib.sha256(Path(options.train).read_bytes()).hexdigest(),
             "examples_sha256": examples_digest(train),
@@ -100,6 +100,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 weights=options.weights,
                 dtype=DTYPES.get(options.dtype),
                 memory_budget=options.memory_budget,
+                host_memory=options.host_memory,
                 write_every=options.write_every,
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,

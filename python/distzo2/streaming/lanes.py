@@ -58,7 +58,7 @@ class Turns:
     def __init__(self, schedule: Generator[Lane | None], state: ScheduleState, back: Any) -> None:
         self.running: Lane | None = None
         self.cancelled = False  # the lanes end, and the schedule does not go on
-        self.away = False  # the caller's thread waits for `back`
+        self.away = False  # the caller's thread waits; whoever gives the turn back says so before it releases `back`
         self.ended = False
         self.error: BaseException | None = None
         self._schedule, self._state, self._back = schedule, state, back
@@ -71,7 +71,7 @@ class Turns:
         except StopIteration:
             self.ended = True
         except BaseException as error:
-            self.error = error
+            self.error = error.__cause__ if isinstance(error.__cause__, StopIteration) else error  # PEP 479
         if self.running is not None:
             self.running.request = None
 
@@ -80,12 +80,20 @@ class Turns:
         if self.cancelled:
             self.running = None
         else:
-            with self._state:
-                self.ask()
+            try:
+                with self._state:
+                    self.ask()
+            except BaseException as error:  # of the state
+                self.running, self.error = None, error
         following = self.running and self.running.thread
         if following is own is not None:
             return
-        self._back.release() if following is None else following.resume()
+        if following is None:
+            self.away = False
+            if self._back.locked():
+                self._back.release()
+        else:
+            following.resume()
         if own is not None:
             own.wait()
 
@@ -192,8 +200,8 @@ class LaneGroup:
             if turns.running is not None:
                 turns.away = True
                 turns.running.thread.resume()
-                self._back.acquire()
-                turns.away = False
+                while turns.away:
+                    self._back.acquire()
             if turns.error is not None:
                 raise turns.error
         self._turns = None
@@ -213,8 +221,9 @@ class LaneGroup:
         if turns is None:
             return
         turns.cancelled = True
-        interrupted = turns.away  # while a lane computes: wait for it to come back
-        came_back = not interrupted or self._back.acquire(timeout=UNWIND_SECONDS)
+        came_back = True
+        while turns.away and came_back:
+            came_back = self._back.acquire(timeout=UNWIND_SECONDS)
         turns.close()
         if not came_back:
             self._abandon()
@@ -224,9 +233,11 @@ class LaneGroup:
             attempts = 0
             while thread is not None and not lane.done:
                 thread.cancelled = True
-                turns.running = lane
+                turns.running, turns.away = lane, True
                 thread.resume()
-                if not self._back.acquire(timeout=UNWIND_SECONDS) or (attempts := attempts + 1) > 1000:
+                while turns.away and came_back:
+                    came_back = self._back.acquire(timeout=UNWIND_SECONDS)
+                if not came_back or (attempts := attempts + 1) > 1000:
                     self._abandon()
                     return
         self._turns = turns.error = None

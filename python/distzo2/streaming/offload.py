@@ -41,6 +41,7 @@ def offload(
     directory: str | os.PathLike | None = None,
     slots: int = 3,
     memory_budget: MemoryBudget = None,
+    host_memory: MemoryBudget = None,
     write_every: int = 1,
     weight_file: WeightFile | None = None,
     train: bool = False,
@@ -65,6 +66,8 @@ def offload(
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
             stream. Activations are not in it. The bits are the same.
+        host_memory: bytes of its machine's memory that the pools of all ranks may take together, even if fewer are
+            available now. More than a control group leaves is refused. None, "auto": nine tenths of what is available.
         write_every: a streamed block's stored copy is written at every `write_every`-th update, blocks in turn, and the
             updates in between are made again at each visit. 1 writes every block at every step; more spares a disk, at
             the cost of (write_every - 1) / 2 more noise tensors a visit. The bits are the same.
@@ -94,8 +97,9 @@ def offload(
         raise DistZO2Error(f"slots={slots}: at least 2 were expected")
     if type(write_every) is not int or write_every < 1:
         raise DistZO2Error(f"write_every={write_every!r}: an integer of at least 1 was expected")
-    if not (memory_budget in (None, "auto") or (type(memory_budget) is int and memory_budget > 0)):
-        raise DistZO2Error(f'memory_budget={memory_budget!r}: expected a positive number of bytes, "auto" or None')
+    for name, num_bytes in (("memory_budget", memory_budget), ("host_memory", host_memory)):
+        if not (num_bytes in (None, "auto") or (type(num_bytes) is int and 0 < num_bytes < 2**63)):
+            raise DistZO2Error(f'{name}={num_bytes!r}: expected a positive number of bytes, "auto" or None')
     if not train:
         model.eval()
     _take(
@@ -106,6 +110,7 @@ def offload(
         directory=directory if weights == "disk" else None,
         slots=slots,
         memory_budget=memory_budget,
+        host_memory=host_memory,
         write_every=write_every,
         weight_file=weight_file,
     )
@@ -165,6 +170,7 @@ def _hand_over(
     directory: str | os.PathLike | None,
     slots: int,
     memory_budget: MemoryBudget,
+    host_memory: MemoryBudget,
     write_every: int,
     weight_file: WeightFile | None,
 ) -> StreamingRuntime:
@@ -176,11 +182,11 @@ def _hand_over(
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent
-    slices = choose_slices(current(), found, device, weights, directory)
+    slices = choose_slices(current(), found, device, weights, directory, host_memory)
     together = slices.node.exchange if slices is not None else None
     streams = on_disk or (weights == "host" and (device.type != "cpu" or slices is not None))
     with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
-        share = memory_share(joined())
+        share = memory_share(joined(), host_memory)
 
         def free_bytes() -> int:
             free = free_memory(device, share)
@@ -207,9 +213,12 @@ def _hand_over(
             file = None if kept is None else kept.file
             ring = streaming_store(moving, device, directory=directory, file=file, slots=slots, **options)
         if moving and slices is not None:
-            ring = SlicedStore(ring, moving, device, slots=slots, node=slices.node, shares=shares)
+            node, backend = slices.node, slices.backend
+            ring = SlicedStore(ring, moving, device, slots=slots, node=node, shares=shares, backend=backend)
     copies = sorted([*staying, *moving], key=lambda copy: copy.unit.index)
-    unit_weights = UnitWeights(found, copies, memory, ring, device=device, write_every=write_every)
+    unit_weights = UnitWeights(
+        found, copies, memory, ring, device=device, write_every=write_every, host_memory=share.host_memory
+    )
     access = WeightAccess(unit_weights, together)
     if kept is not None:
         kept.load(unit_weights)
@@ -378,10 +387,12 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
 def no_kv_cache(model: nn.Module) -> Iterator[None]:
     """Switches `use_cache` off in every configuration of the model, since lanes need no key-value cache."""
     switched = [config for config in walk_modules(model)[1] if getattr(config, "use_cache", None)]
-    for config in switched:  # by themselves configurations check all that is set
-        object.__setattr__(config, "use_cache", False)
+    # Configurations of transformers check all that is set, which takes longer than the rest of a step's preparation.
+    setters = [object.__setattr__ if "use_cache" in vars(config) else setattr for config in switched]
+    for config, set_to in zip(switched, setters, strict=True):
+        set_to(config, "use_cache", False)
     try:
         yield
     finally:
-        for config in switched:
-            object.__setattr__(config, "use_cache", True)
+        for config, set_to in zip(switched, setters, strict=True):
+            set_to(config, "use_cache", True)

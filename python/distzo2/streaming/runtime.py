@@ -1,9 +1,9 @@
 """One pass over the weights: units are made present in turn, and every lane runs on each as it passes.
 
 The life of a lane: `run` starts its closure in a thread. Where the forward comes to a unit, a hook calls `enter`,
-which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn` points
-the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at its
-end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
+which parks the lane. When all lanes are parked at that unit, `_schedule` brings it; for each lane in turn `_turn`
+points the parameters at the lane's perturbed copy and resumes it. The hook returns, the unit's forward computes, and at
+its end a hook calls `exit`, which hides the parameters. The lane runs on to the next unit, and so to its loss.
 
 Outside a pass the model is just a model: a forward streams one lane, with clean weights, in the caller's thread.
 Parameters whose window is not open are placeholders.
@@ -75,12 +75,14 @@ class StreamingRuntime:
         self._root_units = [u for u in self.units if u.resident and any(window is model for window in u.windows)]
         self._unit_of = {p.index: u for u in self.units for p in u.params}
         inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
-        # Units in whose windows others open: their weights are wanted again while they are open.
-        self._around = {i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)}
+        # Units in whose windows others open, or that are entered several times in a row: their slots are wanted again.
+        self._around = {
+            i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)
+        }
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
         self._room: dict[int, int] = {}  # in scratch for units of it, by index
-        self._state: ScheduleState
+        self._state: ScheduleState | None = None
         self._since = 0  # when the running lane began, or went on
         self._computing = ""  # the unit that it is in
         self._switches: tuple[Any, ...] = ()  # of the caller
@@ -200,6 +202,7 @@ class StreamingRuntime:
             finally:
                 self._buffers.end()
                 caller.restore()
+                self._state = None
                 self.weights.busy = self._in_pass = False
 
     def _schedule(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> Generator[Lane | None]:
@@ -211,19 +214,23 @@ class StreamingRuntime:
         for lane in in_order:
             lane.windows, lane.visited = self._root_units[:], self._root_units[:]
             yield from self._turn(lane)
-        agreed = 0
+        agreed, last = 0, None
         while (unit := self._agreed_unit(lanes, agreed)) is not None:
             agreed = len(lanes[0].visited)
+            if unit is last:  # several windows, or a block that is called again: its slot would come right back
+                self._around.add(unit.index)
+            last = unit
             if interrupt.pending or self.weights.ring.gathers:
-                yield None  # only the caller's thread may be interrupted
+                yield None  # on in the caller's thread: it alone is interrupted, and answers other ranks
             interrupt.check()
             self.weights.release_all_but({unit.index, *(u.index for lane in lanes for u in lane.windows)})
             self.weights.bring(unit)
             in_order.reverse()
-            to_come = list(dict.fromkeys(lane.emission for lane in in_order))
             for i, lane in enumerate(in_order):
-                if i and lane.emission != in_order[i - 1].emission:
-                    to_come.remove(in_order[i - 1].emission)
+                if i and self.weights.ring.gathers:
+                    yield None
+                if not i or lane.emission != in_order[i - 1].emission:
+                    to_come = list(dict.fromkeys(other.emission for other in in_order[i:]))
                 yield from self._turn(lane, to_come)
 
     def _turn(self, lane: Lane, to_come: Sequence[Emission] = ()) -> Generator[Lane]:
@@ -242,6 +249,8 @@ class StreamingRuntime:
             yield lane
         finally:
             self._note_compute()
+            if self.device.type == "cuda":
+                torch._C._cuda_clearCublasWorkspaces()  # each thread has its own, of 32 MiB: they share memory in turn
             if self._summed or self._switching:
                 self._switching |= lane.switches.swap_out(self._switches)
             lane.attributes.swap_out()

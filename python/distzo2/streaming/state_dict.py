@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +13,17 @@ from torch import nn
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.streaming.isolation import refuse_new_weights, watch_modules
 from distzo2.streaming.runtime import StreamingRuntime
-from distzo2.weights.units import ParamInfo
+from distzo2.weights.units import ParamInfo, Unit
+
+
+@dataclass
+class _Call:
+    """A call of state_dict or load_state_dict, which brings each unit once."""
+
+    left: Counter[int]  # by parameter: how many visits of modules that own it are to come
+    tensors: dict[int, torch.Tensor] = field(default_factory=dict)  # by parameter: its clone, until the last of these
+    is_bound: bool = False  # or of hooks alone, as `nn.Module.state_dict(model)` calls them
+    has_entered: bool = False
 
 
 class StateHooks:
@@ -23,9 +35,14 @@ class StateHooks:
     def __init__(self, runtime: StreamingRuntime) -> None:
         self._runtime, self._access = runtime, runtime.access
         self._of = {id(p.tensor): (unit, p) for unit in runtime.units for p in unit.params}
-        self._loading: dict[int, ParamInfo] = {}
+        self._calls: dict[str, _Call] = {}  # by method; those under way
         self._handles: list[Any] = []
+        self._methods: list[tuple[dict[str, Any], str, Any]] = []
         for module in runtime.model.modules():
+            for name in ("state_dict", "load_state_dict"):
+                method = functools.partial(self._call, name, module)
+                if module.__dict__.setdefault(name, method) is method:  # else the user's own, which hooks alone serve
+                    self._methods.append((module.__dict__, name, method))
             if any(p is not None for p in module._parameters.values()):
                 # torch sets a mark on the hook, which a bound method does not allow.
                 self._handles += [
@@ -59,6 +76,9 @@ class StateHooks:
         self.guard(False)
         for handle in self._handles:
             handle.remove()
+        for attributes, name, method in self._methods:
+            if attributes.get(name) is method:
+                del attributes[name]
 
     def _own(self, module: nn.Module) -> list[tuple[str, Any, ParamInfo]]:
         own = []
@@ -71,12 +91,46 @@ class StateHooks:
                 own.append((name, *self._of[id(p)]))
         return own
 
+    def _call(self, method: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """`module.state_dict` and `module.load_state_dict`: the hooks of all modules in it share a `_Call`."""
+        plain = functools.partial(getattr(type(module), method), module)
+        if method in self._calls and self._calls[method].is_bound:  # a module inside of the one that was asked
+            return plain(*args, **kwargs)
+        visits = (p for _, m in module.named_modules(remove_duplicate=False) for p in m._parameters.values())
+        left = Counter(self._of[id(p)][1].index for p in visits if id(p) in self._of)
+        call = self._calls[method] = _Call(left, is_bound=True)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            self._calls.pop(method, None)
+            if method == "load_state_dict":  # what an error has kept from being stored
+                self._runtime.parameters.hide_each([p for _, p in self._of.values() if p.index in call.tensors])
+
+    def _visit(self, method: str, module: nn.Module) -> tuple[_Call, list[tuple[str, Unit, ParamInfo]]]:
+        """The call that visits `module`, or one for it alone, and the module's own parameters."""
+        call, own = self._calls.get(method, _Call(Counter())), self._own(module)
+        for _, _, param in own:
+            call.left.setdefault(param.index, 1)
+        return call, own
+
+    def _clone(self, call: _Call, unit: Unit) -> list[ParamInfo]:
+        """Clones the parameters of a unit that the call has yet to visit and not cloned; returns them."""
+        params = [p for p in unit.params if p.index in call.left and p.index not in call.tensors]
+        if params:
+            with self._access.reading(unit) as views:
+                call.tensors |= {p.index: views[p.name].clone() for p in params}
+        return params
+
     def _fill(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict) -> None:
         """Post-hook of state_dict: puts real values in host memory in the place of placeholders."""
-        for name, unit, param in self._own(module):
+        call, own = self._visit("state_dict", module)
+        for name, unit, param in own:
             if prefix + name in state:
-                with self._access.reading(unit) as views:
-                    state[prefix + name] = views[param.name].clone()
+                self._clone(call, unit)
+                state[prefix + name] = call.tensors[param.index]
+            _count(call, param)
+            if param.index not in call.left:
+                call.tensors.pop(param.index, None)
 
     def _make_room(
         self, module: nn.Module, state: dict, prefix: str, metadata: dict, strict: bool, missing, unexpected, errors
@@ -84,26 +138,42 @@ class StateHooks:
         """Pre-hook of load_state_dict: makes parameters real, so that they can be copied into."""
         if metadata.get("assign_to_params_buffers"):
             raise DistZO2Error("load_state_dict(assign=True) would take the parameters away from the streamed model")
-        with self._access.replacing("load_state_dict"):  # no rank is in a forward
-            pass
-        for _, unit, param in self._own(module):
-            with self._access.reading(unit) as views:
-                self._runtime.parameters.show_each([param], [views[param.name].clone()])
-            self._loading[param.index] = param
+        call, own = self._visit("load_state_dict", module)
+        self._calls["load_state_dict"] = call
+        if not call.has_entered:
+            with self._access.replacing("load_state_dict"):  # no rank is in a forward
+                call.has_entered = True
+        for _, unit, _ in own:
+            params = self._clone(call, unit)
+            self._runtime.parameters.show_each(params, [call.tensors[p.index] for p in params])
 
     def _store(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """Post-hook of load_state_dict: stores what was loaded, as the base of the updates that follow."""
-        own = [(unit, param) for _, unit, param in self._own(module) if param.index in self._loading]
-        if not own:
-            return
-        with self._access.replacing("load_state_dict") as note:
-            for unit, param in own:
-                del self._loading[param.index]
-                note(param.name, [param.tensor.data])
-                with self._access.writing(unit, keep=True) as views:
-                    views[param.name].copy_(param.tensor.data)
-                self._runtime.parameters.hide_each([param])
-            self._access.rebase()
+        """Post-hook of load_state_dict: stores units that are loaded, as the base of the updates that follow."""
+        call, own = self._visit("load_state_dict", module)
+        for _, _, param in own:
+            _count(call, param)
+        for unit in {unit.index: unit for _, unit, _ in own}.values():
+            loaded = [p for p in unit.params if p.index in call.tensors]
+            if not loaded or any(p.index in call.left for p in loaded):
+                continue
+            with self._access.replacing("load_state_dict") as note:
+                note(unit.name, [p.tensor.data for p in loaded])
+                with self._access.writing(unit, keep=len(loaded) < len(unit.params)) as views:
+                    for param in loaded:
+                        views[param.name].copy_(param.tensor.data)
+                self._access.rebase()
+            self._runtime.parameters.hide_each(loaded)
+            for param in loaded:
+                del call.tensors[param.index]
+        if not call.left:
+            self._calls.pop("load_state_dict", None)
+
+
+def _count(call: _Call, param: ParamInfo) -> None:
+    """Counts one visit of a module that owns `param`."""
+    call.left[param.index] -= 1
+    if not call.left[param.index]:
+        del call.left[param.index]
 
 
 def _apply_nothing(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:

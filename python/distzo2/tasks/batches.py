@@ -42,7 +42,7 @@ class Batch:
     """
 
     input_ids: torch.Tensor  # int64 [rows, positions]; of an encoder-decoder model what its decoder reads
-    attention_mask: torch.Tensor  # int64 [rows, positions]; 1 on tokens
+    attention_mask: torch.Tensor | None  # int64 [rows, positions]; 1 on tokens; None: of a causal model, all tokens
     keep: torch.Tensor | None  # int64 [kept], ascending: the positions whose logits are read; None: all of them
     rows: torch.Tensor  # int64 [scored]: distinct (row, kept position) pairs
     columns: torch.Tensor  # int64 [scored]: indices into the kept positions
@@ -53,7 +53,7 @@ class Batch:
     choices: torch.Tensor | None  # int64 [examples, most choices]: spans of an example; `num_spans` where it has fewer
     labels: torch.Tensor | None  # int64 [examples]: the right choice or class
     source_ids: torch.Tensor | None  # int64 [rows, positions of the encoder]
-    source_mask: torch.Tensor | None
+    source_mask: torch.Tensor | None  # of it, as `attention_mask`
     num_tokens: int  # that the model reads, padding left out
     num_examples: int
 
@@ -93,6 +93,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
 
     input_ids, mask = _rows(sequences, pad_id)
     source_ids, source_mask = _rows(sources, pad_id) if sources else (None, None)
+    # Encoders warn that a mask is missing where a text holds the padding token, for which they look at it.
+    causal = examples[0].place is None and (bool(examples[0].options) or not examples[0].chooses)
     width = input_ids.shape[1]
     pairs = [(row, position) for row, position, _ in scores]
     distinct = sorted(set(pairs))
@@ -105,7 +107,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
 
     return Batch(
         input_ids=tensor(input_ids),
-        attention_mask=tensor(mask),
+        # A model that is given a mask asks whether it is all ones; on a GPU that waits behind all transfers.
+        attention_mask=None if causal and mask.all() else tensor(mask),
         keep=tensor(kept) if len(kept) < width else None,
         rows=tensor([row for row, _ in distinct]),
         columns=tensor([column[p] if len(kept) < width else p for _, p in distinct]),
@@ -116,7 +119,7 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         choices=tensor(_padded(choices, len(spans))) if choices else None,
         labels=tensor([e.label for e in examples]) if examples[0].chooses else None,
         source_ids=None if source_ids is None else tensor(source_ids),
-        source_mask=None if source_mask is None else tensor(source_mask),
+        source_mask=None if source_mask is None or source_mask.all() else tensor(source_mask),
         num_tokens=int(mask.sum()) + (0 if source_mask is None else int(source_mask.sum())),
         num_examples=len(examples),
     )

@@ -8,6 +8,7 @@ error      1 - accuracy: of the choices, or of the tokens that are learned. No g
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -88,6 +89,8 @@ class Objective:
                 number, for a mean over all of the step.
         """
         self.model, self.name, self._pad_id, self._device, self.rule = model, name, pad_id, device, rule
+        if torch.device(device).type == "cuda":
+            _never_packed()
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def batch(self, examples: Sequence[Example]) -> Batch:
@@ -181,12 +184,23 @@ class Objective:
         return logits, logits[batch.scored, batch.tokens] - logits.logsumexp(-1)[batch.scored]
 
 
+@functools.cache
+def _never_packed() -> None:
+    """Keeps transformers from asking whether a row without a mask holds several sequences, which ours never do: the
+    answer is read from the GPU, behind all transfers."""
+    from transformers import masking_utils
+
+    if hasattr(masking_utils, "find_packed_sequence_indices"):
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+
+
 def _inputs(batch: Batch) -> dict[str, Any]:
     """What the model is called with."""
-    if batch.source_ids is None:
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    source = {"input_ids": batch.source_ids, "attention_mask": batch.source_mask}
-    return source | {"decoder_input_ids": batch.input_ids}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.source_ids is not None:
+        inputs = {"input_ids": batch.source_ids, "attention_mask": batch.source_mask}
+        inputs["decoder_input_ids"] = batch.input_ids
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:

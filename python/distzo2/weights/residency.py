@@ -26,22 +26,27 @@ MemoryBudget = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """How many ranks are on this machine, and the bytes they may take together; None means no limit."""
+    """How many ranks are on this machine, and the bytes they may take together; None means no limit.
+
+    `host_memory` is what the user lets them take, in place of what is available; None: nothing was said.
+    """
 
     num_ranks: int
     cgroup_bytes: int | None
     available_bytes: int | None
+    host_memory: int | None = None
 
     @classmethod
-    def of_one_rank(cls) -> MemoryShare:
+    def of_one_rank(cls, host_memory: MemoryBudget = None) -> MemoryShare:
         """Reads what the machine and the control groups of this process leave it now."""
-        budget = memory_budget()
-        return cls(1, budget["cgroup_bytes"], budget["available_bytes"])
+        budget, asked = memory_budget(), None if host_memory == "auto" else host_memory
+        return cls(1, budget["cgroup_bytes"], budget["available_bytes"], asked)
 
     @property
     def num_bytes(self) -> int:
         """One rank's whole share."""
-        limits = [limit for limit in (self.cgroup_bytes, self.available_bytes) if limit is not None]
+        most = self.available_bytes if self.host_memory is None else self.host_memory
+        limits = [limit for limit in (self.cgroup_bytes, most) if limit is not None]
         return min(limits, default=_NO_LIMIT) // self.num_ranks
 
     def pool_options(self) -> dict[str, Any]:
@@ -49,9 +54,9 @@ class MemoryShare:
         return vars(self).copy()
 
 
-def available_memory() -> int:
-    """Returns the bytes of memory that this process may still take."""
-    return MemoryShare.of_one_rank().num_bytes
+def available_memory(host_memory: MemoryBudget = None) -> int:
+    """Returns the bytes of memory that this process may still take, as asked or by what is available."""
+    return MemoryShare.of_one_rank(host_memory).num_bytes
 
 
 def free_disk_bytes(directory: str | os.PathLike) -> int:

@@ -17,7 +17,7 @@ from distzo2_core import aligned_buffer
 SMALL_BYTES = 64 * 1024  # units up to this size share one class
 BUFFERS = 2  # of a class at least: one for each sign
 MOST_BUFFERS = 32  # and at most, in up to
-CLASS_BYTES = 32 * 2**20  # where there are more than two
+CLASS_BYTES = 8 * 2**20  # where there are more than two
 
 
 @dataclass

@@ -95,8 +95,12 @@ class Store:
         """Returns the bytes of `copy` on the compute device, uint8, until they are released."""
         raise NotImplementedError
 
-    def release(self, copy: StoredCopy, dirty: bool) -> None:
-        """Ends a use. Dirty bytes are stored once the journal's lines before `copy.version` are durable."""
+    def release(self, copy: StoredCopy, dirty: bool, stream: Any = None) -> None:
+        """Ends a use. Dirty bytes are stored once the journal's lines before `copy.version` are durable.
+
+        `stream` (torch.cuda.Stream) is where the bytes were read last; None: the current one. The bytes are not changed
+        before what it holds now has ended.
+        """
 
     def open(self, copy: StoredCopy, write: bool, keep: bool = True) -> Any:
         """A context manager that gives the unit's bytes in host memory, uint8 [unit.num_bytes].
@@ -159,13 +163,21 @@ class MemoryStore(Store):
         else:
             self._buffers = {c: torch.empty(c.num_bytes, dtype=torch.uint8, device=device) for c in copies}
         self.in_host_memory = self._pool is not None
+        self._read_elsewhere: dict[StoredCopy, Any] = {}  # CUDA events behind reads on other streams
 
     def acquire(self, copy: StoredCopy) -> torch.Tensor:
-        return self._buffers[copy]
+        buffer = self._buffers[copy]
+        if (ended := self._read_elsewhere.pop(copy, None)) is not None:
+            torch.cuda.current_stream(buffer.device).wait_event(ended)
+        return buffer
+
+    def release(self, copy: StoredCopy, dirty: bool, stream: Any = None) -> None:
+        if stream is not None:
+            self._read_elsewhere[copy] = stream.record_event()
 
     @contextmanager
     def open(self, copy: StoredCopy, write: bool, keep: bool = True) -> Iterator[torch.Tensor]:
-        buffer = self._buffers[copy]
+        buffer = self.acquire(copy)
         if buffer.device.type == "cpu":
             yield buffer
         else:
@@ -218,8 +230,9 @@ class StreamingStore(Store):
         return self._slots[self.engine.acquire(copy.block, self._stream())][: copy.num_bytes]
 
     @_core_errors
-    def release(self, copy: StoredCopy, dirty: bool) -> None:
-        self.engine.release(copy.block, self._stream(), dirty, copy.version)
+    def release(self, copy: StoredCopy, dirty: bool, stream: Any = None) -> None:
+        handle = self._stream() if stream is None else stream.cuda_stream
+        self.engine.release(copy.block, handle, dirty, copy.version)
 
     @_core_errors
     def prefetch(self, copy: StoredCopy) -> bool:

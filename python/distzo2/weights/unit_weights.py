@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ class UnitWeights:
         *,
         device: torch.device,
         write_every: int = 1,
+        host_memory: int | None = None,
     ) -> None:
         """
         Args:
@@ -57,14 +59,16 @@ class UnitWeights:
             ring: the store of those that do.
             device: where it computes.
             write_every: each streamed copy is written at every `write_every`-th update, blocks in turn.
+            host_memory: of `MemoryShare`, for pools that are made later.
         """
-        self.units, self.copies, self.device = list(units), list(copies), device
+        self.units, self.copies, self.device, self.host_memory = list(units), list(copies), device, host_memory
         self.params = sorted((p for unit in units for p in unit.params), key=lambda p: p.index)
         self.epoch = 0  # how often the weights were replaced from outside
         self.busy = False  # a window is open, or a pass under way
         self.closed = False
         # Called with each unit that is released, its clean bytes and their version; they must not be changed or kept.
-        self.tap: Callable[[Unit, torch.Tensor, int], None] | None = None
+        # Returns the stream on which it still reads them, behind the current one; None if it does not.
+        self.tap: Callable[[Unit, torch.Tensor, int], Any] | None = None
         self.before_check: Callable[[], None] = lambda: None  # called before it is decided whether the weights are idle
         self.trace = Timeline()
         self.updates = Updates()
@@ -179,8 +183,7 @@ class UnitWeights:
         start = time.perf_counter_ns()
         buffer = store.acquire(copy)
         end = time.perf_counter_ns()
-        held = StoredCopy.whole(unit, self.version) if store.gathers else copy
-        present = self._present[unit.index] = Present(held, buffer, self._views_of(unit, buffer))
+        present = self._present[unit.index] = Present(self._held_copy(unit), buffer, self._views_of(unit, buffer))
         if copy.block >= 0:
             self._wait_ns += end - start
             self.trace.add("wait", unit.name, start, end)
@@ -189,6 +192,11 @@ class UnitWeights:
             self._last_streamed = unit
             self._prefetch_after(unit)
         return present
+
+    def _held_copy(self, unit: Unit) -> StoredCopy:
+        """What the unit's buffer holds when it is present."""
+        copy = self.copies[unit.index]
+        return StoredCopy.whole(unit, self.version) if self.store_of(copy).gathers else copy
 
     def _prefetch_after(self, unit: Unit) -> None:
         """Starts to bring the units that followed this one last time, across the end of the step too."""
@@ -212,9 +220,8 @@ class UnitWeights:
     def release(self, unit: Unit) -> None:
         """Lets go of a unit; if it is dirty it starts on its way back."""
         present, copy = self._present.pop(unit.index), self.copies[unit.index]
-        if self.tap is not None:
-            self.tap(unit, present.buffer, present.copy.version)
-        self.store_of(copy).release(copy, present.dirty)
+        reader = self.tap(unit, present.buffer, present.copy.version) if self.tap is not None else None
+        self.store_of(copy).release(copy, present.dirty, reader)
 
     def release_all_but(self, held: Collection[int] = ()) -> None:
         """Releases what is present, except the units whose index is in `held`."""
@@ -250,7 +257,7 @@ class UnitWeights:
             The parameters, in the order of `unit.params`, and the address of the scratch buffer used (0: none).
         """
         present = self._present.get(unit.index)
-        copy = self.copies[unit.index] if present is None else present.copy
+        copy = self._held_copy(unit) if present is None else present.copy
         if (emission.clean and not self._leaves_behind(copy)) or self.updates.table(copy) is None:
             return self.up_to_date(unit), 0
         buffer = self._scratch.find(unit, self._key(emission))
@@ -291,11 +298,11 @@ class UnitWeights:
             self._prefetch_after(unit)
 
     def room_ahead(self, unit: Unit, num_emissions: int) -> int:
-        """How many units like this one can be in use at once with `num_emissions` perturbed copies each; 0 if it
+        """How many units like this one can be in use beside another with `num_emissions` perturbed copies each; 0 if it
         streams."""
         if self.copies[unit.index].block >= 0:
             return 0
-        return self._scratch.limit(unit) // num_emissions if unit.trainable else 1
+        return max(0, self._scratch.limit(unit) // num_emissions - 1) if unit.trainable else 1
 
     def _key(self, emission: Emission) -> tuple:
         return self.version, emission.terms, self.updates.perturb_scales

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -96,6 +97,7 @@ class TestDriver {
   public:
     int max_delay_us = 0;
     size_t max_registration_bytes = SIZE_MAX;
+    std::function<void(void* address, size_t num_bytes)> before_pinning; // called with what is to be registered
     bool lists_no_devices = false;
     std::string failing_call;     // this call (a name of the driver's table) fails ...
     int calls_before_failure = 0; // ... after so many that succeed
@@ -242,7 +244,9 @@ class TestDriver {
         return disturb(stream, to, num_bytes);
     }
     cu::Result before_host_function(cu::Stream stream, cu::HostFunction, void*) { return disturb(stream); }
-    cu::Result before_registration(void*, size_t num_bytes, unsigned) const {
+    cu::Result before_registration(void* address, size_t num_bytes, unsigned) const {
+        if (before_pinning)
+            before_pinning(address, num_bytes);
         return num_bytes > max_registration_bytes ? cu::kOutOfMemory : cu::kSuccess;
     }
 

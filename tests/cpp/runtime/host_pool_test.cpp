@@ -2,10 +2,12 @@
 // rollback.
 #include "testing.h"
 
+#include <sys/mman.h>
 #include <sys/syscall.h>
 
 #include <cmath>
 #include <fstream>
+#include <thread>
 
 #include "runtime/device/cuda_device.h"
 #include "runtime/pool/memory_budget.h"
@@ -58,15 +60,24 @@ TEST(bad_arguments_are_refused) {
 }
 
 TEST(budget_refusal_names_each_number) {
-    const std::string text = testing::thrown_text([] { make_pool({2 * kMiB}, {.budget_bytes = kMiB}); });
-    for (const char* part :
-         {"the host pool needs 2097152 bytes", "1048576 bytes", "cgroup limit", "MemAvailable", "RLIMIT_MEMLOCK"})
+    const std::string text = testing::thrown_text([] { make_pool({2 * kMiB}, {.host_memory = kMiB}); });
+    for (const char* part : {"the host pool needs 2097152 bytes", "--host-memory: 1048576 bytes", "cgroup limit",
+                             "MemAvailable", "RLIMIT_MEMLOCK"})
         CHECK(text.find(part) != std::string::npos, text);
-    CHECK_THROWS(make_pool({size_t{1} << 50}), "MemAvailable");
+    CHECK_THROWS(make_pool({size_t{1} << 50}), "nine tenths of the least of: cgroup limit leaves");
+    CHECK_THROWS(make_pool({size_t{1} << 50}), "host_memory= or --host-memory sets another limit");
+}
+
+TEST(asked_memory_stands_for_what_is_available_and_not_for_a_cgroup) {
+    const MemoryBudget machine{.cgroup_bytes = 2 * kMiB, .available_bytes = kMiB};
+    CHECK_THROWS(make_pool({kMiB}, {.machine = machine}), "nine tenths");
+    make_pool({2 * kMiB}, {.host_memory = 3 * kMiB, .machine = machine});
+    CHECK_THROWS(make_pool({2 * kMiB + 1}, {.host_memory = 3 * kMiB, .machine = machine}), "cgroup limit leaves: 2097");
+    CHECK_THROWS(make_pool({kMiB}, {.host_memory = 3 * kMiB, .num_ranks = 3, .machine = machine}), "each of 3 ranks");
 }
 
 TEST(budget_is_shared_by_the_ranks_of_a_machine) {
-    const HostPoolOptions options{.budget_bytes = 4 * kMiB, .num_ranks = 3};
+    const HostPoolOptions options{.host_memory = 4 * kMiB, .num_ranks = 3};
     const auto pool = make_pool({kMiB}, options);
     const std::string text = testing::thrown_text([&] { make_pool({2 * kMiB}, options); });
     CHECK(text.find("only 1398101 bytes (1.333 MiB) may be taken by each of 3 ranks") != std::string::npos, text);
@@ -74,7 +85,6 @@ TEST(budget_is_shared_by_the_ranks_of_a_machine) {
 
     // A reading of before any of them was made counts instead of what the machine says by now.
     MemoryBudget before{.cgroup_bytes = 5'000'000, .available_bytes = 4'000'000};
-    before.limit_to_these();
     make_pool({439 * kPageBytes}, {.num_ranks = 2, .machine = before});
     const std::string refusal =
         testing::thrown_text([&] { make_pool({1'810'000}, {.num_ranks = 2, .machine = before}); });
@@ -178,9 +188,15 @@ TEST(failed_pin_rolls_back) {
     driver.calls_before_failure = 2;
     const HostPoolOptions options{.pin = true, .chunk_bytes = 4096};
     const std::string text = testing::thrown_text([&] { make_pool({5 * 4096}, options, "cuda"); });
-    for (const char* part : {"cannot pin chunk 2", "CUDA_ERROR_OUT_OF_MEMORY", "RLIMIT_MEMLOCK"})
+    for (const char* part : {"cannot pin chunk 2 of the host pool, 4096 bytes after 8192 bytes of 20480 bytes",
+                             "CUDA_ERROR_OUT_OF_MEMORY", "RLIMIT_MEMLOCK"})
         CHECK(text.find(part) != std::string::npos, text);
     CHECK_EQ(driver.num_registrations(), 2);
+    CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
+    driver.calls_before_failure = 5;
+    HostPoolOptions interrupted = options;
+    interrupted.between_chunks = [] { throw std::runtime_error("interrupted"); };
+    CHECK_THROWS(make_pool({5 * 4096}, interrupted, "cuda"), "interrupted");
     CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
 
     driver.calls_before_failure = 1;
@@ -191,6 +207,35 @@ TEST(failed_pin_rolls_back) {
     CHECK(pool->stats().pin_error.find("cannot pin chunk 1") != std::string::npos);
     CHECK_EQ(driver.leaks(), TestDriver::kNoLeaks);
     CHECK_EQ(driver.misuse(), "");
+}
+
+// With each registration waiting for the next chunk's pages, in series would hang.
+TEST(a_chunk_is_pinned_while_the_next_one_is_touched) {
+    const Watchdog watchdog("a_chunk_is_pinned_while_the_next_one_is_touched");
+    constexpr size_t kChunk = 32 * kPageBytes;
+    constexpr size_t kNumChunks = 6; // less than a huge page in all
+    TestDriver driver;
+    const auto is_present = [](std::byte* page) {
+        unsigned char present = 0;
+        return mincore(page, 1, &present) == 0 && (present & 1) != 0;
+    };
+    std::byte* begin = nullptr;
+    size_t most_ahead = 0;
+    driver.before_pinning = [&](void* address, size_t num_bytes) {
+        auto* const chunk = static_cast<std::byte*>(address);
+        begin = begin == nullptr ? chunk : begin;
+        for (size_t page = 0; page < num_bytes; page += kPageBytes)
+            CHECK(is_present(chunk + page));
+        std::byte* const end = begin + kNumChunks * kChunk;
+        while (chunk + kChunk < end && !is_present(chunk + 2 * kChunk - kPageBytes))
+            std::this_thread::yield();
+        for (size_t ahead = 0; chunk + ahead * kChunk < end && is_present(chunk + ahead * kChunk); ++ahead)
+            most_ahead = std::max(most_ahead, ahead);
+    };
+    const auto pool = make_pool({kNumChunks * kChunk}, {.pin = true, .chunk_bytes = kChunk}, "cuda");
+    CHECK_EQ(most_ahead, 1u);
+    CHECK_EQ(pool->stats().bytes_pinned, kNumChunks * kChunk);
+    CHECK(pool->stats().touch_ns > 0 && pool->stats().pin_ns > 0);
 }
 
 TEST(missing_devices_are_named) {
