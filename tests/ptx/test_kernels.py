@@ -41,17 +41,18 @@ def check_random_visits(
 
 
 def check_simple_visits(kernels: CudaKernels | TritonKernels, seeds: range, workspace: bool = False) -> int:
-    """Visits of each shape and family, of all dtypes, half of them of whole octets, a third of them emitted in other
-    dtypes. Returns the bits compared."""
+    """Visits of each shape and family, of all dtypes, emitted in these and in others, half of them of whole octets.
+    Returns the bits compared."""
     num_bits = 0
     with backend_of(kernels) as backend:
-        for seed, (index, shape), family in itertools.product(seeds, enumerate(SHAPES), (0, 1)):
+        for seed, (index, shape), family, pairs in itertools.product(
+            seeds, enumerate(SHAPES), (0, 1), ((), pairs_of(kernels))
+        ):
             rng, whole = np.random.default_rng([seed, index, family]), seed % 2 == 1
             numels = (
                 [int(numel) * 8 for numel in rng.integers(1, 150, 9)] if whole else rng.integers(1, 400, 9).tolist()
             )
             kernels.shifts = (0,) if whole else SHIFTS[(seed // 2 + index) % len(SHIFTS)]
-            pairs = pairs_of(kernels) if seed % 3 == 1 else ()
             visit = simple_visit(rng, shape, family, DTYPES, numels, whole, pairs=pairs)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
