@@ -168,7 +168,8 @@ def _take_over(
     options: FinetuneOptions, log: Callable[[str], None], run: RunDirectory, settings: dict, made_of: dict
 ) -> None:
     """Checks what must hold before an earlier process's run continues."""
-    for change in changed(run.record["options"], settings, str(run.path)):
+    before = {"compute_dtype": "stored"} | run.record["options"]  # which runs begun before there was a choice lack
+    for change in changed(before, settings, str(run.path)):
         log(f"resume: {change}")
     _compare(run, made_of, settings["train"])
     with Journal.open(run.journal) as journal:
