@@ -5,7 +5,8 @@
 
 Every row is checked bit for bit against the reference before anything is timed; then all of one size and dtype are
 timed in turn, on one thread and on all, and the medians kept. `visit` is what a ZO step does to a block: read the
-weights, apply one update, write them back, and write the +eps and the -eps copy. Ratios to torch and NumPy are to one
+weights, apply one update, write them back, and write the +eps and the -eps copy; `visit, float32` emits the two in
+float32 from 16-bit weights. Ratios to torch and NumPy are to one
 perturbation by them, whatever the op; NumPy has one thread. Bytes are those that must move: reads and writes of
 weights, and of the copies. The copy that they are set against is torch's copy_ of COPY_BYTES by as many threads, its
 bandwidth reads plus writes; what fits in a cache can exceed it. `normal` and `rademacher` write to a buffer that is
@@ -48,9 +49,11 @@ OPS = (  # op, noise
     ("update_", "rademacher"),
     ("visit", "normal"),
     ("visit", "rademacher"),
+    ("visit, float32", "normal"),
+    ("visit, float32", "rademacher"),
 )
 # Passes over the weights' bytes: reads plus writes.
-PASSES = {"normal": 1, "rademacher": 1, "visit": 4}
+PASSES = {"normal": 1, "rademacher": 1, "visit": 4, "visit, float32": 6}
 SASS_KERNELS = {  # names of tools/sass_counts.py
     ("perturb_", "normal"): "perturb",
     ("perturb_", "rademacher"): "perturb, signs",
@@ -71,10 +74,13 @@ class Key(NamedTuple):
     threads: int
 
 
-def visit_arguments(numel: int, dtype: torch.dtype, noise: str, element_offset: int = 0) -> dict[str, Any]:
+def visit_arguments(
+    numel: int, dtype: torch.dtype, noise: str, out_dtype: torch.dtype, element_offset: int = 0
+) -> dict[str, Any]:
     """Keyword arguments of `materialize` for one segment: an update of step STEP, then emits +eps and -eps."""
     family = FAMILIES[noise]
-    segment = Segment(0, numel, dtype, PARAM, element_offset, 0, 1, element_offset + numel)
+    end = element_offset + numel
+    segment = Segment(0, numel, dtype, PARAM, element_offset, 0, 1, end, out_dtype=out_dtype)
     return {
         "segments": SegmentTable([segment], num_bytes=numel * dtype.itemsize),
         "seed": SEED,
@@ -98,6 +104,11 @@ class Case:
         self.clean = torch.empty(numel, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         self.weights = self.clean.clone()
         self.outs = [torch.empty_like(self.weights) for _ in range(2)]
+        self.wide = [] if dtype == torch.float32 else [torch.empty_like(out, dtype=torch.float32) for out in self.outs]
+
+    def outs_of(self, op: str) -> list[torch.Tensor]:
+        """What the op emits to."""
+        return self.wide if op == "visit, float32" else self.outs
 
     def call(self, op: str, noise: str, backend: str) -> Callable[[], object]:
         """A call of the op on all elements; in-place ops work on `weights`."""
@@ -110,21 +121,21 @@ class Case:
             return lambda: function(self.weights, EPS, family=noise, **common)
         if op == "update_":
             return lambda: distzo2_core.update_(self.weights, LR, COEF, family=noise, **common)
-        weights, outs = self.weights.view(torch.uint8), [out.view(torch.uint8) for out in self.outs]
-        visit = visit_arguments(self.numel, self.dtype, noise)
+        weights, outs = self.weights.view(torch.uint8), [out.view(torch.uint8) for out in self.outs_of(op)]
+        visit = visit_arguments(self.numel, self.dtype, noise, self.outs_of(op)[0].dtype)
         return lambda: distzo2_core.materialize(weights, outs=outs, backend=backend, **visit)
 
     def check(self, op: str, noise: str, backend: str) -> None:
         """Run the op once on clean weights and compare its first, a middle and its last elements with the reference."""
         self.weights.copy_(self.clean)
-        for out in self.outs:
+        for out in (*self.outs, *self.wide):
             out.fill_(float("nan"))
         result = self.call(op, noise, backend)()
         for first in {0, self.numel // 2 - 3, self.numel - CHECKED}:
             first = max(0, first)
             part = slice(first, min(self.numel, first + CHECKED))
             expected = self.reference(op, noise, part)
-            got = [self.weights, *self.outs] if op == "visit" else [result]
+            got = [self.weights, *self.outs_of(op)] if op.startswith("visit") else [result]
             for index, (one, other) in enumerate(zip(got, expected, strict=True)):
                 if not torch.equal(bits(one[part]), bits(other)):
                     what = f"{op} ({noise}) of {backend} on {self.device}, {self.dtype}"
@@ -142,12 +153,12 @@ class Case:
             return [getattr(distzo2_core, op)(weights, EPS, family=noise, **common)]
         if op == "update_":
             return [distzo2_core.update_(weights, LR, COEF, family=noise, **common)]
-        outs = [torch.empty_like(weights) for _ in range(2)]
+        outs = [torch.empty_like(weights, dtype=out.dtype) for out in self.outs_of(op)]
         distzo2_core.materialize(
             weights.view(torch.uint8),
             outs=[out.view(torch.uint8) for out in outs],
             backend="reference",
-            **visit_arguments(numel, self.dtype, noise, part.start),
+            **visit_arguments(numel, self.dtype, noise, outs[0].dtype, part.start),
         )
         return [weights, *outs]
 
@@ -199,6 +210,8 @@ class Bench:
         calls: dict[tuple[str, str, str], Callable[[], object]] = {}
         calls["randn_add", "normal", "torch"] = lambda: case.weights.add_(torch.randn_like(case.weights), alpha=EPS)
         for op, noise in OPS:
+            if op == "visit, float32" and not case.wide:
+                continue
             if (op, noise) == ("perturb_", "rademacher"):  # next to each other, on the same tensor
                 calls["mul_", "", "torch"] = lambda: case.weights.mul_(1.0)
             for backend in self.backends:

@@ -88,13 +88,13 @@ def timed(function, device: str) -> float:
 
 
 def time_steps(args: argparse.Namespace) -> dict:
-    dtype = getattr(torch, args.dtype)
+    dtype, compute = getattr(torch, args.dtype), args.compute_dtype and getattr(torch, args.compute_dtype)
     ids = torch.randint(4, 50000, (args.batch, args.tokens), device=args.device)
     checkpoint = Path(args.checkpoints) / f"{args.model}-{args.dtype}"
     write_random_checkpoint(checkpoint, args.model, dtype)
     runs = {}
     if not args.skip_bare:
-        bare = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval().to(args.device)
+        bare = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=compute or dtype).eval().to(args.device)
         closure = loss_closure(bare, ids)
 
         @torch.no_grad()
@@ -108,7 +108,9 @@ def time_steps(args: argparse.Namespace) -> dict:
     streamed = {}
     for mode in args.modes.split(","):
         directory = tempfile.mkdtemp(dir=args.checkpoints) if mode == "disk" else None
-        model = distzo2.from_pretrained(checkpoint, device=args.device, weights=mode, dtype=dtype, directory=directory)
+        model = distzo2.from_pretrained(
+            checkpoint, device=args.device, weights=mode, dtype=dtype, compute_dtype=compute, directory=directory
+        )
         opt = distzo2.ZOSGD(model, lr=1e-7, eps=1e-3, noise=args.noise)
         runs[f"step, weights={mode}"] = functools.partial(opt.step, loss_closure(model, ids))
         streamed[f"step, weights={mode}"] = distzo2.runtime_of(model)
@@ -183,6 +185,7 @@ def main() -> int:
     parser.add_argument("what", choices=["time", "memory"])
     parser.add_argument("--model", choices=SHAPES, default="opt-125m", help="published OPT shape, random weights")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--compute-dtype", help="what is computed in, and the bare forwards (default: as stored)")
     parser.add_argument("--batch", type=int, default=4, help="sequences")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a sequence")
     parser.add_argument("--device", default="cpu", help="where it computes")

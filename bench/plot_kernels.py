@@ -27,6 +27,8 @@ LABELS = {
     ("update_", "rademacher"): "update_, signs",
     ("visit", "normal"): "visit",
     ("visit", "rademacher"): "visit, signs",
+    ("visit, float32", "normal"): "visit, float32",
+    ("visit, float32", "rademacher"): "visit, float32, signs",
 }
 OURS = tuple(LABELS)[3:]
 Row = dict[str, Any]

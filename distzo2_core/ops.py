@@ -266,8 +266,9 @@ def materialize(
     For each element: w is read; for each update in order, a = weight_decay * w (+0 if weight_decay = 0), then
     a = fma(c * update_scale, z, a) for each term, then w = round(fma(-lr, a, w)), stochastic for 16-bit dtypes; for
     each emit, a = w, then a = fma(c * perturb_scale, z, a) for each term, and rne(a), in the segment's out_dtype, is
-    written to the emit's buffer at the segment's out_offset. All in float32. A term whose scaled coefficient is 0 is left out. An update with lr = 0, or with
-    weight_decay = 0 and no term left, changes no bit. Every NaN that rounding stores is the canonical one.
+    written to the emit's buffer at the segment's out_offset. All in float32. A term whose scaled coefficient is 0 is
+    left out. An update with lr = 0, or with weight_decay = 0 and no term left, changes no bit. Every NaN that rounding
+    stores is the canonical one.
 
     Args:
         weights: uint8 [num_bytes], contiguous: a packed buffer laid out as `segments` says.
@@ -284,8 +285,8 @@ def materialize(
 
     Raises:
         TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, of another device than `weights` or
-            of another size than the other outs, misaligned, or overlaps another; a number is out of range or not finite in float32; groups are
-            missing.
+            of another size than the other outs, misaligned, or overlaps another; a number is out of range or not finite
+            in float32; groups are missing.
         BackendError: the backend is not there or cannot run on the device.
     """
     if not isinstance(segments, SegmentTable):

@@ -94,7 +94,7 @@ def embedding(
         if not 0 <= row < weight.shape[0]:
             raise IndexError(f"ids[{i}] is {row}, and the table has {weight.shape[0]} rows")
     cols = weight.shape[1]
-    out = torch.empty(len(rows), cols, dtype=out_dtype or weight.dtype)
+    out = weight.new_empty(len(rows), cols, dtype=out_dtype)
     for i, row in enumerate(rows.tolist()):
         noise = partial(noise_values, family, seed, step, param, probe, offset + row * cols, cols)
         values = perturbed(decode(_bits_of(weight[row]), DTYPE_CODES[weight.dtype]), [(np.float32(scale), noise)])

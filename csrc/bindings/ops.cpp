@@ -180,7 +180,8 @@ Tensor embedding(const Tensor& weight, const Tensor& ids, double scale, int64_t 
     request.out_dtype = dtype_of(out_dtype.value_or(weight.scalar_type()), "out_dtype");
     std::vector<int64_t> shape = ids.sizes().vec();
     shape.push_back(weight.size(1));
-    Tensor out = at::empty(shape, weight.options().dtype(out_dtype.value_or(weight.scalar_type())).requires_grad(false));
+    Tensor out =
+        at::empty(shape, weight.options().dtype(out_dtype.value_or(weight.scalar_type())).requires_grad(false));
     request.table = weight.const_data_ptr();
     request.out = out.mutable_data_ptr();
     request.ids = rows.const_data_ptr<int64_t>();
@@ -248,7 +249,8 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     std::vector<uint8_t*> pointers;
     pointers.reserve(outs.size());
     for (const Tensor& out : outs)
-        pointers.push_back(buffer(out, weights, visit.out_bytes, "outs[0]", "outs[" + std::to_string(pointers.size()) + "]"));
+        pointers.push_back(
+            buffer(out, weights, visit.out_bytes, "outs[0]", "outs[" + std::to_string(pointers.size()) + "]"));
     visit.outs = pointers.data();
     if (write_back && visit.num_updates > 0)
         mark_changed(weights);

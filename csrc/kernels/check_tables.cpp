@@ -14,8 +14,8 @@ void check_span(const char* what, int64_t row, int64_t first, int64_t num, int64
 void check_place(const char* what, int64_t row, int64_t numel, int64_t dtype, int64_t at, int64_t num_bytes) {
     DZO_CHECK(dtype >= 0 && dtype <= static_cast<int64_t>(DType::kFp16), what, ' ', row, ": dtype code ", dtype);
     const int64_t bytes = dtype_bytes(static_cast<DType>(dtype));
-    DZO_CHECK(at >= 0 && at <= num_bytes - numel * bytes, what, ' ', row, ": ", numel, " elements of ", bytes,
-              " bytes at byte ", at, " of ", num_bytes);
+    DZO_CHECK(numel == 0 || (at >= 0 && at <= num_bytes - numel * bytes), what, ' ', row, ": ", numel, " elements of ",
+              bytes, " bytes at byte ", at, " of ", num_bytes);
 }
 
 } // namespace

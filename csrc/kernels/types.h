@@ -16,18 +16,19 @@ DZO_HD constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFp32
 // Groups of normals are numbered with 36 bits, so a parameter has at most 2^38 elements.
 constexpr int64_t kMaxElements = int64_t{1} << 38;
 
-// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset,
-// and emitted at out + out_offset as elements of out_dtype. rows and cols are the whole parameter's, for families of
-// noise that need its shape. A segment of kNoGroup is frozen: no update and no perturbation reaches it.
+// Of a segment that is frozen: no update and no perturbation reaches it.
 constexpr int64_t kNoGroup = -1;
 
+// numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset,
+// and emitted at out + out_offset as elements of out_dtype. rows and cols are the whole parameter's, for families of
+// noise that need its shape.
 struct Segment {
     int64_t byte_offset;
     int64_t numel;
     int64_t dtype; // a DType
     int64_t param;
     int64_t element_offset;
-    int64_t group; // kNoGroup: frozen
+    int64_t group; // or kNoGroup
     int64_t rows;
     int64_t cols;
     int64_t out_offset = byte_offset;
@@ -110,9 +111,9 @@ struct InPlace {
     int64_t offset = 0;
 };
 
-// out[i] = rne(fma(scale, z, row ids[i] of the table)) in out_dtype, the table [num_rows, cols] holding elements [offset,
-// offset + num_rows * cols) of a parameter; rne(row) where scale is 0. Equal to the rows of a visit's emit of the whole
-// table.
+// out[i] = rne(fma(scale, z, row ids[i] of the table)) in out_dtype, the table [num_rows, cols] holding elements
+// [offset, offset + num_rows * cols) of a parameter; rne(row) where scale is 0. Equal to the rows of a visit's emit of
+// the whole table.
 struct Lookup {
     const void* table = nullptr;
     void* out = nullptr; // [num_ids, cols]

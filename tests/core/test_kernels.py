@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +96,8 @@ def test_materialize_is_the_single_ops_in_turn(backend: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "out_dtype"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", DTYPES)
 def test_emits_are_of_a_dtype_of_their_own(backend: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     """A frozen segment as it is, and another one after its update, which is rounded as it is stored."""
     w = (torch.randn(2, 200, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)

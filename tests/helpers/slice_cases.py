@@ -86,6 +86,21 @@ def tiny(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | N
     return [opt.last.losses, state_of(model)]
 
 
+def computed(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, every: int) -> Any:
+    """Stored in bfloat16 and computed in float32, some of it frozen."""
+    if shape is not None:
+        mesh_of(*shape, slice=True)
+    model = Tower().bfloat16()
+    model.blocks[1].requires_grad_(False)
+    model.blocks[2][0].bias.requires_grad_(False)
+    options = {"weights": "disk", "directory": directory / f"rank{rank}", "write_every": every}
+    distzo2.offload(model, **options, compute_dtype=torch.float32, train=True)
+    opt = optimizer(model)
+    for step in range(4):
+        opt.step(closures_of(model, step, 2))
+    return [opt.last.losses, state_of(model)]
+
+
 def odd_ranks(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     """Between steps each rank does what it likes: rank 0 evaluates and saves, forwards are of unequal number."""
     model, opt = started(rank, directory, (1, world_size) if world_size > 1 else None, slices=True)

@@ -135,8 +135,8 @@ def test_a_measured_machine(tmp_path: Path) -> None:
     assert rates.op_s(small) == pytest.approx(small.num_bytes / 8e9)  # bound by reading the weights
     attention = Op("attention", (512, 512, 64), torch.float32, 8, causal=True)
     assert rates.op_s(attention) == pytest.approx(attention.flop / 0.5e11)
-    call = {"terms": 4, "emissions": 1, "outs": 1, "write": True}
-    assert rates.noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(5 * 1.0 + 3 * 0.25)
+    call = {"terms": 4, "emissions": 1, "out_bytes": 4, "write": True}
+    assert rates.noise_s(10**9, torch.bfloat16, "normal", **call) == pytest.approx(5 * 1.0 + 4 * 0.25)
     assert rates.noise_s(10**9, torch.float32, "rademacher", **call) == pytest.approx(5 * 0.1 + 3 * 0.5)
 
     asked = request("--dtype=float32")
@@ -256,6 +256,31 @@ def test_memory_that_does_not_fit() -> None:
     assert not short["fits"] and short["misfit"].endswith(" of 18.63 GiB on the host")
 
 
+@pytest.mark.parametrize("options", [[], ["--probes=2", "--parallel=data=2", "--slice=on"]])
+def test_computed_in_another_dtype(options: list[str]) -> None:
+    """Copies and lanes are those of the compute dtype, what is stored and moved that of the stored one."""
+    halves, whole = (planned(*options, f"--dtype={dtype}")[-1] for dtype in ("bfloat16", "float32"))
+    both, fast = (
+        planned(*options, "--dtype=bfloat16", "--compute-dtype=float32", *tf32)[-1] for tf32 in ([], ["--tf32"])
+    )
+    rank, stored, computed = (one.row["rank_bytes"] for one in (both, halves, whole))
+    assert rank["residents"] == stored["residents"] and rank["slots"] == stored["slots"]
+    assert rank["scratch"] == computed["scratch"] == 2 * stored["scratch"] and rank["lanes"] == computed["lanes"]
+    for way in ("up_bytes", "down_bytes", "gather_bytes", "host_bytes"):
+        assert both.row[way] == pytest.approx(halves.row[way], rel=0.02)
+    assert halves.step_s <= fast.step_s < both.step_s
+
+
+def test_what_auto_computes_in() -> None:
+    """float32 where a CPU's products in 16 bits are no faster; TF32 is a GPU's."""
+    slow, fast, half = measured_cpu(), measured_cpu(), request("--dtype=bfloat16")
+    fast["matmul"][1]["flop_per_s"] *= 2
+    assert Planner(half, machine_from(slow)).compute_dtype == torch.float32
+    assert Planner(half, machine_from(fast)).compute_dtype is Planner(half, GPUS["a100"]).compute_dtype is None
+    with pytest.raises(UsageError, match="--tf32: made, 2 threads computes on a CPU"):
+        Planner(request("--tf32"), machine_from(slow))
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +294,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result.keys() == {"format", "version", "model", "request", "machine", "rows", "best"}
     assert result["format"] == FORMAT
     assert result["model"] == {
-        "name": "opt-125m", "dtype": "float16", "elements": 125239296, "bytes": result["model"]["bytes"], "units": 15,
-        "blocks": 12,
+        "name": "opt-125m", "dtype": "float16", "compute_dtype": "float16", "elements": 125239296, "units": 15,
+        "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "blocks": 12,
     }  # fmt: skip
     rows = result["rows"]
     assert len(rows) == 5 and rows[0]["speedup"] == 1.0 and rows[0]["ranks"] == 1
@@ -292,6 +317,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert figures.seconds == pytest.approx(best["step_s"], rel=0.01)
     assert figures.bytes_up == pytest.approx(best["up_bytes"], rel=0.05)
     json.dumps(result, allow_nan=False)
+
+
+def test_the_command_says_what_it_computes_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--compute-dtype=float32"]) == 0
+    lines = capsys.readouterr().out
+    assert "float16 computed in float32, 0.125 G" in lines and "MiB (float32: 2 x the stored), lanes" in lines
+    assert main([*SMALL]) == 0
+    lines = capsys.readouterr().out
+    assert "computed as stored; finetune" in lines and "float32: 2 x" not in lines
 
 
 def test_json_alone_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

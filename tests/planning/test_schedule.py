@@ -29,16 +29,17 @@ PAIR = [Emission((Term(0, 0, 0, 0, sign),)) for sign in (1e-3, -1e-3)]
 
 
 class FixedRates:
-    """Every lane takes `compute` on a unit; noise `noise` a tensor and unit, of a share of it that share."""
+    """Every lane takes `compute` on a unit; noise `noise` a tensor and unit, of a share of it that share; copies
+    `copied` a byte."""
 
-    def __init__(self, compute: float, noise: float = 0.0, host: Host = NO_HOST) -> None:
-        self._compute, self._noise, self.host = compute, noise, host
+    def __init__(self, compute: float, noise: float = 0.0, host: Host = NO_HOST, copied: float = 0.0) -> None:
+        self._compute, self._noise, self.host, self._copied = compute, noise, host, copied
 
     def part_s(self, part: Part) -> float:
         return self._compute if part.units else 0.0
 
-    def noise_s(self, numel: int, dtype, family, *, terms, emissions, outs, write) -> float:
-        return self._noise * (terms + emissions) * numel / 64
+    def noise_s(self, numel: int, dtype, family, *, terms, emissions, out_bytes, write) -> float:
+        return self._noise * (terms + emissions) * numel / 64 + self._copied * out_bytes * numel
 
 
 def blocks(num: int = BLOCKS, trainable: bool = True) -> list[Unit]:
@@ -53,14 +54,16 @@ def blocks(num: int = BLOCKS, trainable: bool = True) -> list[Unit]:
 def played(
     compute: float, up: float, down: float = 0.0, *, shared: float = 1.0, lanes: Sequence[Emission] = (CLEAN,),
     trainable: bool = True, noise: float = 0.0, num_blocks: int = BLOCKS, host: Host = NO_HOST, slots: int = 3,
-    on_host: bool = False, **more,
+    on_host: bool = False, computed: torch.dtype = torch.float32, copied: float = 0.0, **more,
 ) -> Played:  # fmt: skip
     """Steps whose transfers take `up` and `down` a block, alone; both ways at once each has `shared` of its speed."""
     units = blocks(num_blocks, trainable)
+    for unit in units:
+        unit.compute_in({torch.float32: computed})
     parts = [Part((), (), 0, 0, 0, 0), *(Part((u.index,), (), 0, 0, 0, 0) for u in units)]
     rates = [256 / seconds if seconds else math.inf for seconds in (up, down)]
     work = Work(
-        ModelPlan("made", torch.float32, units, parts), FixedRates(compute, noise, host), on_host,
+        ModelPlan("made", torch.float32, units, parts), FixedRates(compute, noise, host, copied), on_host,
         {u.index for u in units}, slots, Duplex(*rates, 2 * shared * max(rates)), [list(lanes)], 1, "normal", **more,
     )  # fmt: skip
     return play_steps(work)
@@ -194,6 +197,23 @@ def test_blocks_written_in_turn() -> None:
     assert every.noise_s == pytest.approx(6 * 0.2) and third.noise_s == pytest.approx(6 * 0.3)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_units_that_convert(on_host: bool) -> None:
+    """Modules see copies, clean ones too: a slot is free before its block computes, and the copies' bytes are those of
+    their dtype. What nothing changes has one copy for all lanes, and scratch keeps 32 of them. Transfers are as
+    without."""
+    clean = {"compute": 3.0, "up": 3.0, "down": 3.0, "slots": 2, "on_host": on_host, "lanes": [CLEAN]}
+    plain, half = (played(**clean, computed=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.step_s == pytest.approx(6 * 3.0) and plain.step_s > 1.2 * half.step_s
+    assert half.bytes_up == pytest.approx(plain.bytes_up) and half.bytes_down == pytest.approx(plain.bytes_down)
+    assert half.scratch_bytes > plain.scratch_bytes == 0
+    more = {"computed": torch.bfloat16, "copied": 1.0, "on_host": on_host}
+    for lanes, copies in (([CLEAN], 1), (PAIR, 2), ([CLEAN, *PAIR], 3)):
+        assert played(1.0, 1.0, lanes=lanes, **more).noise_s == pytest.approx(6 * copies * 64 * 2)
+    for num, copies in ((40, 40), (32, 0)):
+        assert played(1.0, 1.0, lanes=PAIR, trainable=False, num_blocks=num, **more).noise_s == copies * 64 * 2
+
+
 def test_the_host_may_be_the_slowest() -> None:
     slow = Host(visit_s=0.0, lane_s=2.0, materialize_s=0.0, op_s=0.0, step_s=0.0)
     result = played(1.0, 0.1, trainable=False, host=slow)
@@ -224,23 +244,39 @@ def tiny(kind: str) -> nn.Module:
     return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=5, ffn_dim=128, word_embed_proj_dim=64))
 
 
+def partly_frozen(kind: str) -> nn.Module:
+    """In bfloat16, with a frozen block, and one of which a part is frozen."""
+    model = tiny(kind).bfloat16()
+    for name, param in model.named_parameters():
+        param.requires_grad_("layers.1." not in name and "layers.2.self_attn.q" not in name)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("kind", "estimator", "probes", "batches", "every"),
-    [("llama", "spsa", 2, 2, 1), ("opt", "spsa", 1, 1, 1), ("opt", "fzoo", 3, 1, 1), ("opt", "spsa", 2, 1, 3)],
+    ("kind", "estimator", "probes", "batches", "every", "computed"),
+    [
+        ("llama", "spsa", 2, 2, 1, None),
+        ("opt", "spsa", 1, 1, 1, None),
+        ("opt", "fzoo", 3, 1, 1, None),
+        ("opt", "spsa", 2, 1, 3, None),
+        ("llama", "fzoo", 2, 2, 1, torch.float32),
+        ("opt", "spsa", 2, 1, 3, torch.float32),
+    ],
 )
 def test_the_runtime_does_the_same(
-    kind: str, estimator: str, probes: int, batches: int, every: int, tmp_path: Path
+    kind: str, estimator: str, probes: int, batches: int, every: int, computed: torch.dtype | None, tmp_path: Path
 ) -> None:
     """Parts, noise and transfers come in the runtime's order; bytes of transfers and memory are equal."""
+    make = partly_frozen if computed else tiny
     with torch.device("meta"):
-        plan = plan_module(tiny(kind).eval(), kind, torch.float32, 2, 9)
+        plan = plan_module(make(kind).eval(), kind, torch.float32, 2, 9, computed)
     request = {"batch": 2 * batches, "tokens": 9, "micro_batches": batches, "probes": probes, "estimator": estimator}
     planner = Planner(PlanOptions(model=kind, weights="disk", write_every=every, **request), GPUS["a100"])
     planner.models[2] = plan
     predicted = planner.predict()
 
     torch.manual_seed(0)
-    model = distzo2.offload(tiny(kind), weights="disk", directory=tmp_path, write_every=every)
+    model = distzo2.offload(make(kind), weights="disk", directory=tmp_path, write_every=every, compute_dtype=computed)
     runtime = distzo2.runtime_of(model)
     opt = distzo2.ZOSGD(model, lr=1e-3, num_probes=probes, estimator=estimator, max_coef=None)
     ids = torch.randint(3, 131, (2, 9))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import DTYPES, needs_native, random_visit
-from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, simple_visit
+from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
 from ptx.machine import Module, Program
-from ptx.triton_kernels import PAIRS, TritonKernels
+from ptx.triton_kernels import TritonKernels
 
 import distzo2_core
 
@@ -25,12 +25,6 @@ SHIFTS = ((0,), (0, 0, 4), (8, 24, 40), (4, 12, 16))  # of weights and outs: ali
 @pytest.fixture(params=["nvcc", "triton"])
 def kernels(request: pytest.FixtureRequest) -> CudaKernels | TritonKernels:
     return request.getfixturevalue(request.param)
-
-
-def pairs_of(kernels: CudaKernels | TritonKernels) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
-    """What is emitted in another dtype than it is stored in: everything, or what was compiled for these tests."""
-    codes = PAIRS if isinstance(kernels, TritonKernels) else itertools.permutations(range(3), 2)
-    return tuple((DTYPES[code], DTYPES[out_code]) for code, out_code in codes)
 
 
 def check_random_visits(
@@ -47,17 +41,18 @@ def check_random_visits(
 
 
 def check_simple_visits(kernels: CudaKernels | TritonKernels, seeds: range, workspace: bool = False) -> int:
-    """Visits of each shape and family, of all dtypes, half of them of whole octets, a third of them emitted in other
-    dtypes. Returns the bits compared."""
+    """Visits of each shape and family, of all dtypes, emitted in these and in others, half of them of whole octets.
+    Returns the bits compared."""
     num_bits = 0
     with backend_of(kernels) as backend:
-        for seed, (index, shape), family in itertools.product(seeds, enumerate(SHAPES), (0, 1)):
+        for seed, (index, shape), family, pairs in itertools.product(
+            seeds, enumerate(SHAPES), (0, 1), ((), pairs_of(kernels))
+        ):
             rng, whole = np.random.default_rng([seed, index, family]), seed % 2 == 1
             numels = (
-                [int(numel) * 8 for numel in rng.integers(1, 150, 6)] if whole else rng.integers(1, 400, 9).tolist()
+                [int(numel) * 8 for numel in rng.integers(1, 150, 9)] if whole else rng.integers(1, 400, 9).tolist()
             )
             kernels.shifts = (0,) if whole else SHIFTS[(seed // 2 + index) % len(SHIFTS)]
-            pairs = pairs_of(kernels) if seed % 3 == 1 else ()
             visit = simple_visit(rng, shape, family, DTYPES, numels, whole, pairs=pairs)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits

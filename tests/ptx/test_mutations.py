@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import DTYPES, needs_native
-from ptx.cases import backend_of, check_lookup, check_ops, check_visit, simple_visit
+from ptx.cases import backend_of, check_lookup, check_ops, check_visit, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
 from ptx.parser import PtxError
 from ptx.triton_kernels import TritonKernels
@@ -46,6 +46,8 @@ CUDA = {
     "what is NaN": (VISIT, r"setp\.nan\.f32", "setp.num.f32", 0),
     "an update that is none": (VISIT, r"setp\.eq\.f32", "setp.neu.f32", 0),
     "the alignment of a segment": (VISIT, r"(and\.b64 \s*%rd\d+, %rd\d+, )15", r"\g<1>7", 0),
+    "the dtype of an emit": (MIXED, r"(setp\.eq\.s32 \s*%p\d+, %r\d+, )1;", r"\g<1>2;", 1),
+    "the order of an emit's pair": (MIXED, r"(cvt\.rn\.bf16x2\.f32 %r\d+), (%f\d+), (%f\d+)", r"\1, \3, \2", 0),
     "the segment of a tile": (ANY, r"setp\.le\.u32", "setp.lt.u32", 0),
     "the last octet of a segment": (ANY, r"setp\.eq\.s32 (\s*%p\d+, %r\d+, %r\d+;)", r"setp.ne.s32 \1", 0),
     "a row of a table": (PERTURB, r"(ld\.global\.u32 \s*%r\d+, \[%rd\d+)\+4\]", r"\1+0]", 0),
@@ -55,8 +57,9 @@ CUDA = {
 TRITON = {
     "a barrier": (r"noise_kernel CODE=1 FAMILY=0", r"bar\.sync\s+0;", "", 1),
     "the source of a shuffle": (SHUFFLED, r"(shfl\.sync\.idx\.b32 \s*%r\d+, %r\d+, )%r\d+", r"\g<1>3", 0),
+    "the NaN of an emit": (MOVED, r"2143289344", "2143289345", 0),
     "a root rounded down": (r"noise_kernel CODE=0 FAMILY=0", r"sqrt\.rn", "sqrt.rm", 0),
-    "the end of a row": (r"embedding_kernel CODE=2 FAMILY=1", r"setp\.lt\.s64", "setp.le.s64", 1),
+    "the end of a row": (r"embedding_kernel CODE=2 FAMILY=1 OUT_CODE=2", r"setp\.lt\.s64", "setp.le.s64", 1),
 }
 
 
@@ -85,7 +88,8 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
             assert torch.equal(got, expected)
         else:
             shape, family = {ANY: ((1, 1), 0), PERTURB: ((0, 1), 1), SHUFFLED: ((1, 2), 1)}.get(kernel, ((1, 2), 0))
-            many = 40 if kernel in (PERTURB, PIECE) else 1
+            pairs = pairs_of(kernels) if kernel in (MIXED, MOVED) else ()
+            many = 40 if kernel in (PERTURB, PIECE) else 3 if pairs else 1
             for whole, numels, shift in (
                 (True, [2048, 2048, 80], 0),
                 (True, [264, 80, 40], 8),
@@ -93,7 +97,7 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
                 (False, [9, 11, 80, 2, 30, 40], 0),
             ):
                 kernels.shifts = (shift,)
-                check_visit(simple_visit(rng, shape, family, DTYPES, numels * many, whole), backend)
+                check_visit(simple_visit(rng, shape, family, DTYPES, numels * many, whole, pairs=pairs), backend)
 
 
 @pytest.mark.parametrize("what", CUDA)

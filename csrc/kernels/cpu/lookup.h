@@ -17,7 +17,8 @@ class Rows {
     using Raw = typename Store::Raw;
 
     explicit Rows(const Lookup& request)
-        : scale_(request.scale), out_dtype_(request.out_dtype), is_normal_(request.family == static_cast<int64_t>(Purpose::kNormal)),
+        : scale_(request.scale), out_dtype_(request.out_dtype),
+          is_normal_(request.family == static_cast<int64_t>(Purpose::kNormal)),
           draw_(make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
                           static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe))),
           philox_(request.seed) {}

@@ -203,6 +203,7 @@ struct SimpleProgram {
 template <class Program>
 struct Mixed : Program {
     static constexpr bool kMixed = true;
+    static constexpr int kMinBlocks = Program::kMinBlocks > 0 ? Program::kMinBlocks : 4; // else one spills on sm_100
 };
 
 // The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first

@@ -157,7 +157,6 @@ def check_threads(num_threads: int, cpus: Collection[int], num_cpus: int, root: 
     if quota < min(allowed, num_threads):
         yield Finding("cpu_quota", f"a control group allows {quota:g} CPUs' time, and {num_threads} threads compute")
     if num_threads > allowed:
-        text = f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way"
-        yield Finding("threads", text)
+        yield Finding("threads", f"{num_threads} threads compute on {allowed} CPUs: they get in each other's way")
     if num_threads < usual:
         yield Finding("threads", f"{num_threads} threads compute, and {allowed} CPUs are there (OMP_NUM_THREADS)")

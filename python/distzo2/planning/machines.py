@@ -18,6 +18,7 @@ from distzo2.planning.plan_model import Op, Part
 MEASURED = "distzo2-measure/3"  # the format of its file
 EXCHANGE_S = 1e-3  # of a step's scalars between ranks
 ATTENTION_SHARE = 0.5  # of a product's rate
+TF32_SHARE = 0.5  # of bf16's rate: without sparsity 156 of 312 TFLOP/s on A100, 494.5 of 989 on H100 (data sheets)
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ class Rates:
         return sum(self.op_s(op) * count for op, count in part.ops)
 
     def noise_s(
-        self, numel: int, dtype: torch.dtype, family: str, *, terms: int, emissions: int, outs: int, write: bool
+        self, numel: int, dtype: torch.dtype, family: str, *, terms: int, emissions: int, out_bytes: int, write: bool
     ) -> float:
         """Seconds of a visit of `numel` weights: it makes noise for an update of `terms` and for `emissions`, reads
-        the weights, writes `outs` perturbed copies, and the weights themselves if `write`."""
+        the weights, writes copies of `out_bytes` a weight together, and the weights themselves if `write`."""
         made_s = (terms + emissions) / self.noise_per_s[family]
-        moved_s = (1 + outs + write) * dtype.itemsize / self.bytes_per_s
+        moved_s = ((1 + write) * dtype.itemsize + out_bytes) / self.bytes_per_s
         return self.slowdown * numel * (made_s + moved_s)
 
 
@@ -98,6 +99,12 @@ class Machine:
     @property
     def computes_on_host(self) -> bool:
         return self.device == "cpu"
+
+    def with_tf32(self) -> Machine:
+        """This machine, with float32 products in TF32."""
+        flop = {**self.rates.flop_per_s, "float32": TF32_SHARE * self.rates.flop_per_s["bfloat16"]}
+        note = "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)"
+        return replace(self, rates=replace(self.rates, flop_per_s=flop), assumptions=(*self.assumptions, note))
 
 
 # ---- nodes by name ------------------------------------------------------------------------------------------------

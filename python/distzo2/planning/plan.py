@@ -5,7 +5,8 @@ schedule the runtime's, played event by event (`schedule`). What is assumed is l
 
 The JSON file, `distzo2-plan/1`:
 
-    model        name, dtype, elements, bytes, units, blocks
+    model        name, dtype, compute_dtype, elements, bytes, seen_bytes (in the dtypes that modules compute with),
+                 units, blocks
     request      the options
     machine      name; assumptions: lines of text
     rows         the first is one device; each: mesh, pert, data, ranks, slice, micro_batches, step_s, tokens_per_s,
@@ -46,6 +47,10 @@ FORMAT = "distzo2-plan/1"
 CONTEXT_BYTES = 10**9  # of a GPU, taken by its driver and libraries, the workspace of cuBLAS among them
 STAGING_BYTES = 6 * 4 * 2**20  # pinned, between a disk and a GPU
 ONE_DEVICE = MeshShape(pert=1, data=1)
+AUTO_TEXTS = {  # what --compute-dtype auto comes to, for weights of 16 bits
+    torch.float32: "computed in float32: products in 16 bits are no faster on this CPU",
+    None: "computed as stored; finetune takes float32 where that loses the signal, which --compute-dtype float32 plans",
+}
 
 
 class Prediction(NamedTuple):
@@ -66,8 +71,13 @@ class Planner:
         if request.host_memory not in (None, "auto"):
             device_bytes = request.host_memory if machine.computes_on_host else machine.device_bytes
             machine = replace(machine, host_bytes=request.host_memory, device_bytes=device_bytes)
-        self.request, self.machine = request, machine
+        if request.tf32 and machine.computes_on_host:
+            raise UsageError(f"--tf32: {machine.name} computes on a CPU, and TF32 is a GPU's")
+        self.request, self.machine = request, machine.with_tf32() if request.tf32 else machine
         self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
+        slow = machine.computes_on_host and machine.rates.flop_per_s["bfloat16"] <= machine.rates.flop_per_s["float32"]
+        asked = "float32" if request.compute_dtype == "auto" and slow else request.compute_dtype
+        self.compute_dtype = DTYPES.get(asked)  # None: as stored
         self.models: dict[int, ModelPlan] = {}  # by sequences of a micro-batch
         if request.micro_batches is not None and request.batch % request.micro_batches:
             raise UsageError(f"--micro-batches {request.micro_batches} does not divide --batch {request.batch}")
@@ -87,7 +97,7 @@ class Planner:
         check_step(mesh, self.evaluations, num_batches)
         rows = r.batch // num_batches
         if rows not in self.models:
-            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens)
+            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens, self.compute_dtype)
         model = self.models[rows]
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
@@ -206,8 +216,7 @@ class Planner:
         try:
             mesh = MeshShape(**{"pert": 1, "data": 1, **parse_mesh(r.parallel)})
         except ValueError:
-            expected = "expected pert=P,data=D with numbers of at least 1"
-            raise UsageError(f"--parallel {r.parallel}: {expected}") from None
+            raise UsageError(f"--parallel {r.parallel}: expected pert=P,data=D with numbers of at least 1") from None
         if r.nproc not in (None, mesh.size):
             raise UsageError(f"--parallel {r.parallel} is {mesh.size} ranks, and --nproc says {r.nproc}")
         return [mesh]
@@ -263,25 +272,27 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         f"every sequence has {r.tokens} tokens and the loss is that of all of them; attention and loss as "
         "transformers runs them here",
         *machine.assumptions,
+        *([AUTO_TEXTS[planner.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
         *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
         f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
         if r.parallel or r.nproc
         else "nothing else runs on the machine",
     ]
     fitting = [i for i, row in enumerate(rows) if row["fits"]]
-    unasked = ("json", "picture", "trace")
     return {
         "format": FORMAT,
         "version": __version__,
         "model": {
             "name": model.name,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "compute_dtype": str(planner.compute_dtype or model.dtype).removeprefix("torch."),
             "elements": sum(p.numel for u in model.units for p in u.params),
             "bytes": sum(u.num_bytes for u in model.units),
+            "seen_bytes": sum(u.seen_bytes for u in model.units),
             "units": len(model.units),
             "blocks": sum(not u.resident for u in model.units),
         },
-        "request": {k: v for k, v in vars(r).items() if k not in unasked},
+        "request": {k: v for k, v in vars(r).items() if k not in ("json", "picture", "trace")},
         "machine": {"name": machine.name, "assumptions": assumptions},
         "rows": rows,
         "best": max(fitting, key=lambda i: rows[i]["tokens_per_s"], default=None),
@@ -296,8 +307,10 @@ def significant(number: float) -> str:
 def table(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     r, model, rows, best = result["request"], result["model"], result["rows"], result["best"]
+    converts = model["seen_bytes"] != model["bytes"] or model["compute_dtype"] != model["dtype"]
+    computed = f" computed in {model['compute_dtype']}" if converts else ""
     lines = [
-        f"{model['name']}, {model['dtype']}, {model['elements'] / 1e9:.3g} G weights, {gib(model['bytes'])}; "
+        f"{model['name']}, {model['dtype']}{computed}, {model['elements'] / 1e9:.3g} G weights, {gib(model['bytes'])}; "
         f"{r['batch']} x {r['tokens']} tokens a step, {r['estimator']}, {r['probes']} probe{'s' * (r['probes'] > 1)}; "
         f"weights on {r['weights']}",
         result["machine"]["name"],
@@ -318,6 +331,8 @@ def table(result: dict[str, Any]) -> list[str]:
             lines.append(f"{'':<16}  does not fit: {row['misfit']}")
     chosen = rows[best or 0]
     parts = {name: gib(size) for name, size in chosen["rank_bytes"].items()}
+    if converts:
+        parts["scratch"] += f" ({model['compute_dtype']}: {model['seen_bytes'] / model['bytes']:.3g} x the stored)"
     lines += [
         "",
         f"memory of a rank, {chosen['mesh']}: residents {parts['residents']}, slots {parts['slots']}, perturbed "

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.streaming.hooks import Windows
-from distzo2.weights.units import Unit, collect_params, find_units
+from distzo2.weights.units import Unit, collect_params, dtypes_to_compute_in, find_units
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
@@ -101,7 +101,7 @@ class ModelPlan:
     """A model at one shape of micro-batch. The units are those that the runtime would make."""
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # that is stored
     units: Sequence[Unit]
     parts: Sequence[Part]
 
@@ -126,12 +126,15 @@ def opt_config(name: str, num_layers: int | None = None) -> OPTConfig:
     )
 
 
-def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -> ModelPlan:
+def plan_model(
+    source: str, dtype: torch.dtype | None, rows: int, tokens: int, compute_dtype: torch.dtype | None = None
+) -> ModelPlan:
     """The units of a model, and the parts of a forward with the loss of all its tokens, at [rows, tokens].
 
     Args:
         source: a published OPT's name, a checkpoint's directory, or a config.json.
         dtype: of the weights; None: the configuration's, float16 for a name.
+        compute_dtype: of the forward, as of `offload`.
 
     Raises:
         UsageError: `source` is none of these. CheckpointError: its configuration is not one that transformers knows.
@@ -150,15 +153,25 @@ def plan_model(source: str, dtype: torch.dtype | None, rows: int, tokens: int) -
         raise UsageError(
             f"--model {source}: expected a checkpoint's directory, a config.json, or one of {', '.join(SHAPES)}"
         )
-    return plan_module(model.eval(), name, model.dtype, rows, tokens)
+    return plan_module(model.eval(), name, model.dtype, rows, tokens, compute_dtype)
 
 
-def plan_module(model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int) -> ModelPlan:
+def plan_module(
+    model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int, compute_dtype: torch.dtype | None = None
+) -> ModelPlan:
     """Plans a language model that is on the meta device; see `plan_model`."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")
-    units = find_units(model, collect_params(model))
+    params = collect_params(model)
+    units, dtypes = find_units(model, params), dtypes_to_compute_in(params, compute_dtype)
+    for unit in units:
+        unit.compute_in(dtypes)
+        for p in unit.params:
+            p.tensor.data = p.tensor.data.to(p.seen)
+    for buffer in model.buffers() if compute_dtype == torch.float32 else ():
+        if buffer.dtype in (torch.bfloat16, torch.float16):
+            buffer.data = buffer.data.float()
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     recorder = _Recorder(model)
     windows = Windows(model, units, recorder)

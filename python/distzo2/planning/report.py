@@ -52,7 +52,7 @@ def run_report(options: Any, log: Callable[[str], None]) -> int:
         raise DistZO2Error(f"{run_dir}: the run has no step yet, so there is nothing to draw")
     trace = read_trace(saved["trace"] or run_dir / "trace.json")
     moved = any(s.get("up_bytes_per_s") or s.get("down_bytes_per_s") for s in steps)
-    rows = 2 + moved + bool(trace)
+    rows = 3 + moved + bool(trace)
     path = Path(options.out or run_dir / "report.png")
     with _figure(path, 11, 1 + 3 * rows) as figure:
         grid = figure.add_gridspec(rows, 2)
@@ -60,8 +60,9 @@ def run_report(options: Any, log: Callable[[str], None]) -> int:
         _draw_accuracy(figure.add_subplot(grid[0, 1]), steps, evals)
         _draw_time(figure.add_subplot(grid[1, 0]), steps)
         _draw_memory(figure.add_subplot(grid[1, 1]), steps, record.get("model_bytes"))
+        _draw_signal(figure.add_subplot(grid[2, :]), steps, record.get("signal"))
         if moved:
-            _draw_rates(figure.add_subplot(grid[2, :]), steps)
+            _draw_rates(figure.add_subplot(grid[3, :]), steps)
         for axes in figure.axes:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if trace:
@@ -204,6 +205,19 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
     _finish(axes, "rate of the transfers", "GB/s")
 
 
+def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None:
+    x, differences = [s["step"] for s in steps], _column(steps, "difference")
+    axes.plot(x, differences, color="#4477aa", alpha=0.3, linewidth=0.8)
+    axes.plot(x, _smooth(differences), color="#4477aa", label="difference of two losses")
+    if signal is not None:
+        label = f"error of one loss in {signal['compute_dtype']}, before the first step"
+        axes.axhline(signal["floor"], color="#ee6677", linewidth=1, label=label)
+    if any(value > 0 for value in differences):
+        axes.set_yscale("log")
+    axes.set(title="what a step is made of", xlabel="step")
+    axes.legend(frameon=False)
+
+
 def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
     x, mib = [s["step"] for s in steps], 2**-20
     axes.plot(x, _column(steps, "rss", mib), color="#4477aa", label="process, now")
@@ -211,8 +225,7 @@ def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
     if any(s.get("device_peak") for s in steps):
         axes.plot(x, _column(steps, "device_peak", mib), color="#228833", label="device, peak")
     if model_bytes:
-        label = f"weights of the model, {gib(model_bytes)}"
-        axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=label)
+        axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(model_bytes)}")
     _finish(axes, "memory", "MiB")
 
 
@@ -324,7 +337,6 @@ def draw_step(axes: Any, events: Lines) -> None:
 def plan_events(played: Played) -> list[dict[str, Any]]:
     """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
     begin, events = played.steps[0][0], []
-
     kinds = ["step", "wait", "compute", "materialize", "update", "gather"]
     rows = {kind: row for row, kind in enumerate(kinds)} | {"upload": 16, "download": 32}
 

@@ -20,7 +20,7 @@ from distzo2.planning.machines import Duplex, Rates
 from distzo2.planning.plan_model import ModelPlan, Part
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.scratch import Scratch
-from distzo2.weights.units import Unit
+from distzo2.weights.units import TRAINABLE_DTYPES, Unit
 
 # Steps that are played first: the first has no update to make and nothing prefetched, and where transfers bound, they
 # pile up for a while. More of them while the steps after still differ.
@@ -53,7 +53,6 @@ def play(tasks: Iterable[Task], duplex: tuple[float, float] = (1.0, 1.0), pool: 
         duplex: speeds of upload and download while both are busy; 1: as alone.
         pool: resources that share one processor: while k of them are busy, each runs at 1/k.
     """
-
     queues: dict[str, deque[Task]] = {}
     for task in tasks:
         queues.setdefault(task.resource, deque()).append(task)
@@ -228,7 +227,11 @@ class Schedule:
         self.step_ends: list[Task] = []
         self._version = 0
         self._stored = {u.index: 0 for u in self.units}  # versions
-        self._scratch = _Ledger([u for u in self.units if u.trainable], None)
+        self._copied = {  # what copies for modules hold: parameters that updates reach, and those of a unit to convert
+            u.index: [p for p in u.params if p.trainable or (u.converts and p.dtype in TRAINABLE_DTYPES)]
+            for u in self.units
+        }
+        self._scratch = _Ledger([u for u in self.units if self._copied[u.index]], None)
         self._slots = [_Slot(number) for number in range(work.slots)]
         self._slot_of: dict[int, _Slot] = {}
         self._store_of: dict[int, Task] = {}  # by unit: its last download
@@ -324,7 +327,8 @@ class Schedule:
         for part, seconds in zip(self.work.model.parts, self._part_s, strict=True):
             unit = self.units[part.units[-1]] if part.units else None
             if group and unit is not None:
-                most = max(0, self._scratch.limit(unit) // num_emissions - 1) if unit.trainable else 1
+                copied = self._copied[unit.index]
+                most = max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
                 if unit.index in self.work.streamed or len(group) > most:
                     yield group
                     group = []
@@ -367,9 +371,10 @@ class Schedule:
     def _release_early(self, unit: Unit, emissions: Sequence[Emission]) -> None:
         if unit.index not in self.work.streamed or unit.index not in self._present:
             return
-        if not all(p.trainable for p in unit.params) or any(e.clean and not self._elides(unit) for e in emissions):
+        as_stored = not unit.converts and any(e.clean and not self._elides(unit) for e in emissions)
+        if as_stored or len(self._copied[unit.index]) < len(unit.params):
             return
-        if all(self._scratch.find(unit, (self._version, e.terms)) is not None for e in emissions):
+        if all(self._scratch.find(unit, self._key(unit, e)) is not None for e in emissions):
             self._release(unit)
             self._prefetch_after(unit)
 
@@ -378,41 +383,45 @@ class Schedule:
         return behind and (self._version + unit.block) % self.work.write_every != 0
 
     def _point(self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]) -> int:
-        """The address of the perturbed copy that the lane uses; 0: the clean weights."""
+        """The address of the copy that the lane uses; 0: the clean weights as they are stored."""
         stays_behind = self._elides(unit) and self.work.slicing is None
-        if not unit.trainable or (emission.clean and not stays_behind):
-            self._materialize(unit, (), 0)
+        if not unit.converts and (not unit.trainable or (emission.clean and not stays_behind)):
+            self._materialize(unit, 0, 0)
             return 0
-        key = (self._version, emission.terms)
+        key = self._key(unit, emission)
         buffer = self._scratch.find(unit, key)
         if buffer is None:
-            mirrored = [e for e in emissions if e.mirrors(emission) and e != emission]
-            missing = (e for e in mirrored if self._scratch.find(unit, (self._version, e.terms)) is None)
-            wanted = [emission, *missing]
-            buffer = self._scratch.take(unit, [(self._version, e.terms) for e in wanted], pinned)[0]
-            self._materialize(unit, wanted, 0 if emission.clean else 1)
+            mirrored = (self._key(unit, e) for e in emissions if e.mirrors(emission))
+            wanted = dict.fromkeys([key, *(k for k in mirrored if self._scratch.find(unit, k) is None)])
+            buffer = self._scratch.take(unit, list(wanted), pinned)[0]
+            self._materialize(unit, len(wanted), 0 if emission.clean else 1)
         return buffer.data_ptr()
 
-    def _materialize(self, unit: Unit, emissions: Sequence[Emission], num_noises: int) -> None:
-        if not unit.trainable:
-            return
+    def _key(self, unit: Unit, emission: Emission) -> tuple:
+        """What a copy is a function of: where no update reaches it, of the stored weights alone."""
+        return (self._version, emission.terms) if unit.trainable else ()
+
+    def _materialize(self, unit: Unit, num_outs: int, num_noises: int) -> None:
         # A sliced block reaches its slot with every update made.
         sliced = self.work.slicing is not None and unit.index in self.work.streamed
-        missed = 0 if sliced else self._version - self._stored[unit.index]
-        writes = missed > 0 and not (emissions and self._elides(unit))
-        if missed or emissions:
-            seconds = self._noise_s(unit, 1.0, missed, num_noises, len(emissions), writes)
-            overhead = self._issue(self.work.rates.host.materialize_s)
-            self._run("materialize", unit.name, seconds + overhead)
+        missed = 0 if sliced or not unit.trainable else self._version - self._stored[unit.index]
+        writes = missed > 0 and not (num_outs and self._elides(unit))
+        if missed or num_outs:
+            seconds = self._noise_s(unit, 1.0, missed, num_noises, num_outs, writes)
+            self._run("materialize", unit.name, seconds + self._issue(self.work.rates.host.materialize_s))
             if writes:
                 self._dirty.add(unit.index)
         if writes or not (missed or sliced):
             self._stored[unit.index] = self._version
 
     def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:
-        call = {"terms": missed * self.work.num_terms, "emissions": noises, "outs": outs, "write": writes}
-        made = ((round(p.numel * share), p.dtype) for p in unit.params if p.trainable)
-        return sum(self.work.rates.noise_s(numel, dtype, self.work.family, **call) for numel, dtype in made)
+        seconds, made = 0.0, {"terms": missed * self.work.num_terms, "emissions": noises, "write": writes}
+        for p in self._copied[unit.index]:
+            if p.trainable or outs:
+                size = round(p.numel * share), p.dtype, self.work.family
+                call = made if p.trainable else dict.fromkeys(made, 0)
+                seconds += self.work.rates.noise_s(*size, out_bytes=outs * p.seen.itemsize, **call)
+        return seconds
 
     # ---- as the copy engine -----------------------------------------------------------------------------------------
 

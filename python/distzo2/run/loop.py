@@ -84,6 +84,7 @@ class TrainLoop:
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
+        self._signal: dict[str, Any] = {}  # as the first step found it
 
     def settle_compute_dtype(self) -> torch.dtype | None:
         """Looks, before the first step of a run that computes in 16 bits, at how much of it is signal. Where the dtype
@@ -106,6 +107,8 @@ class TrainLoop:
         name, seconds = str(dtype).removeprefix("torch."), time.perf_counter() - start
         told = "none" if correlation is None else f"{correlation:.2f}"
         self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {told} ({seconds:.1f} s)")
+        kept = ("eps", "correlation", "slope", "relative_error", "floor", "curvature", "difference")
+        self._signal = {"compute_dtype": name, **{key: getattr(found, key) for key in kept}}
         if about is not None and o.compute_dtype == "auto":
             runtime.compute_in(torch.float32)
             self.log("little signal: computing in float32; the weights stay stored as they are")
@@ -149,6 +152,7 @@ class TrainLoop:
                 distzo2=__version__,
                 objective=self.objective.name,
                 model_bytes=self.size.total,
+                **({"signal": self._signal} if self._signal else {}),
                 status="running",
                 launch=launch_id(),
                 **self._best_so_far(),
@@ -229,6 +233,7 @@ class TrainLoop:
             loss=last.loss,
             coefs=last.coefs,
             lr=last.lr[0],
+            difference=last.difference,
             skipped=last.skipped,
             clipped=last.clipped,
             tokens=tokens,

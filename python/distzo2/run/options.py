@@ -378,6 +378,10 @@ class PlanOptions:
         group="what",
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
+    compute_dtype: ComputeDtype = option(
+        "auto", "what modules compute with; auto: float32 on a CPU whose 16-bit products are no faster, else stored"
+    )
+    tf32: Switch = option(False, "float32 products in TF32, on a GPU")
     batch: Count = option(8, "sequences a step, of all ranks")
     tokens: Count = option(512, "tokens of a sequence")
     micro_batches: Count | None = option(None, "parts of the batch; must divide --batch (default: one a data rank)")

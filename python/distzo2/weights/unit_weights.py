@@ -82,6 +82,7 @@ class UnitWeights:
         # Buffers, by unit and addresses, that `materialize` has checked: those that it wrote to.
         self._visited: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._copied_whole: dict[int, bool] = {}  # by unit
+        self._reached: dict[int, bool] = {}  # by unit that converts: whether updates reach any of it
         streamed = [c.unit for c in copies if c.block >= 0]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
@@ -97,6 +98,7 @@ class UnitWeights:
         self._owner = weakref.ref(owner)
         self.updates.bind(group_of, num_groups, seed)
         self._copied_whole.clear()
+        self._reached.clear()
         self._visited.clear()
         self._unused = (), frozenset()
         self._scratch.forget()
@@ -331,13 +333,17 @@ class UnitWeights:
             unit.compute_in(dtypes)
         self._scratch = Scratch([u for u in self.units if u.trainable or u.converts], self.device)
         self.updates.forget_tables()
-        for cache in (self._views, self._visited, self._copied_whole):
+        for cache in (self._views, self._visited, self._copied_whole, self._reached):
             cache.clear()
 
     def _key(self, unit: Unit, emission: Emission) -> tuple:
         """What a copy of a unit is a function of, besides what was stored at first."""
-        if unit.converts and all(p.index not in self.updates.group_of for p in unit.params):
-            return CLEAN_KEY  # neither updates nor perturbations reach it
+        if unit.converts:
+            reached = self._reached.get(unit.index)
+            if reached is None:
+                reached = self._reached[unit.index] = any(p.index in self.updates.group_of for p in unit.params)
+            if not reached:
+                return CLEAN_KEY
         return self.version, emission.terms, self.updates.perturb_scales
 
     def _leaves_behind(self, copy: StoredCopy) -> bool:

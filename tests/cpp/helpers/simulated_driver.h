@@ -3,8 +3,13 @@
 // without a context or from a host function, copies outside of an allocation, from memory that is not pinned or across
 // two registrations, use of destroyed handles, waits that spin. What tests ask of a driver besides (test_driver.h) is
 // not its affair.
+//
+// Its time is the machine's, or simulated (Options::copy_ns). Then each thread, a stream's or the host's, has a clock:
+// work begins at the latest of its stream's clock, the host's clock when it issued the work, and the events that the
+// stream waits for. Copies and spend() take time and nothing else does, so that times do not depend on the machine.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdio>
@@ -18,6 +23,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "runtime/common.h"
@@ -29,6 +35,14 @@ using namespace distzo2::cu;
 
 inline constexpr Result kInvalidHandle = 400;
 inline constexpr Result kNotPermitted = 800;
+
+// Simulated time of the calling thread.
+inline int64_t& clock_ns() {
+    thread_local int64_t time_ns = 0;
+    return time_ns;
+}
+// For host functions: what this thread does takes so long.
+inline void spend(int64_t duration_ns) { clock_ns() += duration_ns; }
 
 struct Record { // of an event, at one time
     std::mutex mutex;
@@ -52,7 +66,7 @@ class StreamState {
     }
     void push(std::function<void()> work) {
         const std::lock_guard lock(mutex_);
-        queue_.push_back(std::move(work));
+        queue_.emplace_back(clock_ns(), std::move(work));
         changed_.notify_one();
     }
 
@@ -61,18 +75,19 @@ class StreamState {
         std::unique_lock lock(mutex_);
         while (true) {
             changed_.wait(lock, [this] { return !queue_.empty(); });
-            const std::function<void()> work = std::move(queue_.front());
+            const auto [issued_ns, work] = std::move(queue_.front());
             queue_.pop_front();
             if (!work)
                 return;
             lock.unlock();
+            clock_ns() = std::max(clock_ns(), issued_ns);
             work();
             lock.lock();
         }
     }
     std::mutex mutex_;
     std::condition_variable changed_;
-    std::deque<std::function<void()>> queue_;
+    std::deque<std::pair<int64_t, std::function<void()>>> queue_; // with the time of issue
     std::thread thread_;
 };
 
@@ -80,6 +95,7 @@ struct Options {
     int num_devices = 1;
     bool serial_host_functions = false; // those of all streams wait for one another, as a real driver's may
     bool abort_on_misuse = false;       // where nobody can ask for misuse()
+    int64_t copy_ns = 0;                // what a copy takes; time is simulated if it is above 0
 };
 
 // One at a time.
@@ -87,6 +103,7 @@ class Driver {
   public:
     explicit Driver(const Options& options = {}) : options_(options) {
         current() = this;
+        clock_ns() = 0;
         streams_[nullptr] = std::make_unique<StreamState>(); // the legacy default stream
     }
     ~Driver() {
@@ -158,22 +175,27 @@ class Driver {
             return complain(call, "host memory is not within one registration", kInvalidValue);
         auto* to = reinterpret_cast<void*>(up ? device : host);
         const auto* from = reinterpret_cast<const void*>(up ? host : device);
-        streams_.at(stream)->push([to, from, num_bytes] { std::memcpy(to, from, num_bytes); });
+        streams_.at(stream)->push([to, from, num_bytes, copy_ns = options_.copy_ns] {
+            std::memcpy(to, from, num_bytes);
+            spend(copy_ns);
+        });
         return kSuccess;
     }
-    static void complete(Record& record) {
+    bool simulates_time() const { return options_.copy_ns > 0; }
+    void complete(Record& record) const {
         const std::lock_guard lock(record.mutex);
         record.done = true;
-        record.time_ns = distzo2::now_ns();
+        record.time_ns = simulates_time() ? clock_ns() : distzo2::now_ns();
         record.changed.notify_all();
     }
     static void await(Record& record) {
         std::unique_lock lock(record.mutex);
         record.changed.wait(lock, [&] { return record.done; });
+        clock_ns() = std::max(clock_ns(), record.time_ns);
     }
     std::shared_ptr<Record> push_record(Stream stream) {
         auto record = std::make_shared<Record>();
-        streams_.at(stream)->push([record] { complete(*record); });
+        streams_.at(stream)->push([this, record] { complete(*record); });
         return record;
     }
 
@@ -281,8 +303,10 @@ class Driver {
             lock.unlock();
             if (!record)
                 return kSuccess;
-            const std::lock_guard record_lock(record->mutex);
-            return record->done ? kSuccess : kNotReady;
+            std::unique_lock record_lock(record->mutex);
+            if (d.simulates_time()) // the answer is that of the caller's clock, however far the threads are
+                record->changed.wait(record_lock, [&] { return record->done; });
+            return record->done && (!d.simulates_time() || record->time_ns <= clock_ns()) ? kSuccess : kNotReady;
         };
         t.event_synchronize = [](Event event) {
             SIMULATED_CALL("event_synchronize", true);

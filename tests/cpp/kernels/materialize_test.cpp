@@ -262,7 +262,8 @@ TEST(refusals) {
     refused([](Visit& v) { v.segments[1].numel = 11; }, "segment 1: 11 elements");
     refused([](Visit& v) { v.segments[0].group = 1; }, "group 1 of 1");
     refused([](Visit& v) { v.segments[0].group = -2; }, "group -2 of 1");
-    refused([](Visit& v) { v.segments[1].out_offset = 24; }, "out of segment 1: 10 elements of 4 bytes at byte 24 of 60");
+    refused([](Visit& v) { v.segments[1].out_offset = 24; },
+            "out of segment 1: 10 elements of 4 bytes at byte 24 of 60");
     refused([](Visit& v) { v.segments[1].out_dtype = -1; }, "out of segment 1: dtype code -1");
     refused([](Visit& v) { v.segments[0].numel = -1; }, "numel -1");
     refused([](Visit& v) { v.segments[1].byte_offset = -20; }, "at byte -20");

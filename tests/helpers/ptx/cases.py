@@ -10,14 +10,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from kernel_cases import Visit, assert_same_bits, random_coef, random_place, random_weights
+from kernel_cases import DTYPES, Visit, assert_same_bits, random_coef, random_place, random_weights
 
 import distzo2_core
 import distzo2_core.ops
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
 
 from .cuda_kernels import CudaKernels
-from .triton_kernels import ARGUMENTS, TritonKernels
+from .triton_kernels import ARGUMENTS, PAIRS, TritonKernels
 
 FAMILIES = ("normal", "rademacher")
 # Updates and emits that the CUDA kernels have programs for, and one that they have none for.
@@ -39,6 +39,12 @@ def backend_of(kernels: CudaKernels | TritonKernels) -> Iterator[str]:
 
         stack.enter_context(mock.patch.object(distzo2_core.ops, "implementation", implementation))
         yield "ptx"
+
+
+def pairs_of(kernels: CudaKernels | TritonKernels) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+    """What is emitted in another dtype than it is stored in: everything, or what was compiled for these tests."""
+    codes = PAIRS if isinstance(kernels, TritonKernels) else itertools.permutations(range(3), 2)
+    return tuple((DTYPES[code], DTYPES[out_code]) for code, out_code in codes)
 
 
 def simple_visit(
@@ -90,7 +96,7 @@ def simple_visit(
     at = 0
     for index, segment in enumerate(segments if pairs else ()):
         outs = [segment.dtype, *(out for dtype, out in pairs if dtype == segment.dtype)]
-        out_dtype = outs[-1] if plain else outs[(index // len(dtypes)) % len(outs)]
+        out_dtype = outs[-1] if plain else outs[(index // len(dtypes) + 1) % len(outs)]
         at += 16 - at % 16 if whole else int(rng.integers(0, 5)) * 4 + -at % 4
         segments[index] = segment._replace(out_offset=at, out_dtype=out_dtype)
         at += segment.numel * out_dtype.itemsize

@@ -75,8 +75,8 @@ def structure(name: str, fields: str) -> type[ctypes.Structure]:
 
 MATERIALIZE = structure(
     "Materialize",
-    "weights:p num_bytes:i out_bytes:i segments:p num_segments:i seed:u terms:p coefs:p num_terms:i updates:p update_groups:p "
-    "num_updates:i num_groups:i emits:p emit_scales:p num_emits:i outs:p write_back:b",
+    "weights:p num_bytes:i out_bytes:i segments:p num_segments:i seed:u terms:p coefs:p num_terms:i updates:p "
+    "update_groups:p num_updates:i num_groups:i emits:p emit_scales:p num_emits:i outs:p write_back:b",
 )
 IN_PLACE = structure("InPlace", "data:p dtype:i numel:i seed:u family:i step:i param:i probe:i offset:i")
 LOOKUP = structure(
