@@ -23,7 +23,9 @@ HALF = ["--dtype=bfloat16", "--save=last"]
 def computed(out: str = "out") -> tuple[str, str | None]:
     """What run.json and the journal say."""
     header = read_journal(Path(out, "journal.jsonl")).header
-    return record(out)["options"]["compute_dtype"], header["options"].get("compute_dtype")
+    dtype = header["options"].get("compute_dtype")
+    assert header["compute_dtype"] == (dtype or header["table"][0]["dtype"])
+    return record(out)["options"]["compute_dtype"], dtype
 
 
 def without_compute_dtype(out: str = "out") -> None:
@@ -62,7 +64,7 @@ def test_a_resumed_run_keeps_it_and_a_branch_may_change_it(files, capsys) -> Non
     assert finetune(files, *settled, "--steps=2", "--save=none") == 0
     capsys.readouterr()
     assert resume("--compute-dtype=bfloat16") == 2
-    assert "--compute-dtype was 'float32' and is 'bfloat16'" in one_line(capsys)
+    assert "--compute-dtype was 'float32' and is 'bfloat16': start a new run for that, or a branch" in one_line(capsys)
     assert resume("--compute-dtype=auto", "--steps=3") == 0 and resume("--steps=4", "--save=last") == 0
     assert "signal" not in "".join(capsys.readouterr()) and computed() == ("float32", "float32")
     assert_same_bits("out/checkpoint", "whole/checkpoint")

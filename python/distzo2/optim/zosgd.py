@@ -216,6 +216,7 @@ class ZOSGD(torch.optim.Optimizer):
             },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
             data_hash=self._data_hash,
+            computed=[str(p.seen).removeprefix("torch.") for p in runtime.params],
         )
 
     def _set(self, **changes: Any) -> None:

@@ -100,6 +100,7 @@ def make_header(
     options: Mapping[str, Any] | None = None,
     fingerprint: Mapping[str, Any] | None = None,
     data_hash: str | None = None,
+    computed: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """A header, checked.
 
@@ -113,12 +114,13 @@ def make_header(
         options: of the optimizer; a resumed run must have the same.
         fingerprint: what the bits of a forward depend on besides the weights.
         data_hash: SHA-256 of the examples as the model is given them; None if it is not known.
+        computed: dtypes that forwards compute in; None: those of the table.
 
     Raises:
         JournalError: a value is not what a header holds.
     """
     versions = {"distzo2": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    dtypes = {row["dtype"] for row in table}
+    dtypes = {row["dtype"] for row in table} if computed is None else set(computed)
     header = {
         "journal": FORMAT_VERSION,
         "noise": NOISE_VERSION,

@@ -21,7 +21,7 @@ from distzo2.parallel import group as parallel
 from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, process_start
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.run.directory import saved_options
-from distzo2.run.options import FinetuneOptions, checked, made, read_config
+from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions, checked, made, read_config
 
 REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
 
@@ -69,7 +69,7 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         return made(FinetuneOptions, values)
     parent = _saved(values["branch_from"])
     options = made(FinetuneOptions, parent | values)
-    for name in ("seed", "dtype"):
+    for name in KEPT_BY_BRANCHES:
         if getattr(options, name) != parent.get(name, getattr(options, name)):
             change = f"was {parent[name]!r} in {options.branch_from} and is {getattr(options, name)!r}"
             raise UsageError(f"--{name} {change}: a branch keeps it")

@@ -26,6 +26,7 @@ from distzo2.text import first_reason
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate",
          "max_length", "train_mode", "split_special_tokens")  # fmt: skip
+KEPT_BY_BRANCHES = ("seed", "dtype")
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -512,7 +513,8 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> 
         if was != after.get(name):
             flag = "--" + name.replace("_", "-")
             change = f"{flag} was {was!r} and is {after.get(name)!r}"
-            raise UsageError(f"{where}: {change}: start a new run for that")
+            branch = "" if name in KEPT_BY_BRANCHES else ", or a branch of it (--branch-from)"
+            raise UsageError(f"{where}: {change}: start a new run for that{branch}")
     return [
         f"{name.replace('_', '-')} {before.get(name)} -> {value}"
         for name, value in after.items()
