@@ -82,7 +82,11 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
         for dtype in ("bfloat16", "float16"):
             if dtype in some:
                 axes.plot(some["float32"], some[dtype], ".", color=COLOURS[dtype], label=dtype)
-        axes.set(xlabel="L+ - L- in float32", ylabel="the same in 16 bits", title=f"eps {eps:g}, {size} example{'s' * (size > 1)}")
+        axes.set(
+            xlabel="L+ - L- in float32",
+            ylabel="the same in 16 bits",
+            title=f"eps {eps:g}, {size} example{'s' * (size > 1)}",
+        )
         axes.legend(frameon=False, fontsize=8)
     for axes in (first, *others):
         axes.spines[["top", "right"]].set_visible(False)
