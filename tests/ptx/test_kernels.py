@@ -73,8 +73,8 @@ def test_lookup(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> Non
         for cols in (8, 2104):
             check_lookup(np.random.default_rng(cols), backend, dtype, cols, whole=True)
         for out_dtype in [out for stored, out in pairs_of(kernels) if stored == dtype]:
-            for cols in (7, 64, 2104):
-                check_lookup(np.random.default_rng(cols), backend, dtype, cols, cols > 7, out_dtype)
+            for cols in (7, 8, 64, 300, 2104):
+                check_lookup(np.random.default_rng(cols), backend, dtype, cols, cols % 8 == 0, out_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,7 +92,7 @@ def test_rows_that_do_not_exist_are_nan(kernels: CudaKernels | TritonKernels, dt
 
 
 def test_visits_of_simple_programs(kernels: CudaKernels | TritonKernels) -> None:
-    check_simple_visits(kernels, range(8))
+    check_simple_visits(kernels, range(10))
 
 
 def test_visits_of_any_program(kernels: CudaKernels | TritonKernels) -> None:
