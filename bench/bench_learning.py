@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -112,7 +111,7 @@ class Bench:
         try:
             status = process.wait(None if self.end is None else max(1.0, self.end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT, which a shell in the background lets children ignore
             process.wait()
             raise TimeoutError from None
         if status:
