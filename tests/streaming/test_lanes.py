@@ -148,7 +148,7 @@ def test_an_exception_in_the_middle_of_a_block_comes_as_it_was_raised(tmp_path):
         with pytest.raises(Boom, match="in the middle"):
             opt.step(lambda: model(IDS))
     Fragile.armed = False
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # fewer, where models of other tests are dropped meanwhile
     assert opt.step_count == 1
     assert_same_tensors(model.state_dict(), before)
     assert all(isinstance(p, AbsentParameter) for p in model.parameters())
