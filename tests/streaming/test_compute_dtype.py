@@ -49,6 +49,10 @@ def test_the_dtype_may_change_between_passes(tmp_path):
     opt.step(lambda: model(IDS))
     expected, _ = stepped(None, None, steps=3)
     assert_same_tensors(model.state_dict(), expected.state_dict())
+    runtime.compute_in(torch.float32)
+    with distzo2.edit(model):
+        model.head.weight.requires_grad_(False)  # hands it over anew
+    assert distzo2.runtime_of(model).compute_dtype == torch.float32
 
 
 def test_what_is_not_of_16_bits_stays(tmp_path):

@@ -410,7 +410,7 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     """Hands a model over whose parameters are real and no longer those that it was cut into."""
     runtime.close()
     model._distzo2_state.remove()
-    _take(model, **runtime.options | {"weight_file": None})
+    _take(model, **runtime.options | {"weight_file": None, "compute_dtype": runtime.compute_dtype})
 
 
 @contextmanager
