@@ -90,3 +90,30 @@ def test_lanes_inherit_the_callers_context():
         torch.set_num_threads(threads)
     assert seen == [(5, 1, False, torch.float64, "meta")] * 4  # two lanes, and each once more alone
     assert variable.get() == 5
+
+
+class _Plain:
+    use_cache = True
+
+
+class _Configured(Blocks):
+    """Its configuration is a property."""
+
+    @property
+    def config(self):
+        return self.kept
+
+    def forward(self, ids):
+        self.kept.seen = self.config.use_cache
+        return super().forward(ids)
+
+
+def test_a_cache_is_switched_off_wherever_its_configuration_is():
+    model = _Configured()
+    model.kept = _Plain()
+    offloaded(model)
+    distzo2.evaluate(model, [lambda: model(IDS)])
+    assert model.kept.seen is False and model.kept.use_cache is True
+    model.kept.use_cache = False  # by the user
+    distzo2.evaluate(model, [lambda: model(IDS)])
+    assert model.kept.use_cache is False
