@@ -36,3 +36,8 @@ def first_reason(error: ValidationError) -> str:
     text = error.errors(include_url=False, include_context=False)[0]["msg"].removeprefix("Value error, ")
     text = re.sub(r"^\w+ should (be|have) ", "expected ", text).replace("Field required", "missing")
     return re.sub("expected (?=greater|less)", "expected a number ", text)
+
+
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as options, journals and files spell it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from same_bits import assert_same_tensors
 from torch import nn
 
 import distzo2
+from distzo2.weights.units import collect_params, main_dtype
 
 
 def stepped(directory, compute, *, build=lambda: Blocks().bfloat16(), steps=2, **options):
@@ -114,3 +115,12 @@ def test_a_resumed_run_computes_as_it_did(tmp_path):
     for _ in range(4):
         other.step(lambda: expected(IDS))
     assert_same_tensors(model.state_dict(), expected.state_dict())
+
+
+def test_what_most_of_a_model_is_stored_in():
+    """Of all bytes, not of the parameter that comes last."""
+    model = nn.ModuleList([nn.Linear(64, 64).bfloat16(), nn.Linear(2, 2).bfloat16(), nn.Linear(8, 8)])
+    params = collect_params(model)
+    assert main_dtype(params) == torch.bfloat16
+    model[0].requires_grad_(False)
+    assert main_dtype(collect_params(model)) == torch.float32

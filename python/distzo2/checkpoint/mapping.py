@@ -23,6 +23,7 @@ from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 from distzo2.errors import one_line
+from distzo2.text import dtype_name
 
 # The last part of a tensor's name where it scales or unpacks the weights beside it: GPTQ, AWQ, bitsandbytes,
 # compressed-tensors, FP8, MXFP4, HQQ, AQLM, quanto. Where a model lacks tensors, the strong ones tell by themselves.
@@ -107,12 +108,10 @@ class CheckpointMap:
         """The map as plain data for JSON: checkpoint tensors with their files, and each parameter's pieces."""
         return {
             "tensors": [
-                [t.name, str(t.dtype).removeprefix("torch."), t.shape, file.path.name]
+                [t.name, dtype_name(t.dtype), t.shape, file.path.name]
                 for t, file in zip(self.tensors, self.files.file_of, strict=True)
             ],
-            "params": {
-                name: [str(m.dtype).removeprefix("torch."), m.shape, m.pieces] for name, m in self.mapped.items()
-            },
+            "params": {name: [dtype_name(m.dtype), m.shape, m.pieces] for name, m in self.mapped.items()},
         }
 
     def close(self) -> None:
@@ -262,7 +261,7 @@ def _refuse_packed(where: str, entries: Sequence[TensorEntry], used: dict[int, t
 
 
 def _refuse(where: str, entry: TensorEntry, why: str) -> None:
-    dtype = str(entry.dtype).removeprefix("torch.")
+    dtype = dtype_name(entry.dtype)
     raise CheckpointError(
         f"{where}: the weights are packed or scaled, which cannot be decoded: tensor {entry.name!r} ({dtype}) {why}; "
         "expected plain floating-point weights"

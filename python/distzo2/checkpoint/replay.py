@@ -35,12 +35,13 @@ from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import JournalError
+from distzo2.text import dtype_name
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20  # of weights that are read, updated and written at once
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _COMPARED = 1 << 20  # elements of a parameter whose places are compared at once, 8 bytes each
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one is read, one updated, one written
@@ -141,7 +142,7 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
     params = [mapped[name] for name in checkpoint_map.names]
     rows = [*table, *({"index": i} for i in range(len(table), len(params)))]
     ours = [
-        {**row, "name": m.name, "shape": list(m.shape), "dtype": str(m.dtype).removeprefix("torch.")}
+        {**row, "name": m.name, "shape": list(m.shape), "dtype": dtype_name(m.dtype)}
         for row, m in zip(rows, params, strict=False)
     ]
     difference = table_difference(table, ours)

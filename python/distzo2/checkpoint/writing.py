@@ -26,6 +26,7 @@ from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.reading import CHUNK_BYTES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, scratch, strided_view
 from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
 from distzo2.files import sync_directory
+from distzo2.text import dtype_name
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 GENERATION_FILE = "generation_config.json"
@@ -163,7 +164,7 @@ class CheckpointWriter:
             has_file = source is not None and (source / CONFIG_FILE).is_file()
             fields = read_json(source / CONFIG_FILE) if has_file else json.loads(config.to_json_string())
             dtypes = [self.map.mapped[name].dtype for name in self.map.names]
-            dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
+            dtype = dtype_name(max(set(dtypes), key=dtypes.count))
             for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
                 if part is fields or "dtype" in part or "torch_dtype" in part:
                     part.pop("torch_dtype", None)  # the older name of dtype

@@ -21,6 +21,7 @@ from distzo2.optim.estimator import SPSA
 from distzo2.optim.settings import make_settings
 from distzo2.optim.step_lanes import StepLanes
 from distzo2.streaming.offload import runtime_of
+from distzo2.text import dtype_name
 
 REFERENCE = torch.float32
 ENOUGH = 0.95  # a correlation at which a step is made of signal
@@ -161,7 +162,7 @@ def advice(found: Signal) -> str | None:
     """One line for a run whose steps are mostly rounding, with the remedy; None if they are not."""
     if found.is_enough:
         return None
-    name = str(found.dtype).removeprefix("torch.")
+    name = dtype_name(found.dtype)
     what = f"a correlation of {found.correlation:.2f} with those in float32: steps are mostly rounding"
     if np.isnan(found.correlation):
         what = "no size: they are all 0, or not finite"

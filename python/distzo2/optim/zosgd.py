@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,7 +37,8 @@ from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import check_computes, runtime_of
-from distzo2.weights.units import Unit, ranges_of
+from distzo2.text import dtype_name
+from distzo2.weights.units import Unit, main_dtype, ranges_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
 logger = logging.getLogger("distzo2")
@@ -212,11 +213,11 @@ class ZOSGD(torch.optim.Optimizer):
                 "eps": s.eps,
                 "num_probes": s.num_probes,
                 "estimator": type(s.estimator).__name__,
-                **({} if computed is None else {"compute_dtype": str(computed).removeprefix("torch.")}),
+                **({} if computed is None else {"compute_dtype": dtype_name(computed)}),
             },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
             data_hash=self._data_hash,
-            computed=[str(p.seen).removeprefix("torch.") for p in runtime.params],
+            computed=[dtype_name(p.seen) for p in runtime.params],
         )
 
     def _set(self, **changes: Any) -> None:
@@ -413,12 +414,11 @@ class ZOSGD(torch.optim.Optimizer):
             A `Signal` for each dtype and eps, in this order. Weights are not changed.
         """
         runtime = self._runtime
-        stored = Counter({p.dtype: p.num_bytes for p in runtime.params if p.trainable}).most_common(1)[0][0]
         sizes = [self.settings.eps] if eps is None else [eps] if isinstance(eps, (int, float)) else list(eps)
         if probes < 2 or not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
             raise DistZO2Error(f"signal: 2 probes or more and positive eps were expected, got {probes} and {sizes}")
         runtime.weights.updates.set_perturb_scales([g.perturb_scale for g in scalars_of(self.param_groups)])
-        dtypes = (runtime.compute_dtype or stored, torch.float32) if dtypes is None else dtypes
+        dtypes = (runtime.compute_dtype or main_dtype(runtime.params), torch.float32) if dtypes is None else dtypes
         for dtype in dtypes:
             check_computes(runtime.device, dtype)
         closures = [closure] if callable(closure) else list(closure)

@@ -36,7 +36,7 @@ from distzo2.planning.report import draw_plan, plan_events
 from distzo2.planning.schedule import Played, Slicing, Work, play_steps
 from distzo2.run.preflight import DTYPES, check_output
 from distzo2.streaming.lanes import Emission
-from distzo2.text import gib
+from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
 from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream
 from distzo2.weights.store import slot_bytes_of
@@ -284,8 +284,8 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         "version": __version__,
         "model": {
             "name": model.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "compute_dtype": str(planner.compute_dtype or model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
+            "compute_dtype": dtype_name(planner.compute_dtype or model.dtype),
             "elements": sum(p.numel for u in model.units for p in u.params),
             "bytes": sum(u.num_bytes for u in model.units),
             "seen_bytes": sum(u.seen_bytes for u in model.units),

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.streaming.hooks import Windows
-from distzo2.weights.units import Unit, collect_params, dtypes_to_compute_in, find_units
+from distzo2.weights.units import HALVES, Unit, collect_params, dtypes_to_compute_in, find_units
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
@@ -170,7 +170,7 @@ def plan_module(
         for p in unit.params:
             p.tensor.data = p.tensor.data.to(p.seen)
     for buffer in model.buffers() if compute_dtype == torch.float32 else ():
-        if buffer.dtype in (torch.bfloat16, torch.float16):
+        if buffer.dtype in HALVES:
             buffer.data = buffer.data.float()
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     recorder = _Recorder(model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from distzo2.record.line import MAX_HEADER_BYTES, MAX_INT64, JournalError, decode_line, expect_members, whole
-from distzo2.text import brief
+from distzo2.text import brief, dtype_name
 from distzo2.version import __version__
 from distzo2.weights.units import ParamInfo
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION
@@ -71,7 +71,7 @@ def table_row(
         "index": int(index),
         "name": name,
         "shape": [int(size) for size in shape],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "stride": [int(step) for step in stride],
         "trainable": bool(trainable),
         "group": None if group is None else int(group),

@@ -22,6 +22,7 @@ from distzo2.tasks.examples import load_examples, tokenize_for
 from distzo2.tasks.kinds import model_kind
 from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
+from distzo2.text import dtype_name
 
 BENT = 0.5  # of |L+ + L- - 2 L0| to |L+ - L-|, from which a difference is no slope any more
 SAME_COST = 1.1  # times the least seconds: of settings within it, the one with the least error is named
@@ -106,7 +107,7 @@ def table_of_signals(signals: Sequence[Signal]) -> list[str]:
     seconds = {s.dtype: min(other.seconds for other in signals if other.dtype == s.dtype) for s in signals}
     for s in signals:
         lines.append(
-            f"{_name(s.dtype):<9}{s.eps:>8g}{s.correlation:>13.3f}{s.slope:>8.2f}{s.relative_error:>8.2f}"
+            f"{dtype_name(s.dtype):<9}{s.eps:>8g}{s.correlation:>13.3f}{s.slope:>8.2f}{s.relative_error:>8.2f}"
             f"{s.difference:>11.1e}{s.floor:>10.1e}{s.curvature:>11.2f}{s.seconds:>9.1f}"
         )
     good = [s for s in signals if s.is_enough]
@@ -117,7 +118,7 @@ def table_of_signals(signals: Sequence[Signal]) -> list[str]:
     least = min(seconds[s.dtype] for s in some)
     best = min((s for s in some if seconds[s.dtype] <= SAME_COST * least), key=lambda s: s.relative_error)
     lines.append(
-        f"cheapest with a correlation of {ENOUGH} or more: --compute-dtype {_name(best.dtype)} --eps {best.eps:g}"
+        f"cheapest with a correlation of {ENOUGH} or more: --compute-dtype {dtype_name(best.dtype)} --eps {best.eps:g}"
     )
     if straight:
         lines.append(f"largest eps before curvature bends the loss: {max(s.eps for s in straight):g}")
@@ -126,11 +127,7 @@ def table_of_signals(signals: Sequence[Signal]) -> list[str]:
 
 def json_of_signals(signals: Sequence[Signal]) -> list[dict[str, Any]]:
     """A row for each dtype and eps; what is not a number is null."""
-    return [finite(vars(s) | {"dtype": _name(s.dtype), "differences": s.differences.tolist()}) for s in signals]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return [finite(vars(s) | {"dtype": dtype_name(s.dtype), "differences": s.differences.tolist()}) for s in signals]
 
 
 @torch.no_grad()

@@ -27,12 +27,12 @@ from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resid
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
-from distzo2.streaming.runtime import HALVES
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.objectives import Objective, evaluate_examples
 from distzo2.tasks.tokenize import Example
-from distzo2.text import gib
+from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
+from distzo2.weights.units import HALVES
 
 _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
     "lr", "eps", "weight_decay", "noise", "estimator", "seed",
@@ -104,7 +104,7 @@ class TrainLoop:
             more = {"noise": o.noise, "seed": o.seed, "max_lanes": lanes}  # no more memory than a step takes
             found = signal_of(self.model, closures, dtypes=[dtype], eps=[o.eps], probes=SIGNAL_PROBES, **more)[0]
         correlation, about = from_rank_0("the signal", lambda: [finite(found.correlation), advice(found)])
-        name, seconds = str(dtype).removeprefix("torch."), time.perf_counter() - start
+        name, seconds = dtype_name(dtype), time.perf_counter() - start
         told = "none" if correlation is None else f"{correlation:.2f}"
         self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {told} ({seconds:.1f} s)")
         kept = ("eps", "correlation", "slope", "relative_error", "floor", "curvature", "difference")

@@ -14,10 +14,10 @@ import torch
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.run.options import DataReading
-from distzo2.streaming.runtime import HALVES
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
 from distzo2.weights.residency import MemoryBudget, available_memory, free_disk_bytes
+from distzo2.weights.units import HALVES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 0.05  # of what is free, left to others

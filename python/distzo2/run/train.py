@@ -45,7 +45,7 @@ from distzo2.tasks.examples import examples_digest, load_examples
 from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
-from distzo2.text import MAX_BRIEF, gib
+from distzo2.text import MAX_BRIEF, dtype_name, gib
 
 _PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
 
@@ -123,7 +123,7 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
             with closing(loop):
                 with together(mesh, "starting the run"):
                     computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
-                    settings["compute_dtype"] = str(computed or "stored").removeprefix("torch.")
+                    settings["compute_dtype"] = dtype_name(computed or "stored")
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
                         run.update(options=settings)
                     if not options.resume and not options.no_check:

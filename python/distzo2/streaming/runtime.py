@@ -33,10 +33,9 @@ from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
-from distzo2.weights.units import ParamInfo, Unit, dtypes_to_compute_in
+from distzo2.weights.units import HALVES, ParamInfo, Unit, dtypes_to_compute_in
 from distzo2.weights.updates import CLEAN, Emission
 
-HALVES = (torch.bfloat16, torch.float16)
 MAX_WATCHED = 256  # closures' code that is remembered
 
 
@@ -199,11 +198,11 @@ class StreamingRuntime:
         # The caller's modes are for the lanes. Tensors made in inference mode could not be changed outside of it.
         with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             caller = RandomStream(self.device)
-            self.weights.busy = self._in_pass = True
             self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             self._room.clear()
             self._state = ScheduleState(self.device)
+            self.weights.busy = self._in_pass = True
             try:
                 self._buffers.begin()
                 self._lanes.run(lanes, callers, self._schedule(lanes, interrupt), self._state)

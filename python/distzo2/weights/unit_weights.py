@@ -231,17 +231,11 @@ class UnitWeights:
         for index in [i for i in self._present if i not in held]:
             self.release(self.units[index])
 
-    def _views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
+    def _views_of(self, unit: Unit, buffer: torch.Tensor, for_modules: bool = False) -> list[torch.Tensor]:
+        """The parameters over a buffer of what is stored, or, `for_modules`, of scratch."""
         key = (unit.index, buffer.data_ptr())
         if key not in self._views:
-            self._views[key] = unit.views(buffer)
-        return self._views[key]
-
-    def _seen_views_of(self, unit: Unit, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters over a buffer of scratch."""
-        key = (unit.index, buffer.data_ptr())
-        if key not in self._views:
-            self._views[key] = unit.seen_views(buffer)
+            self._views[key] = unit.seen_views(buffer) if for_modules else unit.views(buffer)
         return self._views[key]
 
     # ---- catching up, and perturbed copies --------------------------------------------------------------------------
@@ -287,7 +281,7 @@ class UnitWeights:
                 self._scratch.forget()
                 raise
             buffer = outs[0]
-        views = self._seen_views_of(unit, buffer)
+        views = self._views_of(unit, buffer, for_modules=True)
         if not self._is_copied_whole(unit):
             stored, dtypes = self.bring(unit).views, TRAINABLE_DTYPES if unit.converts else ()
             copied = [p.dtype in dtypes or p.index in self.updates.group_of for p in unit.params]

@@ -19,7 +19,8 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 
 ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundary
-TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+TRAINABLE_DTYPES = (torch.float32, *HALVES)
 GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this many groups
 
 
@@ -108,6 +109,14 @@ def _view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, param: ParamInf
     if not param.numel:
         return torch.empty(param.shape, dtype=dtype, device=buffer.device)
     return buffer[offset : offset + param.numel * dtype.itemsize].view(dtype).view(param.shape)
+
+
+def main_dtype(params: Iterable[ParamInfo]) -> torch.dtype:
+    """The dtype that most bytes of the trainable parameters, of which there is one at least, are stored in."""
+    num_bytes: Counter[torch.dtype] = Counter()
+    for param in params:
+        num_bytes[param.dtype] += param.num_bytes if param.trainable else 0
+    return num_bytes.most_common(1)[0][0]
 
 
 def dtypes_to_compute_in(params: Sequence[ParamInfo], dtype: torch.dtype | None) -> dict[torch.dtype, torch.dtype]:
