@@ -27,9 +27,9 @@ from bench_common import write_results
 from torch import nn
 
 import distzo2
-from distzo2.streaming.isolation import BufferGuard
-from distzo2.streaming.offload import no_kv_cache
+from distzo2.streaming.isolation import BufferGuard, no_kv_cache
 from distzo2.weights.store import StreamingStore
+from distzo2_core import walk_modules
 
 WIDTH = 8
 CALLS = ("acquire", "release", "prefetch")
@@ -74,7 +74,7 @@ def small_opt() -> nn.Module:
 
 def lane_unit_row(num_steps: int) -> dict[str, float]:
     bare, model = small_opt(), distzo2.offload(small_opt(), weights="device")
-    ids = torch.randint(0, 64, (2, 16))
+    ids, guard = torch.randint(0, 64, (2, 16)), BufferGuard()
     opt, runtime = distzo2.ZOSGD(model, lr=1e-4, eps=1e-3), distzo2.runtime_of(model)
     forward = lambda: model(input_ids=ids, labels=ids).loss  # noqa: E731
     samples: dict[str, list[float]] = {"step": [], "bare": [], "noise": [], "modules": []}
@@ -86,8 +86,9 @@ def lane_unit_row(num_steps: int) -> dict[str, float]:
         with torch.no_grad():
             bare(input_ids=ids, labels=ids), bare(input_ids=ids, labels=ids)
         times.append(time.perf_counter())
-        with no_kv_cache(model):
-            BufferGuard(model).begin()
+        slots, configs, training = walk_modules(model)
+        with no_kv_cache(configs):
+            guard.begin(slots, training)
         times.append(time.perf_counter())
         step, both, modules = (b - a for a, b in pairwise(times))
         for name, value in zip(samples, (step, both, runtime.stats()["noise_s"], modules), strict=True):

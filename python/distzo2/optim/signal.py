@@ -121,7 +121,7 @@ def signal_of(
         eps=eps[0], estimator="spsa", seed=seed, noise=noise, num_probes=probes, max_lanes=max_lanes, max_coef=None,
         max_clipped=0, max_skipped=1, verify_every=0, fsync_every=1,
     )  # fmt: skip
-    lanes = StepLanes(model, runtime, settings, DeferredInterrupt())
+    lanes = StepLanes(runtime, settings, DeferredInterrupt())
     runtime.weights.bind(lanes, {p.index: 0 for p in runtime.params if p.trainable and p.requires_grad}, 1, seed)
     return measure_signal(lanes, closures, 0, dtypes=dtypes, eps=eps, probes=probes)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
@@ -16,7 +15,6 @@ from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane
-from distzo2.streaming.offload import no_kv_cache
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission
@@ -26,11 +24,9 @@ from distzo2_core import FAMILIES, Term
 class StepLanes:
     """Runs the lanes of one optimizer that are this rank's. Each wave of lanes is one pass over the weights."""
 
-    def __init__(
-        self, model: nn.Module, runtime: StreamingRuntime, settings: Settings, interrupt: DeferredInterrupt
-    ) -> None:
+    def __init__(self, runtime: StreamingRuntime, settings: Settings, interrupt: DeferredInterrupt) -> None:
         self.settings = settings
-        self._model, self.runtime, self._interrupt = model, runtime, interrupt
+        self.runtime, self._interrupt = runtime, interrupt
         self._warned = False  # of a loss in 16 bits
 
     def run(
@@ -64,11 +60,10 @@ class StepLanes:
     def _run(self, lanes: Sequence[Lane], check: bool = False) -> Sequence[Unit] | None:
         wave = self.settings.max_lanes or len(lanes) or 1
         entered = None
-        with no_kv_cache(self._model):
-            for first in range(0, len(lanes), wave):
-                self._interrupt.check()
-                some = lanes[first : first + wave]
-                entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
+        for first in range(0, len(lanes), wave):
+            self._interrupt.check()
+            some = lanes[first : first + wave]
+            entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
         return entered
 
     def _lane(self, step: int, probe: int, sign: int, batch: int, closure: Callable[[], Any]) -> Lane:

@@ -132,7 +132,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._ranks = Alone(settings) if mesh is None else SharedStep(mesh, runtime, settings)
         self._interrupt = DeferredInterrupt()
         self._interrupt.also = self._ranks.check
-        self._lanes = StepLanes(model, runtime, settings, self._interrupt)
+        self._lanes = StepLanes(runtime, settings, self._interrupt)
         self._progress = Progress(settings)
         self.journal: Journal | None = None
         self.last: StepRecord | None = None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from distzo2.errors import UsageError
-from distzo2_core import ThreadState, walk_modules
+from distzo2_core import ThreadState
 
 SMALL_BYTES = 64 * 1024  # buffers up to this size are compared by content in training mode
 
@@ -280,6 +281,21 @@ def _known(parameter: nn.Parameter, runtime: Any) -> bool:
     return getattr(parameter, "_distzo2", (None, None))[1] is runtime
 
 
+@contextmanager
+def no_kv_cache(configs: Sequence[Any]) -> Iterator[None]:
+    """Switches `use_cache` off in configurations, since lanes need no key-value cache."""
+    switched = [config for config in configs if getattr(config, "use_cache", None)]
+    # Configurations of transformers check all that is set, which takes longer than the rest of a step's preparation.
+    setters = [object.__setattr__ if "use_cache" in vars(config) else setattr for config in switched]
+    for config, set_to in zip(switched, setters, strict=True):
+        set_to(config, "use_cache", False)
+    try:
+        yield
+    finally:
+        for config, set_to in zip(switched, setters, strict=True):
+            set_to(config, "use_cache", True)
+
+
 class BufferGuard:
     """Gives each lane its own buffers (BatchNorm's statistics and the like), and the model its old ones after the pass.
 
@@ -287,8 +303,7 @@ class BufferGuard:
     changes its statistics without counting a version; in training mode small buffers are compared by content.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self._slots: list[tuple[nn.Module, str]] = []
         self._objects: list[torch.Tensor | None] = []
         self._pristine: list[torch.Tensor | None] = []
@@ -296,9 +311,10 @@ class BufferGuard:
         self._repeated: set[int] = set()  # slots of tensors that an earlier slot holds as well
         self._training = False
 
-    def begin(self) -> None:
-        """Takes the model's buffers as they are. Contents are copied once, and again only after a change."""
-        slots, _, self._training = walk_modules(self._model)
+    def begin(self, slots: list[tuple[nn.Module, str]], training: bool) -> None:
+        """Takes the buffers of a model as they are: `slots` names them all, and `training` says whether any module is
+        in that mode. Contents are copied once, and again only after a change."""
+        self._training = training
         if not slots and not self._slots:
             return
         objects = [m._buffers[name] for m, name in slots]

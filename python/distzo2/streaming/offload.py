@@ -27,7 +27,7 @@ from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_stor
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import TRAINABLE_DTYPES, collect_params, dtypes_to_compute_in, find_units
 from distzo2.weights.updates import CLEAN
-from distzo2_core import cuda_available, walk_modules
+from distzo2_core import cuda_available
 
 WEIGHTS = ("device", "host", "disk")
 
@@ -341,8 +341,7 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
     runtime = runtime_of(model)
     lanes = [Lane(CLEAN, i, c, RandomStream.seeded(runtime.device, 0, 0, i)) for i, c in enumerate(closures)]
     if lanes:
-        with no_kv_cache(model):
-            runtime.run(lanes)
+        runtime.run(lanes)
     return [lane.result for lane in lanes]
 
 
@@ -411,18 +410,3 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     runtime.close()
     model._distzo2_state.remove()
     _take(model, **runtime.options | {"weight_file": None, "compute_dtype": runtime.compute_dtype})
-
-
-@contextmanager
-def no_kv_cache(model: nn.Module) -> Iterator[None]:
-    """Switches `use_cache` off in every configuration of the model, since lanes need no key-value cache."""
-    switched = [config for config in walk_modules(model)[1] if getattr(config, "use_cache", None)]
-    # Configurations of transformers check all that is set, which takes longer than the rest of a step's preparation.
-    setters = [object.__setattr__ if "use_cache" in vars(config) else setattr for config in switched]
-    for config, set_to in zip(switched, setters, strict=True):
-        set_to(config, "use_cache", False)
-    try:
-        yield
-    finally:
-        for config, set_to in zip(switched, setters, strict=True):
-            set_to(config, "use_cache", True)

@@ -27,7 +27,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Windows
-from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, ScheduleState, switches
+from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, ScheduleState, no_kv_cache, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
 from distzo2.streaming.lanes import Lane, LaneGroup
 from distzo2.streaming.presence import Parameters
@@ -35,6 +35,7 @@ from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import HALVES, ParamInfo, Unit, dtypes_to_compute_in
 from distzo2.weights.updates import CLEAN, Emission
+from distzo2_core import walk_modules
 
 MAX_WATCHED = 256  # closures' code that is remembered
 
@@ -73,7 +74,7 @@ class StreamingRuntime:
         self.trace = weights.trace
         self._compute_ns = 0
         self._lanes = LaneGroup()
-        self._buffers = BufferGuard(model)
+        self._buffers = BufferGuard()
         self.parameters = Parameters(self.units, self.device, self)
         self._names = {module: name for name, module in model.named_modules()}
         # Parameters of the root itself may be used in any of its methods, so each lane has them open throughout.
@@ -195,8 +196,9 @@ class StreamingRuntime:
         self._windows.check_not_compiled_whole()
         interrupt = interrupt or self._interrupt
         callers = [CallerState(self.device) for _ in lanes]
+        slots, configs, training = walk_modules(self.model)
         # The caller's modes are for the lanes. Tensors made in inference mode could not be changed outside of it.
-        with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False), no_kv_cache(configs):
             caller = RandomStream(self.device)
             self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
@@ -204,7 +206,7 @@ class StreamingRuntime:
             self._state = ScheduleState(self.device)
             self.weights.busy = self._in_pass = True
             try:
-                self._buffers.begin()
+                self._buffers.begin(slots, training)
                 self._lanes.run(lanes, callers, self._schedule(lanes, interrupt), self._state)
                 self._check_sequence(lanes, expected)
                 self._close_windows(lanes)
