@@ -1,4 +1,4 @@
-"""Prints the requirements of pyproject.toml, those for developing included, that hold on this platform; for pip."""
+"""Prints the requirements of pyproject.toml, all extras included, that hold on this platform; for pip."""
 
 import tomllib
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+for text in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
     requirement = Requirement(text)
     if requirement.marker is None or requirement.marker.evaluate():
         print(f"{requirement.name}{requirement.specifier}")
