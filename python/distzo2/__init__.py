@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
+    from distzo2.peft.adapters import adapter, save_adapter
+    from distzo2.peft.merging import merge_adapter
     from distzo2.record.weight_file import WeightFile
     from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
 
@@ -23,11 +25,14 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 _MODULE_OF = {
     "ZOSGD": "optim.zosgd",
     "StepRecord": "optim.settings",
+    "adapter": "peft.adapters",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
     "from_pretrained": "checkpoint.pretrained",
+    "merge_adapter": "peft.merging",
     "offload": "streaming.offload",
     "runtime_of": "streaming.offload",
+    "save_adapter": "peft.adapters",
     "save_pretrained": "checkpoint.pretrained",
     "WeightFile": "record.weight_file",
 }
@@ -38,11 +43,14 @@ __all__ = [
     "StepRecord",
     "WeightFile",
     "__version__",
+    "adapter",
     "edit",
     "evaluate",
     "from_pretrained",
+    "merge_adapter",
     "offload",
     "runtime_of",
+    "save_adapter",
     "save_pretrained",
 ]
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from itertools import chain
@@ -47,6 +47,7 @@ def from_pretrained(
     units: Sequence[str] | None = None,
     directory: str | os.PathLike | None = None,
     train: bool = False,
+    prepare: Callable[[nn.Module, CheckpointMap], tuple[nn.Module, CheckpointMap]] | None = None,
     **offload_options: Any,
 ) -> nn.Module:
     """Loads the transformers model of a checkpoint directory and offloads it.
@@ -59,6 +60,8 @@ def from_pretrained(
             the causal language model if that was a bare base model.
         attn_implementation: as for transformers' `from_pretrained`.
         train: whether the model is in training mode; otherwise it is in `eval()` mode.
+        prepare: called with the model, whose parameters are on meta, and the map that fills it, before it is handed
+            over; returns those to take in their place. `distzo2.adapter(...)` makes one.
 
     Raises:
         CheckpointError: the directory holds no checkpoint, a file is truncated or corrupt, a parameter has no tensor
@@ -68,6 +71,8 @@ def from_pretrained(
         path, dtype=dtype, auto_class=auto_class, attn_implementation=attn_implementation
     )
     try:
+        if prepare is not None:
+            model, checkpoint_map = prepare(model, checkpoint_map)
         model = offload(
             model.train(train),
             device=device,
@@ -143,6 +148,9 @@ def save_pretrained(
             room. A save that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     runtime = runtime_of(model)
+    if hasattr(model, "get_base_model"):  # a PeftModel
+        advice = "distzo2.save_adapter(model, directory), and distzo2.merge_adapter for a whole checkpoint"
+        raise CheckpointError(f"{type(model).__name__} is a model with an adapter: save it with {advice}")
     params = [(p.name, p.dtype, p.shape) for p in runtime.params]
     checkpoint_map = runtime.base or map_for_saving(model, params)
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:

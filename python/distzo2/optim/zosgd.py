@@ -325,6 +325,7 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
         if self._runtime.weights.owner is not self:
             raise DistZO2Error("a newer optimizer exists for this model; only the newest may call step()")
+        self._runtime.check_trained()
         if self._epoch != self._runtime.weights.epoch:  # by load_state_dict or edit
             if self.journal is not None:
                 raise DistZO2Error(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -19,10 +20,22 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.errors import UsageError
-from distzo2.parallel.group import current
+from distzo2.parallel.group import Mesh, current
+from distzo2.peft.adapters import (
+    adapter,
+    digest_adapter,
+    known_config,
+    new_config,
+    packed,
+    tokens_in_front,
+    unpack,
+)
+from distzo2.peft.selection import select, trained
+from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
@@ -33,6 +46,7 @@ from distzo2.run.options import FinetuneOptions, changed
 from distzo2.run.preflight import (
     DTYPES,
     ModelSize,
+    beside_prompt,
     check_disk,
     check_memory,
     check_output,
@@ -47,7 +61,7 @@ from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
 from distzo2.text import MAX_BRIEF, dtype_name, gib
 
-_PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
+_PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir", "adapter")  # absolute in run.json
 
 
 def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> None:
@@ -63,6 +77,20 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
     terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
     parallel = options.parallel if mesh is None else str(mesh.shape)
     options = replace(options, resume=terms.pop("resume"), compute_dtype=terms.pop("compute_dtype"), parallel=parallel)
+    with tempfile.TemporaryDirectory(prefix="distzo2-") as own:  # of a rank that may not see --out
+        _finetune(options, log, mesh, run, terms, run.adapter_start if leads else Path(own, "adapter_start"))
+
+
+def _finetune(
+    options: FinetuneOptions,
+    log: Callable[[str], None],
+    mesh: Mesh | None,
+    run: RunDirectory,
+    terms: dict[str, Any],
+    start: Path,
+) -> None:
+    """The run; `start` is where this rank has the adapter that it begins with, if it trains one."""
+    leads = mesh is None or mesh.rank == 0
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
@@ -74,6 +102,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
         check_computes(device, compute_dtype)
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+        source, config = _adapter(options, kind.name, mesh, start)
+        kind = beside_prompt(kind, config)
         clock = datetime.fromisoformat(terms["clock"])
         reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
         train = load_examples(options.train, tokenizer, **reading)
@@ -116,16 +146,24 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
                 write_every=options.write_every,
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
+                prepare=lambda *held: _prepared(options, source, config, start, *held),
             )
         with closing(runtime_of(model)):
-            objective = Objective(model, objective_name, pad_id=kind.padding(tokenizer), device=device)
+            if source is config and config is not None and config.is_prompt_learning:  # a new one
+                with together(mesh, "starting the adapter"):
+                    start_from_tokens(model, start, options.seed, mesh)
+            if what := trained(runtime_of(model).params):
+                log(f"{what}, lr {options.lr:g}, eps {options.eps:g}")
+            in_front = 0 if config is None else tokens_in_front(config)
+            pad_id = kind.padding(tokenizer)
+            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=in_front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
                     computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
                     settings["compute_dtype"] = dtype_name(computed or "stored")
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
-                        run.update(options=settings)
+                        run.update(options=settings, adapter=None if config is None else digest_adapter(start))
                     if not options.resume and not options.no_check:
                         objective.check_causal(train[0], kind)
                     loop.start(settings, made_of["examples_sha256"])
@@ -141,6 +179,40 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         raise
     finally:
         run.release()
+
+
+def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path) -> tuple[Any, Any]:
+    """Where the run's adapter comes from (a directory, or the configuration of a new one) and its configuration; None
+    where it trains none. A resumed run's is in `start` on every rank afterwards."""
+    if not (options.peft or options.adapter):
+        return None, None
+    if options.resume or options.branch_from:
+        held = start if options.resume else RunDirectory(options.branch_from).adapter_start
+        if mesh is not None:
+            files = mesh.exchange.from_rank_0("the adapter", lambda: packed(held))
+            if mesh.rank:
+                unpack(files, start)
+                held = start
+        return held, known_config(held, kind)
+    if options.adapter:
+        return Path(options.adapter), known_config(Path(options.adapter), kind)
+    config = new_config(
+        options.peft, kind, str(Path(options.model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
+        targets=options.lora_targets, virtual_tokens=options.virtual_tokens,
+    )  # fmt: skip
+    return config, config
+
+
+def _prepared(
+    options: FinetuneOptions, source: Any, config: Any, start: Path, model: torch.nn.Module, base: CheckpointMap
+) -> tuple[torch.nn.Module, CheckpointMap]:
+    """The model and its map with the run's adapter, and with the parameters frozen that it does not train."""
+    if source is not None:
+        place = None if options.resume else start
+        model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
+    if options.train_only or options.freeze:
+        select(model, options.train_only, options.freeze)
+    return model, base
 
 
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
@@ -178,6 +250,11 @@ def _take_over(
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
     _compare(run, made_of, settings["train"])
+    if run.record.get("adapter") not in (
+        None,
+        digest_adapter(run.adapter_start) if run.record.get("adapter") else None,
+    ):
+        raise UsageError(f"{run.adapter_start}: is not the adapter that the run began with")
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)
@@ -227,7 +304,8 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}
-    needs = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
+    whole = options.merge or not (options.peft or options.adapter)  # an adapter is small
+    needs = {"the checkpoint": size.total} if whole and options.save != "none" and not run.has_checkpoint else {}
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:

@@ -98,6 +98,7 @@ class StreamingRuntime:
         self._alone_thread: int | None = None
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
+        self._frozen: set[int] = set()  # parameters whose `requires_grad` was taken away since the hand-over
         self._entered: set[int] = set()  # units that an ordinary forward has entered
         self._parks_always = False
         self._summed = False  # every change of weights is looked for, and not only those that torch counts
@@ -504,18 +505,30 @@ class StreamingRuntime:
         return value
 
     def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
-        """
+        """Inside a pass nothing is changed: no gradient is made there, and what peft's `disable_adapter` freezes, it
+        thaws again.
+
         Raises:
-            DistZO2Error: the parameter was frozen when it was handed over, or an optimizer trains it.
+            DistZO2Error: the parameter was frozen when it was handed over.
         """
+        if self._in_pass:
+            return
         if value and not param.trainable:
             raise DistZO2Error(
                 f"parameter {param.name} was frozen when the model was handed over: make it trainable inside "
                 "`with distzo2.edit(model):`"
             )
-        if not value and self.weights.owner is not None and param.index in self.weights.updates.group_of:
-            raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
         param.requires_grad = value
+        (self._frozen.discard if value else self._frozen.add)(param.index)
+
+    def check_trained(self) -> None:
+        """
+        Raises:
+            DistZO2Error: a parameter that the optimizer trains was frozen since that was made.
+        """
+        for index in self._frozen & self.weights.updates.group_of.keys():
+            name = self.params[index].name
+            raise DistZO2Error(f"parameter {name} is trained by an optimizer: freeze it before that is made")
 
     def in_forward(self) -> bool:
         """Whether a lane runs, or an ordinary forward."""
