@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -141,23 +141,26 @@ def save_pretrained(
     A model from `from_pretrained` is written under the names and in the layout of its checkpoint, with its
     configuration, generation settings and tokenizer files; another transformers model as transformers would write it;
     any other module by parameter and buffer names. Files hold at most `max_shard_bytes` of tensors, or one tensor.
-    Other files in `out_dir` stay.
+    Other files in `out_dir` stay. A part of such a model, as peft's `merge_and_unload` inside `distzo2.edit` leaves the
+    one that was adapted, is written as a model.
 
     Raises:
         CheckpointError: `out_dir` already holds a checkpoint and `overwrite` is false, or its disk has too little
             room. A save that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
-    runtime = runtime_of(model)
-    if hasattr(model, "get_base_model"):  # a PeftModel
-        advice = "distzo2.save_adapter(model, directory), and distzo2.merge_adapter for a whole checkpoint"
-        raise CheckpointError(f"{type(model).__name__} is a model with an adapter: save it with {advice}")
-    params = [(p.name, p.dtype, p.shape) for p in runtime.params]
-    checkpoint_map = runtime.base or map_for_saving(model, params)
+    runtime = model.__dict__.get("_distzo2_streams") or runtime_of(model)
+    if hasattr(model, "peft_config"):
+        advice = "its adapter with distzo2.save_adapter, or what merge_and_unload returned inside distzo2.edit"
+        raise CheckpointError(f"{type(model).__name__} is a model with an adapter: save {advice}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    params = [(names[id(p.tensor)], p.dtype, p.shape) for p in runtime.params if id(p.tensor) in names]
+    checkpoint_map = (runtime.base if model is runtime.model else None) or map_for_saving(model, params)
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:
-            with runtime.access.reading(unit) as views:
-                for name, view in views.items():
-                    writer.write(name, view)
+            own = [p for p in unit.params if id(p.tensor) in names]
+            with runtime.access.reading(unit) if own else nullcontext() as views:
+                for param in own:
+                    writer.write(names[id(param.tensor)], views[param.name])
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
                 writer.write(name, buffer)

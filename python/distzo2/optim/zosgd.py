@@ -115,6 +115,9 @@ class ZOSGD(torch.optim.Optimizer):
         verify_every: int = 0,
     ) -> None:
         self._runtime = runtime = runtime_of(model)
+        known = {id(p.tensor) for p in runtime.params}
+        for name in (name for name, p in model.named_parameters() if id(p) not in known):
+            raise DistZO2Error(f"parameter {name} is not in the model that was handed over: hand over all of it")
         self.settings = settings = make_settings(
             seed=seed, eps=eps, noise=noise, num_probes=num_probes, estimator=estimator, max_lanes=max_lanes,
             max_coef=max_coef, max_clipped=max_clipped, max_skipped=max_skipped, verify_every=verify_every,

@@ -250,10 +250,8 @@ def _take_over(
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
     _compare(run, made_of, settings["train"])
-    if run.record.get("adapter") not in (
-        None,
-        digest_adapter(run.adapter_start) if run.record.get("adapter") else None,
-    ):
+    start = run.record.get("adapter")
+    if start is not None and start != digest_adapter(run.adapter_start):
         raise UsageError(f"{run.adapter_start}: is not the adapter that the run began with")
     with Journal.open(run.journal) as journal:
         if journal.torn:

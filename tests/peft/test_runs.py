@@ -1,0 +1,167 @@
+"""Runs of the command line that train an adapter, or chosen parameters only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import kill_cases
+import peft
+import pytest
+import torch
+from cli_runs import STEPS, finetune, one_line, record, resume, steps_in, weights
+from safetensors.torch import load_file
+from same_bits import assert_same_tensors
+from transformers import AutoModelForCausalLM
+
+from distzo2.checkpoint.pretrained import load_config
+from distzo2.cli.main import main
+from distzo2.peft.adapters import known_config, tokens_in_front
+from distzo2.run.options import EvalOptions
+from distzo2.run.preflight import reading_of
+from distzo2.tasks.examples import load_examples
+from distzo2.tasks.kinds import model_kind
+from distzo2.tasks.objectives import Objective
+from distzo2.tasks.tokenize import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_directory")
+LARGE = {"lora": ["--lr=1", "--eps=1e-2"], "prefix": ["--lr=1e-1"], "prompt": ["--lr=1e-1"]}  # a step is seen
+
+
+def adapter(directory: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "adapter_model.safetensors")
+
+
+def with_peft(files, directory: str | Path = "out/adapter"):
+    """The model with an adapter, by peft itself."""
+    base = AutoModelForCausalLM.from_pretrained(files.model)
+    return peft.PeftModel.from_pretrained(base, directory).eval()
+
+
+@pytest.mark.parametrize(
+    ("method", "where"), [("lora", "host"), ("lora", "disk"), ("prefix", "disk"), ("prompt", "host")]
+)
+def test_a_killed_run_ends_with_the_same_bits(files, method: str, where: str, capsys, tmp_path: Path) -> None:
+    options = ["--steps=12", f"--peft={method}", f"--weights={where}", *LARGE[method]]
+    assert finetune(files, *options) == 0
+    assert "parameters: " in capsys.readouterr().out
+    started, made = adapter("out/adapter_start"), adapter("out/adapter")
+    assert any(not torch.equal(started[key], made[key]) for key in made)
+    assert all(value.dtype == torch.float32 for value in made.values())
+    assert not Path("out/checkpoint").exists()
+
+    arguments = ["finetune", f"--model={files.model}", f"--train={files.train}", "--out=killed", *STEPS, *options]
+    ended = kill_cases.run(tmp_path, arguments, 0.02, lambda: Path("killed/journal.jsonl").exists())
+    assert ended.killed, ended.text
+    ended = kill_cases.run(tmp_path, ["finetune", "--resume", "--out=killed", "--quiet"])
+    assert ended.status == 0, ended.text
+    assert_same_tensors(adapter("killed/adapter_start"), started)
+    assert_same_tensors(adapter("killed/adapter"), made)
+
+    assert main(["replay", "out", "-o", "again", "--quiet"]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert Path("again", name).read_bytes() == Path("out/adapter", name).read_bytes()
+    assert main(["replay", "--journal=out/journal.jsonl", f"--base={files.model}", "--to-step=0", "-o", "none"]) == 0
+    assert_same_tensors(adapter("none"), started)
+    assert main(["journal", "verify", "out"]) == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+def test_an_evaluation_has_the_loss_of_peft(files, method: str, capsys) -> None:
+    assert finetune(files, f"--peft={method}", *LARGE[method], f"--eval={files.eval}", "--batch-size=2") == 0
+    capsys.readouterr()
+    command = ["--model", str(files.model), "--adapter=out/adapter"]
+    assert main(["eval", *command, f"--eval={files.eval}", "--json", "--batch-size=6"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    kind, tokenizer, model = model_kind(files.model), load_tokenizer(files.model), with_peft(files)
+    model.peft_config["default"].inference_mode = False
+    options = EvalOptions(model=str(files.model), eval=str(files.eval))
+    examples = load_examples(files.eval, tokenizer, **reading_of(options, kind))
+    in_front = tokens_in_front(known_config(Path("out/adapter"), "causal"))
+    objective = Objective(model, "choices", pad_id=kind.padding(tokenizer), in_front=in_front)
+    with torch.no_grad():
+        total, count, *_ = objective.evaluation(objective.batch(examples))().tolist()
+    assert figures["loss"] == total / count
+    assert main(["generate", *command, "--prompt=the cat", "--max-new-tokens=4"]) == 0
+    words = tokenizer(["the cat"], return_tensors="pt").input_ids
+    tokens = model.generate(input_ids=words, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, words.shape[1] :]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_prefix_starts_at_keys_and_values_of_real_tokens(files) -> None:
+    assert finetune(files, "--peft=prefix", "--virtual-tokens=3", "--steps=1", "--seed=7") == 0
+    tokens = torch.randint(load_config(files.model).vocab_size, (1, 3), generator=torch.Generator().manual_seed(7))
+    base = AutoModelForCausalLM.from_pretrained(files.model).eval()
+    model = with_peft(files, "out/adapter_start")
+    with torch.no_grad():
+        expected, found = base(tokens).past_key_values, model.get_prompt(1)
+    for ours, theirs in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    assert record()["options"]["lr"] == 1e-3 and record()["options"]["eps"] == 1e-1  # as given, and as MeZO has it
+
+
+def test_a_merged_checkpoint_has_the_bits_of_peft(files, capsys) -> None:
+    assert finetune(files, "--peft=lora", *LARGE["lora"], "--lora-targets=q_proj,down_proj", "--merge") == 0
+    with_peft(files).merge_and_unload().save_pretrained("theirs")
+    assert_same_tensors(weights("out/checkpoint"), weights("theirs"))
+    assert main(["replay", "out", "--merge", "-o", "again", "--quiet"]) == 0
+    assert_same_tensors(weights("again"), weights("theirs"))
+    assert main(["eval", "--model=out/checkpoint", f"--eval={files.eval}"]) == 0
+    assert finetune(files, "--out=tied", "--peft=lora", "--lora-targets=embed_tokens", "--merge") == 1
+    assert "model.embed_tokens.weight, which another module shares: merged" in capsys.readouterr().err
+
+
+def test_an_adapter_is_trained_further_and_a_run_branched(files) -> None:
+    assert finetune(files, "--peft=lora", *LARGE["lora"]) == 0
+    assert finetune(files, "--adapter=out/adapter", "--out=more", "--eval", str(files.eval), "--save=best") == 0
+    assert record("more")["options"]["eps"] == 1e-2
+    assert_same_tensors(adapter("more/adapter_start"), adapter("out/adapter"))
+    assert main(["replay", "more", "-o", "r", "--to-step", str(record("more")["best_step"]), "--quiet"]) == 0
+    assert_same_tensors(adapter("r"), adapter("more/adapter"))
+    assert main(["finetune", "--branch-from=out", "--at-step=2", "--out=branch", "--quiet", "--steps=4"]) == 0
+    assert_same_tensors(adapter("branch/adapter"), adapter("out/adapter"))
+
+
+def test_a_start_that_was_changed(files, capsys) -> None:
+    assert finetune(files, "--peft=lora", "--steps=2") == 0
+    shutil.copy("out/adapter/adapter_model.safetensors", "out/adapter_start")
+    assert resume("--steps=3") == 2
+    assert "adapter_start: is not the adapter that the run began with" in one_line(capsys)
+    assert main(["replay", "out", "-o", "again"]) == 1
+    assert "adapter_start/adapter_model.safetensors: SHA-256" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        (["--peft=lora", "--adapter=x"], 2, "give one of them"),
+        (["--peft=lora", "--train-only=*.bias"], 2, "--train-only: an adapter is all that is trained"),
+        (["--peft=prefix", "--merge"], 2, "a prefix cannot be merged"),
+        (["--merge"], 2, "--merge needs --peft lora or --adapter"),
+        (["--peft=lora", "--lora-targets=nowhere"], 1, "Target modules {'nowhere'} not found"),
+        (["--adapter=nowhere"], 1, "nowhere: expected the directory of an adapter"),
+        (["--train-only=*.nothing"], 2, "--train-only *.nothing: matches no parameter of LlamaForCausalLM, which has"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(files, capsys, options: list[str], status: int, reason: str) -> None:
+    assert finetune(files, *options) == status
+    assert reason in one_line(capsys)
+    assert not Path("out").exists()
+
+
+def test_only_some_parameters_are_trained(files, capsys) -> None:
+    options = ["--train-only=last:2", "--train-only=*norm*", "--freeze", "re:mlp|layernorm"]
+    assert finetune(files, *options, "--steps=2") == 0
+    assert "training 9 of 47 parameters" in capsys.readouterr().out
+    base, made = weights(files.model), weights("out/checkpoint")
+    changed = {name for name in base if not torch.equal(base[name], made[name])}
+    blocks = {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (3, 4) for p in "qkvo"}
+    assert base.keys() == made.keys() and changed == blocks | {"model.norm.weight"}
+    assert resume("--steps=4") == 0 and steps_in() == 4
+    assert finetune(files, *options, "--out=whole") == 0
+    assert_same_tensors(weights("out/checkpoint"), weights("whole/checkpoint"))
+    assert main(["replay", "out", "-o", "again", "--quiet"]) == 0
+    assert_same_tensors(weights("again"), weights("whole/checkpoint"))
+    assert resume("--steps=5", "--freeze=*norm*") == 2
+    assert "--freeze was 're:mlp|layernorm' and is '*norm*'" in one_line(capsys)
