@@ -120,6 +120,9 @@ class Steps:
     torn: str | None
 
 
+NO_STEPS = Steps({"seed": 0}, [], {}, 0, 0, None)
+
+
 def read_steps(
     journal_path: str | os.PathLike[str], to_step: int | None, max_header_bytes: int = MAX_HEADER_BYTES
 ) -> Steps:

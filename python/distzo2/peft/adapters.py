@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,7 @@ def new_config(
     peft, task = peft_library(), _TASKS[kind]
     if method == "lora":
         names = targets if targets in (None, "all-linear") else targets.split(",")
-        config = peft.LoraConfig(
-            task_type=task,
-            r=r,
-            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-            lora_dropout=0.0,
-            target_modules=names,
-        )
+        config = peft.LoraConfig(task_type=task, r=r, lora_alpha=alpha, target_modules=names)
     elif kind != "causal":
         raise DistZO2Error(f"--peft {method} is for causal language models, and not for {kind} ones: --peft lora works")
     else:
@@ -132,8 +126,7 @@ def adapter(source: Any, start: str | Path | None = None, *, seed: int = 0, conf
         raise DistZO2Error("a new adapter needs start=, the directory where it is written as it starts")
 
     def prepare(model: nn.Module, base: CheckpointMap) -> tuple[nn.Module, CheckpointMap]:
-        held = {id(p): name for name, p in model.named_parameters()}
-        buffers = {id(b): name for name, b in persistent_buffers(model)}
+        held = {id(t): name for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
         wrapped = wrap(model, config, seed)
         keys = keys_of(wrapped)
         params = dict(wrapped.named_parameters())
@@ -141,19 +134,15 @@ def adapter(source: Any, start: str | Path | None = None, *, seed: int = 0, conf
         if start is not None:
             values = read_adapter(Path(source), keys, params) if known else _first(params, keys, base, held)
             write_adapter(place, wrapped.peft_config[NAME], values)
-        _leave_on_meta(wrapped)
         files = _files(place, keys, params)
         number = {entry.name: i for i, entry in enumerate(files.entries, len(base.tensors))}
         mapped = {}
-        for name, p in wrapped.named_parameters():
+        for name, tensor in [*wrapped.named_parameters(), *persistent_buffers(wrapped)]:
             if name in keys:
-                pieces = Layout.leaf(number[keys[name]], p.shape).pieces
-                mapped[name] = MappedTensor(name, p.dtype, tuple(p.shape), pieces)
-            else:
-                mapped[name] = replace(base.mapped[held[id(p)]], name=name)
-        for name, b in persistent_buffers(wrapped):
-            if id(b) in buffers:
-                mapped[name] = replace(base.mapped[buffers[id(b)]], name=name)
+                pieces = Layout.leaf(number[keys[name]], tensor.shape).pieces
+                mapped[name] = MappedTensor(name, tensor.dtype, tuple(tensor.shape), pieces)
+            elif id(tensor) in held:
+                mapped[name] = replace(base.mapped[held[id(tensor)]], name=name)
         base.files.extend(files)
         both = AdaptedMap(base.files.entries, mapped, [], base.files, base.config, base.generation_config)
         both.adapter = place
@@ -164,61 +153,34 @@ def adapter(source: Any, start: str | Path | None = None, *, seed: int = 0, conf
 
 def wrap(model: nn.Module, config: Any, seed: int = 0) -> Any:
     """The `PeftModel` around a model whose parameters are on meta, with an adapter that peft initialises under `seed`,
-    in host memory."""
-    peft = peft_library()
-    config = copy.deepcopy(config)
-    base = config.base_model_name_or_path
-    with blaming(f"{config.peft_type} on {type(model).__name__}"), _stand_ins(model) as restore:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    in host memory. Meanwhile parameters are zeros that share one element."""
+    peft, config = peft_library(), copy.deepcopy(config)
+    base, start = config.base_model_name_or_path, getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start != "gaussian":  # of an adapter whose values come from its file
+        config.init_lora_weights = True
+    meta = {id(p): p for p in model.parameters()}
+    zeros = {key: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for key, p in meta.items()}
+    _swap(model, zeros)
+    with blaming(f"{config.peft_type} on {type(model).__name__}"), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about ties and the like, which are known or refused here
             torch.manual_seed(seed)
-            start = getattr(config, "init_lora_weights", None)
-            if isinstance(start, str) and start != "gaussian":  # values come from a file
-                config.init_lora_weights = True
             wrapped = peft.get_peft_model(model, config, NAME)
-        restore(wrapped)
-    wrapped.peft_config[NAME].base_model_name_or_path = base
+    for key, p in zeros.items():
+        meta[key].requires_grad_(p.requires_grad)
+    _swap(wrapped, {id(p): meta[key] for key, p in zeros.items()})
+    config.base_model_name_or_path = base
     if start is not None:
-        wrapped.peft_config[NAME].init_lora_weights = start
+        config.init_lora_weights = start
     return wrapped
 
 
-@contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
-    """Gives parameters on meta values that take no memory, zeros that share one element, so that peft makes its own in
-    host memory and initialises them. Yields a function that puts those on meta back in a model around this one."""
-    made: dict[int, nn.Parameter] = {}
-    meta: dict[int, nn.Parameter] = {}
-
-    def restore(around: nn.Module) -> None:
-        for module in around.modules():
-            for name, p in module._parameters.items():
-                if id(p) in meta:
-                    meta[id(p)].requires_grad_(p.requires_grad)
-                    module._parameters[name] = meta[id(p)]
-
+def _swap(model: nn.Module, others: Mapping[int, nn.Parameter]) -> None:
+    """Puts parameters in the place of those with the ids that are given."""
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                if id(p) not in made:
-                    zeros = torch.zeros((), dtype=p.dtype).expand(p.shape)
-                    made[id(p)] = nn.Parameter(zeros, requires_grad=p.requires_grad)
-                    meta[id(made[id(p)])] = p
-                module._parameters[name] = made[id(p)]
-    try:
-        yield restore
-    finally:
-        restore(model)
-
-
-def _leave_on_meta(model: nn.Module) -> None:
-    """Puts what is not on meta there."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and not p.is_meta:
-                fresh = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
-                module._parameters[name] = made.setdefault(id(p), fresh)
+            if id(p) in others:
+                module._parameters[name] = others[id(p)]
 
 
 def keys_of(model: Any, name: str = NAME) -> dict[str, str]:
@@ -287,32 +249,15 @@ def _first(
 
 
 def write_adapter(directory: str | Path, config: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Writes an adapter's directory as peft does, each file whole and durable, the configuration last."""
+    """Writes an adapter's directory as peft does, durably, the configuration last."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save({key: v.contiguous() for key, v in values.items()}, metadata={"format": "pt"})
     write_whole(directory / ADAPTER_WEIGHTS, data)
     config = copy.deepcopy(config)
     config.inference_mode = True
-    scratch = directory / ".config"
-    config.save_pretrained(str(scratch))  # with its own rules for what goes into the file
-    write_whole(directory / ADAPTER_FILE, (scratch / ADAPTER_FILE).read_bytes())
-    for path in (scratch / ADAPTER_FILE, scratch):
-        path.unlink() if path.is_file() else path.rmdir()
-
-
-def packed(directory: Path) -> bytes:
-    """An adapter's two files as one, for `unpack` on another rank."""
-    config, weights = ((directory / name).read_bytes() for name in (ADAPTER_FILE, ADAPTER_WEIGHTS))
-    return b"%d\n" % len(config) + config + weights
-
-
-def unpack(files: bytes, directory: Path) -> None:
-    """Writes what `packed` returned into a new directory."""
-    length, rest = files.split(b"\n", 1)
-    directory.mkdir()
-    (directory / ADAPTER_FILE).write_bytes(rest[: int(length)])
-    (directory / ADAPTER_WEIGHTS).write_bytes(rest[int(length) :])
+    config.save_pretrained(str(directory))
+    write_whole(directory / ADAPTER_FILE, (directory / ADAPTER_FILE).read_bytes())  # durable
 
 
 def save_adapter(model: nn.Module, out_dir: str | Path, name: str | None = None) -> None:

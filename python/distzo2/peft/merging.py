@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
 from distzo2.checkpoint.writing import CheckpointWriter
 from distzo2.errors import DistZO2Error, blaming
 from distzo2.peft.adapters import NAME, keys_of, read_adapter, wrap
 from distzo2.peft.library import read_config
-
-_ROWS_BYTES = 16 << 20  # of weights without an adapter, which are copied
 
 
 @torch.no_grad()
@@ -59,13 +59,16 @@ def merge_adapter(
             else:
                 params[name].data = values[key]
         with CheckpointWriter(base, out_dir, overwrite=overwrite) as writer:
-            rest = dict.fromkeys(base.names)
+            written = set()
             for layer in _layers(wrapped):
                 for name, value in _merged(layer, names, users, base, trained).items():
                     writer.write(name, value)
-                    del rest[name]
-            for name in rest:
-                _copy(name, base, writer, trained.get(name))
+                    written.add(name)
+            for name in trained.keys() - written:
+                writer.write(name, trained[name])
+            rest = [name for name in base.names if name not in written | trained.keys()]
+            rows = [{"name": name, "index": 0, "group": None} for name in rest]
+            apply_updates(base, writer, plan_pieces(base, rows, PIECE_BYTES), NO_STEPS, None, tqdm(disable=True))
 
 
 def _layers(model: Any) -> list[Any]:
@@ -112,16 +115,3 @@ def _merged(
         result[names[id(p)]] = inner._parameters[key].data
         inner._parameters[key] = p
     return result
-
-
-def _copy(name: str, base: CheckpointMap, writer: CheckpointWriter, value: torch.Tensor | None) -> None:
-    if value is not None:
-        writer.write(name, value)
-        return
-    mapped = base.mapped[name]
-    shape = mapped.shape or (1,)
-    step = max(1, _ROWS_BYTES // max(1, mapped.numel // max(1, shape[0]) * mapped.dtype.itemsize))
-    for begin in range(0, shape[0], step) if mapped.shape and mapped.numel else (0,):
-        rows = torch.empty((min(step, shape[0] - begin), *shape[1:]) if mapped.shape else (), dtype=mapped.dtype)
-        base.read(name, rows, begin)
-        writer.write(name, rows, begin)

@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,16 +28,6 @@ from distzo2.peft.adapters import write_adapter
 from distzo2.peft.library import read_config
 from distzo2.peft.merging import merge_adapter
 from distzo2.record.line import JournalError
-
-
-class _Written:
-    """Takes the place of a `CheckpointWriter`: parts of tensors become tensors in memory."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def write(self, name: str, part: torch.Tensor, begin: int) -> None:
-        self._tensors[name].view(-1)[begin : begin + part.numel()] = part
 
 
 def replay_adapter(
@@ -81,11 +72,15 @@ def replay_adapter(
             raise JournalError(f"{journal_path}: the run trained {strays[0]!r}, which is not in the adapter")
         tensors = {name: torch.empty(m.shape, dtype=m.dtype) for name, m in mapped.items()}
         adapter = CheckpointMap(files.entries, mapped, files=files)
+
+        def write(name: str, part: torch.Tensor, begin: int) -> None:
+            tensors[name].view(-1)[begin : begin + part.numel()] = part
+
         pieces = plan_pieces(adapter, rows, PIECE_BYTES)
         num_bytes = sum(t.nbytes for t in tensors.values())
         text = f"replay {steps.num_steps} steps"
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress) as bar:
-            apply_updates(adapter, _Written(tensors), pieces, steps, backend, bar)
+            apply_updates(adapter, SimpleNamespace(write=write), pieces, steps, backend, bar)
     write_adapter(out_dir, read_config(start), {keys[name]: value for name, value in tensors.items()})
     return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
 

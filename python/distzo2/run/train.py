@@ -22,19 +22,18 @@ import torch
 
 from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.pretrained import from_pretrained
+from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
 from distzo2.errors import UsageError
+from distzo2.optim.selection import select, trained
 from distzo2.parallel.group import Mesh, current
 from distzo2.peft.adapters import (
     adapter,
     digest_adapter,
     known_config,
     new_config,
-    packed,
     tokens_in_front,
-    unpack,
 )
-from distzo2.peft.selection import select, trained
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
@@ -188,11 +187,12 @@ def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path
         return None, None
     if options.resume or options.branch_from:
         held = start if options.resume else RunDirectory(options.branch_from).adapter_start
-        if mesh is not None:
-            files = mesh.exchange.from_rank_0("the adapter", lambda: packed(held))
+        for name in (ADAPTER_FILE, ADAPTER_WEIGHTS) if mesh is not None else ():
+            data = mesh.exchange.from_rank_0("the adapter", (held / name).read_bytes)
             if mesh.rank:
-                unpack(files, start)
-                held = start
+                start.mkdir(exist_ok=True)
+                (start / name).write_bytes(data)
+        held = held if mesh is None or mesh.rank == 0 else start
         return held, known_config(held, kind)
     if options.adapter:
         return Path(options.adapter), known_config(Path(options.adapter), kind)
