@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import kill_cases
 import peft
 import pytest
 import torch
+import transformers
 from cli_runs import STEPS, finetune, one_line, record, resume, steps_in, weights
+from parallel_ranks import Ranks
 from safetensors.torch import load_file
 from same_bits import assert_same_tensors
+from tiny_kinds import make
+from tiny_text import write_jsonl
+from torchrun_cases import command, run_alone
 from transformers import AutoModelForCausalLM
 
 from distzo2.checkpoint.pretrained import load_config
@@ -71,8 +78,8 @@ def test_a_killed_run_ends_with_the_same_bits(files, method: str, where: str, ca
 def test_an_evaluation_has_the_loss_of_peft(files, method: str, capsys) -> None:
     assert finetune(files, f"--peft={method}", *LARGE[method], f"--eval={files.eval}", "--batch-size=2") == 0
     capsys.readouterr()
-    command = ["--model", str(files.model), "--adapter=out/adapter"]
-    assert main(["eval", *command, f"--eval={files.eval}", "--json", "--batch-size=6"]) == 0
+    which = ["--model", str(files.model), "--adapter=out/adapter"]
+    assert main(["eval", *which, f"--eval={files.eval}", "--json", "--batch-size=6"]) == 0
     figures = json.loads(capsys.readouterr().out)
     kind, tokenizer, model = model_kind(files.model), load_tokenizer(files.model), with_peft(files)
     model.peft_config["default"].inference_mode = False
@@ -83,7 +90,7 @@ def test_an_evaluation_has_the_loss_of_peft(files, method: str, capsys) -> None:
     with torch.no_grad():
         total, count, *_ = objective.evaluation(objective.batch(examples))().tolist()
     assert figures["loss"] == total / count
-    assert main(["generate", *command, "--prompt=the cat", "--max-new-tokens=4"]) == 0
+    assert main(["generate", *which, "--prompt=the cat", "--max-new-tokens=4"]) == 0
     words = tokenizer(["the cat"], return_tensors="pt").input_ids
     tokens = model.generate(input_ids=words, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, words.shape[1] :]
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(tokens, skip_special_tokens=True)
@@ -165,3 +172,58 @@ def test_only_some_parameters_are_trained(files, capsys) -> None:
     assert_same_tensors(weights("again"), weights("whole/checkpoint"))
     assert resume("--steps=5", "--freeze=*norm*") == 2
     assert "--freeze was 're:mlp|layernorm' and is '*norm*'" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForMaskedLM", "BartForConditionalGeneration"])
+def test_lora_on_other_kinds_of_models(name: str, tmp_path: Path, capsys) -> None:
+    """A classifier's head is trained with it, as peft has it."""
+    lines = {
+        "BertForSequenceClassification": [
+            {"text": f"the film is {w}", "label": i % 2} for i, w in enumerate(["good", "bad"] * 4)
+        ],
+        "BertForMaskedLM": [{"prompt": "it is <mask> .", "choices": ["good", "bad"], "label": i % 2} for i in range(8)],
+        "BartForConditionalGeneration": [{"prompt": "it is", "completion": "good"}] * 8,
+    }[name]
+    files = SimpleNamespace(model=make(tmp_path / "model", name), train=write_jsonl(tmp_path / "t.jsonl", lines))
+    assert finetune(files, "--peft=lora", "--lr=1", "--merge") == 0, capsys.readouterr().err
+    assert any("classifier" in key for key in adapter("out/adapter")) == ("Classification" in name)
+    model = getattr(transformers, name).from_pretrained(files.model)
+    peft.PeftModel.from_pretrained(model, "out/adapter").merge_and_unload().save_pretrained("theirs")
+    assert_same_tensors(weights("out/checkpoint"), weights("theirs"))
+    assert finetune(files, "--peft=prefix", "--out=prefix") == 1
+    assert "--peft prefix is for causal language models" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_16_bits(files, capsys) -> None:
+    """It stays float32; the base, its placement and its dtype do not change its bits by a resume."""
+    options = ["--peft=lora", "--dtype=bfloat16", "--compute-dtype=float32", "--lr=1e-1"]
+    assert finetune(files, *options, "--merge") == 0
+    assert finetune(files, *options, "--out=first", "--steps=2", "--weights=disk") == 0
+    assert resume("--steps=4", out="first") == 0
+    assert_same_tensors(adapter("first/adapter"), adapter("out/adapter"))
+    base = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.bfloat16)
+    peft.PeftModel.from_pretrained(base, "out/adapter").merge_and_unload().save_pretrained("theirs")
+    assert_same_tensors(weights("out/checkpoint"), weights("theirs"))
+    assert main(["replay", "first", "--merge", "-o", "again", "--quiet"]) == 0
+    assert_same_tensors(weights("again"), weights("theirs"))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("lora", ["--slice=on", "--weights=disk"]), ("prefix", ["--parallel=pert=2"]), ("prompt", ["--slice=on"])],
+)
+def test_two_ranks_train_the_adapter_of_one(ranks, files, method: str, more: list[str], tmp_path: Path) -> None:
+    options = [*STEPS, "--micro-batches=2", f"--peft={method}", *LARGE[method], "--threads=1"]
+    arguments = ["finetune", f"--model={files.model}", f"--train={files.train}", *options]
+    run_alone(tmp_path / "alone", [*arguments, "--out=out"])
+    first = ranks.values(command, 2, tmp_path, [*arguments, *more, "--out=out", "--steps=2"])
+    then = ranks.values(command, 2, tmp_path, ["finetune", "--resume", "--out=out", "--quiet", "--steps=4"])
+    assert [r["status"] for r in first + then] == [0] * 4, first + then
+    assert_same_tensors(adapter("out/adapter"), adapter("alone/out/adapter"))

@@ -90,8 +90,11 @@ def test_what_is_frozen_after_the_hand_over_is_left_alone():
     opt.step(lambda: model(IDS))
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    model.blocks[0].requires_grad_(False)
     with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.0\.0\.weight is trained by an optimizer"):
-        model.requires_grad_(False)
+        opt.step(lambda: model(IDS))
+    model.blocks[0].requires_grad_(True)
+    opt.step(lambda: model(IDS))
     model.embedding.requires_grad_(True)
     with distzo2.edit(model):
         model.head.weight.requires_grad_(False)

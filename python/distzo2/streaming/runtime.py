@@ -526,7 +526,7 @@ class StreamingRuntime:
         Raises:
             DistZO2Error: a parameter that the optimizer trains was frozen since that was made.
         """
-        for index in self._frozen & self.weights.updates.group_of.keys():
+        for index in sorted(self._frozen & self.weights.updates.group_of.keys()):
             name = self.params[index].name
             raise DistZO2Error(f"parameter {name} is trained by an optimizer: freeze it before that is made")
 
