@@ -18,7 +18,7 @@ from parallel_ranks import Ranks
 from safetensors.torch import load_file
 from same_bits import assert_same_tensors
 from tiny_kinds import make
-from tiny_text import write_jsonl
+from tiny_text import choice_lines, make_tokenizer, write_jsonl
 from torchrun_cases import command, run_alone
 from transformers import AutoModelForCausalLM
 
@@ -146,7 +146,11 @@ def test_a_start_that_was_changed(files, capsys) -> None:
         (["--peft=lora", "--train-only=*.bias"], 2, "--train-only: an adapter is all that is trained"),
         (["--peft=prefix", "--merge"], 2, "a prefix cannot be merged"),
         (["--merge"], 2, "--merge needs --peft lora or --adapter"),
-        (["--peft=lora", "--lora-targets=nowhere"], 1, "Target modules {'nowhere'} not found"),
+        (
+            ["--peft=lora", "--lora-targets=nowhere"],
+            1,
+            "LORA on LlamaForCausalLM: ",
+        ),
         (["--adapter=nowhere"], 1, "nowhere: expected the directory of an adapter"),
         (["--train-only=*.nothing"], 2, "--train-only *.nothing: matches no parameter of LlamaForCausalLM, which has"),
     ],
@@ -192,6 +196,24 @@ def test_lora_on_other_kinds_of_models(name: str, tmp_path: Path, capsys) -> Non
     assert_same_tensors(weights("out/checkpoint"), weights("theirs"))
     assert finetune(files, "--peft=prefix", "--out=prefix") == 1
     assert "--peft prefix is for causal language models" in capsys.readouterr().err
+
+
+def test_lora_on_experts(tmp_path: Path, capsys) -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields["num_key_value_heads"] = 2
+    tokenizer, config = make_tokenizer(), transformers.MixtralConfig(vocab_size=512, num_local_experts=4, **fields)
+    for part in (transformers.MixtralForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    files = SimpleNamespace(model=tmp_path / "model", train=write_jsonl(tmp_path / "t.jsonl", choice_lines(8)))
+    assert finetune(files, "--peft=lora", "--lora-targets=q_proj,experts.down_proj", "--lr=1", "--merge") == 0
+    base = transformers.MixtralForCausalLM.from_pretrained(files.model)
+    peft.PeftModel.from_pretrained(base, "out/adapter").merge_and_unload().save_pretrained("theirs")
+    assert_same_tensors(weights("out/checkpoint"), weights("theirs"))
+    fields |= {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+    transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(vocab_size=512, **fields)).save_pretrained(files.model)
+    capsys.readouterr()
+    assert finetune(files, "--peft=lora", "--out=other") == 1
+    assert "peft has no LoRA targets for models of type qwen2_moe: name modules by --lora-targets" in one_line(capsys)
 
 
 def test_an_adapter_beside_16_bits(files, capsys) -> None:

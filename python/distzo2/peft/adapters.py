@@ -20,11 +20,12 @@ from torch import nn
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, persistent_buffers
+from distzo2.checkpoint.pretrained import meta_model
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_FILES, ADAPTER_WEIGHTS, CheckpointFiles, digest_files
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import DistZO2Error, blaming
 from distzo2.files import write_whole
-from distzo2.peft.library import check, peft_library, read_config
+from distzo2.peft.library import check, kind_of, peft_library, read_config
 from distzo2.streaming.offload import runtime_of
 
 NAME = "default"  # of the adapter in a model that is made here
@@ -60,15 +61,26 @@ def new_config(
     method: str, kind: str, model: str, *, r: int, alpha: float, targets: str | None, virtual_tokens: int
 ) -> Any:
     """The `PeftConfig` of a new adapter: `method` is "lora", "prefix" or "prompt", `kind` that of the model, `model`
-    its checkpoint, and `targets` names modules with commas between (None: those that peft has for the architecture).
+    its checkpoint, and `targets` names modules, or parameters as experts are, with commas between (None: what peft has
+    for the architecture).
 
     Raises:
         DistZO2Error: peft has no such adapter for this kind of model.
     """
     peft, task = peft_library(), _TASKS[kind]
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
     if method == "lora":
-        names = targets if targets in (None, "all-linear") else targets.split(",")
-        config = peft.LoraConfig(task_type=task, r=r, lora_alpha=alpha, target_modules=names)
+        held = meta_model(Path(model))
+        if targets is None and held.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            advice = "name modules by --lora-targets, such as q_proj,v_proj, or all-linear"
+            raise DistZO2Error(f"peft has no LoRA targets for models of type {held.config.model_type}: {advice}")
+        names = targets.split(",") if targets not in (None, "all-linear") else []
+        tensors = [n for n in names if any(f".{p}".endswith(f".{n}") for p, _ in held.named_parameters())]
+        modules = [n for n in names if n not in tensors] or (None if tensors else targets)
+        config = peft.LoraConfig(
+            task_type=task, r=r, lora_alpha=alpha, target_modules=modules, target_parameters=tensors or None
+        )
     elif kind != "causal":
         raise DistZO2Error(f"--peft {method} is for causal language models, and not for {kind} ones: --peft lora works")
     else:
@@ -161,11 +173,11 @@ def wrap(model: nn.Module, config: Any, seed: int = 0) -> Any:
     meta = {id(p): p for p in model.parameters()}
     zeros = {key: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for key, p in meta.items()}
     _swap(model, zeros)
-    with blaming(f"{config.peft_type} on {type(model).__name__}"), torch.random.fork_rng(devices=[]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about ties and the like, which are known or refused here
-            torch.manual_seed(seed)
-            wrapped = peft.get_peft_model(model, config, NAME)
+    blames, random = blaming(f"{kind_of(config)} on {type(model).__name__}"), torch.random.fork_rng(devices=[])
+    with blames, random, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about ties and the like, which are known or refused here
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, config, NAME)
     for key, p in zeros.items():
         meta[key].requires_grad_(p.requires_grad)
     _swap(wrapped, {id(p): meta[key] for key, p in zeros.items()})

@@ -71,12 +71,17 @@ def method_of(directory: str | None) -> str | None:
     return {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}.get(read_json(path).get("peft_type"), "lora")
 
 
+def kind_of(config: Any) -> str:
+    """What peft calls a type of adapter, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def check(config: Any, where: str, *, new: bool) -> None:
     """
     Raises:
         DistZO2Error: forwards alone cannot train, or with `new` not initialise, an adapter of `config`.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = kind_of(config)
     if kind not in WORKING:
         why = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""
         raise DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
