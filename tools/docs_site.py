@@ -1,8 +1,8 @@
 """Hooks of mkdocs (mkdocs.yml): what the site shows beside docs/, so that each text has one source.
 
-README.md is the site's first page and CONTRIBUTING.md another. The options of every command become a page. A file that a
-page links to outside docs/ is copied if it is a picture, and else shown as a page of its own; links in the Markdown
-stay those that GitHub follows.
+README.md is the site's first page and CONTRIBUTING.md another. The options of every command become a page. A file
+outside docs/ that a page links to is copied if it is a picture, and else shown as a page of its own. Links in the
+Markdown stay those that GitHub follows.
 """
 
 from __future__ import annotations

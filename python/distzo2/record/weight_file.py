@@ -50,7 +50,7 @@ class WeightFile:
 
     Args:
         path: of the file; each further rank that keeps one adds its number to the name.
-        journal: path of the run's journal. If it exists, the file's blocks are used as far as the journal leads to them.
+        journal: path of the run's journal. If it exists, blocks of the file are used as far as it leads to them.
         every: steps between the beginnings of two rounds of copies; 0: none by steps.
         minutes: minutes between two; 0: none by time.
         pace: the most that copying may take of the steps' time, in (0, 1].
