@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -83,26 +84,23 @@ def page_of(target: Path) -> str:
 
 
 def options_page() -> str:
-    """The options of every command, from the classes that the command line is made of."""
-    from distzo2.cli.main import COMMANDS
-    from distzo2.run.options import groups_of
+    """The options of every command, from its parser."""
+    from distzo2.cli.main import COMMANDS, build_parser
 
     text = ["# Options of every command", "", "What `distzo2 COMMAND --help` prints.", ""]
-    text.append("`distzo2 journal show | verify | diff` is in [The journal](journal.md#looking-at-journals).")
-    for command, (about, kind, _) in COMMANDS.items():
+    text.append("`distzo2 journal show`, `verify` and `diff` are in [The journal](journal.md#looking-at-journals).")
+    for command, parser in build_parser()[1].items():
+        about, kind, _ = COMMANDS[command]
         if kind is None:
             continue
+        required = {field.name for field in fields(kind) if field.default is MISSING}
         text += ["", f"## distzo2 {command}", f"{about[0].upper()}{about[1:]}."]
-        for title, group in groups_of(kind).items():
-            text += ["", f"**{title or 'options'}**", "", "| option | what |", "| --- | --- |"]
-            for option in group:
-                shown, default = option.metadata, option.default
-                flag = f"--{option.name.replace('_', '-')}"
-                flag = shown["metavar"] if shown.get("positional") else flag
-                about = shown["help"].replace("|", "\\|")
-                if default is MISSING:
-                    about = f"required. {about}"
-                elif default not in (None, False) and "default" not in about:
-                    about += f" (default: {default})"
-                text.append(f"| `{flag}` | {about} |")
+        for group in parser._action_groups:
+            if rows := [action for action in group._group_actions if action.dest != "help"]:
+                text += ["", f"**{group.title}**", "", "| option | what |", "| --- | --- |"]
+            for action in rows:
+                flags = " ".join(filter(None, [", ".join(action.option_strings), action.metavar])) or action.dest
+                plain = re.sub(r"([*_\[])", r"\\\1", escape(action.help.replace("%%", "%"), quote=False))
+                help_text = ("**required.** " if action.dest in required else "") + plain
+                text.append(f"| `{flags}` | {help_text} |")
     return "\n".join(text) + "\n"
