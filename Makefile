@@ -122,7 +122,7 @@ format: $(VENV)/.installed ## apply the style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(VENV)/.installed ## build the documentation as a site into build/site; a broken link fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open build/site/index.html; its search needs a server: python -m http.server -d build/site"
 
 bench: $(VENV)/.built ## measure kernels and copies on this machine, into bench/results
