@@ -256,6 +256,7 @@ class Wandb:
         self._run = wandb.init(project="distzo2", id=name, resume="allow", **more)
         self._last = {}
         for kind in ("train", "eval"):
+            self._run.define_metric(f"{kind}/step")
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
             self._last[kind] = self._run.summary.get(f"{kind}/step", -1)
 
