@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.weight_file import WeightFile
-    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
+    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of, state_dict
 
 # As distzo2_core says, which may be imported only when CUDA has started.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -29,6 +29,7 @@ _MODULE_OF = {
     "offload": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_pretrained": "checkpoint.pretrained",
+    "state_dict": "streaming.offload",
     "WeightFile": "record.weight_file",
 }
 
@@ -44,6 +45,7 @@ __all__ = [
     "offload",
     "runtime_of",
     "save_pretrained",
+    "state_dict",
 ]
 
 
