@@ -138,6 +138,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(earlier, begun, resumed,
             in_one(patch)
         model, opt = start(tmp_path / "run", begun)
         train(model, opt, 8)
+        opt.journal.sync()
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         train(model, opt, 4)
         expected = finish(model, opt)
