@@ -42,6 +42,8 @@ class Example:
     label: int = 0  # or the class
     source: np.ndarray | None = None  # int32: what the encoder reads
     place: int | None = None  # of the mask token, where each option is a word in its place
+    lead: tuple[int, ...] = ()  # tokens at the beginning of each option that are not scored; none: all are
+    right: tuple[int, ...] = ()  # options that count as right answers; none: `label` alone
 
     @property
     def chooses(self) -> bool:
