@@ -17,18 +17,14 @@ from typing import Any
 from distzo2.cli import journal
 from distzo2.cli.arguments import Formatter, Parser, add_options, refuse
 from distzo2.cli.ending import end_with, terminated_as_interrupted
+from distzo2.cli.options import MeasureOptions, PlanOptions, ReplayOptions, ReportOptions, TasksOptions
 from distzo2.errors import UsageError
 from distzo2.run.options import (
     LEFT,
     EvalOptions,
     FinetuneOptions,
     GenerateOptions,
-    MeasureOptions,
-    PlanOptions,
-    ReplayOptions,
-    ReportOptions,
     SignalOptions,
-    TasksOptions,
     checked,
     made,
     read_config,

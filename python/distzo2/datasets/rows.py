@@ -190,7 +190,7 @@ def _value(record: Mapping[str, Any], path: str, where: str) -> Any:
         try:
             value = value[int(part)] if isinstance(value, list) else value[part]
         except (LookupError, TypeError, ValueError):
-            held = f", of {', '.join(value)}" if isinstance(value, Mapping) else ""
+            held = f", of {', '.join(value)}" if isinstance(value, Mapping) and value else ""
             raise DataError(f"{where}: no field {path!r} ({part!r} is missing{held})") from None
     return value
 

@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -136,7 +137,9 @@ class Objective:
 
     def named(self, name: str) -> Objective:
         """Another objective of the same model."""
-        return Objective(self.model, name, pad_id=self._pad_id, device=self._device)
+        other = copy(self)
+        other.name = name
+        return other
 
     def likelihoods_of_choices(self, batch: Batch) -> Callable[[], torch.Tensor]:
         """A closure that returns float32 [examples, most choices]: the log-likelihood of each choice."""
