@@ -67,7 +67,7 @@ def test_rows_are_the_first_of_numpys_permutation(tmp_path: Path) -> None:
     assert draw(task, tmp_path, 4, num_train=5, num_dev=4).digest() != drawn.digest()
     few = draw(task, tmp_path, 3, num_train=100, num_dev=28)  # as WSC: development comes first
     assert (len(few.train), len(few.dev), few.eval) == (2, 28, [])
-    with pytest.raises(DataError, match="30 rows to train on, of which 30 are for development: none is left"):
+    with pytest.raises(DataError, match="30 rows to train on, and 30 of them are for development"):
         draw(task, tmp_path, 3, num_train=1, num_dev=30)
 
 
@@ -211,5 +211,5 @@ def test_what_does_not_go_together() -> None:
     with pytest.raises(UsageError, match="a causal language model was expected, T5 is not one"):
         TaskReader(find_task("sst2"), TOKENIZERS[False], kind=ModelKind("encoder-decoder", "T5"))
     empty = Task(name="t", prompt="{x} a", options=[" b", " "], label="l").ask({"x": "c", "l": 0}, "row 7")
-    with pytest.raises(DataError, match="row 7: option 1 has no tokens"):
+    with pytest.raises(DataError, match="row 7: option 1 has no token that another predicts"):
         TaskReader(find_task("sst2"), TOKENIZERS[False], kind=CAUSAL).asked([empty])

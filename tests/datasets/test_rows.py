@@ -132,7 +132,7 @@ def test_a_task_of_a_users_own(tmp_path: Path) -> None:
         ),
         ("[a]\nprompt = '{x}'\noptions = ['b', 'c']\nlabel = 'l'\nlabels = [1]", "1 labels for 2 options"),
         ("[a]\nprompt = '{x}'", "metric 'accuracy' needs options, and no completion"),
-        ("[a]\nprompt = '{x}'\nmetric = 'f1'\ncompletion = 'b'", "needs completion, answers and a loss of text"),
+        ("[a]\nprompt = '{x}'\nmetric = 'f1'\ncompletion = 'b'", "needs completion, answers, a loss of text"),
         ("[a]\nprompt = '{x}'\neach = 'e'\noptions = ['b']\nlabel = 'l'", "each needs one option with a placeholder"),
         ("[a]\nprompt = '{x}'\nnum_dev = 0\noptions = ['b', 'c']\nlabel = 'l'", "num_dev: expected a number greater"),
     ],

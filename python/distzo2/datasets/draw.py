@@ -23,7 +23,6 @@ from distzo2.errors import DataError, UsageError
 from distzo2.generation.answers import Question
 from distzo2.tasks.examples import CausalLines
 from distzo2.tasks.held_out import HeldOut, question
-from distzo2.tasks.kinds import ModelKind
 from distzo2.tasks.tokenize import Example, common_prefix
 
 SEPARATOR = "\n\n"  # between demonstrations
@@ -72,72 +71,54 @@ def draw(
 
     drawn = rows(task.train, num_train + num_dev)
     if num_dev and len(drawn) <= num_dev:
-        raise DataError(
-            f"{directory}: {len(drawn)} rows to train on, of which {num_dev} are for development: none is left"
-        )
+        raise DataError(f"{directory}: {len(drawn)} rows to train on, and {num_dev} of them are for development")
     train, dev = drawn[: len(drawn) - num_dev], drawn[len(drawn) - num_dev :]
     if len(train) < num_train:
-        logger.warning(
-            "%s: %d rows to train on, fewer than the %d that were asked for", directory, len(train), num_train
-        )
+        logger.warning("%s: %d rows to train on, not %d: there are no more", directory, len(train), num_train)
     return Drawn(train, dev, rows(task.eval, num_eval))
 
 
 class TaskReader:
     """Turns the rows of a task into examples for a causal model."""
 
-    def __init__(
-        self,
-        task: Task,
-        tokenizer: Any,
-        *,
-        kind: ModelKind,
-        truncate: str | None = None,
-        max_new_tokens: int = 50,
-        **more: Any,
-    ) -> None:
+    def __init__(self, task: Task, tokenizer: Any, *, max_new_tokens: int = 50, **options: Any) -> None:
         """
         Args:
             task: what is asked.
             tokenizer: as `load_tokenizer` returns it.
-            kind: of the model.
-            truncate: "left", also None: a text that is too long loses its beginning, but for the special tokens at the
-                start; "error": it is refused.
-            max_new_tokens: room that generation leaves.
-            more: as for `Tokenize`.
+            max_new_tokens: room that a written answer needs.
+            options: of `Tokenize`; `truncate` is "left" also where it is None: of a text that is too long the beginning
+                goes, except the special tokens at its start.
 
         Raises:
             UsageError: the model is not causal, or `truncate` is "right".
         """
-        if kind.name != "causal":
+        options = options | {"truncate": options.get("truncate") or "left"}
+        if (kind := options["kind"]).name != "causal":
             raise UsageError(f"--task {task.name}: a causal language model was expected, {kind.model} is not one")
-        if truncate == "right":
+        if options["truncate"] == "right":
             raise UsageError("--truncate right: at the end of a task's text stands its answer; left was expected")
         self.task, self.tokenizer, self.max_new_tokens = task, tokenizer, max_new_tokens
-        self._lines = CausalLines(tokenizer, kind=kind, truncate=truncate or "left", **more)
+        self._lines = CausalLines(tokenizer, **options)
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._first = next((np.int32(i) for i in special if i is not None), None)
 
     def learned(self, rows: Sequence[Asked], loss: str) -> list[Example]:
         """Examples as a step learns them: over the options ("choices"), the whole text ("text") or what follows the
         prompt ("completion")."""
         if loss == "choices":
             return self.asked(rows)
-        # What the model is to write keeps its newline; only spaces are stripped.
-        wholes = self._encode([(row.prompt + row.completion).strip(" ").lstrip() for row in rows])
-        lengths = self._num_behind([row.prompt for row in rows], [[row.completion] for row in rows], rows)
-        room = self.max_new_tokens if self.task.generates else 0
-        examples = []
-        for row, whole, (length,) in zip(rows, wholes, lengths, strict=True):
-            tokens = self._fitted(row, whole, room)
-            first = 1 if loss == "text" else max(1, len(tokens) - length)
-            targets = np.arange(len(tokens)) >= first
-            if not targets.any():
-                raise DataError(f"{row.where}: no token is left to learn")
-            examples.append(Example(tokens, targets))
-        return examples
+        room, examples = self.max_new_tokens if self.task.generates else 0, []
+        for row in rows:
+            ((tokens, num_behind),) = self._texts(row, row.prompt, [row.completion], room=room)
+            first = 1 if loss == "text" else len(tokens) - num_behind
+            examples.append(Example(tokens, np.arange(len(tokens)) >= first))
+        return self._checked(rows, examples)
 
     def asked(self, rows: Sequence[Asked], shots: Sequence[Asked] = ()) -> list[Example]:
         """Examples with choices, `shots` before them as demonstrations."""
-        return self._choices(rows, [row.prompt for row in rows], _demonstrations(shots))
+        before = _demonstrations(shots)
+        return self._checked(rows, [self._choices(row, row.prompt, before) for row in rows])
 
     def blanks(self, rows: Sequence[Asked]) -> list[Example]:
         """The choices of rows behind a prompt without content, for calibration.
@@ -147,7 +128,7 @@ class TaskReader:
         """
         if self.task.blank is None:
             raise UsageError(f"--calibrate: task {self.task.name} has no prompt without content (blank)")
-        return self._choices(rows, [row.blank or "" for row in rows], "")
+        return [self._choices(row, row.blank, "") for row in rows]
 
     def questions(self, rows: Sequence[Asked], shots: Sequence[Asked] = ()) -> list[Question]:
         """Prompts that the model is to continue, and what counts as right."""
@@ -160,7 +141,6 @@ class TaskReader:
         self,
         rows: Sequence[Asked],
         loss: str,
-        *,
         shots: Sequence[Asked] = (),
         calibrate: bool = False,
         write: bool = False,
@@ -190,54 +170,39 @@ class TaskReader:
         """The tokens of each text, with the special tokens at its start."""
         return [self._lines.without_tail(ids) for ids in self._lines.ids(texts)]
 
-    def _num_behind(self, prompts: list[str], behind: list[list[str]], rows: Sequence[Asked]) -> list[list[int]]:
-        """How many tokens each of `behind` adds to its prompt."""
-        before = list(map(len, self._encode([prompt.strip(" ") for prompt in prompts])))
-        # A written answer is not stripped: its newline and the spaces before it are learned.
-        strip = (lambda text: text) if self.task.generates else (lambda text: text.strip(" "))
-        flat = iter(self._encode([strip(p + text) for p, some in zip(prompts, behind, strict=True) for text in some]))
-        counts = [[len(next(flat)) - n for _ in some] for n, some in zip(before, behind, strict=True)]
-        for row, some in zip(rows, counts, strict=True):
-            if min(some) < 1:
-                raise DataError(f"{row.where}: option {some.index(min(some))} has no tokens")
-        return counts
+    def _texts(
+        self, row: Asked, prompt: str, behind: Sequence[str], before: str = "", room: int = 0
+    ) -> list[tuple[np.ndarray, int]]:
+        """Of each text behind a prompt, with `before` in front: the tokens of the whole that fit the limit less `room`,
+        int32, and how many of the last are its own."""
+        # A written answer is learned with its newline, and with the spaces at its end.
+        alone = [prompt + text if self.task.generates else (prompt + text).strip(" ") for text in behind]
+        wholes = [(before + text).strip(" ").lstrip() for text in alone]
+        (start, *encoded), result = self._encode([prompt.strip(" "), *alone, *wholes]), []
+        for i, (ids, whole) in enumerate(zip(encoded[: len(alone)], encoded[len(alone) :], strict=True)):
+            tokens = np.asarray(whole, dtype=np.int32)[self._lines.fitting(row, len(whole), room)]
+            num_behind = len(ids) - len(start)
+            if num_behind == len(tokens) and self._first is not None:  # a prompt without content may have no tokens
+                tokens = np.r_[self._first, tokens]
+            num_behind = min(num_behind, len(tokens) - 1)
+            if num_behind < 1:
+                raise DataError(f"{row.where}: option {i} has no token that another predicts")
+            result.append((tokens, num_behind))
+        return result
 
-    def _choices(self, rows: Sequence[Asked], prompts: list[str], before: str) -> list[Example]:
-        options = [list(row.options) for row in rows]
-        counts = self._num_behind(prompts, options, rows)
-        texts = [
-            (before + (p + o).strip(" ")).strip(" ").lstrip()
-            for p, some in zip(prompts, options, strict=True)
-            for o in some
-        ]
-        flat = iter(self._encode(texts))
-        examples = []
-        for row, some in zip(rows, counts, strict=True):
-            wholes = [self._opened(self._fitted(row, next(flat), 0), count) for count in some]
-            some = [min(count, len(whole) - 1) for count, whole in zip(some, wholes, strict=True)]
-            if min(some) < 1:
-                raise DataError(f"{row.where}: option {some.index(min(some))} has no token that another predicts")
-            contexts = [whole[: len(whole) - count] for whole, count in zip(wholes, some, strict=True)]
-            border = min(common_prefix(contexts[0].tolist(), each.tolist()) for each in contexts)
-            behind = tuple(whole[border:] for whole in wholes)
-            lead = tuple(len(each) - count for each, count in zip(behind, some, strict=True))
-            right = row.right if len(row.right) > 1 else ()
-            examples.append(
-                Example(wholes[0][:border], None, behind, row.label, lead=lead if any(lead) else (), right=right)
-            )
+    def _choices(self, row: Asked, prompt: str, before: str) -> Example:
+        texts = self._texts(row, prompt, row.options, before)
+        contexts = [tokens[:-num_scored].tolist() for tokens, num_scored in texts]
+        border = min(common_prefix(contexts[0], context) for context in contexts)
+        lead = tuple(len(context) - border for context in contexts)
+        options = tuple(tokens[border:] for tokens, _ in texts)
+        right = row.right if len(row.right) > 1 else ()
+        return Example(texts[0][0][:border], None, options, row.label, lead=lead if any(lead) else (), right=right)
+
+    def _checked(self, rows: Sequence[Asked], examples: list[Example]) -> list[Example]:
+        for row, example in zip(rows, examples, strict=True):
+            self._lines.check_vocabulary(row, example)
         return examples
-
-    def _opened(self, tokens: np.ndarray, num_scored: int) -> np.ndarray:
-        """With a token before the first where all are scored: a prompt without content may have none."""
-        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        first = next((i for i in special if i is not None), None)
-        return tokens if first is None or len(tokens) > num_scored else np.r_[np.int32(first), tokens]
-
-    def _fitted(self, row: Asked, ids: list[int], room: int) -> np.ndarray:
-        """int32: tokens without what the limit, less `room`, cuts off the beginning."""
-        lines = self._lines
-        kept = lines.fitting(row, len(ids), room)
-        return np.asarray(ids, dtype=np.int32)[kept]
 
 
 def loss_of(task: Task, objective: str | None) -> tuple[str, str]:

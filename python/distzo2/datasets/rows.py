@@ -86,19 +86,19 @@ class Task(BaseModel):
     def _is_whole(self) -> Task:
         for template in self._templates():
             _parsed(template)
-        if self.generates:
-            if self.options or self.completion is None or self.answers is None or self.loss == "choices":
-                raise ValueError(
-                    f"metric {self.metric!r} needs completion, answers and a loss of text or completion, and no options"
-                )
-        elif self.completion is not None or not self.options:
+        written = (self.completion, self.answers)
+        if self.generates and (self.options or None in written or self.loss == "choices"):
+            raise ValueError(
+                f"metric {self.metric!r} needs completion, answers, a loss of text or completion, no options"
+            )
+        if not self.generates and (self.completion is not None or not self.options):
             raise ValueError("metric 'accuracy' needs options, and no completion")
-        elif self.each is not None:
+        if self.each is not None:
             if len(self.options) != 1 or None in (self.placeholder, self.answers) or self.label is not None:
                 raise ValueError("each needs one option with a placeholder, and answers in place of label")
-        elif self.label is None or len(self.options) < 2:
+        elif self.options and (self.label is None or len(self.options) < 2):
             raise ValueError("two options or more and a label, or each, were expected")
-        elif self.labels is not None and len(self.labels) != len(self.options):
+        if self.labels is not None and len(self.labels) != len(self.options):
             raise ValueError(f"{len(self.labels)} labels for {len(self.options)} options")
         return self
 
