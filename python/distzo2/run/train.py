@@ -34,7 +34,7 @@ from distzo2.run.directory import RunDirectory
 from distzo2.run.inference import evaluate_file
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
-from distzo2.run.metrics import finite, peak_bytes
+from distzo2.run.metrics import check_report, finite, peak_bytes
 from distzo2.run.options import EvalOptions, FinetuneOptions, changed
 from distzo2.run.preflight import (
     DTYPES,
@@ -101,6 +101,8 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         check_output(trace=options.trace)
+        if leads:
+            check_report(options.report_to)
         size = model_size(options.model, DTYPES.get(options.dtype))
         compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
         check_computes(device, compute_dtype)
