@@ -154,9 +154,9 @@ class Task(BaseModel):
         for old, new in self.replace.get(name, {}).items():
             value = value.replace(old, new) if isinstance(value, str) else value
         known = self.map.get(name)
-        if known is not None and value not in known:
+        if known is not None and str(value) not in known:
             raise DataError(f"{where}: {name}: {' or '.join(map(repr, known))} was expected, it is {brief(value)}")
-        return value if known is None else known[value]
+        return value if known is None else known[str(value)]
 
     def _label(self, value: Any, where: str) -> int:
         """The option that a label names; TSV spells values as text."""

@@ -45,8 +45,8 @@ def read_split(directory: str | os.PathLike, split: str, fields: Sequence[str], 
         DistZO2Error: pyarrow is missing.
     """
     files = _files_of(Path(directory), split, config)
-    form = _SUFFIXES[files[0].suffix]
-    columns, num_rows, rows = {"parquet": _arrow, "arrow": _arrow, "JSONL": _jsonl, "TSV": _tsv}[form](files, fields)
+    read = _arrow if files[0].suffix in (".parquet", ".arrow") else _text
+    columns, num_rows, rows = read(files, fields)
     source = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     if missing := [name for name in fields if name not in columns]:
         raise DataError(f"{source}: no field {missing[0]!r}; there are {', '.join(columns)}")
@@ -114,32 +114,21 @@ def _lines(files: list[Path]) -> list[tuple[str, bytes]]:
     return [(f"{p}:{i}", line) for p, text in texts for i, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
-def _jsonl(files: list[Path], fields: Sequence[str]) -> tuple[list[str], int, Callable]:
+def _text(files: list[Path], fields: Sequence[str]) -> tuple[list[str], int, Callable]:
     lines = _lines(files)
+    cells = lambda line: line.decode("utf-8").split("\t")  # noqa: E731
+    header = cells(lines.pop(0)[1]) if lines and _SUFFIXES[files[0].suffix] == "TSV" else None
+    wanted = "a JSON object" if header is None else f"a line of {len(header)} cells, as its header has,"
 
     def row(place: int) -> dict[str, Any]:
-        where, content = lines[place]
+        where, line = lines[place]
         try:
-            record = from_json(content)
+            record = from_json(line) if header is None else dict(zip(header, cells(line), strict=True))
         except ValueError as error:
-            raise DataError(f"{where}: not valid JSON, an object on each line: {one_line(error)}") from error
+            raise DataError(f"{where}: {wanted} was expected: {one_line(error)}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{where}: an object was expected")
+            raise DataError(f"{where}: {wanted} was expected")
         return record
 
-    return list(row(0)) if lines else list(fields), len(lines), lambda places: [row(i) for i in places]
-
-
-def _tsv(files: list[Path], fields: Sequence[str]) -> tuple[list[str], int, Callable]:
-    try:
-        first, *lines = [(where, line.decode("utf-8").split("\t")) for where, line in _lines(files)] or [("", [])]
-    except ValueError as error:
-        raise DataError(f"{files[0]}: not UTF-8: {error}") from error
-
-    def row(place: int) -> dict[str, Any]:
-        where, cells = lines[place]
-        if len(cells) != len(first[1]):
-            raise DataError(f"{where}: {len(cells)} cells, and the header names {len(first[1])}")
-        return dict(zip(first[1], cells, strict=True))
-
-    return first[1], len(lines), lambda places: [row(i) for i in places]
+    names = header if header is not None else list(row(0) if lines else fields)
+    return names, len(lines), lambda places: [row(i) for i in places]
