@@ -76,7 +76,7 @@ def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None
         if mesh is None or mesh.rank == 0:
             log(f"to evaluate: distzo2 eval --task {options.task} --data {options.data} --model {checkpoint}")
         return
-    shared = {f.name for f in fields(EvalOptions)} & vars(options).keys() - {"eval", "score"}
+    shared = {f.name for f in fields(EvalOptions)} & vars(options).keys() - {"eval", "score", "adapter"}
     values = {name: getattr(options, name) for name in shared}
     values |= {"model": str(checkpoint), "batch_size": options.eval_batch_size}
     score, objective = evaluate_file(EvalOptions(**values))
