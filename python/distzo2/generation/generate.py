@@ -97,10 +97,11 @@ def _generate(
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if encodes else slice(width - len(row), width)  # an encoder's positions count from 0
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    device = model.device
+    runtime = getattr(model, "_distzo2_runtime", None)  # of a model that was handed over
+    device = model.device if runtime is None else runtime.device
     stops = _Stops(tokenizer, stop, 1 if encodes else width)
     made = model.generate(
-        ids.to(device),
+        input_ids=ids.to(device),
         attention_mask=mask.to(device),
         stopping_criteria=StoppingCriteriaList([stops] if stop else []),
         **settings,
