@@ -11,12 +11,13 @@ from distzo2.version import __version__
 
 if TYPE_CHECKING:
     from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
+    from distzo2.generation.generate import generate_batch
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.peft.adapters import adapter, save_adapter
     from distzo2.peft.merging import merge_adapter
     from distzo2.record.weight_file import WeightFile
-    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of
+    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of, state_dict
 
 # As distzo2_core says, which may be imported only when CUDA has started.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -28,12 +29,14 @@ _MODULE_OF = {
     "adapter": "peft.adapters",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
+    "generate_batch": "generation.generate",
     "from_pretrained": "checkpoint.pretrained",
     "merge_adapter": "peft.merging",
     "offload": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_adapter": "peft.adapters",
     "save_pretrained": "checkpoint.pretrained",
+    "state_dict": "streaming.offload",
     "WeightFile": "record.weight_file",
 }
 
@@ -47,11 +50,13 @@ __all__ = [
     "edit",
     "evaluate",
     "from_pretrained",
+    "generate_batch",
     "merge_adapter",
     "offload",
     "runtime_of",
     "save_adapter",
     "save_pretrained",
+    "state_dict",
 ]
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import distzo2
+from distzo2.cli.options import PlanOptions
 from distzo2.planning.machines import GPUS, Duplex, Host
 from distzo2.planning.plan import Planner
 from distzo2.planning.plan_model import ModelPlan, Part, plan_module
 from distzo2.planning.report import read_trace
 from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_steps
-from distzo2.run.options import PlanOptions
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.units import ParamInfo, Unit
 from distzo2_core import Term
@@ -245,10 +245,11 @@ def tiny(kind: str) -> nn.Module:
 
 
 def partly_frozen(kind: str) -> nn.Module:
-    """In bfloat16, with a frozen block, and one of which a part is frozen."""
+    """In bfloat16, with a frozen block, one of which a part is frozen, and two of which a small part is trained."""
     model = tiny(kind).bfloat16()
     for name, param in model.named_parameters():
-        param.requires_grad_("layers.1." not in name and "layers.2.self_attn.q" not in name)
+        frozen = "layers.1." in name or "layers.2.self_attn.q" in name
+        param.requires_grad_(not frozen and ("norm" in name or not ("layers.3." in name or "layers.4." in name)))
     return model
 
 

@@ -9,6 +9,7 @@ adapter_start/  of a run that trains an adapter, the one that it began with: a p
 adapter/        and the one that it has made
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace named no other file
+task.json       with --task: the checkpoint's score on the rows for evaluation
 run.lock        locked (flock) by the process that uses the directory, and removed when it ends; one that a killed
                 process left behind is not locked
 """
