@@ -68,6 +68,15 @@ def test_a_run(task: str, form: str, options: list[str], model: Path, capsys) ->
     assert f"not the one that the run began with: {Path('data').absolute()} (task {task})" in one_line(capsys)
 
 
+@pytest.mark.parametrize(("task", "form", "method"), [("sst2", "tsv", "prompt"), ("squad", "parquet", "prefix")])
+def test_an_adapter_is_evaluated_on_the_task(task: str, form: str, method: str, model: Path, capsys) -> None:
+    write_task(Path("data"), task, form)
+    assert finetune(model, task, f"--peft={method}", "--max-new-tokens=6") == 0
+    more = [f"--model={model}", "--adapter=out/adapter", "--max-new-tokens=6"]
+    found = evaluate(capsys, f"--task={task}", *more)
+    assert json.loads(Path("out/task.json").read_text()) == {"task": task} | found
+
+
 def test_shots_and_calibration(model: Path, capsys) -> None:
     write_task(Path("data"), "copa")
     common = ["--task=COPA", f"--model={model}"]
