@@ -113,6 +113,15 @@ def test_a_non_finite_loss_is_not_applied(tmp_path):
     assert all(not e.update.terms for e in entries[1:])
 
 
+def test_a_step_without_closures_is_none(tmp_path):
+    model, opt = stepping(Blocks(), tmp_path, journal=tmp_path / "journal.jsonl")
+    before = model.state_dict()
+    assert opt.step() is None and opt.step(None) is None and opt.step_count == 0 and opt.last is None
+    assert_same_tensors(model.state_dict(), before)
+    with pytest.raises(distzo2.DistZO2Error, match="a closure or a non-empty list"):
+        opt.step([])
+
+
 def test_a_state_dict_continues_with_the_same_bits(tmp_path):
     def run(steps, model, opt):
         return [opt.step(lambda: model(IDS)).item() for _ in range(steps)]

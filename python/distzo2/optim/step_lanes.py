@@ -14,7 +14,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
 from distzo2.streaming.isolation import RandomStream
-from distzo2.streaming.lanes import Lane
+from distzo2.streaming.lanes import Lane, LanePlace
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import CLEAN, Emission
@@ -41,9 +41,10 @@ class StepLanes:
         Returns:
             float64 [lanes, 2], the sum of each lane's losses and their count; and the units that the lanes entered.
         """
-        s, lanes = self.settings, []
+        lanes = []
         for index, batch in places:
-            lanes.append(self._lane(step, *s.evaluations[index], batch, closures[batch - first_batch]))
+            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
+            lanes.append(self._lane(place, closures[batch - first_batch]))
         entered = self._run(lanes)
         return self._losses(lanes), entered or ()
 
@@ -51,7 +52,11 @@ class StepLanes:
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
     ) -> np.ndarray:
         """float64 [evaluations]: mean losses, all on this rank."""
-        lanes = [self._lane(step, *e, batch, closure) for e in evaluations for batch, closure in enumerate(closures)]
+        lanes = [
+            self._lane(LanePlace(step, index, batch, *evaluation, first=False), closure)
+            for index, evaluation in enumerate(evaluations)
+            for batch, closure in enumerate(closures)
+        ]
         with self._interrupt:
             self._run(lanes)
         sums = self._losses(lanes).reshape(len(evaluations), len(closures), 2).sum(1)
@@ -66,10 +71,10 @@ class StepLanes:
             entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
         return entered
 
-    def _lane(self, step: int, probe: int, sign: int, batch: int, closure: Callable[[], Any]) -> Lane:
-        s = self.settings
-        emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
-        return Lane(emission, batch, closure, self._stream(step, batch))
+    def _lane(self, place: LanePlace, closure: Callable[[], Any]) -> Lane:
+        s, sign = self.settings, place.sign
+        emission = Emission((Term(FAMILIES[s.noise], place.step, place.probe, 0, sign * s.eps),)) if sign else CLEAN
+        return Lane(emission, place.batch, closure, self._stream(place.step, place.batch), place)
 
     def _stream(self, step: int, batch: int) -> RandomStream:
         """The same for every perturbation of a micro-batch."""
@@ -81,7 +86,8 @@ class StepLanes:
         Raises:
             DistZO2Error: the clean ones differ, or a perturbed one differs when it runs alone.
         """
-        lanes = [self._lane(step, 0, sign, 0, closure) for sign in (0, 0, +1, -1)]
+        signs = enumerate((0, 0, +1, -1))
+        lanes = [self._lane(LanePlace(step, index, 0, 0, sign, first=False), closure) for index, sign in signs]
         with self._interrupt:
             self._run(lanes, check=True)
         losses = self._losses(lanes)

@@ -248,18 +248,19 @@ class ZOSGD(torch.optim.Optimizer):
 
     def step(
         self,
-        closure: Callable[[], Any] | Sequence[Callable[[], Any]],
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
         *,
         tokens: int = 0,
         sharded: bool | str = False,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Evaluates the step's perturbations and makes the update.
 
         Args:
             closure: returns the loss of a batch as a scalar; or per-example losses, of which the mean is taken; or
                 (sum of losses, number of losses), for a mean over all of the step, however it is cut. Or a list of such
                 closures, one for each micro-batch. It is called once for each perturbation, under no_grad, in a
-                separate thread; code that is new, once more (see `check`).
+                separate thread; code that is new, once more (see `check`); `distzo2.current_lane` says for which. None:
+                no step is made, and None is returned, since training loops call `step()` where gradients are ready.
             tokens: how many tokens the batch has, for the journal.
             sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
                 part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
@@ -278,6 +279,8 @@ class ZOSGD(torch.optim.Optimizer):
             RankFailedError: another rank failed in this step, or is gone; it and the first cause are named.
             Anything that a closure raises, as it was raised; the step is then dropped whole, on all ranks.
         """
+        if closure is None:
+            return None
         if self._closed:
             raise DistZO2Error("this optimizer was closed, and its journal with it")
         closures, scalars, failure = [], (), None
