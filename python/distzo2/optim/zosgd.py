@@ -37,7 +37,7 @@ from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import check_computes, runtime_of
-from distzo2.text import dtype_name
+from distzo2.text import brief, dtype_name
 from distzo2.weights.units import Unit, main_dtype, ranges_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update
 
@@ -443,26 +443,39 @@ class ZOSGD(torch.optim.Optimizer):
         """The groups without their tensors, the settings, and the number of the next step. Stored weights are brought
         up to date, so that a `model.state_dict()` made now or later goes with it."""
         self._runtime.weights.flush()
-        fixed = {name: getattr(self.settings, name) for name in ("seed", *_SAME_IN_STATE)}
-        mine = {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
-        return {**super().state_dict(), "distzo2": mine}
+        return {**super().state_dict(), "distzo2": self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        fixed = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "seed")}
+        return {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
 
+        The optimizer's own present state may always be loaded, as libraries do when they wrap an optimizer: the options
+        of groups are taken over, and nothing else changes.
+
         Raises:
-            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written.
+            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written and
+                the state is not that of its last step.
         """
         mine = state_dict.get("distzo2")
         if mine is None:
             raise DistZO2Error("this is not a state of ZOSGD: it has no entry 'distzo2'")
-        if self.journal is not None:
-            raise DistZO2Error("a run with a journal is resumed from it, with ZOSGD(journal=..., resume=True)")
-        for key in _SAME_IN_STATE:
-            ours = getattr(self.settings, key)
-            if mine[key] != ours:
-                raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {ours!r} in this optimizer")
+        ours = self._own_state()
+        differing = next((key for key in ours if mine.get(key) != ours[key]), None)
+        if differing is not None and (self.journal is not None or differing in _SAME_IN_STATE):
+            theirs, present = brief(mine.get(differing)), brief(ours[differing])
+            found = f"{differing} is {theirs} in the state and {present} in this optimizer"
+            if self.journal is not None:
+                found += (
+                    f", which writes the journal {self.journal.path}: a run is resumed with ZOSGD(journal=..., "
+                    "resume=True) and the weights that it began with, or branched off with branch_from="
+                )
+            raise DistZO2Error(found)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
+        if differing is None:
+            return
         self._set(seed=mine["seed"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
