@@ -227,8 +227,8 @@ def check_base(
     if differing:
         raise DistZO2Error(
             f"{os.fspath(path)}: the run began with other weights: {len(differing)} of {len(expected)} parameters "
-            f"differ, first {differing[0]}. Make the model as it was then, from the same seed or checkpoint, and without "
-            "what was trained since: the journal's steps are made again"
+            f"differ, first {differing[0]}. Make the model as it was then, from the same seed or checkpoint, without "
+            "later training: the journal's steps are made again"
         )
 
 
