@@ -52,6 +52,8 @@ def test_what_must_not_change_a_bit(ranks: Ranks, alone: Any, what: str, tmp_pat
         (slice_cases.computed, (2, 1), (1,)),
         (slice_cases.computed, (1, 2), (3,)),
         (slice_cases.no_lanes, (1, 2), ()),
+        (slice_cases.with_reference, (2, 1), ()),
+        (slice_cases.with_reference, (1, 2), ()),
         (slice_cases.replaced, (1, 2), ("load_state_dict",)),
         (slice_cases.replaced, (1, 2), ("edit",)),
     ],
