@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.weight_file import WeightFile
-    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of, state_dict
+    from distzo2.streaming.lanes import current_lane
+    from distzo2.streaming.offload import edit, evaluate, offload, present, runtime_of, state_dict
 
 # As distzo2_core says, which may be imported only when CUDA has started.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -24,11 +25,13 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 _MODULE_OF = {
     "ZOSGD": "optim.zosgd",
     "StepRecord": "optim.settings",
+    "current_lane": "streaming.lanes",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
     "generate_batch": "generation.generate",
     "from_pretrained": "checkpoint.pretrained",
     "offload": "streaming.offload",
+    "present": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_pretrained": "checkpoint.pretrained",
     "state_dict": "streaming.offload",
@@ -41,11 +44,13 @@ __all__ = [
     "StepRecord",
     "WeightFile",
     "__version__",
+    "current_lane",
     "edit",
     "evaluate",
     "from_pretrained",
     "generate_batch",
     "offload",
+    "present",
     "runtime_of",
     "save_pretrained",
     "state_dict",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +368,32 @@ def state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[str, t
             with runtime.access.reading(unit) as views:
                 found |= {id(p.tensor): views[p.name].clone() for p in params}
     return {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in found}
+
+
+@contextmanager
+def present(module: nn.Module | nn.Parameter) -> Iterator[nn.Module | nn.Parameter]:
+    """Makes the parameters of a module real for code that reads them outside of its forward, as in `x @ head.weight.T`.
+
+    Inside a step they are those of the evaluation that runs, perturbed; elsewhere they are clean and up to date. They
+    are read-only, and valid in the body alone. A unit is opened whole: with a parameter of a block comes the block, and
+    units that stream stay on the device together. What is no part of a model that was handed over is real already.
+
+    Args:
+        module: a model, any module in it or around it, or a parameter.
+
+    Raises:
+        DistZO2Error: the body wrote a parameter, or the lanes of a step do not enter the same units in the same order.
+    """
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    params = [p for m in modules for p in m._parameters.values()] if modules else [module]
+    found = [p._distzo2 for p in params if hasattr(p, "_distzo2")]
+    units_of: dict[StreamingRuntime, set[int]] = {}
+    for param, runtime in found:
+        units_of.setdefault(runtime, set()).add(runtime.unit_of[param.index].index)
+    with ExitStack() as stack:
+        for runtime, indices in units_of.items():
+            stack.enter_context(runtime.presenting([runtime.units[index] for index in sorted(indices)]))
+        yield module
 
 
 @contextmanager
