@@ -13,7 +13,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.text import gib
-from distzo2.weights.scratch import BUFFERS
+from distzo2.weights.scratch import least_bytes
 from distzo2.weights.store import slot_bytes_of
 from distzo2.weights.units import Unit
 from distzo2_core import memory_budget
@@ -94,9 +94,7 @@ def blocks_to_stream(
     if budget == "auto":
         budget = int(AUTO_SHARE * free_bytes())
     residents = sum(u.num_bytes for u in units if u.resident)
-    copied = [u for u in units if u.trainable or u.converts]  # for modules
-    largest = max((u.seen_bytes for u in copied if not u.resident), default=0)
-    scratch = BUFFERS * (largest + sum(u.seen_bytes for u in copied if u.resident))
+    scratch = least_bytes([u for u in units if u.trainable or u.converts])
     if residents + scratch + sum(u.num_bytes for u in blocks) <= budget:  # no ring is needed
         return []
     ring = slots * slot_bytes_of(u.num_bytes for u in blocks)

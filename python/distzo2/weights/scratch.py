@@ -31,6 +31,19 @@ class _SizeClass:
         return max(BUFFERS, min(MOST_BUFFERS, CLASS_BYTES // self.num_bytes))
 
 
+def _class_of(unit: Unit) -> Hashable:
+    kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
+    return "small" if unit.seen_bytes <= SMALL_BYTES else kind
+
+
+def least_bytes(units: Sequence[Unit]) -> int:
+    """What two buffers for each class of the units' sizes take."""
+    largest: dict[Hashable, int] = {}
+    for unit in units:
+        largest[_class_of(unit)] = max(largest.get(_class_of(unit), 0), unit.seen_bytes)
+    return BUFFERS * sum(largest.values())
+
+
 class Scratch:
     """Two buffers for each class of unit sizes, and more where they are small; beyond, only while the open windows of
     one lane need them."""
@@ -41,8 +54,7 @@ class Scratch:
         self._classes: dict[Hashable, _SizeClass] = {}
         self._class_of: dict[int, _SizeClass] = {}  # by the unit's index
         for unit in units:
-            kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
-            one = self._classes.setdefault("small" if unit.seen_bytes <= SMALL_BYTES else kind, _SizeClass())
+            one = self._classes.setdefault(_class_of(unit), _SizeClass())
             one.num_bytes = max(one.num_bytes, unit.seen_bytes)
             self._class_of[unit.index] = one
 
