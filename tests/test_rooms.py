@@ -5,7 +5,21 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOMS = ("cli", "planning", "run", "tasks", "checkpoint", "optim", "streaming", "parallel", "record", "weights", "")
+ROOMS = (
+    "cli",
+    "planning",
+    "run",
+    "datasets",
+    "tasks",
+    "generation",
+    "checkpoint",
+    "optim",
+    "streaming",
+    "parallel",
+    "record",
+    "weights",
+    "",
+)
 PACKAGE = Path(__file__).parents[1] / "python/distzo2"
 FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

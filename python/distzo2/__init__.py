@@ -11,6 +11,7 @@ from distzo2.version import __version__
 
 if TYPE_CHECKING:
     from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
+    from distzo2.generation.generate import generate_batch
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.weight_file import WeightFile
@@ -25,6 +26,7 @@ _MODULE_OF = {
     "StepRecord": "optim.settings",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
+    "generate_batch": "generation.generate",
     "from_pretrained": "checkpoint.pretrained",
     "offload": "streaming.offload",
     "runtime_of": "streaming.offload",
@@ -41,6 +43,7 @@ __all__ = [
     "edit",
     "evaluate",
     "from_pretrained",
+    "generate_batch",
     "offload",
     "runtime_of",
     "save_pretrained",
