@@ -93,6 +93,7 @@ def train(
     *,
     weights: str = "disk",
     dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
     steps: int = 6,
     micro_batches: int = 2,
     journal: str | None = None,
@@ -106,7 +107,7 @@ def train(
     """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
     if shape is not None:
         mesh_of(*shape, slice=slices)
-    model = tower(weights, directory / f"rank{rank}", dtype, device=device)
+    model = tower(weights, directory / f"rank{rank}", dtype, device=device, compute_dtype=compute)
     if journal is not None:
         options |= {"journal": directory / journal, "resume": resume}
     opt = optimizer(model, **options)

@@ -37,8 +37,8 @@ def train_with(rank: int, world_size: int, shape: tuple[int, int], directory: Pa
         slice_choice.Slicing = lambda node, _, *rest: slicing(node, [1.0 + r for r in range(node.size)], *rest)
     if what == "write_every":
         cases.tower = functools.partial(tower, write_every=3)
-    if what == "memory_budget":  # room for two of the five blocks beside what streaming needs
-        cases.tower = functools.partial(tower, memory_budget=36_000)
+    if what == "memory_budget":  # room for one of the five blocks beside what streaming needs
+        cases.tower = functools.partial(tower, memory_budget=24_000, slots=2)
     if what == "waves":
         options["max_lanes"] = 1
     try:
@@ -344,7 +344,8 @@ def hand_over(rank: int, world_size: int, directory: Path, what: str) -> None:
             place.write_text("a file")
         if what == "alone" and rank == 0:
             return
-        tower("disk", place, **({"memory_budget": (36_000, 80_000)[rank]} if what == "memory_budget" else {}))
+        budget = {"memory_budget": (24_000, 80_000)[rank], "slots": 2}
+        tower("disk", place, **(budget if what == "memory_budget" else {}))
 
 
 def small_llama(seed: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import threading
@@ -120,13 +121,26 @@ def test_groups_cannot_change_under_a_journal_and_a_bad_group_is_rolled_back(tmp
     opt.close()
 
 
-def test_a_16_bit_loss_is_warned_about_once():
+class Coarse:
+    """A closure whose loss, near 0.74, has 16 bits."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self):
+        return (0.2 * self.model(IDS)).bfloat16()
+
+
+@pytest.mark.parametrize("closure", [lambda loss: lambda: loss(), lambda loss: loss, functools.partial])
+def test_a_16_bit_loss_is_warned_about_once_with_its_spacing_and_its_place(closure):
     model, opt = stepping(Blocks())
-    with pytest.warns(UserWarning, match="float32"):
-        opt.step(lambda: model(IDS).bfloat16())
+    closure = closure(Coarse(model))
+    where = r"test_safety\.py:\d+ returned a loss in bfloat16: near 0\.\d+ it is quantised to 0\.004, .* in float32"
+    with pytest.warns(UserWarning, match=where):
+        opt.step([closure] * 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opt.step(lambda: model(IDS).bfloat16())
+        opt.step(closure)
 
 
 def test_per_example_losses_and_plain_numbers():

@@ -38,6 +38,23 @@ def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, sli
             assert_same_run(result, alone(**same))
 
 
+WIDE = {"dtype": torch.bfloat16, "compute": torch.float32}
+
+
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("name", ["pert=2", "data=2", "pert=2,data=2"])
+def test_a_mesh_that_computes_in_another_dtype(ranks: Ranks, alone: Any, name: str, slices: bool, tmp_path: Path):
+    """It has the bits of one rank, and one rank goes on with its journal."""
+    shape, _ = MESHES[name]
+    run = functools.partial(cases.train, slices=slices, journal="journal.jsonl", **WIDE)
+    expected, before = alone(**WIDE), functools.partial(run, steps=3)
+    for history, _ in ranks.values(before, shape[0] * shape[1], shape, tmp_path):
+        assert history == expected[0][:3]
+    history, state = cases.train(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, **WIDE)
+    assert_same_run((expected[0][:3] + history, state), expected)
+    assert expected[0] != alone(dtype=torch.bfloat16)[0]
+
+
 @pytest.mark.parametrize("sharded", [True, "data"])
 @pytest.mark.parametrize(("shape", "slices"), [((1, 4), False), ((2, 2), False), ((2, 2), True)], ids=str)
 def test_lists_of_the_ranks_own_closures(ranks: Ranks, alone: Any, shape, slices, sharded: Any, tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +18,8 @@ from distzo2.optim.settings import Settings
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane, LanePlace
 from distzo2.streaming.runtime import StreamingRuntime
-from distzo2.weights.units import Unit
+from distzo2.text import dtype_name
+from distzo2.weights.units import HALVES, Unit
 from distzo2.weights.updates import CLEAN, Emission
 from distzo2_core import FAMILIES, Term
 
@@ -105,7 +108,7 @@ class StepLanes:
         """float64 [lanes, 2]: sum and count of what each closure returned."""
         if not lanes:
             return np.zeros((0, 2))
-        pairs = [self._pair(lane.result, as_sums) for lane in lanes]
+        pairs = [self._pair(lane.result, lane.closure, as_sums) for lane in lanes]
         tensors = [value for pair in pairs for value in pair if isinstance(value, torch.Tensor)]
         values = iter(_read([t.to(tensors[0].device) for t in tensors]))
         losses = np.array([[next(values) if isinstance(v, torch.Tensor) else v for v in pair] for pair in pairs])
@@ -120,10 +123,10 @@ class StepLanes:
             losses = np.stack([losses[:, 0] / counts, np.ones(len(lanes))], 1)
         return losses
 
-    def _pair(self, result: Any, as_sum: bool) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _pair(self, result: Any, closure: Callable[[], Any], as_sum: bool) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Float64 scalars: (sum, count) as the closure returned it; a mean counts as one loss."""
         if not isinstance(result, tuple):
-            return self._value(result, as_sum), 1.0
+            return self._value(result, closure, as_sum), 1.0
         if len(result) != 2 or any(isinstance(value, torch.Tensor) and value.numel() != 1 for value in result):
             shapes = ", ".join(str(list(v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in result)
             raise DistZO2Error(
@@ -132,9 +135,9 @@ class StepLanes:
             )
         total, count = result
         count = self._value(count) if isinstance(count, torch.Tensor) else self._value(count).item()
-        return self._value(total), count
+        return self._value(total, closure), count
 
-    def _value(self, result: Any, as_sum: bool = False) -> torch.Tensor:
+    def _value(self, result: Any, closure: Callable[[], Any] | None = None, as_sum: bool = False) -> torch.Tensor:
         if not isinstance(result, torch.Tensor):
             try:
                 return torch.tensor(float(result), dtype=torch.float64)
@@ -142,17 +145,29 @@ class StepLanes:
                 raise DistZO2Error(
                     f"the closure returned {type(result).__name__}; a loss was expected (a tensor or a number)"
                 ) from None
-        if result.dtype in (torch.float16, torch.bfloat16) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the closure returned a {result.dtype} loss: a step is made of differences of losses, so compute the "
-                "loss in float32",
-                stacklevel=4,
-            )
         if result.numel() == 0:
             raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
-        result = result.detach().double()
-        return result.sum() if as_sum else result.mean()
+        value = result.detach().double()
+        value = value.sum() if as_sum else value.mean()
+        if closure is not None and result.dtype in HALVES and not self._warned:
+            self._warned = True
+            name = dtype_name(result.dtype)
+            spacing = torch.finfo(result.dtype).eps * 2.0 ** (math.frexp(value.item())[1] - 1)
+            warnings.warn(
+                f"the closure at {_place_of(closure)} returned a loss in {name}: near {value:.3g} it is "
+                f"quantised to {spacing:.1g}, and a step is made of differences of losses. Compute it in float32 "
+                "there: from logits.float(), for example",
+                stacklevel=4,
+            )
+        return value
+
+
+def _place_of(closure: Callable[[], Any]) -> str:
+    """File and line where a closure is defined."""
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    code = getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else type(closure).__name__
 
 
 class _Mapped:

@@ -20,7 +20,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
 from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
-from distzo2.optim.signal import Signal, measure_signal
+from distzo2.optim.signal import REFERENCE, TF32, Signal, computed_in, measure_signal
 from distzo2.optim.state import (
     NON_FINITE_COEFFICIENT,
     NON_FINITE_LOSS,
@@ -38,7 +38,7 @@ from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.text import brief, dtype_name
-from distzo2.weights.units import Unit, main_dtype, ranges_of
+from distzo2.weights.units import Unit, ranges_of
 from distzo2_core import FAMILIES, GroupScalars, Term, Update, checksum
 
 logger = logging.getLogger("distzo2")
@@ -427,7 +427,7 @@ class ZOSGD(torch.optim.Optimizer):
         *,
         probes: int = 8,
         eps: float | Sequence[float] | None = None,
-        dtypes: Sequence[torch.dtype] | None = None,
+        dtypes: Sequence[torch.dtype | str] | None = None,
     ) -> list[Signal]:
         """How much of L+ - L- is the perturbation: probes of the next step in several compute dtypes, beside float32.
 
@@ -435,7 +435,7 @@ class ZOSGD(torch.optim.Optimizer):
             closure: as `step` takes it.
             probes: perturbations, each evaluated both ways; 2 or more.
             eps: one size of them, or several; None: that of the steps.
-            dtypes: None: what modules compute with, and float32.
+            dtypes: of `compute_dtype`, and "tf32" on a GPU; None: what modules compute with, and float32.
 
         Returns:
             A `Signal` for each dtype and eps, in this order. Weights are not changed.
@@ -445,9 +445,9 @@ class ZOSGD(torch.optim.Optimizer):
         if probes < 2 or not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
             raise DistZO2Error(f"signal: 2 probes or more and positive eps were expected, got {probes} and {sizes}")
         runtime.weights.updates.set_perturb_scales([g.perturb_scale for g in scalars_of(self.param_groups)])
-        dtypes = (runtime.compute_dtype or main_dtype(runtime.params), torch.float32) if dtypes is None else dtypes
+        dtypes = (computed_in(runtime), REFERENCE) if dtypes is None else dtypes
         for dtype in dtypes:
-            check_computes(runtime.device, dtype)
+            check_computes(runtime.device, REFERENCE if dtype == TF32 and runtime.device.type == "cuda" else dtype)
         closures = [closure] if callable(closure) else list(closure)
         return measure_signal(self._lanes, closures, self.step_count, dtypes=dtypes, eps=sizes, probes=probes)
 

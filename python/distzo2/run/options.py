@@ -24,7 +24,7 @@ from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate",
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective", "truncate",
          "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev")  # fmt: skip
 KEPT_BY_BRANCHES = ("seed", "dtype")
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
@@ -134,6 +134,7 @@ class Placement:
         "dtype that the model computes in, whatever is stored; auto: as stored, but float32 on a CPU that has no "
         "instructions for it, and, for finetune, where differences of losses would be rounding (see distzo2 signal)",
     )
+    tf32: Switch = option(False, "multiply float32 matrices in TF32 on a GPU: 10 bits of precision, bfloat16 has 7")
     threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
 
 

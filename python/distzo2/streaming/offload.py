@@ -79,7 +79,7 @@ def offload(
         compute_dtype: float32, bfloat16 or float16: what modules compute with, whatever is stored; their parameters are
             copies in it, which are not rounded to what is stored. A difference of two losses often needs float32
             where 16 bits are stored (docs/precision.md). Parameters stored in float32 beside narrower ones, and other
-            dtypes, stay as they are; buffers of 16 bits are float32 where that is. None: as stored.
+            dtypes, stay as they are; buffers of 16 bits follow. None: as stored.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -459,5 +459,6 @@ def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
 def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     """Hands a model over whose parameters are real and no longer those that it was cut into."""
     runtime.close()
+    runtime.cast_buffers(None)
     model._distzo2_state.remove()
     _take(model, **runtime.options | {"weight_file": None, "compute_dtype": runtime.compute_dtype})

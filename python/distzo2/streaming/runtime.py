@@ -69,7 +69,7 @@ class StreamingRuntime:
         self.model, self.weights, self.access, self.where, self.kept = model, weights, access, where, kept
         self.base: Any = None
         self.compute_dtype: torch.dtype | None = None
-        # Buffers of 16 bits, which are float32 where modules compute in that.
+        # Buffers of 16 bits, which have the dtype that modules compute with.
         self.stored_buffers = {name: b.dtype for name, b in model.named_buffers() if b.dtype in HALVES}
         self.units, self.params, self.device = weights.units, weights.params, weights.device
         self.trace = weights.trace
@@ -167,14 +167,14 @@ class StreamingRuntime:
         self._summed, self._parks_always = new, new or check
         try:
             self._pass(lanes, expected, interrupt)
-        except RuntimeError as error:  # shapes or dtypes that do not fit, for example
+        except Exception as error:  # shapes or dtypes that do not fit, for example
             failed = next((i for i, lane in enumerate(lanes) if lane.error is error), None)
-            if new and failed is not None and len(lanes) > 1:
+            if failed is not None and isinstance(error, RuntimeError) and new and len(lanes) > 1:
                 with suppress(Exception):
                     alone(failed)
                     error.add_note(f"distzo2: {LANE_ALONE}")
-            if self.compute_dtype is not None and any(word in str(error) for word in ("dtype", "scalar type")):
-                error.add_note(self._about_dtypes(error))
+            if failed is not None and self.compute_dtype is not None and not isinstance(error, DistZO2Error):
+                self._note_dtypes(error)
             raise
         finally:
             self._summed = self._parks_always = False
@@ -186,10 +186,14 @@ class StreamingRuntime:
         lanes[-1].switches.leave()
         return lanes[0].visited
 
-    def _about_dtypes(self, error: BaseException) -> str:
+    def _note_dtypes(self, error: Exception) -> None:
+        """Adds a note to what a lane raised, if that, or the line that raised it, is about dtypes."""
+        text = f"{error} {traceback.extract_tb(error.__traceback__)[-1].line}"
+        if not any(word in text for word in ("dtype", "scalar type")):
+            return
         modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         names = [name for m in modules if isinstance(m, nn.Module) and (name := self.name_of(m))]
-        return (
+        error.add_note(
             f"distzo2: in {names[-1] if names else 'the model'}, which computes in {self.compute_dtype} and is stored "
             "in other dtypes: compute_dtype=None (--compute-dtype stored) computes in these"
         )
@@ -463,7 +467,7 @@ class StreamingRuntime:
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Lets modules compute in another dtype than what is stored; None: in that. Their parameters are copies in it,
-        made at each visit, and buffers of 16 bits are float32 where that is.
+        made at each visit, and buffers of 16 bits follow.
 
         Raises:
             DistZO2Error: a pass or a forward is under way.
@@ -472,11 +476,15 @@ class StreamingRuntime:
         for unit in self.units:
             self.parameters.compute_anew(unit)
         self.compute_dtype = dtype if any(unit.converts for unit in self.units) else None
+        self.cast_buffers(dtype)
+
+    def cast_buffers(self, dtype: torch.dtype | None) -> None:
+        """Gives buffers that have 16 bits another dtype; None: their own."""
         for name, stored in self.stored_buffers.items():
             owner, _, key = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if (buffer := module._buffers.get(key)) is not None:
-                module._buffers[key] = buffer.to(torch.float32 if dtype == torch.float32 else stored)
+                module._buffers[key] = buffer.to(dtype or stored)
 
     @contextmanager
     def editing(self) -> Iterator[None]:
