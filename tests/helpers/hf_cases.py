@@ -1,0 +1,101 @@
+"""Tiny models and data for trainers of Hugging Face, and the library's own loop beside theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_kinds import BERT, T5
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
+from transformers import BertConfig, T5Config
+from transformers.data.data_collator import default_data_collator
+
+import distzo2
+
+LLAMA = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0,
+}  # fmt: skip
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, LLAMA),
+    "bert": (BertForSequenceClassification, BertConfig, BERT | {"num_labels": 3}),
+    "t5": (T5ForConditionalGeneration, T5Config, T5),
+}
+
+
+def make_model(kind: str = "llama", **fields: Any) -> Any:
+    model_class, config, small = KINDS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return model_class(config(**small | fields))
+
+
+def make_data(kind: str = "llama", count: int = 12, length: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Examples whose labels count 1 to `length` tokens, or for "bert" a class."""
+    g = torch.Generator().manual_seed(2)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(3, 20, (length,), generator=g)
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        row["labels"][: i % (length - 2)] = -100
+        if kind == "bert":
+            row["labels"] = torch.tensor(i % 3)
+        rows.append(row)
+    return rows
+
+
+class Batches:
+    """A collator that keeps what it makes, in order."""
+
+    def __init__(self, collate: Callable[[list], dict] = default_data_collator) -> None:
+        self.made: list[dict[str, torch.Tensor]] = []
+        self._collate = collate
+
+    def __call__(self, features: list) -> dict[str, torch.Tensor]:
+        self.made.append(self._collate(features))
+        return dict(self.made[-1])
+
+
+def arguments(kind: type, directory: Path, **fields: Any) -> Any:
+    small = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    return kind(str(directory), **small | quiet | fields)
+
+
+def tokens(batch: dict[str, torch.Tensor], shift: bool = True) -> int:
+    """How many labels of a batch count."""
+    return int((batch["labels"][..., 1:] if shift else batch["labels"]).ne(-100).sum())
+
+
+def mean_of_tokens(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The closure of a user's own loop: (sum, count) of a causal model's loss."""
+    count = tokens(batch)
+    return model(**batch, num_items_in_batch=torch.tensor(count)).loss.double() * count, count
+
+
+def own_loop(
+    model: Any,
+    steps: Sequence[Sequence[dict[str, torch.Tensor]]],
+    loss: Callable[[Any, dict], Any] = mean_of_tokens,
+    *,
+    rates: Sequence[float] | None = None,
+    groups: Callable[[Any], list] | None = None,
+    hand_over: dict[str, Any] = {},
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """The weights after `steps` lists of micro-batches in a loop of the library's own."""
+    model = distzo2.offload(model, **hand_over)
+    optimizer = distzo2.ZOSGD(model, groups and groups(model), **{"lr": 1e-2, "eps": 1e-3, "seed": 42} | options)
+    for number, batches in enumerate(steps):
+        if rates is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[number]
+        optimizer.step([lambda batch=batch: loss(model, batch) for batch in batches])
+    return model.state_dict()
+
+
+def rates_of(trainer: Any) -> list[float]:
+    """The learning rate of each step that a trainer logged."""
+    return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
