@@ -39,7 +39,7 @@ from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.text import brief, dtype_name
 from distzo2.weights.units import Unit, main_dtype, ranges_of
-from distzo2_core import FAMILIES, GroupScalars, Term, Update
+from distzo2_core import FAMILIES, GroupScalars, Term, Update, checksum
 
 logger = logging.getLogger("distzo2")
 
@@ -162,7 +162,7 @@ class ZOSGD(torch.optim.Optimizer):
             return
         self._ranks.first_version = runtime.weights.version
         self.journal, self.first_step, older_rules = open_run(
-            self._ranks, journal, self._header, runtime.weights, self.take_over,
+            self._ranks, journal, self._header, self._checksums, runtime.weights, self.take_over,
             resume=resume, branch=branch, fsync_every=fsync_every, kept=runtime.kept,
         )  # fmt: skip
         self._set(older_rules=older_rules)
@@ -219,6 +219,16 @@ class ZOSGD(torch.optim.Optimizer):
             data_hash=self._data_hash,
             computed=[dtype_name(p.seen) for p in runtime.params],
         )
+
+    def _checksums(self) -> list[str | None]:
+        """One for each parameter, in the order of the index table, of all its bytes; None where a weight file gave it.
+        Reads every other unit once."""
+        runtime, sums = self._runtime, [None] * len(self._runtime.params)
+        units = [unit for unit in runtime.units if not runtime.is_filled(unit)]
+        for unit, views in runtime.access.visit(units):
+            for param, view in zip(unit.params, views, strict=True):
+                sums[param.index] = f"{checksum([view]) % 2**64:016x}"
+        return sums
 
     def _set(self, **changes: Any) -> None:
         """Changes settings."""

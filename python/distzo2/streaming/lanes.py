@@ -151,12 +151,13 @@ class LaneThread(threading.Thread):
         self._lane: Lane | None = None
         self._caller: CallerState | None = None
         self._context: contextvars.Context | None = None
+        self.line = 0  # of control
         self.cancelled = False
         self.start()
 
     def assign(self, lane: Lane, caller: CallerState, context: contextvars.Context, turns: Turns) -> None:
         self._lane, self._caller, self._context, self._turns = lane, caller, context, turns
-        self.cancelled = False
+        self.cancelled, self.line = False, line_of_control()
         lane.thread = self
 
     def resume(self) -> None:
@@ -201,6 +202,12 @@ class LaneThread(threading.Thread):
             lane.error = None
         except BaseException as error:
             lane.error = error
+
+
+def line_of_control() -> int:
+    """A number of the current thread, and the same in the lanes of its passes: of all these one runs at a time."""
+    thread = threading.current_thread()
+    return thread.line if isinstance(thread, LaneThread) else threading.get_ident()
 
 
 class LaneGroup:

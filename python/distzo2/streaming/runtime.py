@@ -30,7 +30,7 @@ from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Windows
 from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, ScheduleState, no_kv_cache, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
-from distzo2.streaming.lanes import Lane, LaneGroup
+from distzo2.streaming.lanes import Lane, LaneGroup, line_of_control
 from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
@@ -96,8 +96,9 @@ class StreamingRuntime:
         self._switching = False  # a lane has been seen to change them
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
-        self._alone_thread: int | None = None
+        self._alone_line: int | None = None  # of control, that opened them
         self._presenting = 0  # how many `presenting` of these are entered
+        self._presented: set[int] = set()  # units that such code has seen
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
         self._entered: set[int] = set()  # units that an ordinary forward has entered
@@ -399,15 +400,15 @@ class StreamingRuntime:
                 self.weights.busy = bool(self._alone)
 
     def _enter_alone(self, unit: Unit) -> None:
-        thread = threading.get_ident()
+        line = line_of_control()
         if self._in_pass:
             raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of the pass under way")
         if self._alone:
             self._drop_stale_windows()
         if not self._alone:
             self.weights.check_idle("a forward")
-            self._alone_thread = thread
-        elif thread != self._alone_thread:
+            self._alone_line = line
+        elif line != self._alone_line:
             raise DistZO2Error("another thread is in the middle of a forward of this model")
         with self._interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
@@ -434,6 +435,9 @@ class StreamingRuntime:
         try:
             with ExitStack() as windows:
                 for unit in units:
+                    if alone and unit.index not in self._presented:  # new code: watched as a first forward is
+                        self._entered.discard(unit.index)
+                        self._presented.add(unit.index)
                     self.enter(unit)
                     windows.callback(self.exit, unit)
                 yield
@@ -442,8 +446,9 @@ class StreamingRuntime:
 
     def _drop_stale_windows(self) -> None:
         """Closes, at the next use, windows that Ctrl-C left open: it ends a forward without torch calling the hooks."""
-        thread = threading.get_ident()
-        if not self._alone or self._presenting or thread != self._alone_thread or self.has_compiled():
+        if not self._alone or self._presenting or self.has_compiled():
+            return
+        if threading.get_ident() != self._alone_line:  # nor in a lane, which is never interrupted
             return
         running, frame = set(), sys._getframe(1)
         while frame is not None:
