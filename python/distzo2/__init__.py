@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.weight_file import WeightFile
     from distzo2.streaming.lanes import current_lane
-    from distzo2.streaming.offload import edit, evaluate, offload, present, runtime_of
+    from distzo2.streaming.offload import edit, evaluate, offload, present, runtime_of, state_dict
 
 # As distzo2_core says, which may be imported only when CUDA has started.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -32,6 +32,7 @@ _MODULE_OF = {
     "present": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_pretrained": "checkpoint.pretrained",
+    "state_dict": "streaming.offload",
     "WeightFile": "record.weight_file",
 }
 
@@ -49,6 +50,7 @@ __all__ = [
     "present",
     "runtime_of",
     "save_pretrained",
+    "state_dict",
 ]
 
 

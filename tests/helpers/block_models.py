@@ -41,4 +41,32 @@ class Blocks(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.flatten())
 
 
+class Adapter(nn.Module):
+    """A frozen linear layer, and a trained detour of rank 2 in float32."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.down = nn.Linear(base.in_features, 2, bias=False)
+            self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x.float())).to(x.dtype)
+
+
+def adapted(dtype: torch.dtype = torch.float32, *, num_blocks: int = 4) -> Blocks:
+    """A model of `dtype` that is frozen but for an adapter in each block and the bias of its head."""
+    model = Blocks(width=64, num_blocks=num_blocks).to(dtype).requires_grad_(False)
+    model.head = nn.Linear(64, 32, dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model.head.reset_parameters()
+    model.head.weight.requires_grad_(False)
+    for block in model.blocks:
+        block[0] = Adapter(block[0])
+    return model
+
+
 IDS = torch.randint(0, 32, (3, 7), generator=torch.Generator().manual_seed(1))

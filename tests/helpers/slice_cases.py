@@ -16,7 +16,7 @@ from unittest import mock
 import parallel_cases as cases
 import torch
 import torch.distributed as dist
-from block_models import Blocks
+from block_models import IDS, Blocks, adapted
 from parallel_cases import Tower, batch, closures_of, optimizer, started, state_of, tower
 from parallel_ranks import mesh_of
 from torch import nn
@@ -59,6 +59,23 @@ def frozen(rank: int, world_size: int, directory: Path, shape: tuple[int, int] |
     opt = optimizer(model)
     for step in range(4):
         opt.step(closures_of(model, step, 2))
+    return [opt.last.losses, state_of(model)]
+
+
+def one_way(
+    rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, computed: torch.dtype | None
+) -> Any:
+    """Adapters of a frozen base, which is read and never written."""
+    if shape is not None:
+        mesh_of(*shape, slice=True)
+    model = adapted(torch.bfloat16, num_blocks=6)
+    options = {"weights": "disk", "directory": directory / f"rank{rank}", "compute_dtype": computed}
+    runtime = distzo2.runtime_of(distzo2.offload(model, **options))
+    opt = distzo2.ZOSGD(model, lr=1e-1, seed=3, num_probes=2)
+    for step in range(4):
+        opt.step([lambda m=m, step=step: model((IDS + step + m) % 32) for m in range(2)])
+    assert runtime.stats()["bytes_down"] == 0 < runtime.stats()["bytes_up"]
+    opt.verify_replicas()
     return [opt.last.losses, state_of(model)]
 
 

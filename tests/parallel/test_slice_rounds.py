@@ -155,6 +155,9 @@ def test_a_buffer_is_filled_again_only_after_its_gather_has_ended(monkeypatch):
     class Weights:
         stamp = 0
 
+        def stamp_of(self, unit: Unit) -> int:
+            return self.stamp
+
         def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
             assert all(work.done for work in works[:-2])  # of three buffers two may be in flight
             out.fill_(copy.block)
@@ -191,7 +194,9 @@ def test_a_buffer_on_a_gpu_is_filled_behind_its_readers_on_all_streams(monkeypat
     store = SlicedStore(Store(), copies, device, slots=2, node=node, shares=[1.0], backend="nccl")
     assert store._side.priority < 0
     monkeypatch.setattr(Store, "acquire", lambda self, copy: None)
-    weights = SimpleNamespace(stamp=0, write_up_to_date=lambda *args: bool(cuda.work()))
+    weights = SimpleNamespace(
+        stamp=0, stamp_of=lambda unit: weights.stamp, write_up_to_date=lambda *args: bool(cuda.work())
+    )
     store.serve(weights, 0)
     reads: list[Any] = []
     for stream in (reader, None):

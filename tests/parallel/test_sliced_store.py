@@ -51,6 +51,8 @@ def test_what_must_not_change_a_bit(ranks: Ranks, alone: Any, what: str, tmp_pat
         (slice_cases.tiny, (1, 2), ()),
         (slice_cases.computed, (2, 1), (1,)),
         (slice_cases.computed, (1, 2), (3,)),
+        (slice_cases.one_way, (2, 1), (None,)),
+        (slice_cases.one_way, (1, 2), (torch.float32,)),
         (slice_cases.no_lanes, (1, 2), ()),
         (slice_cases.replaced, (1, 2), ("load_state_dict",)),
         (slice_cases.replaced, (1, 2), ("edit",)),

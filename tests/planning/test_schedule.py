@@ -245,10 +245,11 @@ def tiny(kind: str) -> nn.Module:
 
 
 def partly_frozen(kind: str) -> nn.Module:
-    """In bfloat16, with a frozen block, and one of which a part is frozen."""
+    """In bfloat16, with a frozen block, one of which a part is frozen, and two of which a small part is trained."""
     model = tiny(kind).bfloat16()
     for name, param in model.named_parameters():
-        param.requires_grad_("layers.1." not in name and "layers.2.self_attn.q" not in name)
+        frozen = "layers.1." in name or "layers.2.self_attn.q" in name
+        param.requires_grad_(not frozen and ("norm" in name or not ("layers.3." in name or "layers.4." in name)))
     return model
 
 

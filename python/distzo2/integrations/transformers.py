@@ -40,6 +40,7 @@ from distzo2.parallel import group as parallel
 from distzo2.run.launch import from_rank_0
 from distzo2.streaming.lanes import current_lane
 from distzo2.streaming.offload import offload
+from distzo2.streaming.offload import state_dict as state_dict_of
 
 logger = logging.getLogger("distzo2")
 

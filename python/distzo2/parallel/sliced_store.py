@@ -120,10 +120,10 @@ class SlicedStore(Store):
     # ---- gathers ------------------------------------------------------------------------------------------------
 
     def _want(self, unit: Unit) -> Word:
-        return Word(WANTS, self._number, unit.index, self._weights.stamp)
+        return Word(WANTS, self._number, unit.index, self._weights.stamp_of(unit))
 
     def _find(self, unit: Unit) -> _Buffer | None:
-        stamp = self._weights.stamp
+        stamp = self._weights.stamp_of(unit)
         return next((b for b in self._buffers if b.unit is unit and b.stamp == stamp), None)
 
     def begin(self, index: int, stamp: int, ours: bool) -> None:
@@ -131,11 +131,11 @@ class SlicedStore(Store):
 
         Args:
             index: of the unit.
-            stamp: of the weights that the unit must have.
+            stamp: of the weights that the unit must have, as of `UnitWeights.stamp_of`.
             ours: this rank wants it too.
         """
         copy = self._copies[index]
-        if stamp != self._weights.stamp:
+        if stamp != self._weights.stamp_of(copy.unit):
             raise DistZO2Error(
                 f"unit {copy.unit.name!r} is wanted with other updates than this rank has made: weights are replaced, "
                 "and updates applied, by all ranks together"
@@ -167,7 +167,7 @@ class SlicedStore(Store):
 
     def _is_ahead(self, buffer: _Buffer) -> bool:
         """Whether the buffer holds a block that was gathered ahead, and that this rank has yet to read."""
-        return buffer.is_ahead and buffer.stamp == self._weights.stamp
+        return buffer.is_ahead and buffer.stamp == self._weights.stamp_of(buffer.unit)
 
     def _has_room(self) -> bool:
         """Whether a gather can begin without waiting, and without giving up a block that was gathered ahead."""
@@ -204,12 +204,14 @@ class SlicedStore(Store):
             buffer.released.record(stream or torch.cuda.current_stream(self._device))
 
     def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
-        """As in `Store`: the first `num_current` are gathered ahead; of the others, slices are brought."""
-        for i, copy in enumerate(following):
-            if (i >= num_current or self._find(copy.unit) is None) and not self._source.prefetch(copy):
+        """As in `Store`: the first `num_current`, and what no update reaches, are gathered ahead; of the others, slices
+        are brought."""
+        to_gather = [i < num_current or not copy.unit.trainable for i, copy in enumerate(following)]
+        for gather, copy in zip(to_gather, following, strict=True):
+            if not (gather and self._find(copy.unit) is not None) and not self._source.prefetch(copy):
                 break
-        for copy in following[: min(num_current, self.num_slots - 1)]:
-            if self._find(copy.unit) is None:
+        for gather, copy in list(zip(to_gather, following, strict=True))[: self.num_slots - 1]:
+            if gather and self._find(copy.unit) is None:
                 self._node.say(self._want(copy.unit))
         self.poll()
 

@@ -329,6 +329,8 @@ class Schedule:
             if group and unit is not None:
                 copied = self._copied[unit.index]
                 most = max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
+                if unit.trainable and unit.beside is not None:  # lanes wait at what is beside it
+                    most = max(1, most)
                 if unit.index in self.work.streamed or len(group) > most:
                     yield group
                     group = []
@@ -343,7 +345,7 @@ class Schedule:
         if unit.index not in self.work.streamed:
             return
         slot = self._acquire(unit)
-        if self.work.slicing is not None and slot.version != self._version:
+        if self.work.slicing is not None and unit.trainable and slot.version != self._version:
             self._complete(unit)  # present since the last pass
         self._run("wait" if self.work.on_host else "stall", unit.name, 0.0, slot.ready, slot.stored)
         if self._last is not None:
@@ -461,7 +463,9 @@ class Schedule:
         slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
         slot.stored = None
         if self.work.slicing is not None:
-            if unit.index in self._visited:  # for the next pass: it may miss an update that is not known yet
+            if (
+                unit.trainable and unit.index in self._visited
+            ):  # for the next pass: it may miss an update that is not known yet
                 self._to_complete.append(unit)
             else:
                 self._complete(unit)

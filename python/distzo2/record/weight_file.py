@@ -33,7 +33,7 @@ from distzo2.record.lineage import digest_lines
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.store import StoredCopy
 from distzo2.weights.unit_weights import UnitWeights
-from distzo2.weights.units import Unit
+from distzo2.weights.units import Unit, ranges_of
 from distzo2_core import BlockFile, HostPool, aligned_buffer
 
 FORMAT = 1
@@ -123,7 +123,7 @@ class KeptWeights:
         self.path = options.path_of(rank)
         self.versions: dict[int, int] = {}
         self._record = self.path.with_name(self.path.name + ".json")
-        self._rows = [[copy.unit.name, copy.begin, copy.begin + copy.num_bytes] for copy in copies]
+        self._rows = [_row(copy) for copy in copies]
         self._blocks = dict(enumerate(self.copies))  # what each block of the open file holds
         self._copier: Copier | None = None
         self._has_begun = self._is_done = False
@@ -180,7 +180,7 @@ class KeptWeights:
             return none
         rows = record["rows"]
         try:
-            file = BlockFile(str(self.path), [end - begin for _, begin, end in rows], create=False)
+            file = BlockFile(str(self.path), [end - begin for _, begin, end, *_ in rows], create=False)
         except RuntimeError as error:
             if "is in use" in str(error):
                 raise
@@ -324,6 +324,12 @@ class KeptWeights:
                         left.unlink(missing_ok=True)
             self.file.close()
             self.file = None
+
+
+def _row(copy: StoredCopy) -> list[Any]:
+    """What a block holds, for the record: a part of a block that is trained in part names its parameters."""
+    params = [] if copy.unit.beside is None else [ranges_of(p.index for p in copy.unit.params)]
+    return [copy.unit.name, copy.begin, copy.begin + copy.num_bytes, *params]
 
 
 def _make(path: Path, sizes: Sequence[int]) -> BlockFile:

@@ -54,8 +54,9 @@ def offload(
 
     Args:
         model: any module. Parameters may be on the meta device, to be filled through `runtime_of(model).access`. A
-            parameter with `requires_grad=False` is frozen: read, never perturbed, never written back. One that is
-            frozen later is left out by optimizers made after that.
+            parameter with `requires_grad=False` is frozen: read, never perturbed, never written back. Where at most an
+            eighth of a block is trained, as by adapters, that part stays on the device, and the rest is only read. One
+            that is frozen later is left out by optimizers made after that.
         device: where it computes: "cpu", "cuda", "cuda:1".
         weights: where the streamed weights live: "device", "host" (pinned memory), "disk" (a block file).
         units: names of the modules to stream, with shell wildcards; None: the blocks of the model's block lists, or
@@ -343,6 +344,26 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
     if lanes:
         runtime.run(lanes)
     return [lane.result for lane in lanes]
+
+
+def state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[str, torch.Tensor]:
+    """Up-to-date weights in host memory, by name, as `model.state_dict()` gives them.
+
+    Args:
+        model: a model that was handed over.
+        trainable_only: only parameters that are trained or may be: those of a block that is frozen are not read. With
+            slices all ranks call it.
+    """
+    runtime = runtime_of(model)
+    if not trainable_only:
+        return model.state_dict()
+    found: dict[int, torch.Tensor] = {}
+    for unit in runtime.units:
+        params = [p for p in unit.params if p.trainable and p.requires_grad]
+        if params:
+            with runtime.access.reading(unit) as views:
+                found |= {id(p.tensor): views[p.name].clone() for p in params}
+    return {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in found}
 
 
 @contextmanager

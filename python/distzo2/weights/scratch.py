@@ -15,25 +15,31 @@ from distzo2.weights.units import Unit
 from distzo2_core import aligned_buffer
 
 SMALL_BYTES = 64 * 1024  # units up to this size share one class
-BUFFERS = 2  # of a class at least: one for each sign
+BUFFERS = 2  # of a class at least: one for each sign; frozen blocks have one, which is clean
 MOST_BUFFERS = 32  # and at most, in up to
 CLASS_BYTES = 8 * 2**20  # where there are more than two
+
+
+def buffers_of(unit: Unit) -> int:
+    """How many copies of a unit are of use at least: those of frozen residents, as of embeddings, are used again."""
+    return BUFFERS if unit.trainable or unit.resident else 1
 
 
 @dataclass
 class _SizeClass:
     num_bytes: int = 0  # of its largest unit, and so of each buffer
+    least: int = 1  # buffers
     buffers: dict[Hashable, torch.Tensor] = field(default_factory=dict)  # by what they hold, oldest use first
 
     @property
     def limit(self) -> int:
         """How many buffers there may be."""
-        return max(BUFFERS, min(MOST_BUFFERS, CLASS_BYTES // self.num_bytes))
+        return max(self.least, min(MOST_BUFFERS, CLASS_BYTES // self.num_bytes))
 
 
 class Scratch:
-    """Two buffers for each class of unit sizes, and more where they are small; beyond, only while the open windows of
-    one lane need them."""
+    """One or two buffers for each class of unit sizes, and more where they are small; beyond, only while the open
+    windows of one lane need them."""
 
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self._device = device
@@ -44,6 +50,7 @@ class Scratch:
             kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
             one = self._classes.setdefault("small" if unit.seen_bytes <= SMALL_BYTES else kind, _SizeClass())
             one.num_bytes = max(one.num_bytes, unit.seen_bytes)
+            one.least = max(one.least, buffers_of(unit))
             self._class_of[unit.index] = one
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:

@@ -123,6 +123,10 @@ class UnitWeights:
         """Whether the weights are no longer those that the model was handed over with."""
         return self.stamp > 0
 
+    def stamp_of(self, unit: Unit) -> int:
+        """`stamp`, as far as it concerns a unit: updates never reach what is frozen."""
+        return self.stamp if unit.trainable else self.epoch << 32
+
     def left_out(self, entered: Collection[int]) -> list[Unit]:
         """Returns the units that updates reach whose index is not in `entered`."""
         if len(entered) == len(self.units):
@@ -318,7 +322,8 @@ class UnitWeights:
         if self.copies[unit.index].block >= 0:
             return 0
         copied = unit.trainable or unit.converts
-        return max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
+        most = max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
+        return max(1, most) if unit.trainable and unit.beside is not None else most  # lanes wait at what is beside it
 
     def compute_in(self, dtypes: Mapping[torch.dtype, torch.dtype]) -> None:
         """Sets what modules compute with in the place of some stored dtypes. No unit may be present."""

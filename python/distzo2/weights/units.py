@@ -3,6 +3,9 @@
 A unit is a set of parameters, packed into one buffer, together with the modules whose forward uses them (its windows).
 Each transformer block is a unit, which may stream; the other modules that own parameters form resident units. A weight
 shared by modules of different blocks is one parameter and belongs to a resident unit.
+
+Where a small part of a block is trained, as adapters of a frozen base are, the block is two units under the same
+windows: what is frozen, which streams and is never written, and what is trained, which is resident.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundar
 HALVES = (torch.bfloat16, torch.float16)
 TRAINABLE_DTYPES = (torch.float32, *HALVES)
 GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this many groups
+SMALL_SHARE = 8  # trained parameters are small where they are at most an eighth of the bytes
 
 
 @dataclass(eq=False)
@@ -66,6 +70,7 @@ class Unit:
     params: list[ParamInfo]
     windows: list[nn.Module]  # modules whose forward uses the parameters
     resident: bool  # not a block, so it never streams
+    beside: Unit | None = None  # the other part of the block: what is frozen of it, or what is trained
     num_bytes: int = 0  # of the packed buffer, padding included
     seen_bytes: int = 0  # of a copy in the dtypes that modules compute with
     converts: bool = False  # those are not all as stored: modules see copies, perturbed or not
@@ -268,12 +273,23 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
     result: list[Unit] = []
     for group in _by_shared_owner(residents):
         users = list(dict.fromkeys(m for p in group for m in p.users))
-        result.append(Unit(len(result), group[0].name.rpartition(".")[0] or "(root)", group, users, resident=True))
+        result += _parts(len(result), group[0].name.rpartition(".")[0] or "(root)", group, users, resident=True)
     for name, members in streamed.items():
         if members:
             windows = [m for m in blocks[name] if times[m] == 1]
-            result.append(Unit(len(result), name, members, windows, resident=False))
+            result += _parts(len(result), name, members, windows, resident=False)
     return result
+
+
+def _parts(index: int, name: str, params: list[ParamInfo], windows: list[nn.Module], *, resident: bool) -> list[Unit]:
+    """One unit; two, the frozen one first, where a small part of the parameters is trained. The first has `index`."""
+    trained, frozen = ([p for p in params if p.trainable is which] for which in (True, False))
+    small = SMALL_SHARE * sum(p.num_bytes for p in trained) <= sum(p.num_bytes for p in params)
+    if not (trained and frozen and small):
+        return [Unit(index, name, params, windows, resident)]
+    base = Unit(index, name, frozen, windows, resident)
+    base.beside = Unit(index + 1, f"{name} (trained)", trained, windows, resident=True, beside=base)
+    return [base, base.beside]
 
 
 def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
