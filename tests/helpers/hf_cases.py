@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_kinds import BERT, T5
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
-from transformers import BertConfig, T5Config
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 from transformers.data.data_collator import default_data_collator
 
 import distzo2
@@ -99,3 +108,33 @@ def own_loop(
 def rates_of(trainer: Any) -> list[float]:
     """The learning rate of each step that a trainer logged."""
     return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+
+
+class KillAt(TrainerCallback):
+    """Kills its own process after a step, as nothing can catch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trained(directory: Path, resume: Any = None, *, kill_at: int = 0, **fields: Any) -> Any:
+    """A trainer that evaluates, stops early and has trained in `directory`."""
+    from transformers import EarlyStoppingCallback
+
+    from distzo2.integrations.transformers import ZOTrainer, ZOTrainingArguments
+
+    args = arguments(
+        ZOTrainingArguments, directory,
+        **{"max_steps": 8, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1,
+           "metric_for_best_model": "loss", "lr_scheduler_type": "cosine", "learning_rate": 1.0} | fields,
+    )  # fmt: skip
+    trainer = ZOTrainer(
+        model=make_model(), args=args, train_dataset=make_data(), eval_dataset=make_data(count=4),
+        callbacks=[EarlyStoppingCallback(4), KillAt(kill_at)],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer

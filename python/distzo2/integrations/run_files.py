@@ -114,14 +114,16 @@ class RunFiles:
         for name in (_STATE, _SCHEDULER):
             os.replace(self.state / f"{name}.tmp", self.state / name)
 
-    def advance(self, step: int) -> str:
-        """Makes the saved state one of `step`, which the trainer is to begin at; returns its directory."""
+    def advance(self, step: int) -> int:
+        """Makes the saved state one of `step`, which the trainer is to begin at; returns the step that it was of."""
         self.state.mkdir(exist_ok=True)
         path = self.state / _STATE
         state = TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
-        state.global_step = step
+        before, state.global_step = state.global_step, step
+        if before:
+            state.epoch *= step / before
         state.save_to_json(str(path))
-        return str(self.state)
+        return before
 
     def fast_forward(self, scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Brings a new schedule to `step`: from the saved one, where it depends on metrics, or else step by step."""

@@ -74,6 +74,7 @@ class ZOMixin:
         self._zo_files, self._zo_start = RunFiles(given.output_dir), Start()
         self._zo_tokens = 0
         self._zo_unsaved = True  # what evaluations have changed in the trainer's state
+        self._zo_missed = False  # the run that is resumed was killed before it evaluated or saved
         self._zo_log = _StepLog()
         super().__init__(*args, **kwargs)
         optimizer, more = self.optimizer, getattr(self, "optimizer_cls_and_kwargs", None)
@@ -213,9 +214,8 @@ class ZOMixin:
         self._zo_start = start = Start(**start)
         resumed, state = None, None
         if start.step is not None:
-            if self.is_world_process_zero():
-                files.advance(start.step)
-            self._meet()
+            read = lambda: files.advance(start.step)  # noqa: E731
+            self._zo_missed = from_rank_0("reading the state of the trainer", read) < start.step
             resumed = str(files.state)
         try:
             if start.step is not None and 0 < self.args.max_steps <= start.step:
@@ -252,6 +252,8 @@ class ZOMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keeps a micro-batch; with the last one of a step, makes the step and returns its loss."""
+        if self._zo_missed:
+            self._zo_catch_up(model)
         if self._zo_unsaved and self._zo_journal and self.is_world_process_zero():
             self._zo_files.save(self.state, self.callback_handler.callbacks, self.lr_scheduler)
         self._zo_unsaved = False
@@ -271,6 +273,15 @@ class ZOMixin:
             self.current_gradient_accumulation_steps = steps
         self._zo_log.add(self.zo_optimizer.last, tokens * (1 if mesh is None else mesh.shape.data))
         return loss.to(self.args.device, torch.float32)
+
+    def _zo_catch_up(self, model: nn.Module) -> None:
+        """Evaluates and saves what was due at the last step of a run that was killed before it did."""
+        self._zo_missed, args, state = False, self.args, self.state
+        if args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0:
+            self._determine_best_metric(self.evaluate(), None)
+            model.train()
+        if args.save_strategy == "steps" and state.global_step % state.save_steps == 0:
+            self._save_checkpoint(model, None)
 
     def _zo_keep(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """`compute_loss` of the trainer's own training step: keeps the micro-batch, whose loss the step will compute."""
