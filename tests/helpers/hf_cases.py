@@ -138,3 +138,46 @@ def trained(directory: Path, resume: Any = None, *, kill_at: int = 0, **fields: 
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def on_ranks(rank: int, world_size: int, directory: Path, fields: dict[str, Any], trl_base: str | None = None) -> Any:
+    """Trains on the ranks of a test; returns the weights, what was logged and evaluated, and the wrapper's type."""
+    from accelerate.state import AcceleratorState
+
+    from distzo2.integrations.transformers import ZOTrainer, ZOTrainingArguments
+
+    environment = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    environment = environment if world_size > 1 else {}
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    try:
+        if trl_base is None:
+            args = arguments(ZOTrainingArguments, directory, save_strategy="steps", save_steps=2, eval_strategy="steps",
+                             eval_steps=2, **fields)  # fmt: skip
+            trainer = ZOTrainer(model=make_model(), args=args, train_dataset=make_data(), eval_dataset=make_data(count=6))
+        else:
+            trainer = sft_trainer(directory, trl_base, **fields)
+        trainer.train()
+        state = trainer.model.state_dict()
+        trainer.save_model(str(directory / "saved"))
+        rows = [{k: v for k, v in row.items() if k in KEPT} for row in trainer.state.log_history]
+        return {name: value.numpy() for name, value in state.items()}, rows, type(trainer.model_wrapped).__name__
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in environment:
+            del os.environ[name]
+
+
+KEPT = ("loss", "eval_loss", "learning_rate", "step", "num_tokens")
+
+
+def sft_trainer(directory: Path, base: str, **fields: Any) -> Any:
+    """TRL's SFT on the checkpoint `base`."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from distzo2.integrations.trl import ZOSFTConfig, ZOSFTTrainer
+
+    args = arguments(ZOSFTConfig, directory, **fields)
+    data = Dataset.from_dict({"text": ["the cat sat on the mat"[: 9 + i] for i in range(12)]})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return ZOSFTTrainer(model=LlamaForCausalLM.from_pretrained(base), args=args, train_dataset=data, processing_class=tokenizer)
