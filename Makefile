@@ -19,7 +19,7 @@ CTEST = ctest --output-on-failure --no-tests=error --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults fuzz package lint format bench stats stubs clean distclean
+.PHONY: help demo test test-slow setup cpp-test asan tsan mutations cuda stress faults fuzz package lint format docs bench stats stubs clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -120,6 +120,10 @@ format: $(VENV)/.installed ## apply the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/.installed ## build the documentation as a site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open build/site/index.html; its search needs a server: python -m http.server -d build/site"
 
 bench: $(VENV)/.built ## measure kernels and copies on this machine, into bench/results
 	$(BIN)/python bench/bench_kernels.py

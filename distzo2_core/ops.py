@@ -189,7 +189,7 @@ def update_(
         `w`.
 
     Raises:
-        As `perturb_`.
+        TypeError, ValueError, BackendError: as for `perturb_`.
     """
     place = _check_place(w, seed, step, param, probe, offset, family)
     scalars = check_float("lr", lr), check_float("coef", coef), check_float("weight_decay", weight_decay)

@@ -109,9 +109,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 
 class Term(NamedTuple):
-    """One noise tensor z(family; seed, step, param, probe) with its coefficient `c` (rounded to float32 when used).
+    """One noise tensor z(family; seed, step, param, probe) with its coefficient.
 
-    `sub` is kept for families that need several tensors for one parameter; it must be 0 for those that exist.
+    Attributes:
+        family: `NORMAL` or `RADEMACHER`.
+        step: that the noise is drawn for, in [0, 2^32).
+        probe: in [0, 2^20).
+        sub: for families that need several tensors for one parameter; 0 for those that exist.
+        c: the coefficient, rounded to float32 when used.
     """
 
     family: int
@@ -122,7 +127,14 @@ class Term(NamedTuple):
 
 
 class GroupScalars(NamedTuple):
-    """The scalars of one parameter group in one update. `update_scale` multiplies every term's coefficient."""
+    """The scalars of one parameter group in one update, each rounded to float32 when used.
+
+    Attributes:
+        lr: learning rate.
+        weight_decay: pull towards 0, times lr.
+        perturb_scale: factor on the coefficients of emits.
+        update_scale: factor on the coefficient of each term of an update.
+    """
 
     lr: float
     weight_decay: float
@@ -131,9 +143,12 @@ class GroupScalars(NamedTuple):
 
 
 class Update(NamedTuple):
-    """w <- round(w - lr * (weight_decay * w + sum of c * z)), one `GroupScalars` per group.
+    """w <- round(w - lr * (weight_decay * w + sum of c * z)).
 
-    `step` is the step of the update itself, which the rounding bits are drawn for; terms name their own steps.
+    Attributes:
+        step: of the update itself, which the rounding bits are drawn for; terms name their own steps.
+        groups: one `GroupScalars` for each parameter group.
+        terms: in the order in which they are added.
     """
 
     step: int
@@ -142,8 +157,13 @@ class Update(NamedTuple):
 
 
 class Emit(NamedTuple):
-    """One perturbed copy: rne(w + sum of c * perturb_scale * z), the scales being one per group. c is +eps or -eps.
-    It is rounded to each segment's `out_dtype`; to float32 that is exact."""
+    """One perturbed copy: rne(w + sum of c * perturb_scale * z), rounded to each segment's `out_dtype`; to float32 that
+    is exact.
+
+    Attributes:
+        terms: with +eps or -eps as `c`.
+        perturb_scales: one for each parameter group.
+    """
 
     terms: tuple[Term, ...]
     perturb_scales: tuple[float, ...]
@@ -152,9 +172,17 @@ class Emit(NamedTuple):
 class Segment(NamedTuple):
     """Elements [element_offset, element_offset + numel) of parameter `param`, packed at `byte_offset` of a buffer.
 
-    group: FROZEN for what no update and no perturbation reaches: it is emitted, and never written back.
-    rows, cols: the shape of the whole parameter seen as a matrix (rows * cols elements), whatever part of it is here.
-    out_offset, out_dtype: where in each emit's buffer the elements go, in bytes, and in which dtype; None: as stored.
+    Attributes:
+        byte_offset: in the buffer, a multiple of the dtype's size.
+        numel: number of elements.
+        dtype: float32, bfloat16 or float16.
+        param: index of the parameter, in [0, 2^32).
+        element_offset: first element, in row-major order within the whole parameter.
+        group: of the parameter; `FROZEN` for what no update and no perturbation reaches: it is emitted, and never
+            written back.
+        rows, cols: shape of the whole parameter seen as a matrix (rows * cols elements), whatever part of it is here.
+        out_offset: where in each emit's buffer the elements go, in bytes; None: as stored.
+        out_dtype: what the copies are rounded to; None: as stored.
     """
 
     byte_offset: int

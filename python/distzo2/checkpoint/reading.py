@@ -94,7 +94,10 @@ def split(file: TensorFile, offset: int, place: torch.Tensor) -> Iterator[Range]
 
 
 def adapter_in(directory: Path) -> str | None:
-    """What to say of a directory that holds an adapter (LoRA, ...) of a model and not the model; None of any other."""
+    """What to say of a directory that is not there, or holds an adapter (LoRA, ...) of a model and not the model; None
+    of any other."""
+    if not directory.exists():
+        return "found no such directory (a model of a hub must be downloaded first)"
     if not (directory / ADAPTER_FILE).is_file():
         return None
     fields = read_json(directory / ADAPTER_FILE)

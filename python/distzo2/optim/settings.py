@@ -85,15 +85,28 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
 
 @dataclass
 class StepRecord:
-    """What a step did. `losses` is [evaluations][micro-batches], in the order of `evaluations`, and so is `counts`: how
-    many losses each is the mean of (None: 1). `unused` is that of a `StepEntry`."""
+    """What a step did.
+
+    Attributes:
+        step: its number, from 0.
+        loss: mean of all losses that it evaluated.
+        losses: a list for each of `evaluations`, with the mean loss on each micro-batch.
+        evaluations: the perturbations evaluated, (probe, sign) pairs; (0, 0) is the clean weights.
+        coefs: the coefficient of each probe, as it was used; empty where the step was skipped.
+        skipped: why the update was not made; None: it was.
+        clipped: whether the coefficients were scaled down (`max_coef`).
+        seconds: wall time.
+        lr: learning rate of each parameter group.
+        counts: as `losses`, how many losses each is the mean of; None: 1.
+        unused: ranges [first, last] of the indices of parameters that no lane entered and that stay as they are.
+    """
 
     step: int
     loss: float
     losses: list[list[float]]
     evaluations: list[Evaluation]
     coefs: list[float]
-    skipped: str | None = None  # why the step was not applied
+    skipped: str | None = None
     clipped: bool = False
     seconds: float = 0.0
     lr: list[float] = field(default_factory=list)

@@ -287,7 +287,7 @@ class ZOSGD(torch.optim.Optimizer):
                 closure returned is no loss, or the numbers of losses are all 0.
             RanksDisagreeError: the ranks of the mesh were about to make different steps.
             RankFailedError: another rank failed in this step, or is gone; it and the first cause are named.
-            Anything that a closure raises, as it was raised; the step is then dropped whole, on all ranks.
+            Exception: whatever a closure raises, as it was raised; the step is then dropped whole, on all ranks.
         """
         if closure is None:
             return None

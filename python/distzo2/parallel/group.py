@@ -44,13 +44,22 @@ _owns_default_group = False
 
 @dataclass(eq=False)
 class Mesh:
-    """This rank's place among the others, and what they do together."""
+    """This rank's place among the others, and what they do together. `init` makes it.
+
+    Attributes:
+        rank, world_size, local_rank: as torchrun counts them.
+        shape: `shape.pert` ranks along perturbations, `shape.data` along micro-batches.
+        device_mesh: torch's DeviceMesh, of dimensions ("data", "pert").
+        slice: whether streamed blocks are kept in slices; None: by what is measured.
+        node: the ranks of this node, which may share slices; None: no slices.
+        exchange, log: what the ranks exchange scalars through, and what gets a line about choices.
+    """
 
     shape: MeshShape
     exchange: Exchange
-    device_mesh: Any  # torch.distributed.device_mesh.DeviceMesh, of dimensions ("data", "pert")
-    slice: bool | None  # whether streamed blocks are kept in slices; None: by what is measured
-    node: SliceExchange | None  # the ranks of this node, which may share them; None: no slices
+    device_mesh: Any
+    slice: bool | None
+    node: SliceExchange | None
     log: Callable[[str], None]
 
     def __post_init__(self) -> None:

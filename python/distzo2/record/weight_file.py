@@ -48,12 +48,16 @@ logger = logging.getLogger("distzo2")
 class WeightFile:
     """Where a run keeps weights that survive a crash, and how often units that do not live there are copied into it.
 
-    path: of the file; each further rank that keeps one adds its number to the name.
-    journal: path of the run's journal. If it exists, the file's blocks are used as far as the journal leads to them.
-    every: steps between the beginnings of two rounds of copies; 0: none by steps.
-    minutes: minutes between two; 0: none by time.
-    pace: the most that copying may take of the steps' time, in (0, 1].
-    log: is called with a line about each block that cannot be used, and about copies that could not be made.
+    Args:
+        path: of the file; each further rank that keeps one adds its number to the name.
+        journal: path of the run's journal. If it exists, blocks of the file are used as far as it leads to them.
+        every: steps between the beginnings of two rounds of copies; 0: none by steps.
+        minutes: minutes between two; 0: none by time.
+        pace: the most that copying may take of the steps' time, in (0, 1].
+        log: is called with a line about each block that cannot be used, and about copies that could not be made.
+
+    Raises:
+        DistZO2Error: `every` or `minutes` is negative, or `pace` out of range.
     """
 
     path: str | os.PathLike[str]

@@ -23,7 +23,7 @@ from distzo2.parallel.group import current
 from distzo2.record.lineage import BranchPoint
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import from_rank_0, launch_id, together
-from distzo2.run.metrics import Metrics, finite, peak_bytes, progress_bar, resident_bytes
+from distzo2.run.metrics import Metrics, finite, open_report, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
@@ -157,6 +157,11 @@ class TrainLoop:
                 launch=launch_id(),
                 **self._best_so_far(),
             )
+        if self.leads and o.report_to != "none":
+            names, about = self.run.record.get("reports", {}), {**settings, **self.run.record.get("signal", {})}
+            report, name = open_report(o.report_to, self.run.path, names.get(o.report_to), about)
+            self.run.update(reports={**names, o.report_to: name})
+            self.metrics.report_to(report)
 
     def run_to_end(self) -> None:
         """Makes the steps that are left, with their evaluations, and saves the checkpoint."""

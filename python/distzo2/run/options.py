@@ -234,6 +234,11 @@ class FinetuneOptions(DataReading, Placement):
         bare="",
     )
     trace_steps: Count = option(3, "how many steps --trace records")
+    report_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none",
+        "show the metrics as curves: tensorboard writes event files to OUT/tensorboard, wandb sends them to Weights & "
+        "Biases; OUT/metrics.jsonl is written in any case",
+    )
     quiet: Switch = option(False, "no progress bar")
 
     max_coef: Multiple = option(

@@ -28,7 +28,7 @@ from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
-from distzo2.run.metrics import peak_bytes
+from distzo2.run.metrics import check_report, peak_bytes
 from distzo2.run.options import FinetuneOptions, changed
 from distzo2.run.preflight import (
     DTYPES,
@@ -70,6 +70,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         if options.threads:
             torch.set_num_threads(options.threads)
         check_output(trace=options.trace)
+        if leads:
+            check_report(options.report_to)
         size = model_size(options.model, DTYPES.get(options.dtype))
         compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
         check_computes(device, compute_dtype)

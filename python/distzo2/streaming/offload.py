@@ -338,6 +338,10 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
     Returns:
         The closures' results, in order.
+
+    Raises:
+        DistZO2Error: the model was not handed over, or the closures entered different units.
+        Exception: whatever a closure raises.
     """
     runtime = runtime_of(model)
     lanes = [Lane(CLEAN, i, c, RandomStream.seeded(runtime.device, 0, 0, i)) for i, c in enumerate(closures)]

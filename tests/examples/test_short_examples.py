@@ -1,0 +1,41 @@
+"""The short examples run, learn, and stay short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "custom_trainer.py")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_it_is_short_and_has_a_row_in_the_docs(path: Path) -> None:
+    assert path.read_text().count("\n") < 60
+    assert f"examples/{path.name}" in (ROOT / "docs/examples.md").read_text()
+
+
+def test_the_own_loop_learns(device: str, capsys: pytest.CaptureFixture) -> None:
+    accuracy = run_path(str(ROOT / "examples/own_loop.py"))["main"](device)
+    assert accuracy > 0.9 and f"accuracy {accuracy:.1%}" in capsys.readouterr().out  # chance is a quarter
+
+
+def test_two_ranks_have_the_weights_of_one(tmp_path: Path) -> None:
+    path, threads = ROOT / "examples/two_ranks.py", torch.get_num_threads()
+    try:
+        alone = run_path(str(path))["main"]()
+    finally:
+        torch.set_num_threads(threads)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT / "python"), str(ROOT)))}
+    ran = subprocess.run(
+        [*torchrun, str(path)], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert f"checksum of the weights {alone & (2**64 - 1):016x}" in ran.stdout and "pert=2" in ran.stdout
