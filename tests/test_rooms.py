@@ -5,7 +5,20 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ROOMS = ("cli", "planning", "run", "tasks", "checkpoint", "optim", "streaming", "parallel", "record", "weights", "")
+ROOMS = (
+    "cli",
+    "integrations",
+    "planning",
+    "run",
+    "tasks",
+    "checkpoint",
+    "optim",
+    "streaming",
+    "parallel",
+    "record",
+    "weights",
+    "",
+)
 PACKAGE = Path(__file__).parents[1] / "python/distzo2"
 FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

@@ -152,8 +152,9 @@ def on_ranks(rank: int, world_size: int, directory: Path, fields: dict[str, Any]
     try:
         if trl_base is None:
             args = arguments(ZOTrainingArguments, directory, save_strategy="steps", save_steps=2, eval_strategy="steps",
-                             eval_steps=2, **fields)  # fmt: skip
-            trainer = ZOTrainer(model=make_model(), args=args, train_dataset=make_data(), eval_dataset=make_data(count=6))
+                             eval_steps=2, per_device_eval_batch_size=4, **fields)  # fmt: skip
+            held_out = [row | {"labels": row["input_ids"]} for row in make_data(count=8)]
+            trainer = ZOTrainer(model=make_model(), args=args, train_dataset=make_data(), eval_dataset=held_out)
         else:
             trainer = sft_trainer(directory, trl_base, **fields)
         trainer.train()
@@ -180,4 +181,6 @@ def sft_trainer(directory: Path, base: str, **fields: Any) -> Any:
     args = arguments(ZOSFTConfig, directory, **fields)
     data = Dataset.from_dict({"text": ["the cat sat on the mat"[: 9 + i] for i in range(12)]})
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return ZOSFTTrainer(model=LlamaForCausalLM.from_pretrained(base), args=args, train_dataset=data, processing_class=tokenizer)
+    return ZOSFTTrainer(
+        model=LlamaForCausalLM.from_pretrained(base), args=args, train_dataset=data, processing_class=tokenizer
+    )

@@ -32,7 +32,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("fields", [{}, {"save_strategy": "steps", "save_steps": 2, "eval_steps": 1}], ids=["journal alone", "checkpoints"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"save_strategy": "steps", "save_steps": 2, "eval_steps": 1}], ids=["journal alone", "checkpoints"]
+)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, whole: Any, fields: dict) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hf_cases", "distzo2.integrations.transformers"])
@@ -78,7 +80,9 @@ def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> 
 def test_another_model_cannot_resume_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(tmp_path, max_steps=1)
     monkeypatch.setattr(hf_cases, "LLAMA", None)
-    monkeypatch.setitem(hf_cases.KINDS, "llama", (*hf_cases.KINDS["llama"][:2], hf_cases.KINDS["llama"][2] | {"initializer_range": 0.5}))
+    monkeypatch.setitem(
+        hf_cases.KINDS, "llama", (*hf_cases.KINDS["llama"][:2], hf_cases.KINDS["llama"][2] | {"initializer_range": 0.5})
+    )
     with pytest.raises(distzo2.DistZO2Error):
         trained(tmp_path, True, max_steps=2)
 

@@ -45,7 +45,9 @@ class NotDifferentiable(ZOTrainer):
 def wrong_tokens(model: Any, batch: dict) -> tuple[torch.Tensor, int]:
     labels = batch["labels"][:, 1:]
     guesses = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].argmax(-1)
-    return (((guesses != labels) & labels.ne(-100)).float().sum() / tokens(batch)).double() * tokens(batch), tokens(batch)
+    return (((guesses != labels) & labels.ne(-100)).float().sum() / tokens(batch)).double() * tokens(batch), tokens(
+        batch
+    )
 
 
 def twice(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -56,7 +58,9 @@ def twice(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) ->
 def smoothed(model: Any, batch: dict) -> tuple[torch.Tensor, int]:
     inputs, count = {k: v for k, v in batch.items() if k != "labels"}, torch.tensor(tokens(batch))
     smoother = LabelSmoother(epsilon=0.1)
-    loss = smoother(model(**inputs, num_items_in_batch=count), batch["labels"], shift_labels=True, num_items_in_batch=count)
+    loss = smoother(
+        model(**inputs, num_items_in_batch=count), batch["labels"], shift_labels=True, num_items_in_batch=count
+    )
     return loss.double() * int(count), int(count)
 
 
@@ -78,7 +82,10 @@ def under_autocast(model: Any, batch: dict) -> tuple[torch.Tensor, int]:
 
 def two_groups(model: Any) -> list[dict]:
     params = list(model.parameters())
-    return [{"params": [p for p in params if p.dim() > 1]}, {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in params if p.dim() > 1]},
+        {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+    ]
 
 
 # name: (kind of model, arguments, keywords of the trainer, closure of the own loop, options of the own loop)
@@ -125,7 +132,9 @@ def test_the_bits_of_the_librarys_own_loop(tmp_path: Path, name: str) -> None:
     expected = own_loop(reference, cut[:steps], loss, rates=rates_of(trainer), **options)
     assert_same_tensors(trainer.model.state_dict(), expected)
     assert trainer.state.global_step == len(read_journal(tmp_path / "journal.jsonl").entries) == steps
-    assert not torch.equal(expected[next(iter(expected))], make_model(kind).to(given["dtype"]).state_dict()[next(iter(expected))])
+    assert not torch.equal(
+        expected[next(iter(expected))], make_model(kind).to(given["dtype"]).state_dict()[next(iter(expected))]
+    )
 
 
 class Mine(ZOMixin, Trainer):
@@ -185,7 +194,9 @@ def test_evaluation_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> No
     plain = Trainer(model=make_model("bert"), args=TrainingArguments(str(tmp_path / "p"), use_cpu=True, report_to="none"),
                     eval_dataset=data, compute_metrics=accuracy)  # fmt: skip
     ours, theirs = trainer.evaluate(), plain.evaluate()
-    assert {k: ours[k] for k in ("eval_loss", "eval_accuracy")} == {k: theirs[k] for k in ("eval_loss", "eval_accuracy")}
+    assert {k: ours[k] for k in ("eval_loss", "eval_accuracy")} == {
+        k: theirs[k] for k in ("eval_loss", "eval_accuracy")
+    }
     np.testing.assert_array_equal(trainer.predict(data).predictions, plain.predict(data).predictions)
     trainer.train()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
@@ -223,7 +234,9 @@ def test_losses_that_are_not_finite_are_skipped_and_said(tmp_path: Path) -> None
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step in (0, 2) else loss
 
-    trainer = Sometimes(model=make_model(), args=arguments(ZOTrainingArguments, tmp_path, max_steps=4), train_dataset=make_data())
+    trainer = Sometimes(
+        model=make_model(), args=arguments(ZOTrainingArguments, tmp_path, max_steps=4), train_dataset=make_data()
+    )
     output = trainer.train()
     rows = trainer.state.log_history
     assert [np.isnan(row["loss"]) for row in rows[:4]] == [True, False, True, False]

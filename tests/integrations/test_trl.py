@@ -22,7 +22,7 @@ from distzo2.integrations import trl as zo
 from distzo2.integrations.transformers import ZOTrainingArguments
 from distzo2.record.journal import read_journal
 
-WORDS = "the cat sat on the mat and a dog ran far away from home".split()
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "dog", "ran", "far", "away", "from", "home"]
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -39,7 +39,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     path = tmp_path_factory.mktemp("base")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        sizes = LLAMA | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 0, "bos_token_id": 1}
+        sizes = LLAMA | {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+            "eos_token_id": 0,
+            "bos_token_id": 1,
+        }
         model = LlamaForCausalLM(LlamaConfig(**sizes | {"pad_token_id": 1}))
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -99,7 +104,9 @@ def test_sft_has_the_bits_of_the_librarys_own_loop(tmp_path: Path, base: Path, t
         moved = {name for name, value in found.items() if not same_bits(value, load(base, True).state_dict()[name])}
         assert moved and all("lora_" in name for name in moved)
         saved = tmp_path / "checkpoint-3"
-        assert (saved / "adapter_model.safetensors").stat().st_size < 8000 and not (saved / "model.safetensors").exists()
+        assert (saved / "adapter_model.safetensors").stat().st_size < 8000 and not (
+            saved / "model.safetensors"
+        ).exists()
         loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), saved)
         assert_same_tensors(loaded.state_dict(), found)
 
@@ -119,7 +126,12 @@ def test_an_adapter_run_resumes(tmp_path: Path, base: Path, tokenizer: Any) -> N
 
 TRAINERS = {
     "dpo": (zo.ZODPOTrainer, zo.ZODPOConfig, ("prompt", "chosen", "rejected"), {}),
-    "dpo, reference computed before": (zo.ZODPOTrainer, zo.ZODPOConfig, ("prompt", "chosen", "rejected"), {"precompute_ref_log_probs": True}),
+    "dpo, reference computed before": (
+        zo.ZODPOTrainer,
+        zo.ZODPOConfig,
+        ("prompt", "chosen", "rejected"),
+        {"precompute_ref_log_probs": True},
+    ),
     "kto": (zo.ZOKTOTrainer, zo.ZOKTOConfig, ("prompt", "completion", "label"), {}),
     "reward": (zo.ZORewardTrainer, zo.ZORewardConfig, ("chosen", "rejected"), {}),
 }
@@ -127,7 +139,9 @@ TRAINERS = {
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_losses_of_trl_are_what_trl_computes(tmp_path: Path, base: Path, tokenizer: Any, name: str, adapter: bool) -> None:
+def test_losses_of_trl_are_what_trl_computes(
+    tmp_path: Path, base: Path, tokenizer: Any, name: str, adapter: bool
+) -> None:
     trainer_class, config, columns, fields = TRAINERS[name]
     kind = LlamaForSequenceClassification if name == "reward" else LlamaForCausalLM
     more = {"peft_config": LoraConfig(**LORA, task_type="SEQ_CLS" if name == "reward" else None)} if adapter else {}
@@ -137,7 +151,9 @@ def test_losses_of_trl_are_what_trl_computes(tmp_path: Path, base: Path, tokeniz
         options = {"num_labels": 1} if name == "reward" else {}
         model = kind.from_pretrained(base, **options)
         data = rows(*columns)
-        return trainer_class(model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **more)
+        return trainer_class(
+            model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **more
+        )
 
     args = arguments(config, tmp_path, zo_probes=2, max_steps=2, learning_rate=0.0, **fields)
     trainer = make(trainer_class, args)
@@ -150,7 +166,9 @@ def test_losses_of_trl_are_what_trl_computes(tmp_path: Path, base: Path, tokeniz
     assert trainer.evaluate()["eval_loss"] == theirs["eval_loss"]  # at rate 0
 
 
-def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(tmp_path: Path, base: Path, tokenizer: Any) -> None:
+def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
+    tmp_path: Path, base: Path, tokenizer: Any
+) -> None:
     fields = {"num_generations": 2, "max_completion_length": 4}
     with pytest.raises(distzo2.DistZO2Error, match="num_iterations=1.*num_iterations=2 works"):
         arguments(zo.ZOGRPOConfig, tmp_path, **fields)
@@ -167,23 +185,43 @@ def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(tmp_path
 def test_what_adapters_cannot_do_is_said(tmp_path: Path, base: Path, tokenizer: Any) -> None:
     model, args = distzo2.offload(load(base)), arguments(zo.ZOSFTConfig, tmp_path)
     with pytest.raises(distzo2.DistZO2Error, match="handed over: give the plain model"):
-        zo.ZOSFTTrainer(model=model, args=args, train_dataset=rows("text"), processing_class=tokenizer, peft_config=LoraConfig(**LORA))
+        zo.ZOSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows("text"),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+        )
 
 
 def test_prompt_tuning_saves_its_adapter(tmp_path: Path, base: Path, tokenizer: Any) -> None:
     args = arguments(zo.ZOSFTConfig, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     prompt = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
-    trainer = zo.ZOSFTTrainer(model=load(base), args=args, train_dataset=rows("text"), processing_class=tokenizer, peft_config=prompt)
+    trainer = zo.ZOSFTTrainer(
+        model=load(base), args=args, train_dataset=rows("text"), processing_class=tokenizer, peft_config=prompt
+    )
     trainer.train()
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "checkpoint-1")
     assert_same_tensors(loaded.state_dict(), trainer.model.state_dict())
 
 
 def test_options_from_yaml_and_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("output_dir: out\nzo_probes: 4\nzo_compute_dtype: float32\nzo_pert: 2\nuse_cpu: true\n")
-    [args] = TrlParser([zo.ZOSFTConfig]).parse_args_and_config(["--config", str(tmp_path / "run.yaml"), "--zo_eps", "1e-2"])
-    assert (args.zo_probes, args.zo_compute_dtype, args.zo_pert, args.zo_eps, args.bf16) == (4, "float32", 2, 1e-2, False)
-    [args] = HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(["--output_dir", "o", "--zo_weights", "disk", "--use_cpu"])
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: out\nzo_probes: 4\nzo_compute_dtype: float32\nzo_pert: 2\nuse_cpu: true\n"
+    )
+    [args] = TrlParser([zo.ZOSFTConfig]).parse_args_and_config(
+        ["--config", str(tmp_path / "run.yaml"), "--zo_eps", "1e-2"]
+    )
+    assert (args.zo_probes, args.zo_compute_dtype, args.zo_pert, args.zo_eps, args.bf16) == (
+        4,
+        "float32",
+        2,
+        1e-2,
+        False,
+    )
+    [args] = HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", "o", "--zo_weights", "disk", "--use_cpu"]
+    )
     assert args.zo_weights == "disk" and args.zo_slice is None
     assert "zo_memory_budget" in HfArgumentParser(zo.ZODPOConfig).format_help()
 
