@@ -116,7 +116,7 @@ class StepRecord:
     @property
     def difference(self) -> float | None:
         """What the step is made of: the median over probes of |L+ - L-|, or of |L+ - L0| where there is no L-."""
-        means = dict(zip(self.evaluations, np.mean(self.losses, -1), strict=True))
+        means = dict(zip(self.evaluations, np.average(self.losses, -1, self.counts), strict=True))
         others = ((plus, means.get((k, -1), means.get((0, 0)))) for (k, sign), plus in means.items() if sign > 0)
         found = [abs(plus - other) for plus, other in others if other is not None]
         return float(np.median(found)) if found else None

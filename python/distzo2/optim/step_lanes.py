@@ -35,8 +35,10 @@ class StepLanes:
         places: Sequence[tuple[int, int]],
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
+        as_sums: bool = False,
     ) -> tuple[np.ndarray, Sequence[Unit]]:
         """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
+        With `as_sums`, tensors that they return are added up, where otherwise their mean is taken.
 
         Returns:
             float64 [lanes, 2], the sum of each lane's losses and their count; and the units that the lanes entered.
@@ -46,7 +48,7 @@ class StepLanes:
             place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
             lanes.append(self._lane(place, closures[batch - first_batch]))
         entered = self._run(lanes)
-        return self._losses(lanes), entered or ()
+        return self._losses(lanes, as_sums), entered or ()
 
     def losses_of(
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
@@ -99,11 +101,11 @@ class StepLanes:
             )
         return first / (counts[0] or 1.0)
 
-    def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
+    def _losses(self, lanes: Sequence[Lane], as_sums: bool = False) -> np.ndarray:
         """float64 [lanes, 2]: sum and count of what each closure returned."""
         if not lanes:
             return np.zeros((0, 2))
-        pairs = [self._pair(lane.result) for lane in lanes]
+        pairs = [self._pair(lane.result, as_sums) for lane in lanes]
         tensors = [value for pair in pairs for value in pair if isinstance(value, torch.Tensor)]
         values = iter(_read([t.to(tensors[0].device) for t in tensors]))
         losses = np.array([[next(values) if isinstance(v, torch.Tensor) else v for v in pair] for pair in pairs])
@@ -118,10 +120,10 @@ class StepLanes:
             losses = np.stack([losses[:, 0] / counts, np.ones(len(lanes))], 1)
         return losses
 
-    def _pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _pair(self, result: Any, as_sum: bool) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Float64 scalars: (sum, count) as the closure returned it; a mean counts as one loss."""
         if not isinstance(result, tuple):
-            return self._mean(result), 1.0
+            return self._value(result, as_sum), 1.0
         if len(result) != 2 or any(isinstance(value, torch.Tensor) and value.numel() != 1 for value in result):
             shapes = ", ".join(str(list(v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in result)
             raise DistZO2Error(
@@ -129,9 +131,10 @@ class StepLanes:
                 "losses, number of losses)"
             )
         total, count = result
-        return self._mean(total), self._mean(count) if isinstance(count, torch.Tensor) else self._mean(count).item()
+        count = self._value(count) if isinstance(count, torch.Tensor) else self._value(count).item()
+        return self._value(total), count
 
-    def _mean(self, result: Any) -> torch.Tensor:
+    def _value(self, result: Any, as_sum: bool = False) -> torch.Tensor:
         if not isinstance(result, torch.Tensor):
             try:
                 return torch.tensor(float(result), dtype=torch.float64)
@@ -148,7 +151,8 @@ class StepLanes:
             )
         if result.numel() == 0:
             raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
-        return result.detach().double().mean()
+        result = result.detach().double()
+        return result.sum() if as_sum else result.mean()
 
 
 class _Mapped:

@@ -262,6 +262,7 @@ class ZOSGD(torch.optim.Optimizer):
         *,
         tokens: int = 0,
         sharded: bool | str = False,
+        count: float | None = None,
     ) -> torch.Tensor | None:
         """Evaluates the step's perturbations and makes the update.
 
@@ -275,6 +276,9 @@ class ZOSGD(torch.optim.Optimizer):
             sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
                 part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
                 empty. "data": those of its data coordinate; ranks that share it have the same list.
+            count: how many losses the step has in all, on all ranks, where that is known beforehand: closures then
+                return sums (of a vector, its sum is taken), and the loss of an evaluation is the sum of these over
+                `count`. 1, where closures have divided by the number already, as Trainer's do.
 
         Returns:
             float64 scalar: the mean of all losses evaluated, on all ranks. `last` has the details. The loss of an
@@ -296,12 +300,23 @@ class ZOSGD(torch.optim.Optimizer):
         closures, scalars, failure = [], (), None
         try:
             closures, scalars = self._closures(closure, sharded), scalars_of(self.param_groups)
+            count = None if count is None else float(count)
+            if count is not None and not 0 < count < np.inf:
+                raise DistZO2Error(f"count={count!r}: expected a finite number above 0")
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
             s, start, step = self.settings, time.perf_counter(), self.step_count
-            deal, tokens = self._ranks.open(StepWord(step, scalars, len(closures), tokens, sharded), failure)
-            sums, counts, entered = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
+            word = StepWord(step, scalars, len(closures), tokens, sharded, count)
+            deal, tokens = self._ranks.open(word, failure)
+            scales = [group.perturb_scale for group in scalars]
+            sums, counts, entered = self._evaluate(step, deal, closures, scales, count is not None)
+            if count is not None:
+                if not (counts == 1).all():
+                    raise DistZO2Error(
+                        f"step {step}: count={count:g} was given, and closures returned counts too"
+                    )
+                sums *= deal.num_batches / count  # as means, of which each counts as one
             if not counts.any(1).all():
                 raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
             loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
@@ -351,10 +366,11 @@ class ZOSGD(torch.optim.Optimizer):
         return closures
 
     def _evaluate(
-        self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
+        self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float], as_sums: bool
     ) -> Evaluated:
         self._runtime.weights.updates.set_perturb_scales(scales)
-        return self._ranks.gather(step, deal, lambda lanes, first: self._lanes.run(step, lanes, closures, first))
+        run = self._lanes.run
+        return self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
 
     def _tell_unused(self, step: int, units: Sequence[Unit]) -> None:
         """Reports, once, units that no lane entered."""
