@@ -2,6 +2,7 @@
 
     python bench/bench_step.py time --model opt-125m --dtype float32 --batch 4 --tokens 128
     python bench/bench_step.py time --model opt-1.3b --dtype bfloat16 --batch 1 --tokens 512 --modes host,disk
+    python bench/bench_step.py time --lora 8 --modes host,disk
     python bench/bench_step.py memory --model opt-1.3b --dtype bfloat16 --batch 1 --tokens 512
 
 `time` measures, in turn and several times: two bare forwards, the plain torch loop (perturbation in place by
@@ -111,6 +112,11 @@ def time_steps(args: argparse.Namespace) -> dict:
         model = distzo2.from_pretrained(
             checkpoint, device=args.device, weights=mode, dtype=dtype, compute_dtype=compute, directory=directory
         )
+        if args.lora:
+            from peft import LoraConfig, inject_adapter_in_model
+
+            with distzo2.edit(model):
+                inject_adapter_in_model(LoraConfig(r=args.lora, target_modules=["q_proj", "v_proj"]), model)
         opt = distzo2.ZOSGD(model, lr=1e-7, eps=1e-3, noise=args.noise)
         runs[f"step, weights={mode}"] = functools.partial(opt.step, loss_closure(model, ids))
         streamed[f"step, weights={mode}"] = distzo2.runtime_of(model)
@@ -138,7 +144,8 @@ def time_steps(args: argparse.Namespace) -> dict:
 
 def _parts(row: dict) -> list[str]:
     parts = row.get("per_step", {})
-    return [f"{k[:-2]} {parts[k]:.3f} s" for k in ("compute_s", "noise_s", "exposed_wait_s") if k in parts]
+    seconds = [f"{k[:-2]} {parts[k]:.3f} s" for k in ("compute_s", "noise_s", "exposed_wait_s") if k in parts]
+    return seconds + [f"{k[6:]} {parts[k] / 1e6:.1f} MB" for k in ("bytes_up", "bytes_down") if k in parts]
 
 
 def measure_memory(args: argparse.Namespace) -> dict:
@@ -190,6 +197,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128, help="tokens a sequence")
     parser.add_argument("--device", default="cpu", help="where it computes")
     parser.add_argument("--modes", default="host", help="where our weights live: host, disk, device, comma-separated")
+    parser.add_argument("--lora", type=int, default=0, help="train adapters of this rank at q and v, and nothing else")
     parser.add_argument("--noise", default="normal", help="normal or rademacher")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repetitions; the median is told")
     parser.add_argument("--warmup", type=int, default=2, help="runs of each before any is timed")

@@ -53,7 +53,7 @@ class Adapter(nn.Module):
             self.up = nn.Linear(2, base.out_features, bias=False)
 
     def forward(self, x):
-        return self.base(x) + self.up(self.down(x.float())).to(x.dtype)
+        return self.base(x) + self.up(self.down(x.to(self.down.weight.dtype))).to(x.dtype)
 
 
 def adapted(dtype: torch.dtype = torch.float32, *, num_blocks: int = 4) -> Blocks:

@@ -122,5 +122,7 @@ def test_what_most_of_a_model_is_stored_in():
     model = nn.ModuleList([nn.Linear(64, 64).bfloat16(), nn.Linear(2, 2).bfloat16(), nn.Linear(8, 8)])
     params = collect_params(model)
     assert main_dtype(params) == torch.bfloat16
-    model[0].requires_grad_(False)
+    model[0].requires_grad_(False)  # a base that is frozen computes all the same
+    assert main_dtype(collect_params(model)) == torch.bfloat16
+    model[0].weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int32), requires_grad=False)
     assert main_dtype(collect_params(model)) == torch.float32

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from block_models import IDS, adapted
 from kernel_cases import DTYPES
 from same_bits import assert_same
 from zoo import BY_NAME, Case
@@ -45,12 +46,15 @@ def _pixels(step: int) -> State:
     return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator), "labels": torch.tensor([0, 1])}
 
 
+ADAPTED = Case("adapted", adapted, lambda step: {"ids": (IDS + step) % 32})  # a frozen base streams one way
 NESTED = Case("vit", _vit, _pixels)  # its owner uses parameters after an inner unit has been and gone
 CASES = [(BY_NAME[name], dtype) for name in ("opt-tied", "llama", "conv") for dtype in DTYPES]
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*CASES, (NESTED, torch.float32)], ids=lambda value: getattr(value, "name", str(value))
+    ("case", "dtype"),
+    [*CASES, (NESTED, torch.float32), (ADAPTED, torch.float32)],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_streamed_modes_have_the_bits_of_the_resident_one(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     resident = train(case, "device", tmp_path, dtype)

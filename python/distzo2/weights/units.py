@@ -117,10 +117,11 @@ def _view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, param: ParamInf
 
 
 def main_dtype(params: Iterable[ParamInfo]) -> torch.dtype:
-    """The dtype that most bytes of the trainable parameters, of which there is one at least, are stored in."""
+    """The dtype that most bytes of the parameters that may be trained, of which there is one at least, are stored in:
+    beside adapters, the dtype of the frozen base."""
     num_bytes: Counter[torch.dtype] = Counter()
     for param in params:
-        num_bytes[param.dtype] += param.num_bytes if param.trainable else 0
+        num_bytes[param.dtype] += param.num_bytes if param.dtype in TRAINABLE_DTYPES else 0
     return num_bytes.most_common(1)[0][0]
 
 
