@@ -91,11 +91,11 @@ def own_loop(
     *,
     rates: Sequence[float] | None = None,
     groups: Callable[[Any], list] | None = None,
-    hand_over: dict[str, Any] = {},
+    hand_over: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """The weights after `steps` lists of micro-batches in a loop of the library's own."""
-    model = distzo2.offload(model, **hand_over)
+    model = distzo2.offload(model, **hand_over or {})
     optimizer = distzo2.ZOSGD(model, groups and groups(model), **{"lr": 1e-2, "eps": 1e-3, "seed": 42} | options)
     for number, batches in enumerate(steps):
         if rates is not None:

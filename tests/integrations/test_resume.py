@@ -51,12 +51,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, whole: Any, 
 
 
 def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> None:
-    with pytest.raises(distzo2.DistZO2Error, match="does not exist: there is no run to resume"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"does not exist: there is no run to resume"):
         trained(tmp_path, True)
     first = trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    with pytest.raises(distzo2.DistZO2Error, match='holds a run: .*zo_existing="resume".*zo_existing="overwrite"'):
+    with pytest.raises(distzo2.DistZO2Error, match=r'holds a run: .*zo_existing="resume".*zo_existing="overwrite"'):
         trained(tmp_path, max_steps=2)
-    with pytest.raises(distzo2.DistZO2Error, match="trained already"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"trained already"):
         first.train()
     again = trained(tmp_path, max_steps=2, zo_existing="resume")  # nothing is left to do
     assert_same_tensors(again.model.state_dict(), first.model.state_dict())
@@ -67,7 +67,7 @@ def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> 
     assert steps(tmp_path)[:1] == before[:1] and len(steps(tmp_path)) == 3
     assert len(read_journal(tmp_path / "journal-1.jsonl").entries) == 2
     assert from_one.state.global_step == 3
-    with pytest.raises(distzo2.DistZO2Error, match="at step 2.*of another run"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"at step 2.*of another run"):
         (tmp_path / "journal.jsonl").unlink()
         (tmp_path / "journal-1.jsonl").rename(tmp_path / "journal.jsonl")
         read = (tmp_path / "journal.jsonl").read_text().splitlines(True)

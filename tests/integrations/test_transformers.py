@@ -189,10 +189,11 @@ def test_evaluation_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> No
         save_strategy="steps", save_steps=1, save_total_limit=2, load_best_model_at_end=True,
     )  # fmt: skip
     trainer = ZOTrainer(
-        model=make_model("bert"), args=args, train_dataset=data, eval_dataset=data, compute_metrics=accuracy, callbacks=[best]
+        model=make_model("bert"), args=args, train_dataset=data, eval_dataset=data, compute_metrics=accuracy,
+        callbacks=[best],
     )  # fmt: skip
-    plain = Trainer(model=make_model("bert"), args=TrainingArguments(str(tmp_path / "p"), use_cpu=True, report_to="none"),
-                    eval_dataset=data, compute_metrics=accuracy)  # fmt: skip
+    args = TrainingArguments(str(tmp_path / "p"), use_cpu=True, report_to="none")
+    plain = Trainer(model=make_model("bert"), args=args, eval_dataset=data, compute_metrics=accuracy)
     ours, theirs = trainer.evaluate(), plain.evaluate()
     assert {k: ours[k] for k in ("eval_loss", "eval_accuracy")} == {
         k: theirs[k] for k in ("eval_loss", "eval_accuracy")
@@ -261,7 +262,8 @@ REFUSED = [
     ({"fp16_full_eval": True}, "fp16_full_eval"), ({"fp16": True}, "fp16"), ({"neftune_noise_alpha": 5.0}, "neftune"),
     ({"deepspeed": "ds.json"}, "DeepSpeed"), ({"fsdp": "full_shard"}, "FSDP"), ({"optim": "adafactor"}, "ZOSGD"),
     ({"auto_find_batch_size": True}, "zo_max_lanes"), ({"bf16": True, "zo_compute_dtype": "float32"}, "contradict"),
-    ({"zo_existing": "yes"}, "overwrite"), ({"zo_memory_budget": "much"}, "12GiB"), ({"zo_compute_dtype": "int8"}, "float32"),
+    ({"zo_existing": "yes"}, "overwrite"), ({"zo_memory_budget": "much"}, "12GiB"),
+    ({"zo_compute_dtype": "int8"}, "float32"),
 ]  # fmt: skip
 
 
@@ -274,10 +276,10 @@ def test_what_cannot_go_with_zo_is_refused_by_name(tmp_path: Path, fields: dict,
 
 def test_what_a_trainer_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args = make_model(), arguments(ZOTrainingArguments, tmp_path)
-    with pytest.raises(distzo2.DistZO2Error, match="TrainingArguments.*fields zo_"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"TrainingArguments.*fields zo_"):
         ZOTrainer(model=model, args=arguments(TrainingArguments, tmp_path))
-    with pytest.raises(distzo2.DistZO2Error, match="the optimizer must be a distzo2.ZOSGD"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"the optimizer must be a distzo2.ZOSGD"):
         ZOTrainer(model=make_model(), args=args, optimizers=(torch.optim.SGD(model.parameters(), 1.0), None))
     args._n_gpu = 2
-    with pytest.raises(distzo2.DistZO2Error, match="DataParallel"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"DataParallel"):
         ZOTrainer(model=model, args=args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ def load(base: Path, adapter: bool = False, kind: Any = LlamaForCausalLM) -> Any
 def rows(*columns: str) -> Dataset:
     text = {
         "text": lambda i: " ".join(WORDS[i % 3 : 4 + i % 7]), "prompt": lambda i: " ".join(WORDS[: 2 + i % 3]),
-        "chosen": lambda i: " " + " ".join(WORDS[i % 5 : 6]), "rejected": lambda i: " " + " ".join(WORDS[7 : 9 + i % 3]),
+        "chosen": lambda i: " " + " ".join(WORDS[i % 5 : 6]),
+        "rejected": lambda i: " " + " ".join(WORDS[7 : 9 + i % 3]),
         "completion": lambda i: " " + WORDS[i % 8], "label": lambda i: i % 2 == 0,
     }  # fmt: skip
     return Dataset.from_dict({column: [text[column](i) for i in range(8)] for column in columns})
@@ -115,7 +118,8 @@ def test_an_adapter_run_resumes(tmp_path: Path, base: Path, tokenizer: Any) -> N
     def run(directory: Path, resume: bool, steps: int) -> Any:
         args = arguments(zo.ZOSFTConfig, directory, max_steps=steps, lr_scheduler_type="constant")
         trainer = zo.ZOSFTTrainer(
-            model=load(base), args=args, train_dataset=rows("text"), processing_class=tokenizer, peft_config=LoraConfig(**LORA)
+            model=load(base), args=args, train_dataset=rows("text"), processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return trainer.model.state_dict()
@@ -170,7 +174,7 @@ def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
     tmp_path: Path, base: Path, tokenizer: Any
 ) -> None:
     fields = {"num_generations": 2, "max_completion_length": 4}
-    with pytest.raises(distzo2.DistZO2Error, match="num_iterations=1.*num_iterations=2 works"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"num_iterations=1.*num_iterations=2 works"):
         arguments(zo.ZOGRPOConfig, tmp_path, **fields)
     args = arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=2, max_steps=2, **fields)
     trainer = zo.ZOGRPOTrainer(
@@ -184,7 +188,7 @@ def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
 
 def test_what_adapters_cannot_do_is_said(tmp_path: Path, base: Path, tokenizer: Any) -> None:
     model, args = distzo2.offload(load(base)), arguments(zo.ZOSFTConfig, tmp_path)
-    with pytest.raises(distzo2.DistZO2Error, match="handed over: give the plain model"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"handed over: give the plain model"):
         zo.ZOSFTTrainer(
             model=model,
             args=args,
@@ -232,3 +236,5 @@ def test_versions_and_missing_packages_are_named() -> None:
     with pytest.raises(ImportError, match=r"trl 1\.\S+ is too old, 99\.1 or later is needed"):
         require(trl="99.1")
     require(optional=True, no_such_package="1.0")
+    code = "import sys, distzo2; sys.exit(any(name in sys.modules for name in ('transformers', 'accelerate', 'trl', 'peft')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

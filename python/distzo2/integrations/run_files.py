@@ -60,8 +60,10 @@ class RunFiles:
         exists = self.journal.exists()
         if resume or (exists and existing == "resume"):
             if not exists:
-                raise UsageError(f"{self.journal} does not exist: there is no run to resume (zo_journal=False resumes "
-                                 "from the weights of a checkpoint)")  # fmt: skip
+                raise UsageError(
+                    f"{self.journal} does not exist: there is no run to resume (zo_journal=False resumes from the "
+                    "weights of a checkpoint)"
+                )
             made = len(read_journal(self.journal).entries)
             step = self._step_of(Path(resume)) if isinstance(resume, (str, os.PathLike)) else made
             if step > made:
@@ -69,8 +71,10 @@ class RunFiles:
             self._keep_state_of(step)
             return Start(step, None if step == made else self._move_journal())
         if exists and existing == "error":
-            raise UsageError(f"{self.directory} holds a run: train(resume_from_checkpoint=True) continues it, "
-                             'zo_existing="resume" does so if there is one, zo_existing="overwrite" removes it')  # fmt: skip
+            raise UsageError(
+                f'{self.directory} holds a run: train(resume_from_checkpoint=True) continues it, zo_existing="resume" '
+                'does so wherever there is one, zo_existing="overwrite" removes it'
+            )
         if exists:
             self.journal.unlink()
             for path in (self.state, *self.directory.glob("checkpoint-*[0-9]")):
@@ -85,8 +89,9 @@ class RunFiles:
 
     def _keep_state_of(self, step: int) -> None:
         """Makes `zo_state` the latest that was saved at `step` or before it."""
-        found = [path for path in (self.state, *self.directory.glob("checkpoint-*[0-9]")) if (path / _STATE).is_file()]
-        steps = {path: at for path in found if (at := self._step_of(path)) <= step}
+        places = (self.state, *self.directory.glob("checkpoint-*[0-9]"))
+        found = {path: self._step_of(path) for path in places if (path / _STATE).is_file()}
+        steps = {path: at for path, at in found.items() if at <= step}
         best = max(steps, key=steps.get, default=None)
         if best == self.state:
             return

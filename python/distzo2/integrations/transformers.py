@@ -212,7 +212,7 @@ class ZOMixin:
             lambda: vars(files.start(resume_from_checkpoint, existing)),
         )
         self._zo_start = start = Start(**start)
-        resumed, state = None, None
+        resumed = None
         if start.step is not None:
             read = lambda: files.advance(start.step)  # noqa: E731
             self._zo_missed = from_rank_0("reading the state of the trainer", read) < start.step
@@ -284,7 +284,7 @@ class ZOMixin:
             self._save_checkpoint(model, None)
 
     def _zo_keep(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`compute_loss` of the trainer's own training step: keeps the micro-batch, whose loss the step will compute."""
+        """`compute_loss` of the trainer's own training step: keeps the micro-batch for the step."""
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         self._zo_tokens += main.numel() if isinstance(main, torch.Tensor) else 0
         count = None

@@ -313,9 +313,7 @@ class ZOSGD(torch.optim.Optimizer):
             sums, counts, entered = self._evaluate(step, deal, closures, scales, count is not None)
             if count is not None:
                 if not (counts == 1).all():
-                    raise DistZO2Error(
-                        f"step {step}: count={count:g} was given, and closures returned counts too"
-                    )
+                    raise DistZO2Error(f"step {step}: count={count:g} was given, and closures returned counts too")
                 sums *= deal.num_batches / count  # as means, of which each counts as one
             if not counts.any(1).all():
                 raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
