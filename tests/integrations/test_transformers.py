@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,12 @@ def test_what_cannot_go_with_zo_is_refused_by_name(tmp_path: Path, fields: dict,
     with pytest.raises(distzo2.DistZO2Error, match=text) as error:
         arguments(ZOTrainingArguments, tmp_path, **fields)
     assert next(iter(fields)) in str(error.value)
+
+
+def test_the_page_has_all_fields() -> None:
+    page = (Path(__file__).parents[2] / "docs/trainer.md").read_text()
+    missing = [f.name for f in fields(ZOFields) if f"`{f.name}`" not in page]
+    assert not missing and all(f.metadata["help"] for f in fields(ZOFields))
 
 
 def test_what_a_trainer_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

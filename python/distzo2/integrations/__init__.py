@@ -36,5 +36,5 @@ def release(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.match(r"\d+(\.\d+)*", text)[0].split(".")))
 
 
-require(transformers="5.4", accelerate="1.10")  # since then a trainer has its model before its accelerator
+require(transformers="5.20", accelerate="1.10")
 require(optional=True, peft="0.18", datasets="4.0")
