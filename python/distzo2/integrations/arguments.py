@@ -93,6 +93,7 @@ class ZOFields:
         # Nothing is kept for a backward, there are no gradients to clip, and the mean over ranks is the optimizer's.
         self.gradient_checkpointing = self.activation_checkpointing = self.average_tokens_across_devices = False
         self.max_grad_norm = 0.0
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # else ranks on CPUs do not meet
         self.restore_callback_states_from_checkpoint = True  # the patience of early stopping is the run's
         if hasattr(self, "activation_offloading"):  # of TRL
             self.activation_offloading = False

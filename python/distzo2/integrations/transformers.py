@@ -100,6 +100,9 @@ class ZOMixin:
         ):
             if found:
                 raise UsageError(f"{name} cannot go with ZO: start one process a GPU with torchrun, without it")
+        if parallel.world_size_of_environment() != args.world_size:
+            started = parallel.world_size_of_environment()
+            raise UsageError(f"torchrun started {started} ranks, and accelerate has met {args.world_size} of them")
         if parallel.current() is None and (args.world_size > 1 or args.zo_pert or args.zo_data):
             parallel.init(
                 args.zo_pert, args.zo_data, args.zo_slice, device=args.device, log=logger.info,
