@@ -24,11 +24,11 @@ from random_checkpoint import write_random_checkpoint
 
 import distzo2
 from distzo2.cli.main import parse
+from distzo2.cli.options import PlanOptions
 from distzo2.planning.machines import machine_from
 from distzo2.planning.measure import measure, measure_matmul, measure_memory, measure_noise
 from distzo2.planning.plan import Planner
 from distzo2.planning.transfers import Effort
-from distzo2.run.options import PlanOptions
 
 CONFIGURATIONS = {
     "host": "--model opt-125m --dtype float32 --batch 4 --tokens 128 --weights host",

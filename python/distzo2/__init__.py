@@ -11,6 +11,7 @@ from distzo2.version import __version__
 
 if TYPE_CHECKING:
     from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
+    from distzo2.generation.generate import generate_batch
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.record.weight_file import WeightFile
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "current_lane": "streaming.lanes",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
+    "generate_batch": "generation.generate",
     "from_pretrained": "checkpoint.pretrained",
     "offload": "streaming.offload",
     "present": "streaming.offload",
@@ -46,6 +48,7 @@ __all__ = [
     "edit",
     "evaluate",
     "from_pretrained",
+    "generate_batch",
     "offload",
     "present",
     "runtime_of",

@@ -118,7 +118,7 @@ def test_interrupted_before_the_first_step(files, capsys, monkeypatch: pytest.Mo
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distzo2.run.loop.evaluate_examples", interrupted)
+    monkeypatch.setattr("distzo2.tasks.held_out.evaluate_examples", interrupted)
     assert finetune(files, f"--eval={files.eval}") == 130
     assert "interrupted before the first step" in one_line(capsys)
     assert not Path("out").exists()

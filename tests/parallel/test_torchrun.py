@@ -21,6 +21,7 @@ from torchrun_cases import assert_same_run, assert_same_weights
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
+from distzo2.run.metrics import read_metrics
 
 STEPS = 6
 
@@ -84,6 +85,20 @@ def test_micro_batches_on_two_ranks_do_not_change_the_loss(ranks, files, tmp_pat
         alone = alone.with_name(cut[-1].removeprefix("--out="))
         assert [e.update for e in read_journal(alone / "journal.jsonl").entries] == [e.update for e in entries]
     assert all(each == pytest.approx(losses[0], rel=1e-5) for each in losses) and losses[2] == losses[3]
+
+
+def test_answers_that_ranks_write_are_scored_as_those_of_one(ranks, files, tmp_path):
+    """Whole blocks are gathered from slices for each token, and ranks have different numbers of answers to write."""
+    lines = [{"prompt": "the " + word, "completion": f" {word} is"} for word in ("cat", "film", "graph", "dog", "mat")]
+    data = write_jsonl(tmp_path / "answers.jsonl", lines)
+    more = [f"--train={data}", f"--eval={data}", "--score=f1", "--max-new-tokens=5", "--eval-batch-size=1"]
+    results = ranks.values(cases.command, 2, tmp_path, cases.arguments(files, 1, *more, "--slice=on", "--weights=host"))
+    assert [r["status"] for r in results] == [0, 0]
+    runs = (tmp_path / "out", cases.run_alone(tmp_path / "alone", cases.arguments(files, 1, *more)))
+    kept = ("step", "loss", "f1", "em")
+    evals = [[line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "eval"] for run in runs]
+    scores, others = ([[line[key] for key in kept] for line in some] for some in evals)
+    assert scores == others and len(scores) == 2 and scores[0][2] > 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distzo2.cli.main import main, parse
+from distzo2.cli.options import PlanOptions
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import make_estimator
 from distzo2.parallel.mesh import MeshShape
@@ -18,7 +19,6 @@ from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
 from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, possible_meshes, significant
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.report import read_trace, step_figures
-from distzo2.run.options import PlanOptions
 
 SMALL = ["plan", "--model=opt-125m", "--machine=a100", "--batch=8", "--tokens=64"]
 

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
 from distzo2.cli.main import main
+from distzo2.cli.options import ReportOptions
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.planning.report import (
     draw_step,
@@ -24,7 +25,6 @@ from distzo2.planning.report import (
     transfer_line,
 )
 from distzo2.run.metrics import Metrics, read_metrics
-from distzo2.run.options import ReportOptions
 from distzo2.weights.timeline import Timeline
 
 

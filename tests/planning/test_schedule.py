@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import distzo2
+from distzo2.cli.options import PlanOptions
 from distzo2.planning.machines import GPUS, Duplex, Host
 from distzo2.planning.plan import Planner
 from distzo2.planning.plan_model import ModelPlan, Part, plan_module
 from distzo2.planning.report import read_trace
 from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_steps
-from distzo2.run.options import PlanOptions
 from distzo2.streaming.lanes import Emission
 from distzo2.weights.units import ParamInfo, Unit
 from distzo2_core import Term

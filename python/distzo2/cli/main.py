@@ -17,16 +17,13 @@ from typing import Any
 from distzo2.cli import journal
 from distzo2.cli.arguments import Formatter, Parser, add_options, refuse
 from distzo2.cli.ending import end_with, terminated_as_interrupted
+from distzo2.cli.options import MeasureOptions, PlanOptions, ReplayOptions, ReportOptions, TasksOptions
 from distzo2.errors import UsageError
 from distzo2.run.options import (
     LEFT,
     EvalOptions,
     FinetuneOptions,
     GenerateOptions,
-    MeasureOptions,
-    PlanOptions,
-    ReplayOptions,
-    ReportOptions,
     SignalOptions,
     checked,
     made,
@@ -132,11 +129,18 @@ def _eval(options: EvalOptions) -> int:
     from distzo2.run.inference import evaluate_file
 
     score, objective = evaluate_file(options)
-    figures = {"loss": score.loss, "accuracy": score.accuracy, "examples": score.num_examples, "objective": objective}
+    figures = {**score.figures(), "examples": score.num_examples, "objective": objective}
     if options.json:
         print(json.dumps(figures))
     else:
-        print(f"{objective}: loss {score.loss:.4f}, accuracy {score.accuracy:.2%} ({score.num_examples} examples)")
+        print(f"{options.task or objective}: {score} ({score.num_examples} examples)")
+    return 0
+
+
+def _tasks(options: TasksOptions) -> int:
+    from distzo2.datasets.rows import read_tasks, table_of_tasks
+
+    print("\n".join(table_of_tasks(read_tasks(options.task_file))))
     return 0
 
 
@@ -183,8 +187,9 @@ def _planning(name: str, log: Callable[[str], None]) -> Callable[[Any], int]:
 
 # Of each command: what it does, its options, and the function that runs it.
 COMMANDS = {
-    "finetune": ("fine-tune a checkpoint on a JSONL file", FinetuneOptions, _finetune),
-    "eval": ("loss and accuracy of a checkpoint on a JSONL file", EvalOptions, _eval),
+    "finetune": ("fine-tune a checkpoint on a JSONL file or a published task", FinetuneOptions, _finetune),
+    "eval": ("loss and accuracy of a checkpoint on a JSONL file or a published task", EvalOptions, _eval),
+    "tasks": ("the published tasks that finetune and eval read: data sets, fields, metrics", TasksOptions, _tasks),
     "signal": ("how much of a step is signal, by compute dtype and eps", SignalOptions, _signal),
     "generate": ("text from a checkpoint, its weights streamed", GenerateOptions, _generate),
     "replay": ("rebuild the checkpoint of any step from a run's journal, bit for bit", ReplayOptions, _replay),

@@ -7,6 +7,7 @@ weights.dzo2    weights that survive a crash (docs/weight_file.md); weights.dzo2
 checkpoint/     the fine-tuned model
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace named no other file
+task.json       with --task: the checkpoint's score on the rows for evaluation
 run.lock        locked (flock) by the process that uses the directory, and removed when it ends; one that a killed
                 process left behind is not locked
 """

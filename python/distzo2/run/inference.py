@@ -11,6 +11,8 @@ import torch
 from transformers import TextStreamer
 
 from distzo2.checkpoint.pretrained import from_pretrained
+from distzo2.datasets.draw import TaskReader, draw, loss_of
+from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.signal import ENOUGH, Signal, signal_of
 from distzo2.run.metrics import finite
@@ -19,8 +21,9 @@ from distzo2.run.preflight import DTYPES, check_disk, check_memory, compute_dtyp
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
+from distzo2.tasks.held_out import HeldOut, load_held_out
 from distzo2.tasks.kinds import model_kind
-from distzo2.tasks.objectives import Objective, Score, evaluate_examples, resolve_objective
+from distzo2.tasks.objectives import Objective, Score, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
 from distzo2.text import dtype_name
 
@@ -57,14 +60,28 @@ def loaded(options: EvalOptions | GenerateOptions | SignalOptions) -> Iterator[t
 
 
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
-    """Loss and accuracy on a JSONL file, and the objective's name."""
+    """The score on a JSONL file or a published task, and the objective's name."""
     kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
-    examples = load_examples(options.eval, tokenizer, **reading_of(options, kind))
-    name = resolve_objective(options.objective, examples, options.eval)
+    held_out, name = _asked(options, tokenizer, {"max_new_tokens": options.max_new_tokens, **reading_of(options, kind)})
     with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
         objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
-        objective.check_causal(examples[0], kind)
-        return evaluate_examples(objective, examples, batch_size=options.batch_size), name
+        objective.check_causal(held_out.learned[0], kind)
+        return held_out.score(objective, batch_size=options.batch_size), name
+
+
+def _asked(options: EvalOptions, tokenizer: Any, reading: dict[str, Any]) -> tuple[HeldOut, str]:
+    """What a model is asked, and the objective's name."""
+    if not options.task:
+        held_out = load_held_out(options.eval, tokenizer, write=options.score is not None, **reading)
+        return held_out, resolve_objective(options.objective, held_out.learned, options.eval)
+    task = find_task(options.task, options.task_file)
+    reader = TaskReader(task, tokenizer, **reading)
+    num_eval = options.num_eval or task.num_eval
+    drawn = draw(task, options.data, options.task_seed, num_train=options.shots, num_eval=num_eval)
+    loss, name = loss_of(task, options.objective)
+    write = task.generates or options.score is not None
+    held_out = reader.held_out(drawn.eval, loss, shots=drawn.train, calibrate=options.calibrate, write=write)
+    return held_out, resolve_objective(name, held_out.learned, f"task {task.name}")
 
 
 def signals_of_file(options: SignalOptions) -> list[Signal]:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
+from distzo2.datasets.protocol import protocol
 from distzo2.errors import UsageError
 from distzo2.optim.estimator import make_estimator
 from distzo2.parallel import group as parallel
@@ -59,6 +60,7 @@ def from_rank_0(what: str, read: Callable[[], Any]) -> Any:
 
 def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptions:
     values = read_config(FinetuneOptions, config) | given
+    values = protocol(values) | values
     if values.get("resume") and values.get("branch_from"):
         raise UsageError("--resume continues the run in --out, --branch-from begins another: give one of them")
     if values.get("resume"):

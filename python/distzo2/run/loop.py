@@ -28,7 +28,8 @@ from distzo2.run.options import FinetuneOptions
 from distzo2.run.preflight import ModelSize
 from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.batches import DataOrder
-from distzo2.tasks.objectives import Objective, evaluate_examples
+from distzo2.tasks.held_out import HeldOut
+from distzo2.tasks.objectives import Objective
 from distzo2.tasks.tokenize import Example
 from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
@@ -38,7 +39,7 @@ _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
     "lr", "eps", "weight_decay", "noise", "estimator", "seed",
     "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every",
 )  # fmt: skip
-_SCORES = ("loss", "accuracy")
+_SCORES = ("loss", "accuracy", "f1", "em")
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
 SIGNAL_PROBES = 4
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
@@ -70,7 +71,7 @@ class TrainLoop:
         model: torch.nn.Module,
         objective: Objective,
         train: list[Example],
-        held_out: list[Example],
+        held_out: HeldOut,
         size: ModelSize,
     ) -> None:
         self.options, self.log, self.run, self.model = options, log, run, model
@@ -137,8 +138,8 @@ class TrainLoop:
         if not o.resume and not o.no_check:
             with blaming(f"{o.model}: the model fails on the first batch"):
                 optimizer.check(self.objective.closure(self._batches(0)[0]))
-        data = hashlib.sha256(Path(o.eval).read_bytes()).hexdigest()[:16] if o.eval else None
-        self.metrics = Metrics(self.run.metrics if self.leads else None, data, self.log)
+        data = hashlib.sha256(Path(o.eval).read_bytes()).hexdigest() if o.eval else self.held_out.digest()
+        self.metrics = Metrics(self.run.metrics if self.leads else None, data[:16] if self.held_out else None, self.log)
         if self.leads and (o.resume or self.branches):
             self.metrics.match(optimizer.journal.entries, optimizer.step_count)
             what = f"resumed {self.run.path}" if o.resume else f"branched from {o.branch_from}"
@@ -280,27 +281,25 @@ class TrainLoop:
         if not self.held_out or not due or step in self.metrics.evals:
             return
         start = time.perf_counter()
-        score = evaluate_examples(self.objective, self.held_out, batch_size=o.eval_batch_size, mesh=self.mesh)
+        score = self.held_out.score(self.objective, batch_size=o.eval_batch_size, mesh=self.mesh)
         self.metrics.write(
             kind="eval",
             step=step,
-            loss=score.loss,
-            accuracy=score.accuracy,
+            **score.figures(),
             examples=score.num_examples,
             tokens=score.num_tokens,
             seconds=time.perf_counter() - start,
         )
         if bar is not None and not bar.disable:
             bar.clear()
-        figures = f"loss {score.loss:.4f}, accuracy {score.accuracy:.2%}"
-        self.log(f"step {step}: held-out {figures} ({score.num_examples} examples)")
+        self.log(f"step {step}: held-out {score} ({score.num_examples} examples)")
         if self.leads:
             self.run.update(**self._best_so_far())
 
     def _best(self) -> int | None:
         """The step whose evaluation is best; of equals the first."""
-        sign = 1 if self.score_name == "accuracy" else -1
-        values = {step: finite(line[self.score_name]) for step, line in sorted(self.metrics.evals.items())}
+        sign = -1 if self.score_name == "loss" else 1
+        values = {step: finite(line.get(self.score_name)) for step, line in sorted(self.metrics.evals.items())}
         scores = {step: sign * value for step, value in values.items() if value is not None}
         return max(scores, key=scores.get) if scores else min(values, default=None)
 
@@ -309,7 +308,7 @@ class TrainLoop:
         best = self._best()
         if best is None:  # its entries may come from evaluations that no longer count
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
-        return {"best_step": best, "best": {k: self.metrics.evals[best][k] for k in _SCORES}}
+        return {"best_step": best, "best": {k: line[k] for k in _SCORES if k in (line := self.metrics.evals[best])}}
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

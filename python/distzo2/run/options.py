@@ -25,7 +25,7 @@ from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate",
-         "max_length", "train_mode", "split_special_tokens")  # fmt: skip
+         "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev")  # fmt: skip
 KEPT_BY_BRANCHES = ("seed", "dtype")
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
@@ -148,10 +148,10 @@ class DataReading:
         "have choices, else lm)",
         group="data",
     )
-    truncate: Literal["error", "left", "right"] = option(
-        "error",
+    truncate: Literal["error", "left", "right"] | None = option(
+        None,
         "what to do with a line that is longer than --max-length: stop with file and line number, or drop tokens of "
-        "its beginning or its end (of a line with choices: of its prompt)",
+        "its beginning or its end (of a line with choices: of its prompt) (default: error; with --task left)",
     )
     max_length: Count | None = option(None, "longest sequence (default: the model's)")
     skip_bad_lines: CountOrZero = option(0, "go on after at most N bad lines of a file, and report how many", "N")
@@ -160,11 +160,38 @@ class DataReading:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskReading:
+    """Options of commands that read a published data set in place of a JSONL file."""
+
+    task: Name | None = option(
+        None, "a published task, such as sst2 or squad, in place of a file (distzo2 tasks lists them)", "NAME",
+        group="a published task",
+    )  # fmt: skip
+    data: Name | None = option(None, "directory of its data set: parquet, JSONL, arrow or TSV, as published", "DIR")
+    task_file: str | None = option(None, "TOML with tasks of your own", "FILE")
+    task_seed: CountOrZero = option(0, "draws the examples")
+    num_eval: Count | None = option(None, "examples of the evaluation (default: the task's, 1000)")
+    max_new_tokens: Count = option(50, "tokens of a written answer at most, with --score f1 or em")
+
+    def check_source(self, **files: str | None) -> None:
+        """Raises UsageError unless a task with its data, or the first of `files` (by option), is given."""
+        name, given = next(iter(files)), [name for name, path in files.items() if path]
+        if self.task and given:
+            raise UsageError(f"--task and --{given[0]}: give one of them")
+        if self.task and not self.data:
+            raise UsageError("--task needs --data, the directory of its data set")
+        if not self.task and (self.data or self.task_file):
+            raise UsageError(f"--{'data' if self.data else 'task-file'} needs --task")
+        if not self.task and not files[name]:
+            raise UsageError(f"--{name} is missing")
+
+
 # ---- finetune ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(DataReading, Placement):
+class FinetuneOptions(TaskReading, DataReading, Placement):
     """Options of `distzo2 finetune`.
 
     Raises:
@@ -172,7 +199,9 @@ class FinetuneOptions(DataReading, Placement):
     """
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR", group="what")
-    train: Name = option(MISSING, "JSONL of prompt + completion, prompt + choices + label, messages, or text", "FILE")
+    train: Name | None = option(
+        None, "JSONL of prompt + completion, prompt + choices + label, messages, or text; or give --task", "FILE"
+    )
     eval: str | None = option(None, "JSONL of held-out lines of the same kind", "FILE")
     out: Name = option(MISSING, "directory of the run: journal, metrics, checkpoint", "DIR")
     resume: Switch = option(False, "continue the run in --out; options not given are that run's")
@@ -184,7 +213,13 @@ class FinetuneOptions(DataReading, Placement):
     )
     at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)")
 
+    num_train: Count | None = option(None, "examples of --task to learn (default: its own, 1000)")
+    num_dev: Count | None = option(None, "held-out examples of --task (default: its own, 500 or 100)")
+
     steps: Count = option(MISSING, "steps in all, one update each", group="how it learns")
+    protocol: Literal["mezo"] | None = option(
+        None, "mezo: that paper's steps, batch, --lr, --eps, evaluations and choice of a step; options given win"
+    )
     lr: PositiveOrZero = option(1e-6, "learning rate, per unit of the estimated gradient")
     eps: Positive = option(1e-3, "size of a perturbation, in units of a weight")
     batch_size: Count = option(16, "examples a step")
@@ -206,8 +241,10 @@ class FinetuneOptions(DataReading, Placement):
         0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
     eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
-    score: Literal["accuracy", "loss"] | None = option(
-        None, "held-out figure that decides the best step (default: accuracy where lines have choices, else loss)"
+    score: Literal["accuracy", "loss", "f1", "em"] | None = option(
+        None,
+        "held-out figure that decides the best step; f1, em: of answers that the model writes, by words (default: "
+        "accuracy where lines have choices, else loss)",
     )
     save: Literal["last", "best", "none"] = option(
         "last",
@@ -287,7 +324,8 @@ class FinetuneOptions(DataReading, Placement):
             raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
-        if not self.eval and (self.save == "best" or self.eval_every):
+        self.check_source(train=self.train, eval=self.eval)
+        if not (self.eval or self.task) and (self.save == "best" or self.eval_every):
             raise UsageError(f"--{'save best' if self.save == 'best' else 'eval-every'} needs --eval")
 
 
@@ -310,13 +348,23 @@ class SignalOptions(DataReading, Placement):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(Placement, DataReading):
+class EvalOptions(TaskReading, Placement, DataReading):
     """Options of `distzo2 eval`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
-    eval: Name = option(MISSING, "JSONL of lines as for finetune", "FILE")
+    eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
     batch_size: Count = option(16, "examples in a micro-batch")
+    score: Literal["f1", "em"] | None = option(
+        None, "compare answers that the model writes with the completions, by words (default: as the task does)"
+    )
+    shots: CountOrZero = option(0, "training examples of --task to put before each, as demonstrations")
+    calibrate: Switch = option(False, "score options of --task against a prompt without content")
     json: Switch = option(False, "print one line of JSON")
+
+    def __post_init__(self) -> None:
+        self.check_source(eval=self.eval)
+        if not self.task and (self.shots or self.calibrate):
+            raise UsageError(f"--{'shots' if self.shots else 'calibrate'} needs --task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,94 +377,6 @@ class GenerateOptions(Placement):
     temperature: PositiveOrZero = option(0.0, "of sampling; 0: the likeliest token each time")
     top_k: CountOrZero = option(50, "sample among the K likeliest tokens; 0: all", "K")
     seed: Seed = option(0, "of sampling")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayOptions:
-    """Options of `distzo2 replay`."""
-
-    run_dir: str | None = option(
-        None,
-        "directory of a run; its base checkpoint is the one it names. Or BASE, a base checkpoint, with JOURNAL after "
-        "it",
-        "RUN",
-        positional=True,
-    )
-    journal_file: str | None = option(None, "journal, or run, of a run on BASE", "JOURNAL", positional=True)
-    base: str | None = option(None, "base checkpoint (default: the one that RUN names)", "DIR")
-    journal: str | None = option(None, "journal (default: RUN/journal.jsonl)", "FILE")
-    out: Name = option(MISSING, "where the checkpoint is written; it must not hold one", "DIR", short="-o")
-    to_step: CountOrZero | None = option(None, "updates to apply (default: all)")
-    quiet: Switch = option(False, "no progress bar")
-
-    def __post_init__(self) -> None:
-        if self.journal_file is not None and (self.base is not None or self.journal is not None):
-            raise UsageError("replay BASE JOURNAL takes neither --base nor --journal")
-        if self.run_dir is None and (self.base is None or self.journal is None):
-            raise UsageError("replay needs RUN, or BASE and JOURNAL, or both --base and --journal")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    """Options of `distzo2 report`."""
-
-    run_dir: Name = option(MISSING, "directory of a run", "RUN", positional=True)
-    out: str | None = option(None, "PNG to write (default: RUN/report.png)", "FILE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureOptions:
-    """Options of `distzo2 measure`."""
-
-    directory: Name = option(".", "directory on the disk to measure, where weights would be kept", "DIR")
-    json: str | None = option(None, "where the figures go (default: measure.json in ~/.cache/distzo2)", "FILE")
-    quick: Switch = option(False, "a few seconds, and rough figures")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Options of `distzo2 plan`."""
-
-    model: Name = option(
-        MISSING,
-        "a checkpoint or its configuration (no weights are read), or opt-125m, opt-1.3b, ... opt-175b",
-        "DIR|config.json|NAME",
-        group="what",
-    )
-    dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
-    compute_dtype: ComputeDtype = option(
-        "auto", "what modules compute with; auto: float32 on a CPU whose 16-bit products are no faster, else stored"
-    )
-    tf32: Switch = option(False, "float32 products in TF32, on a GPU")
-    batch: Count = option(8, "sequences a step, of all ranks")
-    tokens: Count = option(512, "tokens of a sequence")
-    micro_batches: Count | None = option(None, "parts of the batch; must divide --batch (default: one a data rank)")
-    probes: Count = option(1, "perturbations a step", "K")
-    estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
-    noise: Noise = option("normal", "of the perturbations")
-
-    machine: Name = option(
-        "this",
-        "this: what distzo2 measure saved; a node of 8 GPUs by name; or a file that distzo2 measure wrote",
-        "this|a100|h100|h200|FILE",
-        group="where",
-    )
-    parallel: str | None = option(None, "the mesh (default: one device)", "pert=P,data=D")
-    nproc: Count | None = option(None, "try every mesh of N ranks, and name the best")
-    slice: Literal["on", "off", "auto"] = option("auto", "whether ranks share each block's transfer; auto: plan both")
-    weights: Weights = option("host", "where blocks live")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: the machine's GPUs")
-    slots: Annotated[Count, Range(ge=2)] = option(3, "blocks on the device at once")
-    write_every: Count = option(1, "write a block back at every N-th step")
-    memory_budget: Bytes = option(None, "bytes of the device for weights, as for finetune", "BYTES|auto")
-    host_memory: Bytes = option("auto", "bytes of the host that weights may take; auto: the machine's", "BYTES|auto")
-    max_lanes: Count | None = option(None, "evaluations that share a pass, on a rank")
-    devices_per_switch: Count = option(1, "GPUs that share a link to the host")
-    no_nvlink: Switch = option(False, "all-gathers go over the links to the host")
-
-    picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE", group="what is written")
-    trace: str | None = option(None, "the same as a Chrome trace, which opens in Perfetto", "FILE")
-    json: str | None = option(None, "all of it as JSON; - for standard output, and nothing else", "FILE")
 
 
 # ---- where they come from ----------------------------------------------------------------------------------------

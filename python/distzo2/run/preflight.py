@@ -67,14 +67,18 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
 
 
 def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
-    """How `load_examples` is to read the data of a command, for a kind of model."""
-    return {
+    """How `load_examples`, or of a task `TaskReader`, is to read the data of a command, for a kind of model."""
+    reading = {
         "kind": kind,
         "limit": kind.limit(options.max_length),
         "truncate": options.truncate,
         "split_special_tokens": options.split_special_tokens,
-        "skip_bad_lines": options.skip_bad_lines,
     }
+    if not getattr(options, "task", None):
+        return reading | {"truncate": options.truncate or "error", "skip_bad_lines": options.skip_bad_lines}
+    if options.skip_bad_lines:
+        raise UsageError("--skip-bad-lines: rows of a task are drawn by a seed, none is skipped")
+    return reading
 
 
 def check_output(**paths: str | None) -> None:

@@ -1,4 +1,4 @@
-"""`distzo2 finetune`: a checkpoint and a JSONL file go in, a run directory comes out.
+"""`distzo2 finetune`: a checkpoint and a JSONL file, or a published task, go in, a run directory comes out.
 
 A run is its base checkpoint and its journal. Everything else, from the batch of a step to its learning rate, is a
 function of the options and the step's number, so a run that was interrupted continues as if it had not been. This
@@ -9,10 +9,11 @@ loaded. The steps are in loop.py.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,21 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.pretrained import from_pretrained
-from distzo2.checkpoint.writing import DISK_SLACK_BYTES
+from distzo2.checkpoint.writing import CONFIG_FILE, DISK_SLACK_BYTES
+from distzo2.datasets.draw import TaskReader, draw, loss_of
+from distzo2.datasets.protocol import line_of
+from distzo2.datasets.rows import find_task
 from distzo2.errors import UsageError
+from distzo2.files import write_whole
 from distzo2.parallel.group import current
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
+from distzo2.run.inference import evaluate_file
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
-from distzo2.run.metrics import check_report, peak_bytes
-from distzo2.run.options import FinetuneOptions, changed
+from distzo2.run.metrics import check_report, finite, peak_bytes
+from distzo2.run.options import EvalOptions, FinetuneOptions, changed
 from distzo2.run.preflight import (
     DTYPES,
     ModelSize,
@@ -42,24 +48,49 @@ from distzo2.run.preflight import (
 )
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.examples import examples_digest, load_examples
+from distzo2.tasks.held_out import HeldOut, load_held_out
 from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
-from distzo2.tasks.tokenize import load_tokenizer
+from distzo2.tasks.tokenize import Example, load_tokenizer
 from distzo2.text import MAX_BRIEF, dtype_name, gib
 
-_PATHS = ("model", "train", "eval", "trace", "branch_from", "weights_dir")  # absolute in run.json
+_PATHS = ("model", "train", "eval", "data", "task_file", "trace", "branch_from", "weights_dir")  # absolute in run.json
 
 
 def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> None:
-    """Runs `distzo2 finetune` to the end.
+    """Runs `distzo2 finetune` to the end; of a task, evaluates the checkpoint then.
 
     Raises:
         DistZO2Error: bad input, or the run stopped itself. The journal holds every step that was made.
         KeyboardInterrupt: the step in flight is dropped whole or in the journal whole.
     """
+    _train(options, log)
+    if options.task and options.save != "none":  # the model that was trained is no longer in memory
+        _evaluate_task(options, log)
+
+
+def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None:
+    """Evaluates a run's checkpoint on the rows that the task draws for evaluation, and writes OUT/task.json."""
+    checkpoint, mesh = RunDirectory(options.out).checkpoint, current()
+    if mesh is not None or not (checkpoint / CONFIG_FILE).exists():  # ranks may share no disk; or it is an adapter
+        if mesh is None or mesh.rank == 0:
+            log(f"to evaluate: distzo2 eval --task {options.task} --data {options.data} --model {checkpoint}")
+        return
+    shared = {f.name for f in fields(EvalOptions)} & vars(options).keys() - {"eval", "score", "adapter"}
+    values = {name: getattr(options, name) for name in shared}
+    values |= {"model": str(checkpoint), "batch_size": options.eval_batch_size}
+    score, objective = evaluate_file(EvalOptions(**values))
+    figures = {"task": options.task, **score.figures(), "examples": score.num_examples, "objective": objective}
+    write_whole(Path(options.out) / "task.json", (json.dumps(finite(figures)) + "\n").encode())
+    log(f"task {options.task}: {score} ({score.num_examples} examples)")
+
+
+def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
     mesh, run = current(), RunDirectory(options.out)
     leads = mesh is None or mesh.rank == 0  # this process writes the run directory and prints
     log = log if leads else (lambda line: None)
+    if options.protocol and not options.resume:
+        log(line_of(asdict(options)))
     terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
     parallel = options.parallel if mesh is None else str(mesh.shape)
     options = replace(options, resume=terms.pop("resume"), compute_dtype=terms.pop("compute_dtype"), parallel=parallel)
@@ -78,14 +109,10 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
         clock = datetime.fromisoformat(terms["clock"])
         reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
-        train = load_examples(options.train, tokenizer, **reading)
-        objective_name = resolve_objective(options.objective, train, options.train)
-        held_out = load_examples(options.eval, tokenizer, **reading) if options.eval else []
-        if held_out:
-            resolve_objective(objective_name, held_out, options.eval)
+        train, held_out, objective_name, digest = _data(options, tokenizer, reading)
         check_memory(size, device, options.weights, options.host_memory, _ranks_here(), _copies_here(options.weights))
         made_of = {
-            "train_sha256": hashlib.sha256(Path(options.train).read_bytes()).hexdigest(),
+            "train_sha256": digest,
             "examples_sha256": examples_digest(train),
             "config": forward_config(options.model),
         }
@@ -145,6 +172,32 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
         run.release()
 
 
+def _data(options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any]) -> tuple[list[Example], HeldOut, str, str]:
+    """The examples to learn, those to judge by, the objective's name, and the SHA-256 of what is learned, as text."""
+    more = {"max_new_tokens": options.max_new_tokens, **reading}
+    write = options.score in ("f1", "em")
+    if options.task:
+        task = find_task(options.task, options.task_file)
+        reader = TaskReader(task, tokenizer, **more)
+        drawn = draw(
+            task,
+            options.data,
+            options.task_seed,
+            num_train=options.num_train or task.num_train,
+            num_dev=options.num_dev or task.num_dev,
+            num_eval=options.num_eval or task.num_eval,  # for the end: what is wrong with them is reported now
+        )
+        loss, name = loss_of(task, options.objective)
+        train = reader.learned(drawn.train, loss)
+        return train, reader.held_out(drawn.dev, loss, write=write), resolve_objective(name, train), drawn.digest()
+    train = load_examples(options.train, tokenizer, **reading)
+    name = resolve_objective(options.objective, train, options.train)
+    held_out = load_held_out(options.eval, tokenizer, write=write, **more) if options.eval else HeldOut()
+    if held_out:
+        resolve_objective(name, held_out.learned, options.eval)
+    return train, held_out, name, hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
+
+
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
     """Whether the run continues what is in --out ("resume"), as asked or because torchrun restarted these ranks; the
     time that its chat template sees ("clock"); whether it began before examples had a hash ("legacy"); and what it
@@ -179,7 +232,7 @@ def _take_over(
     """Checks what must hold before an earlier process's run continues."""
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
-    _compare(run, made_of, settings["train"])
+    _compare(run, made_of, settings["train"] or f"{settings['data']} (task {settings['task']})")
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)

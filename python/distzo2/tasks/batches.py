@@ -52,6 +52,7 @@ class Batch:
     span_lengths: torch.Tensor  # int64 [spans]
     choices: torch.Tensor | None  # int64 [examples, most choices]: spans of an example; `num_spans` where it has fewer
     labels: torch.Tensor | None  # int64 [examples]: the right choice or class
+    right: torch.Tensor | None  # bool [examples, most choices]: choices that count as right; None: those of `labels`
     source_ids: torch.Tensor | None  # int64 [rows, positions of the encoder]
     source_mask: torch.Tensor | None  # of it, as `attention_mask`
     num_tokens: int  # that the model reads, padding left out
@@ -83,9 +84,10 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         else:
             rows, first = _option_rows(example, sequences), len(spans)
             asked = len(example.tokens) - 1 if example.place is None else example.place
-            for option, row in zip(example.options, rows, strict=True):
-                spans.append(list(range(len(scores), len(scores) + len(option))))
-                scores += [(row, asked + i, int(token)) for i, token in enumerate(option)]
+            leads = example.lead or (0,) * len(rows)
+            for option, row, lead in zip(example.options, rows, leads, strict=True):
+                spans.append(list(range(len(scores), len(scores) + len(option) - lead)))
+                scores += [(row, asked + i, int(token)) for i, token in enumerate(option) if i >= lead]
             if example.chooses:
                 choices.append(list(range(first, len(spans))))
         if example.source is not None:
@@ -118,11 +120,20 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         span_lengths=tensor([len(span) for span in spans]),
         choices=tensor(_padded(choices, len(spans))) if choices else None,
         labels=tensor([e.label for e in examples]) if examples[0].chooses else None,
+        right=_right(examples).to(device) if any(e.right for e in examples) else None,
         source_ids=None if source_ids is None else tensor(source_ids),
         source_mask=None if source_mask is None or source_mask.all() else tensor(source_mask),
         num_tokens=int(mask.sum()) + (0 if source_mask is None else int(source_mask.sum())),
         num_examples=len(examples),
     )
+
+
+def _right(examples: Sequence[Example]) -> torch.Tensor:
+    """bool [examples, most choices]: which choices of each count as right."""
+    result = torch.zeros(len(examples), max(len(e.options) for e in examples), dtype=torch.bool)
+    for row, example in zip(result, examples, strict=True):
+        row[list(example.right or (example.label,))] = True
+    return result
 
 
 def _rows(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

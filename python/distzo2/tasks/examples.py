@@ -253,7 +253,8 @@ def examples_digest(examples: Sequence[Example]) -> str:
     for e in examples:
         parts = (e.tokens, e.targets, e.source, *e.options)
         shapes = [None if part is None else len(part) for part in parts]
-        sha256.update(repr((e.label, e.place, shapes)).encode())
+        more = [each for each in (e.lead, e.right) if each]
+        sha256.update(repr((e.label, e.place, shapes, *more)).encode())
         for part in parts:
             sha256.update(b"" if part is None else part.tobytes())
     return sha256.hexdigest()

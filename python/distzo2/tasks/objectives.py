@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +39,17 @@ class Score:
     accuracy: float
     num_examples: int
     num_tokens: int  # that the model read
+    f1: float | None = None  # of written answers, a mean over questions
+    em: float | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Loss, accuracy, and of written answers F1 and EM, by name."""
+        names = ("loss", "accuracy", "f1", "em")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
+        return text if self.f1 is None else f"{text}, F1 {self.f1:.2%}, EM {self.em:.2%}"
 
 
 def resolve_objective(name: str | None, examples: Sequence[Example], source: str = "the data") -> str:
@@ -64,7 +76,8 @@ def right_choice(example: Example) -> Example:
     if example.place is not None:
         return replace(example, options=(right,), label=0)
     tokens = np.concatenate([example.tokens, right])
-    return Example(tokens, np.arange(len(tokens)) >= len(example.tokens), source=example.source)
+    first = len(example.tokens) + (example.lead[example.label] if example.lead else 0)
+    return Example(tokens, np.arange(len(tokens)) >= first, source=example.source)
 
 
 class Objective:
@@ -122,13 +135,27 @@ class Objective:
 
         return loss if self.rule == "mean" else summed
 
-    def evaluation(self, batch: Batch) -> Callable[[], torch.Tensor]:
-        """A closure that returns float64 [4]: sum of losses, number of them, right answers, number of them."""
+    def named(self, name: str) -> Objective:
+        """Another objective of the same model."""
+        other = copy(self)
+        other.name = name
+        return other
+
+    def likelihoods_of_choices(self, batch: Batch) -> Callable[[], torch.Tensor]:
+        """A closure that returns float32 [examples, most choices]: the log-likelihood of each choice."""
+        return lambda: choice_scores(batch, self._token_scores(batch)[1], mean=False)
+
+    def evaluation(self, batch: Batch, blanks: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
+        """A closure that returns float64 [4]: sum of losses, number of them, right answers, number of them.
+
+        With `blanks`, float32 [examples, most choices], an answer is the choice whose log-likelihood exceeds its
+        likelihood behind a prompt without content by most (https://arxiv.org/abs/2104.08315); losses are as without.
+        """
 
         def figures() -> torch.Tensor:
             logits, likelihoods = self._token_scores(batch)
             losses = _losses(batch, likelihoods)
-            hits, count = _hits(batch, logits, likelihoods)
+            hits, count = _hits(batch, logits, likelihoods, blanks)
             if self.name == "error":
                 return torch.stack([count - hits, count, hits, count])
             return torch.stack([losses.double().sum(), torch.full_like(count, losses.numel()), hits, count])
@@ -203,14 +230,16 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def choice_scores(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
-    """float32 [examples, most choices]: mean log-likelihood of each choice's tokens, -inf where there is no choice; or
-    [examples, classes]: a classifier's logits."""
+def choice_scores(batch: Batch, likelihoods: torch.Tensor, mean: bool = True) -> torch.Tensor:
+    """float32 [examples, most choices]: mean (or sum) of the log-likelihoods of each choice's tokens, -inf where there
+    is no choice; or [examples, classes]: a classifier's logits."""
     if batch.choices is None:
         return likelihoods  # of classes
     padded = torch.cat([likelihoods, likelihoods.new_zeros(1)])
-    means = padded[batch.spans].sum(-1) / batch.span_lengths
-    return torch.cat([means, means.new_full((1,), -torch.inf)])[batch.choices]
+    scores = padded[batch.spans].sum(-1)
+    if mean:
+        scores = scores / batch.span_lengths
+    return torch.cat([scores, scores.new_full((1,), -torch.inf)])[batch.choices]
 
 
 def _losses(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
@@ -221,12 +250,16 @@ def _losses(batch: Batch, likelihoods: torch.Tensor) -> torch.Tensor:
     return scores.logsumexp(-1) - scores.gather(-1, batch.labels[:, None])[:, 0]
 
 
-def _hits(batch: Batch, logits: torch.Tensor, likelihoods: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _hits(
+    batch: Batch, logits: torch.Tensor, likelihoods: torch.Tensor, blanks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 scalars: right answers, and answers."""
     if batch.labels is None:
         right = logits.argmax(-1)[batch.scored] == batch.tokens
     else:
-        right = choice_scores(batch, likelihoods).argmax(-1) == batch.labels
+        scores = choice_scores(batch, likelihoods, mean=blanks is None)
+        chosen = (scores if blanks is None else scores - blanks).argmax(-1)
+        right = chosen == batch.labels if batch.right is None else batch.right.gather(-1, chosen[:, None])[:, 0]
     hits = right.double().sum()
     return hits, torch.full_like(hits, right.numel())
 
@@ -238,6 +271,7 @@ def evaluate_examples(
     batch_size: int = 16,
     batches_per_pass: int = 8,
     mesh: Mesh | None = None,
+    blanks: Sequence[Example] = (),
 ) -> Score:
     """Loss and accuracy over all examples, with many micro-batches in each pass over the weights.
 
@@ -248,16 +282,23 @@ def evaluate_examples(
         batches_per_pass: micro-batches that share a pass; each keeps its hidden states meanwhile.
         mesh: ranks that share the micro-batches; all of them call this with the same examples. The bits of the score
             are those of one rank.
+        blanks: for each example its choices behind a prompt without content, to calibrate its answer; none: no
+            calibration.
     """
     groups = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     dealt = [range(len(groups))] if mesh is None else deal_evenly(len(groups), mesh.world_size)
     own = dealt[0 if mesh is None else mesh.rank]
     rows = torch.zeros(max(map(len, dealt)), 5, dtype=torch.float64)  # of each micro-batch: its figures, its tokens
+    unspoken: list[torch.Tensor | None] = [None] * len(groups)
     with mesh.together("an evaluation") if mesh is not None else nullcontext():
+        if blanks:
+            behind = [blanks[i : i + batch_size] for i in range(0, len(blanks), batch_size)]
+            unspoken[own.start : own.stop] = _blank_scores(objective, behind[own.start : own.stop], batches_per_pass)
         for first in range(own.start, own.stop, batches_per_pass):
             part = range(first, min(first + batches_per_pass, own.stop))
             batches = [objective.batch(groups[i]) for i in part]
-            figures = evaluate(objective.model, [objective.evaluation(b) for b in batches])
+            closures = [objective.evaluation(b, unspoken[i]) for i, b in zip(part, batches, strict=True)]
+            figures = evaluate(objective.model, closures)
             for i, batch, values in zip(part, batches, figures, strict=True):
                 rows[i - own.start] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
     gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
@@ -266,3 +307,20 @@ def evaluate_examples(
         totals += row
     loss, count, hits, answers, num_tokens = totals.tolist()
     return Score(loss / count, hits / answers, len(examples), int(num_tokens))
+
+
+def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]], per_pass: int) -> list[torch.Tensor]:
+    """float32 [examples, most choices] of each group: log-likelihoods of choices behind prompts without content, 0
+    where there is no choice. What is the same in many examples is computed once."""
+    key = lambda e: (e.tokens.tobytes(), e.lead, *(option.tobytes() for option in e.options))  # noqa: E731
+    distinct = {key(e): e for group in groups for e in group}
+    size = max((len(group) for group in groups), default=1)
+    examples, scores = list(distinct.values()), []
+    for first in range(0, len(examples), size * per_pass):
+        part = [examples[i : i + size] for i in range(first, min(first + size * per_pass, len(examples)), size)]
+        batches = [objective.batch(group) for group in part]
+        found = evaluate(objective.model, [objective.likelihoods_of_choices(b) for b in batches])
+        for group, values in zip(part, found, strict=True):
+            scores += [row[: len(e.options)] for e, row in zip(group, values, strict=True)]
+    found = dict(zip(distinct, scores, strict=True))
+    return [nn.utils.rnn.pad_sequence([found[key(e)] for e in group], batch_first=True) for group in groups]

@@ -42,6 +42,8 @@ class Example:
     label: int = 0  # or the class
     source: np.ndarray | None = None  # int32: what the encoder reads
     place: int | None = None  # of the mask token, where each option is a word in its place
+    lead: tuple[int, ...] = ()  # tokens at the beginning of each option that are not scored; none: all are
+    right: tuple[int, ...] = ()  # options that count as right answers; none: `label` alone
 
     @property
     def chooses(self) -> bool:
@@ -195,10 +197,15 @@ class Tokenize(ABC):
         return np.asarray(ids, dtype=np.int32)[np.r_[kept, len(ids) - self.num_tail : len(ids)]]
 
     def _check(self, line: Line, example: Example) -> None:
-        size, options = self.kind.vocab_size, [option.tolist() for option in example.options]
+        options = [option.tolist() for option in example.options]
         if not self.legacy and (same := next((o for o in options if options.count(o) > 1), None)):
             first, second, *_ = (i for i, option in enumerate(options) if option == same)
             raise DataError(f"{line.where}: choices {first} and {second} are the same tokens to the model")
+        self.check_vocabulary(line, example)
+
+    def check_vocabulary(self, line: Any, example: Example) -> None:
+        """Raises DataError where a token is not of the model's vocabulary; `line.where` is what the example is of."""
+        size = self.kind.vocab_size
         for ids in (example.tokens, *example.options, *([] if example.source is None else [example.source])):
             if size is not None and len(ids) and (highest := int(ids.max())) >= size:
                 token = self.tokenizer.convert_ids_to_tokens(highest)

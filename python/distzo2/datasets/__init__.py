@@ -1,0 +1,1 @@
+"""Data sets as published become examples: the tasks that papers of this field report, and tasks of users."""

@@ -1,0 +1,144 @@
+"""Batched generation: texts are padded on the left, and every new token of all of them is one pass over the weights.
+
+The model's own `generate` makes the tokens, with its cache of keys and values; it runs outside of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from distzo2.errors import DistZO2Error, UsageError
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote behind a text."""
+
+    tokens: list[int]  # without the token that ends a text; with those that make the stop string
+    text: str | None  # without special tokens, up to the stop string; None without a tokenizer
+
+
+@torch.no_grad()
+def generate_batch(
+    model: nn.Module,
+    inputs: Sequence[str | Sequence[int]],
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 50,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    pad_id: int | None = None,
+    **options: Any,
+) -> list[Generated]:
+    """Continues texts, greedily unless `options` say otherwise.
+
+    Args:
+        model: with transformers' `generate`; handed over or not. Its weights stream once for each new token of a batch.
+        inputs: texts, or tokens of texts. Of an encoder-decoder model, what its encoder reads.
+        tokenizer: for texts and for `stop`.
+        max_new_tokens: tokens to add to each at most.
+        stop: strings that end a text.
+        batch_size: texts that share a pass, and whose keys and values are in memory together. Texts of like length
+            go together; a finished one is padded until its batch has finished.
+        pad_id: token that fills rows up (default: the tokenizer's, or one that ends a text, or 0); it is masked.
+        options: of transformers' `generate`, such as do_sample=True, temperature=0.7, top_k=50.
+
+    Returns:
+        One for each of `inputs`, in their order.
+
+    Raises:
+        UsageError: texts or `stop` without a tokenizer.
+        DistZO2Error: the model generates nothing, or a text has no tokens.
+    """
+    if not hasattr(model, "generate"):
+        raise DistZO2Error(f"{type(model).__name__} generates no text")
+    if tokenizer is None and (stop or any(isinstance(each, str) for each in inputs)):
+        raise UsageError("generate_batch needs tokenizer= for texts and stop strings")
+    rows = [tokenizer(each)["input_ids"] if isinstance(each, str) else list(each) for each in inputs]
+    if any(not row for row in rows):
+        raise DistZO2Error("a text to continue has no tokens")
+    ends = _end_tokens(model, tokenizer)
+    if pad_id is None:
+        pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), *ends) if i is not None), 0)
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    settings = greedy | {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id} | options
+    if ends:
+        settings["eos_token_id"] = ends
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    results: list[Generated | None] = [None] * len(rows)
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            part = order[first : first + batch_size]
+            for i, tokens in zip(
+                part, _generate(model, [rows[i] for i in part], tokenizer, stop, ends, settings), strict=True
+            ):
+                results[i] = Generated(tokens, None if tokenizer is None else _text(tokenizer, tokens, stop))
+    finally:
+        model.train(training)
+    return results
+
+
+def _generate(
+    model: nn.Module, rows: list[list[int]], tokenizer: Any, stop: Sequence[str], ends: list[int], settings: dict
+) -> list[list[int]]:
+    """New tokens of each row, up to what ended it."""
+    encodes = bool(getattr(model.config, "is_encoder_decoder", False))
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), settings["pad_token_id"])
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if encodes else slice(width - len(row), width)  # an encoder's positions count from 0
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    runtime = getattr(model, "_distzo2_runtime", None)  # of a model that was handed over
+    device = model.device if runtime is None else runtime.device
+    stops = _Stops(tokenizer, stop, 1 if encodes else width)
+    made = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        stopping_criteria=StoppingCriteriaList([stops] if stop else []),
+        **settings,
+    )
+    result = []
+    for i, row in enumerate(made[:, stops.start :].tolist()):
+        row = row[: stops.ended.get(i, len(row))]
+        result.append(row[: next((k for k, token in enumerate(row) if token in ends), len(row))])
+    return result
+
+
+class _Stops(StoppingCriteria):
+    """Ends the rows whose new text holds a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start  # `start`: where new tokens begin
+        self.ended: dict[int, int] = {}  # row -> its number of new tokens
+        # A token adds a byte or more, but for a few that add nothing or complete a character.
+        self._window = max((len(s.encode()) for s in stop), default=0) + 8
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        new = input_ids[:, self.start :]
+        for i, row in enumerate(new[:, -self._window :].tolist()):
+            if i not in self.ended and any(
+                s in self.tokenizer.decode(row, skip_special_tokens=True) for s in self.stop
+            ):
+                self.ended[i] = new.shape[1]
+        return torch.tensor([i in self.ended for i in range(len(new))], device=input_ids.device)
+
+
+def _text(tokenizer: Any, tokens: list[int], stop: Sequence[str]) -> str:
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, of the model's generation_config and of the tokenizer."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = list(known) if isinstance(known, list | tuple) else [known]
+    return [int(i) for i in dict.fromkeys([*known, getattr(tokenizer, "eos_token_id", None)]) if i is not None]
