@@ -91,14 +91,18 @@ def test_what_is_frozen_after_the_hand_over_is_left_alone():
     opt.step(lambda: model(IDS))
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = model.blocks[0].requires_grad_(False)
     with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.0\.0\.weight is trained by an optimizer"):
-        model.requires_grad_(False)
+        opt.step(lambda: model(IDS))
+    trained.requires_grad_(True)
+    opt.step(lambda: model(IDS))
     model.embedding.requires_grad_(True)
     with distzo2.edit(model):
         model.head.weight.requires_grad_(False)
         assert model.embedding.weight.requires_grad
+    model.requires_grad_(True)
     with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.1\.0\.weight was frozen when"):
-        model.requires_grad_(True)
+        distzo2.ZOSGD(model, lr=1e-1)
     with distzo2.edit(model):
         model.requires_grad_(True)
     opt = distzo2.ZOSGD(model, lr=1e-1)

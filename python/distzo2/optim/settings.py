@@ -128,7 +128,12 @@ class StepRecord:
 def default_groups(params: Iterable[ParamInfo], split: bool) -> list[dict[str, Any]]:
     """One group of all trainable parameters. With `split`, those of fewer than 2 dimensions (biases, norms) are in a
     second group, without weight decay."""
-    trainable = [p for p in params if p.trainable and p.requires_grad]
+    trainable = [p for p in params if p.requires_grad]
+    if thawed := [p.name for p in trainable if not p.trainable]:
+        raise DistZO2Error(
+            f"parameter {thawed[0]} was frozen when it was handed over: make it trainable inside "
+            "`with distzo2.edit(model):`"
+        )
     if not trainable:
         raise DistZO2Error("no parameter of the model is trainable")
     if not split:

@@ -351,6 +351,9 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
         if self._runtime.weights.owner is not self:
             raise DistZO2Error("a newer optimizer exists for this model; only the newest may call step()")
+        for param in self._runtime.params:
+            if not param.requires_grad and param.index in self._runtime.weights.updates.group_of:
+                raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
         if self._epoch != self._runtime.weights.epoch:  # by load_state_dict or edit
             if self.journal is not None:
                 raise DistZO2Error(

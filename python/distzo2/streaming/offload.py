@@ -426,7 +426,8 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             with runtime.editing(), torch.no_grad():
                 model._distzo2_state.guard(False)
                 yield model
-            restructured = _structure(model) != before
+            thawed = any(p.tensor.requires_grad and not p.trainable for p in runtime.params)
+            restructured = thawed or _structure(model) != before
             edited = {param.index: param.tensor.data for param in runtime.params}
             for param in runtime.params if not restructured else ():
                 found = edited[param.index]

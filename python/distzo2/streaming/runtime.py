@@ -546,17 +546,8 @@ class StreamingRuntime:
         return value
 
     def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
-        """
-        Raises:
-            DistZO2Error: the parameter was frozen when it was handed over, or an optimizer trains it.
-        """
-        if value and not param.trainable:
-            raise DistZO2Error(
-                f"parameter {param.name} was frozen when the model was handed over: make it trainable inside "
-                "`with distzo2.edit(model):`"
-            )
-        if not value and self.weights.owner is not None and param.index in self.weights.updates.group_of:
-            raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
+        """Notes it. An optimizer that is made later, or the next step of one that trains it, raises what is wrong with
+        it: PEFT freezes and thaws adapters for as long as it leaves them out of a forward."""
         param.requires_grad = value
 
     def in_forward(self) -> bool:
