@@ -13,6 +13,7 @@ ROOMS = (
     "datasets",
     "tasks",
     "generation",
+    "peft",
     "checkpoint",
     "optim",
     "streaming",

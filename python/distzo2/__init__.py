@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from distzo2.generation.generate import generate_batch
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
+    from distzo2.peft.adapters import adapter, save_adapter
+    from distzo2.peft.merging import merge_adapter
     from distzo2.record.weight_file import WeightFile
     from distzo2.streaming.lanes import current_lane
     from distzo2.streaming.offload import edit, evaluate, offload, present, runtime_of, state_dict
@@ -25,14 +27,17 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 _MODULE_OF = {
     "ZOSGD": "optim.zosgd",
     "StepRecord": "optim.settings",
+    "adapter": "peft.adapters",
     "current_lane": "streaming.lanes",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
     "generate_batch": "generation.generate",
     "from_pretrained": "checkpoint.pretrained",
+    "merge_adapter": "peft.merging",
     "offload": "streaming.offload",
     "present": "streaming.offload",
     "runtime_of": "streaming.offload",
+    "save_adapter": "peft.adapters",
     "save_pretrained": "checkpoint.pretrained",
     "state_dict": "streaming.offload",
     "WeightFile": "record.weight_file",
@@ -44,14 +49,17 @@ __all__ = [
     "StepRecord",
     "WeightFile",
     "__version__",
+    "adapter",
     "current_lane",
     "edit",
     "evaluate",
     "from_pretrained",
     "generate_batch",
+    "merge_adapter",
     "offload",
     "present",
     "runtime_of",
+    "save_adapter",
     "save_pretrained",
     "state_dict",
 ]

@@ -179,7 +179,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantized for mlx": (lambda path: edit_config(path, quantization={"bits": 4}), r"weights \(quantization\)"),
     "an adapter alone": (
         lambda path: only_adapter(path, base_model_name_or_path="acme/base-7b", peft_type="LORA"),
-        "found only an adapter .*'LORA'.* for the base model 'acme/base-7b': merge",
+        "found only an adapter .*'LORA'.* for the base model 'acme/base-7b': name that model, and this with --adapter",
     ),
     "an adapter with a config": (
         lambda path: only_adapter(path, "config.json", base_model_name_or_path="b", peft_type="IA3"), "base model 'b'",

@@ -10,9 +10,9 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def from_pretrained(
     units: Sequence[str] | None = None,
     directory: str | os.PathLike | None = None,
     train: bool = False,
+    prepare: Callable[[nn.Module, CheckpointMap], tuple[nn.Module, CheckpointMap]] | None = None,
     **offload_options: Any,
 ) -> nn.Module:
     """Loads the transformers model of a checkpoint directory and offloads it.
@@ -59,6 +60,8 @@ def from_pretrained(
             the causal language model if that was a bare base model.
         attn_implementation: as for transformers' `from_pretrained`.
         train: whether the model is in training mode; otherwise it is in `eval()` mode.
+        prepare: called with the model, whose parameters are on meta, and the map that fills it, before it is handed
+            over; returns those to take in their place. `distzo2.adapter(...)` makes one.
 
     Raises:
         CheckpointError: the directory holds no checkpoint, a file is truncated or corrupt, a parameter has no tensor
@@ -68,6 +71,8 @@ def from_pretrained(
         path, dtype=dtype, auto_class=auto_class, attn_implementation=attn_implementation
     )
     try:
+        if prepare is not None:
+            model, checkpoint_map = prepare(model, checkpoint_map)
         model = offload(
             model.train(train),
             device=device,
@@ -136,20 +141,26 @@ def save_pretrained(
     A model from `from_pretrained` is written under the names and in the layout of its checkpoint, with its
     configuration, generation settings and tokenizer files; another transformers model as transformers would write it;
     any other module by parameter and buffer names. Files hold at most `max_shard_bytes` of tensors, or one tensor.
-    Other files in `out_dir` stay.
+    Other files in `out_dir` stay. A part of such a model, as peft's `merge_and_unload` inside `distzo2.edit` leaves the
+    one that was adapted, is written as a model.
 
     Raises:
         CheckpointError: `out_dir` already holds a checkpoint and `overwrite` is false, or its disk has too little
             room. A save that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
-    runtime = runtime_of(model)
-    params = [(p.name, p.dtype, p.shape) for p in runtime.params]
-    checkpoint_map = runtime.base or map_for_saving(model, params)
+    runtime = model.__dict__.get("_distzo2_streams") or runtime_of(model)
+    if hasattr(model, "peft_config"):
+        advice = "its adapter with distzo2.save_adapter, or what merge_and_unload returned inside distzo2.edit"
+        raise CheckpointError(f"{type(model).__name__} is a model with an adapter: save {advice}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    params = [(names[id(p.tensor)], p.dtype, p.shape) for p in runtime.params if id(p.tensor) in names]
+    checkpoint_map = (runtime.base if model is runtime.model else None) or map_for_saving(model, params)
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:
-            with runtime.access.reading(unit) as views:
-                for name, view in views.items():
-                    writer.write(name, view)
+            own = [p for p in unit.params if id(p.tensor) in names]
+            with runtime.access.reading(unit) if own else nullcontext() as views:
+                for param in own:
+                    writer.write(names[id(param.tensor)], views[param.name])
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
                 writer.write(name, buffer)

@@ -42,6 +42,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_FILE, ADAPTER_WEIGHTS, "adapter_model.bin")
 _FIRST_FILES = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first one counts
 _HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # may be read in vain to save a read
@@ -104,22 +106,23 @@ def adapter_in(directory: Path) -> str | None:
     base, kind = fields.get("base_model_name_or_path"), fields.get("peft_type")
     return (
         f"found only an adapter ({ADAPTER_FILE}, {brief(kind or 'of no type')}) for the base model "
-        f"{brief(base) if base else '(it does not say which)'}: merge it into that model and save the result"
+        f"{brief(base) if base else '(it does not say which)'}: name that model, and this with --adapter"
     )
 
 
 class CheckpointFiles:
-    """All tensors of a checkpoint directory, in one file or in shards with an index; safetensors before `.bin`.
+    """All tensors of a checkpoint directory, in one file or in shards with an index; safetensors before `.bin`. With
+    `only`, those of the file of that name.
 
     Raises CheckpointError if there is no checkpoint, an indexed tensor is in no file, or two files hold the same one.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, only: str | None = None):
         self.directory = Path(directory)
         self.files: list[TensorFile] = []
         self.entries: list[TensorEntry] = []  # by the number that pieces name as their source
         self.file_of: list[TensorFile] = []
-        first = next((name for name in _FIRST_FILES if (self.directory / name).is_file()), None)
+        first = only or next((name for name in _FIRST_FILES if (self.directory / name).is_file()), None)
         if first is None:
             expected = f"expected a checkpoint directory with {SINGLE_FILE} or {INDEX_FILE}"
             raise CheckpointError(f"{self.directory}: {expected}, {adapter_in(self.directory) or 'found neither'}")
@@ -154,6 +157,12 @@ class CheckpointFiles:
             if not (self.directory / name).is_file():
                 raise CheckpointError(f"{self.directory / name}: {index_name} names this file, but it is not there")
         return weight_map
+
+    def extend(self, other: CheckpointFiles) -> None:
+        """Takes over the tensors of other files, behind its own."""
+        self.files += other.files
+        self.entries += other.entries
+        self.file_of += other.file_of
 
     def close(self) -> None:
         for file in self.files:
@@ -319,29 +328,32 @@ def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     with closing(CheckpointFiles(path)) as files:
         names = {file.path.name for file in files.files}
     names |= {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
-    return {"name": path.resolve().name, "files": _digest_files(path, sorted(names))}
+    return {"name": path.resolve().name, "files": digest_files(path, sorted(names))}
 
 
-def checkpoint_differences(directory: str | os.PathLike[str], base: Mapping[str, Any]) -> Iterator[str]:
+def checkpoint_differences(
+    directory: str | os.PathLike[str], base: Mapping[str, Any], adapter: Path | None = None
+) -> Iterator[str]:
     """Each difference between a directory and what `digest_checkpoint` returned for it, as a line that names the file.
-    Missing files and other lengths come first, since they are found quickly."""
+    Missing files and other lengths come first, since they are found quickly. Files of an adapter are in `adapter`."""
     path = Path(directory)
-    same_length = []
+    same_length: dict[Path, list[str]] = {}
     for name, record in base["files"].items():
-        file = path / name
+        file = (path if adapter is None or name not in ADAPTER_FILES else adapter) / name
         if not file.is_file():
             yield f"{file}: the journal's base checkpoint has this file, but it is not there"
         elif file.stat().st_size != record["num_bytes"]:
             yield f"{file}: {file.stat().st_size} bytes, the journal's base checkpoint has {record['num_bytes']}"
         else:
-            same_length.append(name)
-    for name, record in _digest_files(path, same_length).items():
-        expected = base["files"][name]["sha256"]
-        if record["sha256"] != expected:
-            yield f"{path / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
+            same_length.setdefault(file.parent, []).append(name)
+    for place, names in same_length.items():
+        for name, record in digest_files(place, names).items():
+            expected = base["files"][name]["sha256"]
+            if record["sha256"] != expected:
+                yield f"{place / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
 
 
-def _digest_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def digest_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     def digest(name: str) -> dict[str, Any]:
         with open(directory / name, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from dataclasses import replace as replace_fields
 from itertools import accumulate, chain
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tqdm import tqdm
@@ -34,7 +34,7 @@ from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limi
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
-from distzo2.record.line import JournalError
+from distzo2.record.line import MAX_HEADER_BYTES, JournalError
 from distzo2.text import dtype_name
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
@@ -89,13 +89,8 @@ def replay(
     """
     # What is found quickly is refused before gigabytes are hashed.
     num_base_bytes = sum(file.stat().st_size for file in Path(base_dir).glob("*") if file.is_file())
-    contents = read_journal(journal_path, max_header_bytes=header_limit(num_base_bytes))
-    header, torn, num_journal_steps = contents.header, contents.torn, len(contents.entries)
-    num_steps = num_journal_steps if to_step is None else to_step
-    if not 0 <= num_steps <= num_journal_steps:
-        raise JournalError(f"{journal_path}: to_step {to_step} is not in it, it holds {num_journal_steps} steps")
-    if torn is not None:
-        logger.warning("%s", torn)
+    steps = read_steps(journal_path, to_step, header_limit(num_base_bytes))
+    header = steps.header
     check_out_dir(Path(out_dir))
     if not header["base"]["files"]:
         raise JournalError(f"{journal_path}: the run did not start from a checkpoint, there is nothing to replay onto")
@@ -103,19 +98,51 @@ def replay(
         raise CheckpointError(difference)
 
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
-    updates = [entry.update for entry in contents.entries[:num_steps]]
+    with contextlib.closing(checkpoint_map):
+        pieces = plan_pieces(checkpoint_map, header["table"], piece_bytes)
+        num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
+        text = f"replay {steps.num_steps} steps"
+        bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
+        with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
+            apply_updates(checkpoint_map, writer, pieces, steps, backend, bar)
+    return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The updates of a journal's first `num_steps` steps, and which parameters they left as they were."""
+
+    header: dict[str, Any]
+    updates: list[Update]
+    unused: Unused
+    num_steps: int
+    num_journal_steps: int
+    torn: str | None
+
+
+NO_STEPS = Steps({"seed": 0}, [], {}, 0, 0, None)
+
+
+def read_steps(
+    journal_path: str | os.PathLike[str], to_step: int | None, max_header_bytes: int = MAX_HEADER_BYTES
+) -> Steps:
+    """
+    Raises:
+        JournalError: the journal is damaged, or `to_step` is beyond it.
+    """
+    contents = read_journal(journal_path, max_header_bytes=max_header_bytes)
+    num_journal_steps = len(contents.entries)
+    num_steps = num_journal_steps if to_step is None else to_step
+    if not 0 <= num_steps <= num_journal_steps:
+        raise JournalError(f"{journal_path}: to_step {to_step} is not in it, it holds {num_journal_steps} steps")
+    if contents.torn is not None:
+        logger.warning("%s", contents.torn)
     unused: Unused = {}
     for entry in contents.entries[:num_steps]:
         if entry.unused:
             unused.setdefault(tuple(map(tuple, entry.unused)), set()).add(entry.step)
-    del contents  # losses and the like are not needed any more
-    with contextlib.closing(checkpoint_map):
-        pieces = plan_pieces(checkpoint_map, header["table"], piece_bytes)
-        num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
-        bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=f"replay {num_steps} steps", disable=not progress)
-        with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
-            _run(checkpoint_map, writer, pieces, updates, unused, header["seed"], backend, bar)
-    return ReplayReport(num_steps, num_journal_steps, num_bytes, torn)
+    updates = [entry.update for entry in contents.entries[:num_steps]]
+    return Steps(contents.header, updates, unused, num_steps, num_journal_steps, contents.torn)
 
 
 def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_class: Any = None) -> CheckpointMap:
@@ -270,17 +297,23 @@ def plan_pieces(
     return pieces
 
 
-def _run(
+class Writer(Protocol):
+    """Where updated weights go: a `CheckpointWriter`, for one."""
+
+    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
+        """Takes the part of a parameter that begins at element `begin`."""
+
+
+def apply_updates(
     checkpoint_map: CheckpointMap,
-    writer: CheckpointWriter,
+    writer: Writer,
     pieces: Sequence[list[PiecePart]],
-    updates: Sequence[Update],
-    unused: Unused,
-    seed: int,
+    steps: Steps,
     backend: str | None,
     bar: tqdm,
 ) -> None:
     """Reads, updates and writes all pieces."""
+    updates, unused, seed = steps.updates, steps.unused, steps.header["seed"]
     largest = max((piece[-1].segment.byte_offset + piece[-1].num_bytes for piece in pieces), default=0)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(_PIECES_IN_FLIGHT):

@@ -41,15 +41,18 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
 
 
 def _add(parser: argparse._ActionsContainer, option: Field, kind: Any) -> None:
-    default, shown = option.default, {"short": None, "bare": None, "positional": False} | option.metadata
+    default = option.default
+    shown = {"short": None, "bare": None, "positional": False, "repeats": False} | option.metadata
     text = shown["help"]
-    if default not in (MISSING, None) and default is not False and "default" not in text:
+    if default not in (MISSING, None, "") and default is not False and "default" not in text:
         text += f" (default: {default})"
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is Switch:
         settings["action"] = "store_true"
     else:
         settings["metavar"] = shown["metavar"] or _metavar(kind)
+        if shown["repeats"]:
+            settings["action"] = "append"
         if shown["bare"] is not None:
             settings |= {"nargs": "?", "const": shown["bare"]}
     if shown["positional"]:

@@ -201,7 +201,8 @@ def _around(options: argparse.Namespace, path: Path, header: Mapping[str, Any]) 
             base = base if Path(base).is_dir() else None
     if base is not None:
         no_files = [] if header["base"]["files"] else [f"{base}: the journal's run did not start from a checkpoint"]
-        yield "the base checkpoint", [*no_files, *checkpoint_differences(base, header["base"])]
+        found = checkpoint_differences(base, header["base"], path.parent / "adapter_start")
+        yield "the base checkpoint", [*no_files, *found]
     if parent is None and is_run and parents_of(header):
         beside = path.absolute().parent.parent / parents_of(header)[-1]["name"]
         parent = beside if journal_path(beside).is_file() and beside != path.absolute().parent else None

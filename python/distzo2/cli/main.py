@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from distzo2.cli import journal
@@ -166,14 +167,26 @@ def _generate(options: GenerateOptions) -> int:
 
 def _replay(options: ReplayOptions) -> int:
     from distzo2.checkpoint.replay import replay
+    from distzo2.peft.replay import replay_adapter, replay_merged
     from distzo2.run.directory import saved_options
 
     run, base = options.run_dir, options.base
     if options.journal_file is not None:  # BASE JOURNAL
         base = run
     steps = journal.journal_path(options.journal or options.journal_file or run)
-    base = base or saved_options(run)["model"]
-    report = replay(base, steps, options.out, to_step=options.to_step, progress=not options.quiet)
+    start = Path(options.adapter or Path(steps).parent / "adapter_start")
+    adapts = options.adapter or start.is_dir()
+    if options.merge and not adapts:
+        raise UsageError("--merge: the run trains no adapter; name the one that it began with by --adapter")
+    if options.merge or not adapts:
+        base = base or saved_options(run)["model"]
+    more = {"to_step": options.to_step, "progress": not options.quiet}
+    if not adapts:
+        report = replay(base, steps, options.out, **more)
+    elif options.merge:
+        report = replay_merged(base, start, steps, options.out, **more)
+    else:
+        report = replay_adapter(start, steps, options.out, **more)
     if report.torn:
         print(printable(report.torn), file=sys.stderr)
     print(f"wrote {options.out}: {report.num_steps} of {report.num_journal_steps} steps")

@@ -39,6 +39,10 @@ class TasksOptions:
 class ReplayOptions:
     """Options of `distzo2 replay`."""
 
+    adapter: str | None = option(
+        None, "the adapter that the run began with (default: adapter_start beside its journal)", "DIR"
+    )
+    merge: Switch = option(False, "of a run that trains an adapter, write the model with the adapter merged into it")
     run_dir: str | None = option(
         None,
         "directory of a run; its base checkpoint is the one it names. Or BASE, a base checkpoint, with JOURNAL after "

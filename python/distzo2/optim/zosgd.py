@@ -115,6 +115,9 @@ class ZOSGD(torch.optim.Optimizer):
         verify_every: int = 0,
     ) -> None:
         self._runtime = runtime = runtime_of(model)
+        known = {id(p.tensor) for p in runtime.params}
+        for name in (name for name, p in model.named_parameters() if id(p) not in known):
+            raise DistZO2Error(f"parameter {name} is not in the model that was handed over: hand over all of it")
         self.settings = settings = make_settings(
             seed=seed, eps=eps, noise=noise, num_probes=num_probes, estimator=estimator, max_lanes=max_lanes,
             max_coef=max_coef, max_clipped=max_clipped, max_skipped=max_skipped, verify_every=verify_every,
@@ -351,9 +354,7 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error(f'sharded={sharded!r}: expected False, True or "data"')
         if self._runtime.weights.owner is not self:
             raise DistZO2Error("a newer optimizer exists for this model; only the newest may call step()")
-        for param in self._runtime.params:
-            if not param.requires_grad and param.index in self._runtime.weights.updates.group_of:
-                raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
+        self._runtime.check_trained()
         if self._epoch != self._runtime.weights.epoch:  # by load_state_dict or edit
             if self.journal is not None:
                 raise DistZO2Error(

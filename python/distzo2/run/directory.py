@@ -5,6 +5,8 @@ run.json        options, what the run was made of, how far it came
 metrics.jsonl   a line a step and an evaluation (distzo2.run.metrics)
 weights.dzo2    weights that survive a crash (docs/weight_file.md); weights.dzo2.json says what is in it
 checkpoint/     the fine-tuned model
+adapter_start/  of a run that trains an adapter, the one that it began with: a part of its base
+adapter/        and the one that it has made
 report.png      from `distzo2 report`
 trace.json      transfers of some steps, if --trace named no other file
 task.json       with --task: the checkpoint's score on the rows for evaluation
@@ -28,7 +30,7 @@ from distzo2.files import lock, sync_directory, write_whole
 from distzo2.run.metrics import finite
 from distzo2.run.options import LEFT
 
-_RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint")
+_RUN = ("run.json", "journal.jsonl", "metrics.jsonl", "snapshots", "checkpoint", "adapter", "adapter_start")
 _LEFTOVERS = (
     "weights.*dzo2.new weights.*json.tmp .journal.jsonl.*.tmp run.json.tmp metrics.jsonl.tmp"  # of a killed run
 )
@@ -42,6 +44,8 @@ class RunDirectory:
         self.journal = self.path / "journal.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint"
+        self.adapter = self.path / "adapter"
+        self.adapter_start = self.path / "adapter_start"
         self.trace = self.path / "trace.json"
         self.lock = self.path / "run.lock"
         self.record: dict[str, Any] = {}  # what run.json says
@@ -120,6 +124,7 @@ class RunDirectory:
         claimed for a new run."""
         if self._descriptor is None or self.continues:
             return
+        shutil.rmtree(self.adapter_start, ignore_errors=True)
         for path in (self.metrics, *([self.journal] if with_journal else []), self.path / "run.json"):
             path.unlink(missing_ok=True)
         for path in self.path.glob("weights.*dzo2"):

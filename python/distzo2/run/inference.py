@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +16,24 @@ from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, signal_of
+from distzo2.peft.adapters import adapter, known_config, tokens_in_front
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
-from distzo2.run.preflight import DTYPES, check_disk, check_memory, compute_dtype_of, model_size, reading_of, use_tf32
+from distzo2.run.preflight import (
+    DTYPES,
+    beside_prompt,
+    check_disk,
+    check_memory,
+    compute_dtype_of,
+    model_size,
+    reading_of,
+    use_tf32,
+)
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
 from distzo2.tasks.held_out import HeldOut, load_held_out
-from distzo2.tasks.kinds import model_kind
+from distzo2.tasks.kinds import ModelKind, model_kind
 from distzo2.tasks.objectives import Objective, Score, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
 from distzo2.text import dtype_name
@@ -32,8 +43,11 @@ SAME_COST = 1.1  # times the least seconds: of settings within it, the one with 
 
 
 @contextmanager
-def loaded(options: EvalOptions | GenerateOptions | SignalOptions) -> Iterator[tuple[torch.nn.Module, torch.device]]:
-    """The model of `options`, after the checks of its device and of the room it needs."""
+def loaded(
+    options: EvalOptions | GenerateOptions | SignalOptions, config: Any = None
+) -> Iterator[tuple[torch.nn.Module, torch.device]]:
+    """The model of `options`, with the adapter whose `config` is given, after the checks of its device and of the room
+    it needs."""
     device = usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -56,18 +70,31 @@ def loaded(options: EvalOptions | GenerateOptions | SignalOptions) -> Iterator[t
             memory_budget=options.memory_budget,
             host_memory=options.host_memory,
             write_every=options.write_every,
+            prepare=None if config is None else adapter(options.adapter, config=config),
         )
         with closing(runtime_of(model)):
             runtime_of(model).compute_in(compute_dtype)
             yield model, device
 
 
+def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[ModelKind, Any]:
+    """The kind of the model, and the configuration of its adapter, if it has one."""
+    kind = model_kind(options.model)
+    config = None if options.adapter is None else known_config(Path(options.adapter), kind.name)
+    return beside_prompt(kind, config), config
+
+
+def _in_front(config: Any) -> int:
+    return 0 if config is None else tokens_in_front(config)
+
+
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     """The score on a JSONL file or a published task, and the objective's name."""
-    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    (kind, config), tokenizer = _kind(options), load_tokenizer(options.model)
     held_out, name = _asked(options, tokenizer, {"max_new_tokens": options.max_new_tokens, **reading_of(options, kind)})
-    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
-        objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
+    with loaded(options, config) as (model, device), blaming(f"{options.model}: the model fails"):
+        more = {"pad_id": kind.padding(tokenizer), "in_front": _in_front(config)}
+        objective = Objective(model, name, device=device, **more)
         objective.check_causal(held_out.learned[0], kind)
         return held_out.score(objective, batch_size=options.batch_size), name
 
@@ -100,11 +127,12 @@ def signals_of_file(options: SignalOptions) -> list[Signal]:
             raise ValueError
     except ValueError:
         raise UsageError(f"--eps {options.eps}: positive numbers with commas between were expected") from None
-    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    (kind, config), tokenizer = _kind(options), load_tokenizer(options.model)
     examples = load_examples(options.train, tokenizer, **reading_of(options, kind))
     name = resolve_objective(options.objective, examples, options.train)
-    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
-        objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device)
+    with loaded(options, config) as (model, device), blaming(f"{options.model}: the model fails"):
+        more = {"pad_id": kind.padding(tokenizer), "in_front": _in_front(config)}
+        objective = Objective(model, name, device=device, **more)
         batch = DataOrder(len(examples), options.batch_size, options.seed).batch(0)
         closure = objective.closure(objective.batch([examples[i] for i in batch]))
         dtypes = [dtype for dtype in DTYPES.values() if _computes(device, dtype)]
@@ -162,7 +190,7 @@ def generate_text(options: GenerateOptions) -> None:
     Raises:
         DistZO2Error: the model generates no text, or the prompt has no tokens or more than the model has positions.
     """
-    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    (kind, config), tokenizer = _kind(options), load_tokenizer(options.model)
     if kind.name not in ("causal", "encoder-decoder"):
         raise DistZO2Error(f"{options.model}: {kind.model} generates no text")
     with blaming(f"{options.model}: the tokenizer fails"):
@@ -175,14 +203,14 @@ def generate_text(options: GenerateOptions) -> None:
     if kind.positions is not None and longest > kind.positions:
         sizes = f"a prompt of {inputs.shape[1]} tokens and {options.max_new_tokens} new ones"
         raise DistZO2Error(f"{sizes}: the model has {kind.positions} positions")
-    with loaded(options) as (model, device), blaming(f"{options.model}: the model fails"):
+    with loaded(options, config) as (model, device), blaming(f"{options.model}: the model fails"):
         sampling = {"do_sample": False}
         if options.temperature > 0:
             torch.manual_seed(options.seed)
             sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
         inputs = inputs.to(device)
         model.generate(
-            inputs,
+            input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=options.max_new_tokens,
             pad_token_id=kind.padding(tokenizer),

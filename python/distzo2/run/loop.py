@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.pretrained import save_pretrained
+from distzo2.checkpoint.reading import ADAPTER_FILES
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming, one_line
@@ -20,12 +21,15 @@ from distzo2.optim.estimator import make_estimator
 from distzo2.optim.signal import REFERENCE, TF32, Signal, advice, computed_in, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
+from distzo2.peft.adapters import save_adapter
+from distzo2.peft.merging import merge_adapter
+from distzo2.peft.replay import replay_adapter
 from distzo2.record.lineage import BranchPoint
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import from_rank_0, launch_id, together
 from distzo2.run.metrics import Metrics, finite, open_report, peak_bytes, progress_bar, resident_bytes
 from distzo2.run.options import FinetuneOptions
-from distzo2.run.preflight import ModelSize
+from distzo2.run.preflight import DTYPES, ModelSize
 from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.held_out import HeldOut
@@ -84,6 +88,7 @@ class TrainLoop:
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
+        self.adapted = bool(options.peft or options.adapter)
         self._signal: dict[str, Any] = {}  # as the first step found it
 
     def settle_compute_dtype(self) -> torch.dtype | None:
@@ -337,19 +342,38 @@ class TrainLoop:
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
         best = self._best() if self.options.save == "best" else None
         step = self.optimizer.step_count if best is None else best
-        if self.run.record.get("checkpoint_step") == step and self.run.checkpoint.exists():
+        o, merges = self.options, self.adapted and self.options.merge
+        made = self.run.adapter if self.adapted and not merges else self.run.checkpoint
+        if self.run.record.get("checkpoint_step") == step and made.exists():
+            return
+        if self.adapted:
+            self._save_adapter(step)
+        if made == self.run.adapter:
+            self.run.update(checkpoint_step=step)
             return
         self.run.check_checkpoint()
         # A resumed run knows whose the files are if this process is killed meanwhile.
         self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None)
         self.run.drop_checkpoint()
-        if step == self.optimizer.step_count:
+        if merges:
+            merge_adapter(o.model, self.run.adapter, self.run.checkpoint, dtype=DTYPES.get(o.dtype))
+        elif step == self.optimizer.step_count:
             save_pretrained(self.model, self.run.checkpoint)
         else:
-            replay(self.options.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
+            replay(o.model, self.run.journal, self.run.checkpoint, to_step=step, progress=False)
         names = holds_checkpoint(self.run.checkpoint)
         self.run.update(checkpoint_step=step, saving_step=None, checkpoint_files=names)
         self.log(f"wrote {self.run.checkpoint} (step {step})")
+
+    def _save_adapter(self, step: int) -> None:
+        run = self.run
+        if step == self.optimizer.step_count:
+            save_adapter(self.model, run.adapter)
+        else:
+            for name in ADAPTER_FILES:
+                (run.adapter / name).unlink(missing_ok=True)
+            replay_adapter(run.adapter_start, run.journal, run.adapter, to_step=step, progress=False)
+        self.log(f"wrote {run.adapter} (step {step})")
 
     def _stopped(self, status: str) -> None:
         """Records why the run stopped. Write failures are suppressed so that they do not mask the original error."""

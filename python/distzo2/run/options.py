@@ -24,9 +24,14 @@ from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective", "truncate",
-         "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev")  # fmt: skip
-KEPT_BY_BRANCHES = ("seed", "dtype")
+TRAINED = ("peft", "adapter", "lora_r", "lora_alpha", "lora_targets", "virtual_tokens", "train_only", "freeze")
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective",
+         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
+         *TRAINED)  # fmt: skip
+KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
+# --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
+_OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
+RATES = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -80,6 +85,7 @@ _BYTES = TypeAdapter(Annotated[ByteSize, _NUMBER, Range(ge=1, lt=2**63)])
 Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
 Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
 Switch = Annotated[bool, Range(strict=True)]
+Patterns = Annotated[str, BeforeValidator(lambda value: " ".join(value) if isinstance(value, list) else value)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
@@ -96,7 +102,8 @@ def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> 
         text: its line in `--help`.
         metavar: what `--help` calls its value.
         more: `short`, a second flag; `bare`, the value of the flag without a value; `positional`, whether it is given
-            by position; `group`, the title of the group in `--help` that begins with it.
+            by position; `repeats`, whether it may be given several times; `group`, the title of the group in `--help`
+            that begins with it.
     """
     return field(default=default, metadata={"help": text, "metavar": metavar, **more})
 
@@ -136,6 +143,15 @@ class Placement:
     )
     tf32: Switch = option(False, "multiply float32 matrices in TF32 on a GPU: 10 bits of precision, bfloat16 has 7")
     threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """Options of every command that reads a model with an adapter."""
+
+    adapter: str | None = option(
+        None, "directory of a peft adapter (LoRA, prefix, ...) of the model; finetune trains it further", "DIR"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +208,7 @@ class TaskReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(TaskReading, DataReading, Placement):
+class FinetuneOptions(Adapted, TaskReading, DataReading, Placement):
     """Options of `distzo2 finetune`.
 
     Raises:
@@ -217,12 +233,37 @@ class FinetuneOptions(TaskReading, DataReading, Placement):
     num_train: Count | None = option(None, "examples of --task to learn (default: its own, 1000)")
     num_dev: Count | None = option(None, "held-out examples of --task (default: its own, 500 or 100)")
 
+    peft: Literal["lora", "prefix", "prompt"] | None = option(
+        None,
+        "train an adapter and leave the model as it is: OUT/adapter loads with peft (docs/peft.md)",
+        group="what is trained",
+    )
+    lora_r: Count = option(8, "rank of LoRA's matrices")
+    lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
+    lora_targets: str | None = option(
+        None, "modules with LoRA, or all-linear (default: peft's for the architecture, mostly q_proj,v_proj)", "NAMES"
+    )
+    virtual_tokens: Count = option(5, "tokens of a prefix or prompt; they start at what the model makes of real ones")
+    merge: Switch = option(False, "write OUT/checkpoint too, with the adapter merged into the model")
+    train_only: Patterns = option(
+        "",
+        "train no other parameters: names with wildcards (*.bias), modules, re:EXPRESSION, or last:K blocks; may be "
+        "given several times",
+        "PATTERN",
+        repeats=True,
+    )
+    freeze: Patterns = option("", "leave these parameters as they are; patterns as above", "PATTERN", repeats=True)
+
     steps: Count = option(MISSING, "steps in all, one update each", group="how it learns")
     protocol: Literal["mezo"] | None = option(
         None, "mezo: that paper's steps, batch, --lr, --eps, evaluations and choice of a step; options given win"
     )
-    lr: PositiveOrZero = option(1e-6, "learning rate, per unit of the estimated gradient")
-    eps: Positive = option(1e-3, "size of a perturbation, in units of a weight")
+    lr: PositiveOrZero = option(
+        1e-6, "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts)"
+    )
+    eps: Positive = option(
+        1e-3, "size of a perturbation, in units of a weight (default: 1e-3; 1e-2 for LoRA, 1e-1 for prompts)"
+    )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
     probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
@@ -323,6 +364,14 @@ class FinetuneOptions(TaskReading, DataReading, Placement):
             )
         if self.slice == "on" and self.weights == "device":
             raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
+        if self.peft and self.adapter:
+            raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
+        if self.peft is None and self.adapter is None and self.merge:
+            raise UsageError("--merge needs --peft lora or --adapter")
+        if self.merge and self.peft in ("prefix", "prompt"):
+            raise UsageError(f"--merge: a {self.peft} cannot be merged into weights; --peft lora can")
+        if self.train_only and (self.peft or self.adapter):
+            raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
@@ -331,7 +380,7 @@ class FinetuneOptions(TaskReading, DataReading, Placement):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignalOptions(DataReading, Placement):
+class SignalOptions(Adapted, DataReading, Placement):
     """Options of `distzo2 signal`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR")
@@ -349,7 +398,7 @@ class SignalOptions(DataReading, Placement):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(TaskReading, Placement, DataReading):
+class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     """Options of `distzo2 eval`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
@@ -369,7 +418,7 @@ class EvalOptions(TaskReading, Placement, DataReading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Placement):
+class GenerateOptions(Adapted, Placement):
     """Options of `distzo2 generate`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.peft.adapters import virtual_tokens
 from distzo2.run.options import DataReading
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
@@ -91,6 +92,12 @@ def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
     if options.skip_bad_lines:
         raise UsageError("--skip-bad-lines: rows of a task are drawn by a seed, none is skipped")
     return reading
+
+
+def beside_prompt(kind: ModelKind, adapter: Any) -> ModelKind:
+    """A kind of model without the positions that the prompt or prefix of an adapter's configuration takes."""
+    taken = 0 if adapter is None else virtual_tokens(adapter)
+    return replace(kind, positions=kind.positions - taken) if taken and kind.positions else kind
 
 
 def check_output(**paths: str | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, fields, replace
@@ -20,15 +21,20 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.pretrained import from_pretrained
+from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS
 from distzo2.checkpoint.writing import CONFIG_FILE, DISK_SLACK_BYTES
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.protocol import line_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import UsageError, blaming
 from distzo2.files import write_whole
+from distzo2.optim.selection import select, trained
 from distzo2.optim.signal import REFERENCE
-from distzo2.parallel.group import current
+from distzo2.parallel.group import Mesh, current
+from distzo2.peft.adapters import adapter, digest_adapter, known_config, new_config, tokens_in_front
+from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
 from distzo2.run.directory import RunDirectory
@@ -40,6 +46,7 @@ from distzo2.run.options import EvalOptions, FinetuneOptions, changed
 from distzo2.run.preflight import (
     DTYPES,
     ModelSize,
+    beside_prompt,
     check_disk,
     check_memory,
     check_output,
@@ -56,7 +63,9 @@ from distzo2.tasks.objectives import Objective, resolve_objective
 from distzo2.tasks.tokenize import Example, load_tokenizer
 from distzo2.text import MAX_BRIEF, dtype_name, gib
 
-_PATHS = ("model", "train", "eval", "data", "task_file", "trace", "branch_from", "weights_dir")  # absolute in run.json
+_PATHS = (  # absolute in run.json
+    "model", "train", "eval", "data", "task_file", "trace", "branch_from", "weights_dir", "adapter",
+)  # fmt: skip
 
 
 def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> None:
@@ -72,15 +81,17 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
 
 
 def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None:
-    """Evaluates a run's checkpoint on the rows that the task draws for evaluation, and writes OUT/task.json."""
-    checkpoint, mesh = RunDirectory(options.out).checkpoint, current()
-    if mesh is not None or not (checkpoint / CONFIG_FILE).exists():  # ranks may share no disk; or it is an adapter
+    """Evaluates what a run made on the rows that the task draws for evaluation, and writes OUT/task.json."""
+    run, mesh = RunDirectory(options.out), current()
+    whole = options.merge or not (options.peft or options.adapter)
+    values = {"model": str(run.checkpoint)} if whole else {"model": options.model, "adapter": str(run.adapter)}
+    if mesh is not None or not Path(values["model"], CONFIG_FILE).exists():  # ranks may share no disk
         if mesh is None or mesh.rank == 0:
-            log(f"to evaluate: distzo2 eval --task {options.task} --data {options.data} --model {checkpoint}")
+            given = " ".join(f"--{name} {value}" for name, value in values.items())
+            log(f"to evaluate: distzo2 eval --task {options.task} --data {options.data} {given}")
         return
-    shared = {f.name for f in fields(EvalOptions)} & vars(options).keys() - {"eval", "score", "adapter"}
-    values = {name: getattr(options, name) for name in shared}
-    values |= {"model": str(checkpoint), "batch_size": options.eval_batch_size}
+    shared = {f.name for f in fields(EvalOptions)} & vars(options).keys() - {"eval", "score", *values, "adapter"}
+    values |= {name: getattr(options, name) for name in shared} | {"batch_size": options.eval_batch_size}
     score, objective = evaluate_file(EvalOptions(**values))
     figures = {"task": options.task, **score.figures(), "examples": score.num_examples, "objective": objective}
     write_whole(Path(options.out) / "task.json", (json.dumps(finite(figures)) + "\n").encode())
@@ -96,6 +107,20 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
     terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
     parallel = options.parallel if mesh is None else str(mesh.shape)
     options = replace(options, resume=terms.pop("resume"), compute_dtype=terms.pop("compute_dtype"), parallel=parallel)
+    with tempfile.TemporaryDirectory(prefix="distzo2-") as own:  # of a rank that may not see --out
+        _finetune(options, log, mesh, run, terms, run.adapter_start if leads else Path(own, "adapter_start"))
+
+
+def _finetune(
+    options: FinetuneOptions,
+    log: Callable[[str], None],
+    mesh: Mesh | None,
+    run: RunDirectory,
+    terms: dict[str, Any],
+    start: Path,
+) -> None:
+    """The run; `start` is where this rank has the adapter that it begins with, if it trains one."""
+    leads = mesh is None or mesh.rank == 0
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
@@ -110,6 +135,8 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
         check_computes(device, compute_dtype)
         use_tf32(options.tf32, device)
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+        source, config = _adapter(options, kind.name, mesh, start)
+        kind = beside_prompt(kind, config)
         clock = datetime.fromisoformat(terms["clock"])
         reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
         train, held_out, objective_name, digest = _data(options, tokenizer, reading)
@@ -152,10 +179,18 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
                 write_every=options.write_every,
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
+                prepare=lambda *held: _prepared(options, source, config, start, *held),
             )
         with closing(runtime_of(model)):
             runtime_of(model).compute_in(compute_dtype)
-            objective = Objective(model, objective_name, pad_id=kind.padding(tokenizer), device=device)
+            if source is config and config is not None and config.is_prompt_learning:  # a new one
+                with together(mesh, "starting the adapter"):
+                    start_from_tokens(model, start, options.seed, mesh)
+            if what := trained(runtime_of(model).params):
+                log(f"{what}, lr {options.lr:g}, eps {options.eps:g}")
+            in_front = 0 if config is None else tokens_in_front(config)
+            pad_id = kind.padding(tokenizer)
+            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=in_front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
@@ -163,7 +198,7 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
                     if options.compute_dtype == "auto":
                         settings["compute_dtype"] = dtype_name(computed or "stored")
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
-                        run.update(options=settings)
+                        run.update(options=settings, adapter=None if config is None else digest_adapter(start))
                     if not options.resume and not options.no_check:
                         with blaming(f"{options.model}: the model fails on the first line"):
                             objective.check_causal(train[0], kind)
@@ -208,6 +243,41 @@ def _data(options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any]) -> 
     return train, held_out, name, hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
 
 
+def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path) -> tuple[Any, Any]:
+    """Where the run's adapter comes from (a directory, or the configuration of a new one) and its configuration; None
+    where it trains none. A resumed run's is in `start` on every rank afterwards."""
+    if not (options.peft or options.adapter):
+        return None, None
+    if options.resume or options.branch_from:
+        held = start if options.resume else RunDirectory(options.branch_from).adapter_start
+        for name in (ADAPTER_FILE, ADAPTER_WEIGHTS) if mesh is not None else ():
+            data = mesh.exchange.from_rank_0("the adapter", (held / name).read_bytes)
+            if mesh.rank:
+                start.mkdir(exist_ok=True)
+                (start / name).write_bytes(data)
+        held = held if mesh is None or mesh.rank == 0 else start
+        return held, known_config(held, kind)
+    if options.adapter:
+        return Path(options.adapter), known_config(Path(options.adapter), kind)
+    config = new_config(
+        options.peft, kind, str(Path(options.model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
+        targets=options.lora_targets, virtual_tokens=options.virtual_tokens,
+    )  # fmt: skip
+    return config, config
+
+
+def _prepared(
+    options: FinetuneOptions, source: Any, config: Any, start: Path, model: torch.nn.Module, base: CheckpointMap
+) -> tuple[torch.nn.Module, CheckpointMap]:
+    """The model and its map with the run's adapter, and with the parameters frozen that it does not train."""
+    if source is not None:
+        place = None if options.resume else start
+        model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
+    if options.train_only or options.freeze:
+        select(model, options.train_only, options.freeze)
+    return model, base
+
+
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
     """Whether the run continues what is in --out ("resume"), as asked or because torchrun restarted these ranks; the
     time that its chat template sees ("clock"); whether it began before examples had a hash ("legacy"); and what it
@@ -243,6 +313,9 @@ def _take_over(
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
     _compare(run, made_of, settings["train"] or f"{settings['data']} (task {settings['task']})")
+    start = run.record.get("adapter")
+    if start is not None and start != digest_adapter(run.adapter_start):
+        raise UsageError(f"{run.adapter_start}: is not the adapter that the run began with")
     with Journal.open(run.journal) as journal:
         if journal.torn:
             log(journal.torn)
@@ -292,7 +365,8 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}
-    needs = {"the checkpoint": size.total} if options.save != "none" and not run.has_checkpoint else {}
+    whole = options.merge or not (options.peft or options.adapter)  # an adapter is small
+    needs = {"the checkpoint": size.total} if whole and options.save != "none" and not run.has_checkpoint else {}
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:

@@ -167,6 +167,7 @@ class Parameters:
         self._units: list[tuple[list, list, list]] = []  # of each: parameters, their classes, placeholders
         self._versions: dict[int, list[int]] = {}  # of units that are shown: torch's counters of writes
         self._sums: dict[int, list[int]] = {}  # of the weights that some units show
+        self._by_sums: set[int] = set()  # units whose forwards move torch's counters and change nothing
 
     def take_over(self, unit: Unit) -> None:
         """Hides the parameters of the next unit for the first time. One on meta, or made in inference mode, is replaced
@@ -204,7 +205,7 @@ class Parameters:
         that torch counts."""
         params, classes, _ = self._units[unit.index]
         self._versions[unit.index] = show_parameters(params, classes, weights)
-        if summed:
+        if summed or unit.index in self._by_sums:
             self._sums[unit.index] = [checksum([value]) for value in weights]
 
     def show_each(self, params: Sequence[ParamInfo], weights: Sequence[torch.Tensor]) -> None:
@@ -223,10 +224,12 @@ class Parameters:
     def hide(self, unit: Unit) -> list[ParamInfo]:
         """Puts placeholders back; returns the parameters whose weights were written while they were shown."""
         sums = self._sums.pop(unit.index, None) if self._sums else None
-        changed = sums and [i for i, p in enumerate(unit.params) if checksum([p.tensor.detach()]) != sums[i]]
+        changed = [i for i, p in enumerate(unit.params) if checksum([p.tensor.detach()]) != sums[i]] if sums else []
         params, _, placeholders = self._units[unit.index]
         written = hide_parameters(params, AbsentParameter, placeholders, self._versions.pop(unit.index, []))
-        return [unit.params[i] for i in (sorted({*written, *changed}) if changed else written)]
+        if sums and written and not changed:  # as where a forward registers a parametrization
+            self._by_sums.add(unit.index)
+        return [unit.params[i] for i in (changed if sums else written)]
 
 
 def _poison(dtype: torch.dtype) -> float | int | bool:

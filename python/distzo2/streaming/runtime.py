@@ -101,6 +101,7 @@ class StreamingRuntime:
         self._presented: set[int] = set()  # units that such code has seen
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
+        self._frozen: set[int] = set()  # parameters whose `requires_grad` was taken away since the hand-over
         self._entered: set[int] = set()  # units that an ordinary forward has entered
         self._parks_always = False
         self._summed = False  # every change of weights is looked for, and not only those that torch counts
@@ -547,8 +548,21 @@ class StreamingRuntime:
 
     def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
         """Notes it. An optimizer that is made later, or the next step of one that trains it, raises what is wrong with
-        it: PEFT freezes and thaws adapters for as long as it leaves them out of a forward."""
+        it. Inside a pass nothing is noted: no gradient is made there, and PEFT freezes and thaws adapters for as long
+        as it leaves them out of a forward."""
+        if self._in_pass:
+            return
         param.requires_grad = value
+        (self._frozen.discard if value else self._frozen.add)(param.index)
+
+    def check_trained(self) -> None:
+        """
+        Raises:
+            DistZO2Error: a parameter that the optimizer trains was frozen since that was made.
+        """
+        for index in sorted(self._frozen & self.weights.updates.group_of.keys()):
+            name = self.params[index].name
+            raise DistZO2Error(f"parameter {name} is trained by an optimizer: freeze it before that is made")
 
     def in_forward(self) -> bool:
         """Whether a lane runs, or an ordinary forward."""

@@ -91,6 +91,7 @@ class Objective:
         pad_id: int,
         device: torch.device | str = "cpu",
         rule: Literal["mean", "sum"] = "mean",
+        in_front: int = 0,
     ) -> None:
         """
         Args:
@@ -100,11 +101,14 @@ class Objective:
             device: where batches go.
             rule: "mean": closures return the mean loss of their micro-batch. "sum": the sum of its losses and their
                 number, for a mean over all of the step.
+            in_front: positions in the logits before those of a batch, which a prompt of peft adds.
         """
+        self._in_front = in_front
         self.model, self.name, self._pad_id, self._device, self.rule = model, name, pad_id, device, rule
         if torch.device(device).type == "cuda":
             _never_packed()
-        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
+        self._takes_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """The tensors of a micro-batch."""
@@ -201,12 +205,15 @@ class Objective:
         if batch.choices is None and batch.labels is not None:
             logits = self.model(**inputs).logits.float()
             return logits, logits
-        columns = batch.columns
-        if batch.keep is not None:
+        columns, keep = batch.columns, batch.keep
+        if keep is None and self._in_front:
+            columns = columns + self._in_front
+        elif keep is not None:
+            keep = keep + self._in_front if self._in_front else keep
             if self._takes_keep:
-                inputs["logits_to_keep"] = batch.keep
+                inputs["logits_to_keep"] = keep
             else:
-                columns = batch.keep[columns]
+                columns = keep[columns]
         logits = self.model(**inputs).logits[batch.rows, columns].float()
         return logits, logits[batch.scored, batch.tokens] - logits.logsumexp(-1)[batch.scored]
 

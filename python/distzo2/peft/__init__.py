@@ -1,0 +1,1 @@
+"""Adapters of the peft package, and which parameters are trained."""

@@ -1,0 +1,104 @@
+"""The peft package, which is optional: whether it is there, and which of its adapters can be trained or loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from distzo2.checkpoint.reading import ADAPTER_FILE
+from distzo2.checkpoint.tensor_files import CheckpointError, read_json
+from distzo2.errors import DistZO2Error, blaming, one_line
+
+FLOOR = (0, 18)
+INSTALL = "pip install --no-build-isolation '.[hf]'"
+WORKING = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
+_WHY_NOT = {  # of types that are asked for
+    "ADALORA": "it cuts ranks by gradients, which a forward does not make",
+    "P_TUNING": "peft saves what its network makes and not the network, so that no run could resume it",
+    "XLORA": "its forward keeps the scalings of other adapters",
+    "POLY": "it needs task ids, which the data do not have",
+    "TRAINABLE_TOKENS": "its forward reads the embedding's weights itself; LoRA on embed_tokens works",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken out of the base
+_NOT_OF_LORA = {  # fields of its configuration that must be empty, and why
+    "layer_replication": "it makes another model",
+    "use_qalora": "it needs quantized weights",
+    "loftq_config": "it needs quantized weights",
+    "alora_invocation_tokens": "its forward looks for tokens in the whole input",
+    "arrow_config": "it routes between other adapters",
+    "trainable_token_indices": _WHY_NOT["TRAINABLE_TOKENS"],
+}
+
+
+def peft_library() -> Any:
+    """The module `peft`.
+
+    Raises:
+        DistZO2Error: it is not installed, or older than what is tested.
+    """
+    floor = ".".join(map(str, FLOOR))
+    try:
+        import peft
+    except ImportError as error:
+        found = "is not installed" if error.name == "peft" else f"cannot be imported ({one_line(error)})"
+        raise DistZO2Error(f"an adapter needs the package peft, {floor} or later, which {found}: {INSTALL}") from error
+    if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < FLOOR:
+        raise DistZO2Error(f"peft {peft.__version__} is installed, {floor} or later is expected: {INSTALL}")
+    return peft
+
+
+def read_config(directory: Path) -> Any:
+    """The checked `PeftConfig` of an adapter's directory, as one to be trained further.
+
+    Raises:
+        CheckpointError: there is no adapter. DistZO2Error: one that cannot be used.
+    """
+    if not (directory / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"{directory}: expected the directory of an adapter, with {ADAPTER_FILE}")
+    with blaming(f"{directory / ADAPTER_FILE}: not a configuration that peft knows"):
+        config = peft_library().PeftConfig.from_pretrained(str(directory))
+    check(config, str(directory), new=False)
+    config.inference_mode = False  # else prompts are read past the forward of their module
+    return config
+
+
+def method_of(directory: str | None) -> str | None:
+    """What `--peft` calls the adapter in a directory, by its configuration; None where there is none."""
+    path = Path(directory or "", ADAPTER_FILE)
+    if directory is None or not path.is_file():
+        return None
+    return {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}.get(read_json(path).get("peft_type"), "lora")
+
+
+def kind_of(config: Any) -> str:
+    """What peft calls a type of adapter, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def check(config: Any, where: str, *, new: bool) -> None:
+    """
+    Raises:
+        DistZO2Error: forwards alone cannot train, or with `new` not initialise, an adapter of `config`.
+    """
+    kind = kind_of(config)
+    if kind not in WORKING:
+        why = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""
+        raise DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
+    if getattr(config, "prefix_projection", False):
+        raise DistZO2Error(f"{where}: prefix_projection: peft saves the prefix and not the network that makes it")
+    if kind != "LORA":
+        return
+    for name, why in _NOT_OF_LORA.items():
+        if getattr(config, name, None):
+            raise DistZO2Error(f"{where}: LoRA with {name} is not supported: {why}")
+    start = config.init_lora_weights
+    if new and (start not in (True, False, "gaussian") or config.use_dora):
+        asked = "use_dora" if config.use_dora else f"init_lora_weights={start!r}"
+        raise DistZO2Error(
+            f"{where}: {asked} starts from the base's weights or gradients, which are not loaded yet: make the adapter "
+            "with peft, save it, and give its directory"
+        )
+    if str(start).lower().startswith(_CHANGES_BASE):
+        advice = "save it with peft's path_initial_model_for_weight_conversion"
+        raise DistZO2Error(f"{where}: init_lora_weights={start!r} has changed the base's weights: {advice}")

@@ -1,0 +1,117 @@
+"""A base checkpoint and an adapter become a whole checkpoint, one adapted layer in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from distzo2.checkpoint.mapping import CheckpointMap
+from distzo2.checkpoint.pretrained import open_checkpoint
+from distzo2.checkpoint.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
+from distzo2.checkpoint.writing import CheckpointWriter
+from distzo2.errors import DistZO2Error, blaming
+from distzo2.peft.adapters import NAME, keys_of, read_adapter, wrap
+from distzo2.peft.library import read_config
+
+
+@torch.no_grad()
+def merge_adapter(
+    base_dir: str | os.PathLike,
+    adapter_dir: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the base checkpoint with an adapter merged into it, with the bits of peft's `merge_and_unload`. Memory is
+    the adapter and two copies of the largest layer that it changes.
+
+    Args:
+        dtype: that of the base's weights, as for `distzo2.from_pretrained`.
+        overwrite: as for `distzo2.save_pretrained`.
+
+    Raises:
+        DistZO2Error: the adapter does not merge into weights, or only into a weight that another module shares.
+    """
+    adapter = Path(adapter_dir)
+    config = read_config(adapter)
+    if config.is_prompt_learning:
+        raise DistZO2Error(f"{adapter}: a prompt or prefix cannot be merged into weights; the adapter is all there is")
+    model, base = open_checkpoint(base_dir, dtype=dtype)
+    with closing(base):
+        names = {id(p): name for name, p in model.named_parameters()}
+        users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        wrapped = wrap(model, config)
+        params, keys = dict(wrapped.named_parameters()), keys_of(wrapped)
+        values = read_adapter(adapter, keys, params)
+        trained: dict[str, torch.Tensor] = {}  # by name in the base: what stands in the place of its weights
+        for name, key in keys.items():
+            original = params[name.replace(f".modules_to_save.{NAME}.", ".original_module.")]
+            if id(original) in names:
+                trained[names[id(original)]] = values[key].to(original.dtype)
+            else:
+                params[name].data = values[key]
+        with CheckpointWriter(base, out_dir, overwrite=overwrite) as writer:
+            written = set()
+            for layer in _layers(wrapped):
+                for name, value in _merged(layer, names, users, base, trained).items():
+                    writer.write(name, value)
+                    written.add(name)
+            for name in trained.keys() - written:
+                writer.write(name, trained[name])
+            rest = [name for name in base.names if name not in written | trained.keys()]
+            rows = [{"name": name, "index": 0, "group": None} for name in rest]
+            apply_updates(base, writer, plan_pieces(base, rows, PIECE_BYTES), NO_STEPS, None, tqdm(disable=True))
+
+
+def _layers(model: Any) -> list[Any]:
+    """The outermost layers of peft in a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: list[tuple[str, Any]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not any(name.startswith(f"{outer}.") for outer, _ in found[-1:]):
+            found.append((name, module))
+    return [module for _, module in found]
+
+
+def _merged(
+    layer: Any,
+    names: dict[int, str],
+    users: Counter[int],
+    base: CheckpointMap,
+    trained: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The base's weights in one layer, by name, after its adapter was merged into them. They are on meta again."""
+    inner = layer.get_base_layer()
+    own = {key: p for key, p in inner._parameters.items() if p is not None and id(p) in names}
+    for key, p in own.items():
+        name = names[id(p)]
+        value = trained.get(name)
+        if value is None:
+            value = torch.empty(p.shape, dtype=p.dtype)
+            base.read(name, value)
+        inner._parameters[key] = nn.Parameter(value, requires_grad=False)
+        if users[id(p)] > 1:
+            raise DistZO2Error(
+                f"the adapter is on {name}, which another module shares: merged, it would change that too. Use it with "
+                "--adapter instead"
+            )
+    where = next(iter(names[id(p)] for p in own.values()), type(inner).__name__)
+    with blaming(f"merging into {where}"):
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        else:
+            layer.merge()
+    result = {}
+    for key, p in own.items():
+        result[names[id(p)]] = inner._parameters[key].data
+        inner._parameters[key] = p
+    return result

@@ -1,0 +1,34 @@
+"""Merged checkpoints have the bits of peft's `merge_and_unload`, whatever the adapter is on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from checkpoint_models import stored
+from same_bits import assert_same_tensors
+from tiny_peft import CONFIGS, adapted, base_for
+
+import distzo2
+from distzo2.errors import DistZO2Error
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if not c.is_prompt_learning])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base_for(name).to(dtype).save_pretrained(tmp_path / "base")
+    adapted(name).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    distzo2.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base_for(name).to(dtype), tmp_path / "adapter").merge_and_unload()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_tensors(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
+    with pytest.raises(DistZO2Error, match="already holds"):
+        distzo2.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+
+
+def test_what_does_not_merge(tmp_path: Path) -> None:
+    adapted("prefix").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DistZO2Error, match="a prompt or prefix cannot be merged into weights"):
+        distzo2.merge_adapter(tmp_path, tmp_path / "adapter", tmp_path / "out")
