@@ -71,6 +71,16 @@ def of_ranks(rows: list[Row]) -> list[Figure]:
     return [figure(row["what"], row["seconds"], "s", {"faults": len(row["found"])}, "0 faults") for row in rows]
 
 
+def of_signal(rows: list[Row]) -> list[Figure]:
+    """The correlation of a step's differences with those in float32."""
+    return [
+        figure(f"signal in {row['dtype']} at eps {row['eps']:g}", row["correlation"] or 0.0, "",
+               {"error": row["relative_error"] or 0.0, "s": row["seconds"]},
+               "0.99 and more at 1e-3" if row["dtype"] == "tf32" else "")
+        for row in rows if row["dtype"] != "float32"
+    ]  # fmt: skip
+
+
 def of_kernels(rows: list[Row]) -> list[Figure]:
     """G elements/s beside what memory and the schedulers allow."""
     found = []
@@ -169,7 +179,7 @@ def figures_of(name: str, scratch: Path, details: dict[str, list[Row]]) -> list[
         return of_steps(details.get("large_step", []), name.removeprefix("step-"))
     if name.startswith("ranks-"):
         return of_ranks(details.get(name, []))
-    readers = {"normals": of_normals, "kernels": of_kernels, "copies": of_copies, "item": of_items}
+    readers = {"normals": of_normals, "kernels": of_kernels, "copies": of_copies, "item": of_items, "signal": of_signal}
     return readers[name](details.get(name, [])) if name in readers else []
 
 
@@ -183,7 +193,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def collect(scratch: Path, seconds: int) -> dict[str, Any]:
     """All that there is so far."""
-    names = ("normals", "ranks-nccl", "ranks-gloo", "large_step", "kernels", "copies", "item")
+    names = ("normals", "ranks-nccl", "ranks-gloo", "large_step", "signal", "kernels", "copies", "item")
     details = {name: rows for name in names if (rows := read_rows(scratch / f"{name}.json"))}
     rows = []
     for line in (scratch / "rows").read_text().splitlines():

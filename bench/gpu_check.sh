@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command and under 8 minutes: builds for this GPU, then runs the rows below in
 # the order of their worth, each within a time limit: ranks over NCCL, tests on the GPU, ranks over gloo, normals beside
-# the CPU's, steps of OPT-13B, kernels, copies, compute-sanitizer, the runtime's C++ tests over libcuda, the Python suite.
+# the CPU's, steps of OPT-13B, the signal of a step by dtype, kernels, copies, compute-sanitizer, the runtime's C++ tests over libcuda, the Python suite.
 # After each row gpu-check.json is written anew into the folder given (default: bench/results), so that a run that is cut
 # short keeps what it has; at the end stand a table on the terminal, gpu-check.log and gpu-check.png beside it.
 # Needs Python 3.11 or later with a CUDA torch (2.11 or later), pytest and hypothesis, nvcc, 32 GiB of free host memory,
@@ -104,11 +104,12 @@ export -f build driver_tests
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 spread=()
 "$python" -c 'import xdist' 2> /dev/null && [ "$device" = cuda ] && spread=(-n 8 --dist worksteal)
-normals=() large=() kernels=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
+normals=() large=() kernels=() signal=() copies=(--rounds 5 --mib 64,256 --total-mib 2048) item=()
 if [ "$device" = cpu ]; then
     normals=(--backends reference --log2 20)
     large=(--model tiny --tokens 32 --batches 1,2 --probes 4 --repeats 2)
     kernels=(--dtypes bfloat16)
+    signal=(--layers 1 --batch 1 --tokens 16 --probes 2)
     copies=(--rounds 2 --mib 4 --total-mib 32 --skip-disk)
     item=(--mib 16)
 fi
@@ -153,6 +154,7 @@ wait "${background[@]}"
 large_step resident 75 bare resident
 large_step streamed 75 streamed
 large_step zo2 60 zo2
+bench signal 40 check_signal "${signal[@]}"
 bench kernels 60 bench_kernels --quick "${kernels[@]}"
 bench copies 40 bench_copy "${copies[@]}"
 bench item 25 bench_item "${item[@]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOMS = (
     "cli",
+    "integrations",
     "planning",
     "run",
     "datasets",

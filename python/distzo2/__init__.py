@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from distzo2.peft.adapters import adapter, save_adapter
     from distzo2.peft.merging import merge_adapter
     from distzo2.record.weight_file import WeightFile
-    from distzo2.streaming.offload import edit, evaluate, offload, runtime_of, state_dict
+    from distzo2.streaming.lanes import current_lane
+    from distzo2.streaming.offload import edit, evaluate, offload, present, runtime_of, state_dict
 
 # As distzo2_core says, which may be imported only when CUDA has started.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -27,12 +28,14 @@ _MODULE_OF = {
     "ZOSGD": "optim.zosgd",
     "StepRecord": "optim.settings",
     "adapter": "peft.adapters",
+    "current_lane": "streaming.lanes",
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
     "generate_batch": "generation.generate",
     "from_pretrained": "checkpoint.pretrained",
     "merge_adapter": "peft.merging",
     "offload": "streaming.offload",
+    "present": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_adapter": "peft.adapters",
     "save_pretrained": "checkpoint.pretrained",
@@ -47,12 +50,14 @@ __all__ = [
     "WeightFile",
     "__version__",
     "adapter",
+    "current_lane",
     "edit",
     "evaluate",
     "from_pretrained",
     "generate_batch",
     "merge_adapter",
     "offload",
+    "present",
     "runtime_of",
     "save_adapter",
     "save_pretrained",

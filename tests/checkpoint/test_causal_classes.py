@@ -102,6 +102,8 @@ def check(model_type: str, directory: Path) -> None:
     assert_same_tensors(type(plain).from_pretrained(directory / "out").state_dict(), steps[1])
 
 
+# Classes whose bits depend on where in memory their parameters lie, within a rounding of float32.
+ALIGNED_BITS = {"inkling2_text"}
 FEW = (
     "opt", "gpt2", "bloom", "deepseek_v2", "deepseek_v3", "falcon_mamba", "gemma3n_text", "jamba", "mamba2", "mixtral",
     "qwen3_next", "reformer", "zamba2",
@@ -117,3 +119,34 @@ def test_some_causal_classes(model_type: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", sorted(TYPES.keys() - {*FEW} - NOT_BUILT.keys()))
 def test_all_causal_classes(model_type: str, tmp_path: Path) -> None:
     check(model_type, tmp_path)
+
+
+def check_computed(model_type: str, directory: Path) -> None:
+    """Stored in bfloat16 and computed in float32: the bits of the plain model after `.float()`, in files as stored."""
+    options = {"attn_implementation": "eager", "dtype": torch.bfloat16}
+    made = build(model_type)
+    made.save_pretrained(directory / "in")
+    plain = type(made).from_pretrained(directory / "in", **options)
+    stored = plain.state_dict()
+    plain.float().requires_grad_(False).config.use_cache = False
+    more = {"units": UNITS.get(model_type), "compute_dtype": torch.float32}
+    model = distzo2.from_pretrained(directory / "in", weights="host", **options, **more)
+    model.config.use_cache = False
+    with torch.no_grad():
+        found, expected = logits_of(model), logits_of(plain)
+    bound = 1e-6 if model_type in ALIGNED_BITS else 0
+    assert found.dtype == torch.float32 and (found - expected).abs().nan_to_num().max() <= bound
+    assert_same_tensors(model.state_dict(), stored)
+    distzo2.save_pretrained(model, directory / "out")
+    assert_same_tensors(type(plain).from_pretrained(directory / "out", **options).state_dict(), stored)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(t, marks=[] if t in FEW[:2] else [pytest.mark.slow])
+        for t in sorted(TYPES.keys() - NOT_BUILT.keys())
+    ],
+)
+def test_causal_classes_that_compute_in_another_dtype(model_type: str, tmp_path: Path) -> None:
+    check_computed(model_type, tmp_path)

@@ -39,3 +39,14 @@ def test_two_ranks_have_the_weights_of_one(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert f"checksum of the weights {alone & (2**64 - 1):016x}" in ran.stdout and "pert=2" in ran.stdout
+
+
+def test_the_trainer_learns_and_continues(tmp_path: Path) -> None:
+    main = run_path(str(ROOT / "examples/trainer.py"))["main"]
+    once = main(str(tmp_path / "run"), 80)["eval_loss"]
+    assert main(str(tmp_path / "run"), 100)["eval_loss"] < once < 2.5  # 16 tokens: log 16 is 2.77
+
+
+def test_sft_with_an_adapter_learns(tmp_path: Path) -> None:
+    losses = run_path(str(ROOT / "examples/sft_lora.py"))["main"](str(tmp_path / "run"))
+    assert losses[-1] < losses[0] and (tmp_path / "run/adapter_model.safetensors").is_file()

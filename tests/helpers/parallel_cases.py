@@ -93,6 +93,7 @@ def train(
     *,
     weights: str = "disk",
     dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
     steps: int = 6,
     micro_batches: int = 2,
     journal: str | None = None,
@@ -106,7 +107,7 @@ def train(
     """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
     if shape is not None:
         mesh_of(*shape, slice=slices)
-    model = tower(weights, directory / f"rank{rank}", dtype, device=device)
+    model = tower(weights, directory / f"rank{rank}", dtype, device=device, compute_dtype=compute)
     if journal is not None:
         options |= {"journal": directory / journal, "resume": resume}
     opt = optimizer(model, **options)
@@ -137,10 +138,11 @@ def half_used(
     sharded: bool = False,
     steps: int = 5,
     journal: str | None = None,
+    known: bool = False,
     **options: Any,
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Steps that enter the second half of the blocks on even steps only, and the last block never; closures return
-    sums and counts. As `train`."""
+    sums and counts, or, where the step's count is `known`, sums. As `train`."""
     if shape is not None:
         mesh_of(*shape, slice=slices)
     model = tower(weights, directory / f"rank{rank}", write_every=2)
@@ -151,9 +153,10 @@ def half_used(
     while opt.step_count < steps:
         model.depth = 2 if opt.step_count % 2 else 4
         batches = [batch(10 * opt.step_count + m) for m in range(2)]
-        closures = [lambda b=b: (model(b) * b.numel(), b.numel()) for b in batches]
-        opt.step(uneven_share(closures, rank, world_size) if sharded else closures, sharded=sharded)
-        assert [len(set(row)) for row in opt.last.counts] == [2, 2]
+        closures = [lambda b=b: model(b) * b.numel() if known else (model(b) * b.numel(), b.numel()) for b in batches]
+        count = sum(b.numel() for b in batches) if known else None
+        opt.step(uneven_share(closures, rank, world_size) if sharded else closures, sharded=sharded, count=count)
+        assert known or [len(set(row)) for row in opt.last.counts] == [2, 2]
         history.append((opt.last.losses, opt.last.counts, opt.last.coefs, opt.last.unused))
     state = state_of(model)
     opt.close()
@@ -202,7 +205,8 @@ def disagree(rank: int, world_size: int, shape: tuple[int, int], directory: Path
         if other == "kind":
             opt.verify_replicas()
         else:
-            opt.step(closures_of(model, 1, 4 - (other == "closures")), tokens=5 + (other == "tokens"))
+            count = 4 + (other == "count") if what == "count" else None
+            opt.step(closures_of(model, 1, 4 - (other == "closures")), tokens=5 + (other == "tokens"), count=count)
     except distzo2.DistZO2Error as error:
         told = f"{type(error).__name__}: {error}"
     opt.param_groups[0]["lr"], opt._progress.step = 1e-2, 1

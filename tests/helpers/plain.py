@@ -44,9 +44,7 @@ def plain_loop(
     params = [(i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if trainable(n)]
     history = []
     stored = {n: p.data for n, p in model.named_parameters()}
-    kept = {
-        b: b.dtype for b in model.buffers() if compute == torch.float32 and b.dtype in (torch.float16, torch.bfloat16)
-    }
+    kept = {b: b.dtype for b in model.buffers() if compute and b.dtype in (torch.float16, torch.bfloat16)}
     for b in kept:
         b.data = b.data.to(compute)
     for step, micro_batches in enumerate(closures):

@@ -37,8 +37,8 @@ def train_with(rank: int, world_size: int, shape: tuple[int, int], directory: Pa
         slice_choice.Slicing = lambda node, _, *rest: slicing(node, [1.0 + r for r in range(node.size)], *rest)
     if what == "write_every":
         cases.tower = functools.partial(tower, write_every=3)
-    if what == "memory_budget":  # room for two of the five blocks beside what streaming needs
-        cases.tower = functools.partial(tower, memory_budget=36_000)
+    if what == "memory_budget":  # room for one of the five blocks beside what streaming needs
+        cases.tower = functools.partial(tower, memory_budget=24_000, slots=2)
     if what == "waves":
         options["max_lanes"] = 1
     try:
@@ -169,6 +169,64 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
     return [(seen, opt.last.losses), state_of(model)]
 
 
+def with_reference(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
+    """Closures call another model in slices too, and gather metrics as trainers do."""
+    if shape is not None:
+        mesh_of(*shape, slice=True)
+    model = tower("disk", directory / f"rank{rank}")
+    reference = Tower(seed=9).requires_grad_(False)
+    distzo2.offload(reference, weights="disk", directory=directory / f"reference{rank}")
+
+    def closure(inputs: torch.Tensor) -> torch.Tensor:
+        first = reference(inputs)
+        if shape is not None:
+            dist.all_gather_object([None] * world_size, first)
+        with distzo2.present(reference.head), distzo2.present(model.blocks[1]):
+            x = reference.embedding(inputs) @ reference.head.weight.T + model.blocks[1][0].weight.sum()
+            return (model(inputs) - first + reference(inputs.flip(0)) * x.square().mean()).square()
+
+    opt = optimizer(model)
+    for step in range(4):
+        opt.step([functools.partial(closure, batch(100 * step + m)) for m in range(2)])
+    return [opt.last.losses, state_of(model)]
+
+
+WAITS = {
+    "mesh.barrier": lambda rank: distzo2.parallel.current().barrier(),
+    "parallel.barrier": lambda rank: distzo2.parallel.barrier(),
+    "barrier": lambda rank: dist.barrier(),
+    "all_gather_object": lambda rank: dist.all_gather_object([None, None], rank),
+    "all_reduce": lambda rank: dist.all_reduce(torch.ones(1), group=dist.group.WORLD),
+    "broadcast": lambda rank: dist.broadcast(torch.ones(3), 0),
+}
+
+
+def waits(rank: int, world_size: int, directory: Path, how: str) -> Any:
+    """Rank 1 waits for rank 0, which evaluates, alone, on the weights of both."""
+    plain = dist.barrier
+    model, opt = started(rank, directory, (1, 2) if world_size > 1 else None, slices=True)
+    seen = []
+    for step in range(3):
+        opt.step(closures_of(model, step, 2))
+        for i in range(2 * (1 - rank)):
+            time.sleep(0.05)  # the other rank waits already
+            seen.append(loss_of(model, i))
+        if world_size > 1:
+            WAITS[how](rank)
+        model.train()
+    if how == "barrier" and world_size > 1:
+        assert dist.barrier is not plain
+        distzo2.parallel.shutdown()
+        assert dist.barrier is plain is dist.distributed_c10d.barrier
+    return seen, opt.last.losses
+
+
+def waits_for_another(rank: int, world_size: int, directory: Path) -> None:
+    """Rank 1 waits in a barrier of torch.distributed for a rank that makes a step."""
+    model, opt = started(rank, directory, (1, 2), slices=True)
+    dist.barrier() if rank else opt.step(closures_of(model, 0, 2))
+
+
 def broken_slice(rank: int, world_size: int, directory: Path) -> None:
     """A bit of every page of rank 1's block file, whose name is gone, flips after step 1."""
     model, opt = started(rank, directory, (1, world_size), slices=True)
@@ -286,7 +344,8 @@ def hand_over(rank: int, world_size: int, directory: Path, what: str) -> None:
             place.write_text("a file")
         if what == "alone" and rank == 0:
             return
-        tower("disk", place, **({"memory_budget": (36_000, 80_000)[rank]} if what == "memory_budget" else {}))
+        budget = {"memory_budget": (24_000, 80_000)[rank], "slots": 2}
+        tower("disk", place, **(budget if what == "memory_budget" else {}))
 
 
 def small_llama(seed: int) -> nn.Module:

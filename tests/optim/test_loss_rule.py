@@ -103,6 +103,38 @@ def test_the_cut_of_a_step_does_not_matter() -> None:
         assert abs(of_means - whole) > 1e-3 and other != pytest.approx(coef, rel=1e-3)
 
 
+@pytest.mark.parametrize("returns", [torch.sum, lambda x: x, lambda x: float(x.sum()), lambda x: (x.sum(), 1)])
+def test_the_number_of_losses_may_be_known_beforehand(returns: Callable[..., Any], tmp_path: Path) -> None:
+    """With it, closures return sums; with 1, what they have divided by the number already, as Trainer's do."""
+    found, num = [], IDS.numel()
+    for kind, count in ((counted, None), (returns, num), (returns, torch.tensor(num)), (lambda x: x.sum() / num, 1)):
+        model, opt = stepping(Blocks(), eps=EPS, journal=tmp_path / f"{len(found)}.jsonl")
+        opt.step(closures_of(model, kind), count=count)
+        found.append(opt.last)
+        opt.close()
+    for last in found[1:]:
+        assert last.loss == pytest.approx(found[0].loss, rel=1e-14)
+        assert last.coefs == pytest.approx(found[0].coefs, rel=1e-9)
+        assert last.difference == pytest.approx(found[0].difference, rel=1e-9)
+        assert last.counts is None and last.loss == pytest.approx(np.mean(last.losses), rel=1e-14)
+    assert found[1].coefs == found[2].coefs and found[1].losses == found[2].losses
+
+
+@pytest.mark.parametrize(
+    ("returns", "count", "reason"),
+    [
+        (mean, 0, "count=0.0: expected a finite number above 0"),
+        (mean, math.nan, "count=nan"),
+        (counted, 21, "step 0: count=21 was given, and closures returned counts too"),
+    ],
+)
+def test_a_count_that_cannot_be_is_refused(returns: Callable[..., Any], count: float, reason: str) -> None:
+    model, opt = stepping(Blocks())
+    with pytest.raises(distzo2.DistZO2Error, match=reason):
+        opt.step(closures_of(model, returns), count=count)
+    assert opt.step_count == 0
+
+
 def test_a_mean_counts_as_one() -> None:
     model, opt = stepping(Blocks(), eps=EPS)
     opt.step([lambda: token_losses(model, 0, 5).mean(), lambda: counted(token_losses(model, 5, 21))])

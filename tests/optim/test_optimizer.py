@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,6 +114,15 @@ def test_a_non_finite_loss_is_not_applied(tmp_path):
     assert all(not e.update.terms for e in entries[1:])
 
 
+def test_a_step_without_closures_is_none(tmp_path):
+    model, opt = stepping(Blocks(), tmp_path, journal=tmp_path / "journal.jsonl")
+    before = model.state_dict()
+    assert opt.step() is None and opt.step(None) is None and opt.step_count == 0 and opt.last is None
+    assert_same_tensors(model.state_dict(), before)
+    with pytest.raises(distzo2.DistZO2Error, match="a closure or a non-empty list"):
+        opt.step([])
+
+
 def test_a_state_dict_continues_with_the_same_bits(tmp_path):
     def run(steps, model, opt):
         return [opt.step(lambda: model(IDS)).item() for _ in range(steps)]
@@ -128,6 +138,46 @@ def test_a_state_dict_continues_with_the_same_bits(tmp_path):
     assert fresh_opt.param_groups[0]["lr"] == 1e-2
     assert run(3, fresh, fresh_opt) == expected
     assert_same_tensors(fresh.state_dict(), final)
+
+
+@pytest.mark.parametrize("journal", [None, "journal.jsonl"])
+def test_an_optimizers_own_state_may_be_loaded_at_any_time(journal, tmp_path):
+    """As accelerate does. What is loaded changes no bit."""
+
+    def run(name, interrupts):
+        path = tmp_path / f"{name}-{journal}" if journal else None
+        model, opt = stepping(Blocks(), tmp_path, journal=path, weight_decay=0.1, num_probes=2)
+        opt.register_load_state_dict_pre_hook(lambda opt, state: None)
+        for _ in range(3):
+            opt.step(lambda: model(IDS))
+            if interrupts:
+                buffer = io.BytesIO()
+                torch.save(opt.state_dict(), buffer)
+                buffer.seek(0)
+                opt.load_state_dict(torch.load(buffer, weights_only=True))
+                opt.load_state_dict(opt.state_dict())
+        return model, opt
+
+    (plain, _), (model, opt) = run("plain", False), run("loaded", True)
+    assert_same_tensors(model.state_dict(), plain.state_dict())
+    state = opt.state_dict()
+    state["param_groups"][0]["lr"] = 0.5
+    opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.5
+    opt.step(lambda: model(IDS))
+    if journal:
+        before = model.state_dict()
+        for other in (state, stepping(Blocks(), seed=9)[1].state_dict()):
+            with pytest.raises(distzo2.DistZO2Error, match=r"writes the journal .*loaded-journal.*resume=True"):
+                opt.load_state_dict(other)
+        assert_same_tensors(model.state_dict(), before)
+        opt.close()
+        resumed = offloaded(Blocks())
+        options = {"weight_decay": 0.1, "num_probes": 2, "journal": tmp_path / f"loaded-{journal}", "resume": True}
+        again = distzo2.ZOSGD(resumed, lr=0.1, **options)
+        again.load_state_dict(opt.state_dict())
+        assert again.param_groups[0]["lr"] == 0.5
+        assert_same_tensors(resumed.state_dict(), before)
 
 
 def test_state_dict_of_a_part_and_strict_loading(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ import distzo2
 from distzo2.checkpoint.replay import replay
 from distzo2.record import writer as journal_writer
 from distzo2.record.journal import read_journal
+from distzo2.record.line import encode_line
 
 
 def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
@@ -79,7 +81,8 @@ def test_a_journal_names_its_checkpoint_only_while_the_weights_are_those(tmp_pat
     opt = distzo2.ZOSGD(model, lr=1e-2, journal=tmp_path / "journal")
     opt.step(case.closure(model))
     opt.close()
-    assert read_journal(tmp_path / "journal").header["base"] == {"name": "", "files": {}}
+    base = read_journal(tmp_path / "journal").header["base"]
+    assert base.keys() == {"name", "files", "checksums"} and base["files"] == {}
     with pytest.raises(distzo2.DistZO2Error):
         replay(tmp_path / "base", tmp_path / "journal", tmp_path / "out", progress=False)
 
@@ -118,13 +121,26 @@ def test_groups_cannot_change_under_a_journal_and_a_bad_group_is_rolled_back(tmp
     opt.close()
 
 
-def test_a_16_bit_loss_is_warned_about_once():
+class Coarse:
+    """A closure whose loss, near 0.74, has 16 bits."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self):
+        return (0.2 * self.model(IDS)).bfloat16()
+
+
+@pytest.mark.parametrize("closure", [lambda loss: lambda: loss(), lambda loss: loss, functools.partial])
+def test_a_16_bit_loss_is_warned_about_once_with_its_spacing_and_its_place(closure):
     model, opt = stepping(Blocks())
-    with pytest.warns(UserWarning, match="float32"):
-        opt.step(lambda: model(IDS).bfloat16())
+    closure = closure(Coarse(model))
+    where = r"test_safety\.py:\d+ returned a loss in bfloat16: near 0\.\d+ it is quantised to 0\.004, .* in float32"
+    with pytest.warns(UserWarning, match=where):
+        opt.step([closure] * 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opt.step(lambda: model(IDS).bfloat16())
+        opt.step(closure)
 
 
 def test_per_example_losses_and_plain_numbers():
@@ -142,3 +158,66 @@ def test_check_finds_a_forward_that_is_not_deterministic():
     calls = iter(range(100))
     with pytest.raises(distzo2.DistZO2Error, match="not deterministic"):
         opt.check(lambda: model(IDS) + next(calls))
+
+
+@pytest.mark.parametrize("how", ["resumed", "branched"])
+@pytest.mark.parametrize("weights", ["host", "disk", "weight file"])
+def test_a_run_goes_on_from_the_weights_that_it_began_with_alone(how, weights, tmp_path):
+    """There are no files that could tell: checksums of parameters in the header do."""
+    path = tmp_path / "journal.jsonl"
+
+    def run(change=lambda model: None, journal=path, steps=0, **options):
+        """A model that is built in code and handed over, and steps."""
+        model, kept = Blocks(), {}
+        with torch.no_grad():
+            change(model)
+        if weights == "weight file":
+            kept["weight_file"] = distzo2.WeightFile(journal.with_suffix(".dzo2"), journal)
+        where = "host" if weights == "host" else "disk"
+        distzo2.offload(model, weights=where, directory=tmp_path, units=options.pop("units", None), **kept)
+        try:
+            opt = distzo2.ZOSGD(model, lr=1e-2, journal=journal, **options)
+            for _ in range(steps):
+                opt.step(lambda: model(IDS))
+            opt.close()
+            return model.state_dict(), opt.step_count
+        finally:
+            distzo2.runtime_of(model).close()
+
+    expected, _ = run(journal=tmp_path / "whole.jsonl", steps=4)
+    run(steps=2)
+    before = path.read_bytes()
+    numbers = iter(range(9))
+
+    def again(change=lambda model: None, **options):
+        if how == "resumed":
+            return run(change, resume=True, **options)
+        return run(change, tmp_path / f"branch{next(numbers)}.jsonl", branch_from=(path, None), **options)
+
+    def touched(model):
+        model.blocks[2][0].bias[3] += 1e-6
+        model.head.weight[0, 0] *= -1
+
+    if not (weights == "weight file" and how == "resumed"):  # what the file holds is the run's, whatever is handed over
+        with pytest.raises(distzo2.DistZO2Error, match=r"2 of 10 parameters differ, first blocks\.2\.0\.bias"):
+            again(touched)
+        with pytest.raises(distzo2.DistZO2Error, match=r"1 of 10 parameters differ, first head\.weight"):
+            again(lambda model: model.head.weight.neg_(), units=["blocks.*.0"])
+        assert path.read_bytes() == before
+    state, num_steps = again(steps=2)
+    assert num_steps == 4
+    assert_same_tensors(state, expected)
+
+
+def test_older_journals_have_no_checksums_and_resume(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    model, opt = stepping(Blocks(), journal=path)
+    opt.step(lambda: model(IDS))
+    opt.close()
+    header = read_journal(path).header
+    del header["base"]["checksums"]
+    path.write_bytes(encode_line(header, 1 << 20) + path.read_bytes().splitlines(True)[1])
+    for options in ({"journal": path, "resume": True}, {"journal": tmp_path / "b", "branch_from": (path, None)}):
+        again, opt = stepping(Blocks(), **options)
+        opt.close()
+        assert_same_tensors(again.state_dict(), model.state_dict())

@@ -38,6 +38,23 @@ def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, sli
             assert_same_run(result, alone(**same))
 
 
+WIDE = {"dtype": torch.bfloat16, "compute": torch.float32}
+
+
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("name", ["pert=2", "data=2", "pert=2,data=2"])
+def test_a_mesh_that_computes_in_another_dtype(ranks: Ranks, alone: Any, name: str, slices: bool, tmp_path: Path):
+    """It has the bits of one rank, and one rank goes on with its journal."""
+    shape, _ = MESHES[name]
+    run = functools.partial(cases.train, slices=slices, journal="journal.jsonl", **WIDE)
+    expected, before = alone(**WIDE), functools.partial(run, steps=3)
+    for history, _ in ranks.values(before, shape[0] * shape[1], shape, tmp_path):
+        assert history == expected[0][:3]
+    history, state = cases.train(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, **WIDE)
+    assert_same_run((expected[0][:3] + history, state), expected)
+    assert expected[0] != alone(dtype=torch.bfloat16)[0]
+
+
 @pytest.mark.parametrize("sharded", [True, "data"])
 @pytest.mark.parametrize(("shape", "slices"), [((1, 4), False), ((2, 2), False), ((2, 2), True)], ids=str)
 def test_lists_of_the_ranks_own_closures(ranks: Ranks, alone: Any, shape, slices, sharded: Any, tmp_path: Path):
@@ -54,13 +71,15 @@ def test_lists_of_the_ranks_own_closures(ranks: Ranks, alone: Any, shape, slices
         ((1, 2), {"sharded": True, "slices": True}),
         ((2, 1), {"slices": True, "weights": "host"}),
         ((2, 2), {"slices": True}),
+        ((1, 2), {"sharded": True, "known": True}),
     ],
     ids=str,
 )
 def test_sums_and_unused_units_on_ranks_have_the_bits_of_one(ranks: Ranks, shape, options, tmp_path: Path):
     """Rank 0 resumes its journal with the other ranks, and then alone."""
     size, run = shape[0] * shape[1], functools.partial(cases.half_used, **options)
-    alone = cases.half_used(0, 1, None, tmp_path / "alone", weights="device")
+    known = options.get("known", False)
+    alone = cases.half_used(0, 1, None, tmp_path / "alone", weights="device", known=known)
     used = [unused for *_, unused in alone[0]]
     assert (
         used[0] == used[2] and used[1] == used[3] and used[0][0][0] > used[1][0][0] and used[0][0][1] == used[1][0][1]
@@ -71,7 +90,7 @@ def test_sums_and_unused_units_on_ranks_have_the_bits_of_one(ranks: Ranks, shape
         again = functools.partial(run, steps=steps, journal="journal.jsonl", resume=resume)
         for result in ranks.values(again, size, shape, tmp_path):
             assert result[0] == alone[0][steps - len(result[0]) : steps]
-    last = cases.half_used(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True)
+    last = cases.half_used(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, known=known)
     assert_same_run((last[0], last[1]), (alone[0][4:], alone[1]))
 
 
@@ -87,6 +106,7 @@ DIFFERENCES = {
     "step": r"the step: 1 on rank\w* 0.*, 2 on rank 1|the ranks do different things: step 1 on rank.*step 2 on rank 1",
     "lr": r"lr: \[0.0099.*\] on rank\w* 0.*\[0.5\] on rank 1",
     "tokens": r"tokens \(.*sharded=True\): 5 on rank.*, 6 on rank 1",
+    "count": r"count: 4\.0 on rank.*, 5\.0 on rank 1",
     "kind": r"the ranks do different things: step 1 on rank.*, comparing replicas at step 1 on rank 1",
 }
 

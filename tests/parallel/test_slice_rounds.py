@@ -86,6 +86,18 @@ def test_ranks_whose_programs_end_serve_the_others_until_the_end(ranks: Ranks, a
     assert results[0].kind == "RankFailedError" and re.match(r"rank [12] has left the mesh", results[0].text)
 
 
+@pytest.mark.parametrize("how", slice_cases.WAITS)
+def test_a_rank_that_waits_serves_the_others(ranks: Ranks, how: str, tmp_path: Path):
+    seen, losses = slice_cases.waits(0, 1, tmp_path, how)
+    assert ranks.values(slice_cases.waits, 2, tmp_path, how, timeout=60.0) == [(seen, losses), ([], losses)]
+
+
+def test_ranks_that_wait_for_different_things_are_told(ranks: Ranks, tmp_path: Path):
+    for result in ranks.run(slice_cases.waits_for_another, 2, tmp_path, timeout=60.0):
+        assert result.kind == "RanksDisagreeError"
+        assert "step 0 on rank 0, torch.distributed.barrier on rank 1" in result.text
+
+
 def test_an_interrupt_ends_a_long_wait_for_another_rank(ranks: Ranks, tmp_path: Path):
     results = ranks.run(slice_cases.interrupted, 2, tmp_path, timeout=60.0)
     assert results[0] < 8.0

@@ -54,6 +54,8 @@ def test_what_must_not_change_a_bit(ranks: Ranks, alone: Any, what: str, tmp_pat
         (slice_cases.one_way, (2, 1), (None,)),
         (slice_cases.one_way, (1, 2), (torch.float32,)),
         (slice_cases.no_lanes, (1, 2), ()),
+        (slice_cases.with_reference, (2, 1), ()),
+        (slice_cases.with_reference, (1, 2), ()),
         (slice_cases.replaced, (1, 2), ("load_state_dict",)),
         (slice_cases.replaced, (1, 2), ("edit",)),
     ],

@@ -72,6 +72,15 @@ def test_a_run_has_the_files_and_bits_of_one_rank(ranks, files, alone, tmp_path,
     assert names == {"checkpoint", "journal.jsonl", "metrics.jsonl", "run.json"}
 
 
+def test_ranks_settle_together_what_they_compute_in(ranks, files, tmp_path):
+    options = arguments(files, "--dtype=bfloat16", "--eps=1e-5")
+    alone = cases.run_alone(tmp_path / "alone", options)
+    results = ranks.values(cases.command, 4, tmp_path, [*options, "--slice=on", "--parallel=pert=2,data=2"])
+    assert [r["status"] for r in results] == [0] * 4 and "computing in float32" in results[0]["out"]
+    assert_same_run(tmp_path / "out", alone, STEPS)
+    assert read_journal(alone / "journal.jsonl").header["compute_dtype"] == "float32"
+
+
 def test_micro_batches_on_two_ranks_do_not_change_the_loss(ranks, files, tmp_path):
     train, losses = write_jsonl(tmp_path / "uneven.jsonl", uneven_lines(20)), []
     for parts, mesh in ((1, "pert=2"), (2, "data=2"), (4, "data=2"), (4, "pert=2")):

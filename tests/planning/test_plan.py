@@ -296,6 +296,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result["model"] == {
         "name": "opt-125m", "dtype": "float16", "compute_dtype": "float16", "elements": 125239296, "units": 15,
         "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "blocks": 12,
+        "largest_copy": {"unit": "model.decoder.embed_tokens", "bytes": 50272 * 768 * 2},
     }  # fmt: skip
     rows = result["rows"]
     assert len(rows) == 5 and rows[0]["speedup"] == 1.0 and rows[0]["ranks"] == 1
@@ -322,7 +323,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_command_says_what_it_computes_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--compute-dtype=float32"]) == 0
     lines = capsys.readouterr().out
-    assert "float16 computed in float32, 0.125 G" in lines and "MiB (float32: 2 x the stored), lanes" in lines
+    assert (
+        "float16 computed in float32, 0.125 G" in lines and "MiB (float32: 2 x the stored; 147 MiB each, of " in lines
+    )
     assert main([*SMALL]) == 0
     lines = capsys.readouterr().out
     assert "computed as stored; finetune" in lines and "float32: 2 x" not in lines

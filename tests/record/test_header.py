@@ -21,6 +21,8 @@ from distzo2.record.line import JournalError, encode_line
         ({"seed": 2**64}, "seed"),
         ({"base": {"name": "b", "files": {"../x": {"sha256": "0" * 64, "num_bytes": 0}}}}, "plain file name"),
         ({"base": {"name": "b", "files": {"x": {"sha256": "0" * 63, "num_bytes": 0}}}}, "SHA-256"),
+        ({"base": {"name": "", "files": {}, "checksums": ["0" * 16] * 5}}, "no list of 2 checksums"),
+        ({"base": {"name": "", "files": {}, "checksums": [0, 0]}}, "no list of 2 checksums"),
         ({"table": [table_row(1, "w", (2,), "float32", (1,), True, 0, "normal")]}, "index 1"),
         ({"table": [table_row(0, "w", (2,), "float32", (1,), True, 1, "normal")]}, "group"),
         ({"table": [table_row(0, "w", (2,), "float32", (1,), True, None, "normal")]}, "group"),

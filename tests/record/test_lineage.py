@@ -143,10 +143,10 @@ def test_a_branch_that_joins_groups_is_refused(files: SimpleNamespace) -> None:
     header = read_journal("out/journal.jsonl").header
     joined = [{**row, "group": 0} for row in header["table"]]
     with pytest.raises(DistZO2Error, match="may split groups, not join them"):
-        branch_of(BranchPoint("out/journal.jsonl"), {**header, "table": joined, "groups": [{}]})
+        branch_of(BranchPoint("out/journal.jsonl"), {**header, "table": joined, "groups": [{}]}, list)
     frozen = [{**row, "group": None, "trainable": False} if row["index"] == 3 else row for row in header["table"]]
     with pytest.raises(DistZO2Error, match="trainable is True in the journal and False"):
-        branch_of(BranchPoint("out/journal.jsonl"), {**header, "table": frozen})
+        branch_of(BranchPoint("out/journal.jsonl"), {**header, "table": frozen}, list)
 
 
 def test_coefficients_of_another_estimate_do_not_count() -> None:

@@ -29,6 +29,13 @@ def finetune(model: Path, lines: list[dict[str, Any]], *options: str) -> int:
     return main(["finetune", f"--model={model}", f"--train={data}", f"--eval={data}", *common, *options])
 
 
+FIELDS = {"MixtralForCausalLM": {"num_local_experts": 3, "num_key_value_heads": 1}, "GPT2LMHeadModel": {"n_embd": 16}}
+DTYPES = [  # stored and computed
+    ["--dtype=bfloat16", "--compute-dtype=float32"],
+    ["--dtype=float32", "--compute-dtype=bfloat16", "--no-signal"],
+]
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "objective"),
     [
@@ -42,11 +49,30 @@ def finetune(model: Path, lines: list[dict[str, Any]], *options: str) -> int:
     ],
 )
 def test_a_run(name: str, lines: list[dict[str, Any]], objective: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Streamed from the disk: killed and resumed it has the bits of a run that was not, and `eval` its last score."""
-    model = make(Path("model"), name, **({"num_labels": 3} if lines is CLASSES else {}))
-    options = ["--weights=disk", f"--objective={objective}"]
-    assert finetune(model, lines, *options, "--out=whole") == 0
-    assert finetune(model, lines, *options, "--steps=2", "--save=none") == 0
+    check_run(name, lines, objective, [], capsys)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=["widens", "narrows"])
+@pytest.mark.parametrize(
+    ("name", "lines", "objective"),
+    [
+        ("T5ForConditionalGeneration", COMPLETIONS, "lm"),
+        ("BertForMaskedLM", WORDS, "choices"),
+        ("MixtralForCausalLM", COMPLETIONS, "lm"),
+        ("GPT2LMHeadModel", COMPLETIONS, "lm"),
+    ],
+)
+def test_a_run_that_computes_in_another_dtype(name: str, lines, objective: str, dtypes: list[str], capsys) -> None:
+    check_run(name, lines, objective, dtypes, capsys)
+
+
+def check_run(name: str, lines: list[dict[str, Any]], objective: str, dtypes: list[str], capsys) -> None:
+    """Streamed from the disk: killed and resumed it has the bits of a run that was not, and whose blocks were on the
+    device; `eval` gives its last score."""
+    model = make(Path("model"), name, **({"num_labels": 3} if lines is CLASSES else FIELDS.get(name, {})))
+    options = [f"--objective={objective}", *dtypes]
+    assert finetune(model, lines, *options, "--weights=device", "--out=whole") == 0
+    assert finetune(model, lines, *options, "--weights=disk", "--steps=2", "--save=none") == 0
     assert main(["finetune", "--resume", "--out=out", "--steps=3", "--save=last", "--quiet"]) == 0 and steps_in() == 3
     assert main(["replay", "out", "--out=again", "--quiet"]) == 0
     assert_same_bits("out/checkpoint", "whole/checkpoint")
@@ -55,7 +81,7 @@ def test_a_run(name: str, lines: list[dict[str, Any]], objective: str, capsys: p
     assert any(not torch.equal(before[key], after[key]) for key in before)
     scores = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     capsys.readouterr()
-    assert main(["eval", "--model=out/checkpoint", "--eval=data.jsonl", "--json", f"--objective={objective}"]) == 0
+    assert main(["eval", "--model=out/checkpoint", "--eval=data.jsonl", "--json", *options[:3]]) == 0
     found = json.loads(capsys.readouterr().out)
     last = [line for line in scores if line["kind"] == "eval"][-1]
     assert found == {"loss": last["loss"], "accuracy": last["accuracy"], "examples": 4, "objective": objective}

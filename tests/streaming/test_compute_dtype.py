@@ -61,6 +61,7 @@ def test_what_is_not_of_16_bits_stays(tmp_path):
         model = Blocks().bfloat16()
         model.head.float()
         model.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
+        model.register_buffer("angles", torch.ones(1))
         model.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
         model.forward = lambda ids: nn.functional.cross_entropy(
             model.head(model.blocks[0](model.embedding(ids)).float() * model.scale).flatten(0, 1), ids.flatten()
@@ -69,10 +70,15 @@ def test_what_is_not_of_16_bits_stays(tmp_path):
 
     model, _ = stepped(tmp_path, torch.float16, build=build)
     assert model.head.weight.dtype == torch.float32 and model.blocks[0][0].weight.dtype == torch.float16
-    assert model.scale.dtype == torch.bfloat16
+    assert model.scale.dtype == torch.float16
     distzo2.runtime_of(model).compute_in(torch.float32)
-    assert model.scale.dtype == torch.float32 and model.steps.dtype == torch.int64
-    assert model.state_dict()["scale"].dtype == torch.bfloat16
+    assert model.scale.dtype == model.angles.dtype == torch.float32 and model.steps.dtype == torch.int64
+    for _ in range(2):
+        state = model.state_dict()
+        assert (state["scale"].dtype, state["angles"].dtype) == (torch.bfloat16, torch.float32)
+        with distzo2.edit(model):
+            model.embedding.requires_grad_(False)  # hands it over anew
+        assert model.scale.dtype == torch.float32
 
 
 def test_a_model_that_insists_on_its_dtype_is_named():

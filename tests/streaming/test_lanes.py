@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import threading
@@ -189,3 +190,37 @@ def test_a_model_that_is_dropped_takes_its_threads_with_it(tmp_path):
     for thread in threads:
         thread.join(timeout=60)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "fzoo"])
+@pytest.mark.parametrize("max_lanes", [None, 1])
+def test_a_closure_knows_which_evaluation_it_is(estimator, max_lanes):
+    seen, model = [], offloaded(Blocks())
+    options = {"noise": "rademacher"} if estimator == "fzoo" else {}
+    opt = distzo2.ZOSGD(model, lr=0, num_probes=3, estimator=estimator, max_lanes=max_lanes, **options)
+
+    def closure(batch):
+        lane = distzo2.current_lane()
+        loss = model(IDS) * (1 + batch)
+        assert distzo2.current_lane() is lane and lane.batch == batch
+        seen.append((lane, float(loss)))
+        return loss
+
+    closures = [functools.partial(closure, batch) for batch in range(2)]
+    for step in range(3):
+        seen.clear()
+        opt.step(closures)
+        assert distzo2.current_lane() is None
+        losses = {(lane.step, lane.index, lane.batch, (lane.probe, lane.sign)): loss for lane, loss in seen}
+        assert losses == {
+            (step, index, batch, evaluation): loss
+            for index, evaluation in enumerate(opt.last.evaluations)
+            for batch, loss in enumerate(opt.last.losses[index])
+        }
+        # Also where lanes of new code run once more, alone.
+        assert sorted((lane.index, lane.batch) for lane, _ in seen if lane.first) == [(0, 0), (0, 1)]
+    seen.clear()
+    opt.check(closures[0])
+    opt.signal(closures)
+    assert len(seen) > 4 and not any(lane.first for lane, _ in seen)
+    assert distzo2.evaluate(model, [lambda: (model(IDS), distzo2.current_lane())])[0][1] is None

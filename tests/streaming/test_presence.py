@@ -11,10 +11,11 @@ import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
 from both_ways import run_both
-from same_bits import same_bits
+from same_bits import assert_same_tensors, same_bits
 from torch import nn
 
 import distzo2
+from distzo2.streaming.presence import AbsentParameter
 
 READS = {
     "norm": lambda p: p.norm(),
@@ -90,17 +91,18 @@ def test_what_is_frozen_after_the_hand_over_is_left_alone():
     opt.step(lambda: model(IDS))
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
-    model.blocks[0].requires_grad_(False)
+    trained = model.blocks[0].requires_grad_(False)
     with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.0\.0\.weight is trained by an optimizer"):
         opt.step(lambda: model(IDS))
-    model.blocks[0].requires_grad_(True)
+    trained.requires_grad_(True)
     opt.step(lambda: model(IDS))
     model.embedding.requires_grad_(True)
     with distzo2.edit(model):
         model.head.weight.requires_grad_(False)
         assert model.embedding.weight.requires_grad
+    model.requires_grad_(True)
     with pytest.raises(distzo2.DistZO2Error, match=r"blocks\.1\.0\.weight was frozen when"):
-        model.requires_grad_(True)
+        distzo2.ZOSGD(model, lr=1e-1)
     with distzo2.edit(model):
         model.requires_grad_(True)
     opt = distzo2.ZOSGD(model, lr=1e-1)
@@ -189,3 +191,85 @@ def test_a_model_that_was_closed_is_named():
     distzo2.runtime_of(model).close()
     with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight"):
         model.embedding.weight.sum()
+
+
+class Tied(Blocks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embedding.weight
+
+
+FROZEN = ("blocks.3.0.weight", "blocks.3.0.bias", "blocks.2.0.bias")
+
+
+def scored(model, module):
+    """A head applied by hand, around and inside of forwards."""
+    with distzo2.present(module) as shown:
+        assert shown is module
+        bare = nn.functional.linear(model.embedding(IDS), model.head.weight)
+        with distzo2.present(model.head.weight):  # of one parameter
+            return model(IDS) + bare.square().mean() + model.head.weight.sum()
+
+
+def of_parts(model):
+    """Windows that overlap and close in another order than they opened."""
+    total, (first, second) = model(IDS), (distzo2.present(model.blocks[i]) for i in (2, 0))
+    with second:
+        with first, distzo2.present(model.embedding):
+            total = total + model.blocks[0][0].weight.square().sum() * model.blocks[2][0].weight.sum()
+            total = total + model.embedding.weight.sum() + model(IDS)
+        return total + model.blocks[0][0].bias.sum() + model.blocks[0](model.embedding(IDS)).sum()
+
+
+@pytest.mark.parametrize("build", [Blocks, Tied])
+@pytest.mark.parametrize("max_lanes", [None, 1])
+@pytest.mark.parametrize(
+    "loss",
+    [lambda m: scored(m, m.head), lambda m: scored(m, m), of_parts],
+    ids=["a head", "the model", "parts"],
+)
+def test_present_weights_have_the_plain_loops_bits(build, loss, max_lanes, tmp_path):
+    batches = [loss, lambda model: loss(model) * 0.5]
+    _, model, plain = run_both(
+        build, batches, tmp_path, steps=2, max_lanes=max_lanes, slots=5, trainable=lambda name: name not in FROZEN
+    )
+    with torch.no_grad():
+        assert same_bits(distzo2.evaluate(model, [lambda: loss(model)] * 2)[1], loss(plain))
+        for _ in range(2):
+            assert same_bits(loss(model), loss(plain))
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_present_weights_between_steps(where, tmp_path):
+    model = distzo2.offload(Blocks(), weights=where, directory=tmp_path)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    opt.step(lambda: model(IDS))
+    block, expected = model.blocks[1], model.state_dict()
+    with pytest.raises(ZeroDivisionError), distzo2.present(block), distzo2.present(nn.Sequential(block, nn.Tanh())):
+        assert type(block[0].weight) is nn.Parameter and not block[0].weight.requires_grad
+        assert same_bits(block[0].weight.detach(), expected["blocks.1.0.weight"])
+        assert isinstance(model.head.weight, AbsentParameter)
+        with pytest.raises(distzo2.DistZO2Error, match="in the middle of a pass"):
+            opt.step(lambda: model(IDS))
+        _ = 1 / 0
+    assert isinstance(block[0].weight, AbsentParameter)
+    with distzo2.present(nn.Linear(2, 2)) as plain, distzo2.present(nn.ReLU()):
+        assert plain.weight.isfinite().all()
+    for where_written in (lambda write: write(), lambda write: opt.step(lambda: write() or model(IDS))):
+
+        def write():
+            with torch.no_grad(), distzo2.present(model.blocks[3]):
+                model.blocks[3][0].bias.add_(1)
+
+        with pytest.raises(distzo2.DistZO2Error, match=r"wrote blocks\.3\.0\.bias"):
+            where_written(write)
+    assert_same_tensors(model.state_dict(), expected)
+    opt.step(lambda: model(IDS))
+
+
+def test_more_present_blocks_than_slots_are_named(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    with pytest.raises(distzo2.DistZO2Error, match=r"4 blocks that stream .* 3 slots.*slots=5"), distzo2.present(model):
+        pass
+    with torch.no_grad(), distzo2.present(model.blocks[:2]):
+        assert same_bits(model(IDS), Blocks().eval()(IDS))

@@ -13,6 +13,7 @@ from same_bits import assert_same
 import distzo2
 from distzo2.errors import DistZO2Error
 from distzo2.weights.residency import blocks_to_stream
+from distzo2.weights.scratch import least_bytes
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def blocks_that_stay(budget: int, num_blocks: int = 10) -> list[int]:
     return [i for i, block in enumerate(blocks) if block not in streaming]
 
 
-LEAST = 1000 + 2 * (4096 + 1000) + 3 * 4096  # residents, two perturbed copies of a block and of the resident, the ring
+LEAST = 1000 + 2 * 4096 + 3 * 4096  # residents, two perturbed copies of a block (the resident is as small), the ring
 
 
 @pytest.mark.parametrize("num_staying", [0, 1, 2, 5, 6])
@@ -40,7 +41,7 @@ def test_blocks_that_stay_are_spread(num_staying: int) -> None:
 
 
 def test_all_stay_where_no_ring_is_needed() -> None:
-    everything = 1000 + 2 * (4096 + 1000) + 10 * 4096
+    everything = 1000 + 2 * 4096 + 10 * 4096
     assert len(blocks_that_stay(everything - 1)) == 6  # the ring takes three, and one more does not fit by a byte
     assert blocks_that_stay(everything) == list(range(10))
 
@@ -48,6 +49,16 @@ def test_all_stay_where_no_ring_is_needed() -> None:
 def test_a_budget_that_is_too_small_says_why() -> None:
     with pytest.raises(DistZO2Error, match=r"needs at least .* on cpu \(resident units 1000 bytes, perturbed"):
         blocks_that_stay(LEAST - 1)
+
+
+def test_copies_are_counted_by_classes_of_sizes() -> None:
+    """An embedding and a head of its size share two copies, in the dtype that they are computed in."""
+
+    def unit(resident: bool, seen_bytes: int) -> SimpleNamespace:
+        return SimpleNamespace(resident=resident, seen_bytes=seen_bytes)
+
+    sizes = [unit(True, 8 << 20), unit(True, 9 << 20), unit(True, 100), unit(False, 5 << 20), unit(False, 4 << 20)]
+    assert least_bytes(sizes) == 2 * ((9 << 20) + 100 + (5 << 20))
 
 
 def train(
@@ -77,7 +88,7 @@ def test_the_bits_do_not_depend_on_the_budget(tmp_path: Path) -> None:
     assert none_stay == 0
     block = streamed["streamed_bytes"] // 7
     residents, slots = streamed["resident_bytes"], streamed["slot_bytes"]
-    least = residents + 2 * (residents + block) + slots
+    least = residents + 2 * block + slots
     uploads = []
     for num_staying, budget in ((0, least), (2, least + 2 * block), (7, "auto")):
         got, staying, stats = train(tmp_path, "disk", memory_budget=budget)

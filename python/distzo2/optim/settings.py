@@ -116,7 +116,7 @@ class StepRecord:
     @property
     def difference(self) -> float | None:
         """What the step is made of: the median over probes of |L+ - L-|, or of |L+ - L0| where there is no L-."""
-        means = dict(zip(self.evaluations, np.mean(self.losses, -1), strict=True))
+        means = dict(zip(self.evaluations, np.average(self.losses, -1, self.counts), strict=True))
         others = ((plus, means.get((k, -1), means.get((0, 0)))) for (k, sign), plus in means.items() if sign > 0)
         found = [abs(plus - other) for plus, other in others if other is not None]
         return float(np.median(found)) if found else None
@@ -128,7 +128,12 @@ class StepRecord:
 def default_groups(params: Iterable[ParamInfo], split: bool) -> list[dict[str, Any]]:
     """One group of all trainable parameters. With `split`, those of fewer than 2 dimensions (biases, norms) are in a
     second group, without weight decay."""
-    trainable = [p for p in params if p.trainable and p.requires_grad]
+    trainable = [p for p in params if p.requires_grad]
+    if thawed := [p.name for p in trainable if not p.trainable]:
+        raise DistZO2Error(
+            f"parameter {thawed[0]} was frozen when it was handed over: make it trainable inside "
+            "`with distzo2.edit(model):`"
+        )
     if not trainable:
         raise DistZO2Error("no parameter of the model is trainable")
     if not split:

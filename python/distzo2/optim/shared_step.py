@@ -49,6 +49,7 @@ class StepWord(NamedTuple):
     num_closures: int
     tokens: int
     sharded: bool | str
+    count: float | None  # of losses in the step, if it is known
 
 
 class Evaluated(NamedTuple):
@@ -165,6 +166,7 @@ class SharedStep:
             "sharded": word.sharded,
             "the number of closures": word.num_closures if mode == GLOBAL else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
+            "count": word.count,
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }

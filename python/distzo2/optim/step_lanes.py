@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +16,10 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
 from distzo2.streaming.isolation import RandomStream
-from distzo2.streaming.lanes import Lane
+from distzo2.streaming.lanes import Lane, LanePlace
 from distzo2.streaming.runtime import StreamingRuntime
-from distzo2.weights.units import Unit
+from distzo2.text import dtype_name
+from distzo2.weights.units import HALVES, Unit
 from distzo2.weights.updates import CLEAN, Emission
 from distzo2_core import FAMILIES, Term
 
@@ -35,23 +38,30 @@ class StepLanes:
         places: Sequence[tuple[int, int]],
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
+        as_sums: bool = False,
     ) -> tuple[np.ndarray, Sequence[Unit]]:
         """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
+        With `as_sums`, tensors that they return are added up, where otherwise their mean is taken.
 
         Returns:
             float64 [lanes, 2], the sum of each lane's losses and their count; and the units that the lanes entered.
         """
-        s, lanes = self.settings, []
+        lanes = []
         for index, batch in places:
-            lanes.append(self._lane(step, *s.evaluations[index], batch, closures[batch - first_batch]))
+            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
+            lanes.append(self._lane(place, closures[batch - first_batch]))
         entered = self._run(lanes)
-        return self._losses(lanes), entered or ()
+        return self._losses(lanes, as_sums), entered or ()
 
     def losses_of(
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
     ) -> np.ndarray:
         """float64 [evaluations]: mean losses, all on this rank."""
-        lanes = [self._lane(step, *e, batch, closure) for e in evaluations for batch, closure in enumerate(closures)]
+        lanes = [
+            self._lane(LanePlace(step, index, batch, *evaluation, first=False), closure)
+            for index, evaluation in enumerate(evaluations)
+            for batch, closure in enumerate(closures)
+        ]
         with self._interrupt:
             self._run(lanes)
         sums = self._losses(lanes).reshape(len(evaluations), len(closures), 2).sum(1)
@@ -66,10 +76,10 @@ class StepLanes:
             entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
         return entered
 
-    def _lane(self, step: int, probe: int, sign: int, batch: int, closure: Callable[[], Any]) -> Lane:
-        s = self.settings
-        emission = Emission((Term(FAMILIES[s.noise], step, probe, 0, sign * s.eps),)) if sign else CLEAN
-        return Lane(emission, batch, closure, self._stream(step, batch))
+    def _lane(self, place: LanePlace, closure: Callable[[], Any]) -> Lane:
+        s, sign = self.settings, place.sign
+        emission = Emission((Term(FAMILIES[s.noise], place.step, place.probe, 0, sign * s.eps),)) if sign else CLEAN
+        return Lane(emission, place.batch, closure, self._stream(place.step, place.batch), place)
 
     def _stream(self, step: int, batch: int) -> RandomStream:
         """The same for every perturbation of a micro-batch."""
@@ -81,7 +91,8 @@ class StepLanes:
         Raises:
             DistZO2Error: the clean ones differ, or a perturbed one differs when it runs alone.
         """
-        lanes = [self._lane(step, 0, sign, 0, closure) for sign in (0, 0, +1, -1)]
+        signs = enumerate((0, 0, +1, -1))
+        lanes = [self._lane(LanePlace(step, index, 0, 0, sign, first=False), closure) for index, sign in signs]
         with self._interrupt:
             self._run(lanes, check=True)
         losses = self._losses(lanes)
@@ -93,11 +104,11 @@ class StepLanes:
             )
         return first / (counts[0] or 1.0)
 
-    def _losses(self, lanes: Sequence[Lane]) -> np.ndarray:
+    def _losses(self, lanes: Sequence[Lane], as_sums: bool = False) -> np.ndarray:
         """float64 [lanes, 2]: sum and count of what each closure returned."""
         if not lanes:
             return np.zeros((0, 2))
-        pairs = [self._pair(lane.result) for lane in lanes]
+        pairs = [self._pair(lane.result, lane.closure, as_sums) for lane in lanes]
         tensors = [value for pair in pairs for value in pair if isinstance(value, torch.Tensor)]
         values = iter(_read([t.to(tensors[0].device) for t in tensors]))
         losses = np.array([[next(values) if isinstance(v, torch.Tensor) else v for v in pair] for pair in pairs])
@@ -112,10 +123,10 @@ class StepLanes:
             losses = np.stack([losses[:, 0] / counts, np.ones(len(lanes))], 1)
         return losses
 
-    def _pair(self, result: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _pair(self, result: Any, closure: Callable[[], Any], as_sum: bool) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Float64 scalars: (sum, count) as the closure returned it; a mean counts as one loss."""
         if not isinstance(result, tuple):
-            return self._mean(result), 1.0
+            return self._value(result, closure, as_sum), 1.0
         if len(result) != 2 or any(isinstance(value, torch.Tensor) and value.numel() != 1 for value in result):
             shapes = ", ".join(str(list(v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in result)
             raise DistZO2Error(
@@ -123,9 +134,10 @@ class StepLanes:
                 "losses, number of losses)"
             )
         total, count = result
-        return self._mean(total), self._mean(count) if isinstance(count, torch.Tensor) else self._mean(count).item()
+        count = self._value(count) if isinstance(count, torch.Tensor) else self._value(count).item()
+        return self._value(total, closure), count
 
-    def _mean(self, result: Any) -> torch.Tensor:
+    def _value(self, result: Any, closure: Callable[[], Any] | None = None, as_sum: bool = False) -> torch.Tensor:
         if not isinstance(result, torch.Tensor):
             try:
                 return torch.tensor(float(result), dtype=torch.float64)
@@ -133,16 +145,29 @@ class StepLanes:
                 raise DistZO2Error(
                     f"the closure returned {type(result).__name__}; a loss was expected (a tensor or a number)"
                 ) from None
-        if result.dtype in (torch.float16, torch.bfloat16) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the closure returned a {result.dtype} loss: a step is made of differences of losses, so compute the "
-                "loss in float32",
-                stacklevel=4,
-            )
         if result.numel() == 0:
             raise DistZO2Error("the closure returned an empty tensor; a loss was expected")
-        return result.detach().double().mean()
+        value = result.detach().double()
+        value = value.sum() if as_sum else value.mean()
+        if closure is not None and result.dtype in HALVES and not self._warned:
+            self._warned = True
+            name = dtype_name(result.dtype)
+            spacing = torch.finfo(result.dtype).eps * 2.0 ** (math.frexp(value.item())[1] - 1)
+            warnings.warn(
+                f"the closure at {_place_of(closure)} returned a loss in {name}: near {value:.3g} it is "
+                f"quantised to {spacing:.1g}, and a step is made of differences of losses. Compute it in float32 "
+                "there: from logits.float(), for example",
+                stacklevel=4,
+            )
+        return value
+
+
+def _place_of(closure: Callable[[], Any]) -> str:
+    """File and line where a closure is defined."""
+    while isinstance(closure, functools.partial):
+        closure = closure.func
+    code = getattr(closure, "__code__", None) or getattr(type(closure).__call__, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else type(closure).__name__
 
 
 class _Mapped:

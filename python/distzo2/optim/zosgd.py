@@ -20,7 +20,7 @@ from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
 from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
-from distzo2.optim.signal import Signal, measure_signal
+from distzo2.optim.signal import REFERENCE, TF32, Signal, computed_in, measure_signal
 from distzo2.optim.state import (
     NON_FINITE_COEFFICIENT,
     NON_FINITE_LOSS,
@@ -37,9 +37,9 @@ from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
 from distzo2.record.opening import fingerprint, open_run
 from distzo2.streaming.offload import check_computes, runtime_of
-from distzo2.text import dtype_name
-from distzo2.weights.units import Unit, main_dtype, ranges_of
-from distzo2_core import FAMILIES, GroupScalars, Term, Update
+from distzo2.text import brief, dtype_name
+from distzo2.weights.units import Unit, ranges_of
+from distzo2_core import FAMILIES, GroupScalars, Term, Update, checksum
 
 logger = logging.getLogger("distzo2")
 
@@ -165,7 +165,7 @@ class ZOSGD(torch.optim.Optimizer):
             return
         self._ranks.first_version = runtime.weights.version
         self.journal, self.first_step, older_rules = open_run(
-            self._ranks, journal, self._header, runtime.weights, self.take_over,
+            self._ranks, journal, self._header, self._checksums, runtime.weights, self.take_over,
             resume=resume, branch=branch, fsync_every=fsync_every, kept=runtime.kept,
         )  # fmt: skip
         self._set(older_rules=older_rules)
@@ -223,6 +223,16 @@ class ZOSGD(torch.optim.Optimizer):
             computed=[dtype_name(p.seen) for p in runtime.params],
         )
 
+    def _checksums(self) -> list[str | None]:
+        """One for each parameter, in the order of the index table, of all its bytes; None where a weight file gave it.
+        Reads every other unit once."""
+        runtime, sums = self._runtime, [None] * len(self._runtime.params)
+        units = [unit for unit in runtime.units if not runtime.is_filled(unit)]
+        for unit, views in runtime.access.visit(units):
+            for param, view in zip(unit.params, views, strict=True):
+                sums[param.index] = f"{checksum([view]) % 2**64:016x}"
+        return sums
+
     def _set(self, **changes: Any) -> None:
         """Changes settings."""
         self.settings = self._lanes.settings = self._ranks.settings = replace(self.settings, **changes)
@@ -251,22 +261,27 @@ class ZOSGD(torch.optim.Optimizer):
 
     def step(
         self,
-        closure: Callable[[], Any] | Sequence[Callable[[], Any]],
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
         *,
         tokens: int = 0,
         sharded: bool | str = False,
-    ) -> torch.Tensor:
+        count: float | None = None,
+    ) -> torch.Tensor | None:
         """Evaluates the step's perturbations and makes the update.
 
         Args:
             closure: returns the loss of a batch as a scalar; or per-example losses, of which the mean is taken; or
                 (sum of losses, number of losses), for a mean over all of the step, however it is cut. Or a list of such
                 closures, one for each micro-batch. It is called once for each perturbation, under no_grad, in a
-                separate thread; code that is new, once more (see `check`).
+                separate thread; code that is new, once more (see `check`); `distzo2.current_lane` says for which. None:
+                no step is made, and None is returned, since training loops call `step()` where gradients are ready.
             tokens: how many tokens the batch has, for the journal.
             sharded: with a mesh, whose the closures are. False: the step's; every rank has the same list, and runs its
                 part of it. True: the rank's own; it runs all evaluations of them, and lists may differ in length, or be
                 empty. "data": those of its data coordinate; ranks that share it have the same list.
+            count: how many losses the step has in all, on all ranks, where that is known beforehand: closures then
+                return sums (of a vector, its sum is taken), and the loss of an evaluation is the sum of these over
+                `count`. 1, where closures have divided by the number already, as Trainer's do.
 
         Returns:
             float64 scalar: the mean of all losses evaluated, on all ranks. `last` has the details. The loss of an
@@ -281,17 +296,28 @@ class ZOSGD(torch.optim.Optimizer):
             RankFailedError: another rank failed in this step, or is gone; it and the first cause are named.
             Exception: whatever a closure raises, as it was raised; the step is then dropped whole, on all ranks.
         """
+        if closure is None:
+            return None
         if self._closed:
             raise DistZO2Error("this optimizer was closed, and its journal with it")
         closures, scalars, failure = [], (), None
         try:
             closures, scalars = self._closures(closure, sharded), scalars_of(self.param_groups)
+            count = None if count is None else float(count)
+            if count is not None and not 0 < count < np.inf:
+                raise DistZO2Error(f"count={count!r}: expected a finite number above 0")
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
             s, start, step = self.settings, time.perf_counter(), self.step_count
-            deal, tokens = self._ranks.open(StepWord(step, scalars, len(closures), tokens, sharded), failure)
-            sums, counts, entered = self._evaluate(step, deal, closures, [g.perturb_scale for g in scalars])
+            word = StepWord(step, scalars, len(closures), tokens, sharded, count)
+            deal, tokens = self._ranks.open(word, failure)
+            scales = [group.perturb_scale for group in scalars]
+            sums, counts, entered = self._evaluate(step, deal, closures, scales, count is not None)
+            if count is not None:
+                if not (counts == 1).all():
+                    raise DistZO2Error(f"step {step}: count={count:g} was given, and closures returned counts too")
+                sums *= deal.num_batches / count  # as means, of which each counts as one
             if not counts.any(1).all():
                 raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
             loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
@@ -339,10 +365,11 @@ class ZOSGD(torch.optim.Optimizer):
         return closures
 
     def _evaluate(
-        self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float]
+        self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float], as_sums: bool
     ) -> Evaluated:
         self._runtime.weights.updates.set_perturb_scales(scales)
-        return self._ranks.gather(step, deal, lambda lanes, first: self._lanes.run(step, lanes, closures, first))
+        run = self._lanes.run
+        return self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
 
     def _tell_unused(self, step: int, units: Sequence[Unit]) -> None:
         """Reports, once, units that no lane entered."""
@@ -404,7 +431,7 @@ class ZOSGD(torch.optim.Optimizer):
         *,
         probes: int = 8,
         eps: float | Sequence[float] | None = None,
-        dtypes: Sequence[torch.dtype] | None = None,
+        dtypes: Sequence[torch.dtype | str] | None = None,
     ) -> list[Signal]:
         """How much of L+ - L- is the perturbation: probes of the next step in several compute dtypes, beside float32.
 
@@ -412,7 +439,7 @@ class ZOSGD(torch.optim.Optimizer):
             closure: as `step` takes it.
             probes: perturbations, each evaluated both ways; 2 or more.
             eps: one size of them, or several; None: that of the steps.
-            dtypes: None: what modules compute with, and float32.
+            dtypes: of `compute_dtype`, and "tf32" on a GPU; None: what modules compute with, and float32.
 
         Returns:
             A `Signal` for each dtype and eps, in this order. Weights are not changed.
@@ -422,9 +449,9 @@ class ZOSGD(torch.optim.Optimizer):
         if probes < 2 or not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
             raise DistZO2Error(f"signal: 2 probes or more and positive eps were expected, got {probes} and {sizes}")
         runtime.weights.updates.set_perturb_scales([g.perturb_scale for g in scalars_of(self.param_groups)])
-        dtypes = (runtime.compute_dtype or main_dtype(runtime.params), torch.float32) if dtypes is None else dtypes
+        dtypes = (computed_in(runtime), REFERENCE) if dtypes is None else dtypes
         for dtype in dtypes:
-            check_computes(runtime.device, dtype)
+            check_computes(runtime.device, REFERENCE if dtype == TF32 and runtime.device.type == "cuda" else dtype)
         closures = [closure] if callable(closure) else list(closure)
         return measure_signal(self._lanes, closures, self.step_count, dtypes=dtypes, eps=sizes, probes=probes)
 
@@ -444,26 +471,39 @@ class ZOSGD(torch.optim.Optimizer):
         """The groups without their tensors, the settings, and the number of the next step. Stored weights are brought
         up to date, so that a `model.state_dict()` made now or later goes with it."""
         self._runtime.weights.flush()
-        fixed = {name: getattr(self.settings, name) for name in ("seed", *_SAME_IN_STATE)}
-        mine = {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
-        return {**super().state_dict(), "distzo2": mine}
+        return {**super().state_dict(), "distzo2": self._own_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        fixed = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "seed")}
+        return {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
 
+        The optimizer's own present state may always be loaded, as libraries do when they wrap an optimizer: the options
+        of groups are taken over, and nothing else changes.
+
         Raises:
-            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written.
+            DistZO2Error: the state is not ZOSGD's, its run had another kind of noise, or a journal is being written and
+                the state is not that of its last step.
         """
         mine = state_dict.get("distzo2")
         if mine is None:
             raise DistZO2Error("this is not a state of ZOSGD: it has no entry 'distzo2'")
-        if self.journal is not None:
-            raise DistZO2Error("a run with a journal is resumed from it, with ZOSGD(journal=..., resume=True)")
-        for key in _SAME_IN_STATE:
-            ours = getattr(self.settings, key)
-            if mine[key] != ours:
-                raise DistZO2Error(f"{key} is {mine[key]!r} in the state and {ours!r} in this optimizer")
+        ours = self._own_state()
+        differing = next((key for key in ours if mine.get(key) != ours[key]), None)
+        if differing is not None and (self.journal is not None or differing in _SAME_IN_STATE):
+            theirs, present = brief(mine.get(differing)), brief(ours[differing])
+            found = f"{differing} is {theirs} in the state and {present} in this optimizer"
+            if self.journal is not None:
+                found += (
+                    f", which writes the journal {self.journal.path}: a run is resumed with ZOSGD(journal=..., "
+                    "resume=True) and the weights that it began with, or branched off with branch_from="
+                )
+            raise DistZO2Error(found)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
+        if differing is None:
+            return
         self._set(seed=mine["seed"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)

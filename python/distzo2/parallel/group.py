@@ -31,7 +31,7 @@ from distzo2.parallel.exchange import Exchange, is_known
 from distzo2.parallel.heartbeat import Heartbeat, describe, host_name
 from distzo2.parallel.mesh import Evaluation, MeshShape, resolve_mesh
 from distzo2.parallel.rendezvous import init_process_group
-from distzo2.parallel.slice_rounds import SliceExchange
+from distzo2.parallel.slice_rounds import SliceExchange, leave_plain
 
 INTERVAL = 1.0  # seconds between heartbeats
 LIMIT = 30.0  # seconds without one after which a rank is given up
@@ -77,7 +77,7 @@ class Mesh:
         return self.exchange.together(what)
 
     def barrier(self) -> None:
-        """Waits for all ranks, and serves them slices meanwhile; barriers of torch.distributed do not."""
+        """Waits for all ranks, and serves them slices meanwhile."""
         self.exchange.agree("barrier")
 
     def __str__(self) -> str:
@@ -92,6 +92,19 @@ def current() -> Mesh | None:
 def joined() -> Exchange | None:
     """The exchange of the ranks that `join` or `init` met; None before."""
     return _exchange
+
+
+def barrier() -> None:
+    """Waits for all ranks of the mesh, and serves them slices meanwhile, so that one may still evaluate or save.
+
+    No-op without a mesh.
+
+    Raises:
+        RanksDisagreeError: another rank does something else; on all of them.
+        RankFailedError: another rank has failed, or is gone.
+    """
+    if _current is not None:
+        _current.barrier()
 
 
 def world_size_of_environment() -> int:
@@ -212,6 +225,7 @@ def shutdown(error: BaseException | None = None) -> None:
     global _current, _exchange
     exchange, node = _exchange, _current.node if _current is not None else None
     _exchange = _current = None
+    leave_plain()
     if exchange is None:
         return
     heartbeat = exchange.heartbeat

@@ -10,6 +10,8 @@ ahead, for the blocks that are expected next, and gathers run while the lanes co
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +26,13 @@ from distzo2.parallel.heartbeat import RankFailedError, left_mesh
 from distzo2.parallel.rendezvous import new_group
 
 READY, WANTS, LEAVES, ENDS = range(4)
+# What libraries call; collectives of objects are made of these.
+_COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "all_to_all", "all_to_all_single",
+    "barrier", "broadcast", "gather", "monitored_barrier", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter",
+)  # fmt: skip
+_plain: dict[tuple[Any, str], Callable[..., Any]] = {}  # functions of torch.distributed that others stand in for
 
 
 class Word(NamedTuple):
@@ -76,6 +85,7 @@ class SliceExchange:
         """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
         the rounds."""
         self.exchange.before_each = self.meet
+        _meet_first(self.exchange)
         self._num_stores += 1
         return self._num_stores - 1
 
@@ -183,3 +193,35 @@ class SliceExchange:
         """Ends what is in flight on a GPU, which would wait for a lost rank without end."""
         if (group := self.groups.get("nccl")) is not None:
             group._get_backend(torch.device("cuda")).abort()
+
+
+def _meet_first(exchange: Exchange) -> None:
+    """From now on torch.distributed's own collectives of all ranks begin with an agreed word. A rank that comes to one,
+    as libraries do, thereby serves the others until they are there too, and is told if they do something else."""
+    if _plain:
+        return
+    for name in _COLLECTIVES:
+        for module in (dist, dist.distributed_c10d):
+            if (plain := getattr(module, name, None)) is not None:
+                _plain[module, name] = plain
+                setattr(module, name, _meeting(exchange, name, plain))
+
+
+def _meeting(exchange: Exchange, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    position = list(inspect.signature(plain).parameters).index("group")
+
+    @functools.wraps(plain)
+    def met(*args: Any, **kwargs: Any) -> Any:
+        group = args[position] if len(args) > position else kwargs.get("group")
+        if group is None or group is dist.group.WORLD:
+            exchange.agree(f"torch.distributed.{name}")
+        return plain(*args, **kwargs)
+
+    return met
+
+
+def leave_plain() -> None:
+    """Ends `_meet_first`."""
+    for (module, name), plain in _plain.items():
+        setattr(module, name, plain)
+    _plain.clear()

@@ -6,7 +6,7 @@ schedule the runtime's, played event by event (`schedule`). What is assumed is l
 The JSON file, `distzo2-plan/1`:
 
     model        name, dtype, compute_dtype, elements, bytes, seen_bytes (in the dtypes that modules compute with),
-                 units, blocks
+                 largest_copy (of a unit, in them), units, blocks
     request      the options
     machine      name; assumptions: lines of text
     rows         the first is one device; each: mesh, pert, data, ranks, slice, micro_batches, step_s, tokens_per_s,
@@ -278,6 +278,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         if r.parallel or r.nproc
         else "nothing else runs on the machine",
     ]
+    largest = max((u for u in model.units if u.trainable or u.converts), key=lambda u: u.seen_bytes)
     fitting = [i for i, row in enumerate(rows) if row["fits"]]
     return {
         "format": FORMAT,
@@ -289,6 +290,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
             "elements": sum(p.numel for u in model.units for p in u.params),
             "bytes": sum(u.num_bytes for u in model.units),
             "seen_bytes": sum(u.seen_bytes for u in model.units),
+            "largest_copy": {"unit": largest.name, "bytes": largest.seen_bytes},
             "units": len(model.units),
             "blocks": sum(not u.resident for u in model.units),
         },
@@ -332,7 +334,9 @@ def table(result: dict[str, Any]) -> list[str]:
     chosen = rows[best or 0]
     parts = {name: gib(size) for name, size in chosen["rank_bytes"].items()}
     if converts:
-        parts["scratch"] += f" ({model['compute_dtype']}: {model['seen_bytes'] / model['bytes']:.3g} x the stored)"
+        times, largest = model["seen_bytes"] / model["bytes"], model["largest_copy"]
+        parts["scratch"] += f" ({model['compute_dtype']}: {times:.3g} x the stored; {gib(largest['bytes'])} each, "
+        parts["scratch"] += f"of {largest['unit']}, the largest)"
     lines += [
         "",
         f"memory of a rank, {chosen['mesh']}: residents {parts['residents']}, slots {parts['slots']}, perturbed "

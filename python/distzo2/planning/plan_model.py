@@ -169,9 +169,9 @@ def plan_module(
         unit.compute_in(dtypes)
         for p in unit.params:
             p.tensor.data = p.tensor.data.to(p.seen)
-    for buffer in model.buffers() if compute_dtype == torch.float32 else ():
+    for buffer in model.buffers():
         if buffer.dtype in HALVES:
-            buffer.data = buffer.data.float()
+            buffer.data = buffer.data.to(compute_dtype or buffer.dtype)
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     recorder = _Recorder(model)
     windows = Windows(model, units, recorder)

@@ -209,7 +209,7 @@ def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None
     x, differences = [s["step"] for s in steps], _column(steps, "difference")
     axes.plot(x, differences, color="#4477aa", alpha=0.3, linewidth=0.8)
     axes.plot(x, _smooth(differences), color="#4477aa", label="difference of two losses")
-    if signal is not None:
+    if signal is not None and signal["floor"]:
         label = f"error of one loss in {signal['compute_dtype']}, before the first step"
         axes.axhline(signal["floor"], color="#ee6677", linewidth=1, label=label)
     if any(value > 0 for value in differences):

@@ -6,13 +6,15 @@ table of the model's parameters (:func:`index_table`), the optimizer's groups an
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
+from distzo2.errors import DistZO2Error
 from distzo2.record.line import MAX_HEADER_BYTES, MAX_INT64, JournalError, decode_line, expect_members, whole
 from distzo2.text import brief, dtype_name
 from distzo2.version import __version__
@@ -186,7 +188,7 @@ def check_header(header: Mapping[str, Any]) -> None:
     whole(header["seed"], 0, MAX_SEED, "seed")
     if not all(isinstance(group, dict) for group in header["groups"]):
         raise JournalError("groups must be a list of objects")
-    _check_base(header["base"])
+    _check_base(header["base"], len(header["table"]))
     if version > 1:
         _check_lineage(header)
     for position, row in enumerate(header["table"]):
@@ -206,6 +208,28 @@ def table_difference(
             if theirs[key] != ours[key]:
                 return f"{where}: {key} is {theirs[key]!r} in the journal and {ours[key]!r} in the model"
     return None
+
+
+def checksums_of(header: Mapping[str, Any]) -> list[str] | None:
+    """One for each parameter as the run began; None where files tell what it began with, and in older journals."""
+    return header["base"].get("checksums")
+
+
+def check_base(
+    path: str | os.PathLike[str], header: Mapping[str, Any], checksums: Callable[[], Sequence[str | None]]
+) -> None:
+    """Raises DistZO2Error if the header of the journal at `path` has checksums and the weights have others. `checksums`
+    gives theirs, in the order of the index table; None: not known."""
+    if (expected := checksums_of(header)) is None:
+        return
+    rows = zip(header["table"], expected, checksums(), strict=True)
+    differing = [row["name"] for row, theirs, ours in rows if ours not in (None, theirs)]
+    if differing:
+        raise DistZO2Error(
+            f"{os.fspath(path)}: the run began with other weights: {len(differing)} of {len(expected)} parameters "
+            f"differ, first {differing[0]}. Make the model as it was then, from the same seed or checkpoint, without "
+            "later training: the journal's steps are made again"
+        )
 
 
 def _check_lineage(header: Mapping[str, Any]) -> None:
@@ -228,7 +252,7 @@ def _is_sha256(text: Any) -> bool:
     return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
-def _check_base(base: Any) -> None:
+def _check_base(base: Any, num_params: int) -> None:
     if not isinstance(base, dict) or not isinstance(base.get("name"), str) or not isinstance(base.get("files"), dict):
         raise JournalError("base must hold a name and files")
     for name, record in base["files"].items():
@@ -239,6 +263,9 @@ def _check_base(base: Any) -> None:
         if not _is_sha256(digest):
             raise JournalError(f"base file {name!r} has no SHA-256")
         whole(record.get("num_bytes"), 0, MAX_INT64, f"num_bytes of base file {name!r}")
+    checksums = base.get("checksums", [""] * num_params)
+    if not isinstance(checksums, list) or [type(text) for text in checksums] != [str] * num_params:
+        raise JournalError(f"base has no list of {num_params} checksums")
 
 
 def _check_row(row: Any, position: int, num_groups: int) -> None:

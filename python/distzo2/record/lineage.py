@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import has_older_rules, parents_of, table_difference, with_older_rules
+from distzo2.record.header import (
+    check_base,
+    checksums_of,
+    has_older_rules,
+    parents_of,
+    table_difference,
+    with_older_rules,
+)
 from distzo2.record.journal import read_journal
 
 
@@ -28,12 +35,15 @@ class BranchPoint(NamedTuple):
     step: int | None = None
 
 
-def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str, Any], list[StepEntry]]:
+def branch_of(
+    branch: BranchPoint, header: Mapping[str, Any], checksums: Callable[[], Sequence[str | None]]
+) -> tuple[dict[str, Any], list[StepEntry]]:
     """What the journal of a branch begins with: `header` with the branch's parents, and their steps. The branch of an
     older run keeps its rules, and so its version.
 
     Args:
         header: of the branch, without parents.
+        checksums: as `check_base` takes them.
 
     Raises:
         DistZO2Error: the parent has too few steps, or another seed, base or model.
@@ -44,9 +54,10 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str,
     num_steps = len(contents.entries) if branch.step is None else branch.step
     if not 0 <= num_steps <= len(contents.entries):
         raise DistZO2Error(f"{path}: no branch at step {num_steps}: it holds {len(contents.entries)} steps")
+    by_weights = checksums_of(parent) is not None
     theirs, ours = (
         {key: h[key] for key in ("seed", "noise", "rounding")}
-        | {f"base checkpoint: {name}": file for name, file in h["base"]["files"].items()}
+        | {f"base checkpoint: {name}": file for name, file in h["base"]["files"].items() if not by_weights}
         for h in (parent, header)
     )
     for key in {**theirs, **ours}:
@@ -58,6 +69,7 @@ def branch_of(branch: BranchPoint, header: Mapping[str, Any]) -> tuple[dict[str,
     difference = table_difference(*tables)
     if difference is not None:
         raise DistZO2Error(f"{path}: its run is of another model: {difference}")
+    check_base(path, parent, checksums)
     source = _parent_groups(path, parent, header)
     record = {
         "name": Path(path).absolute().parent.name,

@@ -17,7 +17,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import has_older_rules, table_difference
+from distzo2.record.header import check_base, checksums_of, has_older_rules, table_difference
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError
 from distzo2.record.lineage import BranchPoint, branch_of, digest_lines, first_like_step, first_own_step
@@ -43,7 +43,8 @@ def check_same_run(
     path: str | os.PathLike[str], journal: Mapping[str, Any], run: Mapping[str, Any], reads_base: bool
 ) -> None:
     """Raises DistZO2Error unless a run with the header `run` can resume the journal at `path`. The base checkpoint is
-    compared only with `reads_base`: where the weight file gave every weight, it was not read.
+    compared only with `reads_base`: where the weight file gave every weight, it was not read. `check_base` compares
+    weights that did not come from files.
 
     A fingerprint that differs is logged: the journal still leads to the same weights, but the losses of forwards to
     come may have other bits.
@@ -54,7 +55,7 @@ def check_same_run(
     pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding")}
     theirs, ours = journal["options"], run["options"]
     pairs |= {key: (theirs.get(key), ours.get(key)) for key in {**theirs, **ours}}
-    if reads_base:
+    if reads_base and checksums_of(journal) is None:
         pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
     for key, (theirs, ours) in pairs.items():
         if theirs != ours:
@@ -93,7 +94,8 @@ class Ranks(Protocol):
 def open_run(
     ranks: Ranks,
     path: str | os.PathLike[str],
-    make_header: Callable[[], Mapping[str, Any]],
+    make_header: Callable[[], dict[str, Any]],
+    checksums: Callable[[], list[str | None]],
     weights: UnitWeights,
     take_over: Callable[[Sequence[StepEntry], int], None],
     *,
@@ -106,6 +108,8 @@ def open_run(
 
     Args:
         make_header: called on rank 0 for the header of the run as it is now.
+        checksums: called on rank 0, where no files tell what the run began with, for one of each parameter; None where
+            a weight file gave the parameter.
         take_over: called with the journal's entries, and the first step whose coefficients are of the same estimator
             and noise as those to come. It pushes their updates, which each unit applies as far as it misses them.
         kept: the weight file that this rank's weights came from, and which is the run's from here on.
@@ -128,8 +132,12 @@ def open_run(
             journal = Journal.open(path, fsync_every=fsync_every)
             base_unread = ranks.world_size == 1 and kept is not None and kept.gave_all(weights)
             check_same_run(path, journal.header, header, reads_base=not base_unread)
+            if kept is None or ranks.world_size == 1:  # ranks may have whole blocks, or slices, from files of their own
+                check_base(path, journal.header, checksums)
         else:
-            header, entries = (header, []) if branch is None else branch_of(branch, header)
+            header, entries = (header, []) if branch is None else branch_of(branch, header, checksums)
+            if not header["base"]["files"]:
+                header["base"]["checksums"] = checksums()
             try:
                 journal = Journal.create(path, header, entries, fsync_every=fsync_every)
             except FileExistsError as error:

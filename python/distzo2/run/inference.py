@@ -15,7 +15,7 @@ from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, UsageError, blaming
-from distzo2.optim.signal import ENOUGH, Signal, signal_of
+from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, signal_of
 from distzo2.peft.adapters import adapter, known_config, tokens_in_front
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
@@ -27,6 +27,7 @@ from distzo2.run.preflight import (
     compute_dtype_of,
     model_size,
     reading_of,
+    use_tf32,
 )
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.batches import DataOrder
@@ -53,7 +54,9 @@ def loaded(
     size = model_size(options.model, DTYPES.get(options.dtype))
     compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
     check_computes(device, compute_dtype)
-    check_memory(size, device, options.weights, options.host_memory)
+    use_tf32(options.tf32, device)
+    widest = REFERENCE if isinstance(options, SignalOptions) else compute_dtype
+    check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
         if options.weights == "disk":
             check_disk(directory, {"the file of streamed weights": size.total})
@@ -62,7 +65,7 @@ def loaded(
             device=device,
             weights=options.weights,
             dtype=DTYPES.get(options.dtype),
-            compute_dtype=compute_dtype,
+            compute_dtype=widest,
             directory=directory,
             memory_budget=options.memory_budget,
             host_memory=options.host_memory,
@@ -70,6 +73,7 @@ def loaded(
             prepare=None if config is None else adapter(options.adapter, config=config),
         )
         with closing(runtime_of(model)):
+            runtime_of(model).compute_in(compute_dtype)
             yield model, device
 
 
@@ -111,7 +115,8 @@ def _asked(options: EvalOptions, tokenizer: Any, reading: dict[str, Any]) -> tup
 
 
 def signals_of_file(options: SignalOptions) -> list[Signal]:
-    """How much of a step on the first batch of a file is signal, in each dtype that the device computes in.
+    """How much of a step on the first batch of a file is signal, in each dtype that the device computes in, or in the
+    one that is named.
 
     Raises:
         UsageError: --eps is no list of positive numbers.
@@ -131,6 +136,8 @@ def signals_of_file(options: SignalOptions) -> list[Signal]:
         batch = DataOrder(len(examples), options.batch_size, options.seed).batch(0)
         closure = objective.closure(objective.batch([examples[i] for i in batch]))
         dtypes = [dtype for dtype in DTYPES.values() if _computes(device, dtype)]
+        dtypes[1:1] = [TF32] if device.type == "cuda" else []
+        dtypes = dtypes if options.compute_dtype == "auto" else [computed_in(runtime_of(model))]
         more = {"noise": options.noise, "seed": options.seed, "max_lanes": options.max_lanes}
         return signal_of(model, [closure], dtypes=dtypes, eps=sizes, probes=options.probes, **more)
 
@@ -146,24 +153,26 @@ def _computes(device: torch.device, dtype: torch.dtype) -> bool:
 def table_of_signals(signals: Sequence[Signal]) -> list[str]:
     """The lines of `distzo2 signal`: a row for each dtype and eps, the cheapest setting with enough signal, and the
     largest eps that curvature does not bend."""
-    lines = [f"{'compute':<9}{'eps':>8}{'correlation':>13}{'slope':>8}{'error':>8}{'|L+ - L-|':>11}{'floor':>10}"
-             f"{'curvature':>11}{'seconds':>9}"]  # fmt: skip
+    lines = [f"{'compute':<9}{'eps':>8}{'correlation':>13}{'at least':>10}{'slope':>8}{'error':>8}{'|L+ - L-|':>11}"
+             f"{'floor':>10}{'curvature':>11}{'seconds':>9}"]  # fmt: skip
     seconds = {s.dtype: min(other.seconds for other in signals if other.dtype == s.dtype) for s in signals}
     for s in signals:
         lines.append(
-            f"{dtype_name(s.dtype):<9}{s.eps:>8g}{s.correlation:>13.3f}{s.slope:>8.2f}{s.relative_error:>8.2f}"
+            f"{dtype_name(s.dtype):<9}{s.eps:>8g}{s.correlation:>13.3f}{s.least:>10.3f}{s.slope:>8.2f}{s.relative_error:>8.2f}"
             f"{s.difference:>11.1e}{s.floor:>10.1e}{s.curvature:>11.2f}{s.seconds:>9.1f}"
         )
     good = [s for s in signals if s.is_enough]
     straight = [s for s in good if s.curvature <= BENT]
     if not good:
-        return [*lines, f"no setting has a correlation of {ENOUGH} or more: a larger batch or --eps may have"]
+        return [
+            *lines,
+            f"no setting has a correlation that is surely {ENOUGH} or more: a larger batch or --eps may have",
+        ]
     some = straight or good
     least = min(seconds[s.dtype] for s in some)
     best = min((s for s in some if seconds[s.dtype] <= SAME_COST * least), key=lambda s: s.relative_error)
-    lines.append(
-        f"cheapest with a correlation of {ENOUGH} or more: --compute-dtype {dtype_name(best.dtype)} --eps {best.eps:g}"
-    )
+    how = "float32 --tf32" if best.dtype == TF32 else dtype_name(best.dtype)
+    lines.append(f"cheapest with a correlation of surely {ENOUGH} or more: --compute-dtype {how} --eps {best.eps:g}")
     if straight:
         lines.append(f"largest eps before curvature bends the loss: {max(s.eps for s in straight):g}")
     return lines

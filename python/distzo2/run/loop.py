@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.reading import ADAPTER_FILES
 from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
-from distzo2.errors import DistZO2Error, UsageError, blaming
+from distzo2.errors import DistZO2Error, UsageError, blaming, one_line
 from distzo2.optim.estimator import make_estimator
-from distzo2.optim.signal import advice, signal_of
+from distzo2.optim.signal import REFERENCE, TF32, Signal, advice, computed_in, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
 from distzo2.peft.adapters import save_adapter
@@ -37,7 +37,6 @@ from distzo2.tasks.objectives import Objective
 from distzo2.tasks.tokenize import Example
 from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
-from distzo2.weights.units import HALVES
 
 _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
     "lr", "eps", "weight_decay", "noise", "estimator", "seed",
@@ -45,7 +44,7 @@ _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
 )  # fmt: skip
 _SCORES = ("loss", "accuracy", "f1", "em")
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
-SIGNAL_PROBES = 4
+SIGNAL_PROBES = (4, 8)  # the second four where the first leave the question open
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
 
@@ -93,31 +92,51 @@ class TrainLoop:
         self._signal: dict[str, Any] = {}  # as the first step found it
 
     def settle_compute_dtype(self) -> torch.dtype | None:
-        """Looks, before the first step of a run that computes in 16 bits, at how much of it is signal. Where the dtype
-        is left to us, float32 takes the place of one in which it is rounding; else a line says so.
+        """Looks, before the first step of a run that does not compute in float32, at how much of it is signal. Where
+        the dtype is left to us, float32 takes the place of one with too little, or where that is not sure, of one that
+        does not pay; where it is not, a line says so if it is too little.
 
         Returns:
             What the run computes in; None: as stored.
         """
         o, runtime = self.options, self.runtime
-        dtype = runtime.compute_dtype or self.size.dtype
-        if o.no_signal or dtype not in HALVES:
+        dtype = computed_in(runtime)
+        if o.no_signal or dtype == REFERENCE:
             return runtime.compute_dtype
         start = time.perf_counter()
         with blaming(f"{o.model}: the model fails on the first batch"):
             closures = [self.objective.closure(batch) for batch in self._batches(0)]
             lanes = o.max_lanes or len(closures) * len(make_estimator(o.estimator).evaluations(o.probes))
             more = {"noise": o.noise, "seed": o.seed, "max_lanes": lanes}  # no more memory than a step takes
-            found = signal_of(self.model, closures, dtypes=[dtype], eps=[o.eps], probes=SIGNAL_PROBES, **more)[0]
-        correlation, about = from_rank_0("the signal", lambda: [finite(found.correlation), advice(found)])
+            more |= {"dtypes": [dtype], "eps": [o.eps], "probes": SIGNAL_PROBES, "is_open": _is_open}
+            try:
+                found = signal_of(self.model, closures, **more)[0]
+            except Exception as error:
+                if self.mesh is not None or isinstance(error, DistZO2Error):
+                    raise
+                reason = one_line(error).partition("; distzo2: ")[0]  # without our note's remedy
+                self.log(f"no look at the signal, which computes in float32 too: {reason}")
+                return runtime.compute_dtype  # if the model fails in this too, the first step says so
+        figures, about, is_clear, pays, times = from_rank_0(
+            "the signal",
+            lambda: [
+                finite([found.correlation, found.least, found.most]),
+                advice(found),
+                found.is_enough or not found.size > 0,
+                not found.is_little and found.pays,
+                1 / found.cost,
+            ],
+        )
         name, seconds = dtype_name(dtype), time.perf_counter() - start
-        told = "none" if correlation is None else f"{correlation:.2f}"
-        self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {told} ({seconds:.1f} s)")
-        kept = ("eps", "correlation", "slope", "relative_error", "floor", "curvature", "difference")
-        self._signal = {"compute_dtype": name, **{key: getattr(found, key) for key in kept}}
-        if about is not None and o.compute_dtype == "auto":
-            runtime.compute_in(torch.float32)
-            self.log("little signal: computing in float32; the weights stay stored as they are")
+        told = "none" if None in figures else "{:.2f} ({:.2f} to {:.2f})".format(*figures)
+        self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {told}, {seconds:.1f} s")
+        kept = ("eps", "correlation", "least", "most", "slope", "relative_error", "floor", "curvature", "difference")
+        self._signal = finite({"compute_dtype": name, **{key: getattr(found, key) for key in kept}})
+        if o.compute_dtype == "auto" and dtype != TF32 and not is_clear:
+            chosen = name if pays else "float32; the weights stay stored as they are"
+            self.log(f"computing in {chosen} (float32 takes {times:.2g} times as long)")
+            if not pays:
+                runtime.compute_in(REFERENCE)
         elif about is not None:
             self.log(about)
         return runtime.compute_dtype
@@ -385,6 +404,11 @@ class TrainLoop:
             self.metrics.close()
         if self.optimizer is not None:
             self.optimizer.close()
+
+
+def _is_open(found: Sequence[Signal]) -> bool:
+    """Whether more probes are to tell how much is signal, on all ranks alike."""
+    return from_rank_0("the signal", lambda: not any(s.is_enough or s.is_little for s in found))
 
 
 def _rate(num_bytes: float, seconds: float) -> float | None:

@@ -25,8 +25,8 @@ from distzo2.text import first_reason
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 TRAINED = ("peft", "adapter", "lora_r", "lora_alpha", "lora_targets", "virtual_tokens", "train_only", "freeze")
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "objective", "truncate",
-         "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective",
+         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
          *TRAINED)  # fmt: skip
 KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
 # --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
@@ -141,6 +141,7 @@ class Placement:
         "dtype that the model computes in, whatever is stored; auto: as stored, but float32 on a CPU that has no "
         "instructions for it, and, for finetune, where differences of losses would be rounding (see distzo2 signal)",
     )
+    tf32: Switch = option(False, "multiply float32 matrices in TF32 on a GPU: 10 bits of precision, bfloat16 has 7")
     threads: Threads | None = option(None, "CPU threads for computing (default: torch's choice)")
 
 

@@ -67,6 +67,18 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
+def use_tf32(asked: bool, device: torch.device) -> None:
+    """Lets this process multiply float32 matrices in TF32, if it is asked for.
+
+    Raises:
+        UsageError: on a CPU.
+    """
+    if asked and device.type != "cuda":
+        raise UsageError(f"--tf32: {device} multiplies float32 matrices as they are; TF32 is a GPU's")
+    if asked:
+        torch.set_float32_matmul_precision("high")
+
+
 def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
     """How `load_examples`, or of a task `TaskReader`, is to read the data of a command, for a kind of model."""
     reading = {
@@ -100,15 +112,19 @@ def check_memory(
     device: torch.device,
     weights: str,
     host_memory: MemoryBudget = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
     num_ranks: int = 1,
     num_copies: int = 1,
 ) -> None:
-    """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor.
+    """Raises DistZO2Error unless the weights fit where they are to live, beside three copies of the largest tensor, two
+    of them in what is computed with.
 
     `host_memory` is what the user lets weights take, in place of what is available; the copies do not count then.
     `num_ranks` of this machine have a device each, and keep `num_copies` of the weights together.
     """
-    scratch = 3 * size.largest
+    widens = compute_dtype.itemsize / size.dtype.itemsize if compute_dtype and size.dtype else 1
+    scratch = size.largest + int(2 * size.largest * widens)
     on_host = size.total * num_copies if weights == "host" or (device.type == "cpu" and weights == "device") else 0
     asked = host_memory not in (None, "auto")
     if device.type == "cpu" and not asked:

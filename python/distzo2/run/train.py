@@ -28,9 +28,10 @@ from distzo2.checkpoint.writing import CONFIG_FILE, DISK_SLACK_BYTES
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.protocol import line_of
 from distzo2.datasets.rows import find_task
-from distzo2.errors import UsageError
+from distzo2.errors import UsageError, blaming
 from distzo2.files import write_whole
 from distzo2.optim.selection import select, trained
+from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
 from distzo2.peft.adapters import adapter, digest_adapter, known_config, new_config, tokens_in_front
 from distzo2.peft.start import start_from_tokens
@@ -52,6 +53,7 @@ from distzo2.run.preflight import (
     compute_dtype_of,
     model_size,
     reading_of,
+    use_tf32,
 )
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.examples import examples_digest, load_examples
@@ -131,13 +133,18 @@ def _finetune(
         size = model_size(options.model, DTYPES.get(options.dtype))
         compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
         check_computes(device, compute_dtype)
+        use_tf32(options.tf32, device)
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
         source, config = _adapter(options, kind.name, mesh, start)
         kind = beside_prompt(kind, config)
         clock = datetime.fromisoformat(terms["clock"])
         reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
         train, held_out, objective_name, digest = _data(options, tokenizer, reading)
-        check_memory(size, device, options.weights, options.host_memory, _ranks_here(), _copies_here(options.weights))
+        # Room is made for what the look at the signal computes in, and maybe the run after it.
+        is_open = options.compute_dtype == "auto" and not (options.resume or options.no_signal)
+        widest = REFERENCE if is_open else compute_dtype
+        copies = {"num_ranks": _ranks_here(), "num_copies": _copies_here(options.weights)}
+        check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest, **copies)
         made_of = {
             "train_sha256": digest,
             "examples_sha256": examples_digest(train),
@@ -166,7 +173,7 @@ def _finetune(
                 device=device,
                 weights=options.weights,
                 dtype=DTYPES.get(options.dtype),
-                compute_dtype=compute_dtype,
+                compute_dtype=widest,
                 memory_budget=options.memory_budget,
                 host_memory=options.host_memory,
                 write_every=options.write_every,
@@ -175,6 +182,7 @@ def _finetune(
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
             )
         with closing(runtime_of(model)):
+            runtime_of(model).compute_in(compute_dtype)
             if source is config and config is not None and config.is_prompt_learning:  # a new one
                 with together(mesh, "starting the adapter"):
                     start_from_tokens(model, start, options.seed, mesh)
@@ -187,11 +195,13 @@ def _finetune(
             with closing(loop):
                 with together(mesh, "starting the run"):
                     computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
-                    settings["compute_dtype"] = dtype_name(computed or "stored")
+                    if options.compute_dtype == "auto":
+                        settings["compute_dtype"] = dtype_name(computed or "stored")
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
                         run.update(options=settings, adapter=None if config is None else digest_adapter(start))
                     if not options.resume and not options.no_check:
-                        objective.check_causal(train[0], kind)
+                        with blaming(f"{options.model}: the model fails on the first line"):
+                            objective.check_causal(train[0], kind)
                     loop.start(settings, made_of["examples_sha256"])
                 loop.run_to_end()
         memory = f"peak memory {gib(peak_bytes())}, weights {gib(size.total)}"

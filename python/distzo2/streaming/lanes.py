@@ -26,6 +26,42 @@ from distzo2.weights.updates import Emission
 UNWIND_SECONDS = 60.0  # a cancelled lane that is still running after this long is left behind
 
 
+@dataclass(frozen=True)
+class LanePlace:
+    """Which evaluation of an optimizer's step is running.
+
+    Attributes:
+        step: number of the step.
+        index: of the evaluation: the loss is `opt.last.losses[index]`, at the micro-batch's place, and its (probe,
+            sign) is `opt.last.evaluations[index]`. A plain loop evaluates in this order.
+        batch: number of the micro-batch, counted over all ranks.
+        probe: number of the perturbation.
+        sign: of the perturbation: 1, -1, or 0 for the clean weights.
+        first: this is evaluation 0 of its micro-batch, and not a repetition of it. It is true once for each
+            micro-batch, whatever the ranks, so what is counted under it is counted once. Of the ranks along
+            perturbations the first one runs it. It is never true in `opt.check` and `opt.signal`.
+    """
+
+    step: int
+    index: int
+    batch: int
+    probe: int
+    sign: int
+    first: bool
+
+
+_place: contextvars.ContextVar[LanePlace | None] = contextvars.ContextVar("place", default=None)
+
+
+def current_lane() -> LanePlace | None:
+    """Returns which evaluation of a step calls this; None outside of an optimizer's evaluations.
+
+    A closure runs once for each evaluation, and some more times when its code is new: metrics that it gathers belong
+    under `if distzo2.current_lane().first:`. Threads that a closure starts are outside, unless they run in its context.
+    """
+    return _place.get()
+
+
 class LaneCancelled(BaseException):
     """Unwinds a parked lane; not an Exception, so that the user's own handlers do not take it."""
 
@@ -38,6 +74,7 @@ class Lane:
     batch: int
     closure: Callable[[], Any]
     stream: RandomStream
+    place: LanePlace | None = None
     result: Any = None
     error: BaseException | None = None
     done: bool = False
@@ -114,12 +151,13 @@ class LaneThread(threading.Thread):
         self._lane: Lane | None = None
         self._caller: CallerState | None = None
         self._context: contextvars.Context | None = None
+        self.line = 0  # of control
         self.cancelled = False
         self.start()
 
     def assign(self, lane: Lane, caller: CallerState, context: contextvars.Context, turns: Turns) -> None:
         self._lane, self._caller, self._context, self._turns = lane, caller, context, turns
-        self.cancelled = False
+        self.cancelled, self.line = False, line_of_control()
         lane.thread = self
 
     def resume(self) -> None:
@@ -151,6 +189,8 @@ class LaneThread(threading.Thread):
     def _evaluate(self, lane: Lane) -> None:
         try:
             self._caller.enter()
+            if lane.place is not None:  # else that of the lane which called `evaluate`, if any
+                _place.set(lane.place)
             try:
                 lane.attributes.record()
                 with torch.no_grad():
@@ -162,6 +202,12 @@ class LaneThread(threading.Thread):
             lane.error = None
         except BaseException as error:
             lane.error = error
+
+
+def line_of_control() -> int:
+    """A number of the current thread, and the same in the lanes of its passes: of all these one runs at a time."""
+    thread = threading.current_thread()
+    return thread.line if isinstance(thread, LaneThread) else threading.get_ident()
 
 
 class LaneGroup:

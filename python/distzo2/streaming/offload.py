@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def offload(
         compute_dtype: float32, bfloat16 or float16: what modules compute with, whatever is stored; their parameters are
             copies in it, which are not rounded to what is stored. A difference of two losses often needs float32
             where 16 bits are stored (docs/precision.md). Parameters stored in float32 beside narrower ones, and other
-            dtypes, stay as they are; buffers of 16 bits are float32 where that is. None: as stored.
+            dtypes, stay as they are; buffers of 16 bits follow. None: as stored.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
 
@@ -371,6 +371,32 @@ def state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[str, t
 
 
 @contextmanager
+def present(module: nn.Module | nn.Parameter) -> Iterator[nn.Module | nn.Parameter]:
+    """Makes the parameters of a module real for code that reads them outside of its forward, as in `x @ head.weight.T`.
+
+    Inside a step they are those of the evaluation that runs, perturbed; elsewhere they are clean and up to date. They
+    are read-only, and valid in the body alone. A unit is opened whole: with a parameter of a block comes the block, and
+    units that stream stay on the device together. What is no part of a model that was handed over is real already.
+
+    Args:
+        module: a model, any module in it or around it, or a parameter.
+
+    Raises:
+        DistZO2Error: the body wrote a parameter, or the lanes of a step do not enter the same units in the same order.
+    """
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    params = [p for m in modules for p in m._parameters.values()] if modules else [module]
+    found = [p._distzo2 for p in params if hasattr(p, "_distzo2")]
+    units_of: dict[StreamingRuntime, set[int]] = {}
+    for param, runtime in found:
+        units_of.setdefault(runtime, set()).add(runtime.unit_of[param.index].index)
+    with ExitStack() as stack:
+        for runtime, indices in units_of.items():
+            stack.enter_context(runtime.presenting([runtime.units[index] for index in sorted(indices)]))
+        yield module
+
+
+@contextmanager
 def edit(model: nn.Module) -> Iterator[nn.Module]:
     """Makes parameters real tensors in host memory, with every update made so far, that may be changed.
 
@@ -400,7 +426,8 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             with runtime.editing(), torch.no_grad():
                 model._distzo2_state.guard(False)
                 yield model
-            restructured = _structure(model) != before
+            thawed = any(p.tensor.requires_grad and not p.trainable for p in runtime.params)
+            restructured = thawed or _structure(model) != before
             edited = {param.index: param.tensor.data for param in runtime.params}
             for param in runtime.params if not restructured else ():
                 found = edited[param.index]
@@ -433,5 +460,6 @@ def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
 def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     """Hands a model over whose parameters are real and no longer those that it was cut into."""
     runtime.close()
+    runtime.cast_buffers(None)
     model._distzo2_state.remove()
     _take(model, **runtime.options | {"weight_file": None, "compute_dtype": runtime.compute_dtype})

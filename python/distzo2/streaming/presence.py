@@ -137,7 +137,7 @@ class AbsentTensor(torch.Tensor):
 def _used_outside(param: ParamInfo, presence: Presence) -> DistZO2Error:
     error = (
         f"parameter {param.name} was used outside the forward of the module that owns it, where its weights are not "
-        "present. Call that module instead"
+        "present. Call that module instead, or read it inside `with distzo2.present(module):`"
     )
     frame = sys._getframe(1)
     while frame is not None:
@@ -148,10 +148,11 @@ def _used_outside(param: ParamInfo, presence: Presence) -> DistZO2Error:
             return DistZO2Error(f'{error}, or hand the model over with units=["{alike}"], around the use.')
         frame = frame.f_back
     if presence.in_forward():
-        return DistZO2Error(f"{error}, or compute the term inside its forward.")
+        return DistZO2Error(f"{error}.")
     return DistZO2Error(
         f"parameter {param.name}: its weights are not present outside of a forward. Read them with "
-        "model.state_dict(), or read and change them inside `with distzo2.edit(model):`."
+        "model.state_dict() or inside `with distzo2.present(module):`, and change them inside `with "
+        "distzo2.edit(model):`."
     )
 
 

@@ -12,12 +12,13 @@ Parameters whose window is not open are placeholders.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Collection, Generator, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -29,7 +30,7 @@ from distzo2.record.weight_file import KeptWeights
 from distzo2.streaming.hooks import Windows
 from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, ScheduleState, no_kv_cache, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
-from distzo2.streaming.lanes import Lane, LaneGroup
+from distzo2.streaming.lanes import Lane, LaneGroup, line_of_control
 from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
@@ -68,7 +69,7 @@ class StreamingRuntime:
         self.model, self.weights, self.access, self.where, self.kept = model, weights, access, where, kept
         self.base: Any = None
         self.compute_dtype: torch.dtype | None = None
-        # Buffers of 16 bits, which are float32 where modules compute in that.
+        # Buffers of 16 bits, which have the dtype that modules compute with.
         self.stored_buffers = {name: b.dtype for name, b in model.named_buffers() if b.dtype in HALVES}
         self.units, self.params, self.device = weights.units, weights.params, weights.device
         self.trace = weights.trace
@@ -79,7 +80,7 @@ class StreamingRuntime:
         self._names = {module: name for name, module in model.named_modules()}
         # Parameters of the root itself may be used in any of its methods, so each lane has them open throughout.
         self._root_units = [u for u in self.units if u.resident and any(window is model for window in u.windows)]
-        self._unit_of = {p.index: u for u in self.units for p in u.params}
+        self.unit_of = {p.index: u for u in self.units for p in u.params}
         inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
         # Units in whose windows others open, or that are entered several times in a row: their slots are wanted again.
         self._around = {
@@ -95,7 +96,9 @@ class StreamingRuntime:
         self._switching = False  # a lane has been seen to change them
         self._in_pass = False
         self._alone: list[Unit] = []  # open windows outside a pass
-        self._alone_thread: int | None = None
+        self._alone_line: int | None = None  # of control, that opened them
+        self._presenting = 0  # how many `presenting` of these are entered
+        self._presented: set[int] = set()  # units that such code has seen
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
         self._frozen: set[int] = set()  # parameters whose `requires_grad` was taken away since the hand-over
@@ -156,21 +159,23 @@ class StreamingRuntime:
         starts = [copy.copy(lane.stream) for lane in lanes] if new or check else []
 
         def alone(i: int) -> Any:
-            again = Lane(lanes[i].emission, lanes[i].batch, lanes[i].closure, copy.copy(starts[i]))
+            lane = lanes[i]
+            place = lane.place and dataclasses.replace(lane.place, first=False)
+            again = Lane(lane.emission, lane.batch, lane.closure, copy.copy(starts[i]), place)
             self._pass([again], None, interrupt)
             return again.result
 
         self._summed, self._parks_always = new, new or check
         try:
             self._pass(lanes, expected, interrupt)
-        except RuntimeError as error:  # shapes or dtypes that do not fit, for example
+        except Exception as error:  # shapes or dtypes that do not fit, for example
             failed = next((i for i, lane in enumerate(lanes) if lane.error is error), None)
-            if new and failed is not None and len(lanes) > 1:
+            if failed is not None and isinstance(error, RuntimeError) and new and len(lanes) > 1:
                 with suppress(Exception):
                     alone(failed)
                     error.add_note(f"distzo2: {LANE_ALONE}")
-            if self.compute_dtype is not None and any(word in str(error) for word in ("dtype", "scalar type")):
-                error.add_note(self._about_dtypes(error))
+            if failed is not None and self.compute_dtype is not None and not isinstance(error, DistZO2Error):
+                self._note_dtypes(error)
             raise
         finally:
             self._summed = self._parks_always = False
@@ -182,10 +187,14 @@ class StreamingRuntime:
         lanes[-1].switches.leave()
         return lanes[0].visited
 
-    def _about_dtypes(self, error: BaseException) -> str:
+    def _note_dtypes(self, error: Exception) -> None:
+        """Adds a note to what a lane raised, if that, or the line that raised it, is about dtypes."""
+        text = f"{error} {traceback.extract_tb(error.__traceback__)[-1].line}"
+        if not any(word in text for word in ("dtype", "scalar type")):
+            return
         modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         names = [name for m in modules if isinstance(m, nn.Module) and (name := self.name_of(m))]
-        return (
+        error.add_note(
             f"distzo2: in {names[-1] if names else 'the model'}, which computes in {self.compute_dtype} and is stored "
             "in other dtypes: compute_dtype=None (--compute-dtype stored) computes in these"
         )
@@ -396,15 +405,15 @@ class StreamingRuntime:
                 self.weights.busy = bool(self._alone)
 
     def _enter_alone(self, unit: Unit) -> None:
-        thread = threading.get_ident()
+        line = line_of_control()
         if self._in_pass:
             raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of the pass under way")
         if self._alone:
             self._drop_stale_windows()
         if not self._alone:
             self.weights.check_idle("a forward")
-            self._alone_thread = thread
-        elif thread != self._alone_thread:
+            self._alone_line = line
+        elif line != self._alone_line:
             raise DistZO2Error("another thread is in the middle of a forward of this model")
         with self._interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
@@ -413,9 +422,38 @@ class StreamingRuntime:
             self._point(unit, CLEAN, self._alone, unit.index not in self._entered)
             self._entered.add(unit.index)
 
+    @contextmanager
+    def presenting(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Opens a window of each of `units` in the lane, or in the thread outside of a pass, that calls.
+
+        Raises:
+            DistZO2Error: more of them stream than the device has slots.
+        """
+        ring, num_streamed = self.weights.ring, sum(self.weights.copies[unit.index].block >= 0 for unit in units)
+        if ring.slot_bytes and num_streamed > ring.num_slots and not ring.gathers:
+            raise DistZO2Error(
+                f"{num_streamed} blocks that stream would be present at once, and the device has {ring.num_slots} "
+                f"slots: name a smaller part, or hand the model over with slots={num_streamed + 1}"
+            )
+        alone = self._lanes.running is None
+        self._presenting += alone
+        try:
+            with ExitStack() as windows:
+                for unit in units:
+                    if alone and unit.index not in self._presented:  # new code: watched as a first forward is
+                        self._entered.discard(unit.index)
+                        self._presented.add(unit.index)
+                    self.enter(unit)
+                    windows.callback(self.exit, unit)
+                yield
+        finally:
+            self._presenting -= alone
+
     def _drop_stale_windows(self) -> None:
         """Closes, at the next use, windows that Ctrl-C left open: it ends a forward without torch calling the hooks."""
-        if not self._alone or threading.get_ident() != self._alone_thread or self.has_compiled():
+        if not self._alone or self._presenting or self.has_compiled():
+            return
+        if threading.get_ident() != self._alone_line:  # nor in a lane, which is never interrupted
             return
         running, frame = set(), sys._getframe(1)
         while frame is not None:
@@ -430,7 +468,7 @@ class StreamingRuntime:
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Lets modules compute in another dtype than what is stored; None: in that. Their parameters are copies in it,
-        made at each visit, and buffers of 16 bits are float32 where that is.
+        made at each visit, and buffers of 16 bits follow.
 
         Raises:
             DistZO2Error: a pass or a forward is under way.
@@ -439,11 +477,15 @@ class StreamingRuntime:
         for unit in self.units:
             self.parameters.compute_anew(unit)
         self.compute_dtype = dtype if any(unit.converts for unit in self.units) else None
+        self.cast_buffers(dtype)
+
+    def cast_buffers(self, dtype: torch.dtype | None) -> None:
+        """Gives buffers that have 16 bits another dtype; None: their own."""
         for name, stored in self.stored_buffers.items():
             owner, _, key = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if (buffer := module._buffers.get(key)) is not None:
-                module._buffers[key] = buffer.to(torch.float32 if dtype == torch.float32 else stored)
+                module._buffers[key] = buffer.to(dtype or stored)
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -495,7 +537,7 @@ class StreamingRuntime:
         """The up-to-date weights of a parameter of the root module, which its methods may read at any time."""
         if not any(user is self.model for user in param.users) or self._in_pass or self.weights.closed:
             return None
-        unit = self._unit_of[param.index]
+        unit = self.unit_of[param.index]
         present = unit.index in self._pointed
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
@@ -505,19 +547,11 @@ class StreamingRuntime:
         return value
 
     def set_requires_grad(self, param: ParamInfo, value: bool) -> None:
-        """Inside a pass nothing is changed: no gradient is made there, and what peft's `disable_adapter` freezes, it
-        thaws again.
-
-        Raises:
-            DistZO2Error: the parameter was frozen when it was handed over.
-        """
+        """Notes it. An optimizer that is made later, or the next step of one that trains it, raises what is wrong with
+        it. Inside a pass nothing is noted: no gradient is made there, and PEFT freezes and thaws adapters for as long
+        as it leaves them out of a forward."""
         if self._in_pass:
             return
-        if value and not param.trainable:
-            raise DistZO2Error(
-                f"parameter {param.name} was frozen when the model was handed over: make it trainable inside "
-                "`with distzo2.edit(model):`"
-            )
         param.requires_grad = value
         (self._frozen.discard if value else self._frozen.add)(param.index)
 

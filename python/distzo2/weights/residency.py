@@ -13,7 +13,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.text import gib
-from distzo2.weights.scratch import BUFFERS, buffers_of
+from distzo2.weights.scratch import least_bytes
 from distzo2.weights.store import slot_bytes_of
 from distzo2.weights.units import Unit
 from distzo2_core import memory_budget
@@ -94,13 +94,7 @@ def blocks_to_stream(
     if budget == "auto":
         budget = int(AUTO_SHARE * free_bytes())
     residents = sum(u.num_bytes for u in units if u.resident)
-    copied = [u for u in units if u.trainable or u.converts]  # for modules
-    # Of blocks, and of the trained parts of blocks, one at a time is open.
-    parts = [u for u in copied if u.resident and u.beside is not None and not u.beside.resident]
-    some = [u for u in copied if not u.resident]
-    scratch = max(map(buffers_of, some), default=0) * max((u.seen_bytes for u in some), default=0)
-    scratch += BUFFERS * max((u.seen_bytes for u in parts), default=0)
-    scratch += BUFFERS * sum(u.seen_bytes for u in copied if u.resident and u not in parts)
+    scratch = least_bytes([u for u in units if u.trainable or u.converts])
     if residents + scratch + sum(u.num_bytes for u in blocks) <= budget:  # no ring is needed
         return []
     ring = slots * slot_bytes_of(u.num_bytes for u in blocks)

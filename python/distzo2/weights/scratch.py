@@ -37,6 +37,25 @@ class _SizeClass:
         return max(self.least, min(MOST_BUFFERS, CLASS_BYTES // self.num_bytes))
 
 
+def _class_of(unit: Unit) -> Hashable:
+    kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
+    return "small" if unit.seen_bytes <= SMALL_BYTES else kind
+
+
+def _size_classes(units: Sequence[Unit]) -> dict[Hashable, _SizeClass]:
+    classes: dict[Hashable, _SizeClass] = {}
+    for unit in units:
+        one = classes.setdefault(_class_of(unit), _SizeClass())
+        one.num_bytes = max(one.num_bytes, unit.seen_bytes)
+        one.least = max(one.least, buffers_of(unit))
+    return classes
+
+
+def least_bytes(units: Sequence[Unit]) -> int:
+    """What the least buffers of each class of the units' sizes take."""
+    return sum(one.least * one.num_bytes for one in _size_classes(units).values())
+
+
 class Scratch:
     """One or two buffers for each class of unit sizes, and more where they are small; beyond, only while the open
     windows of one lane need them."""
@@ -44,14 +63,8 @@ class Scratch:
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None  # whose kernels used the buffers last
-        self._classes: dict[Hashable, _SizeClass] = {}
-        self._class_of: dict[int, _SizeClass] = {}  # by the unit's index
-        for unit in units:
-            kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
-            one = self._classes.setdefault("small" if unit.seen_bytes <= SMALL_BYTES else kind, _SizeClass())
-            one.num_bytes = max(one.num_bytes, unit.seen_bytes)
-            one.least = max(one.least, buffers_of(unit))
-            self._class_of[unit.index] = one
+        self._classes = _size_classes(units)
+        self._class_of = {unit.index: self._classes[_class_of(unit)] for unit in units}
 
     def find(self, unit: Unit, key: Hashable) -> torch.Tensor | None:
         """Returns the buffer that holds `key` of `unit`, or None."""

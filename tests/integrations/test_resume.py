@@ -1,0 +1,96 @@
+"""A trainer's run goes on from its journal: after a kill, from a checkpoint before, or as `zo_existing` says."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import hf_cases
+import pytest
+from hf_cases import trained
+from same_bits import assert_same_tensors
+
+import distzo2
+from distzo2.record.journal import read_journal
+
+EVENTS = ("loss", "eval_loss", "learning_rate", "step", "epoch")
+
+
+def history(trainer: Any) -> list[dict]:
+    return [{k: row[k] for k in EVENTS if k in row} for row in trainer.state.log_history if "train_loss" not in row]
+
+
+def steps(directory: Path) -> list:
+    return [(e.step, e.update, e.losses) for e in read_journal(directory / "journal.jsonl").entries]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    trainer = trained(tmp_path_factory.mktemp("whole"))
+    assert trainer.state.global_step == 5  # early stopping ended it
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"save_strategy": "steps", "save_steps": 2, "eval_steps": 1}], ids=["journal alone", "checkpoints"]
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, whole: Any, fields: dict) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_cases", "distzo2.integrations.transformers"])
+    child = context.Process(target=trained, args=(tmp_path,), kwargs={"kill_at": 3, **fields}, daemon=True)
+    child.start()
+    child.join(120)
+    assert child.exitcode == -9 and len(steps(tmp_path)) == 3
+    trainer = trained(tmp_path, True, **fields)
+    assert_same_tensors(trainer.model.state_dict(), whole.model.state_dict())
+    assert trainer.state.global_step == whole.state.global_step
+    assert trainer.state.best_metric == whole.state.best_metric
+    assert history(trainer)[-2:] == history(whole)[-2:]
+    assert steps(tmp_path) == steps(Path(whole.args.output_dir))
+
+
+def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> None:
+    with pytest.raises(distzo2.DistZO2Error, match=r"does not exist: there is no run to resume"):
+        trained(tmp_path, True)
+    first = trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.raises(distzo2.DistZO2Error, match=r'holds a run: .*zo_existing="resume".*zo_existing="overwrite"'):
+        trained(tmp_path, max_steps=2)
+    with pytest.raises(distzo2.DistZO2Error, match=r"trained already"):
+        first.train()
+    again = trained(tmp_path, max_steps=2, zo_existing="resume")  # nothing is left to do
+    assert_same_tensors(again.model.state_dict(), first.model.state_dict())
+    before = steps(tmp_path)
+    assert len(before) == again.state.global_step == 2
+
+    from_one = trained(tmp_path, str(tmp_path / "checkpoint-1"), max_steps=3)
+    assert steps(tmp_path)[:1] == before[:1] and len(steps(tmp_path)) == 3
+    assert len(read_journal(tmp_path / "journal-1.jsonl").entries) == 2
+    assert from_one.state.global_step == 3
+    with pytest.raises(distzo2.DistZO2Error, match=r"at step 2.*of another run"):
+        (tmp_path / "journal.jsonl").unlink()
+        (tmp_path / "journal-1.jsonl").rename(tmp_path / "journal.jsonl")
+        read = (tmp_path / "journal.jsonl").read_text().splitlines(True)
+        (tmp_path / "journal.jsonl").write_text("".join(read[:2]))
+        trained(tmp_path, str(tmp_path / "checkpoint-2"))
+    trained(tmp_path, zo_existing="overwrite", max_steps=1)
+    assert len(steps(tmp_path)) == 1 and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_another_model_cannot_resume_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(tmp_path, max_steps=1)
+    monkeypatch.setattr(hf_cases, "LLAMA", None)
+    monkeypatch.setitem(
+        hf_cases.KINDS, "llama", (*hf_cases.KINDS["llama"][:2], hf_cases.KINDS["llama"][2] | {"initializer_range": 0.5})
+    )
+    with pytest.raises(distzo2.DistZO2Error):
+        trained(tmp_path, True, max_steps=2)
+
+
+def test_without_a_journal_a_run_resumes_from_the_weights(tmp_path: Path) -> None:
+    options = {"zo_journal": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = trained(tmp_path / "whole", **options)
+    trained(tmp_path / "half", **options | {"max_steps": 4})
+    resumed = trained(tmp_path / "half", str(tmp_path / "half/checkpoint-2"), **options)
+    assert_same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+    assert not (tmp_path / "half/journal.jsonl").exists()

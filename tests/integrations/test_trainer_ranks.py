@@ -1,0 +1,66 @@
+"""Trainers on ranks: the bits of one rank, batches by data coordinate, slices that evaluation and saving are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hf_cases
+import numpy as np
+import pytest
+import torch
+from parallel_ranks import PRELOADED, Ranks
+from tiny_text import make_checkpoint
+from transformers import LlamaForCausalLM
+
+STEP = {"gradient_accumulation_steps": 2, "max_steps": 4}  # of one rank; with data=2 each has one micro-batch
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    PRELOADED.append("distzo2.integrations.trl")
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+    PRELOADED.pop()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, base: str) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = [hf_cases.on_ranks(0, 1, tmp_path_factory.mktemp("alone"), STEP, which) for which in (None, base)]
+    torch.set_num_threads(threads)
+    return found
+
+
+MESHES = {
+    "pert": {"zo_pert": 2} | STEP,
+    "data": {"zo_data": 2} | STEP | {"gradient_accumulation_steps": 1},
+    "slices": {"zo_pert": 2, "zo_slice": True, "zo_weights": "host", "zo_verify_every": 2} | STEP,
+    "by itself": STEP,
+}
+
+
+@pytest.mark.parametrize("trl", [False, True], ids=["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("name", MESHES)
+def test_the_bits_of_one_rank(ranks: Ranks, alone: Any, base: str, tmp_path: Path, name: str, trl: bool) -> None:
+    results = ranks.values(hf_cases.on_ranks, 2, tmp_path, MESHES[name], base if trl else None)
+    expected, rows, _ = alone[trl]
+    for weights, found, wrapper in results:
+        assert wrapper == "LlamaForCausalLM"  # and not accelerate's wrapper
+        for key, value in expected.items():
+            np.testing.assert_array_equal(weights[key], value, err_msg=key)
+        assert [row.get("loss") for row in found] == [row.get("loss") for row in rows]
+        assert [row["eval_loss"] for row in found if "eval_loss" in row] == pytest.approx(
+            [row["eval_loss"] for row in rows if "eval_loss" in row]
+        )
+    assert [row.get("num_tokens") for row in results[0][1]] == [row.get("num_tokens") for row in rows]
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(loaded[key], torch.from_numpy(value)) for key, value in expected.items())
