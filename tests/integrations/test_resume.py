@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, whole: Any, 
     child = context.Process(target=trained, args=(tmp_path,), kwargs={"kill_at": 3, **fields}, daemon=True)
     child.start()
     child.join(120)
-    assert child.exitcode == -9 and len(steps(tmp_path)) == 3
+    assert child.exitcode == -9 and len(steps(tmp_path)) in (2, 3)  # the last line is written beside the run
     trainer = trained(tmp_path, True, **fields)
     assert_same_tensors(trainer.model.state_dict(), whole.model.state_dict())
     assert trainer.state.global_step == whole.state.global_step
