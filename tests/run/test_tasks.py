@@ -132,6 +132,8 @@ def test_the_protocol() -> None:
         1e-6,
         0,
     )
+    prefix, prompt = (options("--train=t", f"--peft={method}") for method in ("prefix", "prompt"))
+    assert (prefix.lr, prompt.lr) == (1e-3, 1e-2)  # of the protocol; it has no prompts, which keep their own
 
 
 def test_what_the_protocol_sets_is_printed(model: Path, capsys) -> None:

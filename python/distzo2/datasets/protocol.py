@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 _MEZO = {
-    "batch_size": 16, "steps": 20_000, "lr": 1e-7, "eps": 1e-3, "schedule": "constant", "max_length": 2048,
-    "estimator": "spsa", "probes": 1, "noise": "normal",
+    "schedule": "constant", "max_length": 2048, "estimator": "spsa", "probes": 1, "noise": "normal",
 }  # fmt: skip
-_MEZO_OF_PEFT = {"lora": {"lr": 5e-5, "eps": 1e-2}, "prefix": {"lr": 1e-3, "eps": 1e-1}}
+# By what --peft says. What the protocol does not train (a prompt, an adapter of some kind) keeps its usual rate.
+_MEZO_RATES = {None: {"lr": 1e-7, "eps": 1e-3}, "lora": {"lr": 5e-5, "eps": 1e-2}, "prefix": {"lr": 1e-3, "eps": 1e-1}}
 _MEZO_EVALUATED = {"eval_every": 4_000, "score": "loss", "save": "best"}
 
 
@@ -26,7 +26,8 @@ def protocol(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("protocol") is None:
         return {}
     more = _MEZO_EVALUATED if values.get("task") or values.get("eval") else {}
-    return _MEZO | _MEZO_OF_PEFT.get(values.get("peft"), {}) | more
+    rates = {} if values.get("adapter") else _MEZO_RATES.get(values.get("peft"), {})
+    return {"batch_size": 16, "steps": 20_000} | rates | _MEZO | more
 
 
 def line_of(values: Mapping[str, Any]) -> str:
