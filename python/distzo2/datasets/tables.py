@@ -16,6 +16,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from distzo2.errors import DataError, DistZO2Error, one_line
+from distzo2.version import INSTALL_HF
 
 _SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "JSONL", ".json": "JSONL", ".tsv": "TSV"}
 _SAME = {"validation": {"validation", "valid", "val", "dev"}}  # names of one split
@@ -81,8 +82,7 @@ def _arrow(files: list[Path], fields: Sequence[str]) -> tuple[list[str], int, Ca
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        advice = "pip install --no-build-isolation '.[hf]'"
-        raise DistZO2Error(f"{files[0]}: {files[0].suffix[1:]} files need pyarrow: {advice}") from None
+        raise DistZO2Error(f"{files[0]}: {files[0].suffix[1:]} files need pyarrow: {INSTALL_HF}") from None
 
     def table(path: Path) -> tuple[list[str], Any]:
         """All columns' names, and those of `fields` that there are."""

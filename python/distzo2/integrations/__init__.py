@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import PackageNotFoundError, version
 
 from distzo2.errors import DistZO2Error
-
-INSTALL = "pip install --no-build-isolation '.[hf]'"
+from distzo2.version import INSTALL_HF, release
 
 
 class MissingPackageError(DistZO2Error, ImportError):
@@ -26,14 +24,9 @@ def require(*, optional: bool = False, **floors: str) -> None:
         except PackageNotFoundError:
             if optional:
                 continue
-            raise MissingPackageError(f"{package} is not installed: {INSTALL}") from None
+            raise MissingPackageError(f"{package} is not installed: {INSTALL_HF}") from None
         if release(found) < release(floor):
-            raise MissingPackageError(f"{package} {found} is too old, {floor} or later is needed: {INSTALL}")
-
-
-def release(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: (5, 23, 0) of "5.23.0.dev0"."""
-    return tuple(map(int, re.match(r"\d+(\.\d+)*", text)[0].split(".")))
+            raise MissingPackageError(f"{package} {found} is too old, {floor} or later is needed: {INSTALL_HF}")
 
 
 require(transformers="5.20", accelerate="1.10")

@@ -158,16 +158,6 @@ class ZOMixin:
         mesh = parallel.current()
         return super().get_total_train_batch_size(args) // (1 if mesh is None else mesh.shape.pert)
 
-    def _meet(self) -> None:
-        """Serves the other ranks slices until all are here. Collectives of torch may follow, which serve nobody."""
-        if parallel.current() is not None:
-            parallel.current().barrier()
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().prediction_step(*args, **kwargs)
-        self._meet()
-        return found
-
     # ---- the optimizer, its journal, resuming -----------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -249,7 +239,6 @@ class ZOMixin:
         finally:
             if streams:
                 del self.model.save_pretrained
-        self._meet()
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
@@ -382,8 +371,6 @@ def _hold_off(accelerator: Any, hand_over: Callable[[nn.Module], nn.Module]) -> 
     def gather_outside(tensor: Any) -> Any:
         if current_lane() is not None:  # ranks evaluate different things: what is gathered there is a rank's own
             return tensor
-        if parallel.current() is not None:
-            parallel.current().barrier()
         return gather(tensor)
 
     accelerator.gather = gather_outside

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from distzo2.checkpoint.reading import ADAPTER_FILE
 from distzo2.checkpoint.tensor_files import CheckpointError, read_json
 from distzo2.errors import DistZO2Error, blaming, one_line
+from distzo2.version import INSTALL_HF, release
 
-FLOOR = (0, 18)
-INSTALL = "pip install --no-build-isolation '.[hf]'"
+FLOOR = "0.18"
 WORKING = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
 _WHY_NOT = {  # of types that are asked for
     "ADALORA": "it cuts ranks by gradients, which a forward does not make",
@@ -37,14 +36,15 @@ def peft_library() -> Any:
     Raises:
         DistZO2Error: it is not installed, or older than what is tested.
     """
-    floor = ".".join(map(str, FLOOR))
     try:
         import peft
     except ImportError as error:
         found = "is not installed" if error.name == "peft" else f"cannot be imported ({one_line(error)})"
-        raise DistZO2Error(f"an adapter needs the package peft, {floor} or later, which {found}: {INSTALL}") from error
-    if tuple(map(int, re.findall(r"\d+", peft.__version__)[:2])) < FLOOR:
-        raise DistZO2Error(f"peft {peft.__version__} is installed, {floor} or later is expected: {INSTALL}")
+        raise DistZO2Error(
+            f"an adapter needs the package peft, {FLOOR} or later, which {found}: {INSTALL_HF}"
+        ) from error
+    if release(peft.__version__) < release(FLOOR):
+        raise DistZO2Error(f"peft {peft.__version__} is installed, {FLOOR} or later is expected: {INSTALL_HF}")
     return peft
 
 
