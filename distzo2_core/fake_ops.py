@@ -76,6 +76,10 @@ def _materialize(
     return None
 
 
+def _decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+    return None
+
+
 def register() -> None:
     """Registers the fake kernels; called once, after the extension has defined the ops."""
     torch.library.register_fake("distzo2::normal", _noise)
@@ -86,3 +90,4 @@ def register() -> None:
     torch.library.register_fake("distzo2::update_", _update_)
     torch.library.register_fake("distzo2::embedding", _embedding)
     torch.library.register_fake("distzo2::materialize", _materialize)
+    torch.library.register_fake("distzo2::decode", _decode)

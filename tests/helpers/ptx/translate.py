@@ -171,6 +171,10 @@ class Translator:
             case ("sub", mode, "f32") if mode in ROUNDING:
                 a, b = values()
                 return f"add({a}, -{b}, {mode!r})", bits
+            case ("div", "rn", "f32"):
+                return f"canonical({' / '.join(values())})", bits
+            case ("div" | "rem" as name, "u32"):
+                return f" {'//' if name == 'div' else '%'} ".join(values()), kind
             case ("rsqrt", "approx", "ftz", "f32"):
                 return f"rsqrt({values()[0]}, x.rsqrt_ulps)", bits
             case ("selp", _):
