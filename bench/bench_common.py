@@ -140,9 +140,7 @@ def interleaved_seconds(
     }
 
 
-def _batch_seconds(
-    call: Callable[[], object], num_calls: int, device: str, clock: Callable[[], float]
-) -> float:
+def _batch_seconds(call: Callable[[], object], num_calls: int, device: str, clock: Callable[[], float]) -> float:
     if not device.startswith("cuda"):
         start = clock()
         for _ in range(num_calls):

@@ -3,11 +3,12 @@
     python bench/bench_decode.py                        # every instruction set that the machine has
     python bench/bench_decode.py --levels avx2 --quick
 
-Each row is G weights/s of one thread's own time, which leaves out other work on the machine: a matrix of ROWS x COLS decoded from random codes and scales of a model's size,
-the medians and the best of interleaved rounds, each row first checked bit for bit against the reference. `copy` is
-torch's copy_ of the output's bytes on one thread, `visit` a step's visit with signs to as many bf16 weights (read,
-update, write back, write two copies). An instruction set is chosen when the kernels are first used, so that each has a
-process of its own, with a copy and a visit of its own. `--small` decodes what stays in the caches.
+Each row is G weights/s of one thread's own time, which leaves out other work on the machine: a matrix of ROWS x COLS
+decoded from random codes and scales of a model's size, the medians and the best of interleaved rounds, each row first
+checked bit for bit against the reference. `copy` is torch's copy_ of the output's bytes, `visit` a step's visit with
+signs to as many bf16 weights (read, update, write back, write two copies). An instruction set is chosen when the
+kernels are first used, so that each has a process, a copy and a visit of its own. `--small` decodes what stays in the
+caches.
 """
 
 from __future__ import annotations
@@ -31,12 +32,26 @@ import distzo2_core
 from distzo2_core import PackedSegment, PackedTable
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from packed_cases import FORMATS, make_case  # noqa: E402
+from packed_cases import make_case
 
 ROWS, COLS, SMALL_ROWS = 4096, 4096, 32
 LEVELS = ("avx512", "avx2", "portable")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-NAMES = ("q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0", "gptq", "int4", "nf4", "mxfp4", "nvfp4", "e4m3, blocks", "int16")
+NAMES = (
+    "q4_0",
+    "q4_1",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "q8_0",
+    "gptq",
+    "int4",
+    "nf4",
+    "mxfp4",
+    "nvfp4",
+    "e4m3, blocks",
+    "int16",
+)
 SHORT = ("q4_0", "q4_k", "q8_0", "gptq")  # the formats that are decoded to every dtype
 CHECKED = 4  # rows
 
@@ -67,7 +82,9 @@ def measure(level: str, rows: int, rounds: int, dtypes: list[str]) -> list[dict[
         copies = [torch.zeros(2 * numel, dtype=torch.uint8) for _ in range(2)]
         contenders: dict[str, Callable[[], object]] = {
             "copy": lambda out=out, source=source: out.copy_(source),
-            "visit": lambda visit=visit, weights=weights, outs=copies: distzo2_core.materialize(weights, outs=outs, **visit),
+            "visit": lambda visit=visit, weights=weights, outs=copies: distzo2_core.materialize(
+                weights, outs=outs, **visit
+            ),
         }
         names = NAMES if dtype_name == "bfloat16" else SHORT
         contenders |= {name: call_of(name, dtype, rows, out) for name in names}

@@ -34,8 +34,8 @@ _MAX_PLACE = 2**62  # of offsets and strides
 
 
 class Kind(IntEnum):
-    """How a value is encoded. Those below FLOAT32 are codes of weights, in blocks of `PackedLayout.block` weights; those of
-    one byte also serve as values of groups."""
+    """How a value is encoded. Those below FLOAT32 are codes of weights, in blocks of `PackedLayout.block` weights; the
+    kinds of one byte also serve as values of groups."""
 
     NIBBLES_32 = 0  # of each 32 weights, byte j holds j (low bits) and j + 16: GGUF's Q4_0 and Q4_1
     NIBBLES_64 = 1  # of each 64 weights, byte j holds j (low bits) and j + 32: Q4_K
@@ -260,9 +260,9 @@ def _check_kinds(where: str, layout: PackedLayout) -> None:
         raise ValueError(f"{where}codes are not shared: their rows and cols must be 1")
     for name in ("scale", "min"):
         field = getattr(layout, name)
-        if field is not None and field.kind in (Kind.K_SCALE, Kind.K_MIN):
-            if field.stride or layout.block != 8 * field.cols:
-                raise ValueError(f"{where}{name} of {field.kind.name} needs stride 0 and cols of an eighth of the block")
+        six_bits = field is not None and field.kind in (Kind.K_SCALE, Kind.K_MIN)
+        if six_bits and (field.stride or layout.block != 8 * field.cols):
+            raise ValueError(f"{where}{name} of {field.kind.name} needs stride 0 and cols of an eighth of the block")
     if layout.levels and (len(layout.levels) != NUM_LEVELS or codes.kind not in _NIBBLES):
         raise ValueError(f"{where}levels must be {NUM_LEVELS} numbers, for codes of 4 bits")
     if (layout.levels or codes.kind in _FLOAT8) and (layout.zero or layout.zero_point or layout.min):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from .packed import ABSENT, KINDS_OF, Kind
-from .reference import BFLOAT16, FLOAT16, decode as decode_floats, fma, mul, round_nearest
+from .reference import BFLOAT16, FLOAT16, fma, mul, round_nearest
+from .reference import decode as decode_floats
 from .types import CODE_DTYPES
 
 _CHUNK = 1 << 18  # weights handled at a time, in whole rows: bounds the memory of temporaries

@@ -18,8 +18,8 @@ NF4 = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.0
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 WIDTHS = {Kind.FLOAT32: 4, Kind.BFLOAT16: 2, Kind.FLOAT16: 2, Kind.INT16: 2}
 # float32 bits: zeros, subnormals, the largest, infinities, NaN, and values whose products are ties or near to none.
-SPECIALS = [0, 1 << 31, 1, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00001, 0x3F808000,
-            0x3F800000, 0xBF800000, 0x00008000, 0x33800000, 0x477FF000]  # fmt: skip
+SPECIALS = [0, 1 << 31, 1, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00001,
+            0x3F808000, 0x3F800000, 0xBF800000, 0x00008000, 0x33800000, 0x477FF000]  # fmt: skip
 
 
 def interleaved(block: int, num_bytes: int, **fields: tuple[Kind, int, int, int]) -> Callable[..., tuple]:
@@ -28,7 +28,8 @@ def interleaved(block: int, num_bytes: int, **fields: tuple[Kind, int, int, int]
     def make(rows: int, cols: int, **changes: object) -> tuple[PackedLayout, int]:
         row = cols // block * num_bytes
         places = {
-            name: Field(kind, at, row, num_bytes, stride, 1, shared) for name, (kind, at, stride, shared) in fields.items()
+            name: Field(kind, at, row, num_bytes, stride, 1, shared)
+            for name, (kind, at, stride, shared) in fields.items()
         }
         return PackedLayout(rows, cols, block, **places, **changes), rows * row
 
@@ -54,33 +55,19 @@ def separate(code: Kind, bits: int, *more: tuple[str, Kind, int, int], **setting
 
 
 # Of each format its maker of layouts, and columns that it can have.
+HALF = (Kind.FLOAT16, 0, 0, 32)
+K_FIELDS = {"scale": (Kind.K_SCALE, 4, 0, 32), "outer": (Kind.FLOAT16, 0, 0, 256),
+            "min": (Kind.K_MIN, 4, 0, 32), "outer_min": (Kind.FLOAT16, 2, 0, 256)}  # fmt: skip
+Q6_FIELDS = {"scale": (Kind.INT8, 192, 1, 16), "outer": (Kind.FLOAT16, 208, 0, 256)}
 FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
-    "q4_0": (interleaved(32, 18, codes=(Kind.NIBBLES_32, 2, 0, 1), scale=(Kind.FLOAT16, 0, 0, 32)), (32, 4160)),
+    "q4_0": (interleaved(32, 18, codes=(Kind.NIBBLES_32, 2, 0, 1), scale=HALF), (32, 4160)),
     "q4_1": (
-        interleaved(32, 20, codes=(Kind.NIBBLES_32, 4, 0, 1), scale=(Kind.FLOAT16, 0, 0, 32), min=(Kind.FLOAT16, 2, 0, 32)),
-        (96,),
+        interleaved(32, 20, codes=(Kind.NIBBLES_32, 4, 0, 1), scale=HALF, min=(Kind.FLOAT16, 2, 0, 32)), (96,),
     ),
-    "q8_0": (interleaved(32, 34, codes=(Kind.INT8, 2, 0, 1), scale=(Kind.FLOAT16, 0, 0, 32)), (32, 320)),
-    "q4_k": (
-        interleaved(
-            256, 144, codes=(Kind.NIBBLES_64, 16, 0, 1), scale=(Kind.K_SCALE, 4, 0, 32), outer=(Kind.FLOAT16, 0, 0, 256),
-            min=(Kind.K_MIN, 4, 0, 32), outer_min=(Kind.FLOAT16, 2, 0, 256),
-        ),
-        (256, 4608),
-    ),
-    "q5_k": (
-        interleaved(
-            256, 176, codes=(Kind.Q5_K, 16, 0, 1), scale=(Kind.K_SCALE, 4, 0, 32), outer=(Kind.FLOAT16, 0, 0, 256),
-            min=(Kind.K_MIN, 4, 0, 32), outer_min=(Kind.FLOAT16, 2, 0, 256),
-        ),
-        (512,),
-    ),
-    "q6_k": (
-        interleaved(
-            256, 210, codes=(Kind.Q6_K, 0, 0, 1), scale=(Kind.INT8, 192, 1, 16), outer=(Kind.FLOAT16, 208, 0, 256)
-        ),
-        (256, 2560),
-    ),
+    "q8_0": (interleaved(32, 34, codes=(Kind.INT8, 2, 0, 1), scale=HALF), (32, 320)),
+    "q4_k": (interleaved(256, 144, codes=(Kind.NIBBLES_64, 16, 0, 1), **K_FIELDS), (256, 4608)),
+    "q5_k": (interleaved(256, 176, codes=(Kind.Q5_K, 16, 0, 1), **K_FIELDS), (512,)),
+    "q6_k": (interleaved(256, 210, codes=(Kind.Q6_K, 0, 0, 1), **Q6_FIELDS), (256, 2560)),
     "gptq": (separate(Kind.NIBBLES_32, 4, ("scale", Kind.FLOAT16, 1, 128), ("zero", Kind.UINT8, 1, 128)), (128, 416)),
     "int4": (separate(Kind.NIBBLES_LOW, 4, ("scale", Kind.BFLOAT16, 1, 32), zero_point=8), (32, 70)),
     "nf4": (separate(Kind.NIBBLES_HIGH, 4, ("scale", Kind.FLOAT32, 1, 64), levels=NF4), (64, 202)),
@@ -99,8 +86,10 @@ FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
     "e4m3, blocks": (separate(Kind.FLOAT8_E4M3, 8, ("scale", Kind.FLOAT32, 3, 128)), (128, 300)),
     "e5m2, rows": (separate(Kind.FLOAT8_E5M2, 8, ("scale", Kind.BFLOAT16, 1, 0)), (1, 65)),
     "uint8": (
-        separate(Kind.UINT8, 8, ("scale", Kind.FLOAT32, 1, 16), ("zero", Kind.INT8, 1, 16), ("min", Kind.FLOAT32, 1, 32),
-                 min_sign=-1),
+        separate(
+            Kind.UINT8, 8, ("scale", Kind.FLOAT32, 1, 16), ("zero", Kind.INT8, 1, 16), ("min", Kind.FLOAT32, 1, 32),
+            min_sign=-1,
+        ),
         (16, 100),
     ),
     "int16": (separate(Kind.INT16, 16, ("scale", Kind.FLOAT32, 1, 64), zero_point=-3), (64, 131)),

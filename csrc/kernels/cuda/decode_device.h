@@ -15,7 +15,7 @@ struct DeviceDecode {
     uint8_t* out; // of the matrix
     PackedMatrix matrix;
     float levels[kNumLevels];
-    uint32_t quick;                                  // by octets
+    uint32_t quick;                                     // by octets
     uint32_t block, scale, outer, zero, min, outer_min; // powers of two: columns of each
 };
 

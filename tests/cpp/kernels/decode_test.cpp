@@ -1,5 +1,6 @@
-// Decoding packed weights: every instruction set, and the device's octets run on the host, against one weight at a time,
-// bit for bit, over kinds of codes, sizes of groups and splits into ranges; and that nothing beside a matrix is written.
+// Decoding packed weights: every instruction set, and the device's octets run on the host, against one weight at a
+// time, bit for bit, over kinds of codes, sizes of groups and splits into ranges; and that nothing beside a matrix is
+// written.
 #include "testing.h"
 
 #include <algorithm>
@@ -36,7 +37,8 @@ struct Case {
         const PackedField none{kNoField, 0, 0, 0, 0, 1, 1};
         const auto kind_of = [](PackedKind each) { return static_cast<int64_t>(each); };
         const int64_t per_block = (block < cols ? block / group : 0) * 4;
-        matrix = {rows, cols, block, 3, -1, 0, 2, 0, 8, static_cast<int64_t>(dtype), none, none, none, none, none, none};
+        matrix = {rows, cols, block, 3,    -1,   0,   2, 0, 8, static_cast<int64_t>(dtype),
+                  none, none, none,  none, none, none};
         matrix.codes = {kind_of(kind), 0, code_row, in_block, 0, 1, 1};
         matrix.scale = {kind_of(PackedKind::kFloat32), scales, groups * 4, per_block, 4, 1, group};
         matrix.min = {kind_of(PackedKind::kFloat16), scales + 1, groups * 4, per_block, 4, 1, group};
@@ -49,8 +51,13 @@ struct Case {
     }
 
     Decode request() {
-        return {stored.data(), static_cast<int64_t>(stored.size()), out.data(), static_cast<int64_t>(out.size()),
-                &matrix, levels, 1};
+        return {stored.data(),
+                static_cast<int64_t>(stored.size()),
+                out.data(),
+                static_cast<int64_t>(out.size()),
+                &matrix,
+                levels,
+                1};
     }
 
     std::vector<uint8_t> expected() const {
@@ -92,7 +99,8 @@ TEST(every_instruction_set) {
         for_each_case([&](Case given, int64_t kind, int64_t group) {
             const std::vector<uint8_t> expected = given.expected();
             decode_cpu(given.request());
-            CHECK(given.out == expected, simd_name(level), " kind ", kind, " group ", group, " cols ", given.matrix.cols);
+            CHECK(given.out == expected, simd_name(level), " kind ", kind, " group ", group, " cols ",
+                  given.matrix.cols);
         });
     }
     set_simd_level(before);

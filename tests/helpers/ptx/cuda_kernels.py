@@ -282,9 +282,7 @@ class CudaKernels:
         self._call("lookup", [(weight, READ), (ids, READ), (out, WRITE)], make)
         return out
 
-    def decode(
-        self, stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def decode(self, stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
         def make(address: Callable[[torch.Tensor], int]) -> ctypes.Structure:
             buffers = address(stored), stored.nbytes, address(out), out.nbytes
             return DECODE(*buffers, matrices.data_ptr(), levels.data_ptr(), len(matrices))

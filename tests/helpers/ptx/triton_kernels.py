@@ -58,7 +58,9 @@ def variants() -> list[tuple[str, dict[str, int]]]:
         _, layout = make_case(np.random.default_rng(0), name, 2, FORMATS[name][1][0])
         row = PackedTable([PackedSegment(layout, 0, CODE_DTYPES[code])]).tensor[0].tolist()
         constants = dict(zip(("CODES", "SCALE", "OUTER", "ZERO", "MIN", "OUTER_MIN"), row[10::7], strict=True))
-        found.append(("decode_kernel", constants | {"DIVIDES": row[5], "LEVELS": row[7], "OUT_CODE": code, "TILE": TILE}))
+        found.append(
+            ("decode_kernel", constants | {"DIVIDES": row[5], "LEVELS": row[7], "OUT_CODE": code, "TILE": TILE})
+        )
     return found
 
 
