@@ -258,7 +258,8 @@ DZO_HD float weight_value(const PackedMatrix& matrix, const float* levels, const
     const uint8_t* codes =
         stored + matrix.codes.offset + row * matrix.codes.row_stride + at / block * matrix.codes.block_stride;
     const float q = read_code(matrix.codes.type(), codes, at % block);
-    return fma_rn(group.s, matrix.has_levels != 0 ? level_of(levels, q) : q - group.z, group.m);
+    const bool plain = is_float8(matrix.codes.type());
+    return fma_rn(group.s, matrix.has_levels != 0 ? level_of(levels, q) : plain ? q : q - group.z, group.m);
 }
 
 } // namespace distzo2

@@ -132,8 +132,8 @@ inline void read_field(const PackedMatrix& matrix, const PackedField& field, con
     }
 }
 
-inline void read_scalars(const PackedMatrix& matrix, const uint8_t* stored, int64_t row, int64_t col, int64_t group,
-                         int64_t num, TileScalars& to) {
+[[gnu::noinline]] inline void read_scalars(const PackedMatrix& matrix, const uint8_t* stored, int64_t row, int64_t col,
+                                           int64_t group, int64_t num, TileScalars& to) {
     alignas(64) float outer[kMaxGroups];
     read_field(matrix, matrix.scale, stored, row, col, group, num, to.s);
     if (matrix.outer.exists()) {
@@ -214,7 +214,7 @@ class TileDecoder {
             for (int j = 0; j < P::kParts; ++j) {
                 constexpr int kPartsOfHalf = P::kParts / 2;
                 const int half = kHalves ? j / kPartsOfHalf : 0;
-                x[j] = P::fma(s_[half], P::sub(x[j], z_[half]), m_[half]);
+                x[j] = P::fma(s_[half], is_float8(K) ? x[j] : P::sub(x[j], z_[half]), m_[half]);
             }
             P::template store_block<O>(out, x);
         }

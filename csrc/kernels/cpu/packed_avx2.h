@@ -93,6 +93,18 @@ struct P : Lanes, X86Codes {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words);
     }
 
+    // Sixteen float8 as fp16, those of e4m3 divided by 256, which has its range.
+    template <PackedKind K>
+    DZO_LANES __m256i to_half(__m128i codes) {
+        if constexpr (K == PackedKind::kFloat8E5M2)
+            return _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8);
+        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7); // sign, sign, 4 bits, 3 bits
+        const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x3F80));
+        const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3F80));
+        const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+        return _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
+    }
+
     template <PackedKind K>
     DZO_LANES void load_numbers(const uint8_t* p, int64_t in_block, F* x) {
         if constexpr (K == PackedKind::kInt16) {

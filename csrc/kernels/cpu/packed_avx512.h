@@ -25,7 +25,8 @@ struct P : Lanes, X86Codes {
     template <DType O>
     using Table = std::conditional_t<O == DType::kFp32, FloatTable, WordTable>;
 
-    // The bits of 32 values in the 16-bit type.
+    // The bits of 32 values, none of them NaN, in the 16-bit type. To bf16: up if the dropped half exceeds 0x8000, or
+    // equals it and the kept one is odd.
     template <DType O>
     DZO_LANES __m512i rounded(F a, F b) {
         if constexpr (O == DType::kFp16) {
@@ -33,18 +34,21 @@ struct P : Lanes, X86Codes {
             const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(a, kNearest));
             return _mm512_inserti64x4(low, _mm512_cvtps_ph(b, kNearest), 1);
         } else {
-            return _mm512_permutex2var_epi16(nearest(a), high_halves(), nearest(b));
+            const __m512i low_words = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,
+                                                       30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+            const __m512i one = _mm512_set1_epi16(1);
+            const __m512i dropped = _mm512_permutex2var_epi16(bits(a), low_words, bits(b));
+            const __m512i kept = _mm512_permutex2var_epi16(bits(a), _mm512_or_si512(low_words, one), bits(b));
+            const __m512i up = _mm512_subs_epu16(dropped, _mm512_andnot_si512(kept, one)); // its highest bits
+            return _mm512_add_epi16(kept, _mm512_srli_epi16(up, 15));
         }
     }
-    // In the upper half of each lane.
-    DZO_LANES U nearest(F x) {
-        const U b = Lanes::bits(x), odd = and_bits(_mm512_srli_epi32(b, 16), set_bits(1));
-        return add(add(b, set_bits(0x7FFF)), odd);
-    }
-    // Of 32 lanes, the first 16 from one vector.
-    DZO_LANES __m512i high_halves() {
-        return _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
-                                19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+
+    // The same of 16 values, twice: fewer instructions.
+    DZO_LANES __m512i rounded_bf16_twice(F a) {
+        const U b = bits(a), odd = and_bits(_mm512_srli_epi32(b, 16), set_bits(1));
+        const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(add(add(b, set_bits(0x7FFF)), odd), 16));
+        return _mm512_castsi256_si512(words);
     }
 
     template <DType O>
@@ -55,7 +59,10 @@ struct P : Lanes, X86Codes {
         } else {
             table.halves = first != second;
             const F a = canonical(*first);
-            table.words = rounded<O>(a, table.halves ? canonical(*second) : a);
+            if (table.halves)
+                table.words = rounded<O>(a, canonical(*second));
+            else
+                table.words = O == DType::kBf16 ? rounded_bf16_twice(a) : rounded<O>(a, a);
         }
     }
 
@@ -73,17 +80,30 @@ struct P : Lanes, X86Codes {
         }
     }
 
+    // Float8 as fp16; of e4m3, divided by 256, which has its range.
+    template <PackedKind K>
+    DZO_LANES __m512i to_half(__m256i codes) {
+        if constexpr (K == PackedKind::kFloat8E5M2)
+            return _mm512_slli_epi16(_mm512_cvtepu8_epi16(codes), 8);
+        const __m512i exponents = _mm512_set1_epi16(0x3F80);
+        const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7); // sign, sign, 4 bits, 3 bits
+        const __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(wide, exponents), exponents);
+        const __m512i half = _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0xBFFF)));
+        return _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7E00));
+    }
+
     template <PackedKind K>
     DZO_LANES void load_numbers(const uint8_t* p, int64_t in_block, F* x) {
         if constexpr (K == PackedKind::kInt16) {
             x[0] = from_i32(_mm512_cvtepi16_epi32(load_256(p + 64 * in_block)));
             x[1] = from_i32(_mm512_cvtepi16_epi32(load_256(p + 64 * in_block + 32)));
         } else if constexpr (is_float8(K)) {
-            for (int j = 0; j < kParts; ++j) {
-                x[j] = _mm512_cvtph_ps(to_half<K>(load_128(p + 32 * in_block + 16 * j)));
-                if constexpr (K == PackedKind::kFloat8E4M3)
+            const __m512i half = to_half<K>(load_256(p + 32 * in_block));
+            x[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+            x[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+            if constexpr (K == PackedKind::kFloat8E4M3)
+                for (int j = 0; j < kParts; ++j)
                     x[j] = mul(x[j], set(256.0f));
-            }
         } else {
             const __m256i codes = load_codes<K>(p, in_block);
             const __m128i halves[] = {_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1)};

@@ -49,18 +49,6 @@ struct X86Codes {
             return load_256(p + 32 * in_block);
         }
     }
-
-    // Sixteen float8 as fp16, those of e4m3 divided by 256, which has its range.
-    template <PackedKind K>
-    DZO_LANES __m256i to_half(__m128i codes) {
-        if constexpr (K == PackedKind::kFloat8E5M2)
-            return _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8);
-        const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7); // sign, sign, 4 bits, 3 bits
-        const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x3F80));
-        const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3F80));
-        const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xBFFF)));
-        return _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
-    }
 };
 
 } // namespace

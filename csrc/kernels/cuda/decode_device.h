@@ -155,11 +155,12 @@ DZO_HD void decode_row_thread(const DeviceDecode& decode, uint32_t row, uint32_t
             m = matrix.outer_min.exists() ? mul_rn(outer_min.value(block, i, decode.outer_min), m) : m;
             m = matrix.min_sign < 0 ? -m : m;
         }
+        const bool plain = is_float8(matrix.codes.type());
         float x[kOctet];
         read_octet(matrix.codes.type(), codes.row + block * matrix.codes.block_stride, i, x);
         DZO_UNROLL
         for (int k = 0; k < kOctet; ++k)
-            x[k] = fma_rn(s, matrix.has_levels != 0 ? level_of(decode.levels, x[k]) : x[k] - z, m);
+            x[k] = fma_rn(s, matrix.has_levels != 0 ? level_of(decode.levels, x[k]) : plain ? x[k] : x[k] - z, m);
         if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
             Store::store(to, Store::nearest(x));
         } else {
