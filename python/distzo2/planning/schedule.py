@@ -203,6 +203,13 @@ class _Ledger(Scratch):
         address = next(_ADDRESSES)
         return SimpleNamespace(data_ptr=lambda: address, numel=lambda: num_bytes)
 
+    def settled_bytes(self, units: Iterable[Unit]) -> int:
+        """Bytes after many steps: each perturbs the `units` that updates reach anew, in further buffers until there are
+        as many as may be."""
+        renewed = [self._class_of[unit.index] for unit in units if unit.trainable]
+        counts = {key: one.limit if one in renewed else len(one.buffers) for key, one in self._classes.items()}
+        return sum(max(counts[key], len(one.buffers)) * one.num_bytes for key, one in self._classes.items())
+
 
 @dataclass(eq=False)
 class _Slot:
@@ -249,8 +256,8 @@ class Schedule:
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory of the perturbed copies."""
-        return self._scratch.num_bytes
+        """Memory of the perturbed copies, after many steps."""
+        return self._scratch.settled_bytes(self.units)
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 

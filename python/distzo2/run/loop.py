@@ -88,7 +88,6 @@ class TrainLoop:
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
-        self.adapted = bool(options.peft or options.adapter)
         self._signal: dict[str, Any] = {}  # as the first step found it
 
     def settle_compute_dtype(self) -> torch.dtype | None:
@@ -342,11 +341,11 @@ class TrainLoop:
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
         best = self._best() if self.options.save == "best" else None
         step = self.optimizer.step_count if best is None else best
-        o, merges = self.options, self.adapted and self.options.merge
-        made = self.run.adapter if self.adapted and not merges else self.run.checkpoint
+        o = self.options
+        made = self.run.checkpoint if o.writes_model else self.run.adapter
         if self.run.record.get("checkpoint_step") == step and made.exists():
             return
-        if self.adapted:
+        if o.adapts:
             self._save_adapter(step)
         if made == self.run.adapter:
             self.run.update(checkpoint_step=step)
@@ -355,7 +354,7 @@ class TrainLoop:
         # A resumed run knows whose the files are if this process is killed meanwhile.
         self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None)
         self.run.drop_checkpoint()
-        if merges:
+        if o.adapts:
             merge_adapter(o.model, self.run.adapter, self.run.checkpoint, dtype=DTYPES.get(o.dtype))
         elif step == self.optimizer.step_count:
             save_pretrained(self.model, self.run.checkpoint)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.peft.adapters import virtual_tokens
-from distzo2.run.options import DataReading
+from distzo2.peft.adapters import known_config, new_config, virtual_tokens
+from distzo2.run.options import DataReading, Trained
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
 from distzo2.weights.residency import MemoryBudget, available_memory, free_disk_bytes
@@ -92,6 +93,19 @@ def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
     if options.skip_bad_lines:
         raise UsageError("--skip-bad-lines: rows of a task are drawn by a seed, none is skipped")
     return reading
+
+
+def adapter_config(options: Trained, kind: str, held: nn.Module | None = None) -> Any:
+    """The `PeftConfig` of the adapter that a command trains, for a kind of model; None where it trains none. `held` is
+    the model on meta, where `options.model` names no checkpoint."""
+    if options.adapter:
+        return known_config(Path(options.adapter), kind)
+    if not options.peft:
+        return None
+    return new_config(
+        options.peft, kind, str(Path(options.model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
+        targets=options.lora_targets, virtual_tokens=options.virtual_tokens, held=held,
+    )  # fmt: skip
 
 
 def beside_prompt(kind: ModelKind, adapter: Any) -> ModelKind:

@@ -33,7 +33,7 @@ from distzo2.files import write_whole
 from distzo2.optim.selection import select, trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
-from distzo2.peft.adapters import adapter, digest_adapter, known_config, new_config, tokens_in_front
+from distzo2.peft.adapters import adapter, digest_adapter, known_config, tokens_in_front
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
@@ -46,6 +46,7 @@ from distzo2.run.options import EvalOptions, FinetuneOptions, changed
 from distzo2.run.preflight import (
     DTYPES,
     ModelSize,
+    adapter_config,
     beside_prompt,
     check_disk,
     check_memory,
@@ -83,8 +84,11 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
 def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None:
     """Evaluates what a run made on the rows that the task draws for evaluation, and writes OUT/task.json."""
     run, mesh = RunDirectory(options.out), current()
-    whole = options.merge or not (options.peft or options.adapter)
-    values = {"model": str(run.checkpoint)} if whole else {"model": options.model, "adapter": str(run.adapter)}
+    values = (
+        {"model": str(run.checkpoint)}
+        if options.writes_model
+        else {"model": options.model, "adapter": str(run.adapter)}
+    )
     if mesh is not None or not Path(values["model"], CONFIG_FILE).exists():  # ranks may share no disk
         if mesh is None or mesh.rank == 0:
             given = " ".join(f"--{name} {value}" for name, value in values.items())
@@ -246,9 +250,7 @@ def _data(options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any]) -> 
 def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path) -> tuple[Any, Any]:
     """Where the run's adapter comes from (a directory, or the configuration of a new one) and its configuration; None
     where it trains none. A resumed run's is in `start` on every rank afterwards."""
-    if not (options.peft or options.adapter):
-        return None, None
-    if options.resume or options.branch_from:
+    if options.adapts and (options.resume or options.branch_from):
         held = start if options.resume else RunDirectory(options.branch_from).adapter_start
         for name in (ADAPTER_FILE, ADAPTER_WEIGHTS) if mesh is not None else ():
             data = mesh.exchange.from_rank_0("the adapter", (held / name).read_bytes)
@@ -257,13 +259,8 @@ def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path
                 (start / name).write_bytes(data)
         held = held if mesh is None or mesh.rank == 0 else start
         return held, known_config(held, kind)
-    if options.adapter:
-        return Path(options.adapter), known_config(Path(options.adapter), kind)
-    config = new_config(
-        options.peft, kind, str(Path(options.model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
-        targets=options.lora_targets, virtual_tokens=options.virtual_tokens,
-    )  # fmt: skip
-    return config, config
+    config = adapter_config(options, kind)
+    return Path(options.adapter) if options.adapter else config, config
 
 
 def _prepared(
@@ -365,8 +362,9 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}
-    whole = options.merge or not (options.peft or options.adapter)  # an adapter is small
-    needs = {"the checkpoint": size.total} if whole and options.save != "none" and not run.has_checkpoint else {}
+    needs: dict[str, int] = {}  # an adapter is small
+    if options.writes_model and options.save != "none" and not run.has_checkpoint:
+        needs["the checkpoint"] = size.total
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:
