@@ -131,10 +131,8 @@ def _eval(options: EvalOptions) -> int:
 
     score, objective = evaluate_file(options)
     figures = {**score.figures(), "examples": score.num_examples, "objective": objective}
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        print(f"{options.task or objective}: {score} ({score.num_examples} examples)")
+    text = f"{options.task or objective}: {score} ({score.num_examples} examples)"
+    print(json.dumps(figures) if options.json else text)
     return 0
 
 
@@ -149,10 +147,7 @@ def _signal(options: SignalOptions) -> int:
     from distzo2.run.inference import json_of_signals, signals_of_file, table_of_signals
 
     signals = signals_of_file(options)
-    if options.json:
-        print(json.dumps(json_of_signals(signals)))
-    else:
-        print("\n".join(table_of_signals(signals)))
+    print(json.dumps(json_of_signals(signals)) if options.json else "\n".join(table_of_signals(signals)))
     return 0
 
 

@@ -113,13 +113,13 @@ def known_config(directory: Path, kind: str) -> Any:
 
 
 def virtual_tokens(config: Any) -> int:
-    """How many positions of the model the adapter takes."""
-    return config.num_virtual_tokens if config.is_prompt_learning else 0
+    """How many positions of the model the adapter takes; None: there is none."""
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
 def tokens_in_front(config: Any) -> int:
     """How many positions stand before an input's in the logits; a prefix has none there."""
-    return virtual_tokens(config) if config.peft_type == "PROMPT_TUNING" else 0
+    return virtual_tokens(config) if config is not None and config.peft_type == "PROMPT_TUNING" else 0
 
 
 # ---- around a model ----------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def plan_module(
 ) -> ModelPlan:
     """Plans a language model that is on the meta device; see `plan_model`."""
     adapter = getattr(model, "peft_config", {}).get(NAME)
-    taken = 0 if adapter is None else virtual_tokens(adapter)
+    taken = virtual_tokens(adapter)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and tokens + taken > limit:
         beside = f", of which the adapter takes {taken}" if taken else ""

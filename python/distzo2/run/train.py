@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS
 from distzo2.checkpoint.writing import CONFIG_FILE, DISK_SLACK_BYTES
 from distzo2.datasets.draw import TaskReader, draw, loss_of
@@ -44,19 +43,17 @@ from distzo2.run.loop import TrainLoop
 from distzo2.run.metrics import check_report, finite, peak_bytes
 from distzo2.run.options import EvalOptions, FinetuneOptions, changed
 from distzo2.run.preflight import (
-    DTYPES,
     ModelSize,
     adapter_config,
     beside_prompt,
     check_disk,
     check_memory,
     check_output,
-    compute_dtype_of,
-    model_size,
+    load,
+    placed,
     reading_of,
-    use_tf32,
 )
-from distzo2.streaming.offload import check_computes, runtime_of, usable_device
+from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.examples import examples_digest, load_examples
 from distzo2.tasks.held_out import HeldOut, load_held_out
 from distzo2.tasks.kinds import forward_config, model_kind
@@ -128,16 +125,11 @@ def _finetune(
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
-        device = usable_device(f"cuda:{mesh.local_rank}" if own_gpu else options.device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        place = placed(options, f"cuda:{mesh.local_rank}" if own_gpu else options.device)
+        device, size, compute_dtype = place
         check_output(trace=options.trace)
         if leads:
             check_report(options.report_to)
-        size = model_size(options.model, DTYPES.get(options.dtype))
-        compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
-        check_computes(device, compute_dtype)
-        use_tf32(options.tf32, device)
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
         source, config = _adapter(options, kind.name, mesh, start)
         kind = beside_prompt(kind, config)
@@ -172,29 +164,22 @@ def _finetune(
                 if not options.resume:  # if this process is killed before the journal is there, --resume begins again
                     run.update(options=settings, **made_of, **terms, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
-            model = from_pretrained(
-                options.model,
-                device=device,
-                weights=options.weights,
-                dtype=DTYPES.get(options.dtype),
-                compute_dtype=widest,
-                memory_budget=options.memory_budget,
-                host_memory=options.host_memory,
-                write_every=options.write_every,
+            model = load(
+                options,
+                place,
+                widest,
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
             )
         with closing(runtime_of(model)):
-            runtime_of(model).compute_in(compute_dtype)
             if source is config and config is not None and config.is_prompt_learning:  # a new one
                 with together(mesh, "starting the adapter"):
                     start_from_tokens(model, start, options.seed, mesh)
             if what := trained(runtime_of(model).params):
                 log(f"{what}, lr {options.lr:g}, eps {options.eps:g}")
-            in_front = 0 if config is None else tokens_in_front(config)
-            pad_id = kind.padding(tokenizer)
-            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=in_front)
+            pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
+            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
