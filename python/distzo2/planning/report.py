@@ -145,16 +145,14 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return result
 
 
-def _draw_curve(
-    axes: Any, x: Sequence[int], y: Sequence[float], colour: str, label: str, raw: str | None = None
-) -> None:
-    """Draws every value faintly, with `raw` as its label, and all of them smoothed."""
-    axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, label=raw)
-    axes.plot(x, _smooth(y), color=colour, label=label)
+def _draw_curve(axes: Any, steps: Lines, values: list[float], colour: str, label: str, raw: str | None = None) -> None:
+    """Draws the value of each step faintly, with `raw` as its label, and all of them smoothed."""
+    axes.plot(_column(steps, "step"), values, color=colour, alpha=0.3, linewidth=0.8, label=raw)
+    axes.plot(_column(steps, "step"), _smooth(values), color=colour, label=label)
 
 
 def _draw_loss(axes: Any, steps: Lines, evals: Lines) -> None:
-    _draw_curve(axes, _column(steps, "step"), _column(steps, "loss"), "#4477aa", "smoothed", "each step")
+    _draw_curve(axes, steps, _column(steps, "loss"), "#4477aa", "smoothed", "each step")
     if evals:
         axes.plot(_column(evals, "step"), _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out")
     if skipped := [s["step"] for s in steps if s.get("skipped")]:
@@ -203,13 +201,13 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
     for way, kind in (("up", "upload"), ("down", "download")):
         if moved := [v for v in _column(steps, f"bytes_{way}") if v > 0]:
             rates, label = _column(steps, f"{way}_bytes_per_s", 1e-9), f"{kind}, {gib(statistics.median(moved))} a step"
-            _draw_curve(axes, _column(steps, "step"), rates, COLOURS[kind], label)
+            _draw_curve(axes, steps, rates, COLOURS[kind], label)
     _finish(axes, "rate of the transfers", "GB/s")
 
 
 def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None:
     differences = _column(steps, "difference")
-    _draw_curve(axes, _column(steps, "step"), differences, "#4477aa", "difference of two losses")
+    _draw_curve(axes, steps, differences, "#4477aa", "difference of two losses")
     if signal is not None and signal["floor"]:
         label = f"error of one loss in {signal['compute_dtype']}, before the first step"
         axes.axhline(signal["floor"], color="#ee6677", linewidth=1, label=label)

@@ -435,8 +435,8 @@ class Schedule:
     # ---- as the copy engine -----------------------------------------------------------------------------------------
 
     def _take(self, unit: Unit, hold: bool) -> _Slot | None:
-        """The slot of a unit, which is held, or else prefetched and so wanted. A unit without one gets the slot that was
-        released longest ago; to be held, in need, the one wanted last. None: no slot is free."""
+        """The slot of a unit, which is held, or else prefetched and so wanted. A unit without one gets the slot that
+        was released longest ago; to be held, in need, the one wanted last. None: no slot is free."""
         slot = self._slot_of.get(unit.index)
         if slot is None:
             unheld = [s for s in self._slots if not s.held]
