@@ -289,8 +289,8 @@ def test_what_auto_computes_in() -> None:
 # ---- a part is trained ----------------------------------------------------------------------------------------------
 
 PARTS = [
-    [], ["--peft=lora", "--lora-r=4"], ["--peft=prefix"], ["--peft=prompt"], ["--train-only=last:2"],
-    ["--train-only=*norm*"], ["--freeze=re:mlp|q_proj"], ["--peft=lora", "--lora-targets=all-linear", "--lora-r=32"],
+    [], ["--peft=lora", "--lora-r=4"], ["--peft=prefix"], ["--train-only=last:2"], ["--train-only=*norm*"],
+    ["--peft=lora", "--lora-targets=all-linear", "--lora-r=32"],  # not small beside its block
 ]  # fmt: skip
 
 
@@ -321,9 +321,8 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
     block = max(unit.num_bytes for unit in model.units if not unit.resident)
     for way in ("up", "down"):
         assert abs(sum(step[f"bytes_{way}"] for step in steps) - len(steps) * plan[f"{way}_bytes"]) <= 2 * block
-    if not part or "re:mlp" in part[0] or "32" in part[-1]:
-        return
-    assert plan["down_bytes"] == (2 * block if "last" in part[0] else 0)
+    if part and "--lora-r=32" not in part:
+        assert plan["down_bytes"] == (2 * block if "last" in part[0] else 0)
 
 
 def test_a_frozen_base_is_only_read() -> None:

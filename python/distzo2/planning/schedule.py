@@ -206,9 +206,9 @@ class _Ledger(Scratch):
     def settled_bytes(self, units: Iterable[Unit]) -> int:
         """Bytes after many steps: each perturbs the `units` that updates reach anew, in further buffers until there are
         as many as may be."""
-        renewed = [self._class_of[unit.index] for unit in units if unit.trainable]
-        counts = {key: one.limit if one in renewed else len(one.buffers) for key, one in self._classes.items()}
-        return sum(max(counts[key], len(one.buffers)) * one.num_bytes for key, one in self._classes.items())
+        renewed = {id(self._class_of[unit.index]) for unit in units if unit.trainable}
+        used = [one for one in self._classes.values() if one.buffers]
+        return sum(one.num_bytes * max(len(one.buffers), one.limit if id(one) in renewed else 0) for one in used)
 
 
 @dataclass(eq=False)

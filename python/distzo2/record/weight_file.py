@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.files import sync_directory, write_whole
+from distzo2.files import sync, write_whole
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, decode_line, encode_line
 from distzo2.record.lineage import digest_lines
@@ -303,7 +303,7 @@ class KeptWeights:
         """From here on no resumed run uses the file's blocks."""
         self._record.unlink(missing_ok=True)
         if self._record.parent.is_dir():
-            sync_directory(self._record.parent)
+            sync(self._record.parent)
 
     def done(self) -> None:
         """The run has finished: `close` removes the file."""
