@@ -202,11 +202,7 @@ COMMANDS = {
     "generate": ("text from a checkpoint, its weights streamed", GenerateOptions, _generate),
     "replay": ("rebuild the checkpoint of any step from a run's journal, bit for bit", ReplayOptions, _replay),
     "journal": ("show, check or compare the journals of runs", None, journal.run_journal),
-    "report": (
-        "a picture of a run: loss, time, memory, transfers",
-        ReportOptions,
-        _planning("report", print),
-    ),
+    "report": ("a picture of a run: loss, time, memory, transfers", ReportOptions, _planning("report", print)),
     "measure": ("rates of this machine's links, disk, cores and GPUs", MeasureOptions, _planning("measure", _log)),
     "plan": ("memory, time of a step and best mesh of a run, before it starts", PlanOptions, _planning("plan", _log)),
 }

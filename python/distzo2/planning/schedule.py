@@ -312,7 +312,7 @@ class Schedule:
                     self._bring(entered)
                 if overhead:
                     self._run("compute", entered.name, overhead)
-            turned = not turned  # the lane that came last goes on first
+            turned = not turned  # the lane that ran last is the first to continue
             in_order = emissions[::-1] if turned else emissions
             for i, emission in enumerate(in_order):
                 for part, seconds in group:

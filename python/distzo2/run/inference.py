@@ -167,7 +167,7 @@ def generate_text(options: GenerateOptions) -> None:
     if not inputs.numel():
         raise DistZO2Error("the prompt has no tokens")
     longest = inputs.shape[1] + options.max_new_tokens
-    if kind.name == "encoder-decoder":  # what it adds, it adds after a start of its own
+    if kind.name == "encoder-decoder":  # its decoder begins with a start token
         longest = max(inputs.shape[1], options.max_new_tokens + 1)
     if kind.positions is not None and longest > kind.positions:
         sizes = f"a prompt of {inputs.shape[1]} tokens and {options.max_new_tokens} new ones"

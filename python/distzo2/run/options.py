@@ -205,7 +205,7 @@ class DataReading:
         "its beginning or its end (of a line with choices: of its prompt) (default: error; with --task left)",
     )
     max_length: Count | None = option(None, "longest sequence (default: the model's)")
-    skip_bad_lines: CountOrZero = option(0, "go on after at most N bad lines of a file, and report how many", "N")
+    skip_bad_lines: CountOrZero = option(0, "skip at most N bad lines of a file, and report how many", "N")
     split_special_tokens: Switch = option(
         False, "read special tokens that the data spell, such as </s>, as text and not as these tokens"
     )
