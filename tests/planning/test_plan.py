@@ -302,7 +302,8 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
 
     def run(loop: TrainLoop) -> None:
         run_to_end(loop)
-        sizes.update(runtime_of(loop.model).stats())
+        kept = runtime_of(loop.model).kept
+        sizes.update(runtime_of(loop.model).stats(), disk_bytes=sum(copy.num_bytes for copy in kept.copies))
 
     monkeypatch.setattr(TrainLoop, "run_to_end", run)
     assert finetune(files, "--weights=disk", "--steps=20", *part) == 0
@@ -316,6 +317,7 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
     model = planner.models[4]
     for name, key in (("residents", "resident_bytes"), ("slots", "slot_bytes"), ("scratch", "scratch_bytes")):
         assert plan["rank_bytes"][name] == sizes[key], name
+    assert plan["disk_bytes"] == sizes["disk_bytes"]
     assert model.saved_bytes == sum(tensor.nbytes for tensor in load_file(made).values())
     steps = [line for line in read_metrics("out/metrics.jsonl") if line["kind"] == "step"][2:]
     block = max(unit.num_bytes for unit in model.units if not unit.resident)

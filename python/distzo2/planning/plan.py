@@ -13,7 +13,7 @@ The JSON file, `distzo2-plan/1`:
     rows         the first is one device; each: mesh, pert, data, ranks, slice, micro_batches, step_s, tokens_per_s,
                  speedup, bound, busy (share of the step by resource), wait_s, noise_s, up_bytes, down_bytes,
                  gather_bytes (a rank and step), rank_bytes (residents, slots, scratch, lanes, total), host_bytes and
-                 disk_bytes (of the node), fits, misfit
+                 disk_bytes (of the node; of blocks, beside which a weight file has spare slots), fits, misfit
     best         index of the row with the most tokens/s among those that fit; null: none does
 """
 
@@ -131,7 +131,9 @@ class Planner:
         }
         rank["total"] = sum(rank.values())
         stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
-        host, disk = (0, stored) if r.weights == "disk" else (stored, 0)
+        host, disk = stored, 0
+        if r.weights == "disk":  # the weight file also has copies of what else is trained
+            host, disk = 0, stored + ranks * sum(u.num_bytes for u in model.units if u.block < 0 and u.trainable)
         if machine.computes_on_host:
             host += ranks * rank["total"]
         elif disk:
