@@ -50,6 +50,7 @@ SHAPES = {  # hidden size, layers, heads (arXiv 2205.01068, table 1)
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "nll_loss_forward"}
 _EXPONENTIALS = {"_softmax", "_log_softmax"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_ALL = Trained()  # of the model is trained
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach"}
 
 
@@ -138,7 +139,7 @@ def plan_model(
     rows: int,
     tokens: int,
     compute_dtype: torch.dtype | None = None,
-    trained: Trained | None = None,
+    trained: Trained = _ALL,
 ) -> ModelPlan:
     """The units of a model, and the parts of a forward with the loss of all its tokens, at [rows, tokens].
 
@@ -146,7 +147,7 @@ def plan_model(
         source: a published OPT's name, a checkpoint's directory, or a config.json.
         dtype: of the weights; None: the configuration's, float16 for a name.
         compute_dtype: of the forward, as of `offload`.
-        trained: which part of it; None: all.
+        trained: which part of it is trained, or which adapter.
 
     Raises:
         UsageError: `source` is none of these. CheckpointError: its configuration is not one that transformers knows.
@@ -162,16 +163,15 @@ def plan_model(
     elif path.is_dir() or (path.is_file() and path.name == "config.json"):
         directory = path if path.is_dir() else path.parent
         model, name = meta_model(directory, dtype), directory.resolve().name
-        if trained is not None and trained.adapts:
-            kind = model_kind(directory).name
+        kind = model_kind(directory).name if trained.adapts else kind
     else:
         raise UsageError(
             f"--model {source}: expected a checkpoint's directory, a config.json, or one of {', '.join(SHAPES)}"
         )
     stored = model.dtype
-    if trained is not None and (config := adapter_config(trained, kind, model)) is not None:
-        model = wrap(model, config).to("meta")
-    if trained is not None and (trained.train_only or trained.freeze):
+    if trained.adapts:
+        model = wrap(model, adapter_config(trained, source, kind, model)).to("meta")
+    if trained.train_only or trained.freeze:
         select(model, trained.train_only, trained.freeze)
     return plan_module(model.eval(), name, stored, rows, tokens, compute_dtype)
 

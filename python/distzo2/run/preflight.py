@@ -140,15 +140,15 @@ def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
     return reading
 
 
-def adapter_config(options: Trained, kind: str, held: nn.Module | None = None) -> Any:
-    """The `PeftConfig` of the adapter that a command trains, for a kind of model; None where it trains none. `held` is
-    the model on meta, where `options.model` names no checkpoint."""
+def adapter_config(options: Trained, model: str, kind: str, held: nn.Module | None = None) -> Any:
+    """The `PeftConfig` of the adapter that `options` train, for the checkpoint `model` of a kind; None where they train
+    none. `held` is the model on meta, if `model` names no checkpoint."""
     if options.adapter:
         return known_config(Path(options.adapter), kind)
     if not options.peft:
         return None
     return new_config(
-        options.peft, kind, str(Path(options.model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
+        options.peft, kind, str(Path(model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
         targets=options.lora_targets, virtual_tokens=options.virtual_tokens, held=held,
     )  # fmt: skip
 

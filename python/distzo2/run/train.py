@@ -244,7 +244,7 @@ def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path
                 (start / name).write_bytes(data)
         held = held if mesh is None or mesh.rank == 0 else start
         return held, known_config(held, kind)
-    config = adapter_config(options, kind)
+    config = adapter_config(options, options.model, kind)
     return Path(options.adapter) if options.adapter else config, config
 
 
