@@ -13,7 +13,8 @@ The JSON file, `distzo2-plan/1`:
     rows         the first is one device; each: mesh, pert, data, ranks, slice, micro_batches, step_s, tokens_per_s,
                  speedup, bound, busy (share of the step by resource), wait_s, noise_s, up_bytes, down_bytes,
                  gather_bytes (a rank and step), rank_bytes (residents, slots, scratch, lanes, total), host_bytes and
-                 disk_bytes (of the node; of blocks, beside which a weight file has spare slots), fits, misfit
+                 disk_bytes (of the node's weight files, whose spare slots come on top; frozen blocks stay in the
+                 checkpoint's own files), fits, misfit
     best         index of the row with the most tokens/s among those that fit; null: none does
 """
 
@@ -132,11 +133,12 @@ class Planner:
         rank["total"] = sum(rank.values())
         stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
         host, disk = stored, 0
-        if r.weights == "disk":  # the weight file also has copies of what else is trained
-            host, disk = 0, stored + ranks * sum(u.num_bytes for u in model.units if u.block < 0 and u.trainable)
+        if r.weights == "disk":  # frozen blocks stay in the checkpoint's files; residents that are trained are copied
+            written = [u for u in model.units if u.trainable]
+            host, disk = 0, sum(u.num_bytes * (1 if sliced and u.block >= 0 else ranks) for u in written)
         if machine.computes_on_host:
             host += ranks * rank["total"]
-        elif disk:
+        elif r.weights == "disk" and streamed:
             host += ranks * STAGING_BYTES
         misfit = None
         if not machine.computes_on_host and rank["total"] > machine.device_bytes - CONTEXT_BYTES:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, UsageError, blaming
@@ -40,14 +41,20 @@ def loaded(
     it needs."""
     place = placed(options, options.device)
     widest = REFERENCE if isinstance(options, SignalOptions) else place.compute_dtype
+    prepare = None if isinstance(options, SignalOptions) else _freeze  # so that a disk need not hold a second copy
+    if config is not None:
+        prepare = adapter(options.adapter, config=config)
     check_memory(place.size, place.device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
-        if options.weights == "disk":
+        if options.weights == "disk" and prepare is None:
             check_disk(directory, {"the file of streamed weights": place.size.total})
-        prepare = None if config is None else adapter(options.adapter, config=config)
         model = load(options, place, widest, directory=directory, prepare=prepare)
         with closing(runtime_of(model)):
             yield model, place.device
+
+
+def _freeze(model: torch.nn.Module, checkpoint_map: CheckpointMap) -> tuple[torch.nn.Module, CheckpointMap]:
+    return model.requires_grad_(False), checkpoint_map
 
 
 def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[ModelKind, Any]:

@@ -81,11 +81,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
 def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None:
     """Evaluates what a run made on the rows that the task draws for evaluation, and writes OUT/task.json."""
     run, mesh = RunDirectory(options.out), current()
-    values = (
-        {"model": str(run.checkpoint)}
-        if options.writes_model
-        else {"model": options.model, "adapter": str(run.adapter)}
-    )
+    adapted = {"model": options.model, "adapter": str(run.adapter)}
+    values = {"model": str(run.checkpoint)} if options.writes_model else adapted
     if mesh is not None or not Path(values["model"], CONFIG_FILE).exists():  # ranks may share no disk
         if mesh is None or mesh.rank == 0:
             given = " ".join(f"--{name} {value}" for name, value in values.items())
@@ -343,11 +340,12 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
     """Raises DistZO2Error unless the weight files and the checkpoint fit on their disks. A checkpoint of fewer steps
     makes room for the new one, and so does a weight file."""
     weights, exists = {}, run.weight_file(options.weights_dir).exists()
-    if options.weights == "disk" and not exists:
+    # An adapter is small, and its base stays in its own files.
+    if options.weights == "disk" and not exists and not options.adapts:
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}
-    needs: dict[str, int] = {}  # an adapter is small
+    needs: dict[str, int] = {}
     if options.writes_model and options.save != "none" and not run.has_checkpoint:
         needs["the checkpoint"] = size.total
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
