@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not distzo2_core.build_info()["native"], reason=
 
 MUTATED = {
     "checksum": set(), "normal": set(), "rademacher": set(), "embedding": set(), "noise_": {"out"},
-    "perturb_": {"w"}, "restore_": {"w"}, "update_": {"w"}, "materialize": {"weights", "outs"},
+    "perturb_": {"w"}, "restore_": {"w"}, "update_": {"w"}, "materialize": {"weights", "outs"}, "decode": {"out"},
 }  # fmt: skip
 
 
