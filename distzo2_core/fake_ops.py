@@ -79,7 +79,6 @@ def _materialize(
 def _decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
     if out.device != stored.device:  # as above
         raise ValueError(f"out must be on {stored.device} as stored is, got {out.device}")
-    return None
 
 
 def register() -> None:
