@@ -253,12 +253,14 @@ COLUMNS |= {f"scale.{name}": 17 + index for index, name in enumerate(FIELD)}
         ("codes.offset", -1, "offset -1"),
         ("codes.row_stride", 19, "a field of kind 0"),
         ("codes.row_stride", 2**62, "a field of kind 0"),
+        ("codes.rows", 4, "codes are not shared"),
         ("scale.kind", -1, "no scale"),
         ("scale.kind", 11, "kind 11"),
         ("scale.offset", 17, "a field of kind 18 at byte 17 of 72"),
         ("scale.stride", -1, "strides 18 18 -1"),
         ("scale.rows", 0, "a value for 0 x 32"),
         ("scale.cols", 0, "a value for 1 x 0"),
+        ("scale.rows", 2**32, "a value for 4294967296 x 32"),
     ],
 )
 def test_the_op_reads_nothing_out_of_bounds(column: str, value: int, message: str | None) -> None:

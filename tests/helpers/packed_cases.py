@@ -95,6 +95,7 @@ FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
     ),
     "int16": (separate(Kind.INT16, 16, ("scale", Kind.FLOAT32, 1, 64), zero_point=-3), (64, 131)),
     "odd groups": (separate(Kind.UINT8, 8, ("scale", Kind.FLOAT16, 2, 12), ("outer", Kind.FLOAT8_E5M2, 1, 7)), (45,)),
+    "odd blocks": (interleaved(64, 68, codes=(Kind.UINT8, 4, 0, 1), scale=(Kind.FLOAT16, 0, 2, 48)), (192,)),
 }  # fmt: skip
 
 

@@ -41,9 +41,12 @@ struct GroupShape {
                 return;
             groups = kMaxGroups / (block / unit) * (block / unit);
         }
-        for (const PackedField* field : fields) // a tile begins with a new value of each field
-            if (field->exists() && field->cols < block && groups * unit % field->cols != 0)
+        for (const PackedField* field : fields) { // a tile, and a block of many, begin with a new value of each field
+            if (!field->exists() || field->cols >= block)
+                continue;
+            if (groups * unit % field->cols != 0 || (block < cols && block % field->cols != 0))
                 return;
+        }
         group = unit;
         tile = groups * unit;
     }
