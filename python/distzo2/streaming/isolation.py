@@ -121,8 +121,6 @@ class LaneSwitches:
             set_switches(callers)
         return self._own is not None
 
-    leave = swap_in
-
 
 def switches() -> tuple[Any, ...]:
     return tuple([get() for get, _ in _SWITCHES])
@@ -135,7 +133,13 @@ def set_switches(values: tuple[Any, ...]) -> None:
 
 
 _MISSING = object()
-_of_thread = threading.local()  # `attributes`: those of the lane that runs in this thread
+
+
+class _OfThread(threading.local):
+    attributes: LaneAttributes | None = None  # of the lane that runs in this thread
+
+
+_of_thread = _OfThread()
 
 
 class LaneAttributes:
@@ -193,8 +197,6 @@ class LaneAttributes:
             entry[3] = _get(place, name)
             _put(place, name, own)
 
-    leave = swap_in  # after the pass, lane by lane: the model has what a plain loop would have left
-
 
 def _get(place: dict[Any, Any], name: str | None) -> Any:
     return place.copy() if name is None else place.get(name, _MISSING)
@@ -218,7 +220,7 @@ def watch_modules() -> None:
 
     @functools.wraps(set_plainly)
     def set_noticed(self: nn.Module, name: str, value: Any) -> None:
-        if "_distzo2_streams" in self.__dict__ or getattr(_of_thread, "attributes", None) is not None:
+        if "_distzo2_streams" in self.__dict__ or _of_thread.attributes is not None:
             _notice(self, name, value)
         set_plainly(self, name, value)
 
@@ -229,8 +231,8 @@ def watch_modules() -> None:
 
     @functools.wraps(register_plainly)
     def register_noticed(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
-        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
-            attributes.note_buffer(self, name)
+        if _of_thread.attributes is not None:
+            _of_thread.attributes.note_buffer(self, name)
         register_plainly(self, name, *args, **kwargs)
 
     nn.Module.__setattr__, nn.Module.__delattr__ = set_noticed, delete_noticed
@@ -242,8 +244,8 @@ def watch_modules() -> None:
 def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
     @functools.wraps(register)
     def noticed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
-            attributes.note_hooks(getattr(self, hooks))
+        if _of_thread.attributes is not None:
+            _of_thread.attributes.note_hooks(getattr(self, hooks))
         return register(self, *args, **kwargs)
 
     return noticed
@@ -253,9 +255,8 @@ def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
 def _notice(module: nn.Module, name: str, value: Any) -> None:
     if module.__dict__.get("_distzo2_streams") is not None:
         refuse_new_weights(module, name, value)
-    attributes = getattr(_of_thread, "attributes", None)
-    if attributes is not None and name not in module._modules:
-        attributes.note(module, name)
+    if _of_thread.attributes is not None and name not in module._modules:
+        _of_thread.attributes.note(module, name)
 
 
 def refuse_new_weights(module: nn.Module, name: str, value: Any) -> None:
