@@ -79,11 +79,8 @@ class StepLanes:
     def _lane(self, place: LanePlace, closure: Callable[[], Any]) -> Lane:
         s, sign = self.settings, place.sign
         emission = Emission((Term(FAMILIES[s.noise], place.step, place.probe, 0, sign * s.eps),)) if sign else CLEAN
-        return Lane(emission, place.batch, closure, self._stream(place.step, place.batch), place)
-
-    def _stream(self, step: int, batch: int) -> RandomStream:
-        """The same for every perturbation of a micro-batch."""
-        return RandomStream.seeded(self.runtime.device, self.settings.seed, step, batch)
+        stream = RandomStream.seeded(self.runtime.device, s.seed, place.step, place.batch)
+        return Lane(emission, place.batch, closure, stream, place)
 
     def check(self, step: int, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and two perturbed ones; returns the clean loss.
