@@ -364,7 +364,7 @@ def _noise(
     if out is None:
         dtype, device = dtype or torch.float32, torch.device(device or "cpu")
         dtype_code(dtype)
-        resolve_backend(backend, device)  # whose error says what is missing, before memory is asked for
+        implementation(backend, device)  # says what is missing before memory is asked for
         out = torch.empty(numel, dtype=dtype, device=device)
     else:
         _check_out(out, numel, dtype, device)

@@ -22,7 +22,7 @@ from distzo2.streaming.lanes import Lane
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
 from distzo2.weights.access import WeightAccess
-from distzo2.weights.residency import MemoryBudget, blocks_to_stream, free_memory
+from distzo2.weights.residency import MemoryBudget, blocks_to_stream
 from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import TRAINABLE_DTYPES, collect_params, dtypes_to_compute_in, find_units
@@ -224,7 +224,7 @@ def _hand_over(
         share = memory_share(joined(), host_memory)
 
         def free_bytes() -> int:
-            free = free_memory(device, share)
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else share.num_bytes
             return free if together is None else min(n[0] for n in together.agree("memory_budget", numbers=(free,)))
 
         streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
