@@ -29,7 +29,16 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
+    from ._C import (
+        BlockFile,
+        CopyEngine,
+        HostPool,
+        RangeFiles,
+        ThreadState,
+        aligned_buffer,
+        cuda_available,
+        memory_budget,
+    )
 
 # Streams that share one of a GPU's 8 connections wait for one another; copies and computing need more of them. CUDA
 # reads this when it starts.
@@ -56,6 +65,7 @@ __all__ = [
     "GroupScalars",
     "HostPool",
     "Program",
+    "RangeFiles",
     "Segment",
     "SegmentTable",
     "Term",
