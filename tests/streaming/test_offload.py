@@ -343,3 +343,29 @@ def test_parameters_without_elements_survive(tmp_path):
     from safetensors.torch import load_file
 
     assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), state)
+
+
+def test_an_edit_whose_result_cannot_be_handed_over_leaves_a_plain_model(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    expected = model(IDS)
+    with pytest.raises(distzo2.DistZO2Error, match="must be float32"), distzo2.edit(model):
+        model.head.weight = nn.Parameter(model.head.weight.double())
+    model.head.float()
+    assert same_bits(model(IDS), expected)
+    assert same_bits(offloaded(model, tmp_path)(IDS), expected)
+
+
+def test_a_hand_over_that_is_interrupted_leaves_the_weight_file_free(tmp_path):
+    class Interrupting(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.detach:
+                raise KeyboardInterrupt
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    kept = distzo2.WeightFile(tmp_path / "weights.dzo2", tmp_path / "journal")
+    model = Blocks()
+    model.head.weight = Interrupting(model.head.weight.data)
+    with pytest.raises(KeyboardInterrupt):
+        distzo2.offload(model, weights="disk", weight_file=kept)
+    distzo2.offload(Blocks(), weights="disk", weight_file=kept)
