@@ -12,8 +12,11 @@ from distzo2.run.metrics import read_metrics
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    ours, theirs = (read_journal(path / "journal.jsonl") for path in (run, expected))
-    assert [(e.update, e.losses) for e in ours.entries] == [(e.update, e.losses) for e in theirs.entries]
+    ours, theirs = (
+        [(e.update, e.losses, e.tokens) for e in read_journal(path / "journal.jsonl").entries]
+        for path in (run, expected)
+    )
+    assert ours == theirs
     assert_same_bits(run / "checkpoint", expected / "checkpoint")
     lines = [
         [(m["kind"], m["step"], m["loss"], m.get("accuracy")) for m in read_metrics(path / "metrics.jsonl")]

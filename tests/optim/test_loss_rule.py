@@ -201,16 +201,19 @@ def test_a_micro_batch_may_have_no_losses() -> None:
     assert found[2].loss == pytest.approx(found[0].loss + 3.0 / 21, rel=1e-12)
 
 
-def test_an_estimator_gets_what_gives_the_right_mean() -> None:
-    class Noting(SPSA):
-        def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
-            given.update(losses)
-            return super().coefficients(losses, num_probes, eps)
+class Noting(SPSA):
+    """Keeps the losses that it is given."""
 
+    def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
+        self.given = dict(losses)
+        return super().coefficients(losses, num_probes, eps)
+
+
+def test_an_estimator_gets_what_gives_the_right_mean() -> None:
     for returns in (counted, mean):
-        given: dict[Any, np.ndarray] = {}
         model, opt = stepping(Blocks(), eps=EPS, estimator=Noting())
         opt.step(closures_of(model, returns))
+        given = opt.settings.estimator.given
         for row, key in zip(opt.last.losses, opt.last.evaluations, strict=True):
             weights = [b - a for a, b in CUTS] if returns is counted else None
             assert mean_loss(given[key]) == pytest.approx(np.average(row, weights=weights), rel=1e-14)
@@ -218,13 +221,6 @@ def test_an_estimator_gets_what_gives_the_right_mean() -> None:
 
 
 def test_sums_are_added_in_ascending_order_in_float64() -> None:
-    given: dict[Any, np.ndarray] = {}
-
-    class Noting(SPSA):
-        def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
-            given.update(losses)
-            return super().coefficients(losses, num_probes, eps)
-
     model, opt = stepping(Blocks(), eps=EPS, estimator=Noting())
     sums, counts = [0.1, 1e16, -1e16, 0.7], [0.5, 2.0, 0.25, 3.0]
 
@@ -234,6 +230,7 @@ def test_sums_are_added_in_ascending_order_in_float64() -> None:
     opt.step([closure(m) for m in range(4)])
     expected = (((0.1 + 1e16) - 1e16) + 0.7) / 5.75
     assert expected != (0.7 - 1e16 + 1e16 + 0.1) / 5.75
+    given = opt.settings.estimator.given
     assert {key: value.tolist() for key, value in given.items()} == {(0, +1): [expected], (0, -1): [expected]}
     assert opt.last.counts == [counts] * 2
 

@@ -97,12 +97,17 @@ def test_waves_have_the_same_bits(max_lanes, tmp_path):
 
 
 @pytest.mark.parametrize("weights", MODES)
-def test_forward_after_training_sees_every_update(weights, tmp_path):
+def test_forward_after_training_sees_every_update_and_edit(weights, tmp_path):
     case = BY_NAME["opt-tied"]
     model = distzo2.offload(case.build(), weights=weights, directory=tmp_path)
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3)
     for step in range(3):
         opt.step(case.closure(model, step))
+        if step == 1:
+            with distzo2.edit(model), torch.no_grad():
+                model.lm_head.weight.mul_(2.0)
+                doubled = model.lm_head.weight.clone()
+            assert same_bits(model.state_dict()["lm_head.weight"], doubled)
         fresh = case.build()
         fresh.load_state_dict(model.state_dict())
         with torch.no_grad():
