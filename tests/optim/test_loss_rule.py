@@ -244,29 +244,6 @@ def test_a_sum_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
     assert entry.skipped == "non-finite loss" and entry.counts == [[5.0, 16.0]]
 
 
-def test_the_journal_holds_means_and_counts(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    model, opt = stepping(Blocks(), journal=path)
-    for _ in range(3):
-        opt.step(closures_of(model))
-    record = opt.last
-    opt.close()
-    contents = read_journal(path)
-    assert contents.header["loss"] == "sum/count" and contents.header["compute_dtype"] == "float32"
-    entry = contents.entries[2]
-    assert entry.losses == record.losses
-    assert entry.counts * 2 == record.counts == [[5.0, 1.0, 8.0, 7.0]] * 2
-    assert entry.mean_loss == pytest.approx(record.loss, rel=1e-14)
-
-
-def test_a_hash_of_the_data_is_in_the_header(tmp_path: Path) -> None:
-    _, opt = stepping(Blocks(), journal=tmp_path / "journal.jsonl", data_hash="5" * 64)
-    opt.close()
-    assert read_journal(tmp_path / "journal.jsonl").header["data_hash"] == "5" * 64
-    with pytest.raises(distzo2.DistZO2Error, match="data_hash 'mine' is not a SHA-256"):
-        stepping(Blocks(), journal=tmp_path / "other.jsonl", data_hash="mine")
-
-
 def test_check_gives_the_mean() -> None:
     model, opt = stepping(Blocks())
     mean = opt.check(lambda: token_losses(model, 0, 21).mean())

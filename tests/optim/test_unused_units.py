@@ -36,15 +36,15 @@ def uses(step: int, name: str) -> bool:
     return not name.startswith("model.layers.") or int(name.split(".")[2]) < depth(step)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base")
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=NUM_BLOCKS, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=64, max_position_embeddings=32,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(request.param).save_pretrained(path)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(path)
     return path
 
 

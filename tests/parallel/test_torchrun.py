@@ -18,7 +18,7 @@ import pytest
 import torchrun_cases as cases
 from cli_runs import assert_same_bits
 from same_run import assert_same_run
-from tiny_text import uneven_lines, write_jsonl
+from tiny_text import write_jsonl
 
 from distzo2.cli.main import main
 from distzo2.record.journal import read_journal
@@ -75,21 +75,6 @@ def test_ranks_settle_together_what_they_compute_in(ranks, files, tmp_path):
     assert [r["status"] for r in results] == [0] * 4 and "computing in float32" in results[0]["out"]
     assert_same_run(tmp_path / "out", alone)
     assert read_journal(alone / "journal.jsonl").header["compute_dtype"] == "float32"
-
-
-def test_micro_batches_on_two_ranks_do_not_change_the_loss(ranks, files, tmp_path):
-    train, losses = write_jsonl(tmp_path / "uneven.jsonl", uneven_lines(20)), []
-    for parts, mesh in ((1, "pert=2"), (2, "data=2"), (4, "data=2"), (4, "pert=2")):
-        cut = [f"--train={train}", f"--micro-batches={parts}", "--batch-size=4", "--steps=3", f"--out=out{len(losses)}"]
-        results = ranks.values(cases.command, 2, tmp_path, cases.arguments(files, 3, *cut, f"--parallel={mesh}"))
-        assert [r["status"] for r in results] == [0, 0]
-        entries = read_journal(tmp_path / f"out{len(losses)}" / "journal.jsonl").entries
-        assert all([len(row) for row in entry.counts] == [parts] for entry in entries)
-        losses.append([entry.mean_loss for entry in entries])
-        alone = cases.run_alone(tmp_path / f"alone{len(losses)}", cases.arguments(files, 3, *cut))
-        alone = alone.with_name(cut[-1].removeprefix("--out="))
-        assert [e.update for e in read_journal(alone / "journal.jsonl").entries] == [e.update for e in entries]
-    assert all(each == pytest.approx(losses[0], rel=1e-5) for each in losses) and losses[2] == losses[3]
 
 
 def test_answers_that_ranks_write_are_scored_as_those_of_one(ranks, files, tmp_path):
