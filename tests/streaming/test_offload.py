@@ -264,11 +264,13 @@ def test_other_parameters_after_the_hand_over_are_refused_or_taken_over_in_edit(
 
 
 def test_other_parameters_are_refused_before_any_lane_has_run(tmp_path):
-    code = (
-        "import distzo2; from torch import nn; m = distzo2.offload(nn.Sequential(nn.ReLU())); m.new = nn.Linear(2, 2)"
-    )
-    ended = kill_cases.run(tmp_path, code)
-    assert "Sequential.new: parameters of a model that was handed over" in ended.text
+    code = """
+        import distzo2
+        from torch import nn
+        model = distzo2.offload(nn.Sequential(nn.Linear(2, 2)))
+        model.new = nn.Linear(2, 2)
+    """
+    assert "Sequential.new: parameters of a model that was handed over" in kill_cases.run(tmp_path, code).text
 
 
 def test_what_brings_no_parameters_may_be_set():
