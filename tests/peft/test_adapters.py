@@ -78,6 +78,34 @@ def test_a_new_adapter_begins_as_peft_makes_it(name: str, dtype: torch.dtype, tm
     assert_same_tensors(again.state_dict(), theirs.state_dict())
 
 
+def test_embeddings_that_peft_saves_beside_an_adapter(tmp_path: Path) -> None:
+    """They are passed over where they are the base's, and refused where it was changed beside the adapter."""
+    model = adapted("lora_embedding")
+    model.save_pretrained(tmp_path / "adapter")
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    base = base_for("lora_embedding")
+    base.save_pretrained(tmp_path / "base")
+    loaded = distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    base.lm_head.weight.data[3, 5] += 1
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(DistZO2Error, match=r"lm_head.base_layer.weight' is not that of .*: the base was changed"):
+        distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))
+
+
+def test_a_copy_of_a_tied_head(tmp_path: Path) -> None:
+    """It begins as the head; merged, it would no longer be tied."""
+    tied, config = base_for("lora_biases"), copy.deepcopy(CONFIGS["lora_head"])
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    tied.save_pretrained(tmp_path / "base")
+    prepare = distzo2.adapter(config, tmp_path / "start")
+    model = distzo2.from_pretrained(tmp_path / "base", prepare=prepare)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model), loss_of(tied))
+    with pytest.raises(DistZO2Error, match=r"is on .*embed_tokens\.weight, which another module shares"):
+        distzo2.merge_adapter(tmp_path / "base", tmp_path / "start", tmp_path / "merged")
+
+
 def test_an_adapter_is_switched_off_between_steps_too() -> None:
     model, _ = handed_over("lora")
     with torch.no_grad():

@@ -48,7 +48,7 @@ class Example:
     @property
     def chooses(self) -> bool:
         """Whether one of several answers is right: of the choices, or of a classifier's classes."""
-        return self.targets is None and len(self.options) != 1
+        return self.targets is None and (self.place is None or len(self.options) != 1)
 
     @property
     def num_tokens(self) -> int:
