@@ -227,6 +227,10 @@ def test_what_does_not_go_together() -> None:
         reader("sst2", truncate="right")
     with pytest.raises(UsageError, match="a causal language model was expected, T5 is not one"):
         TaskReader(find_task("sst2"), TOKENIZERS[False], kind=ModelKind("encoder-decoder", "T5"))
-    empty = Task(name="t", prompt="{x} a", options=[" b", " "], label="l").ask({"x": "c", "l": 0}, "row 7")
-    with pytest.raises(DataError, match="row 7: option 1 has no token that another predicts"):
-        TaskReader(find_task("sst2"), TOKENIZERS[False], kind=CAUSAL).asked([empty])
+    for option, reason in (
+        (" ", "option 1 has no token that another predicts"),
+        (" b ", "choices 0 and 1 are the same"),
+    ):
+        row = Task(name="t", prompt="{x} a", options=[" b", option], label="l").ask({"x": "c", "l": 0}, "row 7")
+        with pytest.raises(DataError, match=f"row 7: {reason}"):
+            reader("sst2").asked([row])

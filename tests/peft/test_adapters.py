@@ -11,7 +11,7 @@ import torch
 from plain import flat_losses, plain_loop
 from safetensors.torch import load_file
 from same_bits import assert_same_tensors
-from tiny_peft import CONFIGS, adapted, base_for, loss_beside_base, loss_of
+from tiny_peft import CONFIGS, WITH_DTYPE, adapted, base_for, loss_beside_base, loss_of
 
 import distzo2
 from distzo2.errors import DistZO2Error
@@ -59,8 +59,7 @@ def test_a_saved_adapter_is_the_one_that_peft_saves_and_loads(name: str, tmp_pat
         distzo2.save_pretrained(model, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "dora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [case for case in WITH_DTYPE if case[0] != "dora"])
 def test_a_new_adapter_begins_as_peft_makes_it(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """On a checkpoint that is never in memory as a whole; the adapter is float32 beside 16 bits, as with peft."""
     base_for(name).to(dtype).save_pretrained(tmp_path / "base")

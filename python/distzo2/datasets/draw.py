@@ -204,8 +204,9 @@ class TaskReader:
         return Example(texts[0][0][:border], None, options, row.label, lead=lead if any(lead) else (), right=right)
 
     def _checked(self, rows: Sequence[Asked], examples: list[Example]) -> list[Example]:
+        check = self._lines.check_vocabulary if self.task.each else self._lines.check  # entities may be spelled alike
         for row, example in zip(rows, examples, strict=True):
-            self._lines.check_vocabulary(row, example)
+            check(row, example)
         self._report_cut()
         return examples
 
