@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from plain import flat_losses, plain_loop
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from same_bits import assert_same_tensors
 from tiny_peft import CONFIGS, WITH_DTYPE, adapted, base_for, loss_beside_base, loss_of
 
 import distzo2
 from distzo2.errors import DistZO2Error
+from distzo2.peft.replay import replay_adapter
 
 STEPS = {"lr": 1e-2, "eps": 1e-2, "seed": 5}
 
@@ -90,6 +92,21 @@ def test_embeddings_that_peft_saves_beside_an_adapter(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     with pytest.raises(DistZO2Error, match=r"lm_head.base_layer.weight' is not that of .*: the base was changed"):
         distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))
+
+
+def test_an_adapter_in_16_bits_is_trained_and_replayed_in_32(tmp_path: Path) -> None:
+    base_for("lora").save_pretrained(tmp_path / "base")
+    adapted("lora").save_pretrained(tmp_path / "start")
+    file = tmp_path / "start/adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "start"))
+    with closing(distzo2.ZOSGD(model, journal=tmp_path / "journal.jsonl", **STEPS)) as optimizer:
+        optimizer.step(lambda: loss_of(model))
+    distzo2.save_adapter(model, tmp_path / "made")
+    replay_adapter(tmp_path / "start", tmp_path / "journal.jsonl", tmp_path / "again", progress=False)
+    made = load_file(tmp_path / "made/adapter_model.safetensors")
+    assert_same_tensors(load_file(tmp_path / "again/adapter_model.safetensors"), made)
+    assert all(value.dtype == torch.float32 for value in made.values())
 
 
 def test_a_copy_of_a_tied_head(tmp_path: Path) -> None:
