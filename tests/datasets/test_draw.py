@@ -170,11 +170,8 @@ def test_a_text_that_is_too_long_loses_its_beginning(bos: bool, caplog) -> None:
     assert learned.tokens.tolist() == cut(encoded(squad.prompt + squad.completion, bos), 5)
     (question,) = reader("squad", bos=bos, limit=limit, max_new_tokens=5).questions([squad])
     assert question.tokens == cut(encoded(squad.prompt, bos), 5) and question.answers == squad.answers
-    assert (
-        caplog.messages[0]
-        == "task copa: 2 texts are longer than 16 tokens and lose their beginning, demonstrations first"
-    )
-    assert [message.split()[2] for message in caplog.messages] == ["2", "1", "1"]
+    cuts = "texts longer than 16 tokens lose their beginning, demonstrations first (1 of them)"
+    assert caplog.messages == [f"task {task}: {cuts}" for task in ("copa", "squad", "squad")]
     with pytest.raises(DataError, match=r"row 1: .* tokens, the limit is 16"):
         reader("copa", bos=bos, limit=limit, truncate="error").asked([row])
 

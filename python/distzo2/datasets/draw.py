@@ -212,8 +212,8 @@ class TaskReader:
 
     def _report_cut(self) -> None:
         if self._num_cut:
-            what = f"{self._num_cut} texts are longer than {self._lines.limit} tokens and lose their beginning"
-            logger.warning("task %s: %s, demonstrations first", self.task.name, what)
+            what = f"texts longer than {self._lines.limit} tokens lose their beginning, demonstrations first"
+            logger.warning("task %s: %s (%d of them)", self.task.name, what, self._num_cut)
         self._num_cut = 0
 
 
