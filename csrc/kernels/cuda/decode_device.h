@@ -36,11 +36,14 @@ inline DeviceDecode device_decode(const Decode& request, int64_t index) {
     for (int i = 0; i < kNumLevels; ++i)
         decode.levels[i] = request.levels[index * kNumLevels + i];
     bool quick = find_shift(matrix.block, matrix.cols, decode.block);
-    quick = find_shift(matrix.scale.cols, matrix.block, decode.scale) && quick;
-    quick = find_shift(matrix.outer.cols, matrix.block, decode.outer) && quick;
-    quick = find_shift(matrix.zero.cols, matrix.block, decode.zero) && quick;
-    quick = find_shift(matrix.min.cols, matrix.block, decode.min) && quick;
-    quick = find_shift(matrix.outer_min.cols, matrix.block, decode.outer_min) && quick;
+    const auto find = [&](const PackedField& field, uint32_t& shift) {
+        quick = (!field.exists() || find_shift(field.cols, matrix.block, shift)) && quick;
+    };
+    find(matrix.scale, decode.scale);
+    find(matrix.outer, decode.outer);
+    find(matrix.zero, decode.zero);
+    find(matrix.min, decode.min);
+    find(matrix.outer_min, decode.outer_min);
     decode.quick = quick ? 1 : 0;
     return decode;
 }
