@@ -176,7 +176,8 @@ def test_normals_do_not_depend_on_the_table_of_rsqrt(nvcc: CudaKernels, ulps: in
 
 def test_nearly_every_instruction_was_executed(kernels: CudaKernels | TritonKernels) -> None:
     """By the tests above. What is left are values that noise does not have, and rare ones, at one place of an octet."""
-    executed = kernels.executed()
+    # The decoding kernels of CUDA read a field of any kind at any place, and formats have few of these.
+    executed = {name: counts for name, counts in kernels.executed().items() if "decode_kernelIL" not in name}
     if not all(here for here, _ in executed.values()):
         pytest.skip("not all tests of this file ran before")
     assert sum(here for here, _ in executed.values()) > 0.97 * sum(whole for _, whole in executed.values()), executed
