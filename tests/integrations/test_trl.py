@@ -178,6 +178,11 @@ def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
     fields = {"num_generations": 2, "max_completion_length": 4}
     with pytest.raises(distzo2.DistZO2Error, match=r"num_iterations=1.*num_iterations=2 works"):
         arguments(zo.ZOGRPOConfig, tmp_path, **fields)
+    apart = {"gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    with pytest.raises(distzo2.DistZO2Error, match=r"num_iterations=2, with .*num_iterations=4 works"):
+        arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=2, **apart, **fields)
+    arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=4, **apart, **fields)
+    arguments(zo.ZOGRPOConfig, tmp_path, steps_per_generation=4, **fields)  # completions of earlier weights
     args = arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=2, max_steps=2, **fields)
     trainer = zo.ZOGRPOTrainer(
         model=load(base), args=args, train_dataset=rows("prompt"), processing_class=tokenizer,
@@ -186,6 +191,11 @@ def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
     trainer.train()
     entries = read_journal(tmp_path / "journal.jsonl").entries
     assert len(entries) == 2 and all(entry.update.terms[0].c for entry in entries)
+
+
+def test_references_that_move_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(distzo2.DistZO2Error, match=r"sync_ref_model=True .*ref_model is fixed"):
+        arguments(zo.ZODPOConfig, tmp_path, sync_ref_model=True)
 
 
 def test_what_adapters_cannot_do_is_said(tmp_path: Path, base: Path, tokenizer: Any) -> None:

@@ -28,6 +28,7 @@ _REFUSED = {
     "fp16": "there are no gradients to scale; bf16=True computes under autocast, zo_compute_dtype='float16' in float16",
     "neftune_noise_alpha": "its noise on embeddings would be noise in the difference of two losses",
     "auto_find_batch_size": "a step that runs out of memory ends the run; zo_max_lanes lowers what a step needs",
+    "sync_ref_model": "it mixes weights in place; ref_model is fixed, and an adapter's base is its own reference",
     "use_liger_kernel": "its kernels read lm_head.weight outside of lm_head's forward",
 }
 
@@ -74,11 +75,6 @@ class ZOFields:
         default = next(field.default for field in dataclasses.fields(self) if field.name == "optim")
         if OptimizerNames(self.optim) != OptimizerNames(default):
             raise UsageError(f"optim={self.optim!r}: the optimizer is ZOSGD; zo_estimator and zo_noise are its choices")
-        if getattr(self, "num_iterations", None) == 1:  # of GRPO and RLOO: the ratio to the old policy is 1 in value
-            raise UsageError(
-                "num_iterations=1: the value of this loss does not depend on the weights, only its gradient does, so "
-                "that both evaluations of a probe are equal and nothing is learned; num_iterations=2 works"
-            )
         for name, choices in (("zo_existing", EXISTING), ("zo_compute_dtype", (*COMPUTE_DTYPES, None))):
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, choices))}")

@@ -125,8 +125,6 @@ class RunFiles:
         path = self.state / _STATE
         state = TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
         before, state.global_step = state.global_step, step
-        if before:
-            state.epoch *= step / before
         state.save_to_json(str(path))
         return before
 

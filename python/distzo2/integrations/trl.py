@@ -120,6 +120,17 @@ class ZORewardConfig(ZOFields, trl.RewardConfig):
 class ZOGRPOConfig(ZOFields, trl.GRPOConfig):
     """`trl.GRPOConfig` with the fields of ZO. Its default `num_iterations=1` is refused: 2 works."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps, every = self.gradient_accumulation_steps, self.steps_per_generation * self.num_iterations
+        if steps % every == 0:  # TRL then takes the policy that is trained for the old one, and their ratio is 1
+            raise UsageError(
+                f"num_iterations={self.num_iterations}, with steps_per_generation={self.steps_per_generation} and "
+                f"gradient_accumulation_steps={steps}: completions are new in every step. The value of the loss does "
+                "not depend on the weights then, only its gradient does, so that both evaluations of a probe are equal "
+                f"and nothing is learned; num_iterations={2 * steps // self.steps_per_generation} works"
+            )
+
 
 class ZOSFTTrainer(ZOTRLMixin, trl.SFTTrainer):
     """`trl.SFTTrainer` by zeroth-order steps, with `ZOSFTConfig`."""
