@@ -45,7 +45,16 @@ _fused = threading.local()  # stack: the windows of the fused forward that runs 
 
 
 class ZOTRLMixin(ZOMixin):
-    """`ZOMixin` for trainers of TRL: opens the fused head, and averages the metrics of a step over ranks."""
+    """`ZOMixin` for trainers of TRL: opens the fused head, and averages the metrics of a step over ranks.
+
+    Raises:
+        UsageError: the trainer generates what it trains on (GRPO, RLOO), and there are several ranks.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if hasattr(self.args, "num_generations") and parallel.world_size_of_environment() > 1:
+            raise UsageError("GRPO and RLOO by ZO run on one rank: TRL deals completions to ranks by a plan of its own")
+        super().create_accelerator_and_postprocess()
 
     def zo_hand_over(self, model: nn.Module) -> nn.Module:
         _open_fused_head(super().zo_hand_over(model))
@@ -150,8 +159,3 @@ class ZORewardTrainer(ZOTRLMixin, trl.RewardTrainer):
 
 class ZOGRPOTrainer(ZOTRLMixin, trl.GRPOTrainer):
     """`trl.GRPOTrainer` by zeroth-order steps on one rank, with `ZOGRPOConfig`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if parallel.world_size_of_environment() > 1:
-            raise UsageError("GRPO by ZO runs on one rank: its completions are dealt to ranks by TRL's own plan")
-        super().__init__(*args, **kwargs)
