@@ -63,7 +63,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "max
 @pytest.mark.parametrize(("fields", "at"), [(EPOCHS, 3), (EPOCHS, 6), (BEST, 2), (BEST, 4)])
 def test_an_evaluation_that_a_kill_cut_off_is_made(tmp_path: Path, fields: dict, at: int) -> None:
     """The best weights are the same ones, also in a run that has made its last step."""
-    fields = fields | {"load_best_model_at_end": True, "learning_rate": 10.0}
+    fields = fields | {"load_best_model_at_end": True}
     whole = trained(tmp_path / "whole", **fields)
     assert killed(tmp_path / "killed", kill_at=at, kill_evaluating=True, **fields) == -9
     for _ in range(2):

@@ -50,11 +50,11 @@ class ZOFields:
     zo_dropout: bool = _field(False, "Train with dropout, the same in both evaluations of a probe.")
     zo_max_lanes: int | None = _field(None, "Evaluations that share a pass over the weights, for memory; all if unset.")
     zo_weights: str = _field("host", "Where streamed weights live.", WEIGHTS)
-    zo_directory: str | None = _field(None, "Directory of the file of weights of zo_weights=disk; output_dir if unset.")
+    zo_directory: str | None = _field(None, "Directory of the weight file of zo_weights=disk; output_dir if unset.")
     zo_memory_budget: str | None = _field(None, "Bytes of the device for weights, such as 12GiB, or auto.")
     zo_host_memory: str | None = _field(None, "Bytes of the machine's memory for the weights of all ranks, or auto.")
     zo_write_every: int = _field(1, "Write a streamed block back at every N-th step, blocks in turn.")
-    zo_compute_dtype: str | None = _field(None, "What modules compute in, whatever is stored.", COMPUTE_DTYPES)
+    zo_compute_dtype: str | None = _field(None, "Dtype that modules compute in, whatever is stored.", COMPUTE_DTYPES)
     zo_journal: bool = _field(True, "Write every step to output_dir/journal.jsonl, from which a run resumes.")
     zo_existing: str = _field("error", "What to do where output_dir holds a run: error, overwrite or resume.", EXISTING)
     zo_fsync_every: int = _field(1, "Sync the journal to the disk after N steps.")
@@ -67,7 +67,7 @@ class ZOFields:
         """Checks what can be checked without a model.
 
         Raises:
-            UsageError: a field is not one of those expected, or is refused; says why, and what to use.
+            UsageError: a field has no value that was expected, or is refused; says why, and what to use.
         """
         for name, reason in _REFUSED.items():
             if getattr(self, name, None):
@@ -101,7 +101,7 @@ class ZOFields:
         return False
 
     def hand_over_options(self) -> dict[str, Any]:
-        """The options of `distzo2.offload`, but for the device."""
+        """The options of `distzo2.offload`, without the device."""
         directory = self.zo_directory or self.output_dir
         return {
             "weights": self.zo_weights,
@@ -113,7 +113,7 @@ class ZOFields:
         }
 
     def optimizer_options(self) -> dict[str, Any]:
-        """The options of `ZOSGD`, but for parameter groups and the journal."""
+        """The options of `ZOSGD`, without parameter groups and the journal."""
         return {
             "lr": self.learning_rate,
             "weight_decay": self.weight_decay,

@@ -1,6 +1,6 @@
 """`ZOMixin` makes any trainer of transformers, or built on it, train by zeroth-order steps: `ZOTrainer` and its like.
 
-A trainer computes losses; everything else of it stays as it is: data, schedules, evaluation, callbacks, checkpoints.
+A trainer computes losses. The rest of it stays as it is: data, schedules, evaluation, callbacks, checkpoints.
 `training_step` keeps the micro-batches of a step. With the last one the optimizer makes the step, for which it asks for
 the loss of each as often as the estimator wants. Backward, clipping and wrappers for gradients do nothing.
 """
@@ -49,10 +49,10 @@ class ZOMixin:
     """`class Mine(ZOMixin, MyTrainer): ...` trains by zeroth-order steps with whatever loss `MyTrainer` computes.
 
     Its arguments are a dataclass with `ZOFields`. The model may be plain, or handed over by `distzo2.offload` or
-    `distzo2.from_pretrained`, whose options then count and not those of the arguments. `compute_loss` runs several
-    times for each micro-batch, each time for that micro-batch alone: `num_items_in_batch` is its own, and a mean over
-    the step's tokens is made of these. What it counts belongs under `if distzo2.current_lane().first:`; where it is not
-    the first evaluation, `self` is a copy whose `_metrics`, as TRL's trainers have, are thrown away.
+    `distzo2.from_pretrained`, whose options then count instead of the arguments'. `compute_loss` runs once for each
+    micro-batch in each evaluation; `num_items_in_batch` is the micro-batch's own, and the losses become a mean over the
+    step's tokens. What it counts belongs under `if distzo2.current_lane().first:`. In evaluations after the first,
+    `self` is a copy, whose `_metrics` (those of TRL's trainers) are thrown away.
 
     Attributes:
         zo_optimizer: the `ZOSGD`, without accelerate's wrapper; None before `train`.
@@ -113,7 +113,7 @@ class ZOMixin:
             self.zo_hand_over(self.model)
 
     def zo_hand_over(self, model: nn.Module) -> nn.Module:
-        """Hands a model over unless it was; `model.train()` then leaves dropout off, unless `zo_dropout` is set."""
+        """Hands a model over, once; `model.train()` then leaves dropout off, unless `zo_dropout` is set."""
         if not hasattr(model, "_distzo2_runtime"):
             os.makedirs(self.args.output_dir, exist_ok=True)
             if model is not self.model:  # a reference, which no optimizer changes
@@ -198,13 +198,13 @@ class ZOMixin:
         """Trains, as the trainer's `train`.
 
         Args:
-            resume_from_checkpoint: True continues after the last step of the journal; the directory of a checkpoint
-                after its step, with the later steps moved to a journal of another name. The model must be what it was
+            resume_from_checkpoint: True continues after the last step of the journal. The directory of a checkpoint
+                continues after its step, and moves the journal so far to another name. The model must be what it was
                 when the run began, not the checkpoint. With `zo_journal=False` it is the trainer's own resume.
 
         Raises:
-            UsageError: the output directory holds a run and `zo_existing` does not say what to do, or holds none that
-                could be resumed, or this trainer has trained already.
+            UsageError: the output directory holds a run and `zo_existing` is "error", or it holds none to resume, or
+                this trainer has trained already.
             DistZO2Error: the journal is of another model, or another run.
         """
         if not self._zo_journal:
