@@ -120,7 +120,7 @@ class RunFiles:
             os.replace(self.state / f"{name}.tmp", self.state / name)
 
     def advance(self, step: int) -> int:
-        """Sets the step of the saved state to `step`, where the trainer begins; returns the step at which it was saved."""
+        """Sets the step of the saved state to `step`, where the trainer begins; returns the step it was of."""
         self.state.mkdir(exist_ok=True)
         path = self.state / _STATE
         state = TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()

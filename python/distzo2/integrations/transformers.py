@@ -166,7 +166,7 @@ class ZOMixin:
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """Those of the forwards of a step; the trainer's own count a forward as a third of forward and backward."""
-        return super().floating_point_ops(inputs) / 3 * self.zo_optimizer.settings.evaluations / _num_pert()
+        return super().floating_point_ops(inputs) / 3 * len(self.zo_optimizer.settings.evaluations) / _num_pert()
 
     # ---- the optimizer, its journal, resuming -----------------------------------------------------------------------
 
