@@ -273,7 +273,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = arguments(ZOTrainingArguments, tmp_path, report_to="tensorboard")
-    ZOTrainer(model=make_model(), args=args, train_dataset=make_data()).train()
+    trainer = ZOTrainer(model=make_model(), args=args, train_dataset=make_data())
+    trainer.train()
+    used = trainer.model.num_parameters(exclude_embeddings=True) * 2  # operations of a forward for each token
+    assert trainer.state.total_flos == 3 * 16 * 2 * used  # steps, tokens, evaluations
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.*"))))
     events.Reload()
     found = set(events.Tags()["scalars"])
