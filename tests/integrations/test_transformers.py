@@ -243,7 +243,7 @@ def test_what_is_saved_loads_anywhere(tmp_path: Path, kind: str) -> None:
 
 
 def test_trials_of_a_search_have_journals_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.trainer_callback.hp_params", lambda trial: trial.params)  # of optuna's trials
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # of optuna's trials
     args = arguments(ZOTrainingArguments, tmp_path)
     trainer = ZOTrainer(model_init=lambda: make_model(), args=args, train_dataset=make_data())
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
