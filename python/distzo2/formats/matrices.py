@@ -364,10 +364,12 @@ def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix
         return None
     block = settings.get("weight_block_size") or (128, 128)
     scales = parts.grid(suffix, weight.shape, (*_FLOATS, torch.uint8), tuple(block))
-    zeros = parts.get("_zero_point")  # some symmetric checkpoints have zeros that say nothing
-    if zeros is not None and not in_chunks(zeros, lambda values: not values.float().any()):
-        raise parts.error(f"expected zero points of 0 beside {dtype_name(weight.dtype)}")
     planes = {"codes": Plane(_KINDS[weight.dtype], weight.piece(), line), "scale": scales}
+    zeros = parts.get("_zero_point")
+    if zeros is not None and weight.dtype == torch.int8:
+        planes["zero"] = parts.grid("_zero_point", weight.shape, (torch.int8,), tuple(block))
+    elif zeros is not None and not in_chunks(zeros, lambda values: not values.float().any()):
+        raise parts.error(f"expected zero points of 0 beside {dtype_name(weight.dtype)}")  # some have such
     by = f"{scales.rows}x{scales.cols}"
     if scales.cols == weight.shape[-1]:
         by = "channel" if scales.rows == 1 else "tensor"
