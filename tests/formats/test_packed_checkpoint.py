@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mxfp4": {"quant_method": "mxfp4"},
     "": {"quant_method": "compressed-tensors"},
 }
+PT = {"format": "pt"}
 LLAMA = {
     "vocab_size": 64, "hidden_size": 256, "intermediate_size": 1152, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": False, "dtype": "bfloat16",
@@ -53,13 +54,13 @@ def save(
     tensors, g = load_file(file), torch.Generator().manual_seed(1)
     decoded = {}
     for name, tensor in list(tensors.items()):
-        is_fused = tensor.dim() == 3  # experts of gpt-oss
-        if not (is_fused or (tensor.dim() == 2 and (".weight" in name) and ("proj" in name or "experts" in name))):
+        wanted = "experts" in name and tensor.dim() == 3 if kind == "GptOss" else "proj" in name or "experts" in name
+        if not wanted:
             continue
         made, decoded[name] = form(tuple(tensor.shape), g)
         del tensors[name]
         tensors |= {name.removesuffix(".weight") + end: t for end, t in made.items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata=PT)
     config = json.loads((directory / "config.json").read_text())
     if quantization is not None:
         config["quantization_config"] = quantization
@@ -88,13 +89,17 @@ def test_each_weight_is_what_the_format_decodes(tmp_path: Path, case: str) -> No
     assert_raw(checkpoint, load_file(tmp_path / "model.safetensors"))
 
 
+def blocks_or_channels(shape: tuple[int, ...], g: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    return (FORMS["float-quantized tensor"] if shape[1] % 128 else fp8_blocks)(shape, g)
+
+
 EXPERTS = {  # the kind of model, its fields, the form, what config.json says, and how many pieces of files experts have
     "int4 as files have it": ("Mixtral", MIXTRAL, compressed("pack-quantized", torch.bfloat16, 32, bits=4), "", 12),
     "int4, few scales": ("Mixtral", MIXTRAL | {"intermediate_size": 128}, FORMS["pack-quantized int4 g128"], "", 6),
     "int4 gptq": ("Mixtral", MIXTRAL, FORMS["gptq int4 g128"], "gptq", 0),
     "nvfp4": ("Mixtral", MIXTRAL, FORMS["nvfp4-pack-quantized"], "", 12),
     "float8": ("Mixtral", MIXTRAL, FORMS["float-quantized channel"], "", 6),
-    "half a block": ("Mixtral", MIXTRAL | {"intermediate_size": 192, "hidden_size": 384}, fp8_blocks, "fp8", 6),
+    "half a block": ("Mixtral", MIXTRAL | {"intermediate_size": 192}, blocks_or_channels, "fp8", 6),
     "deepseek": ("DeepseekV3", DEEPSEEK, fp8_blocks, "fp8", 8),
     "gpt-oss": ("GptOss", GPT_OSS, gpt_oss, "mxfp4", 2),
 }
@@ -110,12 +115,9 @@ def test_experts_lie_as_transformers_has_them(tmp_path: Path, case: str) -> None
     plain = tmp_path / "plain"
     kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.raw.mapped}
     checkpoint.model.config.save_pretrained(plain)
-    save_file(
-        {name: t.float().contiguous() for name, t in (kept | decoded).items()},
-        plain / "model.safetensors",
-        {"format": "pt"},
-    )
-    expected = type(checkpoint.model).from_pretrained(plain, dtype=torch.float32).state_dict()
+    dtype = next(iter(decoded.values())).dtype
+    save_file({n: t.to(dtype).contiguous() for n, t in (kept | decoded).items()}, plain / "model.safetensors", PT)
+    expected = type(checkpoint.model).from_pretrained(plain, dtype=dtype).state_dict()
     experts = [param for name, param in checkpoint.packed.items() if name.endswith("experts.gate_up_proj")]
     for name, param in checkpoint.packed.items():
         assert param.shape == expected[name].shape and param.transposed == (case == "gpt-oss")

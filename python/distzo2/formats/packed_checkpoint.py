@@ -84,10 +84,12 @@ def open_packed(
                 delattr(part, key)  # transformers would replace modules by its own quantized ones
     files = _DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
     try:
+        model_class = class_of(directory, config, auto_class)
+        model, raw = trace_checkpoint(
+            files, model_class, config, dtype=dtype or "auto"
+        )  # names what is packed otherwise
         if not files.matrices:
             raise CheckpointError(f"{directory}: expected packed weights, found none")
-        model_class = class_of(directory, config, auto_class)
-        model, raw = trace_checkpoint(files, model_class, config, dtype=dtype or "auto")
         packed = {name: _packed(t, files) for name, t in raw.mapped.items() if files.is_packed(t)}
     except BaseException:
         files.close()
