@@ -29,7 +29,16 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
+    from ._C import (
+        BlockFile,
+        CopyEngine,
+        HostPool,
+        RangeFiles,
+        ThreadState,
+        aligned_buffer,
+        cuda_available,
+        memory_budget,
+    )
 
 # Streams that share one of a GPU's 8 connections wait for one another; copies and computing need more of them. CUDA
 # reads this when it starts.
@@ -40,7 +49,8 @@ NOISE_VERSION = "philox4x32-10/1"
 ROUNDING_VERSION = "stochastic16/1"
 
 _FROM_EXTENSION = (
-    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "memory_budget",
+    "BlockFile", "CopyEngine", "HostPool", "RangeFiles", "ThreadState", "aligned_buffer", "cuda_available",
+    "memory_budget",
 )  # fmt: skip
 # What a pass calls once a lane and unit, or once a step. Not for users: it may change with any release.
 _FOR_RUNTIMES = ("hide_parameters", "show_parameters", "walk_modules")
@@ -59,6 +69,7 @@ __all__ = [
     "GroupScalars",
     "HostPool",
     "Program",
+    "RangeFiles",
     "Segment",
     "SegmentTable",
     "Term",

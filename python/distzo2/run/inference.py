@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
@@ -56,9 +57,12 @@ def loaded(
     check_computes(device, compute_dtype)
     use_tf32(options.tf32, device)
     widest = REFERENCE if isinstance(options, SignalOptions) else compute_dtype
+    prepare = None if isinstance(options, SignalOptions) else _freeze  # so that a disk need not hold a second copy
+    if config is not None:
+        prepare = adapter(options.adapter, config=config)
     check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
-        if options.weights == "disk":
+        if options.weights == "disk" and prepare is None:
             check_disk(directory, {"the file of streamed weights": size.total})
         model = from_pretrained(
             options.model,
@@ -70,11 +74,15 @@ def loaded(
             memory_budget=options.memory_budget,
             host_memory=options.host_memory,
             write_every=options.write_every,
-            prepare=None if config is None else adapter(options.adapter, config=config),
+            prepare=prepare,
         )
         with closing(runtime_of(model)):
             runtime_of(model).compute_in(compute_dtype)
             yield model, device
+
+
+def _freeze(model: torch.nn.Module, checkpoint_map: CheckpointMap) -> tuple[torch.nn.Module, CheckpointMap]:
+    return model.requires_grad_(False), checkpoint_map
 
 
 def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[ModelKind, Any]:

@@ -361,11 +361,12 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
     """Raises DistZO2Error unless the weight files and the checkpoint fit on their disks. A checkpoint of fewer steps
     makes room for the new one, and so does a weight file."""
     weights, exists = {}, run.weight_file(options.weights_dir).exists()
-    if options.weights == "disk" and not exists:
+    whole = not (options.peft or options.adapter)  # an adapter is small, and its base stays in its own files
+    if options.weights == "disk" and not exists and whole:
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}
-    whole = options.merge or not (options.peft or options.adapter)  # an adapter is small
+    whole |= options.merge
     needs = {"the checkpoint": size.total} if whole and options.save != "none" and not run.has_checkpoint else {}
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES

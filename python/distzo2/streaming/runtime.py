@@ -123,8 +123,9 @@ class StreamingRuntime:
                 self.parameters.take_over(unit)
 
     def is_filled(self, unit: Unit) -> bool:
-        """Whether the weight file gave the unit's weights, so that nothing else may fill it."""
-        return self.kept is not None and unit.index in self.kept.versions
+        """Whether files gave the unit's weights, so that nothing else may fill it."""
+        given = self.kept is not None and unit.index in self.kept.versions
+        return given or self.weights.copies[unit.index].is_fixed
 
     # ---- passes -------------------------------------------------------------------------------------------------
 
