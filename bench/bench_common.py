@@ -106,11 +106,13 @@ def interleaved_seconds(
     rounds: int,
     min_seconds: float = 0.02,
     prepare: Callable[[Key], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, dict[str, float]]:
     """Seconds a call of each contender, measured in turn so that all see the same state of the machine.
 
     Each round times one batch of calls per contender, long enough for min_seconds; on CUDA it is timed by events.
-    `prepare` is called before each batch, untimed, with the contender's key.
+    `prepare` is called before each batch, untimed, with the contender's key. `clock` is of wall time, or of a thread's
+    own, which leaves out what other work on the machine takes.
 
     Returns:
         For each key the "median" over the rounds, and their "min" and "max".
@@ -131,19 +133,19 @@ def interleaved_seconds(
         for key, call in contenders.items():
             if prepare is not None:
                 prepare(key)
-            samples[key].append(_batch_seconds(call, calls[key], device) / calls[key])
+            samples[key].append(_batch_seconds(call, calls[key], device, clock) / calls[key])
     return {
         key: {"median": statistics.median(times), "min": min(times), "max": max(times)}
         for key, times in samples.items()
     }
 
 
-def _batch_seconds(call: Callable[[], object], num_calls: int, device: str) -> float:
+def _batch_seconds(call: Callable[[], object], num_calls: int, device: str, clock: Callable[[], float]) -> float:
     if not device.startswith("cuda"):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(num_calls):
             call()
-        return time.perf_counter() - start
+        return clock() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(num_calls):

@@ -11,7 +11,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .backends import BackendError, build_info, require_extension, resolve_backend
-from .ops import checksum, embedding, materialize, normal, perturb_, rademacher, restore_, update_
+from .ops import checksum, decode, embedding, materialize, normal, perturb_, rademacher, restore_, update_
+from .packed import Field, Kind, PackedLayout, PackedSegment, PackedTable
 from .reference import permutation
 from .types import (
     FAMILIES,
@@ -66,8 +67,13 @@ __all__ = [
     "BlockFile",
     "CopyEngine",
     "Emit",
+    "Field",
     "GroupScalars",
     "HostPool",
+    "Kind",
+    "PackedLayout",
+    "PackedSegment",
+    "PackedTable",
     "Program",
     "RangeFiles",
     "Segment",
@@ -79,6 +85,7 @@ __all__ = [
     "build_info",
     "checksum",
     "cuda_available",
+    "decode",
     "embedding",
     "encode_program",
     "materialize",

@@ -76,6 +76,12 @@ def _materialize(
     return None
 
 
+def _decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+    if out.device != stored.device:  # as above
+        raise ValueError(f"out must be on {stored.device} as stored is, got {out.device}")
+    return None
+
+
 def register() -> None:
     """Registers the fake kernels; called once, after the extension has defined the ops."""
     torch.library.register_fake("distzo2::normal", _noise)
@@ -86,3 +92,4 @@ def register() -> None:
     torch.library.register_fake("distzo2::update_", _update_)
     torch.library.register_fake("distzo2::embedding", _embedding)
     torch.library.register_fake("distzo2::materialize", _materialize)
+    torch.library.register_fake("distzo2::decode", _decode)

@@ -1,4 +1,4 @@
-"""The public functions: noise, in-place perturb, restore and update, `materialize`, and `checksum`.
+"""The public functions: noise, in-place perturb, restore and update, `materialize`, `decode`, and `checksum`.
 
 Each checks its arguments, once for all backends, does nothing for an empty problem, and hands over to a backend (see
 `backends`). All backends give the same bits. Noise is a pure function of (seed, step, probe, parameter, element):
@@ -15,6 +15,7 @@ from types import FunctionType
 import torch
 
 from .backends import implementation, resolve_backend
+from .packed import PackedTable
 from .reference_ops import checksum as checksum_by_torch
 from .types import (
     DTYPE_CODES,
@@ -321,6 +322,44 @@ def materialize_again(
     if segments.num_bytes and (outs or writes):
         run(weights, segments.tensor, seed, *program, outs, write_back)
         _mark_changed(run, *outs, *([weights] if writes else []))
+
+
+def decode(stored: torch.Tensor, table: PackedTable, out: torch.Tensor, *, backend: str | None = None) -> None:
+    """Decodes quantized weights to float32, bfloat16 or float16: all matrices of a buffer in one call.
+
+    A weight's value is computed in float32 as packed.py says, and rounded once, to nearest even, to its segment's
+    out_dtype; nothing is flushed to zero, and every NaN is the canonical one.
+
+    Args:
+        stored: uint8 [num_bytes], contiguous: the bytes as the checkpoint has them, laid out as `table` says.
+        table: where each matrix lies, and where in `out` it goes.
+        out: uint8, contiguous, on the device of `stored`, of at least `table.out_bytes`; bytes outside the matrices are
+            not touched.
+        backend: "native", "triton", "reference", or None for the default of the device.
+
+    Raises:
+        TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, or of another device; `out` is not
+            aligned to 4 bytes, or overlaps `stored`.
+        BackendError: the backend is not there or cannot run on the device.
+    """
+    if not isinstance(table, PackedTable):
+        raise TypeError(f"table must be a PackedTable, got {type(table).__name__}")
+    for name, buffer, needed in (("stored", stored, table.num_bytes), ("out", out, table.out_bytes)):
+        size = _check_buffer(name, buffer)
+        if size < needed:
+            raise ValueError(f"{name} has {size} bytes, the table needs {needed}")
+    if out.device != stored.device:
+        raise ValueError(f"out must be on {stored.device} as stored is, got {out.device}")
+    if not torch.compiler.is_compiling() and not out.is_meta:
+        begin, first = out.data_ptr(), stored.data_ptr()
+        if begin % 4 and table.out_bytes:
+            raise ValueError("out must begin at an address that is a multiple of 4")
+        if begin < first + stored.numel() and first < begin + out.numel():
+            raise ValueError("stored and out overlap in memory")
+    run = implementation(backend, stored.device).decode
+    if table.out_bytes:
+        run(stored, table.tensor, table.levels, out)
+        _mark_changed(run, out)
 
 
 def checksum(tensors: Sequence[torch.Tensor], *, backend: str | None = None) -> int:

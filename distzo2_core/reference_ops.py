@@ -16,7 +16,6 @@ from .reference import (
     FLOAT16,
     FLOAT32,
     NoiseTerm,
-    decode,
     is_identity,
     mul,
     noise_values,
@@ -26,6 +25,8 @@ from .reference import (
     rounding_bits,
     updated,
 )
+from .reference import decode as values_of
+from .reference_packed import decode  # noqa: F401 -- the op
 from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, NORMAL, RADEMACHER
 
 _CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
@@ -68,7 +69,7 @@ def perturb_(
     for at in range(0, bits.size, _CHUNK):
         part = bits[at : at + _CHUNK]
         noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
-        part[:] = round_nearest(perturbed(decode(part, code), [(np.float32(scale), noise)]), code)
+        part[:] = round_nearest(perturbed(values_of(part, code), [(np.float32(scale), noise)]), code)
 
 
 def restore_(
@@ -97,7 +98,7 @@ def embedding(
     out = weight.new_empty(len(rows), cols, dtype=out_dtype)
     for i, row in enumerate(rows.tolist()):
         noise = partial(noise_values, family, seed, step, param, probe, offset + row * cols, cols)
-        values = perturbed(decode(_bits_of(weight[row]), DTYPE_CODES[weight.dtype]), [(np.float32(scale), noise)])
+        values = perturbed(values_of(_bits_of(weight[row]), DTYPE_CODES[weight.dtype]), [(np.float32(scale), noise)])
         _bits_of(out[i])[:] = round_nearest(values, DTYPE_CODES[out.dtype])
     return out[inverse].view(*ids.shape, cols)
 
@@ -120,7 +121,7 @@ def update_(
         noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
         scalars = np.float32(lr), np.float32(weight_decay), [(np.float32(coef), noise)]
         if not is_identity(*scalars):
-            values = updated(decode(part, code), *scalars)
+            values = updated(values_of(part, code), *scalars)
             part[:] = round_stochastic(values, rounding_bits(seed, step, param, offset + at, part.size), code)
 
 
@@ -154,11 +155,11 @@ def materialize(
                 lr, weight_decay, _, update_scale = scalars[group]
                 update_terms = scaled(first, num, update_scale)
                 if not is_identity(lr, weight_decay, update_terms):
-                    values = updated(decode(bits, code), lr, weight_decay, update_terms)
+                    values = updated(values_of(bits, code), lr, weight_decay, update_terms)
                     bits = round_stochastic(values, rounding_bits(seed, step, param, offset, count), code)
                     changed = True
             for (first, num), scales, out in zip(emits.tolist(), emit_scales.numpy(), written, strict=True):
-                values = perturbed(decode(bits, code), [] if frozen else scaled(first, num, scales[group]))
+                values = perturbed(values_of(bits, code), [] if frozen else scaled(first, num, scales[group]))
                 begin = out_offset + at * out_itemsize
                 out[begin : begin + count * out_itemsize] = round_nearest(values, out_code).view(np.uint8)
             if write_back and changed:

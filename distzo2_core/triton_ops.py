@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
+from .triton_packed import decode_kernel
 from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, NORMAL, RADEMACHER
 
 _TILE = 1024  # elements
@@ -258,3 +259,27 @@ def rademacher(
     out = torch.empty(numel, dtype=dtype, device=device)
     noise_(out, seed, step, param, probe, offset, RADEMACHER)
     return out
+
+
+def decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+    device = stored.device
+    on_device, levels = matrices.to(device, non_blocking=True), levels.to(device, non_blocking=True)
+    for index, row in enumerate(matrices.tolist()):
+        rows, cols, _, _, _, divides, _, has_levels, out_offset, code = row[:10]
+        kinds = dict(zip(("CODES", "SCALE", "OUTER", "ZERO", "MIN", "OUTER_MIN"), row[10::7], strict=True))
+        if not rows * cols:
+            continue
+        num_bytes = rows * cols * CODE_DTYPES[code].itemsize
+        with _on_device(device):
+            decode_kernel[(rows, -(-cols // _TILE))](
+                stored,
+                _typed(out[out_offset : out_offset + num_bytes], code),
+                on_device[index],
+                levels[index],
+                **kinds,
+                DIVIDES=divides,
+                LEVELS=has_levels,
+                OUT_CODE=code,
+                TILE=_TILE,
+                enable_fp_fusion=False,
+            )

@@ -264,6 +264,28 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     }
 }
 
+void decode(const Tensor& stored, const Tensor& matrices, const Tensor& levels, const Tensor& out) {
+    check_device(stored.device());
+    TORCH_CHECK_VALUE(out.device() == stored.device(), "out must be on ", stored.device(), " as stored is, got ",
+                      out.device());
+    Decode request;
+    request.num_bytes = stored.numel();
+    request.stored = buffer(stored, stored, request.num_bytes, "stored", "stored");
+    request.out_bytes = out.numel();
+    request.out = buffer(out, out, request.out_bytes, "out", "out");
+    request.num_matrices = matrices.dim() > 0 ? matrices.size(0) : 0;
+    constexpr int64_t kColumns = sizeof(PackedMatrix) / sizeof(int64_t);
+    request.matrices = table<PackedMatrix>(matrices, at::kLong, {request.num_matrices, kColumns}, "matrices");
+    request.levels = table<float>(levels, at::kFloat, {request.num_matrices, kNumLevels}, "levels");
+    mark_changed(out);
+    if (stored.is_cpu()) {
+        decode_cpu(request);
+    } else {
+        const OnDevice on(stored.device());
+        decode_cuda(request, on.index, on.stream);
+    }
+}
+
 int64_t checksum(const Tensor& data, int64_t before) {
     TORCH_CHECK_VALUE(data.is_contiguous(), "expected contiguous data, got shape ", data.sizes(), " with strides ",
                       data.strides());
@@ -292,6 +314,7 @@ TORCH_LIBRARY(distzo2, library) {
     library.def(
         "materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
         "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
+    library.def("decode(Tensor stored, Tensor matrices, Tensor levels, Tensor(a!) out) -> ()");
     library.def("checksum(Tensor data, int before) -> int");
 }
 
@@ -309,6 +332,7 @@ TORCH_LIBRARY_IMPL(distzo2, CompositeExplicitAutograd, library) {
         library.impl("update_", &distzo2::update_);                                                                    \
         library.impl("embedding", &distzo2::embedding);                                                                \
         library.impl("materialize", &distzo2::materialize);                                                            \
+        library.impl("decode", &distzo2::decode);                                                                      \
     }
 
 DZO_REGISTER(CPU)

@@ -18,7 +18,66 @@ void check_place(const char* what, int64_t row, int64_t numel, int64_t dtype, in
               bytes, " bytes at byte ", at, " of ", num_bytes);
 }
 
+// The first byte after the last value of a field, or of the codes, whose places have been found to be in range.
+__extension__ using Wide = __int128;
+
+Wide end_of(const PackedMatrix& matrix, const PackedField& field, bool codes) {
+    const auto times = [](int64_t count, int64_t stride) { return static_cast<Wide>(count) * stride; };
+    const Wide last = field.offset + times((matrix.rows - 1) / field.rows, field.row_stride) +
+                      times(matrix.cols / matrix.block - 1, field.block_stride);
+    if (codes)
+        return last + code_bytes(field.type(), matrix.block);
+    return last + times((matrix.block - 1) / field.cols, field.stride) + value_bytes(field.type());
+}
+
+void check_field(int64_t m, const PackedMatrix& matrix, const PackedField& field, bool codes, int64_t num_bytes) {
+    if (!codes && !field.exists())
+        return;
+    const bool of_codes = field.kind >= 0 && field.kind <= static_cast<int64_t>(PackedKind::kFloat8E5M2);
+    const bool of_values = field.kind >= static_cast<int64_t>(PackedKind::kFloat32) &&
+                           field.kind <= static_cast<int64_t>(PackedKind::kMinK);
+    DZO_CHECK(codes ? of_codes : of_codes || of_values, "matrix ", m, ": kind ", field.kind);
+    DZO_CHECK(field.offset >= 0 && field.row_stride >= 0 && field.block_stride >= 0 && field.stride >= 0, "matrix ", m,
+              ": offset ", field.offset, ", strides ", field.row_stride, ' ', field.block_stride, ' ', field.stride);
+    DZO_CHECK(field.rows >= 1 && field.cols >= 1, "matrix ", m, ": a value for ", field.rows, " x ", field.cols);
+    DZO_CHECK(end_of(matrix, field, codes) <= num_bytes, "matrix ", m, ": a field of kind ", field.kind, " at byte ",
+              field.offset, " of ", num_bytes);
+}
+
 } // namespace
+
+void check(const Decode& request) {
+    for (int64_t m = 0; m < request.num_matrices; ++m) {
+        const PackedMatrix& matrix = request.matrices[m];
+        const int64_t rows = matrix.rows, cols = matrix.cols, block = matrix.block;
+        DZO_CHECK(rows >= 0 && rows <= kMaxPackedSide && cols >= 0 && cols <= kMaxPackedSide, "matrix ", m, ": ", rows,
+                  " x ", cols);
+        if (rows == 0 || cols == 0)
+            continue;
+        DZO_CHECK(rows <= kMaxElements / cols, "matrix ", m, ": ", rows, " x ", cols);
+        check_place("matrix", m, rows * cols, matrix.out_dtype, matrix.out_offset, request.out_bytes);
+        const int64_t head = matrix.head_dim;
+        DZO_CHECK(head >= 0 && head % 2 == 0 && (head == 0 || rows % head == 0), "matrix ", m, ": head_dim ", head);
+        const PackedKind kind = matrix.codes.type();
+        const bool pairs = kind == PackedKind::kNibblesLow || kind == PackedKind::kNibblesHigh;
+        const int64_t multiple = kind == PackedKind::kNibbles32   ? 32
+                                 : kind == PackedKind::kNibbles64 ? 64
+                                 : pairs                          ? 2
+                                                                  : 1;
+        DZO_CHECK(block > 0 && cols % block == 0 && block % multiple == 0, "matrix ", m, ": block ", block, " of ",
+                  cols);
+        DZO_CHECK((kind != PackedKind::kQ5K && kind != PackedKind::kQ6K) || block == kKBlock, "matrix ", m, ": block ",
+                  block);
+        DZO_CHECK(matrix.has_levels == 0 || is_nibbles(kind), "matrix ", m, ": levels for kind ", matrix.codes.kind);
+        check_field(m, matrix, matrix.codes, true, request.num_bytes);
+        DZO_CHECK(matrix.scale.exists(), "matrix ", m, ": no scale");
+        for (const PackedField* field : {&matrix.scale, &matrix.outer, &matrix.zero, &matrix.min, &matrix.outer_min}) {
+            check_field(m, matrix, *field, false, request.num_bytes);
+            const bool k = field->type() == PackedKind::kScaleK || field->type() == PackedKind::kMinK;
+            DZO_CHECK(!k || (field->stride == 0 && (block - 1) / field->cols < 8), "matrix ", m, ": six-bit values");
+        }
+    }
+}
 
 void check(const Materialize& visit) {
     for (int64_t u = 0; u < visit.num_updates; ++u)

@@ -1,4 +1,5 @@
-// The kernels' C++ API: noise, and the visit to packed weights (`Materialize`, types.h), on the CPU and on CUDA.
+// The kernels' C++ API: noise, the visit to packed weights (`Materialize`, types.h), and decoding quantized ones
+// (`Decode`, packed.h), on the CPU and on CUDA.
 // perturb, restore and update in place are visits of one segment. All entries refuse tables that point out of their
 // buffers (std::runtime_error), do nothing for an empty problem, allocate nothing on the CPU, and give the same bits on
 // every path. Other arguments are the caller's to check.
@@ -10,6 +11,7 @@
 
 #include <string>
 
+#include "kernels/packed.h"
 #include "kernels/types.h"
 
 namespace distzo2 {
@@ -33,9 +35,11 @@ void run_on_std_threads(int64_t begin, int64_t end, int64_t grain, RangeBody bod
 
 // Throws where a row of the tables points out of its buffer or table.
 void check(const Materialize& visit);
+void check(const Decode& request);
 
 void materialize_cpu(const Materialize& visit);
 void generate_cpu(const InPlace& place);
+void decode_cpu(const Decode& request);
 void lookup_cpu(const Lookup& request); // throws std::out_of_range, naming it, for an id that is no row of the table
 
 // w <- rne(fma(scale, z, w)). Restoring is the same with -scale; it does not bring the bits back.
@@ -55,6 +59,7 @@ using CudaStream = void*; // a cudaStream_t
 bool cuda_compiled();
 void materialize_cuda(const Materialize& visit, int device, CudaStream stream);
 void generate_cuda(const InPlace& place, int device, CudaStream stream);
+void decode_cuda(const Decode& request, int device, CudaStream stream);
 void lookup_cuda(const Lookup& request, int device, CudaStream stream); // a row of NaN for an id that is no row
 void perturb_cuda(const InPlace& place, float scale, int device, CudaStream stream);
 void update_cuda(const InPlace& place, float lr, float coef, float weight_decay, int device, CudaStream stream);

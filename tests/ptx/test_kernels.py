@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import DTYPES, needs_native, random_visit
+from packed_cases import FORMATS, check_decode
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
 from ptx.machine import Module, Program
-from ptx.triton_kernels import TritonKernels
+from ptx.triton_kernels import DECODED, TritonKernels
 
 import distzo2_core
 
@@ -97,6 +98,20 @@ def test_visits_of_simple_programs(kernels: CudaKernels | TritonKernels) -> None
 
 def test_visits_of_any_program(kernels: CudaKernels | TritonKernels) -> None:
     check_random_visits(kernels, range(120))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding(nvcc: CudaKernels, name: str) -> None:
+    with backend_of(nvcc) as backend:
+        for seed, shifts in enumerate(((0,), (4, 2), (8, 1))):  # of what is written, and of the packed bytes
+            nvcc.shifts = shifts
+            check_decode(np.random.default_rng(seed), backend, [name], max_rows=3)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_decoding_by_triton(triton: TritonKernels, name: str) -> None:
+    with backend_of(triton) as backend:
+        check_decode(np.random.default_rng(0), backend, [name], max_rows=2, dtypes=(DTYPES[DECODED[name]],))
 
 
 def test_a_device_without_memory_pools(compiled: tuple[Path, dict[int, str]]) -> None:

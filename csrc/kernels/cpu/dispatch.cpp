@@ -194,6 +194,14 @@ void lookup_cpu(const Lookup& request) {
     run<Lookup, &CpuLevel::lookup>(request, request.num_ids * request.cols);
 }
 
+void decode_cpu(const Decode& request) {
+    check(request);
+    int64_t numel = 0;
+    for (int64_t m = 0; m < request.num_matrices; ++m)
+        numel += request.matrices[m].rows * request.matrices[m].cols;
+    run<Decode, &CpuLevel::decode>(request, numel);
+}
+
 uint64_t checksum_cpu(const void* data, int64_t num_bytes, uint64_t before) {
     struct Words {
         const std::byte* bytes;

@@ -7,8 +7,8 @@ namespace distzo2 {
 namespace {
 
 template <class V>
-constexpr CpuLevel make_level() {
-    return CpuLevel{&run_visit<V>, &run_request<V>, &run_lookup<V>};
+constexpr CpuLevel make_level(void (*decode)(const Decode&, int64_t, int64_t) = nullptr) {
+    return CpuLevel{&run_visit<V>, &run_request<V>, &run_lookup<V>, decode};
 }
 
 } // namespace

@@ -4,6 +4,6 @@
 
 namespace distzo2 {
 
-const CpuLevel kAvx2Level = make_level<Lanes>();
+const CpuLevel kAvx2Level = make_level<Lanes>(&decode_avx2);
 
 } // namespace distzo2

@@ -4,6 +4,6 @@
 
 namespace distzo2 {
 
-const CpuLevel kAvx512Level = make_level<Lanes>();
+const CpuLevel kAvx512Level = make_level<Lanes>(&decode_avx512);
 
 } // namespace distzo2

@@ -4,6 +4,6 @@
 
 namespace distzo2 {
 
-const CpuLevel kPortableLevel = make_level<Lanes>();
+const CpuLevel kPortableLevel = make_level<Lanes>(&decode_portable);
 
 } // namespace distzo2

@@ -15,6 +15,7 @@ namespace {
 bool cuda_compiled() { return false; }
 void materialize_cuda(const Materialize&, int, CudaStream) { fail(); }
 void generate_cuda(const InPlace&, int, CudaStream) { fail(); }
+void decode_cuda(const Decode&, int, CudaStream) { fail(); }
 void lookup_cuda(const Lookup&, int, CudaStream) { fail(); }
 void perturb_cuda(const InPlace&, float, int, CudaStream) { fail(); }
 void update_cuda(const InPlace&, float, float, float, int, CudaStream) { fail(); }

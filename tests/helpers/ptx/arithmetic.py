@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .parser import PtxError
+
 U16, U32, U64, I64 = np.uint16, np.uint32, np.uint64, np.int64
 F16, F32, F64 = np.float16, np.float32, np.float64
 TYPES = {
@@ -113,6 +115,14 @@ def shr(a: np.ndarray, by: np.ndarray) -> np.ndarray:
     if a.dtype.kind == "i":
         return a >> np.minimum(by, width - 1).astype(a.dtype)
     return np.where(by < width, a >> (by % width).astype(a.dtype), a.dtype.type(0))
+
+
+def bfi(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """b with its bits [position, position + length) from the lowest of a; both below 32."""
+    if (position > 31).any() or (length > 31).any():
+        raise PtxError("a field of bits that is not in a word")
+    mask = ((np.uint32(1) << length) - np.uint32(1)) << position
+    return (b & ~mask) | (a << position & mask)
 
 
 def bfe(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:

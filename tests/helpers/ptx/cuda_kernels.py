@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels as a backend: the host code of materialize.cu runs over a fake CUDA runtime, and what it
+"""The compiled CUDA kernels as a backend: the host code of csrc/kernels/cuda runs over a fake CUDA runtime, and what it
 launches runs from its PTX. CPU tensors stand for device tensors: they are copied into the memory of the machine, at an
 address of the same residue, and back."""
 
@@ -26,7 +26,12 @@ from .memory import GAP, READ, WRITE, Memory
 from .parser import PtxError
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCES = ("csrc/kernels/cuda/materialize.cu", "csrc/kernels/check_tables.cpp", "tests/helpers/ptx/fake_cudart.cpp")
+KERNELS = ("materialize", "decode")  # files of csrc/kernels/cuda
+SOURCES = (
+    *(f"csrc/kernels/cuda/{name}.cu" for name in KERNELS),
+    "csrc/kernels/check_tables.cpp",
+    "tests/helpers/ptx/fake_cudart.cpp",
+)
 ARCHS = (80, 90)
 BASE = 0x7F32_1000_0000  # of device memory: addresses need more than 32 bits
 ALIGNMENT = 64  # of what torch allocates: an address keeps its residue
@@ -48,7 +53,7 @@ def build_flags() -> list[str]:
 
 
 def compile_kernels(folder: Path) -> tuple[Path, dict[int, str]]:
-    """The host library, and the PTX of materialize.cu for each architecture."""
+    """The host library, and the PTX of all kernels for each architecture."""
     library = folder / "kernels.so"
     targets = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
     command = [
@@ -63,7 +68,8 @@ def compile_kernels(folder: Path) -> tuple[Path, dict[int, str]]:
     ]
     command += ["--keep", f"--keep-dir={folder}", "-o", str(library), *(str(ROOT / source) for source in SOURCES)]
     subprocess.run(command, check=True, cwd=folder)
-    return library, {arch: (folder / f"materialize.compute_{arch}.ptx").read_text() for arch in ARCHS}
+    texts = {arch: [(folder / f"{name}.compute_{arch}.ptx").read_text() for name in KERNELS] for arch in ARCHS}
+    return library, {arch: "\n".join(each) for arch, each in texts.items()}
 
 
 def structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -84,6 +90,7 @@ LOOKUP = structure(
     "table:p out:p ids:p num_ids:i num_rows:i cols:i dtype:i scale:f seed:u family:i step:i param:i probe:i offset:i "
     "out_dtype:i",
 )
+DECODE = structure("Decode", "stored:p num_bytes:i out:p out_bytes:i matrices:p levels:p num_matrices:i")
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -139,7 +146,7 @@ class CudaKernels:
         self.launches: collections.Counter[str] = collections.Counter()
         self.instructions = 0
         self._library = ctypes.CDLL(str(library))
-        for name in ("materialize", "generate", "lookup", "perturb", "update"):
+        for name in ("materialize", "generate", "lookup", "perturb", "update", "decode"):
             getattr(self._library, f"run_{name}").restype = ctypes.c_char_p
         self._device_memory: DeviceMemory | None = None
         self._workspaces: dict[int, int] = {}
@@ -274,3 +281,10 @@ class CudaKernels:
 
         self._call("lookup", [(weight, READ), (ids, READ), (out, WRITE)], make)
         return out
+
+    def decode(self, stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+        def make(address: Callable[[torch.Tensor], int]) -> ctypes.Structure:
+            buffers = address(stored), stored.nbytes, address(out), out.nbytes
+            return DECODE(*buffers, matrices.data_ptr(), levels.data_ptr(), len(matrices))
+
+        self._call("decode", [(stored, READ), (out, READ | WRITE)], make)

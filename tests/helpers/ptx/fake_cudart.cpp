@@ -1,5 +1,5 @@
 // A CUDA runtime that hands launches to a callback, and the entries of kernels.h for ctypes. Linked with the compiled
-// materialize.cu, so that the host code that chooses kernels, grids and tables is the one that ships.
+// kernels, so that the host code that chooses kernels, grids and tables is the one that ships.
 #include <cuda_runtime_api.h>
 
 #include <exception>
@@ -124,6 +124,9 @@ const char* run_generate(const InPlace* place, int device, void* stream) {
 }
 const char* run_lookup(const Lookup* request, int device, void* stream) {
     return guarded(device, stream, [&] { lookup_cuda(*request, device, stream); });
+}
+const char* run_decode(const Decode* request, int device, void* stream) {
+    return guarded(device, stream, [&] { decode_cuda(*request, device, stream); });
 }
 const char* run_perturb(const InPlace* place, float scale, int device, void* stream) {
     return guarded(device, stream, [&] { perturb_cuda(*place, scale, device, stream); });

@@ -171,6 +171,10 @@ class Translator:
             case ("sub", mode, "f32") if mode in ROUNDING:
                 a, b = values()
                 return f"add({a}, -{b}, {mode!r})", bits
+            case ("div", "rn", "f32"):
+                return f"canonical({' / '.join(values())})", bits
+            case ("div" | "rem" as name, "u32"):
+                return f" {'//' if name == 'div' else '%'} ".join(values()), kind
             case ("rsqrt", "approx", "ftz", "f32"):
                 return f"rsqrt({values()[0]}, x.rsqrt_ulps)", bits
             case ("selp", _):
@@ -187,6 +191,8 @@ class Translator:
             case ("bfe", "u32" | "s32"):
                 a, *place = (self.value(each, kind if i == 0 else TYPES["u32"]) for i, each in enumerate(inputs))
                 return f"bfe({a}, {', '.join(place)})", bits
+            case ("bfi", "b32"):
+                return f"bfi({', '.join(values())})", kind
             case ("shfl", "sync", "idx", "b32") if inputs[2] == "31":
                 a, source, _, mask = values()
                 return f"x.shuffle({a}, {source}, {mask})", kind
@@ -231,13 +237,16 @@ class Translator:
             values = ", ".join(self.low_bits(each, kind) for each in registers)
             self.lines.append(f"x.store({where}, [{values}], {guard or None})")
             return
-        if any(self.kind_of(each).itemsize < kind.itemsize for each in registers) or last[0] == "s":
+        if any(self.kind_of(each).itemsize < kind.itemsize for each in registers):
             raise PtxError(f"{registers} cannot take {kind}")
         names = [self.local(each) for each in registers]
         old = ", ".join(names if guard else ["None"] * count)
         self.lines.append(f"{', '.join(names)}, = x.load({where}, np.dtype('{kind.name}'), {guard or None}, [{old}])")
         wider = [each for each in registers if self.kind_of(each) != kind]
-        self.lines += [f"{self.local(each)} = {self.local(each)}.astype('{self.kind_of(each)}')" for each in wider]
+        extended = f".view('{kind.name[1:]}')" if last[0] == "s" else ""
+        self.lines += [
+            f"{self.local(each)} = {self.local(each)}{extended}.astype('{self.kind_of(each)}')" for each in wider
+        ]
         self.written |= set(registers)
 
     def statement(self, one: Instruction, guard: str) -> None:

@@ -14,7 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from packed_cases import FORMATS, make_case
+
+from distzo2_core import PackedSegment, PackedTable
+from distzo2_core.types import CODE_DTYPES
 
 from .cuda_kernels import DeviceMemory
 from .machine import Module, Program
@@ -26,7 +31,10 @@ ARGUMENTS = {
     "materialize_kernel": ("weights", "out0", "out1", "segments", "ints", "floats"),
     "noise_kernel": ("out", "ints"),
     "embedding_kernel": ("table", "ids", "out", "ints", "floats"),
+    "decode_kernel": ("stored", "out", "table", "levels"),
 }
+# Formats of packed_cases that are decoded, each to the dtype of this code: every kind of code and of field.
+DECODED = {"q4_0": 1, "q5_k": 1, "q6_k": 2, "nvfp4, divided": 0, "e4m3, blocks": 1, "uint8": 0}
 PROGRAMS = ((False, 1), (False, 2), (True, 0), (True, 1), (True, 2))  # write back, emits
 PAIRS = ((0, 1), (1, 0), (2, 0))  # of a dtype's code and that of the emits, beside equal ones
 
@@ -46,6 +54,13 @@ def variants() -> list[tuple[str, dict[str, int]]]:
         found.append(("embedding_kernel", constants | {"OUT_CODE": out_code, "TILE": TILE}))
         if code == out_code:
             found.append(("noise_kernel", constants | {"TILE": TILE}))
+    for name, code in DECODED.items():
+        _, layout = make_case(np.random.default_rng(0), name, 2, FORMATS[name][1][0])
+        row = PackedTable([PackedSegment(layout, 0, CODE_DTYPES[code])]).tensor[0].tolist()
+        constants = dict(zip(("CODES", "SCALE", "OUTER", "ZERO", "MIN", "OUTER_MIN"), row[10::7], strict=True))
+        found.append(
+            ("decode_kernel", constants | {"DIVIDES": row[5], "LEVELS": row[7], "OUT_CODE": code, "TILE": TILE})
+        )
     return found
 
 
@@ -59,15 +74,18 @@ def compile_variant(name: str, constants: dict[str, int], aligned: bool) -> dict
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from distzo2_core import triton_kernels
+    from distzo2_core import triton_kernels, triton_packed
 
-    types = dict.fromkeys(("segments", "ints", "ids"), "*i64") | {"floats": "*fp32"}
-    types |= dict.fromkeys(("weights", "table"), "*i16" if constants["CODE"] else "*i32")
-    emitted = "*i16" if constants.get("OUT_CODE", constants["CODE"]) else "*i32"
+    types = dict.fromkeys(("segments", "ints", "ids"), "*i64") | dict.fromkeys(("floats", "levels"), "*fp32")
+    if name == "decode_kernel":
+        types |= {"stored": "*u8", "table": "*i64"}
+    else:
+        types |= dict.fromkeys(("weights", "table"), "*i16" if constants["CODE"] else "*i32")
+    emitted = "*i16" if constants.get("OUT_CODE", constants.get("CODE")) else "*i32"
     signature = {each: types.get(each, emitted) for each in ARGUMENTS[name]}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))} if aligned else {}
     source = ASTSource(
-        getattr(triton_kernels, name),
+        getattr(triton_packed if name == "decode_kernel" else triton_kernels, name),
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs=attributes,
@@ -133,7 +151,10 @@ if __name__ == "__main__":
     from triton.backends.nvidia.compiler import CUDABackend
 
     CUDABackend.make_cubin = lambda *_, **__: b""  # ptxas is not needed
-    found = {key_of(name, constants): compile_variant(name, constants, aligned=True) for name, constants in variants()}
+    found = {  # what is decoded, and where to, begins anywhere
+        key_of(name, constants): compile_variant(name, constants, aligned=name != "decode_kernel")
+        for name, constants in variants()
+    }
     name, constants = variants()[0]
     same = compile_variant(name, constants, aligned=False) == found[key_of(name, constants)]
     assert same, "Triton has another kernel for pointers that are no multiples of 16: execute both"
