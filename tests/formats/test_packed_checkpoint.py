@@ -14,7 +14,9 @@ from packed_forms import FORMS, Form, compressed, fp8_blocks, gpt_oss
 from safetensors.torch import load_file, save_file
 from same_bits import same_bits
 
-from distzo2.formats.packed_checkpoint import PackedCheckpoint, open_packed
+from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.formats import repacking
+from distzo2.formats.packed_checkpoint import PackedCheckpoint, find_settings, open_packed
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
@@ -134,4 +136,129 @@ def assert_raw(checkpoint: PackedCheckpoint, tensors: dict[str, torch.Tensor]) -
         out = torch.empty(params[name].shape, dtype=params[name].dtype)
         checkpoint.raw.read(name, out)
         assert same_bits(out, tensors[name]), name
+    checkpoint.raw.close()
+
+
+AWQ, GPTQ, KEY = CONFIGS["awq"], CONFIGS["gptq"], "quantization_config"
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # config.json, files beside it, and what is found
+    "the top": ({KEY: CONFIGS["gptq_v2"]}, {}, "gptq"),
+    "the text model": ({"text_config": {KEY: AWQ}}, {}, "awq"),
+    "an older key": ({"compression_config": CONFIGS[""]}, {}, "compressed-tensors"),
+    "both": ({KEY: AWQ, "text_config": {KEY: AWQ}}, {}, "awq"),
+    "AutoGPTQ's file": ({}, {"quantize_config.json": {"bits": 4}}, "gptq"),
+    "AutoAWQ's file": ({}, {"quant_config.json": {"w_bit": 4, "version": "GEMM"}}, "awq"),
+    "ModelOpt's file": ({}, {"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4"}}}, "None"),
+    "nowhere": ({}, {}, "None"),
+}  # fmt: skip
+
+
+def write_settings(directory: Path, config: dict[str, Any], files: dict[str, Any]) -> None:
+    for name, content in {"config.json": config, **files}.items():
+        (directory / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_quantisation_is_found_wherever_it_is_told(tmp_path: Path, case: str) -> None:
+    config, files, method = SETTINGS[case]
+    write_settings(tmp_path, config, files)
+    assert str(find_settings(tmp_path).get("quant_method")) == method
+
+
+def compressed_config(**fields: Any) -> dict[str, Any]:
+    return {KEY: CONFIGS[""] | fields}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "aqlm": ({KEY: {"quant_method": "aqlm"}}, "quantized by 'aqlm' cannot be decoded"),
+    "hqq": ({"text_config": {KEY: {"quant_method": "hqq"}}}, "quantized by 'hqq'"),
+    "gptq of marlin": (
+        {KEY: GPTQ | {"checkpoint_format": "marlin"}}, "format among gptq, gptq_v2",
+    ),
+    "awq gemv": ({KEY: AWQ | {"version": "GEMV"}}, "version among gemm, got 'gemv'"),
+    "sparse": (compressed_config(format="marlin-24"), "expected format among .*, got 'marlin-24'"),
+    "a group": (compressed_config(config_groups={"a": {"format": "mxfp6"}}), "got 'mxfp6'"),
+    "rotations": (compressed_config(transform_config={"config_groups": {"u": {}}}), "transform_config is not decoded"),
+    "two": (
+        {KEY: AWQ, "text_config": {KEY: GPTQ}}, "expected one",
+    ),
+    "no blocks": (
+        {KEY: CONFIGS["fp8"] | {"weight_block_size": [128, 0]}}, "rows and columns as weight_block",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_are_not_decoded_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    config, why = REFUSED[case]
+    write_settings(tmp_path, config, {})
+    with pytest.raises(CheckpointError, match=f"config.json: .*{why}"):
+        find_settings(tmp_path)
+
+
+def test_names_of_tensors_are_enough(tmp_path: Path) -> None:
+    decoded = save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], None)
+    checkpoint = open_packed(tmp_path)
+    assert checkpoint.settings == {} and checkpoint.packed.keys() == decoded.keys()
+    checkpoint.raw.close()
+
+
+def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the numbers that decide between forms, here g_idx."""
+    save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], CONFIGS["gptq"])
+    sizes = []
+    read = repacking.read_range
+    monkeypatch.setattr(repacking, "read_range", lambda *place: sizes.append(place[2]) or read(*place))
+    checkpoint = open_packed(tmp_path)
+    assert sum(sizes) == 4 * (6 * 256 + 1152)
+    monkeypatch.setattr(repacking, "CHUNK_BYTES", 1 << 14)
+    sizes.clear()
+    checkpoint.packed["model.layers.0.mlp.down_proj.weight"].pieces[0].read()
+    assert max(sizes) <= 1 << 14 and sum(sizes) == 256 * 1152 // 2
+    checkpoint.raw.close()
+
+
+def test_plain_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
+    def codebook(shape: tuple[int, ...], g: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return {".codes": torch.zeros(shape, dtype=torch.int16), ".codebooks": torch.zeros(4)}, torch.zeros(shape)
+
+    save(tmp_path, "Llama", LLAMA, codebook, None)
+    with pytest.raises(
+        CheckpointError, match=r"packed or scaled, which cannot be decoded: tensor '.*(codes|codebooks)'"
+    ):
+        open_packed(tmp_path)
+    save(tmp_path, "Llama", LLAMA, lambda shape, g: ({".weight": torch.zeros(shape)}, torch.zeros(shape)), None)
+    with pytest.raises(CheckpointError, match="expected packed weights, found none"):
+        open_packed(tmp_path)
+
+
+def test_one_parameter_of_packed_and_raw_experts_is_refused(tmp_path: Path) -> None:
+    def some(shape: tuple[int, ...], g: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        is_packed = torch.rand((), generator=g) < 0.5
+        weight = torch.zeros(shape, dtype=torch.bfloat16)
+        return FORMS["pack-quantized int4 g128"](shape, g) if is_packed else ({".weight": weight}, weight)
+
+    save(tmp_path, "Mixtral", MIXTRAL, some, CONFIGS[""])
+    with pytest.raises(CheckpointError, match=r"joins packed weights and others: 'model.*' and 'model"):
+        open_packed(tmp_path)
+
+
+def test_a_text_model_within_another_is_found(tmp_path: Path) -> None:
+    text = {**LLAMA, "model_type": "llama"}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 16, "patch_size": 8, "model_type": "clip_vision_model"}
+    config = T.LlavaConfig(text_config=text, vision_config=vision | sizes, image_token_index=3)
+    model = T.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    file, g = tmp_path / "model.safetensors", torch.Generator().manual_seed(1)
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.endswith("mlp.down_proj.weight"))
+    made, decoded = FORMS["awq int4 g64"](tuple(tensors.pop(name).shape), g)
+    save_file(tensors | {name.removesuffix(".weight") + end: t for end, t in made.items()}, file, metadata=PT)
+    told = json.loads((tmp_path / "config.json").read_text())
+    told["text_config"][KEY] = AWQ
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    checkpoint = open_packed(tmp_path)
+    (param,) = checkpoint.packed.values()
+    assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and checkpoint.settings == AWQ
+    assert_decodes(decode(param), decoded, name)
     checkpoint.raw.close()

@@ -85,9 +85,8 @@ def open_packed(
     files = _DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
     try:
         model_class = class_of(directory, config, auto_class)
-        model, raw = trace_checkpoint(
-            files, model_class, config, dtype=dtype or "auto"
-        )  # names what is packed otherwise
+        # It refuses what is packed in other forms, by name.
+        model, raw = trace_checkpoint(files, model_class, config, dtype=dtype or "auto")
         if not files.matrices:
             raise CheckpointError(f"{directory}: expected packed weights, found none")
         packed = {name: _packed(t, files) for name, t in raw.mapped.items() if files.is_packed(t)}
