@@ -17,7 +17,7 @@ from distzo2.cli.main import main
 from distzo2.optim.signal import Signal, _signal
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.record.journal import read_journal
-from distzo2.run import train
+from distzo2.run import preflight
 from distzo2.run.options import FIXED
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -73,8 +73,10 @@ def test_a_run_settles_it(files, capsys, monkeypatch, options: list[str], expect
 def test_budgets_have_room_for_what_is_looked_at(files, monkeypatch, options: list[str], expected) -> None:
     monkeypatch.setattr("distzo2.run.preflight._cpu_computes_in", lambda dtype: True)
     assert finetune(files, *HALF, "--eps=1e-1", "--steps=1", "--save=none") == 0
-    placed, place = [], train.from_pretrained
-    monkeypatch.setattr(train, "from_pretrained", lambda *a, **o: placed.append(o["compute_dtype"]) or place(*a, **o))
+    placed, place = [], preflight.from_pretrained
+    monkeypatch.setattr(
+        preflight, "from_pretrained", lambda *a, **o: placed.append(o["compute_dtype"]) or place(*a, **o)
+    )
     out = [] if "--resume" in options else ["--out=other"]
     assert finetune(files, *HALF, "--eps=1e-1", "--save=none", *out, *options) == 0
     assert placed == [expected] and computed((out or ["--out=out"])[0][6:]) == ("stored", None)

@@ -58,11 +58,19 @@ def digest_adapter(directory: Path) -> dict[str, Any]:
 
 
 def new_config(
-    method: str, kind: str, model: str, *, r: int, alpha: float, targets: str | None, virtual_tokens: int
+    method: str,
+    kind: str,
+    model: str,
+    *,
+    r: int,
+    alpha: float,
+    targets: str | None,
+    virtual_tokens: int,
+    held: nn.Module | None = None,
 ) -> Any:
     """The `PeftConfig` of a new adapter: `method` is "lora", "prefix" or "prompt", `kind` that of the model, `model`
     its checkpoint, and `targets` names modules, or parameters as experts are, with commas between (None: what peft has
-    for the architecture).
+    for the architecture). `held` is the model on meta, if `model` is not the directory of one.
 
     Raises:
         DistZO2Error: peft has no such adapter for this kind of model.
@@ -71,7 +79,7 @@ def new_config(
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     if method == "lora":
-        held = meta_model(Path(model))
+        held = meta_model(Path(model)) if held is None else held
         if targets is None and held.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
             advice = "name modules by --lora-targets, such as q_proj,v_proj, or all-linear"
             raise DistZO2Error(f"peft has no LoRA targets for models of type {held.config.model_type}: {advice}")
@@ -105,13 +113,13 @@ def known_config(directory: Path, kind: str) -> Any:
 
 
 def virtual_tokens(config: Any) -> int:
-    """How many positions of the model the adapter takes."""
-    return config.num_virtual_tokens if config.is_prompt_learning else 0
+    """How many positions of the model the adapter takes; None: there is none."""
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
 def tokens_in_front(config: Any) -> int:
     """How many positions stand before an input's in the logits; a prefix has none there."""
-    return virtual_tokens(config) if config.peft_type == "PROMPT_TUNING" else 0
+    return virtual_tokens(config) if config is not None and config.peft_type == "PROMPT_TUNING" else 0
 
 
 # ---- around a model ----------------------------------------------------------------------------------------------
