@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[Callable[[], Tensors], str]] = {
     "an absmax too few": (lambda: made("fp4 g128", absmax=torch.ones(63)), r"expected \[64\] .*absmax.*\[63\]"),
     "blocks that are cut short": (
         lambda: {".weight": torch.zeros(128, 192).to(F8), ".weight_scale_inv": torch.ones(1, 2)},
-        "blocks that divide the 192 columns",
+        "blocks of 128 x 128 that divide the 192 columns",
     ),
     "float8 with zero points": (
         lambda: made("float-quantized channel", weight_zero_point=torch.ones(32, 1).to(F8)),

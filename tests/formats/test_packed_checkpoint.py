@@ -164,6 +164,12 @@ def test_the_quantisation_is_found_wherever_it_is_told(tmp_path: Path, case: str
     assert str(find_settings(tmp_path).get("quant_method")) == method
 
 
+def test_blocks_of_compressed_tensors_are_found(tmp_path: Path) -> None:
+    groups = {"a": {"weights": {"block_structure": [64, 32]}}, "b": {"weights": {"num_bits": 8}}}
+    write_settings(tmp_path, compressed_config(config_groups=groups), {})
+    assert find_settings(tmp_path)["weight_block_size"] == [64, 32]
+
+
 def compressed_config(**fields: Any) -> dict[str, Any]:
     return {KEY: CONFIGS[""] | fields}
 
@@ -177,6 +183,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "awq gemv": ({KEY: AWQ | {"version": "GEMV"}}, "version among gemm, got 'gemv'"),
     "sparse": (compressed_config(format="marlin-24"), "expected format among .*, got 'marlin-24'"),
     "a group": (compressed_config(config_groups={"a": {"format": "mxfp6"}}), "got 'mxfp6'"),
+    "two blocks": (
+        compressed_config(config_groups={n: {"weights": {"block_structure": [n, 8]}} for n in (8, 16)}),
+        "rows and columns as weight_block_size",
+    ),
     "rotations": (compressed_config(transform_config={"config_groups": {"u": {}}}), "transform_config is not decoded"),
     "two": (
         {KEY: AWQ, "text_config": {KEY: GPTQ}}, "expected one",

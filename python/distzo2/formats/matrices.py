@@ -185,24 +185,26 @@ class _Parts:
         return Plane(Kind.FLOAT32, scale.piece(), 4, math.prod(shape[:-1]), shape[-1], 4)
 
     def grid(self, suffix: str, shape: tuple[int, ...], dtypes: tuple, block: tuple[int, int] = (1, 1)) -> Plane:
-        """The scales of a matrix of `shape`: one for all of it, for each row, or for each block of rows and columns.
-
-        Blocks are of the size `block` if that gives as many, and else of one that divides the matrix. The last rows may
-        be less than a block.
-        """
+        """The scales of a matrix of `shape`: one for all of it, for each `block` of rows and columns, or else for each
+        row and groups of its columns. The last rows may be less than a block."""
         scale = self.require(suffix, None, dtypes)
         kind, item, (rows, cols) = _KINDS[scale.dtype], scale.dtype.itemsize, shape[-2:]
         if scale.entry.numel == 1:
             return Plane(kind, scale.piece(), item, math.prod(shape[:-1]), cols, item)
-        by_row = scale.shape == shape[:-1]
-        lines, values = (rows, 1) if by_row else scale.shape[-2:] if len(scale.shape) > 1 else (0, 0)
-        height = block[0] if -(-rows // block[0]) == lines else rows // max(1, lines)
-        is_whole = rows == lines * height or (len(shape) == 2 and height and -(-rows // height) == lines)
-        if not is_whole or (not by_row and scale.shape[:-2] != shape[:-2]):
+        lead, (lines, values) = scale.shape[:-2], scale.shape[-2:] if len(scale.shape) > 1 else (0, 0)
+        if scale.shape == shape[:-1]:
+            lead, lines, values = shape[:-2], rows, 1
+        if (lines, values) == (-(-rows // block[0]), -(-cols // block[1])):
+            height, width = block
+            if cols % width or (lead and rows % height):
+                raise self.error(
+                    f"expected blocks of {height} x {width} that divide the {cols} columns of {list(shape)}"
+                )
+        else:
+            height, width = 1, self.group(cols, values) if lines == rows else 0
+        if not width or lead != shape[:-2]:
             raise self.error(f"expected scales for rows or blocks of {list(shape)}, got {list(scale.shape)}")
-        if -(-cols // block[1]) == values and cols % block[1]:
-            raise self.error(f"expected blocks that divide the {cols} columns, got {block[1]} columns a block")
-        return Plane(kind, scale.piece(), values * item, height, self.group(cols, values), item)
+        return Plane(kind, scale.piece(), values * item, height, width, item)
 
     def matrix(
         self, suffix: str, shape: tuple[int, ...], form: str, planes: dict[str, Plane], **constants: Any
@@ -234,7 +236,7 @@ def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) ->
     if cols % 32:
         raise parts.error(f"expected a multiple of 32 columns, got {cols}")
     parts.refuse_act_order(".g_idx", cols, group)
-    plus = int(not awq and settings.get("checkpoint_format", "gptq") == "gptq")
+    plus = int(not awq and (settings.get("checkpoint_format") or "gptq") == "gptq")
     codes, item = transposed_codes(qweight, bits, awq), scales.dtype.itemsize
     planes = {
         "codes": Plane(Kind.NIBBLES_32 if bits == 4 else Kind.UINT8, codes, cols * bits // 8),

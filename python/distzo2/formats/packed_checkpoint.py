@@ -117,7 +117,7 @@ def find_settings(directory: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: expected one quantisation, got {brief(part)} too")
         settings |= part
     method = settings.get("quant_method") or "modelopt"  # whose own file has no such key
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise CheckpointError(f"{path}: weights quantized by {brief(method)} cannot be decoded")
     if method == "gptq":
         _refuse_others(path, "checkpoint_format", [settings.get("checkpoint_format") or "gptq"], _GPTQ_FORMATS)
@@ -125,12 +125,17 @@ def find_settings(directory: Path) -> dict[str, Any]:
         _refuse_others(path, "version", [str(settings.get("version", "gemm")).lower()], {"gemm"})
     if method == "compressed-tensors":
         groups = settings.get("config_groups")
-        parts = [settings, *(groups.values() if isinstance(groups, dict) else ())]
-        formats = [part["format"] for part in parts if isinstance(part, dict) and part.get("format")]
+        parts = [p for p in (settings, *(groups.values() if isinstance(groups, dict) else ())) if isinstance(p, dict)]
+        formats = [part["format"] for part in parts if part.get("format")]
         _refuse_others(path, "format", formats, _COMPRESSED_FORMATS)
+        blocks = [part["weights"].get("block_structure") for part in parts if isinstance(part.get("weights"), dict)]
+        if blocks := [block for block in blocks if block]:
+            settings.setdefault("weight_block_size", blocks[0] if all(b == blocks[0] for b in blocks) else blocks)
         for key in ("transform_config", "sparsity_config"):
-            if settings.get(key) and (settings[key].get("config_groups") or settings[key].get("format") != "dense"):
-                raise CheckpointError(f"{path}: {key} is not decoded, got {brief(settings[key])}")
+            told = settings.get(key)
+            is_idle = isinstance(told, dict) and (told.get("format") == "dense" or told.get("config_groups") == {})
+            if told and not is_idle:
+                raise CheckpointError(f"{path}: {key} is not decoded, got {brief(told)}")
     block = settings.get("weight_block_size")
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(_is_count(b) for b in block)):
         expected = "expected numbers of rows and columns as weight_block_size"
@@ -144,7 +149,7 @@ def _is_count(value: Any) -> bool:
 
 def _refuse_others(path: Path, key: str, found: list[Any], known: set[str]) -> None:
     for value in found:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise CheckpointError(f"{path}: expected {key} among {', '.join(sorted(known))}, got {brief(value)}")
 
 
