@@ -191,12 +191,6 @@ class PackedTable:
                 raise ValueError(f"segment {index} overlaps another where it is decoded to, at byte {start} of out")
             place = max(place, start + length)
 
-    def __len__(self) -> int:
-        return len(self.segments)
-
-    def __repr__(self) -> str:
-        return f"PackedTable({len(self)} segments, {self.num_bytes} bytes, {self.out_bytes} bytes decoded)"
-
 
 def _encode(where: str, segment: PackedSegment) -> tuple[list[int], int]:
     """The row of the table, and the first byte of the buffer after all that the layout reads."""

@@ -36,7 +36,7 @@ def _load_bits(pointers, mask, CODE: tl.constexpr):
 
 
 @triton.jit
-def _store_bits(pointers, bits, mask, CODE: tl.constexpr):
+def store_bits(pointers, bits, mask, CODE: tl.constexpr):
     if CODE == 0:
         tl.store(pointers, bits.to(tl.int32, bitcast=True), mask=mask)
     else:
@@ -72,7 +72,7 @@ def noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.c
     first = (offset // TILE + tl.program_id(0)) * TILE
     index = first - offset + tl.arange(0, TILE)
     z = _stream_tile(ints, first, FAMILY, TILE)
-    _store_bits(out + index, round_nearest(z, CODE), (index >= 0) & (index < numel), CODE)
+    store_bits(out + index, round_nearest(z, CODE), (index >= 0) & (index < numel), CODE)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def embedding_kernel(
         z = _stream_tile(ints, first, FAMILY, TILE)
         value = tl.fma(z, scale, value)
     value = tl.where(known, value, float("nan"))
-    _store_bits(out + row * cols + index, round_nearest(value, OUT_CODE), mask, OUT_CODE)
+    store_bits(out + row * cols + index, round_nearest(value, OUT_CODE), mask, OUT_CODE)
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def materialize_kernel(
 
     if WRITE_BACK:  # noqa: SIM102 -- one is known when compiling, the other is not
         if changed != 0:
-            _store_bits(weights + place, bits, mask, CODE)
+            store_bits(weights + place, bits, mask, CODE)
 
     if NUM_EMITS > 0:
         begin0 = tl.load(emits).to(tl.int32)
@@ -218,9 +218,9 @@ def materialize_kernel(
                 total1 = tl.where(coef1 != 0.0, tl.fma(z, coef1, total1), total1)
         if MOVED:
             place = tl.load(segment + 6) + index
-        _store_bits(out0 + place, round_nearest(total0, OUT_CODE), mask, OUT_CODE)
+        store_bits(out0 + place, round_nearest(total0, OUT_CODE), mask, OUT_CODE)
         if NUM_EMITS == 2:
-            _store_bits(out1 + place, round_nearest(total1, OUT_CODE), mask, OUT_CODE)
+            store_bits(out1 + place, round_nearest(total1, OUT_CODE), mask, OUT_CODE)
 
 
 INTERPRETED = not isinstance(materialize_kernel, triton.JITFunction)

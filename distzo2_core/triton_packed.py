@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .packed import ABSENT, Kind
+from .triton_kernels import store_bits
 from .triton_noise import decode, round_nearest
 
 _ABSENT = tl.constexpr(ABSENT)
@@ -18,8 +19,7 @@ _NIBBLES_LOW, _NIBBLES_HIGH = tl.constexpr(int(Kind.NIBBLES_LOW)), tl.constexpr(
 _UINT8, _INT8, _INT16 = tl.constexpr(int(Kind.UINT8)), tl.constexpr(int(Kind.INT8)), tl.constexpr(int(Kind.INT16))
 _Q5_K, _Q6_K = tl.constexpr(int(Kind.Q5_K)), tl.constexpr(int(Kind.Q6_K))
 _E4M3, _E5M2 = tl.constexpr(int(Kind.FLOAT8_E4M3)), tl.constexpr(int(Kind.FLOAT8_E5M2))
-_FLOAT32, _BFLOAT16 = tl.constexpr(int(Kind.FLOAT32)), tl.constexpr(int(Kind.BFLOAT16))
-_FLOAT16, _E8M0 = tl.constexpr(int(Kind.FLOAT16)), tl.constexpr(int(Kind.E8M0))
+_BFLOAT16, _FLOAT16, _E8M0 = (tl.constexpr(int(kind)) for kind in (Kind.BFLOAT16, Kind.FLOAT16, Kind.E8M0))
 _K_SCALE, _K_MIN = tl.constexpr(int(Kind.K_SCALE)), tl.constexpr(int(Kind.K_MIN))
 # Places in the row of a table.
 _CODES, _SCALE, _OUTER, _ZERO, _MIN, _OUTER_MIN = (tl.constexpr(place) for place in range(10, 52, 7))
@@ -173,9 +173,4 @@ def decode_kernel(
         if OUTER_MIN != _ABSENT:
             m = _value(stored, table, stored_row, block, inside, mask, OUTER_MIN, _OUTER_MIN) * m
         value = tl.fma(s, x, tl.load(table + 4).to(tl.float32) * m)
-    bits = round_nearest(value, OUT_CODE)
-    place = out + row.to(tl.int64) * cols + col
-    if OUT_CODE == 0:
-        tl.store(place, bits.to(tl.int32, bitcast=True), mask=mask)
-    else:
-        tl.store(place, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+    store_bits(out + row.to(tl.int64) * cols + col, round_nearest(value, OUT_CODE), mask, OUT_CODE)

@@ -39,7 +39,9 @@ void check_field(int64_t m, const PackedMatrix& matrix, const PackedField& field
     DZO_CHECK(codes ? of_codes : of_codes || of_values, "matrix ", m, ": kind ", field.kind);
     DZO_CHECK(field.offset >= 0 && field.row_stride >= 0 && field.block_stride >= 0 && field.stride >= 0, "matrix ", m,
               ": offset ", field.offset, ", strides ", field.row_stride, ' ', field.block_stride, ' ', field.stride);
-    DZO_CHECK(field.rows >= 1 && field.cols >= 1, "matrix ", m, ": a value for ", field.rows, " x ", field.cols);
+    DZO_CHECK(field.rows >= 1 && field.rows <= kMaxPackedSide && field.cols >= 1 && field.cols <= kMaxPackedSide,
+              "matrix ", m, ": a value for ", field.rows, " x ", field.cols);
+    DZO_CHECK(!codes || (field.rows == 1 && field.cols == 1), "matrix ", m, ": codes are not shared");
     DZO_CHECK(end_of(matrix, field, codes) <= num_bytes, "matrix ", m, ": a field of kind ", field.kind, " at byte ",
               field.offset, " of ", num_bytes);
 }

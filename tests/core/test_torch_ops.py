@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not distzo2_core.build_info()["native"], reason=
 
 MUTATED = {
     "checksum": set(), "normal": set(), "rademacher": set(), "embedding": set(), "noise_": {"out"},
-    "perturb_": {"w"}, "restore_": {"w"}, "update_": {"w"}, "materialize": {"weights", "outs"},
+    "perturb_": {"w"}, "restore_": {"w"}, "update_": {"w"}, "materialize": {"weights", "outs"}, "decode": {"out"},
 }  # fmt: skip
 
 
@@ -66,8 +66,7 @@ def test_fake_kernels() -> None:
     assert ops.materialize(*on_meta.values()) is None
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("backend", "requires_grad"), [("eager", False), ("aot_eager", False), ("aot_eager", True)])
 def test_compile(backend: str, requires_grad: bool) -> None:
     """One graph of every op has the bits of eager calls, in its results and in what it changes, for numbers that change
     from call to call, as rates and coefficients do."""

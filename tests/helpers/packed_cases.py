@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
@@ -94,6 +95,7 @@ FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
     ),
     "int16": (separate(Kind.INT16, 16, ("scale", Kind.FLOAT32, 1, 64), zero_point=-3), (64, 131)),
     "odd groups": (separate(Kind.UINT8, 8, ("scale", Kind.FLOAT16, 2, 12), ("outer", Kind.FLOAT8_E5M2, 1, 7)), (45,)),
+    "odd blocks": (interleaved(64, 68, codes=(Kind.UINT8, 4, 0, 1), scale=(Kind.FLOAT16, 0, 2, 48)), (192,)),
 }  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def make_case(
     model's size."""
     layout, num_bytes = FORMATS[name][0](rows, cols, **changes)
     data = rng.integers(0, 256, num_bytes, dtype=np.uint8)
+    if usual and layout.codes.kind == Kind.FLOAT8_E4M3:
+        data[data & 0x7F == 0x7F] = 0  # no NaN
     for field in (layout.scale, layout.outer, layout.min, layout.outer_min):
         if field is None or field.kind not in (Kind.FLOAT32, Kind.FLOAT16, Kind.BFLOAT16):
             continue
@@ -166,6 +170,19 @@ def check_decode(
         assert_same_bits(one, other, f"{names[number]} {layout.rows} x {layout.cols}, head_dim {layout.head_dim}")
     assert_same_bits(*outs, "between the matrices")
     return 8 * out_bytes
+
+
+def make_golden() -> dict[str, str]:
+    """A SHA-256 of each format's decoded bytes, over a million weights with scales of any bits, by native kernels."""
+    found = {}
+    for index, name in enumerate(FORMATS):
+        cols = FORMATS[name][1][-1]
+        data, layout = make_case(np.random.default_rng(index), name, -(-(2**20) // cols), cols)
+        digest = hashlib.sha256()
+        for dtype in DTYPES:
+            digest.update(decoded(data, layout, dtype, None).view(torch.uint8).numpy().tobytes())
+        found[name] = digest.hexdigest()
+    return found
 
 
 def rounded(value: Fraction, fraction_bits: int, least: int, most: float) -> float:

@@ -138,5 +138,7 @@ def test_int_operations() -> None:
     assert (arithmetic.shr(a.view(np.int32), np.array([40], np.uint32)) == [0, -1]).all()
     place, length = np.array([4], np.uint32), np.array([8], np.uint32)
     assert [hex(x) for x in arithmetic.bfi(a, ~a, place, length)] == ["0xedcba787", "0x1234987"]
+    signed, by = np.array([-7, 7], np.int32), np.array([2], np.int32)
+    assert arithmetic.quotient(signed, by).tolist() == [-3, 3] and arithmetic.remainder(signed, by).tolist() == [-1, 1]
     x = np.array([np.nan, -1.5, 3e9, 5e9], np.float32)
     assert (arithmetic.to_int(x, np.dtype(np.uint32)) == [0, 0, 3_000_000_000, 2**32 - 1]).all()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import DTYPES, needs_native
+from packed_cases import check_decode
 from ptx.cases import backend_of, check_lookup, check_ops, check_visit, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
 from ptx.parser import PtxError
@@ -25,6 +26,8 @@ PIECE = "store_piece_kernel"
 GENERATE = r"generate_kernelILNS_5DTypeE0E"
 LOOKUP = r"lookup_kernelILNS_5DTypeE2ELb0E"
 MIXED = r"visit_kernelINS_5MixedINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEEEENS0_12InlineTables"
+DECODE = r"decode_kernelILNS_5DTypeE1E"
+DECODED_Q4_0 = r"decode_kernel CODES=0 .*OUT_CODE=1"
 SHUFFLED = r"materialize_kernel CODE=1 MOVED=0 NUM_EMITS=2 .*BACK=1"
 MOVED = r"materialize_kernel CODE=1 MOVED=1 NUM_EMITS=2 OUT_CODE=0 .*BACK=1"
 # What is changed: the kernel, a pattern of its text, what takes its place, and which of the matches it is.
@@ -53,12 +56,15 @@ CUDA = {
     "a row of a table": (PERTURB, r"(ld\.global\.u32 \s*%r\d+, \[%rd\d+)\+4\]", r"\1+0]", 0),
     "the value of a sign": (PERTURB, r"-1082130432", "1065353216", 0),
     "the end of a piece of a table": (PIECE, r"setp\.ge\.u32", "setp.gt.u32", 0),
+    "an outer scale that divides": (DECODE, r"div\.rn\.f32", "mul.rn.f32", 0),
+    "the bits of a code": (DECODE, r"(and\.b32 \s*%r\d+, %r\d+, )15;", r"\g<1>7;", 0),
 }
 TRITON = {
     "a barrier": (r"noise_kernel CODE=1 FAMILY=0", r"bar\.sync\s+0;", "", 1),
     "the source of a shuffle": (SHUFFLED, r"(shfl\.sync\.idx\.b32 \s*%r\d+, %r\d+, )%r\d+", r"\g<1>3", 0),
     "the NaN of an emit": (MOVED, r"2143289344", "2143289345", 0),
     "a root rounded down": (r"noise_kernel CODE=0 FAMILY=0", r"sqrt\.rn", "sqrt.rm", 0),
+    "the rounding of what is decoded": (DECODED_Q4_0, r"32767", "32766", 0),
     "the end of a row": (r"embedding_kernel CODE=2 FAMILY=1 OUT_CODE=2", r"setp\.lt\.s64", "setp.le.s64", 1),
 }
 
@@ -78,6 +84,9 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
         if kernel == LOOKUP or "embedding" in kernel:
             for cols, whole in ((64, False), (300, False), (160, True)):
                 check_lookup(rng, backend, torch.float16, cols, whole)
+        elif "decode" in kernel:
+            names = ["q4_0"] if kernel == DECODED_Q4_0 else ["q4_0", "nvfp4, divided"]
+            check_decode(rng, backend, names, dtypes=(torch.bfloat16,))
         elif kernel == GENERATE or "noise" in kernel:
             for dtype, numel in itertools.product((torch.float32, torch.bfloat16), (100, 4500)):
                 check_ops(rng, backend, dtype, numel)

@@ -41,9 +41,12 @@ struct GroupShape {
                 return;
             groups = kMaxGroups / (block / unit) * (block / unit);
         }
-        for (const PackedField* field : fields) // a tile begins with a new value of each field
-            if (field->exists() && field->cols < block && groups * unit % field->cols != 0)
+        for (const PackedField* field : fields) { // a tile, and a block of many, begin with a new value of each field
+            if (!field->exists() || field->cols >= block)
+                continue;
+            if (groups * unit % field->cols != 0 || (block < cols && block % field->cols != 0))
                 return;
+        }
         group = unit;
         tile = groups * unit;
     }
@@ -82,11 +85,16 @@ inline void read_values(PackedKind kind, const uint8_t* p, int64_t stride, int64
     case PackedKind::kE8M0:
         return read([](const uint8_t* at) { return e8m0_to_float(*at); });
     case PackedKind::kFloat8E4M3: {
-        return read([](const uint8_t* at) {
-            const uint32_t b = *at;
-            const auto half = static_cast<uint16_t>((b & 0x80) << 8 | (b & 0x7F) << 7);
-            return (b & 0x7F) == 0x7F ? bits_float(kNanFp32) : P::half_to_float(half) * 256.0f;
-        });
+        int64_t i = 0;
+        for (; stride == 1 && i + kCodes <= num; i += kCodes) {
+            typename P::F x[P::kParts];
+            P::load_numbers<PackedKind::kFloat8E4M3>(p + first + i, 0, x);
+            for (int part = 0; part < P::kParts; ++part)
+                P::store(values + i + part * P::kWidth, x[part]);
+        }
+        for (; i < num; ++i)
+            values[i] = float8_e4m3_to_float(p[(first + i) * stride]);
+        return;
     }
     case PackedKind::kScaleK:
     case PackedKind::kMinK: {
@@ -164,7 +172,9 @@ class TileDecoder {
     using F = typename P::F;
     using Raw = typename Storage<P, O>::Raw;
 
-    TileDecoder(const TileScalars& scalars, const float* levels) : scalars_(scalars) {
+    // levels: less the zero, unless each group has its own.
+    TileDecoder(const TileScalars& scalars, const float* levels, bool has_zeros)
+        : scalars_(scalars), has_zeros_(has_zeros) {
         if constexpr (is_nibbles(K))
             for (int j = 0; j < P::kTableParts; ++j)
                 levels_[j] = P::load(levels + j * P::kWidth);
@@ -200,7 +210,8 @@ class TileDecoder {
             F values[1 + kHalves][P::kTableParts];
             for (int half = 0; half <= kHalves; ++half)
                 for (int j = 0; j < P::kTableParts; ++j)
-                    values[half][j] = P::fma(s_[half], P::sub(levels_[j], z_[half]), m_[half]);
+                    values[half][j] =
+                        P::fma(s_[half], has_zeros_ ? P::sub(levels_[j], z_[half]) : levels_[j], m_[half]);
             P::template make_table<O>(values[0], values[kHalves], table_);
         }
     }
@@ -235,6 +246,7 @@ class TileDecoder {
     }
 
     const TileScalars& scalars_;
+    const bool has_zeros_;
     F levels_[P::kTableParts];
     F s_[1 + kHalves], z_[1 + kHalves], m_[1 + kHalves];
     typename P::template Table<O> table_;
@@ -256,7 +268,7 @@ template <PackedKind K, DType O, bool kHalves>
 void decode_row(const PackedMatrix& matrix, const GroupShape& shape, const float* levels, const uint8_t* stored,
                 int64_t row, TileScalars& scalars, uint8_t* out) {
     using Raw = typename Storage<P, O>::Raw;
-    TileDecoder<K, O, kHalves> decoder(scalars, levels);
+    TileDecoder<K, O, kHalves> decoder(scalars, levels, matrix.zero.exists() && matrix.has_levels == 0);
     const uint8_t* codes = stored + matrix.codes.offset + row * matrix.codes.row_stride;
     for (int64_t col = 0; col < matrix.cols; col += shape.tile) {
         const int64_t num = matrix.cols - col < shape.tile ? matrix.cols - col : shape.tile;
@@ -306,11 +318,12 @@ void decode_rows(const Decode& request, int64_t index, int64_t first, int64_t la
     const DecodeRow decode =
         halves ? row_decoder<O, true>(matrix.codes.type()) : row_decoder<O, false>(matrix.codes.type());
     TileScalars scalars;
+    const float zero = matrix.has_levels != 0 || matrix.zero.exists() ? 0.0f : static_cast<float>(matrix.zero_point);
     float levels[kNumLevels]; // what codes of four bits stand for
     for (int i = 0; i < kNumLevels; ++i)
-        levels[i] = matrix.has_levels != 0 ? request.levels[index * kNumLevels + i] : static_cast<float>(i);
+        levels[i] = (matrix.has_levels != 0 ? request.levels[index * kNumLevels + i] : static_cast<float>(i)) - zero;
     for (int64_t i = 0; i <= kMaxGroups; ++i) {
-        scalars.z[i] = matrix.has_levels != 0 ? 0.0f : static_cast<float>(matrix.zero_point);
+        scalars.z[i] = zero;
         scalars.m[i] = -0.0f;
     }
     for (int64_t row = first; row < last; ++row) {

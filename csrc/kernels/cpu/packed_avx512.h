@@ -57,12 +57,16 @@ struct P : Lanes, X86Codes {
             table.values[0] = canonical(*first);
             table.values[1] = canonical(*second);
         } else {
-            table.halves = first != second;
-            const F a = canonical(*first);
-            if (table.halves)
-                table.words = rounded<O>(a, canonical(*second));
+            table.halves = first != second; // known when compiling
+            F a = *first, b = *second;
+            if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), 0)) {
+                a = canonical(a);
+                b = canonical(b);
+            }
+            if (table.halves || O == DType::kFp16)
+                table.words = rounded<O>(a, b);
             else
-                table.words = O == DType::kBf16 ? rounded_bf16_twice(a) : rounded<O>(a, a);
+                table.words = rounded_bf16_twice(a);
         }
     }
 
@@ -74,7 +78,7 @@ struct P : Lanes, X86Codes {
             store(out, _mm512_permutexvar_ps(first, table.values[0]));
             store(out + kWidth, _mm512_permutexvar_ps(second, table.values[1]));
         } else {
-            if (table.halves) // known when compiling
+            if (table.halves)
                 codes = _mm256_or_si256(codes, _mm256_set_epi64x(0x1010101010101010, 0x1010101010101010, 0, 0));
             _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table.words));
         }

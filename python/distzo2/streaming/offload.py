@@ -22,7 +22,7 @@ from distzo2.streaming.lanes import Lane
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
 from distzo2.weights.access import WeightAccess
-from distzo2.weights.residency import MemoryBudget, blocks_to_stream, free_memory
+from distzo2.weights.residency import MemoryBudget, blocks_to_stream
 from distzo2.weights.store import MemoryStore, Store, StoredCopy, core_errors, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import TRAINABLE_DTYPES, Unit, collect_params, dtypes_to_compute_in, find_units
@@ -152,14 +152,16 @@ def check_computes(device: torch.device, dtype: torch.dtype | None) -> None:
 
 def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) -> None:
     """Hands a model over; `edit` does so again where its body changed which parameters there are."""
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be changed outside
+    # What is made in inference mode cannot be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         make_meta_buffers(model)
-        runtime = _hand_over(model, device, weights, **options)
+        runtime = _hand_over(model, device, weights, undo.callback, **options)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
         runtime.compute_in(options["compute_dtype"])
+        undo.pop_all()
     runtime.options = {"device": device, "weights": weights, **options}
     object.__setattr__(model, "_distzo2_runtime", runtime)
     object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
@@ -199,6 +201,7 @@ def _hand_over(
     model: nn.Module,
     device: torch.device,
     weights: str,
+    undo: Callable[[Callable[[], None]], Any],
     *,
     compute_dtype: torch.dtype | None,
     units: Iterable[str] | None,
@@ -212,7 +215,8 @@ def _hand_over(
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
-    Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all.
+    Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all. `undo`
+    gets what closes memory and files after an error.
     """
     params = collect_params(model)
     found = find_units(model, params, units)
@@ -228,7 +232,7 @@ def _hand_over(
         share = memory_share(joined(), host_memory)
 
         def free_bytes() -> int:
-            free = free_memory(device, share)
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else share.num_bytes
             return free if together is None else min(n[0] for n in together.agree("memory_budget", numbers=(free,)))
 
         streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
@@ -243,12 +247,14 @@ def _hand_over(
         staying = [StoredCopy.whole(u) for u in found if u not in streamed]
         options = share.pool_options()
         memory = MemoryStore(staying, device, **options)
+        undo(memory.close)
         run, kept = None, None
         if weight_file is not None:
             run = _run_so_far(weight_file)
             if on_disk and written:
                 rows = [*written, *(copy for copy in staying if copy.unit.trainable)]
                 kept = KeptWeights(weight_file, rows, len(written), rank=_rank(), run=run)
+                undo(kept.close)
         if not moving:
             ring = Store()
         elif device.type == "cpu" and directory is None:  # slices are in the memory that computes
@@ -256,6 +262,7 @@ def _hand_over(
         else:
             file, fixed = None if kept is None else kept.file, _range_files(moving[len(written) :], places)
             ring = streaming_store(moving, device, directory=directory, file=file, fixed=fixed, slots=slots, **options)
+        undo(ring.close)
         if moving and slices is not None:
             node, backend = slices.node, slices.backend
             ring = SlicedStore(ring, moving, device, slots=slots, node=node, shares=shares, backend=backend)
@@ -268,6 +275,7 @@ def _hand_over(
         kept.load(unit_weights)
     elif weight_file is not None:
         kept = _load_in_turn(weight_file, unit_weights, run)
+        undo(kept.close)
     if isinstance(ring, SlicedStore):
         ring.serve(unit_weights, slices.number)
     runtime = StreamingRuntime(model, unit_weights, access, weights, kept)
@@ -525,4 +533,5 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     runtime.close()
     runtime.cast_buffers(None)
     model._distzo2_state.remove()
+    del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again
     _take(model, **runtime.options | {"weight_file": None, "files": None, "compute_dtype": runtime.compute_dtype})

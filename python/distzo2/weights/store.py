@@ -76,6 +76,10 @@ class StoredCopy:
         """Returns a copy of the whole unit, which does not stream."""
         return cls(unit, 0, unit.num_bytes, version)
 
+    @property
+    def streams(self) -> bool:
+        return self.block >= 0
+
     def elements_of(self, param: ParamInfo) -> range:
         """Returns which elements of one of the unit's parameters are in the copy. (Slices cut no element.)"""
         begin, end = self.begin - param.byte_offset, self.begin + self.num_bytes - param.byte_offset

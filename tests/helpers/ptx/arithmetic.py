@@ -117,6 +117,16 @@ def shr(a: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.where(by < width, a >> (by % width).astype(a.dtype), a.dtype.type(0))
 
 
+def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of integers, rounded towards zero."""
+    return (a - remainder(a, b)) // b
+
+
+def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of that quotient: it has the sign of a."""
+    return np.fmod(a, b)
+
+
 def bfi(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
     """b with its bits [position, position + length) from the lowest of a; both below 32."""
     if (position > 31).any() or (length > 31).any():

@@ -173,8 +173,8 @@ class Translator:
                 return f"add({a}, -{b}, {mode!r})", bits
             case ("div", "rn", "f32"):
                 return f"canonical({' / '.join(values())})", bits
-            case ("div" | "rem" as name, "u32"):
-                return f" {'//' if name == 'div' else '%'} ".join(values()), kind
+            case ("div" | "rem" as name, "u32" | "s32" | "s64"):
+                return f"{'quotient' if name == 'div' else 'remainder'}({', '.join(values())})", kind
             case ("rsqrt", "approx", "ftz", "f32"):
                 return f"rsqrt({values()[0]}, x.rsqrt_ulps)", bits
             case ("selp", _):
