@@ -215,8 +215,8 @@ class _Parts:
 def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) -> Matrix | None:
     """GPTQ: weight[row, col] = scales[group, row] * (q - z). int32 words hold codes along columns: qweight
     [cols * bits / 32, rows], and zero points along rows: qzeros [groups, rows * bits / 32]; scales are [groups, rows].
-    Format "gptq" stores z - 1, "gptq_v2" z. z stays within the bits, as in AutoGPTQ; kernels that let 15 + 1 be 16
-    differ there. g_idx [cols] names each column's group; with act-order it is not in order.
+    Format "gptq" stores z - 1, "gptq_v2" z. z stays within its bits, as in AutoGPTQ: stored 15 is 0. g_idx [cols] names
+    each column's group; with act-order they are not in order.
 
     AWQ (gemm): the same, but 4 bits, all words along rows with the codes in another order: qweight [cols, rows / 8],
     qzeros [groups, rows / 8]; z as it is.
