@@ -111,17 +111,23 @@ def rates_of(trainer: Any) -> list[float]:
 
 
 class KillAt(TrainerCallback):
-    """Kills its own process after a step, as nothing can catch."""
+    """Kills its own process after a step, or in the evaluation that follows it, as nothing can catch."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, evaluating: bool) -> None:
+        self.step, self.evaluating = step, evaluating
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step == self.step and not self.evaluating:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step and self.evaluating:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def trained(directory: Path, resume: Any = None, *, kill_at: int = 0, **fields: Any) -> Any:
+def trained(
+    directory: Path, resume: Any = None, *, kill_at: int = -1, kill_evaluating: bool = False, **fields: Any
+) -> Any:
     """A trainer that evaluates, stops early and has trained in `directory`."""
     from transformers import EarlyStoppingCallback
 
@@ -134,7 +140,7 @@ def trained(directory: Path, resume: Any = None, *, kill_at: int = 0, **fields: 
     )  # fmt: skip
     trainer = ZOTrainer(
         model=make_model(), args=args, train_dataset=make_data(), eval_dataset=make_data(count=4),
-        callbacks=[EarlyStoppingCallback(4), KillAt(kill_at)],
+        callbacks=[EarlyStoppingCallback(4), KillAt(kill_at, kill_evaluating)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -168,7 +174,7 @@ def on_ranks(rank: int, world_size: int, directory: Path, fields: dict[str, Any]
             del os.environ[name]
 
 
-KEPT = ("loss", "eval_loss", "learning_rate", "step", "num_tokens")
+KEPT = ("loss", "eval_loss", "learning_rate", "step", "num_tokens", "num_input_tokens_seen", "total_flos")
 
 
 def sft_trainer(directory: Path, base: str, **fields: Any) -> Any:

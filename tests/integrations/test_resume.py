@@ -25,6 +25,16 @@ def steps(directory: Path) -> list:
     return [(e.step, e.update, e.losses) for e in read_journal(directory / "journal.jsonl").entries]
 
 
+def killed(directory: Path, **fields: Any) -> int | None:
+    """The exit code of a process that trains."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_cases", "distzo2.integrations.transformers"])
+    child = context.Process(target=trained, args=(directory,), kwargs=fields, daemon=True)
+    child.start()
+    child.join(120)
+    return child.exitcode
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     trainer = trained(tmp_path_factory.mktemp("whole"))
@@ -36,18 +46,33 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     "fields", [{}, {"save_strategy": "steps", "save_steps": 2, "eval_steps": 1}], ids=["journal alone", "checkpoints"]
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, whole: Any, fields: dict) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_cases", "distzo2.integrations.transformers"])
-    child = context.Process(target=trained, args=(tmp_path,), kwargs={"kill_at": 3, **fields}, daemon=True)
-    child.start()
-    child.join(120)
-    assert child.exitcode == -9 and len(steps(tmp_path)) in (2, 3)  # the last line is written beside the run
+    assert killed(tmp_path, kill_at=3, **fields) == -9
+    assert len(steps(tmp_path)) in (2, 3)  # the last line is written beside the run
     trainer = trained(tmp_path, True, **fields)
     assert_same_tensors(trainer.model.state_dict(), whole.model.state_dict())
     assert trainer.state.global_step == whole.state.global_step
     assert trainer.state.best_metric == whole.state.best_metric
     assert history(trainer)[-2:] == history(whole)[-2:]
     assert steps(tmp_path) == steps(Path(whole.args.output_dir))
+
+
+EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch"}  # of 3 steps
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "max_steps": 4}
+
+
+@pytest.mark.parametrize(("fields", "at"), [(EPOCHS, 3), (EPOCHS, 6), (BEST, 2), (BEST, 4)])
+def test_an_evaluation_that_a_kill_cut_off_is_made(tmp_path: Path, fields: dict, at: int) -> None:
+    """The best weights are the same ones, also in a run that has made its last step."""
+    fields = fields | {"load_best_model_at_end": True}
+    whole = trained(tmp_path / "whole", **fields)
+    assert killed(tmp_path / "killed", kill_at=at, kill_evaluating=True, **fields) == -9
+    for _ in range(2):
+        trainer = trained(tmp_path / "killed", True, **fields)
+        assert_same_tensors(trainer.model.state_dict(), whole.model.state_dict())
+        assert trainer.state.best_metric == whole.state.best_metric
+        assert trainer.state.best_global_step == whole.state.best_global_step < whole.state.global_step
+        evaluations = [[row for row in history(each) if "eval_loss" in row] for each in (trainer, whole)]
+        assert evaluations[0] == evaluations[1]
 
 
 def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> None:

@@ -14,7 +14,8 @@ from parallel_ranks import PRELOADED, Ranks
 from tiny_text import make_checkpoint
 from transformers import LlamaForCausalLM
 
-STEP = {"gradient_accumulation_steps": 2, "max_steps": 4}  # of one rank; with data=2 each has one micro-batch
+# Of one rank; with data=2 each has one micro-batch.
+STEP = {"gradient_accumulation_steps": 2, "max_steps": 4, "include_num_input_tokens_seen": "all"}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def test_the_bits_of_one_rank(ranks: Ranks, alone: Any, base: str, tmp_path: Pat
         assert [row["eval_loss"] for row in found if "eval_loss" in row] == pytest.approx(
             [row["eval_loss"] for row in rows if "eval_loss" in row]
         )
-    assert [row.get("num_tokens") for row in results[0][1]] == [row.get("num_tokens") for row in rows]
+    for name in ("num_tokens", "num_input_tokens_seen", "total_flos"):
+        assert [row.get(name) for row in results[0][1]] == [row.get(name) for row in rows]
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(loaded[key], torch.from_numpy(value)) for key, value in expected.items())

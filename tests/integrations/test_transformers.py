@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_cases
@@ -15,6 +16,7 @@ from hf_cases import Batches, arguments, make_data, make_model, mean_of_tokens, 
 from same_bits import assert_same_tensors
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import HPSearchBackend
 
 import distzo2
 from distzo2.integrations.arguments import ZOFields
@@ -75,6 +77,16 @@ def of_labels(model: Any, batch: dict) -> tuple[torch.Tensor, int]:
     return model(**batch, num_items_in_batch=torch.tensor(count)).loss.double() * count, count
 
 
+class Means(ZOTrainer):
+    """The loss of a step is the mean of its micro-batches' losses, however many tokens each has."""
+
+    loss_is_scaled_for_ga = False
+
+
+def mean_of_batch(model: Any, batch: dict) -> torch.Tensor:
+    return model(**batch, num_items_in_batch=torch.tensor(tokens(batch))).loss
+
+
 def under_autocast(model: Any, batch: dict) -> tuple[torch.Tensor, int]:
     with torch.autocast("cpu", torch.bfloat16):
         return mean_of_tokens(model, batch)
@@ -92,6 +104,7 @@ def two_groups(model: Any) -> list[dict]:
 CASES: dict[str, tuple] = {
     "one batch a step": ("llama", {}, {}, mean_of_tokens, {}),
     "accumulated": ("llama", {"gradient_accumulation_steps": 3}, {}, mean_of_tokens, {}),
+    "means of micro-batches": ("llama", {"gradient_accumulation_steps": 3}, {"class": Means}, mean_of_batch, {}),
     "a shorter last step": ("llama", {"gradient_accumulation_steps": 4, "max_steps": 4}, {}, mean_of_tokens, {}),
     "label smoothing": ("llama", {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, {}, smoothed, {}),
     "compute_loss_func": ("llama", {"gradient_accumulation_steps": 2}, {"compute_loss_func": twice}, of_func, {}),
@@ -229,6 +242,17 @@ def test_what_is_saved_loads_anywhere(tmp_path: Path, kind: str) -> None:
     assert args.zo_eps == 1e-3 and pickle.loads(pickle.dumps(args)) == args
 
 
+def test_trials_of_a_search_have_journals_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # of optuna's trials
+    args = arguments(ZOTrainingArguments, tmp_path)
+    trainer = ZOTrainer(model_init=lambda: make_model(), args=args, train_dataset=make_data())
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    for number, eps in enumerate((1e-2, 1e-3)):
+        trainer.train(trial=SimpleNamespace(number=number, params={"zo_eps": eps}))
+        found = read_journal(tmp_path / f"run-{number}" / "journal.jsonl")
+        assert len(found.entries) == 3 and found.header["options"]["eps"] == pytest.approx(eps)
+
+
 def test_losses_that_are_not_finite_are_skipped_and_said(tmp_path: Path) -> None:
     class Sometimes(ZOTrainer):
         def compute_loss(self, *args, **kwargs):
@@ -249,7 +273,10 @@ def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = arguments(ZOTrainingArguments, tmp_path, report_to="tensorboard")
-    ZOTrainer(model=make_model(), args=args, train_dataset=make_data()).train()
+    trainer = ZOTrainer(model=make_model(), args=args, train_dataset=make_data())
+    trainer.train()
+    used = trainer.model.num_parameters(exclude_embeddings=True) * 2  # operations of a forward for each token
+    assert trainer.state.total_flos == 3 * 16 * 2 * used  # steps, tokens, evaluations
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.*"))))
     events.Reload()
     found = set(events.Tags()["scalars"])

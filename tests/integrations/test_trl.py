@@ -173,19 +173,32 @@ def test_losses_of_trl_are_what_trl_computes(
 
 
 def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
-    tmp_path: Path, base: Path, tokenizer: Any
+    tmp_path: Path, base: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"num_generations": 2, "max_completion_length": 4}
     with pytest.raises(distzo2.DistZO2Error, match=r"num_iterations=1.*num_iterations=2 works"):
         arguments(zo.ZOGRPOConfig, tmp_path, **fields)
+    apart = {"gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    with pytest.raises(distzo2.DistZO2Error, match=r"num_iterations=2, with .*num_iterations=4 works"):
+        arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=2, **apart, **fields)
+    arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=4, **apart, **fields)
+    arguments(zo.ZOGRPOConfig, tmp_path, steps_per_generation=4, **fields)  # completions of earlier weights
     args = arguments(zo.ZOGRPOConfig, tmp_path, num_iterations=2, max_steps=2, **fields)
-    trainer = zo.ZOGRPOTrainer(
-        model=load(base), args=args, train_dataset=rows("prompt"), processing_class=tokenizer,
-        reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids],
-    )  # fmt: skip
+    given = {"args": args, "train_dataset": rows("prompt"), "processing_class": tokenizer}
+    given["reward_funcs"] = lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids]
+    with monkeypatch.context() as patch, pytest.raises(distzo2.DistZO2Error, match="run on one rank"):
+        patch.setenv("WORLD_SIZE", "2")
+        zo.ZOGRPOTrainer(model=load(base), **given)
+    trainer = zo.ZOGRPOTrainer(model=load(base), **given)
     trainer.train()
+    assert "tokens_per_second" not in trainer.state.log_history[0]  # no input has the name of the model's
     entries = read_journal(tmp_path / "journal.jsonl").entries
     assert len(entries) == 2 and all(entry.update.terms[0].c for entry in entries)
+
+
+def test_references_that_move_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(distzo2.DistZO2Error, match=r"sync_ref_model=True .*ref_model is fixed"):
+        arguments(zo.ZODPOConfig, tmp_path, sync_ref_model=True)
 
 
 def test_what_adapters_cannot_do_is_said(tmp_path: Path, base: Path, tokenizer: Any) -> None:

@@ -28,6 +28,7 @@ _REFUSED = {
     "fp16": "there are no gradients to scale; bf16=True computes under autocast, zo_compute_dtype='float16' in float16",
     "neftune_noise_alpha": "its noise on embeddings would be noise in the difference of two losses",
     "auto_find_batch_size": "a step that runs out of memory ends the run; zo_max_lanes lowers what a step needs",
+    "sync_ref_model": "it mixes weights in place; ref_model is fixed, and an adapter's base is its own reference",
     "use_liger_kernel": "its kernels read lm_head.weight outside of lm_head's forward",
 }
 
@@ -49,11 +50,11 @@ class ZOFields:
     zo_dropout: bool = _field(False, "Train with dropout, the same in both evaluations of a probe.")
     zo_max_lanes: int | None = _field(None, "Evaluations that share a pass over the weights, for memory; all if unset.")
     zo_weights: str = _field("host", "Where streamed weights live.", WEIGHTS)
-    zo_directory: str | None = _field(None, "Directory of the file of weights of zo_weights=disk; output_dir if unset.")
+    zo_directory: str | None = _field(None, "Directory of the weight file of zo_weights=disk; output_dir if unset.")
     zo_memory_budget: str | None = _field(None, "Bytes of the device for weights, such as 12GiB, or auto.")
     zo_host_memory: str | None = _field(None, "Bytes of the machine's memory for the weights of all ranks, or auto.")
     zo_write_every: int = _field(1, "Write a streamed block back at every N-th step, blocks in turn.")
-    zo_compute_dtype: str | None = _field(None, "What modules compute in, whatever is stored.", COMPUTE_DTYPES)
+    zo_compute_dtype: str | None = _field(None, "Dtype that modules compute in, whatever is stored.", COMPUTE_DTYPES)
     zo_journal: bool = _field(True, "Write every step to output_dir/journal.jsonl, from which a run resumes.")
     zo_existing: str = _field("error", "What to do where output_dir holds a run: error, overwrite or resume.", EXISTING)
     zo_fsync_every: int = _field(1, "Sync the journal to the disk after N steps.")
@@ -66,7 +67,7 @@ class ZOFields:
         """Checks what can be checked without a model.
 
         Raises:
-            UsageError: a field is not one of those expected, or is refused; says why, and what to use.
+            UsageError: a field has no value that was expected, or is refused; says why, and what to use.
         """
         for name, reason in _REFUSED.items():
             if getattr(self, name, None):
@@ -74,11 +75,6 @@ class ZOFields:
         default = next(field.default for field in dataclasses.fields(self) if field.name == "optim")
         if OptimizerNames(self.optim) != OptimizerNames(default):
             raise UsageError(f"optim={self.optim!r}: the optimizer is ZOSGD; zo_estimator and zo_noise are its choices")
-        if getattr(self, "num_iterations", None) == 1:  # of GRPO and RLOO: the ratio to the old policy is 1 in value
-            raise UsageError(
-                "num_iterations=1: the value of this loss does not depend on the weights, only its gradient does, so "
-                "that both evaluations of a probe are equal and nothing is learned; num_iterations=2 works"
-            )
         for name, choices in (("zo_existing", EXISTING), ("zo_compute_dtype", (*COMPUTE_DTYPES, None))):
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, choices))}")
@@ -105,7 +101,7 @@ class ZOFields:
         return False
 
     def hand_over_options(self) -> dict[str, Any]:
-        """The options of `distzo2.offload`, but for the device."""
+        """The options of `distzo2.offload`, without the device."""
         directory = self.zo_directory or self.output_dir
         return {
             "weights": self.zo_weights,
@@ -117,7 +113,7 @@ class ZOFields:
         }
 
     def optimizer_options(self) -> dict[str, Any]:
-        """The options of `ZOSGD`, but for parameter groups and the journal."""
+        """The options of `ZOSGD`, without parameter groups and the journal."""
         return {
             "lr": self.learning_rate,
             "weight_decay": self.weight_decay,

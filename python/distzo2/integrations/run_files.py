@@ -1,8 +1,8 @@
 """What a trainer's run keeps beside its checkpoints, and where a call of `train` begins.
 
 In the output directory lie `journal.jsonl`, which leads from the base weights to every step, and `zo_state/`: the state
-of the trainer (evaluations, the best metric, the patience of early stopping) and of its schedule. A killed run goes on
-after the journal's last step, whatever checkpoints there are.
+of the trainer (evaluations, the best metric, the patience of early stopping) and of its schedule. A killed run
+continues after the journal's last step, whatever checkpoints there are.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _STATE, _SCHEDULER = "trainer_state.json", "scheduler.pt"
 
 @dataclass(frozen=True)
 class Start:
-    """Where `train` begins: `step` steps are the journal's (None: the run is new), of which `branch` has made some if
-    the run goes on from an earlier one of them."""
+    """Where `train` begins: after `step` steps of the journal (None: the run is new). Where that is not its last step,
+    the journal was moved to `parent`."""
 
     step: int | None = None
-    parent: str | None = None  # the journal that the run so far was moved to
+    parent: str | None = None
 
     @property
     def branch(self) -> BranchPoint | None:
@@ -54,8 +54,8 @@ class RunFiles:
             existing: `zo_existing`.
 
         Raises:
-            UsageError: there is a run and it was not said what to do with it, or none to resume, or the checkpoint is
-                not one of its run.
+            UsageError: there is a run and `existing` is "error", or there is none to resume, or the checkpoint is of
+                another run.
         """
         exists = self.journal.exists()
         if resume or (exists and existing == "resume"):
@@ -88,7 +88,7 @@ class RunFiles:
         return TrainerState.load_from_json(str(checkpoint / _STATE)).global_step
 
     def _keep_state_of(self, step: int) -> None:
-        """Makes `zo_state` the latest that was saved at `step` or before it."""
+        """Makes `zo_state` the latest state that was saved at or before `step`."""
         places = (self.state, *self.directory.glob("checkpoint-*[0-9]"))
         found = {path: self._step_of(path) for path in places if (path / _STATE).is_file()}
         steps = {path: at for path, at in found.items() if at <= step}
@@ -120,13 +120,11 @@ class RunFiles:
             os.replace(self.state / f"{name}.tmp", self.state / name)
 
     def advance(self, step: int) -> int:
-        """Makes the saved state one of `step`, which the trainer is to begin at; returns the step that it was of."""
+        """Sets the step of the saved state to `step`, where the trainer begins; returns the step it was of."""
         self.state.mkdir(exist_ok=True)
         path = self.state / _STATE
         state = TrainerState.load_from_json(str(path)) if path.is_file() else TrainerState()
         before, state.global_step = state.global_step, step
-        if before:
-            state.epoch *= step / before
         state.save_to_json(str(path))
         return before
 

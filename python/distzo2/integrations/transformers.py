@@ -1,6 +1,6 @@
 """`ZOMixin` makes any trainer of transformers, or built on it, train by zeroth-order steps: `ZOTrainer` and its like.
 
-A trainer computes losses; everything else of it stays as it is: data, schedules, evaluation, callbacks, checkpoints.
+A trainer computes losses. The rest of it stays as it is: data, schedules, evaluation, callbacks, checkpoints.
 `training_step` keeps the micro-batches of a step. With the last one the optimizer makes the step, for which it asks for
 the loss of each as often as the estimator wants. Backward, clipping and wrappers for gradients do nothing.
 """
@@ -21,11 +21,11 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import (
+    DefaultFlowCallback,
     PreTrainedModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import TrainOutput
@@ -49,10 +49,10 @@ class ZOMixin:
     """`class Mine(ZOMixin, MyTrainer): ...` trains by zeroth-order steps with whatever loss `MyTrainer` computes.
 
     Its arguments are a dataclass with `ZOFields`. The model may be plain, or handed over by `distzo2.offload` or
-    `distzo2.from_pretrained`, whose options then count and not those of the arguments. `compute_loss` runs several
-    times for each micro-batch, each time for that micro-batch alone: `num_items_in_batch` is its own, and a mean over
-    the step's tokens is made of these. What it counts belongs under `if distzo2.current_lane().first:`; where it is not
-    the first evaluation, `self` is a copy whose `_metrics`, as TRL's trainers have, are thrown away.
+    `distzo2.from_pretrained`, whose options then count instead of the arguments'. `compute_loss` runs once for each
+    micro-batch in each evaluation; `num_items_in_batch` is the micro-batch's own, and the losses become a mean over the
+    step's tokens. What it counts belongs under `if distzo2.current_lane().first:`. In evaluations after the first,
+    `self` is a copy, whose `_metrics` (those of TRL's trainers) are thrown away.
 
     Attributes:
         zo_optimizer: the `ZOSGD`, without accelerate's wrapper; None before `train`.
@@ -113,7 +113,7 @@ class ZOMixin:
             self.zo_hand_over(self.model)
 
     def zo_hand_over(self, model: nn.Module) -> nn.Module:
-        """Hands a model over unless it was; `model.train()` then leaves dropout off, unless `zo_dropout` is set."""
+        """Hands a model over, once; `model.train()` then leaves dropout off, unless `zo_dropout` is set."""
         if not hasattr(model, "_distzo2_runtime"):
             os.makedirs(self.args.output_dir, exist_ok=True)
             if model is not self.model:  # a reference, which no optimizer changes
@@ -154,9 +154,19 @@ class ZOMixin:
         finally:
             accelerator.prepare_data_loader = plain
 
+    # The trainer adds up its ranks, of which those of one data coordinate have the same batches.
+
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        mesh = parallel.current()
-        return super().get_total_train_batch_size(args) // (1 if mesh is None else mesh.shape.pert)
+        return super().get_total_train_batch_size(args) // _num_pert()
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // _num_pert()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Those of the forwards of a step; the trainer's own count a forward as a third of forward and backward."""
+        return super().floating_point_ops(inputs) / 3 * len(self.zo_optimizer.settings.evaluations) / _num_pert()
 
     # ---- the optimizer, its journal, resuming -----------------------------------------------------------------------
 
@@ -182,24 +192,27 @@ class ZOMixin:
             self._zo_files.fast_forward(scheduler, self.zo_optimizer, self._zo_start.step)
         return scheduler
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Trains, as the trainer's `train`.
 
         Args:
-            resume_from_checkpoint: True continues after the last step of the journal; the directory of a checkpoint
-                after its step, with the later steps moved to a journal of another name. The model must be what it was
+            resume_from_checkpoint: True continues after the last step of the journal. The directory of a checkpoint
+                continues after its step, and moves the journal so far to another name. The model must be what it was
                 when the run began, not the checkpoint. With `zo_journal=False` it is the trainer's own resume.
 
         Raises:
-            UsageError: the output directory holds a run and `zo_existing` does not say what to do, or holds none that
-                could be resumed, or this trainer has trained already.
+            UsageError: the output directory holds a run and `zo_existing` is "error", or it holds none to resume, or
+                this trainer has trained already.
             DistZO2Error: the journal is of another model, or another run.
         """
         if not self._zo_journal:
-            return self._zo_trained(super().train(resume_from_checkpoint, *args, **kwargs))
+            return self._zo_trained(super().train(resume_from_checkpoint, trial, *args, **kwargs))
         if self.optimizer is not None and self.model_init is None:
             raise UsageError("this trainer has trained already, and its journal is closed: make a new trainer")
-        existing, files = self.args.zo_existing, self._zo_files
+        existing, files = self.args.zo_existing, RunFiles(self._get_output_dir(trial))  # of a search: a trial's own
+        self._zo_files = files
         start = from_rank_0(
             "looking for a run in output_dir",
             lambda: vars(files.start(resume_from_checkpoint, existing)),
@@ -211,11 +224,7 @@ class ZOMixin:
             self._zo_missed = from_rank_0("reading the state of the trainer", read) < start.step
             resumed = str(files.state)
         try:
-            if start.step is not None and 0 < self.args.max_steps <= start.step:
-                self.state = TrainerState.load_from_json(os.path.join(resumed, "trainer_state.json"))
-                self.create_optimizer()
-                return TrainOutput(start.step, math.nan, {})
-            return self._zo_trained(super().train(resumed, *args, **kwargs))
+            return self._zo_trained(super().train(resumed, trial, *args, **kwargs))
         finally:
             if self.zo_optimizer is not None:
                 self.zo_optimizer.close()
@@ -244,11 +253,7 @@ class ZOMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keeps a micro-batch; with the last one of a step, makes the step and returns its loss."""
-        if self._zo_missed:
-            self._zo_catch_up(model)
-        if self._zo_unsaved and self._zo_journal and self.is_world_process_zero():
-            self._zo_files.save(self.state, self.callback_handler.callbacks, self.lr_scheduler)
-        self._zo_unsaved = False
+        self._zo_save_state()
         self.compute_loss = self._zo_keep  # in the place of whatever method the class has
         try:
             super().training_step(model, inputs, *args, **kwargs)
@@ -266,14 +271,31 @@ class ZOMixin:
         self._zo_log.add(self.zo_optimizer.last, tokens * (1 if mesh is None else mesh.shape.data))
         return loss.to(self.args.device, torch.float32)
 
-    def _zo_catch_up(self, model: nn.Module) -> None:
-        """Evaluates and saves what was due at the last step of a run that was killed before it did."""
-        self._zo_missed, args, state = False, self.args, self.state
-        if args.eval_strategy == "steps" and state.global_step % state.eval_steps == 0:
-            self._determine_best_metric(self.evaluate(), None)
-            model.train()
-        if args.save_strategy == "steps" and state.global_step % state.save_steps == 0:
-            self._save_checkpoint(model, None)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Makes no step in a run that has made its last one, or that the evaluation that it missed stops."""
+        self._zo_catch_up(self.state.global_step / kwargs["num_update_steps_per_epoch"])
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._zo_catch_up(self.state.num_train_epochs)
+        self._zo_save_state()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _zo_catch_up(self, epoch: float) -> None:
+        """Evaluates and saves what was due after the last step of a run that was killed before it did."""
+        if self._zo_missed:
+            self._zo_missed, self.state.epoch = False, epoch
+            flow = DefaultFlowCallback()
+            for event in (flow.on_step_end, flow.on_epoch_end)[: 2 if epoch == int(epoch) else 1]:
+                event(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, epoch, None, 0.0)
+
+    def _zo_save_state(self) -> None:
+        if self._zo_unsaved and self._zo_journal and self.is_world_process_zero():
+            self._zo_files.save(self.state, self.callback_handler.callbacks, self.lr_scheduler)
+        self._zo_unsaved = False
 
     def _zo_keep(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """`compute_loss` of the trainer's own training step: keeps the micro-batch for the step."""
@@ -282,7 +304,9 @@ class ZOMixin:
         count = None
         if kwargs.get("num_items_in_batch") is not None:
             _, count = self.get_batch_samples(iter([inputs]), 1, self.args.device)
-            kwargs["num_items_in_batch"], count = count, None if count is None else int(count)
+            kwargs["num_items_in_batch"] = count
+            mean = count is None or self.loss_is_scaled_for_ga is False  # of each micro-batch, whatever it counts
+            count = None if mean else int(count)
         self._zo_closures.append(partial(_loss_of, self, model, inputs, args, kwargs, count))
         return torch.zeros((), device=self.args.device)
 
@@ -300,6 +324,11 @@ class ZOMixin:
         if "train_loss" in logs:
             logs["train_loss"] = self._zo_log.total(filtered)
         super().log(logs, *args, **kwargs)
+
+
+def _num_pert() -> int:
+    mesh = parallel.current()
+    return 1 if mesh is None else mesh.shape.pert
 
 
 class _StepLog:
@@ -326,8 +355,9 @@ class _StepLog:
             "zo_signal": _mean(differences, filtered),
             "zo_clipped": float(sum(record.clipped for record in records)),
             "zo_skipped": float(sum(record.skipped is not None for record in records)),
-            "tokens_per_second": self._tokens / seconds if seconds else 0.0,
         }
+        if self._tokens:  # inputs may have other names than the model's, as those of preferences in TRL
+            logs["tokens_per_second"] = self._tokens / seconds
         self._records, self._tokens = [], 0
         return logs
 

@@ -45,7 +45,16 @@ _fused = threading.local()  # stack: the windows of the fused forward that runs 
 
 
 class ZOTRLMixin(ZOMixin):
-    """`ZOMixin` for trainers of TRL: opens the fused head, and averages the metrics of a step over ranks."""
+    """`ZOMixin` for trainers of TRL: opens the fused head, and averages the metrics of a step over ranks.
+
+    Raises:
+        UsageError: the trainer generates what it trains on (GRPO, RLOO), and there are several ranks.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if hasattr(self.args, "num_generations") and parallel.world_size_of_environment() > 1:
+            raise UsageError("GRPO and RLOO by ZO run on one rank: TRL deals completions to ranks by a plan of its own")
+        super().create_accelerator_and_postprocess()
 
     def zo_hand_over(self, model: nn.Module) -> nn.Module:
         _open_fused_head(super().zo_hand_over(model))
@@ -120,6 +129,17 @@ class ZORewardConfig(ZOFields, trl.RewardConfig):
 class ZOGRPOConfig(ZOFields, trl.GRPOConfig):
     """`trl.GRPOConfig` with the fields of ZO. Its default `num_iterations=1` is refused: 2 works."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps, every = self.gradient_accumulation_steps, self.steps_per_generation * self.num_iterations
+        if steps % every == 0:  # TRL then takes the policy that is trained for the old one, and their ratio is 1
+            raise UsageError(
+                f"num_iterations={self.num_iterations}, with steps_per_generation={self.steps_per_generation} and "
+                f"gradient_accumulation_steps={steps}: completions are new in every step. The value of the loss does "
+                "not depend on the weights then, only its gradient does, so that both evaluations of a probe are equal "
+                f"and nothing is learned; num_iterations={2 * steps // self.steps_per_generation} works"
+            )
+
 
 class ZOSFTTrainer(ZOTRLMixin, trl.SFTTrainer):
     """`trl.SFTTrainer` by zeroth-order steps, with `ZOSFTConfig`."""
@@ -139,8 +159,3 @@ class ZORewardTrainer(ZOTRLMixin, trl.RewardTrainer):
 
 class ZOGRPOTrainer(ZOTRLMixin, trl.GRPOTrainer):
     """`trl.GRPOTrainer` by zeroth-order steps on one rank, with `ZOGRPOConfig`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if parallel.world_size_of_environment() > 1:
-            raise UsageError("GRPO by ZO runs on one rank: its completions are dealt to ranks by TRL's own plan")
-        super().__init__(*args, **kwargs)

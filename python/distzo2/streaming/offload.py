@@ -408,8 +408,7 @@ def state_dict(model: nn.Module, *, trainable_only: bool = False) -> dict[str, t
 
     Args:
         model: a model that was handed over.
-        trainable_only: only parameters that are trained or may be: those of a block that is frozen are not read. With
-            slices all ranks call it.
+        trainable_only: only parameters that are trained or may be: those of a block that is frozen are not read.
     """
     runtime = runtime_of(model)
     if not trainable_only:
