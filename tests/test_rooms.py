@@ -14,6 +14,7 @@ ROOMS = (
     "tasks",
     "generation",
     "peft",
+    "formats",
     "checkpoint",
     "optim",
     "streaming",

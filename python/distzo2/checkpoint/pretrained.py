@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext, suppress
 from itertools import chain
@@ -30,7 +30,7 @@ from distzo2.streaming.offload import offload, runtime_of
 
 _UNITS_AHEAD = 2
 _MOST_TENSORS = 1 << 12  # of a configuration that comes without a checkpoint
-_QUANT_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config", "quantize_config")
+QUANT_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config", "quantize_config")
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # may name kernels of a hub
 
 logger = logging.getLogger(__name__)
@@ -193,8 +193,20 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
             raise
 
 
-def load_config(directory: Path) -> Any:
+def parts_of(config: Any) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a configuration, itself included."""
+    todo: list[Any] = [config]
+    while todo:
+        part = todo.pop()
+        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict):
+            yield part
+
+
+def load_config(directory: Path, packed: bool = False) -> Any:
     """The transformers configuration of a directory. No code that comes with it, or from a hub, is run.
+
+    With `packed`, its weights may be quantized.
 
     Raises:
         CheckpointError: there is none that transformers knows, or it asks for code, or its weights are quantized.
@@ -205,14 +217,11 @@ def load_config(directory: Path) -> Any:
     if not path.is_file():
         found = adapter_in(directory) or "found none"
         raise CheckpointError(f"{directory}: expected a checkpoint directory with a config.json, {found}")
-    todo: list[Any] = [read_json(path)]
-    while todo:
-        part = todo.pop()
-        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        for key in _CODE_KEYS if isinstance(part, dict) else ():
+    for part in parts_of(read_json(path)):
+        for key in _CODE_KEYS:
             if "/" in str(part.get(key)):
                 raise CheckpointError(f"{path}: {key} names code from elsewhere, {str(part[key])[:80]!r}: not run")
-        for key in _QUANT_KEYS if isinstance(part, dict) else ():
+        for key in () if packed else QUANT_KEYS:
             if part.get(key):
                 raise CheckpointError(f"{path}: quantized weights ({key}) cannot be perturbed or updated")
     try:

@@ -1,0 +1,280 @@
+"""Quantized safetensors checkpoints opened as models: each parameter packed, as the files have it, or raw.
+
+Transformers loads symbols of the decoded tensors (`checkpoint.symbols`), so names, tied weights, and experts that are
+stored one by one and held in one parameter are those of the installed transformers. Where a parameter joins rows of
+several packed matrices, their bytes follow each other in its buffer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distzo2.checkpoint.layout import Layout, LayoutError, row_major_strides
+from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, trace_checkpoint
+from distzo2.checkpoint.pretrained import QUANT_KEYS, class_of, load_config, parts_of
+from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles
+from distzo2.checkpoint.symbols import LayoutTensor
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, read_json
+from distzo2.formats.matrices import Matrix, Plane, find_matrices
+from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam, Piece, starts
+from distzo2.formats.repacking import Stored, gathered_lines
+from distzo2.text import brief
+from distzo2_core.packed import PackedLayout
+
+# Of `quant_method`. AQLM, QuIP#, HQQ, SpQR, VPTQ, HIGGS, quanto, torchao and others decode otherwise.
+_METHODS = {"gptq", "awq", "compressed-tensors", "bitsandbytes", "mxfp4", "modelopt", "fp8", "fbgemm_fp8", "mxfp8"}
+_GPTQ_FORMATS = {"gptq", "gptq_v2"}
+_COMPRESSED_FORMATS = {
+    *("pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+}
+# Older quantizers write their settings beside config.json.
+_SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_RANGE_BYTES = 4096  # less, of a part of a joined parameter, is copied and not read by itself
+
+
+@dataclass
+class PackedCheckpoint:
+    """A quantized checkpoint and the model that it fills.
+
+    Attributes:
+        model: with its parameters on meta and its buffers real, in `eval()` mode.
+        raw: the map that fills the parameters that are not packed.
+        packed: the packed parameters by name, in the model's order.
+        settings: of the quantisation, as the checkpoint has them; empty where only the tensors' names told of it.
+    """
+
+    model: nn.Module
+    raw: CheckpointMap
+    packed: dict[str, PackedParam]
+    settings: dict[str, Any]
+
+
+def open_packed(
+    path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None
+) -> PackedCheckpoint:
+    """Opens a checkpoint whose weights are quantized, from the headers of its files.
+
+    Tensors are read only where they decide between forms. Scales are not: `PackedParam.check_scales` does, and refuses
+    those that are not finite. Activations are not quantized, whatever the checkpoint says of them.
+
+    Args:
+        path: a directory with config.json and safetensors files, in shards or not.
+        dtype: that the parameters are computed in; None for the checkpoint's.
+        auto_class: as for `distzo2.from_pretrained`.
+
+    Raises:
+        CheckpointError: the weights are not packed, or in a form that is not decoded (act-order, a codebook, groups
+            that do not divide the columns, ...); or as for `distzo2.from_pretrained`.
+    """
+    directory = Path(path)
+    config = load_config(directory, packed=True)
+    settings = find_settings(directory)
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in QUANT_KEYS:
+            if part is not None and hasattr(part, key):
+                delattr(part, key)  # transformers would replace modules by its own quantized ones
+    files = _DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
+    try:
+        model_class = class_of(directory, config, auto_class)
+        # It refuses what is packed in other forms, by name.
+        model, raw = trace_checkpoint(files, model_class, config, dtype=dtype or "auto")
+        if not files.matrices:
+            raise CheckpointError(f"{directory}: expected packed weights, found none")
+        packed = {name: _packed(t, files) for name, t in raw.mapped.items() if files.is_packed(t)}
+    except BaseException:
+        files.close()
+        raise
+    for name in packed:
+        del raw.mapped[name]
+    return PackedCheckpoint(model.eval(), raw, packed, settings)
+
+
+def find_settings(directory: Path) -> dict[str, Any]:
+    """What a checkpoint says of its quantisation, wherever its config.json has it, or an older file beside it.
+
+    Raises:
+        CheckpointError: a method or a format that is not decoded, by name; or two that differ.
+    """
+    path = directory / CONFIG_FILE
+    found = [part[key] for part in parts_of(read_json(path)) for key in QUANT_KEYS if part.get(key)]
+    for name in _SETTINGS_FILES:
+        if not found and (directory / name).is_file():
+            path = directory / name
+            found = [read_json(path)]
+            found[0].setdefault("quant_method", {"quantize_config.json": "gptq", "quant_config.json": "awq"}.get(name))
+    settings: dict[str, Any] = {}
+    for part in found:
+        if not isinstance(part, dict) or part.get("quant_method") != found[0].get("quant_method"):
+            raise CheckpointError(f"{path}: expected one quantisation, got {brief(part)} too")
+        settings |= part
+    method = settings.get("quant_method") or "modelopt"  # whose own file has no such key
+    if not isinstance(method, str) or method not in _METHODS:
+        raise CheckpointError(f"{path}: weights quantized by {brief(method)} cannot be decoded")
+    if method == "gptq":
+        _refuse_others(path, "checkpoint_format", [settings.get("checkpoint_format") or "gptq"], _GPTQ_FORMATS)
+    if method == "awq":
+        _refuse_others(path, "version", [str(settings.get("version", "gemm")).lower()], {"gemm"})
+    if method == "compressed-tensors":
+        groups = settings.get("config_groups")
+        parts = [p for p in (settings, *(groups.values() if isinstance(groups, dict) else ())) if isinstance(p, dict)]
+        formats = [part["format"] for part in parts if part.get("format")]
+        _refuse_others(path, "format", formats, _COMPRESSED_FORMATS)
+        blocks = [part["weights"].get("block_structure") for part in parts if isinstance(part.get("weights"), dict)]
+        if blocks := [block for block in blocks if block]:
+            settings.setdefault("weight_block_size", blocks[0] if all(b == blocks[0] for b in blocks) else blocks)
+        for key in ("transform_config", "sparsity_config"):
+            told = settings.get(key)
+            is_idle = isinstance(told, dict) and (told.get("format") == "dense" or told.get("config_groups") == {})
+            if told and not is_idle:
+                raise CheckpointError(f"{path}: {key} is not decoded, got {brief(told)}")
+    block = settings.get("weight_block_size")
+    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(_is_count(b) for b in block)):
+        expected = "expected numbers of rows and columns as weight_block_size"
+        raise CheckpointError(f"{path}: {expected}, got {brief(block)}")
+    return settings
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _refuse_others(path: Path, key: str, found: list[Any], known: set[str]) -> None:
+    for value in found:
+        if not isinstance(value, str) or value not in known:
+            raise CheckpointError(f"{path}: expected {key} among {', '.join(sorted(known))}, got {brief(value)}")
+
+
+class _DecodedFiles(CheckpointFiles):
+    """A checkpoint's tensors with each packed matrix as one tensor, which is never read, in the place of its parts."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any], dtype: torch.dtype | str | None):
+        super().__init__(directory)
+        stored = {e.name: Stored(file.path, e) for e, file in zip(self.entries, self.file_of, strict=True)}
+        try:
+            matrices, used = find_matrices(stored, settings)
+        except CheckpointError:
+            self.close()
+            raise
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        kept = [(e, file) for e, file in zip(self.entries, self.file_of, strict=True) if e.name not in used]
+        first = len(kept)
+        file_of = {e.name: file for e, file in zip(self.entries, self.file_of, strict=True)}
+        kept += [(TensorEntry(m.name, dtype, m.shape), file_of[m.used[0]]) for m in matrices]
+        self.entries, self.file_of = [e for e, _ in kept], [file for _, file in kept]
+        self.matrices: dict[int, Matrix] = dict(enumerate(matrices, first))  # by number of the entry
+
+    def is_packed(self, tensor: MappedTensor) -> bool:
+        """Whether a parameter is made of packed matrices.
+
+        Raises:
+            CheckpointError: of packed matrices and raw tensors.
+        """
+        sources = {piece.source for piece in tensor.pieces}
+        if sources & self.matrices.keys() and not sources <= self.matrices.keys():
+            names = " and ".join(repr(self.entries[source].name) for source in sorted(sources)[:: len(sources) - 1])
+            raise CheckpointError(f"{self.directory}: {tensor.name!r} joins packed weights and others: {names}")
+        return bool(sources & self.matrices.keys())
+
+    def equal(self, a: LayoutTensor, b: torch.Tensor) -> bool:
+        symbols = [each for each in (a, b) if isinstance(each, LayoutTensor)]
+        if any(piece.source in self.matrices for each in symbols for piece in each.where.pieces):
+            return len(symbols) == 2 and a.where == b.where  # the same bytes; others are taken to differ
+        return super().equal(a, b)
+
+
+def _packed(tensor: MappedTensor, files: _DecodedFiles) -> PackedParam:
+    """A parameter that packed matrices fill."""
+    for is_swapped in (False, True):
+        parts = _row_ranges(tensor, files.matrices, is_swapped)
+        if parts is not None:
+            break
+    else:
+        name = files.entries[tensor.pieces[0].source].name
+        raise CheckpointError(
+            f"{files.directory}: {tensor.name!r} takes packed weights apart within their rows: {name!r}"
+        )
+    matrices = [matrix for matrix, _ in parts]
+    first = matrices[0]
+    if len({_way(matrix) for matrix in matrices}) > 1:
+        formats = ", ".join(sorted({m.format for m in matrices}))
+        raise CheckpointError(f"{files.directory}: {tensor.name!r} joins weights packed in different ways: {formats}")
+    pieces: list[Piece] = []
+    fields = {}
+    for role in first.planes:
+        plane, data = _joined([(matrix.planes[role], rows) for matrix, rows in parts])
+        fields[role] = plane.field(starts([*pieces, data[0]])[-1])
+        pieces += data
+    rows = math.prod(tensor.shape) // first.cols
+    layout = PackedLayout(rows, first.cols, first.cols, **fields, **first.constants)
+    return PackedParam(
+        tensor.name, tensor.shape, first.format, tuple(pieces), layout, is_swapped is not first.transposed
+    )
+
+
+def _way(matrix: Matrix) -> tuple[Any, ...]:
+    """What matrices have in common that one layout describes."""
+    planes = ((role, p.kind, p.cols, p.item, p.line_bytes) for role, p in matrix.planes.items())
+    return matrix.cols, matrix.transposed, *planes, *sorted(matrix.constants.items())
+
+
+def _row_ranges(
+    tensor: MappedTensor, matrices: Mapping[int, Matrix], is_swapped: bool
+) -> list[tuple[Matrix, range]] | None:
+    """The rows of matrices that a parameter consists of, one after another, or, with `is_swapped`, that the parameter
+    with its last two dimensions swapped does; None if it consists of something else."""
+    layout = Layout(tensor.shape, tensor.pieces)
+    if is_swapped:
+        if len(tensor.shape) < 2:
+            return None
+        strides = row_major_strides(tensor.shape)
+        swap = (*range(len(strides) - 2), len(strides) - 1, len(strides) - 2)
+        try:
+            layout = layout.strided([tensor.shape[d] for d in swap], [strides[d] for d in swap], 0)
+        except LayoutError:
+            return None
+    ranges = []
+    for piece in sorted(layout.pieces, key=lambda piece: piece.dst_offset):
+        matrix = matrices[piece.source]
+        # Of what is transposed, only whole slices are rows one after another.
+        unit = math.prod(matrix.shape[-2:]) if matrix.transposed else matrix.cols
+        if not piece.is_run or piece.src_offset % unit or piece.numel % unit:
+            return None
+        begin = piece.src_offset // matrix.cols
+        ranges.append((matrix, range(begin, begin + piece.numel // matrix.cols)))
+    return ranges
+
+
+def _joined(parts: list[tuple[Plane, range]]) -> tuple[Plane, list[Piece]]:
+    """The plane of matrices' rows one after another, and its pieces.
+
+    These stay ranges of files where their lines follow each other in the buffer as they are; else lines are copied, and
+    repeated where a line's rows are not all there.
+    """
+    first = parts[0][0]
+    pieces = []
+    for plane, rows in parts:
+        begin, end = rows.start // plane.rows, -(-rows.stop // plane.rows)
+        pieces.append(plane.piece.part(begin * plane.line_bytes, (end - begin) * plane.line_bytes))
+    is_whole = all(
+        plane.rows == first.rows and rows.start % plane.rows == 0 and (len(parts) == 1 or len(rows) % plane.rows == 0)
+        for plane, rows in parts
+    )
+    is_aligned = all(piece.num_bytes % PIECE_ALIGNMENT == 0 and piece.num_bytes >= _RANGE_BYTES for piece in pieces)
+    if is_whole and (len(parts) == 1 or is_aligned):
+        return first, pieces
+    shared = math.gcd(*(bound for plane, rows in parts for bound in (plane.rows, rows.start, rows.stop)))
+    lines = [
+        (piece, torch.arange(rows.start, rows.stop, shared) // plane.rows - rows.start // plane.rows)
+        for piece, (plane, rows) in zip(pieces, parts, strict=True)
+    ]
+    return replace(first, rows=shared), [gathered_lines(lines, first.line_bytes)]

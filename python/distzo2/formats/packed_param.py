@@ -1,0 +1,162 @@
+"""A parameter whose bytes are quantized: where they are in files, and how they are decoded.
+
+The readers of GGUF files and of quantized safetensors checkpoints return these. Nothing here holds weights: a parameter
+is byte ranges of files, and bytes that are made anew each time they are read where a file has them in no order that the
+decoder knows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from distzo2.checkpoint.tensor_files import CheckpointError, bytes_of
+from distzo2_core.packed import Field, Kind, PackedLayout
+
+PIECE_ALIGNMENT = 64  # bytes: of each piece in a parameter's buffer
+CHUNK_BYTES = 4 << 20  # read at once, where not all of a piece is needed at a time
+VALUE_DTYPES = {
+    Kind.FLOAT32: torch.float32,
+    Kind.BFLOAT16: torch.bfloat16,
+    Kind.FLOAT16: torch.float16,
+    Kind.FLOAT8_E4M3: torch.float8_e4m3fn,
+    Kind.FLOAT8_E5M2: torch.float8_e5m2,
+    Kind.E8M0: torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes that become part of a parameter's buffer: a range of a file, or what `make` returns."""
+
+    path: Path | None  # a file, read as it lies; None: made
+    offset: int  # bytes, in the file
+    num_bytes: int
+    make: Callable[[], torch.Tensor] | None = field(default=None, compare=False)  # uint8 [num_bytes], on the CPU
+
+    @classmethod
+    def made(cls, num_bytes: int, make: Callable[[], torch.Tensor]) -> Piece:
+        """A piece with the bytes of the CPU tensor that `make` returns."""
+        return cls(None, 0, num_bytes, lambda: make().contiguous().view(-1).view(torch.uint8))
+
+    def part(self, begin: int, num_bytes: int) -> Piece:
+        """Bytes of this piece."""
+        if (begin, num_bytes) == (0, self.num_bytes):
+            return self
+        if self.make is None:
+            return Piece(self.path, self.offset + begin, num_bytes)
+        return Piece(None, 0, num_bytes, lambda: self.read()[begin : begin + num_bytes])
+
+    def read(self) -> torch.Tensor:
+        """The bytes, uint8 [num_bytes].
+
+        Raises:
+            CheckpointError: the file cannot be read or is too short.
+        """
+        return read_range(self.path, self.offset, self.num_bytes) if self.make is None else self.make()
+
+
+@dataclass(frozen=True)
+class PackedParam:
+    """A packed parameter of a model.
+
+    Attributes:
+        name: of the parameter in transformers, e.g. model.layers.0.self_attn.q_proj.weight.
+        shape: of the parameter in transformers.
+        format: for people, e.g. "Q4_K", "gptq int4 g128", "nf4".
+        pieces: laid one after another in a buffer, each from a multiple of `PIECE_ALIGNMENT` bytes on.
+        layout: how the buffer is decoded; its offsets count from the first piece's first byte.
+        transposed: whether the decoded rows are the parameter with its last two dimensions swapped, as for the experts
+            of gpt-oss. The parameter is then a view of what is decoded: `rows.view(*leading, n, k).mT`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    pieces: tuple[Piece, ...]
+    layout: PackedLayout
+    transposed: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffer, without padding behind the last piece."""
+        return starts(self.pieces)[-1] + self.pieces[-1].num_bytes
+
+    def read(self) -> torch.Tensor:
+        """The buffer, uint8 [num_bytes], zero between pieces.
+
+        Raises:
+            CheckpointError: a file cannot be read or is too short.
+        """
+        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8)
+        for piece, start in zip(self.pieces, starts(self.pieces), strict=True):
+            buffer[start : start + piece.num_bytes] = piece.read()
+        return buffer
+
+    def check_scales(self) -> None:
+        """Reads the scales and minima, piece by piece, and refuses what no weight can be made of.
+
+        Raises:
+            CheckpointError: one of them is infinite or NaN (255 in e8m0); or as for `read`.
+        """
+        layout = self.layout
+        for role in ("scale", "outer", "min", "outer_min"):
+            place = getattr(layout, role)
+            if place is None or place.kind not in VALUE_DTYPES:  # six-bit integers are finite
+                continue
+            for row, values in _values(self, place):
+                bad = values == 255 if place.kind == Kind.E8M0 else ~values.float().isfinite()
+                if bad.any():
+                    where = f"{self.name} ({self.format}), row {row + int(bad.nonzero()[0, 0]) * place.rows}"
+                    raise CheckpointError(f"{where}: expected finite numbers as {role}, got {values[bad][0].item()}")
+
+
+def starts(pieces: Sequence[Piece]) -> list[int]:
+    """The byte at which each piece begins in the buffer."""
+    lengths = (-(-piece.num_bytes // PIECE_ALIGNMENT) * PIECE_ALIGNMENT for piece in pieces[:-1])
+    return [*accumulate(lengths, initial=0)]
+
+
+def read_range(path: Path, offset: int, num_bytes: int) -> torch.Tensor:
+    """Bytes of a file, uint8 [num_bytes].
+
+    Raises:
+        CheckpointError: the file cannot be read or is too short.
+    """
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            view, done = bytes_of(data), 0
+            while done < num_bytes:
+                count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
+                if count == 0:
+                    expected = f"expected {num_bytes} bytes at {offset}, got {done}"
+                    raise CheckpointError(f"{path}: truncated: {expected}")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+    return data
+
+
+def _values(param: PackedParam, place: Field) -> Iterator[tuple[int, torch.Tensor]]:
+    """The values of a field as tensors [lines, values of a row], with the row at which each begins. A line is what
+    `place.rows` rows share; it lies in one piece."""
+    layout, dtype = param.layout, VALUE_DTYPES[place.kind]
+    num_lines = -(-layout.rows // place.rows)
+    sizes = (layout.cols // layout.block, -(-layout.block // place.cols), dtype.itemsize)
+    strides = (place.block_stride, place.stride, 1)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    line = 0
+    for piece, start in zip(param.pieces, starts(param.pieces), strict=True):
+        while line < num_lines and (at := place.offset + line * place.row_stride - start) + span <= piece.num_bytes:
+            fitting = (piece.num_bytes - at - span) // max(place.row_stride, 1) + 1
+            count = min(fitting, num_lines - line, max(1, CHUNK_BYTES // max(place.row_stride, 1)))
+            data = piece.part(at, (count - 1) * place.row_stride + span).read()
+            values = data.as_strided((count, *sizes), (place.row_stride, *strides)).contiguous().view(dtype)
+            yield line * place.rows, values.reshape(count, -1)
+            line += count

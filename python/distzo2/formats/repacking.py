@@ -1,0 +1,140 @@
+"""Codes, zero points and scales brought into an order that the decoder knows, without loss, a few MiB at a time.
+
+Files of GPTQ and AWQ hold the transpose of a weight [rows, cols], with eight codes of 4 bits, or four of 8, in a 32-bit
+word; compressed-tensors packs zero points along rows; bitsandbytes may quantize its scales once more. What is made here
+is codes as NIBBLES_32 or UINT8 [rows, cols], zero points as UINT8 [rows, groups], scales as [rows, groups].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distzo2.checkpoint.tensor_files import TensorEntry
+from distzo2.formats.packed_param import CHUNK_BYTES, Piece, read_range
+
+# Where a word of AWQ has the codes of its eight columns: column j is nibble _AWQ_ORDER[j].
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file."""
+
+    path: Path
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
+    def piece(self) -> Piece:
+        """All of its bytes."""
+        return Piece(self.path, self.entry.offset, self.entry.num_bytes)
+
+    def read(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Its rows [begin, end), or all of it."""
+        if not self.shape:
+            return read_range(self.path, self.entry.offset, self.entry.num_bytes).view(self.dtype).view(())
+        row = math.prod(self.shape[1:])
+        end = self.shape[0] if end is None else end
+        data = read_range(
+            self.path, self.entry.offset + begin * row * self.dtype.itemsize, (end - begin) * row * self.dtype.itemsize
+        )
+        return data.view(self.dtype).view(end - begin, *self.shape[1:])
+
+
+def unpacked(words: torch.Tensor, bits: int, awq: bool = False) -> torch.Tensor:
+    """The codes in 32-bit words [...], uint8 [..., 32 / bits], lowest bits first or in the order of AWQ."""
+    data = words.contiguous().view(torch.uint8).view(*words.shape, 4)
+    if bits == 8:
+        return data
+    codes = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+    return codes[..., _AWQ_ORDER] if awq else codes
+
+
+def nibbles_32(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits, uint8 [rows, cols], as NIBBLES_32 [rows, cols / 2]."""
+    groups = codes.unflatten(-1, (-1, 2, 16))
+    return (groups[:, :, 0] | groups[:, :, 1] << 4).flatten(1)
+
+
+def transposed_codes(qweight: Stored, bits: int, awq: bool) -> Piece:
+    """The codes of GPTQ, int32 words [cols * bits / 32, rows], or of AWQ, [cols, rows / 8]: as NIBBLES_32 [rows, cols]
+    or, of 8 bits, as UINT8."""
+    words, width = qweight.shape
+    per = 32 // bits
+    rows, cols = (width * per, words) if awq else (width, words * per)
+
+    def make() -> torch.Tensor:
+        out = torch.empty(rows, cols * bits // 8, dtype=torch.uint8)
+        step = 32 // (1 if awq else per)  # lines that hold 32 columns
+        step *= max(1, CHUNK_BYTES // (4 * width * step))
+        for begin in range(0, words, step):
+            codes = unpacked(qweight.read(begin, min(words, begin + step)), bits, awq)
+            # [cols, rows / 8, 8] of AWQ, [cols / per, rows, per] of GPTQ
+            codes = codes.flatten(1).t() if awq else codes.transpose(0, 1).flatten(1)
+            data = nibbles_32(codes.contiguous()) if bits == 4 else codes
+            first = begin * (1 if awq else per) * bits // 8
+            out[:, first : first + data.shape[1]] = data
+        return out
+
+    return Piece.made(rows * cols * bits // 8, make)
+
+
+def transposed_zeros(qzeros: Stored, rows: int, bits: int, awq: bool, plus: int) -> Piece:
+    """Zero points packed as words [groups, rows * bits / 32]: UINT8 [rows, groups], plus `plus` within the bits."""
+
+    def make() -> torch.Tensor:
+        zeros = unpacked(qzeros.read(), bits, awq).flatten(1)
+        return (zeros[:, :rows] + plus & (1 << bits) - 1).t()
+
+    return Piece.made(rows * qzeros.shape[0], make)
+
+
+def transposed_scales(scales: Stored) -> Piece:
+    """Scales [groups, rows] as [rows, groups] of the same dtype."""
+    return Piece.made(scales.entry.num_bytes, lambda: scales.read().t())
+
+
+def zeros_along_rows(packed: Stored, rows: int, bits: int) -> Piece:
+    """Zero points packed as words [rows * bits / 32, groups]: UINT8 [rows, groups]."""
+
+    def make() -> torch.Tensor:
+        return unpacked(packed.read(), bits).transpose(1, 2).flatten(0, 1)[:rows]
+
+    return Piece.made(rows * packed.shape[1], make)
+
+
+def nested_scales(absmax: Stored, levels: Stored, outer: Stored, offset: float, block: int) -> Piece:
+    """bitsandbytes' scales that are quantized themselves, as float32: levels[q] * outer + offset, each step rounded."""
+
+    def make() -> torch.Tensor:
+        scale = levels.read().view(-1)[absmax.read().view(-1).int()]
+        return scale * outer.read().view(-1).repeat_interleave(block)[: scale.numel()] + offset
+
+    return Piece.made(4 * absmax.entry.numel, make)
+
+
+def gathered_lines(parts: list[tuple[Piece, torch.Tensor]], line_bytes: int) -> Piece:
+    """Lines of pieces one behind the other: of each piece those that its tensor counts."""
+
+    def make() -> torch.Tensor:
+        return torch.cat([piece.read().view(-1, line_bytes)[lines] for piece, lines in parts])
+
+    return Piece.made(sum(lines.numel() for _, lines in parts) * line_bytes, make)
+
+
+def in_chunks(tensor: Stored, is_good: Callable[[torch.Tensor], bool]) -> bool:
+    """Whether `is_good` holds of all rows of a tensor, read a few MiB at a time."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = max(1, CHUNK_BYTES * rows // max(1, tensor.entry.num_bytes))
+    return all(is_good(tensor.read(begin, min(rows, begin + step))) for begin in range(0, rows, step))
