@@ -143,7 +143,8 @@ def converted(
     if base.endswith("gate_up_proj"):
         to = names.get_name(base.replace("gate_up", "down"))
         gate, up = value.chunk(2, dim=1)
-        return {to.replace("down", "gate") + ".weight": gate.contiguous(), to.replace("down", "up") + ".weight": up}
+        parts = {"gate": gate.contiguous(), "up": up.contiguous()}
+        return {to.replace("down", way) + ".weight": part for way, part in parts.items()}
     to = names.get_name(base) + (leaf or ".weight")
     if arch == "llama" and (".attn_q." in to or ".attn_k." in to):
         heads = config.num_attention_heads if ".attn_q." in to else config.num_key_value_heads

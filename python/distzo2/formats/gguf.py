@@ -21,14 +21,12 @@ from distzo2.checkpoint.layout import row_major_strides
 from distzo2.checkpoint.mapping import trace_checkpoint
 from distzo2.checkpoint.pretrained import class_of
 from distzo2.checkpoint.reading import CheckpointFiles
-from distzo2.checkpoint.symbols import creation_bound
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
 from distzo2.errors import one_line
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
 from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, MadeFile, gguf_package
 from distzo2.formats.packed_checkpoint import PackedCheckpoint
 from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam, read_range
-from distzo2.formats.repacking import gathered_lines
 from distzo2.text import brief
 
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")  # of a split model
@@ -98,12 +96,9 @@ def open_gguf(
 
 def _shapes(files: _GgufFiles, model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters, tied ones once."""
-    num_bytes = sum(file.num_bytes for file in files.files)
     try:
-        with torch.device("meta"), creation_bound(len(files.stored), num_bytes):
+        with torch.device("meta"):
             model = model_class._from_config(config)
-    except CheckpointError:
-        raise
     except Exception as error:
         raise CheckpointError(f"{files.directory}: {model_class.__name__} cannot be made: {one_line(error)}") from error
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
@@ -131,8 +126,9 @@ class _Source:
         rows = first.rows // num_runs  # of a run
         layout = first.layout(num_runs * rows * len(self.parts), self.head_dim)
         pieces = [part.piece(i * rows, (i + 1) * rows) for i in range(num_runs) for part in self.parts]
-        if len(pieces) > 1 and pieces[0].num_bytes % PIECE_ALIGNMENT:  # the rows would not lie evenly
-            pieces = [gathered_lines([(piece, torch.arange(rows)) for piece in pieces], layout.codes.row_stride)]
+        if len(pieces) > 1 and pieces[0].num_bytes % PIECE_ALIGNMENT:  # never where rows are a multiple of 32
+            where = f"{first.path}: tensor {first.name!r}"
+            raise CheckpointError(f"{where}: expected experts of a multiple of 32 rows, got {rows}")
         return PackedParam(self.name, self.shape, first.kind, tuple(pieces), layout)
 
     def walks(self, numbers: list[int]) -> Iterable[Walk]:
@@ -158,7 +154,6 @@ class _GgufFiles(CheckpointFiles):
         try:
             self._open(Path(path))
             self.metadata: dict[str, Any] = self.files[0].metadata
-            self.architecture = architecture_of(self.directory, self.metadata)
             count = self.metadata.get("split.count", 1)
             is_first = _FIRST.search(self.directory.name) and not self.metadata.get("split.no")
             if count != 1 and not (is_first and isinstance(count, int)):
@@ -166,6 +161,7 @@ class _GgufFiles(CheckpointFiles):
                 raise CheckpointError(f"{path}: {expected}, got one of {brief(count)}")
             for i in range(2, count + 1):
                 self._open(self.directory.with_name(_FIRST.sub(f"-{i:05}-of-{count:05}.gguf", self.directory.name)))
+            self.architecture = architecture_of(self.directory, self.metadata)
         except BaseException:
             self.close()
             raise
@@ -186,7 +182,7 @@ class _GgufFiles(CheckpointFiles):
         gguf, name_of = gguf_package(), self.metadata["general.architecture"]
         number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == name_of)
         names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-        heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         sources, used = [], {ROPE_FACTORS}
         for name, shape in shapes.items():
             base, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias|)", name).groups()
@@ -200,8 +196,8 @@ class _GgufFiles(CheckpointFiles):
                 kinds = f"{parts[0].kind} and {parts[-1].kind}"
                 raise CheckpointError(f"{self.directory}: {name!r} joins tensors of different types, {kinds}")
             used |= {part.name for part in parts}
-            number_of_heads = next((n for part, n in heads.items() if part in f"{stem}."), 0)
-            head_dim = shape[0] // number_of_heads if self.architecture.interleaved and number_of_heads else 0
+            own = stem.rpartition(".")[2]
+            head_dim = shape[0] // heads[own] if self.architecture.interleaved and own in heads else 0
             is_offset = self.architecture.norms_plus_one and stem.endswith("norm")
             sources.append(_Source(name, shape, parts, head_dim, self._values(parts[0]) - 1 if is_offset else None))
         if unused := sorted(self.stored.keys() - used):

@@ -8,6 +8,7 @@ src/llama-vocab.cpp there for what is meant where nothing is written.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ class Architecture(NamedTuple):
     norms_plus_one: bool = False  # 1 is added to norms' weights
     big_layers: int = 0  # number of layers of the size that scales attention by hidden size / heads, not by head_dim
     needed: tuple[str, ...] = ()  # further keys that must be there
+    fixed: tuple[tuple[str, Any], ...] = ()  # attributes that no key says, and that differ from transformers' default
 
 
 _NEEDED = {
@@ -67,14 +69,19 @@ _ARCHITECTURES = {
     "qwen2": Architecture("qwen2", _COMMON),
     "qwen2moe": Architecture("qwen2_moe", _COMMON | _EXPERTS),
     "qwen3": Architecture("qwen3", _HEADS),
-    "qwen3moe": Architecture("qwen3_moe", _HEADS | _EXPERTS),
+    "qwen3moe": Architecture("qwen3_moe", _HEADS | _EXPERTS, fixed=(("norm_topk_prob", True),)),
     "gemma2": Architecture("gemma2", _GEMMA, norms_plus_one=True, big_layers=46),
     "gemma3": Architecture(
         "gemma3_text", _GEMMA, norms_plus_one=True, big_layers=62, needed=("attention.sliding_window",)
     ),
 }
 _IMPLIED = {"vocab_size", "attention.value_length", "attention.key_length"}  # the tensors' shapes say it
-_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
+_IDS = {
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+    "tokenizer.ggml.unknown_token_id": "unk_token_id",
+}
 # How text is cut before merges, by `tokenizer.ggml.pre`: what llama.cpp knows and transformers does not.
 _DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _GPT2 = {"gpt-2", "mpt", "olmo", "jais"}
@@ -110,10 +117,13 @@ def config_of(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Ggu
         if isinstance(own.get(key, 1), (bool, str, list)) or not own.get(key, 1) > 0:
             raise CheckpointError(f"{path}: expected one positive number as {name}.{key}, got {brief(own[key])}")
     values: dict[str, Any] = {keys[key]: own[key] for key in keys if key in own}
+    if values["num_hidden_layers"] > len(tensors):
+        found = f"{values['num_hidden_layers']} layers of {len(tensors)} tensors"
+        raise CheckpointError(f"{path}: expected some tensors a layer ({name}.block_count), got {found}")
     heads = values["num_attention_heads"]
     values.setdefault("num_key_value_heads", heads)
     values |= {"vocab_size": tensors[EMBEDDINGS].rows, "tie_word_embeddings": HEAD not in tensors}
-    values |= {attribute: metadata.get(f"tokenizer.ggml.{key}_token_id") for attribute, key in _IDS.items()}
+    values |= dict(architecture.fixed) | {to: metadata[key] for key, to in _IDS.items() if key in metadata}
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
     if own.get("rope.dimension_count", head_dim) != head_dim or head_dim % 2:
         found = f"{brief(own.get('rope.dimension_count'))} of {head_dim}"
@@ -181,7 +191,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
         CheckpointError: there is none, or how it cuts text is not known.
         DistZO2Error: the package `gguf` is missing.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -195,6 +205,10 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
     try:
         architecture, vocabulary, settings = get_gguf_tokenizer(os.fspath(path))
         backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
+        if backend.get_vocab_size() > len(vocabulary["tokens"]):  # transformers adds its GPT-2's own special token
+            state = json.loads(backend.to_str())
+            state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < len(vocabulary["tokens"])]
+            backend = Tokenizer.from_str(json.dumps(state))
         if pre in _DIGITS:
             split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             backend.pre_tokenizer = pre_tokenizers.Sequence(split)

@@ -134,13 +134,12 @@ class FileIdentity:
 
     def differences(self, now: FileIdentity) -> list[str]:
         """What is not as it was, in words; empty if it is the same file."""
-        names = {
-            "num_bytes": "its length in bytes",
-            "mtime_ns": "its time (ns)",
-            "header_sha256": "its header's SHA-256",
+        pairs = {
+            "its length in bytes": (self.num_bytes, now.num_bytes),
+            "its time in ns": (self.mtime_ns, now.mtime_ns),
+            "its header's SHA-256": (self.header_sha256, now.header_sha256),
         }
-        pairs = [(what, getattr(self, name), getattr(now, name)) for name, what in names.items()]
-        return [f"{what} was {then} and is {value}" for what, then, value in pairs if then != value]
+        return [f"{what} was {then} and is {value}" for what, (then, value) in pairs.items() if then != value]
 
 
 class GgufFile(TensorFile):
