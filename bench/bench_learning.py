@@ -57,9 +57,10 @@ def _rows() -> list[Row]:
             for compute in ("bfloat16", "float32"):
                 rows.append(Row(f"{estimator}-{eps:.0e}-{compute}", compute, eps, estimator, probes, rates))
     # What is trained, and by what: for the picture of accuracy against forwards, seconds and memory. Whole weights by
-    # FZOO are the row fzoo-1e-03-float32.
+    # FZOO are the row fzoo-1e-03-bfloat16.
     lora = ("--peft=lora", "--lora-r=8", "--lora-alpha=16", "--lora-targets=q_proj,v_proj")
-    rows.append(Row("use-lora", "float32", 1e-2, "fzoo", 8, (1e-2, 3e-2, 1e-1), options=lora))
+    # After 10 steps 1e-1 was better than 1e-2 and 3e-2 (85, 58 and 62%), but over 40 it fell to chance.
+    rows.append(Row("use-lora", "bfloat16", 1e-2, "fzoo", 8, (3e-2,), options=lora))
     rows.append(Row("use-adamw", "float32", 0.0, "adamw", 0, (1e-5, 3e-5, 1e-4), dtype="float32"))
     return rows
 
@@ -223,7 +224,7 @@ def curve_of(runs: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float, fl
 
 
 # What the picture of use shows, with the label of each row.
-USE = {"fzoo-1e-03-float32": "FZOO, whole weights", "use-lora": "FZOO, LoRA", "use-adamw": "AdamW, backpropagation"}
+USE = {"fzoo-1e-03-bfloat16": "FZOO, whole weights", "use-lora": "FZOO, LoRA", "use-adamw": "AdamW, backpropagation"}
 
 
 def draw_use(bench: Bench, seconds: dict[str, dict[str, float]], target: Path) -> None:
@@ -304,7 +305,7 @@ def time_steps(options: argparse.Namespace, rounds: int) -> dict[str, dict[str, 
 
         return step
 
-    rows = [row for row in ROWS if row.name in {"fzoo-1e-03-bfloat16", *USE}]
+    rows = [row for row in ROWS if row.name in {"fzoo-1e-03-float32", *USE}]
     steps = {row.name: (backward if row.estimator == "adamw" else forwards)(row) for row in rows}
     return interleaved_seconds(steps, "cpu", rounds)
 

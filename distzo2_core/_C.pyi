@@ -12,6 +12,7 @@ __all__: list[str] = [
     "BlockFile",
     "CopyEngine",
     "HostPool",
+    "RangeFiles",
     "ThreadState",
     "aligned_buffer",
     "arenas_made",
@@ -173,11 +174,59 @@ class BlockFile:
         The path that the file was opened with.
         """
 
+class RangeFiles:
+    """
+    Blocks that are ranges of files as they lie there, which are only read.
+
+    So a frozen model streams from its checkpoint's own files. Files are read with O_DIRECT where their file
+    system allows that, through a buffer of 1 MiB a thread.
+
+    Args:
+        paths: of the files.
+        sizes: bytes of each block.
+        ranges: for each block, in the order of their places, (index of the file, offset in it, bytes, place in
+            the block). What is between them is zeros.
+        direct: True demands O_DIRECT, False does without, None tries it and falls back
+            (stats()["direct_fallback"]).
+
+    Raises:
+        ValueError: a range does not fit its block, or names no file.
+        RuntimeError: names a file that cannot be opened, or that is shorter than its ranges.
+    """
+    def __init__(
+        self,
+        paths: collections.abc.Sequence[str],
+        sizes: collections.abc.Sequence[int],
+        ranges: collections.abc.Sequence[collections.abc.Sequence[tuple[int, int, int, int]]],
+        direct: bool | None = None,
+    ) -> None: ...
+    def __len__(self) -> int:
+        """
+        The number of blocks.
+        """
+    def close(self) -> None:
+        """
+        Closes the files. An engine that uses them keeps them open.
+        """
+    def read(self, block: int, address: int, nbytes: int, offset: int = 0) -> None:
+        """
+        Reads bytes [offset, offset + nbytes) of a block to memory at `address`, of any alignment.
+
+        Raises IndexError for a range outside the block, RuntimeError for a failed read.
+        """
+    def stats(self) -> dict:
+        """
+        What the files give.
+
+        direct, direct_fallback: whether O_DIRECT is in use for all of them, and why not; bytes_used: of the blocks;
+        bytes_read: since they were opened.
+        """
+
 class CopyEngine:
     """
     Brings blocks to slots and back.
 
-    A block comes from a HostPool or a BlockFile into a slot: memory of the caller's on `device`. acquire()
+    A block comes from a HostPool or from files into a slot: memory of the caller's on `device`. acquire()
     gives the block's slot; release() ends the use and, if the block was changed, stores it. On a CPU the
     calling thread is the stream, and calls wait. On CUDA nothing but flush() waits: `stream`, a handle such as
     torch.cuda.current_stream().cuda_stream, waits in the host's place. The first transfer that fails is raised
@@ -185,7 +234,9 @@ class CopyEngine:
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
-        source: where the blocks are. It may be closed afterwards; the engine keeps what it needs.
+        source: where the blocks are: a HostPool, a BlockFile, or a pair of a BlockFile or None and RangeFiles,
+            whose blocks follow those of the first and are never released dirty. It may be closed afterwards; the
+            engine keeps what it needs.
         slot_addresses: addresses on `device`, at least two, which must stay valid until close(). For a CPU over
             a file they must be multiples of 4096 (aligned_buffer).
         slot_bytes: bytes of a slot, at least those of the largest block.
@@ -211,6 +262,16 @@ class CopyEngine:
         self,
         device: str,
         source: BlockFile,
+        slot_addresses: collections.abc.Sequence[int],
+        slot_bytes: int,
+        staging: HostPool | None = None,
+        stream: int = 0,
+    ) -> None: ...
+    @typing.overload
+    def __init__(
+        self,
+        device: str,
+        source: tuple[BlockFile | None, RangeFiles],
         slot_addresses: collections.abc.Sequence[int],
         slot_bytes: int,
         staging: HostPool | None = None,

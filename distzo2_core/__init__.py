@@ -29,7 +29,16 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from ._C import BlockFile, CopyEngine, HostPool, ThreadState, aligned_buffer, cuda_available, memory_budget
+    from ._C import (
+        BlockFile,
+        CopyEngine,
+        HostPool,
+        RangeFiles,
+        ThreadState,
+        aligned_buffer,
+        cuda_available,
+        memory_budget,
+    )
 
 # Streams that share one of a GPU's 8 connections wait for one another; copies and computing need more of them. CUDA
 # reads this when it starts.
@@ -39,9 +48,6 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 NOISE_VERSION = "philox4x32-10/1"
 ROUNDING_VERSION = "stochastic16/1"
 
-_FROM_EXTENSION = (
-    "BlockFile", "CopyEngine", "HostPool", "ThreadState", "aligned_buffer", "cuda_available", "memory_budget",
-)  # fmt: skip
 # What a pass calls once a lane and unit, or once a step. Not for users: it may change with any release.
 _FOR_RUNTIMES = ("hide_parameters", "show_parameters", "walk_modules")
 
@@ -59,6 +65,7 @@ __all__ = [
     "GroupScalars",
     "HostPool",
     "Program",
+    "RangeFiles",
     "Segment",
     "SegmentTable",
     "Term",
@@ -83,6 +90,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_EXTENSION or name in _FOR_RUNTIMES:
+    if name in __all__ or name in _FOR_RUNTIMES:  # what is not defined above is the extension's
         return getattr(require_extension(f"distzo2_core.{name}"), name)
     raise AttributeError(f"module 'distzo2_core' has no attribute {name!r}")

@@ -1,9 +1,8 @@
 """Which implementation runs an op: the compiled extension, Triton, or the NumPy reference.
 
-A backend is an object with the functions normal, rademacher, noise_, perturb_, restore_, update_, embedding and
-materialize in the raw signatures of `torch.ops.distzo2`. One that the caller names is used or refused,
-never swapped for another. `None` stands for `native` where it was built for the device and runs there, else `triton`;
-it is resolved once for each device and logged.
+A backend is an object with the functions noise_, perturb_, update_, embedding and materialize in the raw signatures of
+`torch.ops.distzo2`. One that the caller names is used or refused, never swapped for another. `None` stands for `native`
+where it was built for the device and runs there, else `triton`; it is resolved once for each device and logged.
 """
 
 from __future__ import annotations

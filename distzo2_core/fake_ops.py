@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 
-def _noise(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _noise(numel: int, *rest: Any) -> torch.Tensor:
+    *_, dtype, device = rest
     return torch.empty(numel, dtype=dtype, device=device)
 
 
-def _noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: int) -> None:
-    return None
-
-
-def _perturb_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    return None
-
-
-def _update_(
-    w: torch.Tensor,
-    lr: float,
-    coef: float,
-    weight_decay: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> None:
-    return None
+def _nothing(*args: Any) -> None:
+    """Of an op that changes its first argument."""
 
 
 def _embedding(
@@ -78,11 +57,9 @@ def _materialize(
 
 def register() -> None:
     """Registers the fake kernels; called once, after the extension has defined the ops."""
-    torch.library.register_fake("distzo2::normal", _noise)
-    torch.library.register_fake("distzo2::rademacher", _noise)
-    torch.library.register_fake("distzo2::noise_", _noise_)
-    torch.library.register_fake("distzo2::perturb_", _perturb_)
-    torch.library.register_fake("distzo2::restore_", _perturb_)
-    torch.library.register_fake("distzo2::update_", _update_)
+    for name in ("normal", "rademacher"):
+        torch.library.register_fake(f"distzo2::{name}", _noise)
+    for name in ("noise_", "perturb_", "restore_", "update_"):
+        torch.library.register_fake(f"distzo2::{name}", _nothing)
     torch.library.register_fake("distzo2::embedding", _embedding)
     torch.library.register_fake("distzo2::materialize", _materialize)

@@ -126,12 +126,7 @@ def perturb_(
         BackendError: the backend is not there or cannot run on the device of `w`.
     """
     place = _check_place(w, seed, step, param, probe, offset, family)
-    scale = check_float("scale", scale)
-    run = implementation(backend, w.device).perturb_
-    if w.numel():
-        run(w.detach(), scale, *place)
-        _mark_changed(run, w)
-    return w
+    return _in_place("perturb_", w, (check_float("scale", scale),), place, backend)
 
 
 def restore_(
@@ -153,12 +148,7 @@ def restore_(
     perturb out of place with `materialize`.
     """
     place = _check_place(w, seed, step, param, probe, offset, family)
-    scale = check_float("scale", scale)
-    run = implementation(backend, w.device).restore_
-    if w.numel():
-        run(w.detach(), scale, *place)
-        _mark_changed(run, w)
-    return w
+    return _in_place("perturb_", w, (-check_float("scale", scale),), place, backend)
 
 
 def update_(
@@ -193,11 +183,7 @@ def update_(
     """
     place = _check_place(w, seed, step, param, probe, offset, family)
     scalars = check_float("lr", lr), check_float("coef", coef), check_float("weight_decay", weight_decay)
-    run = implementation(backend, w.device).update_
-    if w.numel():
-        run(w.detach(), *scalars, *place)
-        _mark_changed(run, w)
-    return w
+    return _in_place("update_", w, scalars, place, backend)
 
 
 def embedding(
@@ -375,17 +361,25 @@ def _noise(
 ) -> torch.Tensor:
     numel = check_int("numel", numel, 0, MAX_ELEMENTS)
     words = _check_words(numel, seed, step, param, probe, offset)
-    if out is not None:
+    if out is None:
+        dtype, device = dtype or torch.float32, torch.device(device or "cpu")
+        dtype_code(dtype)
+        implementation(backend, device)  # says what is missing before memory is asked for
+        out = torch.empty(numel, dtype=dtype, device=device)
+    else:
         _check_out(out, numel, dtype, device)
-        fill = implementation(backend, out.device).noise_
-        if numel:
-            fill(out.detach(), *words, FAMILIES[family])
-            _mark_changed(fill, out)
-        return out
-    dtype, device = dtype or torch.float32, torch.device(device or "cpu")
-    dtype_code(dtype)
-    run = getattr(implementation(backend, device), family)
-    return run(numel, *words, dtype, device) if numel else torch.empty(0, dtype=dtype, device=device)
+    return _in_place("noise_", out, (), (*words, FAMILIES[family]), backend)
+
+
+def _in_place(
+    name: str, w: torch.Tensor, scalars: tuple[float, ...], place: tuple[int, ...], backend: str | None
+) -> torch.Tensor:
+    """Calls the op that changes `w`, if it has elements; returns `w`."""
+    run = getattr(implementation(backend, w.device), name)
+    if w.numel():
+        run(w.detach(), *scalars, *place)
+        _mark_changed(run, w)
+    return w
 
 
 def _check_out(out: torch.Tensor, numel: int, dtype: torch.dtype | None, device: torch.device | str | None) -> None:

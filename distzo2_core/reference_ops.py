@@ -26,7 +26,7 @@ from .reference import (
     rounding_bits,
     updated,
 )
-from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, NORMAL, RADEMACHER
+from .types import CODE_DTYPES, DTYPE_CODES, FROZEN
 
 _CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
 _BITS = {FLOAT32: (torch.int32, np.uint32), BFLOAT16: (torch.int16, np.uint16), FLOAT16: (torch.int16, np.uint16)}
@@ -45,22 +45,6 @@ def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offs
         part[:] = round_nearest(noise_values(family, seed, step, param, probe, offset + at, part.size), code)
 
 
-def normal(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    out = torch.empty(numel, dtype=dtype, device=device)
-    noise_(out, seed, step, param, probe, offset, NORMAL)
-    return out
-
-
-def rademacher(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    out = torch.empty(numel, dtype=dtype, device=device)
-    noise_(out, seed, step, param, probe, offset, RADEMACHER)
-    return out
-
-
 def perturb_(
     w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
 ) -> None:
@@ -69,12 +53,6 @@ def perturb_(
         part = bits[at : at + _CHUNK]
         noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
         part[:] = round_nearest(perturbed(decode(part, code), [(np.float32(scale), noise)]), code)
-
-
-def restore_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    perturb_(w, -scale, seed, step, param, probe, offset, family)
 
 
 def embedding(

@@ -13,7 +13,17 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
-from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, NORMAL, RADEMACHER
+from .types import (
+    CODE_DTYPES,
+    DTYPE_CODES,
+    FROZEN,
+    Emit,
+    GroupScalars,
+    Program,
+    Term,
+    Update,
+    encode_program,
+)
 
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
@@ -134,35 +144,18 @@ def materialize(
             updates, update_groups = updates[:0], update_groups[:0]
 
 
-def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, **program: torch.Tensor) -> None:
+def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, program: Program) -> None:
     """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
     code = DTYPE_CODES[w.dtype]
     segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code]], dtype=torch.int64)
-    outs = [w] * len(program["emits"])
-    materialize(w, segments, seed, **program, outs=outs, write_back=len(program["updates"]) > 0)
+    materialize(w, segments, seed, *program, outs=[w] * program.num_emits, write_back=program.num_updates > 0)
 
 
 def perturb_(
     w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
 ) -> None:
-    _in_place(
-        w,
-        seed,
-        param,
-        offset,
-        terms=_tensor([[family, step, probe, 0]]),
-        coefs=_tensor([scale], dtype=torch.float32),
-        updates=_tensor([], dtype=torch.int64).view(0, 3),
-        update_groups=_tensor([]).view(0, 1, 4),
-        emits=_tensor([[0, 1]]),
-        emit_scales=_tensor([[1.0]]),
-    )
-
-
-def restore_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    perturb_(w, -scale, seed, step, param, probe, offset, family)
+    emit = Emit((Term(family, step, probe, 0, scale),), (1.0,))
+    _in_place(w, seed, param, offset, encode_program([], [emit], 1))
 
 
 def update_(
@@ -177,18 +170,8 @@ def update_(
     offset: int,
     family: int,
 ) -> None:
-    _in_place(
-        w,
-        seed,
-        param,
-        offset,
-        terms=_tensor([[family, step, probe, 0]]),
-        coefs=_tensor([coef], dtype=torch.float32),
-        updates=_tensor([[step, 0, 1]]),
-        update_groups=_tensor([[[lr, weight_decay, 1.0, 1.0]]], dtype=torch.float32),
-        emits=_tensor([], dtype=torch.int64).view(0, 2),
-        emit_scales=_tensor([]).view(0, 1),
-    )
+    update = Update(step, (GroupScalars(lr, weight_decay),), (Term(family, step, probe, 0, coef),))
+    _in_place(w, seed, param, offset, encode_program([update], [], 1))
 
 
 def embedding(
@@ -242,19 +225,3 @@ def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offs
             TILE=_TILE,
             enable_fp_fusion=False,
         )
-
-
-def normal(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    out = torch.empty(numel, dtype=dtype, device=device)
-    noise_(out, seed, step, param, probe, offset, NORMAL)
-    return out
-
-
-def rademacher(
-    numel: int, seed: int, step: int, param: int, probe: int, offset: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    out = torch.empty(numel, dtype=dtype, device=device)
-    noise_(out, seed, step, param, probe, offset, RADEMACHER)
-    return out

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 # Before transformers is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is, here and in the processes that tests start: a second thread only spins beside such small tensors, and
+# a forward's last bits depend on how many there are. Tests of threads set their own number.
+os.environ["OMP_NUM_THREADS"] = "1"
 # For the processes that tests start; what pytest itself imports from is in pyproject.toml.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
@@ -37,12 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """Takes back a number of threads that a test leaves: a forward's last bits depend on it."""
-    threads = torch.get_num_threads()
+def one_thread() -> Iterator[None]:
+    """Takes back a number of threads that a test leaves."""
     yield
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

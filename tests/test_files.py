@@ -32,7 +32,7 @@ def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    for call in (lambda: files.sync_directory(tmp_path), lambda: files.write_whole(tmp_path / "x", b"")):
+    for call in (lambda: files.sync(tmp_path), lambda: files.write_whole(tmp_path / "x", b"")):
         with pytest.raises(OSError, match=str(tmp_path)) as caught:
             call()
         assert caught.value.errno == errno.EIO

@@ -100,6 +100,16 @@ py::dict file_stats(const PyBlockFile& self) {
     return result;
 }
 
+struct PyRangeFiles {
+    std::shared_ptr<RangeFiles> files;
+    RangeFiles& get() const { return *shared(); }
+    std::shared_ptr<RangeFiles> shared() const {
+        if (!files)
+            throw std::runtime_error("range files: are closed");
+        return files;
+    }
+};
+
 struct OpenEngines {
     std::mutex mutex;
     std::vector<std::weak_ptr<CopyEngine>> engines;
@@ -317,7 +327,69 @@ syncs: since it was opened.)")
              "Closes the file, and removes its name with unlink=True. An engine that uses the file keeps it open.");
 }
 
-// Two constructors differ in their source.
+void register_ranges(py::module_& module) {
+    using Row = std::tuple<size_t, size_t, size_t, size_t>;
+    py::class_<PyRangeFiles>(module, "RangeFiles",
+                             R"(Blocks that are ranges of files as they lie there, which are only read.
+
+So a frozen model streams from its checkpoint's own files. Files are read with O_DIRECT where their file
+system allows that, through a buffer of 1 MiB a thread.
+
+Args:
+    paths: of the files.
+    sizes: bytes of each block.
+    ranges: for each block, in the order of their places, (index of the file, offset in it, bytes, place in
+        the block). What is between them is zeros.
+    direct: True demands O_DIRECT, False does without, None tries it and falls back
+        (stats()["direct_fallback"]).
+
+Raises:
+    ValueError: a range does not fit its block, or names no file.
+    RuntimeError: names a file that cannot be opened, or that is shorter than its ranges.)")
+        .def(py::init([](std::vector<std::string> paths, std::vector<size_t> sizes,
+                         const std::vector<std::vector<Row>>& ranges, std::optional<bool> direct) {
+                 std::vector<std::vector<FileRange>> blocks(ranges.size());
+                 for (size_t i = 0; i < ranges.size(); ++i)
+                     for (const auto& [file, offset, num_bytes, place] : ranges[i])
+                         blocks[i].push_back({file, offset, num_bytes, place});
+                 const py::gil_scoped_release unlocked;
+                 return PyRangeFiles{
+                     std::make_shared<RangeFiles>(std::move(paths), std::move(sizes), std::move(blocks), direct)};
+             }),
+             py::arg("paths"), py::arg("sizes"), py::arg("ranges"), py::arg("direct") = py::none())
+        .def(
+            "__len__", [](const PyRangeFiles& self) { return self.get().block_bytes().size(); },
+            "The number of blocks.")
+        .def(
+            "read",
+            [](const PyRangeFiles& self, size_t block, uintptr_t address, size_t nbytes, size_t offset) {
+                self.get().read(block, reinterpret_cast<void*>(address), nbytes, offset);
+            },
+            py::arg("block"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0, Unlocked(),
+            R"(Reads bytes [offset, offset + nbytes) of a block to memory at `address`, of any alignment.
+
+Raises IndexError for a range outside the block, RuntimeError for a failed read.)")
+        .def(
+            "stats",
+            [](const PyRangeFiles& self) {
+                const RangeFiles::Stats stats = self.get().stats();
+                py::dict result;
+                result["direct"] = stats.direct;
+                result["direct_fallback"] = stats.fallback;
+                result["bytes_used"] = stats.bytes_used;
+                result["bytes_read"] = stats.bytes_read;
+                return result;
+            },
+            R"(What the files give.
+
+direct, direct_fallback: whether O_DIRECT is in use for all of them, and why not; bytes_used: of the blocks;
+bytes_read: since they were opened.)")
+        .def(
+            "close", [](PyRangeFiles& self) { self.files.reset(); }, Unlocked(),
+            "Closes the files. An engine that uses them keeps them open.");
+}
+
+// Three constructors differ in their source.
 template <class Source, class Make>
 auto engine_init(Make make) {
     return py::init([make](const std::string& device, const Source& source,
@@ -339,9 +411,15 @@ void register_engine(py::module_& module) {
         return std::make_shared<CopyEngine>(std::move(device), file.shared(), std::move(slots), slot_bytes, staging,
                                             DiskOptions{}, stream);
     };
+    const auto over_ranges = [](auto device, const auto& source, auto slots, size_t slot_bytes, const auto& staging,
+                                Stream stream) {
+        const auto& [file, ranges] = source;
+        return std::make_shared<CopyEngine>(std::move(device), file ? file->shared() : nullptr, std::move(slots),
+                                            slot_bytes, staging, DiskOptions{}, stream, ranges.shared());
+    };
     py::class_<CopyEngine, std::shared_ptr<CopyEngine>>(module, "CopyEngine", R"(Brings blocks to slots and back.
 
-A block comes from a HostPool or a BlockFile into a slot: memory of the caller's on `device`. acquire()
+A block comes from a HostPool or from files into a slot: memory of the caller's on `device`. acquire()
 gives the block's slot; release() ends the use and, if the block was changed, stores it. On a CPU the
 calling thread is the stream, and calls wait. On CUDA nothing but flush() waits: `stream`, a handle such as
 torch.cuda.current_stream().cuda_stream, waits in the host's place. The first transfer that fails is raised
@@ -349,7 +427,9 @@ torch.cuda.current_stream().cuda_stream, waits in the host's place. The first tr
 
 Args:
     device: "cpu", "cuda" or "cuda:N".
-    source: where the blocks are. It may be closed afterwards; the engine keeps what it needs.
+    source: where the blocks are: a HostPool, a BlockFile, or a pair of a BlockFile or None and RangeFiles,
+        whose blocks follow those of the first and are never released dirty. It may be closed afterwards; the
+        engine keeps what it needs.
     slot_addresses: addresses on `device`, at least two, which must stay valid until close(). For a CPU over
         a file they must be multiples of 4096 (aligned_buffer).
     slot_bytes: bytes of a slot, at least those of the largest block.
@@ -363,6 +443,9 @@ Raises:
              py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(), py::arg("stream") = 0)
         .def(engine_init<PyBlockFile>(over_file), py::arg("device"), py::arg("source").none(false),
              py::arg("slot_addresses"), py::arg("slot_bytes"), py::arg("staging") = py::none(), py::arg("stream") = 0)
+        .def(engine_init<std::pair<std::optional<PyBlockFile>, PyRangeFiles>>(over_ranges), py::arg("device"),
+             py::arg("source").none(false), py::arg("slot_addresses"), py::arg("slot_bytes"),
+             py::arg("staging") = py::none(), py::arg("stream") = 0)
         .def("prefetch", &CopyEngine::prefetch, py::arg("block"), Unlocked(),
              R"(Starts an upload of the block, unless it is present or on its way.
 
@@ -424,6 +507,7 @@ Later calls that move blocks raise RuntimeError.)");
 void register_runtime(py::module_& module) {
     distzo2::register_pool(module);
     distzo2::register_file(module);
+    distzo2::register_ranges(module);
     distzo2::register_engine(module);
     module.def(
         "aligned_buffer", &distzo2::aligned_buffer, py::arg("nbytes"),

@@ -1,4 +1,4 @@
-"""Crash-safe file operations, each in one place: write all bytes, sync a directory, lock, write a whole file or none.
+"""Crash-safe file operations, each in one place: write all bytes, sync, lock, write a whole file or none.
 
 Every OSError that leaves this module names the file.
 """
@@ -23,10 +23,10 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int
         offset += num_bytes
 
 
-def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Makes the names in a directory durable: those that were created, renamed and removed."""
+def sync(path: str | os.PathLike[str]) -> None:
+    """Makes a file durable, or the names in a directory: those that were created, renamed and removed."""
     with _naming(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
@@ -55,7 +55,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_directory(os.path.dirname(os.path.abspath(path)))
+    sync(os.path.dirname(os.path.abspath(path)))
 
 
 def lock(path: str | os.PathLike[str], flags: int = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hostile_files import refused
 from safetensors.torch import save_file
+from same_bits import same_bits
 
 from distzo2.checkpoint import reading
 from distzo2.checkpoint.layout import Layout
@@ -73,50 +74,30 @@ def how(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     return request.param
 
 
-def read_all(files: CheckpointFiles, jobs: list[tuple[Layout, torch.Tensor]]) -> None:
-    with ParallelReader(3) as reader:
-        ranges = (r for where, out in jobs for piece in where.pieces for r in files.ranges_of(piece, out.view(-1)))
-        reader.finish(reader.start(ranges))
-
-
 def test_every_tensor_has_its_bits(tmp_path: Path, how: str) -> None:
     files = CheckpointFiles(tmp_path)
     (tmp_path / "again").mkdir()
-    tensors = make_files(tmp_path / "again")
     number = {entry.name: i for i, entry in enumerate(files.entries)}
-    jobs, expected = [], []
-    for name, tensor in tensors.items():
+    jobs: list[tuple[Layout, torch.Tensor, torch.Tensor]] = []  # where, into what, and what is expected
+
+    def add(where: Layout, expected: torch.Tensor) -> None:
+        jobs.append((where, torch.full(expected.shape, 1, dtype=expected.dtype), expected))
+
+    for name, tensor in make_files(tmp_path / "again").items():
         leaf = Layout.leaf(number[name], tensor.shape)
-        jobs.append((leaf, torch.full_like(tensor, 1)))
-        expected.append(tensor)
-        if tensor.dim() == 2:  # transposed, sliced, and in another dtype: what is rearranged
-            jobs.append(
-                (
-                    leaf.strided(tensor.t().shape, tensor.t().stride(), 0),
-                    torch.full(tuple(tensor.shape[::-1]), 1, dtype=tensor.dtype),
-                )
-            )
-            expected.append(tensor.t())
-            jobs.append(
-                (
-                    leaf.strided(tensor.t().shape, tensor.t().stride(), 0),
-                    torch.full(tuple(tensor.shape[::-1]), 1, dtype=torch.float16),
-                )
-            )
-            expected.append(tensor.t().half())
+        add(leaf, tensor)
+        if tensor.dim() == 2:  # transposed, in another dtype too, and sliced: what is rearranged
+            turned, cols = leaf.strided(tensor.t().shape, tensor.t().stride(), 0), tensor.shape[1]
+            add(turned, tensor.t())
+            add(turned, tensor.t().half())
             if len(tensor) > 3:
-                jobs.append(
-                    (
-                        leaf.flat(tensor.shape[1], 3 * tensor.shape[1]),
-                        torch.full((3, tensor.shape[1]), 1, dtype=tensor.dtype),
-                    )
-                )
-                expected.append(tensor[1:4])
+                add(leaf.flat(cols, 3 * cols), tensor[1:4])
     assert (files.files[0].direct is not None) == (how == "direct")
-    read_all(files, jobs)
-    for (_, out), tensor in zip(jobs, expected, strict=True):
-        assert out.shape == tensor.shape
-        assert torch.equal(out.flatten().view(torch.uint8), tensor.contiguous().flatten().view(torch.uint8))
+    with ParallelReader(3) as reader:
+        ranges = (r for where, out, _ in jobs for piece in where.pieces for r in files.ranges_of(piece, out.view(-1)))
+        reader.finish(reader.start(ranges))
+    for _, out, expected in jobs:
+        assert same_bits(out, expected)
     files.close()
 
 

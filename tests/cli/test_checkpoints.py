@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from checkpoint_models import edit_config, rewrite, stored
+from checkpoint_models import edit_config
 from cli_runs import assert_same_bits, finetune, make_files, one_line
 
 from distzo2.cli.main import main
@@ -41,20 +40,11 @@ def adapter(model: Path) -> None:
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/7b", "peft_type": "LORA"}))
 
 
-def wrap(model: Path) -> None:
-    torch.save({"epoch": 1, "model_state": stored(model)}, model / "pytorch_model.bin")
-    (model / "model.safetensors").unlink()
-
-
-BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {
+BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {  # and tests/checkpoint has the others
     "adapter": (adapter, "for the base model 'acme/7b'"),
-    "wrapped": (wrap, "save torch.load(file)['model_state'] alone"),
-    "prefixed": (lambda model: rewrite(model, lambda t: {"module." + n: v for n, v in t.items()}), "strip 'module.'"),
-    "packed": (
-        lambda model: rewrite(model, lambda t: {n: v.to(torch.int8) if v.dim() == 2 else v for n, v in t.items()}),
-        "the weights are packed or scaled",
-    ),
-    "quantized": (lambda model: edit_config(model, text_config={"quantization_config": {"a": 1}}), "quantized weights"),
+    "gone": (shutil.rmtree, "model: expected a checkpoint directory"),
+    "without weights": (lambda model: (model / "model.safetensors").unlink(), "directory with model.safetensors"),
+    "without a tokenizer": (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
 }
 
 
@@ -69,5 +59,4 @@ def test_what_cannot_be_read_is_one_line(files, case: str, capsys: pytest.Captur
         lambda: main(["generate", f"--model={files.model}", "--prompt=a b", "--max-new-tokens=2"]),
     ):
         assert run() not in (0, None)
-        assert message in one_line(capsys)
-        shutil.rmtree("out", ignore_errors=True)
+        assert message in one_line(capsys) and not Path("out").exists()

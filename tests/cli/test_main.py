@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
+import kill_cases
 import pytest
 from cli_runs import STEPS, assert_same_bits, finetune, one_line, record, resume
 from tiny_text import choice_lines, write_jsonl
@@ -79,30 +77,20 @@ def test_a_run_continues(files, capsys) -> None:
     assert "the training file is not the one" in one_line(capsys)
 
 
-@pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
-)
-def test_interrupted_at_any_time(files, signum: int, status: int) -> None:
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_at_any_time(files, tmp_path: Path, signum: int, status: int) -> None:
+    """SIGKILL: tests/faults."""
     options = ["--steps=1000000", "--weights=disk", "--lr=1e-4"]
-    command = [sys.executable, "-m", "distzo2", "finetune", f"--model={files.model}", f"--train={files.train}"]
-    process = subprocess.Popen(
-        [*command, "--out=out", *STEPS, *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the test run may ignore it
-    )
+    command = ["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", *STEPS, *options]
     journal = Path("out/journal.jsonl")
-    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
-        time.sleep(0.005)
-    process.send_signal(signum)
-    try:
-        _, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == status, stderr
-    if signum != signal.SIGKILL:
-        assert "steps are in the journal; continue with distzo2 finetune --resume --out out" in stderr
-        assert stderr.count("\n") == 1 and "Traceback" not in stderr
+
+    def has_begun() -> bool:
+        return journal.exists() and journal.read_bytes().count(b"\n") > 3
+
+    ended = kill_cases.run(tmp_path, command, 0.0, has_begun, signum=signum)
+    assert ended.status == status, ended.text
+    assert "steps are in the journal; continue with distzo2 finetune --resume --out out" in ended.text
+    assert ended.text.count("\n") == 1 and "Traceback" not in ended.text
     made = len(read_journal(journal).entries)
     assert made >= 3
 
@@ -124,17 +112,20 @@ def test_interrupted_before_the_first_step(files, capsys, monkeypatch: pytest.Mo
     assert not Path("out").exists()
 
 
-def test_streams_that_are_not_as_usual(files) -> None:
+def test_streams_that_are_not_as_usual(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Input that is no text, and an output whose encoding lacks most characters."""
-    command = [sys.executable, "-m", "distzo2", "generate", f"--model={files.model}", "--max-new-tokens=5"]
+    command = ["generate", f"--model={files.model}", "--max-new-tokens=5"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"cat \xff"), encoding="utf-8"))
+    assert main(command) == 1
+    assert one_line(capsys).startswith("distzo2: error: 'utf-8' codec can't decode byte")
 
-    def generate(*options: str, encoding: str, **more: Any) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONIOENCODING": encoding}
-        return subprocess.run([*command, *options], env=environment, capture_output=True, check=False, **more)
+    def generated(encoding: str) -> bytes:
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            assert main([*command, "--prompt=the cat"]) == 0
+        return out.buffer.getvalue()
 
-    no_text = generate(encoding="utf-8:strict", input=b"cat \xff")
-    assert no_text.returncode == 1 and no_text.stderr.startswith(b"distzo2: error: 'utf-8' codec can't decode byte")
-    usual, escaped = (generate("--prompt=the cat", encoding=encoding) for encoding in ("utf-8", "ascii"))
-    assert (usual.returncode, escaped.returncode) == (0, 0)
-    assert not usual.stdout.isascii()
-    assert escaped.stdout == usual.stdout.decode().encode("ascii", "backslashreplace")
+    usual = generated("utf-8")
+    assert not usual.isascii()
+    assert generated("ascii") == usual.decode().encode("ascii", "backslashreplace")

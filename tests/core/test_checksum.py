@@ -44,6 +44,7 @@ def test_golden(backend: str) -> None:
 
 @needs_native
 def test_native_over_threads() -> None:
+    torch.set_num_threads(2)
     data = torch.randint(0, 256, (10_000_019,), dtype=torch.uint8)
     assert checksum([data], backend="native") == checksum([data], backend="reference")
 

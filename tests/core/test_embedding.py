@@ -32,6 +32,7 @@ def test_rows_of_the_perturbed_table(backend: str, seed: int, dtype: torch.dtype
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_ids_on_many_threads(dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
     table = torch.randn(300, 257).to(dtype)
     ids = torch.randint(0, 300, (7, 11, 13))
     got = distzo2_core.embedding(table, ids, 1e-2, **PLACE)

@@ -201,11 +201,12 @@ def test_update_of_16_bits_is_unbiased(backend: str, dtype: torch.dtype) -> None
 
 @needs_native
 def test_bf16_learns_small_steps_only_with_stochastic_rounding() -> None:
-    """1000 updates, eta 1e-7, |g| about 10, weights of about 0.02: the slope of the bf16 change on the float32 change.
+    """Many updates, eta 1e-7, |g| about 10, weights of about 0.02: the slope of the bf16 change on the float32 change.
 
-    It is 1 where the 16-bit weights follow; rounding to nearest loses all steps below half a spacing.
+    It is 1 where the 16-bit weights follow, with an error of 11 / sqrt(numel) whatever the number of updates, of which
+    each is 1/120 of a spacing. Rounding to nearest loses all steps below half a spacing.
     """
-    numel, num_updates, lr = 1 << 20, 1000, 1e-7
+    numel, num_updates, lr = 1 << 20, 100, 1e-7
     generator = torch.Generator().manual_seed(3)
     start = (torch.randn(numel, generator=generator) * 0.02).bfloat16()
     coefs = (torch.randn(num_updates, generator=generator) * 10).tolist()

@@ -66,8 +66,7 @@ def test_fake_kernels() -> None:
     assert ops.materialize(*on_meta.values()) is None
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(("backend", "requires_grad"), [("eager", False), ("aot_eager", False), ("aot_eager", True)])
 def test_compile(backend: str, requires_grad: bool) -> None:
     """One graph of every op has the bits of eager calls, in its results and in what it changes, for numbers that change
     from call to call, as rates and coefficients do."""

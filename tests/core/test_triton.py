@@ -70,7 +70,7 @@ def check_ptx() -> None:
 
     from distzo2_core import triton_kernels
 
-    for capability, code, out_code in ((80, 1, 1), (90, 0, 1), (90, 2, 2), (90, 1, 0)):
+    for capability, code, out_code in ((80, 1, 1), (90, 0, 1)):  # tests/ptx executes all of sm_90
         constants = {"CODE": code, "OUT_CODE": out_code, "MOVED": code != out_code}
         constants |= {"WRITE_BACK": True, "NUM_EMITS": 2, "TILE": 1024}
         signature = {"weights": "*i16" if code else "*i32"}

@@ -103,6 +103,18 @@ def test_scored_tokens_and_scores_are_those_of_a_plain_loop(task: str, bos: bool
         assert evaluated[2] == float(int(plain.argmax()) in row.right)
 
 
+def test_one_option_is_the_answer(model) -> None:
+    """As of a passage with one entity, beside others."""
+    task = find_task("record")
+    data = [task.ask(r | more, "row") for r, more in zip(rows("record", 2), ({}, {"entities": ["Home"]}), strict=True)]
+    for order in (data, data[::-1]):
+        batch = (objective := Objective(model, "choices", pad_id=0)).batch(reader("record").asked(order))
+        with torch.no_grad():
+            loss, count, hits, answers = objective.evaluation(batch)().tolist()
+            alone = objective.evaluation(objective.batch(reader("record").asked(data[:1])))().tolist()
+        assert (count, answers, hits) == (2, 2, 1 + alone[2]) and loss == pytest.approx(alone[0], rel=1e-5)
+
+
 @torch.no_grad()
 def plain_scores(model, texts: list[tuple[list[int], int]]) -> torch.Tensor:
     """float32 [options]: the mean log-likelihood of the last tokens of each text, which are read in one batch."""
@@ -141,7 +153,7 @@ def test_which_loss() -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_a_text_that_is_too_long_loses_its_beginning(bos: bool) -> None:
+def test_a_text_that_is_too_long_loses_its_beginning(bos: bool, caplog) -> None:
     """Each by itself: a longer option has less of the prompt before it. The token at the start stays."""
     limit = 16
 
@@ -158,6 +170,8 @@ def test_a_text_that_is_too_long_loses_its_beginning(bos: bool) -> None:
     assert learned.tokens.tolist() == cut(encoded(squad.prompt + squad.completion, bos), 5)
     (question,) = reader("squad", bos=bos, limit=limit, max_new_tokens=5).questions([squad])
     assert question.tokens == cut(encoded(squad.prompt, bos), 5) and question.answers == squad.answers
+    cuts = "texts longer than 16 tokens lose their beginning, demonstrations first (1 of them)"
+    assert caplog.messages == [f"task {task}: {cuts}" for task in ("copa", "squad", "squad")]
     with pytest.raises(DataError, match=r"row 1: .* tokens, the limit is 16"):
         reader("copa", bos=bos, limit=limit, truncate="error").asked([row])
 
@@ -210,6 +224,10 @@ def test_what_does_not_go_together() -> None:
         reader("sst2", truncate="right")
     with pytest.raises(UsageError, match="a causal language model was expected, T5 is not one"):
         TaskReader(find_task("sst2"), TOKENIZERS[False], kind=ModelKind("encoder-decoder", "T5"))
-    empty = Task(name="t", prompt="{x} a", options=[" b", " "], label="l").ask({"x": "c", "l": 0}, "row 7")
-    with pytest.raises(DataError, match="row 7: option 1 has no token that another predicts"):
-        TaskReader(find_task("sst2"), TOKENIZERS[False], kind=CAUSAL).asked([empty])
+    for option, reason in (
+        (" ", "option 1 has no token that another predicts"),
+        (" b ", "choices 0 and 1 are the same"),
+    ):
+        row = Task(name="t", prompt="{x} a", options=[" b", option], label="l").ask({"x": "c", "l": 0}, "row 7")
+        with pytest.raises(DataError, match=f"row 7: {reason}"):
+            reader("sst2").asked([row])

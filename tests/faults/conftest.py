@@ -8,19 +8,14 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from cli_runs import make_files
 from fault_forms import arguments
 from shimmed_runs import ShimmedRuns, build_shim
-from tiny_text import choice_lines, make_checkpoint, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("faults")
-    return SimpleNamespace(
-        model=make_checkpoint(root / "model", layers=2),
-        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
-        eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
-    )
+    return make_files(tmp_path_factory.mktemp("faults"), layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny_kinds import make
+from tiny_peft import adapted
 from tiny_text import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -108,11 +109,32 @@ def test_an_encoder_decoder(name: str, tmp_path: Path) -> None:
     distzo2.runtime_of(model).close()
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_prompts_of_peft(name: str) -> None:
+    """A prompt stands at the text and not before the padding, whatever shares its batch."""
+    plain, rows = adapted(name), [[5, 6, 7], list(range(1, 11)), [40, 41, 42], [43, 44, 45, 46]]
+    for p in plain.parameters():
+        p.data.mul_(4)
+    plain.peft_config["default"].inference_mode = False
+    expected = []
+    with torch.no_grad():
+        for row in rows:
+            tokens = list(row)
+            for _ in range(6):
+                tokens.append(int(plain(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+            expected.append(tokens[len(row) :])
+    model = distzo2.offload(plain, weights="host")
+    model.generation_config.eos_token_id = None
+    assert [made.tokens for made in distzo2.generate_batch(model, rows, max_new_tokens=6)] == expected
+
+
 def test_what_generates_nothing(tmp_path: Path) -> None:
     with pytest.raises(DistZO2Error, match="Linear generates no text"):
         distzo2.generate_batch(torch.nn.Linear(1, 1), [[1]])
     model = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "m"))
     with pytest.raises(UsageError, match="needs tokenizer= for texts and stop strings"):
         distzo2.generate_batch(model, [[1]], stop=["\n"])
+    with pytest.raises(UsageError, match="one text for each, and stop strings need num_beams=1"):
+        distzo2.generate_batch(model, [[1]], tokenizer=make_tokenizer(), stop=["a"], num_beams=2)
     with pytest.raises(DistZO2Error, match="has no tokens"):
         distzo2.generate_batch(model, [[1], []])

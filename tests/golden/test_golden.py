@@ -25,11 +25,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +41,6 @@ from distzo2.cli.main import main
 HERE = Path(__file__).parent
 NAMES = ("host", "disk", "snapshots", "chain", "ranks", "bf16")
 FIELDS = ("step", "groups", "terms", "eps", "losses", "skipped", "tokens")  # of a journal's line; not its seconds
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The runs compute on one thread, in this process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def golden_of(name: str) -> dict[str, Any]:
@@ -104,8 +94,7 @@ def test_resumed_it_ends_as_its_twin(name: str, tmp_path: Path) -> None:
     else:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={golden['num_ranks']}"]
         mesh = ["--parallel=pert=2,data=1", "--slice=on"]  # not taken from run.json: a run may change its ranks
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *torchrun, "-m", "distzo2", *resume, *mesh], env=environment, check=True)
+        subprocess.run([sys.executable, *torchrun, "-m", "distzo2", *resume, *mesh], check=True)
 
     steps, tensors = steps_of(run / "journal.jsonl"), tensors_of(run / "checkpoint")
     assert steps[: len(done)] == done

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from same_bits import assert_same_tensors
 from torch import nn
 
 from distzo2.checkpoint.mapping import CheckpointMap, persistent_buffers
@@ -86,10 +87,7 @@ def assert_reads_as(checkpoint: CheckpointMap, expected: nn.Module) -> None:
 
 
 def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
-    ours, theirs = model.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+    assert_same_tensors(model.state_dict(), expected.state_dict())
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:

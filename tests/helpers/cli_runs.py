@@ -19,9 +19,9 @@ from distzo2.record.journal import read_journal
 STEPS = ["--steps=4", "--batch-size=4", "--lr=1e-3", "--quiet"]
 
 
-def make_files(root: Path) -> SimpleNamespace:
+def make_files(root: Path, layers: int = 5) -> SimpleNamespace:
     return SimpleNamespace(
-        model=make_checkpoint(root / "model", layers=5),
+        model=make_checkpoint(root / "model", layers=layers),
         train=write_jsonl(root / "train.jsonl", choice_lines(20)),
         eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
     )

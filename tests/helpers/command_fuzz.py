@@ -168,12 +168,8 @@ def main() -> None:
     make_checkpoint(root / "model", layers=2)
     write_jsonl(root / "train.jsonl", choice_lines(12))
     write_jsonl(root / "eval.jsonl", choice_lines(4))
-    import torch
-    import transformers  # noqa: F401  (the processes share what is imported)
+    import preloaded  # noqa: F401
 
-    import distzo2.run.train  # noqa: F401
-
-    torch.set_num_threads(1)
     statuses: collections.Counter[str] = collections.Counter()
     for number in range(first, first + count):
         work = root / f"example-{number}"

@@ -17,18 +17,14 @@ def forward_bits(model: Path, inputs: list[dict[str, Any]]) -> str:
         model: directory of a checkpoint.
         inputs: for each forward pass its arguments, tensors as nested lists.
     """
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-        digest = hashlib.sha256()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for arguments in inputs:
-                logits = network(**{name: torch.tensor(value) for name, value in arguments.items()}).logits.float()
-                digest.update(logits.numpy().tobytes())
-                digest.update(logits.logsumexp(-1).numpy().tobytes())
-            torch.manual_seed(1)
-            digest.update(torch.nn.functional.dropout(torch.ones(1000), 0.1).numpy().tobytes())
-        return digest.hexdigest()
-    finally:
-        torch.set_num_threads(threads)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    digest = hashlib.sha256()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for arguments in inputs:
+            logits = network(**{name: torch.tensor(value) for name, value in arguments.items()}).logits.float()
+            digest.update(logits.numpy().tobytes())
+            digest.update(logits.logsumexp(-1).numpy().tobytes())
+        torch.manual_seed(1)
+        digest.update(torch.nn.functional.dropout(torch.ones(1000), 0.1).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,12 +1,9 @@
-"""Steps, headers and journals that tests write, and python beside them."""
+"""Steps, headers and journals that tests write."""
 
 from __future__ import annotations
 
 import math
 import struct
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +109,3 @@ def bits(entry: StepEntry) -> Any:
         return value
 
     return walk(list(vars(entry).values()))
-
-
-def start_python(script: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], text=True, **options)
-
-
-def run_python(script: str) -> subprocess.CompletedProcess[str]:
-    with start_python(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        out, err = child.communicate(timeout=120)
-    return subprocess.CompletedProcess(child.args, child.returncode, out, err)

@@ -71,12 +71,16 @@ def optimizer(model: nn.Module, **options: Any) -> distzo2.ZOSGD:
     return distzo2.ZOSGD(model, **{"lr": 1e-2, "eps": 1e-3, "seed": 11, **options})
 
 
+def joined(shape: tuple[int, int] | None, **options: Any) -> Any:
+    """A mesh of `shape`; None: no mesh at all."""
+    return None if shape is None else mesh_of(*shape, **options)
+
+
 def started(
     rank: int, directory: Path, shape: Any, *, weights: str = "disk", slices: bool = False, limit=LIMIT, **options: Any
 ) -> tuple[nn.Module, distzo2.ZOSGD]:
     """A tower and its optimizer, on a mesh of `shape`; None: without one."""
-    if shape is not None:
-        mesh_of(*shape, slice=slices, limit=limit)
+    joined(shape, slice=slices, limit=limit)
     model = tower(weights, directory / f"rank{rank}")
     return model, optimizer(model, **options)
 
@@ -105,8 +109,7 @@ def train(
     **options: Any,
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
-    if shape is not None:
-        mesh_of(*shape, slice=slices)
+    joined(shape, slice=slices)
     model = tower(weights, directory / f"rank{rank}", dtype, device=device, compute_dtype=compute)
     if journal is not None:
         options |= {"journal": directory / journal, "resume": resume}
@@ -143,8 +146,7 @@ def half_used(
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Steps that enter the second half of the blocks on even steps only, and the last block never; closures return
     sums and counts, or, where the step's count is `known`, sums. As `train`."""
-    if shape is not None:
-        mesh_of(*shape, slice=slices)
+    joined(shape, slice=slices)
     model = tower(weights, directory / f"rank{rank}", write_every=2)
     if journal is not None:
         options["journal"] = directory / journal

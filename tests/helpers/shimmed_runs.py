@@ -42,7 +42,7 @@ class ShimmedRuns:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "LD_PRELOAD": str(shim)},
             text=True,
         )
 
@@ -76,10 +76,7 @@ class ShimmedRuns:
 
 
 def _serve() -> None:
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import distzo2.optim.shared_step
-    import distzo2.run.train  # noqa: F401
+    import preloaded  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -17,7 +17,7 @@ import parallel_cases as cases
 import torch
 import torch.distributed as dist
 from block_models import IDS, Blocks, adapted
-from parallel_cases import Tower, batch, closures_of, optimizer, started, state_of, tower
+from parallel_cases import Tower, batch, closures_of, joined, optimizer, started, state_of, tower
 from parallel_ranks import mesh_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,15 +47,23 @@ def train_with(rank: int, world_size: int, shape: tuple[int, int], directory: Pa
         cases.tower, slice_choice.Slicing = tower, slicing
 
 
-def frozen(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
+def frozen(
+    rank: int,
+    world_size: int,
+    directory: Path,
+    shape: tuple[int, int] | None,
+    dtype: torch.dtype = torch.float32,
+    computed: torch.dtype | None = None,
+    every: int = 1,
+) -> Any:
     """Some parameters of each block are frozen."""
-    if shape is not None:
-        mesh_of(*shape, slice=True)
-    model = Tower()
+    joined(shape, slice=True)
+    model = Tower(dtype)
     for i, block in enumerate(model.blocks):
         block[0].bias.requires_grad_(i % 2 == 0)
     model.blocks[3].requires_grad_(False)
-    distzo2.offload(model, weights="disk", directory=directory / f"rank{rank}", train=True)
+    options = {"weights": "disk", "directory": directory / f"rank{rank}", "compute_dtype": computed}
+    distzo2.offload(model, **options, write_every=every, train=True)
     opt = optimizer(model)
     for step in range(4):
         opt.step(closures_of(model, step, 2))
@@ -66,8 +74,7 @@ def one_way(
     rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, computed: torch.dtype | None
 ) -> Any:
     """Adapters of a frozen base, which is read and never written."""
-    if shape is not None:
-        mesh_of(*shape, slice=True)
+    joined(shape, slice=True)
     model = adapted(torch.bfloat16, num_blocks=6)
     options = {"weights": "disk", "directory": directory / f"rank{rank}", "compute_dtype": computed}
     runtime = distzo2.runtime_of(distzo2.offload(model, **options))
@@ -94,27 +101,11 @@ class Tiny(nn.Module):
 
 
 def tiny(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
-    if shape is not None:
-        mesh_of(*shape, slice=True)
+    joined(shape, slice=True)
     model = distzo2.offload(Tiny(), weights="disk", directory=directory / f"rank{rank}")
     opt, x = distzo2.ZOSGD(model, lr=1e-2), torch.arange(8.0).reshape(2, 4)
     for _ in range(4):
         opt.step([lambda: model(x), lambda: model(x + 1)])
-    return [opt.last.losses, state_of(model)]
-
-
-def computed(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, every: int) -> Any:
-    """Stored in bfloat16 and computed in float32, some of it frozen."""
-    if shape is not None:
-        mesh_of(*shape, slice=True)
-    model = Tower().bfloat16()
-    model.blocks[1].requires_grad_(False)
-    model.blocks[2][0].bias.requires_grad_(False)
-    options = {"weights": "disk", "directory": directory / f"rank{rank}", "write_every": every}
-    distzo2.offload(model, **options, compute_dtype=torch.float32, train=True)
-    opt = optimizer(model)
-    for step in range(4):
-        opt.step(closures_of(model, step, 2))
     return [opt.last.losses, state_of(model)]
 
 
@@ -171,8 +162,7 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
 
 def with_reference(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
     """Closures call another model in slices too, and gather metrics as trainers do."""
-    if shape is not None:
-        mesh_of(*shape, slice=True)
+    joined(shape, slice=True)
     model = tower("disk", directory / f"rank{rank}")
     reference = Tower(seed=9).requires_grad_(False)
     distzo2.offload(reference, weights="disk", directory=directory / f"reference{rank}")

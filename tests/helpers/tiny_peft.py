@@ -29,6 +29,8 @@ CONFIGS = {
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **CAUSAL),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
 }
+# Of each the base in 16 bits, beside which an adapter is float32; and of two the base as the adapter.
+WITH_DTYPE = [(name, torch.bfloat16) for name in CONFIGS] + [("lora", torch.float32), ("lora_head", torch.float32)]
 
 
 def base_for(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`distzo2 finetune` on ranks: files, arguments, the run of one rank, and what ranks in kept processes run."""
+"""`distzo2 finetune` on ranks: arguments, the run of one rank, and what ranks in kept processes run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from cli_runs import weights
-from tiny_text import choice_lines, make_checkpoint, write_jsonl
-
 from distzo2.cli.main import main
-from distzo2.record.journal import read_journal
-from distzo2.run.metrics import read_metrics
-
-
-def make_files(root: Path) -> SimpleNamespace:
-    return SimpleNamespace(
-        root=root,
-        model=make_checkpoint(root / "model", layers=4),
-        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
-        eval=write_jsonl(root / "eval.jsonl", choice_lines(11)),
-    )
 
 
 def arguments(files: SimpleNamespace, steps: int, *more: str) -> list[str]:
@@ -37,35 +22,10 @@ def arguments(files: SimpleNamespace, steps: int, *more: str) -> list[str]:
 
 def run_alone(directory: Path, arguments: list[str]) -> Path:
     """The run of one rank."""
-    before, threads = os.getcwd(), torch.get_num_threads()
     directory.mkdir()
-    os.chdir(directory)
-    try:
+    with contextlib.chdir(directory):
         assert main(arguments) == 0
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
     return directory / "out"
-
-
-def assert_same_weights(checkpoint: Path, expected: Path) -> None:
-    ours, theirs = weights(checkpoint), weights(expected)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value.view(torch.uint8), theirs[name].view(torch.uint8)), name
-
-
-def assert_same_run(run: Path, expected: Path, num_steps: int) -> None:
-    ours, theirs = (read_journal(path / "journal.jsonl").entries for path in (run, expected))
-    assert len(ours) == num_steps
-    assert [(e.update, e.losses, e.tokens) for e in ours] == [(e.update, e.losses, e.tokens) for e in theirs]
-    evals = [
-        [(line["step"], line["loss"], line["accuracy"], line["tokens"]) for line in read_metrics(path / "metrics.jsonl")
-         if line["kind"] == "eval"]
-        for path in (run, expected)
-    ]  # fmt: skip
-    assert evals[0] == evals[1]
-    assert_same_weights(run / "checkpoint", expected / "checkpoint")
 
 
 def command(rank: int, world_size: int, directory: Path, arguments: list[str], trouble: str = "") -> dict[str, Any]:

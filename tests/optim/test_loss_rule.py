@@ -201,16 +201,19 @@ def test_a_micro_batch_may_have_no_losses() -> None:
     assert found[2].loss == pytest.approx(found[0].loss + 3.0 / 21, rel=1e-12)
 
 
-def test_an_estimator_gets_what_gives_the_right_mean() -> None:
-    class Noting(SPSA):
-        def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
-            given.update(losses)
-            return super().coefficients(losses, num_probes, eps)
+class Noting(SPSA):
+    """Keeps the losses that it is given."""
 
+    def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
+        self.given = dict(losses)
+        return super().coefficients(losses, num_probes, eps)
+
+
+def test_an_estimator_gets_what_gives_the_right_mean() -> None:
     for returns in (counted, mean):
-        given: dict[Any, np.ndarray] = {}
         model, opt = stepping(Blocks(), eps=EPS, estimator=Noting())
         opt.step(closures_of(model, returns))
+        given = opt.settings.estimator.given
         for row, key in zip(opt.last.losses, opt.last.evaluations, strict=True):
             weights = [b - a for a, b in CUTS] if returns is counted else None
             assert mean_loss(given[key]) == pytest.approx(np.average(row, weights=weights), rel=1e-14)
@@ -218,13 +221,6 @@ def test_an_estimator_gets_what_gives_the_right_mean() -> None:
 
 
 def test_sums_are_added_in_ascending_order_in_float64() -> None:
-    given: dict[Any, np.ndarray] = {}
-
-    class Noting(SPSA):
-        def coefficients(self, losses: Any, num_probes: int, eps: float) -> np.ndarray:
-            given.update(losses)
-            return super().coefficients(losses, num_probes, eps)
-
     model, opt = stepping(Blocks(), eps=EPS, estimator=Noting())
     sums, counts = [0.1, 1e16, -1e16, 0.7], [0.5, 2.0, 0.25, 3.0]
 
@@ -234,6 +230,7 @@ def test_sums_are_added_in_ascending_order_in_float64() -> None:
     opt.step([closure(m) for m in range(4)])
     expected = (((0.1 + 1e16) - 1e16) + 0.7) / 5.75
     assert expected != (0.7 - 1e16 + 1e16 + 0.1) / 5.75
+    given = opt.settings.estimator.given
     assert {key: value.tolist() for key, value in given.items()} == {(0, +1): [expected], (0, -1): [expected]}
     assert opt.last.counts == [counts] * 2
 
@@ -245,29 +242,6 @@ def test_a_sum_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
     opt.close()
     (entry,) = read_journal(tmp_path / "journal.jsonl").entries
     assert entry.skipped == "non-finite loss" and entry.counts == [[5.0, 16.0]]
-
-
-def test_the_journal_holds_means_and_counts(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    model, opt = stepping(Blocks(), journal=path)
-    for _ in range(3):
-        opt.step(closures_of(model))
-    record = opt.last
-    opt.close()
-    contents = read_journal(path)
-    assert contents.header["loss"] == "sum/count" and contents.header["compute_dtype"] == "float32"
-    entry = contents.entries[2]
-    assert entry.losses == record.losses
-    assert entry.counts * 2 == record.counts == [[5.0, 1.0, 8.0, 7.0]] * 2
-    assert entry.mean_loss == pytest.approx(record.loss, rel=1e-14)
-
-
-def test_a_hash_of_the_data_is_in_the_header(tmp_path: Path) -> None:
-    _, opt = stepping(Blocks(), journal=tmp_path / "journal.jsonl", data_hash="5" * 64)
-    opt.close()
-    assert read_journal(tmp_path / "journal.jsonl").header["data_hash"] == "5" * 64
-    with pytest.raises(distzo2.DistZO2Error, match="data_hash 'mine' is not a SHA-256"):
-        stepping(Blocks(), journal=tmp_path / "other.jsonl", data_hash="mine")
 
 
 def test_check_gives_the_mean() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import parallel_cases as cases
 import pytest
-import torch
 from parallel_ranks import Ranks
 
 
@@ -17,14 +16,6 @@ def ranks() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.close()
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

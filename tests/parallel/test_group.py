@@ -20,13 +20,12 @@ from parallel_ranks import Died, Ranks
 
 from distzo2.record.journal import read_journal
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+CASES = [(name, slices, torch.float32) for name in MESHES for slices in (False, True)]
+CASES += [(name, i % 2 == 1, torch.bfloat16) for i, name in enumerate(MESHES)]
 
 
 @pytest.mark.parametrize("steps", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("slices", [False, True])
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(("name", "slices", "dtype"), CASES)
 def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, slices, dtype, steps, tmp_path: Path):
     shape, lanes = MESHES[name]
     same = {"dtype": dtype, "steps": steps, **({"lr": 1e-3} if steps == 200 else {}), **lanes}
@@ -55,8 +54,11 @@ def test_a_mesh_that_computes_in_another_dtype(ranks: Ranks, alone: Any, name: s
     assert expected[0] != alone(dtype=torch.bfloat16)[0]
 
 
-@pytest.mark.parametrize("sharded", [True, "data"])
-@pytest.mark.parametrize(("shape", "slices"), [((1, 4), False), ((2, 2), False), ((2, 2), True)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "slices", "sharded"),
+    [((1, 4), False, True), ((2, 2), False, "data"), ((2, 2), True, True), ((2, 2), True, "data")],
+    ids=str,
+)
 def test_lists_of_the_ranks_own_closures(ranks: Ranks, alone: Any, shape, slices, sharded: Any, tmp_path: Path):
     run = functools.partial(cases.train, sharded=sharded, slices=slices, micro_batches=5)
     for result in ranks.values(run, 4, shape, tmp_path):
@@ -189,7 +191,7 @@ def test_lanes_of_ranks_that_enter_other_units(ranks: Ranks, slices: bool, tmp_p
 @pytest.mark.parametrize(
     ("shape", "lanes", "weights", "slices"),
     [((2, 2), 4, "device", False), ((4, 1), 4, "device", False), ((1, 2), 8, "device", False),
-     *((*mesh, weights, True) for mesh in (((2, 2), 4), ((1, 2), 8)) for weights in ("host", "disk"))],
+     ((2, 2), 4, "host", True), ((1, 2), 8, "disk", True)],
 )  # fmt: skip
 def test_traffic_is_scalars_and_slices_to_the_byte(ranks: Ranks, shape, lanes, weights, slices, tmp_path: Path):
     """`lanes` are those of the busiest rank."""

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import parallel_cases as cases
-import pytest
 import slice_cases
 import torch
 import torch.distributed as dist
@@ -17,8 +16,6 @@ from distzo2.parallel import node
 from distzo2.parallel.node import backend_of, shares_of
 from distzo2.parallel.slice_rounds import SliceExchange
 from distzo2.weights.units import Unit
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_ranks_of_a_machine_divide_one_reading_of_its_memory(ranks: Ranks) -> None:

@@ -24,8 +24,6 @@ from distzo2.weights.store import MemoryStore, Store, StoredCopy
 from distzo2.weights.units import Unit
 from distzo2_core import aligned_buffer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_an_edit_that_fails_on_one_rank_changes_nothing(ranks: Ranks, tmp_path: Path):
     results = ranks.values(slice_cases.edit_fails, 2, tmp_path)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from plain import flat_losses, plain_loop
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from same_bits import assert_same_tensors
-from tiny_peft import CONFIGS, adapted, base_for, loss_beside_base, loss_of
+from tiny_peft import CONFIGS, WITH_DTYPE, adapted, base_for, loss_beside_base, loss_of
 
 import distzo2
 from distzo2.errors import DistZO2Error
+from distzo2.peft.replay import replay_adapter
 
 STEPS = {"lr": 1e-2, "eps": 1e-2, "seed": 5}
 
@@ -59,8 +61,7 @@ def test_a_saved_adapter_is_the_one_that_peft_saves_and_loads(name: str, tmp_pat
         distzo2.save_pretrained(model, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "dora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [case for case in WITH_DTYPE if case[0] != "dora"])
 def test_a_new_adapter_begins_as_peft_makes_it(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """On a checkpoint that is never in memory as a whole; the adapter is float32 beside 16 bits, as with peft."""
     base_for(name).to(dtype).save_pretrained(tmp_path / "base")
@@ -76,6 +77,49 @@ def test_a_new_adapter_begins_as_peft_makes_it(name: str, dtype: torch.dtype, tm
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in theirs.parameters()]
     again = distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "start"))
     assert_same_tensors(again.state_dict(), theirs.state_dict())
+
+
+def test_embeddings_that_peft_saves_beside_an_adapter(tmp_path: Path) -> None:
+    """They are passed over where they are the base's, and refused where it was changed beside the adapter."""
+    model = adapted("lora_embedding")
+    model.save_pretrained(tmp_path / "adapter")
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter/adapter_model.safetensors"))
+    base = base_for("lora_embedding")
+    base.save_pretrained(tmp_path / "base")
+    loaded = distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    base.lm_head.weight.data[3, 5] += 1
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(DistZO2Error, match=r"lm_head.base_layer.weight' is not that of .*: the base was changed"):
+        distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))
+
+
+def test_an_adapter_in_16_bits_is_trained_and_replayed_in_32(tmp_path: Path) -> None:
+    base_for("lora").save_pretrained(tmp_path / "base")
+    adapted("lora").save_pretrained(tmp_path / "start")
+    file = tmp_path / "start/adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "start"))
+    with closing(distzo2.ZOSGD(model, journal=tmp_path / "journal.jsonl", **STEPS)) as optimizer:
+        optimizer.step(lambda: loss_of(model))
+    distzo2.save_adapter(model, tmp_path / "made")
+    replay_adapter(tmp_path / "start", tmp_path / "journal.jsonl", tmp_path / "again", progress=False)
+    made = load_file(tmp_path / "made/adapter_model.safetensors")
+    assert_same_tensors(load_file(tmp_path / "again/adapter_model.safetensors"), made)
+    assert all(value.dtype == torch.float32 for value in made.values())
+
+
+def test_a_copy_of_a_tied_head(tmp_path: Path) -> None:
+    """It begins as the head; merged, it would no longer be tied."""
+    tied, config = base_for("lora_biases"), copy.deepcopy(CONFIGS["lora_head"])
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    tied.save_pretrained(tmp_path / "base")
+    prepare = distzo2.adapter(config, tmp_path / "start")
+    model = distzo2.from_pretrained(tmp_path / "base", prepare=prepare)
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model), loss_of(tied))
+    with pytest.raises(DistZO2Error, match=r"is on .*embed_tokens\.weight, which another module shares"):
+        distzo2.merge_adapter(tmp_path / "base", tmp_path / "start", tmp_path / "merged")
 
 
 def test_an_adapter_is_switched_off_between_steps_too() -> None:

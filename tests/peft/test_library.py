@@ -29,6 +29,7 @@ def lora(**fields) -> peft.LoraConfig:
         (lora(init_lora_weights="pissa"), "init_lora_weights='pissa' starts from the base's weights or gradients"),
         (lora(use_dora=True), "use_dora starts from the base's weights or gradients"),
         (lora(layer_replication=[(0, 2)]), "LoRA with layer_replication is not supported: it makes another model"),
+        (lora(modules_to_save=["lm_head"], ensure_weight_tying=True), "LoRA with ensure_weight_tying is not supported"),
         (lora(trainable_token_indices=[1]), "LoRA with trainable_token_indices is not supported: its forward reads"),
     ],
 )

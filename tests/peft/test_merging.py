@@ -9,17 +9,16 @@ import pytest
 import torch
 from checkpoint_models import stored
 from same_bits import assert_same_tensors
-from tiny_peft import CONFIGS, adapted, base_for
+from tiny_peft import CONFIGS, WITH_DTYPE, adapted, base_for
 
 import distzo2
 from distzo2.errors import DistZO2Error
 
 
-@pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if not c.is_prompt_learning])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [case for case in WITH_DTYPE if not CONFIGS[case[0]].is_prompt_learning])
 def test_merged(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base_for(name).to(dtype).save_pretrained(tmp_path / "base")
-    adapted(name).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    adapted(name).save_pretrained(tmp_path / "adapter")
     distzo2.merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(base_for(name).to(dtype), tmp_path / "adapter").merge_and_unload()
     theirs.save_pretrained(tmp_path / "theirs")

@@ -46,9 +46,7 @@ def with_peft(files, directory: str | Path = "out/adapter"):
     return peft.PeftModel.from_pretrained(base, directory).eval()
 
 
-@pytest.mark.parametrize(
-    ("method", "where"), [("lora", "host"), ("lora", "disk"), ("prefix", "disk"), ("prompt", "host")]
-)
+@pytest.mark.parametrize(("method", "where"), [("lora", "disk"), ("prefix", "disk"), ("prompt", "host")])
 def test_a_killed_run_ends_with_the_same_bits(files, method: str, where: str, capsys, tmp_path: Path) -> None:
     options = ["--steps=12", f"--peft={method}", f"--weights={where}", *LARGE[method]]
     assert finetune(files, *options) == 0
@@ -109,7 +107,7 @@ def test_a_prefix_starts_at_keys_and_values_of_real_tokens(files) -> None:
 
 
 def test_a_merged_checkpoint_has_the_bits_of_peft(files, capsys) -> None:
-    assert finetune(files, "--peft=lora", *LARGE["lora"], "--lora-targets=q_proj,down_proj", "--merge") == 0
+    assert finetune(files, "--peft=lora", *LARGE["lora"], "--lora-targets=q_proj, down_proj", "--merge") == 0
     with_peft(files).merge_and_unload().save_pretrained("theirs")
     assert_same_tensors(weights("out/checkpoint"), weights("theirs"))
     assert main(["replay", "out", "--merge", "-o", "again", "--quiet"]) == 0
@@ -121,11 +119,14 @@ def test_a_merged_checkpoint_has_the_bits_of_peft(files, capsys) -> None:
 
 def test_an_adapter_is_trained_further_and_a_run_branched(files) -> None:
     assert finetune(files, "--peft=lora", *LARGE["lora"]) == 0
-    assert finetune(files, "--adapter=out/adapter", "--out=more", "--eval", str(files.eval), "--save=best") == 0
+    more = ["--out=more", "--eval", str(files.eval), "--save=best", "--freeze=*lora_A*", "--lr=1"]
+    assert finetune(files, "--adapter=out/adapter", *more) == 0
     assert record("more")["options"]["eps"] == 1e-2
     assert_same_tensors(adapter("more/adapter_start"), adapter("out/adapter"))
     assert main(["replay", "more", "-o", "r", "--to-step", str(record("more")["best_step"]), "--quiet"]) == 0
     assert_same_tensors(adapter("r"), adapter("more/adapter"))
+    start, made = adapter("more/adapter_start"), adapter("more/adapter")
+    assert all(torch.equal(start[key], made[key]) for key in made if "lora_A" in key)
     assert main(["finetune", "--branch-from=out", "--at-step=2", "--out=branch", "--quiet", "--steps=4"]) == 0
     assert_same_tensors(adapter("branch/adapter"), adapter("out/adapter"))
 
@@ -146,11 +147,8 @@ def test_a_start_that_was_changed(files, capsys) -> None:
         (["--peft=lora", "--train-only=*.bias"], 2, "--train-only: an adapter is all that is trained"),
         (["--peft=prefix", "--merge"], 2, "a prefix cannot be merged"),
         (["--merge"], 2, "--merge needs --peft lora or --adapter"),
-        (
-            ["--peft=lora", "--lora-targets=nowhere"],
-            1,
-            "LORA on LlamaForCausalLM: ",
-        ),
+        (["--peft=lora", "--lora-targets=q_proj, v_porj"], 2, "--lora-targets v_porj: LlamaForCausalLM has no such"),
+        (["--peft=lora", "--lora-targets=q_proj.weight"], 1, "LORA on LlamaForCausalLM: "),
         (["--adapter=nowhere"], 1, "nowhere: expected the directory of an adapter"),
         (["--train-only=*.nothing"], 2, "--train-only *.nothing: matches no parameter of LlamaForCausalLM, which has"),
     ],

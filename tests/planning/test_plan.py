@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cli_runs import finetune
+from safetensors.torch import load_file
 from torch import nn
 
 from distzo2.cli.main import main, parse
@@ -19,6 +21,9 @@ from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
 from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, possible_meshes, significant
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.report import read_trace, step_figures
+from distzo2.run.loop import TrainLoop
+from distzo2.run.metrics import read_metrics
+from distzo2.streaming.offload import runtime_of
 
 SMALL = ["plan", "--model=opt-125m", "--machine=a100", "--batch=8", "--tokens=64"]
 
@@ -281,6 +286,55 @@ def test_what_auto_computes_in() -> None:
         Planner(request("--tf32"), machine_from(slow))
 
 
+# ---- a part is trained ----------------------------------------------------------------------------------------------
+
+PARTS = [
+    [], ["--peft=lora", "--lora-r=4"], ["--peft=prefix"], ["--train-only=last:2"], ["--train-only=*norm*"],
+    ["--peft=lora", "--lora-targets=all-linear", "--lora-r=32"],  # not small beside its block
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("own_directory")
+@pytest.mark.parametrize("part", PARTS, ids=" ".join)
+def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and what is written to the byte; transfers but for those that the first and last step cut."""
+    sizes, run_to_end = {}, TrainLoop.run_to_end
+
+    def run(loop: TrainLoop) -> None:
+        run_to_end(loop)
+        kept = runtime_of(loop.model).kept
+        sizes.update(runtime_of(loop.model).stats(), disk_bytes=sum(copy.num_bytes for copy in kept.copies))
+
+    monkeypatch.setattr(TrainLoop, "run_to_end", run)
+    assert finetune(files, "--weights=disk", "--steps=20", *part) == 0
+    made = Path(
+        "out/adapter/adapter_model.safetensors" if "--peft" in str(part) else "out/checkpoint/model.safetensors"
+    )
+    planner = Planner(
+        request(f"--model={files.model}", "--weights=disk", "--batch=4", "--tokens=9", *part), GPUS["a100"]
+    )
+    plan = planner.predict().row
+    model = planner.models[4]
+    for name, key in (("residents", "resident_bytes"), ("slots", "slot_bytes"), ("scratch", "scratch_bytes")):
+        assert plan["rank_bytes"][name] == sizes[key], name
+    assert plan["disk_bytes"] == sizes["disk_bytes"]
+    assert model.saved_bytes == sum(tensor.nbytes for tensor in load_file(made).values())
+    steps = [line for line in read_metrics("out/metrics.jsonl") if line["kind"] == "step"][2:]
+    block = max(unit.num_bytes for unit in model.units if not unit.resident)
+    for way in ("up", "down"):
+        assert abs(sum(step[f"bytes_{way}"] for step in steps) - len(steps) * plan[f"{way}_bytes"]) <= 2 * block
+    if part and "--lora-r=32" not in part:
+        assert plan["down_bytes"] == (2 * block if "last" in part[0] else 0)
+
+
+def test_a_frozen_base_is_only_read() -> None:
+    """An adapter has the uploads of the whole model, and neither downloads nor noise; lanes share one clean copy."""
+    whole, lora = (planned("--weights=disk", *part)[0].row for part in ([], ["--peft=lora"]))
+    assert lora["up_bytes"] == pytest.approx(whole["up_bytes"], rel=0.01) and lora["down_bytes"] == 0
+    assert lora["noise_s"] < 0.1 * whole["noise_s"] and lora["step_s"] < 0.8 * whole["step_s"]
+    assert lora["rank_bytes"]["scratch"] < 0.1 * whole["rank_bytes"]["scratch"]
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +351,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "name": "opt-125m", "dtype": "float16", "compute_dtype": "float16", "elements": 125239296, "units": 15,
         "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "blocks": 12,
         "largest_copy": {"unit": "model.decoder.embed_tokens", "bytes": 50272 * 768 * 2},
+        "trained": None, "trained_elements": 125239296, "saved_bytes": 2 * 125239296,
     }  # fmt: skip
     rows = result["rows"]
     assert len(rows) == 5 and rows[0]["speedup"] == 1.0 and rows[0]["ranks"] == 1

@@ -19,6 +19,7 @@ from distzo2.planning.plan_model import ModelPlan, Part, plan_module
 from distzo2.planning.report import read_trace
 from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_steps
 from distzo2.streaming.lanes import Emission
+from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import ParamInfo, Unit
 from distzo2_core import Term
 
@@ -253,6 +254,14 @@ def partly_frozen(kind: str) -> nn.Module:
     return model
 
 
+def settle(runtime: StreamingRuntime) -> None:
+    """Waits for blocks that are prefetched across the end of a step."""
+    seen = None
+    while (num_bytes := runtime.stats()["bytes_up"]) != seen:
+        seen = num_bytes
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize(
     ("kind", "estimator", "probes", "batches", "every", "computed"),
     [
@@ -284,13 +293,13 @@ def test_the_runtime_does_the_same(
     closures = [lambda: model(input_ids=ids, labels=ids).loss.float()] * batches
     for _ in range(2 * every + 2):
         opt.step(closures)
-    time.sleep(0.2)  # blocks prefetched across the step's end arrive first
+    settle(runtime)
     runtime.reset_stats()
     runtime.weights.enable_trace()
     steps = max(2, every)
     for _ in range(steps):
         opt.step(closures)
-    time.sleep(0.2)
+    settle(runtime)
     runtime.weights.ring.flush()
     stats = runtime.stats()
     runtime.weights.save_trace(tmp_path / "trace.json")

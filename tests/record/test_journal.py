@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kill_cases
 import pytest
-from journal_cases import bits, make_entry, make_test_header, run_python, write_journal
+from journal_cases import bits, make_entry, make_test_header, write_journal
 
 from distzo2.record.journal import Journal, JournalLockedError, read_journal
 from distzo2.record.line import JournalError, crc_matches
@@ -115,8 +116,8 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
         with pytest.raises(JournalLockedError, match=r"journal\.jsonl: another run"):
             Journal.open(path)
         script = f"from distzo2.record.journal import Journal; Journal.open({os.fspath(path)!r})"
-        done = run_python(script)
-        assert done.returncode != 0 and "JournalLockedError" in done.stderr
+        ended = kill_cases.run(tmp_path, script)
+        assert ended.status == 1 and "JournalLockedError" in ended.text
         assert len(read_journal(path).entries) == 1
     Journal.open(path).close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from pathlib import Path
 
@@ -11,9 +10,8 @@ from journal_cases import bits, make_entry, make_test_header
 from power_cut import File
 
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import with_older_rules
 from distzo2.record.journal import Journal, read_journal
-from distzo2.record.line import JournalError, encode_line, seal_line
+from distzo2.record.line import JournalError
 
 NUM_STEPS = 40  # some 10 KB: three pages
 
@@ -119,39 +117,3 @@ def test_damage_without_a_zero_byte_is_refused(journal) -> None:
             with pytest.raises(JournalError, match=r"journal\.jsonl: line 7: the CRC does not match"):
                 reader(path)
         assert path.read_bytes() == damaged
-
-
-# ---- chained lines, which older versions could write
-
-
-def chained(lines: list[bytes]) -> list[bytes]:
-    """The lines as older versions wrote them with --journal-chain: each with a hash over all lines so far."""
-    out, previous = [], ""
-    for line in lines:
-        body = line[: line.rindex(b',"crc":"')]
-        previous = hashlib.sha256(previous.encode() + body).hexdigest()
-        out.append(seal_line(body + b',"chain":"' + previous.encode() + b'"'))
-    return out
-
-
-def test_a_chained_journal_is_read_and_continued_without_a_chain(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    header = with_older_rules(make_test_header()) | {"hash": "sha256"}
-    before = b"".join(chained([encode_line(header, 1 << 20), *(make_entry(step).to_line() for step in range(3))]))
-    path.write_bytes(before)
-    with Journal.open(path) as journal:
-        assert journal.header == header and [bits(e) for e in journal.entries] == [
-            bits(make_entry(s)) for s in range(3)
-        ]
-        journal.append(make_entry(3))
-    assert path.read_bytes() == before + make_entry(3).to_line()
-    contents = read_journal(path)
-    assert contents.header == header and [bits(e) for e in contents.entries] == [bits(make_entry(s)) for s in range(4)]
-    # Its CRCs are checked, and so is where the hash stands.
-    path.write_bytes(before.replace(b'"tokens":64', b'"tokens":65', 1))
-    with pytest.raises(JournalError, match="line 2: the CRC does not match"):
-        read_journal(path)
-    line = before.splitlines(True)[1]
-    odd = seal_line(line[: line.rindex(b',"crc":"')].replace(b',"chain":"', b',"chain":"0'))
-    with pytest.raises(JournalError, match=r"unknown \['chain'\]"):
-        StepEntry.from_line(odd)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import kill_cases
 import pytest
-import torch
 from cli_runs import assert_same_bits, finetune, make_files, one_line
 
 from distzo2.cli.main import main
@@ -19,7 +17,6 @@ from distzo2.errors import DistZO2Error
 from distzo2.record.header import parents_of
 from distzo2.record.journal import read_journal
 from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, first_own_step, parent_differences
-from distzo2.run import loop
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -95,24 +92,12 @@ def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: Simpl
         "import os\nfrom distzo2.cli.main import main\nfrom distzo2.run import train\n"
         f"train.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
     )
-    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == 9
+    assert kill_cases.run(Path().absolute(), killed).status == 9
     assert not Path("new/journal.jsonl").exists()
     assert main(["finetune", "--resume", "--out=new"]) == 0
     (parent,) = parents_of(read_journal("new/journal.jsonl").header)
     assert (parent["name"], parent["steps"]) == ("out", 3)
     assert updates("new")[:3] == updates("out")[:3] and len(updates("new")) == 6
-
-
-def test_a_checkpoint_is_never_ahead_of_the_journal(files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved, save = [], loop.save_pretrained
-
-    def noting(model: torch.nn.Module, out: Path, **options: object) -> dict:
-        saved.append(len(read_journal("out/journal.jsonl").entries))
-        return save(model, out, **options)
-
-    monkeypatch.setattr(loop, "save_pretrained", noting)
-    assert finetune(files, "--steps=5", "--fsync-every=100") == 0
-    assert saved == [5]
 
 
 def test_what_cannot_be_branched_is_refused(files: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

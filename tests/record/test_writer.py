@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import signal
 import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kill_cases
 import pytest
-from journal_cases import make_entry, make_test_header, run_python, start_python, write_journal
+from journal_cases import make_entry, make_test_header, write_journal
 
 from distzo2.record.journal import Journal, JournalError, read_journal
 
@@ -131,8 +135,8 @@ def test_full_disk_is_reported_and_leaves_whole_lines(tmp_path: Path) -> None:
             assert journal.durable == 2
         print("done")
     """
-    done = run_python(script)
-    assert done.stdout == "done\n", done.stderr
+    ended = kill_cases.run(tmp_path, script)
+    assert ended.text == "done\n", ended.text
     assert path.read_bytes() == before
 
 
@@ -171,14 +175,14 @@ def test_a_failure_costs_what_was_not_synced_at_most(
 def test_the_end_of_the_process_keeps_what_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     source = os.fspath(write_journal(tmp_path / "source.jsonl", 50))
-    done = run_python(f"""
+    script = f"""
         from distzo2.record.journal import Journal, read_journal
         source = read_journal({source!r})
         journal = Journal.create({os.fspath(path)!r}, source.header)
         for entry in source.entries:
             journal.append(entry)
-    """)
-    assert done.returncode == 0, done.stderr
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
     assert path.read_bytes() == Path(source).read_bytes()
 
 
@@ -197,8 +201,7 @@ def test_a_kill_keeps_what_was_written_and_not_yet_synced(tmp_path: Path) -> Non
         assert journal.durable == 0
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    with start_python(script) as child:
-        assert child.wait(60) == -9
+    assert kill_cases.run(tmp_path, script).status == -signal.SIGKILL
     assert path.read_bytes() == source.read_bytes()
 
 
@@ -216,12 +219,12 @@ def test_killed_at_any_instant_what_was_durable_is_there(tmp_path: Path) -> None
             update = source.entries[0].update._replace(step=step)
             journal.append(dataclasses.replace(source.entries[0], step=step, update=update))
     """
-    with start_python(script, stdout=subprocess.PIPE) as child:
-        try:
-            durable = [int(child.stdout.readline()) for _ in range(20)]
-        finally:
-            child.kill()
-        durable += [int(line) for line in child.stdout.read().split()]
+
+    def told() -> list[int]:
+        return [int(line) for line in (tmp_path / "log").read_text().split()] if (tmp_path / "log").exists() else []
+
+    assert kill_cases.run(tmp_path, script, 0.0, lambda: len(told()) >= 20).killed
+    durable = told()
     assert durable == sorted(set(durable))
     with Journal.open(path) as journal:
         assert journal.durable >= durable[-1]

@@ -11,7 +11,7 @@ import torch
 from cli_runs import finetune, one_line, record, resume, steps_in, weights
 
 from distzo2.errors import UsageError
-from distzo2.run import train
+from distzo2.run import preflight
 from distzo2.run.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -29,16 +29,16 @@ def test_a_run_is_not_overwritten(files, capsys) -> None:
 
 
 def test_one_run_in_a_directory(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from_pretrained = train.from_pretrained
+    from_pretrained = preflight.from_pretrained
     seen = []
 
     def while_the_first_loads(*args, **kwargs):  # it has no journal yet
-        monkeypatch.setattr(train, "from_pretrained", from_pretrained)
+        monkeypatch.setattr(preflight, "from_pretrained", from_pretrained)
         seen.append(finetune(files))
         seen.append(one_line(capsys))
         return from_pretrained(*args, **kwargs)
 
-    monkeypatch.setattr(train, "from_pretrained", while_the_first_loads)
+    monkeypatch.setattr(preflight, "from_pretrained", while_the_first_loads)
     assert finetune(files) == 0
     assert seen[0] == 2 and "out: already holds a run (run.json): --resume it" in seen[1]
     assert steps_in() == 4 and Path("out/checkpoint").is_dir()
@@ -100,13 +100,13 @@ def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
 
 
 def test_a_journal_of_another_program_is_left_alone(files, capsys, monkeypatch) -> None:
-    from_pretrained = train.from_pretrained
+    from_pretrained = preflight.from_pretrained
 
     def meanwhile(*args, **kwargs):
         Path("out/journal.jsonl").write_text("mine")
         return from_pretrained(*args, **kwargs)
 
-    monkeypatch.setattr(train, "from_pretrained", meanwhile)
+    monkeypatch.setattr(preflight, "from_pretrained", meanwhile)
     assert finetune(files) == 1
     assert "exists" in one_line(capsys)
     assert [path.name for path in Path("out").iterdir()] == ["journal.jsonl"]

@@ -30,10 +30,8 @@ def finetune(model: Path, lines: list[dict[str, Any]], *options: str) -> int:
 
 
 FIELDS = {"MixtralForCausalLM": {"num_local_experts": 3, "num_key_value_heads": 1}, "GPT2LMHeadModel": {"n_embd": 16}}
-DTYPES = [  # stored and computed
-    ["--dtype=bfloat16", "--compute-dtype=float32"],
-    ["--dtype=float32", "--compute-dtype=bfloat16", "--no-signal"],
-]
+WIDENS = ["--dtype=bfloat16", "--compute-dtype=float32"]  # stored and computed
+NARROWS = ["--dtype=float32", "--compute-dtype=bfloat16", "--no-signal"]
 
 
 @pytest.mark.parametrize(
@@ -52,14 +50,14 @@ def test_a_run(name: str, lines: list[dict[str, Any]], objective: str, capsys: p
     check_run(name, lines, objective, [], capsys)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=["widens", "narrows"])
 @pytest.mark.parametrize(
-    ("name", "lines", "objective"),
+    ("name", "lines", "objective", "dtypes"),
     [
-        ("T5ForConditionalGeneration", COMPLETIONS, "lm"),
-        ("BertForMaskedLM", WORDS, "choices"),
-        ("MixtralForCausalLM", COMPLETIONS, "lm"),
-        ("GPT2LMHeadModel", COMPLETIONS, "lm"),
+        ("T5ForConditionalGeneration", COMPLETIONS, "lm", WIDENS),
+        ("T5ForConditionalGeneration", COMPLETIONS, "lm", NARROWS),
+        ("BertForMaskedLM", WORDS, "choices", NARROWS),
+        ("MixtralForCausalLM", COMPLETIONS, "lm", WIDENS),
+        ("GPT2LMHeadModel", COMPLETIONS, "lm", NARROWS),
     ],
 )
 def test_a_run_that_computes_in_another_dtype(name: str, lines, objective: str, dtypes: list[str], capsys) -> None:

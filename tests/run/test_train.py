@@ -22,25 +22,6 @@ pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 @pytest.mark.parametrize(
-    ("names", "damage", "reason"),
-    [
-        ("*", None, "model: "),
-        ("model.safetensors", lambda content: b"\xff" * 16 + content[16:], "model.safetensors"),
-        ("tokenizer*", None, "no tokenizer"),
-        ("model.safetensors", None, "directory with model.safetensors"),
-        ("config.json", lambda content: b'{"model_type": "nobody"}', "not a configuration"),
-    ],
-)
-def test_a_bad_checkpoint(files, tmp_path: Path, capsys, names: str, damage, reason: str) -> None:
-    shutil.copytree(files.model, tmp_path / "model")
-    for file in (tmp_path / "model").glob(names):
-        file.unlink() if damage is None else file.write_bytes(damage(file.read_bytes()))
-    assert finetune(files, f"--model={tmp_path / 'model'}") == 1
-    assert reason in one_line(capsys)
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("{", "bad.jsonl:2: not valid JSON"),
@@ -97,12 +78,6 @@ def test_too_little_room(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None
     assert "of memory, and 9.00 KiB are" in one_line(capsys)
     assert not Path("out").exists()
     assert finetune(files, "--host-memory=1GiB") == 0
-
-
-def test_a_missing_directory_is_called_that(files, capsys) -> None:
-    for command, option in (("eval", f"--eval={files.eval}"), ("generate", "--prompt=a")):
-        assert main([command, "--model=nowhere", option]) == 1
-        assert "nowhere: expected a checkpoint directory" in one_line(capsys)
 
 
 def test_fewer_steps_than_were_made(files, capsys) -> None:

@@ -89,38 +89,24 @@ def test_probes_micro_batches_decay_and_rademacher(weights, tmp_path):
     assert_same(streamed, plain(case, micro_batches=2, **options))
 
 
-@pytest.mark.parametrize("max_lanes", [1, 2, 3])
-def test_waves_have_the_same_bits(max_lanes, tmp_path):
-    case = BY_NAME["qwen3"]
-    options = {"num_probes": 2, "micro_batches": 2}
-    assert_same(train(case, "disk", tmp_path, max_lanes=max_lanes, **options), train(case, "disk", tmp_path, **options))
-
-
 @pytest.mark.parametrize("weights", MODES)
-def test_forward_after_training_sees_every_update(weights, tmp_path):
+def test_forward_after_training_sees_every_update_and_edit(weights, tmp_path):
     case = BY_NAME["opt-tied"]
     model = distzo2.offload(case.build(), weights=weights, directory=tmp_path)
     opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3)
     for step in range(3):
         opt.step(case.closure(model, step))
+        if step == 1:
+            with distzo2.edit(model), torch.no_grad():
+                model.lm_head.weight.mul_(2.0)
+                doubled = model.lm_head.weight.clone()
+            assert same_bits(model.state_dict()["lm_head.weight"], doubled)
         fresh = case.build()
         fresh.load_state_dict(model.state_dict())
         with torch.no_grad():
             expected = fresh(**case.batch(9)).loss
         assert same_bits(model(**case.batch(9)).loss, expected)
         assert same_bits(distzo2.evaluate(model, [lambda: model(**case.batch(9)).loss])[0], expected)
-
-
-def test_generate_equals_the_plain_model(tmp_path):
-    case = BY_NAME["llama"]
-    model = distzo2.offload(case.build(), weights="disk", directory=tmp_path)
-    opt = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3)
-    opt.step(case.closure(model))
-    plain_model = case.build()
-    plain_model.load_state_dict(model.state_dict())
-    ids = case.batch(3)["input_ids"]
-    expected = plain_model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), expected)
 
 
 def in_attention(name: str) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import kill_cases
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
 from both_ways import run_both
+from checkpoint_models import make
 from same_bits import assert_same_tensors, same_bits
 from torch import nn
 
@@ -207,14 +206,9 @@ def test_views_that_overlap_are_refused_by_name():
 
 
 def test_buffers_on_meta_are_made_again_or_named():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    plain = LlamaForCausalLM(config).eval()
+    plain = make("llama").eval()
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = type(plain)(plain.config)
     offloaded(model).load_state_dict(plain.state_dict())
     with torch.no_grad():
         assert same_bits(model(IDS).logits, plain(IDS).logits)
@@ -269,12 +263,14 @@ def test_other_parameters_after_the_hand_over_are_refused_or_taken_over_in_edit(
     assert opt.last.losses[0] != opt.last.losses[1]
 
 
-def test_other_parameters_are_refused_before_any_lane_has_run():
-    code = (
-        "import distzo2, torch.nn as nn; m = distzo2.offload(nn.Sequential(nn.Linear(2, 2))); m.new = nn.Linear(2, 2)"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Sequential.new: parameters of a model that was handed over" in ended.stderr
+def test_other_parameters_are_refused_before_any_lane_has_run(tmp_path):
+    code = """
+        import distzo2
+        from torch import nn
+        model = distzo2.offload(nn.Sequential(nn.Linear(2, 2)))
+        model.new = nn.Linear(2, 2)
+    """
+    assert "Sequential.new: parameters of a model that was handed over" in kill_cases.run(tmp_path, code).text
 
 
 def test_what_brings_no_parameters_may_be_set():
@@ -291,22 +287,16 @@ def test_what_brings_no_parameters_may_be_set():
 
 
 def test_resized_embeddings():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = make("llama").eval()
     with torch.no_grad():
         expected = model(IDS).logits
     offloaded(model)
     with pytest.raises(distzo2.DistZO2Error, match=r"embed_tokens|handed over"):
-        model.resize_token_embeddings(40)
+        model.resize_token_embeddings(104)
     with distzo2.edit(model):
-        model.resize_token_embeddings(40)
+        model.resize_token_embeddings(104)
     with torch.no_grad():
-        assert same_bits(model(IDS).logits[..., :32].contiguous(), expected)
+        assert same_bits(model(IDS).logits[..., :96].contiguous(), expected)
 
 
 @pytest.mark.parametrize("weights", ["device", "host", "disk"])
@@ -343,3 +333,29 @@ def test_parameters_without_elements_survive(tmp_path):
     from safetensors.torch import load_file
 
     assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), state)
+
+
+def test_an_edit_whose_result_cannot_be_handed_over_leaves_a_plain_model(tmp_path):
+    model = offloaded(Blocks(), tmp_path)
+    expected = model(IDS)
+    with pytest.raises(distzo2.DistZO2Error, match="must be float32"), distzo2.edit(model):
+        model.head.weight = nn.Parameter(model.head.weight.double())
+    model.head.float()
+    assert same_bits(model(IDS), expected)
+    assert same_bits(offloaded(model, tmp_path)(IDS), expected)
+
+
+def test_a_hand_over_that_is_interrupted_leaves_the_weight_file_free(tmp_path):
+    class Interrupting(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.detach:
+                raise KeyboardInterrupt
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    kept = distzo2.WeightFile(tmp_path / "weights.dzo2", tmp_path / "journal")
+    model = Blocks()
+    model.head.weight = Interrupting(model.head.weight.data)
+    with pytest.raises(KeyboardInterrupt):
+        distzo2.offload(model, weights="disk", weight_file=kept)
+    distzo2.offload(Blocks(), weights="disk", weight_file=kept)

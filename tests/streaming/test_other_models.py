@@ -58,8 +58,7 @@ def asking(ids, ref, model):
 BATCHES = [torch.randint(0, 32, (4, n), generator=torch.Generator().manual_seed(n)) for n in (5, 8)]
 
 
-@pytest.mark.parametrize("max_lanes", [None, 1, 3])
-@pytest.mark.parametrize("weights", ["host", "disk"])
+@pytest.mark.parametrize(("weights", "max_lanes"), [("disk", None), ("disk", 1), ("host", 3)])
 @pytest.mark.parametrize("loss", [dpo, kto, around, asking])
 def test_a_streamed_reference_has_the_plain_loops_bits(loss, weights, max_lanes, tmp_path):
     ref, plain = reference(tmp_path / "ref" if weights == "disk" else None, slots=2)

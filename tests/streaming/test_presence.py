@@ -118,15 +118,6 @@ def test_what_would_keep_weights_of_one_moment_is_named(do):
         do(offloaded(Blocks()))
 
 
-def test_an_optimizer_of_torch_over_it_is_named():
-    model = offloaded(Blocks())
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.ones(p.shape)
-    with pytest.raises(distzo2.DistZO2Error, match=r"embedding\.weight.*edit"):
-        optimizer.step()
-
-
 @pytest.mark.parametrize(
     "use", [lambda w: w.sum().item(), lambda w: nn.functional.linear(torch.ones(1, 8), w).argmax()]
 )

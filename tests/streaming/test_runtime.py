@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
+import torch
 from block_models import IDS, Blocks, offloaded, stepping
-from same_bits import same_bits
+from same_bits import assert_same_tensors, same_bits
 from torch import nn
 
 import distzo2
@@ -93,3 +95,44 @@ def test_a_forward_that_was_interrupted_leaves_the_model_usable(tmp_path):
         Interrupted.armed = False
         resume()
         assert same_bits(model(IDS), expected)
+
+
+class Writing(Blocks):
+    """Writes a parameter of the root module where it has an `error` to raise."""
+
+    error = None
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, ids):
+        loss = super().forward(ids) * self.scale
+        if self.error is not None:
+            self.scale.mul_(1.0)
+            raise self.error
+        return loss
+
+
+def test_a_pass_that_fails_after_it_wrote_weights_lets_go_of_every_unit(tmp_path):
+    (model, opt), (other, plain) = stepping(Writing(), tmp_path), stepping(Writing())
+    forward = functools.partial(model, IDS)
+    distzo2.evaluate(model, [forward])  # code that is new is watched otherwise
+    opt.step(forward)
+    plain.step(lambda: other(IDS))
+    model.error = ValueError("no loss")
+    with pytest.raises(ValueError, match="no loss"):
+        distzo2.evaluate(model, [forward])
+    assert_same_tensors(model.state_dict(), other.state_dict())
+
+
+def test_a_forward_that_was_interrupted_after_it_wrote_weights_is_named_once():
+    model = offloaded(Writing())
+    expected = model(IDS)
+    model.error = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    model.error = None
+    with pytest.raises(distzo2.DistZO2Error, match="wrote scale"):
+        model.state_dict()
+    assert same_bits(model(IDS), expected)

@@ -40,8 +40,12 @@ LONG = pytest.param(1000, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("num_steps", [60, LONG])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"slots": 2}, {"write_every": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.bfloat16, {"slots": 2}), (torch.float32, {"write_every": 3}),
+     (torch.bfloat16, {"write_every": 3})],
+    ids=str,
+)  # fmt: skip
 def test_a_long_training_from_disk_has_the_bits_of_a_resident_one(num_steps, dtype, options, tmp_path):
     expected = train("device", None, num_steps, dtype)
     assert_same(train("disk", tmp_path, num_steps, dtype, **options), expected)

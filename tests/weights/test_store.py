@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import fake_streams
+import kill_cases
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded
@@ -18,22 +17,22 @@ from distzo2.weights.store import MemoryStore, StoredCopy, StreamingStore, strea
 from distzo2.weights.units import Unit
 
 SCRIPT = """
-import resource, signal, sys, torch, distzo2
+import resource, signal, torch, distzo2
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(4)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 try:
-    distzo2.offload(model, weights="disk", directory=sys.argv[1])
+    distzo2.offload(model, weights="disk", directory="blocks")
 except distzo2.DistZO2Error as error:
     print(error)
 """
 
 
 def test_a_file_that_may_not_grow_is_reported_by_its_own_error(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "block file" in done.stdout and "File too large" in done.stdout, done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "blocks").mkdir()
+    ended = kill_cases.run(tmp_path, SCRIPT)
+    assert ended.status == 0 and "block file" in ended.text and "File too large" in ended.text, ended.text
+    assert not list((tmp_path / "blocks").iterdir())
 
 
 @pytest.mark.parametrize("fallbacks", [{}, {"direct_fallback": "no flag"}])

@@ -57,18 +57,26 @@ CopyEngine::CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std
 }
 
 CopyEngine::CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile> file, std::vector<std::byte*> slots,
-                       size_t slot_bytes, std::shared_ptr<HostPool> staging, const DiskOptions& options, Stream stream)
-    : state_(std::make_unique<EngineState>()), slots_(slots.size()), slot_of_block_(file->block_bytes().size(), -1),
-      owner_process_(getpid()) {
+                       size_t slot_bytes, std::shared_ptr<HostPool> staging, const DiskOptions& options, Stream stream,
+                       std::shared_ptr<RangeFiles> ranges)
+    : state_(std::make_unique<EngineState>()), slots_(slots.size()), owner_process_(getpid()) {
+    if (!file && !ranges)
+        throw std::invalid_argument("copy engine: expected a source of blocks");
     state_->device = std::move(device);
-    state_->block_bytes = file->block_bytes();
+    auto& block_bytes = state_->block_bytes;
+    if (file)
+        block_bytes = file->block_bytes();
+    if (ranges)
+        block_bytes.insert(block_bytes.end(), ranges->block_bytes().begin(), ranges->block_bytes().end());
+    slot_of_block_.resize(block_bytes.size(), -1);
     state_->slots = std::move(slots);
     state_->slot_bytes = slot_bytes;
     check_slots();
     for (const std::byte* slot : state_->slots)
         if (state_->device->is_cpu() && !is_page_aligned(slot))
             throw std::invalid_argument("copy engine: slots that a file is read into must start at a multiple of 4096");
-    transport_ = std::make_unique<DiskTransport>(*state_, std::move(file), std::move(staging), options);
+    transport_ =
+        std::make_unique<DiskTransport>(*state_, std::move(file), std::move(ranges), std::move(staging), options);
     order_slots_behind(stream);
 }
 

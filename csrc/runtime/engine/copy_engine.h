@@ -23,9 +23,10 @@ class CopyEngine {
     // An allocator may have handed out the slots while work on `stream` still uses their memory: transfers wait for it.
     CopyEngine(std::shared_ptr<Device> device, const HostPool& pool, std::vector<std::byte*> slots, size_t slot_bytes,
                Stream stream = nullptr);
+    // Over the blocks of `file`, then those of `ranges`, which cannot be released dirty; one of the two may be null.
     CopyEngine(std::shared_ptr<Device> device, std::shared_ptr<BlockFile> file, std::vector<std::byte*> slots,
                size_t slot_bytes, std::shared_ptr<HostPool> staging = nullptr, const DiskOptions& options = {},
-               Stream stream = nullptr);
+               Stream stream = nullptr, std::shared_ptr<RangeFiles> ranges = nullptr);
     ~CopyEngine(); // as close()
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;

@@ -8,16 +8,20 @@
 
 namespace distzo2 {
 
-DiskTransport::DiskTransport(EngineState& state, std::shared_ptr<BlockFile> file, std::shared_ptr<HostPool> staging,
-                             const DiskOptions& options)
-    : state_(state), device_(*state.device), file_(std::move(file)), options_(options), slots_(state.slots.size()),
+DiskTransport::DiskTransport(EngineState& state, std::shared_ptr<BlockFile> file, std::shared_ptr<RangeFiles> ranges,
+                             std::shared_ptr<HostPool> staging, const DiskOptions& options)
+    : state_(state), device_(*state.device), file_(std::move(file)), ranges_(std::move(ranges)),
+      num_file_blocks_(file_ ? static_cast<int>(file_->block_bytes().size()) : 0),
+      part_bytes_(file_ ? file_->part_bytes() : kMiB), options_(options), slots_(state.slots.size()),
       storing_slot_(state.block_bytes.size(), -1), is_committing_(state.block_bytes.size(), 0) {
     if (options_.num_readers < 1 || options_.num_writers < 1 || options_.chunk_bytes == 0 ||
-        options_.chunk_bytes % file_->part_bytes() != 0)
+        options_.chunk_bytes % part_bytes_ != 0)
         throw std::invalid_argument(join_text("disk transport: expected at least one reader and writer and chunks of a "
                                               "multiple of ",
-                                              file_->part_bytes(), " bytes, got ", options_.num_readers, ", ",
+                                              part_bytes_, " bytes, got ", options_.num_readers, ", ",
                                               options_.num_writers, " and ", options_.chunk_bytes));
+    if (!file_)
+        options_.num_writers = 0;
     pieces_.resize(static_cast<size_t>(options_.num_readers + options_.num_writers));
     const DeviceGuard guard(device_);
     try {
@@ -39,10 +43,10 @@ void DiskTransport::give_staging(std::shared_ptr<HostPool> staging) {
                                              HostPoolOptions{.pin = true});
     staging_ = staging->arena();
     staging_chunk_bytes_ = staging->chunk_bytes();
-    const size_t share = align_down(staging_->num_bytes() / pieces_.size(), file_->part_bytes());
+    const size_t share = align_down(staging_->num_bytes() / pieces_.size(), part_bytes_);
     if (share == 0)
         throw std::invalid_argument(join_text("staging: ", bytes_text(staging_->num_bytes()), " are too few for ",
-                                              pieces_.size(), " transfers, which need ", file_->part_bytes(), " each"));
+                                              pieces_.size(), " transfers, which need ", part_bytes_, " each"));
     options_.chunk_bytes = std::min(options_.chunk_bytes, share);
     for (size_t i = 0; i < pieces_.size(); ++i) {
         pieces_[i].staging = staging_->data() + i * options_.chunk_bytes;
@@ -56,7 +60,7 @@ void DiskTransport::start_threads() {
     threads_.reserve(pieces_.size());
     to_commit_.reserve(is_committing_.size());
     try {
-        if (file_->is_durable())
+        if (file_ && file_->is_durable())
             committer_ = std::thread([this] { run_committer(); });
         for (size_t i = 0; i < pieces_.size(); ++i)
             threads_.emplace_back([this, i, num_readers] {
@@ -66,7 +70,7 @@ void DiskTransport::start_threads() {
                     run_writer(pieces_[i]);
             });
     } catch (const std::system_error& error) {
-        fail("block file ", file_->path(), ": cannot start a thread for its transfers: ", error.what());
+        fail("disk transport: cannot start a thread for its transfers: ", error.what());
     }
 }
 
@@ -76,7 +80,7 @@ void DiskTransport::stop() noexcept {
         stopping_ = true;
         loads_.notify_all();
         stores_.notify_all();
-        if (!state_.error.empty() && !writes_given_up_.exchange(true))
+        if (file_ && !state_.error.empty() && !writes_given_up_.exchange(true))
             file_->wake(); // a writer may be waiting for a slot of the file that a failed download keeps
     }
     for (std::thread& thread : threads_)
@@ -234,6 +238,8 @@ void DiskTransport::hurry(int slot) {
 }
 
 void DiskTransport::download(int block, int slot, int64_t version) {
+    if (block >= num_file_blocks_)
+        throw std::logic_error(join_text("copy engine: block ", block, " is of files that are only read"));
     storing_slot_[block] = slot;
     Ticket& store = slots_[slot].store;
     queue(store, block, false, version);

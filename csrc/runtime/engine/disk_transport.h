@@ -1,4 +1,5 @@
-// Blocks in a file. Threads read and write them in chunks of 4 MiB, and check each chunk that they read. On a CPU they
+// Blocks in files: first those of a BlockFile, then those of RangeFiles, which are only read; either may be absent.
+// Threads read and write them in chunks of 4 MiB, and check each chunk of a BlockFile that they read. On a CPU they
 // read straight into the slots; for CUDA each thread has a piece of pinned staging memory and a stream, on which it
 // copies between the piece and the slot. A download is a transaction of the file. It is held back until the journal is
 // durable up to its version (the write-ahead rule). Its slot is free when its bytes are written; in a durable file a
@@ -10,6 +11,7 @@
 #include <thread>
 
 #include "runtime/disk/block_file.h"
+#include "runtime/disk/range_files.h"
 #include "runtime/engine/transport.h"
 #include "runtime/pool/host_pool.h"
 
@@ -26,8 +28,8 @@ struct DiskOptions {
 class DiskTransport final : public Transport {
   public:
     // `staging` (CUDA only) is pinned memory to share out among the workers; without, a small pool is made.
-    DiskTransport(EngineState& state, std::shared_ptr<BlockFile> file, std::shared_ptr<HostPool> staging,
-                  const DiskOptions& options);
+    DiskTransport(EngineState& state, std::shared_ptr<BlockFile> file, std::shared_ptr<RangeFiles> ranges,
+                  std::shared_ptr<HostPool> staging, const DiskOptions& options);
     ~DiskTransport() override;
 
     SlotPhase phase(int slot) override;
@@ -91,6 +93,7 @@ class DiskTransport final : public Transport {
     Chunk begin_chunk(Direction direction, int slot);
     bool end_chunk(Direction direction, const Chunk& chunk);
     void read(const Piece& piece, const Chunk& chunk);
+    void read_source(const Chunk& chunk, std::byte* to, size_t tail_bytes);
     void write(const Piece& piece, const Chunk& chunk);
     void copy(const Piece& piece, const Chunk& chunk, Direction direction);
     void await_copy(const Piece& piece);
@@ -106,6 +109,9 @@ class DiskTransport final : public Transport {
     EngineState& state_;
     Device& device_;
     std::shared_ptr<BlockFile> file_;
+    std::shared_ptr<RangeFiles> ranges_;
+    int num_file_blocks_; // of file_; those from here on are of ranges_
+    size_t part_bytes_;   // chunks are of whole parts
     std::shared_ptr<Arena> staging_;
     size_t staging_chunk_bytes_ = kGiB; // registrations of the staging memory; no copy crosses one
     DiskOptions options_;

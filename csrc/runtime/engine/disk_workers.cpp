@@ -183,14 +183,18 @@ void DiskTransport::run_committer() {
 void DiskTransport::read(const Piece& piece, const Chunk& chunk) {
     if (options_.hook)
         options_.hook(Direction::kUpload, chunk.block, chunk.offset, chunk.in_slot, chunk.num_bytes);
-    const auto block = static_cast<size_t>(chunk.block);
-    if (device_.is_cpu()) {
-        const size_t tail_bytes = state_.slot_bytes - chunk.offset - chunk.num_bytes;
-        return file_->read(block, chunk.in_slot, chunk.num_bytes, chunk.offset, tail_bytes);
-    }
-    file_->read(block, piece.staging, chunk.num_bytes, chunk.offset, options_.chunk_bytes - chunk.num_bytes);
+    if (device_.is_cpu())
+        return read_source(chunk, chunk.in_slot, state_.slot_bytes - chunk.offset - chunk.num_bytes);
+    read_source(chunk, piece.staging, options_.chunk_bytes - chunk.num_bytes);
     copy(piece, chunk, Direction::kUpload);
     await_copy(piece);
+}
+
+void DiskTransport::read_source(const Chunk& chunk, std::byte* to, size_t tail_bytes) {
+    if (chunk.block < num_file_blocks_)
+        file_->read(static_cast<size_t>(chunk.block), to, chunk.num_bytes, chunk.offset, tail_bytes);
+    else
+        ranges_->read(static_cast<size_t>(chunk.block - num_file_blocks_), to, chunk.num_bytes, chunk.offset);
 }
 
 void DiskTransport::write(const Piece& piece, const Chunk& chunk) {

@@ -104,6 +104,21 @@ class CheckpointMap:
         for piece in self.pieces_of(name, out):
             yield from self.files.ranges_of(piece, flat, within)
 
+    def lies_at(self, name: str) -> list[tuple[Path, int, int]] | None:
+        """Where the bytes of a parameter are, as it is stored: ranges (file, offset, bytes) one after another. None if
+        it is converted, or not in one order in its files."""
+        mapped, found, end = self.mapped[name], [], 0
+        for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
+            entry = self.files.entries[piece.source]
+            as_is = piece.is_run and entry.dtype == mapped.dtype and entry.strides is None
+            if not as_is or piece.dst_offset != end:
+                return None
+            end += piece.numel
+            item = entry.dtype.itemsize
+            offset = entry.offset + piece.src_offset * item
+            found.append((self.files.file_of[piece.source].path, offset, piece.numel * item))
+        return found if end == mapped.numel else None
+
     def to_json(self) -> dict[str, Any]:
         """The map as plain data for JSON: checkpoint tensors with their files, and each parameter's pieces."""
         return {

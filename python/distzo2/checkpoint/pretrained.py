@@ -80,6 +80,7 @@ def from_pretrained(
             units=units,
             directory=directory,
             train=train,
+            files=checkpoint_map.lies_at,
             **offload_options,
         )
         fill(model, checkpoint_map)

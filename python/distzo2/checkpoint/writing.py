@@ -25,7 +25,7 @@ import torch
 from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.reading import CHUNK_BYTES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, scratch, strided_view
 from distzo2.checkpoint.tensor_files import CheckpointError, SafetensorsWriter, TensorEntry, bytes_of, read_json
-from distzo2.files import sync_directory
+from distzo2.files import sync
 from distzo2.text import dtype_name
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -96,7 +96,7 @@ class CheckpointWriter:
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for path in self._made:
-                sync_directory(path.parent)
+                sync(path.parent)
             if self._hidden.is_dir():  # a killed writer's
                 shutil.rmtree(self._hidden)
             self._hidden.mkdir()
@@ -198,11 +198,7 @@ class CheckpointWriter:
             for shard in self._shards:
                 shard.close()
             for path in (*self._hidden.rglob("*"), self._hidden):
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                sync(path)
             self._publish()
         except BaseException:
             self.abort()
@@ -216,17 +212,17 @@ class CheckpointWriter:
         if old:  # a checkpoint that is being replaced cannot be loaded before the last rename
             for name in (CONFIG_FILE, INDEX_FILE):
                 (self.out_dir / name).unlink(missing_ok=True)
-            sync_directory(self.out_dir)
+            sync(self.out_dir)
         for name in sorted(new - {*last}, key=lambda name: (_OURS.fullmatch(name) is None, name)):
             (self.out_dir / name).parent.mkdir(exist_ok=True)
             os.rename(self._hidden / name, self.out_dir / name)
         for name in old - new:
             (self.out_dir / name).unlink(missing_ok=True)
-        sync_directory(self.out_dir)
+        sync(self.out_dir)
         for name in last:
             os.rename(self._hidden / name, self.out_dir / name)
         shutil.rmtree(self._hidden, ignore_errors=True)
-        sync_directory(self.out_dir)
+        sync(self.out_dir)
 
     def abort(self) -> None:
         """Removes what was written so far, unless some of it may have its final name."""

@@ -131,10 +131,8 @@ def _eval(options: EvalOptions) -> int:
 
     score, objective = evaluate_file(options)
     figures = {**score.figures(), "examples": score.num_examples, "objective": objective}
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        print(f"{options.task or objective}: {score} ({score.num_examples} examples)")
+    text = f"{options.task or objective}: {score} ({score.num_examples} examples)"
+    print(json.dumps(figures) if options.json else text)
     return 0
 
 
@@ -149,10 +147,7 @@ def _signal(options: SignalOptions) -> int:
     from distzo2.run.inference import json_of_signals, signals_of_file, table_of_signals
 
     signals = signals_of_file(options)
-    if options.json:
-        print(json.dumps(json_of_signals(signals)))
-    else:
-        print("\n".join(table_of_signals(signals)))
+    print(json.dumps(json_of_signals(signals)) if options.json else "\n".join(table_of_signals(signals)))
     return 0
 
 
@@ -207,11 +202,7 @@ COMMANDS = {
     "generate": ("text from a checkpoint, its weights streamed", GenerateOptions, _generate),
     "replay": ("rebuild the checkpoint of any step from a run's journal, bit for bit", ReplayOptions, _replay),
     "journal": ("show, check or compare the journals of runs", None, journal.run_journal),
-    "report": (
-        "a picture of a run: loss, time, memory, transfers",
-        ReportOptions,
-        _planning("report", print),
-    ),
+    "report": ("a picture of a run: loss, time, memory, transfers", ReportOptions, _planning("report", print)),
     "measure": ("rates of this machine's links, disk, cores and GPUs", MeasureOptions, _planning("measure", _log)),
     "plan": ("memory, time of a step and best mesh of a run, before it starts", PlanOptions, _planning("plan", _log)),
 }

@@ -23,6 +23,7 @@ from distzo2.run.options import (
     Name,
     Noise,
     Switch,
+    Trained,
     Weights,
     option,
 )
@@ -82,7 +83,7 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(Trained):
     """Options of `distzo2 plan`."""
 
     model: Name = option(

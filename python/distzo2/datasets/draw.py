@@ -99,7 +99,7 @@ class TaskReader:
         if options["truncate"] == "right":
             raise UsageError("--truncate right: at the end of a task's text stands its answer; left was expected")
         self.task, self.tokenizer, self.max_new_tokens = task, tokenizer, max_new_tokens
-        self._lines = CausalLines(tokenizer, **options)
+        self._lines, self._num_cut = CausalLines(tokenizer, **options), 0
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._first = next((np.int32(i) for i in special if i is not None), None)
 
@@ -134,8 +134,11 @@ class TaskReader:
         """Prompts that the model is to continue, and what counts as right."""
         before = _demonstrations(shots)
         ids = self._encode([(before + row.prompt).strip(" ").lstrip() for row in rows])
-        pairs = zip(ids, rows, strict=True)
-        return [question(tokens, row.answers, self._lines, self.max_new_tokens) for tokens, row in pairs]
+        pairs = list(zip(ids, rows, strict=True))
+        asked = [question(tokens, row.answers, self._lines, self.max_new_tokens) for tokens, row in pairs]
+        self._num_cut += sum(len(q.tokens) < len(tokens) for q, (tokens, _) in zip(asked, pairs, strict=True))
+        self._report_cut()
+        return asked
 
     def held_out(
         self,
@@ -181,6 +184,7 @@ class TaskReader:
         (start, *encoded), result = self._encode([prompt.strip(" "), *alone, *wholes]), []
         for i, (ids, whole) in enumerate(zip(encoded[: len(alone)], encoded[len(alone) :], strict=True)):
             tokens = np.asarray(whole, dtype=np.int32)[self._lines.fitting(row, len(whole), room)]
+            self._num_cut += len(tokens) < len(whole)
             num_behind = len(ids) - len(start)
             if num_behind == len(tokens) and self._first is not None:  # a prompt without content may have no tokens
                 tokens = np.r_[self._first, tokens]
@@ -200,9 +204,17 @@ class TaskReader:
         return Example(texts[0][0][:border], None, options, row.label, lead=lead if any(lead) else (), right=right)
 
     def _checked(self, rows: Sequence[Asked], examples: list[Example]) -> list[Example]:
+        check = self._lines.check_vocabulary if self.task.each else self._lines.check  # entities may be spelled alike
         for row, example in zip(rows, examples, strict=True):
-            self._lines.check_vocabulary(row, example)
+            check(row, example)
+        self._report_cut()
         return examples
+
+    def _report_cut(self) -> None:
+        if self._num_cut:
+            what = f"texts longer than {self._lines.limit} tokens lose their beginning, demonstrations first"
+            logger.warning("task %s: %s (%d of them)", self.task.name, what, self._num_cut)
+        self._num_cut = 0
 
 
 def loss_of(task: Task, objective: str | None) -> tuple[str, str]:

@@ -98,8 +98,8 @@ class Task(BaseModel):
                 raise ValueError("each needs one option with a placeholder, and answers in place of label")
         elif self.options and (self.label is None or len(self.options) < 2):
             raise ValueError("two options or more and a label, or each, were expected")
-        if self.labels is not None and len(self.labels) != len(self.options):
-            raise ValueError(f"{len(self.labels)} labels for {len(self.options)} options")
+        if self.labels is not None and len({str(each).lower() for each in self.labels}) != len(self.options):
+            raise ValueError(f"labels: {len(self.options)} different ones were expected, one for each option")
         return self
 
     @property
@@ -134,6 +134,8 @@ class Task(BaseModel):
         answers = () if self.answers is None else tuple(_strings(record, self.answers, where))
         if self.each is not None:
             items = list(dict.fromkeys(_strings(record, self.each, where)))
+            if self.placeholder not in options[0]:
+                raise DataError(f"{where}: {self.placeholder!r} is not in {brief(options[0])}")
             options = [options[0].replace(self.placeholder, item) for item in items]
             right = tuple(items.index(answer) for answer in answers if answer in items)
             if not answers or answers[0] not in items:

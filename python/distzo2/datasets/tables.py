@@ -68,12 +68,18 @@ def _files_of(directory: Path, split: str, config: str | None) -> list[Path]:
     if not found:
         held = ", ".join(map(str, data[:6])) or "no parquet, JSONL, arrow or TSV file"
         raise DataError(f"{directory}: no split {split!r} (a file or a directory of that name); there are {held}")
+    # The parts of a split differ in their numbers alone: train.jsonl beside train_small.jsonl are two.
     groups: dict[tuple[Path, str], list[Path]] = {}
     for path in found:
-        groups.setdefault((path.parent, _SUFFIXES[path.suffix]), []).append(path)
+        groups.setdefault((path.parent, re.sub(r"\d+", "#", path.name)), []).append(path)
     if len(groups) > 1:
         several = ", ".join(str(paths[0]) for paths in groups.values())
         raise DataError(f"{directory}: more than one split {split!r} ({several}): give the directory of one")
+    parts = re.search(r"-\d{5}-of-(\d{5})", found[0].name)
+    if parts and int(parts[1]) != len(found):
+        raise DataError(
+            f"{directory}: split {split!r} has {int(parts[1])} files, and {len(found)} are there: {found[0]}"
+        )
     return [directory / path for path in found]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.peft.adapters import tokens_in_front
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ def generate_batch(
         One for each of `inputs`, in their order.
 
     Raises:
-        UsageError: texts or `stop` without a tokenizer.
+        UsageError: texts or `stop` without a tokenizer, or `options` that search or return several texts.
         DistZO2Error: the model generates nothing, or a text has no tokens.
     """
     if not hasattr(model, "generate"):
         raise DistZO2Error(f"{type(model).__name__} generates no text")
     if tokenizer is None and (stop or any(isinstance(each, str) for each in inputs)):
         raise UsageError("generate_batch needs tokenizer= for texts and stop strings")
+    if options.get("num_return_sequences", 1) != 1 or (stop and options.get("num_beams", 1) != 1):
+        raise UsageError("generate_batch returns one text for each, and stop strings need num_beams=1")
     rows = [tokenizer(each)["input_ids"] if isinstance(each, str) else list(each) for each in inputs]
     if any(not row for row in rows):
         raise DistZO2Error("a text to continue has no tokens")
@@ -70,16 +74,18 @@ def generate_batch(
     settings = greedy | {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id} | options
     if ends:
         settings["eos_token_id"] = ends
+    # peft puts a prompt before the padding, too far from a shorter text: with one, only texts of one length share rows.
+    prompted = bool(config := getattr(model, "active_peft_config", None)) and tokens_in_front(config) > 0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    groups = [list(g) for _, g in groupby(order, key=lambda i: len(rows[i]) if prompted else 0)]
+    parts = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
     results: list[Generated | None] = [None] * len(rows)
     training = model.training
     model.eval()
     try:
-        for first in range(0, len(order), batch_size):
-            part = order[first : first + batch_size]
-            for i, tokens in zip(
-                part, _generate(model, [rows[i] for i in part], tokenizer, stop, ends, settings), strict=True
-            ):
+        for part in parts:
+            made = _generate(model, [rows[i] for i in part], tokenizer, stop, ends, settings)
+            for i, tokens in zip(part, made, strict=True):
                 results[i] = Generated(tokens, None if tokenizer is None else _text(tokenizer, tokens, stop))
     finally:
         model.train(training)

@@ -14,7 +14,7 @@ from distzo2.optim.estimator import Estimator, Evaluation, make_estimator
 from distzo2.weights.units import ParamInfo
 from distzo2_core import FAMILIES, GroupScalars
 
-GROUP_FIELDS = ("lr", "weight_decay", "perturb_scale", "update_scale")
+GROUP_FIELDS = GroupScalars._fields
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,18 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
     """
     with np.errstate(over="ignore"):
         s = Settings(eps=float(np.float32(eps)), estimator=make_estimator(estimator), **others)
-    if s.noise not in FAMILIES:
-        raise DistZO2Error(f"noise={s.noise!r}: expected one of {', '.join(FAMILIES)}")
-    if not (np.isfinite(s.eps) and s.eps > 0):
-        raise DistZO2Error(f"eps={eps!r}: expected a positive number that float32 can hold")
-    if isinstance(s.seed, bool) or not isinstance(s.seed, int) or not 0 <= s.seed < 2**64:
-        raise DistZO2Error(f"seed={s.seed!r}: expected an integer in [0, 2^64)")
-    if not 1 <= s.num_probes < 2**20:
-        raise DistZO2Error(f"num_probes={s.num_probes}: expected 1 to {2**20 - 1}")
-    if s.max_lanes is not None and s.max_lanes < 1:
-        raise DistZO2Error(f"max_lanes={s.max_lanes}: expected at least 1")
-    if s.max_coef is not None and not s.max_coef > 1:
-        raise DistZO2Error(f"max_coef={s.max_coef!r}: expected a number above 1, or None")
-    if s.fsync_every < 1:
-        raise DistZO2Error(f"fsync_every={s.fsync_every}: expected at least 1")
+    expected = {
+        "noise": (s.noise in FAMILIES, f"one of {', '.join(FAMILIES)}"),
+        "eps": (np.isfinite(s.eps) and s.eps > 0, "a positive number that float32 can hold"),
+        "seed": (type(s.seed) is int and 0 <= s.seed < 2**64, "an integer in [0, 2^64)"),
+        "num_probes": (1 <= s.num_probes < 2**20, f"1 to {2**20 - 1}"),
+        "max_lanes": (s.max_lanes is None or s.max_lanes >= 1, "at least 1"),
+        "max_coef": (s.max_coef is None or s.max_coef > 1, "a number above 1, or None"),
+        "fsync_every": (s.fsync_every >= 1, "at least 1"),
+    }
+    for name, (is_right, what) in expected.items():
+        if not is_right:
+            raise DistZO2Error(f"{name}={(eps if name == 'eps' else getattr(s, name))!r}: expected {what}")
     _ = s.evaluations  # the estimator refuses a number of probes that does not suit it
     return s
 

@@ -24,7 +24,7 @@ from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_o
 from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
 from distzo2.parallel.exchange import by_ranks, hash64
 from distzo2.parallel.group import Mesh
-from distzo2.parallel.mesh import GLOBAL, OWN, SHARDED, Deal, MeshShape, check_step, deal_lanes
+from distzo2.parallel.mesh import GLOBAL, OWN, Deal, MeshShape, check_step, deal_lanes
 from distzo2.record.journal import Journal
 from distzo2.record.opening import fingerprint
 from distzo2.streaming.runtime import StreamingRuntime
@@ -160,25 +160,25 @@ class SharedStep:
         Raises:
             RanksDisagreeError: the ranks are about to make different steps; on all of them.
         """
-        s, shape, mode, tokens = self.settings, self._shape, SHARDED.get(word.sharded, GLOBAL), word.tokens
+        s, shape, tokens, is_global = self.settings, self._shape, word.tokens, word.sharded == GLOBAL
         fields = {
             "the step": word.step,
             "sharded": word.sharded,
-            "the number of closures": word.num_closures if mode == GLOBAL else "its own",
-            "tokens (lists of each rank's own closures need sharded=True)": tokens if mode == GLOBAL else "its own",
+            "the number of closures": word.num_closures if is_global else "its own",
+            "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }
         numbers = self._exchange.agree(f"step {word.step}", fields, numbers=(word.num_closures, tokens), error=error)
-        if mode == GLOBAL:
+        if is_global:
             try:
                 check_step(shape, s.evaluations, word.num_closures)
             except UsageError as unfit:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
-        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], mode)
-        rows = range(0, shape.size, 1 if mode == OWN else shape.pert)
-        return deal, tokens if mode == GLOBAL else sum(numbers[rank][1] for rank in rows)
+        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded)
+        rows = range(0, shape.size, 1 if word.sharded == OWN else shape.pert)
+        return deal, tokens if is_global else sum(numbers[rank][1] for rank in rows)
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
         """Runs this rank's lanes, and gathers the losses of all.

@@ -57,11 +57,7 @@ class StepLanes:
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
     ) -> np.ndarray:
         """float64 [evaluations]: mean losses, all on this rank."""
-        lanes = [
-            self._lane(LanePlace(step, index, batch, *evaluation, first=False), closure)
-            for index, evaluation in enumerate(evaluations)
-            for batch, closure in enumerate(closures)
-        ]
+        lanes = self._lanes_beside(step, evaluations, closures)
         with self._interrupt:
             self._run(lanes)
         sums = self._losses(lanes).reshape(len(evaluations), len(closures), 2).sum(1)
@@ -76,14 +72,21 @@ class StepLanes:
             entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
         return entered
 
+    def _lanes_beside(
+        self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
+    ) -> list[Lane]:
+        """Lanes that are no part of the step: none of them is a micro-batch's first."""
+        return [
+            self._lane(LanePlace(step, index, batch, *evaluation, first=False), closure)
+            for index, evaluation in enumerate(evaluations)
+            for batch, closure in enumerate(closures)
+        ]
+
     def _lane(self, place: LanePlace, closure: Callable[[], Any]) -> Lane:
         s, sign = self.settings, place.sign
         emission = Emission((Term(FAMILIES[s.noise], place.step, place.probe, 0, sign * s.eps),)) if sign else CLEAN
-        return Lane(emission, place.batch, closure, self._stream(place.step, place.batch), place)
-
-    def _stream(self, step: int, batch: int) -> RandomStream:
-        """The same for every perturbation of a micro-batch."""
-        return RandomStream.seeded(self.runtime.device, self.settings.seed, step, batch)
+        stream = RandomStream.seeded(self.runtime.device, s.seed, place.step, place.batch)
+        return Lane(emission, place.batch, closure, stream, place)
 
     def check(self, step: int, closure: Callable[[], Any]) -> float:
         """Runs two clean lanes of `closure` and two perturbed ones; returns the clean loss.
@@ -91,8 +94,7 @@ class StepLanes:
         Raises:
             DistZO2Error: the clean ones differ, or a perturbed one differs when it runs alone.
         """
-        signs = enumerate((0, 0, +1, -1))
-        lanes = [self._lane(LanePlace(step, index, 0, 0, sign, first=False), closure) for index, sign in signs]
+        lanes = self._lanes_beside(step, [(0, sign) for sign in (0, 0, +1, -1)], [closure])
         with self._interrupt:
             self._run(lanes, check=True)
         losses = self._losses(lanes)

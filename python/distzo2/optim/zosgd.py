@@ -31,7 +31,7 @@ from distzo2.optim.state import (
 )
 from distzo2.optim.step_lanes import StepLanes
 from distzo2.parallel.group import Mesh, current
-from distzo2.parallel.mesh import SHARDED, Deal
+from distzo2.parallel.mesh import SHARDED
 from distzo2.record.header import index_table, make_header
 from distzo2.record.journal import Journal, StepEntry, num_groups_of
 from distzo2.record.lineage import BranchPoint
@@ -302,48 +302,35 @@ class ZOSGD(torch.optim.Optimizer):
             raise DistZO2Error("this optimizer was closed, and its journal with it")
         closures, scalars, failure = [], (), None
         try:
-            closures, scalars = self._closures(closure, sharded), scalars_of(self.param_groups)
+            closures, scalars = self._closures(closure, sharded), self._scalars()
             count = None if count is None else float(count)
             if count is not None and not 0 < count < np.inf:
                 raise DistZO2Error(f"count={count!r}: expected a finite number above 0")
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
-            s, start, step = self.settings, time.perf_counter(), self.step_count
+            start, step, as_sums = time.perf_counter(), self.step_count, count is not None
             word = StepWord(step, scalars, len(closures), tokens, sharded, count)
             deal, tokens = self._ranks.open(word, failure)
-            scales = [group.perturb_scale for group in scalars]
-            sums, counts, entered = self._evaluate(step, deal, closures, scales, count is not None)
-            if count is not None:
-                if not (counts == 1).all():
-                    raise DistZO2Error(f"step {step}: count={count:g} was given, and closures returned counts too")
-                sums *= deal.num_batches / count  # as means, of which each counts as one
-            if not counts.any(1).all():
-                raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
-            loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
-            record = StepRecord(step, loss, sums.tolist(), s.evaluations, [], lr=[g.lr for g in scalars])
-            if not (counts == 1).all():
-                record.counts = counts.tolist()
-                record.losses = np.divide(sums, counts, out=sums.copy(), where=counts > 0).tolist()
-                sums = np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
-            left_out = self._runtime.weights.left_out(entered)
-            record.unused = [] if s.older_rules else ranges_of(p.index for unit in left_out for p in unit.params)
+            run = self._lanes.run
+            found = self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
+            record, losses = self._record(step, found, count)
+            record.lr = [group.lr for group in scalars]
+            left_out = self._runtime.weights.left_out(found.entered)
+            if not self.settings.older_rules:
+                record.unused = ranges_of(p.index for unit in left_out for p in unit.params)
 
-            def decide() -> None:
+            def make() -> None:
                 self._tell_unused(step, left_out)
-                self._decide(sums, record)
+                self._decide(losses, record)
                 record.seconds = time.perf_counter() - start
                 if self.journal is not None:
-                    extra = {"clipped": True} if record.clipped else {}
-                    update = self._update(record, scalars)
-                    losses, times = (s.eps, record.losses, record.skipped), (tokens, record.seconds)
-                    rows = record.counts and (record.counts[:1] if (counts == counts[0]).all() else record.counts)
-                    self.journal.append(StepEntry(step, update, *losses, *times, extra, rows, record.unused))
+                    self.journal.append(self._entry(record, scalars, tokens))
 
-            self._ranks.decide(record, decide, self.journal)
+            self._ranks.decide(record, make, self.journal)
             record.seconds = record.seconds or time.perf_counter() - start
             self._push(self._update(record, scalars), record)
-        return torch.tensor(loss, dtype=torch.float64)
+        return torch.tensor(record.loss, dtype=torch.float64)
 
     def _closures(self, closure: Any, sharded: bool | str) -> list[Callable[[], Any]]:
         """The closures of a step, after checking that it can be made."""
@@ -364,12 +351,40 @@ class ZOSGD(torch.optim.Optimizer):
             self._epoch = self._runtime.weights.epoch
         return closures
 
-    def _evaluate(
-        self, step: int, deal: Deal, closures: Sequence[Callable[[], Any]], scales: Sequence[float], as_sums: bool
-    ) -> Evaluated:
-        self._runtime.weights.updates.set_perturb_scales(scales)
-        run = self._lanes.run
-        return self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
+    def _scalars(self) -> tuple[GroupScalars, ...]:
+        """What a step takes of the groups now; perturbations have their scales from here on."""
+        scalars = scalars_of(self.param_groups)
+        self._runtime.weights.updates.set_perturb_scales([group.perturb_scale for group in scalars])
+        return scalars
+
+    def _record(self, step: int, found: Evaluated, count: float | None) -> tuple[StepRecord, np.ndarray]:
+        """A record of the losses, without coefficients yet; and the losses as an estimator takes them, a row for each
+        evaluation: the means of micro-batches, or, where closures gave counts, the one mean over all of them."""
+        sums, counts = found.sums, found.counts
+        plain = bool((counts == 1).all())
+        if count is not None:
+            if not plain:
+                raise DistZO2Error(f"step {step}: count={count:g} was given, and closures returned counts too")
+            sums = sums * (sums.shape[1] / count)  # as means, of which each counts as one
+        if not counts.any(1).all():
+            raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
+        loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
+        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [])
+        if plain:
+            return record, sums
+        record.counts = counts.tolist()
+        record.losses = np.divide(sums, counts, out=sums.copy(), where=counts > 0).tolist()
+        return record, np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
+
+    def _entry(self, record: StepRecord, scalars: tuple[GroupScalars, ...], tokens: int) -> StepEntry:
+        """The journal's line."""
+        counts, extra = record.counts, {"clipped": True} if record.clipped else {}
+        if counts is not None and all(row == counts[0] for row in counts):
+            counts = counts[:1]
+        return StepEntry(
+            record.step, self._update(record, scalars), self.settings.eps, record.losses, record.skipped, tokens,
+            record.seconds, extra, counts, record.unused,
+        )  # fmt: skip
 
     def _tell_unused(self, step: int, units: Sequence[Unit]) -> None:
         """Reports, once, units that no lane entered."""
@@ -421,8 +436,7 @@ class ZOSGD(torch.optim.Optimizer):
             DistZO2Error: the clean ones differ: the forward is not deterministic, and every estimate would be made of
                 that noise. Or the perturbed one differs: lanes see each other (see `max_lanes`).
         """
-        scalars = scalars_of(self.param_groups)
-        self._runtime.weights.updates.set_perturb_scales([group.perturb_scale for group in scalars])
+        self._scalars()
         return self._lanes.check(self.step_count, closure)
 
     def signal(
@@ -448,7 +462,7 @@ class ZOSGD(torch.optim.Optimizer):
         sizes = [self.settings.eps] if eps is None else [eps] if isinstance(eps, (int, float)) else list(eps)
         if probes < 2 or not sizes or not all(np.isfinite(size) and size > 0 for size in sizes):
             raise DistZO2Error(f"signal: 2 probes or more and positive eps were expected, got {probes} and {sizes}")
-        runtime.weights.updates.set_perturb_scales([g.perturb_scale for g in scalars_of(self.param_groups)])
+        self._scalars()
         dtypes = (computed_in(runtime), REFERENCE) if dtypes is None else dtypes
         for dtype in dtypes:
             check_computes(runtime.device, REFERENCE if dtype == TF32 and runtime.device.type == "cuda" else dtype)

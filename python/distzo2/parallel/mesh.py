@@ -15,8 +15,8 @@ from distzo2.errors import UsageError
 
 Evaluation = tuple[int, int]  # (probe, sign): sign +1 or -1; (0, 0) is the clean weights
 
-GLOBAL, OWN, ROW = range(3)  # whose the list of closures is: the step's, the rank's own, the data coordinate's
-SHARDED = {False: GLOBAL, True: OWN, "data": ROW}
+# `sharded` of a step, whose the list of closures is: the step's, the rank's own, or its data coordinate's.
+GLOBAL, OWN, ROW = SHARDED = False, True, "data"
 
 
 @dataclass(frozen=True)
@@ -182,22 +182,24 @@ class Deal:
     first_batch: list[int]  # [ranks]: the micro-batch of a rank's closure 0
 
 
-def deal_lanes(shape: MeshShape, evaluations: Sequence[Evaluation], num_closures: Sequence[int], mode: int) -> Deal:
+def deal_lanes(
+    shape: MeshShape, evaluations: Sequence[Evaluation], num_closures: Sequence[int], sharded: bool | str
+) -> Deal:
     """Deals a step's lanes; each is run by exactly one rank.
 
     Args:
         shape: of the mesh.
         evaluations: of the step.
         num_closures: of each rank.
-        mode: GLOBAL: all ranks have the same list; OWN: each rank's closures are its own micro-batches, numbered in the
-            order of ranks, and it runs all evaluations of them; ROW: the ranks of one data coordinate have the same
+        sharded: GLOBAL: all ranks have the same list; OWN: each rank's closures are its own micro-batches, numbered in
+            the order of ranks, and it runs all evaluations of them; ROW: the ranks of one data coordinate have the same
             list, numbered in the order of data coordinates.
 
     Raises:
         UsageError: ranks that should have equally many closures do not, or there is no closure at all.
     """
-    width = 1 if mode == OWN else shape.pert  # of the ranks that have the same list
-    dealt = [range(len(evaluations))] if mode == OWN else deal_evaluations(evaluations, shape.pert)
+    width = 1 if sharded == OWN else shape.pert  # of the ranks that have the same list
+    dealt = [range(len(evaluations))] if sharded == OWN else deal_evaluations(evaluations, shape.pert)
     lists = num_closures[::width]
     for rank, count in enumerate(num_closures):
         if count != lists[rank // width]:
@@ -205,7 +207,7 @@ def deal_lanes(shape: MeshShape, evaluations: Sequence[Evaluation], num_closures
                 f"rank {rank} has {_counted(count, 'closure')} and rank {rank - rank % width}, of the same data "
                 f"coordinate, {lists[rank // width]}"
             )
-    if mode == GLOBAL:
+    if sharded == GLOBAL:
         spans, starts = deal_evenly(lists[0], shape.data), [0] * shape.data
     else:
         starts = [0, *accumulate(lists)]

@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -212,12 +213,11 @@ def _bring_seconds(mesh: Mesh, device: torch.device, directory: Place, num_bytes
             store.release(sample, False)
             store.expect(samples[i + 1 :], 0)
 
-    with mesh.together("measuring transfers"):
-        store = streaming_store(samples, device, directory=directory, slots=3)
-        for sample in samples if directory is not None else ():
-            with store.open(sample, write=True, keep=False) as buffer:
-                buffer.fill_(1)  # a file's holes are read faster
-    try:
+    with ExitStack() as ends:
+        with mesh.together("measuring transfers"):
+            store = streaming_store(samples, device, directory=directory, slots=3)
+            ends.callback(store.close)
+            for sample in samples if directory is not None else ():
+                with store.open(sample, write=True, keep=False) as buffer:
+                    buffer.fill_(1)  # a file's holes are read faster
         return _seconds(mesh, device, "measuring transfers", bring) / SAMPLE_BLOCKS
-    finally:
-        store.close()

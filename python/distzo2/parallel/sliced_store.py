@@ -145,7 +145,6 @@ class SlicedStore(Store):
             buffer = self._take_buffer()
             if buffer.released is not None:
                 self._side.wait_event(buffer.released)
-            buffer.unit, buffer.stamp, buffer.is_ahead = copy.unit, stamp, ours
             parts = [buffer.data[a:b] for a, b in pairwise(self._bounds[index])]
             stored, changed = self._source.acquire(copy), False
             try:
@@ -153,6 +152,7 @@ class SlicedStore(Store):
             finally:
                 self._source.release(copy, changed)
             buffer.works = self._node.gather(parts, self._backend)
+            buffer.unit, buffer.stamp, buffer.is_ahead = copy.unit, stamp, ours
 
     def _take_buffer(self) -> _Buffer:
         """Returns the buffer to gather into: the oldest that nobody reads, if possible one that nobody will read."""
@@ -162,6 +162,7 @@ class SlicedStore(Store):
         else:
             self._settle(buffer)
             self._buffers.remove(buffer)
+        buffer.unit, buffer.is_ahead = None, False  # what it holds is about to be overwritten
         self._buffers.append(buffer)
         return buffer
 

@@ -23,7 +23,7 @@ from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, persistent_b
 from distzo2.checkpoint.pretrained import meta_model
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_FILES, ADAPTER_WEIGHTS, CheckpointFiles, digest_files
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.errors import DistZO2Error, blaming
+from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.files import write_whole
 from distzo2.peft.library import check, kind_of, peft_library, read_config
 from distzo2.streaming.offload import runtime_of
@@ -58,26 +58,38 @@ def digest_adapter(directory: Path) -> dict[str, Any]:
 
 
 def new_config(
-    method: str, kind: str, model: str, *, r: int, alpha: float, targets: str | None, virtual_tokens: int
+    method: str,
+    kind: str,
+    model: str,
+    *,
+    r: int,
+    alpha: float,
+    targets: str | None,
+    virtual_tokens: int,
+    held: nn.Module | None = None,
 ) -> Any:
     """The `PeftConfig` of a new adapter: `method` is "lora", "prefix" or "prompt", `kind` that of the model, `model`
     its checkpoint, and `targets` names modules, or parameters as experts are, with commas between (None: what peft has
-    for the architecture).
+    for the architecture). `held` is the model on meta, if `model` is not the directory of one.
 
     Raises:
-        DistZO2Error: peft has no such adapter for this kind of model.
+        UsageError: a target is not in the model. DistZO2Error: peft has no such adapter for this kind of model.
     """
     peft, task = peft_library(), _TASKS[kind]
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     if method == "lora":
-        held = meta_model(Path(model))
+        held = meta_model(Path(model)) if held is None else held
         if targets is None and held.config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
             advice = "name modules by --lora-targets, such as q_proj,v_proj, or all-linear"
             raise DistZO2Error(f"peft has no LoRA targets for models of type {held.config.model_type}: {advice}")
-        names = targets.split(",") if targets not in (None, "all-linear") else []
+        names = [] if targets in (None, "all-linear") else [n.strip() for n in targets.split(",")]
         tensors = [n for n in names if any(f".{p}".endswith(f".{n}") for p, _ in held.named_parameters())]
-        modules = [n for n in names if n not in tensors] or (None if tensors else targets)
+        modules = [n for n in names if n not in tensors]
+        for name in modules:  # peft passes over a name as long as another one is found
+            if not any(f".{m}".endswith(f".{name}") for m, _ in held.named_modules()):
+                raise UsageError(f"--lora-targets {name}: {type(held).__name__} has no such module or parameter")
+        modules = modules or (None if tensors else targets)
         config = peft.LoraConfig(
             task_type=task, r=r, lora_alpha=alpha, target_modules=modules, target_parameters=tensors or None
         )
@@ -105,13 +117,15 @@ def known_config(directory: Path, kind: str) -> Any:
 
 
 def virtual_tokens(config: Any) -> int:
-    """How many positions of the model the adapter takes."""
-    return config.num_virtual_tokens if config.is_prompt_learning else 0
+    """How many positions of the model the adapter takes; None: there is none."""
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
 def tokens_in_front(config: Any) -> int:
     """How many positions stand before an input's in the logits; a prefix has none there."""
-    return virtual_tokens(config) if config.peft_type == "PROMPT_TUNING" else 0
+    if config is None or config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):
+        return 0
+    return virtual_tokens(config)
 
 
 # ---- around a model ----------------------------------------------------------------------------------------------
@@ -140,13 +154,10 @@ def adapter(source: Any, start: str | Path | None = None, *, seed: int = 0, conf
     def prepare(model: nn.Module, base: CheckpointMap) -> tuple[nn.Module, CheckpointMap]:
         held = {id(t): name for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
         wrapped = wrap(model, config, seed)
-        keys = keys_of(wrapped)
-        params = dict(wrapped.named_parameters())
-        place = Path(source if start is None else start)
+        tensors, place = AdapterTensors(wrapped, base, held), Path(source if start is None else start)
         if start is not None:
-            values = read_adapter(Path(source), keys, params) if known else _first(params, keys, base, held)
-            write_adapter(place, wrapped.peft_config[NAME], values)
-        files = _files(place, keys, params)
+            write_adapter(place, wrapped.peft_config[NAME], tensors.read(Path(source)) if known else tensors.first())
+        files, keys = tensors.open(place), tensors.keys
         number = {entry.name: i for i, entry in enumerate(files.entries, len(base.tensors))}
         mapped = {}
         for name, tensor in [*wrapped.named_parameters(), *persistent_buffers(wrapped)]:
@@ -212,52 +223,73 @@ def keys_of(model: Any, name: str = NAME) -> dict[str, str]:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def _files(directory: Path, keys: Mapping[str, str], params: Mapping[str, torch.Tensor]) -> CheckpointFiles:
-    """The tensors of an adapter's directory.
+class AdapterTensors:
+    """The parameters of a model's adapter, and the tensors that they are in the adapter's file.
 
-    Raises:
-        CheckpointError: they are not those that the model's adapter has.
+    Args:
+        wrapped: the `PeftModel`.
+        base: the map of the model inside.
+        held: the names of that model's tensors in `base`, by id.
     """
-    files = CheckpointFiles(directory, weights_file(directory))
-    found = {entry.name: entry for entry in files.entries}
-    where = f"{directory / weights_file(directory)}"
-    for name, key in keys.items():
-        if key not in found:
-            raise CheckpointError(f"{where}: no tensor {key!r}, which the adapter of this model has")
-        if found[key].shape != tuple(params[name].shape):
-            shapes = f"{list(found[key].shape)}, and the model needs {list(params[name].shape)}"
-            raise CheckpointError(f"{where}: tensor {key!r} has the shape {shapes}")
-    if unused := sorted(found.keys() - set(keys.values())):
-        raise CheckpointError(f"{where}: nothing in the model's adapter takes tensor {unused[0]!r}")
-    return files
 
+    def __init__(self, wrapped: Any, base: CheckpointMap, held: Mapping[int, str]) -> None:
+        self.params = dict(wrapped.named_parameters(remove_duplicate=False))  # a tied one by each of its names
+        self.keys, self._base, self._held = keys_of(wrapped), base, held
 
-def read_adapter(
-    directory: Path, keys: Mapping[str, str], params: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """An adapter's tensors in the dtypes of the model's."""
-    with closing(_files(directory, keys, params)) as files:
-        number = {entry.name: i for i, entry in enumerate(files.entries)}
+    def origin(self, name: str) -> str | None:
+        """The tensor of the base that a parameter of the adapter is (a bias) or is a copy of (a head)."""
+        return self._held.get(id(self.params.get(name.replace(f".modules_to_save.{NAME}.", ".original_module."))))
+
+    def open(self, directory: Path) -> CheckpointFiles:
+        """The tensors of a directory. Beside an adapter on embeddings peft saves these too: they are passed over.
+
+        Raises:
+            CheckpointError: they are not those of this adapter, or saved embeddings are not the base's.
+        """
+        files, params = CheckpointFiles(directory, weights_file(directory)), self.params
+        found = {entry.name: entry for entry in files.entries}
+        where = f"{directory / weights_file(directory)}"
+        for name, key in self.keys.items():
+            if key not in found:
+                raise CheckpointError(f"{where}: no tensor {key!r}, which the adapter of this model has")
+            if found[key].shape != tuple(params[name].shape):
+                shapes = f"{list(found[key].shape)}, and the model needs {list(params[name].shape)}"
+                raise CheckpointError(f"{where}: tensor {key!r} has the shape {shapes}")
+        for key in sorted(found.keys() - set(self.keys.values())):
+            name = self._held.get(id(params.get(key)))
+            if name is None:
+                raise CheckpointError(f"{where}: nothing in the model's adapter takes tensor {key!r}")
+            saved = _read(files, key, torch.empty(found[key].shape, dtype=params[key].dtype))
+            if not torch.equal(saved, self._of_base(name, params[key])):
+                changed = f"is not that of {self._base.directory}: the base was changed beside the adapter"
+                raise CheckpointError(f"{where}: tensor {key!r} {changed}")
+        return files
+
+    def read(self, directory: Path) -> dict[str, torch.Tensor]:
+        """The tensors of a directory by their names there, in the dtypes of the model."""
+        with closing(self.open(directory)) as files:
+            empty = {key: torch.empty_like(self.params[name], device="cpu") for name, key in self.keys.items()}
+            return {key: _read(files, key, out) for key, out in empty.items()}
+
+    def first(self) -> dict[str, torch.Tensor]:
+        """The tensors as peft has initialised them, those of the base with the base's values."""
         values = {}
-        for name, key in keys.items():
-            values[key] = torch.empty(params[name].shape, dtype=params[name].dtype)
-            files.read_pieces(Layout.leaf(number[key], values[key].shape).pieces, values[key])
-    return values
+        for name, key in self.keys.items():
+            origin, values[key] = self.origin(name), self.params[name].detach()
+            if origin is not None:
+                values[key] = self._of_base(origin, values[key]).to(values[key].dtype)
+        return values
+
+    def _of_base(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        value = torch.empty(like.shape, dtype=self._base.mapped[name].dtype)
+        self._base.read(name, value)
+        return value
 
 
-def _first(
-    params: Mapping[str, nn.Parameter], keys: Mapping[str, str], base: CheckpointMap, held: Mapping[int, str]
-) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter that peft has initialised; copies of the base's (heads, biases) are read there."""
-    values = {}
-    for name, key in keys.items():
-        copied = params.get(name.replace(f".modules_to_save.{NAME}.", ".original_module."))
-        values[key] = params[name].detach()
-        if id(copied) in held:
-            values[key] = torch.empty(copied.shape, dtype=copied.dtype)
-            base.read(held[id(copied)], values[key])
-            values[key] = values[key].to(params[name].dtype)
-    return values
+def _read(files: CheckpointFiles, key: str, out: torch.Tensor) -> torch.Tensor:
+    number = next(i for i, entry in enumerate(files.entries) if entry.name == key)
+    files.read_pieces(Layout.leaf(number, out.shape).pieces, out)
+    return out
 
 
 def write_adapter(directory: str | Path, config: Any, values: Mapping[str, torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ _NOT_OF_LORA = {  # fields of its configuration that must be empty, and why
     "loftq_config": "it needs quantized weights",
     "alora_invocation_tokens": "its forward looks for tokens in the whole input",
     "arrow_config": "it routes between other adapters",
+    "ensure_weight_tying": "the copies of tied weights would be saved once and are two in the model",
     "trainable_token_indices": _WHY_NOT["TRAINABLE_TOKENS"],
 }
 

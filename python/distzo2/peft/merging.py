@@ -17,7 +17,7 @@ from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
 from distzo2.checkpoint.writing import CheckpointWriter
 from distzo2.errors import DistZO2Error, blaming
-from distzo2.peft.adapters import NAME, keys_of, read_adapter, wrap
+from distzo2.peft.adapters import AdapterTensors, wrap
 from distzo2.peft.library import read_config
 
 
@@ -47,17 +47,17 @@ def merge_adapter(
     model, base = open_checkpoint(base_dir, dtype=dtype)
     with closing(base):
         names = {id(p): name for name, p in model.named_parameters()}
-        users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        users = Counter(names[id(p)] for m in model.modules() for p in m._parameters.values() if p is not None)
         wrapped = wrap(model, config)
-        params, keys = dict(wrapped.named_parameters()), keys_of(wrapped)
-        values = read_adapter(adapter, keys, params)
+        tensors = AdapterTensors(wrapped, base, names)
+        values = tensors.read(adapter)
         trained: dict[str, torch.Tensor] = {}  # by name in the base: what stands in the place of its weights
-        for name, key in keys.items():
-            original = params[name.replace(f".modules_to_save.{NAME}.", ".original_module.")]
-            if id(original) in names:
-                trained[names[id(original)]] = values[key].to(original.dtype)
+        for name, key in tensors.keys.items():
+            if (origin := tensors.origin(name)) is None:
+                tensors.params[name].data = values[key]
             else:
-                params[name].data = values[key]
+                _refuse_shared(origin, users)
+                trained[origin] = values[key].to(base.mapped[origin].dtype)
         with CheckpointWriter(base, out_dir, overwrite=overwrite) as writer:
             written = set()
             for layer in _layers(wrapped):
@@ -82,10 +82,18 @@ def _layers(model: Any) -> list[Any]:
     return [module for _, module in found]
 
 
+def _refuse_shared(name: str, users: Counter[str]) -> None:
+    if users[name] > 1:
+        raise DistZO2Error(
+            f"the adapter is on {name}, which another module shares: merged, it would change that too. Use it with "
+            "--adapter instead"
+        )
+
+
 def _merged(
     layer: Any,
     names: dict[int, str],
-    users: Counter[int],
+    users: Counter[str],
     base: CheckpointMap,
     trained: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
@@ -99,11 +107,7 @@ def _merged(
             value = torch.empty(p.shape, dtype=p.dtype)
             base.read(name, value)
         inner._parameters[key] = nn.Parameter(value, requires_grad=False)
-        if users[id(p)] > 1:
-            raise DistZO2Error(
-                f"the adapter is on {name}, which another module shares: merged, it would change that too. Use it with "
-                "--adapter instead"
-            )
+        _refuse_shared(name, users)
     where = next(iter(names[id(p)] for p in own.values()), type(inner).__name__)
     with blaming(f"merging into {where}"):
         if hasattr(layer, "unload_and_optionally_merge_module"):

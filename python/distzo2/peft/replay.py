@@ -64,10 +64,8 @@ def replay_adapter(
         number = {entry.name: i for i, entry in enumerate(files.entries)}
         rows = [row for row in header["table"] if row["name"] in keys]
         mapped = {}
-        for row in rows:
-            entry = files.entries[number[keys[row["name"]]]]
-            pieces = Layout.leaf(number[entry.name], entry.shape).pieces
-            mapped[row["name"]] = MappedTensor(row["name"], entry.dtype, entry.shape, pieces)
+        for name, shape, dtype in ((row["name"], tuple(row["shape"]), getattr(torch, row["dtype"])) for row in rows):
+            mapped[name] = MappedTensor(name, dtype, shape, Layout.leaf(number[keys[name]], shape).pieces)
         if strays := [r["name"] for r in header["table"] if r["group"] is not None and r["name"] not in mapped]:
             raise JournalError(f"{journal_path}: the run trained {strays[0]!r}, which is not in the adapter")
         tensors = {name: torch.empty(m.shape, dtype=m.dtype) for name, m in mapped.items()}

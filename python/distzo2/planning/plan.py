@@ -6,13 +6,15 @@ schedule the runtime's, played event by event (`schedule`). What is assumed is l
 The JSON file, `distzo2-plan/1`:
 
     model        name, dtype, compute_dtype, elements, bytes, seen_bytes (in the dtypes that modules compute with),
-                 largest_copy (of a unit, in them), units, blocks
+                 largest_copy (of a unit, in them), units, blocks, trained (a line; null: all is),
+                 trained_elements, saved_bytes (of the checkpoint or adapter at the end)
     request      the options
     machine      name; assumptions: lines of text
     rows         the first is one device; each: mesh, pert, data, ranks, slice, micro_batches, step_s, tokens_per_s,
                  speedup, bound, busy (share of the step by resource), wait_s, noise_s, up_bytes, down_bytes,
                  gather_bytes (a rank and step), rank_bytes (residents, slots, scratch, lanes, total), host_bytes and
-                 disk_bytes (of the node), fits, misfit
+                 disk_bytes (of the node's weight files, whose spare slots come on top; frozen blocks stay in the
+                 checkpoint's own files), fits, misfit
     best         index of the row with the most tokens/s among those that fit; null: none does
 """
 
@@ -29,6 +31,7 @@ import torch
 
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import make_estimator
+from distzo2.optim.selection import trained
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
 from distzo2.planning.machines import EXCHANGE_S, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
@@ -97,7 +100,7 @@ class Planner:
         check_step(mesh, self.evaluations, num_batches)
         rows = r.batch // num_batches
         if rows not in self.models:
-            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens, self.compute_dtype)
+            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens, self.compute_dtype, r)
         model = self.models[rows]
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
@@ -129,10 +132,13 @@ class Planner:
         }
         rank["total"] = sum(rank.values())
         stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
-        host, disk = (0, stored) if r.weights == "disk" else (stored, 0)
+        host, disk = stored, 0
+        if r.weights == "disk":  # frozen blocks stay in the checkpoint's files; residents that are trained are copied
+            written = [u for u in model.units if u.trainable]
+            host, disk = 0, sum(u.num_bytes * (1 if sliced and u.block >= 0 else ranks) for u in written)
         if machine.computes_on_host:
             host += ranks * rank["total"]
-        elif disk:
+        elif r.weights == "disk" and streamed:
             host += ranks * STAGING_BYTES
         misfit = None
         if not machine.computes_on_host and rank["total"] > machine.device_bytes - CONTEXT_BYTES:
@@ -278,6 +284,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         if r.parallel or r.nproc
         else "nothing else runs on the machine",
     ]
+    params = [p for u in model.units for p in u.params]
     largest = max((u for u in model.units if u.trainable or u.converts), key=lambda u: u.seen_bytes)
     fitting = [i for i, row in enumerate(rows) if row["fits"]]
     return {
@@ -287,12 +294,15 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
             "name": model.name,
             "dtype": dtype_name(model.dtype),
             "compute_dtype": dtype_name(planner.compute_dtype or model.dtype),
-            "elements": sum(p.numel for u in model.units for p in u.params),
+            "elements": sum(p.numel for p in params),
             "bytes": sum(u.num_bytes for u in model.units),
             "seen_bytes": sum(u.seen_bytes for u in model.units),
             "largest_copy": {"unit": largest.name, "bytes": largest.seen_bytes},
             "units": len(model.units),
             "blocks": sum(not u.resident for u in model.units),
+            "trained": trained(params),
+            "trained_elements": sum(p.numel for p in params if p.trainable),
+            "saved_bytes": model.saved_bytes,
         },
         "request": {k: v for k, v in vars(r).items() if k not in ("json", "picture", "trace")},
         "machine": {"name": machine.name, "assumptions": assumptions},
@@ -315,6 +325,7 @@ def table(result: dict[str, Any]) -> list[str]:
         f"{model['name']}, {model['dtype']}{computed}, {model['elements'] / 1e9:.3g} G weights, {gib(model['bytes'])}; "
         f"{r['batch']} x {r['tokens']} tokens a step, {r['estimator']}, {r['probes']} probe{'s' * (r['probes'] > 1)}; "
         f"weights on {r['weights']}",
+        *([f"{model['trained']}; it writes {gib(model['saved_bytes'])} at its end"] if model["trained"] else ()),
         result["machine"]["name"],
         "",
         f"{'mesh':<16}{'slices':>7}{'step s':>10}{'tokens/s':>10}{'x one':>7}  {'bound by':<25}{'a rank':>10}"

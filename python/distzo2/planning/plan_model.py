@@ -24,7 +24,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.optim.selection import select
+from distzo2.peft.adapters import NAME, keys_of, virtual_tokens, wrap
+from distzo2.run.options import Trained
+from distzo2.run.preflight import adapter_config
 from distzo2.streaming.hooks import Windows
+from distzo2.tasks.kinds import model_kind
 from distzo2.weights.units import HALVES, Unit, collect_params, dtypes_to_compute_in, find_units
 
 if TYPE_CHECKING:
@@ -45,6 +50,7 @@ SHAPES = {  # hidden size, layers, heads (arXiv 2205.01068, table 1)
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "nll_loss_forward"}
 _EXPONENTIALS = {"_softmax", "_log_softmax"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_ALL = Trained()  # of the model is trained
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach"}
 
 
@@ -104,6 +110,7 @@ class ModelPlan:
     dtype: torch.dtype  # that is stored
     units: Sequence[Unit]
     parts: Sequence[Part]
+    saved_bytes: int = 0  # of the tensors that a run writes at its end: the adapter's, or the model's
 
     def lane_bytes(self, num_lanes: int) -> int:
         """The most that the lanes of a pass hold together: one runs, the others are parked on either side of it."""
@@ -127,7 +134,12 @@ def opt_config(name: str, num_layers: int | None = None) -> OPTConfig:
 
 
 def plan_model(
-    source: str, dtype: torch.dtype | None, rows: int, tokens: int, compute_dtype: torch.dtype | None = None
+    source: str,
+    dtype: torch.dtype | None,
+    rows: int,
+    tokens: int,
+    compute_dtype: torch.dtype | None = None,
+    trained: Trained = _ALL,
 ) -> ModelPlan:
     """The units of a model, and the parts of a forward with the loss of all its tokens, at [rows, tokens].
 
@@ -135,11 +147,13 @@ def plan_model(
         source: a published OPT's name, a checkpoint's directory, or a config.json.
         dtype: of the weights; None: the configuration's, float16 for a name.
         compute_dtype: of the forward, as of `offload`.
+        trained: which part of it is trained, or which adapter.
 
     Raises:
         UsageError: `source` is none of these. CheckpointError: its configuration is not one that transformers knows.
+        DistZO2Error: the part cannot be trained.
     """
-    path = Path(source)
+    path, kind = Path(source), "causal"
     if source in SHAPES:
         from transformers import OPTForCausalLM
 
@@ -149,21 +163,31 @@ def plan_model(
     elif path.is_dir() or (path.is_file() and path.name == "config.json"):
         directory = path if path.is_dir() else path.parent
         model, name = meta_model(directory, dtype), directory.resolve().name
+        kind = model_kind(directory).name if trained.adapts else kind
     else:
         raise UsageError(
             f"--model {source}: expected a checkpoint's directory, a config.json, or one of {', '.join(SHAPES)}"
         )
-    return plan_module(model.eval(), name, model.dtype, rows, tokens, compute_dtype)
+    stored = model.dtype
+    if trained.adapts:
+        model = wrap(model, adapter_config(trained, source, kind, model)).to("meta")
+    if trained.train_only or trained.freeze:
+        select(model, trained.train_only, trained.freeze)
+    return plan_module(model.eval(), name, stored, rows, tokens, compute_dtype)
 
 
 def plan_module(
     model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int, compute_dtype: torch.dtype | None = None
 ) -> ModelPlan:
     """Plans a language model that is on the meta device; see `plan_model`."""
+    adapter = getattr(model, "peft_config", {}).get(NAME)
+    taken = virtual_tokens(adapter)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise UsageError(f"--tokens {tokens}: {name} has {limit} positions")
+    if limit is not None and tokens + taken > limit:
+        beside = f", of which the adapter takes {taken}" if taken else ""
+        raise UsageError(f"--tokens {tokens}: {name} has {limit} positions{beside}")
     params = collect_params(model)
+    saved = keys_of(model) if adapter is not None else {p.name for p in params}
     units, dtypes = find_units(model, params), dtypes_to_compute_in(params, compute_dtype)
     for unit in units:
         unit.compute_in(dtypes)
@@ -184,7 +208,7 @@ def plan_module(
     finally:
         windows.remove()
     recorder.finish()
-    return ModelPlan(name, dtype, units, recorder.parts)
+    return ModelPlan(name, dtype, units, recorder.parts, sum(p.num_bytes for p in params if p.name in saved))
 
 
 # ---- following a forward ------------------------------------------------------------------------------------------

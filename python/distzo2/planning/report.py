@@ -105,15 +105,17 @@ def transfer_line(steps: Lines) -> str | None:
     parts = []
     for way in ("up", "down"):
         if moving := [s for s in steps if s.get(f"{way}_bytes_per_s")]:
-            num_bytes, rate = (
-                statistics.median(_column(moving, key)) for key in (f"bytes_{way}", f"{way}_bytes_per_s")
-            )
-            parts.append(f"{gib(num_bytes)} {way} at {rate / 1e9:.2f} GB/s")
+            keys = f"bytes_{way}", f"{way}_bytes_per_s"
+            parts.append(_moved(way, *(statistics.median(_column(moving, key)) for key in keys)))
     if not parts:
         return None
     timed = [s for s in steps if s.get("exposed_wait_s") is not None]
     wait, whole = (statistics.median(_column(timed, key, 1e3)) for key in ("exposed_wait_s", "seconds"))
     return f"a step: {', '.join(parts)}, exposed wait {wait:.1f} ms of {whole:.1f} ms"
+
+
+def _moved(way: str, num_bytes: float, bytes_per_s: float) -> str:
+    return f"{gib(num_bytes)} {way} at {bytes_per_s / 1e9:.2f} GB/s"
 
 
 # ---- a run's metrics ----------------------------------------------------------------------------------------------
@@ -143,15 +145,17 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return result
 
 
+def _draw_curve(axes: Any, steps: Lines, values: list[float], colour: str, label: str, raw: str | None = None) -> None:
+    """Draws the value of each step faintly, with `raw` as its label, and all of them smoothed."""
+    axes.plot(_column(steps, "step"), values, color=colour, alpha=0.3, linewidth=0.8, label=raw)
+    axes.plot(_column(steps, "step"), _smooth(values), color=colour, label=label)
+
+
 def _draw_loss(axes: Any, steps: Lines, evals: Lines) -> None:
-    x, losses = [s["step"] for s in steps], _column(steps, "loss")
-    axes.plot(x, losses, color="#4477aa", alpha=0.3, linewidth=0.8, label="each step")
-    axes.plot(x, _smooth(losses), color="#4477aa", linewidth=1.6, label="smoothed")
+    _draw_curve(axes, steps, _column(steps, "loss"), "#4477aa", "smoothed", "each step")
     if evals:
-        x = [e["step"] for e in evals]
-        axes.plot(x, _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out")
-    skipped = [s["step"] for s in steps if s.get("skipped")]
-    if skipped:
+        axes.plot(_column(evals, "step"), _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out")
+    if skipped := [s["step"] for s in steps if s.get("skipped")]:
         axes.plot(skipped, [axes.get_ylim()[0]] * len(skipped), "x", color="black", label="not applied")
     axes.set(title="loss", xlabel="step")
     axes.legend(frameon=False)
@@ -159,10 +163,10 @@ def _draw_loss(axes: Any, steps: Lines, evals: Lines) -> None:
 
 def _draw_accuracy(axes: Any, steps: Lines, evals: Lines) -> None:
     if not evals:
-        axes.plot([s["step"] for s in steps], _column(steps, "lr"), color="#4477aa")
+        axes.plot(_column(steps, "step"), _column(steps, "lr"), color="#4477aa")
         axes.set(title="learning rate", xlabel="step")
         return
-    x, y = [e["step"] for e in evals], _column(evals, "accuracy", 100)
+    x, y = _column(evals, "step"), _column(evals, "accuracy", 100)
     axes.plot(x, y, "o-", color="#ee6677", markersize=4)
     for place in dict.fromkeys((0, len(x) - 1)):
         axes.annotate(f"{y[place]:.1f}%", (x[place], y[place]), xytext=(0, 7), textcoords="offset points", ha="center")
@@ -173,7 +177,7 @@ def _draw_accuracy(axes: Any, steps: Lines, evals: Lines) -> None:
 def _draw_time(axes: Any, steps: Lines) -> None:
     timed = [s for s in steps if s.get("compute_s") is not None]
     if not timed:
-        axes.plot([s["step"] for s in steps], _column(steps, "seconds", 1e3), color=COLOURS["compute"])
+        axes.plot(_column(steps, "step"), _column(steps, "seconds", 1e3), color=COLOURS["compute"])
         axes.set(title="time of a step", xlabel="step", ylabel="ms")
         return
     names = {"compute": "compute_s", "noise and updates": "noise_s", "waiting for transfers": "exposed_wait_s"}
@@ -181,7 +185,7 @@ def _draw_time(axes: Any, steps: Lines) -> None:
     known = [sum(values) for values in zip(*parts.values(), strict=True)]
     parts["other"] = [max(0.0, total - k) for total, k in zip(_column(timed, "seconds"), known, strict=True)]
     axes.stackplot(
-        [s["step"] for s in timed],
+        _column(timed, "step"),
         [[1e3 * v for v in _smooth(values)] for values in parts.values()],
         labels=[f"{name} {1e3 * statistics.fmean(values):.1f} ms" for name, values in parts.items()],
         colors=[COLOURS[name] for name in parts],
@@ -194,21 +198,16 @@ def _draw_time(axes: Any, steps: Lines) -> None:
 
 
 def _draw_rates(axes: Any, steps: Lines) -> None:
-    x = [s["step"] for s in steps]
     for way, kind in (("up", "upload"), ("down", "download")):
-        rates = _column(steps, f"{way}_bytes_per_s", 1e-9)
-        moved = [v for v in _column(steps, f"bytes_{way}") if v > 0]
-        if moved:
-            label = f"{kind}, {gib(statistics.median(moved))} a step"
-            axes.plot(x, _smooth(rates), color=COLOURS[kind], label=label)
-            axes.plot(x, rates, color=COLOURS[kind], alpha=0.3, linewidth=0.8)
+        if moved := [v for v in _column(steps, f"bytes_{way}") if v > 0]:
+            rates, label = _column(steps, f"{way}_bytes_per_s", 1e-9), f"{kind}, {gib(statistics.median(moved))} a step"
+            _draw_curve(axes, steps, rates, COLOURS[kind], label)
     _finish(axes, "rate of the transfers", "GB/s")
 
 
 def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None:
-    x, differences = [s["step"] for s in steps], _column(steps, "difference")
-    axes.plot(x, differences, color="#4477aa", alpha=0.3, linewidth=0.8)
-    axes.plot(x, _smooth(differences), color="#4477aa", label="difference of two losses")
+    differences = _column(steps, "difference")
+    _draw_curve(axes, steps, differences, "#4477aa", "difference of two losses")
     if signal is not None and signal["floor"]:
         label = f"error of one loss in {signal['compute_dtype']}, before the first step"
         axes.axhline(signal["floor"], color="#ee6677", linewidth=1, label=label)
@@ -219,11 +218,14 @@ def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None
 
 
 def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
-    x, mib = [s["step"] for s in steps], 2**-20
-    axes.plot(x, _column(steps, "rss", mib), color="#4477aa", label="process, now")
-    axes.plot(x, _column(steps, "peak", mib), color="#4477aa", linestyle=":", label="process, peak")
-    if any(s.get("device_peak") for s in steps):
-        axes.plot(x, _column(steps, "device_peak", mib), color="#228833", label="device, peak")
+    x, mib = _column(steps, "step"), 2**-20
+    for key, colour, style, label in (
+        ("rss", "#4477aa", "-", "process, now"),
+        ("peak", "#4477aa", ":", "process, peak"),
+        ("device_peak", "#228833", "-", "device, peak"),
+    ):
+        if any(s.get(key) for s in steps):
+            axes.plot(x, _column(steps, key, mib), color=colour, linestyle=style, label=label)
     if model_bytes:
         axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(model_bytes)}")
     _finish(axes, "memory", "MiB")
@@ -253,7 +255,7 @@ class StepFigures(NamedTuple):
     def text(self) -> str:
         parts = [f"{self.name}, {1e3 * self.seconds:.1f} ms"]
         ways = (("up", self.bytes_up, self.upload_s), ("down", self.bytes_down, self.download_s))
-        parts += [f"{gib(size)} {way} at {size / seconds / 1e9:.2f} GB/s" for way, size, seconds in ways if seconds > 0]
+        parts += [_moved(way, size, size / seconds) for way, size, seconds in ways if seconds > 0]
         hidden = hidden_share(self.transfer_s, self.exposed_wait_s)
         if hidden is not None:
             parts.append(f"exposed wait {1e3 * self.exposed_wait_s:.1f} ms, {hidden:.0%} of the transfers hidden")

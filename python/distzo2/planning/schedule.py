@@ -203,6 +203,13 @@ class _Ledger(Scratch):
         address = next(_ADDRESSES)
         return SimpleNamespace(data_ptr=lambda: address, numel=lambda: num_bytes)
 
+    def settled_bytes(self, units: Iterable[Unit]) -> int:
+        """Bytes after many steps: each perturbs the `units` that updates reach anew, in further buffers until there are
+        as many as may be."""
+        renewed = {id(self._class_of[unit.index]) for unit in units if unit.trainable}
+        used = [one for one in self._classes.values() if one.buffers]
+        return sum(one.num_bytes * max(len(one.buffers), one.limit if id(one) in renewed else 0) for one in used)
+
 
 @dataclass(eq=False)
 class _Slot:
@@ -249,8 +256,8 @@ class Schedule:
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory of the perturbed copies."""
-        return self._scratch.num_bytes
+        """Memory of the perturbed copies, after many steps."""
+        return self._scratch.settled_bytes(self.units)
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 
@@ -305,7 +312,7 @@ class Schedule:
                     self._bring(entered)
                 if overhead:
                     self._run("compute", entered.name, overhead)
-            turned = not turned  # the lane that came last goes on first
+            turned = not turned  # the lane that ran last is the first to continue
             in_order = emissions[::-1] if turned else emissions
             for i, emission in enumerate(in_order):
                 for part, seconds in group:
@@ -344,7 +351,7 @@ class Schedule:
         self._visited.add(unit.index)
         if unit.index not in self.work.streamed:
             return
-        slot = self._acquire(unit)
+        slot = self._take(unit, hold=True)
         if self.work.slicing is not None and unit.trainable and slot.version != self._version:
             self._complete(unit)  # present since the last pass
         self._run("wait" if self.work.on_host else "stall", unit.name, 0.0, slot.ready, slot.stored)
@@ -356,7 +363,7 @@ class Schedule:
     def _prefetch_after(self, after: Unit) -> None:
         for _ in range(self.work.slots - 1):
             after = self._next[after.index]
-            if not self._prefetch(after):
+            if self._take(after, hold=False) is None:
                 return
 
     def _release(self, unit: Unit) -> None:
@@ -427,32 +434,25 @@ class Schedule:
 
     # ---- as the copy engine -----------------------------------------------------------------------------------------
 
-    def _acquire(self, unit: Unit) -> _Slot:
-        slot = self._slot_of.get(unit.index) or self._assign(self._choose(for_acquire=True), unit)
-        slot.held, slot.wanted = True, False
-        return slot
-
-    def _prefetch(self, unit: Unit) -> bool:
+    def _take(self, unit: Unit, hold: bool) -> _Slot | None:
+        """The slot of a unit, which is held, or else prefetched and so wanted. A unit without one gets the slot that
+        was released longest ago; to be held, in need, the one wanted last. None: no slot is free."""
         slot = self._slot_of.get(unit.index)
         if slot is None:
-            slot = self._choose(for_acquire=False)
+            unheld = [s for s in self._slots if not s.held]
+            slot = min((s for s in unheld if not s.wanted), key=lambda s: s.last_use, default=None)
+            if slot is None and hold:
+                slot = max(unheld, key=lambda s: s.last_use)
             if slot is None:
-                return False
+                return None
             self._assign(slot, unit)
-        if not slot.held:
-            slot.wanted = True
-            slot.last_use = next(self._uses)
-        return True
+        if hold:
+            slot.held, slot.wanted = True, False
+        elif not slot.held:
+            slot.wanted, slot.last_use = True, next(self._uses)
+        return slot
 
-    def _choose(self, for_acquire: bool) -> _Slot | None:
-        """The slot released longest ago; for an acquire, in need, the one wanted last."""
-        free = [s for s in self._slots if not s.held and not s.wanted]
-        if free:
-            return min(free, key=lambda s: -1 if s.unit is None else s.last_use)
-        wanted = [s for s in self._slots if not s.held] if for_acquire else []
-        return max(wanted, key=lambda s: s.last_use, default=None)
-
-    def _assign(self, slot: _Slot, unit: Unit) -> _Slot:
+    def _assign(self, slot: _Slot, unit: Unit) -> None:
         if slot.unit is not None:
             del self._slot_of[slot.unit.index]
         slot.unit, slot.wanted, slot.version = unit, False, -1
@@ -463,13 +463,10 @@ class Schedule:
         slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
         slot.stored = None
         if self.work.slicing is not None:
-            if (
-                unit.trainable and unit.index in self._visited
-            ):  # for the next pass: it may miss an update that is not known yet
+            if unit.trainable and unit.index in self._visited:  # the next pass's update of it may not be known yet
                 self._to_complete.append(unit)
             else:
                 self._complete(unit)
-        return slot
 
     def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
         seconds, more = num_bytes / self.work.link.down, {"num_bytes": num_bytes, "slot": slot.number}

@@ -11,8 +11,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -60,11 +60,17 @@ def seconds_of(call: Callable[[], Any], effort: Effort, device: torch.device) ->
 
 
 def _rates(
-    engine: CopyEngine, device: torch.device, block_bytes: int, effort: Effort, before: Callable[[], None]
+    store: HostPool | BlockFile,
+    slots: Sequence[torch.Tensor],
+    device: torch.device,
+    effort: Effort,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Bytes/s by direction; `both` counts those of both directions together."""
+    """Bytes/s by direction between `store` and `slots`; `both` counts those of both directions together. `before` is
+    called before each pass."""
+    block_bytes, ahead = slots[0].numel(), SLOTS - 1
+    engine = CopyEngine(str(device), store, [slot.data_ptr() for slot in slots], block_bytes)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    ahead = SLOTS - 1
 
     def visit(block: int, dirty: bool = False) -> None:
         engine.acquire(block, stream)
@@ -97,15 +103,16 @@ def _rates(
         _synchronize(device)
 
     rates = {}
-    for direction in DIRECTIONS:
-        samples = []
-        for _ in range(effort.rounds + 1):  # one to warm up
-            prepare(direction)
-            start = time.perf_counter()
-            run(direction)
-            samples.append(time.perf_counter() - start)
-        moved = block_bytes * NUM_BLOCKS * (2 if direction == "both" else 1)
-        rates[f"{direction}_bytes_per_s"] = moved / statistics.median(samples[1:])
+    with closing(engine):
+        for direction in DIRECTIONS:
+            samples = []
+            for _ in range(effort.rounds + 1):  # one to warm up
+                prepare(direction)
+                start = time.perf_counter()
+                run(direction)
+                samples.append(time.perf_counter() - start)
+            moved = block_bytes * NUM_BLOCKS * (2 if direction == "both" else 1)
+            rates[f"{direction}_bytes_per_s"] = moved / statistics.median(samples[1:])
     return rates
 
 
@@ -120,21 +127,15 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
         pool = HostPool([block_bytes] * NUM_BLOCKS, name)
     except RuntimeError as error:
         raise DistZO2Error(str(error)) from error
+    on_cpu = device.type == "cpu"
     slots = [
-        aligned_buffer(block_bytes)
-        if device.type == "cpu"
-        else torch.zeros(block_bytes, dtype=torch.uint8, device=device)
+        aligned_buffer(block_bytes) if on_cpu else torch.zeros(block_bytes, dtype=torch.uint8, device=device)
         for _ in range(SLOTS)
     ]
     for block in range(NUM_BLOCKS):
         pool.tensor(block).random_()
-    engine = CopyEngine(name, pool, [slot.data_ptr() for slot in slots], block_bytes)
-    try:
-        rates = _rates(engine, device, block_bytes, effort, before=lambda: None)
-    finally:
-        engine.close()
-        pool.close()
-    return {"device": name, "block_bytes": block_bytes, **rates}
+    with closing(pool):
+        return {"device": name, "block_bytes": block_bytes, **_rates(pool, slots, device, effort)}
 
 
 def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]:
@@ -173,16 +174,14 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    engine = CopyEngine("cpu", file, [slot.data_ptr() for slot in slots], block_bytes)
     try:
         for block in range(NUM_BLOCKS):  # written, since blocks that are only allocated are read without the disk
             file.write(block, slots[block % SLOTS].data_ptr(), block_bytes)
         file.sync()
-        rates = _rates(engine, torch.device("cpu"), block_bytes, effort, forget)
+        rates = _rates(file, slots, torch.device("cpu"), effort, forget)
     except RuntimeError as error:
         raise DistZO2Error(str(error)) from error
     finally:
-        engine.close()
         file.close()
         os.close(descriptor)
     about = {"directory": os.path.realpath(directory), "direct": direct, "block_bytes": block_bytes}

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from distzo2.files import lock, sync_directory, write_all
+from distzo2.files import lock, sync, write_all
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import has_older_rules, read_header
 from distzo2.record.line import MAX_HEADER_BYTES, MAX_STEP_BYTES, JournalError, crc_matches, encode_line, whole
@@ -128,7 +128,7 @@ class Journal:
             finally:
                 temporary.unlink(missing_ok=True)
             try:
-                sync_directory(path.parent)
+                sync(path.parent)
             except OSError:
                 os.unlink(path)  # ours, locked, and not yet known to be durable
                 raise
@@ -161,7 +161,7 @@ class Journal:
                 os.ftruncate(descriptor, contents.num_bytes)
             # Lines that a killed run wrote but did not sync count as durable from here on, so they must be.
             os.fsync(descriptor)
-            sync_directory(path.parent)
+            sync(path.parent)
             return cls(path, descriptor, contents, fsync_every)
         except BaseException:
             os.close(descriptor)

@@ -132,7 +132,7 @@ def open_run(
             journal = Journal.open(path, fsync_every=fsync_every)
             base_unread = ranks.world_size == 1 and kept is not None and kept.gave_all(weights)
             check_same_run(path, journal.header, header, reads_base=not base_unread)
-            if kept is None or ranks.world_size == 1:  # ranks may have whole blocks, or slices, from files of their own
+            if kept is None or ranks.world_size == 1:  # ranks may have whole blocks, or slices, from their own files
                 check_base(path, journal.header, checksums)
         else:
             header, entries = (header, []) if branch is None else branch_of(branch, header, checksums)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.files import sync_directory, write_whole
+from distzo2.files import sync, write_whole
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, decode_line, encode_line
 from distzo2.record.lineage import digest_lines
@@ -303,7 +303,7 @@ class KeptWeights:
         """From here on no resumed run uses the file's blocks."""
         self._record.unlink(missing_ok=True)
         if self._record.parent.is_dir():
-            sync_directory(self._record.parent)
+            sync(self._record.parent)
 
     def done(self) -> None:
         """The run has finished: `close` removes the file."""
@@ -357,7 +357,7 @@ class Copier:
     The training thread copies a unit that is let go of into one staging buffer; a thread writes that buffer to the
     file. What copying takes is bounded by an account: each step pays the share `pace` of its time into it, and what it
     leaves unused is lost. The copy and, where the CPU computes, the processor time of writing are taken from it, and
-    nothing is copied while it is in debt. A GPU copies on a stream of its own, beside the lanes; the account pays for
+    nothing is copied while it is in debt. A GPU copies on its own stream, beside the lanes; the account pays for
     the seconds that the copy has the link. A copy that cannot be made is reported, and the run continues.
     """
 
@@ -371,10 +371,10 @@ class Copier:
     ) -> None:
         """`block_of` maps the index of each unit that is copied to its block."""
         self._options, self._file, self._block_of, self._journal = options, file, dict(block_of), journal
-        self.weights, self._on_cpu = weights, weights.device.type == "cpu"
+        self.weights = weights
         num_bytes = max(weights.units[index].num_bytes for index in block_of)
         self._stream: Any = None
-        if self._on_cpu:
+        if weights.device.type == "cpu":
             self._staging = aligned_buffer(num_bytes)
         else:
             self._pool = HostPool([num_bytes], device=str(weights.device), host_memory=weights.host_memory)

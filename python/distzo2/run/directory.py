@@ -26,7 +26,7 @@ from typing import Any
 
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.files import lock, sync_directory, write_whole
+from distzo2.files import lock, sync, write_whole
 from distzo2.run.metrics import finite
 from distzo2.run.options import LEFT
 
@@ -97,7 +97,7 @@ class RunDirectory:
             self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             for path in self._made:
-                sync_directory(path.parent)
+                sync(path.parent)
             self._descriptor = lock(self.lock)
         except BlockingIOError:
             raise UsageError(f"{self.path}: another distzo2 process is using this directory") from None
@@ -181,7 +181,7 @@ class RunDirectory:
         if self.has_checkpoint:
             for name in holds_checkpoint(self.checkpoint):
                 (self.checkpoint / name).unlink()
-            sync_directory(self.checkpoint)
+            sync(self.checkpoint)
 
 
 def read_record(path: Path) -> dict[str, Any]:

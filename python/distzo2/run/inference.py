@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from distzo2.checkpoint.pretrained import from_pretrained
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, UsageError, blaming
@@ -19,17 +19,8 @@ from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, s
 from distzo2.peft.adapters import adapter, known_config, tokens_in_front
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
-from distzo2.run.preflight import (
-    DTYPES,
-    beside_prompt,
-    check_disk,
-    check_memory,
-    compute_dtype_of,
-    model_size,
-    reading_of,
-    use_tf32,
-)
-from distzo2.streaming.offload import check_computes, runtime_of, usable_device
+from distzo2.run.preflight import DTYPES, beside_prompt, check_disk, check_memory, load, placed, reading_of
+from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
 from distzo2.tasks.held_out import HeldOut, load_held_out
@@ -48,33 +39,22 @@ def loaded(
 ) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, with the adapter whose `config` is given, after the checks of its device and of the room
     it needs."""
-    device = usable_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    size = model_size(options.model, DTYPES.get(options.dtype))
-    compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
-    check_computes(device, compute_dtype)
-    use_tf32(options.tf32, device)
-    widest = REFERENCE if isinstance(options, SignalOptions) else compute_dtype
-    check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest)
+    place = placed(options, options.device)
+    widest = REFERENCE if isinstance(options, SignalOptions) else place.compute_dtype
+    prepare = None if isinstance(options, SignalOptions) else _freeze  # so that a disk need not hold a second copy
+    if config is not None:
+        prepare = adapter(options.adapter, config=config)
+    check_memory(place.size, place.device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
-        if options.weights == "disk":
-            check_disk(directory, {"the file of streamed weights": size.total})
-        model = from_pretrained(
-            options.model,
-            device=device,
-            weights=options.weights,
-            dtype=DTYPES.get(options.dtype),
-            compute_dtype=widest,
-            directory=directory,
-            memory_budget=options.memory_budget,
-            host_memory=options.host_memory,
-            write_every=options.write_every,
-            prepare=None if config is None else adapter(options.adapter, config=config),
-        )
+        if options.weights == "disk" and prepare is None:
+            check_disk(directory, {"the file of streamed weights": place.size.total})
+        model = load(options, place, widest, directory=directory, prepare=prepare)
         with closing(runtime_of(model)):
-            runtime_of(model).compute_in(compute_dtype)
-            yield model, device
+            yield model, place.device
+
+
+def _freeze(model: torch.nn.Module, checkpoint_map: CheckpointMap) -> tuple[torch.nn.Module, CheckpointMap]:
+    return model.requires_grad_(False), checkpoint_map
 
 
 def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[ModelKind, Any]:
@@ -84,17 +64,13 @@ def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[Model
     return beside_prompt(kind, config), config
 
 
-def _in_front(config: Any) -> int:
-    return 0 if config is None else tokens_in_front(config)
-
-
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     """The score on a JSONL file or a published task, and the objective's name."""
     (kind, config), tokenizer = _kind(options), load_tokenizer(options.model)
     held_out, name = _asked(options, tokenizer, {"max_new_tokens": options.max_new_tokens, **reading_of(options, kind)})
     with loaded(options, config) as (model, device), blaming(f"{options.model}: the model fails"):
-        more = {"pad_id": kind.padding(tokenizer), "in_front": _in_front(config)}
-        objective = Objective(model, name, device=device, **more)
+        front = tokens_in_front(config)
+        objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device, in_front=front)
         objective.check_causal(held_out.learned[0], kind)
         return held_out.score(objective, batch_size=options.batch_size), name
 
@@ -131,8 +107,8 @@ def signals_of_file(options: SignalOptions) -> list[Signal]:
     examples = load_examples(options.train, tokenizer, **reading_of(options, kind))
     name = resolve_objective(options.objective, examples, options.train)
     with loaded(options, config) as (model, device), blaming(f"{options.model}: the model fails"):
-        more = {"pad_id": kind.padding(tokenizer), "in_front": _in_front(config)}
-        objective = Objective(model, name, device=device, **more)
+        front = tokens_in_front(config)
+        objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device, in_front=front)
         batch = DataOrder(len(examples), options.batch_size, options.seed).batch(0)
         closure = objective.closure(objective.batch([examples[i] for i in batch]))
         dtypes = [dtype for dtype in DTYPES.values() if _computes(device, dtype)]
@@ -198,7 +174,7 @@ def generate_text(options: GenerateOptions) -> None:
     if not inputs.numel():
         raise DistZO2Error("the prompt has no tokens")
     longest = inputs.shape[1] + options.max_new_tokens
-    if kind.name == "encoder-decoder":  # what it adds, it adds after a start of its own
+    if kind.name == "encoder-decoder":  # its decoder begins with a start token
         longest = max(inputs.shape[1], options.max_new_tokens + 1)
     if kind.positions is not None and longest > kind.positions:
         sizes = f"a prompt of {inputs.shape[1]} tokens and {options.max_new_tokens} new ones"

@@ -162,20 +162,20 @@ def report(error: BaseException, text: str, show: Callable[[str], None]) -> None
 
     def another_reports() -> bool:
         deadline = time.monotonic() + REPORT_SECONDS
-        while waits and not ranks.store.check(["told"]) and time.monotonic() < deadline:
+        while waits and not ranks.store.check(["reported"]) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return ranks.store.add("tellers", 1) > 1
+        return ranks.store.add("reporters", 1) > 1
 
     if not bounded(another_reports, REPORT_SECONDS + STORE_SECONDS):
         show(text)
-        bounded(lambda: ranks.store.set("told", "1"), STORE_SECONDS)
+        bounded(lambda: ranks.store.set("reported", "1"), STORE_SECONDS)
 
 
 def _first_of_this_machine() -> bool:
     """Whether no other rank that the same torchrun started here is reporting its error."""
     claim = socket.socket(socket.AF_UNIX)
     try:
-        claim.bind(f"\0distzo2 told {os.getppid()}")  # a name without a file, free again when this process ends
+        claim.bind(f"\0distzo2 reports {os.getppid()}")  # a name without a file, free again when this process ends
     except OSError:
         return False
     claim.detach()

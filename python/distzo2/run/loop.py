@@ -88,7 +88,6 @@ class TrainLoop:
         self.optimizer: ZOSGD | None = None
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
-        self.adapted = bool(options.peft or options.adapter)
         self._signal: dict[str, Any] = {}  # as the first step found it
 
     def settle_compute_dtype(self) -> torch.dtype | None:
@@ -117,27 +116,22 @@ class TrainLoop:
                 reason = one_line(error).partition("; distzo2: ")[0]  # without our note's remedy
                 self.log(f"no look at the signal, which computes in float32 too: {reason}")
                 return runtime.compute_dtype  # if the model fails in this too, the first step says so
-        figures, about, is_clear, pays, times = from_rank_0(
+        is_clear, pays = from_rank_0(
             "the signal",
-            lambda: [
-                finite([found.correlation, found.least, found.most]),
-                advice(found),
-                found.is_enough or not found.size > 0,
-                not found.is_little and found.pays,
-                1 / found.cost,
-            ],
+            lambda: [found.is_enough or not found.size > 0, not found.is_little and found.pays],
         )
         name, seconds = dtype_name(dtype), time.perf_counter() - start
-        told = "none" if None in figures else "{:.2f} ({:.2f} to {:.2f})".format(*figures)
-        self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {told}, {seconds:.1f} s")
+        figures = found.correlation, found.least, found.most
+        shown = "{:.2f} ({:.2f} to {:.2f})".format(*figures) if all(map(math.isfinite, figures)) else "none"
+        self.log(f"signal at eps {o.eps:g} in {name}: correlation with float32 {shown}, {seconds:.1f} s")
         kept = ("eps", "correlation", "least", "most", "slope", "relative_error", "floor", "curvature", "difference")
         self._signal = finite({"compute_dtype": name, **{key: getattr(found, key) for key in kept}})
         if o.compute_dtype == "auto" and dtype != TF32 and not is_clear:
             chosen = name if pays else "float32; the weights stay stored as they are"
-            self.log(f"computing in {chosen} (float32 takes {times:.2g} times as long)")
+            self.log(f"computing in {chosen} (float32 takes {1 / found.cost:.2g} times as long)")
             if not pays:
                 runtime.compute_in(REFERENCE)
-        elif about is not None:
+        elif about := advice(found):
             self.log(about)
         return runtime.compute_dtype
 
@@ -342,20 +336,20 @@ class TrainLoop:
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
         best = self._best() if self.options.save == "best" else None
         step = self.optimizer.step_count if best is None else best
-        o, merges = self.options, self.adapted and self.options.merge
-        made = self.run.adapter if self.adapted and not merges else self.run.checkpoint
+        o = self.options
+        made = self.run.checkpoint if o.writes_model else self.run.adapter
         if self.run.record.get("checkpoint_step") == step and made.exists():
             return
-        if self.adapted:
+        if o.adapts:
             self._save_adapter(step)
-        if made == self.run.adapter:
+        if not o.writes_model:
             self.run.update(checkpoint_step=step)
             return
         self.run.check_checkpoint()
         # A resumed run knows whose the files are if this process is killed meanwhile.
         self.run.update(checkpoint_step=None, saving_step=step, checkpoint_files=None)
         self.run.drop_checkpoint()
-        if merges:
+        if o.adapts:
             merge_adapter(o.model, self.run.adapter, self.run.checkpoint, dtype=DTYPES.get(o.dtype))
         elif step == self.optimizer.step_count:
             save_pretrained(self.model, self.run.checkpoint)

@@ -23,12 +23,6 @@ from pydantic import Field as Range
 from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
-# What a resumed run shares with the run so far: data order, noise and losses are functions of these.
-TRAINED = ("peft", "adapter", "lora_r", "lora_alpha", "lora_targets", "virtual_tokens", "train_only", "freeze")
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective",
-         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
-         *TRAINED)  # fmt: skip
-KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
 # --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
 _OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
 RATES = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
@@ -155,6 +149,46 @@ class Adapted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trained(Adapted):
+    """Options of what is trained: the whole model, an adapter of it, or chosen parameters.
+
+    Raises:
+        UsageError: two options do not go together.
+    """
+
+    peft: Literal["lora", "prefix", "prompt"] | None = option(
+        None,
+        "train an adapter and leave the model as it is: OUT/adapter loads with peft (docs/peft.md)",
+        group="what is trained",
+    )
+    lora_r: Count = option(8, "rank of LoRA's matrices")
+    lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
+    lora_targets: str | None = option(
+        None, "modules with LoRA, or all-linear (default: peft's for the architecture, mostly q_proj,v_proj)", "NAMES"
+    )
+    virtual_tokens: Count = option(5, "tokens of a prefix or prompt; they start at what the model makes of real ones")
+    train_only: Patterns = option(
+        "",
+        "train no other parameters: names with wildcards (*.bias), modules, re:EXPRESSION, or last:K blocks; may be "
+        "given several times",
+        "PATTERN",
+        repeats=True,
+    )
+    freeze: Patterns = option("", "leave these parameters as they are; patterns as above", "PATTERN", repeats=True)
+
+    def __post_init__(self) -> None:
+        if self.peft and self.adapter:
+            raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
+        if self.train_only and self.adapts:
+            raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, and the model itself is not."""
+        return bool(self.peft or self.adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataReading:
     """Options of every command that reads data files."""
 
@@ -171,7 +205,7 @@ class DataReading:
         "its beginning or its end (of a line with choices: of its prompt) (default: error; with --task left)",
     )
     max_length: Count | None = option(None, "longest sequence (default: the model's)")
-    skip_bad_lines: CountOrZero = option(0, "go on after at most N bad lines of a file, and report how many", "N")
+    skip_bad_lines: CountOrZero = option(0, "skip at most N bad lines of a file, and report how many", "N")
     split_special_tokens: Switch = option(
         False, "read special tokens that the data spell, such as </s>, as text and not as these tokens"
     )
@@ -208,7 +242,7 @@ class TaskReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Adapted, TaskReading, DataReading, Placement):
+class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     """Options of `distzo2 finetune`.
 
     Raises:
@@ -232,27 +266,6 @@ class FinetuneOptions(Adapted, TaskReading, DataReading, Placement):
 
     num_train: Count | None = option(None, "examples of --task to learn (default: its own, 1000)")
     num_dev: Count | None = option(None, "held-out examples of --task (default: its own, 500 or 100)")
-
-    peft: Literal["lora", "prefix", "prompt"] | None = option(
-        None,
-        "train an adapter and leave the model as it is: OUT/adapter loads with peft (docs/peft.md)",
-        group="what is trained",
-    )
-    lora_r: Count = option(8, "rank of LoRA's matrices")
-    lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
-    lora_targets: str | None = option(
-        None, "modules with LoRA, or all-linear (default: peft's for the architecture, mostly q_proj,v_proj)", "NAMES"
-    )
-    virtual_tokens: Count = option(5, "tokens of a prefix or prompt; they start at what the model makes of real ones")
-    merge: Switch = option(False, "write OUT/checkpoint too, with the adapter merged into the model")
-    train_only: Patterns = option(
-        "",
-        "train no other parameters: names with wildcards (*.bias), modules, re:EXPRESSION, or last:K blocks; may be "
-        "given several times",
-        "PATTERN",
-        repeats=True,
-    )
-    freeze: Patterns = option("", "leave these parameters as they are; patterns as above", "PATTERN", repeats=True)
 
     steps: Count = option(MISSING, "steps in all, one update each", group="how it learns")
     protocol: Literal["mezo"] | None = option(
@@ -293,6 +306,7 @@ class FinetuneOptions(Adapted, TaskReading, DataReading, Placement):
         "checkpoint written at the end to OUT/checkpoint: of the last step, of the best (rebuilt from the journal), or "
         "none; any step can be rebuilt later with distzo2 replay",
     )
+    merge: Switch = option(False, "write OUT/checkpoint too, with the adapter merged into the model")
     snapshot_every: CountOrZero | None = option(
         None,
         "steps between copies of the trained weights, made in the background in OUT/weights.dzo2, from which --resume "
@@ -351,6 +365,7 @@ class FinetuneOptions(Adapted, TaskReading, DataReading, Placement):
     heartbeat_limit: Positive = option(30.0, "a rank that is silent for this long is given up; the run ends", "SECONDS")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:
@@ -364,19 +379,28 @@ class FinetuneOptions(Adapted, TaskReading, DataReading, Placement):
             )
         if self.slice == "on" and self.weights == "device":
             raise UsageError("--slice on: slices are of weights in host memory or on disk, and not of --weights device")
-        if self.peft and self.adapter:
-            raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
-        if self.peft is None and self.adapter is None and self.merge:
+        if self.merge and not self.adapts:
             raise UsageError("--merge needs --peft lora or --adapter")
         if self.merge and self.peft in ("prefix", "prompt"):
             raise UsageError(f"--merge: a {self.peft} cannot be merged into weights; --peft lora can")
-        if self.train_only and (self.peft or self.adapter):
-            raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
         if not (self.eval or self.task) and (self.save == "best" or self.eval_every):
             raise UsageError(f"--{'save best' if self.save == 'best' else 'eval-every'} needs --eval")
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether the run's result is a whole checkpoint, and not an adapter alone."""
+        return self.merge or not self.adapts
+
+
+# What a resumed run shares with the run so far: data order, noise and losses are functions of these.
+TRAINED = tuple(f.name for f in fields(Trained))
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective",
+         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
+         *TRAINED)  # fmt: skip
+KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)

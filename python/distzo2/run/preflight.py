@@ -1,4 +1,5 @@
-"""Checks made before anything is allocated or written: room in memory and on the disk."""
+"""Checks made before anything is allocated or written: device, dtypes, room in memory and on the disk. And the loading
+of what has passed them."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.peft.adapters import virtual_tokens
-from distzo2.run.options import DataReading
+from distzo2.peft.adapters import known_config, new_config, virtual_tokens
+from distzo2.run.options import DataReading, Placement, Trained
+from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
 from distzo2.weights.residency import MemoryBudget, available_memory, free_disk_bytes
@@ -48,6 +52,48 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
         sizes.append(entry.numel * kept.itemsize)
         floating[kept] += sizes[-1] if kept.is_floating_point else 0
     return ModelSize(sum(sizes), max(sizes, default=0), max(floating, key=floating.get, default=None))
+
+
+class Place(NamedTuple):
+    """Where a command's model computes, and in what."""
+
+    device: torch.device
+    size: ModelSize
+    compute_dtype: torch.dtype | None  # None: as stored
+
+
+def placed(options: Placement, device: str) -> Place:
+    """Checks that the model of `options` can be read and that `device` computes as they ask; sets threads and TF32.
+
+    Raises:
+        DistZO2Error: either fails.
+    """
+    usable = usable_device(device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    size = model_size(options.model, DTYPES.get(options.dtype))
+    compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, usable)
+    check_computes(usable, compute_dtype)
+    use_tf32(options.tf32, usable)
+    return Place(usable, size, compute_dtype)
+
+
+def load(options: Placement, place: Place, widest: torch.dtype | None, **more: Any) -> nn.Module:
+    """The model of `options`, handed over. It has room to compute in `widest`, and computes as `place` says. `more` is
+    for `from_pretrained`."""
+    model = from_pretrained(
+        options.model,
+        device=place.device,
+        weights=options.weights,
+        dtype=DTYPES.get(options.dtype),
+        compute_dtype=widest,
+        memory_budget=options.memory_budget,
+        host_memory=options.host_memory,
+        write_every=options.write_every,
+        **more,
+    )
+    runtime_of(model).compute_in(place.compute_dtype)
+    return model
 
 
 def compute_dtype_of(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -94,9 +140,22 @@ def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:
     return reading
 
 
+def adapter_config(options: Trained, model: str, kind: str, held: nn.Module | None = None) -> Any:
+    """The `PeftConfig` of the adapter that `options` train, for the checkpoint `model` of a kind; None where they train
+    none. `held` is the model on meta, if `model` names no checkpoint."""
+    if options.adapter:
+        return known_config(Path(options.adapter), kind)
+    if not options.peft:
+        return None
+    return new_config(
+        options.peft, kind, str(Path(model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
+        targets=options.lora_targets, virtual_tokens=options.virtual_tokens, held=held,
+    )  # fmt: skip
+
+
 def beside_prompt(kind: ModelKind, adapter: Any) -> ModelKind:
     """A kind of model without the positions that the prompt or prefix of an adapter's configuration takes."""
-    taken = 0 if adapter is None else virtual_tokens(adapter)
+    taken = virtual_tokens(adapter)
     return replace(kind, positions=kind.positions - taken) if taken and kind.positions else kind
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.pretrained import from_pretrained
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS
 from distzo2.checkpoint.writing import CONFIG_FILE, DISK_SLACK_BYTES
 from distzo2.datasets.draw import TaskReader, draw, loss_of
@@ -33,7 +32,7 @@ from distzo2.files import write_whole
 from distzo2.optim.selection import select, trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
-from distzo2.peft.adapters import adapter, digest_adapter, known_config, new_config, tokens_in_front
+from distzo2.peft.adapters import adapter, digest_adapter, known_config, tokens_in_front
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
@@ -44,18 +43,17 @@ from distzo2.run.loop import TrainLoop
 from distzo2.run.metrics import check_report, finite, peak_bytes
 from distzo2.run.options import EvalOptions, FinetuneOptions, changed
 from distzo2.run.preflight import (
-    DTYPES,
     ModelSize,
+    adapter_config,
     beside_prompt,
     check_disk,
     check_memory,
     check_output,
-    compute_dtype_of,
-    model_size,
+    load,
+    placed,
     reading_of,
-    use_tf32,
 )
-from distzo2.streaming.offload import check_computes, runtime_of, usable_device
+from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.examples import examples_digest, load_examples
 from distzo2.tasks.held_out import HeldOut, load_held_out
 from distzo2.tasks.kinds import forward_config, model_kind
@@ -83,8 +81,8 @@ def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line:
 def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None:
     """Evaluates what a run made on the rows that the task draws for evaluation, and writes OUT/task.json."""
     run, mesh = RunDirectory(options.out), current()
-    whole = options.merge or not (options.peft or options.adapter)
-    values = {"model": str(run.checkpoint)} if whole else {"model": options.model, "adapter": str(run.adapter)}
+    adapted = {"model": options.model, "adapter": str(run.adapter)}
+    values = {"model": str(run.checkpoint)} if options.writes_model else adapted
     if mesh is not None or not Path(values["model"], CONFIG_FILE).exists():  # ranks may share no disk
         if mesh is None or mesh.rank == 0:
             given = " ".join(f"--{name} {value}" for name, value in values.items())
@@ -124,16 +122,11 @@ def _finetune(
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
         own_gpu = mesh is not None and options.device == "cuda"
-        device = usable_device(f"cuda:{mesh.local_rank}" if own_gpu else options.device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        place = placed(options, f"cuda:{mesh.local_rank}" if own_gpu else options.device)
+        device, size, compute_dtype = place
         check_output(trace=options.trace)
         if leads:
             check_report(options.report_to)
-        size = model_size(options.model, DTYPES.get(options.dtype))
-        compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, device)
-        check_computes(device, compute_dtype)
-        use_tf32(options.tf32, device)
         kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
         source, config = _adapter(options, kind.name, mesh, start)
         kind = beside_prompt(kind, config)
@@ -168,29 +161,22 @@ def _finetune(
                 if not options.resume:  # if this process is killed before the journal is there, --resume begins again
                     run.update(options=settings, **made_of, **terms, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
-            model = from_pretrained(
-                options.model,
-                device=device,
-                weights=options.weights,
-                dtype=DTYPES.get(options.dtype),
-                compute_dtype=widest,
-                memory_budget=options.memory_budget,
-                host_memory=options.host_memory,
-                write_every=options.write_every,
+            model = load(
+                options,
+                place,
+                widest,
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
             )
         with closing(runtime_of(model)):
-            runtime_of(model).compute_in(compute_dtype)
             if source is config and config is not None and config.is_prompt_learning:  # a new one
                 with together(mesh, "starting the adapter"):
                     start_from_tokens(model, start, options.seed, mesh)
             if what := trained(runtime_of(model).params):
                 log(f"{what}, lr {options.lr:g}, eps {options.eps:g}")
-            in_front = 0 if config is None else tokens_in_front(config)
-            pad_id = kind.padding(tokenizer)
-            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=in_front)
+            pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
+            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
@@ -246,9 +232,7 @@ def _data(options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any]) -> 
 def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path) -> tuple[Any, Any]:
     """Where the run's adapter comes from (a directory, or the configuration of a new one) and its configuration; None
     where it trains none. A resumed run's is in `start` on every rank afterwards."""
-    if not (options.peft or options.adapter):
-        return None, None
-    if options.resume or options.branch_from:
+    if options.adapts and (options.resume or options.branch_from):
         held = start if options.resume else RunDirectory(options.branch_from).adapter_start
         for name in (ADAPTER_FILE, ADAPTER_WEIGHTS) if mesh is not None else ():
             data = mesh.exchange.from_rank_0("the adapter", (held / name).read_bytes)
@@ -257,13 +241,8 @@ def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path
                 (start / name).write_bytes(data)
         held = held if mesh is None or mesh.rank == 0 else start
         return held, known_config(held, kind)
-    if options.adapter:
-        return Path(options.adapter), known_config(Path(options.adapter), kind)
-    config = new_config(
-        options.peft, kind, str(Path(options.model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
-        targets=options.lora_targets, virtual_tokens=options.virtual_tokens,
-    )  # fmt: skip
-    return config, config
+    config = adapter_config(options, options.model, kind)
+    return Path(options.adapter) if options.adapter else config, config
 
 
 def _prepared(
@@ -361,12 +340,14 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
     """Raises DistZO2Error unless the weight files and the checkpoint fit on their disks. A checkpoint of fewer steps
     makes room for the new one, and so does a weight file."""
     weights, exists = {}, run.weight_file(options.weights_dir).exists()
-    if options.weights == "disk" and not exists:
+    # An adapter is small, and its base stays in its own files.
+    if options.weights == "disk" and not exists and not options.adapts:
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}
-    whole = options.merge or not (options.peft or options.adapter)  # an adapter is small
-    needs = {"the checkpoint": size.total} if whole and options.save != "none" and not run.has_checkpoint else {}
+    needs: dict[str, int] = {}
+    if options.writes_model and options.save != "none" and not run.has_checkpoint:
+        needs["the checkpoint"] = size.total
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:

@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,8 +122,6 @@ class LaneSwitches:
             set_switches(callers)
         return self._own is not None
 
-    leave = swap_in
-
 
 def switches() -> tuple[Any, ...]:
     return tuple([get() for get, _ in _SWITCHES])
@@ -135,7 +134,13 @@ def set_switches(values: tuple[Any, ...]) -> None:
 
 
 _MISSING = object()
-_of_thread = threading.local()  # `attributes`: those of the lane that runs in this thread
+
+
+class _OfThread(threading.local):
+    attributes: LaneAttributes | None = None  # of the lane that runs in this thread
+
+
+_of_thread = _OfThread()
 
 
 class LaneAttributes:
@@ -193,8 +198,6 @@ class LaneAttributes:
             entry[3] = _get(place, name)
             _put(place, name, own)
 
-    leave = swap_in  # after the pass, lane by lane: the model has what a plain loop would have left
-
 
 def _get(place: dict[Any, Any], name: str | None) -> Any:
     return place.copy() if name is None else place.get(name, _MISSING)
@@ -218,7 +221,7 @@ def watch_modules() -> None:
 
     @functools.wraps(set_plainly)
     def set_noticed(self: nn.Module, name: str, value: Any) -> None:
-        if "_distzo2_streams" in self.__dict__ or getattr(_of_thread, "attributes", None) is not None:
+        if "_distzo2_streams" in self.__dict__ or _of_thread.attributes is not None:
             _notice(self, name, value)
         set_plainly(self, name, value)
 
@@ -229,8 +232,8 @@ def watch_modules() -> None:
 
     @functools.wraps(register_plainly)
     def register_noticed(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
-        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
-            attributes.note_buffer(self, name)
+        if _of_thread.attributes is not None:
+            _of_thread.attributes.note_buffer(self, name)
         register_plainly(self, name, *args, **kwargs)
 
     nn.Module.__setattr__, nn.Module.__delattr__ = set_noticed, delete_noticed
@@ -242,8 +245,8 @@ def watch_modules() -> None:
 def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
     @functools.wraps(register)
     def noticed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (attributes := getattr(_of_thread, "attributes", None)) is not None:
-            attributes.note_hooks(getattr(self, hooks))
+        if _of_thread.attributes is not None:
+            _of_thread.attributes.note_hooks(getattr(self, hooks))
         return register(self, *args, **kwargs)
 
     return noticed
@@ -253,9 +256,8 @@ def _hooking(register: Callable[..., Any], hooks: str) -> Callable[..., Any]:
 def _notice(module: nn.Module, name: str, value: Any) -> None:
     if module.__dict__.get("_distzo2_streams") is not None:
         refuse_new_weights(module, name, value)
-    attributes = getattr(_of_thread, "attributes", None)
-    if attributes is not None and name not in module._modules:
-        attributes.note(module, name)
+    if _of_thread.attributes is not None and name not in module._modules:
+        _of_thread.attributes.note(module, name)
 
 
 def refuse_new_weights(module: nn.Module, name: str, value: Any) -> None:
@@ -296,6 +298,18 @@ def no_kv_cache(configs: Sequence[Any]) -> Iterator[None]:
             set_to(config, "use_cache", True)
 
 
+@dataclass
+class _Buffer:
+    """One place in a module that holds a buffer, and the model's own tensor there."""
+
+    buffers: dict[str, torch.Tensor | None]  # of the module
+    name: str
+    own: torch.Tensor | None
+    pristine: torch.Tensor | None  # what `own` held when the pass began
+    version: int  # of `own` then, by torch's count of writes
+    is_repeated: bool  # an earlier place holds the same tensor
+
+
 class BufferGuard:
     """Gives each lane its own buffers (BatchNorm's statistics and the like), and the model its old ones after the pass.
 
@@ -304,77 +318,63 @@ class BufferGuard:
     """
 
     def __init__(self) -> None:
-        self._slots: list[tuple[nn.Module, str]] = []
-        self._objects: list[torch.Tensor | None] = []
-        self._pristine: list[torch.Tensor | None] = []
-        self._versions: list[int] = []
-        self._repeated: set[int] = set()  # slots of tensors that an earlier slot holds as well
+        self._buffers: list[_Buffer] = []
         self._training = False
 
     def begin(self, slots: list[tuple[nn.Module, str]], training: bool) -> None:
         """Takes the buffers of a model as they are: `slots` names them all, and `training` says whether any module is
         in that mode. Contents are copied once, and again only after a change."""
         self._training = training
-        if not slots and not self._slots:
-            return
-        objects = [m._buffers[name] for m, name in slots]
-        known = {id(o): i for i, o in enumerate(self._objects)}
-        pristine, versions = [], []
-        for tensor in objects:
-            i = known.get(id(tensor))
-            fresh = tensor is not None and (i is None or self._differs(i))
-            pristine.append(tensor.detach().clone() if fresh else (None if i is None else self._pristine[i]))
-            versions.append(0 if tensor is None else tensor._version)
-        self._slots, self._objects, self._pristine, self._versions = slots, objects, pristine, versions
-        first = {id(tensor): i for i, tensor in reversed(list(enumerate(objects)))}
-        self._repeated = {i for i, tensor in enumerate(objects) if first[id(tensor)] != i}
+        known, found, seen = {id(buffer.own): buffer for buffer in self._buffers}, [], set()
+        for module, name in slots:
+            own, pristine, version = module._buffers[name], None, 0
+            if own is not None:
+                before, version = known.get(id(own)), own._version
+                pristine = own.detach().clone() if before is None or self._differs(before) else before.pristine
+            found.append(_Buffer(module._buffers, name, own, pristine, version, id(own) in seen))
+            seen.add(id(own))
+        self._buffers = found
 
     def swap_in(self, changed: dict[int, torch.Tensor]) -> None:
         """Gives the lane that is about to run the buffers that it changed before."""
         for i, value in changed.items():
-            self._set(i, value)
+            buffer = self._buffers[i]
+            own = buffer.own
+            if own is not None and value is not None and own.shape == value.shape and own.dtype == value.dtype:
+                with torch.no_grad():
+                    own.copy_(value)
+                buffer.version = own._version - 1  # differs, so that the lane's values go out with it again
+            else:
+                buffer.buffers[buffer.name] = value
 
     def swap_out(self, changed: dict[int, torch.Tensor]) -> None:
         """Moves what the lane changed to `changed`, and restores the model's own."""
-        for i, (module, name) in enumerate(self._slots):
-            now = module._buffers.get(name)
-            if now is self._objects[i]:
-                if now is None or i in self._repeated or not self._differs(i):
-                    continue
-                changed[i] = now.detach().clone()
+        for i, buffer in enumerate(self._buffers):
+            now = buffer.buffers.get(buffer.name)
+            if now is not buffer.own:
+                changed[i], buffer.buffers[buffer.name] = now, buffer.own
+            elif now is None or buffer.is_repeated or not self._differs(buffer):
+                continue
             else:
-                changed[i] = now
-                module._buffers[name] = self._objects[i]
-            if i not in self._repeated:
-                self._restore(i)
+                changed[i] = now.detach().clone()
+            self._restore(buffer)
 
     def end(self) -> None:
         """Removes, after the last lane, all that the lanes changed."""
-        for i, (module, name) in enumerate(self._slots):
-            module._buffers[name] = self._objects[i]
-            if self._objects[i] is not None and self._differs(i) and i not in self._repeated:
-                self._restore(i)
+        for buffer in self._buffers:
+            buffer.buffers[buffer.name] = buffer.own
+            if buffer.own is not None and self._differs(buffer):
+                self._restore(buffer)
 
-    def _differs(self, i: int) -> bool:
-        """Whether the model's own buffer `i` is no longer what it was at the beginning."""
-        own = self._objects[i]
-        if own._version != self._versions[i]:
+    def _differs(self, buffer: _Buffer) -> bool:
+        """Whether the model's own buffer is no longer what it was at the beginning."""
+        if buffer.own._version != buffer.version:
             return True
-        return self._training and own.nbytes <= SMALL_BYTES and not torch.equal(own, self._pristine[i])
+        small = self._training and buffer.own.nbytes <= SMALL_BYTES
+        return small and not torch.equal(buffer.own, buffer.pristine)
 
-    def _set(self, i: int, value: torch.Tensor | None) -> None:
-        module, name = self._slots[i]
-        own = self._objects[i]
-        if own is not None and value is not None and own.shape == value.shape and own.dtype == value.dtype:
+    def _restore(self, buffer: _Buffer) -> None:
+        if buffer.own is not None and not buffer.is_repeated:
             with torch.no_grad():
-                own.copy_(value)
-            self._versions[i] = own._version - 1  # differs, so that the lane's values go out with it again
-        else:
-            module._buffers[name] = value
-
-    def _restore(self, i: int) -> None:
-        own = self._objects[i]
-        if own is not None:
-            with torch.no_grad():
-                own.copy_(self._pristine[i])
-            self._versions[i] = own._version
+                buffer.own.copy_(buffer.pristine)
+            buffer.version = buffer.own._version

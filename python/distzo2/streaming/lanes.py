@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from distzo2.errors import DistZO2Error
 from distzo2.streaming.isolation import CallerState, LaneAttributes, LaneSwitches, RandomStream, ScheduleState
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import Emission
@@ -87,6 +86,11 @@ class Lane:
     attributes: LaneAttributes = field(default_factory=LaneAttributes)
     switches: LaneSwitches = field(default_factory=LaneSwitches)
     thread: LaneThread | None = None
+
+    def park(self, unit: Unit) -> None:
+        """Called in the lane's thread, at the entry of `unit`: returns when the lane's turn has come there."""
+        self.request = unit
+        self.thread.park()
 
 
 class Turns:
@@ -251,15 +255,6 @@ class LaneGroup:
             if turns.error is not None:
                 raise turns.error
         self._turns = None
-
-    def park(self, unit: Unit) -> None:
-        """Called in the running lane, at the entry of `unit`."""
-        lane = self.running
-        if lane is None or threading.current_thread() is not lane.thread:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
-        lane.request = unit
-        lane.visited.append(unit)
-        lane.thread.park()
 
     def unwind(self, lanes: Sequence[Lane]) -> None:
         """Ends every lane that has not ended. A lane that will not end in time takes its thread with it."""

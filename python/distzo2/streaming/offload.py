@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from distzo2.streaming.lanes import Lane
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
 from distzo2.weights.access import WeightAccess
-from distzo2.weights.residency import MemoryBudget, blocks_to_stream, free_memory
-from distzo2.weights.store import MemoryStore, Store, StoredCopy, streaming_store
+from distzo2.weights.residency import MemoryBudget, blocks_to_stream
+from distzo2.weights.store import MemoryStore, Store, StoredCopy, core_errors, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
-from distzo2.weights.units import TRAINABLE_DTYPES, collect_params, dtypes_to_compute_in, find_units
+from distzo2.weights.units import TRAINABLE_DTYPES, Unit, collect_params, dtypes_to_compute_in, find_units
 from distzo2.weights.updates import CLEAN
-from distzo2_core import cuda_available
+from distzo2_core import RangeFiles, cuda_available
 
 WEIGHTS = ("device", "host", "disk")
+# Where the bytes of a parameter on meta lie, by its name: ranges (file, offset, bytes) one after another, or None.
+LiesAt = Callable[[str], Sequence[tuple[Path, int, int]] | None]
 
 
 def offload(
@@ -46,6 +48,7 @@ def offload(
     weight_file: WeightFile | None = None,
     compute_dtype: torch.dtype | None = None,
     train: bool = False,
+    files: LiesAt | None = None,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
@@ -82,6 +85,9 @@ def offload(
             dtypes, stay as they are; buffers of 16 bits follow. None: as stored.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
+        files: where the bytes of a parameter on meta are, by its name: ranges (path, offset, bytes) of files, or None.
+            With weights="disk", frozen blocks then stream from there: they are not copied, and nothing may change the
+            files meanwhile. `distzo2.from_pretrained` gives it.
 
     Returns:
         The same module.
@@ -122,6 +128,7 @@ def offload(
         host_memory=host_memory,
         write_every=write_every,
         weight_file=weight_file,
+        files=files if weights == "disk" else None,
     )
     return model
 
@@ -145,14 +152,16 @@ def check_computes(device: torch.device, dtype: torch.dtype | None) -> None:
 
 def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) -> None:
     """Hands a model over; `edit` does so again where its body changed which parameters there are."""
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be changed outside
+    # What is made in inference mode cannot be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         make_meta_buffers(model)
-        runtime = _hand_over(model, device, weights, **options)
+        runtime = _hand_over(model, device, weights, undo.callback, **options)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
         runtime.compute_in(options["compute_dtype"])
+        undo.pop_all()
     runtime.options = {"device": device, "weights": weights, **options}
     object.__setattr__(model, "_distzo2_runtime", runtime)
     object.__setattr__(model, "_distzo2_state", StateHooks(runtime))
@@ -192,6 +201,7 @@ def _hand_over(
     model: nn.Module,
     device: torch.device,
     weights: str,
+    undo: Callable[[Callable[[], None]], Any],
     *,
     compute_dtype: torch.dtype | None,
     units: Iterable[str] | None,
@@ -201,10 +211,12 @@ def _hand_over(
     host_memory: MemoryBudget,
     write_every: int,
     weight_file: WeightFile | None,
+    files: LiesAt | None,
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
-    Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all.
+    Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all. `undo`
+    gets what closes memory and files after an error.
     """
     params = collect_params(model)
     found = find_units(model, params, units)
@@ -220,29 +232,37 @@ def _hand_over(
         share = memory_share(joined(), host_memory)
 
         def free_bytes() -> int:
-            free = free_memory(device, share)
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else share.num_bytes
             return free if together is None else min(n[0] for n in together.agree("memory_budget", numbers=(free,)))
 
         streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
         agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
         shares, index = ([1.0], 0) if slices is None else (slices.shares, slices.node.index)
+        places = {u: place for u in streamed if files is not None and (place := _places_of(u, files)) is not None}
+        streamed.sort(key=lambda unit: unit in places)  # what lives in files of others comes last
         moving = slices_of(streamed, shares, index)  # a whole block is a slice of one
+        for copy in moving:
+            copy.is_fixed = copy.unit in places
+        written = [copy for copy in moving if not copy.is_fixed]
         staying = [StoredCopy.whole(u) for u in found if u not in streamed]
         options = share.pool_options()
         memory = MemoryStore(staying, device, **options)
+        undo(memory.close)
         run, kept = None, None
         if weight_file is not None:
             run = _run_so_far(weight_file)
-            if on_disk and moving:
-                rows = [*moving, *(copy for copy in staying if copy.unit.trainable)]
-                kept = KeptWeights(weight_file, rows, len(moving), rank=_rank(), run=run)
+            if on_disk and written:
+                rows = [*written, *(copy for copy in staying if copy.unit.trainable)]
+                kept = KeptWeights(weight_file, rows, len(written), rank=_rank(), run=run)
+                undo(kept.close)
         if not moving:
             ring = Store()
         elif device.type == "cpu" and directory is None:  # slices are in the memory that computes
             ring = MemoryStore(moving, device, **options)
         else:
-            file = None if kept is None else kept.file
-            ring = streaming_store(moving, device, directory=directory, file=file, slots=slots, **options)
+            file, fixed = None if kept is None else kept.file, _range_files(moving[len(written) :], places)
+            ring = streaming_store(moving, device, directory=directory, file=file, fixed=fixed, slots=slots, **options)
+        undo(ring.close)
         if moving and slices is not None:
             node, backend = slices.node, slices.backend
             ring = SlicedStore(ring, moving, device, slots=slots, node=node, shares=shares, backend=backend)
@@ -255,12 +275,45 @@ def _hand_over(
         kept.load(unit_weights)
     elif weight_file is not None:
         kept = _load_in_turn(weight_file, unit_weights, run)
+        undo(kept.close)
     if isinstance(ring, SlicedStore):
         ring.serve(unit_weights, slices.number)
     runtime = StreamingRuntime(model, unit_weights, access, weights, kept)
     if kept is not None:
         access.before_replacing = kept.replaced
     return runtime
+
+
+def _places_of(unit: Unit, files: LiesAt) -> list[tuple[Path, int, int, int]] | None:
+    """Ranges (file, offset, bytes, place in the unit) that hold a frozen unit whose parameters are on meta, or None."""
+    found = []
+    for param in unit.params:
+        ranges = None if param.trainable or not param.tensor.is_meta else files(param.name)
+        if ranges is None or sum(num_bytes for *_, num_bytes in ranges) != param.num_bytes:
+            return None
+        place = param.byte_offset
+        for path, offset, num_bytes in ranges:
+            found.append((path, offset, num_bytes, place))
+            place += num_bytes
+    return found
+
+
+@core_errors
+def _range_files(
+    copies: Sequence[StoredCopy], places: Mapping[Unit, Sequence[tuple[Path, int, int, int]]]
+) -> RangeFiles | None:
+    """The files that hold `copies`, a block each; None if there are none."""
+    number: dict[str, int] = {}
+    blocks = []
+    for copy in copies:
+        rows, end = [], copy.begin + copy.num_bytes
+        for path, offset, num_bytes, place in places[copy.unit]:
+            first, last = max(place, copy.begin), min(place + num_bytes, end)  # of the slice
+            if first < last:
+                file = number.setdefault(str(path), len(number))
+                rows.append((file, offset + first - place, last - first, first - copy.begin))
+        blocks.append(rows)
+    return RangeFiles(list(number), [copy.num_bytes for copy in copies], blocks) if copies else None
 
 
 def _rank() -> int:
@@ -429,6 +482,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             thawed = any(p.tensor.requires_grad and not p.trainable for p in runtime.params)
             restructured = thawed or _structure(model) != before
             edited = {param.index: param.tensor.data for param in runtime.params}
+            restructured = restructured or _changes_fixed(runtime, edited)
             for param in runtime.params if not restructured else ():
                 found = edited[param.index]
                 if (found.shape, found.dtype, found.device.type) != (param.shape, param.dtype, "cpu"):
@@ -441,6 +495,8 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
         with access.replacing("edit", error=failure) as note:
             for unit in runtime.units if not restructured else ():
                 note(unit.name, [edited[param.index] for param in unit.params])
+                if runtime.weights.copies[unit.index].is_fixed:
+                    continue
                 with access.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])
@@ -453,6 +509,21 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             parameters.hide_each(runtime.params)
 
 
+def _changes_fixed(runtime: StreamingRuntime, edited: Mapping[int, torch.Tensor]) -> bool:
+    """Whether values differ from those of units that live in files which are only read."""
+    for unit in runtime.units:
+        if runtime.weights.copies[unit.index].is_fixed:
+            with runtime.access.reading(unit) as views:
+                if not all(_same_bytes(views[p.name], edited[p.index]) for p in unit.params):
+                    return True
+    return False
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
 def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
     return [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
 
@@ -462,4 +533,5 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     runtime.close()
     runtime.cast_buffers(None)
     model._distzo2_state.remove()
-    _take(model, **runtime.options | {"weight_file": None, "compute_dtype": runtime.compute_dtype})
+    del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again
+    _take(model, **runtime.options | {"weight_file": None, "files": None, "compute_dtype": runtime.compute_dtype})

@@ -83,25 +83,23 @@ class StreamingRuntime:
         self.unit_of = {p.index: u for u in self.units for p in u.params}
         inside = [{m for w in u.windows for m in w.modules()} - set(u.windows) for u in self.units]
         # Units in whose windows others open, or that are entered several times in a row: their slots are wanted again.
-        self._around = {
+        self._wanted_again = {
             i for i, modules in enumerate(inside) if any(w in modules for u in self.units for w in u.windows)
         }
         self._pointed: dict[int, _Pointed] = {}  # by the index of the open unit
         self._emissions: list[Emission] = []  # of the pass that runs
-        self._room: dict[int, int] = {}  # in scratch for units of it, by index
         self._state: ScheduleState | None = None
         self._since = 0  # when the running lane began, or went on
         self._computing = ""  # the unit that it is in
         self._switches: tuple[Any, ...] = ()  # of the caller
         self._switching = False  # a lane has been seen to change them
         self._in_pass = False
-        self._alone: list[Unit] = []  # open windows outside a pass
-        self._alone_line: int | None = None  # of control, that opened them
+        self._outside: list[Unit] = []  # windows that ordinary forwards, outside a pass, have open
+        self._outside_line: int | None = None  # of control, that opened them
         self._presenting = 0  # how many `presenting` of these are entered
         self._presented: set[int] = set()  # units that such code has seen
         self._interrupt = DeferredInterrupt()
         self._watched: set[Hashable] = set()  # code of closures whose lanes are known not to see each other
-        self._frozen: set[int] = set()  # parameters whose `requires_grad` was taken away since the hand-over
         self._entered: set[int] = set()  # units that an ordinary forward has entered
         self._parks_always = False
         self._summed = False  # every change of weights is looked for, and not only those that torch counts
@@ -123,8 +121,9 @@ class StreamingRuntime:
                 self.parameters.take_over(unit)
 
     def is_filled(self, unit: Unit) -> bool:
-        """Whether the weight file gave the unit's weights, so that nothing else may fill it."""
-        return self.kept is not None and unit.index in self.kept.versions
+        """Whether files gave the unit's weights, so that nothing else may fill it."""
+        given = self.kept is not None and unit.index in self.kept.versions
+        return given or self.weights.copies[unit.index].is_fixed
 
     # ---- passes -------------------------------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ class StreamingRuntime:
                 raises comes as it was raised.
         """
         codes = {code_of(lane.closure) for lane in lanes}
-        new = not codes <= self._watched and len(self._watched) < MAX_WATCHED and not self.has_compiled()
+        new = not codes <= self._watched and len(self._watched) < MAX_WATCHED and not self._windows.has_compiled()
         starts = [copy.copy(lane.stream) for lane in lanes] if new or check else []
 
         def alone(i: int) -> Any:
@@ -183,8 +182,8 @@ class StreamingRuntime:
             check_alike(self.model, lanes, alone)
         self._watched |= codes if new else set()
         for lane in lanes:
-            lane.attributes.leave()
-        lanes[-1].switches.leave()
+            lane.attributes.swap_in()  # the model has what a plain loop would have left
+        lanes[-1].switches.swap_in()
         return lanes[0].visited
 
     def _note_dtypes(self, error: Exception) -> None:
@@ -212,7 +211,6 @@ class StreamingRuntime:
             caller = RandomStream(self.device)
             self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
-            self._room.clear()
             self._state = ScheduleState(self.device)
             self.weights.busy = self._in_pass = True
             try:
@@ -245,7 +243,7 @@ class StreamingRuntime:
         while (unit := self._agreed_unit(lanes, agreed)) is not None:
             agreed = len(lanes[0].visited)
             if unit is last:  # several windows, or a block that is called again: its slot would come right back
-                self._around.add(unit.index)
+                self._wanted_again.add(unit.index)
             last = unit
             if interrupt.pending or self.weights.ring.gathers:
                 yield None  # on in the caller's thread: it alone is interrupted, and answers other ranks
@@ -264,7 +262,7 @@ class StreamingRuntime:
         """Lets one lane run to its next unit or its end, with what is its own swapped in and out. Only the emissions
         `to_come`, the lane's among them, are still wanted of the unit that it enters."""
         self._show(lane, lane.request)
-        if lane.request is not None and lane.request.index not in self._around:
+        if lane.request is not None and lane.request.index not in self._wanted_again:
             self.weights.release_early(lane.request, to_come)
         lane.stream.restore()
         lane.switches.swap_in()
@@ -285,13 +283,10 @@ class StreamingRuntime:
         if lane.error is not None:
             raise lane.error
         lane.stream.capture()
-        self.weights.poll()
+        self.weights.ring.poll()
 
     def _go_on(self, lane: Lane, unit: Unit) -> None:
         """Lets the running lane enter a unit in place, without giving its turn on."""
-        if threading.current_thread() is not lane.thread:
-            raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
-        lane.visited.append(unit)
         lane.ahead += 1
         with self._state:
             self._note_compute()
@@ -314,11 +309,13 @@ class StreamingRuntime:
         self.trace.add("compute", self._computing, self._since, end)
 
     def _close_windows(self, lanes: Sequence[Lane]) -> None:
+        """Hides and releases every unit; raises the first error of `_hide` when all that is done."""
         for lane in lanes:
             lane.windows.clear()
-        for index in list(self._pointed):
-            self._hide(self.units[index])
-        self.weights.release_all_but()
+        with ExitStack() as ends:
+            ends.callback(self.weights.release_all_but)
+            for index in self._pointed:
+                ends.callback(self._hide, self.units[index])
 
     # ---- the order of units -------------------------------------------------------------------------------------
 
@@ -366,60 +363,60 @@ class StreamingRuntime:
             )
         lane = self._lanes.running
         if lane is None:
-            self._enter_alone(unit)
+            self._enter_outside(unit)
             return
         lane.entered = True
         if unit not in lane.windows:
+            if threading.current_thread() is not lane.thread:
+                raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
+            lane.visited.append(unit)
             if lane.ahead < self._most_ahead(unit):
                 self._go_on(lane, unit)
             else:
-                self._lanes.park(unit)
+                lane.park(unit)
         lane.windows.append(unit)
 
     def _most_ahead(self, unit: Unit) -> int:
         """How many units a lane may enter one after another while the others wait: as many as have room in scratch for
         the perturbed copies of all lanes, so that each is still made once. A unit that streams is a place to wait, and
         so is every unit where it is to be seen whether lanes see each other."""
-        if self._parks_always:
-            return 0
-        most = self._room.get(unit.index)
-        if most is None:
-            most = self._room[unit.index] = self.weights.room_ahead(unit, len(self._emissions))
-        return most
+        return 0 if self._parks_always else self.weights.room_ahead(unit, len(self._emissions))
 
     def exit(self, unit: Unit) -> None:
         """The forward of one of the unit's windows has ended, or has failed."""
         lane = self._lanes.running
-        windows = self._alone if lane is None else lane.windows
+        windows = self._outside if lane is None else lane.windows
         if unit not in windows:
             return  # its entry failed
         del windows[len(windows) - 1 - windows[::-1].index(unit)]
         if unit in windows:
             return
         try:
-            self._hide(unit)
+            if unit.index in self._pointed:  # else its weights could not be shown
+                self._hide(unit)
         finally:
             if lane is None:
                 with self._interrupt:
                     self.weights.release(unit)
-                self.weights.busy = bool(self._alone)
+                self.weights.busy = bool(self._outside)
 
-    def _enter_alone(self, unit: Unit) -> None:
+    def _enter_outside(self, unit: Unit) -> None:
+        """Enters a window of an ordinary forward, in the caller's thread."""
         line = line_of_control()
         if self._in_pass:
             raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of the pass under way")
-        if self._alone:
+        if self._outside:
             self._drop_stale_windows()
-        if not self._alone:
+        if not self._outside:
             self.weights.check_idle("a forward")
-            self._alone_line = line
-        elif line != self._alone_line:
+            self._outside_line = line
+        elif line != self._outside_line:
             raise DistZO2Error("another thread is in the middle of a forward of this model")
         with self._interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
             self.weights.busy = True
-            self._alone.append(unit)
-            self._point(unit, CLEAN, self._alone, unit.index not in self._entered)
+            self._outside.append(unit)
+            self._point(unit, CLEAN, self._outside, unit.index not in self._entered)
             self._entered.add(unit.index)
 
     @contextmanager
@@ -429,42 +426,42 @@ class StreamingRuntime:
         Raises:
             DistZO2Error: more of them stream than the device has slots.
         """
-        ring, num_streamed = self.weights.ring, sum(self.weights.copies[unit.index].block >= 0 for unit in units)
+        ring, num_streamed = self.weights.ring, sum(self.weights.copies[u.index].streams for u in units)
         if ring.slot_bytes and num_streamed > ring.num_slots and not ring.gathers:
             raise DistZO2Error(
                 f"{num_streamed} blocks that stream would be present at once, and the device has {ring.num_slots} "
                 f"slots: name a smaller part, or hand the model over with slots={num_streamed + 1}"
             )
-        alone = self._lanes.running is None
-        self._presenting += alone
+        outside = self._lanes.running is None
+        self._presenting += outside
         try:
             with ExitStack() as windows:
                 for unit in units:
-                    if alone and unit.index not in self._presented:  # new code: watched as a first forward is
+                    if outside and unit.index not in self._presented:  # new code: watched as a first forward is
                         self._entered.discard(unit.index)
                         self._presented.add(unit.index)
                     self.enter(unit)
                     windows.callback(self.exit, unit)
                 yield
         finally:
-            self._presenting -= alone
+            self._presenting -= outside
 
     def _drop_stale_windows(self) -> None:
         """Closes, at the next use, windows that Ctrl-C left open: it ends a forward without torch calling the hooks."""
-        if not self._alone or self._presenting or self.has_compiled():
+        if not self._outside or self._presenting or self._windows.has_compiled():
             return
-        if threading.get_ident() != self._alone_line:  # nor in a lane, which is never interrupted
+        if threading.get_ident() != self._outside_line:  # nor in a lane, which is never interrupted
             return
         running, frame = set(), sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_name == "_call_impl":
                 running.add(id(frame.f_locals.get("self")))
             frame = frame.f_back
-        if any(id(module) in running for unit in self._alone for module in unit.windows):
+        if any(id(module) in running for unit in self._outside for module in unit.windows):
             return
-        self._alone.clear()
-        self._close_windows(())
+        self._outside.clear()
         self.weights.busy = False
+        self._close_windows(())
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Lets modules compute in another dtype than what is stored; None: in that. Their parameters are copies in it,
@@ -553,28 +550,23 @@ class StreamingRuntime:
         if self._in_pass:
             return
         param.requires_grad = value
-        (self._frozen.discard if value else self._frozen.add)(param.index)
 
     def check_trained(self) -> None:
         """
         Raises:
             DistZO2Error: a parameter that the optimizer trains was frozen since that was made.
         """
-        for index in sorted(self._frozen & self.weights.updates.group_of.keys()):
-            name = self.params[index].name
-            raise DistZO2Error(f"parameter {name} is trained by an optimizer: freeze it before that is made")
+        for param in self.params:
+            if not param.requires_grad and param.index in self.weights.updates.group_of:
+                raise DistZO2Error(f"parameter {param.name} is trained by an optimizer: freeze it before that is made")
 
     def in_forward(self) -> bool:
         """Whether a lane runs, or an ordinary forward."""
-        return self._in_pass or bool(self._alone)
+        return self._in_pass or bool(self._outside)
 
     def name_of(self, module: nn.Module) -> str | None:
         """The module's name in the model; None if it is no part of it."""
         return self._names.get(module)
-
-    def has_compiled(self) -> bool:
-        """Whether a part of the model is compiled."""
-        return self._windows.has_compiled()
 
     # ---- figures, and the end ---------------------------------------------------------------------------------------
 
@@ -594,6 +586,8 @@ class StreamingRuntime:
             self._windows.remove()
             if self.kept is not None:
                 self.kept.stop_copying()
-            self.weights.close()
-            if self.kept is not None:
-                self.kept.close()
+            try:
+                self.weights.close()
+            finally:
+                if self.kept is not None:
+                    self.kept.close()

@@ -48,7 +48,7 @@ class Example:
     @property
     def chooses(self) -> bool:
         """Whether one of several answers is right: of the choices, or of a classifier's classes."""
-        return self.targets is None and len(self.options) != 1
+        return self.targets is None and (self.place is None or len(self.options) != 1)
 
     @property
     def num_tokens(self) -> int:
@@ -146,7 +146,7 @@ class Tokenize(ABC):
             for (line, _), ids in zip(group, encoded, strict=True):
                 with bad.skipped():
                     example = self.example(line, ids)
-                    self._check(line, example)
+                    self.check(line, example)
                     examples.append(example)
         return examples
 
@@ -196,7 +196,8 @@ class Tokenize(ABC):
         kept = self.fitting(line, len(ids) - self.num_tail, self.num_tail)
         return np.asarray(ids, dtype=np.int32)[np.r_[kept, len(ids) - self.num_tail : len(ids)]]
 
-    def _check(self, line: Line, example: Example) -> None:
+    def check(self, line: Any, example: Example) -> None:
+        """Raises DataError where choices are the same tokens, or as `check_vocabulary`."""
         options = [option.tolist() for option in example.options]
         if not self.legacy and (same := next((o for o in options if options.count(o) > 1), None)):
             first, second, *_ = (i for i, option in enumerate(options) if option == same)

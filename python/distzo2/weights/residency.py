@@ -67,11 +67,6 @@ def free_disk_bytes(directory: str | os.PathLike) -> int:
     return shutil.disk_usage(place).free
 
 
-def free_memory(device: torch.device, share: MemoryShare) -> int:
-    """Returns the bytes that are free on the device; on a CPU, in this rank's share of its machine."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else share.num_bytes
-
-
 def blocks_to_stream(
     units: Sequence[Unit], device: torch.device, budget: MemoryBudget, slots: int, free_bytes: Callable[[], int]
 ) -> list[Unit]:

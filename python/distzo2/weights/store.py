@@ -3,7 +3,10 @@
     weights=     compute on CPU                  compute on CUDA
     device       pool in memory, used in place   device memory, used in place
     host         pool in memory, used in place   pinned pool -> ring of device slots
-    disk         block file -> ring of slots     block file -> pinned staging -> ring of device slots
+    disk         files -> ring of slots          files -> pinned staging -> ring of device slots
+
+On disk, blocks live in a block file; those that are frozen stream from the files that hold them already, as they are
+there, where these are known (`RangeFiles`).
 
 A `StoredCopy` names what a store holds of a unit. Resident units are always used in place. `acquire` and `release` act
 on the current stream of the compute device; the host waits only where the device is the CPU.
@@ -26,13 +29,13 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.weights.units import ParamInfo, Unit
-from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
+from distzo2_core import BlockFile, CopyEngine, HostPool, RangeFiles, aligned_buffer
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 
 _FALLBACKS = {
-    "direct_fallback": "the block file is read through the page cache, without O_DIRECT",
+    "direct_fallback": "weights on disk are read through the page cache, without O_DIRECT",
     "pin_error": "the weights' host memory is not pinned",
 }
 
@@ -41,7 +44,7 @@ logger = logging.getLogger("distzo2")
 T = TypeVar("T")
 
 
-def _core_errors(function: Callable[..., T]) -> Callable[..., T]:
+def core_errors(function: Callable[..., T]) -> Callable[..., T]:
     """Turns the compiled core's errors (memory, disk, driver; one line each) into errors for the user."""
 
     @functools.wraps(function)
@@ -66,11 +69,16 @@ class StoredCopy:
     num_bytes: int
     version: int = 0  # how many updates the bytes hold
     block: int = -1  # its number among the copies that stream; -1: it does not stream
+    is_fixed: bool = False  # its bytes are those of a checkpoint's own files, which are only read
 
     @classmethod
     def whole(cls, unit: Unit, version: int = 0) -> StoredCopy:
         """Returns a copy of the whole unit, which does not stream."""
         return cls(unit, 0, unit.num_bytes, version)
+
+    @property
+    def streams(self) -> bool:
+        return self.block >= 0
 
     def elements_of(self, param: ParamInfo) -> range:
         """Returns which elements of one of the unit's parameters are in the copy. (Slices cut no element.)"""
@@ -153,7 +161,7 @@ class Store:
 class MemoryStore(Store):
     """Copies in memory on the compute device, used in place."""
 
-    @_core_errors
+    @core_errors
     def __init__(self, copies: Sequence[StoredCopy], device: torch.device, **pool_options: Any) -> None:
         """`pool_options` are `HostPool`'s, from `MemoryShare.pool_options`."""
         self._pool: HostPool | None = None
@@ -195,16 +203,23 @@ class MemoryStore(Store):
 
 
 class StreamingStore(Store):
-    """Copies in a pinned host pool or in a block file, brought to a ring of slots by the copy engine."""
+    """Copies in a pinned host pool or in files, brought to a ring of slots by the copy engine."""
 
-    @_core_errors
+    @core_errors
     def __init__(
-        self, copies: Sequence[StoredCopy], storage: HostPool | BlockFile, device: torch.device, slots: int
+        self,
+        copies: Sequence[StoredCopy],
+        storage: HostPool | BlockFile | None,
+        device: torch.device,
+        slots: int,
+        fixed: RangeFiles | None = None,
     ) -> None:
-        """`copies` are the blocks of `storage`, in this order; at most `slots` of them are on `device` at once."""
+        """`copies` are the blocks of `storage`, then those of `fixed`, in this order; at most `slots` of them are on
+        `device` at once."""
         self.slot_bytes = slot_bytes_of(c.num_bytes for c in copies)
         self.num_slots = num_slots_of(slots, len(copies))
-        self._storage, self._device = storage, device
+        self._storage, self._fixed, self._device = storage, fixed, device
+        self._num_stored = len(copies) if fixed is None else len(copies) - len(fixed)
         self.in_host_memory = isinstance(storage, HostPool)
         self._spare: torch.Tensor | None = None  # reused while copies are written one after another, as in loading
         if device.type == "cpu":
@@ -213,8 +228,9 @@ class StreamingStore(Store):
             ring = torch.empty(self.slot_bytes * self.num_slots, dtype=torch.uint8, device=device)
             self._slots = list(ring.split(self.slot_bytes))
         addresses = [slot.data_ptr() for slot in self._slots]
-        self.engine = engine = CopyEngine(str(device), storage, addresses, self.slot_bytes, stream=self._stream())
-        self.set_durable, self.fail, self.flush = engine.set_durable, engine.fail, _core_errors(engine.flush)
+        source = storage if fixed is None else (storage, fixed)
+        self.engine = engine = CopyEngine(str(device), source, addresses, self.slot_bytes, stream=self._stream())
+        self.set_durable, self.fail, self.flush = engine.set_durable, engine.fail, core_errors(engine.flush)
         self.reset_stats, self.trace, self.events = engine.reset_stats, engine.trace, engine.events
         stats = self.stats()
         for key, what in _FALLBACKS.items():
@@ -224,17 +240,17 @@ class StreamingStore(Store):
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
 
-    @_core_errors
+    @core_errors
     def acquire(self, copy: StoredCopy) -> torch.Tensor:
         self._spare = None
         return self._slots[self.engine.acquire(copy.block, self._stream())][: copy.num_bytes]
 
-    @_core_errors
+    @core_errors
     def release(self, copy: StoredCopy, dirty: bool, stream: Any = None) -> None:
         handle = self._stream() if stream is None else stream.cuda_stream
         self.engine.release(copy.block, handle, dirty, copy.version)
 
-    @_core_errors
+    @core_errors
     def prefetch(self, copy: StoredCopy) -> bool:
         return self.engine.prefetch(copy.block)
 
@@ -252,27 +268,37 @@ class StreamingStore(Store):
             buffer = self._spare if write and self._spare is not None else aligned_buffer(self.slot_bytes)
             self._spare = None
             host = buffer[: copy.num_bytes]
-            if keep:
-                _core_errors(self._storage.read)(copy.block, host.data_ptr(), copy.num_bytes)
+            if copy.is_fixed:
+                if write:
+                    raise DistZO2Error(
+                        f"unit {copy.unit.name} streams from its checkpoint's files, which are only read"
+                    )
+                core_errors(self._fixed.read)(copy.block - self._num_stored, host.data_ptr(), copy.num_bytes)
+            elif keep:
+                core_errors(self._storage.read)(copy.block, host.data_ptr(), copy.num_bytes)
             yield host
             if write:
-                _core_errors(self._storage.write)(copy.block, host.data_ptr(), copy.num_bytes)
+                core_errors(self._storage.write)(copy.block, host.data_ptr(), copy.num_bytes)
                 self._spare = buffer
         if write:
-            _core_errors(self.engine.drop)(copy.block)
+            core_errors(self.engine.drop)(copy.block)
 
     def stats(self) -> dict[str, Any]:
-        return {**self._storage.stats(), **self.engine.stats()}
+        parts = [part.stats() for part in (self._storage, self._fixed) if part is not None]
+        both = {key: sum(part[key] for part in parts) for key in ("bytes_used", "bytes_read") if key in parts[-1]}
+        fallback = next(filter(None, (part.get("direct_fallback") for part in parts)), "")
+        return {**parts[-1], **parts[0], **both, "direct_fallback": fallback, **self.engine.stats()}
 
     def close(self) -> None:
         self.engine.close()
         if self._device.type == "cuda":  # the allocator gives the slots away, and knows only the stream it made them on
             with suppress(RuntimeError):  # a device that has failed reads no more
                 torch.cuda.synchronize(self._device)
-        if not self.in_host_memory:
-            self._storage.close()
+        for part in (self._storage, self._fixed):
+            if part is not None and not self.in_host_memory:
+                part.close()
         self._slots.clear()
-        self._storage = self._spare = None
+        self._storage = self._fixed = self._spare = None
 
 
 def slot_bytes_of(sizes: Iterable[int]) -> int:
@@ -285,25 +311,27 @@ def num_slots_of(slots: int, num_copies: int) -> int:
     return max(2, min(slots, num_copies + 1))
 
 
-@_core_errors
+@core_errors
 def streaming_store(
     copies: Sequence[StoredCopy],
     device: torch.device,
     *,
     directory: str | os.PathLike | None = None,
     file: BlockFile | None = None,
+    fixed: RangeFiles | None = None,
     slots: int,
     **pool_options: Any,
 ) -> StreamingStore:
-    """Makes a store whose copies live in `file`, or in a working block file in `directory`, or in host memory."""
-    sizes = [c.num_bytes for c in copies]
-    if file is None and directory is not None:
+    """Makes a store whose copies live in `file`, or in a working block file in `directory`, or in host memory; those
+    that are fixed are the last ones, and the blocks of `fixed`."""
+    sizes = [c.num_bytes for c in copies if not c.is_fixed]
+    if file is None and directory is not None and sizes:
         file = _working_file(Path(directory), sizes)
-    if file is None:
+    if file is None and fixed is None:
         return StreamingStore(copies, HostPool(sizes, device=str(device), **pool_options), device, slots)
     if device.type == "cpu":
         _return_freed_memory()
-    return StreamingStore(copies, file, device, slots)
+    return StreamingStore(copies, file, device, slots, fixed)
 
 
 def _working_file(directory: Path, sizes: Sequence[int]) -> BlockFile:

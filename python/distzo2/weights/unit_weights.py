@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,14 @@ class Present:
     buffer: torch.Tensor  # uint8 [unit.num_bytes]
     views: list[torch.Tensor]  # the parameters, over the buffer
     dirty: bool = False  # newer than what is stored
+
+
+class _Reach(NamedTuple):
+    """Which parameters of a unit differ from lane to lane, or from what is stored."""
+
+    is_updated: bool  # updates and perturbations reach one of them
+    copied: list[bool]  # by parameter: a copy for modules holds it; the others are shown as they are stored
+    is_whole: bool  # a copy holds all of them
 
 
 class UnitWeights:
@@ -81,9 +89,8 @@ class UnitWeights:
         self._present: dict[int, Present] = {}
         # Buffers, by unit and addresses, that `materialize` has checked: those that it wrote to.
         self._visited: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        self._copied_whole: dict[int, bool] = {}  # by unit
-        self._reached: dict[int, bool] = {}  # by unit that converts: whether updates reach any of it
-        streamed = [c.unit for c in copies if c.block >= 0]
+        self._reach: dict[int, _Reach] = {}  # by unit
+        streamed = [c.unit for c in copies if c.streams]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
         self._last_of_pass: Unit | None = streamed[-1] if streamed else None
@@ -97,9 +104,7 @@ class UnitWeights:
         self._assume_current()
         self._owner = weakref.ref(owner)
         self.updates.bind(group_of, num_groups, seed)
-        self._copied_whole.clear()
-        self._reached.clear()
-        self._visited.clear()
+        self._forget_caches()
         self._unused = (), frozenset()
         self._scratch.forget()
 
@@ -131,8 +136,7 @@ class UnitWeights:
         """Returns the units that updates reach whose index is not in `entered`."""
         if len(entered) == len(self.units):
             return []
-        reached = self.updates.group_of
-        return [u for u in self.units if u.index not in entered and any(p.index in reached for p in u.params)]
+        return [u for u in self.units if u.index not in entered and self._reach_of(u).is_updated]
 
     def push(self, update: Update, unused: Sequence[Sequence[int]]) -> None:
         """Adds an update, which leaves parameters of the ranges `unused` as they are.
@@ -179,7 +183,7 @@ class UnitWeights:
 
     def store_of(self, copy: StoredCopy) -> Store:
         """Returns the store that holds a copy."""
-        return self.memory if copy.block < 0 else self.ring
+        return self.ring if copy.streams else self.memory
 
     def bring(self, unit: Unit) -> Present:
         """Makes a unit present until it is released, as its stored copy is; updates are yet to be applied."""
@@ -191,7 +195,7 @@ class UnitWeights:
         buffer = store.acquire(copy)
         end = time.perf_counter_ns()
         present = self._present[unit.index] = Present(self._held_copy(unit), buffer, self._views_of(unit, buffer))
-        if copy.block >= 0:
+        if copy.streams:
             self._wait_ns += end - start
             self.trace.add("wait", unit.name, start, end)
             if self._last_streamed is not None:
@@ -219,10 +223,6 @@ class UnitWeights:
     def end_pass(self) -> None:
         """The unit that streamed last was the last of its pass."""
         self._last_of_pass = self._last_streamed
-
-    def poll(self) -> None:
-        """Begins transfers whose turn has come; called whenever a lane has run."""
-        self.ring.poll()
 
     def release(self, unit: Unit) -> None:
         """Lets go of a unit; if it is dirty it starts on its way back."""
@@ -286,30 +286,29 @@ class UnitWeights:
                 raise
             buffer = outs[0]
         views = self._views_of(unit, buffer, for_modules=True)
-        if not self._is_copied_whole(unit):
-            stored, dtypes = self.bring(unit).views, TRAINABLE_DTYPES if unit.converts else ()
-            copied = [p.dtype in dtypes or p.index in self.updates.group_of for p in unit.params]
-            views = [views[i] if copied[i] else stored[i] for i in range(len(views))]
+        reach = self._reach_of(unit)
+        if not reach.is_whole:
+            stored = self.bring(unit).views
+            views = [views[i] if copied else stored[i] for i, copied in enumerate(reach.copied)]
         return views, buffer.data_ptr()
 
     def _is_stored(self, copy: StoredCopy, emission: Emission) -> bool:
         """Whether what `emission` asks for is what is stored, once the copy has caught up."""
         return emission.clean and not self._leaves_behind(copy)
 
-    def _is_copied_whole(self, unit: Unit) -> bool:
-        """Whether a copy for modules holds every parameter of the unit, or only those that updates reach."""
-        found = self._copied_whole.get(unit.index)
-        if found is None:
-            reached, dtypes = self.updates.group_of, TRAINABLE_DTYPES if unit.converts else ()
-            found = all(p.index in reached or p.dtype in dtypes for p in unit.params)
-            self._copied_whole[unit.index] = found
-        return found
+    def _reach_of(self, unit: Unit) -> _Reach:
+        if unit.index not in self._reach:
+            updated = [p.index in self.updates.group_of for p in unit.params]
+            dtypes = TRAINABLE_DTYPES if unit.converts else ()
+            copied = [u or p.dtype in dtypes for u, p in zip(updated, unit.params, strict=True)]
+            self._reach[unit.index] = _Reach(any(updated), copied, all(copied))
+        return self._reach[unit.index]
 
     def release_early(self, unit: Unit, emissions: Sequence[Emission]) -> None:
         """Lets go of a unit that streams, before its forwards compute, if all of `emissions` are in scratch: nothing
         else is wanted of it in this visit, so its slot can go on at once. If it is wanted after all it comes back."""
         present = self._present.get(unit.index)
-        if present is None or self.copies[unit.index].block < 0 or not self._is_copied_whole(unit):
+        if present is None or not (self.copies[unit.index].streams and self._reach_of(unit).is_whole):
             return
         if not unit.converts and any(self._is_stored(present.copy, e) for e in emissions):
             return
@@ -319,7 +318,7 @@ class UnitWeights:
 
     def room_ahead(self, unit: Unit, num_emissions: int) -> int:
         """How many units like this can be in use beside another with `num_emissions` copies each; 0 if it streams."""
-        if self.copies[unit.index].block >= 0:
+        if self.copies[unit.index].streams:
             return 0
         copied = unit.trainable or unit.converts
         most = max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
@@ -332,23 +331,22 @@ class UnitWeights:
             unit.compute_in(dtypes)
         self._scratch = Scratch([u for u in self.units if u.trainable or u.converts], self.device)
         self.updates.forget_tables()
-        for cache in (self._views, self._visited, self._copied_whole, self._reached):
+        self._forget_caches()
+
+    def _forget_caches(self) -> None:
+        for cache in (self._views, self._visited, self._reach):
             cache.clear()
 
     def _key(self, unit: Unit, emission: Emission) -> tuple:
         """What a copy of a unit is a function of, besides what was stored at first."""
-        if unit.converts:
-            reached = self._reached.get(unit.index)
-            if reached is None:
-                reached = self._reached[unit.index] = any(p.index in self.updates.group_of for p in unit.params)
-            if not reached:
-                return CLEAN_KEY
+        if unit.converts and not self._reach_of(unit).is_updated:
+            return CLEAN_KEY
         return self.version, emission.terms, self.updates.perturb_scales
 
     def _leaves_behind(self, copy: StoredCopy) -> bool:
         """Whether a stored copy stays behind at this visit, since its turn to be written has not come. Perturbed
         copies, and the clean one, are then made of it and the updates that it has missed."""
-        return copy.block >= 0 and copy.version < self.version and (self.version + copy.block) % self._write_every != 0
+        return copy.streams and copy.version < self.version and (self.version + copy.block) % self._write_every != 0
 
     def _catch_up(
         self,
@@ -409,7 +407,7 @@ class UnitWeights:
         self.check_idle("flush")
         behind = [copy for copy in self.copies if self.updates.missed_by(copy)]
         for i, copy in enumerate(behind):
-            self.catch_up_stored(copy, [c for c in behind[i + 1 : i + self.ring.num_slots] if c.block >= 0])
+            self.catch_up_stored(copy, [c for c in behind[i + 1 : i + self.ring.num_slots] if c.streams])
         self.ring.flush()
         self.updates.drop_before(self.version)
 
@@ -458,8 +456,8 @@ class UnitWeights:
             **self.ring.stats(),
             "noise_s": self._noise_ns * 1e-9,
             "exposed_wait_s": self._wait_ns * 1e-9,
-            "resident_bytes": sum(c.unit.num_bytes for c in self.copies if c.block < 0),
-            "streamed_bytes": sum(c.unit.num_bytes for c in self.copies if c.block >= 0),
+            "resident_bytes": sum(c.unit.num_bytes for c in self.copies if not c.streams),
+            "streamed_bytes": sum(c.unit.num_bytes for c in self.copies if c.streams),
             "slot_bytes": self.ring.slot_bytes * self.ring.num_slots,
             "scratch_bytes": self._scratch.num_bytes,
         }
@@ -471,7 +469,7 @@ class UnitWeights:
 
     def save_trace(self, path: str | os.PathLike) -> None:
         """Writes what was recorded as a Chrome trace (JSON; opens in Perfetto)."""
-        names = {c.block: c.unit.name for c in self.copies if c.block >= 0}
+        names = {c.block: c.unit.name for c in self.copies if c.streams}
         transfers = [
             ("stall" if kind == "wait" else kind, *rest)
             for kind, *rest in self.ring.events()
@@ -493,8 +491,9 @@ class UnitWeights:
     def close(self) -> None:
         """Ends transfers and deletes the working block file."""
         self.closed = True
-        self._views.clear()
-        self._visited.clear()
+        self._forget_caches()
         self._present.clear()
-        self.ring.close()
-        self.memory.close()
+        try:
+            self.ring.close()
+        finally:
+            self.memory.close()

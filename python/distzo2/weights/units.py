@@ -165,8 +165,8 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
             )
         if p.dtype.is_complex or p.is_sparse:
             raise DistZO2Error(f"parameter {name} is {p.dtype}, layout {p.layout}; dense real tensors are expected")
-        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), p.requires_grad, p)
-        params[id(p)].requires_grad = p.requires_grad
+        trains = p.requires_grad
+        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), trains, p, requires_grad=trains)
     users = _users(model)
     for module in model.modules():
         for p in module._parameters.values():
@@ -309,8 +309,6 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _named_blocks(model: nn.Module, patterns: Iterable[str]) -> dict[str, list[nn.Module]]:
-    if isinstance(patterns, str):
-        patterns = [patterns]
     modules = dict(model.named_modules())
     found: dict[str, list[nn.Module]] = {}
     for pattern in patterns:

@@ -244,23 +244,8 @@ class CudaKernels:
     def perturb_(self, w: torch.Tensor, scale: float, *place: int) -> None:
         self._call("perturb", [(w, READ | WRITE)], self._place(w, place), scale)
 
-    def restore_(self, w: torch.Tensor, scale: float, *place: int) -> None:
-        self.perturb_(w, -scale, *place)
-
     def update_(self, w: torch.Tensor, lr: float, coef: float, weight_decay: float, *place: int) -> None:
         self._call("update", [(w, READ | WRITE)], self._place(w, place), lr, coef, weight_decay)
-
-    def _generate(self, family: int, numel: int, *place: Any) -> torch.Tensor:
-        *position, dtype, _ = place
-        out = torch.empty(numel, dtype=dtype)
-        self.noise_(out, *position, family)
-        return out
-
-    def normal(self, *arguments: Any) -> torch.Tensor:
-        return self._generate(0, *arguments)
-
-    def rademacher(self, *arguments: Any) -> torch.Tensor:
-        return self._generate(1, *arguments)
 
     def embedding(self, weight: torch.Tensor, ids: torch.Tensor, scale: float, *place: Any) -> torch.Tensor:
         seed, step, param, probe, offset, family, out_dtype = place
