@@ -126,6 +126,17 @@ def test_experts_whose_rows_do_not_lie_evenly_are_refused(tmp_path: Path):
         open_gguf(path)
 
 
+def test_raw_weights_stream_from_the_file_where_they_lie_in_it(tmp_path: Path):
+    for name, is_stored in {"qwen3": True, "gemma2": False}.items():  # 1 is taken away from Gemma's norms
+        model = tiny_gguf.make_model(name)
+        raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).raw
+        found = raw.lies_at("model.norm.weight")
+        assert (found is not None) == is_stored
+        ((path, offset, num_bytes),) = found or raw.lies_at("model.embed_tokens.weight")
+        param = model.model.norm.weight if is_stored else model.model.embed_tokens.weight
+        assert path.read_bytes()[offset : offset + num_bytes] == param.detach().numpy().tobytes()
+
+
 def test_the_dtype_is_that_of_the_embeddings_or_bfloat16(tmp_path: Path):
     model = tiny_gguf.make_model("llama")
     for kind, dtype in {"Q4_0": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.items():

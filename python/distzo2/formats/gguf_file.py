@@ -223,6 +223,7 @@ class GgufFile(TensorFile):
 class MadeFile(TensorFile):
     """Small tensors that were computed when a file was opened, read as those of a file are."""
 
+    is_stored = False
     direct = None
 
     def __init__(self, path: Path, tensors: dict[str, torch.Tensor]):
