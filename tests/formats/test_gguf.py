@@ -329,7 +329,7 @@ def test_tokens_are_those_of_transformers(name: str, tmp_path: Path):
     else:
         tiny_gguf.write(path, name, tiny_gguf.make_model(name))
     ours, theirs = gguf_tokenizer(path), T.AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
-    for text in ("a than  an", "zzqzz the cat 12", " lead", "</s><eos> x"):
+    for text in ("a than  an", "zzqzz the cat 12", " lead", "</s> x"):
         assert ours(text).input_ids == theirs(text).input_ids
         assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
 
