@@ -109,14 +109,14 @@ class CheckpointMap:
         it is converted, or not in one order in its files."""
         mapped, found, end = self.mapped[name], [], 0
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
-            entry = self.files.entries[piece.source]
-            as_is = piece.is_run and entry.dtype == mapped.dtype and entry.strides is None
+            entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]
+            as_is = piece.is_run and entry.dtype == mapped.dtype and entry.strides is None and file.is_stored
             if not as_is or piece.dst_offset != end:
                 return None
             end += piece.numel
             item = entry.dtype.itemsize
             offset = entry.offset + piece.src_offset * item
-            found.append((self.files.file_of[piece.source].path, offset, piece.numel * item))
+            found.append((file.path, offset, piece.numel * item))
         return found if end == mapped.numel else None
 
     def to_json(self) -> dict[str, Any]:

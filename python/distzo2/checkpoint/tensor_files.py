@@ -143,6 +143,7 @@ class TensorFile:
     has a header that disagrees with itself or with the size of the file, or that is too long for it.
     """
 
+    is_stored = True  # at the offsets of its tensors in the file `path`; not what was computed
     _fd = -1
 
     def __init__(self, path: str | os.PathLike):
