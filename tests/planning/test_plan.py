@@ -322,7 +322,7 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
     steps = [line for line in read_metrics("out/metrics.jsonl") if line["kind"] == "step"][2:]
     block = max(unit.num_bytes for unit in model.units if not unit.resident)
     for way in ("up", "down"):
-        assert abs(sum(step[f"bytes_{way}"] for step in steps) - len(steps) * plan[f"{way}_bytes"]) <= 2 * block
+        assert abs(sum(step[f"bytes_{way}"] for step in steps) - len(steps) * plan[f"{way}_bytes"]) <= 3 * block
     if part and "--lora-r=32" not in part:
         assert plan["down_bytes"] == (2 * block if "last" in part[0] else 0)
 

@@ -89,8 +89,8 @@ def test_a_branch_that_is_killed_before_it_begins_is_still_a_branch(files: Simpl
     assert finetune(files, "--steps=5") == 0
     command = ["finetune", "--branch-from=out", "--at-step=3", "--out=new", "--steps=6"]
     killed = (
-        "import os\nfrom distzo2.cli.main import main\nfrom distzo2.run import train\n"
-        f"train.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
+        "import os\nfrom distzo2.cli.main import main\nfrom distzo2.run import preflight\n"
+        f"preflight.from_pretrained = lambda *a, **k: os._exit(9)\nmain({command})"
     )
     assert kill_cases.run(Path().absolute(), killed).status == 9
     assert not Path("new/journal.jsonl").exists()

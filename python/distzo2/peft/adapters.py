@@ -300,6 +300,9 @@ def write_adapter(directory: str | Path, config: Any, values: Mapping[str, torch
     write_whole(directory / ADAPTER_WEIGHTS, data)
     config = copy.deepcopy(config)
     config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # which peft would write in any order
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(directory))
     write_whole(directory / ADAPTER_FILE, (directory / ADAPTER_FILE).read_bytes())  # durable
 

@@ -19,7 +19,7 @@ from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, s
 from distzo2.peft.adapters import adapter, known_config, tokens_in_front
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
-from distzo2.run.preflight import DTYPES, beside_prompt, check_disk, check_memory, load, placed, reading_of
+from distzo2.run.preflight import DTYPES, beside_prompt, check_disk, check_memory, load_model, placed, reading_of
 from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
@@ -48,7 +48,7 @@ def loaded(
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
         if options.weights == "disk" and prepare is None:
             check_disk(directory, {"the file of streamed weights": place.size.total})
-        model = load(options, place, widest, directory=directory, prepare=prepare)
+        model = load_model(options, place, widest, directory=directory, prepare=prepare)
         with closing(runtime_of(model)):
             yield model, place.device
 

@@ -78,7 +78,7 @@ def placed(options: Placement, device: str) -> Place:
     return Place(usable, size, compute_dtype)
 
 
-def load(options: Placement, place: Place, widest: torch.dtype | None, **more: Any) -> nn.Module:
+def load_model(options: Placement, place: Place, widest: torch.dtype | None, **more: Any) -> nn.Module:
     """The model of `options`, handed over. It has room to compute in `widest`, and computes as `place` says. `more` is
     for `from_pretrained`."""
     model = from_pretrained(

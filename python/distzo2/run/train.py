@@ -49,7 +49,7 @@ from distzo2.run.preflight import (
     check_disk,
     check_memory,
     check_output,
-    load,
+    load_model,
     placed,
     reading_of,
 )
@@ -161,7 +161,7 @@ def _finetune(
                 if not options.resume:  # if this process is killed before the journal is there, --resume begins again
                     run.update(options=settings, **made_of, **terms, status="starting", launch=launch_id())
         with together(mesh, "loading the model"):
-            model = load(
+            model = load_model(
                 options,
                 place,
                 widest,
