@@ -70,7 +70,8 @@ void DiskTransport::start_threads() {
                     run_writer(pieces_[i]);
             });
     } catch (const std::system_error& error) {
-        fail("disk transport: cannot start a thread for its transfers: ", error.what());
+        fail(file_ ? join_text("block file ", file_->path()) : "range files",
+             ": cannot start a thread for its transfers: ", error.what());
     }
 }
 
