@@ -321,7 +321,10 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
     assert model.saved_bytes == sum(tensor.nbytes for tensor in load_file(made).values())
     steps = [line for line in read_metrics("out/metrics.jsonl") if line["kind"] == "step"][2:]
     block = max(unit.num_bytes for unit in model.units if not unit.resident)
-    for way in ("up", "down"):
+    for way in (
+        "up",
+        "down",
+    ):  # a block in each of three slots may be on its way when counting begins, and when it ends
         assert abs(sum(step[f"bytes_{way}"] for step in steps) - len(steps) * plan[f"{way}_bytes"]) <= 3 * block
     if part and "--lora-r=32" not in part:
         assert plan["down_bytes"] == (2 * block if "last" in part[0] else 0)

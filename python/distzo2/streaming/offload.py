@@ -481,7 +481,6 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             thawed = any(p.tensor.requires_grad and not p.trainable for p in runtime.params)
             restructured = thawed or _structure(model) != before
             edited = {param.index: param.tensor.data for param in runtime.params}
-            restructured = restructured or _changes_fixed(runtime, edited)
             for param in runtime.params if not restructured else ():
                 found = edited[param.index]
                 if (found.shape, found.dtype, found.device.type) != (param.shape, param.dtype, "cpu"):
@@ -489,6 +488,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                         f"parameter {param.name} is {found.dtype} {tuple(found.shape)} on {found.device} after the "
                         f"edit; {param.dtype} {tuple(param.shape)} on cpu was expected"
                     )
+            restructured = restructured or _changes_fixed(runtime, edited)
         except BaseException as error:
             failure = error
         with access.replacing("edit", error=failure) as note:
@@ -509,18 +509,15 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _changes_fixed(runtime: StreamingRuntime, edited: Mapping[int, torch.Tensor]) -> bool:
-    """Whether values differ from those of units that live in files which are only read."""
+    """Whether a unit that lives in files which are only read would have other bytes."""
     for unit in runtime.units:
         if runtime.weights.copies[unit.index].is_fixed:
             with runtime.access.reading(unit) as views:
-                if not all(_same_bytes(views[p.name], edited[p.index]) for p in unit.params):
-                    return True
+                for param in unit.params:
+                    before, after = (t.reshape(-1).view(torch.uint8) for t in (views[param.name], edited[param.index]))
+                    if not torch.equal(before, after):
+                        return True
     return False
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
