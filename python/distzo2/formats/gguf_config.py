@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distzo2.checkpoint.packed_param import read_range
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import one_line
 from distzo2.formats.gguf_file import GgufFile, GgufTensor
-from distzo2.formats.packed_param import read_range
 from distzo2.text import brief
 
 ROPE_FACTORS = "rope_freqs.weight"

@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
 from distzo2.checkpoint.writing import CheckpointWriter
 from distzo2.errors import DistZO2Error, blaming
+from distzo2.models.pretrained import open_checkpoint
+from distzo2.models.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
 from distzo2.peft.adapters import AdapterTensors, wrap
 from distzo2.peft.library import read_config
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from distzo2.checkpoint.pretrained import class_of, load_config, meta_model
+from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.writing import CONFIG_FILE
 from distzo2.errors import DistZO2Error, one_line
+from distzo2.models.pretrained import config_of, meta_model
 
 # Fields of config.json that no forward reads.
 _NOT_OF_A_FORWARD = {
@@ -61,7 +62,7 @@ def model_kind(directory: str | os.PathLike) -> ModelKind:
         DistZO2Error: the directory is no checkpoint, or no objective fits its model.
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config = config_of(directory)
     try:
         return _kind_of(directory, config)
     except DistZO2Error:

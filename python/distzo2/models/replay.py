@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences, strided_view
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
+from distzo2.models.pretrained import open_checkpoint
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import MAX_HEADER_BYTES, JournalError
