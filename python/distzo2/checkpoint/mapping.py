@@ -82,8 +82,9 @@ class CheckpointMap:
         return [name for name, tensor in self.mapped.items() if not tensor.is_buffer]
 
     def digest(self) -> dict[str, Any]:
-        """What a journal's header records of the checkpoint's files, all of which are read."""
-        return digest_checkpoint(self.files.directory)
+        """What a journal's header records of the checkpoint's files; all of them are read, or parts where weights are
+        packed."""
+        return digest_checkpoint(self.files.directory, sampled=self.is_packed)
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
         """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.
@@ -110,9 +111,9 @@ class CheckpointMap:
         out.copy_(self._decoded[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range) -> Iterator[Range]:
-        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape and dtype, for a
-        `ParallelReader`. Elements outside `within`, counted through all dimensions, may be left out. Of what is packed,
-        `out` and `within` are its bytes."""
+        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`. Elements
+        outside `within`, counted through all dimensions, may be left out. Of what is packed, `out` and `within` are its
+        bytes."""
         flat, packed = out.detach().view(-1), self.mapped[name].packed
         if packed is not None:
             files = {file.path: file for file in self.files.files if file.is_stored}
@@ -121,7 +122,7 @@ class CheckpointMap:
                 if piece.make is None and part:
                     yield from split(files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop])
             return
-        for piece in self.pieces_of(name, out):
+        for piece in self.mapped[name].pieces:
             yield from self.files.ranges_of(piece, flat, within)
 
     def made_of(self, name: str, out: torch.Tensor) -> list[Callable[[], None]]:
@@ -137,6 +138,11 @@ class CheckpointMap:
     def is_packed(self) -> bool:
         """Whether a parameter is packed."""
         return any(tensor.packed is not None for tensor in self.mapped.values())
+
+    @property
+    def formats(self) -> str:
+        """The formats of what is packed, for messages."""
+        return ", ".join(sorted({t.packed.format for t in self.mapped.values() if t.packed is not None}))
 
     def stored_as(self, name: str) -> StoredAs | None:
         """How the files have a parameter; None if it is converted, or not in one order in its files. Beside packed

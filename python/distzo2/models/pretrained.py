@@ -29,6 +29,7 @@ from distzo2.checkpoint.symbols import creation_bound
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
+from distzo2.formats.gguf_config import gguf_tokenizer
 from distzo2.formats.gguf_file import RAW_DTYPES
 from distzo2.formats.packed_checkpoint import is_quantized, open_packed, plain_config
 from distzo2.streaming.offload import offload, runtime_of
@@ -197,6 +198,8 @@ def save_pretrained(
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
                 writer.write(name, buffer)
+        if checkpoint_map.directory is not None and is_gguf(checkpoint_map.directory):
+            writer.add(gguf_tokenizer(checkpoint_map.directory).save_pretrained)
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
