@@ -26,7 +26,7 @@ from distzo2.errors import one_line
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
 from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, MadeFile, gguf_package
 from distzo2.formats.packed_checkpoint import PackedCheckpoint
-from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam, read_range
+from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam
 from distzo2.text import brief
 
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")  # of a split model
@@ -223,8 +223,7 @@ class _GgufFiles(CheckpointFiles):
         """A small tensor in float32."""
         if tensor.is_packed:
             raise CheckpointError(f"{self.directory}: tensor {tensor.name!r}: expected floats, got {tensor.kind}")
-        data = read_range(tensor.path, tensor.offset, tensor.num_bytes)
-        return data.view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
+        return tensor.piece(0, tensor.rows).read().view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
 
     def add_entries(self, sources: list[_Source], dtype: torch.dtype) -> None:
         """An entry for each parameter. What is packed is not read through it."""
