@@ -14,10 +14,10 @@ from packed_forms import FORMS, Form, compressed, fp8_blocks, gpt_oss
 from safetensors.torch import load_file, save_file
 from same_bits import same_bits
 
+from distzo2.checkpoint.packed_param import Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats import repacking
 from distzo2.formats.packed_checkpoint import PackedCheckpoint, find_settings, open_packed
-from distzo2.formats.packed_param import Piece
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
@@ -116,7 +116,7 @@ def test_experts_lie_as_transformers_has_them(tmp_path: Path, case: str) -> None
     checkpoint = open_packed(tmp_path)
 
     plain = tmp_path / "plain"
-    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.raw.mapped}
+    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.map.mapped}
     checkpoint.model.config.save_pretrained(plain)
     dtype = next(iter(decoded.values())).dtype
     save_file({n: t.to(dtype).contiguous() for n, t in (kept | decoded).items()}, plain / "model.safetensors", PT)
@@ -126,18 +126,18 @@ def test_experts_lie_as_transformers_has_them(tmp_path: Path, case: str) -> None
         assert param.shape == expected[name].shape and param.transposed == (case == "gpt-oss")
         assert_decodes(decode(param), expected[name], name)
     assert experts and all(sum(piece.make is None for piece in param.pieces) == num_ranges for param in experts)
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 def assert_raw(checkpoint: PackedCheckpoint, tensors: dict[str, torch.Tensor]) -> None:
     """Parameters that are not packed are read as before."""
     params = dict(checkpoint.model.named_parameters())
-    assert {*checkpoint.raw.names, *checkpoint.packed} == params.keys()
-    for name in checkpoint.raw.names:
+    assert {*checkpoint.map.names} == params.keys()
+    for name in params.keys() - checkpoint.packed.keys():
         out = torch.empty(params[name].shape, dtype=params[name].dtype)
-        checkpoint.raw.read(name, out)
+        checkpoint.map.read(name, out)
         assert same_bits(out, tensors[name]), name
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 AWQ, GPTQ, KEY = CONFIGS["awq"], CONFIGS["gptq"], "quantization_config"
@@ -210,7 +210,7 @@ def test_names_of_tensors_are_enough(tmp_path: Path) -> None:
     decoded = save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], None)
     checkpoint = open_packed(tmp_path)
     assert checkpoint.settings == {} and checkpoint.packed.keys() == decoded.keys()
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     sizes.clear()
     checkpoint.packed["model.layers.0.mlp.down_proj.weight"].pieces[0].read()
     assert max(sizes) <= 1 << 14 and sum(sizes) == 256 * 1152 // 2
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 def test_plain_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -273,4 +273,4 @@ def test_a_text_model_within_another_is_found(tmp_path: Path) -> None:
     (param,) = checkpoint.packed.values()
     assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and checkpoint.settings == AWQ
     assert_decodes(decode(param), decoded, name)
-    checkpoint.raw.close()
+    checkpoint.map.close()

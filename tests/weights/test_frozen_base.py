@@ -17,7 +17,7 @@ from zoo import BY_NAME
 
 import distzo2
 from distzo2.checkpoint import pretrained
-from distzo2.checkpoint.replay import replay
+from distzo2.models.replay import replay
 from distzo2.weights import scratch, units
 
 MODES = ["device", "host", "disk"]

@@ -22,11 +22,11 @@ from torch import nn
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
+from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam, Piece
 from distzo2.checkpoint.reading import read_ranges
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats.matrices import NF4
 from distzo2.formats.packed_checkpoint import PackedCheckpoint, PackingError
-from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam, Piece
 from distzo2.formats.repacking import nibbles_32
 from distzo2.weights.units import TRAINABLE_DTYPES, ParamInfo, collect_params, find_units
 from distzo2_core.packed import Field, Kind, PackedLayout
@@ -80,8 +80,8 @@ def pack_map(
         units: as for `distzo2.offload`.
 
     Returns:
-        the model; the packed parameters in its order; a map of the others; the settings {"store", "group"}; and the
-        error, which is complete when all parameters have been read.
+        the model; the map that fills it, packed; the settings {"store", "group"}; and the error, which is complete
+        when all parameters have been read.
 
     Raises:
         CheckpointError: there is no such store, or nothing to pack. Reading a parameter raises it for weights that are
@@ -91,16 +91,16 @@ def pack_map(
         raise CheckpointError(f"expected a store among {', '.join(STORES)}, got {store!r}")
     blocks = [unit for unit in find_units(model, collect_params(model), units) if not unit.resident]
     chosen = {param.name for unit in blocks for param in unit.params if _is_packable(param)}
-    error, packed = PackingError(), {}
-    for name, mapped in checkpoint_map.mapped.items():
-        if name in chosen:
-            packed[name] = _Packer(mapped, checkpoint_map, STORES[store], error).param(f"{store} g{GROUP}")
-    if not packed:
+    error, packed = PackingError(), dict(checkpoint_map.mapped)
+    for name, mapped in packed.items():
+        if name in chosen and mapped.packed is None:
+            param = _Packer(mapped, checkpoint_map, STORES[store], error).param(f"{store} g{GROUP}")
+            packed[name] = replace(mapped, packed=param)
+    if packed == checkpoint_map.mapped:
         where = checkpoint_map.directory
         raise CheckpointError(f"{where}: expected matrices of a multiple of {GROUP} columns in blocks, found none")
-    others = {name: mapped for name, mapped in checkpoint_map.mapped.items() if name not in packed}
-    raw = replace(checkpoint_map, mapped=others)
-    return PackedCheckpoint(model, raw, packed, {"store": store, "group": GROUP}, error)
+    settings = {"store": store, "group": GROUP}
+    return PackedCheckpoint(model, replace(checkpoint_map, mapped=packed), settings, error)
 
 
 def _is_packable(param: ParamInfo) -> bool:

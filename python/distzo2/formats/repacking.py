@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from distzo2.checkpoint.packed_param import CHUNK_BYTES, Piece
 from distzo2.checkpoint.tensor_files import TensorEntry
-from distzo2.formats.packed_param import CHUNK_BYTES, Piece
 
 # Where a word of AWQ has the codes of its eight columns: column j is nibble _AWQ_ORDER[j].
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]

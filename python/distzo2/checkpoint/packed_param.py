@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from distzo2.checkpoint.tensor_files import CheckpointError, bytes_of
+from distzo2.weights.units import ParamInfo, StoredAs
 from distzo2_core.packed import Field, Kind, PackedLayout
 
 PIECE_ALIGNMENT = 64  # bytes: of each piece in a parameter's buffer
@@ -109,6 +110,10 @@ class PackedParam:
         """Of the buffer, without padding behind the last piece."""
         return starts(self.pieces)[-1] + self.pieces[-1].num_bytes
 
+    def placed(self) -> list[tuple[Piece, int]]:
+        """The pieces, each with the byte of the buffer at which it begins."""
+        return list(zip(self.pieces, starts(self.pieces), strict=True))
+
     def read_into(self, out: torch.Tensor) -> None:
         """Fills `out`, uint8 [num_bytes], contiguous and on the CPU: the buffer, with zeros between pieces.
 
@@ -116,7 +121,7 @@ class PackedParam:
             CheckpointError: a file cannot be read or is too short, or weights cannot be packed.
         """
         end = 0
-        for piece, start in zip(self.pieces, starts(self.pieces), strict=True):
+        for piece, start in self.placed():
             out[end:start] = 0
             end = start + piece.num_bytes
             piece.read_into(out[start:end])
@@ -126,6 +131,20 @@ class PackedParam:
         buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
         self.read_into(buffer)
         return buffer
+
+    def stored_as(self) -> StoredAs:
+        """How a streamed model stores it."""
+        ranges = None
+        if all(piece.make is None for piece in self.pieces):
+            ranges = tuple((piece.path, piece.offset, piece.num_bytes, start) for piece, start in self.placed())
+        return StoredAs(self.num_bytes, ranges, None, self.layout, self.transposed, self.format)
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter itself, decoded to `dtype`. As for `read`."""
+        tensor = torch.empty(self.shape, dtype=dtype, device="meta")
+        return ParamInfo(
+            0, self.name, tensor.shape, dtype, tensor.stride(), False, tensor, stored=self.stored_as()
+        ).value(self.read())
 
     def check_scales(self) -> None:
         """Reads the scales and minima, piece by piece, and refuses what no weight can be made of.

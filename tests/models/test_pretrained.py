@@ -20,9 +20,9 @@ from torch import nn
 
 import distzo2
 from distzo2.checkpoint import pretrained, reading
-from distzo2.checkpoint.pretrained import meta_model, open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, digest_checkpoint
 from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.models.pretrained import meta_model, open_checkpoint
 
 
 @pytest.mark.parametrize("weights", ["host", "disk"])
