@@ -129,7 +129,7 @@ def test_experts_whose_rows_do_not_lie_evenly_are_refused(tmp_path: Path):
 def test_raw_weights_stream_from_the_file_where_they_lie_in_it(tmp_path: Path):
     for name, is_stored in {"qwen3": True, "gemma2": False}.items():  # 1 is taken away from Gemma's norms
         model = tiny_gguf.make_model(name)
-        raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).raw
+        raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).map
         found = raw.stored_as("model.norm.weight")
         assert (found is not None) == is_stored
         ((path, offset, num_bytes),) = found or raw.stored_as("model.embed_tokens.weight")

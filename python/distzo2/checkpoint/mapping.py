@@ -130,7 +130,7 @@ class CheckpointMap:
         packed = self.mapped[name].packed
 
         def fill(piece: PackedPiece, start: int) -> None:
-            out[start : start + piece.num_bytes] = piece.read()
+            piece.read_into(out[start : start + piece.num_bytes])
 
         return [partial(fill, *each) for each in packed.placed() if each[0].make is not None] if packed else []
 

@@ -300,6 +300,12 @@ def _read(direct: int | None, batch: list[Range]) -> None:
             part.fill(data)
 
 
+def read_ranges(ranges: Iterable[Range]) -> None:
+    """Reads ranges in the calling thread as a `ParallelReader` does in its own."""
+    for batch in _batches(ranges):
+        _read(batch[0].file.direct, batch)
+
+
 def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
     """Ranges that one read covers: neighbours in one chunk of a file. Chunks begin at multiples of `CHUNK_BYTES`,
     since a read that is a page longer than a disk's largest request (4 MiB on many) takes two requests."""

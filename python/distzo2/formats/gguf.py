@@ -20,7 +20,7 @@ from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.layout import Piece as Walk
 from distzo2.checkpoint.layout import row_major_strides
 from distzo2.checkpoint.mapping import trace_checkpoint
-from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam, read_range
+from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
 from distzo2.errors import one_line
@@ -232,8 +232,7 @@ class _GgufFiles(CheckpointFiles):
         """A small tensor in float32."""
         if tensor.is_packed:
             raise CheckpointError(f"{self.directory}: tensor {tensor.name!r}: expected floats, got {tensor.kind}")
-        data = read_range(tensor.path, tensor.offset, tensor.num_bytes)
-        return data.view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
+        return tensor.piece(0, tensor.rows).read().view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
 
     def add_entries(self, sources: list[_Source], dtype: torch.dtype) -> None:
         """An entry for each parameter. What is packed is not read through it."""

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,31 @@ _RANGE_BYTES = 4096  # less, of a part of a joined parameter, is copied and not 
 
 
 @dataclass
+class PackingError:
+    """By how much packed weights differ from those of the checkpoint, as far as they have been made.
+
+    Attributes:
+        sums: by parameter, and by the number of its first group, of each chunk: the sum of (v - w)^2, and of w^2.
+    """
+
+    sums: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+
+    def of(self, *names: str) -> float:
+        """The root mean square of v - w relative to that of w, over these parameters; none: over all."""
+        parts = [part for name in names or self.sums for part in self.sums[name].values()]
+        difference, total = (math.fsum(part[i] for part in parts) for i in (0, 1))
+        return math.sqrt(difference / total) if total else 0.0
+
+    def report(self) -> str:
+        """One line for people: the error over all parameters, and the largest of one."""
+        worst = max(self.sums, key=self.of, default=None)
+        if worst is None:
+            return "no weights are packed"
+        size = "of the weights' own size (root mean square)"
+        return f"packing error {self.of():.2e} {size}, at most {self.of(worst):.2e} ({worst})"
+
+
+@dataclass
 class PackedCheckpoint:
     """A quantized checkpoint and the model that it fills.
 
@@ -53,11 +78,13 @@ class PackedCheckpoint:
         model: with its parameters on meta and its buffers real, in `eval()` mode.
         map: what fills it.
         settings: of the quantisation, as the checkpoint has them; empty where only the tensors' names told of it.
+        error: of weights that are packed while they are loaded (`formats.packing`).
     """
 
     model: nn.Module
     map: CheckpointMap
     settings: dict[str, Any]
+    error: PackingError | None = None
 
     @property
     def packed(self) -> dict[str, PackedParam]:
