@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from distzo2.checkpoint.pretrained import save_pretrained
 from distzo2.checkpoint.reading import ADAPTER_FILES
-from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming, one_line
+from distzo2.models.pretrained import save_pretrained
+from distzo2.models.replay import replay
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.signal import REFERENCE, TF32, Signal, advice, computed_in, signal_of
 from distzo2.optim.zosgd import ZOSGD

@@ -249,7 +249,9 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         UsageError: two options do not go together.
     """
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR", group="what")
+    model: Name = option(
+        MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
+    )
     train: Name | None = option(
         None, "JSONL of prompt + completion, prompt + choices + label, messages, or text; or give --task", "FILE"
     )
@@ -407,7 +409,7 @@ KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
 class SignalOptions(Adapted, DataReading, Placement):
     """Options of `distzo2 signal`."""
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR")
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR")
     train: Name = option(MISSING, "JSONL of lines as for finetune; the first batch of its order is taken", "FILE")
     batch_size: Count = option(16, "examples of the batch")
     probes: Annotated[int, _NUMBER, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
@@ -425,7 +427,7 @@ class SignalOptions(Adapted, DataReading, Placement):
 class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     """Options of `distzo2 eval`."""
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
     batch_size: Count = option(16, "examples in a micro-batch")
     score: Literal["f1", "em"] | None = option(
@@ -445,7 +447,7 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
 class GenerateOptions(Adapted, Placement):
     """Options of `distzo2 generate`."""
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     prompt: str | None = option(None, "how the text begins (default: read from standard input)", "TEXT")
     max_new_tokens: Count = option(64, "tokens to add at most")
     temperature: PositiveOrZero = option(0.0, "of sampling; 0: the likeliest token each time")

@@ -538,7 +538,7 @@ class StreamingRuntime:
         present = unit.index in self._pointed
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
-            value = self.weights.up_to_date(unit)[unit.params.index(param)].to(param.seen, copy=True)
+            value = param.value(self.weights.up_to_date(unit)[unit.params.index(param)], param.seen).clone()
             if not present:
                 self.weights.release(unit)
         return value

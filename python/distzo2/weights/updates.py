@@ -127,7 +127,8 @@ class Updates:
             segments = []
             for p in copy.unit.params:
                 part, group = copy.elements_of(p), self.group_of.get(p.index)
-                if not part or (group is None and not (for_modules and p.dtype in TRAINABLE_DTYPES)):
+                is_read = group is not None or (for_modules and p.dtype in TRAINABLE_DTYPES)
+                if not part or not is_read or p.layout is not None:
                     continue
                 offset = p.byte_offset + part.start * p.dtype.itemsize - copy.begin
                 segment = Segment(

@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences, strided_view
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
+from distzo2.formats.gguf import is_gguf
+from distzo2.models.pretrained import open_checkpoint
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import MAX_HEADER_BYTES, JournalError
@@ -148,14 +149,15 @@ def read_steps(
 def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_class: Any = None) -> CheckpointMap:
     """The map from a base checkpoint to the parameters of a journal's index table, with the dtypes of the run.
 
-    A directory with a config.json is mapped as `from_pretrained` maps it, any other by the names of its tensors.
+    A GGUF file, and a directory with a config.json, is mapped as `from_pretrained` maps it, any other directory by the
+    names of its tensors.
 
     Raises:
         JournalError: the table or the map differs from the header's.
     """
     table = header["table"]
     dtypes = {row["name"]: _DTYPES.get(row["dtype"]) for row in table}  # None: refused below
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or is_gguf(directory):
         _, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
             # The run loaded the weights in its own dtype, which buffers then have too.
