@@ -15,9 +15,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
 from .triton_packed import decode_kernel
 from .types import (
+    CODE8,
+    CODE16,
     CODE_DTYPES,
     DTYPE_CODES,
     FROZEN,
+    LARGEST_CODES,
+    NONNEGATIVE,
     Emit,
     GroupScalars,
     Program,
@@ -29,7 +33,7 @@ from .types import (
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
 
-_BITS_TYPE = {0: torch.int32, 1: torch.int16, 2: torch.int16}
+_BITS_TYPE = {0: torch.int32, 1: torch.int16, 2: torch.int16, CODE8: torch.int8, CODE16: torch.int16}
 _segment_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -54,6 +58,7 @@ class _Kind(NamedTuple):
 
     code: int
     out_code: int
+    nonnegative: bool
     moved: bool
 
 
@@ -64,15 +69,20 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
     if key not in cached:
         rows: dict[_Kind, list[list[int]]] = {}
         tiles: dict[_Kind, int] = {}
-        for byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code in segments.tolist():
+        for segment in segments.tolist():
+            byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code, *scaling = segment
             if numel:
-                kind = _Kind(code, out_code, (byte_offset, code) != (out_offset, out_code))
+                nonnegative = code == NONNEGATIVE
+                code = DTYPE_CODES[torch.float32] if nonnegative else code
+                kind = _Kind(code, out_code, nonnegative, (byte_offset, code) != (out_offset, out_code))
                 begin = tiles.get(kind, 0)
                 place, out_place = (
                     offset // CODE_DTYPES[each].itemsize
                     for offset, each in ((byte_offset, code), (out_offset, out_code))
                 )
-                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place]
+                scale_offset, scale_group = scaling
+                scales = [scale_offset // 4, max(1, scale_group).bit_length() - 1]
+                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales]
                 rows.setdefault(kind, []).append(row)
                 tiles[kind] = begin + _num_tiles(element_offset, numel)
         cached[key] = [
@@ -118,23 +128,27 @@ def materialize(
     for launch in _split_emits(emits.tolist(), terms.tolist()) or [[]]:
         for kind, num_segments, num_tiles, table in _group_segments(segments, weights.device):
             if not launch:
-                kind = _Kind(kind.code, kind.code, False)
+                kind = kind._replace(out_code=kind.code, moved=False)
             header = [seed & 0xFFFFFFFF, seed >> 32, num_segments, len(updates), num_groups]
             ints = _tensor(header + [0] * (HEADER - len(header)), dtype=torch.int64)
             ints = torch.cat([ints, updates.reshape(-1), emits[launch].reshape(-1), terms.reshape(-1)])
             floats = torch.cat([update_groups.reshape(-1), emit_scales[launch].reshape(-1), coefs])
+            ints, floats = (each.to(weights.device, non_blocking=True) for each in (ints, floats))
             stored = _typed(weights, kind.code)
             written = [_typed(outs[emit], kind.out_code) for emit in launch]
+            scales = _typed(weights, 0).view(torch.float32) if kind.code in LARGEST_CODES else floats
             with _on_device(weights.device):
                 materialize_kernel[(num_tiles,)](
                     stored,
                     written[0] if written else stored,
                     written[1] if len(written) > 1 else stored,
+                    scales,
                     table,
-                    ints.to(weights.device, non_blocking=True),
-                    floats.to(weights.device, non_blocking=True),
+                    ints,
+                    floats,
                     CODE=kind.code,
                     OUT_CODE=kind.out_code,
+                    NONNEGATIVE=kind.nonnegative,
                     MOVED=kind.moved,
                     WRITE_BACK=write_back and len(updates) > 0,
                     NUM_EMITS=len(launch),
@@ -148,7 +162,7 @@ def materialize(
 def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, program: Program) -> None:
     """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
     code = DTYPE_CODES[w.dtype]
-    segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code]], dtype=torch.int64)
+    segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code, 0, 0]], dtype=torch.int64)
     materialize(w, segments, seed, *program, outs=[w] * program.num_emits, write_back=program.num_updates > 0)
 
 
