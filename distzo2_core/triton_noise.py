@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .types import CODE8, LARGEST_CODES, NORMAL, PURPOSE_ROUNDING, RADEMACHER
+from .types import CODE8, LARGEST_CODES, NONNEGATIVE, NORMAL, PURPOSE_ROUNDING, RADEMACHER
 
 _NORMAL = tl.constexpr(NORMAL)
 _RADEMACHER = tl.constexpr(RADEMACHER)
@@ -25,7 +25,7 @@ _SQRT_HALF_BITS = tl.constexpr(reference.SQRT_HALF_BITS)
 _TWO_M31, _TWO_M32, _TWO_M33 = tl.constexpr(2.0**-31), tl.constexpr(2.0**-32), tl.constexpr(2.0**-33)
 _TWO_40 = tl.constexpr(2.0**40)
 _TWO_M16 = tl.constexpr(2.0**-16)
-_CODE8 = tl.constexpr(CODE8)
+_CODE8, _NONNEGATIVE = tl.constexpr(CODE8), tl.constexpr(NONNEGATIVE)
 _LARGEST_CODE8, _LARGEST_CODE16 = (tl.constexpr(float(largest)) for largest in LARGEST_CODES.values())
 
 
@@ -127,7 +127,7 @@ def noise_tile(family, first, step, param, probe, k0, k1, TILE: tl.constexpr):
 
 @triton.jit
 def decode(bits, CODE: tl.constexpr):
-    if CODE == 0:
+    if CODE == 0 or CODE == _NONNEGATIVE:
         return bits.to(tl.float32, bitcast=True)
     elif CODE >= _CODE8:
         return bits.to(tl.int32, bitcast=True).to(tl.float32)
@@ -143,6 +143,8 @@ def round_nearest(x, CODE: tl.constexpr):
     magnitude = b & 0x7FFFFFFF
     if CODE == 0:
         return tl.where(magnitude > 0x7F800000, 0x7FC00000, b)
+    elif CODE == _NONNEGATIVE:
+        return tl.where(magnitude > 0x7F800000, 0x7FC00000, tl.where(b == magnitude, b, 0))
     elif CODE == 1:
         rounded = tl.add(b, 0x7FFF + ((b >> 16) & 1), sanitize_overflow=False) >> 16
         return tl.where(magnitude > 0x7F800000, 0x7FC0, rounded)

@@ -15,13 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
 from .triton_packed import decode_kernel
 from .types import (
-    CODE8,
-    CODE16,
     CODE_DTYPES,
     DTYPE_CODES,
     FROZEN,
-    LARGEST_CODES,
-    NONNEGATIVE,
     Emit,
     GroupScalars,
     Program,
@@ -33,7 +29,7 @@ from .types import (
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
 
-_BITS_TYPE = {0: torch.int32, 1: torch.int16, 2: torch.int16, CODE8: torch.int8, CODE16: torch.int16}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by their bytes
 _segment_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -47,10 +43,10 @@ def _num_tiles(element_offset: int, numel: int) -> int:
 
 def _typed(buffer: torch.Tensor, code: int) -> torch.Tensor:
     """A view of bytes, or of weights, as integers of the width of a dtype code."""
-    flat = buffer.view(-1)
+    flat, itemsize = buffer.view(-1), CODE_DTYPES[code].itemsize
     if flat.dtype == torch.uint8:
-        flat = flat[: flat.numel() - flat.numel() % CODE_DTYPES[code].itemsize]
-    return flat.view(_BITS_TYPE[code])
+        flat = flat[: flat.numel() - flat.numel() % itemsize]
+    return flat.view(_INTEGERS[itemsize])
 
 
 class _Kind(NamedTuple):
@@ -58,7 +54,6 @@ class _Kind(NamedTuple):
 
     code: int
     out_code: int
-    nonnegative: bool
     moved: bool
 
 
@@ -72,16 +67,13 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
         for segment in segments.tolist():
             byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code, *scaling = segment
             if numel:
-                nonnegative = code == NONNEGATIVE
-                code = DTYPE_CODES[torch.float32] if nonnegative else code
-                kind = _Kind(code, out_code, nonnegative, (byte_offset, code) != (out_offset, out_code))
+                kind = _Kind(code, out_code, (byte_offset, code) != (out_offset, out_code))
                 begin = tiles.get(kind, 0)
                 place, out_place = (
                     offset // CODE_DTYPES[each].itemsize
                     for offset, each in ((byte_offset, code), (out_offset, out_code))
                 )
-                scale_offset, scale_group = scaling
-                scales = [scale_offset // 4, max(1, scale_group).bit_length() - 1]
+                scales = (scaling[0] // 4, max(1, scaling[1]).bit_length() - 1)
                 row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales]
                 rows.setdefault(kind, []).append(row)
                 tiles[kind] = begin + _num_tiles(element_offset, numel)
@@ -128,27 +120,23 @@ def materialize(
     for launch in _split_emits(emits.tolist(), terms.tolist()) or [[]]:
         for kind, num_segments, num_tiles, table in _group_segments(segments, weights.device):
             if not launch:
-                kind = kind._replace(out_code=kind.code, moved=False)
+                kind = _Kind(kind.code, kind.code, False)
             header = [seed & 0xFFFFFFFF, seed >> 32, num_segments, len(updates), num_groups]
             ints = _tensor(header + [0] * (HEADER - len(header)), dtype=torch.int64)
             ints = torch.cat([ints, updates.reshape(-1), emits[launch].reshape(-1), terms.reshape(-1)])
             floats = torch.cat([update_groups.reshape(-1), emit_scales[launch].reshape(-1), coefs])
-            ints, floats = (each.to(weights.device, non_blocking=True) for each in (ints, floats))
             stored = _typed(weights, kind.code)
             written = [_typed(outs[emit], kind.out_code) for emit in launch]
-            scales = _typed(weights, 0).view(torch.float32) if kind.code in LARGEST_CODES else floats
             with _on_device(weights.device):
                 materialize_kernel[(num_tiles,)](
                     stored,
                     written[0] if written else stored,
                     written[1] if len(written) > 1 else stored,
-                    scales,
                     table,
-                    ints,
-                    floats,
+                    ints.to(weights.device, non_blocking=True),
+                    floats.to(weights.device, non_blocking=True),
                     CODE=kind.code,
                     OUT_CODE=kind.out_code,
-                    NONNEGATIVE=kind.nonnegative,
                     MOVED=kind.moved,
                     WRITE_BACK=write_back and len(updates) > 0,
                     NUM_EMITS=len(launch),

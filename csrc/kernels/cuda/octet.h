@@ -266,36 +266,21 @@ template <class Code, int kLargest>
 struct OctetCodes {
     static constexpr int kBytes = sizeof(Code), kInWord = 4 / kBytes;
     static constexpr float kLimit = kLargest;
-    struct alignas(8 * kBytes) Raw {
-        uint32_t word[2 * kBytes];
-    };
+    using Raw = Sixteen; // of which codes of 8 bits take a half
     DZO_HD static Raw load(const uint8_t* p) {
-#if defined(__CUDA_ARCH__)
-        Raw raw;
-        if constexpr (kBytes == 2) {
-            const uint4 v = *reinterpret_cast<const uint4*>(p);
-            raw = Raw{{v.x, v.y, v.z, v.w}};
-        } else {
-            const uint2 v = *reinterpret_cast<const uint2*>(p);
-            raw = Raw{{v.x, v.y}};
-        }
-        return raw;
-#else
-        return *reinterpret_cast<const Raw*>(p);
-#endif
+        if constexpr (kBytes == 2)
+            return load_sixteen(p);
+        const uint64_t half = *reinterpret_cast<const uint64_t*>(p);
+        return Raw{{static_cast<uint32_t>(half), static_cast<uint32_t>(half >> 32)}};
     }
     DZO_HD static void store(uint8_t* p, const Raw& raw) {
-#if defined(__CUDA_ARCH__)
         if constexpr (kBytes == 2)
-            *reinterpret_cast<uint4*>(p) = make_uint4(raw.word[0], raw.word[1], raw.word[2], raw.word[3]);
+            store_sixteen(p, raw);
         else
-            *reinterpret_cast<uint2*>(p) = make_uint2(raw.word[0], raw.word[1]);
-#else
-        *reinterpret_cast<Raw*>(p) = raw;
-#endif
+            *reinterpret_cast<uint64_t*>(p) = raw.word[0] | static_cast<uint64_t>(raw.word[1]) << 32;
     }
     DZO_HD static float decode_one(const uint8_t* p) { return *reinterpret_cast<const Code*>(p); }
-    DZO_HD static void encode_one(uint8_t* p, float q) { *reinterpret_cast<Code*>(p) = static_cast<Code>(q); }
+    DZO_HD static void encode_one(uint8_t* p, float q) { *reinterpret_cast<Code*>(p) = static_cast<Code>(static_cast<int32_t>(q)); }
     DZO_HD static void decode(const Raw& raw, float q[kOctet]) {
         DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
