@@ -12,8 +12,8 @@ weights, and of the copies. The copy that they are set against is torch's copy_ 
 bandwidth reads plus writes; what fits in a cache can exceed it. `normal` and `rademacher` write to a buffer that is
 there. Beside what an op gains by threads stands what SHA-256 in registers gains by as many in the same rounds: cores
 that share a clock, a power budget or a host give less than their number.
-`codes` are visits of weights stored as integer codes with a scale for each 64, beside the same visits of bfloat16, all emitted in bfloat16; `emit` is a
-visit without the update.
+`codes, visit` is a visit of weights stored as integer codes with a scale for each 64, or as bfloat16, emitted in
+bfloat16; `codes, emit` the same without the update.
 On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock over the
 instructions an element of bench/results/sass_counts.json.
 """
@@ -290,16 +290,15 @@ class Bench:
             if dtype in CODES.values():
                 largest = torch.iinfo(dtype).max
                 scales = torch.full((numel // SCALE_GROUP,), SCALE, device=self.device)
-                stored = torch.cat(
-                    [(weights / SCALE).clamp(-largest, largest).to(dtype).view(torch.uint8), scales.view(torch.uint8)]
-                )
+                codes = (weights / SCALE).clamp(-largest, largest).to(dtype)
+                stored = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)])
             else:
                 stored = weights.to(dtype).view(torch.uint8)
             for noise, backend, updates in itertools.product(FAMILIES, self.backends, (0, 1)):
                 visit = visit_arguments(numel, dtype, noise, torch.bfloat16)
                 if not updates:
                     visit |= {"updates": (), "write_back": False}
-                calls["visit" if updates else "emit", f"{noise}, {name}", backend] = partial(
+                calls["codes, visit" if updates else "codes, emit", f"{noise}, {name}", backend] = partial(
                     distzo2_core.materialize, stored, outs=outs, backend=backend, **visit
                 )
         contenders = self.on_all_threads(calls)
@@ -308,7 +307,9 @@ class Bench:
             if key.op in ("registers", "copy"):
                 continue
             noise, name = key.noise.split(", ")
-            moved = formats[name].itemsize * (2 if key.op == "visit" else 1) + 4  # bytes; the copies are of two each
+            moved = (
+                formats[name].itemsize * (2 if key.op == "codes, visit" else 1) + 4
+            )  # bytes; the copies are of two each
             row = self.row(key, seconds, name, numel, moved / formats[name].itemsize) | {"noise": noise}
             plain = key._replace(noise=f"{noise}, bfloat16")
             self.add(row | {"time_over_bfloat16": seconds[key]["median"] / seconds[plain]["median"]})
