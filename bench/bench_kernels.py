@@ -307,10 +307,8 @@ class Bench:
             if key.op in ("registers", "copy"):
                 continue
             noise, name = key.noise.split(", ")
-            moved = (
-                formats[name].itemsize * (2 if key.op == "codes, visit" else 1) + 4
-            )  # bytes; the copies are of two each
-            row = self.row(key, seconds, name, numel, moved / formats[name].itemsize) | {"noise": noise}
+            itemsize, passes = formats[name].itemsize, 2 if key.op == "codes, visit" else 1
+            row = self.row(key, seconds, name, numel, passes + 4 / itemsize) | {"noise": noise}  # two copies of 2 bytes
             plain = key._replace(noise=f"{noise}, bfloat16")
             self.add(row | {"time_over_bfloat16": seconds[key]["median"] / seconds[plain]["median"]})
 
