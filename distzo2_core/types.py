@@ -29,11 +29,7 @@ DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torc
 # Formats that weights may be stored in besides: integer codes with scales, and float32 that stays at or above 0.
 CODE8, CODE16, NONNEGATIVE = 3, 4, 5
 LARGEST_CODES: dict[int, int] = {CODE8: 127, CODE16: 32767}
-CODE_DTYPES: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPE_CODES.items()} | {
-    CODE8: torch.int8,
-    CODE16: torch.int16,
-    NONNEGATIVE: torch.float32,
-}
+CODE_DTYPES: dict[int, torch.dtype] = dict(enumerate((*DTYPE_CODES, torch.int8, torch.int16, torch.float32)))
 SCALE_GROUPS = (32, 64, 128, 256)  # elements that may share a scale
 
 # Limits set by the widths of the Philox counter's fields. A normal's group index is element / 4 and has 36 bits.
@@ -277,20 +273,15 @@ def _encode_segment(index: int, segment: Segment) -> list[int]:
 
 def _check_scales(where: str, segment: Segment, codes: bool) -> tuple[int, int]:
     """scale_offset and scale_group of a segment."""
+    each, offset = segment.scale_group, segment.element_offset
+    if (each not in SCALE_GROUPS or offset % each) if codes else (each or segment.scale_offset):
+        expected = f"one of {SCALE_GROUPS} and divide element_offset {offset}" if codes else f"0 for {segment.dtype}"
+        raise ValueError(f"{where}scale_group must be {expected}, got {each}")
     if segment.nonnegative and segment.dtype != torch.float32:
         raise TypeError(f"{where}nonnegative is for torch.float32, got {segment.dtype}")
-    if not codes:
-        if segment.scale_offset or segment.scale_group:
-            raise ValueError(f"{where}scales are for torch.int8 and torch.int16, got {segment.dtype}")
-        return 0, 0
-    if segment.scale_group not in SCALE_GROUPS or segment.element_offset % segment.scale_group:
-        raise ValueError(
-            f"{where}scale_group must be one of {SCALE_GROUPS} and divide element_offset {segment.element_offset}, "
-            f"got {segment.scale_group}"
-        )
-    if segment.out_dtype is None:
+    if codes and segment.out_dtype is None:
         raise TypeError(f"{where}codes need an out_dtype: torch.float32, torch.bfloat16 or torch.float16")
-    return _check_place(where, "scale_offset", segment.scale_offset, torch.float32), segment.scale_group
+    return _check_place(where, "scale_offset", segment.scale_offset, torch.float32), each
 
 
 def _check_place(where: str, name: str, value: object, dtype: torch.dtype) -> int:

@@ -261,7 +261,7 @@ def test_segments_refuse() -> None:
         ("segments 1 and 1 overlap: one ends at byte 128, the other begins at 124", {"scale_offset": 124}),
         ("codes need an out_dtype", {"out_dtype": None}),
         ("nonnegative is for torch.float32, got torch.int16", {"nonnegative": True}),
-        ("scales are for torch.int8 and torch.int16, got torch.float16", {"dtype": torch.float16}),
+        ("segment 1: scale_group must be 0 for torch.float16, got 32", {"dtype": torch.float16}),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             SegmentTable([Segment(4096, 1, torch.float32, 0, 0, 0, 1, 1, 8192), good._replace(**changes)])
