@@ -38,6 +38,7 @@ from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import MAX_HEADER_BYTES, JournalError
 from distzo2.text import dtype_name
+from distzo2.weights.units import ParamInfo
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
