@@ -13,11 +13,11 @@ from checkpoint_models import T
 from packed_decode import decode
 
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats import packing
 from distzo2.formats.matrices import NF4
 from distzo2.formats.packing import STORES, pack_map
+from distzo2.models.pretrained import open_checkpoint
 
 LLAMA = {
     "vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -84,7 +84,8 @@ class CheckpointMap:
     def digest(self) -> dict[str, Any]:
         """What a journal's header records of the checkpoint's files; all of them are read, or parts where weights are
         packed."""
-        return digest_checkpoint(self.files.directory, sampled=self.is_packed)
+        pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
+        return digest_checkpoint(self.files.directory, sampled=any(piece.make is None for piece in pieces))
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
         """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.
@@ -111,9 +112,9 @@ class CheckpointMap:
         out.copy_(self._decoded[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range) -> Iterator[Range]:
-        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`. Elements
-        outside `within`, counted through all dimensions, may be left out. Of what is packed, `out` and `within` are its
-        bytes."""
+        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`.
+        Elements outside `within`, counted through all dimensions, may be left out. Of what is packed, `out` and
+        `within` are its bytes."""
         flat, packed = out.detach().view(-1), self.mapped[name].packed
         if packed is not None:
             files = {file.path: file for file in self.files.files if file.is_stored}
