@@ -13,9 +13,8 @@ The value of a weight, every step in float32 and rounded once, is
     s = outer * float(scale), or float(scale / outer) where `outer_divides`, or float(scale) without an outer scale
     m = min_sign * (outer_min * float(min)), or -0.0 without a minimum, which changes no product
 
-and one rounding to nearest even to the compute dtype ends it. Nothing is flushed to zero. Where a matrix has gains, the
-value is multiplied by its group's before, rounded to float32. Gains lie in a buffer of their own, since they are what
-is trained: they differ between perturbed copies of the same packed bytes.
+and one rounding to nearest even to the compute dtype ends it. Nothing is flushed to zero. With gains, gain * value in
+float32 is rounded. Gains lie in a buffer of their own: perturbed copies of the same packed bytes have different ones.
 """
 
 from __future__ import annotations
@@ -186,20 +185,19 @@ class PackedTable:
 
     def __init__(self, segments: Iterable[PackedSegment]) -> None:
         self.segments: tuple[PackedSegment, ...] = tuple(PackedSegment(*segment) for segment in segments)
-        rows, ends, gain_ends, spans = [], [0], [0], []
+        rows, ends, spans = [], [(0, 0)], []
         for index, segment in enumerate(self.segments):
             where = f"segment {index}: "
-            row, end, gain_end = _encode(where, segment)
+            row, end = _encode(where, segment)
             rows.append(row)
             ends.append(end)
-            gain_ends.append(gain_end)
             length = segment.layout.rows * segment.layout.cols * segment.out_dtype.itemsize
             spans.append((segment.out_offset, length, index))
         levels = [segment.layout.levels or (0.0,) * NUM_LEVELS for segment in self.segments]
         self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 59)
         self.levels: torch.Tensor = torch.tensor(levels, dtype=torch.float64, device="cpu").float().reshape(-1, 16)
-        self.num_bytes: int = max(ends)
-        self.gain_bytes: int = max(gain_ends)
+        self.num_bytes: int = max(end for end, _ in ends)
+        self.gain_bytes: int = max(end for _, end in ends)
         self.out_bytes: int = max((start + length for start, length, _ in spans if length), default=0)
         place = 0
         for start, length, index in sorted(spans):
@@ -208,7 +206,7 @@ class PackedTable:
             place = max(place, start + length)
 
 
-def _encode(where: str, segment: PackedSegment) -> tuple[list[int], int, int]:
+def _encode(where: str, segment: PackedSegment) -> tuple[list[int], tuple[int, int]]:
     """The row of the table, and the first byte of the buffer, and of that of gains, after all that the layout reads."""
     layout = segment.layout
     if not isinstance(layout, PackedLayout):
@@ -247,7 +245,7 @@ def _encode(where: str, segment: PackedSegment) -> tuple[list[int], int, int]:
             row += [int(field.kind), *place, *shared]
             if rows and cols:
                 ends[name == "gain"] = max(ends[name == "gain"], _end_of(layout, name, field))
-    return row, *ends
+    return row, (ends[False], ends[True])
 
 
 def _check_kinds(where: str, layout: PackedLayout) -> None:
