@@ -111,9 +111,9 @@ class CheckpointMap:
         out.copy_(self._decoded[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range) -> Iterator[Range]:
-        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`. Elements
-        outside `within`, counted through all dimensions, may be left out. Of what is packed, `out` and `within` are its
-        bytes."""
+        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`.
+        Elements outside `within`, counted through all dimensions, may be left out. Of what is packed, `out` and
+        `within` are its bytes."""
         flat, packed = out.detach().view(-1), self.mapped[name].packed
         if packed is not None:
             files = {file.path: file for file in self.files.files if file.is_stored}
