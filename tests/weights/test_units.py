@@ -42,5 +42,5 @@ def test_weights_that_wrap_other_tensors_are_refused_by_name():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     weight = Wrapper(torch.zeros(8, 8, dtype=torch.int8), 0.5)
     model[1].weight = torch.nn.Parameter(weight, requires_grad=False)
-    with pytest.raises(distzo2.DistZO2Error, match=r"parameter 1.weight is a test_units.Wrapper, .* plain tensor"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"parameter 1.weight is a .*test_units.Wrapper, .* plain tensor"):
         distzo2.offload(model)

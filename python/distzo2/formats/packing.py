@@ -204,7 +204,8 @@ class _Packer:
             codes = np.rint(value, out=value).astype(_CODES.get(store.codes, np.uint8))
         value *= scale
         value += minimum if store.has_min else np.float32(0)
-        noted = tuple(float(np.square(each).sum()) for each in (value - w, w))
+        with np.errstate(over="ignore"):  # of weights beyond 1e19
+            noted = tuple(float(np.square(each).sum()) for each in (value - w, w))
         self.error.sums.setdefault(self.mapped.name, {})[first] = noted
         if store.codes == Kind.NIBBLES_32:
             halves = codes.reshape(-1, 2, 16)
