@@ -12,6 +12,8 @@ weights, and of the copies. The copy that they are set against is torch's copy_ 
 bandwidth reads plus writes; what fits in a cache can exceed it. `normal` and `rademacher` write to a buffer that is
 there. Beside what an op gains by threads stands what SHA-256 in registers gains by as many in the same rounds: cores
 that share a clock, a power budget or a host give less than their number.
+`codes, visit` is a visit of weights stored as integer codes with a scale for each 64, or as bfloat16, emitted in
+bfloat16; `codes, emit` the same without the update.
 On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock over the
 instructions an element of bench/results/sass_counts.json.
 """
@@ -19,6 +21,7 @@ instructions an element of bench/results/sass_counts.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -63,6 +66,8 @@ SASS_KERNELS = {  # names of tools/sass_counts.py
     ("visit", "rademacher"): "visit, signs",
 }
 EMBEDDING_COLS, EMBEDDING_ELEMENTS = (64, 1024), 2**21
+CODES = {"int8": torch.int8, "int16": torch.int16}
+SCALE_GROUP, SCALE = 64, 2.0**-14
 
 
 class Key(NamedTuple):
@@ -81,8 +86,10 @@ def visit_arguments(
     family = FAMILIES[noise]
     end = element_offset + numel
     segment = Segment(0, numel, dtype, PARAM, element_offset, 0, 1, end, out_dtype=out_dtype)
+    if dtype in CODES.values():
+        segment = segment._replace(scale_offset=numel * dtype.itemsize, scale_group=SCALE_GROUP)
     return {
-        "segments": SegmentTable([segment], num_bytes=numel * dtype.itemsize),
+        "segments": SegmentTable([segment]),
         "seed": SEED,
         "updates": (Update(STEP, (GroupScalars(LR, 0.0),), (Term(family, STEP, PROBE, 0, COEF),)),),
         "emits": tuple(Emit((Term(family, STEP + 1, 0, 0, sign * EPS),), (1.0,)) for sign in (1.0, -1.0)),
@@ -272,6 +279,39 @@ class Bench:
                 row["speedup_over_perturbed_table"] = seconds[first]["median"] / time
             self.add(row)
 
+    def run_codes(self, numel: int) -> None:
+        """Emission of two copies, and the whole visit, of codes and of bfloat16."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        outs = [torch.empty(numel, dtype=torch.bfloat16, device=self.device).view(torch.uint8) for _ in range(2)]
+        calls: dict[tuple[str, str, str], Callable[[], object]] = {}
+        formats = {"bfloat16": torch.bfloat16} | CODES
+        for name, dtype in formats.items():
+            weights = torch.empty(numel, device=self.device).normal_(0, 0.02, generator=generator)
+            if dtype in CODES.values():
+                largest = torch.iinfo(dtype).max
+                scales = torch.full((numel // SCALE_GROUP,), SCALE, device=self.device)
+                codes = (weights / SCALE).clamp(-largest, largest).to(dtype)
+                stored = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)])
+            else:
+                stored = weights.to(dtype).view(torch.uint8)
+            for noise, backend, updates in itertools.product(FAMILIES, self.backends, (0, 1)):
+                visit = visit_arguments(numel, dtype, noise, torch.bfloat16)
+                if not updates:
+                    visit |= {"updates": (), "write_back": False}
+                calls["codes, visit" if updates else "codes, emit", f"{noise}, {name}", backend] = partial(
+                    distzo2_core.materialize, stored, outs=outs, backend=backend, **visit
+                )
+        contenders = self.on_all_threads(calls)
+        seconds = self.measure(contenders)
+        for key in contenders:
+            if key.op in ("registers", "copy"):
+                continue
+            noise, name = key.noise.split(", ")
+            itemsize, passes = formats[name].itemsize, 2 if key.op == "codes, visit" else 1
+            row = self.row(key, seconds, name, numel, passes + 4 / itemsize) | {"noise": noise}  # two copies of 2 bytes
+            plain = key._replace(noise=f"{noise}, bfloat16")
+            self.add(row | {"time_over_bfloat16": seconds[key]["median"] / seconds[plain]["median"]})
+
     def on_all_threads(self, calls: dict[tuple[str, str, str], Callable[[], object]]) -> dict[Key, Callable]:
         """The calls and the copy, each on all numbers of threads, in the order in which they take turns."""
         every = {("copy", "", "torch"): self.copy, **calls}
@@ -290,9 +330,9 @@ class Bench:
 
         return interleaved_seconds(contenders, self.device, self.rounds, prepare=prepare)
 
-    def row(self, key: Key, seconds: dict[Key, dict[str, float]], dtype: str, numel: int, passes: int) -> dict:
+    def row(self, key: Key, seconds: dict[Key, dict[str, float]], dtype: str, numel: int, passes: float) -> dict:
         """What every row has; for the copy, elements are those of COPY_BYTES."""
-        itemsize = DTYPES[dtype].itemsize
+        itemsize = (DTYPES | CODES)[dtype].itemsize
         if key.op == "copy":
             numel = self.copy.num_bytes // itemsize
         rate = numel / seconds[key]["median"] / 1e9
@@ -338,6 +378,7 @@ class Bench:
             ("time_over_mul_", "{:6.2f} of mul_"),
             ("time_over_plain_embedding", "{:6.2f} of plain"),
             ("speedup_over_perturbed_table", "{:7.2f}x table first"),
+            ("time_over_bfloat16", "{:6.2f} of bfloat16"),
             ("speedup_over_one_thread", "{:5.2f}x one thread"),
             ("registers_over_one_thread", "(registers {:.2f}x)"),
         ):
@@ -382,6 +423,8 @@ def run_device(
         for cols in EMBEDDING_COLS:
             bench.run_embedding(dtype, min(sizes[-1], 2**26), cols)
         save(bench.rows)
+    bench.run_codes(sizes[-1])
+    save(bench.rows)
     return bench.rows
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .types import LARGEST_CODES, NONNEGATIVE, NORMAL, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING, RADEMACHER, check_int
 from .types import MAX_STEP as _MAX_STEP
-from .types import NORMAL, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING, RADEMACHER, check_int
 
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -188,9 +188,11 @@ _FRACTION_BITS = {BFLOAT16: 7, FLOAT16: 10}
 _CANONICAL_NAN = {BFLOAT16: 0x7FC0, FLOAT16: 0x7E00}
 
 
-def decode(bits: np.ndarray, code: int) -> np.ndarray:
-    """The float32 values of stored bits."""
-    if code == FLOAT32:
+def decode(bits: np.ndarray, code: int, scales: np.ndarray | None = None) -> np.ndarray:
+    """The float32 values of stored bits; of integer codes, products with the scale of each."""
+    if scales is not None:
+        return mul(bits.astype(np.float32), scales)
+    if code in (FLOAT32, NONNEGATIVE):
         return bits.view(np.float32)
     if code == BFLOAT16:
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -217,6 +219,8 @@ def round_stochastic(values: np.ndarray, random16: np.ndarray, code: int) -> np.
     """Up in magnitude if and only if floor(frac(|x| / spacing) * 2^16) + R >= 2^16; fp32 rounds to nearest."""
     if code == FLOAT32:
         return round_nearest(values, code)
+    if code == NONNEGATIVE:  # no NaN has a sign any more
+        return np.maximum(round_nearest(values, FLOAT32).view(np.int32), np.int32(0)).view(np.uint32)
     with np.errstate(all="ignore"):
         magnitude = np.abs(values.astype(np.float64))
         finite = np.where(np.isfinite(magnitude), magnitude, 0.0)
@@ -230,6 +234,18 @@ def round_stochastic(values: np.ndarray, random16: np.ndarray, code: int) -> np.
         chosen = np.where(np.isinf(magnitude), magnitude, (below + up) * spacing)
         chosen = np.copysign(chosen, values).astype(np.float32)
     return round_nearest(np.where(np.isnan(values), np.float32(np.nan), chosen).astype(np.float32), code)
+
+
+def step_codes(
+    codes: np.ndarray, changes: np.ndarray, scales: np.ndarray, random16: np.ndarray, code: int
+) -> np.ndarray:
+    """Codes after a change of their values: clamp(q + floor(change / s + R / 2^16)), quotient and sum in float32. The
+    step is 0 where the sum is NaN or the scale 0."""
+    with np.errstate(all="ignore"):
+        sums = np.float32(2.0**-16) * random16.astype(np.float32) + np.divide(changes, scales, dtype=np.float32)
+        steps = np.where((scales == 0) | np.isnan(sums), np.float32(0), np.floor(sums)).astype(np.float64)
+    limit = LARGEST_CODES[code]
+    return np.clip(codes + steps, -limit, limit).astype(codes.dtype)
 
 
 # Perturbation and update of float32 values. A term is a coefficient and a function that makes its noise.
@@ -250,7 +266,11 @@ def is_identity(lr: np.float32, weight_decay: np.float32, terms: Sequence[NoiseT
     return bool(lr == 0 or (weight_decay == 0 and all(coef == 0 for coef, _ in terms)))
 
 
+def direction(values: np.ndarray, weight_decay: np.float32, terms: Sequence[NoiseTerm]) -> np.ndarray:
+    """weight_decay * w + sum of c * z."""
+    return perturbed(np.zeros_like(values) if weight_decay == 0 else mul(weight_decay, values), terms)
+
+
 def updated(values: np.ndarray, lr: np.float32, weight_decay: np.float32, terms: Sequence[NoiseTerm]) -> np.ndarray:
     """w - lr * (weight_decay * w + sum of c * z), not yet rounded to the weight's dtype."""
-    direction = np.zeros_like(values) if weight_decay == 0 else mul(weight_decay, values)
-    return fma(-lr, perturbed(direction, terms), values)
+    return fma(-lr, direction(values, weight_decay, terms), values)

@@ -16,6 +16,7 @@ from .reference import (
     FLOAT16,
     FLOAT32,
     NoiseTerm,
+    direction,
     is_identity,
     mul,
     noise_values,
@@ -23,14 +24,16 @@ from .reference import (
     round_nearest,
     round_stochastic,
     rounding_bits,
+    step_codes,
     updated,
 )
 from .reference import decode as values_of
 from .reference_packed import decode  # noqa: F401 -- the op
-from .types import CODE_DTYPES, DTYPE_CODES, FROZEN
+from .types import CODE8, CODE16, CODE_DTYPES, DTYPE_CODES, FROZEN, NONNEGATIVE
 
 _CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
 _BITS = {FLOAT32: (torch.int32, np.uint32), BFLOAT16: (torch.int16, np.uint16), FLOAT16: (torch.int16, np.uint16)}
+_STORED = {code: bits for code, (_, bits) in _BITS.items()} | {CODE8: np.int8, CODE16: np.int16, NONNEGATIVE: np.uint32}
 
 
 def _bits_of(tensor: torch.Tensor) -> np.ndarray:
@@ -118,26 +121,38 @@ def materialize(
 ) -> None:
     stored, written = weights.numpy(), [out.numpy() for out in outs]
     term_rows, coef_values = terms.tolist(), coefs.numpy()
-    for byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code in segments.tolist():
+    for row in segments.tolist():
+        byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code, *scaling = row
+        scale_offset, scale_group = scaling
         itemsize, out_itemsize = CODE_DTYPES[code].itemsize, CODE_DTYPES[out_code].itemsize
         frozen = group == FROZEN
         for at in range(0, numel, _CHUNK):
             count, offset = min(_CHUNK, numel - at), element_offset + at
             place = slice(byte_offset + at * itemsize, byte_offset + (at + count) * itemsize)
             scaled = partial(_scaled_terms, term_rows, coef_values, seed, param, offset, count)
-            bits = stored[place].view(_BITS[code][1])
+            bits = stored[place].view(_STORED[code])
+            units = None  # of codes, the scale of each
+            if scale_group:
+                first, last = at // scale_group, (at + count - 1) // scale_group + 1
+                units = stored[scale_offset + 4 * first : scale_offset + 4 * last].view(np.float32)
+                units = np.repeat(units, scale_group)[:count]
             changed = False
             for (step, first, num), scalars in zip(updates.tolist(), update_groups.numpy(), strict=True):
                 if frozen:
                     break
                 lr, weight_decay, _, update_scale = scalars[group]
                 update_terms = scaled(first, num, update_scale)
-                if not is_identity(lr, weight_decay, update_terms):
-                    values = updated(values_of(bits, code), lr, weight_decay, update_terms)
-                    bits = round_stochastic(values, rounding_bits(seed, step, param, offset, count), code)
-                    changed = True
+                if is_identity(lr, weight_decay, update_terms):
+                    continue
+                values, random16 = values_of(bits, code, units), rounding_bits(seed, step, param, offset, count)
+                if units is None:
+                    bits = round_stochastic(updated(values, lr, weight_decay, update_terms), random16, code)
+                else:
+                    changes = mul(-lr, direction(values, weight_decay, update_terms))
+                    bits = step_codes(bits, changes, units, random16, code)
+                changed = True
             for (first, num), scales, out in zip(emits.tolist(), emit_scales.numpy(), written, strict=True):
-                values = perturbed(values_of(bits, code), [] if frozen else scaled(first, num, scales[group]))
+                values = perturbed(values_of(bits, code, units), [] if frozen else scaled(first, num, scales[group]))
                 begin = out_offset + at * out_itemsize
                 out[begin : begin + count * out_itemsize] = round_nearest(values, out_code).view(np.uint8)
             if write_back and changed:

@@ -18,27 +18,33 @@ from .triton_noise import (
     round_nearest,
     round_stochastic,
     rounding_tile,
+    step_codes,
 )
+from .types import CODE8, NONNEGATIVE
 
 HEADER = 8  # entries of the integer table of materialize_kernel before the updates
 
-_HEADER_LENGTH = tl.constexpr(HEADER)
+_HEADER_LENGTH, _CODE8, _NONNEGATIVE = tl.constexpr(HEADER), tl.constexpr(CODE8), tl.constexpr(NONNEGATIVE)
 
 
 @triton.jit
 def _load_bits(pointers, mask, CODE: tl.constexpr):
-    """Stored bits as uint32, through int32 or int16 pointers."""
+    """Stored bits as uint32, through int32, int16 or int8 pointers."""
     loaded = tl.load(pointers, mask=mask, other=0)
-    if CODE == 0:
+    if CODE == 0 or CODE == _NONNEGATIVE:
         return loaded.to(tl.uint32, bitcast=True)
+    elif CODE >= _CODE8:
+        return loaded.to(tl.int32).to(tl.uint32, bitcast=True)
     else:
         return loaded.to(tl.uint16, bitcast=True).to(tl.uint32)
 
 
 @triton.jit
 def store_bits(pointers, bits, mask, CODE: tl.constexpr):
-    if CODE == 0:
+    if CODE == 0 or CODE == _NONNEGATIVE:
         tl.store(pointers, bits.to(tl.int32, bitcast=True), mask=mask)
+    elif CODE == _CODE8:
+        tl.store(pointers, bits.to(tl.uint8).to(tl.int8, bitcast=True), mask=mask)
     else:
         tl.store(pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
 
@@ -127,10 +133,11 @@ def materialize_kernel(
 ):
     """One tile of one segment.
 
-    weights, out0, out1: int32 or int16 pointers, weights by CODE, outs by OUT_CODE; emit i of NUM_EMITS goes to out i.
-        Two emits have the same terms but for the coefficients, so that each noise is made once.
-    segments: int64 [S, 7]: first tile, first element in the buffer, numel, param, element_offset, group, first element
-        in the outs, which is read where it is MOVED from that of the buffer.
+    weights, out0, out1: int32, int16 or int8 pointers, weights by CODE, outs by OUT_CODE; emit i of NUM_EMITS goes to
+        out i. Two emits have the same terms but for the coefficients, so that each noise is made once.
+    segments: int64 [S, 9]: first tile, first element in the buffer, numel, param, element_offset, group, first element
+        in the outs, which is read where it is MOVED from that of the buffer; of codes the first scale, as float32s of
+        the buffer, and the binary logarithm of how many elements share one.
     ints: int64: a header (low and high half of the seed, S, U, G); updates [U, 3]; emits [NUM_EMITS, 2]; terms [T, 4].
     floats: float32: update_groups [U, G, 4]; emit_scales [NUM_EMITS, G]; coefs [T].
     """
@@ -149,11 +156,12 @@ def materialize_kernel(
     high = tl.load(ints + 2).to(tl.int32) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        before = tl.load(segments + 7 * middle) <= tile
+        before = tl.load(segments + 9 * middle) <= tile
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle - 1)
-    segment = segments + 7 * low
+    segment = segments + 9 * low
     numel = tl.load(segment + 2)
+    CODES: tl.constexpr = CODE >= _CODE8 and CODE != _NONNEGATIVE
     param = _uint32(segment + 3)
     element_offset = tl.load(segment + 4)
     group = tl.load(segment + 5).to(tl.int32)
@@ -163,6 +171,9 @@ def materialize_kernel(
     mask = (index >= 0) & (index < numel)
     place = tl.load(segment + 1) + index
     bits = _load_bits(weights + place, mask, CODE)
+    if CODES:
+        scales = weights.to(tl.pointer_type(tl.float32), bitcast=True) + tl.load(segment + 7)
+        scale = tl.load(scales + (index >> tl.load(segment + 8)), mask=mask, other=0.0)
     changed = tile * 0
 
     for u in range(num_updates):
@@ -179,6 +190,8 @@ def materialize_kernel(
         active = active & (lr != 0.0)
         if active:
             value = decode(bits, CODE)
+            if CODES:
+                value = value * scale
             total = tl.where(weight_decay == 0.0, 0.0, weight_decay * value)
             for t in range(begin, end):
                 coef = tl.load(coefs + t) * update_scale
@@ -186,11 +199,14 @@ def materialize_kernel(
                     term = terms + 4 * t
                     z = noise_tile(tl.load(term), first, _uint32(term + 1), param, _uint32(term + 2), k0, k1, TILE)
                     total = tl.fma(z, coef, total)
-            value = tl.fma(total, -lr, value)
-            if CODE == 0:
-                bits = round_nearest(value, CODE)
+            if CODE == 0 or CODE == _NONNEGATIVE:
+                bits = round_nearest(tl.fma(total, -lr, value), CODE)
             else:
-                bits = round_stochastic(value, rounding_tile(first, step, param, k0, k1, TILE), CODE)
+                random16 = rounding_tile(first, step, param, k0, k1, TILE)
+                if CODES:
+                    bits = step_codes(decode(bits, CODE), total * -lr, scale, random16, CODE)
+                else:
+                    bits = round_stochastic(tl.fma(total, -lr, value), random16, CODE)
             changed = tile * 0 + 1
 
     if WRITE_BACK:  # noqa: SIM102 -- one is known when compiling, the other is not
@@ -207,6 +223,8 @@ def materialize_kernel(
             shift = tl.load(emits + 2).to(tl.int32) - begin0
             scale1 = tl.load(emit_scales + num_groups + group)
         total0 = decode(bits, CODE)
+        if CODES:
+            total0 = total0 * scale
         total1 = total0
         for t in range(begin0, end0):
             term = terms + 4 * t

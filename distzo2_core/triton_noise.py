@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .types import NORMAL, PURPOSE_ROUNDING, RADEMACHER
+from .types import CODE8, LARGEST_CODES, NONNEGATIVE, NORMAL, PURPOSE_ROUNDING, RADEMACHER
 
 _NORMAL = tl.constexpr(NORMAL)
 _RADEMACHER = tl.constexpr(RADEMACHER)
@@ -24,6 +24,9 @@ _LOG_SCALE = tl.constexpr(reference.LOG_SCALE)
 _SQRT_HALF_BITS = tl.constexpr(reference.SQRT_HALF_BITS)
 _TWO_M31, _TWO_M32, _TWO_M33 = tl.constexpr(2.0**-31), tl.constexpr(2.0**-32), tl.constexpr(2.0**-33)
 _TWO_40 = tl.constexpr(2.0**40)
+_TWO_M16 = tl.constexpr(2.0**-16)
+_CODE8, _NONNEGATIVE = tl.constexpr(CODE8), tl.constexpr(NONNEGATIVE)
+_LARGEST_CODE8, _LARGEST_CODE16 = (tl.constexpr(float(largest)) for largest in LARGEST_CODES.values())
 
 
 # Noise of one tile, in the order of its elements; operation by operation as csrc/noise.
@@ -118,13 +121,16 @@ def noise_tile(family, first, step, param, probe, k0, k1, TILE: tl.constexpr):
     return z
 
 
-# Stored bits (as uint32, whatever the dtype) and float32 values; operation by operation as csrc/noise/rounding.h.
+# Stored bits (as uint32, whatever the dtype; codes are sign-extended) and float32 values; operation by operation as
+# csrc/noise/rounding.h.
 
 
 @triton.jit
 def decode(bits, CODE: tl.constexpr):
-    if CODE == 0:
+    if CODE == 0 or CODE == _NONNEGATIVE:
         return bits.to(tl.float32, bitcast=True)
+    elif CODE >= _CODE8:
+        return bits.to(tl.int32, bitcast=True).to(tl.float32)
     elif CODE == 1:
         return (bits << 16).to(tl.float32, bitcast=True)
     else:
@@ -137,6 +143,8 @@ def round_nearest(x, CODE: tl.constexpr):
     magnitude = b & 0x7FFFFFFF
     if CODE == 0:
         return tl.where(magnitude > 0x7F800000, 0x7FC00000, b)
+    elif CODE == _NONNEGATIVE:
+        return tl.where(magnitude > 0x7F800000, 0x7FC00000, tl.where(b == magnitude, b, 0))
     elif CODE == 1:
         rounded = tl.add(b, 0x7FFF + ((b >> 16) & 1), sanitize_overflow=False) >> 16
         return tl.where(magnitude > 0x7F800000, 0x7FC0, rounded)
@@ -169,3 +177,12 @@ def round_stochastic(x, random16, CODE: tl.constexpr):
         rounded = tl.where(rounded < 0x7C00, rounded, 0x7C00)
         result = sign | tl.where(magnitude < 0x38800000, subnormal, rounded)
         return tl.where(magnitude > 0x7F800000, 0x7E00, result)
+
+
+@triton.jit
+def step_codes(q, change, scale, random16, CODE: tl.constexpr):
+    exact = tl.fma(random16.to(tl.float32), _TWO_M16, tl.div_rn(change, tl.where(scale == 0.0, float("inf"), scale)))
+    exact = tl.where(exact == exact, tl.floor(exact), 0.0)
+    limit: tl.constexpr = _LARGEST_CODE8 if CODE == _CODE8 else _LARGEST_CODE16
+    q = tl.minimum(tl.maximum(q + exact, -limit), limit)
+    return q.to(tl.int32).to(tl.uint32, bitcast=True)

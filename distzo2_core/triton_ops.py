@@ -29,7 +29,7 @@ from .types import (
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
 
-_BITS_TYPE = {0: torch.int32, 1: torch.int16, 2: torch.int16}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by their bytes
 _segment_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -43,10 +43,10 @@ def _num_tiles(element_offset: int, numel: int) -> int:
 
 def _typed(buffer: torch.Tensor, code: int) -> torch.Tensor:
     """A view of bytes, or of weights, as integers of the width of a dtype code."""
-    flat = buffer.view(-1)
+    flat, itemsize = buffer.view(-1), CODE_DTYPES[code].itemsize
     if flat.dtype == torch.uint8:
-        flat = flat[: flat.numel() - flat.numel() % CODE_DTYPES[code].itemsize]
-    return flat.view(_BITS_TYPE[code])
+        flat = flat[: flat.numel() - flat.numel() % itemsize]
+    return flat.view(_INTEGERS[itemsize])
 
 
 class _Kind(NamedTuple):
@@ -64,7 +64,8 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
     if key not in cached:
         rows: dict[_Kind, list[list[int]]] = {}
         tiles: dict[_Kind, int] = {}
-        for byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code in segments.tolist():
+        for segment in segments.tolist():
+            byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code, *scaling = segment
             if numel:
                 kind = _Kind(code, out_code, (byte_offset, code) != (out_offset, out_code))
                 begin = tiles.get(kind, 0)
@@ -72,7 +73,8 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
                     offset // CODE_DTYPES[each].itemsize
                     for offset, each in ((byte_offset, code), (out_offset, out_code))
                 )
-                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place]
+                scales = (scaling[0] // 4, max(1, scaling[1]).bit_length() - 1)
+                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales]
                 rows.setdefault(kind, []).append(row)
                 tiles[kind] = begin + _num_tiles(element_offset, numel)
         cached[key] = [
@@ -148,7 +150,7 @@ def materialize(
 def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, program: Program) -> None:
     """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
     code = DTYPE_CODES[w.dtype]
-    segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code]], dtype=torch.int64)
+    segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code, 0, 0]], dtype=torch.int64)
     materialize(w, segments, seed, *program, outs=[w] * program.num_emits, write_back=program.num_updates > 0)
 
 

@@ -26,7 +26,11 @@ PURPOSE_ROUNDING = 2
 PURPOSE_DATA_ORDER = 3
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CODE_DTYPES: dict[int, torch.dtype] = {code: dtype for dtype, code in DTYPE_CODES.items()}
+# Formats that weights may be stored in besides: integer codes with scales, and float32 that stays at or above 0.
+CODE8, CODE16, NONNEGATIVE = 3, 4, 5
+LARGEST_CODES: dict[int, int] = {CODE8: 127, CODE16: 32767}
+CODE_DTYPES: dict[int, torch.dtype] = dict(enumerate((*DTYPE_CODES, torch.int8, torch.int16, torch.float32)))
+SCALE_GROUPS = (32, 64, 128, 256)  # elements that may share a scale
 
 # Limits set by the widths of the Philox counter's fields. A normal's group index is element / 4 and has 36 bits.
 MAX_SEED = 2**64 - 1
@@ -37,7 +41,7 @@ MAX_ELEMENTS = 2**38
 
 FROZEN = -1  # the group of a segment that is never changed
 
-_COLUMNS = 10  # of a segment table
+_COLUMNS = 12  # of a segment table
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -172,17 +176,24 @@ class Emit(NamedTuple):
 class Segment(NamedTuple):
     """Elements [element_offset, element_offset + numel) of parameter `param`, packed at `byte_offset` of a buffer.
 
+    A segment of int8 or int16 holds codes q: the value of an element i of the parameter is float32(q * s), s the scale
+    of the elements [i // scale_group * scale_group, ... + scale_group). Scales are finite, not negative, and only read.
+
     Attributes:
         byte_offset: in the buffer, a multiple of the dtype's size.
         numel: number of elements.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; int8 or int16 for codes.
         param: index of the parameter, in [0, 2^32).
         element_offset: first element, in row-major order within the whole parameter.
         group: of the parameter; `FROZEN` for what no update and no perturbation reaches: it is emitted, and never
             written back.
         rows, cols: shape of the whole parameter seen as a matrix (rows * cols elements), whatever part of it is here.
         out_offset: where in each emit's buffer the elements go, in bytes; None: as stored.
-        out_dtype: what the copies are rounded to; None: as stored.
+        out_dtype: what the copies are rounded to, float32, bfloat16 or float16; None: as stored.
+        scale_offset: of codes, where in the buffer the scale of the first element lies, as float32; those of the groups
+            that follow lie behind it. A multiple of 4.
+        scale_group: of codes, how many elements share a scale: 32, 64, 128 or 256. It divides element_offset.
+        nonnegative: of float32, whether each update ends with w = max(w, 0), -0 becoming +0 and NaN staying.
     """
 
     byte_offset: int
@@ -195,6 +206,9 @@ class Segment(NamedTuple):
     cols: int
     out_offset: int | None = None
     out_dtype: torch.dtype | None = None
+    scale_offset: int = 0
+    scale_group: int = 0
+    nonnegative: bool = False
 
 
 class SegmentTable:
@@ -202,8 +216,8 @@ class SegmentTable:
 
     Attributes:
         segments: the segments as given.
-        tensor: int64 [num_segments, 10] on the CPU; columns are byte_offset, numel, dtype code, param, element_offset,
-            group, rows, cols, out_offset, out dtype code.
+        tensor: int64 [num_segments, 12] on the CPU; columns are byte_offset, numel, dtype code, param, element_offset,
+            group, rows, cols, out_offset, out dtype code, scale_offset, scale_group.
         num_bytes: smallest size of a buffer that holds every segment as it is stored.
         out_bytes: smallest size of a buffer that an emit is written to.
         num_groups: number of groups that updates and emits must give scalars for (largest group index + 1).
@@ -219,8 +233,9 @@ class SegmentTable:
         rows = [_encode_segment(index, segment) for index, segment in enumerate(self.segments)]
         self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), _COLUMNS)
         self.num_groups: int = max((segment.group + 1 for segment in self.segments), default=0)
-        stored = [(row[0], row[1] * s.dtype.itemsize) for row, s in zip(rows, self.segments, strict=True)]
-        emitted = [(row[8], row[1] * CODE_DTYPES[row[9]].itemsize) for row in rows]
+        stored = [(row[0], row[1] * CODE_DTYPES[row[2]].itemsize, index) for index, row in enumerate(rows)]
+        stored += [(row[10], -(-row[1] // row[11]) * 4, index) for index, row in enumerate(rows) if row[11]]
+        emitted = [(row[8], row[1] * CODE_DTYPES[row[9]].itemsize, index) for index, row in enumerate(rows)]
         self.num_bytes: int = _check_layout(stored, num_bytes)
         self.out_bytes: int = _check_layout(emitted, None, ", as emitted,")
 
@@ -234,7 +249,10 @@ class SegmentTable:
 
 def _encode_segment(index: int, segment: Segment) -> list[int]:
     where = f"segment {index}: "
-    code = dtype_code(segment.dtype)
+    code = next((code for code in LARGEST_CODES if segment.dtype == CODE_DTYPES[code]), None)
+    scales = _check_scales(where, segment, code is not None)
+    if code is None:
+        code = NONNEGATIVE if segment.nonnegative else dtype_code(segment.dtype)
     numel = check_int(where + "numel", segment.numel, 0, MAX_ELEMENTS)
     byte_offset = _check_place(where, "byte_offset", segment.byte_offset, segment.dtype)
     out_dtype = segment.dtype if segment.out_dtype is None else segment.out_dtype
@@ -250,7 +268,20 @@ def _encode_segment(index: int, segment: Segment) -> list[int]:
         raise ValueError(
             f"{where}elements {offset} to {offset + numel} do not lie in a parameter of {rows} x {cols} elements"
         )
-    return [byte_offset, numel, code, param, offset, group, rows, cols, out_offset, out_code]
+    return [byte_offset, numel, code, param, offset, group, rows, cols, out_offset, out_code, *scales]
+
+
+def _check_scales(where: str, segment: Segment, codes: bool) -> tuple[int, int]:
+    """scale_offset and scale_group of a segment."""
+    each, offset = segment.scale_group, segment.element_offset
+    if (each not in SCALE_GROUPS or offset % each) if codes else (each or segment.scale_offset):
+        expected = f"one of {SCALE_GROUPS} and divide element_offset {offset}" if codes else f"0 for {segment.dtype}"
+        raise ValueError(f"{where}scale_group must be {expected}, got {each}")
+    if segment.nonnegative and segment.dtype != torch.float32:
+        raise TypeError(f"{where}nonnegative is for torch.float32, got {segment.dtype}")
+    if codes and segment.out_dtype is None:
+        raise TypeError(f"{where}codes need an out_dtype: torch.float32, torch.bfloat16 or torch.float16")
+    return _check_place(where, "scale_offset", segment.scale_offset, torch.float32), each
 
 
 def _check_place(where: str, name: str, value: object, dtype: torch.dtype) -> int:
@@ -260,10 +291,10 @@ def _check_place(where: str, name: str, value: object, dtype: torch.dtype) -> in
     return offset
 
 
-def _check_layout(places: Sequence[tuple[int, int]], num_bytes: int | None, what: str = "") -> int:
-    """Checks that no two segments, given as (offset, size) in bytes, overlap and that all lie in the buffer; returns
-    the buffer's least size in bytes."""
-    spans = sorted((begin, begin + size, index) for index, (begin, size) in enumerate(places) if size)
+def _check_layout(places: Sequence[tuple[int, int, int]], num_bytes: int | None, what: str = "") -> int:
+    """Checks that no two places of segments, given as offset and size in bytes and the segment's index, overlap and
+    that all lie in the buffer; returns the buffer's least size in bytes."""
+    spans = sorted((begin, begin + size, index) for begin, size, index in places if size)
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(

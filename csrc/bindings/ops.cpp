@@ -232,7 +232,7 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     visit.seed = static_cast<uint64_t>(seed);
     visit.write_back = write_back;
     visit.num_segments = segments.dim() > 0 ? segments.size(0) : 0;
-    visit.segments = table<Segment>(segments, at::kLong, {visit.num_segments, 10}, "segments");
+    visit.segments = table<Segment>(segments, at::kLong, {visit.num_segments, 12}, "segments");
     visit.num_terms = terms.dim() > 0 ? terms.size(0) : 0;
     visit.terms = table<Term>(terms, at::kLong, {visit.num_terms, 4}, "terms");
     visit.coefs = table<float>(coefs, at::kFloat, {visit.num_terms}, "coefs");

@@ -11,8 +11,9 @@ void check_span(const char* what, int64_t row, int64_t first, int64_t num, int64
               " to ", first, " + ", num, " of ", num_terms);
 }
 
-void check_place(const char* what, int64_t row, int64_t numel, int64_t dtype, int64_t at, int64_t num_bytes) {
-    DZO_CHECK(dtype >= 0 && dtype <= static_cast<int64_t>(DType::kFp16), what, ' ', row, ": dtype code ", dtype);
+void check_place(const char* what, int64_t row, int64_t numel, int64_t dtype, int64_t at, int64_t num_bytes,
+                 DType last = DType::kFp16) {
+    DZO_CHECK(dtype >= 0 && dtype <= static_cast<int64_t>(last), what, ' ', row, ": dtype code ", dtype);
     const int64_t bytes = dtype_bytes(static_cast<DType>(dtype));
     DZO_CHECK(numel == 0 || (at >= 0 && at <= num_bytes - numel * bytes), what, ' ', row, ": ", numel, " elements of ",
               bytes, " bytes at byte ", at, " of ", num_bytes);
@@ -91,7 +92,16 @@ void check(const Materialize& visit) {
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
         DZO_CHECK(segment.numel >= 0 && segment.numel <= kMaxElements, "segment ", s, ": numel ", segment.numel);
-        check_place("segment", s, segment.numel, segment.dtype, segment.byte_offset, visit.num_bytes);
+        check_place("segment", s, segment.numel, segment.dtype, segment.byte_offset, visit.num_bytes,
+                    DType::kNonNegative);
+        if (is_code(static_cast<DType>(segment.dtype))) {
+            const int64_t each = segment.scale_group, at = segment.scale_offset;
+            DZO_CHECK(each >= kMinScaleGroup && each <= kMaxScaleGroup && (each & (each - 1)) == 0 &&
+                          segment.element_offset % each == 0,
+                      "segment ", s, ": a scale for ", each, " elements from element ", segment.element_offset);
+            check_place("scales of segment", s, (segment.numel + each - 1) / each, 0, at, visit.num_bytes);
+            DZO_CHECK(at % 4 == 0, "segment ", s, ": scales at byte ", at);
+        }
         if (visit.num_emits > 0)
             check_place("out of segment", s, segment.numel, segment.out_dtype, segment.out_offset, visit.out_bytes);
         DZO_CHECK(segment.group >= kNoGroup && segment.group < visit.num_groups, "segment ", s, ": group ",

@@ -9,9 +9,16 @@
 
 namespace distzo2 {
 
-enum class DType : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
+// The first three are dtypes. Of the others, which are stored formats alone, codes are signed integers with a float32
+// scale for each group of elements; kNonNegative is float32 that updates keep from falling below 0.
+enum class DType : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kCode8 = 3, kCode16 = 4, kNonNegative = 5 };
 
-DZO_HD constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
+DZO_HD constexpr int64_t dtype_bytes(DType dtype) { return 0x421224 >> 4 * static_cast<int>(dtype) & 7; }
+
+DZO_HD constexpr bool is_code(DType dtype) { return dtype == DType::kCode8 || dtype == DType::kCode16; }
+
+// Of elements that share a scale: a power of two between these.
+constexpr int64_t kMinScaleGroup = 32, kMaxScaleGroup = 256;
 
 // Groups of normals are numbered with 36 bits, so a parameter has at most 2^38 elements.
 constexpr int64_t kMaxElements = int64_t{1} << 38;
@@ -32,7 +39,11 @@ struct Segment {
     int64_t rows;
     int64_t cols;
     int64_t out_offset = byte_offset;
-    int64_t out_dtype = dtype;
+    int64_t out_dtype = dtype; // none of a stored format
+    // Of codes: the scale of the segment's element i is the float32 at weights + scale_offset + 4 * (i / scale_group).
+    // element_offset is a multiple of scale_group.
+    int64_t scale_offset = 0;
+    int64_t scale_group = 0;
 };
 
 // One noise tensor; its coefficient is in a table of its own. family is a Purpose that is a family; sub must be 0.
@@ -69,7 +80,9 @@ struct Emit {
 //       identity, bits untouched, if lr[g] == 0, or weight_decay[g] == 0 and no term is left
 //       a = weight_decay == 0 ? +0 : weight_decay * w;  a = fma(k_j, z_j, a) for each term in order
 //       w = round(fma(-lr, a, w)), stochastic for bf16 and fp16 with the bits of (seed, update's step, param, element),
-//       rne for fp32
+//       rne for fp32; of kNonNegative then w = +0 where w has a sign (a NaN has none)
+//       of codes, w being float(q) * s: q = clamp(q + floor(-lr * a / s + R / 2^16)), each operation rounded, see
+//       step_code (noise/rounding.h)
 //   for each emit: a = w; a = fma(coefs[j] * emit_scale[g], z_j, a) for each term whose product is not 0; out = rne(a)
 //   in the segment's out_dtype
 //   if write_back, and an update was not the identity: the weight is stored.

@@ -77,4 +77,29 @@ DZO_HD uint16_t float_to_fp16_stochastic(float x, uint32_t r) {
     return static_cast<uint16_t>(sign | (h < 0x7C00u ? h : 0x7C00u));
 }
 
+// A canonical number, or +0 where it has a sign: a NaN stays.
+DZO_HD float not_below_zero(float x) {
+    const int32_t b = static_cast<int32_t>(float_bits(x));
+    return bits_float(static_cast<uint32_t>(b < 0 ? 0 : b));
+}
+
+// What changes of a value are divided by, to be steps of its code: by infinity where the scale is 0, so that no finite
+// change is a step.
+DZO_HD float code_divisor(float scale) { return scale == 0.0f ? bits_float(0x7F800000u) : scale; }
+
+// The code q, an integer, after a change of its value: clamp(q + floor(change / divisor + R / 2^16)), the step being 0
+// where it is NaN. limit < 2^16, so that nothing is lost where a step is cut to 2^17.
+DZO_HD float step_code(float q, float change, float divisor, uint32_t r, float limit) {
+#if defined(__CUDA_ARCH__)
+    const float exact = __fmaf_rn(static_cast<float>(r), 0x1p-16f, __fdiv_rn(change, divisor));
+    const float next = q + (exact == exact ? floorf(exact) : 0.0f);
+#else
+    const float exact = fma_rn(static_cast<float>(r), 0x1p-16f, change / divisor);
+    const float cut = exact > 0x1p17f ? 0x1p17f : exact < -0x1p17f ? -0x1p17f : exact == exact ? exact : 0.0f;
+    const float whole = static_cast<float>(static_cast<int32_t>(cut)); // floor() is a call where it is no instruction
+    const float next = q + (whole > cut ? whole - 1.0f : whole);
+#endif
+    return next > limit ? limit : next < -limit ? -limit : next;
+}
+
 } // namespace distzo2

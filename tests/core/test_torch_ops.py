@@ -160,7 +160,7 @@ def test_noise_refuses(name: str) -> None:
 
 def row(**changes: int) -> torch.Tensor:
     fields = dict(byte_offset=0, numel=8, dtype=0, param=0, element_offset=0, group=0, rows=2, cols=4, out_offset=0)
-    return torch.tensor([list((fields | {"out_dtype": 0} | changes).values())])
+    return torch.tensor([list((fields | dict(out_dtype=0, scale_offset=0, scale_group=0) | changes).values())])
 
 
 def one_row(table: torch.Tensor, column: int, value: float) -> torch.Tensor:
@@ -172,15 +172,15 @@ def one_row(table: torch.Tensor, column: int, value: float) -> torch.Tensor:
 # Of each table, what is changed and the error; the rest is as in materialize_arguments.
 TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ("segments", lambda t: row(numel=9), "9 elements of 4 bytes at byte 0 of 32"),
-    ("segments", lambda t: row(dtype=3), "dtype code 3"),
+    ("segments", lambda t: row(dtype=6), "dtype code 6"),
     ("segments", lambda t: row(group=1), "group 1 of 1"),
     ("segments", lambda t: row(out_offset=4), "out of segment 0: 8 elements of 4 bytes at byte 4 of 32"),
     ("segments", lambda t: row(out_dtype=3), "out of segment 0: dtype code 3"),
-    ("segments", lambda t: t[:, :7].contiguous(), r"segments must have shape \[1, 10\], got \[1, 7\]"),
-    ("segments", lambda t: t[0], r"segments must have shape \[10, 10\], got \[10\]"),
-    ("segments", lambda t: torch.tensor(1), r"segments must have shape \[0, 10\]"),
+    ("segments", lambda t: t[:, :7].contiguous(), r"segments must have shape \[1, 12\], got \[1, 7\]"),
+    ("segments", lambda t: t[0], r"segments must have shape \[12, 12\], got \[12\]"),
+    ("segments", lambda t: torch.tensor(1), r"segments must have shape \[0, 12\]"),
     ("segments", lambda t: t.int(), "segments must be Long, got Int"),
-    ("segments", lambda t: torch.zeros(10, 1, dtype=torch.int64).T.expand(2, 10), "segments must be contiguous"),
+    ("segments", lambda t: torch.zeros(12, 1, dtype=torch.int64).T.expand(2, 10), "segments must be contiguous"),
     ("terms", lambda t: t[:-1], r"coefs must have shape \[2\], got \[3\]"),
     ("terms", lambda t: t.double(), "terms must be Long"),
     ("coefs", lambda t: t[:-1], r"coefs must have shape \[3\], got \[2\]"),

@@ -53,17 +53,17 @@ def test_segment_table_encoding() -> None:
     )
     assert table.tensor.dtype == torch.int64
     assert table.tensor.tolist() == [
-        [64, 6, 1, 5, 2, 1, 4, 2, 64, 0],
-        [0, 3, 0, 2**32 - 1, 0, -1, 1, 3, 88, 0],
+        [64, 6, 1, 5, 2, 1, 4, 2, 64, 0, 0, 0],
+        [0, 3, 0, 2**32 - 1, 0, -1, 1, 3, 88, 0, 0, 0],
     ]
     assert (len(table), table.num_bytes, table.out_bytes, table.num_groups) == (2, 76, 100, 2)
     assert SegmentTable([segment(group=FROZEN)]).num_groups == 0
     with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int8"):
         SegmentTable([segment(out_dtype=torch.int8)])
-    with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int8"):
-        SegmentTable([segment(dtype=torch.int8)])
+    with pytest.raises(TypeError, match=r"dtype must be .*, got torch\.int32"):
+        SegmentTable([segment(dtype=torch.int32)])
     empty = SegmentTable([])
-    assert (len(empty), empty.num_bytes, empty.num_groups, empty.tensor.shape) == (0, 0, 0, (0, 10))
+    assert (len(empty), empty.num_bytes, empty.num_groups, empty.tensor.shape) == (0, 0, 0, (0, 12))
 
 
 # Updates and emits.

@@ -13,7 +13,7 @@ import torch
 
 import distzo2_core
 from distzo2_core import FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
-from distzo2_core.types import MAX_ELEMENTS
+from distzo2_core.types import MAX_ELEMENTS, SCALE_GROUPS
 
 needs_native = pytest.mark.skipif(
     not distzo2_core.build_info()["native"], reason="the extension distzo2_core._C is not built"
@@ -26,6 +26,7 @@ needs_triton = pytest.mark.skipif(
 )
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = (torch.int8, torch.int16)
 SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
 
 
@@ -51,6 +52,27 @@ def random_weights(rng: np.random.Generator, numel: int, dtype: torch.dtype) -> 
     values = np.where(rng.random(numel) < 0.05, rng.choice(SPECIALS, numel), values)
     with np.errstate(all="ignore"):
         return torch.from_numpy(values.astype(np.float32)).to(dtype)
+
+
+def random_codes(rng: np.random.Generator, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of all sizes, the largest among them."""
+    largest = torch.iinfo(dtype).max
+    usual, special = rng.integers(-largest, largest + 1, numel), rng.choice([-largest, largest, 0], numel)
+    return torch.from_numpy(np.where(rng.random(numel) < 0.2, special, usual)).to(dtype)
+
+
+def random_scales(rng: np.random.Generator, num: int) -> torch.Tensor:
+    """Scales of a model's size, and zeros, subnormal and huge ones."""
+    wild = rng.choice([0.0, 1e-45, 3e-39, 1.2e-38, 1.0, 3e38], num)
+    return torch.from_numpy(np.where(rng.random(num) < 0.3, wild, np.exp2(rng.uniform(-20, -6, num)))).float()
+
+
+def append_scales(rng: np.random.Generator, segments: list[Segment], parts: list[torch.Tensor], at: int) -> int:
+    """Places scales for the last segment's codes behind `at` bytes; returns where they end."""
+    gap, num = int(rng.integers(0, 3)) * 4 + -at % 4, -(-segments[-1].numel // segments[-1].scale_group)
+    parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), random_scales(rng, num).view(torch.uint8)]
+    segments[-1] = segments[-1]._replace(scale_offset=at + gap)
+    return at + gap + 4 * num
 
 
 class Visit(NamedTuple):
@@ -81,7 +103,8 @@ def emitted_as(
     """The segments, emitted at other places, in a dtype that makes a pair with their own, or in their own."""
     moved, at = [], 0
     for segment in segments:
-        choices = [segment.dtype, *(out for dtype, out in pairs if dtype == segment.dtype)]
+        choices = [each for each in (segment.dtype,) if each in DTYPES]
+        choices += [out for dtype, out in pairs if dtype == segment.dtype]
         out_dtype = choices[rng.integers(len(choices))]
         at += int(rng.integers(0, 3)) * 4 + -at % 4
         moved.append(segment._replace(out_offset=at, out_dtype=out_dtype))
@@ -93,10 +116,12 @@ def random_visit(
     rng: np.random.Generator,
     dtypes: tuple[torch.dtype, ...],
     max_numel: int,
-    pairs: tuple[tuple[torch.dtype, torch.dtype], ...] = tuple(itertools.product(DTYPES, DTYPES)),
+    pairs: tuple[tuple[torch.dtype, torch.dtype], ...] = tuple(itertools.product((*DTYPES, *CODES), DTYPES)),
+    nonnegative: bool = False,
 ) -> Visit:
-    """A few segments of random sizes, gaps, parameters and offsets, some of them frozen, half of the time emitted as
-    one of `pairs`; up to three updates and four emits."""
+    """A few segments of random sizes, gaps, parameters and offsets, some of them frozen, half of the time, and where
+    they are codes, emitted as one of `pairs`; up to three updates and four emits. `nonnegative`: half of the float32
+    segments are."""
     num_groups = int(rng.integers(1, 4))
     parts: list[torch.Tensor] = []
     segments: list[Segment] = []
@@ -107,11 +132,20 @@ def random_visit(
         gap = int(rng.integers(0, 3)) * 4 + -num_bytes % 4
         offset = int(rng.choice([0, 1, 127, 128, 2**34 - 50, 2**35 + 5, rng.integers(0, 5000)]))
         param, group = int(rng.integers(0, 2**32)), FROZEN if rng.random() < 0.1 else int(rng.integers(num_groups))
-        segments.append(Segment(num_bytes + gap, numel, dtype, param, offset, group, 1, offset + numel))
         parts.append(torch.full((gap,), 0x5A, dtype=torch.uint8))
+        more: dict[str, int] = {}
+        if dtype in CODES:
+            more["scale_group"] = int(rng.choice(SCALE_GROUPS))
+            offset -= offset % more["scale_group"]
+        elif nonnegative and dtype == torch.float32:
+            more["nonnegative"] = rng.random() < 0.5
+        segments.append(Segment(num_bytes + gap, numel, dtype, param, offset, group, 1, offset + numel, **more))
         if numel:
-            parts.append(random_weights(rng, numel, dtype).view(torch.uint8))
+            make = random_codes if dtype in CODES else random_weights
+            parts.append(make(rng, numel, dtype).view(torch.uint8))
         num_bytes += gap + numel * dtype.itemsize
+        if dtype in CODES:
+            num_bytes = append_scales(rng, segments, parts, num_bytes)
     pool = [
         (int(rng.integers(0, 2)), int(rng.integers(0, 2**32)), int(rng.integers(0, 2**20)), 0)
         for _ in range(int(rng.integers(1, 4)))
@@ -144,8 +178,10 @@ def random_visit(
         emits.append(Emit(terms, scales))
         if rng.random() < 0.7:  # the other sign of the same perturbation
             emits.append(Emit(tuple(term._replace(c=-term.c) for term in terms), scales))
+    if any(dtype in CODES for dtype in dtypes):
+        parts.append(torch.zeros(-num_bytes % 4, dtype=torch.uint8))
     weights = torch.cat(parts)
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 or any(segment.dtype in CODES for segment in segments):
         segments = emitted_as(rng, segments, pairs)
     table = SegmentTable(segments, num_bytes=weights.numel())
     return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, needs_native, random_visit
+from kernel_cases import CODES, DTYPES, needs_native, random_visit
 from packed_cases import FORMATS, check_decode
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
@@ -29,21 +29,31 @@ def kernels(request: pytest.FixtureRequest) -> CudaKernels | TritonKernels:
 
 
 def check_random_visits(
-    kernels: CudaKernels | TritonKernels, seeds: range, max_numel: int = 300, workspace: bool = False
+    kernels: CudaKernels | TritonKernels,
+    seeds: range,
+    max_numel: int = 300,
+    workspace: bool = False,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> int:
-    """Visits of any program, at any alignment. Returns the bits compared."""
+    """Visits of any program, at any alignment; with codes, some float32 is nonnegative. Returns the bits compared."""
     num_bits = 0
     with backend_of(kernels) as backend:
         for seed in seeds:
             kernels.shifts = SHIFTS[seed % len(SHIFTS)]
-            visit = random_visit(np.random.default_rng(seed), DTYPES, max_numel, pairs_of(kernels))
+            nonnegative = dtypes != DTYPES
+            visit = random_visit(np.random.default_rng(seed), dtypes, max_numel, pairs_of(kernels), nonnegative)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 
 
-def check_simple_visits(kernels: CudaKernels | TritonKernels, seeds: range, workspace: bool = False) -> int:
+def check_simple_visits(
+    kernels: CudaKernels | TritonKernels,
+    seeds: range,
+    workspace: bool = False,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> int:
     """Visits of each shape and family, of all dtypes, emitted in these and in others, half of them of whole octets.
-    Returns the bits compared."""
+    With codes, float32 is nonnegative. Returns the bits compared."""
     num_bits = 0
     with backend_of(kernels) as backend:
         for seed, (index, shape), family, pairs in itertools.product(
@@ -54,7 +64,9 @@ def check_simple_visits(kernels: CudaKernels | TritonKernels, seeds: range, work
                 [int(numel) * 8 for numel in rng.integers(1, 150, 9)] if whole else rng.integers(1, 400, 9).tolist()
             )
             kernels.shifts = (0,) if whole else SHIFTS[(seed // 2 + index) % len(SHIFTS)]
-            visit = simple_visit(rng, shape, family, DTYPES, numels, whole, pairs=pairs)
+            if dtypes != DTYPES and not pairs:
+                continue
+            visit = simple_visit(rng, shape, family, dtypes, numels, whole, pairs=pairs, nonnegative=dtypes != DTYPES)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 
@@ -100,6 +112,13 @@ def test_visits_of_any_program(kernels: CudaKernels | TritonKernels) -> None:
     check_random_visits(kernels, range(120))
 
 
+def test_visits_of_codes(kernels: CudaKernels | TritonKernels) -> None:
+    """Beside segments of all dtypes."""
+    check_simple_visits(kernels, range(4), dtypes=(*CODES, *DTYPES))
+    check_random_visits(kernels, range(200, 240), dtypes=(*CODES, *DTYPES))
+    check_random_visits(kernels, range(240, 250), max_numel=2500, dtypes=CODES)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_decoding(nvcc: CudaKernels, name: str) -> None:
     with backend_of(nvcc) as backend:
@@ -135,6 +154,8 @@ def test_tables_in_a_workspace(nvcc: CudaKernels) -> None:
     """Tables too long for the parameters of a launch: many groups, or many segments."""
     check_simple_visits(nvcc, range(8), workspace=True)
     check_random_visits(nvcc, range(40), workspace=True)
+    check_random_visits(nvcc, range(12), workspace=True, dtypes=(*CODES, *DTYPES))
+    check_simple_visits(nvcc, range(2), workspace=True, dtypes=(*CODES, *DTYPES))
     visit = simple_visit(np.random.default_rng(0), (1, 2), 0, DTYPES, [9, 16, 3] * 40)
     with backend_of(nvcc) as backend:
         check_visit(visit, backend)

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DTYPES, needs_native
+from kernel_cases import CODES, DTYPES, needs_native
 from packed_cases import check_decode
 from ptx.cases import backend_of, check_lookup, check_ops, check_visit, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
@@ -26,10 +26,12 @@ PIECE = "store_piece_kernel"
 GENERATE = r"generate_kernelILNS_5DTypeE0E"
 LOOKUP = r"lookup_kernelILNS_5DTypeE2ELb0E"
 MIXED = r"visit_kernelINS_5MixedINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEEEENS0_12InlineTables"
+CODED = r"visit_kernelINS_5CodedINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEEEENS0_12InlineTables"
 DECODE = r"decode_kernelILNS_5DTypeE1E"
 DECODED_Q4_0 = r"decode_kernel CODES=0 .*OUT_CODE=1"
 SHUFFLED = r"materialize_kernel CODE=1 MOVED=0 NUM_EMITS=2 .*BACK=1"
 MOVED = r"materialize_kernel CODE=1 MOVED=1 NUM_EMITS=2 OUT_CODE=0 .*BACK=1"
+CODES_16 = r"materialize_kernel CODE=4 MOVED=1 NUM_EMITS=2 OUT_CODE=1 .*BACK=1"
 # What is changed: the kernel, a pattern of its text, what takes its place, and which of the matches it is.
 CUDA = {
     "a multiplier of Philox": (GENERATE, r"-845247145", "-845247143", 0),
@@ -51,6 +53,10 @@ CUDA = {
     "the alignment of a segment": (VISIT, r"(and\.b64 \s*%rd\d+, %rd\d+, )15", r"\g<1>7", 0),
     "the dtype of an emit": (MIXED, r"(setp\.eq\.s32 \s*%p\d+, %r\d+, )1;", r"\g<1>2;", 1),
     "the order of an emit's pair": (MIXED, r"(cvt\.rn\.bf16x2\.f32 %r\d+), (%f\d+), (%f\d+)", r"\1, \3, \2", 0),
+    "the quotient of a step": (CODED, r"div\.rn\.f32", "mul.rn.f32", 0),
+    "the floor of a step": (CODED, r"cvt\.rmi\.f32\.f32", "cvt.rzi.f32.f32", 0),
+    "the largest code": (CODED, r"0f46FFFE00", "0f46FFFC00", 0),
+    "what is divided by where a scale is 0": (CODED, r"0f7F800000", "0f3F800000", 0),
     "the segment of a tile": (ANY, r"setp\.le\.u32", "setp.lt.u32", 0),
     "the last octet of a segment": (ANY, r"setp\.eq\.s32 (\s*%p\d+, %r\d+, %r\d+;)", r"setp.ne.s32 \1", 0),
     "a row of a table": (PERTURB, r"(ld\.global\.u32 \s*%r\d+, \[%rd\d+)\+4\]", r"\1+0]", 0),
@@ -64,6 +70,7 @@ TRITON = {
     "the source of a shuffle": (SHUFFLED, r"(shfl\.sync\.idx\.b32 \s*%r\d+, %r\d+, )%r\d+", r"\g<1>3", 0),
     "the NaN of an emit": (MOVED, r"2143289344", "2143289345", 0),
     "a root rounded down": (r"noise_kernel CODE=0 FAMILY=0", r"sqrt\.rn", "sqrt.rm", 0),
+    "the scale of a code": (CODES_16, r"mul\.(rn\.)?f32", "add.rn.f32", 0),
     "the rounding of what is decoded": (DECODED_Q4_0, r"32767", "32766", 0),
     "the end of a row": (r"embedding_kernel CODE=2 FAMILY=1 OUT_CODE=2", r"setp\.lt\.s64", "setp.le.s64", 1),
 }
@@ -97,7 +104,9 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
             assert torch.equal(got, expected)
         else:
             shape, family = {ANY: ((1, 1), 0), PERTURB: ((0, 1), 1), SHUFFLED: ((1, 2), 1)}.get(kernel, ((1, 2), 0))
-            pairs = pairs_of(kernels) if kernel in (MIXED, MOVED) else ()
+            coded = kernel in (CODED, CODES_16)
+            pairs = pairs_of(kernels) if coded or kernel in (MIXED, MOVED) else ()
+            dtypes = (*CODES, *DTYPES) if coded else DTYPES
             many = 40 if kernel in (PERTURB, PIECE) else 3 if pairs else 1
             for whole, numels, shift in (
                 (True, [2048, 2048, 80], 0),
@@ -106,7 +115,7 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
                 (False, [9, 11, 80, 2, 30, 40], 0),
             ):
                 kernels.shifts = (shift,)
-                check_visit(simple_visit(rng, shape, family, DTYPES, numels * many, whole, pairs=pairs), backend)
+                check_visit(simple_visit(rng, shape, family, dtypes, numels * many, whole, pairs=pairs), backend)
 
 
 @pytest.mark.parametrize("what", CUDA)

@@ -56,10 +56,11 @@ DZO_HD void for_signs(const uint32_t* words, int count, Consume consume) {
 }
 
 // N copies of `count` elements, a multiple of 128: out[n] = rne(w + k[n]) where the sign is +1, else rne(w - k[n]). It
-// is fma(k[n], z, w) to the bit: k[n] * z is exact, each form rounds once, and every NaN is made canonical.
+// is fma(k[n], z, w) to the bit: k[n] * z is exact, each form rounds once, and every NaN is made canonical. scales: of
+// codes, one for each word.
 template <class V, DType D, DType O, int N>
 DZO_HD void perturb_by_signs(const uint32_t* words, int count, const typename Storage<V, D>::Raw* weights,
-                             const typename V::F* k, typename Storage<V, O>::Raw* const* out) {
+                             const float* scales, const typename V::F* k, typename Storage<V, O>::Raw* const* out) {
     using F = typename V::F;
     using Elements = Block<V, D, O>;
     constexpr int kAhead = kTile, kLine = 64 / sizeof(*weights); // elements
@@ -72,7 +73,7 @@ DZO_HD void perturb_by_signs(const uint32_t* words, int count, const typename St
         typename V::SignMask sign[Elements::kParts];
         F w[Elements::kParts], x[Elements::kParts];
         Elements::signs(words[i / kSignsPerWord], sign);
-        Elements::load(weights + i, w);
+        Elements::load(weights + i, is_code(D) ? scales[i / kSignsPerWord] : 1.0f, w);
         for (int n = 0; n < N; ++n) {
             for (int j = 0; j < Elements::kParts; ++j)
                 x[j] = V::add(w[j], V::choose(sign[j], k[n], minus[n]));

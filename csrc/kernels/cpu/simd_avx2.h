@@ -79,11 +79,21 @@ struct Lanes {
     DZO_LANES void store_fp16_number(uint16_t* p, F x) {
         store_half(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    // Sixteen elements of bf16 as two vectors, of the even and of the odd ones: nothing is unpacked or packed.
-    DZO_LANES void load_bf16_pair(const uint16_t* p, F& even, F& odd) {
+    // Sixteen elements of bf16 as two vectors, of the even and of the odd ones: nothing is unpacked or packed. Or codes.
+    DZO_LANES void load_pair(const uint16_t* p, F& even, F& odd) {
         const U both = _mm256_loadu_si256(reinterpret_cast<const U*>(p));
         even = from_bits(_mm256_slli_epi32(both, 16));
         odd = from_bits(and_bits(both, set_bits(0xFFFF0000u)));
+    }
+    DZO_LANES void code_pair(U both, F& even, F& odd) {
+        even = from_i32(_mm256_srai_epi32(_mm256_slli_epi32(both, 16), 16));
+        odd = from_i32(_mm256_srai_epi32(both, 16));
+    }
+    DZO_LANES void load_pair(const int16_t* p, F& even, F& odd) {
+        code_pair(_mm256_loadu_si256(reinterpret_cast<const U*>(p)), even, odd);
+    }
+    DZO_LANES void load_pair(const int8_t* p, F& even, F& odd) {
+        code_pair(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), even, odd);
     }
     // Numbers, to nearest even: up if the dropped half exceeds 0x8000, or equals it and the kept one is odd.
     DZO_LANES void store_bf16_pair(uint16_t* p, F even, F odd) {
@@ -124,6 +134,30 @@ struct Lanes {
         const F value = _mm256_cvtph_ps(narrow(half));
         return _mm256_blendv_ps(value, from_bits(set_bits(kNanFp32)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     }
+
+    // Codes as floats; step_code of rounding.h, r as above.
+    DZO_LANES F load_code(const int16_t* p) {
+        return from_i32(_mm256_cvtepi16_epi32(load_half(reinterpret_cast<const uint16_t*>(p))));
+    }
+    DZO_LANES F load_code(const int8_t* p) {
+        return from_i32(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+    DZO_LANES __m128i code_half(F x) {
+        const U words = _mm256_cvttps_epi32(x);
+        return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packs_epi32(words, words), 0x08));
+    }
+    DZO_LANES void store_code(int16_t* p, F x) { store_half(reinterpret_cast<uint16_t*>(p), code_half(x)); }
+    DZO_LANES void store_code(int8_t* p, F x) {
+        const __m128i half = code_half(x);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+    }
+    DZO_LANES F step_code(F q, F change, F divisor, U r, float limit) {
+        const F exact = fma(from_i32(r), set(0x1p-16f), _mm256_div_ps(change, divisor));
+        const F step = _mm256_round_ps(exact, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        const F next = add(q, _mm256_and_ps(step, _mm256_cmp_ps(step, step, _CMP_ORD_Q)));
+        return _mm256_max_ps(_mm256_min_ps(next, set(limit)), set(-limit));
+    }
+    DZO_LANES F not_below_zero(F x) { return from_bits(_mm256_max_epi32(bits(x), set_bits(0))); } // of canonical x
 
     // Lane l of a Philox block holds group kOrder[l] of eight; with this order, four vectors transposed within their
     // 128-bit halves come out in memory order.

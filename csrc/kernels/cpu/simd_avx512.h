@@ -92,6 +92,27 @@ struct Lanes {
         return _mm512_mask_mov_ps(value, is_nan(x), from_bits(set_bits(kNanFp32)));
     }
 
+    // Codes as floats; step_code of rounding.h, r as above.
+    DZO_LANES F load_code(const int16_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(load_half(reinterpret_cast<const uint16_t*>(p))));
+    }
+    DZO_LANES F load_code(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    DZO_LANES void store_code(int16_t* p, F x) {
+        store_half(reinterpret_cast<uint16_t*>(p), _mm512_cvtepi32_epi16(_mm512_cvttps_epi32(x)));
+    }
+    DZO_LANES void store_code(int8_t* p, F x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x)));
+    }
+    DZO_LANES F step_code(F q, F change, F divisor, U r, float limit) {
+        const F exact = fma(_mm512_cvtepi32_ps(r), set(0x1p-16f), _mm512_div_ps(change, divisor));
+        const F step = _mm512_roundscale_ps(exact, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        const F next = add(q, _mm512_mask_mov_ps(step, is_nan(step), set(0.0f)));
+        return _mm512_max_ps(_mm512_min_ps(next, set(limit)), set(-limit));
+    }
+    DZO_LANES F not_below_zero(F x) { return from_bits(_mm512_max_epi32(bits(x), set_bits(0))); } // of canonical x
+
     // Lanes hold groups 0 4 8 12 1 5 9 13 2 ...; transposed within the 128-bit quarters, they come out in memory order.
     DZO_LANES void to_memory_order(U w[4]) {
         const U t0 = _mm512_unpacklo_epi32(w[0], w[1]);

@@ -69,6 +69,20 @@ struct Lanes {
     DZO_LANES F stochastic_bf16(F x, U r) { DZO_FOR_LANES(F, bf16_to_float(float_to_bf16_stochastic(x.v[i], r.v[i]))); }
     DZO_LANES F stochastic_fp16(F x, U r) { DZO_FOR_LANES(F, fp16_to_float(float_to_fp16_stochastic(x.v[i], r.v[i]))); }
 
+    template <class Code>
+    DZO_LANES F load_code(const Code* p) {
+        DZO_FOR_LANES(F, static_cast<float>(p[i]));
+    }
+    template <class Code>
+    DZO_LANES void store_code(Code* p, F x) {
+        for (int i = 0; i < kWidth; ++i)
+            p[i] = static_cast<Code>(x.v[i]);
+    }
+    DZO_LANES F step_code(F q, F change, F divisor, U r, float limit) {
+        DZO_FOR_LANES(F, distzo2::step_code(q.v[i], change.v[i], divisor.v[i], r.v[i], limit));
+    }
+    DZO_LANES F not_below_zero(F x) { DZO_FOR_LANES(F, distzo2::not_below_zero(x.v[i])); }
+
     // w[j] holds word j of eight groups; out in memory order, group after group.
     DZO_LANES void to_memory_order(U w[4]) {
         uint32_t flat[4 * kWidth];

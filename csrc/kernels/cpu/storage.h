@@ -45,6 +45,21 @@ struct Storage<V, DType::kFp16> {
     }
 };
 
+// Codes, as floats: their values are products with their scales.
+template <class V, class Code, int kLargest>
+struct Codes {
+    using Raw = Code;
+    static constexpr float kLimit = kLargest;
+    DZO_HD static typename V::F load(const Raw* p) { return V::load_code(p); }
+    DZO_HD static void store_exact(Raw* p, typename V::F x) { V::store_code(p, x); }
+};
+
+template <class V>
+struct Storage<V, DType::kCode8> : Codes<V, int8_t, 127> {};
+
+template <class V>
+struct Storage<V, DType::kCode16> : Codes<V, int16_t, 32767> {};
+
 // Where its bytes are.
 inline const void* canonical_nan(DType dtype) {
     static constexpr uint32_t kFp32 = kNanFp32;
@@ -54,21 +69,26 @@ inline const void* canonical_nan(DType dtype) {
 
 constexpr int kSignsPerWord = 32;
 
-// The elements of one word of signs, loaded as D and stored as O.
+// The elements of one word of signs, which share a scale, loaded as D and stored as O.
+static_assert(kMinScaleGroup % kSignsPerWord == 0);
 template <class V, DType D, DType O>
 struct Block {
     using F = typename V::F;
     static constexpr int kParts = kSignsPerWord / V::kWidth;
     // Even elements apart from odd ones.
-    static constexpr bool kPairs = D == DType::kBf16 && O == DType::kBf16 && V::kHasBlocks;
+    static constexpr bool kPairs = (D == DType::kBf16 || is_code(D)) && O == DType::kBf16 && V::kHasBlocks;
 
-    DZO_HD static void load(const typename Storage<V, D>::Raw* p, F* w) {
+    // scale: of codes.
+    DZO_HD static void load(const typename Storage<V, D>::Raw* p, float scale, F* w) {
         if constexpr (kPairs)
             for (int j = 0; j < kParts; j += 2)
-                V::load_bf16_pair(p + j * V::kWidth, w[j], w[j + 1]);
+                V::load_pair(p + j * V::kWidth, w[j], w[j + 1]);
         else
             for (int j = 0; j < kParts; ++j)
                 w[j] = Storage<V, D>::load(p + j * V::kWidth);
+        if constexpr (is_code(D))
+            for (int j = 0; j < kParts; ++j)
+                w[j] = V::mul(w[j], V::set(scale));
     }
 
     DZO_HD static void signs(uint32_t word, typename V::SignMask* sign) {

@@ -42,13 +42,21 @@ class Tile {
         out_place_ = segment_.out_offset + skipped * dtype_bytes(static_cast<DType>(segment_.out_dtype));
         decoded_ = written_ = false;
         bool changed = false;
-        for (int64_t u = 0; u < visit_.num_updates && segment_.group != kNoGroup; ++u)
-            changed |= update(visit_.updates[u], visit_.update_groups[u * visit_.num_groups + segment_.group]);
+        if constexpr (kCodes)
+            find_scales();
+        for (int64_t u = 0; u < visit_.num_updates && segment_.group != kNoGroup; ++u) {
+            if (!update(visit_.updates[u], visit_.update_groups[u * visit_.num_groups + segment_.group]))
+                continue;
+            changed = true;
+            if (nonnegative())
+                for (int i = 0; i < count_; i += V::kWidth)
+                    V::store(values_ + i, V::not_below_zero(V::load(values_ + i)));
+        }
         if (changed && visit_.write_back && !written_) {
-            Raw* target = staged() ? staging_[0] : weights_;
+            Raw* target = staged() ? staging<Raw>()[0] : weights_;
             for (int i = 0; i < count_; i += V::kWidth)
                 Store::store_exact(target + i, V::load(values_ + i));
-            unstage(weights_, staging_[0]);
+            unstage(weights_, target);
         }
         for (int64_t e = 0; e < visit_.num_emits;) {
             if (e + 1 < visit_.num_emits && shares_noise(e)) {
@@ -62,12 +70,49 @@ class Tile {
     }
 
   private:
+    static constexpr bool kCodes = is_code(D);
+
     bool staged() const { return num_ != count_; }
+    bool nonnegative() const {
+        return D == DType::kFp32 && segment_.dtype == static_cast<int64_t>(DType::kNonNegative);
+    }
 
     template <class Element>
-    void unstage(Element* target, const Element* staging) const {
+    Element (*staging())[kTile] {
+        return reinterpret_cast<Element(*)[kTile]>(staging_);
+    }
+
+    // The segment's scales; what lies beside it has a scale of 0.
+    void find_scales() {
+        const float* scales = reinterpret_cast<const float*>(visit_.weights + segment_.scale_offset);
+        const int shift = __builtin_ctzll(static_cast<uint64_t>(segment_.scale_group));
+        for (int block = 0; block < count_ / kSignsPerWord; ++block) {
+            const int64_t at = first_ + block * kSignsPerWord - segment_.element_offset;
+            scales_[block] = at >= 0 && at < segment_.numel ? scales[at >> shift] : 0.0f;
+        }
+    }
+
+    // Of a stored element i of the tile: of a code the product with its scale.
+    DZO_HD F value(int i, F w) const {
+        if constexpr (kCodes)
+            return V::mul(w, V::set(scales_[i / kSignsPerWord]));
+        else
+            return w;
+    }
+
+    // A stored element i after an update of its value by step * a.
+    DZO_HD F updated(int i, F w, F step, F a) const {
+        if constexpr (kCodes)
+            return V::step_code(w, V::mul(step, a), V::set(code_divisor(scales_[i / kSignsPerWord])),
+                                V::load_u16(rounding_ + i), Store::kLimit);
+        else
+            return Store::round_update(V::fma(step, a, w), rounding_ + i);
+    }
+
+    template <class Element>
+    void unstage(Element* target, const Element* from) const {
         if (staged())
-            __builtin_memcpy(target, staging + skip_, static_cast<size_t>(num_) * sizeof(Element));
+            __builtin_memcpy(target, from + skip_, static_cast<size_t>(num_) * sizeof(Element));
     }
 
     void decode() {
@@ -76,9 +121,10 @@ class Tile {
         decoded_ = true;
         const Raw* weights = weights_;
         if (staged()) {
-            __builtin_memset(staging_[0], 0, static_cast<size_t>(count_) * sizeof(Raw));
-            __builtin_memcpy(staging_[0] + skip_, weights, static_cast<size_t>(num_) * sizeof(Raw));
-            weights = staging_[0];
+            Raw* whole = staging<Raw>()[0];
+            __builtin_memset(whole, 0, static_cast<size_t>(count_) * sizeof(Raw));
+            __builtin_memcpy(whole + skip_, weights, static_cast<size_t>(num_) * sizeof(Raw));
+            weights = whole;
         }
         for (int i = 0; i < count_; i += V::kWidth)
             V::store(values_ + i, Store::load(weights + i));
@@ -122,13 +168,13 @@ class Tile {
         const F step = V::set(-group.lr), decay = V::set(group.weight_decay);
         if (num_left == 1) {
             const F k = V::set(coefs[only] * group.update_scale);
-            const auto updated = [&](int i, F w, F z) __attribute__((always_inline)) {
-                const F a = V::fma(k, z, decays ? V::mul(decay, w) : V::set(0.0f));
-                return Store::round_update(V::fma(step, a, w), rounding_ + i);
+            const auto next = [&](int i, F w, F z) __attribute__((always_inline)) {
+                return updated(i, w, step, V::fma(k, z, decays ? V::mul(decay, value(i, w)) : V::set(0.0f)));
             };
-            if (visit_.num_updates == 1 && visit_.write_back && !staged()) { // one pass: read, update, write back
+            // One pass: read, update, write back.
+            if (visit_.num_updates == 1 && visit_.write_back && !staged() && !nonnegative()) {
                 noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
-                    const F w = updated(i, Store::load(weights_ + i), z);
+                    const F w = next(i, Store::load(weights_ + i), z);
                     Store::store_exact(weights_ + i, w);
                     V::store(values_ + i, w);
                 });
@@ -137,13 +183,13 @@ class Tile {
             }
             decode();
             noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
-                V::store(values_ + i, updated(i, V::load(values_ + i), z));
+                V::store(values_ + i, next(i, V::load(values_ + i), z));
             });
             return true;
         }
         decode();
         for (int i = 0; i < count_; i += V::kWidth)
-            V::store(sums_[0] + i, decays ? V::mul(decay, V::load(values_ + i)) : V::set(0.0f));
+            V::store(sums_[0] + i, decays ? V::mul(decay, value(i, V::load(values_ + i))) : V::set(0.0f));
         for (int64_t j = 0; j < update.num_terms; ++j) {
             const F k = V::set(coefs[j] * group.update_scale);
             if (coefs[j] * group.update_scale == 0.0f)
@@ -152,10 +198,8 @@ class Tile {
             for (int i = 0; i < count_; i += V::kWidth)
                 V::store(sums_[0] + i, V::fma(k, V::load(noise_ + i), V::load(sums_[0] + i)));
         }
-        for (int i = 0; i < count_; i += V::kWidth) {
-            const F w = V::fma(step, V::load(sums_[0] + i), V::load(values_ + i));
-            V::store(values_ + i, Store::round_update(w, rounding_ + i));
-        }
+        for (int i = 0; i < count_; i += V::kWidth)
+            V::store(values_ + i, updated(i, V::load(values_ + i), step, V::load(sums_[0] + i)));
         return true;
     }
 
@@ -182,8 +226,9 @@ class Tile {
     template <int N>
     void emit(int64_t e) {
         const auto out_dtype = static_cast<DType>(segment_.out_dtype);
-        if (out_dtype == D)
-            emit_as<D, N>(e, staging_);
+        constexpr DType kUsual = kCodes ? DType::kBf16 : D;
+        if (out_dtype == kUsual)
+            emit_as<kUsual, N>(e, staging<typename Storage<V, kUsual>::Raw>());
         else if (out_dtype == DType::kFp32)
             emit_as<DType::kFp32, N>(e, sums_);
         else if (out_dtype == DType::kBf16)
@@ -244,23 +289,24 @@ class Tile {
             };
             if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
                 if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
-                    perturb_by_signs<V, D, O, N>(sign_words(terms[only]), count_, weights_, k, out);
+                    perturb_by_signs<V, D, O, N>(sign_words(terms[only]), count_, weights_, scales_, k, out);
                     return;
                 }
                 noise(terms[only], [&](int i, F z) __attribute__((always_inline)) {
                     __builtin_prefetch(weights_ + i + kTile, 1); // the next tile's: making its noise hides the memory
-                    store(i, Store::load(weights_ + i), z);
+                    store(i, value(i, Store::load(weights_ + i)), z);
                 });
                 return;
             }
             decode();
-            noise(terms[only], [&](int i, F z) __attribute__((always_inline)) { store(i, V::load(values_ + i), z); });
+            noise(terms[only],
+                  [&](int i, F z) __attribute__((always_inline)) { store(i, value(i, V::load(values_ + i)), z); });
             return;
         }
         decode();
         for (int n = 0; n < N; ++n)
             for (int i = 0; i < count_; i += V::kWidth)
-                V::store(sums_[n] + i, V::load(values_ + i));
+                V::store(sums_[n] + i, value(i, V::load(values_ + i)));
         for (int64_t j = 0; j < emit.num_terms; ++j) {
             if (emit_coef(e, j) == 0.0f)
                 continue;
@@ -289,11 +335,12 @@ class Tile {
     int count_ = 0;                    // elements of the widened range
     int skip_ = 0;                     // lo - first_
     int num_ = 0;                      // hi - lo
-    alignas(64) float values_[kTile];  // the weights as they are now
+    alignas(64) float values_[kTile];  // the weights, or their codes, as they are now
     alignas(64) float noise_[kTile];   // z of one term
     alignas(64) float sums_[2][kTile]; // accumulators
     alignas(64) uint16_t rounding_[kTile];
-    alignas(64) Raw staging_[2][kTile];
+    alignas(64) uint8_t staging_[2 * kTile * (sizeof(Raw) > 2 ? sizeof(Raw) : 2)]; // two tiles as stored or emitted
+    float scales_[kCodes ? kTile / kSignsPerWord : 1];
 };
 
 // body(lo, hi) for the tiles of elements [begin, end) of a parameter.
@@ -326,12 +373,22 @@ void run_visit(const Materialize& visit, int64_t begin, int64_t end) {
         if (lo >= hi)
             continue;
         const int64_t first = segment.element_offset + lo, last = segment.element_offset + hi;
-        if (segment.dtype == static_cast<int64_t>(DType::kFp32))
-            run_segment<V, DType::kFp32>(visit, philox, segment, first, last);
-        else if (segment.dtype == static_cast<int64_t>(DType::kBf16))
+        switch (static_cast<DType>(segment.dtype)) {
+        case DType::kBf16:
             run_segment<V, DType::kBf16>(visit, philox, segment, first, last);
-        else
+            break;
+        case DType::kFp16:
             run_segment<V, DType::kFp16>(visit, philox, segment, first, last);
+            break;
+        case DType::kCode8:
+            run_segment<V, DType::kCode8>(visit, philox, segment, first, last);
+            break;
+        case DType::kCode16:
+            run_segment<V, DType::kCode16>(visit, philox, segment, first, last);
+            break;
+        default:
+            run_segment<V, DType::kFp32>(visit, philox, segment, first, last);
+        }
     }
 }
 

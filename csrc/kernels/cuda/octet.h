@@ -250,6 +250,87 @@ struct OctetStorage<DType::kFp16> {
     }
 };
 
+// Float32 that updates keep from falling below 0.
+template <>
+struct OctetStorage<DType::kNonNegative> : OctetStorage<DType::kFp32> {
+    DZO_HD static void update(float x[kOctet], const PhiloxWords& words) {
+        OctetStorage<DType::kFp32>::update(x, words);
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            x[i] = not_below_zero(x[i]);
+    }
+};
+
+// Codes as floats: their values are products with their scales. Never emitted, so that there is no rounding.
+template <class Code, int kLargest>
+struct OctetCodes {
+    static constexpr int kBytes = sizeof(Code), kInWord = 4 / kBytes;
+    static constexpr float kLimit = kLargest;
+    using Raw = Sixteen; // of which codes of 8 bits take a half
+    DZO_HD static Raw load(const uint8_t* p) {
+        if constexpr (kBytes == 2)
+            return load_sixteen(p);
+        const uint64_t half = *reinterpret_cast<const uint64_t*>(p);
+        return Raw{{static_cast<uint32_t>(half), static_cast<uint32_t>(half >> 32)}};
+    }
+    DZO_HD static void store(uint8_t* p, const Raw& raw) {
+        if constexpr (kBytes == 2)
+            store_sixteen(p, raw);
+        else
+            *reinterpret_cast<uint64_t*>(p) = raw.word[0] | static_cast<uint64_t>(raw.word[1]) << 32;
+    }
+    DZO_HD static float decode_one(const uint8_t* p) { return *reinterpret_cast<const Code*>(p); }
+    DZO_HD static void encode_one(uint8_t* p, float q) { *reinterpret_cast<Code*>(p) = static_cast<Code>(static_cast<int32_t>(q)); }
+    DZO_HD static void decode(const Raw& raw, float q[kOctet]) {
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i)
+            q[i] = static_cast<float>(static_cast<Code>(raw.word[i / kInWord] >> 8 * kBytes * (i % kInWord)));
+    }
+    DZO_HD static Raw exact(const float q[kOctet]) {
+        Raw raw{};
+        DZO_UNROLL
+        for (int i = 0; i < kOctet; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(q[i])) & ((1u << 8 * kBytes) - 1);
+            raw.word[i / kInWord] |= bits << 8 * kBytes * (i % kInWord);
+        }
+        return raw;
+    }
+};
+
+template <>
+struct OctetStorage<DType::kCode8> : OctetCodes<int8_t, 127> {};
+
+template <>
+struct OctetStorage<DType::kCode16> : OctetCodes<int16_t, 32767> {};
+
+// What an octet's elements share: the scale of codes, and nothing else.
+template <DType D>
+struct OctetScale {
+    float scale;
+
+    DZO_HD float value(float w) const { return is_code(D) ? mul_rn(w, scale) : w; }
+    // Elements w after an update of their values by -lr * a; `rounding` draws the bits.
+    DZO_HD void update(float w[kOctet], const float a[kOctet], float lr, const Draw& rounding, const PhiloxKeys& keys,
+                       int64_t octet) const {
+        PhiloxWords words{};
+        if constexpr (is_code(D)) {
+            words = philox_group(rounding, keys, static_cast<uint64_t>(octet));
+            const float divisor = code_divisor(scale);
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                w[i] = step_code(w[i], mul_rn(-lr, a[i]), divisor, rounding_bits(words, static_cast<uint32_t>(i)),
+                                 OctetStorage<D>::kLimit);
+        } else {
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                w[i] = fma_rn(-lr, a[i], w[i]);
+            if (dtype_bytes(D) != 4)
+                words = philox_group(rounding, keys, static_cast<uint64_t>(octet));
+            OctetStorage<D>::update(w, words);
+        }
+    }
+};
+
 // Elements first to last - 1 of an octet are the segment's. One that is whole and at a multiple of 16 bytes, which the
 // buffers of a visit have in common, is moved in pieces of 16 bytes.
 template <DType D>
@@ -275,14 +356,22 @@ struct OctetPlace {
     DZO_HD void store(uint8_t* buffer, float x[kOctet]) const {
         uint8_t* p = buffer + at;
         if (whole) {
-            Store::store(p, kExact ? Store::exact(x) : Store::nearest(x));
+            if constexpr (kExact)
+                Store::store(p, Store::exact(x));
+            else
+                Store::store(p, Store::nearest(x));
             return;
         }
         DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)
-            if (i >= first && i < last)
-                Store::encode_one(p + i * Store::kBytes, kExact ? x[i] : Store::nearest_one(x[i]));
+            if (i >= first && i < last) {
+                if constexpr (kExact)
+                    Store::encode_one(p + i * Store::kBytes, x[i]);
+                else
+                    Store::encode_one(p + i * Store::kBytes, Store::nearest_one(x[i]));
+            }
     }
+    DZO_HD OctetScale<D> scale(const uint8_t*, int64_t) const { return {1.0f}; }
     DZO_HD void emit(uint8_t* out, float x[kOctet]) const { store<false>(out, x); }
     DZO_HD void advance(int64_t octets) { at += octets * kOctet * Store::kBytes; }
 };
@@ -294,7 +383,14 @@ struct MixedPlace : OctetPlace<D> {
     int64_t out_at; // as `at`, in each out
     DType out_dtype;
     bool out_whole;
+    int64_t scales_at; // of codes: the scale of an octet is 4 * (octet >> scale_shift) bytes further
+    int scale_shift;
 
+    DZO_HD OctetScale<D> scale(const uint8_t* buffer, int64_t octet) const {
+        if constexpr (is_code(D))
+            return {*reinterpret_cast<const float*>(buffer + scales_at + 4 * (octet >> scale_shift))};
+        return {1.0f};
+    }
     template <DType O>
     DZO_HD void emit_as(uint8_t* out, float x[kOctet]) const {
         OctetPlace<O>{out_at, this->first, this->last, out_whole}.template store<false>(out, x);

@@ -20,11 +20,12 @@ struct TableReader {
 
 DZO_HD Draw draw_of(uint32_t tag, uint32_t param, uint32_t step) { return Draw{param, step, tag}; }
 
-// One update of an octet's values w; true unless it is the identity. z is scratch, and `held` the number of the noise
+// One update of an octet's elements w; true unless it is the identity. z is scratch, and `held` the number of the noise
 // in it.
 template <DType D>
 DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, uint32_t u, uint32_t param,
-                         uint32_t group, int64_t octet, float w[kOctet], float z[kOctet], uint32_t& held) {
+                         uint32_t group, int64_t octet, const OctetScale<D>& scale, float w[kOctet], float z[kOctet],
+                         uint32_t& held) {
     const DeviceUpdate update = tables.row<DeviceUpdate>(header.updates_at, u);
     const UpdateGroup scalars = tables.row<UpdateGroup>(header.groups_at, u * header.num_groups + group);
     if (scalars.lr == 0.0f)
@@ -33,7 +34,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
     float a[kOctet];
     DZO_UNROLL
     for (int i = 0; i < kOctet; ++i)
-        a[i] = decays ? mul_rn(scalars.weight_decay, w[i]) : 0.0f;
+        a[i] = decays ? mul_rn(scalars.weight_decay, scale.value(w[i])) : 0.0f;
     bool any = decays;
     for (uint32_t j = 0; j < update.num_terms; ++j) {
         const DeviceTerm term = tables.row<DeviceTerm>(header.terms_at, update.first_term + j);
@@ -51,20 +52,13 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
     }
     if (!any)
         return false;
-    DZO_UNROLL
-    for (int i = 0; i < kOctet; ++i)
-        w[i] = fma_rn(-scalars.lr, a[i], w[i]);
-    PhiloxWords words{};
-    if (D != DType::kFp32)
-        words = philox_group(make_draw(Purpose::kRounding, param, update.step, 0), header.keys,
-                             static_cast<uint64_t>(octet));
-    OctetStorage<D>::update(w, words);
+    scale.update(w, a, scalars.lr, make_draw(Purpose::kRounding, param, update.step, 0), header.keys, octet);
     return true;
 }
 
 // Any program.
 struct AnyProgram {
-    static constexpr bool kMixed = false;
+    static constexpr bool kMixed = false, kCoded = false;
     static constexpr int kMinBlocks = 2; // blocks a multiprocessor: leaves it enough registers for all of its state
     template <DType D>
     struct Run {
@@ -76,16 +70,20 @@ struct AnyProgram {
         DZO_HD void octet(int64_t octet, const Place& place) const {
             float w[kOctet], z[kOctet], a[kOctet];
             uint32_t held = 0xFFFFFFFFu;
+            const OctetScale<D> units = place.scale(header.weights, octet);
             place.load(header.weights, w);
             bool changed = false;
             for (uint32_t u = 0; u < header.num_updates; ++u)
-                changed |= update_octet<D>(header, tables, u, segment.param, segment.group, octet, w, z, held);
+                changed |= update_octet<D>(header, tables, u, segment.param, segment.group, octet, units, w, z, held);
             if (changed && header.write_back) {
                 DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
                     a[i] = w[i];
                 place.template store<true>(header.weights, a);
             }
+            DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                w[i] = units.value(w[i]);
             for (uint32_t e = 0; e < header.num_emits; ++e) {
                 const DeviceEmit emit = tables.row<DeviceEmit>(header.emits_at, e);
                 const float scale = tables.row<float>(header.scales_at, e * header.num_groups + segment.group);
@@ -116,7 +114,7 @@ struct AnyProgram {
 // that a multiprocessor holds.
 template <int kUpdates, int kEmits, Purpose kFamily>
 struct SimpleProgram {
-    static constexpr bool kMixed = false;
+    static constexpr bool kMixed = false, kCoded = false;
     static constexpr int kMinBlocks =
         kUpdates > 0 && kEmits > 0 ? 3 : 0; // 0: the compiler's choice, which spills there
     template <DType D>
@@ -154,9 +152,10 @@ struct SimpleProgram {
         template <class Place>
         DZO_HD void octet(int64_t octet, const Place& place) const {
             float w[kOctet], z[kOctet];
+            const OctetScale<D> units = place.scale(header.weights, octet);
             place.load(header.weights, w);
             if (kUpdates > 0 && lr != 0.0f && (update_coef != 0.0f || weight_decay != 0.0f)) {
-                update(octet, w, z);
+                update(octet, units, w, z);
                 if (header.write_back) {
                     DZO_UNROLL
                     for (int i = 0; i < kOctet; ++i)
@@ -167,6 +166,9 @@ struct SimpleProgram {
             if (kEmits > 0 && (emit_coef[0] != 0.0f || emit_coef[kEmits - 1] != 0.0f))
                 family_octet<kFamily>(emit_noise, header.keys, octet, z);
             DZO_UNROLL
+            for (int i = 0; i < kOctet; ++i)
+                w[i] = units.value(w[i]);
+            DZO_UNROLL
             for (int e = 0; e < kEmits; ++e) {
                 float x[kOctet];
                 DZO_UNROLL
@@ -176,24 +178,18 @@ struct SimpleProgram {
             }
         }
 
-        DZO_HD void update(int64_t octet, float w[kOctet], float z[kOctet]) const {
+        DZO_HD void update(int64_t octet, const OctetScale<D>& units, float w[kOctet], float z[kOctet]) const {
             float a[kOctet];
             DZO_UNROLL
             for (int i = 0; i < kOctet; ++i)
-                a[i] = weight_decay != 0.0f ? mul_rn(weight_decay, w[i]) : 0.0f;
+                a[i] = weight_decay != 0.0f ? mul_rn(weight_decay, units.value(w[i])) : 0.0f;
             if (update_coef != 0.0f) {
                 family_octet<kFamily>(update_noise, header.keys, octet, z);
                 DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
                     a[i] = fma_rn(update_coef, z[i], a[i]);
             }
-            DZO_UNROLL
-            for (int i = 0; i < kOctet; ++i)
-                w[i] = fma_rn(-lr, a[i], w[i]);
-            PhiloxWords words{};
-            if (D != DType::kFp32)
-                words = philox_group(rounding, header.keys, static_cast<uint64_t>(octet));
-            OctetStorage<D>::update(w, words);
+            units.update(w, a, lr, rounding, header.keys, octet);
         }
     };
 };
@@ -204,6 +200,12 @@ template <class Program>
 struct Mixed : Program {
     static constexpr bool kMixed = true;
     static constexpr int kMinBlocks = Program::kMinBlocks > 0 ? Program::kMinBlocks : 4; // else one spills on sm_100
+};
+
+// A visit with segments of stored formats: another kernel, for the same reason.
+template <class Program>
+struct Coded : Mixed<Program> {
+    static constexpr bool kCoded = true;
 };
 
 // The octets of thread `thread` in a tile: neighbours work on neighbouring octets. Counted from the segment's first
@@ -223,6 +225,8 @@ DZO_HD void run_octets(const DeviceSegment& segment, bool aligned, const Run& ru
     if constexpr (kMixed) {
         place.out_dtype = static_cast<DType>(out.dtype);
         place.out_at = out.offset + (static_cast<int64_t>(index) * kOctet - head) * dtype_bytes(place.out_dtype);
+        place.scales_at = out.scales_at;
+        place.scale_shift = static_cast<int>(out.scale_shift);
     }
     for (uint32_t i = 0; i < octets_per_thread && index < num; ++i) {
         place.first = index == 0 ? head : 0;
@@ -253,7 +257,7 @@ DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, ui
         const DeviceOut out = tables.row<DeviceOut>(header.places_at, index);
         const int64_t bytes = dtype_bytes(static_cast<DType>(out.dtype));
         const bool out_aligned =
-            alike && is_aligned(tables.row<uint8_t*>(header.outs_at, 0), segment, out.offset, bytes);
+            alike && header.num_emits > 0 && is_aligned(tables.row<uint8_t*>(header.outs_at, 0), segment, out.offset, bytes);
         run_octets<D, MixedPlace<D>>(segment, aligned, run, tile, header.octets_per_thread, thread, out, out_aligned);
     } else {
         run_octets<D>(segment, alike && aligned, run, tile, header.octets_per_thread, thread);
@@ -272,6 +276,14 @@ DZO_HD void run_thread(const VisitHeader& header, const TableReader& tables, uin
             high = middle;
     }
     const DeviceSegment segment = tables.row<DeviceSegment>(header.segments_at, low);
+    if constexpr (Program::kCoded) {
+        if (segment.dtype == static_cast<uint32_t>(DType::kCode16))
+            return run_segment<Program, DType::kCode16>(header, tables, low, segment, tile, thread);
+        if (segment.dtype == static_cast<uint32_t>(DType::kCode8))
+            return run_segment<Program, DType::kCode8>(header, tables, low, segment, tile, thread);
+        if (segment.dtype == static_cast<uint32_t>(DType::kNonNegative))
+            return run_segment<Program, DType::kNonNegative>(header, tables, low, segment, tile, thread);
+    }
     if (segment.dtype == static_cast<uint32_t>(DType::kBf16))
         run_segment<Program, DType::kBf16>(header, tables, low, segment, tile, thread);
     else if (segment.dtype == static_cast<uint32_t>(DType::kFp32))

@@ -24,10 +24,11 @@ struct DeviceSegment {
     uint32_t dtype;
 };
 
-// Where a segment is emitted, in a table of its own: what is emitted as it is stored needs none.
+// Where a segment is emitted, in a table of its own: what is emitted as it is stored needs none. Of codes also where
+// their scales are, as in MixedPlace.
 struct DeviceOut {
-    int64_t offset;
-    uint32_t dtype;
+    int64_t offset, scales_at;
+    uint32_t dtype, scale_shift;
 };
 
 struct DeviceTerm {
@@ -65,6 +66,7 @@ struct VisitShape {
     int num_updates; // 0 or 1
     int num_emits;   // 0, 1 or 2 (the same z)
     bool mixed;      // a segment is emitted in another dtype, or at another place, than it is stored
+    bool coded;      // a segment is of a stored format; then `mixed` too
 };
 
 struct VisitTables {
@@ -129,14 +131,15 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     std::vector<uint8_t>& bytes = tables.bytes;
     bytes.clear();
     int64_t octets = 0;
-    bool frozen = false, mixed = false;
+    bool frozen = false, mixed = false, coded = false;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
         octets += num_octets(segment.element_offset, segment.numel);
         frozen = frozen || segment.group == kNoGroup;
+        coded = coded || segment.dtype > static_cast<int64_t>(DType::kFp16);
         mixed = mixed || segment.out_dtype != segment.dtype || segment.out_offset != segment.byte_offset;
     }
-    mixed = mixed && visit.num_emits > 0;
+    mixed = coded || (mixed && visit.num_emits > 0);
     header.octets_per_thread = octets_per_thread(octets, num_sms);
     header.weights = visit.weights;
     header.keys = philox_keys(visit.seed);
@@ -145,7 +148,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     header.num_emits = static_cast<uint32_t>(visit.num_emits);
     header.write_back = visit.write_back ? 1 : 0;
     header.aligned = 1;
-    const uint8_t* const first = mixed ? visit.outs[0] : visit.weights;
+    const uint8_t* const first = mixed && visit.num_emits > 0 ? visit.outs[0] : visit.weights;
     for (int64_t e = 0; e < visit.num_emits; ++e)
         if ((reinterpret_cast<uintptr_t>(visit.outs[e]) - reinterpret_cast<uintptr_t>(first)) % 16 != 0)
             header.aligned = 0;
@@ -161,9 +164,13 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
             segments.push_back({segment.byte_offset + skipped * dtype_bytes(static_cast<DType>(segment.dtype)), begin,
                                 end, static_cast<uint32_t>(segment.param), static_cast<uint32_t>(group), tiles,
                                 static_cast<uint32_t>(segment.dtype)});
-            if (mixed)
+            if (mixed) {
+                const bool codes = is_code(static_cast<DType>(segment.dtype));
+                const int shift = codes ? __builtin_ctzll(static_cast<uint64_t>(segment.scale_group / kOctet)) : 0;
                 places.push_back({segment.out_offset + skipped * dtype_bytes(static_cast<DType>(segment.out_dtype)),
-                                  static_cast<uint32_t>(segment.out_dtype)});
+                                  segment.scale_offset - 4 * (segment.element_offset / kOctet >> shift),
+                                  static_cast<uint32_t>(segment.out_dtype), static_cast<uint32_t>(shift)});
+            }
             tiles += num_tiles_of(begin, end - begin, header.octets_per_thread);
         });
     }
@@ -211,6 +218,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     shape.num_updates = static_cast<int>(visit.num_updates);
     shape.num_emits = static_cast<int>(visit.num_emits);
     shape.mixed = mixed;
+    shape.coded = coded;
 }
 
 } // namespace distzo2

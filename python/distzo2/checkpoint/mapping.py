@@ -84,7 +84,8 @@ class CheckpointMap:
     def digest(self) -> dict[str, Any]:
         """What a journal's header records of the checkpoint's files; all of them are read, or parts where weights are
         packed."""
-        return digest_checkpoint(self.files.directory, sampled=self.is_packed)
+        pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
+        return digest_checkpoint(self.files.directory, sampled=any(piece.make is None for piece in pieces))
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
         """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.

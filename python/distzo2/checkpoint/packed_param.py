@@ -139,12 +139,15 @@ class PackedParam:
             ranges = tuple((piece.path, piece.offset, piece.num_bytes, start) for piece, start in self.placed())
         return StoredAs(self.num_bytes, ranges, None, self.layout, self.transposed, self.format)
 
+    def param(self, dtype: torch.dtype, index: int = 0) -> ParamInfo:
+        """The parameter as of a model that declares it in `dtype`."""
+        stored, tensor = self.stored_as(), torch.empty(self.shape, dtype=dtype, device="meta")
+        trains = stored.code_dtype is not None
+        return ParamInfo(index, self.name, tensor.shape, dtype, tensor.stride(), trains, tensor, stored=stored)
+
     def value(self, dtype: torch.dtype) -> torch.Tensor:
         """The parameter itself, decoded to `dtype`. As for `read`."""
-        tensor = torch.empty(self.shape, dtype=dtype, device="meta")
-        return ParamInfo(
-            0, self.name, tensor.shape, dtype, tensor.stride(), False, tensor, stored=self.stored_as()
-        ).value(self.read())
+        return self.param(dtype).value(self.read())
 
     def check_scales(self) -> None:
         """Reads the scales and minima, piece by piece, and refuses what no weight can be made of.

@@ -14,6 +14,7 @@ at a time, whenever they are read.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -67,7 +68,11 @@ _CODES = {Kind.INT8: np.int8, Kind.INT16: np.int16}
 
 
 def pack_map(
-    model: nn.Module, checkpoint_map: CheckpointMap, store: str, units: list[str] | None = None
+    model: nn.Module,
+    checkpoint_map: CheckpointMap,
+    store: str,
+    units: list[str] | None = None,
+    names: Container[str] | None = None,
 ) -> PackedCheckpoint:
     """Has the matrices of a model's blocks packed when they are read.
 
@@ -79,6 +84,7 @@ def pack_map(
         checkpoint_map: what fills them. It is left as it is, and its files must stay open.
         store: "affine4", "table4", "affine8" or "affine16".
         units: as for `distzo2.offload`.
+        names: of the parameters, if they are known; None: those above.
 
     Returns:
         the model; the map that fills it, packed; the settings {"store", "group"}; and the error, which is complete
@@ -91,7 +97,7 @@ def pack_map(
     if store not in STORES:
         raise CheckpointError(f"expected a store among {', '.join(STORES)}, got {store!r}")
     blocks = [unit for unit in find_units(model, collect_params(model), units) if not unit.resident]
-    chosen = {param.name for unit in blocks for param in unit.params if _is_packable(param)}
+    chosen = {param.name for unit in blocks for param in unit.params if _is_packable(param)} if names is None else names
     error, packed = PackingError(), dict(checkpoint_map.mapped)
     for name, mapped in packed.items():
         if name in chosen and mapped.packed is None:

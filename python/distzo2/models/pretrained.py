@@ -32,6 +32,7 @@ from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
 from distzo2.formats.gguf_file import RAW_DTYPES
 from distzo2.formats.packed_checkpoint import is_quantized, open_packed, plain_config
+from distzo2.formats.packing import pack_map
 from distzo2.streaming.offload import offload, runtime_of
 
 _UNITS_AHEAD = 2
@@ -51,6 +52,7 @@ def from_pretrained(
     units: Sequence[str] | None = None,
     directory: str | os.PathLike | None = None,
     train: bool = False,
+    store: str | None = None,
     prepare: Callable[[nn.Module, CheckpointMap], tuple[nn.Module, CheckpointMap]] | None = None,
     **offload_options: Any,
 ) -> nn.Module:
@@ -68,6 +70,9 @@ def from_pretrained(
             the causal language model if that was a bare base model.
         attn_implementation: as for transformers' `from_pretrained`.
         train: whether the model is in training mode; otherwise it is in `eval()` mode.
+        store: packs the matrices of blocks while they are read, a group of 64 columns at a time, round to nearest:
+            "affine16" and "affine8" as codes of 16 and 8 bits, which can be trained (docs/packed.md); "affine4" and
+            "table4" in 4 bits, frozen. None: as they are.
         prepare: called with the model, whose parameters are on meta, and the map that fills it, before it is handed
             over; returns those to take in their place. `distzo2.adapter(...)` makes one.
 
@@ -78,7 +83,12 @@ def from_pretrained(
     model, checkpoint_map = open_checkpoint(
         path, dtype=dtype, auto_class=auto_class, attn_implementation=attn_implementation
     )
+    error = None
     try:
+        if store is not None:
+            opened = pack_map(model, checkpoint_map, store, None if units is None else list(units))
+            checkpoint_map, error = opened.map, opened.error
+            freeze_packed(model, checkpoint_map)
         if prepare is not None:
             model, checkpoint_map = prepare(model, checkpoint_map)
         model = offload(
@@ -95,6 +105,8 @@ def from_pretrained(
     finally:
         checkpoint_map.close()
     runtime_of(model).base = checkpoint_map
+    if error is not None and error.sums:
+        logger.info("%s: %s", path, error.report())
     return model
 
 
@@ -111,8 +123,7 @@ def open_checkpoint(
     if is_gguf(path) or is_quantized(path):
         opened = (open_gguf if is_gguf(path) else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
         model, checkpoint_map = opened.model, opened.map
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(checkpoint_map.mapped[name].packed is None)
+        freeze_packed(model, checkpoint_map)
     else:
         config = load_config(path)
         files, model_class = CheckpointFiles(path), class_of(path, config, auto_class)
@@ -123,6 +134,13 @@ def open_checkpoint(
         names = checkpoint_map.unexpected
         logger.warning("%s: %d tensors have no use in the model: %s", path, len(names), ", ".join(names[:5]))
     return model.eval(), checkpoint_map
+
+
+def freeze_packed(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
+    """Freezes the parameters whose packed form cannot be trained."""
+    for name, parameter in model.named_parameters():
+        packed = checkpoint_map.mapped[name].packed
+        parameter.requires_grad_(packed is None or packed.stored_as().code_dtype is not None)
 
 
 def config_of(path: Path) -> Any:

@@ -86,6 +86,7 @@ ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Estimator = Literal["spsa", "fzoo"]
 Noise = Literal["normal", "rademacher"]
 Weights = Literal["device", "host", "disk"]
+Store = Literal["affine4", "table4", "affine8", "affine16"]
 
 
 def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
@@ -130,6 +131,11 @@ class Placement:
         1, "write a streamed block back at every N-th step, blocks in turn: spares a disk, makes more noise"
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
+    store: Store | None = option(
+        None,
+        "pack the blocks' matrices at load, 64 weights with a scale: affine16 and affine8 can be trained "
+        "(docs/packed.md), affine4 and table4 are frozen, for adapters (default: as the checkpoint has them)",
+    )
     compute_dtype: ComputeDtype = option(
         "auto",
         "dtype that the model computes in, whatever is stored; auto: as stored, but float32 on a CPU that has no "
@@ -161,6 +167,11 @@ class Trained(Adapted):
         "train an adapter and leave the model as it is: OUT/adapter loads with peft (docs/peft.md)",
         group="what is trained",
     )
+    tune: Literal["adapter", "code", "full"] | None = option(
+        None,
+        "adapter: as --peft lora; code: weights stored as codes (--store affine16, or affine8); full: weights as they "
+        "are (default: what --peft, --adapter and --store say)",
+    )
     lora_r: Count = option(8, "rank of LoRA's matrices")
     lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
     lora_targets: str | None = option(
@@ -179,6 +190,10 @@ class Trained(Adapted):
     def __post_init__(self) -> None:
         if self.peft and self.adapter:
             raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
+        if self.tune == "adapter" and not self.adapts:
+            object.__setattr__(self, "peft", "lora")
+        elif self.tune in ("code", "full") and self.adapts:
+            raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
         if self.train_only and self.adapts:
             raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
 
@@ -368,6 +383,15 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tune == "code" and self.store is None:
+            object.__setattr__(self, "store", "affine16")
+        if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
+            raise UsageError(
+                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
+                "--peft lora trains an adapter beside them, --store affine16 or affine8 the codes themselves"
+            )
+        if self.tune == "full" and self.store is not None:
+            raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:
@@ -399,10 +423,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 TRAINED = tuple(f.name for f in fields(Trained))
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective",
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "store", "compute_dtype", "tf32", "objective",
          "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
          *TRAINED)  # fmt: skip
-KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
+KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,7 @@ def load_model(options: Placement, place: Place, widest: torch.dtype | None, **m
         device=place.device,
         weights=options.weights,
         dtype=DTYPES.get(options.dtype),
+        store=options.store,
         compute_dtype=widest,
         memory_budget=options.memory_budget,
         host_memory=options.host_memory,

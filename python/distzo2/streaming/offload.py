@@ -223,7 +223,9 @@ def _hand_over(
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent
-    slices = choose_slices(current(), found, device, weights, directory, host_memory)
+    slices = None  # of codes each rank keeps all: their scales lie elsewhere
+    if not any(p.is_coded for p in params):
+        slices = choose_slices(current(), found, device, weights, directory, host_memory)
     together = slices.node.exchange if slices is not None else None
     streams = on_disk or (weights == "host" and (device.type != "cpu" or slices is not None))
     with nullcontext({}) if together is None else together.together("handing over a model") as agreed:

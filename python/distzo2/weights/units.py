@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
-from distzo2_core import PackedLayout, PackedSegment, PackedTable, decode
+from distzo2_core import Kind, PackedLayout, PackedSegment, PackedTable, Segment, decode
 
 ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundary
 HALVES = (torch.bfloat16, torch.float16)
@@ -54,7 +54,20 @@ class StoredAs:
     transposed: bool = False
     format: str = ""
 
+    @property
+    def code_dtype(self) -> torch.dtype | None:
+        """int8 or int16 where codes can be trained: they lie flat, with a float32 scale a group and nothing else, so
+        that noise and updates know elements by their number. None for other formats."""
+        at = self.layout
+        if at is None or at.codes.kind not in _CODES or any((at.outer, at.zero, at.min, at.zero_point, at.head_dim)):
+            return None
+        dtype, group = _CODES[at.codes.kind], at.scale.cols
+        places = (at.codes.row_stride, at.scale.row_stride, at.scale.stride, at.scale.rows, at.block, self.transposed)
+        is_flat = places == (at.cols * dtype.itemsize, at.cols // group * 4, 4, 1, at.cols, False)
+        return dtype if is_flat and at.scale.kind == Kind.FLOAT32 and at.cols % group == 0 else None
 
+
+_CODES = {Kind.INT8: torch.int8, Kind.INT16: torch.int16}
 # How the bytes of a parameter on meta are stored, by its name; None: as the module declares it, to be filled.
 StoredBy = Callable[[str], StoredAs | None]
 
@@ -92,6 +105,11 @@ class ParamInfo:
         return None if self.stored is None else self.stored.layout
 
     @property
+    def is_coded(self) -> bool:
+        """Whether codes are trained."""
+        return self.trainable and self.layout is not None
+
+    @property
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize if self.layout is None else self.stored.num_bytes
 
@@ -105,6 +123,17 @@ class ParamInfo:
         """(rows, columns) of the parameter seen as a matrix; a vector is one row."""
         rows = self.shape[0] if len(self.shape) > 1 else 1
         return rows, self.numel // max(rows, 1)
+
+    def segment(self, byte_offset: int, part: range, group: int) -> Segment:
+        """Elements `part`, or all of what is coded, in a buffer that holds them from `byte_offset` on."""
+        dtype, scales = self.dtype, {}
+        if self.is_coded:  # whole: what holds codes is not sliced
+            scale, part = self.layout.scale, range(self.numel)
+            dtype, scales = (
+                self.stored.code_dtype,
+                {"scale_offset": byte_offset + scale.offset, "scale_group": scale.cols},
+            )
+        return Segment(byte_offset, len(part), dtype, self.index, part.start, group, *self.matrix_shape, **scales)
 
     def value(self, view: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The parameter in `dtype` (None: as the module declares it), of a view of what is stored; the view itself
@@ -158,8 +187,8 @@ class Unit:
 
     @cached_property
     def packed(self) -> PackedTable | None:
-        """Decodes what is packed of the unit into a copy for modules; None: nothing is packed."""
-        found = [(p, p.layout.moved(p.byte_offset)) for p in self.params if p.layout is not None]
+        """Decodes what is packed and frozen of the unit into a copy for modules; None: nothing is."""
+        found = [(p, p.layout.moved(p.byte_offset)) for p in self.params if p.layout is not None and not p.is_coded]
         return PackedTable(PackedSegment(at, p.seen_offset, p.seen) for p, at in found) if found else None
 
     @property
@@ -255,13 +284,13 @@ def collect_params(model: nn.Module, stored: StoredBy | None = None) -> list[Par
         if p.dtype.is_complex or p.is_sparse:
             raise DistZO2Error(f"parameter {name} is {p.dtype}, layout {p.layout}; dense real tensors are expected")
         trains, told = p.requires_grad, stored(name) if stored is not None and p.is_meta else None
-        if trains and told is not None and told.layout is not None:
+        if trains and told is not None and told.layout is not None and told.code_dtype is None:
             raise DistZO2Error(
                 f"parameter {name} is packed ({told.format}), and cannot be perturbed or updated as it is: freeze it "
-                "and train an adapter beside it"
+                "and train an adapter beside it, or pack 16-bit weights as affine8 or affine16, whose codes are trained"
             )
         info = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), trains, p, requires_grad=trains)
-        if told is not None and not trains:
+        if told is not None and (told.layout is not None or not trains):
             info.stored, info.dtype = told, told.dtype or p.dtype
         params[id(p)] = info
     users = _users(model)

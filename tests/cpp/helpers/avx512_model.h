@@ -20,9 +20,12 @@ struct __m512i {
 struct __m256i {
     uint16_t v[16];
 };
+struct __m128i {
+    uint8_t v[16];
+};
 using __mmask16 = uint16_t;
 
-enum { _CMP_UNORD_Q = 3, _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _MM_PERM_CCAA = 0xA0 };
+enum { _CMP_UNORD_Q = 3, _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_TO_NEG_INF = 1, _MM_FROUND_NO_EXC = 8, _MM_PERM_CCAA = 0xA0 };
 
 template <class To, class From>
 To model_cast(const From& from) {
@@ -63,6 +66,10 @@ DZO_MODEL(__m512, _mm512_fmadd_ps, (__m512 a, __m512 b, __m512 c), fma_rn(a.v[i]
 DZO_MODEL(__m512, _mm512_add_ps, (__m512 a, __m512 b), a.v[i] + b.v[i])
 DZO_MODEL(__m512, _mm512_mul_ps, (__m512 a, __m512 b), a.v[i] * b.v[i])
 DZO_MODEL(__m512, _mm512_sub_ps, (__m512 a, __m512 b), a.v[i] - b.v[i])
+DZO_MODEL(__m512, _mm512_div_ps, (__m512 a, __m512 b), a.v[i] / b.v[i])
+DZO_MODEL(__m512, _mm512_min_ps, (__m512 a, __m512 b), a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+DZO_MODEL(__m512, _mm512_max_ps, (__m512 a, __m512 b), a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+DZO_MODEL(__m512, _mm512_roundscale_ps, (__m512 a, int), std::floor(a.v[i])) // _MM_FROUND_TO_NEG_INF alone
 DZO_MODEL(__m512, _mm512_sqrt_ps, (__m512 a), std::sqrt(a.v[i]))
 DZO_MODEL(__m512, _mm512_cvtepi32_ps, (__m512i a), static_cast<float>(static_cast<int32_t>(a.v[i])))
 DZO_MODEL(__m512, _mm512_cvtepu32_ps, (__m512i a), static_cast<float>(a.v[i]))
@@ -74,9 +81,14 @@ DZO_MODEL(__m512i, _mm512_and_si512, (__m512i a, __m512i b), a.v[i] & b.v[i])
 DZO_MODEL(__m512i, _mm512_or_si512, (__m512i a, __m512i b), a.v[i] | b.v[i])
 DZO_MODEL(__m512i, _mm512_xor_si512, (__m512i a, __m512i b), a.v[i] ^ b.v[i])
 DZO_MODEL(__m512i, _mm512_min_epu32, (__m512i a, __m512i b), a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+DZO_MODEL(__m512i, _mm512_max_epi32, (__m512i a, __m512i b),
+          static_cast<int32_t>(a.v[i]) > static_cast<int32_t>(b.v[i]) ? a.v[i] : b.v[i])
 DZO_MODEL(__m512i, _mm512_srli_epi32, (__m512i a, unsigned n), a.v[i] >> n)
 DZO_MODEL(__m512i, _mm512_slli_epi32, (__m512i a, unsigned n), a.v[i] << n)
 DZO_MODEL(__m512i, _mm512_cvtepu16_epi32, (__m256i a), a.v[i])
+DZO_MODEL(__m512i, _mm512_cvtepi16_epi32, (__m256i a), static_cast<uint32_t>(static_cast<int16_t>(a.v[i])))
+DZO_MODEL(__m512i, _mm512_cvtepi8_epi32, (__m128i a), static_cast<uint32_t>(static_cast<int8_t>(a.v[i])))
+DZO_MODEL(__m128i, _mm512_cvtepi32_epi8, (__m512i a), static_cast<uint8_t>(a.v[i]))
 DZO_MODEL(__m256i, _mm512_cvtepi32_epi16, (__m512i a), static_cast<uint16_t>(a.v[i]))
 DZO_MODEL(__m512, _mm512_cvtph_ps, (__m256i a), fp16_to_float(a.v[i]))
 DZO_MODEL(__m256i, _mm512_cvtps_ph, (__m512 a, int), float_to_fp16(a.v[i]))
@@ -147,6 +159,12 @@ inline __m256i _mm256_loadu_si256(const __m256i* p) {
     std::memcpy(&out, static_cast<const void*>(p), sizeof out);
     return out;
 }
+inline __m128i _mm_loadu_si128(const __m128i* p) {
+    __m128i out;
+    std::memcpy(&out, static_cast<const void*>(p), sizeof out);
+    return out;
+}
+inline void _mm_storeu_si128(__m128i* p, __m128i x) { std::memcpy(static_cast<void*>(p), &x, sizeof x); }
 inline void _mm512_storeu_ps(float* p, __m512 x) { std::memcpy(p, &x, sizeof x); }
 inline void _mm512_storeu_si512(void* p, __m512i x) { std::memcpy(p, &x, sizeof x); }
 inline void _mm256_storeu_si256(__m256i* p, __m256i x) { std::memcpy(static_cast<void*>(p), &x, sizeof x); }

@@ -154,8 +154,12 @@ inline Visit cut(const Visit& whole, Random& random) {
     for (const Segment& segment : whole.segments)
         for (int64_t begin = 0; begin < segment.numel;) {
             const int64_t left = segment.numel - begin, to_tile = 1024 - (segment.element_offset + begin) % 1024;
-            const int64_t wanted = random.below(3) == 0 ? to_tile : 1 + random.below(random.below(2) == 0 ? 9 : 700);
+            int64_t wanted = random.below(3) == 0 ? to_tile : 1 + random.below(random.below(2) == 0 ? 9 : 700);
             Segment part = segment;
+            const int64_t each = segment.scale_group;
+            if (each > 0)
+                wanted = (wanted + each - 1) / each * each;
+            part.scale_offset += each > 0 ? 4 * (begin / each) : 0;
             part.byte_offset += begin * dtype_bytes(static_cast<DType>(segment.dtype));
             part.out_offset += begin * dtype_bytes(static_cast<DType>(segment.out_dtype));
             part.element_offset += begin;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -61,6 +62,21 @@ struct Visit {
         segments.push_back({place, numel, static_cast<int64_t>(dtype), param, element_offset, group, 1, numel});
         weights.resize(static_cast<size_t>(place + numel * bytes), uint8_t{0x5A});
     }
+    // Codes with their scales behind them; to be emitted in another dtype.
+    void add_codes(DType dtype, int64_t numel, int64_t param, int64_t element_offset, int64_t group,
+                   int64_t scale_group, Random& random) {
+        add_segment(dtype, numel, param, element_offset / scale_group * scale_group, group, random.below(9));
+        const size_t at = (weights.size() + 3) / 4 * 4;
+        const auto num = static_cast<size_t>((numel + scale_group - 1) / scale_group);
+        segments.back().scale_offset = static_cast<int64_t>(at);
+        segments.back().scale_group = scale_group;
+        weights.resize(at + 4 * num);
+        for (size_t i = 0; i < num; ++i) {
+            const float wild[] = {0.0f, 1e-45f, 3e38f, 1.2e-38f};
+            const float scale = random.below(4) == 0 ? wild[random.below(4)] : random.uniform(1e-6f, 1e-2f);
+            std::memcpy(weights.data() + at + 4 * i, &scale, 4);
+        }
+    }
     // Emits go to other places, in dtype_of(segment); `gap` gives the bytes of padding before each. To be called before
     // emits are added.
     template <class DTypeOf, class Gap>
@@ -85,9 +101,22 @@ struct Visit {
     }
     void fill_random(uint64_t salt) {
         Random random{salt};
-        fill([&](const Segment&, int64_t) { return random.uniform(-0.05f, 0.05f); });
+        fill([&](const Segment& segment, int64_t) {
+            const float value = random.uniform(-0.05f, 0.05f), largest = limit_of(segment);
+            return largest == 0 ? value : static_cast<float>(static_cast<int32_t>(20 * value * largest));
+        });
     }
 
+    static float limit_of(const Segment& segment) { // the largest code
+        const auto dtype = static_cast<DType>(segment.dtype);
+        return dtype == DType::kCode8 ? 127.0f : dtype == DType::kCode16 ? 32767.0f : 0.0f;
+    }
+    float scale_of(const Segment& segment, int64_t i) const {
+        float scale = 1.0f;
+        if (is_code(static_cast<DType>(segment.dtype)))
+            std::memcpy(&scale, weights.data() + segment.scale_offset + 4 * (i / segment.scale_group), 4);
+        return scale;
+    }
     static Segment emitted(Segment segment) { // as if it was stored there
         segment.byte_offset = segment.out_offset;
         segment.dtype = segment.out_dtype;
@@ -98,7 +127,13 @@ struct Visit {
         uint16_t half;
         float value;
         switch (static_cast<DType>(segment.dtype)) {
+        case DType::kCode8:
+            return static_cast<int8_t>(*at);
+        case DType::kCode16:
+            std::memcpy(&half, at, 2);
+            return static_cast<int16_t>(half);
         case DType::kFp32:
+        case DType::kNonNegative:
             std::memcpy(&value, at, 4);
             return value;
         case DType::kBf16:
@@ -111,9 +146,14 @@ struct Visit {
     }
     static void store(std::vector<uint8_t>& buffer, const Segment& segment, int64_t i, float value) {
         uint8_t* at = buffer.data() + segment.byte_offset + i * dtype_bytes(static_cast<DType>(segment.dtype));
-        if (static_cast<DType>(segment.dtype) == DType::kFp32) {
+        if (dtype_bytes(static_cast<DType>(segment.dtype)) == 4) {
             value = canonical_fp32(value);
             std::memcpy(at, &value, 4);
+            return;
+        }
+        if (is_code(static_cast<DType>(segment.dtype))) {
+            const auto code = static_cast<int16_t>(value); // little-endian
+            std::memcpy(at, &code, static_cast<size_t>(dtype_bytes(static_cast<DType>(segment.dtype))));
             return;
         }
         const uint16_t half =
@@ -165,12 +205,13 @@ struct Visit {
         for (const Segment& segment : segments)
             for (int64_t i = 0; i < segment.numel; ++i) {
                 const int64_t element = segment.element_offset + i;
-                float w = load(weights, segment, i);
+                float w = load(weights, segment, i); // or a code
+                const float scale = scale_of(segment, i), limit = limit_of(segment);
                 bool changed = false;
                 for (size_t u = 0; u < updates.size() && segment.group != kNoGroup; ++u) {
                     const UpdateGroup& group = update_groups[u * static_cast<size_t>(num_groups) + segment.group];
                     bool any = false;
-                    float a = group.weight_decay == 0 ? 0.0f : group.weight_decay * w;
+                    float a = group.weight_decay == 0 ? 0.0f : group.weight_decay * (w * scale);
                     for (int64_t j = updates[u].first_term; j < updates[u].first_term + updates[u].num_terms; ++j) {
                         const float k = coefs[j] * group.update_scale;
                         if (k == 0)
@@ -181,20 +222,26 @@ struct Visit {
                     if (group.lr == 0 || (group.weight_decay == 0 && !any))
                         continue;
                     changed = true;
-                    w = fma_rn(-group.lr, a, w);
                     const Draw draw = make_draw(Purpose::kRounding, static_cast<uint32_t>(segment.param),
                                                 static_cast<uint32_t>(updates[u].step), 0);
                     const uint32_t r = rounding_bits(philox_group(draw, seed, static_cast<uint64_t>(element) / 8),
                                                      static_cast<uint32_t>(element % 8));
+                    if (limit > 0) {
+                        w = step_code(w, -group.lr * a, code_divisor(scale), r, limit);
+                        continue;
+                    }
+                    w = fma_rn(-group.lr, a, w);
                     if (static_cast<DType>(segment.dtype) == DType::kBf16)
                         w = bf16_to_float(float_to_bf16_stochastic(w, r));
                     else if (static_cast<DType>(segment.dtype) == DType::kFp16)
                         w = fp16_to_float(float_to_fp16_stochastic(w, r));
                     else
                         w = canonical_fp32(w);
+                    if (static_cast<DType>(segment.dtype) == DType::kNonNegative && std::signbit(w))
+                        w = 0.0f;
                 }
                 for (size_t e = 0; e < emits.size(); ++e) {
-                    float a = w;
+                    float a = w * scale;
                     for (int64_t j = emits[e].first_term; j < emits[e].first_term + emits[e].num_terms; ++j) {
                         const float k =
                             segment.group == kNoGroup
@@ -215,20 +262,25 @@ inline const DType kDTypes[] = {DType::kFp32, DType::kBf16, DType::kFp16};
 constexpr UpdateGroup kPlain{1e-3f, 0.0f, 1.0f, 1.0f};
 
 // Several groups, mixed dtypes, odd places, zero coefficients and rates, what is frozen, emits in pairs of both signs,
-// every second time in other dtypes and at other places.
+// every second time, and with stored formats, in other dtypes and at other places.
 inline Visit random_visit(Random& random) {
     Visit visit;
     visit.seed = random.next();
     visit.num_groups = 1 + random.below(3);
     visit.write_back = random.below(4) != 0;
+    const bool stored = random.below(2) == 0; // formats that are no dtypes
     for (int64_t s = random.below(5); s >= 0; --s) {
-        const DType dtype = kDTypes[random.below(3)];
+        const DType dtype = stored ? static_cast<DType>(random.below(6)) : kDTypes[random.below(3)];
         const int64_t numel = random.below(1500), param = random.below(1ll << 32);
-        visit.add_segment(dtype, numel, param, random.below(1ll << (3 + random.below(30))),
-                          random.below(6) == 0 ? kNoGroup : random.below(visit.num_groups), random.below(9));
+        const int64_t offset = random.below(1ll << (3 + random.below(30)));
+        const int64_t group = random.below(6) == 0 ? kNoGroup : random.below(visit.num_groups);
+        if (is_code(dtype))
+            visit.add_codes(dtype, numel, param, offset, group, 32ll << random.below(4), random);
+        else
+            visit.add_segment(dtype, numel, param, offset, group, random.below(9));
     }
     visit.fill_random(random.next());
-    if (random.below(2) == 0)
+    if (random.below(2) == 0 || stored)
         visit.emit_as([&](const Segment&) { return kDTypes[random.below(3)]; }, [&] { return random.below(9); });
     const auto coef = [&] { return random.below(4) == 0 ? 0.0f : random.uniform(-2, 2); };
     const auto add_terms = [&](int64_t num) {

@@ -38,7 +38,9 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
         std::vector<uint8_t*> pointers;
         VisitTables tables;
         build_tables(actual.view(pointers), num_sms, tables);
-        if (tables.shape.mixed)
+        if (tables.shape.coded)
+            run_grid<Coded<decltype(program)>>(tables);
+        else if (tables.shape.mixed)
             run_grid<Mixed<decltype(program)>>(tables);
         else
             run_grid<decltype(program)>(tables);

@@ -10,14 +10,25 @@ from unittest import mock
 
 import numpy as np
 import torch
-from kernel_cases import DTYPES, Visit, assert_same_bits, random_coef, random_place, random_weights
+from kernel_cases import (
+    CODES,
+    DTYPES,
+    Visit,
+    append_scales,
+    assert_same_bits,
+    random_codes,
+    random_coef,
+    random_place,
+    random_weights,
+)
 
 import distzo2_core
 import distzo2_core.ops
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core.types import CODE8, CODE16, CODE_DTYPES
 
 from .cuda_kernels import CudaKernels
-from .triton_kernels import ARGUMENTS, PAIRS, TritonKernels
+from .triton_kernels import ARGUMENTS, PAIRS, STORED_PAIRS, TritonKernels
 
 FAMILIES = ("normal", "rademacher")
 # Updates and emits that the CUDA kernels have programs for, and one that they have none for.
@@ -43,8 +54,11 @@ def backend_of(kernels: CudaKernels | TritonKernels) -> Iterator[str]:
 
 def pairs_of(kernels: CudaKernels | TritonKernels) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
     """What is emitted in another dtype than it is stored in: everything, or what was compiled for these tests."""
-    codes = PAIRS if isinstance(kernels, TritonKernels) else itertools.permutations(range(3), 2)
-    return tuple((DTYPES[code], DTYPES[out_code]) for code, out_code in codes)
+    if isinstance(kernels, TritonKernels):
+        codes = [*PAIRS, *(pair for pair in STORED_PAIRS if CODE_DTYPES[pair[0]] in CODES)]
+    else:
+        codes = [*itertools.permutations(range(3), 2), *itertools.product((CODE8, CODE16), range(3))]
+    return tuple((CODE_DTYPES[code], DTYPES[out_code]) for code, out_code in codes)
 
 
 def simple_visit(
@@ -56,6 +70,7 @@ def simple_visit(
     whole: bool = False,
     plain: bool = False,
     pairs: tuple[tuple[torch.dtype, torch.dtype], ...] = (),
+    nonnegative: bool = False,
 ) -> Visit:
     """A visit of one-term updates and emits, all emits of one noise, to segments of the dtypes in turn.
 
@@ -63,18 +78,27 @@ def simple_visit(
         whole: octets are whole and aligned.
         plain: weights are finite and of a model's size, and no scalar is 0.
         pairs: what segments are emitted as, in turn, if there are any; at other places, of multiples of 16 if `whole`.
+        nonnegative: every segment of float32 is.
     """
     parts, segments, num_bytes = [], [], 0
     for index, numel in enumerate(numels):
         dtype = dtypes[index % len(dtypes)]
         gap = 0 if whole else int(rng.integers(0, 5)) * 4 + -num_bytes % 4
         offset = 0 if whole else int(rng.choice([0, 3, 8, 2**34 - 50, 2**37 + 5]))
+        more = {"nonnegative": True} if nonnegative and dtype == torch.float32 else {}
+        if dtype in CODES:
+            more, offset = {"scale_group": 32}, offset - offset % 32
         where = (num_bytes + gap, numel, dtype, int(rng.integers(0, 2**32)), offset)
-        segments.append(Segment(*where, int(rng.integers(2)), 1, offset + numel))
+        segments.append(Segment(*where, int(rng.integers(2)), 1, offset + numel, **more))
         usual = torch.from_numpy(rng.standard_normal(numel) * 0.02).to(dtype)
-        weights = usual if plain else random_weights(rng, numel, dtype)
+        make = random_codes if dtype in CODES else random_weights
+        weights = usual if plain else make(rng, numel, dtype)
         parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), weights.view(torch.uint8)]
         num_bytes += gap + numel * dtype.itemsize
+        if dtype in CODES:
+            num_bytes = append_scales(rng, segments, parts, num_bytes)
+            parts.append(torch.zeros(-num_bytes % 16 if whole else 0, dtype=torch.uint8))
+            num_bytes += parts[-1].numel()
     noises = [(family, int(rng.integers(0, 2**32)), int(rng.integers(0, 2**20)), 0) for _ in range(2)]
 
     def scalar(*values: float) -> float:
@@ -95,11 +119,13 @@ def simple_visit(
     )
     at = 0
     for index, segment in enumerate(segments if pairs else ()):
-        outs = [segment.dtype, *(out for dtype, out in pairs if dtype == segment.dtype)]
+        outs = [dtype for dtype in (segment.dtype,) if dtype in DTYPES]
+        outs += [out for dtype, out in pairs if dtype == segment.dtype]
         out_dtype = outs[-1] if plain else outs[(index // len(dtypes) + 1) % len(outs)]
         at += 16 - at % 16 if whole else int(rng.integers(0, 5)) * 4 + -at % 4
         segments[index] = segment._replace(out_offset=at, out_dtype=out_dtype)
         at += segment.numel * out_dtype.itemsize
+    parts.append(torch.zeros(-num_bytes % 4 if set(CODES) & set(dtypes) else 0, dtype=torch.uint8))
     table = SegmentTable(segments, num_bytes=num_bytes)
     return Visit(torch.cat(parts), table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, emits)
 

@@ -199,6 +199,8 @@ class Translator:
             case ("cvt", "rn", "f16x2" | "bf16x2" as to, "f32"):
                 high, low = (f"to_{'half' if to == 'f16x2' else 'bfloat'}({each})" for each in values())
                 return f"{high} << U32(16) | {low}", bits
+            case ("cvt", "rmi" | "rzi" as mode, "f32", "f32"):
+                return f"canonical(np.{'floor' if mode == 'rmi' else 'trunc'}({values()[0]}))", bits
             case ("cvt", "f32", "f16"):
                 return f"canonical({values()[0]}.astype(F32))", TYPES["u32"]
             case ("cvt", mode, "f32", _) if mode in ROUNDING and kind.kind in "iu":

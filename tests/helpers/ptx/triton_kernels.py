@@ -37,16 +37,17 @@ ARGUMENTS = {
 DECODED = {"q4_0": 1, "q5_k": 1, "q6_k": 2, "nvfp4, divided": 0, "e4m3, blocks": 1, "uint8": 0}
 PROGRAMS = ((False, 1), (False, 2), (True, 0), (True, 1), (True, 2))  # write back, emits
 PAIRS = ((0, 1), (1, 0), (2, 0))  # of a dtype's code and that of the emits, beside equal ones
+STORED_PAIRS = ((3, 1), (4, 1), (4, 0), (5, 0), (5, 1))  # of codes and of nonnegative float32
 
 
 def variants() -> list[tuple[str, dict[str, int]]]:
     """Every kernel with the constants that it is compiled for."""
     found = []
     same = tuple((code, code) for code in range(3))
-    for (codes, moved), (back, emits) in itertools.product(
-        [*itertools.product(same, (False, True)), *((pair, True) for pair in PAIRS)], PROGRAMS
-    ):
-        if emits or not moved:
+    stored = [*itertools.product(same, (False, True)), *((pair, True) for pair in (*PAIRS, *STORED_PAIRS))]
+    stored += [((code, code), False) for code in (3, 4, 5)]  # without emits
+    for (codes, moved), (back, emits) in itertools.product(stored, PROGRAMS):
+        if moved == (emits > 0) if max(codes) > 2 else emits or not moved:
             constants = {"CODE": codes[0], "OUT_CODE": codes[1], "MOVED": moved, "WRITE_BACK": back}
             found.append(("materialize_kernel", constants | {"NUM_EMITS": emits, "TILE": TILE}))
     for family, (code, out_code) in itertools.product(range(2), (*same, *PAIRS)):
@@ -80,7 +81,7 @@ def compile_variant(name: str, constants: dict[str, int], aligned: bool) -> dict
     if name == "decode_kernel":
         types |= {"stored": "*u8", "table": "*i64"}
     else:
-        types |= dict.fromkeys(("weights", "table"), "*i16" if constants["CODE"] else "*i32")
+        types |= dict.fromkeys(("weights", "table"), ("*i32", "*i16", "*i16", "*i8", "*i16", "*i32")[constants["CODE"]])
     emitted = "*i16" if constants.get("OUT_CODE", constants.get("CODE")) else "*i32"
     signature = {each: types.get(each, emitted) for each in ARGUMENTS[name]}
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))} if aligned else {}
