@@ -25,6 +25,7 @@ from distzo2_core import Update, decode, materialize
 from distzo2_core.ops import materialize_again
 
 CLEAN_KEY = ()  # of a copy that no update and no perturbation changes
+FINITE_ELEMENTS = 1 << 20  # looked at together, since the look takes some bytes an element
 MAX_VISITED = 4096  # combinations of a unit and buffers that are remembered
 
 
@@ -412,8 +413,10 @@ class UnitWeights:
         self.trace.add("decode", unit.name, start, end)
         if unit.index in self._decoded:
             return
-        for param, view in zip(unit.params, unit.seen_views(outs[0]), strict=True):
-            if param.layout is not None and not view.isfinite().all():
+        for param in unit.params:
+            end = param.seen_offset + param.numel * param.seen.itemsize
+            parts = outs[0][param.seen_offset : end].view(param.seen).split(FINITE_ELEMENTS)
+            if param.layout is not None and not all(part.isfinite().all() for part in parts):
                 raise DistZO2Error(
                     f"parameter {param.name} ({param.stored.format}): expected finite weights, got one that is not: "
                     "the file is damaged, or its scales lead beyond "
