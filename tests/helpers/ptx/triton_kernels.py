@@ -39,7 +39,7 @@ DECODED = {"q4_0": 1, "q5_k": 1, "q6_k": 2, "nvfp4, divided": 0, "e4m3, blocks":
 GAINED = ("q6_k", "nvfp4, divided", "uint8")  # of these, with gains
 PROGRAMS = ((False, 1), (False, 2), (True, 0), (True, 1), (True, 2))  # write back, emits
 PAIRS = ((0, 1), (1, 0), (2, 0))  # of a dtype's code and that of the emits, beside equal ones
-STORED_PAIRS = ((3, 1), (4, 1), (4, 0), (5, 0), (5, 1))  # of codes and of nonnegative float32
+STORED_PAIRS = ((3, 1), (4, 1), (5, 0), (5, 1))  # of codes and of nonnegative float32
 
 
 def variants() -> list[tuple[str, dict[str, int]]]:
