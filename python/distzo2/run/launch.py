@@ -68,7 +68,8 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         if not values.get("out"):
             raise UsageError("--resume needs --out, the directory of the run")
         values = _saved(values["out"]) | values
-    method = values.get("peft") or method_of(values.get("adapter"))
+    tuned = {"adapter": "lora"}.get(values.get("tune"), values.get("tune"))
+    method = values.get("peft") or method_of(values.get("adapter")) or tuned
     if not values.get("branch_from"):
         return made(FinetuneOptions, RATES.get(method, {}) | values)
     parent = _saved(values["branch_from"])
