@@ -117,7 +117,8 @@ class Bench:
         tries, steps = what == "rate", RATE_STEPS if what == "rate" else STEPS
         program = ["-m", "distzo2", "finetune", "--quiet"]
         command = [
-            f"--model={o.gguf if row.packed else o.model}", f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
+            f"--model={o.gguf if row.packed else o.model}",
+            f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
             f"--eval={o.work / 'choosing.jsonl' if tries else o.data / 'held_out.jsonl'}", f"--steps={steps}",
             f"--eval-every={steps if tries else row.eval_every}", f"--batch-size={BATCH}", f"--lr={rate}",
             f"--seed={seed}",
