@@ -291,8 +291,8 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     lr: PositiveOrZero | Literal["auto"] = option(
         1e-6,
-        "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts); auto, with "
-        "--estimator fzoo: 0.05 eps / spread of the losses at the start, told and kept",
+        "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts); auto, "
+        "with --estimator fzoo: 0.05 eps / spread of the losses at the start, told and kept",
         "X|auto",
     )
     eps: Positive = option(

@@ -256,7 +256,11 @@ def _prepared(
         model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
     if options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
-    elif base.is_packed and source is None:
+    elif (
+        base.is_packed
+        and source is None
+        and not any(p.requires_grad and base.mapped[name].packed is not None for name, p in model.named_parameters())
+    ):
         raise UsageError(
             f"--model {options.model}: its weights are packed ({base.formats}), and cannot be updated as they are: "
             "--peft lora trains an adapter beside them, --train-only what is not packed"
