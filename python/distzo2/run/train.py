@@ -174,6 +174,8 @@ def _finetune(
             if source is config and config is not None and config.is_prompt_learning:  # a new one
                 with together(mesh, "starting the adapter"):
                     start_from_tokens(model, start, options.seed, mesh)
+            if runtime_of(model).told:
+                log(runtime_of(model).told)
             if what := trained(runtime_of(model).params):
                 log(f"{what}, lr {options.lr}, eps {options.eps:g}")
             pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
