@@ -510,6 +510,8 @@ class StreamingRuntime:
         if len(open_units) > 1:
             pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
+        # What is decoded is made anew at each visit: a lane that changed it would differ from one that runs alone.
+        summed = summed and unit.packed is None
         copied = summed and not address
         self.parameters.show(unit, [view.clone() for view in views] if copied else views, summed=summed)
         self._pointed[unit.index] = _Pointed(emission, address, copied)
