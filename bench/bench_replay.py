@@ -25,9 +25,9 @@ import torch
 from bench_common import write_results
 from random_checkpoint import write_random_checkpoint
 
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import digest_checkpoint
-from distzo2.checkpoint.replay import open_map, replay
+from distzo2.models.pretrained import open_checkpoint
+from distzo2.models.replay import open_map, replay
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal, JournalContents
@@ -100,7 +100,7 @@ def peak_of_a_replay(base: Path, journal: Path, out: Path, num_steps: int) -> in
     """VmHWM of a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
     code = (
-        "import sys\nfrom distzo2.checkpoint.replay import replay\nfrom distzo2.run.metrics import peak_bytes\n"
+        "import sys\nfrom distzo2.models.replay import replay\nfrom distzo2.run.metrics import peak_bytes\n"
         "replay(*sys.argv[1:4], to_step=int(sys.argv[4]), progress=False)\nprint(peak_bytes())"
     )
     command = [sys.executable, "-c", code, str(base), str(journal), str(out), str(num_steps)]

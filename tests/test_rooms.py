@@ -14,6 +14,7 @@ ROOMS = (
     "tasks",
     "generation",
     "peft",
+    "models",
     "formats",
     "checkpoint",
     "optim",

@@ -10,8 +10,8 @@ from distzo2.errors import DistZO2Error
 from distzo2.version import __version__
 
 if TYPE_CHECKING:
-    from distzo2.checkpoint.pretrained import from_pretrained, save_pretrained
     from distzo2.generation.generate import generate_batch
+    from distzo2.models.pretrained import from_pretrained, save_pretrained
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
     from distzo2.peft.adapters import adapter, save_adapter
@@ -32,13 +32,13 @@ _MODULE_OF = {
     "edit": "streaming.offload",
     "evaluate": "streaming.offload",
     "generate_batch": "generation.generate",
-    "from_pretrained": "checkpoint.pretrained",
+    "from_pretrained": "models.pretrained",
     "merge_adapter": "peft.merging",
     "offload": "streaming.offload",
     "present": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_adapter": "peft.adapters",
-    "save_pretrained": "checkpoint.pretrained",
+    "save_pretrained": "models.pretrained",
     "state_dict": "streaming.offload",
     "WeightFile": "record.weight_file",
 }

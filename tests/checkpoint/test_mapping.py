@@ -24,10 +24,10 @@ from checkpoint_models import (
 from safetensors.torch import load_file
 
 from distzo2.checkpoint.mapping import map_for_saving, persistent_buffers
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import CheckpointWriter
+from distzo2.models.pretrained import open_checkpoint
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,10 +15,10 @@ from checkpoint_models import SMALL, T, make
 from safetensors.torch import save_file
 
 from distzo2.checkpoint.layout import Layout, LayoutError
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import SINGLE_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
 from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.models.pretrained import open_checkpoint
 
 
 def conversions() -> list[tuple[str, Callable[[list[torch.Tensor]], Any]]]:

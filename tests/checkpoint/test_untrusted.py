@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import distzo2
 from distzo2.checkpoint.reading import CheckpointFiles, digest_checkpoint
-from distzo2.checkpoint.replay import replay
 from distzo2.checkpoint.tensor_files import MAX_SMALL_HEADER_BYTES, CheckpointError, TensorFile
+from distzo2.models.replay import replay
 from distzo2.record.header import make_header
 from distzo2.record.journal import Journal, read_journal
 from distzo2.record.line import JournalError, seal_line

@@ -18,11 +18,11 @@ import distzo2
 from distzo2.checkpoint import reading, writing
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor, Trace
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import HIDDEN, CheckpointWriter, tokenizer_files
+from distzo2.models.pretrained import open_checkpoint
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -36,10 +36,10 @@ TEXT = torch.arange(3, 43).view(1, 40) % 64
 def weights(opened: PackedCheckpoint) -> dict[str, torch.Tensor]:
     """Each parameter, as it is decoded or read."""
     found = {name: decode(param) for name, param in opened.packed.items()}
-    for name, tensor in opened.raw.mapped.items():
+    for name, tensor in opened.map.mapped.items():
         found[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        opened.raw.read(name, found[name])
-    opened.raw.close()
+        opened.map.read(name, found[name])
+    opened.map.close()
     return found
 
 
@@ -113,7 +113,7 @@ def test_raw_halves_are_read_where_they_lie(name: str, kind: str, tmp_path: Path
     model = tiny_gguf.make_model(name)
     dtype = torch.float16 if kind == "F16" else torch.bfloat16
     opened = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model, kind))
-    assert not opened.packed and {tensor.dtype for tensor in opened.raw.mapped.values()} == {dtype}
+    assert not opened.packed and {tensor.dtype for tensor in opened.map.mapped.values()} == {dtype}
     for key, value in weights(opened).items():
         assert same_bits(value, model.get_parameter(key).data.to(dtype)), key
 
@@ -129,10 +129,10 @@ def test_experts_whose_rows_do_not_lie_evenly_are_refused(tmp_path: Path):
 def test_raw_weights_stream_from_the_file_where_they_lie_in_it(tmp_path: Path):
     for name, is_stored in {"qwen3": True, "gemma2": False}.items():  # 1 is taken away from Gemma's norms
         model = tiny_gguf.make_model(name)
-        raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).raw
-        found = raw.lies_at("model.norm.weight")
+        raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).map
+        found = raw.stored_as("model.norm.weight")
         assert (found is not None) == is_stored
-        ((path, offset, num_bytes),) = found or raw.lies_at("model.embed_tokens.weight")
+        ((path, offset, num_bytes, _),) = (found or raw.stored_as("model.embed_tokens.weight")).ranges
         param = model.model.norm.weight if is_stored else model.model.embed_tokens.weight
         assert path.read_bytes()[offset : offset + num_bytes] == param.detach().numpy().tobytes()
 
@@ -141,7 +141,7 @@ def test_the_dtype_is_that_of_the_embeddings_or_bfloat16(tmp_path: Path):
     model = tiny_gguf.make_model("llama")
     for kind, dtype in {"Q4_0": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.items():
         opened = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", "llama", model, kind))
-        assert {tensor.dtype for tensor in opened.raw.mapped.values()} == {dtype}
+        assert {tensor.dtype for tensor in opened.map.mapped.values()} == {dtype}
 
 
 def test_scales_that_are_not_finite_are_refused(tmp_path: Path):
@@ -344,8 +344,10 @@ def test_a_tokenizer_that_is_not_known_is_refused(tmp_path: Path):
         gguf_tokenizer(path)
 
 
-def test_a_gguf_file_is_told_by_its_first_bytes(tmp_path: Path):
+def test_a_gguf_file_is_told_by_its_first_bytes_or_its_name(tmp_path: Path):
     path = tiny_gguf.write(tmp_path / "no suffix", "llama", tiny_gguf.make_model("llama"))
     (tmp_path / "x.gguf").write_bytes(b"GG")
     assert is_gguf(path)
-    assert not any(map(is_gguf, (tmp_path, tmp_path / "x.gguf", tmp_path / "nothing")))
+    assert not any(map(is_gguf, (tmp_path, tmp_path / "nothing")))
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_gguf(tmp_path / "x.gguf")

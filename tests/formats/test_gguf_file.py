@@ -18,10 +18,10 @@ from packed_decode import decode  # noqa: E402
 from same_bits import same_bits  # noqa: E402
 from tiny_gguf import HALVES, random_blocks  # noqa: E402
 
+from distzo2.checkpoint.packed_param import PackedParam  # noqa: E402
 from distzo2.checkpoint.tensor_files import CheckpointError  # noqa: E402
 from distzo2.errors import DistZO2Error  # noqa: E402
 from distzo2.formats.gguf_file import GgufFile, GgufTensor  # noqa: E402
-from distzo2.formats.packed_param import PackedParam  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", HALVES)

@@ -14,6 +14,7 @@ from packed_forms import FORMS, Form, compressed, fp8_blocks, gpt_oss
 from safetensors.torch import load_file, save_file
 from same_bits import same_bits
 
+from distzo2.checkpoint.packed_param import Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats import repacking
 from distzo2.formats.packed_checkpoint import PackedCheckpoint, find_settings, open_packed
@@ -115,7 +116,7 @@ def test_experts_lie_as_transformers_has_them(tmp_path: Path, case: str) -> None
     checkpoint = open_packed(tmp_path)
 
     plain = tmp_path / "plain"
-    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.raw.mapped}
+    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.map.mapped}
     checkpoint.model.config.save_pretrained(plain)
     dtype = next(iter(decoded.values())).dtype
     save_file({n: t.to(dtype).contiguous() for n, t in (kept | decoded).items()}, plain / "model.safetensors", PT)
@@ -125,18 +126,18 @@ def test_experts_lie_as_transformers_has_them(tmp_path: Path, case: str) -> None
         assert param.shape == expected[name].shape and param.transposed == (case == "gpt-oss")
         assert_decodes(decode(param), expected[name], name)
     assert experts and all(sum(piece.make is None for piece in param.pieces) == num_ranges for param in experts)
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 def assert_raw(checkpoint: PackedCheckpoint, tensors: dict[str, torch.Tensor]) -> None:
     """Parameters that are not packed are read as before."""
     params = dict(checkpoint.model.named_parameters())
-    assert {*checkpoint.raw.names, *checkpoint.packed} == params.keys()
-    for name in checkpoint.raw.names:
+    assert {*checkpoint.map.names} == params.keys()
+    for name in params.keys() - checkpoint.packed.keys():
         out = torch.empty(params[name].shape, dtype=params[name].dtype)
-        checkpoint.raw.read(name, out)
+        checkpoint.map.read(name, out)
         assert same_bits(out, tensors[name]), name
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 AWQ, GPTQ, KEY = CONFIGS["awq"], CONFIGS["gptq"], "quantization_config"
@@ -209,22 +210,23 @@ def test_names_of_tensors_are_enough(tmp_path: Path) -> None:
     decoded = save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], None)
     checkpoint = open_packed(tmp_path)
     assert checkpoint.settings == {} and checkpoint.packed.keys() == decoded.keys()
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the numbers that decide between forms, here g_idx."""
     save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], CONFIGS["gptq"])
     sizes = []
-    read = repacking.read_range
-    monkeypatch.setattr(repacking, "read_range", lambda *place: sizes.append(place[2]) or read(*place))
+    read = Piece.read_into
+    note = lambda piece: sizes.append(piece.num_bytes if piece.make is None else 0)  # noqa: E731
+    monkeypatch.setattr(Piece, "read_into", lambda piece, out: note(piece) or read(piece, out))
     checkpoint = open_packed(tmp_path)
     assert sum(sizes) == 4 * (6 * 256 + 1152)
     monkeypatch.setattr(repacking, "CHUNK_BYTES", 1 << 14)
     sizes.clear()
     checkpoint.packed["model.layers.0.mlp.down_proj.weight"].pieces[0].read()
     assert max(sizes) <= 1 << 14 and sum(sizes) == 256 * 1152 // 2
-    checkpoint.raw.close()
+    checkpoint.map.close()
 
 
 def test_plain_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -271,4 +273,4 @@ def test_a_text_model_within_another_is_found(tmp_path: Path) -> None:
     (param,) = checkpoint.packed.values()
     assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and checkpoint.settings == AWQ
     assert_decodes(decode(param), decoded, name)
-    checkpoint.raw.close()
+    checkpoint.map.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import distzo2_core
-from distzo2.formats.packed_param import PackedParam
+from distzo2.checkpoint.packed_param import PackedParam
 from distzo2_core.packed import PackedLayout, PackedSegment, PackedTable
 
 

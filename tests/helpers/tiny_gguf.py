@@ -37,8 +37,9 @@ HALVES = {
 ODD = np.array([0.0, -0.0, 2**-24, -(2**-24), 2**-14, 65504, -65504, 1, -1], np.float16)
 
 
-def random_blocks(kind: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
-    """uint8 [rows, row_bytes]: any codes; scales of every finite value, negative, zero and subnormal ones too."""
+def random_blocks(kind: str, rows: int, cols: int, seed: int = 0, scale: float | None = None) -> np.ndarray:
+    """uint8 [rows, row_bytes]: any codes; scales of every finite value, negative, zero and subnormal ones too, or such
+    that weights are up to about `scale`."""
     rng = np.random.default_rng(seed)
     block, num_bytes = gguf.GGML_QUANT_SIZES[Type[kind]]
     data = rng.integers(0, 256, (rows * cols // block, num_bytes), dtype=np.uint8)
@@ -46,6 +47,9 @@ def random_blocks(kind: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
         values = rng.integers(0, 1 << 16, len(data), dtype=np.uint16).view(np.float16)
         values = np.where(np.isfinite(values), values, np.float16(0.5))
         values[: len(ODD)] = ODD[: len(values)]
+        if scale is not None:  # codes are up to 16, 128, or 63 * 16 with those of scales
+            top = {"Q8_0": 128, "Q4_K": 1008, "Q5_K": 2016, "Q6_K": 4096}.get(kind, 16)
+            values = (rng.uniform(-1, 1, len(data)) * scale / top).astype(np.float16)
         data[:, at : at + 2] = values.view(np.uint8).reshape(-1, 2)
     return data.reshape(rows, -1)
 
@@ -69,12 +73,14 @@ def make_model(name: str, **more: Any) -> torch.nn.Module:
 
 def write(
     path: Path, name: str, model: torch.nn.Module, kind: str = "F32", *, metadata: dict[str, Any] | None = None,
-    tensors: dict[str, np.ndarray | None] | None = None, tokenizer: bool = True, **writer_options: Any,
+    tensors: dict[str, np.ndarray | None] | None = None, tokenizer: bool = True, quantized: bool = False,
+    **writer_options: Any,
 ) -> Path:  # fmt: skip
     """A GGUF file of a model.
 
     Args:
-        kind: of matrices: F32, F16 and BF16 hold the model's values, any other random blocks.
+        kind: of matrices: F32, F16 and BF16 hold the model's values, any other random blocks, or with `quantized`
+            blocks of some 0.05, as the model's weights are.
         metadata: values to put there, after the architecture's name if they begin with a dot; None leaves one out.
         tensors: to put there too; None leaves one out.
     """
@@ -100,7 +106,8 @@ def write(
                 data = data.numpy() if kind == "F16" else data.view(torch.uint8).numpy()
                 writer.add_tensor(to, data, raw_dtype=Type[kind])
             else:
-                blocks = random_blocks(kind, value.shape[:-1].numel(), value.shape[-1], 1000 + i + len(to))
+                scale = 0.05 if quantized else None
+                blocks = random_blocks(kind, value.shape[:-1].numel(), value.shape[-1], 1000 + i + len(to), scale)
                 writer.add_tensor(to, blocks.reshape(*value.shape[:-1], -1), raw_dtype=Type[kind])
     for to, value in changed.items():
         if value is not None:

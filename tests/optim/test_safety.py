@@ -17,7 +17,7 @@ from torch import nn
 from zoo import BY_NAME
 
 import distzo2
-from distzo2.checkpoint.replay import replay
+from distzo2.models.replay import replay
 from distzo2.record import writer as journal_writer
 from distzo2.record.journal import read_journal
 from distzo2.record.line import encode_line

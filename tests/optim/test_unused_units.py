@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import distzo2
 import distzo2_core
-from distzo2.checkpoint.replay import replay
+from distzo2.models.replay import replay
 from distzo2.record.header import with_older_rules
 from distzo2.record.journal import read_journal
 from distzo2.record.line import encode_line

@@ -22,7 +22,7 @@ from tiny_text import choice_lines, make_tokenizer, write_jsonl
 from torchrun_cases import command, run_alone
 from transformers import AutoModelForCausalLM
 
-from distzo2.checkpoint.pretrained import load_config
+from distzo2.checkpoint.config import load_config
 from distzo2.cli.main import main
 from distzo2.peft.adapters import known_config, tokens_in_front
 from distzo2.run.options import EvalOptions

@@ -16,8 +16,8 @@ from same_bits import assert_same, assert_same_tensors, same_bits
 from zoo import BY_NAME
 
 import distzo2
-from distzo2.checkpoint import pretrained
-from distzo2.checkpoint.replay import replay
+from distzo2.models import pretrained
+from distzo2.models.replay import replay
 from distzo2.weights import scratch, units
 
 MODES = ["device", "host", "disk"]

@@ -43,6 +43,11 @@ class Piece(NamedTuple):
         """Elements from the first to the last one touched in the source."""
         return 1 + sum(stride * (size - 1) for stride, size in zip(self.src_strides, self.sizes, strict=True))
 
+    @property
+    def dst_span(self) -> int:
+        """Elements from the first to the last one touched in the destination."""
+        return 1 + sum(stride * (size - 1) for stride, size in zip(self.dst_strides, self.sizes, strict=True))
+
     def cut(self, dim: int, at: int) -> tuple[Piece, Piece]:
         """The first `at` steps along `dim`, and the rest."""
         head, tail = list(self.sizes), list(self.sizes)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import torch
 from torch import nn
 
 from distzo2.checkpoint.layout import Layout, Piece
-from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint
+from distzo2.checkpoint.packed_param import PackedParam
+from distzo2.checkpoint.packed_param import Piece as PackedPiece
+from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 from distzo2.errors import one_line
 from distzo2.text import dtype_name
+from distzo2.weights.units import StoredAs
 
 # The last part of a tensor's name where it scales or unpacks the weights beside it: GPTQ, AWQ, bitsandbytes,
 # compressed-tensors, FP8, MXFP4, HQQ, AQLM, quanto. Where a model lacks tensors, the strong ones tell by themselves.
@@ -43,6 +47,7 @@ class MappedTensor:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     is_buffer: bool = False
+    packed: PackedParam | None = None  # of what is read through it; `pieces` then say where it is written, decoded
 
     @property
     def numel(self) -> int:
@@ -65,6 +70,7 @@ class CheckpointMap:
     config: Any = None
     generation_config: Any = None
     model_class: str | None = None
+    _decoded: tuple[Any, torch.Tensor | None] = field(default=(None, None), repr=False)  # what `read` decoded last
 
     @property
     def directory(self) -> Path | None:
@@ -76,8 +82,10 @@ class CheckpointMap:
         return [name for name, tensor in self.mapped.items() if not tensor.is_buffer]
 
     def digest(self) -> dict[str, Any]:
-        """What a journal's header records of the checkpoint's files, all of which are read."""
-        return digest_checkpoint(self.files.directory)
+        """What a journal's header records of the checkpoint's files; all of them are read, or parts where weights are
+        packed."""
+        pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
+        return digest_checkpoint(self.files.directory, sampled=any(piece.make is None for piece in pieces))
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
         """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.
@@ -95,29 +103,65 @@ class CheckpointMap:
 
     def read(self, name: str, out: torch.Tensor, begin: int = 0) -> None:
         """Fills `out`, a contiguous CPU tensor, with a parameter or its rows from `begin` on, in the calling thread."""
-        self.files.read_pieces(self.pieces_of(name, out, begin), out)
+        pieces, packed = self.pieces_of(name, out, begin), self.mapped[name].packed
+        if packed is None:
+            self.files.read_pieces(pieces, out)
+            return
+        if self._decoded[0] != (name, out.dtype):  # rows are asked for one after another
+            self._decoded = (name, out.dtype), packed.value(out.dtype)
+        out.copy_(self._decoded[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range) -> Iterator[Range]:
-        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape and dtype, for a
-        `ParallelReader`. Elements outside `within`, counted through all dimensions, may be left out."""
-        flat = out.detach().view(-1)
-        for piece in self.pieces_of(name, out):
+        """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`.
+        Elements outside `within`, counted through all dimensions, may be left out. Of what is packed, `out` and
+        `within` are its bytes."""
+        flat, packed = out.detach().view(-1), self.mapped[name].packed
+        if packed is not None:
+            files = {file.path: file for file in self.files.files if file.is_stored}
+            for piece, start in packed.placed():
+                part = range(max(start, within.start), min(start + piece.num_bytes, within.stop))
+                if piece.make is None and part:
+                    yield from split(files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop])
+            return
+        for piece in self.mapped[name].pieces:
             yield from self.files.ranges_of(piece, flat, within)
 
-    def lies_at(self, name: str) -> list[tuple[Path, int, int]] | None:
-        """Where the bytes of a parameter are, as it is stored: ranges (file, offset, bytes) one after another. None if
-        it is converted, or not in one order in its files."""
-        mapped, found, end = self.mapped[name], [], 0
+    def made_of(self, name: str, out: torch.Tensor) -> list[Callable[[], None]]:
+        """What `ranges_of` leaves out: calls, each of which makes a part of `out`, the bytes of a packed parameter."""
+        packed = self.mapped[name].packed
+
+        def fill(piece: PackedPiece, start: int) -> None:
+            piece.read_into(out[start : start + piece.num_bytes])
+
+        return [partial(fill, *each) for each in packed.placed() if each[0].make is not None] if packed else []
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether a parameter is packed."""
+        return any(tensor.packed is not None for tensor in self.mapped.values())
+
+    @property
+    def formats(self) -> str:
+        """The formats of what is packed, for messages."""
+        return ", ".join(sorted({t.packed.format for t in self.mapped.values() if t.packed is not None}))
+
+    def stored_as(self, name: str) -> StoredAs | None:
+        """How the files have a parameter; None if it is converted, or not in one order in its files. Beside packed
+        parameters, which are most of the bytes, what is raw stays as it is and is not converted."""
+        mapped, ranges, end = self.mapped[name], [], 0
+        if mapped.packed is not None:
+            return mapped.packed.stored_as()
+        dtype = self.files.entries[mapped.pieces[0].source].dtype if self.is_packed else mapped.dtype
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
             entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]
-            as_is = piece.is_run and entry.dtype == mapped.dtype and entry.strides is None and file.is_stored
+            as_is = piece.is_run and entry.dtype == dtype and entry.strides is None and file.is_stored
             if not as_is or piece.dst_offset != end:
                 return None
-            end += piece.numel
-            item = entry.dtype.itemsize
+            item = dtype.itemsize
             offset = entry.offset + piece.src_offset * item
-            found.append((file.path, offset, piece.numel * item))
-        return found if end == mapped.numel else None
+            ranges.append((file.path, offset, piece.numel * item, end * item))
+            end += piece.numel
+        return StoredAs(end * dtype.itemsize, tuple(ranges), dtype) if end == mapped.numel else None
 
     def to_json(self) -> dict[str, Any]:
         """The map as plain data for JSON: checkpoint tensors with their files, and each parameter's pieces."""

@@ -11,14 +11,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -48,6 +49,8 @@ _FIRST_FILES = (SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin
 _HUGE_PAGE = 2 << 20
 _GAP_BYTES = 64 << 10  # may be read in vain to save a read
 _SAMPLED_PAGES = 16
+SAMPLES = "samples"  # `part` of a record: the SHA-256 is of the first bytes and of pages at equal distances
+_DIGESTED_BYTES, _DIGESTED_PAGES = 1 << 20, 256
 
 _scratch = threading.local()
 
@@ -297,6 +300,12 @@ def _read(direct: int | None, batch: list[Range]) -> None:
             part.fill(data)
 
 
+def read_ranges(ranges: Iterable[Range]) -> None:
+    """Reads ranges in the calling thread as a `ParallelReader` does in its own."""
+    for batch in _batches(ranges):
+        _read(batch[0].file.direct, batch)
+
+
 def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
     """Ranges that one read covers: neighbours in one chunk of a file. Chunks begin at multiples of `CHUNK_BYTES`,
     since a read that is a page longer than a disk's largest request (4 MiB on many) takes two requests."""
@@ -316,27 +325,40 @@ def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
         yield batch
 
 
-def digest_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def digest_checkpoint(checkpoint: str | os.PathLike[str], *, sampled: bool = False) -> dict[str, Any]:
     """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
 
-    The files are those that decide the weights: files of weights, their safetensors index, and config.json.
+    The files are those that decide the weights: files of weights, their safetensors index, and config.json; or a GGUF
+    file, with the others of a split one.
+
+    Args:
+        sampled: of files of weights, only their beginning and some pages are read: packed weights stream as they are
+            and are not read at the start. Their records have `"part": "samples"`.
 
     Raises:
-        CheckpointError: there is no checkpoint in `directory`.
+        CheckpointError: there is no checkpoint there.
     """
-    path = Path(directory)
-    with closing(CheckpointFiles(path)) as files:
-        names = {file.path.name for file in files.files}
-    names |= {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
-    return {"name": path.resolve().name, "files": digest_files(path, sorted(names))}
+    path = Path(checkpoint)
+    if path.is_file():
+        split = re.sub(r"-00001-of-(\d{5})\.gguf$", r"-*-of-\1.gguf", path.name)
+        weights = {file.name for file in path.parent.glob(split)} if split != path.name else {path.name}
+        others: set[str] = set()
+    else:
+        with closing(CheckpointFiles(path)) as files:
+            weights = {file.path.name for file in files.files}
+        others = {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
+    names, directory = sorted(weights | others), path.parent if path.is_file() else path
+    return {"name": path.resolve().name, "files": digest_files(directory, names, weights if sampled else ())}
 
 
 def checkpoint_differences(
     directory: str | os.PathLike[str], base: Mapping[str, Any], adapter: Path | None = None
 ) -> Iterator[str]:
     """Each difference between a directory and what `digest_checkpoint` returned for it, as a line that names the file.
-    Missing files and other lengths come first, since they are found quickly. Files of an adapter are in `adapter`."""
+    Missing files and other lengths come first, since they are found quickly. Files of an adapter are in `adapter`. In
+    the place of the directory a GGUF file may be named."""
     path = Path(directory)
+    path = path.parent if path.is_file() else path
     same_length: dict[Path, list[str]] = {}
     for name, record in base["files"].items():
         file = (path if adapter is None or name not in ADAPTER_FILES else adapter) / name
@@ -347,17 +369,31 @@ def checkpoint_differences(
         else:
             same_length.setdefault(file.parent, []).append(name)
     for place, names in same_length.items():
-        for name, record in digest_files(place, names).items():
+        sampled = [name for name in names if base["files"][name].get("part") == SAMPLES]
+        for name, record in digest_files(place, names, sampled).items():
             expected = base["files"][name]["sha256"]
             if record["sha256"] != expected:
                 yield f"{place / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
 
 
-def digest_files(directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def digest_files(directory: Path, names: list[str], sampled: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """SHA-256 and length of files, by name; of those in `sampled`, the SHA-256 of a part."""
+
     def digest(name: str) -> dict[str, Any]:
         with open(directory / name, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"sha256": sha256, "num_bytes": os.fstat(file.fileno()).st_size}
+            num_bytes = os.fstat(file.fileno()).st_size
+            if name in sampled:
+                return {"sha256": _digest_samples(file, num_bytes), "num_bytes": num_bytes, "part": SAMPLES}
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "num_bytes": num_bytes}
 
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _digest_samples(file: BinaryIO, num_bytes: int) -> str:
+    """SHA-256 of the beginning of a file, its end, and pages at equal distances between."""
+    digest = hashlib.sha256(file.read(_DIGESTED_BYTES))
+    for i in range(_DIGESTED_PAGES):
+        file.seek(max(0, num_bytes - PAGE) * i // (_DIGESTED_PAGES - 1))
+        digest.update(file.read(PAGE))
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +161,8 @@ class CheckpointWriter:
             self._write_json(INDEX_FILE, {"metadata": {"total_size": self._num_bytes}, "weight_map": files})
         config, generation, source = self.map.config, self.map.generation_config, self.map.directory
         if config is not None:  # with the dtype and the class of what is written
-            has_file = source is not None and (source / CONFIG_FILE).is_file()
+            # That of packed weights says how these are packed, and decoded ones are written.
+            has_file = source is not None and (source / CONFIG_FILE).is_file() and not self.map.is_packed
             fields = read_json(source / CONFIG_FILE) if has_file else json.loads(config.to_json_string())
             dtypes = [self.map.mapped[name].dtype for name in self.map.names]
             dtype = dtype_name(max(set(dtypes), key=dtypes.count))
@@ -174,10 +175,14 @@ class CheckpointWriter:
             self._write_json(GENERATION_FILE, read_json(source / GENERATION_FILE))
         elif generation is not None:
             self._write_json(GENERATION_FILE, json.loads(generation.to_json_string()))
-        for path in _companions(source) if source is not None else ():
+        for path in _companions(source) if source is not None and source.is_dir() else ():
             target = self._hidden / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+
+    def add(self, save: Callable[[Path], Any]) -> None:
+        """Calls `save` with the directory whose files are published at the end."""
+        save(self._hidden)
 
     def _write_json(self, name: str, fields: dict[str, Any]) -> None:
         (self._hidden / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -161,7 +161,7 @@ def _generate(options: GenerateOptions) -> int:
 
 
 def _replay(options: ReplayOptions) -> int:
-    from distzo2.checkpoint.replay import replay
+    from distzo2.models.replay import replay
     from distzo2.peft.replay import replay_adapter, replay_merged
     from distzo2.run.directory import saved_options
 

@@ -16,24 +16,26 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.layout import Piece as Walk
 from distzo2.checkpoint.layout import row_major_strides
 from distzo2.checkpoint.mapping import trace_checkpoint
-from distzo2.checkpoint.pretrained import class_of
+from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
 from distzo2.errors import one_line
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
 from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, MadeFile, gguf_package
 from distzo2.formats.packed_checkpoint import PackedCheckpoint
-from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam, read_range
 from distzo2.text import brief
 
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")  # of a split model
 
 
 def is_gguf(path: str | os.PathLike) -> bool:
-    """Whether a path is a file that begins as a GGUF file does."""
+    """Whether a path is a file that is called a GGUF file, or begins as one does."""
+    if os.fspath(path).endswith(".gguf") and os.path.isfile(path):
+        return True
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -53,17 +55,25 @@ def gguf_config(path: str | os.PathLike) -> Any:
     return config_of(files.directory, files.metadata, files.stored)
 
 
+def gguf_tensors(path: str | os.PathLike) -> list[GgufTensor]:
+    """The tensors of a GGUF file, or of all files of a split model. Raises as `gguf_config` does."""
+    files = _GgufFiles(path)
+    files.close()
+    return list(files.stored.values())
+
+
 def open_gguf(
-    path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None
+    path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None, **options: Any
 ) -> PackedCheckpoint:
     """Opens a GGUF file, or the first of a split one, as a model.
 
     Of the tensors only Gemma's norms and the factors of RoPE are read; `PackedParam.check_scales` refuses scales that
-    are not finite. `raw.files.files` are the open files; a `GgufFile` among them has an `identity`.
+    are not finite. `map.files.files` are the open files; a `GgufFile` among them has an `identity`.
 
     Args:
         dtype: that the parameters are computed in; None for that of the embeddings, bfloat16 where these are packed.
         auto_class: as for `distzo2.from_pretrained`.
+        options: of the model class's `from_pretrained`.
 
     Raises:
         CheckpointError: a file is damaged, of an architecture or with a type of blocks that is not known, or its
@@ -79,19 +89,18 @@ def open_gguf(
             dtype = RAW_DTYPES.get(files.stored[EMBEDDINGS].kind, torch.bfloat16)
         sources = files.sources(config, _shapes(files, model_class, config))
         files.add_entries(sources, dtype)
-        model, raw = trace_checkpoint(files, model_class, config, dtype=dtype)
-        packed = {}
+        model, found = trace_checkpoint(files, model_class, config, dtype=dtype, **options)
         for number, source in enumerate(sources):
+            tensor = found.mapped[source.name]
             if source.parts[0].is_packed:
-                packed[source.name] = source.packed()
-                del raw.mapped[source.name]
+                found.mapped[source.name] = replace(tensor, packed=source.packed())
             elif source.head_dim or len(source.parts) > 1:
                 walks = tuple(source.walks([number, *files.add_parts(source.parts[1:])]))
-                raw.mapped[source.name] = replace(raw.mapped[source.name], pieces=walks)
+                found.mapped[source.name] = replace(tensor, pieces=walks)
     except BaseException:
         files.close()
         raise
-    return PackedCheckpoint(model.eval(), raw, packed, {})
+    return PackedCheckpoint(model.eval(), found, {})
 
 
 def _shapes(files: _GgufFiles, model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
@@ -223,8 +232,7 @@ class _GgufFiles(CheckpointFiles):
         """A small tensor in float32."""
         if tensor.is_packed:
             raise CheckpointError(f"{self.directory}: tensor {tensor.name!r}: expected floats, got {tensor.kind}")
-        data = read_range(tensor.path, tensor.offset, tensor.num_bytes)
-        return data.view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
+        return tensor.piece(0, tensor.rows).read().view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
 
     def add_entries(self, sources: list[_Source], dtype: torch.dtype) -> None:
         """An entry for each parameter. What is packed is not read through it."""

@@ -20,7 +20,6 @@ import torch
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import one_line
 from distzo2.formats.gguf_file import GgufFile, GgufTensor
-from distzo2.formats.packed_param import read_range
 from distzo2.text import brief
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -174,7 +173,7 @@ def _llama3(path: Path, tensor: GgufTensor, rope: Mapping[str, Any], head_dim: i
     if (tensor.kind, tensor.shape) != ("F32", (head_dim // 2,)) or rope["rope_type"] != "default":
         found = f"{tensor.kind} {list(tensor.shape)} beside {rope['rope_type']} scaling"
         raise CheckpointError(f"{expected}, got {found}")
-    found = read_range(tensor.path, tensor.offset, tensor.num_bytes).view(torch.float32).double()
+    found = tensor.piece(0, tensor.rows).read().view(torch.float32).double()
     factor = found.max().item()
     turns = 8192 / (2 * torch.pi) * rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim)
     smooth = ((turns - 1) / 3).clamp(0, 1)  # 1 from 4 turns in 8192 positions on, 0 up to one

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint.packed_param import Piece
 from distzo2.checkpoint.tensor_files import MAX_DIMS, CheckpointError, TensorEntry, TensorFile
 from distzo2.errors import DistZO2Error
-from distzo2.formats.packed_param import Piece
 from distzo2.text import brief
 from distzo2_core.packed import Field, Kind, PackedLayout
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from distzo2.checkpoint.packed_param import Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.formats.packed_param import Piece
 from distzo2.formats.repacking import (
     Stored,
     in_chunks,

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from distzo2.checkpoint.config import QUANT_KEYS, class_of, load_config, parts_of
 from distzo2.checkpoint.layout import Layout, LayoutError, row_major_strides
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, trace_checkpoint
-from distzo2.checkpoint.pretrained import QUANT_KEYS, class_of, load_config, parts_of
+from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam, Piece, starts
 from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, read_json
 from distzo2.formats.matrices import Matrix, Plane, find_matrices
-from distzo2.formats.packed_param import PIECE_ALIGNMENT, PackedParam, Piece, starts
 from distzo2.formats.repacking import Stored, gathered_lines
 from distzo2.text import brief
 from distzo2_core.packed import PackedLayout
@@ -38,7 +40,34 @@ _COMPRESSED_FORMATS = {
 }
 # Older quantizers write their settings beside config.json.
 _SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+# The last parts of names that only packed tensors have.
+_PACKED_NAMES = r"\.(qweight|weight_packed|weight_scale_inv|\w+_blocks|weight\.absmax)$"
 _RANGE_BYTES = 4096  # less, of a part of a joined parameter, is copied and not read by itself
+
+
+@dataclass
+class PackingError:
+    """By how much packed weights differ from those of the checkpoint, as far as they have been made.
+
+    Attributes:
+        sums: by parameter, and by the number of its first group, of each chunk: the sum of (v - w)^2, and of w^2.
+    """
+
+    sums: dict[str, dict[int, tuple[float, float]]] = field(default_factory=dict)
+
+    def of(self, *names: str) -> float:
+        """The root mean square of v - w relative to that of w, over these parameters; none: over all."""
+        parts = [part for name in names or self.sums for part in self.sums[name].values()]
+        difference, total = (math.fsum(part[i] for part in parts) for i in (0, 1))
+        return math.sqrt(difference / total) if total else 0.0
+
+    def report(self) -> str:
+        """One line for people: the error over all parameters, and the largest of one."""
+        worst = max(self.sums, key=self.of, default=None)
+        if worst is None:
+            return "no weights are packed"
+        size = "of the weights' own size (root mean square)"
+        return f"packing error {self.of():.2e} {size}, at most {self.of(worst):.2e} ({worst})"
 
 
 @dataclass
@@ -47,19 +76,24 @@ class PackedCheckpoint:
 
     Attributes:
         model: with its parameters on meta and its buffers real, in `eval()` mode.
-        raw: the map that fills the parameters that are not packed.
-        packed: the packed parameters by name, in the model's order.
+        map: what fills it.
         settings: of the quantisation, as the checkpoint has them; empty where only the tensors' names told of it.
+        error: of weights that are packed while they are loaded (`formats.packing`).
     """
 
     model: nn.Module
-    raw: CheckpointMap
-    packed: dict[str, PackedParam]
+    map: CheckpointMap
     settings: dict[str, Any]
+    error: PackingError | None = None
+
+    @property
+    def packed(self) -> dict[str, PackedParam]:
+        """The packed parameters by name, in the model's order."""
+        return {name: each.packed for name, each in self.map.mapped.items() if each.packed is not None}
 
 
 def open_packed(
-    path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None
+    path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None, **options: Any
 ) -> PackedCheckpoint:
     """Opens a checkpoint whose weights are quantized, from the headers of its files.
 
@@ -70,32 +104,52 @@ def open_packed(
         path: a directory with config.json and safetensors files, in shards or not.
         dtype: that the parameters are computed in; None for the checkpoint's.
         auto_class: as for `distzo2.from_pretrained`.
+        options: of the model class's `from_pretrained`.
 
     Raises:
         CheckpointError: the weights are not packed, or in a form that is not decoded (act-order, a codebook, groups
             that do not divide the columns, ...); or as for `distzo2.from_pretrained`.
     """
     directory = Path(path)
-    config = load_config(directory, packed=True)
-    settings = find_settings(directory)
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        for key in QUANT_KEYS:
-            if part is not None and hasattr(part, key):
-                delattr(part, key)  # transformers would replace modules by its own quantized ones
+    config, settings = plain_config(directory), find_settings(directory)
     files = _DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
     try:
         model_class = class_of(directory, config, auto_class)
         # It refuses what is packed in other forms, by name.
-        model, raw = trace_checkpoint(files, model_class, config, dtype=dtype or "auto")
+        model, found = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
         if not files.matrices:
             raise CheckpointError(f"{directory}: expected packed weights, found none")
-        packed = {name: _packed(t, files) for name, t in raw.mapped.items() if files.is_packed(t)}
+        for name, tensor in found.mapped.items():
+            if files.is_packed(tensor):
+                found.mapped[name] = replace(tensor, packed=_packed(tensor, files))
     except BaseException:
         files.close()
         raise
-    for name in packed:
-        del raw.mapped[name]
-    return PackedCheckpoint(model.eval(), raw, packed, settings)
+    return PackedCheckpoint(model.eval(), found, settings)
+
+
+def plain_config(directory: Path) -> Any:
+    """The configuration of a quantized checkpoint without its quantisation, for which transformers would replace
+    modules by its own."""
+    config = load_config(directory, packed=True)
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in QUANT_KEYS:
+            if part is not None and hasattr(part, key):
+                delattr(part, key)
+    return config
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a checkpoint directory says that its weights are quantized, or names of its tensors do."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        return False
+    said = any(part.get(key) for part in parts_of(read_json(path)) for key in QUANT_KEYS)
+    if said or any((directory / name).is_file() for name in _SETTINGS_FILES):
+        return True
+    with suppress(CheckpointError), closing(CheckpointFiles(directory)) as files:
+        return any(re.search(_PACKED_NAMES, entry.name) for entry in files.entries)
+    return False
 
 
 def find_settings(directory: Path) -> dict[str, Any]:

@@ -7,15 +7,14 @@ is codes as NIBBLES_32 or UINT8 [rows, cols], zero points as UINT8 [rows, groups
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from distzo2.checkpoint.packed_param import CHUNK_BYTES, Piece
 from distzo2.checkpoint.tensor_files import TensorEntry
-from distzo2.formats.packed_param import CHUNK_BYTES, Piece, read_range
 
 # Where a word of AWQ has the codes of its eight columns: column j is nibble _AWQ_ORDER[j].
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -42,14 +41,10 @@ class Stored:
 
     def read(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Its rows [begin, end), or all of it."""
-        if not self.shape:
-            return read_range(self.path, self.entry.offset, self.entry.num_bytes).view(self.dtype).view(())
-        row = math.prod(self.shape[1:])
-        end = self.shape[0] if end is None else end
-        data = read_range(
-            self.path, self.entry.offset + begin * row * self.dtype.itemsize, (end - begin) * row * self.dtype.itemsize
-        )
-        return data.view(self.dtype).view(end - begin, *self.shape[1:])
+        row_bytes = self.entry.num_bytes // (self.shape[0] if self.shape else 1)
+        end = end if end is not None else self.shape[0] if self.shape else 1
+        data = self.piece().part(begin * row_bytes, (end - begin) * row_bytes).read().view(self.dtype)
+        return data.view(end - begin, *self.shape[1:]) if self.shape else data.view(())
 
 
 def unpacked(words: torch.Tensor, bits: int, awq: bool = False) -> torch.Tensor:

@@ -221,6 +221,7 @@ class ZOSGD(torch.optim.Optimizer):
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
             data_hash=self._data_hash,
             computed=[dtype_name(p.seen) for p in runtime.params],
+            stored_formats={p.name: p.stored.format for p in runtime.params if p.layout is not None},
         )
 
     def _checksums(self) -> list[str | None]:

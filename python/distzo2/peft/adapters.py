@@ -20,11 +20,11 @@ from torch import nn
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, persistent_buffers
-from distzo2.checkpoint.pretrained import meta_model
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_FILES, ADAPTER_WEIGHTS, CheckpointFiles, digest_files
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.files import write_whole
+from distzo2.models.pretrained import meta_model
 from distzo2.peft.library import check, kind_of, peft_library, read_config
 from distzo2.streaming.offload import runtime_of
 

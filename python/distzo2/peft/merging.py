@@ -13,12 +13,18 @@ from torch import nn
 from tqdm import tqdm
 
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
 from distzo2.checkpoint.writing import CheckpointWriter
 from distzo2.errors import DistZO2Error, blaming
+from distzo2.models.pretrained import open_checkpoint
+from distzo2.models.replay import NO_STEPS, PIECE_BYTES, apply_updates, plan_pieces
 from distzo2.peft.adapters import AdapterTensors, wrap
 from distzo2.peft.library import read_config
+
+# Of the formats of a base.
+NO_MERGE = (
+    "an adapter is not merged into packed weights ({}), which would round it away: load it beside them (--adapter, or "
+    "peft's PeftModel), or merge it into the checkpoint that they were packed from"
+)
 
 
 @torch.no_grad()
@@ -46,6 +52,8 @@ def merge_adapter(
         raise DistZO2Error(f"{adapter}: a prompt or prefix cannot be merged into weights; the adapter is all there is")
     model, base = open_checkpoint(base_dir, dtype=dtype)
     with closing(base):
+        if base.is_packed:
+            raise DistZO2Error(f"{base_dir}: {NO_MERGE.format(base.formats)}")
         names = {id(p): name for name, p in model.named_parameters()}
         users = Counter(names[id(p)] for m in model.modules() for p in m._parameters.values() if p is not None)
         wrapped = wrap(model, config)

@@ -22,8 +22,8 @@ from distzo2.checkpoint.reading import (
     CheckpointFiles,
     checkpoint_differences,
 )
-from distzo2.checkpoint.replay import PIECE_BYTES, ReplayReport, apply_updates, plan_pieces, read_steps
 from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.models.replay import PIECE_BYTES, ReplayReport, apply_updates, plan_pieces, read_steps
 from distzo2.peft.adapters import write_adapter
 from distzo2.peft.library import read_config
 from distzo2.peft.merging import merge_adapter
@@ -43,7 +43,7 @@ def replay_adapter(
     Args:
         start: the adapter that the run began with, which its journal names by its digests.
         out_dir: where the adapter is written; it must not hold one.
-        journal_path, progress, backend: as for `distzo2.checkpoint.replay.replay`.
+        journal_path, progress, backend: as for `distzo2.models.replay.replay`.
 
     Raises:
         JournalError: the journal is damaged, of a run without an adapter, or `to_step` is beyond it.

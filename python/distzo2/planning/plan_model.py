@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from distzo2.checkpoint.pretrained import meta_model
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.models.pretrained import meta_model
 from distzo2.optim.selection import select
 from distzo2.peft.adapters import NAME, keys_of, virtual_tokens, wrap
 from distzo2.run.options import Trained

@@ -39,7 +39,7 @@ _HEADER = {
 _HEADER_2 = _HEADER | {"hash": "string or null", "parents": "list"}
 _HEADER_3 = _HEADER | {
     "parents": "list", "loss": "string", "compute_dtype": "string or null", "data_hash": "string or null",
-    "stored_formats": "null", "estimator_state": "null",
+    "stored_formats": "object or null", "estimator_state": "null",
 }  # fmt: skip
 _PARENT = {
     "name": "string", "steps": "integer", "sha256": "string", "chain": "string or null", "options": "object",
@@ -103,6 +103,7 @@ def make_header(
     fingerprint: Mapping[str, Any] | None = None,
     data_hash: str | None = None,
     computed: Iterable[str] | None = None,
+    stored_formats: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A header, checked.
 
@@ -117,6 +118,7 @@ def make_header(
         fingerprint: what the bits of a forward depend on besides the weights.
         data_hash: SHA-256 of the examples as the model is given them; None if it is not known.
         computed: dtypes that forwards compute in; None: those of the table.
+        stored_formats: of parameters that are packed, by name.
 
     Raises:
         JournalError: a value is not what a header holds.
@@ -140,7 +142,7 @@ def make_header(
         "loss": LOSS_RULE,
         "compute_dtype": dtypes.pop() if len(dtypes) == 1 else None,
         "data_hash": data_hash,
-        "stored_formats": None,
+        "stored_formats": dict(stored_formats) if stored_formats else None,
         "estimator_state": None,
     }
     check_header(header)

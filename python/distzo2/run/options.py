@@ -26,6 +26,7 @@ from distzo2.text import first_reason
 # --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
 _OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
 RATES = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
+TUNED_BY = {"adapter": "lora"}  # what --tune comes to where nothing else says it
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -86,6 +87,7 @@ ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Estimator = Literal["spsa", "fzoo"]
 Noise = Literal["normal", "rademacher"]
 Weights = Literal["device", "host", "disk"]
+Store = Literal["affine4", "table4", "affine8", "affine16"]
 
 
 def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
@@ -130,6 +132,11 @@ class Placement:
         1, "write a streamed block back at every N-th step, blocks in turn: spares a disk, makes more noise"
     )
     dtype: Dtype = option("auto", "dtype of the weights; auto: the checkpoint's")
+    store: Store | None = option(
+        None,
+        "pack the blocks' matrices at load, 64 weights with a scale: affine16 and affine8 can be trained "
+        "(docs/packed.md), affine4 and table4 are frozen, for adapters (default: as the checkpoint has them)",
+    )
     compute_dtype: ComputeDtype = option(
         "auto",
         "dtype that the model computes in, whatever is stored; auto: as stored, but float32 on a CPU that has no "
@@ -161,6 +168,11 @@ class Trained(Adapted):
         "train an adapter and leave the model as it is: OUT/adapter loads with peft (docs/peft.md)",
         group="what is trained",
     )
+    tune: Literal["adapter", "code", "full"] | None = option(
+        None,
+        "adapter: as --peft lora; code: weights stored as codes (--store affine16, or affine8); full: weights as they "
+        "are (default: what --peft, --adapter and --store say)",
+    )
     lora_r: Count = option(8, "rank of LoRA's matrices")
     lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
     lora_targets: str | None = option(
@@ -179,6 +191,10 @@ class Trained(Adapted):
     def __post_init__(self) -> None:
         if self.peft and self.adapter:
             raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
+        if self.tune == "adapter" and not self.adapts:
+            object.__setattr__(self, "peft", TUNED_BY[self.tune])
+        elif self.tune in ("code", "full") and self.adapts:
+            raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
         if self.train_only and self.adapts:
             raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
 
@@ -249,7 +265,9 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         UsageError: two options do not go together.
     """
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR", group="what")
+    model: Name = option(
+        MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
+    )
     train: Name | None = option(
         None, "JSONL of prompt + completion, prompt + choices + label, messages, or text; or give --task", "FILE"
     )
@@ -271,8 +289,11 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     protocol: Literal["mezo"] | None = option(
         None, "mezo: that paper's steps, batch, --lr, --eps, evaluations and choice of a step; options given win"
     )
-    lr: PositiveOrZero = option(
-        1e-6, "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts)"
+    lr: PositiveOrZero | Literal["auto"] = option(
+        1e-6,
+        "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts); auto, "
+        "with --estimator fzoo: 0.05 eps / spread of the losses at the start, told and kept",
+        "X|auto",
     )
     eps: Positive = option(
         1e-3, "size of a perturbation, in units of a weight (default: 1e-3; 1e-2 for LoRA, 1e-1 for prompts)"
@@ -366,10 +387,23 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tune == "code" and self.store is None:
+            object.__setattr__(self, "store", "affine16")
+        if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
+            raise UsageError(
+                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
+                "--peft lora trains an adapter beside them, --store affine16 or affine8 the codes themselves"
+            )
+        if self.tune == "full" and self.store is not None:
+            raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:
             raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
+        if self.lr == "auto" and self.estimator != "fzoo":
+            raise UsageError(
+                f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
+            )
         if self.warmup > self.steps:
             raise UsageError(f"--warmup {self.warmup} is more than --steps {self.steps}")
         if self.fsync_every > 1 and self.weights == "disk":
@@ -397,17 +431,17 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 TRAINED = tuple(f.name for f in fields(Trained))
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "compute_dtype", "tf32", "objective",
+FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "store", "compute_dtype", "tf32", "objective",
          "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
          *TRAINED)  # fmt: skip
-KEPT_BY_BRANCHES = ("seed", "dtype", *TRAINED)
+KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalOptions(Adapted, DataReading, Placement):
     """Options of `distzo2 signal`."""
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer", "DIR")
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR")
     train: Name = option(MISSING, "JSONL of lines as for finetune; the first batch of its order is taken", "FILE")
     batch_size: Count = option(16, "examples of the batch")
     probes: Annotated[int, _NUMBER, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
@@ -425,7 +459,7 @@ class SignalOptions(Adapted, DataReading, Placement):
 class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     """Options of `distzo2 eval`."""
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
     batch_size: Count = option(16, "examples in a micro-batch")
     score: Literal["f1", "em"] | None = option(
@@ -445,7 +479,7 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
 class GenerateOptions(Adapted, Placement):
     """Options of `distzo2 generate`."""
 
-    model: Name = option(MISSING, "directory of a Hugging Face checkpoint", "DIR")
+    model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     prompt: str | None = option(None, "how the text begins (default: read from standard input)", "TEXT")
     max_new_tokens: Count = option(64, "tokens to add at most")
     temperature: PositiveOrZero = option(0.0, "of sampling; 0: the likeliest token each time")

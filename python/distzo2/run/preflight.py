@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from distzo2.checkpoint.pretrained import from_pretrained
-from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.models.pretrained import from_pretrained, sizes_of
 from distzo2.peft.adapters import known_config, new_config, virtual_tokens
 from distzo2.run.options import DataReading, Placement, Trained
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
@@ -30,10 +28,10 @@ _SPARE = 0.05  # of what is free, left to others
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes of a checkpoint's tensors in the dtype of the run."""
+    """Bytes of a checkpoint's tensors as the run stores them."""
 
     total: int
-    largest: int  # of one tensor
+    largest: int  # of one tensor, decoded
     dtype: torch.dtype | None = None  # of most of its bytes, among floating-point ones
 
 
@@ -43,15 +41,15 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is truncated or corrupt.
     """
-    with closing(CheckpointFiles(directory)) as files:
-        entries = list(files.entries)
     floating: Counter[torch.dtype] = Counter()
-    sizes = []
-    for entry in entries:
-        kept = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
-        sizes.append(entry.numel * kept.itemsize)
-        floating[kept] += sizes[-1] if kept.is_floating_point else 0
-    return ModelSize(sum(sizes), max(sizes, default=0), max(floating, key=floating.get, default=None))
+    total, largest = 0, 0
+    for num_bytes, numel, stored in sizes_of(Path(directory)):
+        kept = dtype if dtype and stored.is_floating_point else stored
+        is_packed = num_bytes < numel * stored.itemsize
+        total += num_bytes if is_packed else numel * kept.itemsize
+        largest = max(largest, numel * kept.itemsize)
+        floating[kept] += numel * kept.itemsize if kept.is_floating_point else 0
+    return ModelSize(total, largest, max(floating, key=floating.get, default=None))
 
 
 class Place(NamedTuple):
@@ -86,6 +84,7 @@ def load_model(options: Placement, place: Place, widest: torch.dtype | None, **m
         device=place.device,
         weights=options.weights,
         dtype=DTYPES.get(options.dtype),
+        store=options.store,
         compute_dtype=widest,
         memory_budget=options.memory_budget,
         host_memory=options.host_memory,

@@ -25,13 +25,11 @@ from distzo2.weights.access import WeightAccess
 from distzo2.weights.residency import MemoryBudget, blocks_to_stream
 from distzo2.weights.store import MemoryStore, Store, StoredCopy, core_errors, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
-from distzo2.weights.units import TRAINABLE_DTYPES, Unit, collect_params, dtypes_to_compute_in, find_units
+from distzo2.weights.units import TRAINABLE_DTYPES, StoredBy, Unit, collect_params, dtypes_to_compute_in, find_units
 from distzo2.weights.updates import CLEAN
 from distzo2_core import RangeFiles, cuda_available
 
 WEIGHTS = ("device", "host", "disk")
-# Where the bytes of a parameter on meta lie, by its name: ranges (file, offset, bytes) one after another, or None.
-LiesAt = Callable[[str], Sequence[tuple[Path, int, int]] | None]
 
 
 def offload(
@@ -48,7 +46,7 @@ def offload(
     weight_file: WeightFile | None = None,
     compute_dtype: torch.dtype | None = None,
     train: bool = False,
-    files: LiesAt | None = None,
+    stored: StoredBy | None = None,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
@@ -85,9 +83,9 @@ def offload(
             dtypes, stay as they are; buffers of 16 bits follow. None: as stored.
         train: leave the model's training mode as it is. By default it is set to eval(): dropout adds noise to the
             difference of two losses.
-        files: where the bytes of a parameter on meta are, by its name: ranges (path, offset, bytes) of files, or None.
-            With weights="disk", frozen blocks then stream from there: they are not copied, and nothing may change the
-            files meanwhile. `distzo2.from_pretrained` gives it.
+        stored: how the bytes of a parameter on meta are stored, by its name, or None. Frozen parameters then stay as
+            they are in files, packed ones among them. With weights="disk", frozen blocks that lie in files stream from
+            there: they are not copied, and nothing may change the files meanwhile. `distzo2.from_pretrained` gives it.
 
     Returns:
         The same module.
@@ -128,7 +126,7 @@ def offload(
         host_memory=host_memory,
         write_every=write_every,
         weight_file=weight_file,
-        files=files if weights == "disk" else None,
+        stored=stored,
     )
     return model
 
@@ -211,21 +209,25 @@ def _hand_over(
     host_memory: MemoryBudget,
     write_every: int,
     weight_file: WeightFile | None,
-    files: LiesAt | None,
+    stored: StoredBy | None,
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
     Where the ranks of a node share blocks in slices, they do so together: an error of one is an error of all. `undo`
     gets what closes memory and files after an error.
     """
-    params = collect_params(model)
+    params = collect_params(model, stored)
     found = find_units(model, params, units)
     for unit in found:
         unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
+    if all(unit.packed is not None for unit in found if not unit.resident):
+        slots = min(slots, 2)  # what is decoded leaves its slot before it is computed with: two keep a link busy
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent
-    slices = choose_slices(current(), found, device, weights, directory, host_memory)
+    slices = None  # of codes each rank keeps all: their scales lie elsewhere
+    if not any(p.is_coded for p in params):
+        slices = choose_slices(current(), found, device, weights, directory, host_memory)
     together = slices.node.exchange if slices is not None else None
     streams = on_disk or (weights == "host" and (device.type != "cpu" or slices is not None))
     with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
@@ -238,7 +240,7 @@ def _hand_over(
         streamed = blocks_to_stream(found, device, memory_budget, slots, free_bytes) if streams else []
         agreed["the blocks that stream (memory_budget=)"] = [u.name for u in streamed]
         shares, index = ([1.0], 0) if slices is None else (slices.shares, slices.node.index)
-        places = {u: place for u in streamed if files is not None and (place := _places_of(u, files)) is not None}
+        places = {u: place for u in streamed if on_disk and (place := _places_of(u)) is not None}
         streamed.sort(key=lambda unit: unit in places)  # what lives in files of others comes last
         moving = slices_of(streamed, shares, index)  # a whole block is a slice of one
         for copy in moving:
@@ -284,17 +286,14 @@ def _hand_over(
     return runtime
 
 
-def _places_of(unit: Unit, files: LiesAt) -> list[tuple[Path, int, int, int]] | None:
-    """Ranges (file, offset, bytes, place in the unit) that hold a frozen unit whose parameters are on meta, or None."""
+def _places_of(unit: Unit) -> list[tuple[Path, int, int, int]] | None:
+    """Ranges (file, offset, bytes, place in the unit) that hold a frozen unit, or None."""
     found = []
     for param in unit.params:
-        ranges = None if param.trainable or not param.tensor.is_meta else files(param.name)
-        if ranges is None or sum(num_bytes for *_, num_bytes in ranges) != param.num_bytes:
+        if param.stored is None or param.stored.ranges is None:
             return None
-        place = param.byte_offset
-        for path, offset, num_bytes in ranges:
-            found.append((path, offset, num_bytes, place))
-            place += num_bytes
+        for path, offset, num_bytes, place in param.stored.ranges:
+            found.append((path, offset, num_bytes, param.byte_offset + place))
     return found
 
 
@@ -483,18 +482,20 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             edited = {param.index: param.tensor.data for param in runtime.params}
             for param in runtime.params if not restructured else ():
                 found = edited[param.index]
-                if (found.shape, found.dtype, found.device.type) != (param.shape, param.dtype, "cpu"):
+                if (found.shape, found.dtype, found.device.type) != (param.shape, param.declared, "cpu"):
                     raise DistZO2Error(
                         f"parameter {param.name} is {found.dtype} {tuple(found.shape)} on {found.device} after the "
-                        f"edit; {param.dtype} {tuple(param.shape)} on cpu was expected"
+                        f"edit; {param.declared} {tuple(param.shape)} on cpu was expected"
                     )
-            restructured = restructured or _changes_fixed(runtime, edited)
+            for unit in runtime.units if not restructured else ():
+                if not access.is_replaceable(unit):  # if it changes, all become weights of their own
+                    restructured |= not access.holds(unit, {p.name: edited[p.index] for p in unit.params})
         except BaseException as error:
             failure = error
         with access.replacing("edit", error=failure) as note:
             for unit in runtime.units if not restructured else ():
                 note(unit.name, [edited[param.index] for param in unit.params])
-                if runtime.weights.copies[unit.index].is_fixed:
+                if not access.is_replaceable(unit):
                     continue
                 with access.writing(unit) as views:
                     for param in unit.params:
@@ -508,18 +509,6 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
             parameters.hide_each(runtime.params)
 
 
-def _changes_fixed(runtime: StreamingRuntime, edited: Mapping[int, torch.Tensor]) -> bool:
-    """Whether a unit that lives in files which are only read would have other bytes."""
-    for unit in runtime.units:
-        if runtime.weights.copies[unit.index].is_fixed:
-            with runtime.access.reading(unit) as views:
-                for param in unit.params:
-                    before, after = (t.reshape(-1).view(torch.uint8) for t in (views[param.name], edited[param.index]))
-                    if not torch.equal(before, after):
-                        return True
-    return False
-
-
 def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
     return [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
 
@@ -530,4 +519,4 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     runtime.cast_buffers(None)
     model._distzo2_state.remove()
     del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again
-    _take(model, **runtime.options | {"weight_file": None, "files": None, "compute_dtype": runtime.compute_dtype})
+    _take(model, **runtime.options | {"weight_file": None, "stored": None, "compute_dtype": runtime.compute_dtype})

@@ -59,6 +59,7 @@ class StreamingRuntime:
         where: where streamed weights live: "device", "host" or "disk".
         kept: the weight file, which outlives a crash; None without one.
         compute_dtype: what modules compute with; None: as stored.
+        told: what is to be known of how they were stored, a line.
         base: what the weights were loaded from, for a journal's header; None if it is not known. Set by whoever loads
             them.
     """
@@ -68,6 +69,7 @@ class StreamingRuntime:
     ) -> None:
         self.model, self.weights, self.access, self.where, self.kept = model, weights, access, where, kept
         self.base: Any = None
+        self.told = ""
         self.compute_dtype: torch.dtype | None = None
         # Buffers of 16 bits, which have the dtype that modules compute with.
         self.stored_buffers = {name: b.dtype for name, b in model.named_buffers() if b.dtype in HALVES}
@@ -538,7 +540,7 @@ class StreamingRuntime:
         present = unit.index in self._pointed
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             self.weights.bring(unit)
-            value = self.weights.up_to_date(unit)[unit.params.index(param)].to(param.seen, copy=True)
+            value = param.value(self.weights.up_to_date(unit)[unit.params.index(param)], param.seen).clone()
             if not present:
                 self.weights.release(unit)
         return value

@@ -169,9 +169,15 @@ class StateHooks:
                 continue
             with self._access.replacing("load_state_dict") as note:
                 note(unit.name, [p.tensor.data for p in loaded])
-                with self._access.writing(unit, keep=len(loaded) < len(unit.params)) as views:
-                    for param in loaded:
-                        views[param.name].copy_(param.tensor.data)
+                if self._access.is_replaceable(unit):
+                    with self._access.writing(unit, keep=len(loaded) < len(unit.params)) as views:
+                        for param in loaded:
+                            views[param.name].copy_(param.tensor.data)
+                elif not self._access.holds(unit, {p.name: p.tensor.data for p in loaded}):
+                    raise DistZO2Error(
+                        f"unit {unit.name} is packed, or streams from its checkpoint's files: load_state_dict cannot "
+                        "give it other weights"
+                    )
                 self._access.rebase()
             self._runtime.parameters.hide_each(loaded)
             for param in loaded:

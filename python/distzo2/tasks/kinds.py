@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from distzo2.checkpoint.pretrained import class_of, load_config, meta_model
+from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.writing import CONFIG_FILE
 from distzo2.errors import DistZO2Error, one_line
+from distzo2.models.pretrained import config_of, meta_model
 
 # Fields of config.json that no forward reads.
 _NOT_OF_A_FORWARD = {
@@ -61,7 +62,7 @@ def model_kind(directory: str | os.PathLike) -> ModelKind:
         DistZO2Error: the directory is no checkpoint, or no objective fits its model.
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config = config_of(directory)
     try:
         return _kind_of(directory, config)
     except DistZO2Error:
@@ -145,7 +146,8 @@ def _whole(config: Any, name: str) -> int | None:
 
 
 def forward_config(directory: str | os.PathLike) -> dict[str, str]:
-    """The fields of config.json that a forward may read, as JSON, to be compared when a run is resumed."""
-    fields = json.loads(Path(directory, CONFIG_FILE).read_bytes())
+    """The fields of a configuration that a forward may read, as JSON, to be compared when a run is resumed."""
+    path = Path(directory, CONFIG_FILE)
+    fields = json.loads(path.read_bytes()) if path.is_file() else config_of(Path(directory)).to_dict()
     used = {key: value for key, value in fields.items() if key not in _NOT_OF_A_FORWARD and value is not None}
     return {key: json.dumps(value, sort_keys=True) for key, value in used.items()}

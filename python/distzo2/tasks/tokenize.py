@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from distzo2.checkpoint.pretrained import load_config
 from distzo2.checkpoint.writing import tokenizer_files
 from distzo2.errors import DataError, DistZO2Error, one_line
+from distzo2.formats.gguf import is_gguf
+from distzo2.formats.gguf_config import gguf_tokenizer
+from distzo2.models.pretrained import config_of
 from distzo2.tasks.chat import Chat
 from distzo2.tasks.kinds import CAUSAL, ModelKind
 from distzo2.tasks.lines import BadLines, Line
@@ -57,12 +59,14 @@ class Example:
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Any:
-    """The tokenizer of a checkpoint directory.
+    """The tokenizer of a checkpoint directory, or of a GGUF file.
 
     Raises:
         DistZO2Error: the directory is no checkpoint, has no tokenizer, or it cannot be loaded.
     """
-    load_config(Path(directory))  # checked: transformers looks there for the tokenizer's class
+    if is_gguf(directory):
+        return gguf_tokenizer(directory)
+    config_of(Path(directory))  # checked: transformers looks there for the tokenizer's class
     names = {*_TOKENIZER_FILES.split()} | tokenizer_files(Path(directory))
     if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES.split()[:4])}, ...)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -51,14 +51,15 @@ class WeightAccess:
 
     @contextmanager
     def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields a unit's up-to-date parameters in host memory, by name. They must not be changed."""
+        """Yields a unit's up-to-date parameters in host memory, by name, as modules declare them. They must not be
+        changed."""
         self.weights.check_idle("reading weights")
         copy = self.weights.copies[unit.index]
         store = self.weights.store_of(copy)
         if not store.gathers:
             self.weights.catch_up_stored(copy)
         with store.open(copy, write=False) as buffer:
-            yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+            yield {p.name: p.value(view) for p, view in zip(unit.params, unit.views(buffer), strict=True)}
 
     # ---- replacing --------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class WeightAccess:
         """Yields a unit's parameters in host memory, by name, to be filled; they become the stored copy at the end.
 
         All of them must be filled, unless `keep` is set: then they hold their up-to-date values at first (of a unit in
-        slices, those of this rank's slice).
+        slices, those of this rank's slice). Of those that are packed the bytes are yielded.
         """
         self.weights.check_idle("writing weights")
         copy = self.weights.copies[unit.index]
@@ -113,8 +114,22 @@ class WeightAccess:
             yield {p.name: view for p, view in zip(unit.params, unit.views(buffer), strict=True)}
         copy.version = self.weights.version
 
+    def is_replaceable(self, unit: Unit) -> bool:
+        """Whether a unit can hold other values than it was given: it is not packed, and not in files of others."""
+        return not (self.weights.copies[unit.index].is_fixed or unit.is_encoded)
+
+    def holds(self, unit: Unit, values: Mapping[str, torch.Tensor]) -> bool:
+        """Whether some parameters of a unit have these values, bit for bit."""
+        with self.reading(unit) as views:
+            for name, value in values.items():
+                before, after = (t.reshape(-1).view(torch.uint8) for t in (views[name], value))
+                if not torch.equal(before, after):
+                    return False
+        return True
+
     def kept_elements(self, unit: Unit) -> dict[str, range]:
-        """Returns which elements of each parameter `writing` keeps on this rank: all, unless the unit is in slices."""
+        """Returns which elements of each parameter (bytes, where it is packed) `writing` keeps on this rank: all,
+        unless the unit is in slices."""
         copy = self.weights.copies[unit.index]
         return {p.name: copy.elements_of(p) for p in unit.params}
 

@@ -22,7 +22,7 @@ CLASS_BYTES = 8 * 2**20  # where there are more than two
 
 def buffers_of(unit: Unit) -> int:
     """How many copies of a unit are of use at least: those of frozen residents, as of embeddings, are used again."""
-    return BUFFERS if unit.trainable or unit.resident else 1
+    return BUFFERS if unit.trainable or (unit.resident and unit.packed is None) else 1
 
 
 @dataclass
@@ -38,8 +38,11 @@ class _SizeClass:
 
 
 def _class_of(unit: Unit) -> Hashable:
-    kind = "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
-    return "small" if unit.seen_bytes <= SMALL_BYTES else kind
+    if unit.seen_bytes <= SMALL_BYTES:
+        return "small"
+    if unit.packed is not None:  # decoding again costs less than the memory of embeddings beside a block
+        return "packed"
+    return "streamed" if not unit.resident else ("resident", unit.seen_bytes.bit_length() // 3)
 
 
 def _size_classes(units: Sequence[Unit]) -> dict[Hashable, _SizeClass]:

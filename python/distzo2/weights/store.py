@@ -81,9 +81,10 @@ class StoredCopy:
         return self.block >= 0
 
     def elements_of(self, param: ParamInfo) -> range:
-        """Returns which elements of one of the unit's parameters are in the copy. (Slices cut no element.)"""
+        """Returns which elements (bytes, where it is packed) of one of the unit's parameters are in the copy. (Slices
+        cut no element.)"""
         begin, end = self.begin - param.byte_offset, self.begin + self.num_bytes - param.byte_offset
-        item = param.dtype.itemsize
+        item = param.stored_itemsize
         return range(min(max(begin, 0), param.num_bytes) // item, min(max(end, 0), param.num_bytes) // item)
 
 

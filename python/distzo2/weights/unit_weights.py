@@ -21,10 +21,11 @@ from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.timeline import Timeline
 from distzo2.weights.units import TRAINABLE_DTYPES, Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
-from distzo2_core import Update, materialize
+from distzo2_core import Update, decode, materialize
 from distzo2_core.ops import materialize_again
 
 CLEAN_KEY = ()  # of a copy that no update and no perturbation changes
+FINITE_ELEMENTS = 1 << 20  # looked at together, since the look takes some bytes an element
 MAX_VISITED = 4096  # combinations of a unit and buffers that are remembered
 
 
@@ -90,6 +91,7 @@ class UnitWeights:
         # Buffers, by unit and addresses, that `materialize` has checked: those that it wrote to.
         self._visited: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._reach: dict[int, _Reach] = {}  # by unit
+        self._decoded: set[int] = set()  # units whose packed weights are known to be finite
         streamed = [c.unit for c in copies if c.streams]
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
@@ -334,7 +336,7 @@ class UnitWeights:
         self._forget_caches()
 
     def _forget_caches(self) -> None:
-        for cache in (self._views, self._visited, self._reach):
+        for cache in (self._views, self._visited, self._reach, self._decoded):
             cache.clear()
 
     def _key(self, unit: Unit, emission: Emission) -> tuple:
@@ -371,6 +373,8 @@ class UnitWeights:
         """
         if self.updates.excluded:
             self.updates.pass_excluded(copy)
+        if for_modules and copy.unit.packed is not None:  # frozen: all emissions are clean
+            self._decode(copy.unit, stored, outs)
         misses = copy.version < self.version and self.updates.table(copy) is not None
         table = self.updates.table(copy, for_modules) if misses or emissions else None
         if table is None:
@@ -394,6 +398,31 @@ class UnitWeights:
         if write_back:
             copy.version = self.version
         return write_back
+
+    def _decode(self, unit: Unit, stored: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+        """Decodes what is packed of a unit.
+
+        Raises:
+            DistZO2Error: at its first visit, a weight is not finite.
+        """
+        start = time.perf_counter_ns()
+        for out in outs:
+            decode(stored, unit.packed, out)
+        end = time.perf_counter_ns()
+        self._noise_ns += end - start
+        self.trace.add("decode", unit.name, start, end)
+        if unit.index in self._decoded:
+            return
+        for param in unit.params:
+            end = param.seen_offset + param.numel * param.seen.itemsize
+            parts = outs[0][param.seen_offset : end].view(param.seen).split(FINITE_ELEMENTS)
+            if param.layout is not None and not all(part.isfinite().all() for part in parts):
+                raise DistZO2Error(
+                    f"parameter {param.name} ({param.stored.format}): expected finite weights, got one that is not: "
+                    "the file is damaged, or its scales lead beyond "
+                    f"{str(param.seen).removeprefix('torch.')} (--compute-dtype)"
+                )
+        self._decoded.add(unit.index)
 
     def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
         """Writes a copy with every update made so far to `out`; returns whether `stored` was brought up to date too."""

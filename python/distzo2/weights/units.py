@@ -6,26 +6,70 @@ shared by modules of different blocks is one parameter and belongs to a resident
 
 Where a small part of a block is trained, as adapters of a frozen base are, the block is two units under the same
 windows: what is frozen, which streams and is never written, and what is trained, which is resident.
+
+A frozen parameter may be stored packed, as a quantized checkpoint has it (`StoredAs`): modules see a copy of its unit,
+decoded once a visit for all lanes.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
+from distzo2_core import Kind, PackedLayout, PackedSegment, PackedTable, Segment, decode
 
 ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundary
 HALVES = (torch.bfloat16, torch.float16)
 TRAINABLE_DTYPES = (torch.float32, *HALVES)
 GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this many groups
 SMALL_SHARE = 8  # trained parameters are small where they are at most an eighth of the bytes
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """How the files of a checkpoint have a parameter, and so how it is stored while it is frozen.
+
+    Attributes:
+        num_bytes: of its bytes, padding between parts included.
+        ranges: where they are (file, offset, bytes, place among them); None if they are made when they are read.
+        dtype: of its elements; None: it is packed.
+        layout: how packed bytes are decoded.
+        transposed: decoding gives the parameter with its last two dimensions swapped.
+        format: of what is packed, for people and for a journal's header.
+    """
+
+    num_bytes: int
+    ranges: tuple[tuple[Path, int, int, int], ...] | None
+    dtype: torch.dtype | None = None
+    layout: PackedLayout | None = None
+    transposed: bool = False
+    format: str = ""
+
+    @property
+    def code_dtype(self) -> torch.dtype | None:
+        """int8 or int16 where codes can be trained: they lie flat, with a float32 scale a group and nothing else, so
+        that noise and updates know elements by their number. None for other formats."""
+        at = self.layout
+        if at is None or at.codes.kind not in _CODES or any((at.outer, at.zero, at.min, at.zero_point, at.head_dim)):
+            return None
+        dtype, group = _CODES[at.codes.kind], at.scale.cols
+        places = (at.codes.row_stride, at.scale.row_stride, at.scale.stride, at.scale.rows, at.block, self.transposed)
+        is_flat = places == (at.cols * dtype.itemsize, at.cols // group * 4, 4, 1, at.cols, False)
+        return dtype if is_flat and at.scale.kind == Kind.FLOAT32 and at.cols % group == 0 else None
+
+
+_CODES = {Kind.INT8: torch.int8, Kind.INT16: torch.int16}
+# How the bytes of a parameter on meta are stored, by its name; None: as the module declares it, to be filled.
+StoredBy = Callable[[str], StoredAs | None]
 
 
 @dataclass(eq=False)
@@ -35,7 +79,7 @@ class ParamInfo:
     index: int  # position in model.named_parameters()
     name: str
     shape: torch.Size
-    dtype: torch.dtype
+    dtype: torch.dtype  # of what is stored; of what is packed, as declared
     stride: tuple[int, ...]
     trainable: bool
     tensor: nn.Parameter
@@ -45,20 +89,67 @@ class ParamInfo:
     byte_offset: int = 0  # in its unit's buffer
     seen: torch.dtype = torch.float32  # what modules compute with; set by the unit, at first as stored
     seen_offset: int = 0  # bytes, in a copy for modules
+    stored: StoredAs | None = None  # of a frozen parameter that files have as it is stored
+    declared: torch.dtype = None  # by the module; given where it is stored otherwise
+
+    def __post_init__(self) -> None:
+        self.declared = self.declared or self.dtype
 
     @property
     def numel(self) -> int:
         return self.shape.numel()
 
     @property
+    def layout(self) -> PackedLayout | None:
+        """How the stored bytes are decoded; None: they are the elements."""
+        return None if self.stored is None else self.stored.layout
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether codes are trained."""
+        return self.trainable and self.layout is not None
+
+    @property
     def num_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize if self.layout is None else self.stored.num_bytes
+
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes that a slice of the unit does not cut."""
+        return self.dtype.itemsize if self.layout is None else 1
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the parameter seen as a matrix; a vector is one row."""
         rows = self.shape[0] if len(self.shape) > 1 else 1
         return rows, self.numel // max(rows, 1)
+
+    def segment(self, byte_offset: int, part: range, group: int) -> Segment:
+        """Elements `part`, or all of what is coded, in a buffer that holds them from `byte_offset` on."""
+        dtype, scales = self.dtype, {}
+        if self.is_coded:  # whole: what holds codes is not sliced
+            scale, part = self.layout.scale, range(self.numel)
+            dtype, scales = (
+                self.stored.code_dtype,
+                {"scale_offset": byte_offset + scale.offset, "scale_group": scale.cols},
+            )
+        return Segment(byte_offset, len(part), dtype, self.index, part.start, group, *self.matrix_shape, **scales)
+
+    def value(self, view: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The parameter in `dtype` (None: as the module declares it), of a view of what is stored; the view itself
+        where it is stored so."""
+        dtype = dtype or self.declared
+        if self.layout is None:
+            return view.to(dtype)
+        out = torch.empty(self.numel, dtype=dtype, device=view.device)
+        decode(view, PackedTable([PackedSegment(self.layout, 0, dtype)]), out.view(torch.uint8))
+        return self.shaped(out).contiguous()
+
+    def shaped(self, elements: torch.Tensor) -> torch.Tensor:
+        """Decoded or raw elements [numel] as the parameter."""
+        if self.stored is None or not self.stored.transposed:
+            return elements.view(self.shape)
+        return elements.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).mT
 
 
 @dataclass(eq=False)
@@ -87,19 +178,37 @@ class Unit:
         """Sets what modules compute with in the place of some stored dtypes."""
         offset = 0
         for param in self.params:
-            param.seen = dtypes.get(param.dtype, param.dtype)
+            param.seen = dtypes.get(param.declared, param.declared)
             param.seen_offset = offset
             offset += _aligned(param.numel * param.seen.itemsize)
         self.seen_bytes = max(offset, ALIGNMENT)
-        self.converts = any(p.seen != p.dtype for p in self.params)
+        self.converts = any(p.seen != p.dtype or p.layout is not None for p in self.params)
+        self.__dict__.pop("packed", None)
+
+    @cached_property
+    def packed(self) -> PackedTable | None:
+        """Decodes what is packed and frozen of the unit into a copy for modules; None: nothing is."""
+        found = [(p, p.layout.moved(p.byte_offset)) for p in self.params if p.layout is not None and not p.is_coded]
+        return PackedTable(PackedSegment(at, p.seen_offset, p.seen) for p, at in found) if found else None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether stored bytes are not what modules declare."""
+        return any(p.layout is not None or p.dtype != p.declared for p in self.params)
 
     @property
     def trainable(self) -> bool:
         return any(p.trainable for p in self.params)
 
     def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters as tensors over `buffer` (uint8, [num_bytes]), in the order of `params`."""
-        return [_view(buffer, p.byte_offset, p.dtype, p) for p in self.params]
+        """The parameters as tensors over `buffer` (uint8, [num_bytes]), in the order of `params`; the bytes of those
+        that are packed."""
+        return [
+            _view(buffer, p.byte_offset, p.dtype, p)
+            if p.layout is None
+            else buffer[p.byte_offset : p.byte_offset + p.num_bytes]
+            for p in self.params
+        ]
 
     def seen_views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The parameters over a copy in the dtypes that modules compute with (uint8, [seen_bytes])."""
@@ -113,7 +222,7 @@ def _aligned(num_bytes: int) -> int:
 def _view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, param: ParamInfo) -> torch.Tensor:
     if not param.numel:
         return torch.empty(param.shape, dtype=dtype, device=buffer.device)
-    return buffer[offset : offset + param.numel * dtype.itemsize].view(dtype).view(param.shape)
+    return param.shaped(buffer[offset : offset + param.numel * dtype.itemsize].view(dtype))
 
 
 def main_dtype(params: Iterable[ParamInfo]) -> torch.dtype:
@@ -121,7 +230,7 @@ def main_dtype(params: Iterable[ParamInfo]) -> torch.dtype:
     beside adapters, the dtype of the frozen base."""
     num_bytes: Counter[torch.dtype] = Counter()
     for param in params:
-        num_bytes[param.dtype] += param.num_bytes if param.dtype in TRAINABLE_DTYPES else 0
+        num_bytes[param.declared] += param.num_bytes if param.declared in TRAINABLE_DTYPES else 0
     return num_bytes.most_common(1)[0][0]
 
 
@@ -130,7 +239,7 @@ def dtypes_to_compute_in(params: Sequence[ParamInfo], dtype: torch.dtype | None)
     beside narrower parameters is so for a reason, and stays."""
     if dtype is None:
         return {}
-    stored = {p.dtype for p in params if p.dtype in TRAINABLE_DTYPES}
+    stored = {p.declared for p in params if p.declared in TRAINABLE_DTYPES}
     narrower = stored - {torch.float32}
     return {one: dtype for one in (narrower if narrower and dtype != torch.float32 else stored)}
 
@@ -146,15 +255,24 @@ def ranges_of(indices: Iterable[int]) -> list[list[int]]:
     return ranges
 
 
-def collect_params(model: nn.Module) -> list[ParamInfo]:
+def collect_params(model: nn.Module, stored: StoredBy | None = None) -> list[ParamInfo]:
     """Returns every parameter once, in the order of `model.named_parameters()`, with the modules that own it.
 
+    `stored` tells how frozen ones on meta are stored.
+
     Raises:
-        DistZO2Error: a parameter is of a dtype or layout that cannot be streamed, or there is none.
+        DistZO2Error: a parameter is of a dtype or layout that cannot be streamed, or packed and not frozen, or there
+            is none.
     """
     for name, p in model.named_parameters():
         if isinstance(p, nn.UninitializedParameter):
             raise DistZO2Error(f"parameter {name} is of a lazy module and has no shape yet: run the model once before")
+        if type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise DistZO2Error(
+                f"parameter {name} is a {type(p).__module__}.{type(p).__qualname__}, which wraps other tensors, as "
+                "quantized weights of torchao do; a plain tensor is expected (dequantize it, or load a packed "
+                "checkpoint with distzo2.from_pretrained)"
+            )
     _tie_shared_storage(model)
     params: dict[int, ParamInfo] = {}
     for index, (name, p) in enumerate(model.named_parameters()):
@@ -165,8 +283,16 @@ def collect_params(model: nn.Module) -> list[ParamInfo]:
             )
         if p.dtype.is_complex or p.is_sparse:
             raise DistZO2Error(f"parameter {name} is {p.dtype}, layout {p.layout}; dense real tensors are expected")
-        trains = p.requires_grad
-        params[id(p)] = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), trains, p, requires_grad=trains)
+        trains, told = p.requires_grad, stored(name) if stored is not None and p.is_meta else None
+        if trains and told is not None and told.layout is not None and told.code_dtype is None:
+            raise DistZO2Error(
+                f"parameter {name} is packed ({told.format}), and cannot be perturbed or updated as it is: freeze it "
+                "and train an adapter beside it, or pack 16-bit weights as affine8 or affine16, whose codes are trained"
+            )
+        info = ParamInfo(index, name, p.shape, p.dtype, tuple(p.stride()), trains, p, requires_grad=trains)
+        if told is not None and (told.layout is not None or not trains):
+            info.stored, info.dtype = told, told.dtype or p.dtype
+        params[id(p)] = info
     users = _users(model)
     for module in model.modules():
         for p in module._parameters.values():
@@ -286,7 +412,8 @@ def _parts(index: int, name: str, params: list[ParamInfo], windows: list[nn.Modu
     """One unit; two, the frozen one first, where a small part of the parameters is trained. The first has `index`."""
     trained, frozen = ([p for p in params if p.trainable is which] for which in (True, False))
     small = SMALL_SHARE * sum(p.num_bytes for p in trained) <= sum(p.num_bytes for p in params)
-    if not (trained and frozen and small):
+    is_packed = any(p.layout is not None for p in frozen)  # and decoded once for all lanes
+    if not (trained and frozen and (small or is_packed)):
         return [Unit(index, name, params, windows, resident)]
     base = Unit(index, name, frozen, windows, resident)
     base.beside = Unit(index + 1, f"{name} (trained)", trained, windows, resident=True, beside=base)

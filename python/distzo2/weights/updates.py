@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from distzo2.weights.store import StoredCopy
 from distzo2.weights.units import TRAINABLE_DTYPES
-from distzo2_core import Emit, Program, Segment, SegmentTable, Term, Update, encode_program
+from distzo2_core import Emit, Program, SegmentTable, Term, Update, encode_program
 
 MAX_PROGRAMS = 64  # encoded visits that are kept within a step
 
@@ -127,13 +127,12 @@ class Updates:
             segments = []
             for p in copy.unit.params:
                 part, group = copy.elements_of(p), self.group_of.get(p.index)
-                if not part or (group is None and not (for_modules and p.dtype in TRAINABLE_DTYPES)):
+                is_read = group is not None or (for_modules and p.dtype in TRAINABLE_DTYPES)
+                if not part or not is_read or (p.layout is not None and not p.is_coded):
                     continue
-                offset = p.byte_offset + part.start * p.dtype.itemsize - copy.begin
-                segment = Segment(
-                    offset, len(part), p.dtype, p.index, part.start, -1 if group is None else group, *p.matrix_shape
-                )
-                if for_modules:
+                offset = p.byte_offset + part.start * p.stored_itemsize - copy.begin
+                segment = p.segment(offset, part, -1 if group is None else group)
+                if for_modules or copy.unit.is_encoded:
                     segment = segment._replace(out_offset=p.seen_offset, out_dtype=p.seen)
                 segments.append(segment)
             self._tables[key] = SegmentTable(segments) if segments else None

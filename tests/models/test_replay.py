@@ -19,11 +19,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from zoo import BY_NAME
 
 import distzo2
-from distzo2.checkpoint import replay as replay_module
 from distzo2.checkpoint.layout import Piece
-from distzo2.checkpoint.pretrained import open_checkpoint
-from distzo2.checkpoint.replay import ReplayReport, _check_map, plan_pieces, replay
 from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.models import replay as replay_module
+from distzo2.models.pretrained import open_checkpoint
+from distzo2.models.replay import ReplayReport, _check_map, plan_pieces, replay
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError

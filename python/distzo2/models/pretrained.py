@@ -1,18 +1,20 @@
-"""Hugging Face checkpoints in and out of an offloaded model, one unit at a time.
+"""Checkpoints in and out of an offloaded model, one unit at a time.
 
-Weights go from the files straight into the pool or the block file, and from there into new files. At no time is a
-second copy of more than a few blocks (`reading.CHUNK_BYTES`) in memory.
+A checkpoint is a directory of Hugging Face's, quantized or not, or a GGUF file. Weights go from the files straight into
+the pool or the block file, packed as they are, and from there into new files. At no time is a second copy of more than
+a few blocks (`reading.CHUNK_BYTES`) in memory.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from distzo2.checkpoint.config import class_of, load_config, load_generation_config
 from distzo2.checkpoint.mapping import CheckpointMap, map_for_saving, persistent_buffers, trace_checkpoint
-from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles, ParallelReader, adapter_in
+from distzo2.checkpoint.reading import CheckpointFiles, ParallelReader
 from distzo2.checkpoint.symbols import creation_bound
-from distzo2.checkpoint.tensor_files import CheckpointError, read_json
-from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, GENERATION_FILE, CheckpointWriter
-from distzo2.errors import one_line
+from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
+from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
+from distzo2.formats.gguf_config import gguf_tokenizer
+from distzo2.formats.gguf_file import RAW_DTYPES
+from distzo2.formats.packed_checkpoint import is_quantized, open_packed, plain_config
+from distzo2.formats.packing import pack_map
 from distzo2.streaming.offload import offload, runtime_of
 
 _UNITS_AHEAD = 2
 _MOST_TENSORS = 1 << 12  # of a configuration that comes without a checkpoint
-QUANT_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config", "quantize_config")
-_CODE_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # may name kernels of a hub
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +52,27 @@ def from_pretrained(
     units: Sequence[str] | None = None,
     directory: str | os.PathLike | None = None,
     train: bool = False,
+    store: str | None = None,
     prepare: Callable[[nn.Module, CheckpointMap], tuple[nn.Module, CheckpointMap]] | None = None,
     **offload_options: Any,
 ) -> nn.Module:
-    """Loads the transformers model of a checkpoint directory and offloads it.
+    """Loads the transformers model of a checkpoint and offloads it.
+
+    Packed weights stay packed, wherever they live, and are decoded once a visit, for all evaluations of a step; they
+    are frozen. What is trained beside them is an adapter, for example.
 
     Args:
-        path: the checkpoint: config.json and safetensors or `pytorch_model.bin` files, in shards or not.
+        path: the checkpoint: a directory with config.json and safetensors or `pytorch_model.bin` files, in shards or
+            not, whose weights may be quantized (docs/packed.md); or a GGUF file, or the first of a split one.
         device, weights, units, directory, offload_options: as for `distzo2.offload`.
-        dtype: of the parameters; None or "auto" for the checkpoint's.
+        dtype: of the parameters, where they are packed of decoded ones; None or "auto" for the checkpoint's.
         auto_class: a transformers auto class or model class; None for the class that the checkpoint was saved from, or
             the causal language model if that was a bare base model.
         attn_implementation: as for transformers' `from_pretrained`.
         train: whether the model is in training mode; otherwise it is in `eval()` mode.
+        store: packs the matrices of blocks while they are read, a group of 64 columns at a time, round to nearest:
+            "affine16" and "affine8" as codes of 16 and 8 bits, which can be trained (docs/packed.md); "affine4" and
+            "table4" in 4 bits, frozen. None: as they are.
         prepare: called with the model, whose parameters are on meta, and the map that fills it, before it is handed
             over; returns those to take in their place. `distzo2.adapter(...)` makes one.
 
@@ -70,7 +83,12 @@ def from_pretrained(
     model, checkpoint_map = open_checkpoint(
         path, dtype=dtype, auto_class=auto_class, attn_implementation=attn_implementation
     )
+    error = None
     try:
+        if store is not None:
+            opened = pack_map(model, checkpoint_map, store, None if units is None else list(units))
+            checkpoint_map, error = opened.map, opened.error
+            freeze_packed(model, checkpoint_map)
         if prepare is not None:
             model, checkpoint_map = prepare(model, checkpoint_map)
         model = offload(
@@ -80,13 +98,15 @@ def from_pretrained(
             units=units,
             directory=directory,
             train=train,
-            files=checkpoint_map.lies_at,
+            stored=checkpoint_map.stored_as,
             **offload_options,
         )
         fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()
     runtime_of(model).base = checkpoint_map
+    if error is not None and error.sums:
+        runtime_of(model).told = f"packed as {store}: {error.report()}"
     return model
 
 
@@ -98,32 +118,63 @@ def open_checkpoint(
     attn_implementation: str | None = None,
 ) -> tuple[nn.Module, CheckpointMap]:
     """The model of a checkpoint with its parameters on meta and its buffers real, and the map that fills it."""
-    directory = Path(path)
-    config = load_config(directory)
+    path = Path(path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model, checkpoint_map = trace_checkpoint(
-        CheckpointFiles(directory),
-        class_of(directory, config, auto_class),
-        config,
-        dtype=dtype or "auto",
-        **options,
-    )
-    checkpoint_map.generation_config = model.generation_config = _load_generation_config(directory, model)
+    if is_gguf(path) or is_quantized(path):
+        opened = (open_gguf if is_gguf(path) else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
+        model, checkpoint_map = opened.model, opened.map
+        freeze_packed(model, checkpoint_map)
+    else:
+        config = load_config(path)
+        files, model_class = CheckpointFiles(path), class_of(path, config, auto_class)
+        model, checkpoint_map = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
+    if not path.is_file():
+        checkpoint_map.generation_config = model.generation_config = load_generation_config(path, model)
     if checkpoint_map.unexpected:
         names = checkpoint_map.unexpected
         logger.warning("%s: %d tensors have no use in the model: %s", path, len(names), ", ".join(names[:5]))
     return model.eval(), checkpoint_map
 
 
+def freeze_packed(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
+    """Freezes the parameters whose packed form cannot be trained."""
+    for name, parameter in model.named_parameters():
+        packed = checkpoint_map.mapped[name].packed
+        parameter.requires_grad_(packed is None or packed.stored_as().code_dtype is not None)
+
+
+def config_of(path: Path) -> Any:
+    """The transformers configuration of a checkpoint, as of one whose weights are not packed.
+
+    Raises:
+        CheckpointError: there is none that transformers knows.
+    """
+    if is_gguf(path):
+        return gguf_config(path)
+    return plain_config(path) if is_quantized(path) else load_config(path)
+
+
+def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype]]:
+    """Bytes, elements and dtype of each tensor of a checkpoint's files; of GGUF's blocks, what they are decoded to.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a file of it is truncated or corrupt.
+    """
+    if is_gguf(path):
+        return [(t.num_bytes, math.prod(t.shape), RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
+    with closing(CheckpointFiles(path)) as files:
+        return [(entry.num_bytes, entry.numel, entry.dtype) for entry in files.entries]
+
+
 def meta_model(directory: Path, dtype: torch.dtype | str | None = None) -> nn.Module:
-    """The model of a directory's config.json with all of its tensors on meta; no weights are needed.
+    """The model of a checkpoint's configuration with all of its tensors on meta; no weights are needed.
 
     `dtype` is that of the parameters; None for the configuration's, or float32.
 
     Raises:
         CheckpointError: there is no configuration that transformers knows, or its model has too many modules.
     """
-    config = load_config(directory)
+    config = config_of(directory)
     model_class = class_of(directory, config, None)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"), creation_bound(_MOST_TENSORS, sys.maxsize):
@@ -154,7 +205,7 @@ def save_pretrained(
         advice = "its adapter with distzo2.save_adapter, or what merge_and_unload returned inside distzo2.edit"
         raise CheckpointError(f"{type(model).__name__} is a model with an adapter: save {advice}")
     names = {id(p): name for name, p in model.named_parameters()}
-    params = [(names[id(p.tensor)], p.dtype, p.shape) for p in runtime.params if id(p.tensor) in names]
+    params = [(names[id(p.tensor)], p.declared, p.shape) for p in runtime.params if id(p.tensor) in names]
     checkpoint_map = (runtime.base if model is runtime.model else None) or map_for_saving(model, params)
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:
@@ -165,6 +216,8 @@ def save_pretrained(
         for name, buffer in persistent_buffers(model):
             if name in checkpoint_map.mapped:
                 writer.write(name, buffer)
+        if checkpoint_map.directory is not None and is_gguf(checkpoint_map.directory):
+            writer.add(gguf_tokenizer(checkpoint_map.directory).save_pretrained)
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
@@ -182,6 +235,8 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                         kept = access.kept_elements(unit)
                         ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
                         filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
+                        for name, view in views.items():
+                            filling[-1][1].extend(reader.submit(make) for make in checkpoint_map.made_of(name, view))
                     while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
                         reader.finish(filling[0][1])
                         filling.popleft()[0].close()
@@ -191,83 +246,3 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                     stack.__exit__(*sys.exc_info())
             runtime.close()  # a model that lacks some of its weights is of no use
             raise
-
-
-def parts_of(config: Any) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a configuration, itself included."""
-    todo: list[Any] = [config]
-    while todo:
-        part = todo.pop()
-        todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        if isinstance(part, dict):
-            yield part
-
-
-def load_config(directory: Path, packed: bool = False) -> Any:
-    """The transformers configuration of a directory. No code that comes with it, or from a hub, is run.
-
-    With `packed`, its weights may be quantized.
-
-    Raises:
-        CheckpointError: there is none that transformers knows, or it asks for code, or its weights are quantized.
-    """
-    from transformers import AutoConfig
-
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        found = adapter_in(directory) or "found none"
-        raise CheckpointError(f"{directory}: expected a checkpoint directory with a config.json, {found}")
-    for part in parts_of(read_json(path)):
-        for key in _CODE_KEYS:
-            if "/" in str(part.get(key)):
-                raise CheckpointError(f"{path}: {key} names code from elsewhere, {str(part[key])[:80]!r}: not run")
-        for key in () if packed else QUANT_KEYS:
-            if part.get(key):
-                raise CheckpointError(f"{path}: quantized weights ({key}) cannot be perturbed or updated")
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a configuration that transformers knows: {one_line(error)}") from error
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        if getattr(part, "return_dict", True) is False:  # transformers' own forwards need the names of inner outputs
-            part.return_dict = True
-    return config
-
-
-def _load_generation_config(directory: Path, model: nn.Module) -> Any:
-    from transformers import GenerationConfig
-
-    path = directory / GENERATION_FILE
-    if not path.is_file():
-        return getattr(model, "generation_config", None)
-    read_json(path)  # checks its length
-    try:
-        return GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from error
-
-
-def class_of(directory: Path, config: Any, auto_class: Any) -> Any:
-    """The concrete model class for a checkpoint (see `from_pretrained`)."""
-    import transformers
-
-    def resolve(auto: Any) -> Any:
-        known = auto._model_mapping.get(type(config), None)
-        return known[0] if isinstance(known, (list, tuple)) else known
-
-    if auto_class is not None:
-        chosen = resolve(auto_class) if hasattr(auto_class, "_model_mapping") else auto_class
-        if chosen is None:
-            raise CheckpointError(f"{directory}: {auto_class.__name__} has no model for {type(config).__name__}")
-        return chosen
-    causal, base = resolve(transformers.AutoModelForCausalLM), resolve(transformers.AutoModel)
-    names = getattr(config, "architectures", None)
-    saved_from = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    chosen = getattr(transformers, saved_from, None)
-    if chosen is None and saved_from and getattr(config, "auto_map", None):
-        raise CheckpointError(f"{directory}: {saved_from} needs code that comes with the checkpoint, which is not run")
-    if chosen in (None, base):
-        chosen = causal or base
-    if chosen is None:
-        raise CheckpointError(f"{directory}: transformers has no model class for {type(config).__name__}")
-    return chosen

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distzo2.checkpoint.packed_param import PackedParam, Piece, starts
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.formats.packed_param import PackedParam, Piece, starts
 from distzo2_core.packed import Field, Kind, PackedLayout
 
 
@@ -57,7 +57,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path: Path, kind: Kind, bad:
 
 
 def test_scales_are_checked_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distzo2.formats.packed_param.CHUNK_BYTES", 40)  # two lines
+    monkeypatch.setattr("distzo2.checkpoint.packed_param.CHUNK_BYTES", 40)  # two lines
     scales = torch.ones(3, 4)
     scales[2, 0] = torch.nan
     with pytest.raises(CheckpointError, match="row 4:"):

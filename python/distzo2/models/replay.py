@@ -28,14 +28,17 @@ from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences, strided_view
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
+from distzo2.formats.gguf import is_gguf
+from distzo2.formats.packing import pack_map
+from distzo2.models.pretrained import open_checkpoint
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import MAX_HEADER_BYTES, JournalError
 from distzo2.text import dtype_name
+from distzo2.weights.units import ParamInfo
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
@@ -148,19 +151,26 @@ def read_steps(
 def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_class: Any = None) -> CheckpointMap:
     """The map from a base checkpoint to the parameters of a journal's index table, with the dtypes of the run.
 
-    A directory with a config.json is mapped as `from_pretrained` maps it, any other by the names of its tensors.
+    A GGUF file, and a directory with a config.json, is mapped as `from_pretrained` maps it, any other directory by the
+    names of its tensors.
 
     Raises:
         JournalError: the table or the map differs from the header's.
     """
     table = header["table"]
     dtypes = {row["name"]: _DTYPES.get(row["dtype"]) for row in table}  # None: refused below
-    if (directory / "config.json").is_file():
-        _, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
+    if (directory / "config.json").is_file() or is_gguf(directory):
+        model, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
             # The run loaded the weights in its own dtype, which buffers then have too.
             dtype = Counter(dtypes.values()).most_common(1)[0][0]
-            _, checkpoint_map = open_checkpoint(directory, dtype=dtype, auto_class=auto_class)
+            model, checkpoint_map = open_checkpoint(directory, dtype=dtype, auto_class=auto_class)
+        formats = header.get("stored_formats") or {}
+        if formats and not checkpoint_map.is_packed:  # it was packed at load
+            store = next(iter(formats.values())).split()[0]
+            checkpoint_map = pack_map(model, checkpoint_map, store, names=formats).map
+        if {name: m.packed.format for name, m in checkpoint_map.mapped.items() if m.packed is not None} != formats:
+            raise JournalError(f"{journal}: {directory} holds weights packed in other ways than those of the run")
     else:
         checkpoint_map = _map_by_table(directory, table)
     mapped = checkpoint_map.mapped
@@ -262,15 +272,29 @@ class PiecePart(NamedTuple):
 
     name: str
     segment: Segment
+    codes: ParamInfo | None = None  # a whole parameter whose codes are trained
 
     @property
     def num_bytes(self) -> int:
-        return self.segment.numel * self.segment.dtype.itemsize
+        return self.segment.numel * self.segment.dtype.itemsize if self.codes is None else self.codes.num_bytes
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The part in `buffer` (uint8), flat."""
+        """The part in `buffer` (uint8), flat; of codes, their bytes."""
         begin = self.segment.byte_offset
-        return buffer[begin : begin + self.num_bytes].view(self.segment.dtype)
+        view = buffer[begin : begin + self.num_bytes]
+        return view.view(self.segment.dtype) if self.codes is None else view
+
+    def read(self, checkpoint_map: CheckpointMap, buffer: torch.Tensor) -> None:
+        """Fills the part."""
+        if self.codes is None:
+            checkpoint_map.read(self.name, self.view(buffer), self.segment.element_offset)
+        else:
+            checkpoint_map.mapped[self.name].packed.read_into(self.view(buffer))
+
+    def values(self, buffer: torch.Tensor) -> torch.Tensor:
+        """What is written of the part, flat."""
+        view = self.view(buffer)
+        return view if self.codes is None else self.codes.value(view).view(-1)
 
 
 def plan_pieces(
@@ -284,6 +308,12 @@ def plan_pieces(
         mapped = checkpoint_map.mapped[row["name"]]
         checkpoint_map.mapped[mapped.name] = replace_fields(mapped, shape=(mapped.numel,))
         rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
+        if mapped.packed is not None and row["group"] is not None:
+            codes = mapped.packed.param(mapped.dtype, row["index"])
+            segment = codes.segment(0, range(mapped.numel), row["group"])._replace(out_dtype=mapped.dtype)
+            pieces.append([PiecePart(mapped.name, segment, codes)])
+            filled = piece_bytes
+            continue
         step = max(1, piece_bytes // mapped.dtype.itemsize)
         for begin in range(0, mapped.numel, step):
             numel = min(mapped.numel - begin, step)
@@ -324,7 +354,7 @@ def apply_updates(
         buffer = buffers.get()
         try:
             for part in piece:
-                checkpoint_map.read(part.name, part.view(buffer), part.segment.element_offset)
+                part.read(checkpoint_map, buffer)
             alike: dict[tuple, list[Segment]] = {}  # segments that the same steps left as they were
             for part in piece if updates else ():
                 s = part.segment
@@ -339,7 +369,7 @@ def apply_updates(
                     materialize(buffer, table, seed=seed, updates=some, write_back=True, backend=backend)
             with writing:
                 for part in piece:
-                    writer.write(part.name, part.view(buffer), part.segment.element_offset)
+                    writer.write(part.name, part.values(buffer), part.segment.element_offset)
                     bar.update(part.num_bytes)
         finally:
             buffers.put(buffer)

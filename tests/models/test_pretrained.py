@@ -19,10 +19,11 @@ from tiny_text import make_checkpoint
 from torch import nn
 
 import distzo2
-from distzo2.checkpoint import pretrained, reading
-from distzo2.checkpoint.pretrained import meta_model, open_checkpoint
+from distzo2.checkpoint import reading
 from distzo2.checkpoint.reading import INDEX_FILE, SINGLE_FILE, digest_checkpoint
 from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.models import pretrained
+from distzo2.models.pretrained import meta_model, open_checkpoint
 
 
 @pytest.mark.parametrize("weights", ["host", "disk"])

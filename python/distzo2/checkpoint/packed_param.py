@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from distzo2.checkpoint.tensor_files import CheckpointError, bytes_of
+from distzo2.weights.units import ParamInfo, StoredAs
 from distzo2_core.packed import Field, Kind, PackedLayout
 
 PIECE_ALIGNMENT = 64  # bytes: of each piece in a parameter's buffer
 CHUNK_BYTES = 4 << 20  # read at once, where not all of a piece is needed at a time
+_MAX_READ_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 VALUE_DTYPES = {
     Kind.FLOAT32: torch.float32,
     Kind.BFLOAT16: torch.bfloat16,
@@ -32,33 +34,54 @@ VALUE_DTYPES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes that become part of a parameter's buffer: a range of a file, or what `make` returns."""
+    """Bytes that become part of a parameter's buffer: a range of a file, or of what `make` writes."""
 
     path: Path | None  # a file, read as it lies; None: made
-    offset: int  # bytes, in the file
+    offset: int  # bytes, in the file or in what is made
     num_bytes: int
-    make: Callable[[], torch.Tensor] | None = field(default=None, compare=False)  # uint8 [num_bytes], on the CPU
+    make: Callable[[torch.Tensor, int], None] | None = field(default=None, compare=False)
+    """Fills a uint8 CPU tensor with the bytes from an offset on; any thread may call it."""
+    is_checked: bool = False  # what is made is refused where it is not finite
 
     @classmethod
     def made(cls, num_bytes: int, make: Callable[[], torch.Tensor]) -> Piece:
         """A piece with the bytes of the CPU tensor that `make` returns."""
-        return cls(None, 0, num_bytes, lambda: make().contiguous().view(-1).view(torch.uint8))
+
+        def fill(out: torch.Tensor, begin: int) -> None:
+            out.copy_(make().contiguous().view(-1).view(torch.uint8)[begin : begin + out.numel()])
+
+        return cls(None, 0, num_bytes, fill)
 
     def part(self, begin: int, num_bytes: int) -> Piece:
         """Bytes of this piece."""
-        if (begin, num_bytes) == (0, self.num_bytes):
-            return self
-        if self.make is None:
-            return Piece(self.path, self.offset + begin, num_bytes)
-        return Piece(None, 0, num_bytes, lambda: self.read()[begin : begin + num_bytes])
+        return replace(self, offset=self.offset + begin, num_bytes=num_bytes)
 
-    def read(self) -> torch.Tensor:
-        """The bytes, uint8 [num_bytes].
+    def read_into(self, out: torch.Tensor) -> None:
+        """Fills `out`, uint8 [num_bytes], contiguous and on the CPU.
 
         Raises:
-            CheckpointError: the file cannot be read or is too short.
+            CheckpointError: a file cannot be read or is too short, or what is made cannot be.
         """
-        return read_range(self.path, self.offset, self.num_bytes) if self.make is None else self.make()
+        if self.make is not None:
+            self.make(out, self.offset)
+            return
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                view, done = bytes_of(out), 0
+                while done < self.num_bytes:
+                    count = os.preadv(file.fileno(), [view[done : done + _MAX_READ_BYTES]], self.offset + done)
+                    if count == 0:
+                        expected = f"expected {self.num_bytes} bytes at {self.offset}, got {done}"
+                        raise CheckpointError(f"{self.path}: truncated: {expected}")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read at byte {self.offset}: {error.strerror}") from error
+
+    def read(self) -> torch.Tensor:
+        """The bytes, uint8 [num_bytes]; raises as `read_into`."""
+        data = torch.empty(self.num_bytes, dtype=torch.uint8)
+        self.read_into(data)
+        return data
 
 
 @dataclass(frozen=True)
@@ -87,16 +110,44 @@ class PackedParam:
         """Of the buffer, without padding behind the last piece."""
         return starts(self.pieces)[-1] + self.pieces[-1].num_bytes
 
-    def read(self) -> torch.Tensor:
-        """The buffer, uint8 [num_bytes], zero between pieces.
+    def placed(self) -> list[tuple[Piece, int]]:
+        """The pieces, each with the byte of the buffer at which it begins."""
+        return list(zip(self.pieces, starts(self.pieces), strict=True))
+
+    def read_into(self, out: torch.Tensor) -> None:
+        """Fills `out`, uint8 [num_bytes], contiguous and on the CPU: the buffer, with zeros between pieces.
 
         Raises:
-            CheckpointError: a file cannot be read or is too short.
+            CheckpointError: a file cannot be read or is too short, or weights cannot be packed.
         """
-        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8)
-        for piece, start in zip(self.pieces, starts(self.pieces), strict=True):
-            buffer[start : start + piece.num_bytes] = piece.read()
+        end = 0
+        for piece, start in self.placed():
+            out[end:start] = 0
+            end = start + piece.num_bytes
+            piece.read_into(out[start:end])
+
+    def read(self) -> torch.Tensor:
+        """The buffer, uint8 [num_bytes]; raises as `read_into`."""
+        buffer = torch.empty(self.num_bytes, dtype=torch.uint8)
+        self.read_into(buffer)
         return buffer
+
+    def stored_as(self) -> StoredAs:
+        """How a streamed model stores it."""
+        ranges = None
+        if all(piece.make is None for piece in self.pieces):
+            ranges = tuple((piece.path, piece.offset, piece.num_bytes, start) for piece, start in self.placed())
+        return StoredAs(self.num_bytes, ranges, None, self.layout, self.transposed, self.format)
+
+    def param(self, dtype: torch.dtype, index: int = 0) -> ParamInfo:
+        """The parameter as of a model that declares it in `dtype`."""
+        stored, tensor = self.stored_as(), torch.empty(self.shape, dtype=dtype, device="meta")
+        trains = stored.code_dtype is not None
+        return ParamInfo(index, self.name, tensor.shape, dtype, tensor.stride(), trains, tensor, stored=stored)
+
+    def value(self, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter itself, decoded to `dtype`. As for `read`."""
+        return self.param(dtype).value(self.read())
 
     def check_scales(self) -> None:
         """Reads the scales and minima, piece by piece, and refuses what no weight can be made of.
@@ -105,6 +156,8 @@ class PackedParam:
             CheckpointError: one of them is infinite or NaN (255 in e8m0); or as for `read`.
         """
         layout = self.layout
+        if all(piece.is_checked for piece in self.pieces):
+            return
         for role in ("scale", "outer", "min", "outer_min"):
             place = getattr(layout, role)
             if place is None or place.kind not in VALUE_DTYPES:  # six-bit integers are finite
@@ -120,27 +173,6 @@ def starts(pieces: Sequence[Piece]) -> list[int]:
     """The byte at which each piece begins in the buffer."""
     lengths = (-(-piece.num_bytes // PIECE_ALIGNMENT) * PIECE_ALIGNMENT for piece in pieces[:-1])
     return [*accumulate(lengths, initial=0)]
-
-
-def read_range(path: Path, offset: int, num_bytes: int) -> torch.Tensor:
-    """Bytes of a file, uint8 [num_bytes].
-
-    Raises:
-        CheckpointError: the file cannot be read or is too short.
-    """
-    data = torch.empty(num_bytes, dtype=torch.uint8)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            view, done = bytes_of(data), 0
-            while done < num_bytes:
-                count = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], offset + done)
-                if count == 0:
-                    expected = f"expected {num_bytes} bytes at {offset}, got {done}"
-                    raise CheckpointError(f"{path}: truncated: {expected}")
-                done += count
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
-    return data
 
 
 def _values(param: PackedParam, place: Field) -> Iterator[tuple[int, torch.Tensor]]:

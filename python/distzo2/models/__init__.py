@@ -1,0 +1,1 @@
+"""Models out of checkpoints, in whatever format these are stored, and back; replay."""
