@@ -81,5 +81,5 @@ def refuse(
         if name in left:
             parser.error(f"{flag} is no longer an option: {left[name]}")
         if found := [command for command, kind in others.items() if name in types_of(kind)]:
-            parser.error(f"{flag} is an option of distzo2 {' and '.join(found)}")
+            parser.error(f"{flag} is an option of distzo2 {', '.join(found)}")
     parser.error(f"unrecognized arguments: {' '.join(unknown)}")
