@@ -420,8 +420,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
-        if not (self.eval or self.task) and (self.save == "best" or self.eval_every):
-            raise UsageError(f"--{'save best' if self.save == 'best' else 'eval-every'} needs --eval")
+        judges = {"save best": self.save == "best", "eval-every": self.eval_every}
+        judges["score"] = self.score and not self.resume  # runs that an earlier version began may have it
+        if not (self.eval or self.task) and any(judges.values()):
+            raise UsageError(f"--{next(filter(judges.get, judges))} needs --eval")
 
     @property
     def writes_model(self) -> bool:
