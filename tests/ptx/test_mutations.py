@@ -55,7 +55,7 @@ CUDA = {
     "the order of an emit's pair": (MIXED, r"(cvt\.rn\.bf16x2\.f32 %r\d+), (%f\d+), (%f\d+)", r"\1, \3, \2", 0),
     "the quotient of a step": (CODED, r"div\.rn\.f32", "mul.rn.f32", 0),
     "the floor of a step": (CODED, r"cvt\.rmi\.f32\.f32", "cvt.rzi.f32.f32", 0),
-    "the largest code": (CODED, r"0f46FFFE00", "0f46FFFC00", 0),
+    "the largest code": (CODED, r"selp\.f32 (\s*%f\d+), 0f46FFFE00", r"selp.f32 \1, 0f46FFFC00", 0),
     "what is divided by where a scale is 0": (CODED, r"0f7F800000", "0f3F800000", 0),
     "the segment of a tile": (ANY, r"setp\.le\.u32", "setp.lt.u32", 0),
     "the last octet of a segment": (ANY, r"setp\.eq\.s32 (\s*%p\d+, %r\d+, %r\d+;)", r"setp.ne.s32 \1", 0),

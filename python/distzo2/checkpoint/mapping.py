@@ -158,6 +158,8 @@ class CheckpointMap:
         mapped, ranges, end = self.mapped[name], [], 0
         if mapped.packed is not None:
             return mapped.packed.stored_as()
+        if mapped.is_gain:
+            return None
         dtype = self.files.entries[mapped.pieces[0].source].dtype if self.is_packed else mapped.dtype
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
             entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]

@@ -34,7 +34,7 @@ from distzo2.optim.selection import select, trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
 from distzo2.peft.adapters import adapter, digest_adapter, known_config, tokens_in_front
-from distzo2.peft.merging import NO_MERGE
+from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
@@ -175,8 +175,10 @@ def _finetune(
             if source is config and config is not None and config.is_prompt_learning:  # a new one
                 with together(mesh, "starting the adapter"):
                     start_from_tokens(model, start, options.seed, mesh)
+            if runtime_of(model).told:
+                log(runtime_of(model).told)
             if what := trained(runtime_of(model).params):
-                log(f"{what}, lr {options.lr:g}, eps {options.eps:g}")
+                log(f"{what}, lr {options.lr}, eps {options.eps:g}")
             pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
             objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
@@ -185,6 +187,7 @@ def _finetune(
                     computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
                     if options.compute_dtype == "auto":
                         settings["compute_dtype"] = dtype_name(computed or "stored")
+                    settings["lr"] = loop.settle_rate()
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
                         run.update(options=settings, adapter=None if config is None else digest_adapter(start))
                     if not options.resume and not options.no_check:
@@ -252,19 +255,25 @@ def _prepared(
 ) -> tuple[torch.nn.Module, CheckpointMap]:
     """The model and its map with the run's adapter or gains, and with the parameters frozen that it does not train."""
     if source is not None:
-        place = None if options.resume else start
+        if base.is_packed and options.merge:
+            raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
+        place, names = None if options.resume else start, {id(p): name for name, p in model.named_parameters()}
         model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
+        if options.merge:
+            check_merges(model, names)
     if options.tune == "gain":
         model, base = gains(model, base)
     elif options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
-    elif base.is_packed and source is None and not all(p.requires_grad for p in model.parameters()):
+    elif (
+        base.is_packed
+        and source is None
+        and not any(p.requires_grad and base.mapped[name].packed is not None for name, p in model.named_parameters())
+    ):
         raise UsageError(
             f"--model {options.model}: its weights are packed ({base.formats}), and cannot be updated as they are: "
             "--peft lora trains an adapter beside them, --tune gain their scales, --train-only what is not packed"
         )
-    if base.is_packed and options.adapts and options.writes_model:
-        raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
     return model, base
 
 
