@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_runs import assert_same_bits, finetune, one_line, record, resume, steps_in, weights
+from cli_runs import finetune, one_line, record, resume, steps_in, weights
 from tiny_text import choice_lines, write_jsonl
 
 from distzo2.checkpoint.writing import DISK_SLACK_BYTES
@@ -206,29 +206,3 @@ def test_options_that_change_tokens(chat, capsys, caplog) -> None:
     assert resume("--steps=2", "--split-special-tokens") == 2
     assert "--split-special-tokens was False and is True: start a new run" in one_line(capsys)
     assert resume("--steps=2") == 0
-
-
-def test_a_run_of_gains_is_resumed_and_replayed(files) -> None:
-    gains = ["--tune=gain", "--store=affine4", "--eps=1e-2", "--lr=1e-1"]
-    assert finetune(files, *gains, "--steps=2", "--save=none") == 0
-    assert resume("--steps=4", "--save=last") == 0
-    assert finetune(files, *gains, "--out=other", "--weights=disk") == 0
-    assert_same_bits("out/checkpoint", "other/checkpoint")
-    assert main(["replay", "out", "--out=replayed", "--quiet"]) == 0
-    assert_same_bits("out/checkpoint", "replayed")
-    assert main(["replay", "out", "--out=first", "--to-step=0", "--quiet"]) == 0
-    changed = {name for name, value in weights("first").items() if not torch.equal(value, weights("replayed")[name])}
-    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(5)}
-
-
-@pytest.mark.parametrize(
-    ("options", "status", "reason"),
-    [
-        ([], 1, "gains are trained over packed weights"),
-        (["--peft=lora"], 2, "--tune gain: with --peft an adapter is trained"),
-        (["--store=affine4", "--train-only=last:1"], 2, "--train-only: with --tune gain"),
-    ],
-)
-def test_what_gains_need(files, capsys, options: list[str], status: int, reason: str) -> None:
-    assert finetune(files, "--tune=gain", *options) == status
-    assert reason in one_line(capsys)
