@@ -202,6 +202,22 @@ class Trained(Adapted):
         """Whether an adapter is trained, and the model itself is not."""
         return bool(self.peft or self.adapter)
 
+    def settle_store(self) -> None:
+        """Sets `store` where --tune says it.
+
+        Raises:
+            UsageError: what is stored so is not trained so.
+        """
+        if self.tune == "code" and self.store is None:
+            object.__setattr__(self, "store", "affine16")
+        if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
+            raise UsageError(
+                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
+                "--peft lora trains an adapter beside them, --store affine16 or affine8 the codes themselves"
+            )
+        if self.tune == "full" and self.store is not None:
+            raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataReading:
@@ -383,15 +399,7 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tune == "code" and self.store is None:
-            object.__setattr__(self, "store", "affine16")
-        if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
-            raise UsageError(
-                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
-                "--peft lora trains an adapter beside them, --store affine16 or affine8 the codes themselves"
-            )
-        if self.tune == "full" and self.store is not None:
-            raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
+        self.settle_store()
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:

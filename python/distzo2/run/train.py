@@ -50,6 +50,7 @@ from distzo2.run.preflight import (
     check_disk,
     check_memory,
     check_output,
+    check_packed,
     load_model,
     placed,
     reading_of,
@@ -255,11 +256,7 @@ def _prepared(
         model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
     if options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
-    elif base.is_packed and source is None:
-        raise UsageError(
-            f"--model {options.model}: its weights are packed ({base.formats}), and cannot be updated as they are: "
-            "--peft lora trains an adapter beside them, --train-only what is not packed"
-        )
+    check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
     if base.is_packed and options.adapts and options.writes_model:
         raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
     return model, base
