@@ -386,8 +386,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result.keys() == {"format", "version", "model", "request", "machine", "rows", "best"}
     assert result["format"] == FORMAT
     assert result["model"] == {
-        "name": "opt-125m", "dtype": "float16", "packed": [], "compute_dtype": "float16", "elements": 125239296, "units": 15,
-        "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "blocks": 12,
+        "name": "opt-125m", "dtype": "float16", "packed": [], "compute_dtype": "float16", "elements": 125239296,
+        "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "units": 15, "blocks": 12,
         "largest_copy": {"unit": "model.decoder.embed_tokens", "bytes": 50272 * 768 * 2},
         "trained": None, "trained_elements": 125239296, "saved_bytes": 2 * 125239296,
     }  # fmt: skip

@@ -211,6 +211,7 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
         return Duplex(*(rates[f"{way}_bytes_per_s"] for way in ("up", "down", "both")))
 
     gather = result["gather"]
+    decoded = [r for r in result.get("decode", ()) if r["device"] == device]  # earlier versions did not measure it
     host_bytes = min(about["memory_bytes"], about["allowed_bytes"] or about["memory_bytes"])
     notes = (
         f"rates as measured through the copy engine, by distzo2 {result['versions']['distzo2']}",
@@ -230,11 +231,7 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
             row("memory")["bytes_per_s"],
             {family: row("noise", family=family)["elements_per_s"] for family in ("normal", "rademacher")},
             GPU_HOST if gpus else CPU_HOST,
-            decode_per_s={
-                (row["codes"], row["dtype"]): row["weights_per_s"]
-                for row in result.get("decode", ())  # which earlier versions did not measure
-                if row["device"] == device
-            },
+            decode_per_s={(r["codes"], r["dtype"]): r["weights_per_s"] for r in decoded},
         ),
         link=duplex(row("copies")),
         disk=duplex(result["disk"]),

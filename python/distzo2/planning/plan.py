@@ -55,13 +55,12 @@ AUTO_TEXTS = {  # what --compute-dtype auto comes to, for weights of 16 bits
     torch.float32: "computed in float32: products in 16 bits are no faster on this CPU",
     None: "computed as stored; finetune takes float32 where that loses the signal, which --compute-dtype float32 plans",
 }
-
 DECODE_TEXTS = (  # without measured rates, and with them
     "packed weights are decoded at the memory's rate, as they are read and a copy is written: theirs was not measured",
     "packed weights are decoded as measured: Q5_K and Q6_K at the rate of nibbles, float8 at that of int8",
 )
 OFFLOADED_BYTES = 12  # a parameter, of backpropagation with weights, gradients and Adam on the host (arXiv 2604.05091)
-TABLE_COLUMNS = {"bf16": {}, "affine16": {"store": "affine16"}, "affine8": {"store": "affine8"}}
+TABLE_COLUMNS = {"bf16": {}} | {store: {"store": store} for store in ("affine16", "affine8")}
 TABLE_COLUMNS["affine4, LoRA"] = {"store": "affine4", "peft": "lora"}
 
 
@@ -378,9 +377,9 @@ def table(result: dict[str, Any]) -> list[str]:
 def memory_table(request: Any, names: Iterable[str] = tuple(LARGE)) -> list[str]:
     """The memory of the README as lines of Markdown, in GB: of a node's host for one device, weights in host memory,
     and of that device in a step of one sequence of 2048 tokens."""
-    head = [f"host memory, {column}" for column in TABLE_COLUMNS]
-    head = ["", *head, "device memory, bf16", f"device memory, {list(TABLE_COLUMNS)[-1]}", "offloaded backpropagation"]
-    lines = [" | ".join(("|", *head, "|"))[:-2].strip() + " |", "|" + " --- |" * len(head)]
+    columns = list(TABLE_COLUMNS)
+    head = ["GB", *columns, *(f"on the device: {columns[i]}" for i in (0, -1)), "offloaded backpropagation"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name in names:
         rows, num = [], 0
         for options in TABLE_COLUMNS.values():
@@ -389,7 +388,7 @@ def memory_table(request: Any, names: Iterable[str] = tuple(LARGE)) -> list[str]
             rows.append(planner.predict().row)
             num = num or sum(p.numel for u in planner.models[1].units for p in u.params)
         sizes = [*(row["host_bytes"] for row in rows), *(row["rank_bytes"]["total"] for row in (rows[0], rows[-1]))]
-        cells = [f"{size / 1e9:.0f} GB" for size in (*sizes, OFFLOADED_BYTES * num)]
+        cells = [f"{size / 1e9:.0f}" for size in (*sizes, OFFLOADED_BYTES * num)]
         lines.append(f"| {name}, {num / 1e9:.3g} G | {' | '.join(cells)} |")
     return lines
 

@@ -154,8 +154,8 @@ def plan_model(
         names = packable(model)
         stored = {id(p): packed_as(p.shape, store) for name, p in model.named_parameters() if name in names}
     for p in model.parameters():
-        told = stored.get(id(p))
-        p.requires_grad_(told is None or told.layout is None or told.code_dtype is not None)
+        if (told := stored.get(id(p))) is not None and told.layout is not None and told.code_dtype is None:
+            p.requires_grad_(False)
     check_packed(trained, source, stored.values())
     declared = model.dtype
     if trained.adapts:

@@ -431,7 +431,7 @@ class Schedule(UnitWeights):
 
     def _decode(self, unit: Unit, stored: Any, outs: Sequence[Any]) -> None:
         packed = [p for p in unit.params if p.layout is not None and not p.is_coded]
-        seconds = sum(self.work.rates.decode_s(p.numel, p.num_bytes, p.layout.codes.kind, p.seen) for p in packed)
+        seconds = sum(self.work.rates.decode_s(p) for p in packed)
         self.visit("decode", unit, seconds * len(outs))
 
     def _materialize(self, copy, stored, table, emissions, outs, for_modules, write_back) -> None:
