@@ -8,7 +8,7 @@ decoded from random codes and scales of a model's size, the medians and the best
 checked bit for bit against the reference. `copy` is torch's copy_ of the output's bytes, `visit` a step's visit with
 signs to as many bf16 weights (read, update, write back, write two copies). An instruction set is chosen when the
 kernels are first used, so that each has a process, a copy and a visit of its own. `--small` decodes what stays in the
-caches.
+caches. A format followed by γ has a gain for each group of its scale.
 """
 
 from __future__ import annotations
@@ -56,17 +56,20 @@ SHORT = ("q4_0", "q4_k", "q8_0", "gptq")  # the formats that are decoded to ever
 CHECKED = 4  # rows
 
 
-def call_of(name: str, dtype: torch.dtype, rows: int, out: torch.Tensor) -> Callable[[], object]:
+def call_of(name: str, dtype: torch.dtype, rows: int, out: torch.Tensor, gained: bool) -> Callable[[], object]:
     """Decodes one matrix to `out`, after a comparison of its first rows with the reference."""
-    stored, layout = make_case(np.random.default_rng(0), name, rows, COLS, usual=True)
+    rng = np.random.default_rng(0)
+    stored, layout = make_case(rng, name, rows, COLS, usual=True)
+    layout = layout.with_gain() if gained else layout
     table = PackedTable([PackedSegment(layout, 0, dtype)])
+    gains = torch.from_numpy(rng.normal(1, 0.01, table.gain_bytes // 4)).float() if gained else None
     written = out[: table.out_bytes]
-    distzo2_core.decode(stored, table, written)
+    distzo2_core.decode(stored, table, written, gains)
     first = PackedTable([PackedSegment(type(layout)(**{**vars(layout), "rows": CHECKED}), 0, dtype)])
     expected = torch.empty(first.out_bytes, dtype=torch.uint8)
-    distzo2_core.decode(stored, first, expected, backend="reference")
+    distzo2_core.decode(stored, first, expected, gains, backend="reference")
     assert torch.equal(written[: first.out_bytes], expected), f"{name} to {dtype}: other bits than the reference's"
-    return lambda: distzo2_core.decode(stored, table, written)
+    return lambda: distzo2_core.decode(stored, table, written, gains)
 
 
 def measure(level: str, rows: int, rounds: int, dtypes: list[str]) -> list[dict[str, Any]]:
@@ -87,15 +90,17 @@ def measure(level: str, rows: int, rounds: int, dtypes: list[str]) -> list[dict[
             ),
         }
         names = NAMES if dtype_name == "bfloat16" else SHORT
-        contenders |= {name: call_of(name, dtype, rows, out) for name in names}
+        every = [(name, gained) for name in names for gained in (False, True)]
+        contenders |= {f"{name} {gained}": call_of(name, dtype, rows, out, gained) for name, gained in every}
         seconds = interleaved_seconds(contenders, "cpu", rounds, clock=time.thread_time)
-        for name in names:
-            row = {"format": name, "simd": level, "out_dtype": dtype_name, "rows": rows, "cols": COLS}
-            row["g_weights_per_s"] = numel / seconds[name]["median"] / 1e9
-            row["best_g_weights_per_s"] = numel / seconds[name]["min"] / 1e9
+        for name, gained in every:
+            row = {"format": name, "gains": gained, "simd": level, "out_dtype": dtype_name, "rows": rows, "cols": COLS}
+            taken = seconds[f"{name} {gained}"]
+            row["g_weights_per_s"] = numel / taken["median"] / 1e9
+            row["best_g_weights_per_s"] = numel / taken["min"] / 1e9
             for other in ("copy", "visit"):
-                row[f"time_over_{other}"] = seconds[name]["median"] / seconds[other]["median"]
-                row[f"best_time_over_{other}"] = seconds[name]["min"] / seconds[other]["min"]
+                row[f"time_over_{other}"] = taken["median"] / seconds[other]["median"]
+                row[f"best_time_over_{other}"] = taken["min"] / seconds[other]["min"]
             row["copy_gb_per_s"] = num_bytes / seconds["copy"]["min"] / 1e9
             found.append(row)
     return found
@@ -123,8 +128,9 @@ def main() -> None:
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         for row in json.loads(done.stdout):
             found.append(row)
+            label = row["format"] + " γ" * row["gains"]
             print(
-                f"{row['simd']:>8} {row['out_dtype']:>8} {row['format']:<14} {row['g_weights_per_s']:6.2f} G/s "
+                f"{row['simd']:>8} {row['out_dtype']:>8} {label:<14} {row['g_weights_per_s']:6.2f} G/s "
                 f"(best {row['best_g_weights_per_s']:6.2f}), {row['time_over_copy']:5.2f} of a copy, "
                 f"{row['time_over_visit']:5.2f} of a visit (best {row['best_time_over_copy']:5.2f}, "
                 f"{row['best_time_over_visit']:5.2f})"

@@ -41,6 +41,7 @@ class Row:
     rates: tuple[float, ...]
     dtype: str = "bfloat16"  # stored
     options: tuple[str, ...] = ()  # more of finetune
+    packed: bool = False  # the model is the GGUF file
     eval_every: int = 10
 
     @property
@@ -62,6 +63,13 @@ def _rows() -> list[Row]:
     # After 10 steps 1e-1 was better than 1e-2 and 3e-2 (85, 58 and 62%), but over 40 it fell to chance.
     rows.append(Row("use-lora", "bfloat16", 1e-2, "fzoo", 8, (3e-2,), options=lora))
     rows.append(Row("use-adamw", "float32", 0.0, "adamw", 0, (1e-5, 3e-5, 1e-4), dtype="float32"))
+    # Packed weights: an adapter and gains beside the GGUF file's own, and codes packed at load.
+    rows.append(Row("packed-lora", "bfloat16", 1e-2, "fzoo", 8, (3e-2,), dtype="auto", options=lora, packed=True))
+    gain = ("--tune=gain",)
+    rows.append(Row("packed-gain", "bfloat16", 1e-2, "fzoo", 8, (3e-2,), dtype="auto", options=gain, packed=True))
+    for store in ("affine16", "affine8"):
+        rates = (2e-3, 5e-3, 1e-2)
+        rows.append(Row(f"code-{store}", "bfloat16", 1e-3, "fzoo", 8, rates, options=(f"--store={store}",)))
     return rows
 
 
@@ -109,7 +117,8 @@ class Bench:
         tries, steps = what == "rate", RATE_STEPS if what == "rate" else STEPS
         program = ["-m", "distzo2", "finetune", "--quiet"]
         command = [
-            f"--model={o.model}", f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
+            f"--model={o.gguf if row.packed else o.model}",
+            f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
             f"--eval={o.work / 'choosing.jsonl' if tries else o.data / 'held_out.jsonl'}", f"--steps={steps}",
             f"--eval-every={steps if tries else row.eval_every}", f"--batch-size={BATCH}", f"--lr={rate}",
             f"--seed={seed}",
@@ -315,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of train.jsonl and held_out.jsonl")
     parser.add_argument("--model", type=Path, required=True, help="checkpoint of bench/smollm2.py")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file that the checkpoint was made of, for the packed rows")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="directory of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "learning.json", help="JSON; the PNG lies beside it")
     parser.add_argument("--rows", default="*", help="names of rows, with commas; * and ? stand for anything")
@@ -336,6 +346,8 @@ def main() -> None:
     rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, name) for name in names)]
     if not rows:
         raise SystemExit(f"--rows {options.rows}: none of {', '.join(row.name for row in ROWS)}")
+    if options.gguf is None and any(row.packed for row in rows):
+        raise SystemExit("--gguf is needed for the packed rows")
     try:
         bench.make(rows, SEEDS[: options.seeds])
     except TimeoutError:

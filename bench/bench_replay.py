@@ -25,8 +25,8 @@ import torch
 from bench_common import write_results
 from random_checkpoint import write_random_checkpoint
 
-from distzo2.models.pretrained import open_checkpoint
 from distzo2.checkpoint.reading import digest_checkpoint
+from distzo2.models.pretrained import open_checkpoint
 from distzo2.models.replay import open_map, replay
 from distzo2.record.entry import StepEntry
 from distzo2.record.header import make_header, table_row

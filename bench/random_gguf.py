@@ -1,6 +1,6 @@
 """GGUF files of Llama's published shapes with random codes, written tensor by tensor: no model is in memory.
 
-    python bench/random_gguf.py llama-3-70b --out /fast/llama-3-70b.Q4_0.gguf
+python bench/random_gguf.py llama-3-70b --out /fast/llama-3-70b.Q4_0.gguf
 """
 
 from __future__ import annotations

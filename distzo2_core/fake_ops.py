@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _noise(numel: int, *rest: Any) -> torch.Tensor:
@@ -55,9 +56,10 @@ def _materialize(
     return None
 
 
-def _decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
-    if out.device != stored.device:  # as above
-        raise ValueError(f"out must be on {stored.device} as stored is, got {out.device}")
+def _decode(stored: Tensor, matrices: Tensor, levels: Tensor, out: Tensor, gains: Tensor | None = None) -> None:
+    for name, buffer in (("out", out), ("gains", gains)):
+        if buffer is not None and buffer.device != stored.device:  # as above
+            raise ValueError(f"{name} must be on {stored.device} as stored is, got {buffer.device}")
 
 
 def register() -> None:

@@ -310,41 +310,57 @@ def materialize_again(
         _mark_changed(run, *outs, *([weights] if writes else []))
 
 
-def decode(stored: torch.Tensor, table: PackedTable, out: torch.Tensor, *, backend: str | None = None) -> None:
+def decode(
+    stored: torch.Tensor,
+    table: PackedTable,
+    out: torch.Tensor,
+    gains: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
     """Decodes quantized weights to float32, bfloat16 or float16: all matrices of a buffer in one call.
 
     A weight's value is computed in float32 as packed.py says, and rounded once, to nearest even, to its segment's
-    out_dtype; nothing is flushed to zero, and every NaN is the canonical one.
+    out_dtype; nothing is flushed to zero, and every NaN is the canonical one. With gains, what is rounded is
+    fl32(gain * value); a gain of 1 changes no bit.
 
     Args:
         stored: uint8 [num_bytes], contiguous: the bytes as the checkpoint has them, laid out as `table` says.
         table: where each matrix lies, and where in `out` it goes.
         out: uint8, contiguous, on the device of `stored`, of at least `table.out_bytes`; bytes outside the matrices are
             not touched.
+        gains: float32, or its bytes as uint8, contiguous, on the device of `stored`, of at least `table.gain_bytes`.
+            Given exactly if that is not 0.
         backend: "native", "triton", "reference", or None for the default of the device.
 
     Raises:
-        TypeError, ValueError: a buffer is not a contiguous uint8 vector, too small, or of another device; `out` is not
-            aligned to 4 bytes, or overlaps `stored`.
+        TypeError, ValueError: a buffer is not contiguous, of another dtype, too small, or of another device; `out` is
+            not aligned to 4 bytes, or overlaps another; there are gains without a use, or none where they are needed.
         BackendError: the backend is not there or cannot run on the device.
     """
     if not isinstance(table, PackedTable):
         raise TypeError(f"table must be a PackedTable, got {type(table).__name__}")
-    for name, buffer, needed in (("stored", stored, table.num_bytes), ("out", out, table.out_bytes)):
+    if (gains is None) != (table.gain_bytes == 0):
+        raise ValueError(f"the table needs {table.gain_bytes} bytes of gains, got {None if gains is None else 'some'}")
+    if isinstance(gains, torch.Tensor) and gains.dtype == torch.float32:
+        gains = gains.detach().reshape(-1).view(torch.uint8)
+    read = {"stored": (stored, table.num_bytes)} | ({} if gains is None else {"gains": (gains, table.gain_bytes)})
+    for name, (buffer, needed) in (read | {"out": (out, table.out_bytes)}).items():
         size = _check_buffer(name, buffer)
         if size < needed:
             raise ValueError(f"{name} has {size} bytes, the table needs {needed}")
-    if out.device != stored.device:
-        raise ValueError(f"out must be on {stored.device} as stored is, got {out.device}")
+        if buffer.device != stored.device:
+            raise ValueError(f"{name} must be on {stored.device} as stored is, got {buffer.device}")
     if not torch.compiler.is_compiling() and not out.is_meta:
-        begin, first = out.data_ptr(), stored.data_ptr()
+        begin = out.data_ptr()
         if begin % 4 and table.out_bytes:
             raise ValueError("out must begin at an address that is a multiple of 4")
-        if begin < first + stored.numel() and first < begin + out.numel():
-            raise ValueError("stored and out overlap in memory")
+        for name, (buffer, _) in read.items():
+            if begin < buffer.data_ptr() + buffer.numel() and buffer.data_ptr() < begin + out.numel():
+                raise ValueError(f"{name} and out overlap in memory")
     run = implementation(backend, stored.device).decode
     if table.out_bytes:
-        run(stored, table.tensor, table.levels, out)
+        run(stored, table.tensor, table.levels, out, gains)
         _mark_changed(run, out)
 
 

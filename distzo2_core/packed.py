@@ -13,7 +13,8 @@ The value of a weight, every step in float32 and rounded once, is
     s = outer * float(scale), or float(scale / outer) where `outer_divides`, or float(scale) without an outer scale
     m = min_sign * (outer_min * float(min)), or -0.0 without a minimum, which changes no product
 
-and one rounding to nearest even to the compute dtype ends it. Nothing is flushed to zero.
+and one rounding to nearest even to the compute dtype ends it. Nothing is flushed to zero. With gains, gain * value in
+float32 is rounded. Gains lie in a buffer of their own: perturbed copies of the same packed bytes have different ones.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class PackedLayout:
         outer: what scales are multiplied by, or with `outer_divides` divided by.
         zero: z of each group, UINT8 or INT8; without it z is `zero_point`.
         min, outer_min: m of each group. `min_sign` is 1 or -1.
+        gain: FLOAT32, one of each group; its bytes count in the buffer of gains. `with_gain` makes one.
         levels: 16 float32 that a code stands for; empty where codes are numbers.
         head_dim: rows of each head of so many are interleaved halves, as GGUF has q and k of Llama: row
             h * head_dim + half * head_dim / 2 + i is stored as row h * head_dim + 2 * i + half. 0: as they are.
@@ -101,6 +103,7 @@ class PackedLayout:
     zero: Field | None = None
     min: Field | None = None
     outer_min: Field | None = None
+    gain: Field | None = None
     zero_point: int = 0
     min_sign: int = 1
     outer_divides: bool = False
@@ -108,10 +111,18 @@ class PackedLayout:
     head_dim: int = 0
 
     def moved(self, num_bytes: int) -> PackedLayout:
-        """The same bytes `num_bytes` further on in a buffer."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        """The same bytes `num_bytes` further on in a buffer; gains stay where they are in theirs."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "gain"}
         places = {name: value for name, value in values.items() if isinstance(value, Field)}
         return replace(self, **{n: replace(p, offset=p.offset + num_bytes) for n, p in places.items()})
+
+    def with_gain(self, offset: int = 0, rows: int | None = None, cols: int | None = None) -> PackedLayout:
+        """This matrix with a gain for each `rows` x `cols` weights of a block, those of the scale where None: float32
+        one after another, along the stored rows, from byte `offset` of the buffer of gains on."""
+        rows, cols = rows or self.scale.rows, min(cols or self.scale.cols, self.block)
+        in_block = 4 * -(-self.block // cols)
+        row = self.cols // self.block * in_block
+        return replace(self, gain=Field(Kind.FLOAT32, offset, row, in_block, 4, rows, cols))
 
 
 class PackedSegment(NamedTuple):
@@ -139,6 +150,7 @@ KINDS_OF: dict[str, tuple[Kind, ...]] = {  # of each field
     "zero": _BYTES,
     "min": (*_VALUES, Kind.K_MIN),
     "outer_min": _VALUES,
+    "gain": (Kind.FLOAT32,),
 }
 _VALUE_BYTES = {Kind.FLOAT32: 4, Kind.BFLOAT16: 2, Kind.FLOAT16: 2, Kind.K_SCALE: 12, Kind.K_MIN: 12}
 # Weights of a block that a kind of codes needs: a multiple of the first, or that number where `True`.
@@ -158,11 +170,12 @@ class PackedTable:
 
     Attributes:
         segments: as given.
-        tensor: int64 [num_segments, 52] on the CPU: rows, cols, block, zero_point, min_sign, outer_divides, head_dim,
-            whether there are levels, out_offset, out dtype code; then of codes, scale, outer, zero, min and outer_min
-            each kind (-1: absent), offset, row_stride, block_stride, stride, rows, cols.
+        tensor: int64 [num_segments, 59] on the CPU: rows, cols, block, zero_point, min_sign, outer_divides, head_dim,
+            whether there are levels, out_offset, out dtype code; then of codes, scale, outer, zero, min, outer_min and
+            gain each kind (-1: absent), offset, row_stride, block_stride, stride, rows, cols.
         levels: float32 [num_segments, 16] on the CPU, zeros where there are none.
-        num_bytes: smallest size of a buffer that holds every field.
+        num_bytes: smallest size of a buffer that holds every field but the gains.
+        gain_bytes: smallest size of a buffer that holds all gains, 0 where no matrix has any.
         out_bytes: smallest size of a buffer that every matrix is decoded to.
 
     Raises:
@@ -172,7 +185,7 @@ class PackedTable:
 
     def __init__(self, segments: Iterable[PackedSegment]) -> None:
         self.segments: tuple[PackedSegment, ...] = tuple(PackedSegment(*segment) for segment in segments)
-        rows, ends, spans = [], [0], []
+        rows, ends, spans = [], [(0, 0)], []
         for index, segment in enumerate(self.segments):
             where = f"segment {index}: "
             row, end = _encode(where, segment)
@@ -181,9 +194,10 @@ class PackedTable:
             length = segment.layout.rows * segment.layout.cols * segment.out_dtype.itemsize
             spans.append((segment.out_offset, length, index))
         levels = [segment.layout.levels or (0.0,) * NUM_LEVELS for segment in self.segments]
-        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 52)
+        self.tensor: torch.Tensor = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), 59)
         self.levels: torch.Tensor = torch.tensor(levels, dtype=torch.float64, device="cpu").float().reshape(-1, 16)
-        self.num_bytes: int = max(ends)
+        self.num_bytes: int = max(end for end, _ in ends)
+        self.gain_bytes: int = max(end for _, end in ends)
         self.out_bytes: int = max((start + length for start, length, _ in spans if length), default=0)
         place = 0
         for start, length, index in sorted(spans):
@@ -192,8 +206,8 @@ class PackedTable:
             place = max(place, start + length)
 
 
-def _encode(where: str, segment: PackedSegment) -> tuple[list[int], int]:
-    """The row of the table, and the first byte of the buffer after all that the layout reads."""
+def _encode(where: str, segment: PackedSegment) -> tuple[list[int], tuple[int, int]]:
+    """The row of the table, and the first byte of the buffer, and of that of gains, after all that the layout reads."""
     layout = segment.layout
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"{where}layout must be a PackedLayout, got {type(layout).__name__}")
@@ -216,7 +230,7 @@ def _encode(where: str, segment: PackedSegment) -> tuple[list[int], int]:
     _check_kinds(where, layout)
     zero_point = check_int(where + "zero_point", layout.zero_point, -(2**16), 2**16)
     flags = [layout.min_sign, int(layout.outer_divides), head_dim, int(bool(layout.levels)), out_offset, code]
-    row, end = [rows, cols, block, zero_point, *flags], 0
+    row, ends = [rows, cols, block, zero_point, *flags], [0, 0]
     for name in KINDS_OF:
         field = getattr(layout, name)
         if field is None:
@@ -230,8 +244,8 @@ def _encode(where: str, segment: PackedSegment) -> tuple[list[int], int]:
             shared = [check_int(at + each, getattr(field, each), 1, _MAX_SIDE) for each in ("rows", "cols")]
             row += [int(field.kind), *place, *shared]
             if rows and cols:
-                end = max(end, _end_of(layout, name, field))
-    return row, end
+                ends[name == "gain"] = max(ends[name == "gain"], _end_of(layout, name, field))
+    return row, (ends[False], ends[True])
 
 
 def _check_kinds(where: str, layout: PackedLayout) -> None:

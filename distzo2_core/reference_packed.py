@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .packed import ABSENT, KINDS_OF, Kind
 from .reference import BFLOAT16, FLOAT16, fma, mul, round_nearest
@@ -31,11 +32,12 @@ class _Places:
     starts: np.ndarray
 
 
-def decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+def decode(stored: Tensor, matrices: Tensor, levels: Tensor, out: Tensor, gains: Tensor | None = None) -> None:
     data, written = stored.numpy(), out.numpy()
+    gained = data if gains is None else gains.numpy()
     for row, level in zip(matrices.tolist(), levels.numpy(), strict=True):
         rows, cols, block, zero_point, min_sign, divides, head_dim, has_levels, out_offset, code = row[:10]
-        columns = [row[at : at + 7] for at in range(10, 52, 7)]
+        columns = [row[at : at + 7] for at in range(10, len(row), 7)]
         fields = {name: each for name, each in zip(KINDS_OF, columns, strict=True) if each[0] != ABSENT}
         row_bytes = cols * CODE_DTYPES[code].itemsize
         step = max(1, _CHUNK // max(cols, 1))
@@ -49,8 +51,8 @@ def decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, o
                 )
                 for name, (kind, offset, row_stride, block_stride, stride, shared_rows, shared_cols) in fields.items()
             }  # fmt: skip
-            part = {name: _values(data, place, block) for name, place in places.items() if name != "codes"}
-            q = _codes(data, places["codes"], block)
+            q = _codes(data, places.pop("codes"), block)
+            part = {n: _values(gained if n == "gain" else data, place, block) for n, place in places.items()}
             if has_levels:
                 q = level[q.astype(np.int64)]
             else:
@@ -62,7 +64,10 @@ def decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, o
             if "min" in part:
                 minimum = mul(part["outer_min"], part["min"]) if "outer_min" in part else part["min"]
                 minimum = minimum if min_sign > 0 else -minimum
-            bits = round_nearest(fma(scale, q, minimum), code).reshape(-1).view(np.uint8)
+            value = fma(scale, q, minimum)
+            if "gain" in part:
+                value = mul(part["gain"], value)
+            bits = round_nearest(value, code).reshape(-1).view(np.uint8)
             written[out_offset + first * row_bytes :][: bits.size] = bits
 
 

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .packed import KINDS_OF
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
 from .triton_packed import decode_kernel
 from .types import (
@@ -230,12 +232,12 @@ def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offs
         )
 
 
-def decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+def decode(stored: Tensor, matrices: Tensor, levels: Tensor, out: Tensor, gains: Tensor | None = None) -> None:
     device = stored.device
     on_device, levels = matrices.to(device, non_blocking=True), levels.to(device, non_blocking=True)
     for index, row in enumerate(matrices.tolist()):
         rows, cols, _, _, _, divides, _, has_levels, out_offset, code = row[:10]
-        kinds = dict(zip(("CODES", "SCALE", "OUTER", "ZERO", "MIN", "OUTER_MIN"), row[10::7], strict=True))
+        kinds = dict(zip((name.upper() for name in KINDS_OF), row[10::7], strict=True))
         if not rows * cols:
             continue
         num_bytes = rows * cols * CODE_DTYPES[code].itemsize
@@ -245,6 +247,7 @@ def decode(stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, o
                 _typed(out[out_offset : out_offset + num_bytes], code),
                 on_device[index],
                 levels[index],
+                stored if gains is None else gains,
                 **kinds,
                 DIVIDES=divides,
                 LEVELS=has_levels,

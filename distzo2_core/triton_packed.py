@@ -22,7 +22,7 @@ _E4M3, _E5M2 = tl.constexpr(int(Kind.FLOAT8_E4M3)), tl.constexpr(int(Kind.FLOAT8
 _BFLOAT16, _FLOAT16, _E8M0 = (tl.constexpr(int(kind)) for kind in (Kind.BFLOAT16, Kind.FLOAT16, Kind.E8M0))
 _K_SCALE, _K_MIN = tl.constexpr(int(Kind.K_SCALE)), tl.constexpr(int(Kind.K_MIN))
 # Places in the row of a table.
-_CODES, _SCALE, _OUTER, _ZERO, _MIN, _OUTER_MIN = (tl.constexpr(place) for place in range(10, 52, 7))
+_CODES, _SCALE, _OUTER, _ZERO, _MIN, _OUTER_MIN, _GAIN = (tl.constexpr(place) for place in range(10, 59, 7))
 
 
 @triton.jit
@@ -117,12 +117,14 @@ def decode_kernel(
     out,
     table,
     levels,
+    gains,
     CODES: tl.constexpr,
     SCALE: tl.constexpr,
     OUTER: tl.constexpr,
     ZERO: tl.constexpr,
     MIN: tl.constexpr,
     OUTER_MIN: tl.constexpr,
+    GAIN: tl.constexpr,
     DIVIDES: tl.constexpr,
     LEVELS: tl.constexpr,
     OUT_CODE: tl.constexpr,
@@ -130,9 +132,9 @@ def decode_kernel(
 ):
     """TILE columns of one row.
 
-    stored: uint8. out: int32 or int16 pointer by OUT_CODE, to the matrix. table: int64 [52], the matrix's row of a
-        `PackedTable`. levels: float32 [16].
-    CODES to OUTER_MIN: kinds of the fields, -1 where there is none. DIVIDES: by the outer scale. LEVELS: whether codes
+    stored, gains: uint8. out: int32 or int16 pointer by OUT_CODE, to the matrix. table: int64 [59], the matrix's row
+        of a `PackedTable`. levels: float32 [16].
+    CODES to GAIN: kinds of the fields, -1 where there is none. DIVIDES: by the outer scale. LEVELS: whether codes
         stand for them.
     """
     row = tl.program_id(0)
@@ -173,4 +175,6 @@ def decode_kernel(
         if OUTER_MIN != _ABSENT:
             m = _value(stored, table, stored_row, block, inside, mask, OUTER_MIN, _OUTER_MIN) * m
         value = tl.fma(s, x, tl.load(table + 4).to(tl.float32) * m)
+    if GAIN != _ABSENT:
+        value = _value(gains, table, stored_row, block, inside, mask, GAIN, _GAIN) * value
     store_bits(out + row.to(tl.int64) * cols + col, round_nearest(value, OUT_CODE), mask, OUT_CODE)

@@ -102,7 +102,7 @@ def resources(library: Path, arch: str, tool: str) -> dict[str, dict[str, int]]:
 
 def short_name(mangled: str) -> str:
     """A kernel's mangled name from its own part on: what comes before changes with the path of the file."""
-    return re.sub(r"^.*?(?=(?:visit|generate|lookup|store_piece)_kernel)", "", mangled)
+    return re.sub(r"^.*?(?=(?:visit|generate|lookup|store_piece|decode)_kernel)", "", mangled)
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, int]]:

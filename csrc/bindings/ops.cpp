@@ -264,7 +264,8 @@ void materialize(const Tensor& weights, const Tensor& segments, int64_t seed, co
     }
 }
 
-void decode(const Tensor& stored, const Tensor& matrices, const Tensor& levels, const Tensor& out) {
+void decode(const Tensor& stored, const Tensor& matrices, const Tensor& levels, const Tensor& out,
+            const std::optional<Tensor>& gains) {
     check_device(stored.device());
     TORCH_CHECK_VALUE(out.device() == stored.device(), "out must be on ", stored.device(), " as stored is, got ",
                       out.device());
@@ -273,6 +274,12 @@ void decode(const Tensor& stored, const Tensor& matrices, const Tensor& levels, 
     request.stored = buffer(stored, stored, request.num_bytes, "stored", "stored");
     request.out_bytes = out.numel();
     request.out = buffer(out, out, request.out_bytes, "out", "out");
+    if (gains.has_value()) {
+        TORCH_CHECK_VALUE(gains->device() == stored.device(), "gains must be on ", stored.device(),
+                          " as stored is, got ", gains->device());
+        request.gain_bytes = gains->numel();
+        request.gains = buffer(*gains, stored, request.gain_bytes, "gains", "gains");
+    }
     request.num_matrices = matrices.dim() > 0 ? matrices.size(0) : 0;
     constexpr int64_t kColumns = sizeof(PackedMatrix) / sizeof(int64_t);
     request.matrices = table<PackedMatrix>(matrices, at::kLong, {request.num_matrices, kColumns}, "matrices");
@@ -314,7 +321,7 @@ TORCH_LIBRARY(distzo2, library) {
     library.def(
         "materialize(Tensor(a!) weights, Tensor segments, int seed, Tensor terms, Tensor coefs, Tensor updates, "
         "Tensor update_groups, Tensor emits, Tensor emit_scales, Tensor(b!)[] outs, bool write_back) -> ()");
-    library.def("decode(Tensor stored, Tensor matrices, Tensor levels, Tensor(a!) out) -> ()");
+    library.def("decode(Tensor stored, Tensor matrices, Tensor levels, Tensor(a!) out, Tensor? gains=None) -> ()");
     library.def("checksum(Tensor data, int before) -> int");
 }
 

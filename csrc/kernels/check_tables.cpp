@@ -77,8 +77,11 @@ void check(const Decode& request) {
         for (const PackedField* field : {&matrix.scale, &matrix.outer, &matrix.zero, &matrix.min, &matrix.outer_min}) {
             check_field(m, matrix, *field, false, request.num_bytes);
             const bool k = field->type() == PackedKind::kScaleK || field->type() == PackedKind::kMinK;
-            DZO_CHECK(!k || (field->stride == 0 && (block - 1) / field->cols < 8), "matrix ", m, ": six-bit values");
+            DZO_CHECK(!k || (field->stride == 0 && block == 8 * field->cols), "matrix ", m, ": six-bit values");
         }
+        check_field(m, matrix, matrix.gain, false, request.gain_bytes);
+        DZO_CHECK(!matrix.gain.exists() || matrix.gain.type() == PackedKind::kFloat32, "matrix ", m, ": gains of kind ",
+                  matrix.gain.kind);
     }
 }
 

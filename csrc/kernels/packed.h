@@ -7,6 +7,7 @@
 //   levels   fma(s, level[q], m)            m = min_sign * (outer_min * float(min)), or -0.0, which changes no product
 //   float8   fma(s, float(q), m)
 //
+// and gain * that where a matrix has gains, which lie in a buffer of their own: they differ between perturbed copies.
 // q - z is an integer below 2^24, so that float(q) - z is exact.
 #pragma once
 
@@ -73,6 +74,7 @@ struct PackedMatrix {
     int64_t out_offset; // bytes
     int64_t out_dtype;  // a DType
     PackedField codes, scale, outer, zero, min, outer_min;
+    PackedField gain; // float32, in the buffer of gains
 
     // Where the row of the parameter is stored: GGUF interleaves the halves of a head's rows.
     DZO_HD int64_t stored_row(int64_t row) const {
@@ -93,6 +95,8 @@ struct Decode {
     const PackedMatrix* matrices = nullptr;
     const float* levels = nullptr; // [num_matrices][kNumLevels]
     int64_t num_matrices = 0;
+    const uint8_t* gains = nullptr;
+    int64_t gain_bytes = 0;
 };
 
 DZO_HD uint32_t read_u16(const uint8_t* p) { return p[0] | static_cast<uint32_t>(p[1]) << 8; }
@@ -251,15 +255,16 @@ DZO_HD float level_of(const float levels[kNumLevels], float q) {
 }
 
 // The value of one weight of a stored row.
-DZO_HD float weight_value(const PackedMatrix& matrix, const float* levels, const uint8_t* stored, int64_t row,
-                          int64_t col) {
+DZO_HD float weight_value(const PackedMatrix& matrix, const float* levels, const uint8_t* stored, const uint8_t* gains,
+                          int64_t row, int64_t col) {
     const GroupScalarsOf group = group_scalars(matrix, stored, row, col);
     const auto block = static_cast<uint32_t>(matrix.block), at = static_cast<uint32_t>(col);
     const uint8_t* codes =
         stored + matrix.codes.offset + row * matrix.codes.row_stride + at / block * matrix.codes.block_stride;
     const float q = read_code(matrix.codes.type(), codes, at % block);
     const bool plain = is_float8(matrix.codes.type());
-    return fma_rn(group.s, matrix.has_levels != 0 ? level_of(levels, q) : plain ? q : q - group.z, group.m);
+    const float x = fma_rn(group.s, matrix.has_levels != 0 ? level_of(levels, q) : plain ? q : q - group.z, group.m);
+    return matrix.gain.exists() ? mul_rn(field_value(matrix, matrix.gain, gains, row, col), x) : x;
 }
 
 } // namespace distzo2

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import BACKENDS, assert_same_bits, needs_interpreter, needs_native, needs_triton
-from packed_cases import FORMATS, check_decode, decoded, make_case, make_golden, rounded
+from packed_cases import FORMATS, check_decode, decoded, make_case, make_gains, make_golden, rounded
 
 import distzo2_core
 from distzo2_core import Field, Kind, PackedLayout, PackedSegment, PackedTable
@@ -79,7 +79,7 @@ def code_at(data: bytes, layout: PackedLayout, row: int, col: int) -> float:
             return value_at(data, layout, dataclasses.replace(codes, stride=1), row, col)
 
 
-def exact_weight(data: bytes, layout: PackedLayout, row: int, col: int) -> float | None:
+def exact_weight(data: bytes, gains: bytes, layout: PackedLayout, row: int, col: int) -> float | None:
     """A weight in float32, each step rounded once; None where a step meets NaN or infinity, whose rules are IEEE's."""
 
     def value(field: Field) -> Fraction:
@@ -98,7 +98,8 @@ def exact_weight(data: bytes, layout: PackedLayout, row: int, col: int) -> float
             x = Fraction(float(np.float32(layout.levels[int(q)])))
         else:
             x = Fraction(q) - (value(layout.zero) if layout.zero else layout.zero_point)
-        return float32_of(scale * x + m)
+        gain = Fraction(value_at(gains, layout, layout.gain, row, col))
+        return float32_of(gain * Fraction(float32_of(scale * x + m)))
     except (OverflowError, ValueError, ZeroDivisionError):
         return None
 
@@ -110,10 +111,12 @@ def test_the_reference_is_exact(name: str) -> None:
     num_finite = 0
     for cols in FORMATS[name][1]:
         data, layout = make_case(rng, name, 4, cols, head_dim=4)
-        got = decoded(data, layout, torch.float32, "reference")
+        layout = layout.with_gain(8, rows=2)
+        gains = make_gains(rng, PackedTable([PackedSegment(layout, 0, torch.float32)]).gain_bytes // 4)
+        got = decoded(data, layout, torch.float32, "reference", gains)
         stored_row = [0, 2, 1, 3]  # of a head of four rows: the halves are interleaved
         for row, col in zip(rng.integers(0, 4, 150).tolist(), rng.integers(0, cols, 150).tolist(), strict=True):
-            expected = exact_weight(data.numpy().tobytes(), layout, stored_row[row], col)
+            expected = exact_weight(data.numpy().tobytes(), gains.numpy().tobytes(), layout, stored_row[row], col)
             if expected is not None:
                 num_finite += 1
                 assert got[row, col].item() == expected, (row, col)
@@ -144,6 +147,26 @@ def test_zeros_keep_their_signs() -> None:
         assert_same_bits(decoded(stored, layout, torch.float32, backend), product)
         plus = dataclasses.replace(layout, min=Field(Kind.FLOAT32, 16, 4, cols=4))
         assert_same_bits(decoded(stored, plus, torch.float32, backend), product + 0.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["native"] if LEVELS else [])])
+@pytest.mark.parametrize("name", NAMES)
+def test_gains(name: str, backend: str) -> None:
+    """Ones change no bit, NaN and signs of zero included, and others are one product in float32 before rounding."""
+    rng = np.random.default_rng(2)
+    data, layout = make_case(rng, name, 5, FORMATS[name][1][-1])
+    with_gain = layout.with_gain(rows=5, cols=layout.block)
+    num = layout.cols // layout.block
+    exact = decoded(data, layout, torch.float32, backend).view(5, num, layout.block)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got = decoded(data, with_gain, dtype, backend, torch.ones(num))
+        assert_same_bits(got, decoded(data, layout, dtype, backend))
+        for gains in (make_gains(rng, num), torch.zeros(num), -torch.zeros(num)):
+            product = (gains[:, None] * exact).view(5, -1)
+            nan = product.isnan()
+            got = decoded(data, with_gain, dtype, backend, gains.view(torch.uint8))
+            assert_same_bits(torch.where(nan, 0, got), torch.where(nan, 0, product).to(dtype))
+            assert torch.equal(got.isnan(), nan)
 
 
 # Backends, instruction sets, threads.
@@ -210,16 +233,16 @@ def test_golden() -> None:
 def arguments(**changes: object) -> dict[str, torch.Tensor]:
     """The raw op's: a matrix of 4 x 96 weights as Q4_0."""
     data, layout = make_case(np.random.default_rng(0), "q4_0", 4, 32, usual=True)
-    table = PackedTable([PackedSegment(layout, 0, torch.float32)])
-    out = torch.zeros(table.out_bytes, dtype=torch.uint8)
-    return {"stored": data, "matrices": table.tensor, "levels": table.levels, "out": out} | changes
+    table = PackedTable([PackedSegment(layout.with_gain(), 0, torch.float32)])
+    out, gains = torch.zeros(table.out_bytes, dtype=torch.uint8), torch.ones(4).view(torch.uint8)
+    return {"stored": data, "matrices": table.tensor, "levels": table.levels, "out": out, "gains": gains} | changes
 
 
 @needs_native
 def test_torch_op() -> None:
     torch.library.opcheck(torch.ops.distzo2.decode, tuple(arguments().values()))
-    on_meta = {name: value.to("meta") if name in ("stored", "out") else value for name, value in arguments().items()}
-    assert torch.ops.distzo2.decode(*on_meta.values()) is None
+    on_meta = [value.to("meta") if name[0] in "sog" else value for name, value in arguments().items()]  # the buffers
+    assert torch.ops.distzo2.decode(*on_meta) is None
 
 
 COLUMNS = {
@@ -230,6 +253,7 @@ COLUMNS = {
 FIELD = ("kind", "offset", "row_stride", "block_stride", "stride", "rows", "cols")
 COLUMNS |= {f"codes.{name}": 10 + index for index, name in enumerate(FIELD)}
 COLUMNS |= {f"scale.{name}": 17 + index for index, name in enumerate(FIELD)}
+COLUMNS |= {f"gain.{name}": 52 + index for index, name in enumerate(FIELD)}
 
 
 @needs_native
@@ -261,6 +285,11 @@ COLUMNS |= {f"scale.{name}": 17 + index for index, name in enumerate(FIELD)}
         ("scale.rows", 0, "a value for 0 x 32"),
         ("scale.cols", 0, "a value for 1 x 0"),
         ("scale.rows", 2**32, "a value for 4294967296 x 32"),
+        ("gain.kind", 18, "gains of kind 18"),
+        ("gain.kind", 2, "gains of kind 2"),
+        ("gain.offset", 4, "a field of kind 16 at byte 4 of 16"),
+        ("gain.row_stride", 5, "a field of kind 16 at byte 0 of 16"),
+        ("gain.cols", 0, "a value for 1 x 0"),
     ],
 )
 def test_the_op_reads_nothing_out_of_bounds(column: str, value: int, message: str | None) -> None:
@@ -278,12 +307,16 @@ def test_the_op_reads_nothing_out_of_bounds(column: str, value: int, message: st
 def test_the_op_refuses_other_tables_and_buffers() -> None:
     good = arguments()
     for name, value, message in (
-        ("matrices", good["matrices"][:, :51].contiguous(), r"matrices must have shape \[1, 52\], got \[1, 51\]"),
+        ("matrices", good["matrices"][:, :58].contiguous(), r"matrices must have shape \[1, 59\], got \[1, 58\]"),
         ("matrices", good["matrices"].int(), "matrices must be Long, got Int"),
         ("levels", good["levels"][:, :8].contiguous(), r"levels must have shape \[1, 16\]"),
         ("stored", good["stored"].view(torch.int16), "stored must be uint8"),
         ("out", good["out"][::2], "out must be a contiguous vector"),
         ("out", good["out"].to("meta"), "out must be on cpu as stored is, got meta"),
+        ("gains", good["gains"].view(torch.float32), "gains must be uint8"),
+        ("gains", good["gains"][::2], "gains must be a contiguous vector"),
+        ("gains", good["gains"].to("meta"), "gains must be on cpu as stored is, got meta"),
+        ("gains", None, "a field of kind 16 at byte 0 of 0"),
     ):
         with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
             torch.ops.distzo2.decode(*arguments(**{name: value}).values())
@@ -293,7 +326,8 @@ def test_the_op_refuses_other_tables_and_buffers() -> None:
 def test_the_function_refuses(backend: str) -> None:
     data, layout = make_case(np.random.default_rng(0), "q4_0", 4, 32)
     table, out = PackedTable([PackedSegment(layout, 4, torch.float32)]), torch.zeros(516, dtype=torch.uint8)
-    both = torch.zeros(600, dtype=torch.uint8)
+    both, gains = torch.zeros(600, dtype=torch.uint8), torch.ones(4)
+    gained = PackedTable([PackedSegment(layout.moved(4).with_gain(), 4, torch.float32)])
     for error, message, arguments in (
         (TypeError, "table must be a PackedTable, got list", (data, [layout], out)),
         (TypeError, "stored must be a tensor of torch.uint8, got torch.int8", (data.view(torch.int8), table, out)),
@@ -302,6 +336,14 @@ def test_the_function_refuses(backend: str) -> None:
         (ValueError, "out must be on cpu as stored is, got meta", (data, table, out.to("meta"))),
         (ValueError, "out must begin at an address that is a multiple of 4", (data, table, both[1:])),
         (ValueError, "stored and out overlap in memory", (both[516 - 4 :], table, both[:516])),
+        (ValueError, "the table needs 0 bytes of gains, got some", (data, table, out, gains)),
+        (ValueError, "the table needs 16 bytes of gains, got None", (both[:76], gained, out)),
+        (ValueError, "gains has 12 bytes, the table needs 16", (both[:76], gained, out, gains[:3])),
+        (TypeError, "gains must be a tensor of torch.uint8, got torch.float64", (both, gained, out, gains.double())),
+        (TypeError, "gains must be a tensor of torch.uint8, got list", (both, gained, out, [1.0] * 4)),
+        (ValueError, "gains must be a contiguous vector", (both, gained, out, gains.view(torch.uint8)[::2])),
+        (ValueError, "gains must be on cpu as stored is, got meta", (both, gained, out, gains.to("meta"))),
+        (ValueError, "gains and out overlap in memory", (both[524:], gained, both[:520], both[504:520])),
     ):
         with pytest.raises(error, match=message):
             distzo2_core.decode(*arguments, backend=backend)
@@ -340,6 +382,8 @@ def test_what_a_table_refuses() -> None:
         (ValueError, "levels must be 16 numbers", layout, {"levels": (1.0,)}),
         (ValueError, "have neither zeros nor minima", levels, {"zero_point": 8}),
         (ValueError, "an outer scale of nothing", layout, {"outer_divides": True}),
+        (ValueError, "gain cannot be of kind .*FLOAT16", layout, {"gain": layout.scale}),
+        (ValueError, "gain.stride must be between 0", layout, {"gain": Field(Kind.FLOAT32, 0, stride=-4)}),
     ):  # fmt: skip
         with pytest.raises(error, match=f"segment 1: .*{message}"):
             good = PackedSegment(layout, 0, torch.float32)

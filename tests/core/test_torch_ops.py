@@ -180,7 +180,7 @@ TABLES: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = [
     ("segments", lambda t: t[0], r"segments must have shape \[12, 12\], got \[12\]"),
     ("segments", lambda t: torch.tensor(1), r"segments must have shape \[0, 12\]"),
     ("segments", lambda t: t.int(), "segments must be Long, got Int"),
-    ("segments", lambda t: torch.zeros(12, 1, dtype=torch.int64).T.expand(2, 10), "segments must be contiguous"),
+    ("segments", lambda t: torch.zeros(12, 1, dtype=torch.int64).T.expand(2, 12), "segments must be contiguous"),
     ("terms", lambda t: t[:-1], r"coefs must have shape \[2\], got \[3\]"),
     ("terms", lambda t: t.double(), "terms must be Long"),
     ("coefs", lambda t: t[:-1], r"coefs must have shape \[3\], got \[2\]"),

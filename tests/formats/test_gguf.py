@@ -132,7 +132,7 @@ def test_raw_weights_stream_from_the_file_where_they_lie_in_it(tmp_path: Path):
         raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).map
         found = raw.stored_as("model.norm.weight")
         assert (found is not None) == is_stored
-        ((path, offset, num_bytes),) = found or raw.stored_as("model.embed_tokens.weight")
+        ((path, offset, num_bytes, _),) = (found or raw.stored_as("model.embed_tokens.weight")).ranges
         param = model.model.norm.weight if is_stored else model.model.embed_tokens.weight
         assert path.read_bytes()[offset : offset + num_bytes] == param.detach().numpy().tobytes()
 
@@ -344,8 +344,10 @@ def test_a_tokenizer_that_is_not_known_is_refused(tmp_path: Path):
         gguf_tokenizer(path)
 
 
-def test_a_gguf_file_is_told_by_its_first_bytes(tmp_path: Path):
+def test_a_gguf_file_is_told_by_its_first_bytes_or_its_name(tmp_path: Path):
     path = tiny_gguf.write(tmp_path / "no suffix", "llama", tiny_gguf.make_model("llama"))
     (tmp_path / "x.gguf").write_bytes(b"GG")
     assert is_gguf(path)
-    assert not any(map(is_gguf, (tmp_path, tmp_path / "x.gguf", tmp_path / "nothing")))
+    assert not any(map(is_gguf, (tmp_path, tmp_path / "nothing")))
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_gguf(tmp_path / "x.gguf")

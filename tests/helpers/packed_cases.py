@@ -60,6 +60,7 @@ HALF = (Kind.FLOAT16, 0, 0, 32)
 K_FIELDS = {"scale": (Kind.K_SCALE, 4, 0, 32), "outer": (Kind.FLOAT16, 0, 0, 256),
             "min": (Kind.K_MIN, 4, 0, 32), "outer_min": (Kind.FLOAT16, 2, 0, 256)}  # fmt: skip
 Q6_FIELDS = {"scale": (Kind.INT8, 192, 1, 16), "outer": (Kind.FLOAT16, 208, 0, 256)}
+ODD, ODD_Q6 = ({"outer": (Kind.FLOAT16, at, 2, 100)} for at in (0, 204))
 FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
     "q4_0": (interleaved(32, 18, codes=(Kind.NIBBLES_32, 2, 0, 1), scale=HALF), (32, 4160)),
     "q4_1": (
@@ -82,7 +83,7 @@ FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
             Kind.NIBBLES_LOW, 4, ("scale", Kind.FLOAT8_E4M3, 1, 16), ("outer", Kind.FLOAT32, 0, 0), levels=FP4,
             outer_divides=True,
         ),
-        (96,),
+        (90, 96),
     ),
     "e4m3, blocks": (separate(Kind.FLOAT8_E4M3, 8, ("scale", Kind.FLOAT32, 3, 128)), (128, 300)),
     "e5m2, rows": (separate(Kind.FLOAT8_E5M2, 8, ("scale", Kind.BFLOAT16, 1, 0)), (1, 65)),
@@ -96,7 +97,14 @@ FORMATS: dict[str, tuple[Callable[..., tuple], tuple[int, ...]]] = {
     "int16": (separate(Kind.INT16, 16, ("scale", Kind.FLOAT32, 1, 64), zero_point=-3), (64, 131)),
     "odd groups": (separate(Kind.UINT8, 8, ("scale", Kind.FLOAT16, 2, 12), ("outer", Kind.FLOAT8_E5M2, 1, 7)), (45,)),
     "odd blocks": (interleaved(64, 68, codes=(Kind.UINT8, 4, 0, 1), scale=(Kind.FLOAT16, 0, 2, 48)), (192,)),
+    # Interleaved codes weight by weight: their groups are no power of two.
+    "odd q4_0": (interleaved(32, 18, codes=(Kind.NIBBLES_32, 2, 0, 1), scale=(Kind.FLOAT16, 0, 0, 12)), (32,)),
+    "odd q4_k": (interleaved(256, 144, codes=(Kind.NIBBLES_64, 16, 0, 1), **K_FIELDS | ODD), (256,)),
+    "odd q5_k": (interleaved(256, 176, codes=(Kind.Q5_K, 16, 0, 1), **K_FIELDS | ODD), (256,)),
+    "odd q6_k": (interleaved(256, 210, codes=(Kind.Q6_K, 0, 0, 1), **Q6_FIELDS | ODD_Q6), (256,)),
 }  # fmt: skip
+
+GAINED = ("q4_0", "q4_k", "q6_k", "nf4", "nvfp4", "e4m3, blocks", "int16")  # whose hashes with gains are kept
 
 
 def make_case(
@@ -127,11 +135,25 @@ def make_case(
     return torch.from_numpy(data), layout
 
 
-def decoded(data: torch.Tensor, layout: PackedLayout, dtype: torch.dtype, backend: str | None) -> torch.Tensor:
+def make_gains(rng: np.random.Generator, num: int) -> torch.Tensor:
+    """float32 [num]: a half near 1 as in a run, a quarter any bits, a quarter special ones."""
+    bits = rng.normal(1, 0.05, num).astype(np.float32).view(np.uint32)
+    which = rng.integers(0, 4, num)
+    bits = np.where(which == 2, rng.integers(0, 2**32, num, dtype=np.uint32), bits)
+    return torch.from_numpy(np.where(which == 3, rng.choice(np.array(SPECIALS, np.uint32), num), bits).view(np.float32))
+
+
+def decoded(
+    data: torch.Tensor,
+    layout: PackedLayout,
+    dtype: torch.dtype,
+    backend: str | None,
+    gains: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One matrix [rows, cols]."""
     out = torch.zeros(layout.rows, layout.cols, dtype=dtype)
     table = PackedTable([PackedSegment(layout, 0, dtype)])
-    distzo2_core.decode(data, table, out.view(-1).view(torch.uint8), backend=backend)
+    distzo2_core.decode(data, table, out.view(-1).view(torch.uint8), gains, backend=backend)
     return out
 
 
@@ -142,10 +164,12 @@ def check_decode(
     max_rows: int = 4,
     device: str = "cpu",
     dtypes: tuple[torch.dtype, ...] = DTYPES,
+    gained: float = 0.5,
 ) -> int:
     """All these formats in one call, twice at each of their numbers of columns, to the dtypes in turn, at odd places of
-    both buffers, against the reference. Returns the bits compared."""
-    parts, segments, num_bytes, out_bytes = [], [], 0, 0
+    both buffers, against the reference. `gained` of the matrices have gains, of groups of the scale or larger ones.
+    Returns the bits compared."""
+    parts, segments, num_bytes, out_bytes, gain_bytes = [], [], 0, 0, 0
     every = itertools.cycle(dtypes)
     names = [name for name in names for _ in FORMATS[name][1] for _ in range(2)]
     for number, name in enumerate(names):
@@ -154,16 +178,22 @@ def check_decode(
         rows, head_dim = (4, 4) if rng.random() < 0.3 else (int(rng.integers(1, max_rows + 1)), 0)
         data, layout = make_case(rng, name, rows, cols, rng.random() < 0.3, head_dim=head_dim)
         out_bytes += int(rng.integers(0, 3)) * 4 + -out_bytes % 4
+        if rng.random() < gained:
+            shared = layout.scale.rows * int(rng.integers(1, 3)), layout.scale.cols * 2 ** int(rng.integers(0, 3))
+            layout = layout.with_gain(gain_bytes + 4 * int(rng.integers(0, 3)), *shared)
+            gain_bytes = max(gain_bytes, PackedTable([PackedSegment(layout, 0, dtype)]).gain_bytes)
         segments.append(PackedSegment(layout.moved(num_bytes + gap), out_bytes, dtype))
         parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), data]
         num_bytes += gap + len(data)
         out_bytes += rows * cols * dtype.itemsize
     stored, table = torch.cat(parts).to(device), PackedTable(segments)
-    assert (table.num_bytes, table.out_bytes) == (num_bytes, out_bytes)
+    assert (table.num_bytes, table.out_bytes, table.gain_bytes) == (num_bytes, out_bytes, gain_bytes)
+    gains = make_gains(rng, gain_bytes // 4) if gain_bytes else None
     outs: list[torch.Tensor] = []
     for each, where in ((backend, device), ("reference", "cpu")):
         outs.append(torch.full((out_bytes + 8,), 0xA5, dtype=torch.uint8, device=where))
-        distzo2_core.decode(stored.to(where), table, outs[-1], backend=each)
+        placed = None if gains is None else gains.to(where)
+        distzo2_core.decode(stored.to(where), table, outs[-1], placed, backend=each)
     for number, (layout, at, dtype) in enumerate(segments):
         end = at + layout.rows * layout.cols * dtype.itemsize
         one, other = (out[at:end].view(dtype).view(layout.rows, layout.cols) for out in outs)
@@ -173,15 +203,22 @@ def check_decode(
 
 
 def make_golden() -> dict[str, str]:
-    """A SHA-256 of each format's decoded bytes, over a million weights with scales of any bits, by native kernels."""
+    """A SHA-256 of each format's decoded bytes, over a million weights with scales of any bits, by native kernels; of
+    some also with gains."""
     found = {}
     for index, name in enumerate(FORMATS):
         cols = FORMATS[name][1][-1]
         data, layout = make_case(np.random.default_rng(index), name, -(-(2**20) // cols), cols)
-        digest = hashlib.sha256()
-        for dtype in DTYPES:
-            digest.update(decoded(data, layout, dtype, None).view(torch.uint8).numpy().tobytes())
-        found[name] = digest.hexdigest()
+        gained = layout.with_gain()
+        num = PackedTable([PackedSegment(gained, 0, torch.float32)]).gain_bytes // 4
+        cases = {name: (layout, None), f"{name}, gains": (gained, make_gains(np.random.default_rng(index), num))}
+        for key, (each, gains) in cases.items():
+            if gains is not None and name not in GAINED:
+                continue
+            digest = hashlib.sha256()
+            for dtype in DTYPES:
+                digest.update(decoded(data, each, dtype, None, gains).view(torch.uint8).numpy().tobytes())
+            found[key] = digest.hexdigest()
     return found
 
 

@@ -86,6 +86,26 @@ def one_way(
     return [opt.last.losses, state_of(model)]
 
 
+def packed(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str) -> Any:
+    """Adapters of a base that is packed as the files of a GGUF model have it."""
+    joined(shape, slice=True)
+
+    def prepare(model: nn.Module, checkpoint_map: Any) -> Any:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+        return model, checkpoint_map
+
+    model = distzo2.from_pretrained(
+        directory / "model.gguf", weights=weights, directory=directory / f"rank{rank}", prepare=prepare
+    )
+    opt = distzo2.ZOSGD(model, lr=1e-2, seed=3, num_probes=2)
+    for step in range(3):
+        ids = [(torch.arange(12).view(2, 6) + step + m) % 60 for m in range(2)]
+        opt.step([lambda i=i: model(input_ids=i, labels=i).loss for i in ids])
+    opt.verify_replicas()
+    return [opt.last.losses, {name: value.float().numpy() for name, value in model.state_dict().items()}]
+
+
 class Tiny(nn.Module):
     """Units of 256 bytes, so that the slices of all ranks but the first hold no element."""
 

@@ -14,7 +14,7 @@ from packed_cases import FORMATS, check_decode
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
 from ptx.machine import Module, Program
-from ptx.triton_kernels import DECODED, TritonKernels
+from ptx.triton_kernels import DECODED, GAINED, TritonKernels
 
 import distzo2_core
 
@@ -130,7 +130,8 @@ def test_decoding(nvcc: CudaKernels, name: str) -> None:
 @pytest.mark.parametrize("name", DECODED)
 def test_decoding_by_triton(triton: TritonKernels, name: str) -> None:
     with backend_of(triton) as backend:
-        check_decode(np.random.default_rng(0), backend, [name], max_rows=2, dtypes=(DTYPES[DECODED[name]],))
+        dtypes, gained = (DTYPES[DECODED[name]],), float(name in GAINED)
+        check_decode(np.random.default_rng(0), backend, [name], max_rows=2, dtypes=dtypes, gained=gained)
 
 
 def test_a_device_without_memory_pools(compiled: tuple[Path, dict[int, str]]) -> None:

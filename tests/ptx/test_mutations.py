@@ -55,15 +55,19 @@ CUDA = {
     "the order of an emit's pair": (MIXED, r"(cvt\.rn\.bf16x2\.f32 %r\d+), (%f\d+), (%f\d+)", r"\1, \3, \2", 0),
     "the quotient of a step": (CODED, r"div\.rn\.f32", "mul.rn.f32", 0),
     "the floor of a step": (CODED, r"cvt\.rmi\.f32\.f32", "cvt.rzi.f32.f32", 0),
-    "the largest code": (CODED, r"0f46FFFE00", "0f46FFFC00", 0),
+    "the largest code": (CODED, r"selp\.f32 (\s*%f\d+), 0f46FFFE00", r"selp.f32 \1, 0f46FFFC00", 0),
     "what is divided by where a scale is 0": (CODED, r"0f7F800000", "0f3F800000", 0),
     "the segment of a tile": (ANY, r"setp\.le\.u32", "setp.lt.u32", 0),
     "the last octet of a segment": (ANY, r"setp\.eq\.s32 (\s*%p\d+, %r\d+, %r\d+;)", r"setp.ne.s32 \1", 0),
     "a row of a table": (PERTURB, r"(ld\.global\.u32 \s*%r\d+, \[%rd\d+)\+4\]", r"\1+0]", 0),
     "the value of a sign": (PERTURB, r"-1082130432", "1065353216", 0),
     "the end of a piece of a table": (PIECE, r"setp\.ge\.u32", "setp.gt.u32", 0),
+    # Of weights at the end of a row, decoded one by one, which come first in the text, and of octets.
     "an outer scale that divides": (DECODE, r"div\.rn\.f32", "mul.rn.f32", 0),
+    "an octet's outer scale that divides": (DECODE, r"div\.rn\.f32", "mul.rn.f32", 1),
     "the bits of a code": (DECODE, r"(and\.b32 \s*%r\d+, %r\d+, )15;", r"\g<1>7;", 0),
+    "a gain of an octet": (DECODE, r"mul\.rn\.f32 (\s*%f\d+, %f\d+, %f\d+;)", r"add.rn.f32 \1", -1),
+    "the bits of an octet's code": (DECODE, r"(and\.b32 \s*%r\d+, %r\d+, )15;", r"\g<1>7;", 7),
 }
 TRITON = {
     "a barrier": (r"noise_kernel CODE=1 FAMILY=0", r"bar\.sync\s+0;", "", 1),
@@ -92,8 +96,8 @@ def check(kernels: CudaKernels | TritonKernels, kernel: str) -> None:
             for cols, whole in ((64, False), (300, False), (160, True)):
                 check_lookup(rng, backend, torch.float16, cols, whole)
         elif "decode" in kernel:
-            names = ["q4_0"] if kernel == DECODED_Q4_0 else ["q4_0", "nvfp4, divided"]
-            check_decode(rng, backend, names, dtypes=(torch.bfloat16,))
+            name, gained = ("q4_0", 0.0) if kernel == DECODED_Q4_0 else ("nvfp4, divided", 0.5)
+            check_decode(rng, backend, [name], dtypes=(torch.bfloat16,), gained=gained)
         elif kernel == GENERATE or "noise" in kernel:
             for dtype, numel in itertools.product((torch.float32, torch.bfloat16), (100, 4500)):
                 check_ops(rng, backend, dtype, numel)

@@ -13,10 +13,10 @@ gguf = pytest.importorskip("gguf")
 import tiny_gguf  # noqa: E402
 from plain import flat_losses, plain_loop  # noqa: E402
 from same_bits import assert_same_tensors  # noqa: E402
-from tiny_text import make_checkpoint  # noqa: E402
 
 import distzo2  # noqa: E402
 from distzo2.errors import DistZO2Error  # noqa: E402
+from distzo2.models.replay import replay  # noqa: E402
 
 IDS = torch.arange(3, 27).view(2, 12)
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
@@ -82,18 +82,11 @@ def test_training_beside_packed_weights_has_the_bits_of_the_decoded_model(files,
 @pytest.mark.parametrize("computed", [torch.float32, torch.float16])
 def test_packed_weights_are_decoded_to_what_is_computed_with(files, computed: torch.dtype, tmp_path: Path) -> None:
     """Never through the 16 bits that the parameters are declared in."""
-    options = {"weights": "disk", "directory": tmp_path}
+    options = {"weights": "disk", "directory": tmp_path, "prepare": only()}
     model = distzo2.from_pretrained(files["Q4_K"], compute_dtype=computed, **options)
     wide = distzo2.from_pretrained(files["Q4_K"], dtype=computed, **options)
-    assert_same_tensors(wide.state_dict(), decoded_in(wide, computed))
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, wide(input_ids=IDS).logits)
-
-
-def decoded_in(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    with distzo2.present(model):
-        shown = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
-    return {name: value.to(dtype) for name, value in shown.items()}
 
 
 @pytest.mark.parametrize("store", ["affine4", "table4"])
@@ -103,7 +96,7 @@ def test_a_frozen_base_is_packed_at_load(files, store: str, tmp_path: Path) -> N
         model = distzo2.from_pretrained(
             files["raw"], weights=place, directory=tmp_path, store=store, prepare=only("norm")
         )
-        block = distzo2.runtime_of(model).units[-2 if place != "x" else 0]
+        block = distzo2.runtime_of(model).units[-2]
         assert block.num_bytes < 0.32 * sum(2 * p.numel for p in block.params)
         plain = decoded(model)
         found.append((train(model), model.state_dict()))
@@ -151,7 +144,7 @@ def test_a_code_run_resumes_and_replays(files, tmp_path: Path) -> None:
     expected = whole.state_dict()
     assert_same_tensors(again.state_dict(), expected)
     opt.close()
-    distzo2.replay(files["raw"], tmp_path / "whole.jsonl", tmp_path / "out", progress=False)
+    replay(files["raw"], tmp_path / "whole.jsonl", tmp_path / "out", progress=False)
     replayed = distzo2.from_pretrained(tmp_path / "out").state_dict()
     assert_same_tensors(replayed, expected)
 
@@ -200,8 +193,3 @@ def test_decoded_weights_are_saved(files, tmp_path: Path) -> None:
     again = distzo2.from_pretrained(tmp_path / "out")
     assert_same_tensors(again.state_dict(), expected)
     assert not distzo2.runtime_of(again).base.is_packed
-
-
-def test_a_checkpoint_of_small_matrices_has_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(DistZO2Error, match="a multiple of 64 columns"):
-        distzo2.from_pretrained(make_checkpoint(tmp_path / "small", layers=2), store="affine4", prepare=only("norm"))

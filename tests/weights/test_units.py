@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from zoo import LANGUAGE
 
 import distzo2
@@ -18,3 +19,28 @@ def test_units_are_the_blocks_and_tied_weights_stay(case, tmp_path):
     embedding = next(u for u in runtime.units if any("embed_tokens" in p.name for p in u.params))
     assert embedding.resident
     assert len(embedding.windows) == (2 if case.name == "opt-tied" else 1)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that is made of others, as those of torchao are."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: float):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16)
+
+    def __init__(self, codes: torch.Tensor, scale: float):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+def test_weights_that_wrap_other_tensors_are_refused_by_name():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    weight = Wrapper(torch.zeros(8, 8, dtype=torch.int8), 0.5)
+    model[1].weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(distzo2.DistZO2Error, match=r"parameter 1.weight is a .*test_units.Wrapper, .* plain tensor"):
+        distzo2.offload(model)

@@ -4,6 +4,7 @@
 // any, are decoded weight by weight.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cpu/storage.h"
@@ -25,8 +26,8 @@ struct GroupShape {
     explicit GroupShape(const PackedMatrix& matrix) : group(0), tile(0) {
         const int64_t cols = matrix.cols, block = matrix.block;
         int64_t shared = block < cols ? block : 0;
-        const PackedField* const fields[] = {&matrix.scale, &matrix.outer, &matrix.zero, &matrix.min,
-                                             &matrix.outer_min};
+        const PackedField* const fields[] = {&matrix.scale, &matrix.outer,     &matrix.zero,
+                                             &matrix.min,   &matrix.outer_min, &matrix.gain};
         for (const PackedField* field : fields)
             if (field->exists() && field->cols < block)
                 shared = gcd(shared, field->cols);
@@ -52,96 +53,111 @@ struct GroupShape {
     }
 };
 
-// s, z and m of the groups of a tile, and one more, for the second half of 32 codes at the end of a row.
+// s, z, m and the gain of the groups of a tile, and one more, for the second half of 32 codes at the end of a row.
 struct TileScalars {
-    alignas(64) float s[kMaxGroups + 1] = {}, z[kMaxGroups + 1] = {}, m[kMaxGroups + 1] = {};
+    alignas(64) float s[kMaxGroups + 1] = {}, z[kMaxGroups + 1] = {}, m[kMaxGroups + 1] = {}, gain[kMaxGroups + 1] = {};
 };
 
 // The eight scales, or minima, of GGUF's 12 bytes: k_scale and k_min of each.
 inline void unpack_k(const uint8_t* p, bool minima, uint8_t values[8]) {
-    uint32_t word[3], eight[2];
+    uint32_t word[3];
     std::memcpy(word, p, sizeof word);
     const uint32_t own = word[minima ? 1 : 0], shared = minima ? word[2] >> 4 : word[2];
-    eight[0] = own & 0x3F3F3F3Fu;
-    eight[1] = (shared & 0x0F0F0F0Fu) | (own >> 6 & 0x03030303u) << 4;
-    std::memcpy(values, eight, sizeof eight);
+    const uint64_t high = (shared & 0x0F0F0F0Fu) | (own >> 6 & 0x03030303u) << 4;
+    const uint64_t eight = high << 32 | (own & 0x3F3F3F3Fu);
+    std::memcpy(values, &eight, sizeof eight);
 }
 
-// `num` values, `stride` bytes apart, the first being number `first` of its block.
-inline void read_values(PackedKind kind, const uint8_t* p, int64_t stride, int64_t first, int64_t num, float* values) {
-    const auto read = [&](auto convert) {
-        for (int64_t i = 0; i < num; ++i)
-            values[i] = convert(p + (first + i) * stride);
-    };
-    switch (kind) {
-    case PackedKind::kFloat32:
-        return read([](const uint8_t* at) { return bits_float(read_u32(at)); });
-    case PackedKind::kFloat16:
-        return read([](const uint8_t* at) { return P::half_to_float(static_cast<uint16_t>(read_u16(at))); });
-    case PackedKind::kBfloat16:
-        return read([](const uint8_t* at) { return bf16_to_float(static_cast<uint16_t>(read_u16(at))); });
-    case PackedKind::kInt8:
-        return read([](const uint8_t* at) { return static_cast<float>(static_cast<int8_t>(*at)); });
-    case PackedKind::kE8M0:
-        return read([](const uint8_t* at) { return e8m0_to_float(*at); });
-    case PackedKind::kFloat8E4M3: {
+// Values of a field that are read together: of each of `blocks` from number `block` on, `num` from number `first` on.
+struct Run {
+    const uint8_t* p;
+    int64_t block_stride, blocks, stride, first, num, block = 0;
+    const uint8_t* start(int64_t i) const { return p + (block + i) * block_stride; }
+};
+
+template <class Word>
+void gather(const Run& run, Word* to) {
+    for (int64_t block = 0; block < run.blocks; ++block, to += run.num) {
+        const uint8_t* const p = run.start(block) + run.first * run.stride;
         int64_t i = 0;
-        for (; stride == 1 && i + kCodes <= num; i += kCodes) {
-            typename P::F x[P::kParts];
-            P::load_numbers<PackedKind::kFloat8E4M3>(p + first + i, 0, x);
-            for (int part = 0; part < P::kParts; ++part)
-                P::store(values + i + part * P::kWidth, x[part]);
+        for (; run.stride == sizeof(Word) && i + 8 <= run.num; i += 8)
+            std::memcpy(to + i, p + i * run.stride, 8 * sizeof(Word));
+        for (; i < run.num; ++i)
+            std::memcpy(to + i, p + i * run.stride, sizeof(Word));
+    }
+}
+
+template <PackedKind K>
+void convert_bytes(const uint8_t* bytes, int64_t num, float* values) {
+    for (int64_t i = 0; i < num; i += kCodes) {
+        typename P::F x[P::kParts];
+        P::load_numbers<K>(bytes + i, 0, x);
+        for (int part = 0; part < P::kParts; ++part)
+            P::store(values + i + part * P::kWidth, x[part]);
+    }
+}
+
+// Up to kMaxGroups values; what follows them is overwritten.
+inline void read_values(PackedKind kind, const Run& run, float* values) {
+    const int64_t num = run.blocks * run.num;
+    if (kind == PackedKind::kFloat32)
+        return gather(run, values);
+    if (kind == PackedKind::kFloat16 || kind == PackedKind::kBfloat16) {
+        alignas(64) uint16_t halves[kMaxGroups];
+        gather(run, halves);
+        for (int64_t i = 0; i < num; i += P::kWidth)
+            P::store(values + i, kind == PackedKind::kFloat16 ? P::load_fp16(halves + i) : P::load_bf16(halves + i));
+        return;
+    }
+    alignas(64) uint8_t gathered[kMaxGroups];
+    const bool in_place = run.blocks == 1 && run.stride == 1 && num % kCodes == 0;
+    const uint8_t* const bytes = in_place ? run.p + run.first : gathered;
+    if (kind == PackedKind::kScaleK || kind == PackedKind::kMinK) {
+        for (int64_t block = 0; block < run.blocks; ++block) {
+            uint8_t six_bits[8];
+            unpack_k(run.start(block), kind == PackedKind::kMinK, six_bits);
+            gather({six_bits, 0, 1, 1, run.first, run.num}, gathered + block * run.num);
         }
-        for (; i < num; ++i)
-            values[i] = float8_e4m3_to_float(p[(first + i) * stride]);
-        return;
+    } else if (!in_place) {
+        gather(run, gathered);
     }
-    case PackedKind::kScaleK:
-    case PackedKind::kMinK: {
-        uint8_t six_bits[8];
-        unpack_k(p, kind == PackedKind::kMinK, six_bits);
-        for (int64_t i = 0; i < num; ++i)
-            values[i] = static_cast<float>(six_bits[first + i]);
-        return;
-    }
-    default:
-        for (int64_t i = 0; i < num; ++i)
-            values[i] = read_value(kind, p, stride, first + i);
-    }
+    if (kind == PackedKind::kInt8)
+        return convert_bytes<PackedKind::kInt8>(bytes, num, values);
+    if (kind == PackedKind::kFloat8E4M3)
+        return convert_bytes<PackedKind::kFloat8E4M3>(bytes, num, values);
+    if (kind == PackedKind::kFloat8E5M2)
+        return convert_bytes<PackedKind::kFloat8E5M2>(bytes, num, values);
+    if (kind != PackedKind::kE8M0)
+        return convert_bytes<PackedKind::kUint8>(bytes, num, values);
+    for (int64_t i = 0; i < num; ++i)
+        values[i] = e8m0_to_float(bytes[i]);
 }
 
-// The values of a field of `num` groups from column `col` of a stored row on.
+// The values of a field of `num` groups from column `at` of a stored row on.
 inline void read_field(const PackedMatrix& matrix, const PackedField& field, const uint8_t* stored, int64_t row,
-                       int64_t col, int64_t group, int64_t num, float* values) {
-    const uint8_t* p = stored + field.offset + row / field.rows * field.row_stride;
-    const int64_t block = matrix.block, cols = field.cols < block ? field.cols : block;
-    const int64_t repeat = cols < group ? 1 : cols / group; // groups that share a value
-    int64_t num_values = (num + repeat - 1) / repeat;
-    if (block == matrix.cols && cols == block) { // one value a row
-        num_values = 1;
-        read_values(field.type(), p, 0, 0, 1, values);
-    } else if (block == matrix.cols) {
-        read_values(field.type(), p, field.stride, col / cols, num_values, values);
-    } else if (cols == block) {
-        read_values(field.type(), p, field.block_stride, col / block, num_values, values);
-    } else {
-        const int64_t each = block / cols;
-        for (int64_t i = 0; i < num_values; i += each)
-            read_values(field.type(), p + (col / block + i / each) * field.block_stride, field.stride, 0, each,
-                        values + i);
-    }
-    if (num_values == 1) {
-        for (int64_t i = 1; i < num; ++i)
-            values[i] = values[0];
-    } else if (repeat > 1) {
+                       int64_t at, int64_t group, int64_t num, float* values) {
+    const auto narrow = [](int64_t x) { return static_cast<uint32_t>(x); }; // division takes half the time
+    const uint32_t block = narrow(matrix.block), cols = narrow(std::min(field.cols, matrix.block)), col = narrow(at);
+    const uint8_t* p = stored + field.offset + narrow(row) / narrow(field.rows) * field.row_stride;
+    const uint32_t repeat = cols <= group ? 1 : cols / narrow(group); // groups that share a value
+    const uint32_t num_values = matrix.block == matrix.cols && cols == block ? 1 : (narrow(num) + repeat - 1) / repeat;
+    const uint32_t per_block = block / cols;
+    Run run{p, 0, 1, field.stride, col / cols, num_values};
+    if (block < matrix.cols && cols == block)
+        run.stride = field.block_stride;
+    else if (block < matrix.cols && (field.stride == 0 || field.block_stride != per_block * field.stride))
+        run = {p, field.block_stride, num_values / per_block, field.stride, 0, per_block, col / block};
+    read_values(field.type(), run, values);
+    if (num_values == 1)
+        std::fill_n(values, num, float{values[0]});
+    else if (repeat > 1)
         for (int64_t i = num_values; i-- > 0;) // from the end: in place
-            for (int64_t r = repeat; r-- > 0;)
-                values[i * repeat + r] = values[i];
-    }
+            std::fill_n(values + i * repeat, repeat, float{values[i]});
 }
 
-[[gnu::noinline]] inline void read_scalars(const PackedMatrix& matrix, const uint8_t* stored, int64_t row, int64_t col,
+[[gnu::noinline]] inline void read_scalars(const PackedMatrix& matrix, const Decode& request, int64_t row, int64_t col,
                                            int64_t group, int64_t num, TileScalars& to) {
+    const uint8_t* const stored = request.stored;
     alignas(64) float outer[kMaxGroups];
     read_field(matrix, matrix.scale, stored, row, col, group, num, to.s);
     if (matrix.outer.exists()) {
@@ -151,6 +167,8 @@ inline void read_field(const PackedMatrix& matrix, const PackedField& field, con
     }
     if (matrix.zero.exists())
         read_field(matrix, matrix.zero, stored, row, col, group, num, to.z);
+    if (matrix.gain.exists())
+        read_field(matrix, matrix.gain, request.gains, row, col, group, num, to.gain);
     if (!matrix.min.exists())
         return;
     read_field(matrix, matrix.min, stored, row, col, group, num, to.m);
@@ -166,7 +184,7 @@ inline void read_field(const PackedMatrix& matrix, const PackedField& field, con
 }
 
 // 32 codes at a time of one tile. kHalves: two groups of 16 in each.
-template <PackedKind K, DType O, bool kHalves>
+template <PackedKind K, DType O, bool kHalves, bool kGains>
 class TileDecoder {
   public:
     using F = typename P::F;
@@ -184,6 +202,17 @@ class TileDecoder {
     void run(const uint8_t* codes, int64_t in_block, int64_t per_block, int64_t block_stride, int64_t group,
              int64_t num, Raw* out) {
         int64_t i = 0;
+        if constexpr (K == PackedKind::kQ5K || K == PackedKind::kQ6K) // by blocks, the shifts of codes being constants
+            if (kHalves || (group & (group - 1)) == 0) {
+                const int shift = __builtin_ctzll(static_cast<uint64_t>(kHalves ? kCodes : group));
+                for (; i < num; i += kKBlock, codes += block_stride) {
+#pragma GCC unroll 8
+                    for (int64_t c = 0; c < kKBlock / kCodes; ++c) {
+                        prepare((i + c * kCodes) >> shift);
+                        decode(codes, c, out + i + c * kCodes);
+                    }
+                }
+            }
         for (int64_t g = 0; i < num; ++g) {
             prepare(g);
             const int64_t end = kHalves ? i + kCodes : i + group;
@@ -201,17 +230,23 @@ class TileDecoder {
     }
 
   private:
+    DZO_HD F value(int half, F x) const {
+        x = P::fma(s_[half], x, m_[half]);
+        return kGains ? P::mul(gain_[half], x) : x;
+    }
+
     DZO_HD void prepare(int64_t g) {
         const int64_t first = kHalves ? 2 * g : g, second = kHalves ? first + 1 : first;
         s_[0] = P::set(scalars_.s[first]), z_[0] = P::set(scalars_.z[first]), m_[0] = P::set(scalars_.m[first]);
         if constexpr (kHalves)
             s_[1] = P::set(scalars_.s[second]), z_[1] = P::set(scalars_.z[second]), m_[1] = P::set(scalars_.m[second]);
+        if constexpr (kGains)
+            gain_[0] = P::set(scalars_.gain[first]), gain_[kHalves] = P::set(scalars_.gain[second]);
         if constexpr (is_nibbles(K)) {
             F values[1 + kHalves][P::kTableParts];
             for (int half = 0; half <= kHalves; ++half)
                 for (int j = 0; j < P::kTableParts; ++j)
-                    values[half][j] =
-                        P::fma(s_[half], has_zeros_ ? P::sub(levels_[j], z_[half]) : levels_[j], m_[half]);
+                    values[half][j] = value(half, has_zeros_ ? P::sub(levels_[j], z_[half]) : levels_[j]);
             P::template make_table<O>(values[0], values[kHalves], table_);
         }
     }
@@ -225,7 +260,7 @@ class TileDecoder {
             for (int j = 0; j < P::kParts; ++j) {
                 constexpr int kPartsOfHalf = P::kParts / 2;
                 const int half = kHalves ? j / kPartsOfHalf : 0;
-                x[j] = P::fma(s_[half], is_float8(K) ? x[j] : P::sub(x[j], z_[half]), m_[half]);
+                x[j] = value(half, is_float8(K) ? x[j] : P::sub(x[j], z_[half]));
             }
             P::template store_block<O>(out, x);
         }
@@ -248,15 +283,15 @@ class TileDecoder {
     const TileScalars& scalars_;
     const bool has_zeros_;
     F levels_[P::kTableParts];
-    F s_[1 + kHalves], z_[1 + kHalves], m_[1 + kHalves];
+    F s_[1 + kHalves], z_[1 + kHalves], m_[1 + kHalves], gain_[1 + kHalves];
     typename P::template Table<O> table_;
 };
 
 // The weights of a row, one by one.
 template <DType O>
-void decode_weights(const PackedMatrix& matrix, const float* levels, const uint8_t* stored, int64_t row, uint8_t* out) {
+void decode_weights(const PackedMatrix& matrix, const float* levels, const Decode& request, int64_t row, uint8_t* out) {
     for (int64_t col = 0; col < matrix.cols; ++col) {
-        const float value = weight_value(matrix, levels, stored, row, col);
+        const float value = weight_value(matrix, levels, request.stored, request.gains, row, col);
         if constexpr (O == DType::kFp32)
             reinterpret_cast<float*>(out)[col] = canonical_fp32(value);
         else
@@ -264,49 +299,49 @@ void decode_weights(const PackedMatrix& matrix, const float* levels, const uint8
     }
 }
 
-template <PackedKind K, DType O, bool kHalves>
-void decode_row(const PackedMatrix& matrix, const GroupShape& shape, const float* levels, const uint8_t* stored,
+template <PackedKind K, DType O, bool kHalves, bool kGains>
+void decode_row(const PackedMatrix& matrix, const GroupShape& shape, const float* levels, const Decode& request,
                 int64_t row, TileScalars& scalars, uint8_t* out) {
     using Raw = typename Storage<P, O>::Raw;
-    TileDecoder<K, O, kHalves> decoder(scalars, levels, matrix.zero.exists() && matrix.has_levels == 0);
-    const uint8_t* codes = stored + matrix.codes.offset + row * matrix.codes.row_stride;
+    TileDecoder<K, O, kHalves, kGains> decoder(scalars, levels, matrix.zero.exists() && matrix.has_levels == 0);
+    const uint8_t* codes = request.stored + matrix.codes.offset + row * matrix.codes.row_stride;
     for (int64_t col = 0; col < matrix.cols; col += shape.tile) {
         const int64_t num = matrix.cols - col < shape.tile ? matrix.cols - col : shape.tile;
-        read_scalars(matrix, stored, row, col, shape.group, (num + shape.group - 1) / shape.group, scalars);
+        read_scalars(matrix, request, row, col, shape.group, (num + shape.group - 1) / shape.group, scalars);
         decoder.run(codes + col / matrix.block * matrix.codes.block_stride, col % matrix.block / kCodes,
                     (matrix.block + kCodes - 1) / kCodes, matrix.codes.block_stride, shape.group, num,
                     reinterpret_cast<Raw*>(out) + col);
     }
 }
 
-using DecodeRow = void (*)(const PackedMatrix&, const GroupShape&, const float*, const uint8_t*, int64_t, TileScalars&,
+using DecodeRow = void (*)(const PackedMatrix&, const GroupShape&, const float*, const Decode&, int64_t, TileScalars&,
                            uint8_t*);
 
-template <DType O, bool kHalves>
+template <DType O, bool kHalves, bool kGains>
 DecodeRow row_decoder(PackedKind kind) {
     switch (kind) {
     case PackedKind::kNibbles32:
-        return &decode_row<PackedKind::kNibbles32, O, kHalves>;
+        return &decode_row<PackedKind::kNibbles32, O, kHalves, kGains>;
     case PackedKind::kNibbles64:
-        return &decode_row<PackedKind::kNibbles64, O, kHalves>;
+        return &decode_row<PackedKind::kNibbles64, O, kHalves, kGains>;
     case PackedKind::kNibblesLow:
-        return &decode_row<PackedKind::kNibblesLow, O, kHalves>;
+        return &decode_row<PackedKind::kNibblesLow, O, kHalves, kGains>;
     case PackedKind::kNibblesHigh:
-        return &decode_row<PackedKind::kNibblesHigh, O, kHalves>;
+        return &decode_row<PackedKind::kNibblesHigh, O, kHalves, kGains>;
     case PackedKind::kUint8:
-        return &decode_row<PackedKind::kUint8, O, kHalves>;
+        return &decode_row<PackedKind::kUint8, O, kHalves, kGains>;
     case PackedKind::kInt8:
-        return &decode_row<PackedKind::kInt8, O, kHalves>;
+        return &decode_row<PackedKind::kInt8, O, kHalves, kGains>;
     case PackedKind::kInt16:
-        return &decode_row<PackedKind::kInt16, O, kHalves>;
+        return &decode_row<PackedKind::kInt16, O, kHalves, kGains>;
     case PackedKind::kQ5K:
-        return &decode_row<PackedKind::kQ5K, O, kHalves>;
+        return &decode_row<PackedKind::kQ5K, O, kHalves, kGains>;
     case PackedKind::kQ6K:
-        return &decode_row<PackedKind::kQ6K, O, kHalves>;
+        return &decode_row<PackedKind::kQ6K, O, kHalves, kGains>;
     case PackedKind::kFloat8E4M3:
-        return &decode_row<PackedKind::kFloat8E4M3, O, kHalves>;
+        return &decode_row<PackedKind::kFloat8E4M3, O, kHalves, kGains>;
     default:
-        return &decode_row<PackedKind::kFloat8E5M2, O, kHalves>;
+        return &decode_row<PackedKind::kFloat8E5M2, O, kHalves, kGains>;
     }
 }
 
@@ -315,8 +350,9 @@ void decode_rows(const Decode& request, int64_t index, int64_t first, int64_t la
     const PackedMatrix& matrix = request.matrices[index];
     const GroupShape shape(matrix);
     const bool halves = shape.group == 16;
-    const DecodeRow decode =
-        halves ? row_decoder<O, true>(matrix.codes.type()) : row_decoder<O, false>(matrix.codes.type());
+    constexpr DecodeRow (*kDecoders[])(PackedKind) = {row_decoder<O, false, false>, row_decoder<O, false, true>,
+                                                      row_decoder<O, true, false>, row_decoder<O, true, true>};
+    const DecodeRow decode = kDecoders[2 * halves + matrix.gain.exists()](matrix.codes.type());
     TileScalars scalars;
     const float zero = matrix.has_levels != 0 || matrix.zero.exists() ? 0.0f : static_cast<float>(matrix.zero_point);
     float levels[kNumLevels]; // what codes of four bits stand for
@@ -329,9 +365,9 @@ void decode_rows(const Decode& request, int64_t index, int64_t first, int64_t la
     for (int64_t row = first; row < last; ++row) {
         uint8_t* out = request.out + matrix.out_offset + row * matrix.cols * dtype_bytes(O);
         if (shape.group == 0)
-            decode_weights<O>(matrix, levels, request.stored, matrix.stored_row(row), out);
+            decode_weights<O>(matrix, levels, request, matrix.stored_row(row), out);
         else
-            decode(matrix, shape, levels, request.stored, matrix.stored_row(row), scalars, out);
+            decode(matrix, shape, levels, request, matrix.stored_row(row), scalars, out);
     }
 }
 

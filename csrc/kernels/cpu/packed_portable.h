@@ -19,8 +19,6 @@ struct P : Lanes {
         float values[2][16];
     };
 
-    DZO_LANES float half_to_float(uint16_t h) { return fp16_to_float(h); }
-
     // Without its instruction an fma is a call: where there is no minimum, a product has the same bits.
     DZO_LANES F fma(F a, F b, F c) {
         return float_bits(c.v[0]) == 0x80000000u ? Lanes::mul(a, b) : Lanes::fma(a, b, c);

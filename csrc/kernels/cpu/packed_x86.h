@@ -12,15 +12,12 @@ namespace {
 struct X86Codes {
     using Codes = __m256i;
 
-    DZO_LANES float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
-
     DZO_LANES __m128i load_128(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     DZO_LANES __m256i load_256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
     // `mask` of each byte after a shift to the right by `shift` bits.
     DZO_LANES __m256i bits(__m256i bytes, int64_t shift, char mask) {
-        const __m128i count = _mm_cvtsi32_si128(static_cast<int>(shift));
-        return _mm256_and_si256(_mm256_srl_epi16(bytes, count), _mm256_set1_epi8(mask));
+        return _mm256_and_si256(_mm256_srli_epi16(bytes, static_cast<int>(shift)), _mm256_set1_epi8(mask));
     }
 
     // Codes 32 * in_block to 32 * in_block + 31 of a block.

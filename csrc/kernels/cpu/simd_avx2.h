@@ -79,7 +79,8 @@ struct Lanes {
     DZO_LANES void store_fp16_number(uint16_t* p, F x) {
         store_half(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    // Sixteen elements of bf16 as two vectors, of the even and of the odd ones: nothing is unpacked or packed. Or codes.
+    // Sixteen elements of bf16 as two vectors, of the even and of the odd ones: nothing is unpacked or packed. Or
+    // codes.
     DZO_LANES void load_pair(const uint16_t* p, F& even, F& odd) {
         const U both = _mm256_loadu_si256(reinterpret_cast<const U*>(p));
         even = from_bits(_mm256_slli_epi32(both, 16));

@@ -78,9 +78,7 @@ class Tile {
     }
 
     template <class Element>
-    Element (*staging())[kTile] {
-        return reinterpret_cast<Element(*)[kTile]>(staging_);
-    }
+    Element (*staging()) [kTile] { return reinterpret_cast<Element(*)[kTile]>(staging_); }
 
     // The segment's scales; what lies beside it has a scale of 0.
     void find_scales() {

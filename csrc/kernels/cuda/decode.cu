@@ -11,9 +11,10 @@ namespace distzo2 {
 namespace {
 
 constexpr int64_t kMaxThreads = 256;
+constexpr int kMinBlocks = 4; // a multiprocessor: 64 registers, of which none are spilled
 
 template <DType O>
-__global__ void __launch_bounds__(kMaxThreads) decode_kernel(const __grid_constant__ DeviceDecode decode) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) decode_kernel(const __grid_constant__ DeviceDecode decode) {
     decode_row_thread<O>(decode, blockIdx.x, threadIdx.x, blockDim.x);
 }
 

@@ -12,11 +12,12 @@ constexpr uint32_t kOneGroup = 31; // a shift by which every column gives 0
 
 struct DeviceDecode {
     const uint8_t* stored;
+    const uint8_t* gains;
     uint8_t* out; // of the matrix
     PackedMatrix matrix;
     float levels[kNumLevels];
-    uint32_t quick;                                     // by octets
-    uint32_t block, scale, outer, zero, min, outer_min; // powers of two: columns of each
+    uint32_t quick;                                           // by octets
+    uint32_t block, scale, outer, zero, min, outer_min, gain; // powers of two: columns of each
 };
 
 // log2 of `cols` that share a value in a block, if the octets of a block do.
@@ -32,6 +33,7 @@ inline DeviceDecode device_decode(const Decode& request, int64_t index) {
     DeviceDecode decode{};
     const PackedMatrix& matrix = decode.matrix = request.matrices[index];
     decode.stored = request.stored;
+    decode.gains = request.gains;
     decode.out = request.out + matrix.out_offset;
     for (int i = 0; i < kNumLevels; ++i)
         decode.levels[i] = request.levels[index * kNumLevels + i];
@@ -44,6 +46,7 @@ inline DeviceDecode device_decode(const Decode& request, int64_t index) {
     find(matrix.zero, decode.zero);
     find(matrix.min, decode.min);
     find(matrix.outer_min, decode.outer_min);
+    find(matrix.gain, decode.gain);
     decode.quick = quick ? 1 : 0;
     return decode;
 }
@@ -125,6 +128,9 @@ struct RowField {
     DZO_HD float value(uint32_t block, uint32_t in_block, uint32_t shift) const {
         return read_value(field.type(), row + block * field.block_stride, field.stride, in_block >> shift);
     }
+    DZO_HD float float32(uint32_t block, uint32_t in_block, uint32_t shift) const {
+        return bits_float(load_word(row + block * field.block_stride + (in_block >> shift) * field.stride));
+    }
 };
 
 template <DType O>
@@ -136,13 +142,14 @@ DZO_HD void decode_row_thread(const DeviceDecode& decode, uint32_t row, uint32_t
     const RowField codes(matrix.codes, decode.stored, stored_row), scale(matrix.scale, decode.stored, stored_row);
     const RowField outer(matrix.outer, decode.stored, stored_row), zero(matrix.zero, decode.stored, stored_row);
     const RowField min(matrix.min, decode.stored, stored_row), outer_min(matrix.outer_min, decode.stored, stored_row);
+    const RowField gain(matrix.gain, decode.gains, stored_row);
     uint8_t* const out = decode.out + int64_t{row} * cols * Store::kBytes;
     for (uint32_t col = thread * kOctet; col < cols; col += num_threads * kOctet) {
         uint8_t* const to = out + int64_t{col} * Store::kBytes;
         const uint32_t num = cols - col < kOctet ? cols - col : kOctet;
         if (decode.quick == 0 || num < kOctet) {
             for (uint32_t k = 0; k < num; ++k) {
-                const float x = weight_value(matrix, decode.levels, decode.stored, stored_row, col + k);
+                const float x = weight_value(matrix, decode.levels, decode.stored, decode.gains, stored_row, col + k);
                 Store::encode_one(to + k * Store::kBytes, Store::nearest_one(x));
             }
             continue;
@@ -164,6 +171,12 @@ DZO_HD void decode_row_thread(const DeviceDecode& decode, uint32_t row, uint32_t
         DZO_UNROLL
         for (int k = 0; k < kOctet; ++k)
             x[k] = fma_rn(s, matrix.has_levels != 0 ? level_of(decode.levels, x[k]) : plain ? x[k] : x[k] - z, m);
+        if (matrix.gain.exists()) {
+            const float g = gain.float32(block, i, decode.gain);
+            DZO_UNROLL
+            for (int k = 0; k < kOctet; ++k)
+                x[k] = mul_rn(g, x[k]);
+        }
         if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
             Store::store(to, Store::nearest(x));
         } else {

@@ -280,7 +280,9 @@ struct OctetCodes {
             *reinterpret_cast<uint64_t*>(p) = raw.word[0] | static_cast<uint64_t>(raw.word[1]) << 32;
     }
     DZO_HD static float decode_one(const uint8_t* p) { return *reinterpret_cast<const Code*>(p); }
-    DZO_HD static void encode_one(uint8_t* p, float q) { *reinterpret_cast<Code*>(p) = static_cast<Code>(static_cast<int32_t>(q)); }
+    DZO_HD static void encode_one(uint8_t* p, float q) {
+        *reinterpret_cast<Code*>(p) = static_cast<Code>(static_cast<int32_t>(q));
+    }
     DZO_HD static void decode(const Raw& raw, float q[kOctet]) {
         DZO_UNROLL
         for (int i = 0; i < kOctet; ++i)

@@ -256,8 +256,8 @@ DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, ui
     if constexpr (Program::kMixed) {
         const DeviceOut out = tables.row<DeviceOut>(header.places_at, index);
         const int64_t bytes = dtype_bytes(static_cast<DType>(out.dtype));
-        const bool out_aligned =
-            alike && header.num_emits > 0 && is_aligned(tables.row<uint8_t*>(header.outs_at, 0), segment, out.offset, bytes);
+        const bool out_aligned = alike && header.num_emits > 0 &&
+                                 is_aligned(tables.row<uint8_t*>(header.outs_at, 0), segment, out.offset, bytes);
         run_octets<D, MixedPlace<D>>(segment, aligned, run, tile, header.octets_per_thread, thread, out, out_aligned);
     } else {
         run_octets<D>(segment, alike && aligned, run, tile, header.octets_per_thread, thread);

@@ -19,22 +19,23 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
-from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam, Piece
+from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, VALUE_DTYPES, PackedParam, Piece
 from distzo2.checkpoint.reading import read_ranges
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats.matrices import NF4
 from distzo2.formats.packed_checkpoint import PackedCheckpoint, PackingError
-from distzo2.formats.repacking import nibbles_32
 from distzo2.weights.units import TRAINABLE_DTYPES, ParamInfo, StoredAs, collect_params, find_units
 from distzo2_core.packed import Field, Kind, PackedLayout
 
 GROUP = 64
-_CHUNK_GROUPS = (1 << 18) // GROUP  # packed at once: some four float32 buffers of 1 MiB, which a core's cache holds
+_CHUNK_GROUPS = (1 << 18) // GROUP  # packed at once: buffers of 1 MiB
+_SERIAL_GROUPS = (1 << 15) // GROUP - 1  # converted at once, since torch shares out more among threads
 
 
 class Store(NamedTuple):
@@ -65,13 +66,13 @@ STORES = {
     "affine16": Store(Kind.INT16, Kind.FLOAT32, 16, headroom=1.5),
 }
 _PLANES = ("codes", "scale", "min")  # in this order
-_DTYPES = {Kind.INT8: torch.int8, Kind.INT16: torch.int16, Kind.BFLOAT16: torch.bfloat16, Kind.FLOAT32: torch.float32}
+_CODES = {Kind.INT8: np.int8, Kind.INT16: np.int16}
 
 
 def packed_as(shape: Sequence[int], store: str) -> StoredAs:
     """How a parameter of this shape is stored, packed: its bytes and their layout. They are in no file."""
     kind, cols, at, places = STORES[store], shape[-1], 0, []
-    rows, scale_bytes = math.prod(shape) // cols, _DTYPES[kind.scale].itemsize
+    rows, scale_bytes = math.prod(shape) // cols, VALUE_DTYPES[kind.scale].itemsize
     for size in (GROUP * kind.bits // 8, scale_bytes, *([scale_bytes] if kind.has_min else [])):  # of a group
         offset, line = -(-at // PIECE_ALIGNMENT) * PIECE_ALIGNMENT, cols // GROUP * size
         stride = {"stride": size, "cols": GROUP} if places else {}
@@ -151,54 +152,80 @@ class _Packer:
 
     def fill(self, out: torch.Tensor, begin: int) -> None:
         """Fills `out` with the bytes from `begin` on. All of them take one pass over the weights."""
-        out.zero_()  # between codes, scales and minima
-        end = begin + out.numel()
+        data, end = out.numpy(), begin + out.numel()
+        ends = (stop for _, stop in self.spans(0, self.num_groups))
+        for stop, start in zip(ends, self.offsets[1:], strict=False):
+            out[max(0, stop - begin) : max(0, start - begin)] = 0
+
         for first in range(0, self.num_groups, _CHUNK_GROUPS):
             count = min(_CHUNK_GROUPS, self.num_groups - first)
-            spans = [(at + first * n, at + (first + count) * n) for at, n in zip(self.offsets, self.sizes, strict=True)]
+            spans = self.spans(first, count)
             if all(stop <= begin or end <= start for start, stop in spans):
                 continue
-            for (start, stop), plane in zip(spans, self.pack(first, count), strict=True):
+            for plane, (start, stop) in zip(self.pack(first, count), spans, strict=True):
                 low, high = max(start, begin), min(stop, end)
                 if low < high:
-                    data = plane.view(-1).view(torch.uint8)
-                    out[low - begin : high - begin] = data[low - start : high - start]
+                    made = plane.reshape(-1).view(np.uint8)
+                    data[low - begin : high - begin] = made[low - start : high - start]
 
-    def weights(self, first: int, count: int) -> torch.Tensor:
-        """Groups of the parameter as the file has them, float32 [count, GROUP]: never through another 16-bit type."""
-        out, begin, end = torch.empty(count, GROUP), first * GROUP, (first + count) * GROUP
+    def spans(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Where the codes, scales and minima of some groups begin and end."""
+        return [(at + first * n, at + (first + count) * n) for at, n in zip(self.offsets, self.sizes, strict=True)]
+
+    def weights(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Groups as the files have them, float32 [count, GROUP], and their smallest and largest weights: what the model
+        computes in does not round them."""
+        begin, end = first * GROUP, (first + count) * GROUP
         near = [p for p in self.mapped.pieces if p.dst_offset < end and begin < p.dst_offset + p.dst_span]
-        pieces = Layout(self.mapped.shape, tuple(near)).flat(begin, out.numel()).pieces
-        read_ranges(part for piece in pieces for part in self.files.ranges_of(piece, out.view(-1)))
-        return out
+        dtypes = {self.files.entries[piece.source].dtype for piece in near}
+        stored = torch.empty(count, GROUP, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
+        pieces = Layout(self.mapped.shape, tuple(near)).flat(begin, stored.numel()).pieces
+        read_ranges(part for piece in pieces for part in self.files.ranges_of(piece, stored.view(-1)))
+        out = torch.empty(count, GROUP)
+        parts = out.split(_SERIAL_GROUPS)
+        for part, source in zip(parts, stored.split(_SERIAL_GROUPS), strict=True):
+            part.copy_(source)
+        low, high = (torch.cat([order(part, 1, keepdim=True) for part in parts]) for order in (torch.amin, torch.amax))
+        return out, low, high
 
-    def pack(self, first: int, count: int) -> list[torch.Tensor]:
-        """Codes, scales and minima of some groups; notes their error."""
-        store, w = self.store, self.weights(first, count)
-        low, high = (each.unsqueeze(1) for each in torch.aminmax(w, dim=1))
+    def pack(self, first: int, count: int) -> list[np.ndarray]:
+        """Codes, scales and minima of some groups; notes their error.
+
+        NumPy computes in the calling thread, of which there are several while a checkpoint is loaded; torch would start
+        more in each of them.
+        """
+        store, (weights, low, high) = self.store, self.weights(first, count)
+        dtype = VALUE_DTYPES[store.scale]
         top = 15 if store.has_min else 1 if store.levels else 2 ** (store.bits - 1) - 1
-        dtype = _DTYPES[store.scale]
-        minimum = low.to(dtype).float() if store.has_min else None
-        reach = torch.maximum(high, -low) if minimum is None else high - minimum
-        scale = (reach / top * store.headroom).to(dtype).float()
-        if not all(each.isfinite().all() for each in (low, high, scale)):
-            self._refuse(w, first)
-        ratio = (w if minimum is None else w - minimum) / torch.where(scale == 0, 1, scale)
+        kept = [low.to(dtype)] if store.has_min else []
+        reach = high - kept[0].float() if store.has_min else torch.maximum(high, -low)
+        kept.insert(0, (reach / top * store.headroom).to(dtype))
+        if not all(each.isfinite().all() for each in (low, high, kept[0])):
+            self._refuse(weights, first)
+        w = weights.numpy()
+        scale, minimum = (each.float().numpy() for each in (kept[0], kept[-1]))
+        value = w - minimum if store.has_min else w.copy()
+        value /= scale + (scale == 0)
         if store.levels:
-            levels = torch.tensor(store.levels)
-            codes = torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
-            value = levels[codes].mul_(scale)
+            levels, codes = np.float32(store.levels), np.zeros(w.shape, np.uint8)
+            for between in (levels[1:] + levels[:-1]) / 2:
+                codes += value > between
+            value = levels.take(codes)
         else:
-            codes = ratio.round_().clamp_(-top if minimum is None else 0, top)
-            value = codes * scale if minimum is None else codes * scale + minimum
-        noted = [torch.linalg.vector_norm(each, dtype=torch.float64).item() ** 2 for each in (value.sub_(w), w)]
-        self.error.sums.setdefault(self.mapped.name, {})[first] = (noted[0], noted[1])
-        codes = codes.to(_DTYPES.get(store.codes, torch.uint8))
-        codes = nibbles_32(codes) if store.codes == Kind.NIBBLES_32 else codes
-        return [codes, *(each.to(dtype) for each in (scale, minimum) if each is not None)]
+            np.clip(value, 0 if store.has_min else -top, top, out=value)
+            codes = np.rint(value, out=value).astype(_CODES.get(store.codes, np.uint8))
+        value *= scale
+        value += minimum if store.has_min else np.float32(0)
+        with np.errstate(over="ignore"):  # of weights beyond 1e19
+            noted = tuple(float(np.square(each).sum()) for each in (value - w, w))
+        self.error.sums.setdefault(self.mapped.name, {})[first] = noted
+        if store.codes == Kind.NIBBLES_32:
+            halves = codes.reshape(-1, 2, 16)
+            codes = halves[:, 0] | halves[:, 1] << 4
+        return [codes, *(each.view(torch.uint8).numpy() for each in kept)]
 
-    def _refuse(self, w: torch.Tensor, first: int) -> None:
-        flat = w.view(-1)
+    def _refuse(self, weights: torch.Tensor, first: int) -> None:
+        flat = weights.view(-1)
         at = int(torch.where(flat.isfinite(), flat.abs(), torch.inf).argmax())
         row = (first * GROUP + at) // self.mapped.shape[-1]
         where = f"{self.files.directory}: {self.mapped.name!r}, row {row}"

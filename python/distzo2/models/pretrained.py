@@ -106,7 +106,7 @@ def from_pretrained(
         checkpoint_map.close()
     runtime_of(model).base = checkpoint_map
     if error is not None and error.sums:
-        logger.info("%s: %s", path, error.report())
+        runtime_of(model).told = f"packed as {store}: {error.report()}"
     return model
 
 

@@ -23,7 +23,7 @@ from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, 
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.peft.library import method_of
 from distzo2.run.directory import saved_options
-from distzo2.run.options import KEPT_BY_BRANCHES, RATES, FinetuneOptions, checked, made, read_config
+from distzo2.run.options import KEPT_BY_BRANCHES, RATES, TUNED_BY, FinetuneOptions, checked, made, read_config
 
 REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
 
@@ -68,7 +68,7 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         if not values.get("out"):
             raise UsageError("--resume needs --out, the directory of the run")
         values = _saved(values["out"]) | values
-    method = values.get("peft") or method_of(values.get("adapter"))
+    method = values.get("peft") or method_of(values.get("adapter")) or TUNED_BY.get(values.get("tune"))
     if not values.get("branch_from"):
         return made(FinetuneOptions, RATES.get(method, {}) | values)
     parent = _saved(values["branch_from"])

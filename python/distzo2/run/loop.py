@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from distzo2.checkpoint.reading import ADAPTER_FILES
@@ -44,6 +46,7 @@ _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
 )  # fmt: skip
 _SCORES = ("loss", "accuracy", "f1", "em")
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
+AUTO_RATE = 0.05  # of --lr auto: SmolLM2-135M learned best near it, dense, with LoRA and with codes (docs/packed.md)
 SIGNAL_PROBES = (4, 8)  # the second four where the first leave the question open
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
 
@@ -134,6 +137,26 @@ class TrainLoop:
         elif about := advice(found):
             self.log(about)
         return runtime.compute_dtype
+
+    def settle_rate(self) -> float:
+        """The learning rate: for "auto", `AUTO_RATE` times eps over the spread of losses that perturbations make at the
+        start. A step of FZOO moves weights by a share of the rate, whatever the spread, and this moves the loss by a
+        share of its spread."""
+        o = self.options
+        if o.lr != "auto":
+            return o.lr
+        closures = [self.objective.closure(batch) for batch in self._batches(0)]
+        more = {"noise": o.noise, "seed": o.seed, "max_lanes": o.max_lanes}
+        found = signal_of(
+            self.model, closures, dtypes=[computed_in(self.runtime)], eps=[o.eps], probes=o.probes, **more
+        )
+        spread = float(np.sqrt(np.mean(np.square(found[0].differences)))) / 2  # of one side
+        rate = from_rank_0("the rate", lambda: AUTO_RATE * o.eps / spread if spread > 0 else 0.0)
+        if not rate:
+            raise DistZO2Error("--lr auto: perturbations at the start do not change the loss: give a larger --eps")
+        self.log(f"lr {rate:.3g}: {AUTO_RATE} eps / spread, the losses at the start having a spread of {spread:.2g}")
+        self.options = replace(o, lr=rate)
+        return rate
 
     def start(self, settings: dict[str, Any], data_hash: str) -> None:
         """Opens journal and metrics; a resumed run takes over the steps that it has made. `data_hash` is that of

@@ -26,6 +26,7 @@ from distzo2.text import first_reason
 # --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
 _OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
 RATES = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
+TUNED_BY = {"adapter": "lora"}  # what --tune comes to where nothing else says it
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -191,7 +192,7 @@ class Trained(Adapted):
         if self.peft and self.adapter:
             raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
         if self.tune == "adapter" and not self.adapts:
-            object.__setattr__(self, "peft", "lora")
+            object.__setattr__(self, "peft", TUNED_BY[self.tune])
         elif self.tune in ("code", "full") and self.adapts:
             raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
         if self.train_only and self.adapts:
@@ -304,8 +305,11 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     protocol: Literal["mezo"] | None = option(
         None, "mezo: that paper's steps, batch, --lr, --eps, evaluations and choice of a step; options given win"
     )
-    lr: PositiveOrZero = option(
-        1e-6, "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts)"
+    lr: PositiveOrZero | Literal["auto"] = option(
+        1e-6,
+        "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts); auto, "
+        "with --estimator fzoo: 0.05 eps / spread of the losses at the start, told and kept",
+        "X|auto",
     )
     eps: Positive = option(
         1e-3, "size of a perturbation, in units of a weight (default: 1e-3; 1e-2 for LoRA, 1e-1 for prompts)"
@@ -404,6 +408,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:
             raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
+        if self.lr == "auto" and self.estimator != "fzoo":
+            raise UsageError(
+                f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
+            )
         if self.warmup > self.steps:
             raise UsageError(f"--warmup {self.warmup} is more than --steps {self.steps}")
         if self.fsync_every > 1 and self.weights == "disk":

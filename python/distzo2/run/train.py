@@ -175,8 +175,10 @@ def _finetune(
             if source is config and config is not None and config.is_prompt_learning:  # a new one
                 with together(mesh, "starting the adapter"):
                     start_from_tokens(model, start, options.seed, mesh)
+            if runtime_of(model).told:
+                log(runtime_of(model).told)
             if what := trained(runtime_of(model).params):
-                log(f"{what}, lr {options.lr:g}, eps {options.eps:g}")
+                log(f"{what}, lr {options.lr}, eps {options.eps:g}")
             pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
             objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
@@ -185,6 +187,7 @@ def _finetune(
                     computed = runtime_of(model).compute_dtype if options.resume else loop.settle_compute_dtype()
                     if options.compute_dtype == "auto":
                         settings["compute_dtype"] = dtype_name(computed or "stored")
+                    settings["lr"] = loop.settle_rate()
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
                         run.update(options=settings, adapter=None if config is None else digest_adapter(start))
                     if not options.resume and not options.no_check:

@@ -220,6 +220,8 @@ def _hand_over(
     found = find_units(model, params, units)
     for unit in found:
         unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
+    if all(unit.packed is not None for unit in found if not unit.resident):
+        slots = min(slots, 2)  # what is decoded leaves its slot before it is computed with: two keep a link busy
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent

@@ -59,6 +59,7 @@ class StreamingRuntime:
         where: where streamed weights live: "device", "host" or "disk".
         kept: the weight file, which outlives a crash; None without one.
         compute_dtype: what modules compute with; None: as stored.
+        told: what is to be known of how they were stored, a line.
         base: what the weights were loaded from, for a journal's header; None if it is not known. Set by whoever loads
             them.
     """
@@ -68,6 +69,7 @@ class StreamingRuntime:
     ) -> None:
         self.model, self.weights, self.access, self.where, self.kept = model, weights, access, where, kept
         self.base: Any = None
+        self.told = ""
         self.compute_dtype: torch.dtype | None = None
         # Buffers of 16 bits, which have the dtype that modules compute with.
         self.stored_buffers = {name: b.dtype for name, b in model.named_buffers() if b.dtype in HALVES}
@@ -508,6 +510,8 @@ class StreamingRuntime:
         if len(open_units) > 1:
             pinned = {self._pointed[u.index].address for u in open_units if u is not unit and u.index in self._pointed}
         views, address = self.weights.under(unit, emission, self._emissions, pinned)
+        # What is decoded is made anew at each visit: a lane that changed it would differ from one that runs alone.
+        summed = summed and unit.packed is None
         copied = summed and not address
         self.parameters.show(unit, [view.clone() for view in views] if copied else views, summed=summed)
         self._pointed[unit.index] = _Pointed(emission, address, copied)

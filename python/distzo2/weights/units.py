@@ -267,6 +267,12 @@ def collect_params(model: nn.Module, stored: StoredBy | None = None) -> list[Par
     for name, p in model.named_parameters():
         if isinstance(p, nn.UninitializedParameter):
             raise DistZO2Error(f"parameter {name} is of a lazy module and has no shape yet: run the model once before")
+        if type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise DistZO2Error(
+                f"parameter {name} is a {type(p).__module__}.{type(p).__qualname__}, which wraps other tensors, as "
+                "quantized weights of torchao do; a plain tensor is expected (dequantize it, or load a packed "
+                "checkpoint with distzo2.from_pretrained)"
+            )
     _tie_shared_storage(model)
     params: dict[int, ParamInfo] = {}
     for index, (name, p) in enumerate(model.named_parameters()):

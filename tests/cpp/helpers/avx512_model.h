@@ -25,7 +25,13 @@ struct __m128i {
 };
 using __mmask16 = uint16_t;
 
-enum { _CMP_UNORD_Q = 3, _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_TO_NEG_INF = 1, _MM_FROUND_NO_EXC = 8, _MM_PERM_CCAA = 0xA0 };
+enum {
+    _CMP_UNORD_Q = 3,
+    _MM_FROUND_TO_NEAREST_INT = 0,
+    _MM_FROUND_TO_NEG_INF = 1,
+    _MM_FROUND_NO_EXC = 8,
+    _MM_PERM_CCAA = 0xA0
+};
 
 template <class To, class From>
 To model_cast(const From& from) {

@@ -128,10 +128,12 @@ def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def bfi(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """b with its bits [position, position + length) from the lowest of a; both below 32."""
-    if (position > 31).any() or (length > 31).any():
+    """b with its bits [position, position + length) from the lowest of a; both below the width."""
+    width, one = 8 * a.dtype.itemsize, a.dtype.type(1)
+    if (position >= width).any() or (length >= width).any():
         raise PtxError("a field of bits that is not in a word")
-    mask = ((np.uint32(1) << length) - np.uint32(1)) << position
+    position = position.astype(a.dtype)
+    mask = ((one << length.astype(a.dtype)) - one) << position
     return (b & ~mask) | (a << position & mask)
 
 

@@ -1,4 +1,5 @@
-"""Instructions that the kernels execute for an element, counted over all threads of whole, aligned octets.
+"""Instructions that the kernels execute for an element, counted over all threads of whole, aligned octets; of decoding,
+for a weight of the formats that Triton is compiled for here.
 
 PYTHONPATH=.:tests/helpers python -m ptx.counts writes bench/results/ptx_counts.json, after a change on purpose.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from kernel_cases import DTYPES
+from packed_cases import FORMATS, decoded, make_case
 
 import distzo2_core
 
@@ -63,6 +65,13 @@ def count(kernels: CudaKernels | TritonKernels) -> dict[str, float]:
                     )
                     visit.run(backend, write_back=True)
                     note(f"{name} {end}")
+        for name, code in triton_kernels.DECODED.items():
+            rows, cols, gained = 4, FORMATS[name][1][-1], name in triton_kernels.GAINED
+            data, layout = make_case(np.random.default_rng(0), name, rows, cols, usual=True)
+            kernels.instructions = 0
+            layout = layout.with_gain() if gained else layout
+            decoded(data, layout, DTYPES[code], backend, torch.ones(rows * cols) if gained else None)
+            note(f"decode {name} {str(DTYPES[code]).removeprefix('torch.')}{' with gains' * gained}", rows * cols)
     return counts
 
 

@@ -90,7 +90,9 @@ LOOKUP = structure(
     "table:p out:p ids:p num_ids:i num_rows:i cols:i dtype:i scale:f seed:u family:i step:i param:i probe:i offset:i "
     "out_dtype:i",
 )
-DECODE = structure("Decode", "stored:p num_bytes:i out:p out_bytes:i matrices:p levels:p num_matrices:i")
+DECODE = structure(
+    "Decode", "stored:p num_bytes:i out:p out_bytes:i matrices:p levels:p num_matrices:i gains:p gain_bytes:i"
+)
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -267,9 +269,19 @@ class CudaKernels:
         self._call("lookup", [(weight, READ), (ids, READ), (out, WRITE)], make)
         return out
 
-    def decode(self, stored: torch.Tensor, matrices: torch.Tensor, levels: torch.Tensor, out: torch.Tensor) -> None:
+    def decode(
+        self,
+        stored: torch.Tensor,
+        matrices: torch.Tensor,
+        levels: torch.Tensor,
+        out: torch.Tensor,
+        gains: torch.Tensor | None = None,
+    ) -> None:
+        gains = torch.empty(0, dtype=torch.uint8) if gains is None else gains
+
         def make(address: Callable[[torch.Tensor], int]) -> ctypes.Structure:
             buffers = address(stored), stored.nbytes, address(out), out.nbytes
-            return DECODE(*buffers, matrices.data_ptr(), levels.data_ptr(), len(matrices))
+            tables = matrices.data_ptr(), levels.data_ptr(), len(matrices)
+            return DECODE(*buffers, *tables, address(gains), gains.nbytes)
 
-        self._call("decode", [(stored, READ), (out, READ | WRITE)], make)
+        self._call("decode", [(stored, READ), (out, READ | WRITE), (gains, READ)], make)

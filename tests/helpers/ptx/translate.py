@@ -191,8 +191,9 @@ class Translator:
             case ("bfe", "u32" | "s32"):
                 a, *place = (self.value(each, kind if i == 0 else TYPES["u32"]) for i, each in enumerate(inputs))
                 return f"bfe({a}, {', '.join(place)})", bits
-            case ("bfi", "b32"):
-                return f"bfi({', '.join(values())})", kind
+            case ("bfi", "b32" | "b64"):
+                operands = [self.value(each, kind if i < 2 else TYPES["u32"]) for i, each in enumerate(inputs)]
+                return f"bfi({', '.join(operands)})", kind
             case ("shfl", "sync", "idx", "b32") if inputs[2] == "31":
                 a, source, _, mask = values()
                 return f"x.shuffle({a}, {source}, {mask})", kind

@@ -19,6 +19,7 @@ import torch
 from packed_cases import FORMATS, make_case
 
 from distzo2_core import PackedSegment, PackedTable
+from distzo2_core.packed import KINDS_OF
 from distzo2_core.types import CODE_DTYPES
 
 from .cuda_kernels import DeviceMemory
@@ -31,13 +32,14 @@ ARGUMENTS = {
     "materialize_kernel": ("weights", "out0", "out1", "segments", "ints", "floats"),
     "noise_kernel": ("out", "ints"),
     "embedding_kernel": ("table", "ids", "out", "ints", "floats"),
-    "decode_kernel": ("stored", "out", "table", "levels"),
+    "decode_kernel": ("stored", "out", "table", "levels", "gains"),
 }
 # Formats of packed_cases that are decoded, each to the dtype of this code: every kind of code and of field.
 DECODED = {"q4_0": 1, "q5_k": 1, "q6_k": 2, "nvfp4, divided": 0, "e4m3, blocks": 1, "uint8": 0}
+GAINED = ("q6_k", "nvfp4, divided", "uint8")  # of these, with gains
 PROGRAMS = ((False, 1), (False, 2), (True, 0), (True, 1), (True, 2))  # write back, emits
 PAIRS = ((0, 1), (1, 0), (2, 0))  # of a dtype's code and that of the emits, beside equal ones
-STORED_PAIRS = ((3, 1), (4, 1), (4, 0), (5, 0), (5, 1))  # of codes and of nonnegative float32
+STORED_PAIRS = ((3, 1), (4, 1), (5, 0), (5, 1))  # of codes and of nonnegative float32
 
 
 def variants() -> list[tuple[str, dict[str, int]]]:
@@ -57,8 +59,9 @@ def variants() -> list[tuple[str, dict[str, int]]]:
             found.append(("noise_kernel", constants | {"TILE": TILE}))
     for name, code in DECODED.items():
         _, layout = make_case(np.random.default_rng(0), name, 2, FORMATS[name][1][0])
+        layout = layout.with_gain() if name in GAINED else layout
         row = PackedTable([PackedSegment(layout, 0, CODE_DTYPES[code])]).tensor[0].tolist()
-        constants = dict(zip(("CODES", "SCALE", "OUTER", "ZERO", "MIN", "OUTER_MIN"), row[10::7], strict=True))
+        constants = dict(zip((field.upper() for field in KINDS_OF), row[10::7], strict=True))
         found.append(
             ("decode_kernel", constants | {"DIVIDES": row[5], "LEVELS": row[7], "OUT_CODE": code, "TILE": TILE})
         )
@@ -79,7 +82,7 @@ def compile_variant(name: str, constants: dict[str, int], aligned: bool) -> dict
 
     types = dict.fromkeys(("segments", "ints", "ids"), "*i64") | dict.fromkeys(("floats", "levels"), "*fp32")
     if name == "decode_kernel":
-        types |= {"stored": "*u8", "table": "*i64"}
+        types |= {"stored": "*u8", "gains": "*u8", "table": "*i64"}
     else:
         types |= dict.fromkeys(("weights", "table"), ("*i32", "*i16", "*i16", "*i8", "*i16", "*i32")[constants["CODE"]])
     emitted = "*i16" if constants.get("OUT_CODE", constants.get("CODE")) else "*i32"

@@ -1,0 +1,113 @@
+"""Runs of the command line over packed weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+gguf = pytest.importorskip("gguf")
+
+import kill_cases  # noqa: E402
+import tiny_gguf  # noqa: E402
+from cli_runs import assert_same_bits, finetune, one_line, record, steps_in  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from same_bits import assert_same_tensors  # noqa: E402
+from tiny_text import choice_lines, make_checkpoint, write_jsonl  # noqa: E402
+
+from distzo2.cli.main import main  # noqa: E402
+from distzo2.record.journal import read_journal  # noqa: E402
+
+LORA = ["--peft=lora", "--lora-targets=q_proj,v_proj", "--lr=1e-2", "--eps=1e-2", "--no-signal"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A GGUF file with its tokenizer, and data."""
+    root = tmp_path_factory.mktemp("packed runs")
+    model = tiny_gguf.make_model("llama", num_hidden_layers=3)
+    return SimpleNamespace(
+        model=tiny_gguf.write(root / "model.Q4_1.gguf", "llama", model, "Q4_1", quantized=True),
+        train=write_jsonl(root / "train.jsonl", choice_lines(20)),
+        eval=write_jsonl(root / "eval.jsonl", choice_lines(6)),
+    )
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed, tmp_path: Path) -> None:
+    options = [*LORA, "--steps=8", f"--weights-dir={tmp_path}"]
+    assert finetune(packed, "--out=whole", *options) == 0
+    arguments = ["finetune", f"--model={packed.model}", f"--train={packed.train}", "--out=cut", "--batch-size=4",
+                 "--quiet", "--weights=disk", *options]  # fmt: skip
+    ended = kill_cases.run(tmp_path, arguments, 0.02, lambda: Path("cut/journal.jsonl").exists())
+    if ended.killed:  # the machine may be fast
+        ended = kill_cases.run(tmp_path, ["finetune", "--resume", "--out=cut", "--quiet"])
+    assert ended.status == 0, ended.text
+    assert_same_tensors(*(load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "cut")))
+    header = read_journal("whole/journal.jsonl").header
+    assert set(header["stored_formats"].values()) == {"Q4_1"}
+    assert all(file["part"] == "samples" for name, file in header["base"]["files"].items() if name.endswith(".gguf"))
+    assert main(["replay", "whole", "--to-step=8", "-o", "again", "--quiet"]) == 0
+    assert_same_tensors(
+        load_file("again/adapter_model.safetensors"), load_file("whole/adapter/adapter_model.safetensors")
+    )
+    assert main(["eval", f"--model={packed.model}", f"--eval={packed.eval}", "--adapter=whole/adapter"]) == 0
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_another_file_in_the_place_of_the_base_is_refused(packed, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(packed.model.read_bytes())
+    own = SimpleNamespace(**vars(packed) | {"model": model})
+    assert finetune(own, *LORA) == 0
+    data = bytearray(model.read_bytes())
+    data[-5] ^= 1
+    model.write_bytes(data)
+    capsys.readouterr()
+    assert main(["finetune", "--resume", "--out=out", "--steps=6", "--quiet"]) == 1
+    assert "base checkpoint" in one_line(capsys)
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_codes_are_trained_resumed_and_replayed(tmp_path: Path) -> None:
+    files = SimpleNamespace(
+        model=make_checkpoint(tmp_path / "model", layers=3),
+        train=write_jsonl(tmp_path / "train.jsonl", choice_lines(20)),
+    )
+    options = ["--tune=code", "--estimator=fzoo", "--probes=3", "--lr=auto", "--no-signal"]
+    assert finetune(files, *options) == 0
+    assert record()["options"]["store"] == "affine16"
+    rates = {entry.update.groups[0].lr for entry in read_journal("out/journal.jsonl").entries}
+    assert rates == {float(np.float32(record()["options"]["lr"]))} and 0 < min(rates) < 1
+    assert finetune(files, *options, "--out=two", "--steps=2") == 0
+    assert main(["finetune", "--resume", "--out=two", "--steps=4", "--quiet"]) == 0
+    assert steps_in("two") == 4
+    assert_same_bits("out/checkpoint", "two/checkpoint")
+    assert main(["replay", "out", "-o", "replayed", "--quiet"]) == 0
+    assert_same_bits("out/checkpoint", "replayed")
+
+
+@pytest.mark.usefixtures("own_directory")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), r"its weights are packed \(Q4_1\), and cannot be updated as they are: --peft lora"),
+        (("--store=affine4",), "codes of 4 bits are not trained"),
+        ((*LORA, "--merge"), r"--merge: an adapter is not merged into packed weights \(Q4_1\)"),
+        (("--tune=code",), "found none"),
+        (("--tune=full", "--store=affine8"), "--tune full: --store affine8 trains codes"),
+        (("--lr=auto",), "--lr auto: its rule is for --estimator fzoo"),
+    ],
+)
+def test_what_packed_weights_cannot_do_is_refused_by_name(packed, options, reason: str, capsys) -> None:
+    try:
+        status = finetune(packed, *options)
+    except SystemExit as error:
+        status = error.code
+    assert status
+    text = capsys.readouterr().err
+    assert re.search(reason, text), text
+    assert not Path("out").exists()
