@@ -321,7 +321,7 @@ def test_packed_weights_are_planned_as_they_run(kind: str, options: dict[str, An
     ]
     row = assert_as_planned(model, planner, tmp_path)
     assert row["disk_bytes"] == sum(copy.num_bytes for copy in written)
-    assert bool(written) and (row["down_bytes"] == 0) == (asked.store not in ("affine8", "affine16"))
+    assert written and (row["down_bytes"] > 0) == (asked.store == "affine8")  # others are trained in residents alone
 
 
 def assert_as_planned(model: nn.Module, planner: Planner, tmp_path: Path) -> dict[str, Any]:

@@ -204,11 +204,7 @@ class Trained(Adapted):
         return bool(self.peft or self.adapter)
 
     def settle_store(self) -> None:
-        """Sets `store` where --tune says it.
-
-        Raises:
-            UsageError: what is stored so is not trained so.
-        """
+        """Sets `store` where --tune says it. Raises UsageError where what it packs cannot be trained as asked."""
         if self.tune == "code" and self.store is None:
             object.__setattr__(self, "store", "affine16")
         if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
