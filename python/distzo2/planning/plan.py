@@ -42,8 +42,8 @@ from distzo2.run.preflight import DTYPES, check_output
 from distzo2.streaming.lanes import Emission
 from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
-from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream
-from distzo2.weights.store import slot_bytes_of
+from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream, slots_of_use
+from distzo2.weights.store import num_slots_of, slot_bytes_of
 from distzo2.weights.units import Unit
 from distzo2_core import FAMILIES, Term
 
@@ -122,7 +122,7 @@ class Planner:
             rates=replace(machine.rates, slowdown=ranks) if machine.computes_on_host else machine.rates,
             on_host=machine.computes_on_host,
             streamed=streamed,
-            slots=max(2, min(r.slots, len(streamed) + 1)),
+            slots=num_slots_of(slots_of_use(model.units, r.slots), len(streamed)),
             link=self._link(ranks) if streamed else None,
             passes=[lanes[i : i + wave] for i in range(0, len(lanes), wave)],
             num_terms=r.probes,
@@ -184,7 +184,8 @@ class Planner:
         if not streams:
             return []
         budget = int(AUTO_SHARE * machine.device_bytes) if r.memory_budget == "auto" else r.memory_budget
-        streamed = blocks_to_stream(model.units, torch.device(machine.device), budget, r.slots, lambda: 0)
+        slots = slots_of_use(model.units, r.slots)
+        streamed = blocks_to_stream(model.units, torch.device(machine.device), budget, slots, lambda: 0)
         return sorted(streamed, key=lambda unit: r.weights == "disk" and _lies_in_files(unit))
 
     def _link(self, ranks: int) -> Duplex:
