@@ -24,6 +24,10 @@ def one_line(error: BaseException) -> str:
     return "; ".join([first, *getattr(error, "__notes__", ())])[:1000]
 
 
+class MissingPackageError(DistZO2Error, ImportError):
+    """A package that is optional is asked for, and is not installed, or is too old."""
+
+
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Turns what a library raises about `what`, such as a user's model or tokenizer, into a DistZO2Error."""

@@ -198,16 +198,9 @@ def packed(
 
 F8, ONE = torch.float8_e4m3fn, torch.ones(1)
 INTS, BYTES = torch.ones(4, 4, dtype=torch.int32), torch.ones(64, 1, dtype=torch.uint8)
-GPTQ = {".qweight": INTS, ".qzeros": INTS, ".scales": ONE, ".g_idx": INTS[0]}
 PACKED: dict[str, tuple[Callable, str]] = {  # what a quantizer makes of the tensors, and which of them is named
-    "fp8": (lambda t: packed(t, lambda w: {".weight": w.to(F8), ".weight_scale_inv": ONE}), "weight_scale_inv"),
     "fp8 scaled beside": (lambda t: packed(t, lambda w: {".weight": w.to(F8), ".scale_weight": ONE}), "scale_weight"),
     "fp8 scaled elsewhere": (lambda t: packed(t, lambda w: {".weight": w.to(F8)}) | {"scales": ONE}, "scales'"),
-    "gptq": (lambda t: packed(t, lambda w: GPTQ, keep=False), "(qweight|qzeros|scales|g_idx)"),
-    "awq": (
-        lambda t: packed(t, lambda w: {".qweight": INTS, ".qzeros": INTS, ".scales": ONE}, keep=False),
-        "(qweight|qzeros|scales)",
-    ),
     "bitsandbytes 4": (
         lambda t: packed(t, lambda w: {".weight": BYTES, ".weight.absmax": ONE, ".weight.quant_state.nf4": BYTES}),
         "weight.absmax",
@@ -215,10 +208,6 @@ PACKED: dict[str, tuple[Callable, str]] = {  # what a quantizer makes of the ten
     "bitsandbytes 8": (lambda t: packed(t, lambda w: {".weight": w.to(torch.int8), ".SCB": ONE}), r"\(int8\)"),
     "int8 alone": (lambda t: packed(t, lambda w: {".weight": w.to(torch.int8)}), r"\(int8\) would fill a parameter"),
     "bits": (lambda t: packed(t, lambda w: {".weight": w > 0}), r"\(bool\) would fill a parameter"),
-    "compressed-tensors": (
-        lambda t: packed(t, lambda w: {".weight_packed": INTS, ".weight_scale": ONE, ".weight_shape": INTS[0]}, False),
-        "weight_",
-    ),
     "mlx": (lambda t: packed(t, lambda w: {".weight": INTS, ".scales": ONE, ".biases": ONE}), "scales"),
     "mxfp4": (lambda t: packed(t, lambda w: {"_blocks": BYTES, "_scales": BYTES}, keep=False), "_blocks"),
     "nvfp4": (

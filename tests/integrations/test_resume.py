@@ -75,8 +75,8 @@ def test_an_evaluation_that_a_kill_cut_off_is_made(tmp_path: Path, fields: dict,
         assert evaluations[0] == evaluations[1]
 
 
-def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> None:
-    with pytest.raises(distzo2.DistZO2Error, match=r"does not exist: there is no run to resume"):
+def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(distzo2.DistZO2Error, match=r'no run to resume; zo_existing="resume" begins one'):
         trained(tmp_path, True)
     first = trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     with pytest.raises(distzo2.DistZO2Error, match=r'holds a run: .*zo_existing="resume".*zo_existing="overwrite"'):
@@ -88,7 +88,9 @@ def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any) -> 
     before = steps(tmp_path)
     assert len(before) == again.state.global_step == 2
 
-    from_one = trained(tmp_path, str(tmp_path / "checkpoint-1"), max_steps=3)
+    caplog.clear()
+    from_one = trained(tmp_path, str(tmp_path / "checkpoint-1"), max_steps=3, learning_rate=0.5)
+    assert "learning_rate=0.5 has no effect: the run keeps the 1 it began with" in caplog.text
     assert steps(tmp_path)[:1] == before[:1] and len(steps(tmp_path)) == 3
     assert len(read_journal(tmp_path / "journal-1.jsonl").entries) == 2
     assert from_one.state.global_step == 3

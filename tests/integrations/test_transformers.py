@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hf_cases import Batches, arguments, make_data, make_model, mean_of_tokens, own_loop, rates_of, tokens
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from same_bits import assert_same_tensors
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -242,6 +244,45 @@ def test_what_is_saved_loads_anywhere(tmp_path: Path, kind: str) -> None:
     assert args.zo_eps == 1e-3 and pickle.loads(pickle.dumps(args)) == args
 
 
+VERA = VeraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+LORA = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=2)
+
+
+@pytest.mark.parametrize("config", [VERA, LORA], ids=["vera", "lora"])
+def test_the_best_adapter_is_loaded_in_its_dtype(tmp_path: Path, config: Any) -> None:
+    """And one whose file has more than what is trained."""
+    model = get_peft_model(make_model().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    args = arguments(
+        ZOTrainingArguments, tmp_path, learning_rate=300.0, max_steps=2, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = ZOTrainer(model=model, args=args, train_dataset=make_data(), eval_dataset=make_data(count=4))
+    trainer.train()
+    best = tmp_path / f"checkpoint-{trainer.state.best_global_step}"
+    loaded = PeftModel.from_pretrained(make_model().to(torch.bfloat16), best, autocast_adapter_dtype=False)
+    assert_same_tensors(trainer.model.state_dict(), loaded.state_dict())
+
+
+def test_a_rate_left_at_its_default_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for rate in (5e-5, 1e-6):
+        args = arguments(ZOTrainingArguments, tmp_path, learning_rate=rate, zo_journal=False)
+        ZOTrainer(model=make_model(), args=args).create_optimizer()
+    [told] = [record.message for record in caplog.records if record.name == "distzo2"]
+    assert told.startswith("learning_rate=5e-05 is a default made for AdamW")
+
+
+def test_a_plain_trainer_ends_with_the_error_that_the_documentation_quotes(tmp_path: Path) -> None:
+    model = distzo2.offload(make_model())
+    plain = Trainer(
+        model=model, args=arguments(TrainingArguments, tmp_path), train_dataset=make_data(),
+        optimizers=(distzo2.ZOSGD(model, lr=1e-2), None),
+    )  # fmt: skip
+    page = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()
+    with pytest.raises(RuntimeError) as error:
+        plain.train()
+    assert re.search(r"\*\*`(element 0 .*)`\*\*", page)[1] in str(error.value)
+
+
 def test_trials_of_a_search_have_journals_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # of optuna's trials
     args = arguments(ZOTrainingArguments, tmp_path)
@@ -290,7 +331,8 @@ REFUSED = [
     ({"deepspeed": "ds.json"}, "DeepSpeed"), ({"fsdp": "full_shard"}, "FSDP"), ({"optim": "adafactor"}, "ZOSGD"),
     ({"auto_find_batch_size": True}, "zo_max_lanes"), ({"bf16": True, "zo_compute_dtype": "float32"}, "contradict"),
     ({"zo_existing": "yes"}, "overwrite"), ({"zo_memory_budget": "much"}, "12GiB"),
-    ({"zo_compute_dtype": "int8"}, "float32"),
+    ({"zo_compute_dtype": "int8"}, "float32"), ({"zo_eps": 0.0}, "positive"), ({"zo_probes": 0}, "expected 1 to"),
+    ({"zo_max_coef": 0.5}, "above 1"),
 ]  # fmt: skip
 
 
@@ -313,6 +355,10 @@ def test_what_a_trainer_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ZOTrainer(model=model, args=arguments(TrainingArguments, tmp_path))
     with pytest.raises(distzo2.DistZO2Error, match=r"the optimizer must be a distzo2.ZOSGD"):
         ZOTrainer(model=make_model(), args=args, optimizers=(torch.optim.SGD(model.parameters(), 1.0), None))
+    with pytest.raises(distzo2.DistZO2Error, match=r"^zo_data=3: .*zo_pert=1,zo_data=1 would fit"):
+        ZOTrainer(model=model, args=arguments(ZOTrainingArguments, tmp_path, zo_data=3))
+    with pytest.raises(distzo2.DistZO2Error, match=r"ZOTrainer: adapters of type ADALORA .*: it cuts ranks by grad"):
+        ZOTrainer(model=get_peft_model(model, AdaLoraConfig(target_modules=["q_proj"], total_step=9)), args=args)
     args._n_gpu = 2
     with pytest.raises(distzo2.DistZO2Error, match=r"DataParallel"):
         ZOTrainer(model=model, args=args)

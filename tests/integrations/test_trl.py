@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ from trl import TrlParser
 from trl.trainer.utils import add_fused_lm_head
 
 import distzo2
-from distzo2.integrations import MissingPackageError, require
+from distzo2.errors import MissingPackageError
+from distzo2.integrations import transformers
 from distzo2.integrations import trl as zo
 from distzo2.integrations.transformers import ZOTrainingArguments
 from distzo2.record.journal import read_journal
+from distzo2.version import require
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "dog", "ran", "far", "away", "from", "home"]
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -143,7 +146,7 @@ TRAINERS = {
 
 @pytest.mark.parametrize("adapter", ["none", "by its configuration", "made before"])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_losses_of_trl_are_what_trl_computes(
+def test_losses_and_steps_are_those_of_trls_own_loss(
     tmp_path: Path, base: Path, tokenizer: Any, name: str, adapter: str
 ) -> None:
     trainer_class, config, columns, fields = TRAINERS[name]
@@ -161,15 +164,26 @@ def test_losses_of_trl_are_what_trl_computes(
             model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **more
         )
 
-    args = arguments(config, tmp_path, zo_probes=2, max_steps=2, learning_rate=0.0, **fields)
+    args = arguments(config, tmp_path, zo_probes=2, gradient_accumulation_steps=2, **fields)
     trainer = make(trainer_class, args)
     plain = make(trainer_class.__mro__[3], arguments(config.__mro__[2], tmp_path / "plain", bf16=False, **fields))
     ours, theirs = trainer.evaluate(), plain.evaluate()
     assert ours["eval_loss"] == theirs["eval_loss"]
+
+    batches, step = [], trainer.training_step
+    trainer.training_step = lambda model, inputs, *more: (batches.append(inputs), step(model, dict(inputs), *more))[1]
     trainer.train()
-    entries = read_journal(tmp_path / "journal.jsonl").entries
-    assert len(entries) == 2 and all(term.c for entry in entries for term in entry.update.terms)
-    assert trainer.evaluate()["eval_loss"] == theirs["eval_loss"]  # at rate 0
+    model = distzo2.offload(plain.model)
+    zo._open_fused_head(model)
+    before = model.state_dict()
+    optimizer = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3, seed=42, num_probes=2)
+    for number, rate in enumerate(rates_of(trainer)):
+        optimizer.param_groups[0]["lr"] = rate
+        parts = batches[2 * number : 2 * number + 2]
+        optimizer.step([lambda part=part: plain.compute_loss(model, dict(part)) for part in parts])
+    found = trainer.model.state_dict()
+    assert_same_tensors(found, model.state_dict())
+    assert len(batches) == 6 and any(not same_bits(found[key], value) for key, value in before.items())
 
 
 def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
@@ -194,6 +208,14 @@ def test_grpo_is_refused_at_its_defaults_and_learns_with_two_iterations(
     assert "tokens_per_second" not in trainer.state.log_history[0]  # no input has the name of the model's
     entries = read_journal(tmp_path / "journal.jsonl").entries
     assert len(entries) == 2 and all(entry.update.terms[0].c for entry in entries)
+
+
+def test_the_reference_has_all_classes() -> None:
+    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    found = {value for module in (transformers, zo) for name, value in vars(module).items() if name.startswith("ZO")}
+    classes = [each for each in found if each.__module__.startswith("distzo2.integrations.")]
+    missing = [each for each in classes if f"::: {each.__module__}.{each.__name__}\n" not in page]
+    assert len(classes) == 17 and not missing
 
 
 def test_references_that_move_are_refused(tmp_path: Path) -> None:
@@ -245,11 +267,17 @@ def test_options_from_yaml_and_the_command_line(tmp_path: Path) -> None:
     assert "zo_memory_budget" in HfArgumentParser(zo.ZODPOConfig).format_help()
 
 
-def test_versions_and_missing_packages_are_named() -> None:
+def test_versions_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingPackageError, match=r"no_such_package is not installed: pip install .*\[hf\]"):
         require(no_such_package="1.0")
     with pytest.raises(ImportError, match=r"trl 1\.\S+ is too old, 99\.1 or later is needed"):
         require(trl="99.1")
     require(optional=True, no_such_package="1.0")
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(UserWarning, match=r"is tested with trl 1.16, and this is 1.17.0"),
+    ):
+        patch.setattr("importlib.metadata.version", lambda package: "1.17.0")
+        runpy.run_path(zo.__file__)
     code = "import sys, distzo2; sys.exit(bool({'transformers', 'accelerate', 'trl', 'peft'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -170,14 +170,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint directory with a config.json"),
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
-        lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "quantized weights",
+        lambda path: edit_config(path, quantization_config={"quant_method": "fp8"}), "expected packed weights",
     ),
     "quantized text": (
         lambda path: edit_config(path, text_config={"quantization_config": {"quant_method": "gptq"}}),
-        r"config.json: quantized weights \(quantization_config\)",
+        "this checkpoint cannot be mapped",
     ),
-    "compressed": (lambda path: edit_config(path, compression_config={"format": "int"}), r"\(compression_config\)"),
-    "quantized for mlx": (lambda path: edit_config(path, quantization={"bits": 4}), r"weights \(quantization\)"),
+    "compressed": (lambda path: edit_config(path, compression_config={"format": "int"}), "found none"),
+    "quantized for mlx": (lambda path: edit_config(path, quantization={"bits": 4}), "found none"),
     "an adapter alone": (
         lambda path: only_adapter(path, base_model_name_or_path="acme/base-7b", peft_type="LORA"),
         "found only an adapter .*'LORA'.* for the base model 'acme/base-7b': name that model, and this with --adapter",

@@ -93,6 +93,19 @@ def test_weight_decay_leaves_biases_and_norms_out():
         assert decays[id(p)] == (0.0 if name.endswith("bias") else 0.5), name
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": -1.0}, "lr of parameter group 0 is -1.0; 0 or more"),
+        ({"lr": None}, "lr of parameter group 0 is None; a finite number"),
+        ({"lr": 1e-2, "weight_decay": -1.0}, "weight_decay of parameter group 0 is -1.0; 0 or more"),
+    ],
+)
+def test_rates_that_are_none(options, text):
+    with pytest.raises(distzo2.DistZO2Error, match=text):
+        distzo2.ZOSGD(distzo2.offload(Blocks()), **options)
+
+
 def test_a_model_that_was_not_handed_over_is_refused():
     with pytest.raises(distzo2.DistZO2Error, match="handed over"):
         distzo2.ZOSGD(Blocks(), lr=1e-2)

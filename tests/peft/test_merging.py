@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from checkpoint_models import stored
+from hf_cases import make_model
 from same_bits import assert_same_tensors
 from tiny_peft import CONFIGS, WITH_DTYPE, adapted, base_for
 
 import distzo2
 from distzo2.errors import DistZO2Error
+from distzo2.peft.merging import check_merges
 
 
 @pytest.mark.parametrize(("name", "dtype"), [case for case in WITH_DTYPE if not CONFIGS[case[0]].is_prompt_learning])
@@ -31,3 +34,13 @@ def test_what_does_not_merge(tmp_path: Path) -> None:
     adapted("prefix").save_pretrained(tmp_path / "adapter")
     with pytest.raises(DistZO2Error, match="a prompt or prefix cannot be merged into weights"):
         distzo2.merge_adapter(tmp_path, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_two_modules_share_does_not_merge(fields: dict, tied: bool) -> None:
+    base = make_model(tie_word_embeddings=tied)
+    names = {id(p): name for name, p in base.named_parameters()}
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["q_proj"]} | fields))
+    with pytest.raises(DistZO2Error, match=r"embed_tokens\.weight, which another") if tied else nullcontext():
+        check_merges(wrapped, names)

@@ -115,6 +115,7 @@ def test_a_merged_checkpoint_has_the_bits_of_peft(files, capsys) -> None:
     assert main(["eval", "--model=out/checkpoint", f"--eval={files.eval}"]) == 0
     assert finetune(files, "--out=tied", "--peft=lora", "--lora-targets=embed_tokens", "--merge") == 1
     assert "model.embed_tokens.weight, which another module shares: merged" in capsys.readouterr().err
+    assert not Path("tied/adapter").exists()  # it is said before the first step
 
 
 def test_an_adapter_is_trained_further_and_a_run_branched(files) -> None:

@@ -104,6 +104,7 @@ def test_a_file_that_is_no_file_of_options(name: str, text: str, capsys) -> None
         ("--train=", "expected "),
         ("--out=", "expected "),
         ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--shots=4", "--shots is an option of distzo2 eval"),
         ("--keep=2", "--keep is no longer an option: OUT/weights.dzo2 holds one copy"),
         ("--journal-chain", "is no longer an option: journals are no longer chained; `sha256sum journal.jsonl`"),
     ],
@@ -131,6 +132,7 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         ([*FULL, "--at-step=1"], "--at-step needs --branch-from"),
         ([*FULL, "--save=best"], "--save best needs --eval"),
         ([*FULL, "--eval-every=2"], "--eval-every needs --eval"),
+        ([*FULL, "--score=f1"], "--score needs --eval"),
     ],
 )
 def test_options_that_are_missing_or_do_not_go_together(given: list[str], reason: str) -> None:

@@ -52,14 +52,16 @@ def test_a_budget_that_is_too_small_says_why() -> None:
 
 
 def test_copies_are_counted_by_classes_of_sizes() -> None:
-    """An embedding and a head of its size share two copies, in the dtype that they are computed in."""
+    """An embedding and a head of its size share two copies, in the dtype that they are computed in. What is packed
+    shares one."""
 
-    def unit(resident: bool, seen_bytes: int, trainable: bool = True) -> SimpleNamespace:
-        return SimpleNamespace(resident=resident, seen_bytes=seen_bytes, trainable=trainable)
+    def unit(resident: bool, seen_bytes: int, trainable: bool = True, packed: object = None) -> SimpleNamespace:
+        return SimpleNamespace(resident=resident, seen_bytes=seen_bytes, trainable=trainable, packed=packed)
 
     residents = [unit(True, 8 << 20), unit(True, 9 << 20), unit(True, 100)]
     assert least_bytes([*residents, unit(False, 5 << 20), unit(False, 4 << 20)]) == 2 * ((9 << 20) + 100 + (5 << 20))
     assert least_bytes([*residents, unit(False, 5 << 20, False)]) == 2 * ((9 << 20) + 100) + (5 << 20)
+    assert least_bytes([unit(i < 2, (9 - i) << 20, False, "packed") for i in range(4)]) == 9 << 20
 
 
 def train(

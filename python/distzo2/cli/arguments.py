@@ -71,9 +71,15 @@ def _metavar(kind: Any) -> str | None:
     return "N" if int in types else "X" if float in types else None
 
 
-def refuse(parser: argparse.ArgumentParser, left: Mapping[str, str], unknown: Sequence[str]) -> NoReturn:
-    """Ends the command for arguments that it does not know; `left` says what replaces those it once had."""
-    names = [text.split("=")[0].removeprefix("--").replace("-", "_") for text in unknown]
-    for name in filter(left.get, names):
-        parser.error(f"--{name.replace('_', '-')} is no longer an option: {left[name]}")
+def refuse(
+    parser: argparse.ArgumentParser, left: Mapping[str, str], others: Mapping[str, type], unknown: Sequence[str]
+) -> NoReturn:
+    """Ends the command for arguments that it does not know; `left` says what replaces those it once had, `others` are
+    the options of all commands."""
+    flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
+    for flag, name in ((flag, flag.removeprefix("--").replace("-", "_")) for flag in flags):
+        if name in left:
+            parser.error(f"{flag} is no longer an option: {left[name]}")
+        if found := [command for command, kind in others.items() if name in types_of(kind)]:
+            parser.error(f"{flag} is an option of distzo2 {', '.join(found)}")
     parser.error(f"unrecognized arguments: {' '.join(unknown)}")

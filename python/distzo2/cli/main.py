@@ -62,7 +62,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Any]:
     given, unknown = parser.parse_known_args(arguments)
     name, kind = given.command, COMMANDS[given.command][1]
     if unknown:
-        refuse(commands[name], {"finetune": LEFT, "journal": journal.LEFT}.get(name, {}), unknown)
+        left = {"finetune": LEFT, "journal": journal.LEFT}.get(name, {})
+        refuse(commands[name], left, {other: each for other, (_, each, _) in COMMANDS.items() if each}, unknown)
     if kind is None:
         return name, given
     values = vars(given)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
-from distzo2.errors import UsageError
+from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import ESTIMATORS
+from distzo2.optim.settings import make_settings
 from distzo2.run.options import num_bytes
 from distzo2.streaming.offload import WEIGHTS
 from distzo2_core import FAMILIES
@@ -31,6 +32,14 @@ _REFUSED = {
     "sync_ref_model": "it mixes weights in place; ref_model is fixed, and an adapter's base is its own reference",
     "use_liger_kernel": "its kernels read lm_head.weight outside of lm_head's forward",
 }
+
+
+# Options of `ZOSGD` that do not change while it steps, and their fields.
+_OF_OPTIMIZER = {
+    "seed": "seed", "eps": "zo_eps", "num_probes": "zo_probes", "noise": "zo_noise", "estimator": "zo_estimator",
+    "max_coef": "zo_max_coef", "max_lanes": "zo_max_lanes", "fsync_every": "zo_fsync_every",
+    "verify_every": "zo_verify_every",
+}  # fmt: skip
 
 
 def _field(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -72,8 +81,7 @@ class ZOFields:
         for name, reason in _REFUSED.items():
             if getattr(self, name, None):
                 raise UsageError(f"{name}={getattr(self, name)!r} cannot go with ZO: {reason}")
-        default = next(field.default for field in dataclasses.fields(self) if field.name == "optim")
-        if OptimizerNames(self.optim) != OptimizerNames(default):
+        if OptimizerNames(self.optim) != OptimizerNames(type(self).optim):
             raise UsageError(f"optim={self.optim!r}: the optimizer is ZOSGD; zo_estimator and zo_noise are its choices")
         for name, choices in (("zo_existing", EXISTING), ("zo_compute_dtype", (*COMPUTE_DTYPES, None))):
             if getattr(self, name) not in choices:
@@ -83,6 +91,11 @@ class ZOFields:
                 num_bytes(getattr(self, name))
             except ValueError as error:
                 raise UsageError(f"{name}={getattr(self, name)!r}: {error}") from None
+        try:
+            make_settings(**self._fixed_options(), max_clipped=0, max_skipped=0)
+        except DistZO2Error as error:
+            option, *rest = str(error).partition("=")
+            raise UsageError("".join([_OF_OPTIMIZER.get(option, option), *rest])) from None
         self.bf16 = bool(self.bf16)  # TRL's default is autocast, which costs the difference of two losses its digits
         if self.bf16 and self.zo_compute_dtype is not None:
             raise UsageError(f"bf16=True and zo_compute_dtype={self.zo_compute_dtype!r} contradict: set one of them")
@@ -114,16 +127,7 @@ class ZOFields:
 
     def optimizer_options(self) -> dict[str, Any]:
         """The options of `ZOSGD`, without parameter groups and the journal."""
-        return {
-            "lr": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "seed": self.seed,
-            "eps": self.zo_eps,
-            "num_probes": self.zo_probes,
-            "noise": self.zo_noise,
-            "estimator": self.zo_estimator,
-            "max_coef": self.zo_max_coef,
-            "max_lanes": self.zo_max_lanes,
-            "fsync_every": self.zo_fsync_every,
-            "verify_every": self.zo_verify_every,
-        }
+        return {"lr": self.learning_rate, "weight_decay": self.weight_decay, **self._fixed_options()}
+
+    def _fixed_options(self) -> dict[str, Any]:
+        return {option: getattr(self, name) for option, name in _OF_OPTIMIZER.items()}

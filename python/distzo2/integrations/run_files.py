@@ -7,6 +7,7 @@ continues after the journal's last step, whatever checkpoints there are.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -22,6 +23,7 @@ from distzo2.errors import UsageError
 from distzo2.record.journal import read_journal
 from distzo2.record.lineage import BranchPoint
 
+logger = logging.getLogger("distzo2")
 JOURNAL = "journal.jsonl"
 _STATE, _SCHEDULER = "trainer_state.json", "scheduler.pt"
 
@@ -61,8 +63,8 @@ class RunFiles:
         if resume or (exists and existing == "resume"):
             if not exists:
                 raise UsageError(
-                    f"{self.journal} does not exist: there is no run to resume (zo_journal=False resumes from the "
-                    "weights of a checkpoint)"
+                    f'{self.journal} does not exist: there is no run to resume; zo_existing="resume" begins one where '
+                    "there is none (zo_journal=False resumes from the weights of a checkpoint)"
                 )
             made = len(read_journal(self.journal).entries)
             step = self._step_of(Path(resume)) if isinstance(resume, (str, os.PathLike)) else made
@@ -131,7 +133,13 @@ class RunFiles:
     def fast_forward(self, scheduler: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Brings a new schedule to `step`: from the saved one, where it depends on metrics, or else step by step."""
         if (self.state / _SCHEDULER).is_file():
-            scheduler.load_state_dict(torch.load(self.state / _SCHEDULER, weights_only=True))
+            saved = torch.load(self.state / _SCHEDULER, weights_only=True)
+            before, given = saved.get("base_lrs"), getattr(scheduler, "base_lrs", None)
+            if before and given and before != given:
+                logger.warning(
+                    "learning_rate=%g has no effect: the run keeps the %g it began with", given[0], before[0]
+                )
+            scheduler.load_state_dict(saved)
         if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of steps of the schedule before the optimizer's

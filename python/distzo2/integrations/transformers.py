@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,12 +38,14 @@ from distzo2.models.pretrained import save_pretrained
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel import group as parallel
+from distzo2.peft.library import check_steps
 from distzo2.run.launch import from_rank_0
 from distzo2.streaming.lanes import current_lane
 from distzo2.streaming.offload import offload
 from distzo2.streaming.offload import state_dict as state_dict_of
 
 logger = logging.getLogger("distzo2")
+_LARGE_RATE = 1e-5  # for all weights of a language model by spsa; 1e-6 is TRL's own default for preferences
 
 
 class ZOMixin:
@@ -104,16 +107,27 @@ class ZOMixin:
             started = parallel.world_size_of_environment()
             raise UsageError(f"torchrun started {started} ranks, and accelerate has met {args.world_size} of them")
         if parallel.current() is None and (args.world_size > 1 or args.zo_pert or args.zo_data):
-            parallel.init(
-                args.zo_pert, args.zo_data, args.zo_slice, device=args.device, log=logger.info,
-                evaluations=make_estimator(args.zo_estimator).evaluations(args.zo_probes),
-            )  # fmt: skip
+            try:
+                parallel.init(
+                    args.zo_pert, args.zo_data, args.zo_slice, device=args.device, log=logger.info,
+                    evaluations=make_estimator(args.zo_estimator).evaluations(args.zo_probes),
+                )  # fmt: skip
+            except UsageError as error:
+                raise UsageError(re.sub(r"\b(pert|data)=", r"zo_\1=", str(error))) from None
         _hold_off(accelerator, self.zo_hand_over)
         if self.model is not None:
             self.zo_hand_over(self.model)
 
     def zo_hand_over(self, model: nn.Module) -> nn.Module:
-        """Hands a model over, once; `model.train()` then leaves dropout off, unless `zo_dropout` is set."""
+        """Hands a model over, once; `model.train()` then leaves dropout off, unless `zo_dropout` is set.
+
+        Raises:
+            DistZO2Error: it has an adapter that forwards cannot train.
+        """
+        if is_peft_model(model):
+            for config in model.peft_config.values():
+                check_steps(config, type(self).__name__)
+            model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # what streams has its dtype
         if not hasattr(model, "_distzo2_runtime"):
             os.makedirs(self.args.output_dir, exist_ok=True)
             if model is not self.model:  # a reference, which no optimizer changes
@@ -172,7 +186,12 @@ class ZOMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            args, groups = self.args, None
+            args, groups, rate = self.args, None, self.args.learning_rate
+            is_default = rate == type(args).learning_rate and rate > _LARGE_RATE
+            if is_default and args.zo_estimator == "spsa" and not is_peft_model(self.model):
+                logger.warning(
+                    "learning_rate=%g is a default made for AdamW: spsa on all weights takes 1e-7 to 1e-6", rate
+                )
             if args.weight_decay:  # the trainer's own choice of what decays
                 decaying = set(self.get_decay_parameter_names(self.model))
                 named = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
@@ -243,6 +262,7 @@ class ZOMixin:
             self.model.save_pretrained = lambda path, **_: save_pretrained(self.model, path, overwrite=True)
         elif state_dict is None and is_peft_model(self.model) and self.args.should_save:
             state_dict = state_dict_of(self.model, trainable_only=True)
+            state_dict |= dict(self.model.named_buffers(remove_duplicate=False))  # VeRA and its like save theirs
         try:
             super()._save(output_dir, state_dict)
         finally:

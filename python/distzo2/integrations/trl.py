@@ -21,12 +21,11 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from distzo2.errors import UsageError
-from distzo2.integrations import require
 from distzo2.integrations.arguments import ZOFields
 from distzo2.integrations.transformers import ZOMixin
 from distzo2.parallel import group as parallel
 from distzo2.streaming.offload import present
-from distzo2.version import release
+from distzo2.version import release, require
 
 require(trl="1.16", datasets="4.0")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -171,8 +172,20 @@ def scalars_of(groups: Sequence[Mapping[str, Any]]) -> tuple[GroupScalars, ...]:
     )
 
 
+def check_rates(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Checks groups that an optimizer is made of; a schedule's last rate may be a rounding error below 0.
+
+    Raises:
+        DistZO2Error: a scalar is not a finite number, or a rate or a weight decay is below 0.
+    """
+    for number, scalars in enumerate(scalars_of(groups)):
+        for name in ("lr", "weight_decay"):
+            if (value := getattr(scalars, name)) < 0:
+                raise DistZO2Error(f"{name} of parameter group {number} is {value}; 0 or more was expected")
+
+
 def _float32(value: Any, name: str) -> float:
-    number = float(np.float32(float(value)))
-    if not np.isfinite(number):
-        raise DistZO2Error(f"{name} is {value!r}; a finite number was expected")
-    return number
+    with suppress(TypeError, ValueError), np.errstate(over="ignore"):
+        if np.isfinite(number := float(np.float32(float(value)))):
+            return number
+    raise DistZO2Error(f"{name} is {value!r}; a finite number was expected")

@@ -18,7 +18,7 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
-from distzo2.optim.settings import StepRecord, default_groups, group_of_each, make_settings, scalars_of
+from distzo2.optim.settings import StepRecord, check_rates, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
 from distzo2.optim.signal import REFERENCE, TF32, Signal, computed_in, measure_signal
 from distzo2.optim.state import (
@@ -154,6 +154,7 @@ class ZOSGD(torch.optim.Optimizer):
         if runtime.kept is not None:
             runtime.kept.check_optimizer(journal, runtime.weights.replaced)
         super().__init__(params, defaults)
+        check_rates(self.param_groups)
         self._bind()
         given = {"having a journal": journal, "having a weight file": runtime.kept, "branching": branch}
         given = {name: value is not None for name, value in given.items()}

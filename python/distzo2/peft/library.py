@@ -12,13 +12,13 @@ from distzo2.version import INSTALL_HF, release
 
 FLOOR = "0.18"
 WORKING = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
-_WHY_NOT = {  # of types that are asked for
+_NO_STEP = {  # types that no forward can train, wherever their weights are
     "ADALORA": "it cuts ranks by gradients, which a forward does not make",
-    "P_TUNING": "peft saves what its network makes and not the network, so that no run could resume it",
     "XLORA": "its forward keeps the scalings of other adapters",
     "POLY": "it needs task ids, which the data do not have",
     "TRAINABLE_TOKENS": "its forward reads the embedding's weights itself; LoRA on embed_tokens works",
 }
+_NOT_SAVED = {"P_TUNING": "peft saves what its network makes and not the network, so that no run could resume it"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken out of the base
 _NOT_OF_LORA = {  # fields of its configuration that must be empty, and why
     "layer_replication": "it makes another model",
@@ -27,7 +27,6 @@ _NOT_OF_LORA = {  # fields of its configuration that must be empty, and why
     "alora_invocation_tokens": "its forward looks for tokens in the whole input",
     "arrow_config": "it routes between other adapters",
     "ensure_weight_tying": "the copies of tied weights would be saved once and are two in the model",
-    "trainable_token_indices": _WHY_NOT["TRAINABLE_TOKENS"],
 }
 
 
@@ -77,15 +76,34 @@ def kind_of(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
+def check_steps(config: Any, where: str) -> None:
+    """
+    Raises:
+        DistZO2Error: forwards alone cannot train an adapter of `config`, not even one that is in memory.
+    """
+    if kind_of(config) in _NO_STEP:
+        raise _unsupported(config, where)
+    if getattr(config, "trainable_token_indices", None):
+        why = _NO_STEP["TRAINABLE_TOKENS"]
+        raise DistZO2Error(f"{where}: LoRA with trainable_token_indices is not supported: {why}")
+
+
+def _unsupported(config: Any, where: str) -> DistZO2Error:
+    kind, reasons = kind_of(config), _NO_STEP | _NOT_SAVED
+    why = f": {reasons[kind]}" if kind in reasons else ""
+    return DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
+
+
 def check(config: Any, where: str, *, new: bool) -> None:
     """
     Raises:
-        DistZO2Error: forwards alone cannot train, or with `new` not initialise, an adapter of `config`.
+        DistZO2Error: forwards alone cannot train, or with `new` not initialise, an adapter of `config`, or its files do
+            not hold all of it.
     """
+    check_steps(config, where)
     kind = kind_of(config)
     if kind not in WORKING:
-        why = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""
-        raise DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
+        raise _unsupported(config, where)
     if getattr(config, "prefix_projection", False):
         raise DistZO2Error(f"{where}: prefix_projection: peft saves the prefix and not the network that makes it")
     if kind != "LORA":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def merge_adapter(
         if base.is_packed:
             raise DistZO2Error(f"{base_dir}: {NO_MERGE.format(base.formats)}")
         names = {id(p): name for name, p in model.named_parameters()}
-        users = Counter(names[id(p)] for m in model.modules() for p in m._parameters.values() if p is not None)
         wrapped = wrap(model, config)
+        check_merges(wrapped, names)
         tensors = AdapterTensors(wrapped, base, names)
         values = tensors.read(adapter)
         trained: dict[str, torch.Tensor] = {}  # by name in the base: what stands in the place of its weights
@@ -64,12 +65,11 @@ def merge_adapter(
             if (origin := tensors.origin(name)) is None:
                 tensors.params[name].data = values[key]
             else:
-                _refuse_shared(origin, users)
                 trained[origin] = values[key].to(base.mapped[origin].dtype)
         with CheckpointWriter(base, out_dir, overwrite=overwrite) as writer:
             written = set()
             for layer in _layers(wrapped):
-                for name, value in _merged(layer, names, users, base, trained).items():
+                for name, value in _merged(layer, names, base, trained).items():
                     writer.write(name, value)
                     written.add(name)
             for name in trained.keys() - written:
@@ -90,20 +90,31 @@ def _layers(model: Any) -> list[Any]:
     return [module for _, module in found]
 
 
-def _refuse_shared(name: str, users: Counter[str]) -> None:
-    if users[name] > 1:
-        raise DistZO2Error(
-            f"the adapter is on {name}, which another module shares: merged, it would change that too. Use it with "
-            "--adapter instead"
-        )
+def check_merges(wrapped: Any, names: Mapping[int, str]) -> None:
+    """Checks that an adapter can be merged into its base.
+
+    Args:
+        wrapped: the `PeftModel`.
+        names: the names of the base's parameters, by id.
+
+    Raises:
+        DistZO2Error: the adapter changes a weight that another module shares.
+    """
+    modules = list(wrapped.modules())
+    users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
+    inner = [getattr(m, name) for m in modules for name in ("base_layer", "original_module") if hasattr(m, name)]
+    changed = [p for m in inner for p in m._parameters.values()]
+    changed += [p for p in wrapped.parameters() if p.requires_grad]  # biases too, which stay where they are
+    for key in map(id, changed):
+        if key in names and users[key] > 1:
+            raise DistZO2Error(
+                f"the adapter is on {names[key]}, which another module shares: merged, it would change that too. Use "
+                "it with --adapter instead"
+            )
 
 
 def _merged(
-    layer: Any,
-    names: dict[int, str],
-    users: Counter[str],
-    base: CheckpointMap,
-    trained: dict[str, torch.Tensor],
+    layer: Any, names: Mapping[int, str], base: CheckpointMap, trained: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The base's weights in one layer, by name, after its adapter was merged into them. They are on meta again."""
     inner = layer.get_base_layer()
@@ -115,7 +126,6 @@ def _merged(
             value = torch.empty(p.shape, dtype=p.dtype)
             base.read(name, value)
         inner._parameters[key] = nn.Parameter(value, requires_grad=False)
-        _refuse_shared(name, users)
     where = next(iter(names[id(p)] for p in own.values()), type(inner).__name__)
     with blaming(f"merging into {where}"):
         if hasattr(layer, "unload_and_optionally_merge_module"):

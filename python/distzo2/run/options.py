@@ -205,8 +205,7 @@ class Trained(Adapted):
 
     def settle_store(self) -> None:
         """Sets `store` where --tune says it. Raises UsageError where what it packs cannot be trained as asked."""
-        if self.tune == "code" and self.store is None:
-            object.__setattr__(self, "store", "affine16")
+        object.__setattr__(self, "store", self.store or ("affine16" if self.tune == "code" else None))
         if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
             raise UsageError(
                 f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
@@ -424,8 +423,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
-        if not (self.eval or self.task) and (self.save == "best" or self.eval_every):
-            raise UsageError(f"--{'save best' if self.save == 'best' else 'eval-every'} needs --eval")
+        judges = {"save best": self.save == "best", "eval-every": self.eval_every}
+        judges["score"] = self.score and not self.resume  # runs that an earlier version began may have it
+        if not (self.eval or self.task) and any(judges.values()):
+            raise UsageError(f"--{next(filter(judges.get, judges))} needs --eval")
 
     @property
     def writes_model(self) -> bool:

@@ -33,7 +33,7 @@ from distzo2.optim.selection import select, trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
 from distzo2.peft.adapters import adapter, digest_adapter, known_config, tokens_in_front
-from distzo2.peft.merging import NO_MERGE
+from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
@@ -255,13 +255,15 @@ def _prepared(
 ) -> tuple[torch.nn.Module, CheckpointMap]:
     """The model and its map with the run's adapter, and with the parameters frozen that it does not train."""
     if source is not None:
-        place = None if options.resume else start
+        if base.is_packed and options.merge:
+            raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
+        place, names = None if options.resume else start, {id(p): name for name, p in model.named_parameters()}
         model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
+        if options.merge:
+            check_merges(model, names)
     if options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
     check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
-    if base.is_packed and options.adapts and options.writes_model:
-        raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
     return model, base
 
 
