@@ -34,7 +34,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import distzo2
 from distzo2.files import write_whole
-from distzo2.planning.plan_model import SHAPES, opt_config
+from distzo2.models.shapes import SHAPES, shape_config
 
 LR, EPS, SEED = 1e-7, 1e-3, 5
 WARMUPS = 2
@@ -72,7 +72,7 @@ class Steps:
 
     def meta_model(self) -> nn.Module:
         """The model, its parameters on meta."""
-        config = opt_config(self.options.model) if self.options.model in SHAPES else OPTConfig(
+        config = shape_config(self.options.model) if self.options.model in SHAPES else OPTConfig(
             **TINY, word_embed_proj_dim=TINY["hidden_size"], max_position_embeddings=2048
         )  # fmt: skip
         with torch.device("meta"):

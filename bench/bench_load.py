@@ -31,7 +31,7 @@ import distzo2
 from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.reading import CHUNK_BYTES, NUM_THREADS
 from distzo2.models.pretrained import fill, open_checkpoint
-from distzo2.planning.plan_model import SHAPES
+from distzo2.models.shapes import SHAPES
 from distzo2.run.metrics import peak_bytes, resident_bytes
 from distzo2_core import aligned_buffer
 

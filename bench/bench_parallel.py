@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from bench_common import machine
 
-from distzo2.planning.plan_model import SHAPES, opt_config
+from distzo2.models.shapes import SHAPES, shape_config
 
 TINY = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 SIDE = 512  # of the yardstick's matrices: 3 MiB in fp32
@@ -45,7 +45,7 @@ def serve(pipe: Connection, rank: int, port: int, args: argparse.Namespace) -> N
 
     torch.set_num_threads(1)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the parent's
-    config = opt_config("opt-125m" if args.model == "tiny" else args.model)
+    config = shape_config("opt-125m" if args.model == "tiny" else args.model)
     for name, value in TINY.items() if args.model == "tiny" else ():
         setattr(config, name, value)
     torch.manual_seed(0)

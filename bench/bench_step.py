@@ -28,7 +28,7 @@ from random_checkpoint import write_random_checkpoint
 from transformers import AutoModelForCausalLM
 
 import distzo2
-from distzo2.planning.plan_model import SHAPES, opt_config
+from distzo2.models.shapes import SHAPES, shape_config
 
 
 def peak_resident_bytes(reset: bool = False) -> int:
@@ -154,7 +154,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
     checkpoint = Path(args.checkpoints) / f"{args.model}-{args.dtype}"
     write_random_checkpoint(checkpoint, args.model, dtype)
     with torch.no_grad():
-        bare = AutoModelForCausalLM.from_config(opt_config(args.model, num_layers=1)).to(dtype).eval()
+        bare = AutoModelForCausalLM.from_config(shape_config(args.model, num_layers=1)).to(dtype).eval()
         bare_weights = sum(p.numel() * p.element_size() for p in bare.parameters())
         peak_resident_bytes(reset=True)
         loss_closure(bare, ids)()

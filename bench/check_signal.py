@@ -16,8 +16,8 @@ from bench_common import write_results
 from transformers import OPTForCausalLM
 
 import distzo2
+from distzo2.models.shapes import shape_config
 from distzo2.optim.signal import TF32
-from distzo2.planning.plan_model import opt_config
 from distzo2.run.inference import json_of_signals, table_of_signals
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the results go")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = OPTForCausalLM(opt_config("opt-125m", options.layers)).bfloat16()
+    model = OPTForCausalLM(shape_config("opt-125m", options.layers)).bfloat16()
     distzo2.offload(model, device=options.device, weights="device")
     ids = torch.randint(model.config.vocab_size, (options.batch, options.tokens), device=options.device)
     optimizer = distzo2.ZOSGD(model, lr=1e-6)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from distzo2.planning.plan_model import opt_config
+from distzo2.models.shapes import shape_config
 
 
 def write_random_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> None:
@@ -18,7 +18,7 @@ def write_random_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> N
     if index_path.exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    config = opt_config(name)
+    config = shape_config(name)
     config.dtype = dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -41,7 +41,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 def test_every_figure_is_there(measured: tuple[dict, Path]) -> None:
     result, directory = measured
     assert result["format"] == MEASURED and result["quick"] is True
-    for path, value in numbers({k: result[k] for k in ("copies", "disk", "noise", "matmul", "memory", "gather")}):
+    for path, value in numbers(
+        {k: result[k] for k in ("copies", "disk", "noise", "matmul", "memory", "decode", "gather")}
+    ):
         assert math.isfinite(value) and value > 0, path
     devices = [gpu["device"] for gpu in result["machine"]["gpus"]]
     assert [row["device"] for row in result["copies"]] == (devices or ["cpu"])
@@ -52,11 +54,14 @@ def test_every_figure_is_there(measured: tuple[dict, Path]) -> None:
     assert rows == {(device, family) for device in ("cpu", *devices) for family in ("normal", "rademacher")}
     assert {row["dtype"] for row in result["matmul"]} == {"float32", "bfloat16"}
     assert [row["device"] for row in result["memory"]] == ["cpu", *devices]
+    rows = {(row["codes"], row["dtype"]) for row in result["decode"] if row["device"] == "cpu"}
+    assert rows == {(codes, dtype) for codes in ("nibbles", "int8", "int16") for dtype in ("float32", "bfloat16")}
     if not devices:
         assert (result["gather"]["backend"], result["gather"]["ranks"]) == ("gloo", 2)
     assert all(finding.keys() == {"code", "text"} for finding in result["findings"])
     assert result["machine"]["simd"] in ("portable", "avx2", "avx512")
-    assert machine_from(result).num_devices >= 1
+    assert machine_from(result).num_devices >= 1 and len(machine_from(result).rates.decode_per_s) == 6
+    assert not machine_from({key: value for key, value in result.items() if key != "decode"}).rates.decode_per_s
     lines = "\n".join(table(result))
     for text in ("copies", "disk (", "durable", "memory", "normal", "rademacher", "float32", "bfloat16"):
         assert text in lines, text

@@ -18,7 +18,7 @@ from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.estimator import make_estimator
 from distzo2.parallel.mesh import MeshShape
 from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
-from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, possible_meshes, significant
+from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, memory_table, possible_meshes, significant, to_json
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.report import read_trace, step_figures
 from distzo2.run.loop import TrainLoop
@@ -199,7 +199,10 @@ def test_possible_meshes() -> None:
         (["--machine=v100"], "--machine v100: expected a100, h100, h200, this"),
         (["--device=cpu"], "--device cpu: 8 x A100 SXM 80 GB, PCIe 4, NVLink 3 computes on cuda"),
         (["--devices-per-switch=3"], "--devices-per-switch 3 does not divide 8 devices"),
-        (["--model=opt-9b"], "--model opt-9b: expected a checkpoint's directory, a config.json, or one of opt-125m"),
+        (
+            ["--model=opt-9b"],
+            "--model opt-9b: expected a checkpoint's directory, a config.json, a GGUF file, or one of",
+        ),
         (["--tokens=4096"], "--tokens 4096: opt-125m has 2048 positions"),
         (["--json=/nowhere/x.json"], "--json /nowhere/x.json: expected a file in a directory that exists"),
         (["--memory-budget=1MiB"], "memory_budget of 1.00 MiB: streaming needs at least"),
@@ -291,6 +294,7 @@ def test_what_auto_computes_in() -> None:
 PARTS = [
     [], ["--peft=lora", "--lora-r=4"], ["--peft=prefix"], ["--train-only=last:2"], ["--train-only=*norm*"],
     ["--peft=lora", "--lora-targets=all-linear", "--lora-r=32"],  # not small beside its block
+    ["--store=affine4", "--peft=lora", "--lora-r=4"], ["--store=affine8"],
 ]  # fmt: skip
 
 
@@ -326,7 +330,7 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
         "down",
     ):  # a block in each of three slots may be on its way when counting begins, and when it ends
         assert abs(sum(step[f"bytes_{way}"] for step in steps) - len(steps) * plan[f"{way}_bytes"]) <= 3 * block
-    if part and "--lora-r=32" not in part:
+    if part and "--lora-r=32" not in part and part != ["--store=affine8"]:
         assert plan["down_bytes"] == (2 * block if "last" in part[0] else 0)
 
 
@@ -336,6 +340,40 @@ def test_a_frozen_base_is_only_read() -> None:
     assert lora["up_bytes"] == pytest.approx(whole["up_bytes"], rel=0.01) and lora["down_bytes"] == 0
     assert lora["noise_s"] < 0.1 * whole["noise_s"] and lora["step_s"] < 0.8 * whole["step_s"]
     assert lora["rank_bytes"]["scratch"] < 0.1 * whole["rank_bytes"]["scratch"]
+
+
+def test_a_packed_base_moves_a_quarter_and_is_decoded_once() -> None:
+    """At the rates of memory, which is said, or at those that were measured."""
+    plain, packed = (planned("--peft=lora", *store)[0] for store in ([], ["--store=affine4"]))
+    assert 0.28 < packed.row["up_bytes"] / plain.row["up_bytes"] < 0.29 and packed.row["down_bytes"] == 0
+    decoded = [t for t in packed.played.tasks if t.kind == "decode"]
+    assert len(decoded) % 12 == 0 and packed.row["noise_s"] > plain.row["noise_s"]
+    with_rates = measured_cpu() | {"decode": [
+        {"device": "cpu", "codes": codes, "dtype": dtype, "weights_per_s": 1e9}
+        for codes in ("nibbles", "int8", "int16") for dtype in ("float32", "bfloat16")
+    ]}  # fmt: skip
+    asked = request("--dtype=bfloat16", "--store=affine4", "--peft=lora", "--weights=disk")
+    for result, words in ((measured_cpu(), "at the memory's rate"), (with_rates, "decoded as measured")):
+        planner = Planner(asked, machine_from(result))
+        prediction = planner.predict()
+        assert any(words in text for text in to_json(planner, [prediction])["machine"]["assumptions"])
+    block = next(t for t in prediction.played.tasks if t.kind == "decode")
+    assert block.seconds == pytest.approx(12 * 768**2 / 1e9 + planner.machine.rates.host.materialize_s)
+
+
+def test_codes_are_not_sliced() -> None:
+    rows = [plan.row for plan in planned("--nproc=2", "--store=affine8")]
+    assert not any(row["slice"] for row in rows) and rows[1]["host_bytes"] == 2 * rows[0]["host_bytes"]
+    with pytest.raises(UsageError, match="--store affine4: codes of 4 bits are not trained"):
+        PlanOptions(model="opt-125m", store="affine4")
+
+
+def test_the_memory_table() -> None:
+    asked = parse(["plan", "--table"])[1]
+    head, _, *lines = memory_table(asked, ["opt-125m"])
+    assert head.count("|") == lines[0].count("|") == 9 and len(lines) == 1
+    with pytest.raises(UsageError, match="--model is missing"):
+        PlanOptions()
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -351,8 +389,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result.keys() == {"format", "version", "model", "request", "machine", "rows", "best"}
     assert result["format"] == FORMAT
     assert result["model"] == {
-        "name": "opt-125m", "dtype": "float16", "compute_dtype": "float16", "elements": 125239296, "units": 15,
-        "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "blocks": 12,
+        "name": "opt-125m", "dtype": "float16", "packed": [], "compute_dtype": "float16", "elements": 125239296,
+        "bytes": result["model"]["bytes"], "seen_bytes": result["model"]["bytes"], "units": 15, "blocks": 12,
         "largest_copy": {"unit": "model.decoder.embed_tokens", "bytes": 50272 * 768 * 2},
         "trained": None, "trained_elements": 125239296, "saved_bytes": 2 * 125239296,
     }  # fmt: skip

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import distzo2
 from distzo2.cli.options import PlanOptions
+from distzo2.optim.selection import select
 from distzo2.planning.machines import GPUS, Duplex, Host
 from distzo2.planning.plan import Planner
 from distzo2.planning.plan_model import ModelPlan, Part, plan_module
@@ -46,10 +48,7 @@ class FixedRates:
 def blocks(num: int = BLOCKS, trainable: bool = True) -> list[Unit]:
     """Units of 64 elements, which are 256 bytes."""
     shape = torch.Size([64]), torch.float32, (1,), trainable
-    made = [Unit(i, f"b{i}", [ParamInfo(i, f"b{i}.w", *shape, nn.Parameter())], [], False) for i in range(num)]
-    for unit in made:
-        unit.block = unit.index
-    return made
+    return [Unit(i, f"b{i}", [ParamInfo(i, f"b{i}.w", *shape, nn.Parameter())], [], False) for i in range(num)]
 
 
 def played(
@@ -65,7 +64,7 @@ def played(
     rates = [256 / seconds if seconds else math.inf for seconds in (up, down)]
     work = Work(
         ModelPlan("made", torch.float32, units, parts), FixedRates(compute, noise, host, copied), on_host,
-        {u.index for u in units}, slots, Duplex(*rates, 2 * shared * max(rates)), [list(lanes)], 1, "normal", **more,
+        units, slots, Duplex(*rates, 2 * shared * max(rates)), [list(lanes)], 1, "normal", **more,
     )  # fmt: skip
     return play_steps(work)
 
@@ -283,14 +282,55 @@ def test_the_runtime_does_the_same(
     request = {"batch": 2 * batches, "tokens": 9, "micro_batches": batches, "probes": probes, "estimator": estimator}
     planner = Planner(PlanOptions(model=kind, weights="disk", write_every=every, **request), GPUS["a100"])
     planner.models[2] = plan
-    predicted = planner.predict()
-
     torch.manual_seed(0)
     model = distzo2.offload(make(kind), weights="disk", directory=tmp_path, write_every=every, compute_dtype=computed)
-    runtime = distzo2.runtime_of(model)
-    opt = distzo2.ZOSGD(model, lr=1e-3, num_probes=probes, estimator=estimator, max_coef=None)
-    ids = torch.randint(3, 131, (2, 9))
-    closures = [lambda: model(input_ids=ids, labels=ids).loss.float()] * batches
+    assert_as_planned(model, planner, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Q4_0", {"freeze": "model.norm.weight"}),  # all other norms are trained
+        ("Q5_0", {"freeze": "model.norm.weight", "compute_dtype": "float32"}),  # widened: no block lies in the file
+        ("raw", {"train_only": "*norm.weight", "store": "affine4"}),
+        ("raw", {"store": "affine8", "write_every": 3}),
+        ("raw", {"store": "affine16", "freeze": "*mlp*"}),
+    ],
+)
+def test_packed_weights_are_planned_as_they_run(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    tiny_gguf = pytest.importorskip("tiny_gguf")
+    plain = tiny_gguf.make_model("llama", num_hidden_layers=5)
+    if kind == "raw":
+        plain.bfloat16().save_pretrained(path := tmp_path / "raw")
+    else:
+        path = tiny_gguf.write(tmp_path / "packed.gguf", "llama", plain, kind, quantized=True)
+    asked = PlanOptions(model=str(path), weights="disk", batch=2, tokens=9, probes=2, **options)
+    planner = Planner(asked, GPUS["a100"])
+
+    def prepare(model: nn.Module, base: Any) -> tuple[nn.Module, Any]:
+        if asked.train_only or asked.freeze:
+            select(model, asked.train_only, asked.freeze)
+        return model, base
+
+    model = distzo2.from_pretrained(
+        path, weights="disk", directory=tmp_path, store=asked.store, write_every=asked.write_every, prepare=prepare,
+        compute_dtype=planner.compute_dtype,
+    )  # fmt: skip
+    written = [
+        c for c in distzo2.runtime_of(model).weights.copies if c.unit.trainable or (c.streams and not c.is_fixed)
+    ]
+    row = assert_as_planned(model, planner, tmp_path)
+    assert row["disk_bytes"] == sum(copy.num_bytes for copy in written)
+    assert written and (row["down_bytes"] > 0) == (asked.store == "affine8")  # others are trained in residents alone
+
+
+def assert_as_planned(model: nn.Module, planner: Planner, tmp_path: Path) -> dict[str, Any]:
+    """Holds the first prediction of a plan against steps of the model that was handed over; returns its row."""
+    predicted, asked = planner.predict(), planner.request
+    runtime, every = distzo2.runtime_of(model), asked.write_every
+    opt = distzo2.ZOSGD(model, lr=1e-3, num_probes=asked.probes, estimator=asked.estimator, max_coef=None)
+    ids = torch.randint(3, 60, (2, 9))
+    closures = [lambda: model(input_ids=ids, labels=ids).loss.float()] * (asked.micro_batches or 1)
     for _ in range(2 * every + 2):
         opt.step(closures)
     settle(runtime)
@@ -312,7 +352,7 @@ def test_the_runtime_does_the_same(
 
     events = read_trace(tmp_path / "trace.json")
     begin, end = predicted.played.steps[-steps][0], predicted.played.steps[-1][1]
-    for category in ("compute", "materialize", "upload"):
+    for category in ("compute", "decode", "materialize", "upload"):
         real = [e["name"] for e in events if e["cat"] == category]
         mine = [t for t in predicted.played.tasks if t.kind == category and begin <= t.start < end]
         names = [t.name for t in sorted(mine, key=lambda t: t.start)]
@@ -321,3 +361,4 @@ def test_the_runtime_does_the_same(
             assert any(real[i : i + length] == names[j : j + length] for i in range(4) for j in range(4))
         else:
             assert names == real, category
+    return predicted.row

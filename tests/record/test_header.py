@@ -45,7 +45,7 @@ def test_header_refused_with_reason(changes: dict[str, Any], reason: str) -> Non
         {"loss": "mean"},
         {"data_hash": "abc"},
         {"compute_dtype": 3},
-        {"stored_formats": {}},
+        {"stored_formats": []},
         {"estimator_state": []},
         {"journal": True},
         {"noise": "n0"},

@@ -22,6 +22,7 @@ from distzo2.run.options import (
     Estimator,
     Name,
     Noise,
+    Store,
     Switch,
     Trained,
     Weights,
@@ -86,12 +87,14 @@ class MeasureOptions:
 class PlanOptions(Trained):
     """Options of `distzo2 plan`."""
 
-    model: Name = option(
-        MISSING,
-        "a checkpoint or its configuration (no weights are read), or opt-125m, opt-1.3b, ... opt-175b",
-        "DIR|config.json|NAME",
+    model: Name | None = option(
+        None,
+        "a checkpoint, a GGUF file or a configuration (no weights are read), or opt-125m, opt-1.3b, ... opt-175b",
+        "DIR|FILE|NAME",
         group="what",
     )
+    table: Switch = option(False, "the memory that models of known sizes need, by how they are stored, and no more")
+    store: Store | None = option(None, "pack the blocks' matrices at load, as finetune does (default: as they are)")
     dtype: Dtype = option("auto", "dtype of the weights; auto: the configuration's, float16 for a name")
     compute_dtype: ComputeDtype = option(
         "auto", "what modules compute with; auto: float32 on a CPU whose 16-bit products are no faster, else stored"
@@ -126,3 +129,9 @@ class PlanOptions(Trained):
     picture: str | None = option(None, "the best plan's timeline as a PNG", "FILE", group="what is written")
     trace: str | None = option(None, "the same as a Chrome trace, which opens in Perfetto", "FILE")
     json: str | None = option(None, "all of it as JSON; - for standard output, and nothing else", "FILE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settle_store()
+        if self.model is None and not self.table:
+            raise UsageError("--model is missing")

@@ -14,7 +14,8 @@ at a time, whenever they are read.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import math
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from distzo2.checkpoint.reading import read_ranges
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats.matrices import NF4
 from distzo2.formats.packed_checkpoint import PackedCheckpoint, PackingError
-from distzo2.weights.units import TRAINABLE_DTYPES, ParamInfo, collect_params, find_units
+from distzo2.weights.units import TRAINABLE_DTYPES, ParamInfo, StoredAs, collect_params, find_units
 from distzo2_core.packed import Field, Kind, PackedLayout
 
 GROUP = 64
@@ -64,7 +65,27 @@ STORES = {
     "affine8": Store(Kind.INT8, Kind.FLOAT32, 8, headroom=1.125),
     "affine16": Store(Kind.INT16, Kind.FLOAT32, 16, headroom=1.5),
 }
+_PLANES = ("codes", "scale", "min")  # in this order
 _CODES = {Kind.INT8: np.int8, Kind.INT16: np.int16}
+
+
+def packed_as(shape: Sequence[int], store: str) -> StoredAs:
+    """How a parameter of this shape is stored, packed: its bytes and their layout. They are in no file."""
+    kind, cols, at, places = STORES[store], shape[-1], 0, []
+    rows, scale_bytes = math.prod(shape) // cols, VALUE_DTYPES[kind.scale].itemsize
+    for size in (GROUP * kind.bits // 8, scale_bytes, *([scale_bytes] if kind.has_min else [])):  # of a group
+        offset, line = -(-at // PIECE_ALIGNMENT) * PIECE_ALIGNMENT, cols // GROUP * size
+        stride = {"stride": size, "cols": GROUP} if places else {}
+        places.append(Field(kind.scale if places else kind.codes, offset, row_stride=line, **stride))
+        at = offset + rows * line
+    layout = PackedLayout(rows, cols, cols, **dict(zip(_PLANES, places, strict=False)), levels=kind.levels)
+    return StoredAs(at, None, None, layout, format=f"{store} g{GROUP}")
+
+
+def packable(model: nn.Module, units: list[str] | None = None) -> set[str]:
+    """Names of the parameters of a model that a store packs: the matrices of its blocks, see `pack_map`."""
+    blocks = [unit for unit in find_units(model, collect_params(model), units) if not unit.resident]
+    return {param.name for unit in blocks for param in unit.params if _is_packable(param)}
 
 
 def pack_map(
@@ -96,13 +117,11 @@ def pack_map(
     """
     if store not in STORES:
         raise CheckpointError(f"expected a store among {', '.join(STORES)}, got {store!r}")
-    blocks = [unit for unit in find_units(model, collect_params(model), units) if not unit.resident]
-    chosen = {param.name for unit in blocks for param in unit.params if _is_packable(param)} if names is None else names
+    chosen = packable(model, units) if names is None else names
     error, packed = PackingError(), dict(checkpoint_map.mapped)
     for name, mapped in packed.items():
         if name in chosen and mapped.packed is None:
-            param = _Packer(mapped, checkpoint_map, STORES[store], error).param(f"{store} g{GROUP}")
-            packed[name] = replace(mapped, packed=param)
+            packed[name] = replace(mapped, packed=_Packer(mapped, checkpoint_map, store, error).param())
     if packed == checkpoint_map.mapped:
         where = checkpoint_map.directory
         raise CheckpointError(f"{where}: expected matrices of a multiple of {GROUP} columns in blocks, found none")
@@ -120,29 +139,16 @@ def _is_packable(param: ParamInfo) -> bool:
 class _Packer:
     """Makes the bytes of one parameter."""
 
-    def __init__(self, mapped: MappedTensor, checkpoint_map: CheckpointMap, store: Store, error: PackingError):
-        self.mapped, self.files, self.store, self.error = mapped, checkpoint_map.files, store, error
-        self.num_groups = mapped.numel // GROUP
-        scale_bytes = VALUE_DTYPES[store.scale].itemsize
-        self.sizes = [GROUP * store.bits // 8, scale_bytes, *([scale_bytes] if store.has_min else [])]  # of a group
-        self.offsets, end = [], 0
-        for size in self.sizes:
-            self.offsets.append(-(-end // PIECE_ALIGNMENT) * PIECE_ALIGNMENT)
-            end = self.offsets[-1] + self.num_groups * size
-        self.num_bytes = end
+    def __init__(self, mapped: MappedTensor, checkpoint_map: CheckpointMap, store: str, error: PackingError):
+        self.mapped, self.files, self.store, self.error = mapped, checkpoint_map.files, STORES[store], error
+        self.num_groups, self.stored = mapped.numel // GROUP, packed_as(mapped.shape, store)
+        places = [place for name in _PLANES if (place := getattr(self.stored.layout, name)) is not None]
+        self.offsets = [place.offset for place in places]
+        self.sizes = [place.row_stride * GROUP // mapped.shape[-1] for place in places]  # of a group
 
-    def param(self, label: str) -> PackedParam:
-        store, shape, cols = self.store, self.mapped.shape, self.mapped.shape[-1]
-        lines = [cols // GROUP * size for size in self.sizes]
-        places = [
-            Field(store.scale, offset, row_stride=line, stride=size, cols=GROUP)
-            for offset, line, size in zip(self.offsets[1:], lines[1:], self.sizes[1:], strict=True)
-        ]
-        fields = dict(zip(("scale", "min"), places, strict=False))
-        codes = Field(store.codes, 0, row_stride=lines[0])
-        layout = PackedLayout(self.mapped.numel // cols, cols, cols, codes, **fields, levels=store.levels)
-        piece = Piece(None, 0, self.num_bytes, self.fill, is_checked=True)
-        return PackedParam(self.mapped.name, shape, label, (piece,), layout)
+    def param(self) -> PackedParam:
+        piece = Piece(None, 0, self.stored.num_bytes, self.fill, is_checked=True)
+        return PackedParam(self.mapped.name, self.mapped.shape, self.stored.format, (piece,), self.stored.layout)
 
     def fill(self, out: torch.Tensor, begin: int) -> None:
         """Fills `out` with the bytes from `begin` on. All of them take one pass over the weights."""

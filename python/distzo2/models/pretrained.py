@@ -140,7 +140,8 @@ def freeze_packed(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Freezes the parameters whose packed form cannot be trained."""
     for name, parameter in model.named_parameters():
         packed = checkpoint_map.mapped[name].packed
-        parameter.requires_grad_(packed is None or packed.stored_as().code_dtype is not None)
+        if packed is not None and packed.stored_as().code_dtype is None:
+            parameter.requires_grad_(False)
 
 
 def config_of(path: Path) -> Any:

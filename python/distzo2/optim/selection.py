@@ -35,7 +35,7 @@ def select(model: nn.Module, train_only: str = "", freeze: str = "") -> None:
     kept = before
     if train_only:
         kept = before & _matched(model, names, "--train-only", train_only)
-        if kept == before:
+        if kept == before and len(kept) == len(params):
             raise UsageError(f"--train-only {train_only}: matches all that can be trained: leave it out")
     if freeze:
         kept = kept - _matched(model, names, "--freeze", freeze)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch
 
 from distzo2.errors import UsageError
 from distzo2.planning.plan_model import Op, Part
+from distzo2.weights.units import ParamInfo
+from distzo2_core.packed import Kind
 
 MEASURED = "distzo2-measure/3"  # the format of its file
 EXCHANGE_S = 1e-3  # of a step's scalars between ranks
 ATTENTION_SHARE = 0.5  # of a product's rate
 TF32_SHARE = 0.5  # of bf16's rate: without sparsity 156 of 312 TFLOP/s on A100, 494.5 of 989 on H100 (data sheets)
+_BYTES = (Kind.UINT8, Kind.INT8, Kind.FLOAT8_E4M3, Kind.FLOAT8_E5M2)  # decoded at the rate of int8
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Rates:
     noise_per_s: Mapping[str, float]  # elements, by family
     host: Host
     slowdown: float = 1  # ranks that share the device divide it evenly
+    decode_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)  # weights, by codes and float dtype
 
     def op_s(self, op: Op) -> float:
         """Seconds of an operation."""
@@ -77,6 +81,13 @@ class Rates:
         made_s = (terms + emissions) / self.noise_per_s[family]
         moved_s = ((1 + write) * dtype.itemsize + out_bytes) / self.bytes_per_s
         return self.slowdown * numel * (made_s + moved_s)
+
+    def decode_s(self, param: ParamInfo) -> float:
+        """Seconds to decode a packed parameter: as measured, else at the rate of memory."""
+        kind, moved = param.layout.codes.kind, param.num_bytes + param.numel * param.seen.itemsize
+        codes = "int16" if kind == Kind.INT16 else "int8" if kind in _BYTES else "nibbles"
+        rate = self.decode_per_s.get((codes, "bfloat16" if param.seen.itemsize == 2 else "float32"))
+        return self.slowdown * (param.numel / rate if rate else moved / self.bytes_per_s)
 
 
 @dataclass(frozen=True)
@@ -200,6 +211,7 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
         return Duplex(*(rates[f"{way}_bytes_per_s"] for way in ("up", "down", "both")))
 
     gather = result["gather"]
+    decoded = [r for r in result.get("decode", ()) if r["device"] == device]  # earlier versions did not measure it
     host_bytes = min(about["memory_bytes"], about["allowed_bytes"] or about["memory_bytes"])
     notes = (
         f"rates as measured through the copy engine, by distzo2 {result['versions']['distzo2']}",
@@ -219,6 +231,7 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
             row("memory")["bytes_per_s"],
             {family: row("noise", family=family)["elements_per_s"] for family in ("normal", "rademacher")},
             GPU_HOST if gpus else CPU_HOST,
+            decode_per_s={(r["codes"], r["dtype"]): r["weights_per_s"] for r in decoded},
         ),
         link=duplex(row("copies")),
         disk=duplex(result["disk"]),

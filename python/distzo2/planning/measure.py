@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import distzo2_core as core
+from distzo2.checkpoint.packed_param import VALUE_DTYPES
 from distzo2.errors import DistZO2Error
+from distzo2.formats.packing import packed_as
 from distzo2.planning.findings import (
     Finding,
     check_file_system,
@@ -46,6 +49,8 @@ from distzo2.planning.transfers import (
 from distzo2.run.preflight import check_output
 from distzo2.text import gib
 from distzo2.version import __version__
+
+DECODED = {"nibbles": "affine4", "int8": "affine8", "int16": "affine16"}  # of the kinds of codes, what is measured
 
 
 def measure(
@@ -94,6 +99,7 @@ def measure(
     result["noise"] = [row for device in devices for row in measure_noise(device, effort)]
     result["matmul"] = [row for device in devices for row in measure_matmul(device, effort)]
     result["memory"] = [measure_memory(device, effort) for device in devices]
+    result["decode"] = [row for device in devices for row in measure_decode(device, effort)]
 
     log("gather")
     result["gather"] = None
@@ -183,6 +189,24 @@ def measure_memory(device: torch.device, effort: Effort) -> dict[str, Any]:
     return {"device": str(device), "bytes_per_s": 2 * num_bytes / seconds_of(add, effort, device)}
 
 
+def measure_decode(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+    """Packed weights/s that are decoded, by the kind of codes, with operands that the caches do not hold."""
+    shape, rows = (effort.pick(64, 4096 if device.type == "cpu" else 32768), 4096), []
+    backend = core.resolve_backend(None, device)
+    for codes, store in DECODED.items():
+        packed = packed_as(shape, store)
+        stored = torch.randint(256, (packed.num_bytes,), dtype=torch.uint8, device=device)
+        for place in filter(None, (packed.layout.scale, packed.layout.min)):
+            stored[place.offset :][: shape[0] * place.row_stride].view(VALUE_DTYPES[place.kind]).fill_(0.02)
+        for dtype in (torch.float32, torch.bfloat16):
+            table = core.PackedTable([core.PackedSegment(packed.layout, 0, dtype)])
+            out = torch.empty(table.out_bytes, dtype=torch.uint8, device=device)
+            rate = math.prod(shape) / seconds_of(functools.partial(core.decode, stored, table, out), effort, device)
+            kind = {"codes": codes, "dtype": str(dtype).removeprefix("torch.")}
+            rows.append({"device": str(device), "backend": backend, **kind, "weights_per_s": rate})
+    return rows
+
+
 # ---- what is written ----------------------------------------------------------------------------------------------
 
 
@@ -209,6 +233,9 @@ def table(result: dict[str, Any]) -> list[str]:
     for row in result["noise"]:
         name = f"{row['device']} {row['family']} ({row['backend']})"
         lines.append(f"{name:<34}{row['elements_per_s'] / 1e9:>12.3f} G elements/s")
+    for row in result["decode"]:
+        name = f"{row['device']} {row['codes']} to {row['dtype']} ({row['backend']})"
+        lines.append(f"{name:<34}{row['weights_per_s'] / 1e9:>12.3f} G weights/s decoded")
     for row in result["matmul"]:
         name = f"{row['device']} {row['dtype']} products, {row['size']}"
         lines.append(f"{name:<34}{row['flop_per_s'] / 1e12:>12.3f} TFLOP/s")

@@ -5,8 +5,8 @@ schedule the runtime's, played event by event (`schedule`). What is assumed is l
 
 The JSON file, `distzo2-plan/1`:
 
-    model        name, dtype, compute_dtype, elements, bytes, seen_bytes (in the dtypes that modules compute with),
-                 largest_copy (of a unit, in them), units, blocks, trained (a line; null: all is),
+    model        name, dtype, packed (formats), compute_dtype, elements, bytes, seen_bytes (in the dtypes that modules
+                 compute with), largest_copy (of a unit, in them), units, blocks, trained (a line; null: all is),
                  trained_elements, saved_bytes (of the checkpoint or adapter at the end)
     request      the options
     machine      name; assumptions: lines of text
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.models.shapes import LARGE
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.selection import trained
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
-from distzo2.planning.machines import EXCHANGE_S, Duplex, Machine, find_machine
+from distzo2.planning.machines import EXCHANGE_S, GPUS, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
 from distzo2.planning.report import draw_plan, plan_events
 from distzo2.planning.schedule import Played, Slicing, Work, play_steps
@@ -41,8 +42,8 @@ from distzo2.run.preflight import DTYPES, check_output
 from distzo2.streaming.lanes import Emission
 from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
-from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream
-from distzo2.weights.store import slot_bytes_of
+from distzo2.weights.residency import AUTO_SHARE, blocks_to_stream, slots_of_use
+from distzo2.weights.store import num_slots_of, slot_bytes_of
 from distzo2.weights.units import Unit
 from distzo2_core import FAMILIES, Term
 
@@ -54,6 +55,13 @@ AUTO_TEXTS = {  # what --compute-dtype auto comes to, for weights of 16 bits
     torch.float32: "computed in float32: products in 16 bits are no faster on this CPU",
     None: "computed as stored; finetune takes float32 where that loses the signal, which --compute-dtype float32 plans",
 }
+DECODE_TEXTS = (  # without measured rates, and with them
+    "packed weights are decoded at the memory's rate, as they are read and a copy is written: theirs was not measured",
+    "packed weights are decoded as measured: Q5_K and Q6_K at the rate of nibbles, float8 at that of int8",
+)
+OFFLOADED_BYTES = 12  # a parameter, of backpropagation with weights, gradients and Adam on the host (arXiv 2604.05091)
+TABLE_COLUMNS = {"bf16": {}} | {store: {"store": store} for store in ("affine16", "affine8")}
+TABLE_COLUMNS["affine4, LoRA"] = {"store": "affine4", "peft": "lora"}
 
 
 class Prediction(NamedTuple):
@@ -100,7 +108,7 @@ class Planner:
         check_step(mesh, self.evaluations, num_batches)
         rows = r.batch // num_batches
         if rows not in self.models:
-            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens, self.compute_dtype, r)
+            self.models[rows] = plan_model(r.model, DTYPES.get(r.dtype), rows, r.tokens, self.compute_dtype, r, r.store)
         model = self.models[rows]
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
@@ -113,8 +121,8 @@ class Planner:
             model=model,
             rates=replace(machine.rates, slowdown=ranks) if machine.computes_on_host else machine.rates,
             on_host=machine.computes_on_host,
-            streamed={u.index for u in streamed},
-            slots=max(2, min(r.slots, len(streamed) + 1)),
+            streamed=streamed,
+            slots=num_slots_of(slots_of_use(model.units, r.slots), len(streamed)),
             link=self._link(ranks) if streamed else None,
             passes=[lanes[i : i + wave] for i in range(0, len(lanes), wave)],
             num_terms=r.probes,
@@ -125,7 +133,7 @@ class Planner:
         )
         played = play_steps(work)
         rank = {  # of the device; of the host, where it computes
-            "residents": sum(u.num_bytes for u in model.units if u.block < 0),
+            "residents": sum(u.num_bytes for u in model.units if u not in streamed),
             "slots": slot_bytes_of(u.num_bytes for u in streamed) * work.slots if streamed else 0,
             "scratch": played.scratch_bytes,
             "lanes": model.lane_bytes(min(wave, len(lanes))),
@@ -134,8 +142,8 @@ class Planner:
         stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
         host, disk = stored, 0
         if r.weights == "disk":  # frozen blocks stay in the checkpoint's files; residents that are trained are copied
-            written = [u for u in model.units if u.trainable]
-            host, disk = 0, sum(u.num_bytes * (1 if sliced and u.block >= 0 else ranks) for u in written)
+            written = [u for u in model.units if u.trainable or (u in streamed and not _lies_in_files(u))]
+            host, disk = 0, sum(u.num_bytes * (1 if sliced and u in streamed else ranks) for u in written)
         if machine.computes_on_host:
             host += ranks * rank["total"]
         elif r.weights == "disk" and streamed:
@@ -170,18 +178,15 @@ class Planner:
         return Prediction(row, played)
 
     def _place(self, model: ModelPlan, sliced: bool) -> list[Unit]:
-        """The units that stream, marked as the runtime marks them."""
+        """The units that stream, in the order of their blocks: those that lie in files of others come last."""
         r, machine = self.request, self.machine
         streams = r.weights == "disk" or (r.weights == "host" and (not machine.computes_on_host or sliced))
-        for unit in model.units:
-            unit.block = -1
         if not streams:
             return []
         budget = int(AUTO_SHARE * machine.device_bytes) if r.memory_budget == "auto" else r.memory_budget
-        streamed = blocks_to_stream(model.units, torch.device(machine.device), budget, r.slots, lambda: 0)
-        for block, unit in enumerate(streamed):
-            unit.block = block
-        return streamed
+        slots = slots_of_use(model.units, r.slots)
+        streamed = blocks_to_stream(model.units, torch.device(machine.device), budget, slots, lambda: 0)
+        return sorted(streamed, key=lambda unit: r.weights == "disk" and _lies_in_files(unit))
 
     def _link(self, ranks: int) -> Duplex:
         """The link of one rank, which the other ranks keep as busy."""
@@ -213,7 +218,10 @@ class Planner:
         if r.weights == "device" or (r.slice == "auto" and no_gather):
             ways = [False]
         meshes = [mesh for mesh in self._meshes() if mesh.size > 1]
-        return [self.predict(), *(self.predict(mesh, sliced) for mesh in meshes for sliced in ways)]
+        first = self.predict()
+        if any(p.is_coded for model in self.models.values() for u in model.units for p in u.params):
+            ways = [False]  # each rank keeps all codes
+        return [first, *(self.predict(mesh, sliced) for mesh in meshes for sliced in ways)]
 
     def _meshes(self) -> list[MeshShape]:
         r = self.request
@@ -253,6 +261,11 @@ def possible_meshes(
     return found
 
 
+def _lies_in_files(unit: Unit) -> bool:
+    """Whether a block streams from the files of its checkpoint: what nothing changes does, as far as files have it."""
+    return not unit.trainable and not any(p.stored is not None and p.stored.ranges is None for p in unit.params)
+
+
 def _bound(played: Played) -> str:
     """The busiest resource, with its share of the step."""
     busy = played.busy_s
@@ -279,6 +292,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         "transformers runs them here",
         *machine.assumptions,
         *([AUTO_TEXTS[planner.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
+        *((DECODE_TEXTS[bool(machine.rates.decode_per_s)],) if any(u.packed for u in model.units) else ()),
         *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
         f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
         if r.parallel or r.nproc
@@ -293,6 +307,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         "model": {
             "name": model.name,
             "dtype": dtype_name(model.dtype),
+            "packed": sorted({p.stored.format for p in params if p.layout is not None}),
             "compute_dtype": dtype_name(planner.compute_dtype or model.dtype),
             "elements": sum(p.numel for p in params),
             "bytes": sum(u.num_bytes for u in model.units),
@@ -320,7 +335,8 @@ def table(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     r, model, rows, best = result["request"], result["model"], result["rows"], result["best"]
     converts = model["seen_bytes"] != model["bytes"] or model["compute_dtype"] != model["dtype"]
-    computed = f" computed in {model['compute_dtype']}" if converts else ""
+    computed = f" packed as {', '.join(model['packed'])}" if model["packed"] else ""
+    computed += f" computed in {model['compute_dtype']}" if converts else ""
     lines = [
         f"{model['name']}, {model['dtype']}{computed}, {model['elements'] / 1e9:.3g} G weights, {gib(model['bytes'])}; "
         f"{r['batch']} x {r['tokens']} tokens a step, {r['estimator']}, {r['probes']} probe{'s' * (r['probes'] > 1)}; "
@@ -359,9 +375,31 @@ def table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def memory_table(request: Any, names: Iterable[str] = tuple(LARGE)) -> list[str]:
+    """The memory of the README as lines of Markdown, in GB: of a node's host for one device, weights in host memory,
+    and of that device in a step of one sequence of 2048 tokens."""
+    columns = list(TABLE_COLUMNS)
+    head = ["GB", *columns, *(f"on the device: {columns[i]}" for i in (0, -1)), "offloaded backpropagation"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for name in names:
+        rows, num = [], 0
+        for options in TABLE_COLUMNS.values():
+            asked = {"model": name, "dtype": "bfloat16", "weights": "host", "batch": 1, "tokens": 2048, **options}
+            planner = Planner(replace(request, **asked), GPUS["h200"])
+            rows.append(planner.predict().row)
+            num = num or sum(p.numel for u in planner.models[1].units for p in u.params)
+        sizes = [*(row["host_bytes"] for row in rows), *(row["rank_bytes"]["total"] for row in (rows[0], rows[-1]))]
+        cells = [f"{size / 1e9:.0f}" for size in (*sizes, OFFLOADED_BYTES * num)]
+        lines.append(f"| {name}, {num / 1e9:.3g} G | {' | '.join(cells)} |")
+    return lines
+
+
 def run_plan(request: Any, log: Callable[[str], None]) -> int:
     """The command; `request` has its options as attributes."""
     check_output(picture=request.picture, trace=request.trace, json=request.json)
+    if request.table:
+        log("\n".join(memory_table(request)))
+        return 0
     machine = find_machine(request.machine, devices_per_switch=request.devices_per_switch, nvlink=not request.no_nvlink)
     if request.device not in ("auto", machine.device):
         raise UsageError(f"--device {request.device}: {machine.name} computes on {machine.device}")

@@ -11,9 +11,10 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,28 +24,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.models.pretrained import meta_model
+from distzo2.formats.gguf import is_gguf
+from distzo2.formats.packed_checkpoint import is_quantized
+from distzo2.formats.packing import pack_map, packable, packed_as
+from distzo2.models.pretrained import meta_model, open_checkpoint
+from distzo2.models.shapes import LARGE, SHAPES, shape_config
 from distzo2.optim.selection import select
 from distzo2.peft.adapters import NAME, keys_of, virtual_tokens, wrap
 from distzo2.run.options import Trained
-from distzo2.run.preflight import adapter_config
+from distzo2.run.preflight import adapter_config, check_packed
 from distzo2.streaming.hooks import Windows
 from distzo2.tasks.kinds import model_kind
-from distzo2.weights.units import HALVES, Unit, collect_params, dtypes_to_compute_in, find_units
-
-if TYPE_CHECKING:
-    from transformers import OPTConfig
-
-SHAPES = {  # hidden size, layers, heads (arXiv 2205.01068, table 1)
-    "opt-125m": (768, 12, 12),
-    "opt-1.3b": (2048, 24, 32),
-    "opt-2.7b": (2560, 32, 32),
-    "opt-6.7b": (4096, 32, 32),
-    "opt-13b": (5120, 40, 40),
-    "opt-30b": (7168, 48, 56),
-    "opt-66b": (9216, 64, 72),
-    "opt-175b": (12288, 96, 96),
-}
+from distzo2.weights.units import HALVES, StoredAs, StoredBy, Unit, collect_params, dtypes_to_compute_in, find_units
 
 # Reads rows of its first argument, not all of it.
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "nll_loss_forward"}
@@ -117,22 +108,6 @@ class ModelPlan:
         return max(p.peak + (num_lanes - 1) * max(p.live_before, p.live_after) for p in self.parts)
 
 
-def opt_config(name: str, num_layers: int | None = None) -> OPTConfig:
-    """The configuration of a published OPT; `num_layers` replaces its number of layers."""
-    from transformers import OPTConfig
-
-    hidden, layers, heads = SHAPES[name]
-    return OPTConfig(
-        vocab_size=50272,
-        hidden_size=hidden,
-        num_hidden_layers=num_layers or layers,
-        ffn_dim=4 * hidden,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        word_embed_proj_dim=hidden,
-    )
-
-
 def plan_model(
     source: str,
     dtype: torch.dtype | None,
@@ -140,44 +115,78 @@ def plan_model(
     tokens: int,
     compute_dtype: torch.dtype | None = None,
     trained: Trained = _ALL,
+    store: str | None = None,
 ) -> ModelPlan:
     """The units of a model, and the parts of a forward with the loss of all its tokens, at [rows, tokens].
 
     Args:
-        source: a published OPT's name, a checkpoint's directory, or a config.json.
+        source: a published model's name, a checkpoint's directory, a config.json, or a GGUF file. Of packed weights
+            only the files' headers are read.
         dtype: of the weights; None: the configuration's, float16 for a name.
         compute_dtype: of the forward, as of `offload`.
         trained: which part of it is trained, or which adapter.
+        store: packs the matrices of blocks, as of `from_pretrained`.
 
     Raises:
         UsageError: `source` is none of these. CheckpointError: its configuration is not one that transformers knows.
         DistZO2Error: the part cannot be trained.
     """
+    if trained.tune == "gain":
+        raise UsageError(
+            "--tune gain: gains are not planned; --peft lora streams the same bytes, and decodes them once"
+        )
     path, kind = Path(source), "causal"
-    if source in SHAPES:
-        from transformers import OPTForCausalLM
+    place = path.parent if path.is_file() and path.name == "config.json" else path
+    stored: dict[int, StoredAs] = {}  # by the ids of parameters
+    if source in SHAPES or source in LARGE:
+        from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = OPTForCausalLM._from_config(opt_config(source), dtype=dtype or torch.float16)
+            model = AutoModelForCausalLM.from_config(shape_config(source), dtype=dtype or torch.float16)
         name = source
-    elif path.is_dir() or (path.is_file() and path.name == "config.json"):
-        directory = path if path.is_dir() else path.parent
-        model, name = meta_model(directory, dtype), directory.resolve().name
-        kind = model_kind(directory).name if trained.adapts else kind
+    elif place.is_dir() or is_gguf(place):
+        name = place.resolve().name
+        if is_gguf(place) or is_quantized(place):
+            model, stored = _from_files(place, dtype, store)
+        else:
+            model = meta_model(place, dtype)
+        kind = model_kind(place).name if trained.adapts else kind
     else:
-        raise UsageError(
-            f"--model {source}: expected a checkpoint's directory, a config.json, or one of {', '.join(SHAPES)}"
-        )
-    stored = model.dtype
+        known = f"a checkpoint's directory, a config.json, a GGUF file, or one of {', '.join((*SHAPES, *LARGE))}"
+        raise UsageError(f"--model {source}: expected {known}")
+    if store is not None and not stored:
+        names = packable(model)
+        stored = {id(p): packed_as(p.shape, store) for name, p in model.named_parameters() if name in names}
+    for p in model.parameters():
+        if (told := stored.get(id(p))) is not None and told.layout is not None and told.code_dtype is None:
+            p.requires_grad_(False)
+    check_packed(trained, source, stored.values())
+    declared = model.dtype
     if trained.adapts:
-        model = wrap(model, adapter_config(trained, source, kind, model)).to("meta")
+        model = wrap(model, adapter_config(trained, source, kind, model))
     if trained.train_only or trained.freeze:
         select(model, trained.train_only, trained.freeze)
-    return plan_module(model.eval(), name, stored, rows, tokens, compute_dtype)
+    by_name = {name: stored.get(id(p)) for name, p in model.named_parameters()}
+    return plan_module(model.eval().to("meta"), name, declared, rows, tokens, compute_dtype, by_name.get)
+
+
+def _from_files(place: Path, dtype: torch.dtype | None, store: str | None) -> tuple[nn.Module, dict[int, StoredAs]]:
+    """A packed model on meta, and how its parameters are stored, by their ids."""
+    model, found = open_checkpoint(place, dtype=dtype)
+    with closing(found):
+        found = found if store is None else pack_map(model, found, store).map
+        told = {id(p): found.stored_as(name) for name, p in model.named_parameters()}
+        return model, {key: each for key, each in told.items() if each is not None}
 
 
 def plan_module(
-    model: nn.Module, name: str, dtype: torch.dtype, rows: int, tokens: int, compute_dtype: torch.dtype | None = None
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    rows: int,
+    tokens: int,
+    compute_dtype: torch.dtype | None = None,
+    stored: StoredBy | None = None,
 ) -> ModelPlan:
     """Plans a language model that is on the meta device; see `plan_model`."""
     adapter = getattr(model, "peft_config", {}).get(NAME)
@@ -186,7 +195,7 @@ def plan_module(
     if limit is not None and tokens + taken > limit:
         beside = f", of which the adapter takes {taken}" if taken else ""
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions{beside}")
-    params = collect_params(model)
+    params = collect_params(model, stored)
     saved = keys_of(model) if adapter is not None else {p.name for p in params}
     units, dtypes = find_units(model, params), dtypes_to_compute_in(params, compute_dtype)
     for unit in units:
@@ -208,7 +217,8 @@ def plan_module(
     finally:
         windows.remove()
     recorder.finish()
-    return ModelPlan(name, dtype, units, recorder.parts, sum(p.num_bytes for p in params if p.name in saved))
+    written = sum(p.numel * p.declared.itemsize for p in params if p.name in saved)  # codes are decoded
+    return ModelPlan(name, dtype, units, recorder.parts, written)
 
 
 # ---- following a forward ------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from distzo2.text import gib
 LANES = (
     ("compute", "compute", "#4477aa"),
     ("materialize", "noise and updates", "#ccbb44"),
+    ("decode", "decoding", "#ddaa77"),
     ("wait", "waiting for transfers", "#ee6677"),
     ("stall", "device waits", "#ee6677"),
     ("update", "updates of slices", "#bbaa33"),
@@ -339,7 +340,7 @@ def draw_step(axes: Any, events: Lines) -> None:
 def plan_events(played: Played) -> list[dict[str, Any]]:
     """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
     begin, events = played.steps[0][0], []
-    kinds = ["step", "wait", "compute", "materialize", "update", "gather"]
+    kinds = ["step", "wait", "compute", "materialize", "update", "gather", "decode"]
     rows = {kind: row for row, kind in enumerate(kinds)} | {"upload": 16, "download": 32}
 
     def add(kind: str, name: str, start: float, end: float, **args: float) -> None:

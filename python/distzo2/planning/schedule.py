@@ -1,6 +1,7 @@
-"""The schedule of a rank's steps, by the rules of the runtime: which unit is brought when and to which slot, what a
-visit perturbs and updates, when blocks go back. `Schedule` issues tasks; `play` says when they run; `play_steps` plays
-steps until they repeat.
+"""The schedule of a rank's steps: which unit is brought when and to which slot, what a visit decodes, perturbs and
+updates, when blocks go back. The rules are the runtime's own, `UnitWeights`, over a store whose transfers, and with
+visits whose arithmetic, are tasks. `Schedule` issues them; `play` says when they run; `play_steps` plays steps until
+they repeat.
 
 Resources: compute; host, which issues (where the host computes, it is the same as compute); upload, download; and,
 where blocks are sliced, side, which updates a slice, and gather. A resource runs its tasks one at a time, in the order
@@ -11,16 +12,22 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from distzo2.planning.machines import Duplex, Rates
 from distzo2.planning.plan_model import ModelPlan, Part
-from distzo2.streaming.lanes import Emission
 from distzo2.weights.scratch import Scratch
-from distzo2.weights.units import TRAINABLE_DTYPES, Unit
+from distzo2.weights.store import Store, StoredCopy
+from distzo2.weights.unit_weights import UnitWeights
+from distzo2.weights.units import Unit
+from distzo2.weights.updates import Emission
+from distzo2_core import Update
 
 # Steps that are played first: the first has no update to make and nothing prefetched, and where transfers bound, they
 # pile up for a while. More of them while the steps after still differ.
@@ -28,6 +35,7 @@ WARM_STEPS = (2, 6, 14)
 SAME = 1e-3
 MOST_STEPS = 16  # that are played, where blocks are written in turn
 _ADDRESSES = itertools.count(1)  # of memory that only counts
+_NOWHERE: Any = SimpleNamespace(copy_=lambda stored: None)
 
 
 @dataclass(eq=False)
@@ -145,7 +153,7 @@ def play_steps(work: Work) -> Played:
         if inside <= 0:
             continue
         busy[task.resource] += inside / num_steps
-        if task.kind in ("materialize", "update"):
+        if task.kind in ("decode", "materialize", "update"):
             noise_s += inside / num_steps
         elif task.kind in num_bytes:
             num_bytes[task.kind] += task.num_bytes * inside / (task.end - task.start) / num_steps
@@ -182,7 +190,7 @@ class Work:
     model: ModelPlan
     rates: Rates
     on_host: bool  # the host computes
-    streamed: Collection[int]  # indices of units that stream; their Unit.block is set
+    streamed: Sequence[Unit]  # the units that stream, by their blocks
     slots: int
     link: Duplex | None  # the rank's share of it
     passes: Sequence[Sequence[Emission]]  # of a step: the lanes' emissions in their order
@@ -196,10 +204,7 @@ class Work:
 class _Ledger(Scratch):
     """The runtime's scratch, without its memory."""
 
-    def _follow(self) -> None:
-        """No-op: there are no streams."""
-
-    def _allocate(self, num_bytes: int) -> SimpleNamespace:
+    def _allocate(self, num_bytes: int) -> Any:
         address = next(_ADDRESSES)
         return SimpleNamespace(data_ptr=lambda: address, numel=lambda: num_bytes)
 
@@ -211,10 +216,17 @@ class _Ledger(Scratch):
         return sum(one.num_bytes * max(len(one.buffers), one.limit if id(one) in renewed else 0) for one in used)
 
 
+class _Memory(Store):
+    """The units that stay on the device."""
+
+    def acquire(self, copy: StoredCopy) -> Any:
+        return None
+
+
 @dataclass(eq=False)
 class _Slot:
     number: int
-    unit: Unit | None = None
+    copy: StoredCopy | None = None
     held: bool = False
     wanted: bool = False
     last_use: int = 0
@@ -224,34 +236,109 @@ class _Slot:
     version: int = -1  # sliced blocks: updates that the gathered block holds
 
 
-class Schedule:
-    """Issues the tasks of steps, one after another, as the runtime would."""
+class _Ring(Store):
+    """The store of what streams: as the copy engine, and, where blocks are sliced, as `SlicedStore`."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.units = work.model.units
-        self.tasks: list[Task] = []
-        self.step_ends: list[Task] = []
-        self._version = 0
-        self._stored = {u.index: 0 for u in self.units}  # versions
-        self._copied = {  # what copies for modules hold: parameters that updates reach, and those of a unit to convert
-            u.index: [p for p in u.params if p.trainable or (u.converts and p.dtype in TRAINABLE_DTYPES)]
-            for u in self.units
-        }
-        self._scratch = _Ledger([u for u in self.units if self._copied[u.index]], None)
+    def __init__(self, schedule: Schedule, work: Work) -> None:
+        self.schedule, self.work = schedule, work
+        self.num_slots, self.gathers = work.slots, work.slicing is not None
         self._slots = [_Slot(number) for number in range(work.slots)]
         self._slot_of: dict[int, _Slot] = {}
         self._store_of: dict[int, Task] = {}  # by unit: its last download
         self._uses = itertools.count(1)
-        streamed = [u for u in self.units if u.index in work.streamed]
-        self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}
-        self._last: Unit | None = None
-        self._present: set[int] = set()
-        self._dirty: set[int] = set()
-        self._visited: set[int] = set()  # in the pass
-        self._to_complete: list[Unit] = []  # sliced blocks uploaded ahead of the update that they miss
-        self._host: Task | None = None  # the last one that the host has issued from
-        self._compute: Task | None = None
+        self._to_complete: list[StoredCopy] = []  # uploaded ahead of the update that they miss
+
+    def begin_pass(self) -> None:
+        for copy in self._to_complete:
+            self._complete(copy)
+        self._to_complete.clear()
+
+    def acquire(self, copy: StoredCopy) -> Any:
+        slot = self._take(copy, hold=True)
+        if self.gathers and copy.unit.trainable and slot.version != self.schedule.version:
+            self._complete(copy)  # present since the last pass
+        kind = "wait" if self.work.on_host else "stall"
+        self.schedule.run(kind, copy.unit.name, 0.0, slot.ready, slot.stored)
+        return None
+
+    def release(self, copy: StoredCopy, dirty: bool, stream: Any = None) -> None:
+        slot = self._slot_of[copy.unit.index]
+        slot.held, slot.readers, slot.last_use = False, self.schedule.compute, next(self._uses)
+        if dirty:
+            self._download(copy, slot, copy.num_bytes, self.schedule.compute)
+
+    def expect(self, following: Sequence[StoredCopy], num_current: int) -> None:
+        for number, copy in enumerate(following[: self.num_slots - 1]):
+            if self._take(copy, hold=False, is_current=number < num_current) is None:
+                return
+
+    def _take(self, copy: StoredCopy, hold: bool, is_current: bool = True) -> _Slot | None:
+        """The slot of a block, which is held, or else prefetched and so wanted. One without gets the slot that was
+        released longest ago; to be held, in need, the one wanted last. None: no slot is free."""
+        slot = self._slot_of.get(copy.unit.index)
+        if slot is None:
+            unheld = [s for s in self._slots if not s.held]
+            slot = min((s for s in unheld if not s.wanted), key=lambda s: s.last_use, default=None)
+            if slot is None and hold:
+                slot = max(unheld, key=lambda s: s.last_use)
+            if slot is None:
+                return None
+            self._assign(slot, copy, is_current)
+        if hold:
+            slot.held, slot.wanted = True, False
+        elif not slot.held:
+            slot.wanted, slot.last_use = True, next(self._uses)
+        return slot
+
+    def _assign(self, slot: _Slot, copy: StoredCopy, is_current: bool) -> None:
+        if slot.copy is not None:
+            del self._slot_of[slot.copy.unit.index]
+        slot.copy, slot.wanted, slot.version = copy, False, -1
+        self._slot_of[copy.unit.index] = slot
+        num_bytes = copy.num_bytes / (self.work.slicing.num_ranks if self.gathers else 1)
+        after = (self.schedule.host, slot.readers, slot.stored, self._store_of.get(copy.unit.index))
+        seconds, more = num_bytes / self.work.link.up, {"num_bytes": num_bytes, "slot": slot.number}
+        slot.ready = self.schedule.add("upload", "upload", copy.unit.name, seconds, *after, **more)
+        slot.stored = None
+        if self.gathers and copy.unit.trainable and not is_current:  # the update of the next pass may not be known yet
+            self._to_complete.append(copy)
+        elif self.gathers:
+            self._complete(copy)
+
+    def _download(self, copy: StoredCopy, slot: _Slot, num_bytes: float, after: Task | None) -> None:
+        seconds, more = num_bytes / self.work.link.down, {"num_bytes": num_bytes, "slot": slot.number}
+        slot.stored = self.schedule.add("download", "download", copy.unit.name, seconds, after, slot.ready, **more)
+        self._store_of[copy.unit.index] = slot.stored
+
+    def _complete(self, copy: StoredCopy) -> None:
+        """Updates a slice that was uploaded, writes it back, and gathers the block. Blocks behind by elision are
+        brought up to date in the slot only, at every visit."""
+        slicing, slot = self.work.slicing, self._slot_of[copy.unit.index]
+        slot.version, share = self.schedule.version, 1.0 / slicing.num_ranks
+        if self.schedule.write_up_to_date(copy, slot, _NOWHERE):
+            self._download(copy, slot, copy.num_bytes * share, slot.ready)
+        where = "upload" if slicing.over_link else "gather"
+        after, received = (slot.ready, self.schedule.host), copy.num_bytes * (slicing.num_ranks - 1) * share
+        seconds = copy.num_bytes * slicing.gather_s
+        slot.ready = self.schedule.add(where, "gather", copy.unit.name, seconds, *after, num_bytes=received)
+
+
+class Schedule(UnitWeights):
+    """Issues the tasks of steps, one after another, as the runtime would: its rules of units, updates and perturbed
+    copies, with tasks in the place of what a visit computes."""
+
+    def __init__(self, work: Work) -> None:
+        self.work, device = work, torch.device("cpu")
+        self.tasks: list[Task] = []
+        self.step_ends: list[Task] = []
+        self.host: Task | None = None  # the last one that the host has issued from
+        self.compute: Task | None = None
+        block = {unit: number for number, unit in enumerate(work.streamed)}
+        copies = [StoredCopy(u, 0, u.num_bytes, block=block.get(u, -1)) for u in work.model.units]
+        ring, every = _Ring(self, work), work.write_every
+        super().__init__(work.model.units, copies, _Memory(), ring, device=device, write_every=every)
+        self._scratch = _Ledger([u for u in self.units if u.trainable or u.converts], device)
+        self.bind(self, {p.index: 0 for p in self.params if p.trainable}, 1, 0)
         self._part_s = [work.rates.part_s(p) for p in work.model.parts]
 
     @property
@@ -261,7 +348,7 @@ class Schedule:
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 
-    def _add(self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **more: float) -> Task:
+    def add(self, resource: str, kind: str, name: str, seconds: float, *after: Task | None, **more: float) -> Task:
         task = Task(resource, kind, name, seconds, tuple(t for t in after if t is not None), **more)
         self.tasks.append(task)
         return task
@@ -270,62 +357,60 @@ class Schedule:
         """The host spends `seconds` on issuing; returns what of it falls to compute: all where the host computes."""
         if self.work.on_host:
             return seconds
-        self._host = self._add("host", "host", "", seconds)
+        self.host = self.add("host", "host", "", seconds)
         return 0.0
 
-    def _run(self, kind: str, name: str, seconds: float, *after: Task | None) -> Task:
+    def run(self, kind: str, name: str, seconds: float, *after: Task | None) -> Task:
         """Adds a task of compute, behind everything issued before."""
-        self._compute = self._add("compute", kind, name, seconds, self._host, *after)
+        self.compute = self.add("compute", kind, name, seconds, self.host, *after)
         if self.work.on_host:
-            self._host = self._compute
-        return self._compute
+            self.host = self.compute
+        return self.compute
+
+    def visit(self, kind: str, unit: Unit, seconds: float) -> None:
+        """Adds a call that makes copies of a unit, or updates it."""
+        self.run(kind, unit.name, seconds + self._issue(self.work.rates.host.materialize_s))
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         for emissions in self.work.passes:
             self._pass(emissions)
-        name, seconds = f"step {self._version}", self.work.rates.host.step_s + self.work.exchange_s
+        name, seconds = f"step {self.version}", self.work.rates.host.step_s + self.work.exchange_s
         if self.work.on_host:
-            end = self._run("host", name, seconds)
+            end = self.run("host", name, seconds)
         else:  # the losses are read: the host waits for the device
-            end = self._host = self._add("host", "host", name, seconds, self._compute, self._host)
+            end = self.host = self.add("host", "host", name, seconds, self.compute, self.host)
         self.step_ends.append(end)
-        self._version += 1
+        self.push(Update(self.version, (), ()), ())
 
     def _pass(self, emissions: Sequence[Emission]) -> None:
-        self._dirty.clear()
-        self._visited.clear()
         distinct = list(dict.fromkeys(emissions))
-        for unit in self._to_complete:
-            self._complete(unit)
-        self._to_complete.clear()
+        self.ring.begin_pass()
         host, turned = self.work.rates.host, True
         for group in self._groups(len(distinct)):
             first = group[0][0]
             if first.units:
-                for index in self._present - set(first.units):
-                    self._release(self.units[index])
+                self.release_all_but(first.units)
                 entered = self.units[first.units[-1]]
                 overhead = self._issue(host.visit_s)
-                if entered.index not in self._present:
-                    self._bring(entered)
+                self.bring(entered)
                 if overhead:
-                    self._run("compute", entered.name, overhead)
+                    self.run("compute", entered.name, overhead)
             turned = not turned  # the lane that ran last is the first to continue
             in_order = emissions[::-1] if turned else emissions
             for i, emission in enumerate(in_order):
                 for part, seconds in group:
                     pinned: set[int] = set()
                     for index in part.units:
-                        pinned.add(self._point(self.units[index], emission, distinct, pinned))
+                        pinned.add(self.under(self.units[index], emission, distinct, pinned)[1])
                     if part is first and first.units:
-                        self._release_early(entered, in_order[i:])
+                        self.release_early(entered, in_order[i:])
                     overhead = self._issue(host.lane_s + part.num_ops * host.op_s)
                     name = self.units[part.units[-1]].name if part.units else "(start)"
-                    self._run("compute", name, seconds + overhead)
-        for index in list(self._present):
-            self._release(self.units[index])
+                    self.run("compute", name, seconds + overhead)
+        self.release_all_but()
+        self.end_pass()
 
     def _groups(self, num_emissions: int) -> Iterator[list[tuple[Part, float]]]:
         """The parts that a lane runs one after another, with their seconds: it waits for the others where a unit that
@@ -333,161 +418,37 @@ class Schedule:
         group: list[tuple[Part, float]] = []
         for part, seconds in zip(self.work.model.parts, self._part_s, strict=True):
             unit = self.units[part.units[-1]] if part.units else None
-            if group and unit is not None:
-                copied = self._copied[unit.index]
-                most = max(0, self._scratch.limit(unit) // num_emissions - 1) if copied else 1
-                if unit.trainable and unit.beside is not None:  # lanes wait at what is beside it
-                    most = max(1, most)
-                if unit.index in self.work.streamed or len(group) > most:
-                    yield group
-                    group = []
+            if group and unit is not None and len(group) > self.room_ahead(unit, num_emissions):
+                yield group
+                group = []
             group.append((part, seconds))
         yield group
 
     # ---- as UnitWeights ---------------------------------------------------------------------------------------------
 
-    def _bring(self, unit: Unit) -> None:
-        self._present.add(unit.index)
-        self._visited.add(unit.index)
-        if unit.index not in self.work.streamed:
-            return
-        slot = self._take(unit, hold=True)
-        if self.work.slicing is not None and unit.trainable and slot.version != self._version:
-            self._complete(unit)  # present since the last pass
-        self._run("wait" if self.work.on_host else "stall", unit.name, 0.0, slot.ready, slot.stored)
-        if self._last is not None:
-            self._next[self._last.index] = unit
-        self._last = unit
-        self._prefetch_after(unit)
+    def _views_of(self, unit: Unit, buffer: Any, for_modules: bool = False) -> list[Any]:
+        return unit.params
 
-    def _prefetch_after(self, after: Unit) -> None:
-        for _ in range(self.work.slots - 1):
-            after = self._next[after.index]
-            if self._take(after, hold=False) is None:
-                return
+    def _decode(self, unit: Unit, stored: Any, outs: Sequence[Any]) -> None:
+        packed = [p for p in unit.params if p.layout is not None and not p.is_coded]
+        seconds = sum(self.work.rates.decode_s(p) for p in packed)
+        self.visit("decode", unit, seconds * len(outs))
 
-    def _release(self, unit: Unit) -> None:
-        self._present.discard(unit.index)
-        if unit.index not in self.work.streamed:
-            return
-        slot = self._slot_of[unit.index]
-        slot.held, slot.readers = False, self._compute
-        slot.last_use = next(self._uses)
-        if unit.index in self._dirty:
-            self._dirty.discard(unit.index)
-            self._download(unit, slot, unit.num_bytes, self._compute)
-
-    def _release_early(self, unit: Unit, emissions: Sequence[Emission]) -> None:
-        if unit.index not in self.work.streamed or unit.index not in self._present:
-            return
-        as_stored = not unit.converts and any(e.clean and not self._elides(unit) for e in emissions)
-        if as_stored or len(self._copied[unit.index]) < len(unit.params):
-            return
-        if all(self._scratch.find(unit, self._key(unit, e)) is not None for e in emissions):
-            self._release(unit)
-            self._prefetch_after(unit)
-
-    def _elides(self, unit: Unit) -> bool:
-        behind = unit.index in self.work.streamed and self._stored[unit.index] < self._version
-        return behind and (self._version + unit.block) % self.work.write_every != 0
-
-    def _point(self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]) -> int:
-        """The address of the copy that the lane uses; 0: the clean weights as they are stored."""
-        stays_behind = self._elides(unit) and self.work.slicing is None
-        if not unit.converts and (not unit.trainable or (emission.clean and not stays_behind)):
-            self._materialize(unit, 0, 0)
-            return 0
-        key = self._key(unit, emission)
-        buffer = self._scratch.find(unit, key)
-        if buffer is None:
-            mirrored = (self._key(unit, e) for e in emissions if e.mirrors(emission))
-            wanted = dict.fromkeys([key, *(k for k in mirrored if self._scratch.find(unit, k) is None)])
-            buffer = self._scratch.take(unit, list(wanted), pinned)[0]
-            self._materialize(unit, len(wanted), 0 if emission.clean else 1)
-        return buffer.data_ptr()
-
-    def _key(self, unit: Unit, emission: Emission) -> tuple:
-        """What a copy is a function of: where no update reaches it, of the stored weights alone."""
-        return (self._version, emission.terms) if unit.trainable else ()
-
-    def _materialize(self, unit: Unit, num_outs: int, num_noises: int) -> None:
-        # A sliced block reaches its slot with every update made.
-        sliced = self.work.slicing is not None and unit.index in self.work.streamed
-        missed = 0 if sliced or not unit.trainable else self._version - self._stored[unit.index]
-        writes = missed > 0 and not (num_outs and self._elides(unit))
-        if missed or num_outs:
-            seconds = self._noise_s(unit, 1.0, missed, num_noises, num_outs, writes)
-            self._run("materialize", unit.name, seconds + self._issue(self.work.rates.host.materialize_s))
-            if writes:
-                self._dirty.add(unit.index)
-        if writes or not (missed or sliced):
-            self._stored[unit.index] = self._version
-
-    def _noise_s(self, unit: Unit, share: float, missed: int, noises: int, outs: int, writes: bool) -> float:
-        seconds, made = 0.0, {"terms": missed * self.work.num_terms, "emissions": noises, "write": writes}
-        for p in self._copied[unit.index]:
-            if p.trainable or outs:
-                size = round(p.numel * share), p.dtype, self.work.family
+    def _materialize(self, copy, stored, table, emissions, outs, for_modules, write_back) -> None:
+        """`stored` is the slot of a slice, which is updated beside the lanes, or None."""
+        work, unit, seconds = self.work, copy.unit, 0.0
+        share = 1.0 / work.slicing.num_ranks if stored is not None else 1.0
+        made = {
+            "terms": (self.version - copy.version) * work.num_terms,
+            "emissions": int(not all(e.clean for e in emissions)),  # both signs of a probe are made of one noise
+            "write": write_back,
+        }
+        for p, copied in zip(unit.params, self._reach_of(unit).copied, strict=True):
+            if copied and (outs or p.trainable) and (p.layout is None or p.is_coded):
+                size = round(p.numel * share), p.stored.code_dtype if p.is_coded else p.dtype, work.family
                 call = made if p.trainable else dict.fromkeys(made, 0)
-                seconds += self.work.rates.noise_s(*size, out_bytes=outs * p.seen.itemsize, **call)
-        return seconds
-
-    # ---- as the copy engine -----------------------------------------------------------------------------------------
-
-    def _take(self, unit: Unit, hold: bool) -> _Slot | None:
-        """The slot of a unit, which is held, or else prefetched and so wanted. A unit without one gets the slot that
-        was released longest ago; to be held, in need, the one wanted last. None: no slot is free."""
-        slot = self._slot_of.get(unit.index)
-        if slot is None:
-            unheld = [s for s in self._slots if not s.held]
-            slot = min((s for s in unheld if not s.wanted), key=lambda s: s.last_use, default=None)
-            if slot is None and hold:
-                slot = max(unheld, key=lambda s: s.last_use)
-            if slot is None:
-                return None
-            self._assign(slot, unit)
-        if hold:
-            slot.held, slot.wanted = True, False
-        elif not slot.held:
-            slot.wanted, slot.last_use = True, next(self._uses)
-        return slot
-
-    def _assign(self, slot: _Slot, unit: Unit) -> None:
-        if slot.unit is not None:
-            del self._slot_of[slot.unit.index]
-        slot.unit, slot.wanted, slot.version = unit, False, -1
-        self._slot_of[unit.index] = slot
-        num_bytes = unit.num_bytes / (self.work.slicing.num_ranks if self.work.slicing else 1)
-        seconds = num_bytes / self.work.link.up
-        after = (self._host, slot.readers, slot.stored, self._store_of.get(unit.index))
-        slot.ready = self._add("upload", "upload", unit.name, seconds, *after, num_bytes=num_bytes, slot=slot.number)
-        slot.stored = None
-        if self.work.slicing is not None:
-            if unit.trainable and unit.index in self._visited:  # the next pass's update of it may not be known yet
-                self._to_complete.append(unit)
-            else:
-                self._complete(unit)
-
-    def _download(self, unit: Unit, slot: _Slot, num_bytes: float, after: Task | None) -> None:
-        seconds, more = num_bytes / self.work.link.down, {"num_bytes": num_bytes, "slot": slot.number}
-        slot.stored = self._add("download", "download", unit.name, seconds, after, slot.ready, **more)
-        self._store_of[unit.index] = slot.stored
-
-    def _complete(self, unit: Unit) -> None:
-        """Updates a slice that was uploaded, writes it back, and gathers the block."""
-        slicing, slot = self.work.slicing, self._slot_of[unit.index]
-        share = 1.0 / slicing.num_ranks
-        ready, slot.version = slot.ready, self._version
-        missed = self._version - self._stored[unit.index] if unit.trainable else 0
-        if missed:
-            writes = not self._elides(unit)
-            seconds = self._noise_s(unit, share, missed, 0, 0, writes)
-            ready = self._add("side", "update", unit.name, seconds, ready, self._host)
-            if writes:
-                self._download(unit, slot, unit.num_bytes * share, ready)
-                # Blocks behind by elision are brought up to date in the slot only, at every visit.
-                self._stored[unit.index] = self._version
-        where = "upload" if slicing.over_link else "gather"
-        received = unit.num_bytes * (slicing.num_ranks - 1) * share
-        seconds = unit.num_bytes * slicing.gather_s
-        slot.ready = self._add(where, "gather", unit.name, seconds, ready, self._host, num_bytes=received)
+                seconds += work.rates.noise_s(*size, out_bytes=len(outs) * p.seen.itemsize, **call)
+        if stored is not None:
+            stored.ready = self.add("side", "update", unit.name, seconds, stored.ready, self.host)
+        else:
+            self.visit("materialize", unit, seconds)

@@ -23,10 +23,8 @@ from pydantic import Field as Range
 from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
-# --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
-_OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
-# Gains have those of LoRA: both learned at one rate by fzoo (docs/packed.md).
-_OF_LORA = {"lr": 1e-4, "eps": 1e-2}
+# --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's, gains LoRA's.
+_OF_LORA, _OF_PROMPTS = {"lr": 1e-4, "eps": 1e-2}, {"lr": 1e-2, "eps": 1e-1}
 RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
 TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
@@ -172,9 +170,8 @@ class Trained(Adapted):
     )
     tune: Literal["adapter", "gain", "code", "full"] | None = option(
         None,
-        "adapter: as --peft lora; gain: a factor for each group of packed weights (docs/packed.md); code: weights "
-        "stored as codes (--store affine16, or affine8); full: weights as they are (default: what --peft, --adapter "
-        "and --store say)",
+        "adapter: as --peft lora; gain: a factor for each group of packed weights; code: weights stored as codes "
+        "(--store affine16, or affine8); full: weights as they are (default: as --peft, --adapter, --store say)",
     )
     lora_r: Count = option(8, "rank of LoRA's matrices")
     lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
@@ -198,9 +195,6 @@ class Trained(Adapted):
             object.__setattr__(self, "peft", TUNED_BY[self.tune])
         elif self.tune in ("gain", "code", "full") and self.adapts:
             raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
-        if self.tune == "gain" and (self.train_only or self.freeze):
-            flag = "--train-only" if self.train_only else "--freeze"
-            raise UsageError(f"{flag}: with --tune gain the gains of all blocks are trained, and nothing else")
         if self.train_only and self.adapts:
             raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
 
@@ -208,6 +202,17 @@ class Trained(Adapted):
     def adapts(self) -> bool:
         """Whether an adapter is trained, and the model itself is not."""
         return bool(self.peft or self.adapter)
+
+    def settle_store(self) -> None:
+        """Sets `store` where --tune says it. Raises UsageError where what it packs cannot be trained as asked."""
+        object.__setattr__(self, "store", self.store or ("affine16" if self.tune == "code" else None))
+        if self.store in ("affine4", "table4") and not (self.adapts or self.train_only or self.tune == "gain"):
+            raise UsageError(
+                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
+                "--peft lora trains an adapter beside them, --tune gain their scales, --store affine16 or affine8 codes"
+            )
+        if self.tune == "full" and self.store is not None:
+            raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,16 +398,7 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tune == "code" and self.store is None:
-            object.__setattr__(self, "store", "affine16")
-        if self.store in ("affine4", "table4") and not (self.adapts or self.train_only or self.tune == "gain"):
-            raise UsageError(
-                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
-                "--peft lora trains an adapter beside them, --tune gain their scales, --store affine16 or affine8 the "
-                "codes themselves"
-            )
-        if self.tune == "full" and self.store is not None:
-            raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
+        self.settle_store()
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.kinds import ModelKind
 from distzo2.text import gib
 from distzo2.weights.residency import MemoryBudget, available_memory, free_disk_bytes
-from distzo2.weights.units import HALVES
+from distzo2.weights.units import HALVES, StoredAs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SPARE = 0.05  # of what is free, left to others
@@ -150,6 +151,21 @@ def adapter_config(options: Trained, model: str, kind: str, held: nn.Module | No
         options.peft, kind, str(Path(model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
         targets=options.lora_targets, virtual_tokens=options.virtual_tokens, held=held,
     )  # fmt: skip
+
+
+def check_packed(options: Trained, model: str, stored: Iterable[StoredAs]) -> None:
+    """Raises UsageError where weights of `model` that are stored so, and cannot be updated, are to be trained."""
+    if options.tune == "gain":
+        if options.train_only or options.freeze:
+            flag = "--train-only" if options.train_only else "--freeze"
+            raise UsageError(f"{flag}: with --tune gain the gains of all blocks are trained, and nothing else")
+        return
+    formats = sorted({each.format for each in stored if each.layout is not None and each.code_dtype is None})
+    if formats and not (options.adapts or options.train_only or options.freeze):
+        raise UsageError(
+            f"--model {model}: its weights are packed ({', '.join(formats)}), and cannot be updated as they are: "
+            "--peft lora trains an adapter beside them, --tune gain their scales, --train-only what is not packed"
+        )
 
 
 def beside_prompt(kind: ModelKind, adapter: Any) -> ModelKind:

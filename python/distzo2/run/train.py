@@ -51,6 +51,7 @@ from distzo2.run.preflight import (
     check_disk,
     check_memory,
     check_output,
+    check_packed,
     load_model,
     placed,
     reading_of,
@@ -265,15 +266,7 @@ def _prepared(
         model, base = gains(model, base)
     elif options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
-    elif (
-        base.is_packed
-        and source is None
-        and not any(p.requires_grad and base.mapped[name].packed is not None for name, p in model.named_parameters())
-    ):
-        raise UsageError(
-            f"--model {options.model}: its weights are packed ({base.formats}), and cannot be updated as they are: "
-            "--peft lora trains an adapter beside them, --tune gain their scales, --train-only what is not packed"
-        )
+    check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
     return model, base
 
 

@@ -22,7 +22,7 @@ from distzo2.streaming.lanes import Lane
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
 from distzo2.weights.access import WeightAccess
-from distzo2.weights.residency import MemoryBudget, blocks_to_stream
+from distzo2.weights.residency import MemoryBudget, blocks_to_stream, slots_of_use
 from distzo2.weights.store import MemoryStore, Store, StoredCopy, core_errors, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import TRAINABLE_DTYPES, StoredBy, Unit, collect_params, dtypes_to_compute_in, find_units
@@ -220,8 +220,7 @@ def _hand_over(
     found = find_units(model, params, units)
     for unit in found:
         unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
-    if all(unit.packed is not None for unit in found if not unit.resident):
-        slots = min(slots, 2)  # what is decoded leaves its slot before it is computed with: two keep a link busy
+    slots = slots_of_use(found, slots)
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent

@@ -67,6 +67,12 @@ def free_disk_bytes(directory: str | os.PathLike) -> int:
     return shutil.disk_usage(place).free
 
 
+def slots_of_use(units: Sequence[Unit], slots: int) -> int:
+    """Returns how many of `slots` are of use, for all units of a model: what is decoded leaves its slot before it is
+    computed with, so that two keep a link busy."""
+    return min(slots, 2) if all(unit.packed is not None for unit in units if not unit.resident) else slots
+
+
 def blocks_to_stream(
     units: Sequence[Unit], device: torch.device, budget: MemoryBudget, slots: int, free_bytes: Callable[[], int]
 ) -> list[Unit]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 
 # Rows of the picture. Intervals of one row must not overlap, or viewers nest them: transfers have a row for each slot.
-_KINDS = ("step", "compute", "materialize", "wait", "stall", "update", "gather")
+_KINDS = ("step", "compute", "materialize", "wait", "stall", "update", "gather", "decode")
 _TRANSFERS = {"upload": 16, "download": 32}
 
 

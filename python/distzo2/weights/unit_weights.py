@@ -21,7 +21,7 @@ from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.timeline import Timeline
 from distzo2.weights.units import TRAINABLE_DTYPES, Unit
 from distzo2.weights.updates import CLEAN, Emission, Updates
-from distzo2_core import Update, decode, materialize
+from distzo2_core import SegmentTable, Update, decode, materialize
 from distzo2_core.ops import materialize_again
 
 CLEAN_KEY = ()  # of a copy that no update and no perturbation changes
@@ -396,8 +396,27 @@ class UnitWeights:
         if table is None:
             return False
         write_back = misses and not (emissions and self._leaves_behind(copy))
-        program = self.updates.program(copy, tuple(emissions))
         start = time.perf_counter_ns()
+        self._materialize(copy, stored, table, tuple(emissions), outs, for_modules, write_back)
+        end = time.perf_counter_ns()
+        self._noise_ns += end - start
+        self.trace.add("materialize", copy.unit.name, start, end)
+        if write_back:
+            copy.version = self.version
+        return write_back
+
+    def _materialize(
+        self,
+        copy: StoredCopy,
+        stored: torch.Tensor,
+        table: SegmentTable,
+        emissions: tuple[Emission, ...],
+        outs: Sequence[torch.Tensor],
+        for_modules: bool,
+        write_back: bool,
+    ) -> None:
+        """What `_catch_up` has decided."""
+        program = self.updates.program(copy, emissions)
         key = (copy.unit.index, stored.data_ptr(), *[out.data_ptr() for out in outs])
         known = self._visited.get(key)
         if known is not None:
@@ -408,12 +427,6 @@ class UnitWeights:
             if len(self._visited) >= MAX_VISITED:
                 self._visited.clear()
             self._visited[key] = known
-        end = time.perf_counter_ns()
-        self._noise_ns += end - start
-        self.trace.add("materialize", copy.unit.name, start, end)
-        if write_back:
-            copy.version = self.version
-        return write_back
 
     def _decode(
         self, unit: Unit, stored: torch.Tensor, outs: Sequence[torch.Tensor], gains: torch.Tensor | None
