@@ -64,7 +64,7 @@ def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed
 
 @pytest.mark.usefixtures("own_directory")
 def test_gains_over_a_gguf_file_end_with_the_same_weights_after_a_kill(packed, tmp_path: Path) -> None:
-    whole_and_cut(packed, tmp_path, "--tune=gain", "--lr=1")
+    whole_and_cut(packed, tmp_path, "--tune=gain", "--estimator=fzoo", "--probes=3", "--lr=3e-2")
     assert_same_bits("whole/checkpoint", "cut/checkpoint")
     assert set(read_journal("whole/journal.jsonl").header["stored_formats"].values()) == {"Q4_1", "Q4_1 with gains"}
     assert main(["replay", "whole", "-o", "again", "--quiet"]) == 0
