@@ -10,6 +10,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.version import __version__
 
 if TYPE_CHECKING:
+    from distzo2.formats.gains import gains
     from distzo2.generation.generate import generate_batch
     from distzo2.models.pretrained import from_pretrained, save_pretrained
     from distzo2.optim.settings import StepRecord
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "evaluate": "streaming.offload",
     "generate_batch": "generation.generate",
     "from_pretrained": "models.pretrained",
+    "gains": "formats.gains",
     "merge_adapter": "peft.merging",
     "offload": "streaming.offload",
     "present": "streaming.offload",
@@ -54,6 +56,7 @@ __all__ = [
     "edit",
     "evaluate",
     "from_pretrained",
+    "gains",
     "generate_batch",
     "merge_adapter",
     "offload",

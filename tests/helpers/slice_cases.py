@@ -86,8 +86,10 @@ def one_way(
     return [opt.last.losses, state_of(model)]
 
 
-def packed(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str) -> Any:
-    """Adapters of a base that is packed as the files of a GGUF model have it."""
+def packed(
+    rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str, gains: bool
+) -> Any:
+    """Norms beside blocks that are packed as the files of a GGUF model have them, or gains over these."""
     joined(shape, slice=True)
 
     def prepare(model: nn.Module, checkpoint_map: Any) -> Any:
@@ -96,9 +98,12 @@ def packed(rank: int, world_size: int, directory: Path, shape: tuple[int, int] |
         return model, checkpoint_map
 
     model = distzo2.from_pretrained(
-        directory / "model.gguf", weights=weights, directory=directory / f"rank{rank}", prepare=prepare
+        directory / "model.gguf",
+        weights=weights,
+        directory=directory / f"rank{rank}",
+        prepare=distzo2.gains if gains else prepare,
     )
-    opt = distzo2.ZOSGD(model, lr=1e-2, seed=3, num_probes=2)
+    opt = distzo2.ZOSGD(model, lr=1.0 if gains else 1e-2, seed=3, num_probes=2)
     for step in range(3):
         ids = [(torch.arange(12).view(2, 6) + step + m) % 60 for m in range(2)]
         opt.step([lambda i=i: model(input_ids=i, labels=i).loss for i in ids])

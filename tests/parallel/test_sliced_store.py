@@ -64,14 +64,14 @@ def test_frozen_parameters_replaced_weights_and_ranks_without_lanes(ranks: Ranks
         assert_same_run(result, expected)
 
 
-@pytest.mark.parametrize("weights", ["host", "disk"])
+@pytest.mark.parametrize(("weights", "gains"), [("host", False), ("disk", False), ("disk", True)])
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
-def test_packed_blocks_are_gathered_packed(ranks: Ranks, weights: str, shape: tuple[int, int], tmp_path: Path):
+def test_packed_blocks_are_gathered_packed(ranks: Ranks, weights, gains: bool, shape: tuple[int, int], tmp_path: Path):
     tiny_gguf = pytest.importorskip("tiny_gguf", exc_type=ImportError)
     model = tiny_gguf.make_model("llama", num_hidden_layers=3)
     tiny_gguf.write(tmp_path / "model.gguf", "llama", model, "Q4_K", quantized=True)
-    expected = slice_cases.packed(0, 1, tmp_path, None, weights)
-    for result in ranks.values(slice_cases.packed, 2, tmp_path, shape, weights):
+    expected = slice_cases.packed(0, 1, tmp_path, None, weights, gains)
+    for result in ranks.values(slice_cases.packed, 2, tmp_path, shape, weights, gains):
         assert_same_run(result, expected)
 
 

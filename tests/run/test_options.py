@@ -167,3 +167,10 @@ def test_a_resumed_run_has_the_options_of_its_record(files) -> None:
     Path("elsewhere/run.json").write_text(json.dumps(kept))
     with pytest.raises(UsageError, match=r"elsewhere/run.json: 'colour' is not an option"):
         options_of("--resume", "--out=elsewhere")
+
+
+@pytest.mark.parametrize("options", [["--peft=lora"], ["--tune=adapter"], ["--tune=gain", "--store=affine4"]])
+def test_rates_of_what_is_tuned(options: list[str]) -> None:
+    found = options_of(*FULL, *options)
+    assert (found.lr, found.eps) == (1e-4, 1e-2)
+    assert options_of(*FULL, *options, "--lr=3e-2").lr == 3e-2

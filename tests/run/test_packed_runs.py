@@ -36,16 +36,21 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
 
 
-@pytest.mark.usefixtures("own_directory")
-def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed, tmp_path: Path) -> None:
-    options = [*LORA, "--steps=8", f"--weights-dir={tmp_path}"]
+def whole_and_cut(packed: SimpleNamespace, root: Path, *options: str) -> None:
+    """Two runs of 8 steps; the second, on a disk, is killed and resumed."""
+    options = (*options, "--no-signal", "--steps=8", f"--weights-dir={root}")
     assert finetune(packed, "--out=whole", *options) == 0
     arguments = ["finetune", f"--model={packed.model}", f"--train={packed.train}", "--out=cut", "--batch-size=4",
                  "--quiet", "--weights=disk", *options]  # fmt: skip
-    ended = kill_cases.run(tmp_path, arguments, 0.02, lambda: Path("cut/journal.jsonl").exists())
+    ended = kill_cases.run(root, arguments, 0.02, lambda: Path("cut/journal.jsonl").exists())
     if ended.killed:  # the machine may be fast
-        ended = kill_cases.run(tmp_path, ["finetune", "--resume", "--out=cut", "--quiet"])
+        ended = kill_cases.run(root, ["finetune", "--resume", "--out=cut", "--quiet"])
     assert ended.status == 0, ended.text
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed, tmp_path: Path) -> None:
+    whole_and_cut(packed, tmp_path, *LORA)
     assert_same_tensors(*(load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "cut")))
     header = read_journal("whole/journal.jsonl").header
     assert set(header["stored_formats"].values()) == {"Q4_1"}
@@ -55,6 +60,20 @@ def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed
         load_file("again/adapter_model.safetensors"), load_file("whole/adapter/adapter_model.safetensors")
     )
     assert main(["eval", f"--model={packed.model}", f"--eval={packed.eval}", "--adapter=whole/adapter"]) == 0
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_gains_over_a_gguf_file_end_with_the_same_weights_after_a_kill(packed, tmp_path: Path) -> None:
+    whole_and_cut(packed, tmp_path, "--tune=gain", "--lr=1")
+    assert_same_bits("whole/checkpoint", "cut/checkpoint")
+    assert set(read_journal("whole/journal.jsonl").header["stored_formats"].values()) == {"Q4_1", "Q4_1 with gains"}
+    assert main(["replay", "whole", "-o", "again", "--quiet"]) == 0
+    assert main(["replay", "whole", "--to-step=0", "-o", "first", "--quiet"]) == 0
+    assert_same_bits("again", "whole/checkpoint")
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("first", "again"))
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {name for name in before if name.endswith("proj.weight")}
+    assert main(["eval", "--model=again", f"--eval={packed.eval}"]) == 0
 
 
 @pytest.mark.usefixtures("own_directory")
@@ -98,6 +117,8 @@ def test_codes_are_trained_resumed_and_replayed(tmp_path: Path) -> None:
         (("--store=affine4",), "codes of 4 bits are not trained"),
         ((*LORA, "--merge"), r"--merge: an adapter is not merged into packed weights \(Q4_1\)"),
         (("--tune=code",), "found none"),
+        (("--tune=gain", "--peft=lora"), "--tune gain: with --peft an adapter is trained"),
+        (("--tune=gain", "--train-only=last:1"), "--train-only: with --tune gain the gains of all blocks"),
         (("--tune=full", "--store=affine8"), "--tune full: --store affine8 trains codes"),
         (("--lr=auto",), "--lr auto: its rule is for --estimator fzoo"),
     ],

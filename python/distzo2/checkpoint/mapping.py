@@ -48,6 +48,7 @@ class MappedTensor:
     pieces: tuple[Piece, ...]
     is_buffer: bool = False
     packed: PackedParam | None = None  # of what is read through it; `pieces` then say where it is written, decoded
+    is_gain: bool = False  # of packed weights: ones, which are in no file
 
     @property
     def numel(self) -> int:
@@ -104,6 +105,9 @@ class CheckpointMap:
     def read(self, name: str, out: torch.Tensor, begin: int = 0) -> None:
         """Fills `out`, a contiguous CPU tensor, with a parameter or its rows from `begin` on, in the calling thread."""
         pieces, packed = self.pieces_of(name, out, begin), self.mapped[name].packed
+        if self.mapped[name].is_gain:
+            out.fill_(1)
+            return
         if packed is None:
             self.files.read_pieces(pieces, out)
             return
@@ -127,8 +131,11 @@ class CheckpointMap:
             yield from self.files.ranges_of(piece, flat, within)
 
     def made_of(self, name: str, out: torch.Tensor) -> list[Callable[[], None]]:
-        """What `ranges_of` leaves out: calls, each of which makes a part of `out`, the bytes of a packed parameter."""
+        """What `ranges_of` leaves out: calls, each of which makes a part of `out`, gains or the bytes of a packed
+        parameter."""
         packed = self.mapped[name].packed
+        if self.mapped[name].is_gain:
+            return [partial(out.fill_, 1)]
 
         def fill(piece: PackedPiece, start: int) -> None:
             piece.read_into(out[start : start + piece.num_bytes])
@@ -151,6 +158,8 @@ class CheckpointMap:
         mapped, ranges, end = self.mapped[name], [], 0
         if mapped.packed is not None:
             return mapped.packed.stored_as()
+        if mapped.is_gain:
+            return None
         dtype = self.files.entries[mapped.pieces[0].source].dtype if self.is_packed else mapped.dtype
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
             entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]

@@ -74,7 +74,7 @@ def from_pretrained(
             "affine16" and "affine8" as codes of 16 and 8 bits, which can be trained (docs/packed.md); "affine4" and
             "table4" in 4 bits, frozen. None: as they are.
         prepare: called with the model, whose parameters are on meta, and the map that fills it, before it is handed
-            over; returns those to take in their place. `distzo2.adapter(...)` makes one.
+            over; returns those to take in their place. `distzo2.adapter(...)` makes one, `distzo2.gains` is one.
 
     Raises:
         CheckpointError: the directory holds no checkpoint, a file is truncated or corrupt, a parameter has no tensor

@@ -31,14 +31,16 @@ from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.reading import CheckpointFiles, checkpoint_differences, strided_view
 from distzo2.checkpoint.tensor_files import DTYPES, CheckpointError, header_limit
 from distzo2.checkpoint.writing import CheckpointWriter, check_out_dir
+from distzo2.formats.gains import GAINED, gains
 from distzo2.formats.gguf import is_gguf
+from distzo2.formats.gguf_config import gguf_tokenizer
 from distzo2.formats.packing import pack_map
 from distzo2.models.pretrained import open_checkpoint
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
 from distzo2.record.line import MAX_HEADER_BYTES, JournalError
 from distzo2.text import dtype_name
-from distzo2.weights.units import ParamInfo
+from distzo2.weights.units import GAIN, ParamInfo
 from distzo2_core import Segment, SegmentTable, Update, materialize
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,8 @@ def replay(
         bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
             apply_updates(checkpoint_map, writer, pieces, steps, backend, bar)
+            if is_gguf(Path(base_dir)):
+                writer.add(gguf_tokenizer(Path(base_dir)).save_pretrained)
     return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
 
 
@@ -163,12 +167,14 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         model, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
             # The run loaded the weights in its own dtype, which buffers then have too.
-            dtype = Counter(dtypes.values()).most_common(1)[0][0]
+            dtype = Counter(dtypes.get(n) for n in checkpoint_map.names).most_common(1)[0][0]
             model, checkpoint_map = open_checkpoint(directory, dtype=dtype, auto_class=auto_class)
         formats = header.get("stored_formats") or {}
         if formats and not checkpoint_map.is_packed:  # it was packed at load
             store = next(iter(formats.values())).split()[0]
             checkpoint_map = pack_map(model, checkpoint_map, store, names=formats).map
+        if any(isinstance(text, str) and text.endswith(GAINED) for text in formats.values()):
+            model, checkpoint_map = gains(model, checkpoint_map)
         if {name: m.packed.format for name, m in checkpoint_map.mapped.items() if m.packed is not None} != formats:
             raise JournalError(f"{journal}: {directory} holds weights packed in other ways than those of the run")
     else:
@@ -272,29 +278,30 @@ class PiecePart(NamedTuple):
 
     name: str
     segment: Segment
-    codes: ParamInfo | None = None  # a whole parameter whose codes are trained
+    packed: ParamInfo | None = None  # a whole parameter whose codes or gains are trained
+    gains: PiecePart | None = None  # what is packed with these
 
     @property
     def num_bytes(self) -> int:
-        return self.segment.numel * self.segment.dtype.itemsize if self.codes is None else self.codes.num_bytes
+        return self.segment.numel * self.segment.dtype.itemsize if self.packed is None else self.packed.num_bytes
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The part in `buffer` (uint8), flat; of codes, their bytes."""
+        """The part in `buffer` (uint8), flat; of what is packed, its bytes."""
         begin = self.segment.byte_offset
         view = buffer[begin : begin + self.num_bytes]
-        return view.view(self.segment.dtype) if self.codes is None else view
+        return view.view(self.segment.dtype) if self.packed is None else view
 
     def read(self, checkpoint_map: CheckpointMap, buffer: torch.Tensor) -> None:
         """Fills the part."""
-        if self.codes is None:
+        if self.packed is None:
             checkpoint_map.read(self.name, self.view(buffer), self.segment.element_offset)
         else:
             checkpoint_map.mapped[self.name].packed.read_into(self.view(buffer))
 
     def values(self, buffer: torch.Tensor) -> torch.Tensor:
         """What is written of the part, flat."""
-        view = self.view(buffer)
-        return view if self.codes is None else self.codes.value(view).view(-1)
+        view, gains = self.view(buffer), self.gains.view(buffer) if self.gains is not None else None
+        return view if self.packed is None else self.packed.value(view, gains=gains).view(-1)
 
 
 def plan_pieces(
@@ -304,14 +311,15 @@ def plan_pieces(
     a piece. The map's parameters become flat; flat indices, and so the noise, stay."""
     pieces: list[list[PiecePart]] = []
     filled = 0  # bytes of the last piece
+    rows_of = {row["name"]: row for row in table}
     for row in table:
         mapped = checkpoint_map.mapped[row["name"]]
         checkpoint_map.mapped[mapped.name] = replace_fields(mapped, shape=(mapped.numel,))
         rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
-        if mapped.packed is not None and row["group"] is not None:
-            codes = mapped.packed.param(mapped.dtype, row["index"])
-            segment = codes.segment(0, range(mapped.numel), row["group"])._replace(out_dtype=mapped.dtype)
-            pieces.append([PiecePart(mapped.name, segment, codes)])
+        if mapped.is_gain:  # it is in the piece of what is packed with it
+            continue
+        if mapped.packed is not None and (row["group"] is not None or mapped.packed.layout.gain is not None):
+            pieces.append(_packed_piece(mapped, row, rows_of.get(mapped.name + GAIN)))
             filled = piece_bytes
             continue
         step = max(1, piece_bytes // mapped.dtype.itemsize)
@@ -325,6 +333,20 @@ def plan_pieces(
             pieces[-1].append(PiecePart(mapped.name, Segment(*place, rows, mapped.numel // rows)))
             filled += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     return pieces
+
+
+def _packed_piece(mapped: MappedTensor, row: Mapping[str, Any], gain_row: Mapping[str, Any] | None) -> list[PiecePart]:
+    """A whole parameter whose codes are trained, or one behind its gains."""
+    packed = mapped.packed.param(mapped.dtype, row["index"])
+    if packed.layout.gain is None:
+        segment = packed.segment(0, range(mapped.numel), row["group"])._replace(out_dtype=mapped.dtype)
+        return [PiecePart(mapped.name, segment, packed)]
+    numel = math.prod(gain_row["shape"])
+    place = 0, numel, torch.float32, gain_row["index"], 0, gain_row["group"], 1, numel
+    gains = PiecePart(gain_row["name"], Segment(*place, nonnegative=True))
+    begin = -(-gains.num_bytes // _ALIGNMENT) * _ALIGNMENT
+    segment = Segment(begin, mapped.numel, mapped.dtype, row["index"], 0, None, *packed.matrix_shape)
+    return [gains, PiecePart(mapped.name, segment, packed, gains)]
 
 
 class Writer(Protocol):

@@ -89,7 +89,7 @@ def index_table(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any]]
     """
     group_of = {id(tensor): i for i, group in enumerate(groups) for tensor in group["params"]}
     rows = ((p, group_of.get(id(p.tensor))) for p in params)
-    return [table_row(p.index, p.name, p.shape, p.dtype, p.stride, g is not None, g, noise) for p, g in rows]
+    return [table_row(p.index, p.name, p.shape, p.declared, p.stride, g is not None, g, noise) for p, g in rows]
 
 
 def make_header(

@@ -25,8 +25,10 @@ from distzo2.text import first_reason
 
 # --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
 _OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
-RATES = {"lora": {"lr": 1e-4, "eps": 1e-2}, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
-TUNED_BY = {"adapter": "lora"}  # what --tune comes to where nothing else says it
+# Gains have those of LoRA: both learned at one rate by fzoo (docs/packed.md).
+_OF_LORA = {"lr": 1e-4, "eps": 1e-2}
+RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
+TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -168,10 +170,11 @@ class Trained(Adapted):
         "train an adapter and leave the model as it is: OUT/adapter loads with peft (docs/peft.md)",
         group="what is trained",
     )
-    tune: Literal["adapter", "code", "full"] | None = option(
+    tune: Literal["adapter", "gain", "code", "full"] | None = option(
         None,
-        "adapter: as --peft lora; code: weights stored as codes (--store affine16, or affine8); full: weights as they "
-        "are (default: what --peft, --adapter and --store say)",
+        "adapter: as --peft lora; gain: a factor for each group of packed weights (docs/packed.md); code: weights "
+        "stored as codes (--store affine16, or affine8); full: weights as they are (default: what --peft, --adapter "
+        "and --store say)",
     )
     lora_r: Count = option(8, "rank of LoRA's matrices")
     lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
@@ -193,8 +196,11 @@ class Trained(Adapted):
             raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
         if self.tune == "adapter" and not self.adapts:
             object.__setattr__(self, "peft", TUNED_BY[self.tune])
-        elif self.tune in ("code", "full") and self.adapts:
+        elif self.tune in ("gain", "code", "full") and self.adapts:
             raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
+        if self.tune == "gain" and (self.train_only or self.freeze):
+            flag = "--train-only" if self.train_only else "--freeze"
+            raise UsageError(f"{flag}: with --tune gain the gains of all blocks are trained, and nothing else")
         if self.train_only and self.adapts:
             raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
 
@@ -206,10 +212,10 @@ class Trained(Adapted):
     def settle_store(self) -> None:
         """Sets `store` where --tune says it. Raises UsageError where what it packs cannot be trained as asked."""
         object.__setattr__(self, "store", self.store or ("affine16" if self.tune == "code" else None))
-        if self.store in ("affine4", "table4") and not self.adapts and not self.train_only:
+        if self.store in ("affine4", "table4") and not (self.adapts or self.train_only or self.tune == "gain"):
             raise UsageError(
-                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
-                "--peft lora trains an adapter beside them, --store affine16 or affine8 the codes themselves"
+                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: --peft "
+                "lora trains an adapter beside them, --tune gain their scales, --store affine16 or affine8 the codes"
             )
         if self.tune == "full" and self.store is not None:
             raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")

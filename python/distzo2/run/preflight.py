@@ -156,10 +156,10 @@ def adapter_config(options: Trained, model: str, kind: str, held: nn.Module | No
 def check_packed(options: Trained, model: str, stored: Iterable[StoredAs]) -> None:
     """Raises UsageError where weights of `model` that are stored so, and cannot be updated, are to be trained."""
     formats = sorted({each.format for each in stored if each.layout is not None and each.code_dtype is None})
-    if formats and not (options.adapts or options.train_only or options.freeze):
+    if formats and not (options.adapts or options.train_only or options.freeze or options.tune == "gain"):
         raise UsageError(
             f"--model {model}: its weights are packed ({', '.join(formats)}), and cannot be updated as they are: "
-            "--peft lora trains an adapter beside them, --train-only what is not packed"
+            "--peft lora trains an adapter beside them, --tune gain their scales, --train-only what is not packed"
         )
 
 

@@ -29,6 +29,7 @@ from distzo2.datasets.protocol import line_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import UsageError, blaming
 from distzo2.files import write_whole
+from distzo2.formats.gains import gains
 from distzo2.optim.selection import select, trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
@@ -253,7 +254,7 @@ def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path
 def _prepared(
     options: FinetuneOptions, source: Any, config: Any, start: Path, model: torch.nn.Module, base: CheckpointMap
 ) -> tuple[torch.nn.Module, CheckpointMap]:
-    """The model and its map with the run's adapter, and with the parameters frozen that it does not train."""
+    """The model and its map with the run's adapter or gains, and with the parameters frozen that it does not train."""
     if source is not None:
         if base.is_packed and options.merge:
             raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
@@ -261,7 +262,9 @@ def _prepared(
         model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
         if options.merge:
             check_merges(model, names)
-    if options.train_only or options.freeze:
+    if options.tune == "gain":
+        model, base = gains(model, base)
+    elif options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
     check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
     return model, base
@@ -351,7 +354,7 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
     makes room for the new one, and so does a weight file."""
     weights, exists = {}, run.weight_file(options.weights_dir).exists()
     # An adapter is small, and its base stays in its own files.
-    if options.weights == "disk" and not exists and not options.adapts:
+    if options.weights == "disk" and not exists and not (options.adapts or options.tune == "gain"):
         weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
     elif (options.snapshot_every or options.snapshot_minutes) and not exists:
         weights = {"the copies of the weights": size.total}

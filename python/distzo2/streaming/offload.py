@@ -515,6 +515,9 @@ def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
 def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     """Hands a model over whose parameters are real and no longer those that it was cut into."""
     runtime.close()
+    for param in runtime.params:  # weights are real with their gains applied
+        for owner in param.owners if param.is_gain else ():
+            owner._parameters = {name: p for name, p in owner._parameters.items() if p is not param.tensor}
     runtime.cast_buffers(None)
     model._distzo2_state.remove()
     del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again

@@ -163,7 +163,7 @@ class StateHooks:
         call, own = self._visit("load_state_dict", module)
         for _, _, param in own:
             _count(call, param)
-        for unit in {unit.index: unit for _, unit, _ in own}.values():
+        for unit in sorted(dict.fromkeys(unit for _, unit, _ in own), key=lambda unit: unit.has_gains):  # after gains
             loaded = [p for p in unit.params if p.index in call.tensors]
             if not loaded or any(p.index in call.left for p in loaded):
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -51,15 +51,19 @@ class WeightAccess:
 
     @contextmanager
     def reading(self, unit: Unit) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields a unit's up-to-date parameters in host memory, by name, as modules declare them. They must not be
-        changed."""
+        """Yields a unit's up-to-date parameters in host memory, by name, as modules declare them, with their gains
+        applied. They must not be changed."""
         self.weights.check_idle("reading weights")
         copy = self.weights.copies[unit.index]
         store = self.weights.store_of(copy)
         if not store.gathers:
             self.weights.catch_up_stored(copy)
-        with store.open(copy, write=False) as buffer:
-            yield {p.name: p.value(view) for p, view in zip(unit.params, unit.views(buffer), strict=True)}
+        with (
+            self.reading(unit.beside) if unit.has_gains else nullcontext({}) as gains,
+            store.open(copy, write=False) as buffer,
+        ):
+            own = zip(unit.params, unit.views(buffer), strict=True)
+            yield {p.name: p.value(view, gains=gains.get(p.gain.name) if p.gain else None) for p, view in own}
 
     # ---- replacing --------------------------------------------------------------------------------------------------
 

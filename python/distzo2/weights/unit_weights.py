@@ -272,6 +272,10 @@ class UnitWeights:
         key = self._key(unit, emission)
         buffer = self._scratch.find(unit, key)
         if buffer is None:
+            gains = None
+            if unit.has_gains:  # one at a time: what is decoded is large, and read once
+                gains = self._gains_under(unit.beside, emission, emissions, pinned)
+                emission, emissions, pinned = CLEAN, (), {*pinned, gains.data_ptr()}
             present = self.bring(unit)
             wanted = {key: emission if key is not CLEAN_KEY else CLEAN}
             for other in emissions:
@@ -280,7 +284,7 @@ class UnitWeights:
             try:
                 outs = self._scratch.take(unit, list(wanted), pinned)
                 present.dirty |= self._catch_up(
-                    present.copy, present.buffer, list(wanted.values()), outs, unit.converts
+                    present.copy, present.buffer, list(wanted.values()), outs, unit.converts, gains
                 )
             except BaseException:
                 self._scratch.forget()
@@ -292,6 +296,16 @@ class UnitWeights:
             stored = self.bring(unit).views
             views = [views[i] if copied else stored[i] for i, copied in enumerate(reach.copied)]
         return views, buffer.data_ptr()
+
+    def _gains_under(
+        self, unit: Unit, emission: Emission, emissions: Sequence[Emission], pinned: Collection[int]
+    ) -> torch.Tensor:
+        """The copy of a unit with gains that `under` makes. It is present afterwards if it was before."""
+        was_present = unit.index in self._present
+        self.under(unit, emission, emissions, pinned)
+        if not was_present and unit.index in self._present:
+            self.release(unit)
+        return self._scratch.find(unit, self._key(unit, emission))
 
     def _is_stored(self, copy: StoredCopy, emission: Emission) -> bool:
         """Whether what `emission` asks for is what is stored, once the copy has caught up."""
@@ -340,6 +354,7 @@ class UnitWeights:
 
     def _key(self, unit: Unit, emission: Emission) -> tuple:
         """What a copy of a unit is a function of, besides what was stored at first."""
+        unit = unit.beside if unit.has_gains else unit
         if unit.converts and not self._reach_of(unit).is_updated:
             return CLEAN_KEY
         return self.version, emission.terms, self.updates.perturb_scales
@@ -356,6 +371,7 @@ class UnitWeights:
         emissions: Sequence[Emission] = (),
         outs: Sequence[torch.Tensor] = (),
         for_modules: bool = False,
+        gains: torch.Tensor | None = None,
     ) -> bool:
         """Applies the updates that a copy has missed, and writes one perturbed copy for each emission, in one pass.
 
@@ -366,6 +382,7 @@ class UnitWeights:
             emissions: what to perturb by.
             outs: a buffer for each, at least as large as the copy.
             for_modules: copies are for modules, in the dtypes that these compute with.
+            gains: a copy of the unit beside, if that has gains.
 
         Returns:
             Whether `stored` was changed.
@@ -373,7 +390,7 @@ class UnitWeights:
         if self.updates.excluded:
             self.updates.pass_excluded(copy)
         if for_modules and copy.unit.packed is not None:  # frozen: all emissions are clean
-            self._decode(copy.unit, stored, outs)
+            self._decode(copy.unit, stored, outs, gains)
         misses = copy.version < self.version and self.updates.table(copy) is not None
         table = self.updates.table(copy, for_modules) if misses or emissions else None
         if table is None:
@@ -411,7 +428,9 @@ class UnitWeights:
                 self._visited.clear()
             self._visited[key] = known
 
-    def _decode(self, unit: Unit, stored: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+    def _decode(
+        self, unit: Unit, stored: torch.Tensor, outs: Sequence[torch.Tensor], gains: torch.Tensor | None
+    ) -> None:
         """Decodes what is packed of a unit.
 
         Raises:
@@ -419,7 +438,7 @@ class UnitWeights:
         """
         start = time.perf_counter_ns()
         for out in outs:
-            decode(stored, unit.packed, out)
+            decode(stored, unit.packed, out, gains)
         end = time.perf_counter_ns()
         self._noise_ns += end - start
         self.trace.add("decode", unit.name, start, end)

@@ -8,7 +8,7 @@ Where a small part of a block is trained, as adapters of a frozen base are, the 
 windows: what is frozen, which streams and is never written, and what is trained, which is resident.
 
 A frozen parameter may be stored packed, as a quantized checkpoint has it (`StoredAs`): modules see a copy of its unit,
-decoded once a visit for all lanes.
+decoded once a visit for all lanes. With gains, which are trained, it is decoded for each perturbation of these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundar
 HALVES = (torch.bfloat16, torch.float16)
 TRAINABLE_DTYPES = (torch.float32, *HALVES)
 GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this many groups
+GAIN = "_gain"  # behind the name of packed weights: that of their gains
 SMALL_SHARE = 8  # trained parameters are small where they are at most an eighth of the bytes
 
 
@@ -59,7 +60,9 @@ class StoredAs:
         """int8 or int16 where codes can be trained: they lie flat, with a float32 scale a group and nothing else, so
         that noise and updates know elements by their number. None for other formats."""
         at = self.layout
-        if at is None or at.codes.kind not in _CODES or any((at.outer, at.zero, at.min, at.zero_point, at.head_dim)):
+        if at is None or at.codes.kind not in _CODES:
+            return None
+        if any((at.outer, at.zero, at.min, at.gain, at.zero_point, at.head_dim)):
             return None
         dtype, group = _CODES[at.codes.kind], at.scale.cols
         places = (at.codes.row_stride, at.scale.row_stride, at.scale.stride, at.scale.rows, at.block, self.transposed)
@@ -91,6 +94,8 @@ class ParamInfo:
     seen_offset: int = 0  # bytes, in a copy for modules
     stored: StoredAs | None = None  # of a frozen parameter that files have as it is stored
     declared: torch.dtype = None  # by the module; given where it is stored otherwise
+    gain: ParamInfo | None = None  # what is trained over packed weights: float32, one a group, which multiplies it
+    is_gain: bool = False
 
     def __post_init__(self) -> None:
         self.declared = self.declared or self.dtype
@@ -133,16 +138,20 @@ class ParamInfo:
                 self.stored.code_dtype,
                 {"scale_offset": byte_offset + scale.offset, "scale_group": scale.cols},
             )
+        scales["nonnegative"] = self.is_gain
         return Segment(byte_offset, len(part), dtype, self.index, part.start, group, *self.matrix_shape, **scales)
 
-    def value(self, view: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def value(
+        self, view: torch.Tensor, dtype: torch.dtype | None = None, gains: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The parameter in `dtype` (None: as the module declares it), of a view of what is stored; the view itself
-        where it is stored so."""
+        where it is stored so. `gains` are those of what is packed with gains; None: ones."""
         dtype = dtype or self.declared
         if self.layout is None:
             return view.to(dtype)
+        layout = self.layout if gains is not None else replace(self.layout, gain=None)
         out = torch.empty(self.numel, dtype=dtype, device=view.device)
-        decode(view, PackedTable([PackedSegment(self.layout, 0, dtype)]), out.view(torch.uint8))
+        decode(view, PackedTable([PackedSegment(layout, 0, dtype)]), out.view(torch.uint8), gains)
         return self.shaped(out).contiguous()
 
     def shaped(self, elements: torch.Tensor) -> torch.Tensor:
@@ -178,18 +187,32 @@ class Unit:
         """Sets what modules compute with in the place of some stored dtypes."""
         offset = 0
         for param in self.params:
-            param.seen = dtypes.get(param.declared, param.declared)
+            param.seen = param.declared if param.is_gain else dtypes.get(param.declared, param.declared)
             param.seen_offset = offset
             offset += _aligned(param.numel * param.seen.itemsize)
         self.seen_bytes = max(offset, ALIGNMENT)
-        self.converts = any(p.seen != p.dtype or p.layout is not None for p in self.params)
+        # Gains are read where copies have them, so that clean ones are copied too.
+        self.converts = any(p.seen != p.dtype or p.layout is not None or p.is_gain for p in self.params)
         self.__dict__.pop("packed", None)
 
     @cached_property
     def packed(self) -> PackedTable | None:
         """Decodes what is packed and frozen of the unit into a copy for modules; None: nothing is."""
-        found = [(p, p.layout.moved(p.byte_offset)) for p in self.params if p.layout is not None and not p.is_coded]
-        return PackedTable(PackedSegment(at, p.seen_offset, p.seen) for p, at in found) if found else None
+        found = [p for p in self.params if p.layout is not None and not p.is_coded]
+        return PackedTable(PackedSegment(self._placed(p), p.seen_offset, p.seen) for p in found) if found else None
+
+    def _placed(self, param: ParamInfo) -> PackedLayout:
+        """How a packed parameter lies in the unit's buffer, and its gains in a copy of the unit beside."""
+        layout = param.layout.moved(param.byte_offset)
+        if param.gain is None:
+            return layout
+        assert self.beside is not None and param.gain in self.beside.params
+        return replace(layout, gain=replace(layout.gain, offset=param.gain.seen_offset))
+
+    @cached_property
+    def has_gains(self) -> bool:
+        """Whether what is trained in the unit beside multiplies weights of this one."""
+        return any(p.gain is not None for p in self.params)
 
     @property
     def is_encoded(self) -> bool:
@@ -301,6 +324,16 @@ def collect_params(model: nn.Module, stored: StoredBy | None = None) -> list[Par
                 params[id(p)].users += [user for user in users[module] if user not in params[id(p)].users]
     if not params:
         raise DistZO2Error(f"{type(model).__name__} has no parameters: there is nothing to stream")
+    named = {info.name: info for info in params.values()}
+    for info in params.values():
+        if info.layout is not None and info.layout.gain is not None:
+            info.gain = named.get(info.name + GAIN)
+            if info.gain is None or not info.gain.trainable:
+                raise DistZO2Error(
+                    f"parameter {info.name} is packed with gains ({info.stored.format}), and {info.name}{GAIN} is not "
+                    "trained: gains are trained all together, or left out"
+                )
+            info.gain.is_gain = True
     return list(params.values())
 
 
