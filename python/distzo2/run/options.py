@@ -23,12 +23,6 @@ from pydantic import Field as Range
 from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
-# --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
-_OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
-# Gains have those of LoRA: both learned at one rate by fzoo (docs/packed.md).
-_OF_LORA = {"lr": 1e-4, "eps": 1e-2}
-RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
-TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -195,7 +189,7 @@ class Trained(Adapted):
         if self.peft and self.adapter:
             raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
         if self.tune == "adapter" and not self.adapts:
-            object.__setattr__(self, "peft", TUNED_BY[self.tune])
+            object.__setattr__(self, "peft", "lora")
         elif self.tune in ("gain", "code", "full") and self.adapts:
             raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
         if self.tune == "gain" and (self.train_only or self.freeze):
@@ -214,8 +208,8 @@ class Trained(Adapted):
         object.__setattr__(self, "store", self.store or ("affine16" if self.tune == "code" else None))
         if self.store in ("affine4", "table4") and not (self.adapts or self.train_only or self.tune == "gain"):
             raise UsageError(
-                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: --peft "
-                "lora trains an adapter beside them, --tune gain their scales, --store affine16 or affine8 the codes"
+                f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
+                "--peft lora trains an adapter beside them, --tune gain their scales, --store affine16 the codes"
             )
         if self.tune == "full" and self.store is not None:
             raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
