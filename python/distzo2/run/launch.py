@@ -23,9 +23,16 @@ from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, 
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.peft.library import method_of
 from distzo2.run.directory import saved_options
-from distzo2.run.options import KEPT_BY_BRANCHES, RATES, TUNED_BY, FinetuneOptions, checked, made, read_config
+from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions, checked, made, read_config
 
 REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
+
+# --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
+_OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
+# Gains have those of LoRA: both learned at one rate by fzoo (docs/packed.md).
+_OF_LORA = {"lr": 1e-4, "eps": 1e-2}
+RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
+TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
 
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:

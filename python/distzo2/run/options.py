@@ -23,10 +23,6 @@ from pydantic import Field as Range
 from distzo2.errors import UsageError
 from distzo2.text import first_reason
 
-# --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's, gains LoRA's.
-_OF_LORA, _OF_PROMPTS = {"lr": 1e-4, "eps": 1e-2}, {"lr": 1e-2, "eps": 1e-1}
-RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
-TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
 # Options of finetune that left, and what to do instead. A run.json may still hold them.
@@ -170,8 +166,9 @@ class Trained(Adapted):
     )
     tune: Literal["adapter", "gain", "code", "full"] | None = option(
         None,
-        "adapter: as --peft lora; gain: a factor for each group of packed weights; code: weights stored as codes "
-        "(--store affine16, or affine8); full: weights as they are (default: as --peft, --adapter, --store say)",
+        "adapter: as --peft lora; gain: a factor for each group of packed weights (docs/packed.md); code: weights "
+        "stored as codes (--store affine16, or affine8); full: weights as they are (default: what --peft, --adapter "
+        "and --store say)",
     )
     lora_r: Count = option(8, "rank of LoRA's matrices")
     lora_alpha: Positive = option(16.0, "LoRA's scale is this over its rank")
@@ -192,9 +189,12 @@ class Trained(Adapted):
         if self.peft and self.adapter:
             raise UsageError("--peft makes an adapter, --adapter trains one further: give one of them")
         if self.tune == "adapter" and not self.adapts:
-            object.__setattr__(self, "peft", TUNED_BY[self.tune])
+            object.__setattr__(self, "peft", "lora")
         elif self.tune in ("gain", "code", "full") and self.adapts:
             raise UsageError(f"--tune {self.tune}: with {'--peft' if self.peft else '--adapter'} an adapter is trained")
+        if self.tune == "gain" and (self.train_only or self.freeze):
+            flag = "--train-only" if self.train_only else "--freeze"
+            raise UsageError(f"{flag}: with --tune gain the gains of all blocks are trained, and nothing else")
         if self.train_only and self.adapts:
             raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
 
@@ -209,7 +209,7 @@ class Trained(Adapted):
         if self.store in ("affine4", "table4") and not (self.adapts or self.train_only or self.tune == "gain"):
             raise UsageError(
                 f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
-                "--peft lora trains an adapter beside them, --tune gain their scales, --store affine16 or affine8 codes"
+                "--peft lora trains an adapter beside them, --tune gain their scales, --store affine16 the codes"
             )
         if self.tune == "full" and self.store is not None:
             raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")

@@ -155,13 +155,8 @@ def adapter_config(options: Trained, model: str, kind: str, held: nn.Module | No
 
 def check_packed(options: Trained, model: str, stored: Iterable[StoredAs]) -> None:
     """Raises UsageError where weights of `model` that are stored so, and cannot be updated, are to be trained."""
-    if options.tune == "gain":
-        if options.train_only or options.freeze:
-            flag = "--train-only" if options.train_only else "--freeze"
-            raise UsageError(f"{flag}: with --tune gain the gains of all blocks are trained, and nothing else")
-        return
     formats = sorted({each.format for each in stored if each.layout is not None and each.code_dtype is None})
-    if formats and not (options.adapts or options.train_only or options.freeze):
+    if formats and not (options.adapts or options.train_only or options.freeze or options.tune == "gain"):
         raise UsageError(
             f"--model {model}: its weights are packed ({', '.join(formats)}), and cannot be updated as they are: "
             "--peft lora trains an adapter beside them, --tune gain their scales, --train-only what is not packed"
