@@ -182,7 +182,9 @@ def round_stochastic(x, random16, CODE: tl.constexpr):
 @triton.jit
 def step_codes(q, change, scale, random16, CODE: tl.constexpr):
     exact = tl.fma(random16.to(tl.float32), _TWO_M16, tl.div_rn(change, tl.where(scale == 0.0, float("inf"), scale)))
-    exact = tl.where(exact == exact, tl.floor(exact), 0.0)
+    exact = tl.minimum(tl.maximum(tl.where(exact == exact, exact, 0.0), -131072.0), 131072.0)  # beyond all codes
+    whole = exact.to(tl.int32)
+    whole -= (whole.to(tl.float32) > exact).to(tl.int32)  # tl.floor would flush subnormal numbers
     limit: tl.constexpr = _LARGEST_CODE8 if CODE == _CODE8 else _LARGEST_CODE16
-    q = tl.minimum(tl.maximum(q + exact, -limit), limit)
+    q = tl.minimum(tl.maximum(q + whole.to(tl.float32), -limit), limit)
     return q.to(tl.int32).to(tl.uint32, bitcast=True)

@@ -429,7 +429,7 @@ class Schedule(UnitWeights):
     def _views_of(self, unit: Unit, buffer: Any, for_modules: bool = False) -> list[Any]:
         return unit.params
 
-    def _decode(self, unit: Unit, stored: Any, outs: Sequence[Any]) -> None:
+    def _decode(self, unit: Unit, stored: Any, outs: Sequence[Any], gains: Any) -> None:
         packed = [p for p in unit.params if p.layout is not None and not p.is_coded]
         seconds = sum(self.work.rates.decode_s(p) for p in packed)
         self.visit("decode", unit, seconds * len(outs))

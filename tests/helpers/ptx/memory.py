@@ -10,7 +10,7 @@ from .parser import PtxError
 READ, WRITE = 1, 2
 POISON = 0xA5
 GAP = 256  # bytes between buffers; the residue of an address is modulo it
-GRANULE = 2  # bytes that races are watched in
+GRANULE = 1  # bytes that races are watched in: neighbouring codes of 8 bits are of different threads
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NOBODY, SEVERAL = -1, -2  # where a thread's number is expected
 EVERYBODY = np.array([SEVERAL])
