@@ -16,6 +16,7 @@ from same_bits import assert_same_tensors  # noqa: E402
 
 import distzo2  # noqa: E402
 from distzo2.errors import DistZO2Error  # noqa: E402
+from distzo2.models.pretrained import clamped  # noqa: E402
 from distzo2.models.replay import replay  # noqa: E402
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -193,3 +194,12 @@ def test_decoded_weights_are_saved(files, tmp_path: Path) -> None:
     again = distzo2.from_pretrained(tmp_path / "out")
     assert_same_tensors(again.state_dict(), expected)
     assert not distzo2.runtime_of(again).base.is_packed
+
+
+def test_codes_at_an_end_of_their_range_are_counted(files) -> None:
+    model = distzo2.from_pretrained(files["raw"], store="affine8")
+    assert clamped(model) == 0
+    opt = distzo2.ZOSGD(model, lr=1e3, eps=1e-2, seed=3, max_coef=None)
+    opt.step(lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert 0.5 < clamped(model) < 1
+    assert clamped(distzo2.from_pretrained(files["Q4_1"])) == 0

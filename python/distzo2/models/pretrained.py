@@ -136,6 +136,21 @@ def open_checkpoint(
     return model.eval(), checkpoint_map
 
 
+def clamped(model: nn.Module) -> float:
+    """The share of trained codes at an end of their range, where updates are clamped; 0 without codes. Reads all units
+    that have some."""
+    runtime, at_end, total = runtime_of(model), 0, 0
+    units = [unit for unit in runtime.units if any(param.is_coded for param in unit.params)]
+    for unit, views in runtime.access.visit(units) if units else ():
+        for param, view in zip(unit.params, views, strict=True):
+            if param.is_coded:
+                dtype = param.stored.code_dtype
+                codes, top = view[: param.numel * dtype.itemsize].view(dtype), torch.iinfo(dtype).max
+                at_end += int((codes >= top).sum() + (codes <= -top).sum())
+                total += param.numel
+    return at_end / total if total else 0.0
+
+
 def freeze_packed(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Freezes the parameters whose packed form cannot be trained."""
     for name, parameter in model.named_parameters():

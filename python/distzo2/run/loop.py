@@ -17,7 +17,7 @@ import torch
 from distzo2.checkpoint.reading import ADAPTER_FILES
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming, one_line
-from distzo2.models.pretrained import save_pretrained
+from distzo2.models.pretrained import clamped, save_pretrained
 from distzo2.models.replay import replay
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.signal import REFERENCE, TF32, Signal, advice, computed_in, signal_of
@@ -46,6 +46,7 @@ _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
 )  # fmt: skip
 _SCORES = ("loss", "accuracy", "f1", "em")
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
+MOST_CLAMPED = 0.01  # of codes at an end of their range, beyond which a run says so
 AUTO_RATE = 0.05  # of --lr auto: SmolLM2-135M learned best near it, dense, with LoRA and with codes (docs/packed.md)
 SIGNAL_PROBES = (4, 8)  # the second four where the first leave the question open
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
@@ -357,6 +358,9 @@ class TrainLoop:
         if self.options.save == "none":
             return
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
+        if self.options.store is not None and (share := clamped(self.model)) > MOST_CLAMPED:
+            lost = "where updates are lost: a lower --lr, or --store affine16, keeps them"
+            self.log(f"warning: {share:.1%} of the codes are at an end of their range, {lost}")
         best = self._best() if self.options.save == "best" else None
         step = self.optimizer.step_count if best is None else best
         o = self.options

@@ -289,7 +289,7 @@ def _places_of(unit: Unit) -> list[tuple[Path, int, int, int]] | None:
     """Ranges (file, offset, bytes, place in the unit) that hold a frozen unit, or None."""
     found = []
     for param in unit.params:
-        if param.stored is None or param.stored.ranges is None:
+        if param.trainable or param.stored is None or param.stored.ranges is None:
             return None
         for path, offset, num_bytes, place in param.stored.ranges:
             found.append((path, offset, num_bytes, param.byte_offset + place))

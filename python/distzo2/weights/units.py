@@ -30,6 +30,7 @@ from distzo2_core import Kind, PackedLayout, PackedSegment, PackedTable, Segment
 ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundary
 HALVES = (torch.bfloat16, torch.float16)
 TRAINABLE_DTYPES = (torch.float32, *HALVES)
+SCALE_GROUPS = (32, 64, 128, 256)  # weights with one scale, of codes that are trained
 GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this many groups
 GAIN = "_gain"  # behind the name of packed weights: that of their gains
 SMALL_SHARE = 8  # trained parameters are small where they are at most an eighth of the bytes
@@ -67,7 +68,8 @@ class StoredAs:
         dtype, group = _CODES[at.codes.kind], at.scale.cols
         places = (at.codes.row_stride, at.scale.row_stride, at.scale.stride, at.scale.rows, at.block, self.transposed)
         is_flat = places == (at.cols * dtype.itemsize, at.cols // group * 4, 4, 1, at.cols, False)
-        return dtype if is_flat and at.scale.kind == Kind.FLOAT32 and at.cols % group == 0 else None
+        is_known = at.scale.kind == Kind.FLOAT32 and group in SCALE_GROUPS and at.codes.offset == 0
+        return dtype if is_flat and is_known and at.cols % group == 0 else None
 
 
 _CODES = {Kind.INT8: torch.int8, Kind.INT16: torch.int16}
