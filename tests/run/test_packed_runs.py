@@ -116,7 +116,7 @@ def test_codes_are_trained_resumed_and_replayed(tmp_path: Path) -> None:
         ((), r"its weights are packed \(Q4_1\), and cannot be updated as they are: --peft lora"),
         (("--store=affine4",), "codes of 4 bits are not trained"),
         ((*LORA, "--merge"), r"--merge: an adapter is not merged into packed weights \(Q4_1\)"),
-        (("--tune=code",), "found none"),
+        (("--tune=code",), r"its weights are packed already \(Q4_1\): leave --store"),
         (("--tune=gain", "--peft=lora"), "--tune gain: with --peft an adapter is trained"),
         (("--tune=gain", "--train-only=last:1"), "--train-only: with --tune gain the gains of all blocks"),
         (("--tune=full", "--store=affine8"), "--tune full: --store affine8 trains codes"),

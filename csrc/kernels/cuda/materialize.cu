@@ -156,34 +156,28 @@ void launch_simple(const VisitTables& tables, DeviceState& state, int device, cu
         launch<AnyProgram>(tables, state, device, stream);
 }
 
-template <template <class> class Kind, Purpose kFamily>
+template <Purpose kFamily>
 void launch_mixed(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
     const int updates = tables.shape.num_updates, emits = tables.shape.num_emits;
     if (updates == 1 && emits == 2)
-        launch<Kind<SimpleProgram<1, 2, kFamily>>>(tables, state, device, stream);
+        launch<Mixed<SimpleProgram<1, 2, kFamily>>>(tables, state, device, stream);
     else if (updates == 0 && emits == 2)
-        launch<Kind<SimpleProgram<0, 2, kFamily>>>(tables, state, device, stream);
+        launch<Mixed<SimpleProgram<0, 2, kFamily>>>(tables, state, device, stream);
     else if (updates == 0 && emits == 1)
-        launch<Kind<SimpleProgram<0, 1, kFamily>>>(tables, state, device, stream);
+        launch<Mixed<SimpleProgram<0, 1, kFamily>>>(tables, state, device, stream);
     else
-        launch<Kind<AnyProgram>>(tables, state, device, stream);
-}
-
-template <template <class> class Kind>
-void launch_kind(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
-    if (tables.shape.simple && tables.shape.family == Purpose::kNormal)
-        launch_mixed<Kind, Purpose::kNormal>(tables, state, device, stream);
-    else if (tables.shape.simple && tables.shape.family == Purpose::kRademacher)
-        launch_mixed<Kind, Purpose::kRademacher>(tables, state, device, stream);
-    else
-        launch<Kind<AnyProgram>>(tables, state, device, stream);
+        launch<Mixed<AnyProgram>>(tables, state, device, stream);
 }
 
 void launch_visit(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
-    if (tables.shape.coded)
-        launch_kind<Coded>(tables, state, device, stream);
+    if (tables.shape.coded) // programs of fixed size spill with three formats more
+        launch<Coded<AnyProgram>>(tables, state, device, stream);
+    else if (tables.shape.mixed && tables.shape.simple && tables.shape.family == Purpose::kNormal)
+        launch_mixed<Purpose::kNormal>(tables, state, device, stream);
+    else if (tables.shape.mixed && tables.shape.simple && tables.shape.family == Purpose::kRademacher)
+        launch_mixed<Purpose::kRademacher>(tables, state, device, stream);
     else if (tables.shape.mixed)
-        launch_kind<Mixed>(tables, state, device, stream);
+        launch<Mixed<AnyProgram>>(tables, state, device, stream);
     else if (tables.shape.simple && tables.shape.family == Purpose::kNormal)
         launch_simple<Purpose::kNormal>(tables, state, device, stream);
     else if (tables.shape.simple && tables.shape.family == Purpose::kRademacher)

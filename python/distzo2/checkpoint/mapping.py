@@ -111,9 +111,10 @@ class CheckpointMap:
         if packed is None:
             self.files.read_pieces(pieces, out)
             return
-        if self._decoded[0] != (name, out.dtype):  # rows are asked for one after another
-            self._decoded = (name, out.dtype), packed.value(out.dtype)
-        out.copy_(self._decoded[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
+        held = self._decoded  # rows are asked for one after another; threads may read different parameters
+        if held[0] != (name, out.dtype):
+            self._decoded = held = (name, out.dtype), packed.value(out.dtype)
+        out.copy_(held[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range) -> Iterator[Range]:
         """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`.

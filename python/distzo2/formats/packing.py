@@ -117,6 +117,11 @@ def pack_map(
     """
     if store not in STORES:
         raise CheckpointError(f"expected a store among {', '.join(STORES)}, got {store!r}")
+    if checkpoint_map.is_packed:
+        where = f"{checkpoint_map.directory}: its weights are packed already ({checkpoint_map.formats})"
+        raise CheckpointError(
+            f"{where}: leave --store, or store=, out, or name the checkpoint that they were packed from"
+        )
     chosen = packable(model, units) if names is None else names
     error, packed = PackingError(), dict(checkpoint_map.mapped)
     for name, mapped in packed.items():

@@ -221,7 +221,9 @@ def save_pretrained(
         advice = "its adapter with distzo2.save_adapter, or what merge_and_unload returned inside distzo2.edit"
         raise CheckpointError(f"{type(model).__name__} is a model with an adapter: save {advice}")
     names = {id(p): name for name, p in model.named_parameters()}
-    params = [(names[id(p.tensor)], p.declared, p.shape) for p in runtime.params if id(p.tensor) in names]
+    params = [
+        (names[id(p.tensor)], p.declared, p.shape) for p in runtime.params if id(p.tensor) in names and not p.is_gain
+    ]
     checkpoint_map = (runtime.base if model is runtime.model else None) or map_for_saving(model, params)
     with CheckpointWriter(checkpoint_map, out_dir, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         for unit in runtime.units:

@@ -57,6 +57,7 @@ def branch_of(
     by_weights = checksums_of(parent) is not None
     theirs, ours = (
         {key: h[key] for key in ("seed", "noise", "rounding")}
+        | {"packed parameters": h.get("stored_formats")}
         | {f"base checkpoint: {name}": file for name, file in h["base"]["files"].items() if not by_weights}
         for h in (parent, header)
     )

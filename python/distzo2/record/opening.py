@@ -55,6 +55,7 @@ def check_same_run(
     pairs = {key: (journal[key], run[key]) for key in ("seed", "noise", "rounding")}
     theirs, ours = journal["options"], run["options"]
     pairs |= {key: (theirs.get(key), ours.get(key)) for key in {**theirs, **ours}}
+    pairs["packed parameters"] = journal.get("stored_formats"), run.get("stored_formats")
     if reads_base and checksums_of(journal) is None:
         pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
     for key, (theirs, ours) in pairs.items():

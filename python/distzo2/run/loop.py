@@ -152,9 +152,11 @@ class TrainLoop:
             self.model, closures, dtypes=[computed_in(self.runtime)], eps=[o.eps], probes=o.probes, **more
         )
         spread = float(np.sqrt(np.mean(np.square(found[0].differences)))) / 2  # of one side
-        rate = from_rank_0("the rate", lambda: AUTO_RATE * o.eps / spread if spread > 0 else 0.0)
-        if not rate:
-            raise DistZO2Error("--lr auto: perturbations at the start do not change the loss: give a larger --eps")
+        spread = from_rank_0("the spread", lambda: spread)
+        if not 0 < spread < math.inf:
+            why = "do not change the loss: give a larger --eps" if spread == 0 else "make losses that are not finite"
+            raise DistZO2Error(f"--lr auto: perturbations at the start {why}")
+        rate = AUTO_RATE * o.eps / spread
         self.log(f"lr {rate:.3g}: {AUTO_RATE} eps / spread, the losses at the start having a spread of {spread:.2g}")
         self.options = replace(o, lr=rate)
         return rate

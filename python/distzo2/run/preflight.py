@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.formats.packing import packed_as
 from distzo2.models.pretrained import from_pretrained, sizes_of
 from distzo2.peft.adapters import known_config, new_config, virtual_tokens
 from distzo2.run.options import DataReading, Placement, Trained
@@ -71,6 +72,10 @@ def placed(options: Placement, device: str) -> Place:
     if options.threads:
         torch.set_num_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
+    if options.store is not None and size.dtype is not None:  # most of the bytes are of matrices
+        like = torch.Size((64, 64))
+        share = packed_as(like, options.store).num_bytes / (like.numel() * size.dtype.itemsize)
+        size = replace(size, total=int(size.total * min(share, 1.0)))
     compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, usable)
     check_computes(usable, compute_dtype)
     use_tf32(options.tf32, usable)

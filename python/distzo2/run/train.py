@@ -86,12 +86,14 @@ def _evaluate_task(options: FinetuneOptions, log: Callable[[str], None]) -> None
     run, mesh = RunDirectory(options.out), current()
     adapted = {"model": options.model, "adapter": str(run.adapter)}
     values = {"model": str(run.checkpoint)} if options.writes_model else adapted
-    if mesh is not None or not Path(values["model"], CONFIG_FILE).exists():  # ranks may share no disk
+    there = Path(values["model"])
+    if mesh is not None or not (there.is_file() or (there / CONFIG_FILE).exists()):  # ranks may share no disk
         if mesh is None or mesh.rank == 0:
             given = " ".join(f"--{name} {value}" for name, value in values.items())
             log(f"to evaluate: distzo2 eval --task {options.task} --data {options.data} {given}")
         return
     shared = {f.name for f in fields(EvalOptions)} & vars(options).keys() - {"eval", "score", *values, "adapter"}
+    shared -= {"store"} if options.writes_model else set()  # what was trained is written decoded
     values |= {name: getattr(options, name) for name in shared} | {"batch_size": options.eval_batch_size}
     score, objective = evaluate_file(EvalOptions(**values))
     figures = {"task": options.task, **score.figures(), "examples": score.num_examples, "objective": objective}
@@ -107,7 +109,8 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
         log(line_of(asdict(options)))
     terms = from_rank_0("looking for a run to continue", lambda: _continues(options, run, log))
     parallel = options.parallel if mesh is None else str(mesh.shape)
-    options = replace(options, resume=terms.pop("resume"), compute_dtype=terms.pop("compute_dtype"), parallel=parallel)
+    settled = {name: terms.pop(name) for name in ("resume", "compute_dtype", "lr")}
+    options = replace(options, parallel=parallel, **settled)
     with tempfile.TemporaryDirectory(prefix="distzo2-") as own:  # of a rank that may not see --out
         _finetune(options, log, mesh, run, terms, run.adapter_start if leads else Path(own, "adapter_start"))
 
@@ -283,8 +286,9 @@ def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str],
     compute_dtype = options.compute_dtype
     if continues and compute_dtype == "auto":
         compute_dtype = before["options"]["compute_dtype"]
+    lr = before["options"]["lr"] if continues and options.lr == "auto" else options.lr
     clock = before.get("clock") or datetime.now().isoformat()
-    return {"resume": continues, "clock": clock, "legacy": legacy, "compute_dtype": compute_dtype}
+    return {"resume": continues, "clock": clock, "legacy": legacy, "compute_dtype": compute_dtype, "lr": lr}
 
 
 def _ranks_here() -> int:

@@ -22,7 +22,7 @@ from distzo2.streaming.lanes import Lane
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.streaming.state_dict import StateHooks
 from distzo2.weights.access import WeightAccess
-from distzo2.weights.residency import MemoryBudget, blocks_to_stream, slots_of_use
+from distzo2.weights.residency import DEFAULT_SLOTS, MemoryBudget, blocks_to_stream, slots_of_use
 from distzo2.weights.store import MemoryStore, Store, StoredCopy, core_errors, streaming_store
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import TRAINABLE_DTYPES, StoredBy, Unit, collect_params, dtypes_to_compute_in, find_units
@@ -39,7 +39,7 @@ def offload(
     *,
     units: Iterable[str] | None = None,
     directory: str | os.PathLike | None = None,
-    slots: int = 3,
+    slots: int = DEFAULT_SLOTS,
     memory_budget: MemoryBudget = None,
     host_memory: MemoryBudget = None,
     write_every: int = 1,
@@ -65,7 +65,7 @@ def offload(
         directory: where the block file is made (weights="disk" without weight_file); it is a working file, and goes
             with the model. On a CPU, glibc then gives freed memory of 1 MiB and more back at once, unless
             MALLOC_MMAP_THRESHOLD_ is set.
-        slots: blocks that are on the device at once, at least 2.
+        slots: blocks that are on the device at once, at least 2; by default 2 where all that streams is packed.
         memory_budget: bytes of the device that weights may take (resident units, perturbed copies, slots): as many
             blocks as fit stay there, spread among those that stream. "auto": 70% of what is free now. None: all blocks
             stream. Activations are not in it. The bits are the same.
@@ -225,7 +225,10 @@ def _hand_over(
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent
     slices = None  # of codes each rank keeps all: their scales lie elsewhere
-    if not any(p.is_coded for p in params):
+    if any(p.is_coded for p in params):
+        if current() is not None and current().slice:
+            raise UsageError("--slice on: trained codes are not kept in slices, each rank keeps all of them")
+    else:
         slices = choose_slices(current(), found, device, weights, directory, host_memory)
     together = slices.node.exchange if slices is not None else None
     streams = on_disk or (weights == "host" and (device.type != "cpu" or slices is not None))

@@ -148,6 +148,6 @@ def _whole(config: Any, name: str) -> int | None:
 def forward_config(directory: str | os.PathLike) -> dict[str, str]:
     """The fields of a configuration that a forward may read, as JSON, to be compared when a run is resumed."""
     path = Path(directory, CONFIG_FILE)
-    fields = json.loads(path.read_bytes()) if path.is_file() else config_of(Path(directory)).to_dict()
+    fields = json.loads(path.read_bytes()) if path.is_file() else config_of(Path(directory)).to_diff_dict()
     used = {key: value for key, value in fields.items() if key not in _NOT_OF_A_FORWARD and value is not None}
     return {key: json.dumps(value, sort_keys=True) for key, value in used.items()}

@@ -18,6 +18,7 @@ from distzo2.weights.store import slot_bytes_of
 from distzo2.weights.units import Unit
 from distzo2_core import memory_budget
 
+DEFAULT_SLOTS = 3
 AUTO_SHARE = 0.7  # of what is free; the rest is for the lanes' hidden states, workspaces and logits
 _NO_LIMIT = (1 << 63) - 1
 
@@ -68,9 +69,10 @@ def free_disk_bytes(directory: str | os.PathLike) -> int:
 
 
 def slots_of_use(units: Sequence[Unit], slots: int) -> int:
-    """Returns how many of `slots` are of use, for all units of a model: what is decoded leaves its slot before it is
-    computed with, so that two keep a link busy."""
-    return min(slots, 2) if all(unit.packed is not None for unit in units if not unit.resident) else slots
+    """Returns how many slots are made for all units of a model: by default, two where all that streams is decoded. It
+    leaves its slot before it is computed with, so that two keep a link busy."""
+    is_packed = all(unit.packed is not None for unit in units if not unit.resident)
+    return 2 if slots == DEFAULT_SLOTS and is_packed else slots
 
 
 def blocks_to_stream(

@@ -258,7 +258,7 @@ TEST(refusals) {
     };
     refused([](Visit& v) { v.updates[0].num_terms = 2; }, "update 0");
     refused([](Visit& v) { v.emits[0].first_term = 1; }, "emit 0");
-    refused([](Visit& v) { v.segments[1].dtype = 3; }, "dtype code 3");
+    refused([](Visit& v) { v.segments[1].dtype = 6; }, "dtype code 6");
     refused([](Visit& v) { v.segments[1].numel = 11; }, "segment 1: 11 elements");
     refused([](Visit& v) { v.segments[0].group = 1; }, "group 1 of 1");
     refused([](Visit& v) { v.segments[0].group = -2; }, "group -2 of 1");
