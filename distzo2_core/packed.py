@@ -52,7 +52,7 @@ class Kind(IntEnum):
     FLOAT32 = 16
     BFLOAT16 = 17
     FLOAT16 = 18
-    E8M0 = 19  # 2^(byte - 127); 255 is NaN, and refused when a file is opened
+    E8M0 = 19  # 2^(byte - 127); 255 is NaN
     K_SCALE = 20  # the 12 bytes of Q4_K and Q5_K: value i of 8 is the 6-bit scale i
     K_MIN = 21  # the same bytes: value i is the 6-bit minimum i
 

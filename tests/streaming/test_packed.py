@@ -62,6 +62,18 @@ def decoded(model: torch.nn.Module) -> torch.nn.Module:
     return plain
 
 
+def assert_same_as_plain(
+    found: list[tuple[list[list[float]], dict[str, torch.Tensor]]], plain: torch.nn.Module
+) -> None:
+    """Losses and weights of runs against a plain loop that trains the norms of `plain`, which is changed."""
+    closure = [lambda: plain(input_ids=IDS, labels=IDS).loss]
+    losses = plain_loop(plain, [closure] * 3, lr=lambda step: 1e-2, eps=1e-2, seed=3, num_probes=2,
+                        trainable=lambda name: "norm" in name)  # fmt: skip
+    for one in found:
+        assert one[0] == losses
+        assert_same_tensors(one[1], plain.state_dict())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_beside_packed_weights_has_the_bits_of_the_decoded_model(files, kind: str, tmp_path: Path) -> None:
     found = []
@@ -72,12 +84,7 @@ def test_training_beside_packed_weights_has_the_bits_of_the_decoded_model(files,
         fixed = [copy.unit.name for copy in distzo2.runtime_of(model).weights.copies if copy.is_fixed]
         lies_there = place == "disk" and kind != "Q5_0"  # of which each block is widened
         assert fixed == ([f"model.layers.{i}" for i in range(3)] if lies_there else [])
-    closure = [lambda: plain(input_ids=IDS, labels=IDS).loss]
-    losses = plain_loop(plain, [closure] * 3, lr=lambda step: 1e-2, eps=1e-2, seed=3, num_probes=2,
-                        trainable=lambda name: "norm" in name)  # fmt: skip
-    for one in found:
-        assert one[0] == losses
-        assert_same_tensors(one[1], plain.state_dict())
+    assert_same_as_plain(found, plain)
 
 
 @pytest.mark.parametrize("computed", [torch.float32, torch.float16])
@@ -101,12 +108,7 @@ def test_a_frozen_base_is_packed_at_load(files, store: str, tmp_path: Path) -> N
         assert block.num_bytes < 0.32 * sum(2 * p.numel for p in block.params)
         plain = decoded(model)
         found.append((train(model), model.state_dict()))
-    closure = [lambda: plain(input_ids=IDS, labels=IDS).loss]
-    losses = plain_loop(plain, [closure] * 3, lr=lambda step: 1e-2, eps=1e-2, seed=3, num_probes=2,
-                        trainable=lambda name: "norm" in name)  # fmt: skip
-    for one in found:
-        assert one[0] == losses
-        assert_same_tensors(one[1], plain.state_dict())
+    assert_same_as_plain(found, plain)
 
 
 @pytest.mark.parametrize("store", ["affine8", "affine16"])

@@ -67,8 +67,9 @@ def open_gguf(
 ) -> PackedCheckpoint:
     """Opens a GGUF file, or the first of a split one, as a model.
 
-    Of the tensors only Gemma's norms and the factors of RoPE are read; `PackedParam.check_scales` refuses scales that
-    are not finite. `map.files.files` are the open files; a `GgufFile` among them has an `identity`.
+    Of the tensors only Gemma's norms and the factors of RoPE are read. A streamed model names scales that are not
+    finite when it first decodes them; `PackedParam.check_scales` reads and refuses them before. `map.files.files` are
+    the open files; a `GgufFile` among them has an `identity`.
 
     Args:
         dtype: that the parameters are computed in; None for that of the embeddings, bfloat16 where these are packed.

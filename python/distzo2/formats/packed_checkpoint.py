@@ -97,8 +97,9 @@ def open_packed(
 ) -> PackedCheckpoint:
     """Opens a checkpoint whose weights are quantized, from the headers of its files.
 
-    Tensors are read only where they decide between forms. Scales are not: `PackedParam.check_scales` does, and refuses
-    those that are not finite. Activations are not quantized, whatever the checkpoint says of them.
+    Tensors are read only where they decide between forms. Scales are not: a streamed model names those that are not
+    finite when it first decodes them, and `PackedParam.check_scales` reads and refuses them before. Activations are not
+    quantized, whatever the checkpoint says of them.
 
     Args:
         path: a directory with config.json and safetensors files, in shards or not.

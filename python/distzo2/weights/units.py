@@ -26,11 +26,11 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2_core import Kind, PackedLayout, PackedSegment, PackedTable, Segment, decode
+from distzo2_core.types import SCALE_GROUPS
 
 ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundary
 HALVES = (torch.bfloat16, torch.float16)
 TRAINABLE_DTYPES = (torch.float32, *HALVES)
-SCALE_GROUPS = (32, 64, 128, 256)  # weights with one scale, of codes that are trained
 GROUPS_WITHOUT_BLOCKS = 8  # a model without a block list streams in about this many groups
 GAIN = "_gain"  # behind the name of packed weights: that of their gains
 SMALL_SHARE = 8  # trained parameters are small where they are at most an eighth of the bytes
