@@ -199,12 +199,13 @@ def test_normals_do_not_depend_on_the_table_of_rsqrt(nvcc: CudaKernels, ulps: in
 def test_nearly_every_instruction_was_executed(kernels: CudaKernels | TritonKernels) -> None:
     """By the tests above. What is left are values that noise does not have, and rare ones, at one place of an octet."""
     # The decoding kernels of CUDA read a field of any kind at any place, and formats have few of these; those of codes
-    # have three formats more at each place of an octet, and cost too much to be run until all have been.
-    left_out = ("decode_kernelIL", "5CodedI")
-    executed = {n: counts for n, counts in kernels.executed().items() if not any(part in n for part in left_out)}
+    # have three formats more at each place of an octet, and are held to a bound of their own.
+    executed = {name: counts for name, counts in kernels.executed().items() if "decode_kernelIL" not in name}
     if not all(here for here, _ in executed.values()):
         pytest.skip("not all tests of this file ran before")
-    assert sum(here for here, _ in executed.values()) > 0.97 * sum(whole for _, whole in executed.values()), executed
+    for part, least in (("", 0.97), ("5CodedI", 0.84)):
+        counts = [n for name, n in executed.items() if ("5CodedI" in name) == bool(part)]
+        assert not counts or sum(here for here, _ in counts) > least * sum(whole for _, whole in counts), executed
 
 
 @pytest.mark.slow
