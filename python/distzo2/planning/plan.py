@@ -139,11 +139,14 @@ class Planner:
             "lanes": model.lane_bytes(min(wave, len(lanes))),
         }
         rank["total"] = sum(rank.values())
-        stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
-        host, disk = stored, 0
+
+        def stored(unit: Unit) -> int:  # bytes, on all ranks
+            return unit.num_bytes + unit.scale_bytes if sliced and unit in streamed else unit.num_bytes * ranks
+
+        host, disk = sum(stored(u) for u in streamed), 0
         if r.weights == "disk":  # frozen blocks stay in the checkpoint's files; residents that are trained are copied
             written = [u for u in model.units if u.trainable or (u in streamed and not _lies_in_files(u))]
-            host, disk = 0, sum(u.num_bytes * (1 if sliced and u in streamed else ranks) for u in written)
+            host, disk = 0, sum(stored(u) for u in written)
         if machine.computes_on_host:
             host += ranks * rank["total"]
         elif r.weights == "disk" and streamed:
@@ -219,8 +222,6 @@ class Planner:
             ways = [False]
         meshes = [mesh for mesh in self._meshes() if mesh.size > 1]
         first = self.predict()
-        if any(p.is_coded for model in self.models.values() for u in model.units for p in u.params):
-            ways = [False]  # each rank keeps all codes
         return [first, *(self.predict(mesh, sliced) for mesh in meshes for sliced in ways)]
 
     def _meshes(self) -> list[MeshShape]:

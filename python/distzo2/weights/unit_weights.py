@@ -10,7 +10,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -457,8 +457,14 @@ class UnitWeights:
         self._decoded.add(unit.index)
 
     def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
-        """Writes a copy with every update made so far to `out`; returns whether `stored` was brought up to date too."""
+        """Writes a slice with every update made so far to `out`; returns whether `stored` was brought up to date."""
         misses = self.updates.missed_by(copy)
+        if copy.unit.is_encoded:  # an emission would be decoded
+            if stays := misses and self._leaves_behind(copy):
+                copy, stored = replace(copy), stored.clone()
+            changed = misses and self._catch_up(copy, stored)
+            out.copy_(stored[: out.numel()])
+            return changed and not stays
         if not misses or not all(p.index in self.updates.group_of for p in copy.unit.params):
             out.copy_(stored)
         return misses and self._catch_up(copy, stored, [CLEAN], [out])
