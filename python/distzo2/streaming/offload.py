@@ -497,7 +497,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                 with access.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])
-            access.rebase()
+            runtime.weights.restart()
         if restructured:
             _take_again(model, runtime)
     finally:

@@ -140,7 +140,3 @@ class WeightAccess:
     def fills_in_place(self, unit: Unit) -> bool:
         """Whether `writing` yields the stored copy itself, so that several units may be open at no cost in memory."""
         return self.weights.store_of(self.weights.copies[unit.index]).in_host_memory
-
-    def rebase(self) -> None:
-        """Makes the replaced weights the base of the updates that follow."""
-        self.weights.restart()
