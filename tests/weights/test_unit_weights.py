@@ -46,8 +46,14 @@ def caught_up(unit: Unit, copy: StoredCopy, before: torch.Tensor, frozen: set[st
     """The bytes of a copy after two updates, of which the second is made at a version of its own."""
     store = MemoryStore([copy], CPU)
     weights = UnitWeights([unit], [copy], Store(), store, device=CPU)
+    kept = torch.full_like(before, 255)
+    for param in unit.params:
+        item = param.dtype.itemsize if param.layout is None else 1
+        for held in copy.kept_of(param):
+            part = slice(param.byte_offset + held.start * item, param.byte_offset + held.stop * item)
+            kept[part] = before[part]
     for place, at in copy.places:
-        part = before[place.start : place.stop]
+        part = kept[place.start : place.stop]
         store.acquire(copy)[at : at + len(part)].copy_(part)
     trained = [p for p in unit.params if p.name not in frozen]
     weights.bind(weights, {p.index: 0 for p in trained}, 1, seed=5)

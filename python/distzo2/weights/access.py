@@ -131,11 +131,11 @@ class WeightAccess:
                     return False
         return True
 
-    def kept_elements(self, unit: Unit) -> dict[str, range]:
+    def kept_elements(self, unit: Unit) -> dict[str, list[range]]:
         """Returns which elements of each parameter (bytes, where it is packed) `writing` keeps on this rank: all,
-        unless the unit is in slices. Of codes all are named, since their scales lie apart."""
+        unless the unit is in slices."""
         copy = self.weights.copies[unit.index]
-        return {p.name: range(p.num_bytes) if p.is_coded else copy.elements_of(p) for p in unit.params}
+        return {p.name: copy.kept_of(p) for p in unit.params}
 
     def fills_in_place(self, unit: Unit) -> bool:
         """Whether `writing` yields the stored copy itself, so that several units may be open at no cost in memory."""

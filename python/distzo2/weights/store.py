@@ -102,9 +102,17 @@ class StoredCopy:
     def elements_of(self, param: ParamInfo) -> range:
         """Returns which elements of one of the unit's parameters are in the slice; which bytes, where it is packed and
         frozen. (Slices cut no element, and no group of trained codes.)"""
-        begin, end, item = self.begin - param.byte_offset, self.end - param.byte_offset, param.stored_itemsize
-        size = param.numel * item if param.is_coded else param.num_bytes
-        return range(min(max(begin, 0), size) // item, min(max(end, 0), size) // item)
+        item = param.stored_itemsize
+        most = param.numel if param.is_coded else param.num_bytes // item
+        own = param.bytes_in(range(self.begin, self.end))
+        return range(min(own.start // item, most), min(own.stop // item, most))
+
+    def kept_of(self, param: ParamInfo) -> list[range]:
+        """Returns which elements of one of the unit's parameters are stored, behind the slice too; which bytes, where
+        it is packed."""
+        item = param.dtype.itemsize if param.layout is None else 1
+        held = [part for place, _ in self.places if (part := param.bytes_in(place))]
+        return [range(part.start // item, part.stop // item) for part in held]
 
     def scale_offset(self, param: ParamInfo) -> int:
         """Returns at which byte of the copy the scales of a parameter's codes in the slice begin."""

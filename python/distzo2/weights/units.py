@@ -134,6 +134,10 @@ class ParamInfo:
         rows = self.shape[0] if len(self.shape) > 1 else 1
         return rows, self.numel // max(rows, 1)
 
+    def bytes_in(self, place: range) -> range:
+        """Which of its bytes are in `place` of the unit's buffer."""
+        return range(*(min(max(at - self.byte_offset, 0), self.num_bytes) for at in (place.start, place.stop)))
+
     def scales_of(self, part: range) -> range:
         """Which bytes of the unit's buffer are the scales of codes `part`, whole groups."""
         scale = self.layout.scale
