@@ -144,7 +144,7 @@ class ParamInfo:
         start = self.byte_offset + scale.offset
         return range(*(start + 4 * (element // scale.cols) for element in (part.start, part.stop)))
 
-    def segment(self, byte_offset: int, part: range, group: int, scale_offset: int = 0) -> Segment:
+    def segment(self, byte_offset: int, part: range, group: int, scale_offset: int) -> Segment:
         """Elements `part` in a buffer that holds them from `byte_offset` on, and scales of codes from `scale_offset`
         on."""
         dtype, each = (self.stored.code_dtype, self.layout.scale.cols) if self.is_coded else (self.dtype, 0)
