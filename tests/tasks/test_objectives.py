@@ -166,10 +166,10 @@ def made(directory: Path, name: str, lines, objective: str | None = None, **fiel
 def test_encoder_decoder(name: str, tmp_path: Path) -> None:
     lines = [dict(zip(PLAIN, values, strict=True)) for values in zip(*PLAIN.values(), strict=True)]
     model, tokenizer, examples, objective = made(tmp_path, name, lines)
-    for i in range(2):  # to the bit as transformers does it, alone
-        inputs = tokenizer(PLAIN["prompt"][i], return_tensors="pt")
-        plain = model(**inputs, labels=tokenizer(text_target=PLAIN["completion"][i], return_tensors="pt")["input_ids"])
-        assert torch.equal(objective.closure(objective.batch([examples[i]]))(), plain.loss)
+    for line, example in zip(lines, examples, strict=True):  # to the bit as transformers does it, alone
+        labels = tokenizer(text_target=line["completion"], return_tensors="pt")["input_ids"]
+        plain = model(**tokenizer(line["prompt"], return_tensors="pt"), labels=labels)
+        assert torch.equal(objective.closure(objective.batch([example]))(), plain.loss)
     inputs = tokenizer(PLAIN["prompt"], return_tensors="pt", padding=True)  # and together, padded
     labels = tokenizer(text_target=PLAIN["completion"], return_tensors="pt", padding=True)["input_ids"]
     plain = model(**inputs, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100))
@@ -202,11 +202,10 @@ def test_masked(name: str, tmp_path: Path) -> None:
     for line in MASKS:
         inputs = tokenizer(line["prompt"], return_tensors="pt")
         logits = model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id][0].double()
-        scores = logits[tokenizer.convert_tokens_to_ids([c.strip() for c in line["choices"]])]
+        ids = tokenizer.convert_tokens_to_ids([c.strip() for c in line["choices"]])
+        scores = logits[ids]
         losses.append(-scores.log_softmax(0)[line["label"]].item())
-        words.append(
-            -logits.log_softmax(0)[tokenizer.convert_tokens_to_ids(line["choices"][line["label"]].strip())].item()
-        )
+        words.append(-logits.log_softmax(0)[ids[line["label"]]].item())
         right += int(scores.argmax() == line["label"])
     batch = objective.batch(examples)
     assert batch.input_ids.shape[0] == 2  # all words of a prompt share its row

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -123,21 +124,17 @@ class Objective:
             them), a loss being a token's or, with choices or classes, an example's.
         """
 
-        def loss() -> torch.Tensor:
+        number = (batch.tokens if batch.labels is None else batch.labels).numel()
+
+        def loss() -> torch.Tensor | tuple[torch.Tensor, int]:
             logits, likelihoods = self._token_scores(batch)
             if self.name == "error":
                 hits, count = _hits(batch, logits, likelihoods)
-                return 1.0 - hits / count
-            return _losses(batch, likelihoods).mean()
+                return 1.0 - hits / count if self.rule == "mean" else (count - hits, number)
+            losses = _losses(batch, likelihoods)
+            return losses.mean() if self.rule == "mean" else (losses.double().sum(), number)
 
-        def summed() -> tuple[torch.Tensor, int]:
-            logits, likelihoods = self._token_scores(batch)
-            count = (batch.tokens if batch.labels is None else batch.labels).numel()
-            if self.name == "error":
-                return count - _hits(batch, logits, likelihoods)[0], count
-            return _losses(batch, likelihoods).double().sum(), count
-
-        return loss if self.rule == "mean" else summed
+        return loss
 
     def named(self, name: str) -> Objective:
         """Another objective of the same model."""
@@ -296,24 +293,35 @@ def evaluate_examples(
     dealt = [range(len(groups))] if mesh is None else deal_evenly(len(groups), mesh.world_size)
     own = dealt[0 if mesh is None else mesh.rank]
     rows = torch.zeros(max(map(len, dealt)), 5, dtype=torch.float64)  # of each micro-batch: its figures, its tokens
-    unspoken: list[torch.Tensor | None] = [None] * len(groups)
     with mesh.together("an evaluation") if mesh is not None else nullcontext():
+        unspoken: Sequence[torch.Tensor | None] = [None] * len(own)
         if blanks:
-            behind = [blanks[i : i + batch_size] for i in range(0, len(blanks), batch_size)]
-            unspoken[own.start : own.stop] = _blank_scores(objective, behind[own.start : own.stop], batches_per_pass)
-        for first in range(own.start, own.stop, batches_per_pass):
-            part = range(first, min(first + batches_per_pass, own.stop))
-            batches = [objective.batch(groups[i]) for i in part]
-            closures = [objective.evaluation(b, unspoken[i]) for i, b in zip(part, batches, strict=True)]
-            figures = evaluate(objective.model, closures)
-            for i, batch, values in zip(part, batches, figures, strict=True):
-                rows[i - own.start] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
+            behind = [blanks[i * batch_size : (i + 1) * batch_size] for i in own]
+            unspoken = _blank_scores(objective, behind, batches_per_pass)
+        closures = lambda i, batch: objective.evaluation(batch, unspoken[i])  # noqa: E731
+        passes = _in_passes(objective, [groups[i] for i in own], closures, batches_per_pass)
+        for row, (batch, values) in zip(rows, passes, strict=False):
+            row[:] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
     gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
     totals = torch.zeros(5, dtype=torch.float64)
-    for row in (row for part, values in zip(dealt, gathered, strict=True) for row in values[: len(part)]):
+    for row in chain.from_iterable(values[: len(part)] for part, values in zip(dealt, gathered, strict=True)):
         totals += row
     loss, count, hits, answers, num_tokens = totals.tolist()
     return Score(loss / count, hits / answers, len(examples), int(num_tokens))
+
+
+def _in_passes(
+    objective: Objective,
+    groups: Sequence[Sequence[Example]],
+    closure: Callable[[int, Batch], Callable[[], torch.Tensor]],
+    per_pass: int,
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """The batch of each group and what its closure, of its number and batch, returns; `per_pass` share a pass."""
+    for first in range(0, len(groups), per_pass):
+        batches = [objective.batch(group) for group in groups[first : first + per_pass]]
+        yield from zip(
+            batches, evaluate(objective.model, [closure(i, b) for i, b in enumerate(batches, first)]), strict=True
+        )
 
 
 def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]], per_pass: int) -> list[torch.Tensor]:
@@ -322,12 +330,8 @@ def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]], per
     key = lambda e: (e.tokens.tobytes(), e.lead, *(option.tobytes() for option in e.options))  # noqa: E731
     distinct = {key(e): e for group in groups for e in group}
     size = max((len(group) for group in groups), default=1)
-    examples, scores = list(distinct.values()), []
-    for first in range(0, len(examples), size * per_pass):
-        part = [examples[i : i + size] for i in range(first, min(first + size * per_pass, len(examples)), size)]
-        batches = [objective.batch(group) for group in part]
-        found = evaluate(objective.model, [objective.likelihoods_of_choices(b) for b in batches])
-        for group, values in zip(part, found, strict=True):
-            scores += [row[: len(e.options)] for e, row in zip(group, values, strict=True)]
-    found = dict(zip(distinct, scores, strict=True))
+    parts = [list(distinct.values())[i : i + size] for i in range(0, len(distinct), size)]
+    passes = _in_passes(objective, parts, lambda i, batch: objective.likelihoods_of_choices(batch), per_pass)
+    scores = chain.from_iterable(values for _, values in passes)
+    found = {k: row[: len(e.options)] for (k, e), row in zip(distinct.items(), scores, strict=True)}
     return [nn.utils.rnn.pad_sequence([found[key(e)] for e in group], batch_first=True) for group in groups]
