@@ -118,7 +118,7 @@ def test_which_objective(tmp_path: Path) -> None:
         resolve_objective("choices", lm)
 
 
-def test_evaluation_in_any_parts(tmp_path: Path) -> None:
+def test_evaluation_in_any_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_checkpoint(tmp_path / "m")
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model = distzo2.from_pretrained(directory, weights="disk", directory=tmp_path / "w")
@@ -126,7 +126,8 @@ def test_evaluation_in_any_parts(tmp_path: Path) -> None:
     losses, accuracy = naive_choices(plain, examples)
     objective = Objective(model, "choices", pad_id=0)
     for batch_size, per_pass in ((11, 1), (2, 3), (3, 8)):
-        score = evaluate_examples(objective, examples, batch_size=batch_size, batches_per_pass=per_pass)
+        monkeypatch.setattr("distzo2.tasks.objectives.BATCHES_PER_PASS", per_pass)
+        score = evaluate_examples(objective, examples, batch_size=batch_size)
         assert score.loss == pytest.approx(sum(losses) / 11, rel=2e-5)
         assert score.accuracy == pytest.approx(accuracy) and score.num_examples == 11
     assert not math.isnan(score.loss)
@@ -286,7 +287,8 @@ def test_sums_for_a_mean_over_a_step(model, tmp_path: Path) -> None:
     texts = [*LM, {"text": "the cat"}, {"text": "a graph has nodes and edges, a matrix has rows and columns"}]
     for lines, name in ((texts, "lm"), (texts, "error"), (choice_lines(5), "choices"), (choice_lines(5), "lm")):
         examples = examples_of(lines, tmp_path)
-        mean, summed = (Objective(model, name, pad_id=0, rule=rule) for rule in ("mean", "sum"))
+        mean, summed = (Objective(model, name, pad_id=0) for _ in range(2))
+        summed.rule = "sum"
         whole = mean.closure(mean.batch(examples))().item()
         learned = 5 if name == "choices" else len(summed.batch(examples).tokens)
         for size in (1, 2, 5):

@@ -112,12 +112,6 @@ class Machine:
     def computes_on_host(self) -> bool:
         return self.device == "cpu"
 
-    def with_tf32(self) -> Machine:
-        """This machine, with float32 products in TF32."""
-        flop = {**self.rates.flop_per_s, "float32": TF32_SHARE * self.rates.flop_per_s["bfloat16"]}
-        note = "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)"
-        return replace(self, rates=replace(self.rates, flop_per_s=flop), assumptions=(*self.assumptions, note))
-
 
 # ---- nodes by name ------------------------------------------------------------------------------------------------
 

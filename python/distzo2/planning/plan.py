@@ -34,7 +34,7 @@ from distzo2.models.shapes import LARGE
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.selection import trained
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
-from distzo2.planning.machines import EXCHANGE_S, GPUS, Duplex, Machine, find_machine
+from distzo2.planning.machines import EXCHANGE_S, GPUS, TF32_SHARE, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
 from distzo2.planning.report import draw_plan, plan_events
 from distzo2.planning.schedule import Played, Slicing, Work, play_steps
@@ -78,9 +78,13 @@ class Planner:
         if request.host_memory not in (None, "auto"):
             device_bytes = request.host_memory if machine.computes_on_host else machine.device_bytes
             machine = replace(machine, host_bytes=request.host_memory, device_bytes=device_bytes)
-        if request.tf32 and machine.computes_on_host:
-            raise UsageError(f"--tf32: {machine.name} computes on a CPU, and TF32 is a GPU's")
-        self.request, self.machine = request, machine.with_tf32() if request.tf32 else machine
+        if request.tf32:
+            if machine.computes_on_host:
+                raise UsageError(f"--tf32: {machine.name} computes on a CPU, and TF32 is a GPU's")
+            flop = {**machine.rates.flop_per_s, "float32": TF32_SHARE * machine.rates.flop_per_s["bfloat16"]}
+            notes = (*machine.assumptions, "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)")
+            machine = replace(machine, rates=replace(machine.rates, flop_per_s=flop), assumptions=notes)
+        self.request, self.machine = request, machine
         self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
         slow = machine.computes_on_host and machine.rates.flop_per_s["bfloat16"] <= machine.rates.flop_per_s["float32"]
         asked = "float32" if request.compute_dtype == "auto" and slow else request.compute_dtype

@@ -56,7 +56,6 @@ class Batch:
     source_ids: torch.Tensor | None  # int64 [rows, positions of the encoder]
     source_mask: torch.Tensor | None  # of it, as `attention_mask`
     num_tokens: int  # that the model reads, padding left out
-    num_examples: int
 
 
 def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
@@ -124,7 +123,6 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         source_ids=tensor(_padded(sources, pad_id)) if sources else None,
         source_mask=None if source_mask.all() else tensor(source_mask),
         num_tokens=int(mask.sum() + source_mask.sum()),
-        num_examples=len(examples),
     )
 
 

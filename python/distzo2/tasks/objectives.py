@@ -29,6 +29,7 @@ from distzo2.tasks.batches import Batch, collate
 from distzo2.tasks.kinds import ModelKind
 from distzo2.tasks.tokenize import Example
 
+BATCHES_PER_PASS = 8  # of an evaluation; each keeps its hidden states meanwhile
 _CHECKED_TOKENS = 64  # of a line, by which a model's causality is checked
 
 
@@ -91,7 +92,6 @@ class Objective:
         *,
         pad_id: int,
         device: torch.device | str = "cpu",
-        rule: Literal["mean", "sum"] = "mean",
         in_front: int = 0,
     ) -> None:
         """
@@ -100,12 +100,11 @@ class Objective:
             name: "lm", "choices" or "error".
             pad_id: token that fills rows up.
             device: where batches go.
-            rule: "mean": closures return the mean loss of their micro-batch. "sum": the sum of its losses and their
-                number, for a mean over all of the step.
             in_front: positions in the logits before those of a batch, which a prompt of peft adds.
         """
-        self._in_front = in_front
-        self.model, self.name, self._pad_id, self._device, self.rule = model, name, pad_id, device, rule
+        self.model, self.name, self._pad_id, self._device, self._in_front = model, name, pad_id, device, in_front
+        # What closures return, for a mean over the micro-batch or over all of a step; see `closure`.
+        self.rule: Literal["mean", "sum"] = "mean"
         if torch.device(device).type == "cuda":
             _never_packed()
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
@@ -141,10 +140,6 @@ class Objective:
         other = copy(self)
         other.name = name
         return other
-
-    def likelihoods_of_choices(self, batch: Batch) -> Callable[[], torch.Tensor]:
-        """A closure that returns float32 [examples, most choices]: the log-likelihood of each choice."""
-        return lambda: choice_scores(batch, self._token_scores(batch)[1], mean=False)
 
     def evaluation(self, batch: Batch, blanks: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         """A closure that returns float64 [4]: sum of losses, number of them, right answers, number of them.
@@ -273,7 +268,6 @@ def evaluate_examples(
     examples: Sequence[Example],
     *,
     batch_size: int = 16,
-    batches_per_pass: int = 8,
     mesh: Mesh | None = None,
     blanks: Sequence[Example] = (),
 ) -> Score:
@@ -283,7 +277,6 @@ def evaluate_examples(
         objective: of the model.
         examples: at least one.
         batch_size: examples in a micro-batch.
-        batches_per_pass: micro-batches that share a pass; each keeps its hidden states meanwhile.
         mesh: ranks that share the micro-batches; all of them call this with the same examples. The bits of the score
             are those of one rank.
         blanks: for each example its choices behind a prompt without content, to calibrate its answer; none: no
@@ -297,9 +290,9 @@ def evaluate_examples(
         unspoken: Sequence[torch.Tensor | None] = [None] * len(own)
         if blanks:
             behind = [blanks[i * batch_size : (i + 1) * batch_size] for i in own]
-            unspoken = _blank_scores(objective, behind, batches_per_pass)
+            unspoken = _blank_scores(objective, behind)
         closures = lambda i, batch: objective.evaluation(batch, unspoken[i])  # noqa: E731
-        passes = _in_passes(objective, [groups[i] for i in own], closures, batches_per_pass)
+        passes = _in_passes(objective, [groups[i] for i in own], closures)
         for row, (batch, values) in zip(rows, passes, strict=False):
             row[:] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
     gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
@@ -314,24 +307,24 @@ def _in_passes(
     objective: Objective,
     groups: Sequence[Sequence[Example]],
     closure: Callable[[int, Batch], Callable[[], torch.Tensor]],
-    per_pass: int,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """The batch of each group and what its closure, of its number and batch, returns; `per_pass` share a pass."""
-    for first in range(0, len(groups), per_pass):
-        batches = [objective.batch(group) for group in groups[first : first + per_pass]]
+    """The batch of each group and what its closure, of its number and batch, returns."""
+    for first in range(0, len(groups), BATCHES_PER_PASS):
+        batches = [objective.batch(group) for group in groups[first : first + BATCHES_PER_PASS]]
         yield from zip(
             batches, evaluate(objective.model, [closure(i, b) for i, b in enumerate(batches, first)]), strict=True
         )
 
 
-def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]], per_pass: int) -> list[torch.Tensor]:
+def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]]) -> list[torch.Tensor]:
     """float32 [examples, most choices] of each group: log-likelihoods of choices behind prompts without content, 0
     where there is no choice. What is the same in many examples is computed once."""
     key = lambda e: (e.tokens.tobytes(), e.lead, *(option.tobytes() for option in e.options))  # noqa: E731
     distinct = {key(e): e for group in groups for e in group}
     size = max((len(group) for group in groups), default=1)
     parts = [list(distinct.values())[i : i + size] for i in range(0, len(distinct), size)]
-    passes = _in_passes(objective, parts, lambda i, batch: objective.likelihoods_of_choices(batch), per_pass)
+    sums = lambda i, batch: lambda: choice_scores(batch, objective._token_scores(batch)[1], mean=False)  # noqa: E731
+    passes = _in_passes(objective, parts, sums)
     scores = chain.from_iterable(values for _, values in passes)
     found = {k: row[: len(e.options)] for (k, e), row in zip(distinct.items(), scores, strict=True)}
     return [nn.utils.rnn.pad_sequence([found[key(e)] for e in group], batch_first=True) for group in groups]
