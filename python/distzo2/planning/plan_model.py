@@ -165,6 +165,8 @@ def plan_model(
         if (told := stored.get(id(p))) is not None and told.layout is not None and told.code_dtype is None:
             p.requires_grad_(False)
     check_packed(trained, source, stored.values())
+    if trained.tune == "gain":
+        raise UsageError("--tune gain is not planned: --peft lora moves the same bytes, and decodes once for all lanes")
     declared = model.dtype
     if trained.adapts:
         model = wrap(model, adapter_config(trained, source, kind, model))
