@@ -52,13 +52,12 @@ def replay_adapter(
         JournalError: the journal is damaged, of a run without an adapter, or `to_step` is beyond it.
         CheckpointError: `start` or `base_dir` is not the run's, or `out_dir` holds an adapter.
     """
-    start, out_dir = Path(start), Path(out_dir)
+    start, out_dir, steps = Path(start), Path(out_dir), read_steps(journal_path, to_step)
+    header, keys = steps.header, adapter_keys(steps.header, os.fspath(journal_path))
     if base_dir is not None:
-        header = read_steps(journal_path, 0).header
         files = {name: file for name, file in header["base"]["files"].items() if name not in ADAPTER_FILES}
         for difference in checkpoint_differences(base_dir, {"files": files}):
             raise CheckpointError(difference)
-        keys = adapter_keys(header, os.fspath(journal_path))
         dtypes = Counter(row["dtype"] for row in header["table"] if row["name"] not in keys)
         dtype = getattr(torch, dtypes.most_common(1)[0][0], None)
         with tempfile.TemporaryDirectory(prefix="distzo2-") as scratch:
@@ -67,15 +66,13 @@ def replay_adapter(
         return report
     if (out_dir / ADAPTER_FILE).exists():
         raise CheckpointError(f"{out_dir}: already holds {ADAPTER_FILE}; name another directory")
-    steps = read_steps(journal_path, to_step)
-    header = steps.header
     record = {name: header["base"]["files"].get(name) for name in (ADAPTER_FILE, ADAPTER_WEIGHTS)}
     if None in record.values():
         raise JournalError(f"{journal_path}: the run began with no adapter")
     for difference in checkpoint_differences(start, {"files": record}):
         raise CheckpointError(difference)
     with closing(CheckpointFiles(start, ADAPTER_WEIGHTS)) as files:
-        keys, rows, tensors, mapped = adapter_keys(header, os.fspath(journal_path)), [], {}, {}
+        rows, tensors, mapped = [], {}, {}
         number = {entry.name: i for i, entry in enumerate(files.entries)}
         for row in header["table"]:
             if (name := row["name"]) in keys:
