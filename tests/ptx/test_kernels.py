@@ -172,7 +172,7 @@ def test_tables_in_a_workspace(nvcc: CudaKernels) -> None:
     check_simple_visits(nvcc, range(8), workspace=True)
     check_random_visits(nvcc, range(40), workspace=True)
     check_crowded_visits(nvcc, range(4), workspace=True)
-    check_random_visits(nvcc, range(12), workspace=True, dtypes=(*CODES, *DTYPES))
+    check_random_visits(nvcc, range(200, 224), workspace=True, dtypes=(*CODES, *DTYPES))
     visit = simple_visit(np.random.default_rng(0), (1, 2), 0, DTYPES, [9, 16, 3] * 40)
     with backend_of(nvcc) as backend:
         check_visit(visit, backend)
