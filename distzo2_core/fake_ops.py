@@ -9,11 +9,6 @@ import torch
 from torch import Tensor
 
 
-def _noise(numel: int, *rest: Any) -> torch.Tensor:
-    *_, dtype, device = rest
-    return torch.empty(numel, dtype=dtype, device=device)
-
-
 def _nothing(*args: Any) -> None:
     """Of an op that changes its first argument."""
 
@@ -64,9 +59,7 @@ def _decode(stored: Tensor, matrices: Tensor, levels: Tensor, out: Tensor, gains
 
 def register() -> None:
     """Registers the fake kernels; called once, after the extension has defined the ops."""
-    for name in ("normal", "rademacher"):
-        torch.library.register_fake(f"distzo2::{name}", _noise)
-    for name in ("noise_", "perturb_", "restore_", "update_"):
+    for name in ("noise_", "perturb_", "update_"):
         torch.library.register_fake(f"distzo2::{name}", _nothing)
     torch.library.register_fake("distzo2::embedding", _embedding)
     torch.library.register_fake("distzo2::materialize", _materialize)

@@ -74,7 +74,7 @@ def normal(
         TypeError, ValueError: an argument is of the wrong type or out of range.
         BackendError: the backend is not there or cannot run on the device.
     """
-    return _noise("normal", numel, seed, step, param, probe, offset, dtype, device, out, backend)
+    return _noise("normal", numel, (seed, step, param, probe, offset), dtype, device, out, backend)
 
 
 def rademacher(
@@ -91,7 +91,7 @@ def rademacher(
     backend: str | None = None,
 ) -> torch.Tensor:
     """Signs +1 and -1 with equal probability; arguments, result and errors are those of `normal`."""
-    return _noise("rademacher", numel, seed, step, param, probe, offset, dtype, device, out, backend)
+    return _noise("rademacher", numel, (seed, step, param, probe, offset), dtype, device, out, backend)
 
 
 def perturb_(
@@ -289,7 +289,12 @@ def materialize(
         )
     if len(outs) != program.num_emits:
         raise ValueError(f"there must be one buffer in outs for each emit: {program.num_emits} emits, {len(outs)} outs")
-    _check_buffers(weights, outs, segments)
+    buffers = [(f"outs[{index}]", out, segments.out_bytes) for index, out in enumerate(outs)]
+    buffers = [("weights", weights, segments.num_bytes), *buffers]
+    _check_buffers(buffers, aligned=[name for name, *_ in buffers] if segments.num_bytes else [])
+    for index, out in enumerate(outs):
+        if out.numel() != outs[0].numel():
+            raise ValueError(f"outs[{index}] must have {outs[0].numel()} bytes as outs[0] has, got {out.numel()}")
     materialize_again(weights, segments, seed, program, list(outs), write_back, backend)
 
 
@@ -344,20 +349,8 @@ def decode(
         raise ValueError(f"the table needs {table.gain_bytes} bytes of gains, got {None if gains is None else 'some'}")
     if isinstance(gains, torch.Tensor) and gains.dtype == torch.float32:
         gains = gains.detach().reshape(-1).view(torch.uint8)
-    read = {"stored": (stored, table.num_bytes)} | ({} if gains is None else {"gains": (gains, table.gain_bytes)})
-    for name, (buffer, needed) in (read | {"out": (out, table.out_bytes)}).items():
-        size = _check_buffer(name, buffer)
-        if size < needed:
-            raise ValueError(f"{name} has {size} bytes, the table needs {needed}")
-        if buffer.device != stored.device:
-            raise ValueError(f"{name} must be on {stored.device} as stored is, got {buffer.device}")
-    if not torch.compiler.is_compiling() and not out.is_meta:
-        begin = out.data_ptr()
-        if begin % 4 and table.out_bytes:
-            raise ValueError("out must begin at an address that is a multiple of 4")
-        for name, (buffer, _) in read.items():
-            if begin < buffer.data_ptr() + buffer.numel() and buffer.data_ptr() < begin + out.numel():
-                raise ValueError(f"{name} and out overlap in memory")
+    read = [("stored", stored, table.num_bytes)] + ([] if gains is None else [("gains", gains, table.gain_bytes)])
+    _check_buffers([*read, ("out", out, table.out_bytes)], aligned=["out"] if table.out_bytes else [])
     run = implementation(backend, stored.device).decode
     if table.out_bytes:
         run(stored, table.tensor, table.levels, out, gains)
@@ -404,18 +397,14 @@ def _mark_changed(run: object, *changed: torch.Tensor) -> None:
 def _noise(
     family: str,
     numel: int,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
+    words: tuple[int, int, int, int, int],
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     out: torch.Tensor | None,
     backend: str | None,
 ) -> torch.Tensor:
     numel = check_int("numel", numel, 0, MAX_ELEMENTS)
-    words = _check_words(numel, seed, step, param, probe, offset)
+    words = _check_words(numel, *words)
     if out is None:
         dtype, device = dtype or torch.float32, torch.device(device or "cpu")
         dtype_code(dtype)
@@ -475,26 +464,21 @@ def _check_tensor(name: str, w: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got shape {tuple(w.shape)} with strides {w.stride()}")
 
 
-def _check_buffers(weights: torch.Tensor, outs: Sequence[torch.Tensor], segments: SegmentTable) -> None:
-    traced = torch.compiler.is_compiling()
-    size, device = _check_buffer("weights", weights), weights.device
-    for index, out in enumerate(outs):
-        out_size = _check_buffer(f"outs[{index}]", out)
-        if out_size < segments.out_bytes:
-            raise ValueError(f"outs[{index}] has {out_size} bytes, the segments need {segments.out_bytes}")
-        if out_size != outs[0].numel():
-            raise ValueError(f"outs[{index}] must have {outs[0].numel()} bytes as outs[0] has, got {out_size}")
-        if out.device != device:
-            raise ValueError(f"outs[{index}] must be on {device} as weights are, got {out.device}")
-    if size < segments.num_bytes:
-        raise ValueError(f"weights have {size} bytes, the segments need {segments.num_bytes}")
-    if traced or weights.is_meta:
+def _check_buffers(buffers: Sequence[tuple[str, torch.Tensor, int]], aligned: Sequence[str]) -> None:
+    """Checks buffers, given as names, tensors and the bytes that they need: on one device, and apart in memory; those
+    that are `aligned` at multiples of 4."""
+    first, weights, _ = buffers[0]
+    for name, buffer, needed in buffers:
+        size = _check_buffer(name, buffer)
+        if size < needed:
+            raise ValueError(f"{name} has {size} bytes, {needed} are needed")
+        if buffer.device != weights.device:
+            raise ValueError(f"{name} must be on {weights.device} as {first} is, got {buffer.device}")
+    if torch.compiler.is_compiling() or weights.is_meta:
         return  # there are no addresses to compare
-    names = ("weights", *(f"outs[{index}]" for index in range(len(outs))))
-    buffers = zip(names, (weights, *outs), strict=True)
-    spans = sorted((buffer.data_ptr(), buffer.numel(), name) for name, buffer in buffers)
+    spans = sorted((buffer.data_ptr(), buffer.numel(), name) for name, buffer, _ in buffers)
     for start, _, name in spans:
-        if start % 4 and segments.num_bytes:
+        if start % 4 and name in aligned:
             raise ValueError(f"{name} must begin at an address that is a multiple of 4")
     for (start, length, first), (following, _, second) in itertools.pairwise(spans):
         if following < start + length:

@@ -29,17 +29,16 @@ from .reference import (
 )
 from .reference import decode as values_of
 from .reference_packed import decode  # noqa: F401 -- the op
-from .types import CODE8, CODE16, CODE_DTYPES, DTYPE_CODES, FROZEN, NONNEGATIVE
+from .types import CODE8, CODE16, CODE_DTYPES, DTYPE_CODES, FROZEN, NONNEGATIVE, in_place_ops
 
 _CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
-_BITS = {FLOAT32: (torch.int32, np.uint32), BFLOAT16: (torch.int16, np.uint16), FLOAT16: (torch.int16, np.uint16)}
-_STORED = {code: bits for code, (_, bits) in _BITS.items()} | {CODE8: np.int8, CODE16: np.int16, NONNEGATIVE: np.uint32}
+_STORED = {FLOAT32: np.uint32, BFLOAT16: np.uint16, FLOAT16: np.uint16, CODE8: np.int8, CODE16: np.int16}
+_STORED[NONNEGATIVE] = np.uint32
 
 
 def _bits_of(tensor: torch.Tensor) -> np.ndarray:
     """A flat view of a contiguous CPU tensor's stored bits."""
-    torch_type, numpy_type = _BITS[DTYPE_CODES[tensor.dtype]]
-    return tensor.detach().view(-1).view(torch_type).numpy().view(numpy_type)
+    return tensor.detach().view(-1).view(torch.uint8).numpy().view(_STORED[DTYPE_CODES[tensor.dtype]])
 
 
 def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: int) -> None:
@@ -47,16 +46,6 @@ def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offs
     for at in range(0, bits.size, _CHUNK):
         part = bits[at : at + _CHUNK]
         part[:] = round_nearest(noise_values(family, seed, step, param, probe, offset + at, part.size), code)
-
-
-def perturb_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    bits, code = _bits_of(w), DTYPE_CODES[w.dtype]
-    for at in range(0, bits.size, _CHUNK):
-        part = bits[at : at + _CHUNK]
-        noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
-        part[:] = round_nearest(perturbed(values_of(part, code), [(np.float32(scale), noise)]), code)
 
 
 def embedding(
@@ -82,28 +71,6 @@ def embedding(
         values = perturbed(values_of(_bits_of(weight[row]), DTYPE_CODES[weight.dtype]), [(np.float32(scale), noise)])
         _bits_of(out[i])[:] = round_nearest(values, DTYPE_CODES[out.dtype])
     return out[inverse].view(*ids.shape, cols)
-
-
-def update_(
-    w: torch.Tensor,
-    lr: float,
-    coef: float,
-    weight_decay: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> None:
-    bits, code = _bits_of(w), DTYPE_CODES[w.dtype]
-    for at in range(0, bits.size, _CHUNK):
-        part = bits[at : at + _CHUNK]
-        noise = partial(noise_values, family, seed, step, param, probe, offset + at, part.size)
-        scalars = np.float32(lr), np.float32(weight_decay), [(np.float32(coef), noise)]
-        if not is_identity(*scalars):
-            values = updated(values_of(part, code), *scalars)
-            part[:] = round_stochastic(values, rounding_bits(seed, step, param, offset + at, part.size), code)
 
 
 def materialize(
@@ -157,6 +124,9 @@ def materialize(
                 out[begin : begin + count * out_itemsize] = round_nearest(values, out_code).view(np.uint8)
             if write_back and changed:
                 stored[place] = bits.view(np.uint8)
+
+
+perturb_, update_ = in_place_ops(materialize)
 
 
 def _scaled_terms(

@@ -16,17 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .packed import KINDS_OF
 from .triton_kernels import HEADER, embedding_kernel, materialize_kernel, noise_kernel
 from .triton_packed import decode_kernel
-from .types import (
-    CODE_DTYPES,
-    DTYPE_CODES,
-    FROZEN,
-    Emit,
-    GroupScalars,
-    Program,
-    Term,
-    Update,
-    encode_program,
-)
+from .types import CODE_DTYPES, DTYPE_CODES, FROZEN, in_place_ops
 
 _TILE = 1024  # elements
 _tensor = functools.partial(torch.tensor, device="cpu")  # whatever the default device is
@@ -128,12 +118,11 @@ def materialize(
             ints = torch.cat([ints, updates.reshape(-1), emits[launch].reshape(-1), terms.reshape(-1)])
             floats = torch.cat([update_groups.reshape(-1), emit_scales[launch].reshape(-1), coefs])
             stored = _typed(weights, kind.code)
-            written = [_typed(outs[emit], kind.out_code) for emit in launch]
+            written = [*(_typed(outs[emit], kind.out_code) for emit in launch), stored, stored]
             with _on_device(weights.device):
                 materialize_kernel[(num_tiles,)](
                     stored,
-                    written[0] if written else stored,
-                    written[1] if len(written) > 1 else stored,
+                    *written[:2],
                     table,
                     ints.to(weights.device, non_blocking=True),
                     floats.to(weights.device, non_blocking=True),
@@ -149,34 +138,7 @@ def materialize(
             updates, update_groups = updates[:0], update_groups[:0]
 
 
-def _in_place(w: torch.Tensor, seed: int, param: int, offset: int, program: Program) -> None:
-    """materialize on one tensor, the emit, if there is one, going to the tensor itself."""
-    code = DTYPE_CODES[w.dtype]
-    segments = _tensor([[0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code, 0, 0]], dtype=torch.int64)
-    materialize(w, segments, seed, *program, outs=[w] * program.num_emits, write_back=program.num_updates > 0)
-
-
-def perturb_(
-    w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
-) -> None:
-    emit = Emit((Term(family, step, probe, 0, scale),), (1.0,))
-    _in_place(w, seed, param, offset, encode_program([], [emit], 1))
-
-
-def update_(
-    w: torch.Tensor,
-    lr: float,
-    coef: float,
-    weight_decay: float,
-    seed: int,
-    step: int,
-    param: int,
-    probe: int,
-    offset: int,
-    family: int,
-) -> None:
-    update = Update(step, (GroupScalars(lr, weight_decay),), (Term(family, step, probe, 0, coef),))
-    _in_place(w, seed, param, offset, encode_program([update], [], 1))
+perturb_, update_ = in_place_ops(materialize)
 
 
 def embedding(

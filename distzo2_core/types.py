@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -378,6 +378,38 @@ def encode_program(updates: Sequence[Update], emits: Sequence[Emit], num_groups:
         emits=_int64(emit_rows, (len(emits), 2)),
         emit_scales=_float32(scale_rows, (len(emits), width)),
     )
+
+
+def in_place_ops(materialize: Callable[..., None]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The raw ops perturb_ and update_ of a backend: each is one visit, by `materialize`, to a contiguous tensor."""
+
+    def visit(w: torch.Tensor, seed: int, param: int, offset: int, program: Program) -> None:
+        code, flat = DTYPE_CODES[w.dtype], w.view(-1).view(torch.uint8)
+        segments = _int64([0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code, 0, 0], (1, _COLUMNS))
+        materialize(flat, segments, seed, *program, [flat] * program.num_emits, program.num_updates > 0)
+
+    def perturb_(
+        w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
+    ) -> None:
+        emit = Emit((Term(family, step, probe, 0, scale),), (1.0,))
+        visit(w, seed, param, offset, encode_program([], [emit], 1))
+
+    def update_(
+        w: torch.Tensor,
+        lr: float,
+        coef: float,
+        weight_decay: float,
+        seed: int,
+        step: int,
+        param: int,
+        probe: int,
+        offset: int,
+        family: int,
+    ) -> None:
+        update = Update(step, (GroupScalars(lr, weight_decay),), (Term(family, step, probe, 0, coef),))
+        visit(w, seed, param, offset, encode_program([update], [], 1))
+
+    return perturb_, update_
 
 
 def _check_term(where: str, index: int, term: Term) -> tuple[tuple[int, int, int, int], float]:

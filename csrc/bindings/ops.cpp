@@ -93,41 +93,17 @@ InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t p
             offset};
 }
 
-void write_noise(const InPlace& place, c10::Device device) {
-    if (place.numel == 0)
-        return;
-    if (device.is_cpu()) {
-        generate_cpu(place);
-    } else {
-        const OnDevice on(device);
-        generate_cuda(place, on.index, on.stream);
-    }
-}
-
 void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
     const InPlace place = in_place(out, seed, step, param, probe, offset, family);
     if (place.numel == 0)
         return;
     mark_changed(out);
-    write_noise(place, out.device());
-}
-
-Tensor generate(int64_t family, int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
-                at::ScalarType type, c10::Device device) {
-    check_device(device);
-    Tensor out = at::empty({numel}, at::TensorOptions().dtype(type).device(device));
-    write_noise(in_place(out, seed, step, param, probe, offset, family), out.device());
-    return out;
-}
-
-Tensor normal(int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
-              at::ScalarType dtype, c10::Device device) {
-    return generate(0, numel, seed, step, param, probe, offset, dtype, device);
-}
-
-Tensor rademacher(int64_t numel, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
-                  at::ScalarType dtype, c10::Device device) {
-    return generate(1, numel, seed, step, param, probe, offset, dtype, device);
+    if (out.is_cpu()) {
+        generate_cpu(place);
+    } else {
+        const OnDevice on(out.device());
+        generate_cuda(place, on.index, on.stream);
+    }
 }
 
 void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
@@ -143,11 +119,6 @@ void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param,
         const OnDevice on(w.device());
         perturb_cuda(place, scale32, on.index, on.stream);
     }
-}
-
-void restore_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
-              int64_t family) {
-    perturb_(std::move(w), -scale, seed, step, param, probe, offset, family);
 }
 
 void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed, int64_t step, int64_t param,
@@ -304,15 +275,8 @@ int64_t checksum(const Tensor& data, int64_t before) {
 } // namespace distzo2
 
 TORCH_LIBRARY(distzo2, library) {
-    library.def(
-        "normal(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, Device device)"
-        " -> Tensor");
-    library.def("rademacher(int numel, int seed, int step, int param, int probe, int offset, ScalarType dtype, "
-                "Device device) -> Tensor");
     library.def("noise_(Tensor(a!) out, int seed, int step, int param, int probe, int offset, int family) -> ()");
     library.def("perturb_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
-                " -> ()");
-    library.def("restore_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
                 " -> ()");
     library.def("update_(Tensor(a!) w, float lr, float coef, float weight_decay, int seed, int step, int param, "
                 "int probe, int offset, int family) -> ()");
@@ -325,17 +289,10 @@ TORCH_LIBRARY(distzo2, library) {
     library.def("checksum(Tensor data, int before) -> int");
 }
 
-// Ops without a tensor among their arguments are dispatched by no device: one implementation serves all of them.
-TORCH_LIBRARY_IMPL(distzo2, CompositeExplicitAutograd, library) {
-    library.impl("normal", &distzo2::normal);
-    library.impl("rademacher", &distzo2::rademacher);
-}
-
 #define DZO_REGISTER(key)                                                                                              \
     TORCH_LIBRARY_IMPL(distzo2, key, library) {                                                                        \
         library.impl("noise_", &distzo2::noise_);                                                                      \
         library.impl("perturb_", &distzo2::perturb_);                                                                  \
-        library.impl("restore_", &distzo2::restore_);                                                                  \
         library.impl("update_", &distzo2::update_);                                                                    \
         library.impl("embedding", &distzo2::embedding);                                                                \
         library.impl("materialize", &distzo2::materialize);                                                            \

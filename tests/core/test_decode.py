@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kernel_cases import BACKENDS, assert_same_bits, needs_interpreter, needs_native, needs_triton
-from packed_cases import FORMATS, check_decode, decoded, make_case, make_gains, make_golden, rounded
+from kernel_cases import BACKENDS, assert_same_bits, needs_interpreter, needs_native, needs_triton, rounded
+from packed_cases import FORMATS, check_decode, decoded, make_case, make_gains, make_golden
 
 import distzo2_core
 from distzo2_core import Field, Kind, PackedLayout, PackedSegment, PackedTable
@@ -26,10 +23,6 @@ LEVELS = distzo2_core.build_info().get("simd", [])
 
 
 # Exact arithmetic, weight by weight.
-
-
-def float32_of(value: Fraction) -> float:
-    return rounded(value, 23, -149, float(np.finfo(np.float32).max))
 
 
 def value_at(data: bytes, layout: PackedLayout, field: Field, row: int, col: int) -> float:
@@ -89,17 +82,17 @@ def exact_weight(data: bytes, gains: bytes, layout: PackedLayout, row: int, col:
         scale, m = value(layout.scale), Fraction(0)
         if layout.outer:
             outer = value(layout.outer)
-            scale = Fraction(float32_of(scale / outer if layout.outer_divides else outer * scale))
+            scale = Fraction(rounded(scale / outer if layout.outer_divides else outer * scale))
         if layout.min:
             m = value(layout.min)
-            m = layout.min_sign * (Fraction(float32_of(value(layout.outer_min) * m)) if layout.outer_min else m)
+            m = layout.min_sign * (Fraction(rounded(value(layout.outer_min) * m)) if layout.outer_min else m)
         q = code_at(data, layout, row, col)
         if layout.levels:
             x = Fraction(float(np.float32(layout.levels[int(q)])))
         else:
             x = Fraction(q) - (value(layout.zero) if layout.zero else layout.zero_point)
         gain = Fraction(value_at(gains, layout, layout.gain, row, col))
-        return float32_of(gain * Fraction(float32_of(scale * x + m)))
+        return rounded(gain * Fraction(rounded(scale * x + m)))
     except (OverflowError, ValueError, ZeroDivisionError):
         return None
 
@@ -184,26 +177,6 @@ def test_all_formats_in_one_call_on_many_threads() -> None:
     torch.set_num_threads(5)
     for seed in range(3):
         check_decode(np.random.default_rng(seed), "native", NAMES, max_rows=40)
-
-
-CHECK_LEVEL = """
-import json, sys
-import numpy as np, packed_cases
-assert packed_cases.make_golden() == json.load(open(sys.argv[1]))
-for seed in range(3):
-    packed_cases.check_decode(np.random.default_rng(seed), "native", list(packed_cases.FORMATS))
-"""
-
-
-@pytest.mark.parametrize("level", LEVELS[:-1])  # the best one is the other tests'
-def test_every_instruction_set(level: str) -> None:
-    environment = os.environ | {"DISTZO2_SIMD": level}
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK_LEVEL, str(GOLDEN)], env=environment, capture_output=True, text=True
-    )
-    if "this processor does not have these instructions" in done.stderr:
-        pytest.skip(f"no {level} here")
-    assert done.returncode == 0, done.stderr
 
 
 @needs_triton
@@ -331,19 +304,19 @@ def test_the_function_refuses(backend: str) -> None:
     for error, message, arguments in (
         (TypeError, "table must be a PackedTable, got list", (data, [layout], out)),
         (TypeError, "stored must be a tensor of torch.uint8, got torch.int8", (data.view(torch.int8), table, out)),
-        (ValueError, "stored has 71 bytes, the table needs 72", (data[:71], table, out)),
-        (ValueError, "out has 515 bytes, the table needs 516", (data, table, out[:515])),
+        (ValueError, "stored has 71 bytes, 72 are needed", (data[:71], table, out)),
+        (ValueError, "out has 515 bytes, 516 are needed", (data, table, out[:515])),
         (ValueError, "out must be on cpu as stored is, got meta", (data, table, out.to("meta"))),
         (ValueError, "out must begin at an address that is a multiple of 4", (data, table, both[1:])),
-        (ValueError, "stored and out overlap in memory", (both[516 - 4 :], table, both[:516])),
+        (ValueError, "out and stored overlap in memory", (both[516 - 4 :], table, both[:516])),
         (ValueError, "the table needs 0 bytes of gains, got some", (data, table, out, gains)),
         (ValueError, "the table needs 16 bytes of gains, got None", (both[:76], gained, out)),
-        (ValueError, "gains has 12 bytes, the table needs 16", (both[:76], gained, out, gains[:3])),
+        (ValueError, "gains has 12 bytes, 16 are needed", (both[:76], gained, out, gains[:3])),
         (TypeError, "gains must be a tensor of torch.uint8, got torch.float64", (both, gained, out, gains.double())),
         (TypeError, "gains must be a tensor of torch.uint8, got list", (both, gained, out, [1.0] * 4)),
         (ValueError, "gains must be a contiguous vector", (both, gained, out, gains.view(torch.uint8)[::2])),
         (ValueError, "gains must be on cpu as stored is, got meta", (both, gained, out, gains.to("meta"))),
-        (ValueError, "gains and out overlap in memory", (both[524:], gained, both[:520], both[504:520])),
+        (ValueError, "out and gains overlap in memory", (both[524:], gained, both[:520], both[504:520])),
     ):
         with pytest.raises(error, match=message):
             distzo2_core.decode(*arguments, backend=backend)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     BACKENDS,
+    CODES,
     DTYPES,
     assert_same_bits,
     check_in_place,
@@ -24,6 +28,8 @@ from kernel_cases import (
 
 import distzo2_core
 from distzo2_core import FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
+
+ALL = (*DTYPES, *CODES)
 
 # The contract of each op, in plain float32 terms. One term at a time, so that NumPy's float64 shows what is meant.
 
@@ -144,10 +150,42 @@ def test_native_in_place(device: str, seed: int, dtype: torch.dtype, numel: int)
 
 
 @on_each_device
-@settings(max_examples=120)
-@given(seed=st.integers(0, 2**32), dtypes=st.sampled_from([DTYPES, *((dtype,) for dtype in DTYPES)]))
+@settings(max_examples=250)
+@given(seed=st.integers(0, 2**32), dtypes=st.sampled_from([DTYPES, ALL, CODES, *((dtype,) for dtype in ALL)]))
 def test_native_materialize(device: str, seed: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    check_visit(random_visit(np.random.default_rng(seed), dtypes, max_numel=2500), "native", device)
+    visit = random_visit(np.random.default_rng(seed), dtypes, max_numel=2500, nonnegative=seed % 2 == 1)
+    check_visit(visit, "native", device)
+
+
+CHECK_LEVEL = """
+import json, sys
+import numpy as np
+import code_cases, noise_cases, packed_cases
+from kernel_cases import CODES, DTYPES, check_in_place, check_noise, check_splits, check_visit, random_visit
+noise_cases.check_golden("native")
+assert code_cases.make_golden("native") == json.load(open(sys.argv[1] + "/golden_codes.json"))
+assert packed_cases.make_golden() == json.load(open(sys.argv[1] + "/golden_decode.json"))
+check_noise("native", numels=(1, 3, 129, 1500))
+for seed in range(3):
+    packed_cases.check_decode(np.random.default_rng(seed), "native", list(packed_cases.FORMATS))
+for seed in range(30):
+    rng, dtype = np.random.default_rng(seed), DTYPES[seed % 3]
+    check_visit(random_visit(rng, DTYPES, max_numel=2500), "native")
+    check_visit(random_visit(rng, (*CODES, *DTYPES), max_numel=2500, nonnegative=True), "native")
+    check_in_place(rng, "native", dtype, 1 + 91 * seed)
+    check_splits(rng, dtype, [0, 1 + seed, 1024, 1100 + seed, 1500])
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_each_instruction_set(level: str) -> None:
+    """Golden hashes, and random cases against the reference."""
+    command, environment = [sys.executable, "-c", CHECK_LEVEL, str(Path(__file__).parent)], {"DISTZO2_SIMD": level}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=250)
+    if "this processor does not have these instructions" in done.stderr or "not in this build" in done.stderr:
+        pytest.skip(f"no {level} here")
+    assert done.returncode == 0, done.stderr
 
 
 @needs_native
@@ -167,11 +205,10 @@ def test_native_ops_run_on_torch_threads() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_native_materialize_across_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), CODES])
+def test_native_materialize_across_threads(dtypes: tuple[torch.dtype, ...]) -> None:
     """Large enough to be split among threads: the bits do not depend on how many there are."""
-    rng = np.random.default_rng(1)
-    visit = random_visit(rng, (dtype,), max_numel=300_000)
+    visit = random_visit(np.random.default_rng(1), dtypes, max_numel=300_000)
     alone = visit.run("native", write_back=True)
     torch.set_num_threads(2)
     check_visit(visit, "native")

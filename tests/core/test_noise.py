@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, needs_native
+from kernel_cases import BACKENDS
 from noise_cases import (
     GOLDEN,
     check_golden,
@@ -157,31 +153,6 @@ def test_golden_noise(backend: str) -> None:
 
 def test_golden_rounding_and_permutation() -> None:
     assert golden() == make_golden()
-
-
-@needs_native
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_each_simd_level(level: str) -> None:
-    """Golden hashes, and random visits against the reference, with the kernels of one instruction set."""
-    rank = {"portable": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
-    order = list(rank.values())
-    capability = torch.backends.cpu.get_cpu_capability()
-    if level not in distzo2_core.build_info()["simd"] or order.index(rank[level]) > order.index(capability):
-        pytest.skip(f"this build or processor has no {level}")
-    code = """
-import numpy as np
-from kernel_cases import DTYPES, check_in_place, check_noise, check_splits, check_visit, random_visit
-from noise_cases import check_golden
-check_golden("native")
-check_noise("native", numels=(1, 3, 129, 1500))
-for seed in range(30):
-    check_visit(random_visit(np.random.default_rng(seed), DTYPES, max_numel=2500), "native")
-    check_in_place(np.random.default_rng(seed), "native", DTYPES[seed % 3], 1 + 91 * seed)
-    check_splits(np.random.default_rng(seed), DTYPES[seed % 3], [0, 1 + seed, 1024, 1100 + seed, 1500])
-"""
-    environment = os.environ | {"DISTZO2_SIMD": level}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_materialize_refuses_wrong_buffers(backend: str) -> None:
 
     other = torch.zeros(128, dtype=torch.uint8)
     for outs, error, message in (
-        ([other[:31]], ValueError, r"outs\[0\] has 31 bytes, the segments need 32"),
+        ([other[:31]], ValueError, r"outs\[0\] has 31 bytes, 32 are needed"),
         ([other[:32], other[64:100]], ValueError, r"outs\[1\] must have 32 bytes as outs\[0\] has, got 36"),
         ([other[:64].view(torch.int8)], TypeError, r"outs\[0\] must be a tensor of torch.uint8, got torch.int8"),
         ([other[::2]], ValueError, r"outs\[0\] must be a contiguous vector"),
@@ -185,7 +185,7 @@ def test_materialize_refuses_wrong_buffers(backend: str) -> None:
         with pytest.raises(error, match=message):
             run(buffer, outs)
     assert not other.any() and not buffer.any()
-    with pytest.raises(ValueError, match="weights have 31 bytes, the segments need 32"):
+    with pytest.raises(ValueError, match="weights has 31 bytes, 32 are needed"):
         run(buffer[:31], [])
     with pytest.raises(ValueError, match="weights must be a contiguous vector"):
         run(torch.zeros(1, dtype=torch.uint8).expand(64), [other[:64]])

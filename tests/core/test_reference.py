@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_cases import rounded
 from noise_cases import philox_scalar
 
 import distzo2_core
@@ -46,18 +47,6 @@ floats32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TINY = 2.0**-149
 
 
-def round_exact(value: Fraction) -> float:
-    """A rational to float32, nearest even, by integer arithmetic; beyond the largest finite value infinity."""
-    if value == 0:
-        return 0.0
-    sign, magnitude = (-1 if value < 0 else 1), abs(value)
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    exponent -= magnitude < Fraction(2) ** exponent
-    spacing = Fraction(2) ** max(exponent - 23, -149)
-    rounded = round(magnitude / spacing) * spacing  # Python rounds halves to even
-    return sign * (float(rounded) if rounded < 2**128 else float("inf"))
-
-
 @settings(max_examples=300)
 @given(a=floats32, b=floats32, c=floats32)
 @example(a=1 + 2.0**-23, b=1 + 2.0**-23, c=-(1 + 2.0**-22))
@@ -68,7 +57,7 @@ def round_exact(value: Fraction) -> float:
 @example(a=3.4028234663852886e38, b=2.0, c=-3.4028234663852886e38)
 def test_fma_is_exactly_rounded(a: float, b: float, c: float) -> None:
     got = float(reference.fma(*(np.array([x], np.float32) for x in (a, b, c)))[0])
-    assert got == round_exact(Fraction(a) * Fraction(b) + Fraction(c))
+    assert got == rounded(Fraction(a) * Fraction(b) + Fraction(c))
 
 
 @settings(max_examples=200)
@@ -82,4 +71,4 @@ def test_fma_is_exactly_rounded(a: float, b: float, c: float) -> None:
 def test_fma_is_exactly_rounded_near_ties(a: int, b: int, c: int, shift: int, negative: bool) -> None:
     addend = (-c if negative else c) * 2.0**shift
     got = float(reference.fma(*(np.array([x], np.float32) for x in (float(a), float(b), addend)))[0])
-    assert got == round_exact(Fraction(a) * b + Fraction(addend))
+    assert got == rounded(Fraction(a) * b + Fraction(addend))

@@ -9,28 +9,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, DTYPES, INTERPRETED, Visit, assert_same_bits, needs_native, needs_triton
+from kernel_cases import (
+    BACKENDS,
+    DTYPES,
+    INTERPRETED,
+    Visit,
+    assert_same_bits,
+    needs_native,
+    needs_triton,
+    rounded,
+    spacing_at,
+)
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update, reference
 from distzo2_core.types import CODE_DTYPES, DTYPE_CODES
 
 BF16, FP16 = DTYPE_CODES[torch.bfloat16], DTYPE_CODES[torch.float16]
+FORMATS = {BF16: (7, -133), FP16: (10, -24)}  # bits of fraction, and the exponent of the least number
 LARGEST = {BF16: Fraction(2) ** 128 - Fraction(2) ** 120, FP16: Fraction(65504)}
 
 
 def decode_one(bits: int, code: int) -> float:
     return float(reference.decode(np.array([bits], np.uint16), code)[0])
-
-
-def spacing_at(magnitude: Fraction, code: int) -> Fraction:
-    """Distance between neighbours of the dtype at a magnitude, by the definition in terms of exponents."""
-    lowest, mantissa = (-133, 7) if code == BF16 else (-24, 10)
-    if magnitude == 0:
-        return Fraction(2) ** lowest
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    exponent -= magnitude < Fraction(2) ** exponent
-    return Fraction(2) ** max(exponent - mantissa, lowest)
 
 
 def neighbours(code: int) -> np.ndarray:
@@ -74,10 +75,7 @@ def test_nearest_against_rationals(bits: int, code: int) -> None:
     if np.isinf(value):
         assert decode_one(got, code) == value
         return
-    spacing = spacing_at(abs(Fraction(value)), code)
-    exact = round(abs(Fraction(value)) / spacing) * spacing  # Python rounds halves to even
-    rounded = abs(decode_one(got, code))
-    assert rounded == (float("inf") if exact > LARGEST[code] else exact)
+    assert decode_one(got, code) == rounded(Fraction(value), *FORMATS[code], LARGEST[code])
 
 
 @settings(max_examples=300)
@@ -93,7 +91,7 @@ def test_stochastic_against_rationals(bits: int, near_one: bool, random16: int, 
         return
     assert got >> 15 == bits >> 31
     magnitude = abs(Fraction(value))
-    spacing = spacing_at(magnitude, code)
+    spacing = spacing_at(magnitude, *FORMATS[code])
     steps = magnitude // spacing
     up = (magnitude / spacing - steps) * 65536 // 1 + random16 >= 65536
     exact = (steps + up) * spacing
@@ -189,7 +187,7 @@ def test_update_of_16_bits_is_unbiased(backend: str, dtype: torch.dtype) -> None
     """A step of a twentieth of a spacing moves a twentieth of the weights by a spacing, on average right."""
     w = torch.full((200_000,), 0.02).to(dtype)
     code = DTYPE_CODES[dtype]
-    spacing = float(spacing_at(Fraction(w[0].item()), code))
+    spacing = float(spacing_at(Fraction(w[0].item()), *FORMATS[code]))
     got = distzo2_core.update_(
         w.clone(), 1.0, -spacing / 20, seed=1, step=2, param=3, family="rademacher", backend=backend
     )

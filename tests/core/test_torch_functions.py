@@ -31,7 +31,7 @@ def test_compile_still_checks() -> None:
     """All but what tracing cannot see: the addresses."""
     compiled = torch.compile(materialize, fullgraph=True, backend="eager")
     weights, _ = buffers()
-    with pytest.raises(Exception, match=r"outs\[0\] has 31 bytes, the segments need 32"):
+    with pytest.raises(Exception, match=r"outs\[0\] has 31 bytes, 32 are needed"):
         compiled(weights, torch.zeros(31, dtype=torch.uint8), 0.1, 1)
     for value in (float("nan"), float("inf"), -1e39):
         with pytest.raises(Exception, match="must be finite in float32"):
@@ -79,7 +79,7 @@ def test_meta_tensors() -> None:
     weights, out = buffers()
     with pytest.raises(distzo2_core.BackendError, match="'native' cannot run: it has no kernels for meta"):
         materialize(weights.to("meta"), out.to("meta"), 0.1, 1, backend="native")
-    with pytest.raises(ValueError, match=r"outs\[0\] must be on cpu as weights are, got meta"):
+    with pytest.raises(ValueError, match=r"outs\[0\] must be on cpu as weights is, got meta"):
         materialize(weights, out.to("meta"), 0.1, 1, backend="native")
 
 

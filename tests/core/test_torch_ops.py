@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import DTYPES, assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch_op_cases import CPU, EMIT, IN_PLACE, PLACE, WORDS, in_place, materialize_arguments, ops, segment
+from torch_op_cases import EMIT, IN_PLACE, PLACE, WORDS, in_place, materialize_arguments, ops, segment
 
 import distzo2_core
 from distzo2_core import Emit, GroupScalars, SegmentTable, Term, Update
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(not distzo2_core.build_info()["native"], reason=
 # Schemas, fake kernels, tracing.
 
 MUTATED = {
-    "checksum": set(), "normal": set(), "rademacher": set(), "embedding": set(), "noise_": {"out"},
-    "perturb_": {"w"}, "restore_": {"w"}, "update_": {"w"}, "materialize": {"weights", "outs"}, "decode": {"out"},
+    "checksum": set(), "embedding": set(), "noise_": {"out"}, "perturb_": {"w"}, "update_": {"w"},
+    "materialize": {"weights", "outs"}, "decode": {"out"},
 }  # fmt: skip
 
 
@@ -41,11 +41,9 @@ def test_schemas_say_what_mutates() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     """Every op but `embedding`, which has a file of its own."""
     for numel in (100, 0):
-        for op in (ops.normal, ops.rademacher):
-            torch.library.opcheck(op, (numel, *WORDS, dtype, CPU))
         for family, name in ((0, "perturb_"), (1, "update_"), (0, "noise_"), (1, "noise_")):
             torch.library.opcheck(getattr(ops, name), (torch.ones(numel, dtype=dtype), *IN_PLACE[name], *WORDS, family))
-    torch.library.opcheck(ops.restore_, (torch.ones(5, 20, dtype=dtype), 0.1, *WORDS, 0))
+    torch.library.opcheck(ops.perturb_, (torch.ones(5, 20, dtype=dtype), 0.1, *WORDS, 0))
     for write_back in (True, False):
         arguments = materialize_arguments(dtype) | {"write_back": write_back}
         torch.library.opcheck(ops.materialize, tuple(arguments.values()))
@@ -53,9 +51,6 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_fake_kernels() -> None:
     with FakeTensorMode():
-        for name in ("normal", "rademacher"):
-            out = getattr(ops, name)(5, *WORDS, torch.bfloat16, torch.device("meta"))
-            assert out.shape == (5,) and out.dtype == torch.bfloat16 and out.device.type == "meta"
         for name in IN_PLACE:
             assert in_place(name, torch.empty(4)) is None
     on_meta = {
@@ -148,14 +143,6 @@ def test_in_place_ops_refuse(name: str) -> None:
         with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
             in_place(name, w)
         assert torch.equal(w.to_dense(), before.to_dense())
-
-
-@pytest.mark.parametrize("name", ["normal", "rademacher"])
-def test_noise_refuses(name: str) -> None:
-    with pytest.raises(TypeError, match="must be float32, bfloat16 or float16, got Long"):
-        getattr(ops, name)(4, *WORDS, torch.int64, CPU)
-    with pytest.raises(RuntimeError, match="native kernels for cpu and cuda, not for meta"):
-        getattr(ops, name)(4, *WORDS, torch.float32, torch.device("meta"))
 
 
 def row(**changes: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import (
+    CODES,
     DTYPES,
     INTERPRETED,
     check_in_place,
@@ -44,8 +45,10 @@ def test_in_place(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("seed", range(6 if INTERPRETED else 200))
 def test_materialize(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    check_visit(random_visit(rng, DTYPES, max_numel=1500 if INTERPRETED else 5000), "triton", DEVICE)
+    for dtypes in (DTYPES, (*DTYPES, *CODES)):
+        rng = np.random.default_rng(seed)
+        visit = random_visit(rng, dtypes, max_numel=1500 if INTERPRETED else 5000, nonnegative=dtypes != DTYPES)
+        check_visit(visit, "triton", DEVICE)
 
 
 def test_a_table_serves_many_visits() -> None:

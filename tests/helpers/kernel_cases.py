@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,24 @@ needs_triton = pytest.mark.skipif(
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.int16)
+LARGEST_FLOAT32 = Fraction(2) ** 128 - Fraction(2) ** 104
 SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
+
+
+def spacing_at(magnitude: Fraction, fraction_bits: int = 23, least: int = -149) -> Fraction:
+    """Distance between neighbours of float32, or of a dtype of so many bits of fraction, its least number 2^least."""
+    if magnitude == 0:
+        return Fraction(2) ** least
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    exponent -= magnitude < Fraction(2) ** exponent
+    return Fraction(2) ** max(exponent - fraction_bits, least)
+
+
+def rounded(exact: Fraction, fraction_bits: int = 23, least: int = -149, most: Fraction = LARGEST_FLOAT32) -> float:
+    """To nearest even, infinite beyond `most`, by integer arithmetic."""
+    spacing = spacing_at(abs(exact), fraction_bits, least)
+    near = round(exact / spacing) * spacing  # Python rounds halves to even
+    return float(near) if abs(near) <= most else float("inf") * (1 if near > 0 else -1)
 
 
 def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, what: object = "") -> None:
@@ -44,12 +62,12 @@ def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, what: object = "
         raise AssertionError(f"{len(different)} of {got.numel()} differ, first at {first}: {values} {what}")
 
 
-def random_weights(rng: np.random.Generator, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Weights of a model's size, of all magnitudes, and special values, mixed."""
+def random_weights(rng: np.random.Generator, numel: int, dtype: torch.dtype, special: float = 0.05) -> torch.Tensor:
+    """Weights of a model's size, of all magnitudes, and this share of special values, mixed."""
     values = rng.standard_normal(numel) * 0.02
     wild = np.ldexp(rng.standard_normal(numel), rng.integers(-150, 127, numel))
     values = np.where(rng.random(numel) < 0.2, wild, values)
-    values = np.where(rng.random(numel) < 0.05, rng.choice(SPECIALS, numel), values)
+    values = np.where(rng.random(numel) < special, rng.choice(SPECIALS, numel), values)
     with np.errstate(all="ignore"):
         return torch.from_numpy(values.astype(np.float32)).to(dtype)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -220,15 +219,3 @@ def make_golden() -> dict[str, str]:
                 digest.update(decoded(data, each, dtype, None, gains).view(torch.uint8).numpy().tobytes())
             found[key] = digest.hexdigest()
     return found
-
-
-def rounded(value: Fraction, fraction_bits: int, least: int, most: float) -> float:
-    """An exact number to nearest even: so many bits of fraction, 2^least the spacing of subnormals."""
-    if value == 0:
-        return 0.0
-    exponent = max(value.numerator.bit_length() - value.denominator.bit_length() - 2, least + fraction_bits)
-    while abs(value) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    spacing = Fraction(2) ** (exponent - fraction_bits)
-    result = round(value / spacing) * spacing  # Python rounds halves to even
-    return float(result) if abs(result) <= most else float("inf") * (1 if value > 0 else -1)

@@ -8,10 +8,9 @@ from distzo2_core import Emit, GroupScalars, Segment, SegmentTable, Term, Update
 from distzo2_core.types import encode_program
 
 ops = torch.ops.distzo2
-CPU = torch.device("cpu")
 WORDS = (-1, 2, 3, 4, 5)  # seed 2^64 - 1, step, param, probe, offset
 PLACE = {"seed": 2**64 - 1, "step": 2, "param": 3, "probe": 4, "offset": 5}
-IN_PLACE = {"noise_": (), "perturb_": (0.1,), "restore_": (0.1,), "update_": (0.1, 0.2, 0.3)}  # with their scalars
+IN_PLACE = {"noise_": (), "perturb_": (0.1,), "update_": (0.1, 0.2, 0.3)}  # with their scalars
 UPDATE = Update(7, (GroupScalars(0.1, 0.0),), (Term(0, 7, 0, 0, 1.0),))
 EMIT = Emit((Term(0, 8, 0, 0, 1e-3),), (1.0,))
 

@@ -71,6 +71,19 @@ def check_simple_visits(
     return num_bits
 
 
+def check_crowded_visits(kernels: CudaKernels, seeds: range, workspace: bool = False) -> None:
+    """Visits of an update and both signs to 40 segments of all formats, half of whose weights are special, so that each
+    place of an octet meets each case of each rounding. Octets are whole for two seeds of four."""
+    with backend_of(kernels) as backend:
+        for seed, family in itertools.product(seeds, (0, 1)):
+            rng, whole = np.random.default_rng([seed, family, 1]), seed % 4 > 1
+            numels = (rng.integers(1, 60, 40) * (8 if whole else 1)).tolist()
+            kernels.shifts = (0,) if whole else SHIFTS[seed % len(SHIFTS)]
+            more = {"pairs": pairs_of(kernels), "nonnegative": seed % 2 == 0, "special": 0.5}
+            visit = simple_visit(rng, (1, 2), family, (*CODES, *DTYPES), numels, whole, **more)
+            check_visit(in_workspace(visit) if workspace else visit, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_and_in_place(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> None:
     with backend_of(kernels) as backend:
@@ -114,8 +127,11 @@ def test_visits_of_any_program(kernels: CudaKernels | TritonKernels) -> None:
 
 def test_visits_of_codes(kernels: CudaKernels | TritonKernels) -> None:
     """Beside segments of all dtypes."""
-    check_simple_visits(kernels, range(4), dtypes=(*CODES, *DTYPES))
-    check_random_visits(kernels, range(200, 240), dtypes=(*CODES, *DTYPES))
+    if isinstance(kernels, CudaKernels):
+        check_crowded_visits(kernels, range(4))
+    else:  # one kernel for each program
+        check_simple_visits(kernels, range(4), dtypes=(*CODES, *DTYPES))
+    check_random_visits(kernels, range(200, 224), dtypes=(*CODES, *DTYPES))
     check_random_visits(kernels, range(240, 250), max_numel=2500, dtypes=CODES)
 
 
@@ -155,8 +171,8 @@ def test_tables_in_a_workspace(nvcc: CudaKernels) -> None:
     """Tables too long for the parameters of a launch: many groups, or many segments."""
     check_simple_visits(nvcc, range(8), workspace=True)
     check_random_visits(nvcc, range(40), workspace=True)
-    check_random_visits(nvcc, range(12), workspace=True, dtypes=(*CODES, *DTYPES))
-    check_simple_visits(nvcc, range(2), workspace=True, dtypes=(*CODES, *DTYPES))
+    check_crowded_visits(nvcc, range(4), workspace=True)
+    check_random_visits(nvcc, range(200, 224), workspace=True, dtypes=(*CODES, *DTYPES))
     visit = simple_visit(np.random.default_rng(0), (1, 2), 0, DTYPES, [9, 16, 3] * 40)
     with backend_of(nvcc) as backend:
         check_visit(visit, backend)
@@ -197,15 +213,13 @@ def test_normals_do_not_depend_on_the_table_of_rsqrt(nvcc: CudaKernels, ulps: in
 
 
 def test_nearly_every_instruction_was_executed(kernels: CudaKernels | TritonKernels) -> None:
-    """By the tests above. What is left are values that noise does not have, and rare ones, at one place of an octet."""
-    # The decoding kernels of CUDA read a field of any kind at any place, and formats have few of these; those of codes
-    # have three formats more at each place of an octet, and are held to a bound of their own.
+    """By the tests above. What is left are values that noise does not have, codes whose value is NaN beside others of
+    an octet whose scale they share, and rare values at one place of an octet."""
+    # The decoding kernels of CUDA read a field of any kind at any place, and formats have few of these.
     executed = {name: counts for name, counts in kernels.executed().items() if "decode_kernelIL" not in name}
     if not all(here for here, _ in executed.values()):
         pytest.skip("not all tests of this file ran before")
-    for part, least in (("", 0.97), ("5CodedI", 0.84)):
-        counts = [n for name, n in executed.items() if ("5CodedI" in name) == bool(part)]
-        assert not counts or sum(here for here, _ in counts) > least * sum(whole for _, whole in counts), executed
+    assert sum(here for here, _ in executed.values()) > 0.97 * sum(whole for _, whole in executed.values()), executed
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 // directory.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +17,7 @@
 
 #include <unistd.h>
 
-#include "runtime/pool/host_pool.h"
+#include "runtime/engine/copy_engine.h"
 
 using distzo2::kPageBytes;
 
@@ -42,6 +43,19 @@ inline size_t first_difference(const std::byte* memory, int block, int64_t versi
     if (num_bytes > 0 && memory[num_bytes - 1] != static_cast<std::byte>(pattern(block, version, num_bytes - 1)))
         return num_bytes - 1;
     return num_bytes;
+}
+
+// A block of a file is replaced by its bytes at a version, which becomes the file's too.
+inline void write_block(distzo2::BlockFile& file, int block, int64_t version, size_t num_bytes) {
+    std::vector<std::byte> memory(num_bytes);
+    fill(memory.data(), block, version, num_bytes);
+    file.write(static_cast<size_t>(block), memory.data(), num_bytes, 0, version);
+}
+
+inline bool holds(distzo2::BlockFile& file, int block, int64_t version, size_t num_bytes) {
+    std::vector<std::byte> memory(num_bytes);
+    file.read(static_cast<size_t>(block), memory.data(), num_bytes, 0);
+    return first_difference(memory.data(), block, version, num_bytes) == num_bytes;
 }
 
 // Where in a file a block of 64 bytes or more at this version begins.
@@ -93,3 +107,29 @@ inline void random_delay(int max_us) {
     if (max_us > 0 && generator() % 2 == 0)
         sleep_us(static_cast<int>(generator() % static_cast<unsigned>(max_us)));
 }
+
+// Opens the gate some time after it is asked to, as the journal's thread does.
+class Journal {
+  public:
+    Journal(distzo2::CopyEngine& engine, int max_delay_us)
+        : thread_([this, &engine, max_delay_us] {
+              while (!done_.load()) {
+                  const int64_t wanted = wanted_.load();
+                  sleep_us(1);
+                  random_delay(2 * max_delay_us);
+                  durable.store(wanted);
+                  engine.set_durable(wanted);
+              }
+          }) {}
+    ~Journal() {
+        done_.store(true);
+        thread_.join();
+    }
+    void append(int64_t version) { wanted_.store(version); }
+    std::atomic<int64_t> durable{0};
+
+  private:
+    std::atomic<int64_t> wanted_{0};
+    std::atomic<bool> done_{false};
+    std::thread thread_;
+};

@@ -10,7 +10,9 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <initializer_list>
 #include <iostream>
+#include <memory>
 #include <mutex>
 #include <sstream>
 #include <string>
@@ -39,6 +41,12 @@ inline std::vector<Test>& tests() {
 inline std::atomic<int>& failures() {
     static std::atomic<int> count{0};
     return count;
+}
+
+// What lives while a test runs: of watchdog.h.
+inline std::function<std::shared_ptr<void>(const char* name)>& beside_each_test() {
+    static std::function<std::shared_ptr<void>(const char*)> make;
+    return make;
 }
 
 struct Register {
@@ -76,6 +84,13 @@ inline std::string thrown_text(const std::function<void()>& call) {
     return "";
 }
 
+inline void check_text(const char* file, int line, const char* expected, const std::string& text,
+                       std::initializer_list<std::string> parts) {
+    for (const std::string& part : parts)
+        if (text.empty() || text.find(part) == std::string::npos)
+            report(file, line, expected, "'", part, "' but got '", text, "'");
+}
+
 inline int run(const char* filter) {
     int num_passed = 0;
     int num_failed = 0;
@@ -85,6 +100,7 @@ inline int run(const char* filter) {
             continue;
         const int failures_before = failures().load();
         const auto start = std::chrono::steady_clock::now();
+        const std::shared_ptr<void> beside = beside_each_test() ? beside_each_test()(test.name) : nullptr;
         try {
             test.body();
         } catch (const Abandoned&) {
@@ -133,13 +149,12 @@ inline int run(const char* filter) {
 
 #define CHECK_EQ(left, right) ::testing::check_equal(__FILE__, __LINE__, #left " == " #right, left, right)
 
-// The expression must throw a std::exception whose text contains `part`.
-#define CHECK_THROWS(expression, part)                                                                                 \
-    do {                                                                                                               \
-        const std::string check_text_ = ::testing::thrown_text([&] { (void)(expression); });                           \
-        if (check_text_.empty() || check_text_.find(part) == std::string::npos)                                        \
-            ::testing::report(__FILE__, __LINE__, #expression " to throw", "'", part, "' but got '", check_text_,      \
-                              "'");                                                                                    \
-    } while (false)
+// The text must have each of the parts.
+#define CHECK_TEXT(text, ...) ::testing::check_text(__FILE__, __LINE__, #text " to have", text, {__VA_ARGS__})
+
+// The expression must throw a std::exception whose text has each of the parts.
+#define CHECK_THROWS(expression, ...)                                                                                  \
+    ::testing::check_text(__FILE__, __LINE__, #expression " to throw",                                                 \
+                          ::testing::thrown_text([&] { (void)(expression); }), {__VA_ARGS__})
 
 int main(int argc, char** argv) { return ::testing::run(argc > 1 ? argv[1] : nullptr); }

@@ -130,21 +130,132 @@ void full_steps(const std::vector<int64_t>& lengths, Check check) {
         }
 }
 
-// Where noise is generated: at no lane's and no tile's boundary, over the carry of the normals' counter, and at the
-// end.
-constexpr int64_t kNoiseNumel = 2345;
-constexpr int64_t kNoiseOffsets[] = {0, 1, 126, 1020, (int64_t{1} << 34) - 1000, (int64_t{1} << 38) - kNoiseNumel};
+// Special values of every dtype, with rates and coefficients of all sizes.
+template <class Check>
+void special_values(Check check) {
+    const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF,
+                                 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x477FE000, 0x477FF000,
+                                 0x33800000, 0x387FE000, 0x38800000, 0x2F000000, 0x7F7F8000, 0x477FEFFF};
+    constexpr int64_t kNum = sizeof specials / sizeof specials[0];
+    for (DType dtype : kDTypes)
+        for (float lr : {1e-3f, 1e30f, 1e-42f})
+            for (float decay : {0.0f, 0.5f})
+                for (const auto& scales : {std::vector{1e-3f, -1e-3f}, std::vector{0.0f, 1e38f, 1e-42f}}) {
+                    Visit visit;
+                    visit.add_segment(dtype, 25 * kNum, 1, 0, 0);
+                    visit.fill([&](const Segment&, int64_t i) { return bits_float(specials[i % kNum]); });
+                    visit.add_term(0, 1, 0, 2.0f);
+                    visit.add_update(1, 1, {{lr, decay, 1.0f, 1.0f}});
+                    for (float scale : scales) {
+                        visit.add_term(0, 2, 0, scale);
+                        visit.add_emit(1, {1.0f});
+                    }
+                    check(visit, "special values");
+                }
+}
 
-// What generating noise gives: 0 + 1 * z is z.
-inline std::vector<uint8_t> expected_noise(const InPlace& request) {
-    Visit oracle;
-    oracle.seed = request.seed;
-    oracle.add_segment(request.dtype, request.numel, request.param, request.offset, 0);
-    oracle.fill([](const Segment&, int64_t) { return 0.0f; });
-    oracle.add_term(request.family, request.step, request.probe, 1.0f);
-    oracle.add_emit(1, {1.0f});
-    oracle.run_oracle();
-    return oracle.outs[0];
+// The identity leaves bits that no rounding would leave: NaN payloads and -0.
+template <class Check>
+void identity_updates(Check check) {
+    for (DType dtype : kDTypes) {
+        Visit visit;
+        visit.num_groups = 2;
+        visit.add_segment(dtype, 300, 0, 1, 0);
+        visit.add_segment(dtype, 300, 1, 1, 1);
+        Random random{8};
+        for (uint8_t& byte : visit.weights)
+            byte = static_cast<uint8_t>(random.next());
+        visit.add_term(0, 1, 0, 3.0f);
+        visit.add_update(1, 1, {{0.0f, 0.1f, 1.0f, 1.0f}, {0.5f, 0.0f, 1.0f, 0.0f}}); // lr 0; scale 0 and no decay
+        visit.add_term(0, 2, 0, 0.0f);
+        visit.add_update(2, 1, {{1.0f, 0.0f, 1.0f, 1.0f}, {1.0f, 0.0f, 1.0f, 1.0f}});
+        Visit expected = visit;
+        expected.run_oracle();
+        CHECK(expected.weights == visit.weights);
+        check(visit, "the identity");
+    }
+}
+
+// Noise at no lane's and no tile's boundary, over the carry of the normals' counter, and at the end. check(request
+// without memory, the bytes to come).
+template <class Check>
+void generated_noise(Check check) {
+    constexpr int64_t kNumel = 2345;
+    for (DType dtype : kDTypes)
+        for (int64_t family : {0, 1})
+            for (int64_t offset : {int64_t{0}, int64_t{1}, int64_t{126}, int64_t{1020}, (int64_t{1} << 34) - 1000,
+                                   (int64_t{1} << 38) - kNumel}) {
+                Visit oracle; // 0 + 1 * z is z
+                oracle.seed = 23;
+                oracle.add_segment(dtype, kNumel, 6, offset, 0);
+                oracle.fill([](const Segment&, int64_t) { return 0.0f; });
+                oracle.add_term(family, 9, 4, 1.0f);
+                oracle.add_emit(1, {1.0f});
+                oracle.run_oracle();
+                check(InPlace{nullptr, dtype, kNumel, 23, family, 9, 6, 4, offset}, oracle.outs[0]);
+            }
+}
+
+// perturb(place, scale) and update(place, lr, coef, weight_decay) against the visits that they are.
+template <class Perturb, class Step>
+void in_place_ops(Perturb perturb, Step update) {
+    constexpr int64_t kNumel = 2222;
+    for (DType dtype : kDTypes)
+        for (int64_t family : {0, 1}) {
+            Visit visit;
+            visit.seed = 17;
+            visit.add_segment(dtype, kNumel, 4, 999, 0);
+            visit.fill_random(11);
+            std::vector<uint8_t> perturbed = visit.weights, updated = visit.weights;
+            perturb(InPlace{perturbed.data(), dtype, kNumel, 17, family, 8, 4, 2, 999}, 1e-3f);
+            update(InPlace{updated.data(), dtype, kNumel, 17, family, 8, 4, 2, 999}, 1e-2f, 3.0f, 0.1f);
+            visit.add_term(family, 8, 2, 1e-3f);
+            visit.add_emit(1, {1.0f});
+            visit.run_oracle();
+            CHECK(perturbed == visit.outs[0]);
+            visit.add_term(family, 8, 2, 3.0f);
+            visit.add_update(8, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}});
+            visit.run_oracle();
+            CHECK(updated == visit.weights);
+        }
+}
+
+// Rows of tables of these widths against those of the table perturbed as a whole. look_up(request) fills request.out.
+template <class LookUp>
+void lookups(const std::vector<int64_t>& widths, LookUp look_up) {
+    constexpr int64_t kRows = 9;
+    std::vector<int64_t> ids = {4, 0, 8, 8, 3, 4};
+    for (int64_t i = 0; i < 40; ++i) // more than one batch of parts of rows
+        ids.push_back(i * i % kRows);
+    for (DType dtype : kDTypes)
+        for (int64_t family : {0, 1})
+            for (int64_t cols : widths)
+                for (int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{1} << 34) - 200})
+                    for (const auto& [scale, out_dtype] : {std::pair{0.0f, dtype},
+                                                           {-1e-3f, dtype},
+                                                           {-1e-3f, DType::kFp32},
+                                                           {-1e-3f, DType::kBf16},
+                                                           {0.0f, DType::kFp16}}) {
+                        const auto row_bytes = cols * dtype_bytes(out_dtype);
+                        Visit whole;
+                        whole.seed = 77;
+                        whole.add_segment(dtype, kRows * cols, 5, offset, 0);
+                        whole.fill_random(3);
+                        whole.emit_as(out_dtype);
+                        whole.add_term(family, 6, 2, scale);
+                        whole.add_emit(1, {1.0f});
+                        whole.run();
+                        std::vector<uint8_t> expected;
+                        for (int64_t id : ids) {
+                            const auto row = whole.outs[0].begin() + id * row_bytes;
+                            expected.insert(expected.end(), row, row + row_bytes);
+                        }
+                        std::vector<uint8_t> got(expected.size());
+                        const auto num_ids = static_cast<int64_t>(ids.size());
+                        look_up(Lookup{whole.weights.data(), got.data(), ids.data(), num_ids, kRows, cols, dtype, scale,
+                                       77, family, 6, 5, 2, offset, out_dtype});
+                        CHECK(got == expected, "cols ", cols, " offset ", offset);
+                    }
 }
 
 // The same visit with its segments cut into pieces, at tiles' boundaries and elsewhere.

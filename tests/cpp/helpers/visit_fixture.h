@@ -10,6 +10,7 @@
 #include "kernels/kernels.h"
 #include "noise/rademacher.h"
 #include "noise/rounding.h"
+#include "testing.h"
 
 namespace distzo2 {
 
@@ -319,8 +320,16 @@ inline Visit random_visit(Random& random) {
     return visit;
 }
 
-inline int64_t first_difference(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b) {
-    return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
+// Weights and emits, padding included; `what` and `how` name the case.
+inline void check_equal(const Visit& actual, const Visit& expected, const char* what, const char* how = "") {
+    const auto first_difference = [](const std::vector<uint8_t>& a, const std::vector<uint8_t>& b) {
+        return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
+    };
+    CHECK(actual.weights == expected.weights, what, ' ', how, ": weights differ at byte ",
+          first_difference(actual.weights, expected.weights));
+    for (size_t e = 0; e < expected.outs.size(); ++e)
+        CHECK(actual.outs[e] == expected.outs[e], what, ' ', how, ": out ", e, " differs at byte ",
+              first_difference(actual.outs[e], expected.outs[e]));
 }
 
 } // namespace distzo2

@@ -32,11 +32,7 @@ void check_visit(const Visit& visit, const char* what) {
     for_each_level([&](SimdLevel level) {
         Visit actual = visit;
         actual.run();
-        CHECK(actual.weights == expected.weights, what, ' ', simd_name(level), ": weights differ at byte ",
-              first_difference(actual.weights, expected.weights));
-        for (size_t e = 0; e < visit.outs.size(); ++e)
-            CHECK(actual.outs[e] == expected.outs[e], what, ' ', simd_name(level), ": out ", e, " differs at byte ",
-                  first_difference(actual.outs[e], expected.outs[e]));
+        check_equal(actual, expected, what, simd_name(level));
     });
 }
 
@@ -60,48 +56,9 @@ TEST(updates_and_emits_of_thousands_of_terms) { many_terms(4099, check_visit); }
 
 TEST(hundreds_of_missed_updates) { many_updates(301, check_visit); }
 
-TEST(special_values) {
-    const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x00800000, 0x7F7FFFFF,
-                                 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x477FE000, 0x477FF000,
-                                 0x33800000, 0x387FE000, 0x38800000, 0x2F000000, 0x7F7F8000, 0x477FEFFF};
-    constexpr int64_t kNum = sizeof specials / sizeof specials[0];
-    for (DType dtype : kDTypes)
-        for (float lr : {1e-3f, 1e30f, 1e-42f})
-            for (float decay : {0.0f, 0.5f}) {
-                Visit visit;
-                visit.add_segment(dtype, 25 * kNum, 1, 0, 0);
-                visit.fill([&](const Segment&, int64_t i) { return bits_float(specials[i % kNum]); });
-                visit.add_term(0, 1, 0, 2.0f);
-                visit.add_update(1, 1, {{lr, decay, 1.0f, 1.0f}});
-                for (float scale : {1e-3f, -1e-3f, 0.0f, 1e38f, 1e-42f}) {
-                    visit.add_term(0, 2, 0, scale);
-                    visit.add_emit(1, {1.0f});
-                }
-                check_visit(visit, "special values");
-            }
-}
+TEST(special_values_of_every_dtype) { special_values(check_visit); }
 
-// The identity leaves bits that no rounding would leave: NaN payloads and -0.
-TEST(identity_updates_touch_nothing) {
-    for (DType dtype : kDTypes) {
-        Visit visit;
-        visit.num_groups = 2;
-        visit.add_segment(dtype, 300, 0, 1, 0);
-        visit.add_segment(dtype, 300, 1, 1, 1);
-        Random random{8};
-        for (uint8_t& byte : visit.weights)
-            byte = static_cast<uint8_t>(random.next());
-        visit.add_term(0, 1, 0, 3.0f);
-        visit.add_update(1, 1, {{0.0f, 0.1f, 1.0f, 1.0f}, {0.5f, 0.0f, 1.0f, 0.0f}}); // lr 0; scale 0 and no decay
-        visit.add_term(0, 2, 0, 0.0f);
-        visit.add_update(2, 1, {{1.0f, 0.0f, 1.0f, 1.0f}, {1.0f, 0.0f, 1.0f, 1.0f}});
-        const std::vector<uint8_t> before = visit.weights;
-        for_each_level([&](SimdLevel) {
-            visit.run();
-            CHECK(visit.weights == before);
-        });
-    }
-}
+TEST(identity_updates_touch_nothing) { identity_updates(check_visit); }
 
 // Elements regenerate their own noise wherever they are cut.
 TEST(any_split_gives_the_same_bits) {
@@ -144,83 +101,23 @@ TEST(threads_and_hooks_give_the_same_bits) {
     CHECK(uneven.weights == serial.weights && uneven.outs == serial.outs);
 }
 
-TEST(not_written_back) {
-    Visit visit;
-    visit.add_segment(DType::kBf16, 3000, 0, 3, 0);
-    visit.fill_random(4);
-    visit.add_term(0, 5, 0, 1.0f);
-    visit.add_update(5, 1, {{1e-2f, 0.0f, 1.0f, 1.0f}});
-    visit.add_emit(0, {1.0f});
-    visit.write_back = false;
-    Visit written = visit;
-    written.write_back = true;
-    const std::vector<uint8_t> before = visit.weights;
-    visit.run();
-    written.run();
-    CHECK(visit.weights == before);
-    CHECK(visit.outs == written.outs);
-    CHECK(written.weights != before);
-    CHECK(written.weights == written.outs[0]);
-}
-
-// Updates missed over several visits, applied at once, are the same as one by one.
-TEST(deferred_updates) {
-    for (DType dtype : kDTypes) {
-        Visit at_once;
-        at_once.add_segment(dtype, 4321, 2, 11, 0);
-        at_once.fill_random(7);
-        Visit stepwise = at_once;
-        for (int64_t step = 0; step < 7; ++step) {
-            Visit one = stepwise;
-            for (Visit* visit : {&at_once, &one}) {
-                visit->add_term(step % 2, step, 0, 1.0f + static_cast<float>(step));
-                visit->add_update(step, 1, {{1e-3f, 0.01f, 1.0f, 1.0f}});
-            }
-            one.run();
-            stepwise.weights = one.weights;
-        }
-        at_once.run();
-        CHECK(at_once.weights == stepwise.weights);
-    }
-}
-
 TEST(in_place_ops_are_visits) {
-    for (DType dtype : kDTypes)
-        for_each_level([&](SimdLevel) {
-            Visit visit;
-            visit.seed = 17;
-            visit.add_segment(dtype, 2222, 4, 999, 0);
-            visit.fill_random(11);
-            std::vector<uint8_t> perturbed = visit.weights, updated = visit.weights;
-            InPlace place{perturbed.data(), dtype, 2222, 17, 0, 8, 4, 2, 999};
-            perturb_cpu(place, 1e-3f);
-            place.data = updated.data();
-            update_cpu(place, 1e-2f, 3.0f, 0.1f);
-            visit.add_term(0, 8, 2, 1e-3f);
-            visit.add_emit(1, {1.0f});
-            visit.add_term(0, 8, 2, 3.0f);
-            Visit update = visit;
-            visit.run();
-            CHECK(perturbed == visit.outs[0]);
-            update.add_update(8, 1, {{1e-2f, 0.1f, 1.0f, 1.0f}});
-            update.run();
-            CHECK(updated == update.weights);
-        });
+    for_each_level([](SimdLevel) { in_place_ops(perturb_cpu, update_cpu); });
 }
 
-TEST(generated_noise) {
-    for (DType dtype : kDTypes)
-        for (int64_t family : {0, 1})
-            for (int64_t offset : kNoiseOffsets) {
-                InPlace request{nullptr, dtype, kNoiseNumel, 23, family, 9, 6, 4, offset};
-                const std::vector<uint8_t> expected = expected_noise(request);
-                for_each_level([&](SimdLevel level) {
-                    std::vector<uint8_t> out(expected.size());
-                    request.data = out.data();
-                    generate_cpu(request);
-                    CHECK(out == expected, simd_name(level), " offset ", offset);
-                });
-            }
+TEST(noise) {
+    generated_noise([](InPlace request, const std::vector<uint8_t>& expected) {
+        for_each_level([&](SimdLevel level) {
+            std::vector<uint8_t> out(expected.size());
+            request.data = out.data();
+            generate_cpu(request);
+            CHECK(out == expected, simd_name(level), " offset ", request.offset);
+        });
+    });
+}
+
+TEST(rows_of_the_perturbed_table) {
+    for_each_level([](SimdLevel) { lookups({1, 7, 8, 100, 1283}, lookup_cpu); });
 }
 
 #if defined(__x86_64__)

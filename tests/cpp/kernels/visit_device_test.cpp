@@ -8,7 +8,7 @@
 #include "kernels/cuda/lookup_device.h"
 #include "kernels/cuda/visit_device.h"
 #include "kernels/kernels.h"
-#include "visit_fixture.h"
+#include "visit_cases.h"
 
 using namespace distzo2;
 
@@ -44,11 +44,7 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
             run_grid<Mixed<decltype(program)>>(tables);
         else
             run_grid<decltype(program)>(tables);
-        CHECK(actual.weights == expected.weights, what, ": weights differ at byte ",
-              first_difference(actual.weights, expected.weights));
-        for (size_t e = 0; e < visit.outs.size(); ++e)
-            CHECK(actual.outs[e] == expected.outs[e], what, ": out ", e, " differs at byte ",
-                  first_difference(actual.outs[e], expected.outs[e]));
+        check_equal(actual, expected, what);
     };
     Visit copy = visit;
     std::vector<uint8_t*> pointers;
@@ -69,6 +65,17 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
     check(SimpleProgram<0, 2, kRademacher>{}, is(kRademacher, 0, 2));
     check(SimpleProgram<0, 1, kRademacher>{}, is(kRademacher, 0, 1));
     check(SimpleProgram<1, 0, kRademacher>{}, is(kRademacher, 1, 0));
+}
+
+// body(std::integral_constant<DType, dtype>).
+template <class Body>
+void with_dtype(DType dtype, Body body) {
+    if (dtype == DType::kFp32)
+        body(std::integral_constant<DType, DType::kFp32>{});
+    else if (dtype == DType::kBf16)
+        body(std::integral_constant<DType, DType::kBf16>{});
+    else
+        body(std::integral_constant<DType, DType::kFp16>{});
 }
 
 } // namespace
@@ -167,110 +174,37 @@ TEST(small_tensors_fill_the_device) {
     CHECK_EQ(octets_per_thread(int64_t{1} << 30, 132), 8u);
 }
 
-TEST(special_values) {
-    const uint32_t specials[] = {0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x7F7FFFFF, 0xFF7FFFFF,
-                                 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC12345, 0x477FE000, 0x477FF000, 0x33800000};
-    constexpr int64_t kNum = sizeof specials / sizeof specials[0];
-    for (DType dtype : kDTypes) {
-        Visit visit;
-        visit.add_segment(dtype, 20 * kNum, 1, 0, 0);
-        visit.fill([&](const Segment&, int64_t i) { return bits_float(specials[i % kNum]); });
-        visit.add_term(0, 1, 0, 2.0f);
-        visit.add_update(1, 1, {{1e-3f, 0.5f, 1.0f, 1.0f}});
-        visit.add_term(0, 2, 0, 1e-3f);
-        visit.add_emit(1, {1.0f});
-        visit.add_term(0, 2, 0, -1e-3f);
-        visit.add_emit(1, {1.0f});
-        check_visit(visit, 1, "special values");
-    }
+TEST(special_values_of_every_dtype) {
+    special_values([](const Visit& visit, const char* what) { check_visit(visit, 1, what); });
 }
 
-TEST(generated_noise) {
-    for (int64_t family : {0, 1})
-        for (int64_t offset : {int64_t{0}, int64_t{5}, int64_t{120}, (int64_t{1} << 37) - 7}) {
-            constexpr int64_t kNumel = 9999;
-            std::vector<float> expected(kNumel), actual(kNumel);
-            InPlace request{expected.data(), DType::kFp32, kNumel, 3, family, 1, 2, 3, offset};
-            generate_cpu(request);
-            request.data = actual.data();
-            for (const uint32_t per_thread : {1, 5}) {
-                std::fill(actual.begin(), actual.end(), 0.0f);
-                for (uint32_t tile = 0; tile < num_tiles_of(offset, kNumel, per_thread); ++tile)
-                    for (uint32_t thread = 0; thread < kThreads; ++thread)
-                        generate_thread<DType::kFp32>(request, philox_keys(3), per_thread, tile, thread);
-                CHECK(std::memcmp(actual.data(), expected.data(), kNumel * sizeof(float)) == 0, family, ' ', offset);
-            }
+TEST(noise) {
+    generated_noise([](InPlace request, const std::vector<uint8_t>& expected) {
+        for (const uint32_t per_thread : {1, 5}) {
+            std::vector<uint8_t> out(expected.size());
+            request.data = out.data();
+            with_dtype(request.dtype, [&](auto dtype) {
+                const uint32_t num_tiles = num_tiles_of(request.offset, request.numel, per_thread);
+                for (uint32_t i = 0; i < num_tiles * kThreads; ++i)
+                    generate_thread<dtype.value>(request, philox_keys(request.seed), per_thread, i / kThreads,
+                                                 i % kThreads);
+            });
+            CHECK(out == expected, "offset ", request.offset);
         }
+    });
 }
 
-// The lookup of rows, on the CPU and as the CUDA kernel's threads, against rows of the table perturbed as a whole.
-TEST(lookup) {
-    for (const auto& [dtype, family] : kDTypesAndFamilies)
-        for (int64_t cols : {int64_t{1}, int64_t{7}, int64_t{8}, int64_t{100}, int64_t{1283}})
-            for (int64_t offset : {int64_t{0}, int64_t{3}, (int64_t{1} << 34) - 200})
-                for (const auto& [scale, out_dtype] : {std::pair{0.0f, dtype},
-                                                       {-1e-3f, dtype},
-                                                       {-1e-3f, DType::kFp32},
-                                                       {-1e-3f, DType::kBf16},
-                                                       {0.0f, DType::kFp16}}) {
-                    constexpr int64_t kRows = 9;
-                    const auto row_bytes = static_cast<size_t>(cols * dtype_bytes(out_dtype));
-                    Visit whole;
-                    whole.seed = 77;
-                    whole.add_segment(dtype, kRows * cols, 5, offset, 0);
-                    whole.fill_random(3);
-                    const std::vector<uint8_t> table = whole.weights;
-                    whole.emit_as(out_dtype);
-                    whole.add_term(family, 6, 2, scale);
-                    whole.add_emit(1, {1.0f});
-                    whole.run();
-                    std::vector<int64_t> ids = {4, 0, 8, 8, 3, 4};
-                    for (int64_t i = 0; i < 40; ++i) // more than one batch of parts of rows
-                        ids.push_back(i * i % kRows);
-                    std::vector<uint8_t> expected;
-                    for (int64_t id : ids) {
-                        const auto row = whole.outs[0].begin() + id * static_cast<int64_t>(row_bytes);
-                        expected.insert(expected.end(), row, row + static_cast<int64_t>(row_bytes));
-                    }
-                    std::vector<uint8_t> got(expected.size());
-                    Lookup request{table.data(),
-                                   got.data(),
-                                   ids.data(),
-                                   static_cast<int64_t>(ids.size()),
-                                   kRows,
-                                   cols,
-                                   dtype,
-                                   scale,
-                                   77,
-                                   family,
-                                   6,
-                                   5,
-                                   2,
-                                   offset,
-                                   out_dtype};
-                    lookup_cpu(request);
-                    CHECK(got == expected, "cpu, cols ", cols, " offset ", offset);
-
-                    std::fill(got.begin(), got.end(), uint8_t{0});
-                    for (size_t row = 0; row < ids.size(); ++row)
-                        for (int64_t thread = 0; thread < 32; ++thread) {
-                            const auto keys = philox_keys(request.seed);
-                            const auto at = static_cast<int64_t>(row);
-                            const auto look_up = [&, mixed = out_dtype != dtype](auto type) {
-                                if (mixed)
-                                    lookup_thread<type.value, true>(request, keys, at, thread, 32);
-                                else
-                                    lookup_thread<type.value>(request, keys, at, thread, 32);
-                            };
-                            if (dtype == DType::kFp32)
-                                look_up(std::integral_constant<DType, DType::kFp32>{});
-                            else if (dtype == DType::kBf16)
-                                look_up(std::integral_constant<DType, DType::kBf16>{});
-                            else
-                                look_up(std::integral_constant<DType, DType::kFp16>{});
-                        }
-                    CHECK(got == expected, "device, cols ", cols, " offset ", offset);
-                }
+TEST(rows_of_the_perturbed_table) {
+    lookups({1, 7, 8, 100, 1283}, [](const Lookup& request) {
+        const PhiloxKeys keys = philox_keys(request.seed);
+        with_dtype(request.dtype, [&](auto dtype) {
+            for (int64_t i = 0; i < 32 * request.num_ids; ++i)
+                if (request.out_dtype == request.dtype)
+                    lookup_thread<dtype.value>(request, keys, i / 32, i % 32, 32);
+                else
+                    lookup_thread<dtype.value, true>(request, keys, i / 32, i % 32, 32);
+        });
+    });
 }
 
 TEST(lookup_of_a_row_that_is_not_there) {

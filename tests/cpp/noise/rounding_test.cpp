@@ -71,14 +71,6 @@ bool has_fine_subnormals(const Format& format) { return format.smallest_normal >
 
 const uint32_t kRandom[] = {0, 1, 7, 8, 0x1234, 0x7FFF, 0x8000, 0x8001, 0xFFF8, 0xFFFE, 0xFFFF};
 
-void check_value(const Format& format, float x, int& num_wrong) {
-    if (format.nearest(x) != expected_nearest(format, x))
-        ++num_wrong;
-    for (uint32_t r : kRandom)
-        if (format.stochastic(x, r) != expected_stochastic(format, x, r))
-            ++num_wrong;
-}
-
 } // namespace
 
 TEST(decode_every_value) {
@@ -98,29 +90,6 @@ TEST(decode_every_value) {
                     CHECK(format.stochastic(value, r) == bits, format.name, ' ', h, ' ', r);
             }
         }
-}
-
-// Around every finite value and every midpoint between neighbours: the float itself and those next to it.
-TEST(neighbourhood_of_every_value) {
-    for (const Format& format : kFormats) {
-        int num_wrong = 0;
-        for (uint32_t h = 0; h < 0x10000; ++h) {
-            const uint16_t bits = static_cast<uint16_t>(h);
-            if ((bits & 0x7FFF) >= format.infinity)
-                continue;
-            const double value = decode_exactly(format, bits), spacing = spacing_at(format, std::fabs(value));
-            for (double share : {0.0, 0x1p-16, 0.25, 0.5, 0.75, 1 - 0x1p-16, 1.0}) {
-                const float centre = static_cast<float>(value + (std::signbit(value) ? -share : share) * spacing);
-                for (int64_t step = -1; step <= 1; ++step) {
-                    const uint32_t moved = float_bits(centre) + static_cast<uint32_t>(step);
-                    const float x = bits_float(moved);
-                    if (std::isfinite(x) && std::signbit(x) == std::signbit(centre))
-                        check_value(format, x, num_wrong);
-                }
-            }
-        }
-        CHECK(num_wrong == 0, format.name, ": ", num_wrong, " wrong");
-    }
 }
 
 // Roundings of x, which is `fraction` of the way from the magnitude h to the next one, h + 1 (after the largest,

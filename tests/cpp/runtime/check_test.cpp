@@ -23,9 +23,6 @@ TEST(a_failed_check_names_place_condition_and_values) {
     const std::string text = testing::thrown_text([&] { DZO_CHECK(num_blocks < 2, "num_blocks is ", num_blocks); });
     CHECK_EQ(text, std::string("tests/cpp/runtime/check_test.cpp:") + std::to_string(line) +
                        ": expected num_blocks < 2: num_blocks is 3");
-}
-
-TEST(a_failed_check_needs_no_values) {
     calls = 0;
     CHECK_THROWS([] { DZO_CHECK(count_call(false)); }(), "expected count_call(false)");
     CHECK_EQ(calls, 1);

@@ -22,30 +22,6 @@ using namespace small_training;
 
 namespace {
 
-// Lets the engine know, some time after each step, that the journal is on disk up to it.
-class Journal {
-  public:
-    Journal(CopyEngine& engine, int max_delay_us)
-        : thread_([this, &engine, max_delay_us] {
-              for (int64_t durable = 0; durable >= 0;) {
-                  random_delay(4 * max_delay_us + 1);
-                  const int64_t written = written_.load();
-                  if (written != durable && written >= 0)
-                      engine.set_durable(written);
-                  durable = written;
-              }
-          }) {}
-    ~Journal() {
-        written_ = -1;
-        thread_.join();
-    }
-    void append(int64_t version) { written_ = version; }
-
-  private:
-    std::atomic<int64_t> written_{0};
-    std::thread thread_;
-};
-
 struct Setting {
     bool cuda;
     bool from_file;
@@ -195,8 +171,8 @@ Outcome streamed_training(const Setting& setting, const TestDriver* driver, Engi
     return outcome;
 }
 
-void compare(const char* name, const Setting& setting) {
-    Watchdog watchdog(name, 250);
+void compare(const Setting& setting) {
+    Watchdog::allow(250);
     std::unique_ptr<TestDriver> driver;
     if (setting.cuda) {
         driver = std::make_unique<TestDriver>();
@@ -225,6 +201,7 @@ void compare(const char* name, const Setting& setting) {
 } // namespace
 
 TEST(the_training_learns) { // else equal bits would say little
+    Watchdog::allow(250);
     const std::vector<double>& losses = resident_training().losses;
     double first = 0, last = 0;
     const size_t part = losses.size() / 10;
@@ -236,10 +213,10 @@ TEST(the_training_learns) { // else equal bits would say little
           last / static_cast<double>(part));
 }
 
-TEST(cpu_from_memory) { compare("cpu_from_memory", {false, false, 3, 1, 60}); }
-TEST(cpu_from_file) { compare("cpu_from_file", {false, true, 3, 1, 60}); }
-TEST(cpu_from_file_writing_in_turn) { compare("cpu_from_file_writing_in_turn", {false, true, 2, 3, 60}); }
-TEST(cuda_from_memory) { compare("cuda_from_memory", {true, false, 3, 1, 60}); }
-TEST(cuda_from_memory_two_slots) { compare("cuda_from_memory_two_slots", {true, false, 2, 2, 60}); }
-TEST(cuda_from_file_writing_in_turn) { compare("cuda_from_file_writing_in_turn", {true, true, 2, 3, 60}); }
-TEST(cuda_from_file) { compare("cuda_from_file", {true, true, 3, 1, 60}); }
+TEST(cpu_from_memory) { compare({false, false, 3, 1, 60}); }
+TEST(cpu_from_file) { compare({false, true, 3, 1, 60}); }
+TEST(cpu_from_file_writing_in_turn) { compare({false, true, 2, 3, 60}); }
+TEST(cuda_from_memory) { compare({true, false, 3, 1, 60}); }
+TEST(cuda_from_memory_two_slots) { compare({true, false, 2, 2, 60}); }
+TEST(cuda_from_file_writing_in_turn) { compare({true, true, 2, 3, 60}); }
+TEST(cuda_from_file) { compare({true, true, 3, 1, 60}); }

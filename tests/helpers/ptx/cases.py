@@ -71,6 +71,7 @@ def simple_visit(
     plain: bool = False,
     pairs: tuple[tuple[torch.dtype, torch.dtype], ...] = (),
     nonnegative: bool = False,
+    special: float = 0.05,
 ) -> Visit:
     """A visit of one-term updates and emits, all emits of one noise, to segments of the dtypes in turn.
 
@@ -79,6 +80,7 @@ def simple_visit(
         plain: weights are finite and of a model's size, and no scalar is 0.
         pairs: what segments are emitted as, in turn, if there are any; at other places, of multiples of 16 if `whole`.
         nonnegative: every segment of float32 is.
+        special: the share of special values among weights that are no codes.
     """
     parts, segments, num_bytes = [], [], 0
     for index, numel in enumerate(numels):
@@ -91,8 +93,10 @@ def simple_visit(
         where = (num_bytes + gap, numel, dtype, int(rng.integers(0, 2**32)), offset)
         segments.append(Segment(*where, int(rng.integers(2)), 1, offset + numel, **more))
         usual = torch.from_numpy(rng.standard_normal(numel) * 0.02).to(dtype)
-        make = random_codes if dtype in CODES else random_weights
-        weights = usual if plain else make(rng, numel, dtype)
+        if plain:
+            weights = usual
+        else:
+            weights = random_codes(rng, numel, dtype) if dtype in CODES else random_weights(rng, numel, dtype, special)
         parts += [torch.full((gap,), 0x5A, dtype=torch.uint8), weights.view(torch.uint8)]
         num_bytes += gap + numel * dtype.itemsize
         if dtype in CODES:
