@@ -177,8 +177,10 @@ def _replay(options: ReplayOptions) -> int:
     if options.merge or not adapts:
         base = base or saved_options(run)["model"]
     more = {"to_step": options.to_step, "progress": not options.quiet}
+    if options.packed and adapts:
+        raise UsageError("--packed: the run trains an adapter, and leaves the packed files as they are")
     if not adapts:
-        report = replay(base, steps, options.out, **more)
+        report = replay(base, steps, options.out, packed=options.packed, **more)
     elif options.merge:
         report = replay_merged(base, start, steps, options.out, **more)
     else:
