@@ -164,10 +164,9 @@ def plan_model(
     if trained.tune == "gain":
         told = {name: each for name, p in model.named_parameters() if (each := stored.get(id(p))) and each.layout}
         layouts = add_gains(model, {name: each.layout for name, each in told.items()}, f"--model {source}")
-        more = (
-            (name, replace(told[name], layout=at, format=told[name].format + GAINED)) for name, at in layouts.items()
-        )
-        stored |= {id(model.get_parameter(name)): each for name, each in more}
+        for name, layout in layouts.items():
+            gained = replace(told[name], layout=layout, format=told[name].format + GAINED)
+            stored[id(model.get_parameter(name))] = gained
     if trained.train_only or trained.freeze:
         select(model, trained.train_only, trained.freeze)
     by_name = {name: stored.get(id(p)) for name, p in model.named_parameters()}
