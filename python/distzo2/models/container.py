@@ -90,7 +90,7 @@ def write_packed(
     _check_exact(params, gain_of)
     source, directory = checkpoint_map.directory, Path(checkpoint_map.directory)
     directory = directory if directory.is_dir() else directory.parent
-    weights = [Path(file.path) for file in checkpoint_map.files.files if file.is_stored]
+    weights = [*dict.fromkeys(Path(file.path) for file in checkpoint_map.files.files)]
     names = (CONFIG_FILE, INDEX_FILE, GENERATION_FILE, *SETTINGS_FILES) if source.is_dir() else ()
     settings = [path for name in names if (path := directory / name).is_file()]
     with _Copies(out_dir, directory, [*weights, *settings]) as copies:
