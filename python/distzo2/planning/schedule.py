@@ -164,7 +164,7 @@ def play_steps(work: Work) -> Played:
         sum(max(0.0, min(b, end) - max(a, begin)) for a, b, _ in waits) / num_steps,
         noise_s,
         *num_bytes.values(),
-        schedule.scratch_bytes,
+        schedule.scratch.settled_bytes(schedule.units),
         schedule.tasks,
         list(pairwise(ends[warm - 1 :])),
     )
@@ -337,14 +337,9 @@ class Schedule(UnitWeights):
         copies = [StoredCopy(u, 0, u.num_bytes, block=block.get(u, -1)) for u in work.model.units]
         ring, every = _Ring(self, work), work.write_every
         super().__init__(work.model.units, copies, _Memory(), ring, device=device, write_every=every)
-        self._scratch = _Ledger([u for u in self.units if u.trainable or u.converts], device)
+        self.scratch = self._scratch = _Ledger([u for u in self.units if u.trainable or u.converts], device)
         self.bind(self, {p.index: 0 for p in self.params if p.trainable}, 1, 0)
         self._part_s = [work.rates.part_s(p) for p in work.model.parts]
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of the perturbed copies, after many steps."""
-        return self._scratch.settled_bytes(self.units)
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 
