@@ -12,6 +12,7 @@ from distzo2.version import __version__
 if TYPE_CHECKING:
     from distzo2.formats.gains import gains
     from distzo2.generation.generate import generate_batch
+    from distzo2.models.container import save_packed
     from distzo2.models.pretrained import from_pretrained, save_pretrained
     from distzo2.optim.settings import StepRecord
     from distzo2.optim.zosgd import ZOSGD
@@ -40,6 +41,7 @@ _MODULE_OF = {
     "present": "streaming.offload",
     "runtime_of": "streaming.offload",
     "save_adapter": "peft.adapters",
+    "save_packed": "models.container",
     "save_pretrained": "models.pretrained",
     "state_dict": "streaming.offload",
     "WeightFile": "record.weight_file",
@@ -63,6 +65,7 @@ __all__ = [
     "present",
     "runtime_of",
     "save_adapter",
+    "save_packed",
     "save_pretrained",
     "state_dict",
 ]

@@ -296,7 +296,7 @@ def test_what_auto_computes_in() -> None:
 PARTS = [
     [], ["--peft=lora", "--lora-r=4"], ["--peft=prefix"], ["--train-only=last:2"], ["--train-only=*norm*"],
     ["--peft=lora", "--lora-targets=all-linear", "--lora-r=32"],  # not small beside its block
-    ["--store=affine4", "--peft=lora", "--lora-r=4"], ["--store=affine8"],
+    ["--store=affine4", "--peft=lora", "--lora-r=4"], ["--store=affine8"], ["--store=table4", "--tune=gain"],
 ]  # fmt: skip
 
 

@@ -285,6 +285,8 @@ def test_the_runtime_does_the_same(
         ("Q5_0", {"freeze": "model.norm.weight", "compute_dtype": "float32"}),  # widened: no block lies in the file
         ("raw", {"train_only": "*norm.weight", "store": "affine4"}),
         ("raw", {"store": "affine8", "write_every": 3}),
+        ("raw", {"tune": "gain", "store": "affine4", "estimator": "fzoo"}),
+        ("Q4_0", {"tune": "gain", "compute_dtype": "float32"}),
         ("raw", {"store": "affine16", "freeze": "*mlp*"}),
     ],
 )
@@ -299,6 +301,8 @@ def test_packed_weights_are_planned_as_they_run(kind: str, options: dict[str, An
     planner = Planner(asked, GPUS["a100"])
 
     def prepare(model: nn.Module, base: Any) -> tuple[nn.Module, Any]:
+        if asked.tune == "gain":
+            return distzo2.gains(model, base)
         if asked.train_only or asked.freeze:
             select(model, asked.train_only, asked.freeze)
         return model, base

@@ -18,8 +18,11 @@ from safetensors.torch import load_file  # noqa: E402
 from same_bits import assert_same_tensors  # noqa: E402
 from tiny_text import choice_lines, make_checkpoint, write_jsonl  # noqa: E402
 
+from distzo2 import from_pretrained, runtime_of  # noqa: E402
 from distzo2.cli.main import main  # noqa: E402
 from distzo2.record.journal import read_journal  # noqa: E402
+from distzo2.run.options import EvalOptions  # noqa: E402
+from distzo2.run.preflight import placed  # noqa: E402
 
 LORA = ["--peft=lora", "--lora-targets=q_proj,v_proj", "--lr=1e-2", "--eps=1e-2", "--no-signal"]
 
@@ -107,6 +110,33 @@ def test_codes_are_trained_resumed_and_replayed(tmp_path: Path) -> None:
     assert_same_bits("out/checkpoint", "two/checkpoint")
     assert main(["replay", "out", "-o", "replayed", "--quiet"]) == 0
     assert_same_bits("out/checkpoint", "replayed")
+
+
+@pytest.mark.parametrize("store", ["affine4", "table4", "affine8", "affine16"])
+def test_the_size_of_a_packed_model_is_known_before_it_is_loaded(store: str, tmp_path: Path) -> None:
+    """But for padding between tensors. Embeddings, which stay as they are, are most of the bytes here."""
+    plain = tiny_gguf.make_model("llama", vocab_size=4096)
+    plain.bfloat16().save_pretrained(tmp_path / "model")
+    size = placed(EvalOptions(model=str(tmp_path / "model"), eval="e", store=store), "cpu").size
+    units = runtime_of(from_pretrained(tmp_path / "model", store=store)).units
+    assert size.total == sum(param.num_bytes for unit in units for param in unit.params)
+    assert 0 <= sum(unit.num_bytes for unit in units) - size.total < 256 * sum(len(unit.params) for unit in units)
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_codes_that_are_clamped_are_told_of_once_when_they_are(tmp_path: Path, capsys) -> None:
+    files = SimpleNamespace(
+        model=make_checkpoint(tmp_path / "model"),
+        train=write_jsonl(tmp_path / "train.jsonl", choice_lines(20)),
+        eval=write_jsonl(tmp_path / "eval.jsonl", choice_lines(6)),
+    )
+    options = ["--store=affine8", "--steps=6", f"--eval={files.eval}", "--eval-every=3", "--save=none", "--no-signal"]
+    assert finetune(files, *options, "--lr=3e-6") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert finetune(files, *options, "--lr=1e3", "--out=far", "--weights=disk", f"--weights-dir={tmp_path}") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line or "held-out" in line]
+    assert re.fullmatch(r"warning: step 1: \d+\.\d% of the codes are at an end of their range, .*", lines[1])
+    assert [line.startswith("warning") for line in lines] == [False, True, False, False]
 
 
 @pytest.mark.usefixtures("own_directory")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -162,7 +163,7 @@ class PackedParam:
             place = getattr(layout, role)
             if place is None or place.kind not in VALUE_DTYPES:  # six-bit integers are finite
                 continue
-            for row, values in _values(self, place):
+            for row, values, *_ in values_of(self, place):
                 bad = values == 255 if place.kind == Kind.E8M0 else ~values.float().isfinite()
                 if bad.any():
                     where = f"{self.name} ({self.format}), row {row + int(bad.nonzero()[0, 0]) * place.rows}"
@@ -175,9 +176,25 @@ def starts(pieces: Sequence[Piece]) -> list[int]:
     return [*accumulate(lengths, initial=0)]
 
 
-def _values(param: PackedParam, place: Field) -> Iterator[tuple[int, torch.Tensor]]:
-    """The values of a field as tensors [lines, values of a row], with the row at which each begins. A line is what
-    `place.rows` rows share; it lies in one piece."""
+class Values(NamedTuple):
+    """Values of a field [lines, values of a row], and where they are.
+
+    Attributes:
+        row: at which the first line begins.
+        piece: the bytes from the first value to the last.
+        data: those bytes, uint8.
+        places: of the values in `data`, a view: uint8 [lines, blocks, values of a block, bytes of a value].
+    """
+
+    row: int
+    values: torch.Tensor
+    piece: Piece
+    data: torch.Tensor
+    places: torch.Tensor
+
+
+def values_of(param: PackedParam, place: Field) -> Iterator[Values]:
+    """The values of a field, some MiB at a time. A line is what `place.rows` rows share; it lies in one piece."""
     layout, dtype = param.layout, VALUE_DTYPES[place.kind]
     num_lines = -(-layout.rows // place.rows)
     sizes = (layout.cols // layout.block, -(-layout.block // place.cols), dtype.itemsize)
@@ -188,7 +205,9 @@ def _values(param: PackedParam, place: Field) -> Iterator[tuple[int, torch.Tenso
         while line < num_lines and (at := place.offset + line * place.row_stride - start) + span <= piece.num_bytes:
             fitting = (piece.num_bytes - at - span) // max(place.row_stride, 1) + 1
             count = min(fitting, num_lines - line, max(1, CHUNK_BYTES // max(place.row_stride, 1)))
-            data = piece.part(at, (count - 1) * place.row_stride + span).read()
-            values = data.as_strided((count, *sizes), (place.row_stride, *strides)).contiguous().view(dtype)
-            yield line * place.rows, values.reshape(count, -1)
+            part = piece.part(at, (count - 1) * place.row_stride + span)
+            data = part.read()
+            places = data.as_strided((count, *sizes), (place.row_stride, *strides))
+            values = places.contiguous().view(dtype).reshape(count, -1)
+            yield Values(line * place.rows, values, part, data, places)
             line += count

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -49,9 +49,105 @@ def holds_checkpoint(directory: str | os.PathLike) -> list[str]:
     return sorted({file.name for pattern in patterns for file in path.glob(pattern) if not file.name.startswith(".")})
 
 
-class CheckpointWriter:
-    """Streams parameters into `out_dir`; a context manager that removes what it wrote if its block raises. Only what a
-    failed rename leaves stays, for the next writer to replace.
+class StagedFiles:
+    """Files on their way into `out_dir`: written into `hidden` inside it, synced, and renamed into place by `close`. A
+    context manager that removes what it wrote if its block raises. Only what a failed rename leaves stays, for the next
+    writer to replace."""
+
+    def __init__(self, out_dir: str | os.PathLike, source: Path | None):
+        """`source` is what the files are made of, and never where they go."""
+        self.out_dir = Path(out_dir)
+        self.hidden = self.out_dir / HIDDEN
+        self._renames = False  # whether files are being renamed into place
+        self._made: list[Path] = []
+        if source is not None and self.out_dir.exists() and source.exists() and source.samefile(self.out_dir):
+            raise CheckpointError(f"{self.out_dir}: the checkpoint that the model came from cannot be overwritten")
+
+    def begin(self, num_bytes: int) -> None:
+        """Makes the directories.
+
+        Raises:
+            CheckpointError: the disk has too little room for `num_bytes`, or a file is in the way.
+        """
+        existing = next(path for path in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise CheckpointError(f"{self.out_dir}: expected a directory, got the file {existing}")
+        free = shutil.disk_usage(existing).free
+        if free < num_bytes + DISK_SLACK_BYTES:
+            raise CheckpointError(
+                f"{self.out_dir}: too little room on its disk: the checkpoint needs {num_bytes} bytes "
+                f"and {DISK_SLACK_BYTES} to spare, {free} are free"
+            )
+        self._made = [path for path in (self.out_dir, *self.out_dir.parents) if not path.exists()]  # innermost first
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            for path in self._made:
+                sync(path.parent)
+            if self.hidden.is_dir():  # a killed writer's
+                shutil.rmtree(self.hidden)
+            self.hidden.mkdir()
+        except BaseException:
+            self.abort()
+            raise
+
+    def copy_companions(self, source: Path) -> None:
+        """Copies what goes with the weights in `source`."""
+        for path in _companions(source):
+            target = self.hidden / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+    def finish(self) -> None:
+        """Completes the files before they are synced."""
+
+    def close(self) -> None:
+        """Makes all files durable and renames them into place. Until the first rename, `out_dir` is as it was."""
+        try:
+            self.finish()
+            for path in (*self.hidden.rglob("*"), self.hidden):
+                sync(path)
+            self._publish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _publish(self) -> None:
+        self._renames = True
+        new = {str(path.relative_to(self.hidden)) for path in self.hidden.rglob("*") if path.is_file()}
+        last = [name for name in (INDEX_FILE, CONFIG_FILE) if name in new]
+        old = {name for name in holds_checkpoint(self.out_dir) if _OURS.fullmatch(name)}
+        if old:  # a checkpoint that is being replaced cannot be loaded before the last rename
+            for name in (CONFIG_FILE, INDEX_FILE):
+                (self.out_dir / name).unlink(missing_ok=True)
+            sync(self.out_dir)
+        for name in sorted(new - {*last}, key=lambda name: (_OURS.fullmatch(name) is None, name)):
+            (self.out_dir / name).parent.mkdir(exist_ok=True)
+            os.rename(self.hidden / name, self.out_dir / name)
+        for name in old - new:
+            (self.out_dir / name).unlink(missing_ok=True)
+        sync(self.out_dir)
+        for name in last:
+            os.rename(self.hidden / name, self.out_dir / name)
+        shutil.rmtree(self.hidden, ignore_errors=True)
+        sync(self.out_dir)
+
+    def abort(self) -> None:
+        """Removes what was written so far, unless some of it may have its final name."""
+        if not self._renames:
+            shutil.rmtree(self.hidden, ignore_errors=True)
+        for path in self._made:
+            with suppress(OSError):  # not there, or someone else's by now
+                path.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: Any, *_: object) -> None:
+        self.close() if exc_type is None else self.abort()
+
+
+class CheckpointWriter(StagedFiles):
+    """Streams parameters into `out_dir`.
 
     `max_shard_bytes` bounds the tensors of one file (a larger tensor gets its own file). Persistent buffers that are
     not written are copied from the map's own files. With `overwrite`, files of weights that a `CheckpointWriter` made
@@ -70,38 +166,18 @@ class CheckpointWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     ):
         self.map = checkpoint_map
-        self.out_dir = Path(out_dir)
-        self._hidden = self.out_dir / HIDDEN
         self._shards: list[SafetensorsWriter] = []
         self._place: dict[str, tuple[SafetensorsWriter, TensorEntry]] = {}
-        self._renames = False  # whether files are being renamed into place
         if not overwrite:
-            check_out_dir(self.out_dir, "name another directory or overwrite=True")
-        source = checkpoint_map.directory
-        if source is not None and self.out_dir.exists() and source.exists() and source.samefile(self.out_dir):
-            raise CheckpointError(f"{self.out_dir}: the checkpoint that the model came from cannot be overwritten")
+            check_out_dir(Path(out_dir), "name another directory or overwrite=True")
+        super().__init__(out_dir, checkpoint_map.directory)
         tensors = self._plan()
         self._num_bytes = sum(entry.num_bytes for entry in tensors)
         self._missing = {name: tensor.numel for name, tensor in checkpoint_map.mapped.items() if tensor.pieces}
-        existing = next(path for path in (self.out_dir.absolute(), *self.out_dir.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise CheckpointError(f"{self.out_dir}: expected a directory, got the file {existing}")
-        free = shutil.disk_usage(existing).free
-        if free < self._num_bytes + DISK_SLACK_BYTES:
-            raise CheckpointError(
-                f"{self.out_dir}: too little room on its disk: the checkpoint needs {self._num_bytes} bytes "
-                f"and {DISK_SLACK_BYTES} to spare, {free} are free"
-            )
-        self._made = [path for path in (self.out_dir, *self.out_dir.parents) if not path.exists()]  # innermost first
+        self.begin(self._num_bytes)
         try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            for path in self._made:
-                sync(path.parent)
-            if self._hidden.is_dir():  # a killed writer's
-                shutil.rmtree(self._hidden)
-            self._hidden.mkdir()
             for file, part in _shard(tensors, max_shard_bytes).items():
-                shard = SafetensorsWriter(self._hidden / file, {e.name: (e.dtype, e.shape) for e in part})
+                shard = SafetensorsWriter(self.hidden / file, {e.name: (e.dtype, e.shape) for e in part})
                 self._shards.append(shard)
                 self._place |= {name: (shard, entry) for name, entry in shard.tensors.items()}
             self._write_settings()
@@ -175,75 +251,34 @@ class CheckpointWriter:
             self._write_json(GENERATION_FILE, read_json(source / GENERATION_FILE))
         elif generation is not None:
             self._write_json(GENERATION_FILE, json.loads(generation.to_json_string()))
-        for path in _companions(source) if source is not None and source.is_dir() else ():
-            target = self._hidden / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+        if source is not None and source.is_dir():
+            self.copy_companions(source)
 
     def add(self, save: Callable[[Path], Any]) -> None:
         """Calls `save` with the directory whose files are published at the end."""
-        save(self._hidden)
+        save(self.hidden)
 
     def _write_json(self, name: str, fields: dict[str, Any]) -> None:
-        (self._hidden / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (self.hidden / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def close(self) -> None:
-        """Makes all files durable and renames them into place. Until the first rename, `out_dir` is as it was."""
-        try:
-            for name, mapped in self.map.mapped.items():
-                if mapped.is_buffer and name in self._missing and self.map.files is not None:
-                    value = torch.empty(mapped.shape, dtype=mapped.dtype)
-                    self.map.read(name, value)
-                    self.write(name, value)
-            if self._missing:
-                name, numel = next(iter(self._missing.items()))
-                raise CheckpointError(
-                    f"{self.out_dir}: {len(self._missing)} parameters were not written, {name!r} lacks {numel} elements"
-                )
-            for shard in self._shards:
-                shard.close()
-            for path in (*self._hidden.rglob("*"), self._hidden):
-                sync(path)
-            self._publish()
-        except BaseException:
-            self.abort()
-            raise
-
-    def _publish(self) -> None:
-        self._renames = True
-        new = {str(path.relative_to(self._hidden)) for path in self._hidden.rglob("*") if path.is_file()}
-        last = [name for name in (INDEX_FILE, CONFIG_FILE) if name in new]
-        old = {name for name in holds_checkpoint(self.out_dir) if _OURS.fullmatch(name)}
-        if old:  # a checkpoint that is being replaced cannot be loaded before the last rename
-            for name in (CONFIG_FILE, INDEX_FILE):
-                (self.out_dir / name).unlink(missing_ok=True)
-            sync(self.out_dir)
-        for name in sorted(new - {*last}, key=lambda name: (_OURS.fullmatch(name) is None, name)):
-            (self.out_dir / name).parent.mkdir(exist_ok=True)
-            os.rename(self._hidden / name, self.out_dir / name)
-        for name in old - new:
-            (self.out_dir / name).unlink(missing_ok=True)
-        sync(self.out_dir)
-        for name in last:
-            os.rename(self._hidden / name, self.out_dir / name)
-        shutil.rmtree(self._hidden, ignore_errors=True)
-        sync(self.out_dir)
-
-    def abort(self) -> None:
-        """Removes what was written so far, unless some of it may have its final name."""
+    def finish(self) -> None:
+        for name, mapped in self.map.mapped.items():
+            if mapped.is_buffer and name in self._missing and self.map.files is not None:
+                value = torch.empty(mapped.shape, dtype=mapped.dtype)
+                self.map.read(name, value)
+                self.write(name, value)
+        if self._missing:
+            name, numel = next(iter(self._missing.items()))
+            raise CheckpointError(
+                f"{self.out_dir}: {len(self._missing)} parameters were not written, {name!r} lacks {numel} elements"
+            )
         for shard in self._shards:
             shard.close()
-        if not self._renames:
-            shutil.rmtree(self._hidden, ignore_errors=True)
-        for path in self._made:
-            with suppress(OSError):  # not there, or someone else's by now
-                path.rmdir()
 
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, exc_type: Any, *_: object) -> None:
-        self.close() if exc_type is None else self.abort()
+    def abort(self) -> None:
+        for shard in self._shards:
+            shard.close()
+        super().abort()
 
 
 def check_out_dir(out_dir: Path, advice: str = "name another directory") -> None:

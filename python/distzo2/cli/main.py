@@ -177,10 +177,12 @@ def _replay(options: ReplayOptions) -> int:
     if options.merge or not adapts:
         base = base or saved_options(run)["model"]
     more = {"to_step": options.to_step, "progress": not options.quiet}
+    if options.packed and adapts:
+        raise UsageError("--packed: the run trains an adapter, and leaves the packed files as they are")
     if adapts:
         report = replay_adapter(start, steps, options.out, base_dir=base if options.merge else None, **more)
     else:
-        report = replay(base, steps, options.out, **more)
+        report = replay(base, steps, options.out, packed=options.packed, **more)
     if report.torn:
         print(printable(report.torn), file=sys.stderr)
     print(f"wrote {options.out}: {report.num_steps} of {report.num_journal_steps} steps")

@@ -45,6 +45,11 @@ class ReplayOptions:
         None, "the adapter that the run began with (default: adapter_start beside its journal)", "DIR"
     )
     merge: Switch = option(False, "of a run that trains an adapter, write the model with the adapter merged into it")
+    packed: Switch = option(
+        False,
+        "of a run with --tune gain, write the packed files of its base with the gains in their scales, where the type "
+        "of these holds them exactly (docs/packed.md)",
+    )
     run_dir: str | None = option(
         None,
         "directory of a run; its base checkpoint is the one it names. Or BASE, a base checkpoint, with JOURNAL after "

@@ -12,7 +12,8 @@ from typing import Any
 _MEZO = {
     "schedule": "constant", "max_length": 2048, "estimator": "spsa", "probes": 1, "noise": "normal",
 }  # fmt: skip
-# By what --peft says. What the protocol does not train (a prompt, an adapter of some kind) keeps its usual rate.
+TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
+# By what is trained. What the protocol does not train (a prompt, gains, an adapter of some kind) keeps its usual rate.
 _MEZO_RATES = {None: {"lr": 1e-7, "eps": 1e-3}, "lora": {"lr": 5e-5, "eps": 1e-2}, "prefix": {"lr": 1e-3, "eps": 1e-1}}
 _MEZO_EVALUATED = {"eval_every": 4_000, "score": "loss", "save": "best"}
 
@@ -26,7 +27,8 @@ def protocol(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("protocol") is None:
         return {}
     more = _MEZO_EVALUATED if values.get("task") or values.get("eval") else {}
-    rates = {} if values.get("adapter") else _MEZO_RATES.get(values.get("peft"), {})
+    method = values.get("peft") or TUNED_BY.get(values.get("tune"))
+    rates = {} if values.get("adapter") else _MEZO_RATES.get(method, {})
     return {"batch_size": 16, "steps": 20_000} | rates | _MEZO | more
 
 

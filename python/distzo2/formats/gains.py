@@ -6,6 +6,7 @@ weights: float32, in no file, from 1. An update leaves none below 0. Weights are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.weights.units import GAIN, collect_params, find_units
-from distzo2_core.packed import PackedSegment, PackedTable
+from distzo2_core.packed import PackedLayout, PackedSegment, PackedTable
 
 GAINED = " with gains"  # behind a format, as a journal's header has it
 
@@ -36,29 +37,36 @@ def gains(model: nn.Module, checkpoint_map: CheckpointMap) -> tuple[nn.Module, C
     Raises:
         CheckpointError: no block has packed weights, or one of its modules has a parameter of the gain's name.
     """
-    params = collect_params(model)
-    model.requires_grad_(False)
+    layouts = {name: m.packed.layout for name, m in checkpoint_map.mapped.items() if m.packed is not None}
     packed = {}
+    for name, layout in add_gains(model, layouts, str(checkpoint_map.directory)).items():
+        found, num_groups = checkpoint_map.mapped[name], model.get_parameter(name + GAIN).numel()
+        packed[name] = replace(found, packed=replace(found.packed, layout=layout, format=found.packed.format + GAINED))
+        packed[name + GAIN] = MappedTensor(name + GAIN, torch.float32, (num_groups,), (), is_gain=True)
+    known = checkpoint_map.mapped | packed
+    mapped = {name: known[name] for name, _ in model.named_parameters()}
+    return model, replace(checkpoint_map, mapped=mapped | known)
+
+
+def add_gains(model: nn.Module, layouts: Mapping[str, PackedLayout], where: str) -> dict[str, PackedLayout]:
+    """Freezes a model, and gives each packed matrix of its blocks a gain beside it. Of `layouts`, by names of
+    parameters, returns those with a gain. `where` begins a message; raises as `gains`."""
+    params, gained = collect_params(model), {}
+    model.requires_grad_(False)
     for param in (p for unit in find_units(model, params) if not unit.resident for p in unit.params):
-        found = checkpoint_map.mapped[param.name]
-        if found.packed is None:
+        if param.name not in layouts:
             continue
-        layout = found.packed.layout.with_gain()
+        gained[param.name] = layout = layouts[param.name].with_gain()
         num_groups = PackedTable([PackedSegment(layout, 0, torch.float32)]).gain_bytes // 4
         gain = nn.Parameter(torch.empty(num_groups, device="meta"))
         for owner in param.owners:
             key = next(key for key, p in owner._parameters.items() if p is param.tensor)
             if hasattr(owner, key + GAIN):
-                raise CheckpointError(f"{checkpoint_map.directory}: the model has a parameter {param.name + GAIN!r}")
+                raise CheckpointError(f"{where}: the model has a parameter {param.name + GAIN!r}")
             owner.register_parameter(key + GAIN, gain)
-        gained = replace(found.packed, layout=layout, format=found.packed.format + GAINED)
-        packed[param.name] = replace(found, packed=gained)
-        packed[param.name + GAIN] = MappedTensor(param.name + GAIN, torch.float32, (num_groups,), (), is_gain=True)
-    if not packed:
+    if not gained:
         raise CheckpointError(
-            f"{checkpoint_map.directory}: gains are trained over packed weights, and no block has any: pack it at load "
-            "(store='affine4' or 'table4', --store affine4), or name a GGUF file or a quantized checkpoint"
+            f"{where}: gains are trained over packed weights, and no block has any: pack it at load (store='affine4' "
+            "or 'table4', --store affine4), or name a GGUF file or a quantized checkpoint"
         )
-    known = checkpoint_map.mapped | packed
-    mapped = {name: known[name] for name, _ in model.named_parameters()}
-    return model, replace(checkpoint_map, mapped=mapped | known)
+    return gained

@@ -39,7 +39,7 @@ _COMPRESSED_FORMATS = {
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
 }
 # Older quantizers write their settings beside config.json.
-_SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # The last parts of names that only packed tensors have.
 _PACKED_NAMES = r"\.(qweight|weight_packed|weight_scale_inv|\w+_blocks|weight\.absmax)$"
 _RANGE_BYTES = 4096  # less, of a part of a joined parameter, is copied and not read by itself
@@ -146,7 +146,7 @@ def is_quantized(directory: Path) -> bool:
     if not path.is_file():
         return False
     said = any(part.get(key) for part in parts_of(read_json(path)) for key in QUANT_KEYS)
-    if said or any((directory / name).is_file() for name in _SETTINGS_FILES):
+    if said or any((directory / name).is_file() for name in SETTINGS_FILES):
         return True
     with suppress(CheckpointError), closing(CheckpointFiles(directory)) as files:
         return any(re.search(_PACKED_NAMES, entry.name) for entry in files.entries)
@@ -161,7 +161,7 @@ def find_settings(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     found = [part[key] for part in parts_of(read_json(path)) for key in QUANT_KEYS if part.get(key)]
-    for name in _SETTINGS_FILES:
+    for name in SETTINGS_FILES:
         if not found and (directory / name).is_file():
             path = directory / name
             found = [read_json(path)]

@@ -35,6 +35,7 @@ from distzo2.formats.gains import GAINED, gains
 from distzo2.formats.gguf import is_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
 from distzo2.formats.packing import pack_map
+from distzo2.models.container import write_packed
 from distzo2.models.pretrained import open_checkpoint
 from distzo2.record.header import table_difference
 from distzo2.record.journal import read_journal
@@ -74,6 +75,7 @@ def replay(
     *,
     auto_class: Any = None,
     piece_bytes: int = PIECE_BYTES,
+    packed: bool = False,
 ) -> ReplayReport:
     """Writes the checkpoint that a run had after `to_step` steps (None: all of the journal's), bit for bit.
 
@@ -86,10 +88,13 @@ def replay(
         backend: of the arithmetic: "native", "triton", "reference", or None for the default of the CPU.
         auto_class: as for `from_pretrained`, if the run named one.
         piece_bytes: bytes of weights in one piece; memory is about three times as much.
+        packed: of a run that trains gains: writes the packed files of the base with the gains in their scales, as
+            `distzo2.save_packed` does. All gains are in memory meanwhile.
 
     Raises:
         JournalError: the journal is damaged, or `to_step` is beyond it.
-        CheckpointError: the base is not the run's, is corrupt, or `out_dir` holds a checkpoint or has too little room.
+        CheckpointError: the base is not the run's, is corrupt, or `out_dir` holds a checkpoint or has too little room;
+            or, with `packed`, the run trains no gains, or as for `distzo2.save_packed`.
             A replay that fails while it writes leaves `out_dir` as it was; one that fails later can be repeated.
     """
     # What is found quickly is refused before gigabytes are hashed.
@@ -105,9 +110,19 @@ def replay(
     checkpoint_map = open_map(Path(base_dir), header, os.fspath(journal_path), auto_class)
     with contextlib.closing(checkpoint_map):
         pieces = plan_pieces(checkpoint_map, header["table"], piece_bytes)
+        if packed:  # gains come first in the pieces that have any
+            pieces = [piece[:1] for piece in pieces if checkpoint_map.mapped[piece[0].name].is_gain]
+            if not pieces:
+                raise CheckpointError(f"{journal_path}: the run trains no gains, so that no packed files are written")
         num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
         text = f"replay {steps.num_steps} steps"
         bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
+        if packed:
+            gains_of = _Gains()
+            with bar:
+                apply_updates(checkpoint_map, gains_of, pieces, steps, backend, bar)
+            write_packed(checkpoint_map, gains_of.values.__getitem__, out_dir)
+            return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
             apply_updates(checkpoint_map, writer, pieces, steps, backend, bar)
             if is_gguf(Path(base_dir)):
@@ -356,6 +371,16 @@ class Writer(Protocol):
 
     def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
         """Takes the part of a parameter that begins at element `begin`."""
+
+
+class _Gains:
+    """A `Writer` that keeps what is written, by name."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+
+    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
+        self.values[name] = tensor.clone()
 
 
 def apply_updates(

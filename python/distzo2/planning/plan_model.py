@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.formats.gains import GAINED, add_gains
 from distzo2.formats.gguf import is_gguf
 from distzo2.formats.packed_checkpoint import is_quantized
 from distzo2.formats.packing import pack_map, packable, packed_as
@@ -132,10 +133,6 @@ def plan_model(
         UsageError: `source` is none of these. CheckpointError: its configuration is not one that transformers knows.
         DistZO2Error: the part cannot be trained.
     """
-    if trained.tune == "gain":
-        raise UsageError(
-            "--tune gain: gains are not planned; --peft lora streams the same bytes, and decodes them once"
-        )
     path, kind = Path(source), "causal"
     place = path.parent if path.is_file() and path.name == "config.json" else path
     stored: dict[int, StoredAs] = {}  # by the ids of parameters
@@ -165,11 +162,15 @@ def plan_model(
         if (told := stored.get(id(p))) is not None and told.layout is not None and told.code_dtype is None:
             p.requires_grad_(False)
     check_packed(trained, source, stored.values())
-    if trained.tune == "gain":
-        raise UsageError("--tune gain is not planned: --peft lora moves the same bytes, and decodes once for all lanes")
     declared = model.dtype
     if trained.adapts:
         model = wrap(model, adapter_config(trained, source, kind, model))
+    if trained.tune == "gain":
+        told = {name: each for name, p in model.named_parameters() if (each := stored.get(id(p))) and each.layout}
+        layouts = add_gains(model, {name: each.layout for name, each in told.items()}, f"--model {source}")
+        for name, layout in layouts.items():
+            gained = replace(told[name], layout=layout, format=told[name].format + GAINED)
+            stored[id(model.get_parameter(name))] = gained
     if trained.train_only or trained.freeze:
         select(model, trained.train_only, trained.freeze)
     by_name = {name: stored.get(id(p)) for name, p in model.named_parameters()}
@@ -193,7 +194,7 @@ def plan_module(
         beside = f", of which the adapter takes {taken}" if taken else ""
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions{beside}")
     params = collect_params(model, stored)
-    saved = keys_of(model) if adapter is not None else {p.name for p in params}
+    saved = keys_of(model) if adapter is not None else {p.name for p in params if not p.is_gain}
     units, dtypes = find_units(model, params), dtypes_to_compute_in(params, compute_dtype)
     for unit in units:
         unit.compute_in(dtypes)

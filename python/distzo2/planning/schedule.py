@@ -211,7 +211,7 @@ class _Ledger(Scratch):
     def settled_bytes(self, units: Iterable[Unit]) -> int:
         """Bytes after many steps: each perturbs the `units` that updates reach anew, in further buffers until there are
         as many as may be."""
-        renewed = {id(self._class_of[unit.index]) for unit in units if unit.trainable}
+        renewed = {id(self._class_of[unit.index]) for unit in units if unit.trainable or unit.has_gains}
         used = [one for one in self._classes.values() if one.buffers]
         return sum(one.num_bytes * max(len(one.buffers), one.limit if id(one) in renewed else 0) for one in used)
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from distzo2.datasets.protocol import protocol
+from distzo2.datasets.protocol import TUNED_BY, protocol
 from distzo2.errors import UsageError
 from distzo2.optim.estimator import make_estimator
 from distzo2.parallel import group as parallel
@@ -29,10 +29,9 @@ REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed
 
 # --lr and --eps where only an adapter is trained, as in MeZO (arXiv 2305.17333); a prompt has a prefix's.
 _OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
-# Gains have those of LoRA: both learned at one rate by fzoo (docs/packed.md).
 _OF_LORA = {"lr": 1e-4, "eps": 1e-2}
 RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
-TUNED_BY = {"adapter": "lora", "gain": "gain"}  # what --tune comes to where nothing else says it
+GAINS_BY_FZOO = {"lr": 3e-2}  # in the place of LoRA's by spsa: tried (docs/packed.md)
 
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
@@ -77,7 +76,8 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         values = _saved(values["out"]) | values
     method = values.get("peft") or method_of(values.get("adapter")) or TUNED_BY.get(values.get("tune"))
     if not values.get("branch_from"):
-        return made(FinetuneOptions, RATES.get(method, {}) | values)
+        is_tried = method == "gain" and values.get("estimator") == "fzoo"
+        return made(FinetuneOptions, RATES.get(method, {}) | (GAINS_BY_FZOO if is_tried else {}) | values)
     parent = _saved(values["branch_from"])
     options = made(FinetuneOptions, parent | values)
     for name in KEPT_BY_BRANCHES:

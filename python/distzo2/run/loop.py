@@ -93,6 +93,7 @@ class TrainLoop:
         self._factor = factor_of(options.schedule, options.steps, options.warmup)
         self._tracing = False
         self._signal: dict[str, Any] = {}  # as the first step found it
+        self._looks_at_codes = any(param.is_coded for param in self.runtime.params)
 
     def settle_compute_dtype(self) -> torch.dtype | None:
         """Looks, before the first step of a run that does not compute in float32, at how much of it is signal. Where
@@ -216,6 +217,7 @@ class TrainLoop:
             with bar:
                 while optimizer.step_count < o.steps:
                     self._step(bar)
+                    self._look_at_codes()
                     self._evaluate_if_due(bar)
         except KeyboardInterrupt:
             self._stopped("interrupted")
@@ -299,6 +301,16 @@ class TrainLoop:
         bar.set_postfix_str(f"loss {last.loss:.4f}, {tokens / seconds:.0f} tokens/s, {gib(memory)}", refresh=False)
         bar.update()
 
+    def _look_at_codes(self) -> None:
+        """Says once that many codes are clamped, soon after they are. A look reads all codes, as a forward does: on all
+        ranks, before evaluations, at the end, and after 1, 2, 4, 8, ... steps, which are few."""
+        o, step = self.options, self.optimizer.step_count
+        is_due = step & (step - 1) == 0 or step == o.steps or (o.eval_every and step % o.eval_every == 0)
+        if self._looks_at_codes and is_due and (share := clamped(self.model)) > MOST_CLAMPED:
+            lost = "where updates are lost: a lower --lr, or --store affine16, keeps them"
+            self.log(f"warning: step {step}: {share:.1%} of the codes are at an end of their range, {lost}")
+            self._looks_at_codes = False
+
     def _trace(self, step: int) -> None:
         """Records --trace-steps steps from the third on, or from the first where there are no more."""
         o = self.options
@@ -359,9 +371,6 @@ class TrainLoop:
         if self.options.save == "none":
             return
         self.optimizer.journal.sync()  # no checkpoint is ahead of the journal
-        if self.options.store is not None and (share := clamped(self.model)) > MOST_CLAMPED:
-            lost = "where updates are lost: a lower --lr, or --store affine16, keeps them"
-            self.log(f"warning: {share:.1%} of the codes are at an end of their range, {lost}")
         best = self._best() if self.options.save == "best" else None
         step = self.optimizer.step_count if best is None else best
         o = self.options

@@ -302,12 +302,12 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     lr: PositiveOrZero | Literal["auto"] = option(
         1e-6,
-        "learning rate, per unit of the estimated gradient (default: 1e-6; 1e-4 for LoRA, 1e-2 for prompts); auto, "
-        "with --estimator fzoo: 0.05 eps / spread of the losses at the start, told and kept",
+        "learning rate, per unit of the estimated gradient (default: 1e-6; LoRA and gains 1e-4, gains by fzoo 3e-2; "
+        "prompts 1e-2); auto, with --estimator fzoo: 0.05 eps / spread of the losses at the start, told and kept",
         "X|auto",
     )
     eps: Positive = option(
-        1e-3, "size of a perturbation, in units of a weight (default: 1e-3; 1e-2 for LoRA, 1e-1 for prompts)"
+        1e-3, "size of a perturbation, in units of a weight (default: 1e-3; LoRA and gains 1e-2; prompts 1e-1)"
     )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")

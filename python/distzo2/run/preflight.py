@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.formats.packing import packed_as
-from distzo2.models.pretrained import from_pretrained, sizes_of
+from distzo2.formats.packing import packable, packed_as
+from distzo2.models.pretrained import from_pretrained, meta_model, sizes_of
 from distzo2.peft.adapters import known_config, new_config, virtual_tokens
 from distzo2.run.options import DataReading, Placement, Trained
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
@@ -74,10 +74,14 @@ def placed(options: Placement, device: str) -> Place:
     if options.threads:
         torch.set_num_threads(options.threads)
     size = model_size(options.model, DTYPES.get(options.dtype))
-    if options.store is not None and size.dtype is not None:  # most of the bytes are of matrices
-        like = torch.Size((64, 64))
-        share = packed_as(like, options.store).num_bytes / (like.numel() * size.dtype.itemsize)
-        size = replace(size, total=int(size.total * min(share, 1.0)))
+    if options.store is not None and size.dtype is not None:
+        model = meta_model(Path(options.model), size.dtype)
+        names = packable(model)
+        shapes = [param.shape for name, param in model.named_parameters() if name in names]
+        raw = sum(shape.numel() for shape in shapes) * size.dtype.itemsize
+        if raw <= size.total:  # else it is packed already, which is refused when it is opened
+            packed = sum(packed_as(shape, options.store).num_bytes for shape in shapes)
+            size = replace(size, total=size.total - raw + packed)
     compute_dtype, is_cpu = DTYPES.get(options.compute_dtype), usable.type == "cpu"
     if options.compute_dtype == "auto" and is_cpu and size.dtype in HALVES and not _cpu_computes_in(size.dtype):
         compute_dtype = torch.float32
