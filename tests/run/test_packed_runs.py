@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from tiny_text import choice_lines, make_checkpoint, write_jsonl  # noqa: E402
 
 from distzo2.cli.main import main  # noqa: E402
 from distzo2.record.journal import read_journal  # noqa: E402
+from distzo2.record.line import decode_line, encode_line  # noqa: E402
 
 LORA = ["--peft=lora", "--lora-targets=q_proj,v_proj", "--lr=1e-2", "--eps=1e-2", "--no-signal"]
 
@@ -88,6 +90,14 @@ def test_another_file_in_the_place_of_the_base_is_refused(packed, tmp_path: Path
     capsys.readouterr()
     assert main(["finetune", "--resume", "--out=out", "--steps=6", "--quiet"]) == 1
     assert "base checkpoint" in one_line(capsys)
+    shutil.copyfile(packed.model, model)  # the same file at another time
+    assert main(["finetune", "--resume", "--out=out", "--steps=6", "--quiet"]) == 0
+    first, *rest = Path("out/journal.jsonl").read_bytes().splitlines(keepends=True)
+    header = decode_line(first, len(first))
+    for key in ("header_bytes", "header_sha256"):  # as earlier journals are
+        del header["base"]["files"]["model.gguf"][key]
+    Path("out/journal.jsonl").write_bytes(b"".join([encode_line(header, 1 << 20), *rest]))
+    assert main(["finetune", "--resume", "--out=out", "--steps=7", "--quiet"]) == 0
 
 
 @pytest.mark.usefixtures("own_directory")

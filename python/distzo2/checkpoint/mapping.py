@@ -84,9 +84,18 @@ class CheckpointMap:
 
     def digest(self) -> dict[str, Any]:
         """What a journal's header records of the checkpoint's files; all of them are read, or parts where weights are
-        packed."""
+        packed.
+
+        Raises:
+            CheckpointError: a file is no longer the one that was opened.
+        """
         pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
-        return digest_checkpoint(self.files.directory, sampled=any(piece.make is None for piece in pieces))
+        headers = {file.path.name: file.header_bytes for file in self.files.files if file.is_stored}
+        found = digest_checkpoint(
+            self.files.directory, headers if any(piece.make is None for piece in pieces) else None
+        )
+        self.files.check_same()
+        return found
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
         """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.

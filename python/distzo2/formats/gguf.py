@@ -68,8 +68,7 @@ def open_gguf(
     """Opens a GGUF file, or the first of a split one, as a model.
 
     Of the tensors only Gemma's norms and the factors of RoPE are read. A streamed model names scales that are not
-    finite when it first decodes them; `PackedParam.check_scales` reads and refuses them before. `map.files.files` are
-    the open files; a `GgufFile` among them has an `identity`.
+    finite when it first decodes them.
 
     Args:
         dtype: that the parameters are computed in; None for that of the embeddings, bfloat16 where these are packed.

@@ -7,12 +7,10 @@ so the fields of a layout differ in their offsets alone.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import struct
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,31 +122,12 @@ def _widened(blocks: torch.Tensor) -> torch.Tensor:
     return torch.cat([head, codes - 16 if head.shape[1] == 2 else codes], dim=1)
 
 
-@dataclass(frozen=True)
-class FileIdentity:
-    """What tells that a file is still the one that was opened, without reading its tensors."""
-
-    num_bytes: int
-    mtime_ns: int
-    header_sha256: str  # of the bytes in front of the tensors
-
-    def differences(self, now: FileIdentity) -> list[str]:
-        """What is not as it was, in words; empty if it is the same file."""
-        pairs = {
-            "its length in bytes": (self.num_bytes, now.num_bytes),
-            "its time in ns": (self.mtime_ns, now.mtime_ns),
-            "its header's SHA-256": (self.header_sha256, now.header_sha256),
-        }
-        return [f"{what} was {then} and is {value}" for what, (then, value) in pairs.items() if then != value]
-
-
 class GgufFile(TensorFile):
     """A GGUF file opened for reading.
 
     Attributes:
         metadata: its values by key; of arrays of strings, and of long ones, only the length.
         tensors: by name. Those of a type that cannot be decoded are there too.
-        header_bytes: what lies in front of the tensors.
 
     Raises:
         CheckpointError: it is no GGUF file, truncated, or its header disagrees with itself or with the file's size.
@@ -156,13 +135,8 @@ class GgufFile(TensorFile):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
         gguf = gguf_package()
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
-        self.num_bytes = os.fstat(self._fd).st_size
+        self._open(path)
         data = bytearray(min(self.num_bytes, MAX_HEADER_BYTES))
         self.read_into(memoryview(data), 0)
         header = _Header(self.path, data, self.num_bytes)
@@ -211,13 +185,6 @@ class GgufFile(TensorFile):
             expected = f"expected columns in blocks of {block} weights ({kind.name})"
             raise CheckpointError(f"{where}: {expected}, got shape {brief(shape)}")
         return GgufTensor(name, kind.name, shape, self.path, offset, math.prod(shape) // block * block_bytes)
-
-    @cached_property
-    def identity(self) -> FileIdentity:
-        header = bytearray(self.header_bytes)
-        self.read_into(memoryview(header), 0)
-        stat = os.fstat(self._fd)
-        return FileIdentity(stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest())
 
 
 class MadeFile(TensorFile):

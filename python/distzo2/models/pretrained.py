@@ -258,6 +258,7 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                     while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
                         reader.finish(filling[0][1])
                         filling.popleft()[0].close()
+            checkpoint_map.files.check_same()  # what streams from the files was opened by their names
         except BaseException:
             for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
                 with suppress(BaseException):
