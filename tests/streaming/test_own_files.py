@@ -96,6 +96,7 @@ def test_what_was_parsed_is_what_streams(base, kind: str, tmp_path: Path) -> Non
 
 
 def test_what_is_converted_is_copied(base, tmp_path: Path) -> None:
+    """Where it is not a little of its block, as Gemma's norms are (test_packed.py)."""
     model = load(base["one"], "disk", tmp_path, "norm", dtype=torch.bfloat16)
     assert not any(copy.is_fixed for copy in distzo2.runtime_of(model).weights.copies)
 
