@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.packed_param import PackedParam
 from distzo2.checkpoint.packed_param import Piece as PackedPiece
-from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint, split
+from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 from distzo2.errors import one_line
@@ -146,11 +147,24 @@ class CheckpointMap:
         packed = self.mapped[name].packed
         if self.mapped[name].is_gain:
             return [partial(out.fill_, 1)]
+        if packed is not None:
+            packed.clear_gaps(out)
 
         def fill(piece: PackedPiece, start: int) -> None:
             piece.read_into(out[start : start + piece.num_bytes])
 
         return [partial(fill, *each) for each in packed.placed() if each[0].make is not None] if packed else []
+
+    def check_scales(self) -> None:
+        """Reads the scales that have tensors of their own, which are few bytes, and refuses those that are not finite.
+        Scales among codes, as in GGUF files, are judged by what is decoded with them, when a unit is first visited.
+
+        Raises:
+            CheckpointError: as for `PackedParam.check_scales`.
+        """
+        apart = [t.packed for t in self.mapped.values() if t.packed is not None and t.packed.has_scales_apart]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            list(pool.map(PackedParam.check_scales, apart))
 
     @cached_property
     def is_packed(self) -> bool:

@@ -101,6 +101,10 @@ class Matrix:
     transposed: bool = False
 
     @property
+    def pieces(self) -> list[Piece]:
+        return [plane.piece for plane in self.planes.values()]
+
+    @property
     def cols(self) -> int:
         return self.shape[-2 if self.transposed else -1]
 

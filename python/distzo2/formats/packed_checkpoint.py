@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,8 @@ def open_packed(
 ) -> PackedCheckpoint:
     """Opens a checkpoint whose weights are quantized, from the headers of its files.
 
-    Tensors are read only where they decide between forms. Scales are not: a streamed model names those that are not
-    finite when it first decodes them, and `PackedParam.check_scales` reads and refuses them before. Activations are not
-    quantized, whatever the checkpoint says of them.
+    Tensors are read only where they decide between forms. Scales are not: `CheckpointMap.check_scales` reads and
+    refuses those that are not finite. Activations are not quantized, whatever the checkpoint says of them.
 
     Args:
         path: a directory with config.json and safetensors files, in shards or not.
@@ -112,8 +111,8 @@ def open_packed(
             that do not divide the columns, ...); or as for `distzo2.from_pretrained`.
     """
     directory = Path(path)
-    config, settings = plain_config(directory), find_settings(directory)
-    files = _DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
+    config, settings = load_config(directory), find_settings(directory)
+    files = DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
     try:
         model_class = class_of(directory, config, auto_class)
         # It refuses what is packed in other forms, by name.
@@ -129,27 +128,17 @@ def open_packed(
     return PackedCheckpoint(model.eval(), found, settings)
 
 
-def plain_config(directory: Path) -> Any:
-    """The configuration of a quantized checkpoint without its quantisation, for which transformers would replace
-    modules by its own."""
-    config = load_config(directory, packed=True)
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        for key in QUANT_KEYS:
-            if part is not None and hasattr(part, key):
-                delattr(part, key)
-    return config
-
-
-def is_quantized(directory: Path) -> bool:
-    """Whether a checkpoint directory says that its weights are quantized, or names of its tensors do."""
+def is_quantized(directory: Path, files: CheckpointFiles | None = None) -> bool:
+    """Whether a checkpoint directory says that its weights are quantized, or names of its tensors do, which are in
+    `files` or else read."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         return False
     said = any(part.get(key) for part in parts_of(read_json(path)) for key in QUANT_KEYS)
     if said or any((directory / name).is_file() for name in _SETTINGS_FILES):
         return True
-    with suppress(CheckpointError), closing(CheckpointFiles(directory)) as files:
-        return any(re.search(_PACKED_NAMES, entry.name) for entry in files.entries)
+    with suppress(CheckpointError), nullcontext(files) if files else closing(CheckpointFiles(directory)) as opened:
+        return any(re.search(_PACKED_NAMES, entry.name) for entry in opened.entries)
     return False
 
 
@@ -208,7 +197,7 @@ def _refuse_others(path: Path, key: str, found: list[Any], known: set[str]) -> N
             raise CheckpointError(f"{path}: expected {key} among {', '.join(sorted(known))}, got {brief(value)}")
 
 
-class _DecodedFiles(CheckpointFiles):
+class DecodedFiles(CheckpointFiles):
     """A checkpoint's tensors with each packed matrix as one tensor, which is never read, in the place of its parts."""
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], dtype: torch.dtype | str | None):
@@ -247,7 +236,7 @@ class _DecodedFiles(CheckpointFiles):
         return super().equal(a, b)
 
 
-def _packed(tensor: MappedTensor, files: _DecodedFiles) -> PackedParam:
+def _packed(tensor: MappedTensor, files: DecodedFiles) -> PackedParam:
     """A parameter that packed matrices fill."""
     for is_swapped in (False, True):
         parts = _row_ranges(tensor, files.matrices, is_swapped)
