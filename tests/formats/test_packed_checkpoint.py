@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq of marlin": (
         {KEY: GPTQ | {"checkpoint_format": "marlin"}}, "format among gptq, gptq_v2",
     ),
-    "awq gemv": ({KEY: AWQ | {"version": "GEMV"}}, "version among gemm, got 'gemv'"),
+    "awq gemv": ({KEY: AWQ | {"version": "GEMV"}}, "version among gemm, GEMM, got 'GEMV'"),
     "sparse": (compressed_config(format="marlin-24"), "expected format among .*, got 'marlin-24'"),
     "a group": (compressed_config(config_groups={"a": {"format": "mxfp6"}}), "got 'mxfp6'"),
     "two blocks": (
@@ -211,7 +211,7 @@ def test_settings_that_are_not_decoded_are_refused_by_name(tmp_path: Path, case:
 def test_names_of_tensors_are_enough(tmp_path: Path) -> None:
     decoded = save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], None)
     checkpoint = open_packed(tmp_path)
-    assert checkpoint.settings == {} and checkpoint.packed.keys() == decoded.keys()
+    assert find_settings(tmp_path) == {} and checkpoint.packed.keys() == decoded.keys()
     checkpoint.map.close()
 
 
@@ -315,6 +315,6 @@ def test_a_text_model_within_another_is_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(told))
     checkpoint = open_packed(tmp_path)
     (param,) = checkpoint.packed.values()
-    assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and checkpoint.settings == AWQ
+    assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and find_settings(tmp_path) == AWQ
     assert_decodes(decode(param), decoded, name)
     checkpoint.map.close()

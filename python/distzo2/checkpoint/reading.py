@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -172,12 +171,6 @@ class CheckpointFiles:
     def close(self) -> None:
         for file in self.files:
             file.close()
-
-    def check_same(self) -> None:
-        """Raises CheckpointError if a file is no longer the one that was opened (`TensorFile.check_same`)."""
-        for file in self.files:
-            if file.is_stored:
-                file.check_same()
 
     def sample(self) -> list[tuple[str, int, int]]:
         """Name, length and a CRC of some pages of each file, for ranks to agree that they load the same checkpoint."""
@@ -357,7 +350,7 @@ def digest_checkpoint(checkpoint: str | os.PathLike[str], headers: Mapping[str, 
             weights = {file.path.name for file in files.files}
         others = {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
     names, directory = sorted(weights | others), path.parent if path.is_file() else path
-    sampled = {name: (headers or {}).get(name, 0) for name in weights if headers is not None}
+    sampled = {} if headers is None else {name: headers.get(name, 0) for name in weights}
     return {"name": path.resolve().name, "files": digest_files(directory, names, sampled)}
 
 
@@ -390,7 +383,7 @@ def checkpoint_differences(
 
 
 def digest_files(
-    directory: Path, names: list[str], sampled: Mapping[str, int] = MappingProxyType({})
+    directory: Path, names: list[str], sampled: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, Any]]:
     """SHA-256 and length of files, by name; of those in `sampled`, the SHA-256 of a part, and of as many bytes in front
     of the tensors."""
@@ -398,7 +391,7 @@ def digest_files(
     def digest(name: str) -> dict[str, Any]:
         with open(directory / name, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
-            if name in sampled:
+            if sampled and name in sampled:
                 length = min(sampled[name], MAX_HEADER_BYTES)
                 header = {"header_bytes": length, "header_sha256": hashlib.sha256(file.read(length)).hexdigest()}
                 sha256 = _digest_samples(file, num_bytes)

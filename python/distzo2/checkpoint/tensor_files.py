@@ -143,7 +143,6 @@ class TensorFile:
     has a header that disagrees with itself or with the size of the file, or that is too long for it.
     """
 
-    is_stored = True  # at the offsets of its tensors in the file `path`; not what was computed
     header_bytes = 0  # in front of the tensors, where the file says which
     _fd = -1
 

@@ -53,7 +53,8 @@ def gains(model: nn.Module, checkpoint_map: CheckpointMap) -> tuple[nn.Module, C
             owner.register_parameter(key + GAIN, gain)
         gained = replace(found.packed, layout=layout, format=found.packed.format + GAINED)
         packed[param.name] = replace(found, packed=gained)
-        packed[param.name + GAIN] = MappedTensor(param.name + GAIN, torch.float32, (num_groups,), (), is_gain=True)
+        ones, shape = torch.ones(1).expand(num_groups), (num_groups,)
+        packed[param.name + GAIN] = MappedTensor(param.name + GAIN, torch.float32, shape, (), made=ones, is_gain=True)
     if not packed:
         raise CheckpointError(
             f"{checkpoint_map.directory}: gains are trained over packed weights, and no block has any: pack it at load "

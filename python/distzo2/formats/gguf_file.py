@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.packed_param import Piece
-from distzo2.checkpoint.tensor_files import MAX_DIMS, CheckpointError, TensorEntry, TensorFile
+from distzo2.checkpoint.tensor_files import MAX_DIMS, CheckpointError, TensorFile
 from distzo2.errors import DistZO2Error
 from distzo2.text import brief
 from distzo2_core.packed import Field, Kind, PackedLayout
@@ -185,25 +185,6 @@ class GgufFile(TensorFile):
             expected = f"expected columns in blocks of {block} weights ({kind.name})"
             raise CheckpointError(f"{where}: {expected}, got shape {brief(shape)}")
         return GgufTensor(name, kind.name, shape, self.path, offset, math.prod(shape) // block * block_bytes)
-
-
-class MadeFile(TensorFile):
-    """Small tensors that were computed when a file was opened, read as those of a file are."""
-
-    is_stored = False
-    direct = None
-
-    def __init__(self, path: Path, tensors: dict[str, torch.Tensor]):
-        self.path, self._data = path, b""
-        self.tensors = {}
-        for name, tensor in tensors.items():
-            self.tensors[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), len(self._data))
-            self._data += tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        self.num_bytes = len(self._data)
-
-    def read_into(self, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None) -> None:
-        part = self._data[offset : offset + len(buffer)]
-        buffer[: len(part)] = part
 
 
 class _Header:

@@ -31,7 +31,7 @@ from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
 from distzo2.formats.gguf_file import RAW_DTYPES, WIDENED
-from distzo2.formats.packed_checkpoint import DecodedFiles, find_settings, is_quantized, open_packed
+from distzo2.formats.packed_checkpoint import DecodedFiles, is_quantized, open_packed
 from distzo2.formats.packing import pack_map
 from distzo2.streaming.offload import offload, runtime_of
 
@@ -180,7 +180,7 @@ def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype, bool]]:
         tensors = [(t, RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
         return [(t.num_bytes, math.prod(t.shape), dtype, t.kind in WIDENED) for t, dtype in tensors]
     is_packed = is_quantized(path)
-    with closing(DecodedFiles(path, find_settings(path), None) if is_packed else CheckpointFiles(path)) as files:
+    with closing(DecodedFiles(path) if is_packed else CheckpointFiles(path)) as files:
         found = [(entry.num_bytes, entry.numel, entry.dtype, False) for entry in files.entries]
         for number, matrix in files.matrices.items() if is_packed else ():
             is_made = any(piece.make for piece in matrix.pieces)
@@ -264,7 +264,8 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                     while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
                         reader.finish(filling[0][1])
                         filling.popleft()[0].close()
-            checkpoint_map.files.check_same()  # what streams from the files was opened by their names
+            for file in checkpoint_map.files.files:  # what streams from them was opened by their names
+                file.check_same()
         except BaseException:
             for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
                 with suppress(BaseException):
