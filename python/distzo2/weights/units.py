@@ -445,13 +445,14 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
 
 
 def _parts(index: int, name: str, params: list[ParamInfo], windows: list[nn.Module], *, resident: bool) -> list[Unit]:
-    """One unit; two, the one that streams first, where a small part of the parameters is trained, or is made when it is
-    read while all others lie in files. The first has `index`."""
+    """One unit; two, the one that streams first, where a small part of the parameters is trained, or is not as files
+    have it while all others lie there. The first has `index`."""
     trained, frozen = ([p for p in params if p.trainable is which] for which in (True, False))
     is_packed = any(p.layout is not None for p in frozen)  # and decoded once for all lanes
     apart = trained if is_packed or _is_small(trained, params) else []
-    made = [p for p in frozen if p.stored is None or p.stored.ranges is None]
-    if apart == trained and not resident and len(made) < len(frozen) and _is_small(made, frozen):
+    lies = [p.stored.ranges is not None for p in frozen if p.stored is not None]
+    made = [p for p in frozen if p.stored is None]
+    if apart == trained and not resident and lies and all(lies) and _is_small(made, frozen):
         apart = [p for p in params if p in trained or p in made]
     streamed = [p for p in params if p not in apart]
     if not (apart and streamed):
