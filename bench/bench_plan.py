@@ -100,9 +100,9 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
     row = {
         "name": name,
         "options": text,
-        "predicted_s": plan.step_s,
+        "predicted_s": played.step_s,
         "measured_s": measured,
-        "ratio": plan.step_s / measured,
+        "ratio": played.step_s / measured,
         "samples_s": samples,
         "predicted": {
             "compute_s": played.busy_s["compute"] - played.noise_s,
@@ -120,7 +120,7 @@ def run(name: str, text: str, base: dict[str, Any], options: argparse.Namespace)
     }
     pieces = "  ".join(f"{k[:-2]} {row['predicted'][k]:.3f}/{row['measured'][k]:.3f}" for k in row["predicted"])
     print(
-        f"{name:8s} predicted {plan.step_s:7.3f} s  measured {measured:7.3f} s ({min(samples):.3f} to "
+        f"{name:8s} predicted {played.step_s:7.3f} s  measured {measured:7.3f} s ({min(samples):.3f} to "
         f"{max(samples):.3f})  ratio {row['ratio']:.3f}  {pieces}",
         flush=True,
     )

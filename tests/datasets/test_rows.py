@@ -87,11 +87,7 @@ def test_particulars() -> None:
         ("record", {"entities": "cat"}, "here: entities: a list of texts was expected, it is 'cat'"),
         ("squad", {"answers": {"text": []}}, "here: answers.text: no answer"),
         ("squad", {"answers": {}}, r"here: no field 'answers.text' \('text' is missing\)"),
-        (
-            "drop",
-            {"answers_spans": {"types": []}},
-            "no field 'answers_spans.spans' .'spans' is missing, of types",
-        ),
+        ("drop", {"answers_spans": {"types": []}}, "no field 'answers_spans.spans' .'spans' is missing, of types"),
     ],
 )
 def test_a_bad_row(task: str, changes: dict, reason: str) -> None:
@@ -117,6 +113,9 @@ def test_a_task_of_a_users_own(tmp_path: Path) -> None:
     assert find_task("sst2", file).label == "stars" and len(read_tasks(file)) == 12
 
 
+CHOICE = "[a]\nprompt = '{x}'\noptions = ['b', 'c']\nlabel = 'l'"
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -124,21 +123,15 @@ def test_a_task_of_a_users_own(tmp_path: Path) -> None:
         ("a = 3", r"\[a\] was expected, a table for each task"),
         ("[a]\nlabel = 'x'", r"\[a\] prompt: missing"),
         ("[a]\nprompt = '{x}'\ncolour = 1", r"\[a\] colour: Extra inputs are not permitted"),
-        ("[a]\nprompt = '{x'\noptions = ['b', 'c']\nlabel = 'l'", "'{x': expected '}' before end of string"),
-        ("[a]\nprompt = '{x|shout}'\noptions = ['b', 'c']\nlabel = 'l'", "of transforms strip, rstrip, lower"),
-        ("[a]\nprompt = '{x!r}'\noptions = ['b', 'c']\nlabel = 'l'", "field.transform. was expected"),
-        (
-            "[a]\nprompt = '{x}'\noptions = ['b']\nlabel = 'l'",
-            "two options or more and a label, or each, were",
-        ),
-        (
-            "[a]\nprompt = '{x}'\noptions = ['b', 'c']\nlabel = 'l'\nlabels = ['A', 'a']",
-            "labels: 2 different ones were expected",
-        ),
+        (CHOICE.replace("{x}", "{x"), "'{x': expected '}' before end of string"),
+        (CHOICE.replace("{x}", "{x|shout}"), "of transforms strip, rstrip, lower"),
+        (CHOICE.replace("{x}", "{x!r}"), "field.transform. was expected"),
+        (CHOICE.replace(", 'c'", ""), "two options or more and a label, or each, were"),
+        (CHOICE + "\nlabels = ['A', 'a']", "labels: 2 different ones were expected"),
+        (CHOICE + "\neach = 'e'", "each needs one option with a placeholder"),
+        (CHOICE + "\nnum_dev = 0", "num_dev: expected a number greater"),
         ("[a]\nprompt = '{x}'", "metric 'accuracy' needs options, and no completion"),
         ("[a]\nprompt = '{x}'\nmetric = 'f1'\ncompletion = 'b'", "needs completion, answers, a loss of text"),
-        ("[a]\nprompt = '{x}'\neach = 'e'\noptions = ['b']\nlabel = 'l'", "each needs one option with a placeholder"),
-        ("[a]\nprompt = '{x}'\nnum_dev = 0\noptions = ['b', 'c']\nlabel = 'l'", "num_dev: expected a number greater"),
     ],
 )
 def test_a_bad_task_file(text: str, reason: str, tmp_path: Path) -> None:
@@ -147,7 +140,7 @@ def test_a_bad_task_file(text: str, reason: str, tmp_path: Path) -> None:
         read_tasks(tmp_path / "mine.toml")
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_what_is_not_there() -> None:
     with pytest.raises(UsageError, match=r"--task sst3: no such task; known are sst2, rte, .*, drop"):
         find_task("sst3")
     with pytest.raises(UsageError, match="--task-file no"):

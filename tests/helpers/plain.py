@@ -72,7 +72,7 @@ def plain_loop(
         for i, n, p in params:
             p.data = clean[i]
             decay = weight_decay if p.dim() > 1 else 0.0
-            _update(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise)
+            update_(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise)
             stored[n] = p.data
     for n, p in model.named_parameters():
         p.data = stored[n]
@@ -81,7 +81,8 @@ def plain_loop(
     return history
 
 
-def _update(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
+def update_(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
+    """An update by the terms of one step, rounded stochastically where `w` has 16 bits."""
     family = distzo2_core.FAMILIES[noise]
     table = distzo2_core.SegmentTable([distzo2_core.Segment(0, w.numel(), w.dtype, param, 0, 0, 1, w.numel())])
     update = distzo2_core.Update(

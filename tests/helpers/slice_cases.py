@@ -87,9 +87,9 @@ def one_way(
 
 
 def packed(
-    rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str, gains: bool
+    rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str, how: str, **more: Any
 ) -> Any:
-    """Norms beside blocks that are packed as the files of a GGUF model have them, or gains over these."""
+    """Norms beside blocks that are packed as the files of a GGUF model have them, or gains over these, or codes."""
     joined(shape, slice=True)
 
     def prepare(model: nn.Module, checkpoint_map: Any) -> Any:
@@ -97,13 +97,11 @@ def packed(
             parameter.requires_grad_("norm" in name)
         return model, checkpoint_map
 
-    model = distzo2.from_pretrained(
-        directory / "model.gguf",
-        weights=weights,
-        directory=directory / f"rank{rank}",
-        prepare=distzo2.gains if gains else prepare,
-    )
-    opt = distzo2.ZOSGD(model, lr=1.0 if gains else 1e-2, seed=3, num_probes=2)
+    options = {"frozen": {"prepare": prepare}, "gains": {"prepare": distzo2.gains}}.get(how, {"store": how})
+    path = directory / ("raw" if "store" in options else "model.gguf")
+    options |= {"weights": weights, "directory": directory / f"rank{rank}", **more}
+    model = distzo2.from_pretrained(path, **options)
+    opt = distzo2.ZOSGD(model, lr=1.0 if how == "gains" else 1e-2, seed=3, num_probes=2)
     for step in range(3):
         ids = [(torch.arange(12).view(2, 6) + step + m) % 60 for m in range(2)]
         opt.step([lambda i=i: model(input_ids=i, labels=i).loss for i in ids])

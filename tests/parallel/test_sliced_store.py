@@ -64,14 +64,29 @@ def test_frozen_parameters_replaced_weights_and_ranks_without_lanes(ranks: Ranks
         assert_same_run(result, expected)
 
 
-@pytest.mark.parametrize(("weights", "gains"), [("host", False), ("disk", False), ("disk", True)])
+@pytest.mark.parametrize(("weights", "how"), [("host", "frozen"), ("disk", "frozen"), ("disk", "gains")])
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
-def test_packed_blocks_are_gathered_packed(ranks: Ranks, weights, gains: bool, shape: tuple[int, int], tmp_path: Path):
+def test_packed_blocks_are_gathered_packed(ranks: Ranks, weights, how: str, shape: tuple[int, int], tmp_path: Path):
     tiny_gguf = pytest.importorskip("tiny_gguf", exc_type=ImportError)
     model = tiny_gguf.make_model("llama", num_hidden_layers=3)
     tiny_gguf.write(tmp_path / "model.gguf", "llama", model, "Q4_K", quantized=True)
-    expected = slice_cases.packed(0, 1, tmp_path, None, weights, gains)
-    for result in ranks.values(slice_cases.packed, 2, tmp_path, shape, weights, gains):
+    expected = slice_cases.packed(0, 1, tmp_path, None, weights, how)
+    for result in ranks.values(slice_cases.packed, 2, tmp_path, shape, weights, how):
+        assert_same_run(result, expected)
+
+
+@pytest.mark.parametrize("store", ["affine8", "affine16"])
+@pytest.mark.parametrize(
+    ("weights", "shape", "more"),
+    [("host", (2, 1), {}), ("disk", (1, 2), {}), ("host", (4, 1), {}), ("disk", (2, 1), {"write_every": 3})],
+    ids=str,
+)
+def test_codes_are_cut_between_groups(ranks: Ranks, store: str, weights: str, shape, more, tmp_path: Path):
+    """Each rank updates the codes of its slice by scales that lie in another."""
+    slice_cases.small_llama(3).bfloat16().save_pretrained(tmp_path / "raw")
+    expected = slice_cases.packed(0, 1, tmp_path, None, "device", store)
+    run = functools.partial(slice_cases.packed, **more)
+    for result in ranks.values(run, shape[0] * shape[1], tmp_path, shape, weights, store):
         assert_same_run(result, expected)
 
 

@@ -150,6 +150,21 @@ def test_ranks_resume_from_a_weight_file_that_only_some_of_them_see(ranks, files
     assert_same_run(tmp_path / "out", tmp_path / "alone")
 
 
+@pytest.mark.parametrize(
+    ("store", "weights", "mesh"),
+    [("affine8", "disk", "pert=2"), ("affine16", "disk", "data=2"), ("affine16", "host", "pert=2")],
+)
+def test_codes_in_slices_have_the_bits_of_one_rank_after_a_kill(ranks, files, tmp_path, store, weights, mesh):
+    options = arguments(files, f"--store={store}", f"--weights={weights}", "--lr=1e-2", "--eps=1e-2", "--no-signal")
+    shared = ["--slice=on", f"--parallel={mesh}", "--verify-every=2"]
+    died = ranks.run(cases.command, 2, tmp_path, [*options, *shared], "killed")
+    assert [each.code for each in died] == [-signal.SIGKILL] * 2
+    results = ranks.values(cases.command, 2, tmp_path, ["finetune", "--resume", "--out=out", *shared])
+    assert [r["status"] for r in results] == [0, 0], results
+    assert ("from weights.dzo2: " in results[0]["out"]) is (weights == "disk")
+    assert_same_run(tmp_path / "out", cases.run_alone(tmp_path / "alone", options))
+
+
 def test_ranks_branch_from_a_run_of_one(ranks, files, alone, tmp_path):
     branch = ["finetune", f"--branch-from={alone}", "--at-step=3", "--out=out", "--parallel=pert=2"]
     branch += ["--weight-decay=0.1"]

@@ -169,26 +169,17 @@ def test_an_adapter_that_is_added_inside_edit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("base", "change", "reason"),
     [
-        (lambda path: (path / "adapter_model.safetensors").unlink(), "cannot be opened"),
-        (lambda path: (path / "adapter_config.json").unlink(), "expected the directory of an adapter"),
-        (
-            lambda path: (path / "adapter_config.json").write_text("{}"),
-            "adapters of type None are not supported",
-        ),
+        ("lora", lambda path: (path / "adapter_model.safetensors").unlink(), "cannot be opened"),
+        ("lora", lambda path: (path / "adapter_config.json").unlink(), "expected the directory of an adapter"),
+        ("lora", lambda path: (path / "adapter_config.json").write_text("{}"), "of type None are not supported"),
+        ("lora_biases", lambda path: None, r"no tensor 'base_model.*', which the adapter of this model has"),
     ],
 )
-def test_a_damaged_adapter(tmp_path: Path, change, reason: str) -> None:
-    base_for("lora").save_pretrained(tmp_path / "base")
+def test_a_damaged_adapter_or_one_of_another_model(tmp_path: Path, base: str, change, reason: str) -> None:
+    base_for(base).save_pretrained(tmp_path / "base")
     adapted("lora").save_pretrained(tmp_path / "adapter")
     change(tmp_path / "adapter")
     with pytest.raises(DistZO2Error, match=reason):
-        distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))
-
-
-def test_an_adapter_of_another_model(tmp_path: Path) -> None:
-    base_for("lora_biases").save_pretrained(tmp_path / "base")
-    adapted("lora").save_pretrained(tmp_path / "adapter")
-    with pytest.raises(DistZO2Error, match=r"no tensor 'base_model.*', which the adapter of this model has"):
         distzo2.from_pretrained(tmp_path / "base", prepare=distzo2.adapter(tmp_path / "adapter"))

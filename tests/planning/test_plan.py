@@ -15,10 +15,9 @@ from torch import nn
 from distzo2.cli.main import main, parse
 from distzo2.cli.options import PlanOptions
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.optim.estimator import make_estimator
 from distzo2.parallel.mesh import MeshShape
 from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
-from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, memory_table, possible_meshes, significant, to_json
+from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, memory_table, significant, to_json
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.report import read_trace, step_figures
 from distzo2.run.loop import TrainLoop
@@ -148,10 +147,10 @@ def test_a_measured_machine(tmp_path: Path) -> None:
     whole = Planner(asked, machine).predict()
     assert whole.row["up_bytes"] == 0 and whole.row["rank_bytes"]["slots"] == 0  # a CPU uses memory in place
     slower = Planner(asked, machine_from(measured_cpu(2.0))).predict()
-    assert slower.step_s == pytest.approx(2 * whole.step_s, rel=0.01)
+    assert slower.played.step_s == pytest.approx(2 * whole.played.step_s, rel=0.01)
     asked = request("--dtype=float32", "--weights=disk")
     streamed = Planner(asked, machine).predict()
-    assert streamed.step_s >= 0.999 * whole.step_s and streamed.row["up_bytes"] > 0
+    assert streamed.played.step_s >= 0.999 * whole.played.step_s and streamed.row["up_bytes"] > 0
     assert streamed.row["host_bytes"] < whole.row["host_bytes"] and streamed.row["disk_bytes"] > 0
     two = Planner(asked, machine).predict(MeshShape(2, 1)).row
     assert two["host_bytes"] == 2 * two["rank_bytes"]["total"]
@@ -179,9 +178,12 @@ def test_a_file_that_is_no_measurement(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_possible_meshes() -> None:
-    two = make_estimator("spsa").evaluations(2)
-    assert possible_meshes(8, two, None, 8) == [MeshShape(1, 8), MeshShape(2, 4), MeshShape(4, 2)]
-    assert possible_meshes(4, two, 2, 8) == [MeshShape(2, 2), MeshShape(4, 1)]
+    for options, meshes in (
+        (["--nproc=8"], [(1, 8), (2, 4), (4, 2)]),
+        (["--nproc=4", "--micro-batches=2"], [(2, 2), (4, 1)]),
+    ):
+        _, *rows = (plan.row for plan in planned("--probes=2", "--slice=off", "--tokens=8", *options))
+        assert [(row["pert"], row["data"]) for row in rows] == meshes
 
 
 @pytest.mark.parametrize(
@@ -244,14 +246,14 @@ def test_slices_share_the_transfers() -> None:
     ],
 )
 def test_what_is_better_is_not_slower(better: list[str], worse: list[str]) -> None:
-    assert planned(*better)[-1].step_s <= 1.001 * planned(*worse)[-1].step_s
+    assert planned(*better)[-1].played.step_s <= 1.001 * planned(*worse)[-1].played.step_s
 
 
 def test_a_switch_that_all_share_bounds() -> None:
     alone, shared = (
         planned("--parallel=data=8", "--slice=off", f"--devices-per-switch={n}", "--tokens=16")[-1] for n in (1, 8)
     )
-    assert shared.step_s > 3 * alone.step_s and "transfers" in shared.row["bound"]
+    assert shared.played.step_s > 3 * alone.played.step_s and "transfers" in shared.row["bound"]
 
 
 def test_memory_that_does_not_fit() -> None:
@@ -276,7 +278,7 @@ def test_computed_in_another_dtype(options: list[str]) -> None:
     assert rank["scratch"] == computed["scratch"] == 2 * stored["scratch"] and rank["lanes"] == computed["lanes"]
     for way in ("up_bytes", "down_bytes", "gather_bytes", "host_bytes"):
         assert both.row[way] == pytest.approx(halves.row[way], rel=0.02)
-    assert halves.step_s <= fast.step_s < both.step_s
+    assert halves.played.step_s <= fast.played.step_s < both.played.step_s
 
 
 def test_what_auto_computes_in() -> None:
@@ -361,9 +363,10 @@ def test_a_packed_base_moves_a_quarter_and_is_decoded_once() -> None:
     assert block.seconds == pytest.approx(12 * 768**2 / 1e9 + planner.machine.rates.host.materialize_s)
 
 
-def test_codes_are_not_sliced() -> None:
-    rows = [plan.row for plan in planned("--nproc=2", "--store=affine8")]
-    assert not any(row["slice"] for row in rows) and rows[1]["host_bytes"] == 2 * rows[0]["host_bytes"]
+def test_slices_of_codes_keep_their_scales_twice() -> None:
+    plans = planned("--nproc=2", "--store=affine8", "--write-every=3")
+    one, whole, sliced, *_ = (plan.row["host_bytes"] for plan in plans)
+    assert whole == 2 * one and 1.05 * one < sliced < 1.06 * one
     with pytest.raises(UsageError, match="--store affine4: codes of 4 bits are not trained"):
         PlanOptions(model="opt-125m", store="affine4")
 

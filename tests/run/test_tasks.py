@@ -128,19 +128,15 @@ def test_the_protocol() -> None:
     task = options("--task=sst2", "--data=d")
     assert (task.steps, task.batch_size, task.lr, task.eps, task.max_length) == (20_000, 16, 1e-7, 1e-3, 2048)
     assert (task.eval_every, task.save, task.score, task.schedule) == (4000, "best", "loss", "constant")
-    assert (options("--task=sst2", "--data=d", "--lr=1e-6", "--steps=9").lr, options("--train=t").eval_every) == (
-        1e-6,
-        0,
-    )
+    assert options("--task=sst2", "--data=d", "--lr=1e-6").lr == 1e-6 and options("--train=t").eval_every == 0
     prefix, prompt = (options("--train=t", f"--peft={method}") for method in ("prefix", "prompt"))
     assert (prefix.lr, prompt.lr) == (1e-3, 1e-2)  # of the protocol; it has no prompts, which keep their own
 
 
 def test_what_the_protocol_sets_is_printed(model: Path, capsys) -> None:
     write_task(Path("data"), "sst2", train=6)
-    assert (
-        finetune(model, "sst2", "--protocol=mezo", "--num-train=2", "--save=none", "--steps=1", "--eval-every=1") == 0
-    )
+    few = ["--num-train=2", "--save=none", "--steps=1", "--eval-every=1"]
+    assert finetune(model, "sst2", "--protocol=mezo", *few) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("protocol mezo: batch-size 16 (4 was given), steps 20000 (1 was given), lr 1e-07 (0.01 was")
     assert ", schedule constant, " in shown and ", score loss, save best (none was given)" in shown

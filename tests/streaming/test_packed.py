@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 gguf = pytest.importorskip("gguf")
 
 import tiny_gguf  # noqa: E402
-from plain import flat_losses, plain_loop  # noqa: E402
+from plain import flat_losses, plain_loop, update_  # noqa: E402
 from same_bits import assert_same_tensors  # noqa: E402
 
 import distzo2  # noqa: E402
+import distzo2_core  # noqa: E402
 from distzo2.errors import DistZO2Error  # noqa: E402
 from distzo2.models.pretrained import clamped  # noqa: E402
 from distzo2.models.replay import replay  # noqa: E402
+from distzo2_core import reference  # noqa: E402
 
 IDS = torch.arange(3, 27).view(2, 12)
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K")
@@ -111,20 +114,62 @@ def test_a_frozen_base_is_packed_at_load(files, store: str, tmp_path: Path) -> N
     assert_same_as_plain(found, plain)
 
 
+def plain_codes(streamed: torch.nn.Module) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    """The losses of `train`, and the weights after it, of a loop in memory over the codes and scales of a model that
+    was just loaded: what is not packed is updated as ever, and a code by its definition."""
+    runtime, held = distzo2.runtime_of(streamed), {}
+    for unit, views in runtime.access.visit():
+        for param, view in zip(unit.params, views, strict=True):
+            if param.is_coded:
+                scale, dtype = param.layout.scale, param.stored.code_dtype
+                scales = view[scale.offset : scale.offset + 4 * param.numel // scale.cols].view(torch.float32)
+                codes = view[: param.numel * dtype.itemsize].view(dtype).clone()
+                held[param.name] = codes, scales.repeat_interleave(scale.cols).clone()
+    plain, lr, eps, probes = decoded(streamed), 1e-2, float(np.float32(1e-2)), 2
+    params = list(enumerate(plain.named_parameters()))
+    rest = {name: p.data.clone() for _, (name, p) in params if name not in held}
+    assert held and rest
+    history = []
+    for step in range(3):
+        losses = []
+        for probe, sign in ((k, sign) for k in range(probes) for sign in (1, -1)):
+            place = {"seed": 3, "step": step, "probe": probe, "backend": "reference"}
+            for i, (name, p) in params:
+                w = (held[name][0].float() * held[name][1]).view(p.shape) if name in held else rest[name].float()
+                p.data = distzo2_core.perturb_(w, sign * eps, param=i, **place).bfloat16()
+            with torch.no_grad():
+                losses.append(float(plain(input_ids=IDS, labels=IDS).loss))
+        history.append(losses)
+        coefs = [float(np.float32((losses[2 * k] - losses[2 * k + 1]) / (2 * eps * probes))) for k in range(probes)]
+        for i, (name, p) in params:
+            if name not in held:
+                update_(rest[name], coefs, lr, 0.0, seed=3, step=step, param=i, noise="normal")
+                continue
+            codes, scales = held[name]
+            change = np.zeros(p.numel(), np.float32)
+            for k, c in enumerate(coefs):
+                change = reference.fma(np.float32(c), reference.normal_values(3, step, i, k, 0, p.numel()), change)
+            sums = np.float32(-lr) * change / scales.numpy()
+            sums += reference.rounding_bits(3, step, i, 0, p.numel()).astype(np.float32) / np.float32(65536)
+            top = torch.iinfo(codes.dtype).max
+            moved = codes.double() + torch.from_numpy(np.floor(sums))
+            codes.copy_(moved.clamp(-top, top))
+    weights = {name: (codes.float() * scales).bfloat16() for name, (codes, scales) in held.items()} | rest
+    for _, (name, p) in params:
+        p.data = weights[name].view(p.shape)
+    return history, plain.state_dict()
+
+
 @pytest.mark.parametrize("store", ["affine8", "affine16"])
-def test_codes_train_with_the_same_bits_wherever_they_live(files, store: str, tmp_path: Path) -> None:
-    found = []
-    for place in PLACES:
-        model = distzo2.from_pretrained(files["raw"], weights=place, directory=tmp_path, store=store)
-        before = model.state_dict()
-        losses = train(model)
-        after = model.state_dict()
-        name = "model.layers.1.mlp.up_proj.weight"
-        assert not torch.equal(before[name], after[name])
-        found.append((losses, after))
-    for losses, after in found[1:]:
-        assert losses == found[0][0]
-        assert_same_tensors(after, found[0][1])
+def test_codes_train_with_the_bits_of_a_plain_loop_wherever_they_live(files, store: str, tmp_path: Path) -> None:
+    models = [distzo2.from_pretrained(files["raw"], weights=place, directory=tmp_path, store=store) for place in PLACES]
+    name = "model.layers.1.mlp.up_proj.weight"
+    before = models[0].state_dict()[name].clone()
+    losses, expected = plain_codes(models[0])
+    assert not torch.equal(before, expected[name])
+    for model in models:
+        assert train(model) == losses
+        assert_same_tensors(model.state_dict(), expected)
 
 
 def test_a_code_run_resumes_and_replays(files, tmp_path: Path) -> None:

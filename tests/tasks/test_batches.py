@@ -32,7 +32,7 @@ def test_collated_sequences(tokenizer, tmp_path: Path) -> None:
     lines = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": " dog ran far away"}]
     examples = load_examples(write_jsonl(tmp_path / "d", lines), tokenizer)
     batch = collate(examples, pad_id=9)
-    assert batch.num_tokens == sum(len(e.tokens) for e in examples) and batch.num_examples == 2
+    assert batch.num_tokens == sum(len(e.tokens) for e in examples)
     for row, example in enumerate(examples):
         real = batch.attention_mask[row].bool()
         assert batch.input_ids[row][real].tolist() == example.tokens.tolist() and bool(real[0])

@@ -100,12 +100,7 @@ def test_words_with_a_space_are_other_tokens() -> None:
         (MASKED, {"prompt": "<mask>", "completion": "good ."}, r"'good \.' is 2 tokens"),
         (CLASSES, CHOICES, 'AClassifier needs lines with a "text" and its "label", this is a .choices. line'),
         (CLASSES, {"text": "a"}, "label: expected a class of AClassifier, a number from 0 to 2"),
-        (CLASSES, TEXT | {"label": 3}, "a number from 0 to 2"),
-        (CLASSES, TEXT | {"label": -1}, "a number from 0 to 2"),
-        (CLASSES, TEXT | {"label": True}, "a number from 0 to 2"),
-        (CLASSES, TEXT | {"label": "good"}, "a number from 0 to 2"),
-        (CLASSES, TEXT | {"label": 1.0}, "a number from 0 to 2"),
-        (CLASSES, TEXT | {"label": [0, 1, 1]}, "a number from 0 to 2"),
+        *((CLASSES, TEXT | {"label": each}, "a number from 0 to 2") for each in (3, -1, True, "good", 1.0, [0, 1])),
     ],
 )
 def test_lines_that_do_not_fit(kind: ModelKind, line: dict[str, Any], reason: str) -> None:
@@ -152,35 +147,22 @@ def test_long_texts_keep_their_special_tokens() -> None:
 
 def test_bad_lines_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever is bad about them: JSON, the object, the kind, the length, what is left to learn."""
-    bad = [
-        '{"text": ',
-        '{"text": 3}',
-        '{"text": "a"} x',
-        CHOICES,
-        {"text": "cat " * 9},
-        {"text": " "},
-        "[1]",
-        "7" * 5000,
-    ]
+    bad = ['{"text": ', '{"text": 3}', '{"text": "a"} x', CHOICES, {"text": "cat " * 9}, {"text": " "}, "[1]"]
     good = [{"text": "the cat"}, {"text": "the dog is"}]
     path = write_jsonl(tmp_path / "d", [good[0], *bad, good[1]])
-    expected = load_examples(write_jsonl(tmp_path / "e", good), word_tokenizer("$A"), limit=8)
-    found = load_examples(path, word_tokenizer("$A"), limit=8, skip_bad_lines=len(bad))
+    tokenizer = word_tokenizer("$A")
+    expected = load_examples(write_jsonl(tmp_path / "e", good), tokenizer, limit=8)
+    found = load_examples(path, tokenizer, limit=8, skip_bad_lines=len(bad))
     assert examples_digest(found) == examples_digest(expected)
-    assert f"{path}: 8 bad lines skipped, the first: {path}:2: not valid JSON" in caplog.text
-    with pytest.raises(
-        DataError, match=rf"{path}:6: 10 tokens, the limit is 8 .*\(and 6 bad lines before it were skipped\)$"
+    assert f"{path}: 7 bad lines skipped, the first: {path}:2: not valid JSON" in caplog.text
+    none = write_jsonl(tmp_path / "f", [b for b in bad if b is not CHOICES])
+    for file, allowed, reason in (
+        (path, 5, rf"{path}:6: 10 tokens, the limit is 8 .*\(and 5 bad lines before it were skipped\)$"),
+        (path, 0, rf"{path}:2: not valid JSON: [^(]*$"),
+        (none, 100, "holds no examples"),
     ):
-        load_examples(path, word_tokenizer("$A"), limit=8, skip_bad_lines=6)
-    with pytest.raises(DataError, match=rf"{path}:2: not valid JSON: [^(]*$"):
-        load_examples(path, word_tokenizer("$A"), limit=8)
-    with pytest.raises(DataError, match="holds no examples"):
-        load_examples(
-            write_jsonl(tmp_path / "f", [b for b in bad if b is not CHOICES]),
-            word_tokenizer("$A"),
-            limit=8,
-            skip_bad_lines=100,
-        )
+        with pytest.raises(DataError, match=reason):
+            load_examples(file, tokenizer, limit=8, skip_bad_lines=allowed)
 
 
 def test_one_hash_of_all_that_is_learned() -> None:

@@ -118,7 +118,7 @@ def test_which_objective(tmp_path: Path) -> None:
         resolve_objective("choices", lm)
 
 
-def test_evaluation_in_any_parts(tmp_path: Path) -> None:
+def test_evaluation_in_any_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make_checkpoint(tmp_path / "m")
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model = distzo2.from_pretrained(directory, weights="disk", directory=tmp_path / "w")
@@ -126,7 +126,8 @@ def test_evaluation_in_any_parts(tmp_path: Path) -> None:
     losses, accuracy = naive_choices(plain, examples)
     objective = Objective(model, "choices", pad_id=0)
     for batch_size, per_pass in ((11, 1), (2, 3), (3, 8)):
-        score = evaluate_examples(objective, examples, batch_size=batch_size, batches_per_pass=per_pass)
+        monkeypatch.setattr("distzo2.tasks.objectives.BATCHES_PER_PASS", per_pass)
+        score = evaluate_examples(objective, examples, batch_size=batch_size)
         assert score.loss == pytest.approx(sum(losses) / 11, rel=2e-5)
         assert score.accuracy == pytest.approx(accuracy) and score.num_examples == 11
     assert not math.isnan(score.loss)
@@ -166,10 +167,10 @@ def made(directory: Path, name: str, lines, objective: str | None = None, **fiel
 def test_encoder_decoder(name: str, tmp_path: Path) -> None:
     lines = [dict(zip(PLAIN, values, strict=True)) for values in zip(*PLAIN.values(), strict=True)]
     model, tokenizer, examples, objective = made(tmp_path, name, lines)
-    for i in range(2):  # to the bit as transformers does it, alone
-        inputs = tokenizer(PLAIN["prompt"][i], return_tensors="pt")
-        plain = model(**inputs, labels=tokenizer(text_target=PLAIN["completion"][i], return_tensors="pt")["input_ids"])
-        assert torch.equal(objective.closure(objective.batch([examples[i]]))(), plain.loss)
+    for line, example in zip(lines, examples, strict=True):  # to the bit as transformers does it, alone
+        labels = tokenizer(text_target=line["completion"], return_tensors="pt")["input_ids"]
+        plain = model(**tokenizer(line["prompt"], return_tensors="pt"), labels=labels)
+        assert torch.equal(objective.closure(objective.batch([example]))(), plain.loss)
     inputs = tokenizer(PLAIN["prompt"], return_tensors="pt", padding=True)  # and together, padded
     labels = tokenizer(text_target=PLAIN["completion"], return_tensors="pt", padding=True)["input_ids"]
     plain = model(**inputs, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100))
@@ -202,11 +203,10 @@ def test_masked(name: str, tmp_path: Path) -> None:
     for line in MASKS:
         inputs = tokenizer(line["prompt"], return_tensors="pt")
         logits = model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id][0].double()
-        scores = logits[tokenizer.convert_tokens_to_ids([c.strip() for c in line["choices"]])]
+        ids = tokenizer.convert_tokens_to_ids([c.strip() for c in line["choices"]])
+        scores = logits[ids]
         losses.append(-scores.log_softmax(0)[line["label"]].item())
-        words.append(
-            -logits.log_softmax(0)[tokenizer.convert_tokens_to_ids(line["choices"][line["label"]].strip())].item()
-        )
+        words.append(-logits.log_softmax(0)[ids[line["label"]]].item())
         right += int(scores.argmax() == line["label"])
     batch = objective.batch(examples)
     assert batch.input_ids.shape[0] == 2  # all words of a prompt share its row
@@ -287,7 +287,8 @@ def test_sums_for_a_mean_over_a_step(model, tmp_path: Path) -> None:
     texts = [*LM, {"text": "the cat"}, {"text": "a graph has nodes and edges, a matrix has rows and columns"}]
     for lines, name in ((texts, "lm"), (texts, "error"), (choice_lines(5), "choices"), (choice_lines(5), "lm")):
         examples = examples_of(lines, tmp_path)
-        mean, summed = (Objective(model, name, pad_id=0, rule=rule) for rule in ("mean", "sum"))
+        mean, summed = (Objective(model, name, pad_id=0) for _ in range(2))
+        summed.rule = "sum"
         whole = mean.closure(mean.batch(examples))().item()
         learned = 5 if name == "choices" else len(summed.batch(examples).tokens)
         for size in (1, 2, 5):

@@ -164,25 +164,19 @@ def test_special_tokens_spelled_in_data(tokenizer) -> None:
             tokens = np.concatenate([example.tokens, *example.options[:1]])[each is bos :]
             ends = not example.options  # with the token that is learned as the end of the text
             found = np.isin(tokens[: len(tokens) - ends], [0, 1]).sum()
-            assert found == (
-                0
-                if splits
-                else sum(str(line).count(mark) for mark in ("<s>", "<eos>")) - (line.get("text") is not None)
-            )
+            spelled = sum(str(line).count(mark) for mark in ("<s>", "<eos>")) - ("text" in line)
+            assert found == (0 if splits else spelled)
             text = line.get("text") or line["prompt"] + (line.get("completion") or line["choices"][0])
             assert each.decode(tokens[: len(tokens) - ends]) == text or not splits
 
 
 def test_tokens_that_the_model_does_not_know(tokenizer) -> None:
-    kind = ModelKind(vocab_size=len(tokenizer) - 1)
-    ids = {i: token for token, i in tokenizer.get_vocab().items()}
-    text = tokenizer.decode([len(tokenizer) - 1])
+    last = len(tokenizer) - 1
+    text = tokenizer.decode([last])
     for line in ({"text": text}, {"prompt": "a", "choices": [text, "b"], "label": 1}):
-        with pytest.raises(
-            DataError, match=rf"f:1: token {len(tokenizer) - 1} \(.*\): the model knows {len(ids) - 1} tokens"
-        ):
-            one(tokenizer, line, kind=kind)
-        one(tokenizer, line, kind=ModelKind(vocab_size=len(tokenizer)))
+        with pytest.raises(DataError, match=rf"f:1: token {last} \(.*\): the model knows {last} tokens"):
+            one(tokenizer, line, kind=ModelKind(vocab_size=last))
+        one(tokenizer, line, kind=ModelKind(vocab_size=last + 1))
 
 
 def test_a_missing_tokenizer_is_said(tmp_path: Path) -> None:

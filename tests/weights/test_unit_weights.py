@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from distzo2.formats.packing import packed_as
 from distzo2.parallel.sliced_store import slices_of
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import MemoryStore, Store, StoredCopy
@@ -19,17 +20,41 @@ from distzo2_core import FAMILIES, GroupScalars, Term, Update
 CPU = torch.device("cpu")
 
 
-def unit() -> Unit:
-    model = nn.ModuleDict({"a": nn.Linear(40, 9), "b": nn.Linear(3, 50).bfloat16(), "c": nn.Linear(2, 2)})
-    return Unit(0, "unit", collect_params(model), [], resident=False)
+def unit(store: str | None = None) -> Unit:
+    """Parameters of several dtypes; with `store` two of them are codes, with scales behind them."""
+    layers = {"a": nn.Linear(64, 9), "b": nn.Linear(3, 50).bfloat16(), "c": nn.Linear(2, 2), "d": nn.Linear(128, 7)}
+    params = collect_params(nn.ModuleDict(layers))
+    for param in params if store else ():
+        if param.name in ("a.weight", "d.weight"):
+            param.stored = packed_as(param.shape, store)
+    return Unit(0, "unit", params, [], resident=False)
+
+
+def content(unit: Unit) -> torch.Tensor:
+    """Bytes of a unit: codes are 0, and scales small."""
+    buffer = torch.zeros(unit.num_bytes, dtype=torch.uint8)
+    for view, param in zip(unit.views(buffer), unit.params, strict=True):
+        if param.is_coded:
+            scales = param.scales_of(range(param.numel))
+            buffer[scales.start : scales.stop].view(torch.float32).uniform_(1e-3, 1e-2)
+        else:
+            view.copy_(param.tensor.detach())
+    return buffer
 
 
 def caught_up(unit: Unit, copy: StoredCopy, before: torch.Tensor, frozen: set[str]) -> torch.Tensor:
     """The bytes of a copy after two updates, of which the second is made at a version of its own."""
     store = MemoryStore([copy], CPU)
     weights = UnitWeights([unit], [copy], Store(), store, device=CPU)
-    part = before[copy.begin : copy.begin + copy.num_bytes]
-    store.acquire(copy)[: len(part)].copy_(part)
+    kept = torch.full_like(before, 255)
+    for param in unit.params:
+        item = param.dtype.itemsize if param.layout is None else 1
+        for held in copy.kept_of(param):
+            part = slice(param.byte_offset + held.start * item, param.byte_offset + held.stop * item)
+            kept[part] = before[part]
+    for place, at in copy.places:
+        part = kept[place.start : place.stop]
+        store.acquire(copy)[at : at + len(part)].copy_(part)
     trained = [p for p in unit.params if p.name not in frozen]
     weights.bind(weights, {p.index: 0 for p in trained}, 1, seed=5)
     reached = any(copy.elements_of(p) for p in trained)
@@ -39,26 +64,26 @@ def caught_up(unit: Unit, copy: StoredCopy, before: torch.Tensor, frozen: set[st
         assert len(weights.updates.last) == reached  # no update is missing where none has anything to change
         weights.flush()
         assert copy.version == (weights.version if reached else 0) and not weights.updates.last
-    return store.acquire(copy)[: len(part)].clone()
+    return store.acquire(copy)[: copy.end - copy.begin].clone()
 
 
-@pytest.mark.parametrize("shares", [[1.0], [1.0, 1.0, 1.0], [1.0, 3.0]], ids=str)
+@pytest.mark.parametrize("store", [None, "affine8", "affine16"])
+@pytest.mark.parametrize("shares", [[1.0], [1.0, 1.0, 1.0], [1.0, 3.0], [1.0] * 9], ids=str)
 @pytest.mark.parametrize("frozen", [set(), {"a.weight", "b.bias"}], ids=["trained", "some frozen"])
-def test_slices_catch_up_to_the_bytes_of_the_whole(shares: list[float], frozen: set[str]) -> None:
+def test_slices_catch_up_to_the_bytes_of_the_whole(store: str | None, shares: list[float], frozen: set[str]) -> None:
     torch.manual_seed(0)
-    block = unit()
-    before = torch.zeros(block.num_bytes, dtype=torch.uint8)
-    for view, param in zip(block.views(before), block.params, strict=True):
-        view.copy_(param.tensor.detach())
+    block = unit(store)
+    before = content(block)
     whole = caught_up(block, StoredCopy(block, 0, block.num_bytes, block=0), before, frozen)
     slices = [caught_up(block, slices_of([block], shares, i)[0], before, frozen) for i in range(len(shares))]
-    assert torch.equal(torch.cat(slices), whole)
+    assert torch.equal(torch.cat(slices)[: len(whole)], whole)
     for param, old, new in zip(block.params, block.views(before), block.views(whole), strict=True):
         assert torch.equal(old, new) == (param.name in frozen), param.name
 
 
-def test_every_element_is_in_one_slice() -> None:
-    block = unit()
+@pytest.mark.parametrize("store", [None, "affine8", "affine16"])
+def test_every_element_is_in_one_slice(store: str | None) -> None:
+    block = unit(store)
     for param in block.params:
         slices = [slices_of([block], [1.0, 2.0, 1.0], i)[0] for i in range(3)]
         assert [e for copy in slices for e in copy.elements_of(param)] == list(range(param.numel))

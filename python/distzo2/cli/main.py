@@ -163,7 +163,7 @@ def _generate(options: GenerateOptions) -> int:
 
 def _replay(options: ReplayOptions) -> int:
     from distzo2.models.replay import replay
-    from distzo2.peft.replay import replay_adapter, replay_merged
+    from distzo2.peft.replay import replay_adapter
     from distzo2.run.directory import saved_options
 
     run, base = options.run_dir, options.base
@@ -177,12 +177,10 @@ def _replay(options: ReplayOptions) -> int:
     if options.merge or not adapts:
         base = base or saved_options(run)["model"]
     more = {"to_step": options.to_step, "progress": not options.quiet}
-    if not adapts:
-        report = replay(base, steps, options.out, **more)
-    elif options.merge:
-        report = replay_merged(base, start, steps, options.out, **more)
+    if adapts:
+        report = replay_adapter(start, steps, options.out, base_dir=base if options.merge else None, **more)
     else:
-        report = replay_adapter(start, steps, options.out, **more)
+        report = replay(base, steps, options.out, **more)
     if report.torn:
         print(printable(report.torn), file=sys.stderr)
     print(f"wrote {options.out}: {report.num_steps} of {report.num_journal_steps} steps")

@@ -204,9 +204,8 @@ class TaskReader:
         return Example(texts[0][0][:border], None, options, row.label, lead=lead if any(lead) else (), right=right)
 
     def _checked(self, rows: Sequence[Asked], examples: list[Example]) -> list[Example]:
-        check = self._lines.check_vocabulary if self.task.each else self._lines.check  # entities may be spelled alike
-        for row, example in zip(rows, examples, strict=True):
-            check(row, example)
+        for row, example in zip(rows, examples, strict=True):  # entities may be spelled alike
+            self._lines.check(row, example, alike=self.task.each is not None)
         self._report_cut()
         return examples
 

@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -126,9 +126,13 @@ class Task(BaseModel):
         record = {name: self._mapped(name, value, where) for name, value in record.items()}
 
         def text(template: str) -> str:
-            return "".join(
-                before + _transformed(record, path, names, where) for before, path, names in _parsed(template)
-            )
+            result = ""
+            for before, path, names in _parsed(template):
+                value = _value(record, path, where) if path else ""
+                if not isinstance(value, str | int | float):
+                    raise DataError(f"{where}: {path}: text was expected, it is {brief(value)}")
+                result += before + reduce(lambda part, name: TRANSFORMS[name](part), names, str(value))
+            return result
 
         options, label, right = [text(option) for option in self.options], 0, ()
         answers = () if self.answers is None else tuple(_strings(record, self.answers, where))
@@ -195,18 +199,6 @@ def _value(record: Mapping[str, Any], path: str, where: str) -> Any:
             held = f", of {', '.join(value)}" if isinstance(value, Mapping) and value else ""
             raise DataError(f"{where}: no field {path!r} ({part!r} is missing{held})") from None
     return value
-
-
-def _transformed(record: Mapping[str, Any], path: str, names: list[str], where: str) -> str:
-    if not path:
-        return ""
-    value = _value(record, path, where)
-    if not isinstance(value, str | int | float):
-        raise DataError(f"{where}: {path}: text was expected, it is {brief(value)}")
-    text = str(value)
-    for name in names:
-        text = TRANSFORMS[name](text)
-    return text
 
 
 def _strings(record: Mapping[str, Any], path: str, where: str) -> list[str]:

@@ -257,7 +257,7 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                         filling.append((ExitStack(), []))
                         views = filling[-1][0].enter_context(access.writing(unit))
                         kept = access.kept_elements(unit)
-                        ranges = [checkpoint_map.ranges_of(n, v, kept[n]) for n, v in views.items() if kept[n]]
+                        ranges = [checkpoint_map.ranges_of(n, v, part) for n, v in views.items() for part in kept[n]]
                         filling[-1][1].extend(reader.start(chain.from_iterable(ranges)))
                         for name, view in views.items():
                             filling[-1][1].extend(reader.submit(make) for make in checkpoint_map.made_of(name, view))

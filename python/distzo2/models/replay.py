@@ -339,7 +339,9 @@ def _packed_piece(mapped: MappedTensor, row: Mapping[str, Any], gain_row: Mappin
     """A whole parameter whose codes are trained, or one behind its gains."""
     packed = mapped.packed.param(mapped.dtype, row["index"])
     if packed.layout.gain is None:
-        segment = packed.segment(0, range(mapped.numel), row["group"])._replace(out_dtype=mapped.dtype)
+        whole = range(mapped.numel)
+        segment = packed.segment(0, whole, row["group"], packed.scales_of(whole).start)
+        segment = segment._replace(out_dtype=mapped.dtype)
         return [PiecePart(mapped.name, segment, packed)]
     numel = math.prod(gain_row["shape"])
     place = 0, numel, torch.float32, gain_row["index"], 0, gain_row["group"], 1, numel

@@ -5,8 +5,9 @@
       -> gathered with the other ranks' slices into a buffer that holds the whole block
 
 Slices are cut at 256-byte boundaries, never by tensor, so that every rank moves the same share of every block. Noise is
-a function of the element, so a slice is updated as its part of the block is. A buffer holds a block as it is after the
-last update: a pass perturbs from it, and never writes it.
+a function of the element, so a slice is updated as its part of the block is. Such cuts are between groups of codes; the
+scales of a slice's codes, which are never written, are kept behind it. A buffer holds a block as it is after the last
+update: a pass perturbs from it, and never writes it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def cut(num_bytes: int, shares: Sequence[float]) -> list[int]:
 def slices_of(units: Sequence[Unit], shares: Sequence[float], index: int) -> list[StoredCopy]:
     """Returns the slices that the rank at `index` of its node keeps of the units that stream."""
     spans = [(unit, *cut(unit.num_bytes, shares)[index : index + 2]) for unit in units]
-    return [StoredCopy(unit, begin, end - begin, block=i) for i, (unit, begin, end) in enumerate(spans)]
+    return [StoredCopy(*span, block=i) for i, span in enumerate(spans)]
 
 
 @dataclass(eq=False)
@@ -246,14 +247,14 @@ class SlicedStore(Store):
             finally:
                 self.release(copy, False)
             return
-        mine = slice(copy.begin, max(copy.begin, min(copy.begin + copy.num_bytes, unit.num_bytes)))
         host = self._spare if self._spare is not None else aligned_buffer(self.slot_bytes)
         self._spare = None
         with self._source.open(copy, write=True, keep=keep) as stored:
-            if keep:
-                host[mine].copy_(stored[: mine.stop - mine.start])
+            for place, at in copy.places if keep else ():
+                host[place.start : place.stop].copy_(stored[at : at + len(place)])
             yield host[: unit.num_bytes]
-            stored[: mine.stop - mine.start].copy_(host[mine])
+            for place, at in copy.places:
+                stored[at : at + len(place)].copy_(host[place.start : place.stop])
         self.forget()
         self._spare = host
 

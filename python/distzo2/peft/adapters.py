@@ -144,12 +144,12 @@ def adapter(source: Any, start: str | Path | None = None, *, seed: int = 0, conf
     Raises:
         DistZO2Error: peft is missing, or the adapter is of a type that cannot be trained, or not of this model.
     """
-    known = isinstance(source, (str, Path))
-    config = config or (read_config(Path(source)) if known else source)
-    if not known:
-        check(config, type(config).__name__, new=True)
-    if start is None and not known:
-        raise DistZO2Error("a new adapter needs start=, the directory where it is written as it starts")
+    if known := isinstance(source, (str, Path)):
+        config = config or read_config(Path(source))
+    else:
+        check(config := source, type(source).__name__, new=True)
+        if start is None:
+            raise DistZO2Error("a new adapter needs start=, the directory where it is written as it starts")
 
     def prepare(model: nn.Module, base: CheckpointMap) -> tuple[nn.Module, CheckpointMap]:
         held = {id(t): name for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
@@ -275,9 +275,9 @@ class AdapterTensors:
         """The tensors as peft has initialised them, those of the base with the base's values."""
         values = {}
         for name, key in self.keys.items():
-            origin, values[key] = self.origin(name), self.params[name].detach()
-            if origin is not None:
-                values[key] = self._of_base(origin, values[key]).to(values[key].dtype)
+            values[key] = value = self.params[name].detach()
+            if (origin := self.origin(name)) is not None:
+                values[key] = self._of_base(origin, value).to(value.dtype)
         return values
 
     def _of_base(self, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -321,11 +321,10 @@ def save_adapter(model: nn.Module, out_dir: str | Path, name: str | None = None)
     if not hasattr(model, "get_base_model"):
         raise DistZO2Error(f"{type(model).__name__} is no PeftModel: save it with distzo2.save_pretrained")
     name = name or model.active_adapter
-    keys, named = keys_of(model, name), {id(p): each for each, p in model.named_parameters()}
-    values = {}
+    keys, values = keys_of(model, name), {}
+    key_of = {id(p): keys[each] for each, p in model.named_parameters() if each in keys}
     for unit in runtime.units:
-        own = {p.name: keys[named[id(p.tensor)]] for p in unit.params if named.get(id(p.tensor)) in keys}
-        if own:
+        if own := {p.name: key_of[id(p.tensor)] for p in unit.params if id(p.tensor) in key_of}:
             with runtime.access.reading(unit) as views:
                 values |= {key: views[each].clone() for each, key in own.items()}
     write_adapter(out_dir, model.peft_config[name], values)

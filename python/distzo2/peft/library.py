@@ -65,8 +65,7 @@ def read_config(directory: Path) -> Any:
 
 def method_of(directory: str | None) -> str | None:
     """What `--peft` calls the adapter in a directory, by its configuration; None where there is none."""
-    path = Path(directory or "", ADAPTER_FILE)
-    if directory is None or not path.is_file():
+    if directory is None or not (path := Path(directory, ADAPTER_FILE)).is_file():
         return None
     return {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}.get(read_json(path).get("peft_type"), "lora")
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,11 @@ def merge_adapter(
                 trained[origin] = values[key].to(base.mapped[origin].dtype)
         with CheckpointWriter(base, out_dir, overwrite=overwrite) as writer:
             written = set()
-            for layer in _layers(wrapped):
-                for name, value in _merged(layer, names, base, trained).items():
-                    writer.write(name, value)
-                    written.add(name)
-            for name in trained.keys() - written:
-                writer.write(name, trained[name])
-            rest = [name for name in base.names if name not in written | trained.keys()]
-            rows = [{"name": name, "index": 0, "group": None} for name in rest]
+            for values in chain((_merged(layer, names, base, trained) for layer in _layers(wrapped)), [trained]):
+                for name in [each for each in values if each not in written]:
+                    writer.write(name, values[name])
+                written |= values.keys()
+            rows = [{"name": name, "index": 0, "group": None} for name in base.names if name not in written]
             apply_updates(base, writer, plan_pieces(base, rows, PIECE_BYTES), NO_STEPS, None, tqdm(disable=True))
 
 
@@ -120,11 +118,8 @@ def _merged(
     inner = layer.get_base_layer()
     own = {key: p for key, p in inner._parameters.items() if p is not None and id(p) in names}
     for key, p in own.items():
-        name = names[id(p)]
-        value = trained.get(name)
-        if value is None:
-            value = torch.empty(p.shape, dtype=p.dtype)
-            base.read(name, value)
+        if (value := trained.get(names[id(p)])) is None:
+            base.read(names[id(p)], value := torch.empty(p.shape, dtype=p.dtype))
         inner._parameters[key] = nn.Parameter(value, requires_grad=False)
     where = next(iter(names[id(p)] for p in own.values()), type(inner).__name__)
     with blaming(f"merging into {where}"):

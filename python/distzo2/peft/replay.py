@@ -36,74 +36,64 @@ def replay_adapter(
     out_dir: str | os.PathLike,
     to_step: int | None = None,
     progress: bool = True,
-    backend: str | None = None,
+    *,
+    base_dir: str | os.PathLike | None = None,
 ) -> ReplayReport:
     """Writes the adapter that a run had after `to_step` steps (None: all of the journal's), bit for bit.
 
     Args:
         start: the adapter that the run began with, which its journal names by its digests.
         out_dir: where the adapter is written; it must not hold one.
-        journal_path, progress, backend: as for `distzo2.models.replay.replay`.
+        journal_path, progress: as for `distzo2.models.replay.replay`.
+        base_dir: the run's base checkpoint, into which the adapter is merged, in the dtype of the run; `out_dir`
+            becomes a whole checkpoint.
 
     Raises:
         JournalError: the journal is damaged, of a run without an adapter, or `to_step` is beyond it.
-        CheckpointError: `start` is not the run's, or `out_dir` holds an adapter.
+        CheckpointError: `start` or `base_dir` is not the run's, or `out_dir` holds an adapter.
     """
-    start, out_dir = Path(start), Path(out_dir)
+    start, out_dir, steps = Path(start), Path(out_dir), read_steps(journal_path, to_step)
+    header, keys = steps.header, adapter_keys(steps.header, os.fspath(journal_path))
+    if base_dir is not None:
+        files = {name: file for name, file in header["base"]["files"].items() if name not in ADAPTER_FILES}
+        for difference in checkpoint_differences(base_dir, {"files": files}):
+            raise CheckpointError(difference)
+        dtypes = Counter(row["dtype"] for row in header["table"] if row["name"] not in keys)
+        dtype = getattr(torch, dtypes.most_common(1)[0][0], None)
+        with tempfile.TemporaryDirectory(prefix="distzo2-") as scratch:
+            report = replay_adapter(start, journal_path, Path(scratch, "adapter"), to_step, progress)
+            merge_adapter(base_dir, Path(scratch, "adapter"), out_dir, dtype=dtype)
+        return report
     if (out_dir / ADAPTER_FILE).exists():
         raise CheckpointError(f"{out_dir}: already holds {ADAPTER_FILE}; name another directory")
-    steps = read_steps(journal_path, to_step)
-    header = steps.header
     record = {name: header["base"]["files"].get(name) for name in (ADAPTER_FILE, ADAPTER_WEIGHTS)}
     if None in record.values():
         raise JournalError(f"{journal_path}: the run began with no adapter")
     for difference in checkpoint_differences(start, {"files": record}):
         raise CheckpointError(difference)
     with closing(CheckpointFiles(start, ADAPTER_WEIGHTS)) as files:
-        keys = adapter_keys(header, os.fspath(journal_path))
+        rows, tensors, mapped = [], {}, {}
         number = {entry.name: i for i, entry in enumerate(files.entries)}
-        rows = [row for row in header["table"] if row["name"] in keys]
-        mapped = {}
-        for name, shape, dtype in ((row["name"], tuple(row["shape"]), getattr(torch, row["dtype"])) for row in rows):
-            mapped[name] = MappedTensor(name, dtype, shape, Layout.leaf(number[keys[name]], shape).pieces)
-        if strays := [r["name"] for r in header["table"] if r["group"] is not None and r["name"] not in mapped]:
-            raise JournalError(f"{journal_path}: the run trained {strays[0]!r}, which is not in the adapter")
-        tensors = {name: torch.empty(m.shape, dtype=m.dtype) for name, m in mapped.items()}
+        for row in header["table"]:
+            if (name := row["name"]) in keys:
+                rows.append(row)
+                tensors[name] = out = torch.empty(row["shape"], dtype=getattr(torch, row["dtype"]))
+                pieces = Layout.leaf(number[keys[name]], tuple(out.shape)).pieces
+                mapped[name] = MappedTensor(name, out.dtype, tuple(out.shape), pieces)
+            elif row["group"] is not None:
+                raise JournalError(f"{journal_path}: the run trained {name!r}, which is not in the adapter")
         adapter = CheckpointMap(files.entries, mapped, files=files)
 
         def write(name: str, part: torch.Tensor, begin: int) -> None:
             tensors[name].view(-1)[begin : begin + part.numel()] = part
 
-        pieces = plan_pieces(adapter, rows, PIECE_BYTES)
         num_bytes = sum(t.nbytes for t in tensors.values())
         text = f"replay {steps.num_steps} steps"
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress) as bar:
-            apply_updates(adapter, SimpleNamespace(write=write), pieces, steps, backend, bar)
+            pieces = plan_pieces(adapter, rows, PIECE_BYTES)
+            apply_updates(adapter, SimpleNamespace(write=write), pieces, steps, None, bar)
     write_adapter(out_dir, read_config(start), {keys[name]: value for name, value in tensors.items()})
     return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
-
-
-def replay_merged(
-    base_dir: str | os.PathLike,
-    start: str | os.PathLike,
-    journal_path: str | os.PathLike,
-    out_dir: str | os.PathLike,
-    to_step: int | None = None,
-    progress: bool = True,
-) -> ReplayReport:
-    """As `replay_adapter`, and merges the adapter into the run's base checkpoint, in the dtype of the run; `out_dir`
-    becomes a whole checkpoint."""
-    header = read_steps(journal_path, 0).header
-    files = {name: file for name, file in header["base"]["files"].items() if name not in ADAPTER_FILES}
-    for difference in checkpoint_differences(base_dir, {"files": files}):
-        raise CheckpointError(difference)
-    keys = adapter_keys(header, os.fspath(journal_path))
-    dtypes = Counter(row["dtype"] for row in header["table"] if row["name"] not in keys)
-    dtype = getattr(torch, dtypes.most_common(1)[0][0], None)
-    with tempfile.TemporaryDirectory(prefix="distzo2-") as scratch:
-        report = replay_adapter(start, journal_path, Path(scratch, "adapter"), to_step, progress)
-        merge_adapter(base_dir, Path(scratch, "adapter"), out_dir, dtype=dtype)
-    return report
 
 
 def adapter_keys(header: dict[str, Any], journal: str) -> dict[str, str]:

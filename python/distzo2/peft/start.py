@@ -28,11 +28,11 @@ def start_from_tokens(model: Any, directory: Path, seed: int, mesh: Mesh | None 
     with blaming(f"{type(model.get_base_model()).__name__} fails on {config.num_virtual_tokens} tokens"):
         tokens = tokens.to(runtime.device)
         if config.peft_type == "PROMPT_TUNING":
-            values = model.word_embeddings(tokens)[0]
+            value = model.word_embeddings(tokens)[0]
         else:
-            values = _keys_and_values(model.get_base_model()(input_ids=tokens, use_cache=True).past_key_values, config)
+            value = _keys_and_values(model.get_base_model()(input_ids=tokens, use_cache=True).past_key_values, config)
     [(name, key)] = keys_of(model).items()
-    value = values.float().cpu().contiguous()
+    value = value.float().cpu().contiguous()
     if mesh is not None:
         value = mesh.exchange.broadcast(value)
     write_adapter(directory, config, {key: value})

@@ -7,6 +7,7 @@ file that is missing means that nothing is known, never that something is wrong:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +43,8 @@ def read_link(address: str, root: Path = ROOT) -> dict[str, Any]:
     where the system does not say. A link that is idle may run slower than it can."""
 
     def number(name: str, *unknown: int) -> float | None:
-        word = _text(root / "sys/bus/pci/devices" / address / name).partition(" ")[0]  # of "16", "16.0 GT/s PCIe"
-        try:
-            value = float(word) if "." in word else int(word)
-        except ValueError:
-            return None
+        found = re.match(r"-?\d+(\.\d+)?", _text(root / "sys/bus/pci/devices" / address / name))  # "16", "16.0 GT/s"
+        value = found and (float(found[0]) if found[1] else int(found[0]))
         return None if value in unknown else value
 
     return {
@@ -60,10 +58,8 @@ def read_link(address: str, root: Path = ROOT) -> dict[str, Any]:
 
 def check_link(name: str, link: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether a device's link is as wide and as fast as both of its ends allow."""
-    for code, key, text in (
-        ("pcie_width", "pcie_width", "is x{}, and x{} is possible"),
-        ("pcie_speed", "pcie_gt_per_s", "runs at {:g} GT/s under load, and {:g} are possible"),
-    ):
+    width, speed = "is x{}, and x{} is possible", "runs at {:g} GT/s under load, and {:g} are possible"
+    for code, key, text in (("pcie_width", "pcie_width", width), ("pcie_speed", "pcie_gt_per_s", speed)):
         now, most = link[key], link[f"{key}_max"]
         if now and most and now < most:
             yield Finding(code, f"{name}: its PCIe link {text.format(now, most)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,84 +112,24 @@ class Machine:
     def computes_on_host(self) -> bool:
         return self.device == "cpu"
 
-    def with_tf32(self) -> Machine:
-        """This machine, with float32 products in TF32."""
-        flop = {**self.rates.flop_per_s, "float32": TF32_SHARE * self.rates.flop_per_s["bfloat16"]}
-        note = "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)"
-        return replace(self, rates=replace(self.rates, flop_per_s=flop), assumptions=(*self.assumptions, note))
-
 
 # ---- nodes by name ------------------------------------------------------------------------------------------------
 
-_GEN4 = Duplex(26e9, 26e9, 2 * 18.6e9)
-_GEN5 = Duplex(55e9, 55e9, 55e9 * 2 * 18.6 / 26)
-_GEN4_TEXT = "PCIe 4 x16: 26 GB/s one way, 18.6 each way in both at once, as measured on such links"
-_GEN5_TEXT = "PCIe 5 x16: 55 GB/s one way as measured; both ways at once by the share that PCIe 4 keeps (39 each way)"
-_SHARE_TEXT = "products at 80% of the peak without sparsity, as measured on an H200 for bf16 (790 TFLOP/s)"
-_COPY_TEXT = "memory at 90% of its peak, as measured on an H200 (4.3 TB/s read and written)"
-_NOISE_TEXT = "normals: 353 G/s as measured on an H20 (78 multiprocessors at 1.98 GHz), by multiprocessors and clock"
-_H20 = 353e9 / (78 * 1.98)
-_NODE_HOST_BYTES = 2 * 2**40
-_NODE_TEXTS = (
-    "attention at half the products' rate; everything else of a forward at the memory's",
-    "a visit makes its noise, then reads and writes its weights: four passes for an update and two copies",
-    "a sign takes 17.75 / 38 of a normal's time (instructions counted on sm_90)",
-    "the host starts an operation in 10 us and hands a lane over in 150 us a unit (assumed)",
-    f"host memory {_NODE_HOST_BYTES / 2**40:.0f} TiB; a disk of 6 GB/s each way, 8 in both at once (assumed)",
-)
+
+def _published() -> dict[str, Machine]:
+    """The nodes of machines.toml, by name."""
+    nodes = tomllib.loads(Path(__file__).with_name("machines.toml").read_text(encoding="utf-8"))
+    every, machines = nodes.pop("every"), {}
+    for name, row in nodes.items():
+        normals, assumptions = row.pop("normals_per_s"), (*row.pop("assumptions"), *every["assumptions"])
+        noise = {"normal": normals, "rademacher": normals * 38.0 / 17.75}
+        rates = Rates(row.pop("flop_per_s"), row.pop("bytes_per_s"), noise, GPU_HOST)
+        links = {"link": Duplex(*row.pop("link")), "disk": Duplex(*every["disk"])}
+        machines[name] = Machine(**every | row | links | {"rates": rates, "assumptions": assumptions})
+    return machines
 
 
-def _node(
-    name: str, gigabytes: int, half: float, single: float, copies: float, normals: float, link: Duplex, gather: float,
-    host_bytes_per_s: float, *sources: str,
-) -> Machine:  # fmt: skip
-    """A node of 8 GPUs. Rates (flop/s, bytes/s, elements/s) are those that a program sees, not peaks."""
-    noise = {"normal": normals, "rademacher": normals * 38.0 / 17.75}
-    return Machine(
-        name=name,
-        device="cuda",
-        num_devices=8,
-        device_bytes=gigabytes * 10**9,
-        host_bytes=_NODE_HOST_BYTES,
-        rates=Rates({"bfloat16": half, "float32": single}, copies, noise, GPU_HOST),
-        link=link,
-        disk=Duplex(6e9, 6e9, 8e9),
-        gather_bytes_per_s=gather,
-        host_bytes_per_s=host_bytes_per_s,
-        assumptions=(*sources, *_NODE_TEXTS),
-    )
-
-
-_H100_TEXTS = (
-    _NOISE_TEXT + ", at most 540 G/s by the count of instructions", _GEN5_TEXT,
-    "NVLink 4: 360 GB/s of an all-gather received, as measured on H100",
-    "host memory: 80% of two sockets of 8 channels of DDR5-4800, shared by the links",
-)  # fmt: skip
-_H100_NORMALS = min(540e9, _H20 * 132 * 1.98)
-
-GPUS = {
-    "a100": _node(
-        "8 x A100 SXM 80 GB, PCIe 4, NVLink 3", 80, 0.8 * 312e12, 0.8 * 19.5e12, 0.9 * 2.039e12, _H20 * 108 * 1.41,
-        _GEN4, 360e9 * 300 / 450, 2 * 8 * 25.6e9 * 0.8,
-        _SHARE_TEXT + "; A100: 312 TFLOP/s in 16 bits, 19.5 in fp32 (NVIDIA's data sheet)",
-        _COPY_TEXT + "; A100: 2.039 TB/s (data sheet)",
-        _NOISE_TEXT + ": 348 G/s", _GEN4_TEXT,
-        "NVLink 3: 240 GB/s of an all-gather received, from 360 measured on H100's NVLink 4, by 300 / 450 one way",
-        "host memory: 80% of two sockets of 8 channels of DDR4-3200, shared by the links",
-    ),
-    "h100": _node(
-        "8 x H100 SXM 80 GB, PCIe 5, NVLink 4", 80, 790e12, 0.8 * 67e12, 0.9 * 3.35e12, _H100_NORMALS, _GEN5, 360e9,
-        2 * 8 * 38.4e9 * 0.8,
-        _SHARE_TEXT + ", the same chip; fp32 67 TFLOP/s peak (data sheet)", _COPY_TEXT + "; H100: 3.35 TB/s",
-        *_H100_TEXTS,
-    ),
-    "h200": _node(
-        "8 x H200 SXM 141 GB, PCIe 5, NVLink 4", 141, 790e12, 0.8 * 67e12, 4.3e12, _H100_NORMALS, _GEN5, 360e9,
-        2 * 8 * 38.4e9 * 0.8,
-        "bf16 products at 790 TFLOP/s, memory at 4.3 TB/s read and written, as measured; fp32 at 80% of 67 TFLOP/s",
-        *_H100_TEXTS,
-    ),
-}  # fmt: skip
+GPUS = _published()
 
 
 # ---- measured machines --------------------------------------------------------------------------------------------
@@ -201,17 +142,15 @@ def default_path() -> Path:
 
 def machine_from(result: Mapping[str, Any]) -> Machine:
     """The machine that a measurement describes, with its GPUs if it has any."""
-    about, gpus = result["machine"], result["machine"]["gpus"]
+    about, gpus, gather = result["machine"], result["machine"]["gpus"], result["gather"]
     device = gpus[0]["device"] if gpus else "cpu"
 
-    def row(table: str, **wanted: str) -> Mapping[str, Any]:
-        return next(r for r in result[table] if r["device"] == device and wanted.items() <= r.items())
+    def rows(table: str) -> list[Mapping[str, Any]]:  # earlier versions did not measure "decode"
+        return [row for row in result.get(table, ()) if row["device"] == device]
 
     def duplex(rates: Mapping[str, Any]) -> Duplex:
         return Duplex(*(rates[f"{way}_bytes_per_s"] for way in ("up", "down", "both")))
 
-    gather = result["gather"]
-    decoded = [r for r in result.get("decode", ()) if r["device"] == device]  # earlier versions did not measure it
     host_bytes = min(about["memory_bytes"], about["allowed_bytes"] or about["memory_bytes"])
     notes = (
         f"rates as measured through the copy engine, by distzo2 {result['versions']['distzo2']}",
@@ -227,13 +166,13 @@ def machine_from(result: Mapping[str, Any]) -> Machine:
         device_bytes=gpus[0]["memory_bytes"] if gpus else host_bytes,
         host_bytes=host_bytes,
         rates=Rates(
-            {dtype: row("matmul", dtype=dtype)["flop_per_s"] for dtype in ("float32", "bfloat16")},
-            row("memory")["bytes_per_s"],
-            {family: row("noise", family=family)["elements_per_s"] for family in ("normal", "rademacher")},
+            {row["dtype"]: row["flop_per_s"] for row in rows("matmul")},
+            rows("memory")[0]["bytes_per_s"],
+            {row["family"]: row["elements_per_s"] for row in rows("noise")},
             GPU_HOST if gpus else CPU_HOST,
-            decode_per_s={(r["codes"], r["dtype"]): r["weights_per_s"] for r in decoded},
+            decode_per_s={(row["codes"], row["dtype"]): row["weights_per_s"] for row in rows("decode")},
         ),
-        link=duplex(row("copies")),
+        link=duplex(rows("copies")[0]),
         disk=duplex(result["disk"]),
         gather_bytes_per_s=gather and gather["bytes_per_s"] * (gather["ranks"] - 1) / gather["ranks"],
         assumptions=notes,
@@ -258,15 +197,14 @@ def find_machine(source: str, *, devices_per_switch: int = 1, nvlink: bool = Tru
         path = default_path() if source == "this" else Path(source)
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            found = result.get("format")
+            if (found := result.get("format")) != MEASURED:
+                expected = f"{MEASURED} was expected: run distzo2 measure again"
+                raise UsageError(f"--machine {source}: {path} is of format {found}; {expected}")
         except OSError as error:
             hint = ": run distzo2 measure first, or name a machine" if source == "this" else ""
             raise UsageError(f"--machine {source}: {path}: {error.strerror}{hint}") from error
         except (ValueError, AttributeError) as error:
             raise UsageError(f"--machine {source}: {path} is no measurement: {error}") from error
-        if found != MEASURED:
-            expected = f"{MEASURED} was expected: run distzo2 measure again"
-            raise UsageError(f"--machine {source}: {path} is of format {found}; {expected}")
         machine = machine_from(result)
     else:
         raise UsageError(

@@ -159,9 +159,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 def measure_noise(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
     """Normals and signs in elements/s, made again and again in memory that the caches hold."""
-    numel = 1 << (16 if effort.quick else 20 if device.type == "cpu" else 26)
-    backend = core.resolve_backend(None, device)
-    rows = []
+    numel = effort.pick(1 << 16, 1 << (20 if device.type == "cpu" else 26))
+    backend, rows = core.resolve_backend(None, device), []
     for family in core.FAMILIES:
         make = functools.partial(getattr(core, family), numel, seed=1, step=2, param=3, device=device, backend=backend)
         rate = numel / seconds_of(make, effort, device)
@@ -224,21 +223,16 @@ def table(result: dict[str, Any]) -> list[str]:
     rates = [(f"{row['device']} copies", row) for row in result["copies"]]
     for name, row in [*rates, (f"disk ({disk['file_system'] or 'unknown'}{how})", disk)]:
         lines.append(f"{name:<34}" + "".join(f"{row[f'{d}_bytes_per_s'] / 1e9:>12.2f}" for d in DIRECTIONS))
-    if gather is not None:
-        name = f"gather, {gather['ranks']} ranks ({gather['backend']})"
-        lines.append(f"{name:<34}{gather['bytes_per_s'] / 1e9:>12.2f}")
-    for row in result["memory"]:
-        lines.append(f"{row['device'] + ' memory, read and written':<34}{row['bytes_per_s'] / 1e9:>12.2f}")
-    lines += ["", f"{'disk, until a line is durable':<34}{1e3 * disk['fsync_s']:>12.2f} ms"]
-    for row in result["noise"]:
-        name = f"{row['device']} {row['family']} ({row['backend']})"
-        lines.append(f"{name:<34}{row['elements_per_s'] / 1e9:>12.3f} G elements/s")
-    for row in result["decode"]:
-        name = f"{row['device']} {row['codes']} to {row['dtype']} ({row['backend']})"
-        lines.append(f"{name:<34}{row['weights_per_s'] / 1e9:>12.3f} G weights/s decoded")
-    for row in result["matmul"]:
-        name = f"{row['device']} {row['dtype']} products, {row['size']}"
-        lines.append(f"{name:<34}{row['flop_per_s'] / 1e12:>12.3f} TFLOP/s")
+    for name, rows, key, scale, unit in (
+        ("gather, {ranks} ranks ({backend})", filter(None, [gather]), "bytes_per_s", 1e-9, ".2f"),
+        ("{device} memory, read and written", result["memory"], "bytes_per_s", 1e-9, ".2f"),
+        ("disk, until a line is durable", [disk], "fsync_s", 1e3, ".2f ms"),
+        ("{device} {family} ({backend})", result["noise"], "elements_per_s", 1e-9, ".3f G elements/s"),
+        ("{device} {codes} to {dtype} ({backend})", result["decode"], "weights_per_s", 1e-9, ".3f G weights/s decoded"),
+        ("{device} {dtype} products, {size}", result["matmul"], "flop_per_s", 1e-12, ".3f TFLOP/s"),
+    ):
+        digits, _, word = unit.partition(" ")
+        lines += [f"{name.format_map(row):<34}{scale * row[key]:>12{digits}} {word}".rstrip() for row in rows]
     if result["findings"]:
         lines += ["", "below what it should be:"] + [f"  {finding['text']}" for finding in result["findings"]]
     return lines
@@ -250,8 +244,7 @@ def run_measure(options: Any, log: Callable[[str], None]) -> int:
     path = Path(options.json) if options.json else default_path()
     result = measure(options.directory, options.quick, lambda what: _progress(f"measuring: {what}"))
     _progress("")
-    for line in table(result):
-        log(line)
+    log("\n".join(table(result)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     log(f"\nwrote {path} in {result['seconds']:.0f} s")

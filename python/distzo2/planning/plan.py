@@ -34,7 +34,7 @@ from distzo2.models.shapes import LARGE
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.selection import trained
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
-from distzo2.planning.machines import EXCHANGE_S, GPUS, Duplex, Machine, find_machine
+from distzo2.planning.machines import EXCHANGE_S, GPUS, TF32_SHARE, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
 from distzo2.planning.report import draw_plan, plan_events
 from distzo2.planning.schedule import Played, Slicing, Work, play_steps
@@ -70,10 +70,6 @@ class Prediction(NamedTuple):
     row: dict[str, Any]
     played: Played
 
-    @property
-    def step_s(self) -> float:
-        return self.played.step_s
-
 
 class Planner:
     """Predictions of one request: the options of `distzo2 plan`."""
@@ -82,9 +78,13 @@ class Planner:
         if request.host_memory not in (None, "auto"):
             device_bytes = request.host_memory if machine.computes_on_host else machine.device_bytes
             machine = replace(machine, host_bytes=request.host_memory, device_bytes=device_bytes)
-        if request.tf32 and machine.computes_on_host:
-            raise UsageError(f"--tf32: {machine.name} computes on a CPU, and TF32 is a GPU's")
-        self.request, self.machine = request, machine.with_tf32() if request.tf32 else machine
+        if request.tf32:
+            if machine.computes_on_host:
+                raise UsageError(f"--tf32: {machine.name} computes on a CPU, and TF32 is a GPU's")
+            flop = {**machine.rates.flop_per_s, "float32": TF32_SHARE * machine.rates.flop_per_s["bfloat16"]}
+            notes = (*machine.assumptions, "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)")
+            machine = replace(machine, rates=replace(machine.rates, flop_per_s=flop), assumptions=notes)
+        self.request, self.machine = request, machine
         self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
         slow = machine.computes_on_host and machine.rates.flop_per_s["bfloat16"] <= machine.rates.flop_per_s["float32"]
         asked = "float32" if request.compute_dtype == "auto" and slow else request.compute_dtype
@@ -139,11 +139,14 @@ class Planner:
             "lanes": model.lane_bytes(min(wave, len(lanes))),
         }
         rank["total"] = sum(rank.values())
-        stored = sum(u.num_bytes for u in streamed) * (1 if sliced else ranks)
-        host, disk = stored, 0
+
+        def stored(unit: Unit) -> int:  # bytes, on all ranks
+            return unit.num_bytes + unit.scale_bytes if sliced and unit in streamed else unit.num_bytes * ranks
+
+        host, disk = sum(stored(u) for u in streamed), 0
         if r.weights == "disk":  # frozen blocks stay in the checkpoint's files; residents that are trained are copied
             written = [u for u in model.units if u.trainable or (u in streamed and not _lies_in_files(u))]
-            host, disk = 0, sum(u.num_bytes * (1 if sliced and u in streamed else ranks) for u in written)
+            host, disk = 0, sum(stored(u) for u in written)
         if machine.computes_on_host:
             host += ranks * rank["total"]
         elif r.weights == "disk" and streamed:
@@ -200,11 +203,10 @@ class Planner:
     def _slicing(self, ranks: int) -> Slicing:
         machine = self.machine
         received = (ranks - 1) / ranks
-        if machine.gather_bytes_per_s is not None:
-            return Slicing(ranks, received / machine.gather_bytes_per_s)
-        if machine.computes_on_host:
+        if machine.gather_bytes_per_s is None and machine.computes_on_host:
             raise DistZO2Error(f"the rate of a gather on {machine.name} was not measured")
-        return Slicing(ranks, received / self._link(ranks).up, over_link=True)
+        rate = machine.gather_bytes_per_s or self._link(ranks).up
+        return Slicing(ranks, received / rate, over_link=machine.gather_bytes_per_s is None)
 
     def plans(self) -> list[Prediction]:
         """One device first, then what the request names: a mesh, or all meshes of a number of ranks.
@@ -219,14 +221,24 @@ class Planner:
             ways = [False]
         meshes = [mesh for mesh in self._meshes() if mesh.size > 1]
         first = self.predict()
-        if any(p.is_coded for model in self.models.values() for u in model.units for p in u.params):
-            ways = [False]  # each rank keeps all codes
         return [first, *(self.predict(mesh, sliced) for mesh in meshes for sliced in ways)]
 
     def _meshes(self) -> list[MeshShape]:
+        """The mesh that the request names, or all of its number of ranks that can share a step; without
+        `micro_batches` a step has as many as the mesh needs, if that divides the batch."""
         r = self.request
+        if r.nproc and not r.parallel:
+            meshes = (MeshShape(pert, r.nproc // pert) for pert in range(1, r.nproc + 1) if r.nproc % pert == 0)
+            num_batches, what = r.micro_batches, "a batch of {}" if r.micro_batches is None else "{} micro-batches"
+            fit = lambda data: r.batch % data == 0 if num_batches is None else num_batches >= data  # noqa: E731
+            if found := [m for m in meshes if pert_fits(self.evaluations, m.pert) and fit(m.data)]:
+                return found
+            raise UsageError(
+                f"no mesh of {r.nproc} ranks can share {len(self.evaluations)} evaluations and "
+                f"{what.format(num_batches or r.batch)}: more --probes, or a --batch that more ranks divide"
+            )
         if not r.parallel:
-            return possible_meshes(r.nproc, self.evaluations, r.micro_batches, r.batch) if r.nproc else []
+            return []
         try:
             mesh = MeshShape(**{"pert": 1, "data": 1, **parse_mesh(r.parallel)})
         except ValueError:
@@ -234,31 +246,6 @@ class Planner:
         if r.nproc not in (None, mesh.size):
             raise UsageError(f"--parallel {r.parallel} is {mesh.size} ranks, and --nproc says {r.nproc}")
         return [mesh]
-
-
-def possible_meshes(
-    num_ranks: int, evaluations: Sequence[tuple[int, int]], num_batches: int | None, batch: int
-) -> list[MeshShape]:
-    """All meshes of `num_ranks` ranks that can share a step; `num_batches` None: as many micro-batches as the mesh
-    needs, if that divides the batch.
-
-    Raises:
-        UsageError: there is none.
-    """
-    meshes = (MeshShape(pert, num_ranks // pert) for pert in range(1, num_ranks + 1) if num_ranks % pert == 0)
-    found = [
-        mesh
-        for mesh in meshes
-        if pert_fits(evaluations, mesh.pert)
-        and (batch % mesh.data == 0 if num_batches is None else num_batches >= mesh.data)
-    ]
-    if not found:
-        raise UsageError(
-            f"no mesh of {num_ranks} ranks can share {len(evaluations)} evaluations and "
-            + (f"a batch of {batch}" if num_batches is None else f"{num_batches} micro-batches")
-            + ": more --probes, or a --batch that more ranks divide"
-        )
-    return found
 
 
 def _lies_in_files(unit: Unit) -> bool:
@@ -410,8 +397,7 @@ def run_plan(request: Any, log: Callable[[str], None]) -> int:
         json.dump(result, sys.stdout, indent=1)
         print()
     else:
-        for line in table(result):
-            log(line)
+        log("\n".join(table(result)))
         if request.json:
             Path(request.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     chosen = plans[result["best"] or 0]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distzo2.errors import DistZO2Error, UsageError
@@ -147,7 +148,10 @@ def plan_model(
     elif place.is_dir() or is_gguf(place):
         name = place.resolve().name
         if is_gguf(place) or is_quantized(place):
-            model, stored = _from_files(place, dtype, store)
+            model, found = open_checkpoint(place, dtype=dtype)
+            with closing(found):
+                found = found if store is None else pack_map(model, found, store).map
+                stored = {id(p): told for n, p in model.named_parameters() if (told := found.stored_as(n)) is not None}
         else:
             model = meta_model(place, dtype)
         kind = model_kind(place).name if trained.adapts else kind
@@ -170,15 +174,6 @@ def plan_model(
         select(model, trained.train_only, trained.freeze)
     by_name = {name: stored.get(id(p)) for name, p in model.named_parameters()}
     return plan_module(model.eval().to("meta"), name, declared, rows, tokens, compute_dtype, by_name.get)
-
-
-def _from_files(place: Path, dtype: torch.dtype | None, store: str | None) -> tuple[nn.Module, dict[int, StoredAs]]:
-    """A packed model on meta, and how its parameters are stored, by their ids."""
-    model, found = open_checkpoint(place, dtype=dtype)
-    with closing(found):
-        found = found if store is None else pack_map(model, found, store).map
-        told = {id(p): found.stored_as(name) for name, p in model.named_parameters()}
-        return model, {key: each for key, each in told.items() if each is not None}
 
 
 def plan_module(
@@ -265,9 +260,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        outputs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
-        flat = (x for a in args for x in (a if isinstance(a, (tuple, list)) else (a,)))
-        inputs = [t for t in flat if isinstance(t, torch.Tensor)]
+        outputs, inputs = ([t for t in tree_leaves(each) if isinstance(t, torch.Tensor)] for each in (out, args))
         made = [t for t in outputs if self._is_new(t)]
         name = func.overloadpacket.__name__
         in_place = name.endswith("_") and not name.startswith("_")
@@ -333,12 +326,7 @@ def _op_of(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Te
         num_bytes *= 3  # read for the sum, then again for the result
     elif name in _LOOKUPS:
         num_bytes *= 2
-    else:
-        num_bytes += sum(_read_bytes(t) for t in inputs)
+    else:  # an expanded dimension counts once
+        walks = [(t, zip(t.shape, t.stride(), strict=True)) for t in inputs]
+        num_bytes += sum(math.prod(n for n, stride in walk if stride) * t.dtype.itemsize for t, walk in walks)
     return Op("stream", (num_bytes,), dtype)
-
-
-def _read_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of memory behind a tensor: an expanded dimension counts once."""
-    sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
-    return math.prod(sizes) * tensor.dtype.itemsize

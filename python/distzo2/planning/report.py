@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distzo2.errors import DistZO2Error
-from distzo2.planning.schedule import Played, wait_intervals
+from distzo2.planning.schedule import Played, Task, wait_intervals
 from distzo2.run.directory import read_record, saved_options
 from distzo2.run.metrics import read_metrics
 from distzo2.text import gib
@@ -68,7 +68,10 @@ def run_report(options: Any, log: Callable[[str], None]) -> int:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if trace:
             draw_step(figure.add_subplot(grid[rows - 1, :]), trace)
-        figure.suptitle(_title(run_dir, saved, len(steps)))
+        figure.suptitle(
+            f"{run_dir} · {len(steps)} steps\n{saved['estimator']}, {saved['noise']}, {saved['probes']} probes · lr "
+            f"{saved['lr']:g}, eps {saved['eps']:g} · weights {saved['weights']}, device {saved['device']}"
+        )
     if line := transfer_line(steps):
         log(line)
     if trace:
@@ -122,14 +125,6 @@ def _moved(way: str, num_bytes: float, bytes_per_s: float) -> str:
 # ---- a run's metrics ----------------------------------------------------------------------------------------------
 
 
-def _title(run_dir: Path, options: dict[str, Any], num_steps: int) -> str:
-    o = options
-    return (
-        f"{run_dir} · {num_steps} steps\n{o['estimator']}, {o['noise']}, {o['probes']} probes · "
-        f"lr {o['lr']:g}, eps {o['eps']:g} · weights {o['weights']}, device {o['device']}"
-    )
-
-
 def _column(lines: Lines, name: str, scale: float = 1.0) -> list[float]:
     return [math.nan if line.get(name) is None else scale * line[name] for line in lines]
 
@@ -158,8 +153,7 @@ def _draw_loss(axes: Any, steps: Lines, evals: Lines) -> None:
         axes.plot(_column(evals, "step"), _column(evals, "loss"), "o-", color="#ee6677", markersize=4, label="held out")
     if skipped := [s["step"] for s in steps if s.get("skipped")]:
         axes.plot(skipped, [axes.get_ylim()[0]] * len(skipped), "x", color="black", label="not applied")
-    axes.set(title="loss", xlabel="step")
-    axes.legend(frameon=False)
+    _finish(axes, "loss")
 
 
 def _draw_accuracy(axes: Any, steps: Lines, evals: Lines) -> None:
@@ -203,7 +197,7 @@ def _draw_rates(axes: Any, steps: Lines) -> None:
         if moved := [v for v in _column(steps, f"bytes_{way}") if v > 0]:
             rates, label = _column(steps, f"{way}_bytes_per_s", 1e-9), f"{kind}, {gib(statistics.median(moved))} a step"
             _draw_curve(axes, steps, rates, COLOURS[kind], label)
-    _finish(axes, "rate of the transfers", "GB/s")
+    _finish(axes, "rate of the transfers", "GB/s", bottom=0)
 
 
 def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None:
@@ -214,8 +208,7 @@ def _draw_signal(axes: Any, steps: Lines, signal: dict[str, Any] | None) -> None
         axes.axhline(signal["floor"], color="#ee6677", linewidth=1, label=label)
     if any(value > 0 for value in differences):
         axes.set_yscale("log")
-    axes.set(title="what a step is made of", xlabel="step")
-    axes.legend(frameon=False)
+    _finish(axes, "what a step is made of")
 
 
 def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
@@ -229,12 +222,12 @@ def _draw_memory(axes: Any, steps: Lines, model_bytes: int | None) -> None:
             axes.plot(x, _column(steps, key, mib), color=colour, linestyle=style, label=label)
     if model_bytes:
         axes.axhline(model_bytes * mib, color="#ee6677", linewidth=1, label=f"weights of the model, {gib(model_bytes)}")
-    _finish(axes, "memory", "MiB")
+    _finish(axes, "memory", "MiB", bottom=0)
 
 
-def _finish(axes: Any, title: str, ylabel: str) -> None:
+def _finish(axes: Any, title: str, ylabel: str = "", **limits: float) -> None:
     axes.set(title=title, xlabel="step", ylabel=ylabel)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(**limits)
     axes.legend(frameon=False)
 
 
@@ -315,17 +308,17 @@ def _clip(events: Iterable[dict[str, Any]], begin: float, end: float) -> list[tu
 def draw_step(axes: Any, events: Lines) -> None:
     """Draws the lanes of one step; transfers to different slots lie one above the other."""
     _, begin, end = one_step(events)
-    seen = {e["cat"] for e in events}
-    lanes = [lane for lane in LANES if lane[0] in seen]
-    slots = 1 + max((e.get("args", {}).get("slot", 0) for e in events), default=0)
+    rows: dict[str, dict[int, list]] = {}  # by kind and slot
+    for e in events:
+        slot = e["args"].get("slot", 0) if e["cat"] in ("upload", "download") else 0
+        rows.setdefault(e["cat"], {}).setdefault(slot, []).append(e)
+    lanes = [lane for lane in LANES if lane[0] in rows]
     for row, (kind, _, colour) in enumerate(reversed(lanes)):
-        parts = slots if kind in ("upload", "download") else 1
-        height = 0.8 / parts
-        for part in range(parts):
-            mine = [e for e in events if e["cat"] == kind and (parts == 1 or e.get("args", {}).get("slot", 0) == part)]
+        height = 0.8 / (1 + max(rows[kind]))
+        for slot, mine in rows[kind].items():
             axes.broken_barh(
                 [((a - begin) / 1e3, (b - a) / 1e3) for a, b, _ in _clip(mine, begin, end)],
-                (row - 0.4 + part * height, height),
+                (row - 0.4 + slot * height, height),
                 facecolor=colour,
                 edgecolor="white" if kind == "compute" else colour,  # keeps short bars visible
                 linewidth=0.3,
@@ -339,24 +332,20 @@ def draw_step(axes: Any, events: Lines) -> None:
 
 def plan_events(played: Played) -> list[dict[str, Any]]:
     """The steps of the steady state as events of a Chrome trace, with rows as in a run's."""
-    begin, events = played.steps[0][0], []
+    begin = played.steps[0][0]
     kinds = ["step", "wait", "compute", "materialize", "update", "gather", "decode"]
     rows = {kind: row for row, kind in enumerate(kinds)} | {"upload": 16, "download": 32}
-
-    def add(kind: str, name: str, start: float, end: float, **args: float) -> None:
-        if end > max(start, begin):
-            start = max(start, begin)
-            event = {"ph": "X", "cat": kind, "name": name, "ts": 1e6 * start, "dur": 1e6 * (end - start), "args": args}
-            events.append({**event, "pid": 0, "tid": rows[kind] + args.get("slot", 0)})
-
-    for number, (start, end) in enumerate(played.steps):
-        add("step", f"step {number}", start, end)
-    for start, end, name in wait_intervals(played.tasks):
-        add("wait", name, start, end)
-    for task in played.tasks:
-        if task.kind in rows and task.kind != "wait":
-            add(task.kind, task.name, task.start, task.end, bytes=round(task.num_bytes), slot=task.slot)
-    return events
+    parts = [Task("", "step", f"step {i}", 0.0, start=a, end=b) for i, (a, b) in enumerate(played.steps)]
+    parts += [Task("", "wait", name, 0.0, start=a, end=b) for a, b, name in wait_intervals(played.tasks)]
+    parts += [task for task in played.tasks if task.kind in rows and task.kind != "wait"]
+    return [
+        {
+            "ph": "X", "cat": t.kind, "name": t.name, "ts": 1e6 * max(t.start, begin),
+            "dur": 1e6 * (t.end - max(t.start, begin)), "args": {"bytes": round(t.num_bytes), "slot": t.slot},
+            "pid": 0, "tid": rows[t.kind] + t.slot,
+        }
+        for t in parts if t.end > max(t.start, begin)
+    ]  # fmt: skip
 
 
 def draw_plan(played: Played, path: str | os.PathLike, title: str) -> None:

@@ -35,7 +35,7 @@ WARM_STEPS = (2, 6, 14)
 SAME = 1e-3
 MOST_STEPS = 16  # that are played, where blocks are written in turn
 _ADDRESSES = itertools.count(1)  # of memory that only counts
-_NOWHERE: Any = SimpleNamespace(copy_=lambda stored: None)
+_NOWHERE: Any = SimpleNamespace(copy_=lambda stored: None, numel=lambda: 0)
 
 
 @dataclass(eq=False)
@@ -164,7 +164,7 @@ def play_steps(work: Work) -> Played:
         sum(max(0.0, min(b, end) - max(a, begin)) for a, b, _ in waits) / num_steps,
         noise_s,
         *num_bytes.values(),
-        schedule.scratch_bytes,
+        schedule.scratch.settled_bytes(schedule.units),
         schedule.tasks,
         list(pairwise(ends[warm - 1 :])),
     )
@@ -235,6 +235,12 @@ class _Slot:
     stored: Task | None = None  # the last download from here
     version: int = -1  # sliced blocks: updates that the gathered block holds
 
+    def clone(self) -> _Slot:
+        return self
+
+    def __getitem__(self, part: slice) -> _Slot:
+        return self
+
 
 class _Ring(Store):
     """The store of what streams: as the copy engine, and, where blocks are sliced, as `SlicedStore`."""
@@ -295,7 +301,7 @@ class _Ring(Store):
             del self._slot_of[slot.copy.unit.index]
         slot.copy, slot.wanted, slot.version = copy, False, -1
         self._slot_of[copy.unit.index] = slot
-        num_bytes = copy.num_bytes / (self.work.slicing.num_ranks if self.gathers else 1)
+        num_bytes = self._stored_bytes(copy)
         after = (self.schedule.host, slot.readers, slot.stored, self._store_of.get(copy.unit.index))
         seconds, more = num_bytes / self.work.link.up, {"num_bytes": num_bytes, "slot": slot.number}
         slot.ready = self.schedule.add("upload", "upload", copy.unit.name, seconds, *after, **more)
@@ -304,6 +310,11 @@ class _Ring(Store):
             self._to_complete.append(copy)
         elif self.gathers:
             self._complete(copy)
+
+    def _stored_bytes(self, copy: StoredCopy) -> float:
+        """Of a unit, or of its slice."""
+        whole = copy.num_bytes
+        return (whole + copy.unit.scale_bytes) / self.work.slicing.num_ranks if self.gathers else whole
 
     def _download(self, copy: StoredCopy, slot: _Slot, num_bytes: float, after: Task | None) -> None:
         seconds, more = num_bytes / self.work.link.down, {"num_bytes": num_bytes, "slot": slot.number}
@@ -316,7 +327,7 @@ class _Ring(Store):
         slicing, slot = self.work.slicing, self._slot_of[copy.unit.index]
         slot.version, share = self.schedule.version, 1.0 / slicing.num_ranks
         if self.schedule.write_up_to_date(copy, slot, _NOWHERE):
-            self._download(copy, slot, copy.num_bytes * share, slot.ready)
+            self._download(copy, slot, self._stored_bytes(copy), slot.ready)
         where = "upload" if slicing.over_link else "gather"
         after, received = (slot.ready, self.schedule.host), copy.num_bytes * (slicing.num_ranks - 1) * share
         seconds = copy.num_bytes * slicing.gather_s
@@ -337,14 +348,9 @@ class Schedule(UnitWeights):
         copies = [StoredCopy(u, 0, u.num_bytes, block=block.get(u, -1)) for u in work.model.units]
         ring, every = _Ring(self, work), work.write_every
         super().__init__(work.model.units, copies, _Memory(), ring, device=device, write_every=every)
-        self._scratch = _Ledger([u for u in self.units if u.trainable or u.converts], device)
+        self.scratch = self._scratch = _Ledger([u for u in self.units if u.trainable or u.converts], device)
         self.bind(self, {p.index: 0 for p in self.params if p.trainable}, 1, 0)
         self._part_s = [work.rates.part_s(p) for p in work.model.parts]
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of the perturbed copies, after many steps."""
-        return self._scratch.settled_bytes(self.units)
 
     # ---- tasks ------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.benchmark import Timer
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.weights.store import core_errors
 from distzo2_core import BlockFile, CopyEngine, HostPool, aligned_buffer
 
 MIB = 2**20
@@ -76,15 +77,6 @@ def _rates(
         engine.acquire(block, stream)
         engine.release(block, stream, dirty=dirty, version=0)
 
-    def prepare(direction: str) -> None:
-        """Drops all blocks, then brings those that `down` changes."""
-        for block in engine.present():
-            engine.drop(block)
-        for block in range(SLOTS if direction == "down" else 0):
-            visit(block)
-        _synchronize(device)
-        before()
-
     def run(direction: str) -> None:
         """One pass, to the end of all its copies."""
         if direction == "down":
@@ -107,7 +99,12 @@ def _rates(
         for direction in DIRECTIONS:
             samples = []
             for _ in range(effort.rounds + 1):  # one to warm up
-                prepare(direction)
+                for block in engine.present():
+                    engine.drop(block)
+                for block in range(SLOTS if direction == "down" else 0):  # which it changes
+                    visit(block)
+                _synchronize(device)
+                before()
                 start = time.perf_counter()
                 run(direction)
                 samples.append(time.perf_counter() - start)
@@ -116,6 +113,7 @@ def _rates(
     return rates
 
 
+@core_errors
 def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
     """Copies between host memory and `device`; on a CPU between two places in memory.
 
@@ -123,10 +121,7 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
         DistZO2Error: the memory cannot be had or pinned.
     """
     block_bytes, name = effort.pick(2, 64) * MIB, str(device)
-    try:
-        pool = HostPool([block_bytes] * NUM_BLOCKS, name)
-    except RuntimeError as error:
-        raise DistZO2Error(str(error)) from error
+    pool = HostPool([block_bytes] * NUM_BLOCKS, name)
     on_cpu = device.type == "cpu"
     slots = [
         aligned_buffer(block_bytes) if on_cpu else torch.zeros(block_bytes, dtype=torch.uint8, device=device)
@@ -138,6 +133,7 @@ def measure_copies(device: torch.device, effort: Effort) -> dict[str, Any]:
         return {"device": name, "block_bytes": block_bytes, **_rates(pool, slots, device, effort)}
 
 
+@core_errors
 def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]:
     """Reads and writes of a file of blocks in `directory`, and how long an appended line takes to be durable.
 
@@ -179,8 +175,6 @@ def measure_disk(directory: str | os.PathLike, effort: Effort) -> dict[str, Any]
             file.write(block, slots[block % SLOTS].data_ptr(), block_bytes)
         file.sync()
         rates = _rates(file, slots, torch.device("cpu"), effort, forget)
-    except RuntimeError as error:
-        raise DistZO2Error(str(error)) from error
     finally:
         file.close()
         os.close(descriptor)

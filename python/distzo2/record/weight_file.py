@@ -331,9 +331,11 @@ class KeptWeights:
 
 
 def _row(copy: StoredCopy) -> list[Any]:
-    """What a block holds, for the record: a part of a block that is trained in part names its parameters."""
+    """What a block holds, for the record: a part of a block that is trained in part names its parameters, and a slice
+    with scales behind it where it ends."""
     params = [] if copy.unit.beside is None else [ranges_of(p.index for p in copy.unit.params)]
-    return [copy.unit.name, copy.begin, copy.begin + copy.num_bytes, *params]
+    end = copy.begin + copy.num_bytes
+    return [copy.unit.name, copy.begin, end, *params, *([copy.end] if copy.end < end else [])]
 
 
 def _make(path: Path, sizes: Sequence[int]) -> BlockFile:

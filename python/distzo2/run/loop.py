@@ -148,10 +148,9 @@ class TrainLoop:
             return o.lr
         closures = [self.objective.closure(batch) for batch in self._batches(0)]
         more = {"noise": o.noise, "seed": o.seed, "max_lanes": o.max_lanes}
-        found = signal_of(
-            self.model, closures, dtypes=[computed_in(self.runtime)], eps=[o.eps], probes=o.probes, **more
-        )
-        spread = float(np.sqrt(np.mean(np.square(found[0].differences)))) / 2  # of one side
+        more |= {"dtypes": [computed_in(self.runtime)], "eps": [o.eps], "probes": o.probes}
+        found = signal_of(self.model, closures, **more)[0]
+        spread = float(np.sqrt(np.mean(np.square(found.differences)))) / 2  # of one side
         spread = from_rank_0("the spread", lambda: spread)
         if not 0 < spread < math.inf:
             why = "do not change the loss: give a larger --eps" if spread == 0 else "make losses that are not finite"

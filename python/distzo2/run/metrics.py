@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic_core import from_json
 from tqdm import tqdm
@@ -171,14 +171,6 @@ _EACH_COEF = 8  # a curve for each coefficient of at most this many probes
 _INSTALL = {"tensorboard": "pip install --no-build-isolation '.[report]'", "wandb": "pip install wandb"}
 
 
-class Report(Protocol):
-    """Shows lines of metrics as curves; a line that it has already is left out."""
-
-    def write(self, line: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def check_report(kind: str) -> None:
     """
     Raises:
@@ -267,6 +259,9 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Report = TensorBoard | Wandb  # shows lines of metrics as curves; a line that it has already is left out
 
 
 # ---- memory and progress ------------------------------------------------------------------------------------------

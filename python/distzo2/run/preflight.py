@@ -69,8 +69,10 @@ class Place(NamedTuple):
 def placed(options: Placement, device: str) -> Place:
     """Checks that the model of `options` can be read and that `device` computes as they ask; sets threads and TF32.
 
+    For --compute-dtype auto a CPU without instructions for stored 16 bits computes in float32, which is faster too.
+
     Raises:
-        DistZO2Error: either fails.
+        UsageError: --tf32 on a CPU. DistZO2Error: the model cannot be read, or the device does not compute so.
     """
     usable = usable_device(device)
     if options.threads:
@@ -80,9 +82,14 @@ def placed(options: Placement, device: str) -> Place:
         like = torch.Size((64, 64))
         share = packed_as(like, options.store).num_bytes / (like.numel() * size.dtype.itemsize)
         size = replace(size, total=int(size.total * min(share, 1.0)), made=int(size.total * min(share, 1.0)))
-    compute_dtype = compute_dtype_of(options.compute_dtype, size.dtype, usable)
+    compute_dtype, is_cpu = DTYPES.get(options.compute_dtype), usable.type == "cpu"
+    if options.compute_dtype == "auto" and is_cpu and size.dtype in HALVES and not _cpu_computes_in(size.dtype):
+        compute_dtype = torch.float32
     check_computes(usable, compute_dtype)
-    use_tf32(options.tf32, usable)
+    if options.tf32 and is_cpu:
+        raise UsageError(f"--tf32: {usable} multiplies float32 matrices as they are; TF32 is a GPU's")
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
     return Place(usable, size, compute_dtype)
 
 
@@ -105,14 +112,6 @@ def load_model(options: Placement, place: Place, widest: torch.dtype | None, **m
     return model
 
 
-def compute_dtype_of(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The dtype that --compute-dtype asks for; None: as stored. For "auto" that is float32 on a CPU without
-    instructions for what is stored, where it is faster too."""
-    if name == "auto" and device.type == "cpu" and stored in HALVES and not _cpu_computes_in(stored):
-        return torch.float32
-    return DTYPES.get(name)
-
-
 def _cpu_computes_in(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of 16 bits by instructions, and oneDNN may use them."""
     half, known = ("fp16", "FP16") if dtype == torch.float16 else ("bf16", "BF16")
@@ -120,18 +119,6 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     allowed = most in ("DEFAULT", "ALL") or known in most or "AMX" in most or most.startswith("AVX10")
     return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in names)
-
-
-def use_tf32(asked: bool, device: torch.device) -> None:
-    """Lets this process multiply float32 matrices in TF32, if it is asked for.
-
-    Raises:
-        UsageError: on a CPU.
-    """
-    if asked and device.type != "cuda":
-        raise UsageError(f"--tf32: {device} multiplies float32 matrices as they are; TF32 is a GPU's")
-    if asked:
-        torch.set_float32_matmul_precision("high")
 
 
 def reading_of(options: DataReading, kind: ModelKind) -> dict[str, Any]:

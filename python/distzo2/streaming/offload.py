@@ -225,12 +225,7 @@ def _hand_over(
     on_disk = weights == "disk"
     if on_disk and weight_file is not None:
         directory = Path(weight_file.path).parent
-    slices = None  # of codes each rank keeps all: their scales lie elsewhere
-    if any(p.is_coded for p in params):
-        if current() is not None and current().slice:
-            raise UsageError("--slice on: trained codes are not kept in slices, each rank keeps all of them")
-    else:
-        slices = choose_slices(current(), found, device, weights, directory, host_memory)
+    slices = choose_slices(current(), found, device, weights, directory, host_memory)
     together = slices.node.exchange if slices is not None else None
     streams = on_disk or (weights == "host" and (device.type != "cpu" or slices is not None))
     with nullcontext({}) if together is None else together.together("handing over a model") as agreed:
@@ -308,9 +303,9 @@ def _range_files(
     number: dict[str, int] = {}
     blocks = []
     for copy in copies:
-        rows, end = [], copy.begin + copy.num_bytes
+        rows = []
         for path, offset, num_bytes, place in places[copy.unit]:
-            first, last = max(place, copy.begin), min(place + num_bytes, end)  # of the slice
+            first, last = max(place, copy.begin), min(place + num_bytes, copy.end)  # of the slice
             if first < last:
                 file = number.setdefault(str(path), len(number))
                 rows.append((file, offset + first - place, last - first, first - copy.begin))
@@ -503,7 +498,7 @@ def edit(model: nn.Module) -> Iterator[nn.Module]:
                 with access.writing(unit) as views:
                     for param in unit.params:
                         views[param.name].copy_(edited[param.index])
-            access.rebase()
+            runtime.weights.restart()
         if restructured:
             _take_again(model, runtime)
     finally:

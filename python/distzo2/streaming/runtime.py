@@ -75,7 +75,7 @@ class StreamingRuntime:
         self.stored_buffers = {name: b.dtype for name, b in model.named_buffers() if b.dtype in HALVES}
         self.units, self.params, self.device = weights.units, weights.params, weights.device
         self.trace = weights.trace
-        self._compute_ns = 0
+        self.stats, self.reset_stats = weights.stats, weights.reset_stats
         self._lanes = LaneGroup()
         self._buffers = BufferGuard()
         self.parameters = Parameters(self.units, self.device, self)
@@ -306,9 +306,7 @@ class StreamingRuntime:
         self._computing = wanted[-1].name if wanted else "(start)"
 
     def _note_compute(self) -> None:
-        end = time.perf_counter_ns()
-        self._compute_ns += end - self._since
-        self.trace.add("compute", self._computing, self._since, end)
+        self.trace.add("compute", self._computing, self._since, time.perf_counter_ns())
 
     def _close_windows(self, lanes: Sequence[Lane]) -> None:
         """Hides and releases every unit; raises the first error of `_hide` when all that is done."""
@@ -571,17 +569,6 @@ class StreamingRuntime:
     def name_of(self, module: nn.Module) -> str | None:
         """The module's name in the model; None if it is no part of it."""
         return self._names.get(module)
-
-    # ---- figures, and the end ---------------------------------------------------------------------------------------
-
-    def reset_stats(self) -> None:
-        """Starts the counting of bytes and seconds anew."""
-        self._compute_ns = 0
-        self.weights.reset_stats()
-
-    def stats(self) -> dict[str, int | float]:
-        """Returns bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
-        return {**self.weights.stats(), "compute_s": self._compute_ns * 1e-9}
 
     def close(self) -> None:
         """Ends threads and transfers and deletes the working block file; the model cannot be run afterwards."""

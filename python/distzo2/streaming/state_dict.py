@@ -178,7 +178,7 @@ class StateHooks:
                         f"unit {unit.name} is packed, or streams from its checkpoint's files: load_state_dict cannot "
                         "give it other weights"
                     )
-                self._access.rebase()
+                self._runtime.weights.restart()
             self._runtime.parameters.hide_each(loaded)
             for param in loaded:
                 del call.tensors[param.index]

@@ -56,7 +56,6 @@ class Batch:
     source_ids: torch.Tensor | None  # int64 [rows, positions of the encoder]
     source_mask: torch.Tensor | None  # of it, as `attention_mask`
     num_tokens: int  # that the model reads, padding left out
-    num_examples: int
 
 
 def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | str = "cpu") -> Batch:
@@ -93,8 +92,8 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         if example.source is not None:
             sources += [example.source] * (len(sequences) - len(sources))
 
-    input_ids, mask = _rows(sequences, pad_id)
-    source_ids, source_mask = _rows(sources, pad_id) if sources else (None, None)
+    input_ids, mask = _padded(sequences, pad_id), _padded([np.ones(len(s)) for s in sequences], 0)
+    source_mask = _padded([np.ones(len(s)) for s in sources], 0) if sources else np.ones((0, 0))
     # Encoders warn that a mask is missing where a text holds the padding token, for which they look at it.
     causal = examples[0].place is None and (bool(examples[0].options) or not examples[0].chooses)
     width = input_ids.shape[1]
@@ -121,10 +120,9 @@ def collate(examples: Sequence[Example], *, pad_id: int, device: torch.device | 
         choices=tensor(_padded(choices, len(spans))) if choices else None,
         labels=tensor([e.label for e in examples]) if examples[0].chooses else None,
         right=_right(examples).to(device) if any(e.right for e in examples) else None,
-        source_ids=None if source_ids is None else tensor(source_ids),
-        source_mask=None if source_mask is None or source_mask.all() else tensor(source_mask),
-        num_tokens=int(mask.sum()) + (0 if source_mask is None else int(source_mask.sum())),
-        num_examples=len(examples),
+        source_ids=tensor(_padded(sources, pad_id)) if sources else None,
+        source_mask=None if source_mask.all() else tensor(source_mask),
+        num_tokens=int(mask.sum() + source_mask.sum()),
     )
 
 
@@ -134,16 +132,6 @@ def _right(examples: Sequence[Example]) -> torch.Tensor:
     for row, example in zip(result, examples, strict=True):
         row[list(example.right or (example.label,))] = True
     return result
-
-
-def _rows(sequences: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [sequences, longest]: tokens padded on the right, and 1 on tokens."""
-    input_ids = np.full((len(sequences), max(len(s) for s in sequences)), pad_id, dtype=np.int64)
-    mask = np.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return input_ids, mask
 
 
 def _option_rows(example: Example, sequences: list[np.ndarray]) -> list[int]:
@@ -166,7 +154,7 @@ def _option_rows(example: Example, sequences: list[np.ndarray]) -> list[int]:
 
 
 def _padded(lists: Sequence[Sequence[int]], fill: int) -> np.ndarray:
-    """int64 [lists, longest]."""
+    """int64 [lists, longest]: the lists, filled up on the right."""
     result = np.full((len(lists), max(1, *(len(items) for items in lists)) if lists else 1), fill, dtype=np.int64)
     for row, items in enumerate(lists):
         result[row, : len(items)] = items

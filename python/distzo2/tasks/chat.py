@@ -65,13 +65,8 @@ class Chat:
             return texts
         try:
             with _time_is(self.clock) as asked:
-                pairs = [
-                    (
-                        self._write(messages[:i], add_generation_prompt=True) if i else self._nothing,
-                        self._write(messages[: i + 1]),
-                    )
-                    for i in turns
-                ]
+                before = lambda i: self._write(messages[:i], add_generation_prompt=True) if i else self._nothing  # noqa: E731
+                pairs = [(before(i), self._write(messages[: i + 1])) for i in turns]
                 if not self._examined:
                     self._examine(pairs[-1][1] != self._write(messages[: turns[-1] + 1]), bool(asked))
         except DistZO2Error:

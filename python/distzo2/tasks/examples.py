@@ -80,11 +80,10 @@ class CausalLines(Tokenize):
             return True
         if (by_template or self._eos is None) and not self._told:
             self._told = True
-            what = "the chat template writes no special token behind the assistant's turns" if by_template else ""
-            if self._eos is None:
-                what = (what and what + ", and ") + "the tokenizer has no token for the end of a text"
+            lacks = ["the chat template writes no special token behind the assistant's turns"] * by_template
+            lacks += ["the tokenizer has no token for the end of a text"] * (self._eos is None)
             learned = "nothing teaches the model to stop" if self._eos is None else "the end of the text is learned"
-            logger.warning("%s: %s", what, learned)
+            logger.warning("%s: %s", ", and ".join(lacks), learned)
         return False
 
     def _choices(self, line: Line, ids: list[list[int]]) -> Example:

@@ -18,7 +18,7 @@ from torch import nn
 
 from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.writing import CONFIG_FILE
-from distzo2.errors import DistZO2Error, one_line
+from distzo2.errors import DistZO2Error, blaming
 from distzo2.models.pretrained import config_of, meta_model
 
 # Fields of config.json that no forward reads.
@@ -63,12 +63,8 @@ def model_kind(directory: str | os.PathLike) -> ModelKind:
     """
     directory = Path(directory)
     config = config_of(directory)
-    try:
+    with blaming(f"{directory / CONFIG_FILE}: no model can be made of it"):  # of fields that do not go together
         return _kind_of(directory, config)
-    except DistZO2Error:
-        raise
-    except Exception as error:  # whatever transformers' classes make of fields that do not go together
-        raise DistZO2Error(f"{directory / CONFIG_FILE}: no model can be made of it: {one_line(error)}") from error
 
 
 def _kind_of(directory: Path, config: Any) -> ModelKind:
@@ -90,9 +86,11 @@ def _kind_of(directory: Path, config: Any) -> ModelKind:
             raise DistZO2Error(
                 f"{directory}: config.json has no pad_token_id, by which {model} finds a text's end: {advice}"
             )
+    start = _whole(config, "decoder_start_token_id")
+    start = _whole(getattr(config, "decoder", None), "bos_token_id") if start is None else start
     return ModelKind(
-        name, model, _whole(text, "vocab_size"), positions, _whole(text, "pad_token_id"),
-        _start_of(config), num_classes, any("expert" in key for key in text.to_dict()),
+        name, model, _whole(text, "vocab_size"), positions, _whole(text, "pad_token_id"), start, num_classes,
+        any("expert" in key for key in text.to_dict()),
     )  # fmt: skip
 
 
@@ -128,12 +126,6 @@ def _positions_after_padding(directory: Path, positions: int | None) -> int | No
         if isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == positions:
             return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
     return positions
-
-
-def _start_of(config: Any) -> int | None:
-    """What a decoder reads first."""
-    start = _whole(config, "decoder_start_token_id")
-    return _whole(getattr(config, "decoder", None), "bos_token_id") if start is None else start
 
 
 def _text_config(config: Any) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from distzo2.tasks.batches import Batch, collate
 from distzo2.tasks.kinds import ModelKind
 from distzo2.tasks.tokenize import Example
 
+BATCHES_PER_PASS = 8  # of an evaluation; each keeps its hidden states meanwhile
 _CHECKED_TOKENS = 64  # of a line, by which a model's causality is checked
 
 
@@ -90,7 +92,6 @@ class Objective:
         *,
         pad_id: int,
         device: torch.device | str = "cpu",
-        rule: Literal["mean", "sum"] = "mean",
         in_front: int = 0,
     ) -> None:
         """
@@ -99,12 +100,11 @@ class Objective:
             name: "lm", "choices" or "error".
             pad_id: token that fills rows up.
             device: where batches go.
-            rule: "mean": closures return the mean loss of their micro-batch. "sum": the sum of its losses and their
-                number, for a mean over all of the step.
             in_front: positions in the logits before those of a batch, which a prompt of peft adds.
         """
-        self._in_front = in_front
-        self.model, self.name, self._pad_id, self._device, self.rule = model, name, pad_id, device, rule
+        self.model, self.name, self._pad_id, self._device, self._in_front = model, name, pad_id, device, in_front
+        # What closures return, for a mean over the micro-batch or over all of a step; see `closure`.
+        self.rule: Literal["mean", "sum"] = "mean"
         if torch.device(device).type == "cuda":
             _never_packed()
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
@@ -123,31 +123,23 @@ class Objective:
             them), a loss being a token's or, with choices or classes, an example's.
         """
 
-        def loss() -> torch.Tensor:
+        number = (batch.tokens if batch.labels is None else batch.labels).numel()
+
+        def loss() -> torch.Tensor | tuple[torch.Tensor, int]:
             logits, likelihoods = self._token_scores(batch)
             if self.name == "error":
                 hits, count = _hits(batch, logits, likelihoods)
-                return 1.0 - hits / count
-            return _losses(batch, likelihoods).mean()
+                return 1.0 - hits / count if self.rule == "mean" else (count - hits, number)
+            losses = _losses(batch, likelihoods)
+            return losses.mean() if self.rule == "mean" else (losses.double().sum(), number)
 
-        def summed() -> tuple[torch.Tensor, int]:
-            logits, likelihoods = self._token_scores(batch)
-            count = (batch.tokens if batch.labels is None else batch.labels).numel()
-            if self.name == "error":
-                return count - _hits(batch, logits, likelihoods)[0], count
-            return _losses(batch, likelihoods).double().sum(), count
-
-        return loss if self.rule == "mean" else summed
+        return loss
 
     def named(self, name: str) -> Objective:
         """Another objective of the same model."""
         other = copy(self)
         other.name = name
         return other
-
-    def likelihoods_of_choices(self, batch: Batch) -> Callable[[], torch.Tensor]:
-        """A closure that returns float32 [examples, most choices]: the log-likelihood of each choice."""
-        return lambda: choice_scores(batch, self._token_scores(batch)[1], mean=False)
 
     def evaluation(self, batch: Batch, blanks: torch.Tensor | None = None) -> Callable[[], torch.Tensor]:
         """A closure that returns float64 [4]: sum of losses, number of them, right answers, number of them.
@@ -276,7 +268,6 @@ def evaluate_examples(
     examples: Sequence[Example],
     *,
     batch_size: int = 16,
-    batches_per_pass: int = 8,
     mesh: Mesh | None = None,
     blanks: Sequence[Example] = (),
 ) -> Score:
@@ -286,7 +277,6 @@ def evaluate_examples(
         objective: of the model.
         examples: at least one.
         batch_size: examples in a micro-batch.
-        batches_per_pass: micro-batches that share a pass; each keeps its hidden states meanwhile.
         mesh: ranks that share the micro-batches; all of them call this with the same examples. The bits of the score
             are those of one rank.
         blanks: for each example its choices behind a prompt without content, to calibrate its answer; none: no
@@ -296,38 +286,45 @@ def evaluate_examples(
     dealt = [range(len(groups))] if mesh is None else deal_evenly(len(groups), mesh.world_size)
     own = dealt[0 if mesh is None else mesh.rank]
     rows = torch.zeros(max(map(len, dealt)), 5, dtype=torch.float64)  # of each micro-batch: its figures, its tokens
-    unspoken: list[torch.Tensor | None] = [None] * len(groups)
     with mesh.together("an evaluation") if mesh is not None else nullcontext():
+        unspoken: Sequence[torch.Tensor | None] = [None] * len(own)
         if blanks:
-            behind = [blanks[i : i + batch_size] for i in range(0, len(blanks), batch_size)]
-            unspoken[own.start : own.stop] = _blank_scores(objective, behind[own.start : own.stop], batches_per_pass)
-        for first in range(own.start, own.stop, batches_per_pass):
-            part = range(first, min(first + batches_per_pass, own.stop))
-            batches = [objective.batch(groups[i]) for i in part]
-            closures = [objective.evaluation(b, unspoken[i]) for i, b in zip(part, batches, strict=True)]
-            figures = evaluate(objective.model, closures)
-            for i, batch, values in zip(part, batches, figures, strict=True):
-                rows[i - own.start] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
+            behind = [blanks[i * batch_size : (i + 1) * batch_size] for i in own]
+            unspoken = _blank_scores(objective, behind)
+        closures = lambda i, batch: objective.evaluation(batch, unspoken[i])  # noqa: E731
+        passes = _in_passes(objective, [groups[i] for i in own], closures)
+        for row, (batch, values) in zip(rows, passes, strict=False):
+            row[:] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
     gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
     totals = torch.zeros(5, dtype=torch.float64)
-    for row in (row for part, values in zip(dealt, gathered, strict=True) for row in values[: len(part)]):
+    for row in chain.from_iterable(values[: len(part)] for part, values in zip(dealt, gathered, strict=True)):
         totals += row
     loss, count, hits, answers, num_tokens = totals.tolist()
     return Score(loss / count, hits / answers, len(examples), int(num_tokens))
 
 
-def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]], per_pass: int) -> list[torch.Tensor]:
+def _in_passes(
+    objective: Objective,
+    groups: Sequence[Sequence[Example]],
+    closure: Callable[[int, Batch], Callable[[], torch.Tensor]],
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """The batch of each group and what its closure, of its number and batch, returns."""
+    for first in range(0, len(groups), BATCHES_PER_PASS):
+        batches = [objective.batch(group) for group in groups[first : first + BATCHES_PER_PASS]]
+        yield from zip(
+            batches, evaluate(objective.model, [closure(i, b) for i, b in enumerate(batches, first)]), strict=True
+        )
+
+
+def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]]) -> list[torch.Tensor]:
     """float32 [examples, most choices] of each group: log-likelihoods of choices behind prompts without content, 0
     where there is no choice. What is the same in many examples is computed once."""
     key = lambda e: (e.tokens.tobytes(), e.lead, *(option.tobytes() for option in e.options))  # noqa: E731
     distinct = {key(e): e for group in groups for e in group}
     size = max((len(group) for group in groups), default=1)
-    examples, scores = list(distinct.values()), []
-    for first in range(0, len(examples), size * per_pass):
-        part = [examples[i : i + size] for i in range(first, min(first + size * per_pass, len(examples)), size)]
-        batches = [objective.batch(group) for group in part]
-        found = evaluate(objective.model, [objective.likelihoods_of_choices(b) for b in batches])
-        for group, values in zip(part, found, strict=True):
-            scores += [row[: len(e.options)] for e, row in zip(group, values, strict=True)]
-    found = dict(zip(distinct, scores, strict=True))
+    parts = [list(distinct.values())[i : i + size] for i in range(0, len(distinct), size)]
+    sums = lambda i, batch: lambda: choice_scores(batch, objective._token_scores(batch)[1], mean=False)  # noqa: E731
+    passes = _in_passes(objective, parts, sums)
+    scores = chain.from_iterable(values for _, values in passes)
+    found = {k: row[: len(e.options)] for (k, e), row in zip(distinct.items(), scores, strict=True)}
     return [nn.utils.rnn.pad_sequence([found[key(e)] for e in group], batch_first=True) for group in groups]

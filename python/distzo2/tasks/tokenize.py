@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +169,8 @@ class Tokenize(ABC):
         """The tokens of each text, with the special tokens around it."""
         if not texts:
             return []
-        encode = partial(self.tokenizer, text_target=texts) if as_target else partial(self.tokenizer, texts)
-        split = {"split_special_tokens": True} if self.splits else {}
-        return encode(add_special_tokens=True, verbose=False, **split)["input_ids"]
+        more = {"text_target" if as_target else "text": texts} | ({"split_special_tokens": True} if self.splits else {})
+        return self.tokenizer(add_special_tokens=True, verbose=False, **more)["input_ids"]
 
     def without_tail(self, ids: list[int]) -> list[int]:
         """Without the special tokens after a text."""
@@ -200,16 +198,13 @@ class Tokenize(ABC):
         kept = self.fitting(line, len(ids) - self.num_tail, self.num_tail)
         return np.asarray(ids, dtype=np.int32)[np.r_[kept, len(ids) - self.num_tail : len(ids)]]
 
-    def check(self, line: Any, example: Example) -> None:
-        """Raises DataError where choices are the same tokens, or as `check_vocabulary`."""
-        options = [option.tolist() for option in example.options]
-        if not self.legacy and (same := next((o for o in options if options.count(o) > 1), None)):
+    def check(self, line: Any, example: Example, alike: bool = False) -> None:
+        """Raises DataError where choices are the same tokens, unless they may be `alike`, or where a token is not of
+        the model's vocabulary; `line.where` is what the example is of."""
+        options = [] if alike or self.legacy else [option.tolist() for option in example.options]
+        if same := next((o for o in options if options.count(o) > 1), None):
             first, second, *_ = (i for i, option in enumerate(options) if option == same)
             raise DataError(f"{line.where}: choices {first} and {second} are the same tokens to the model")
-        self.check_vocabulary(line, example)
-
-    def check_vocabulary(self, line: Any, example: Example) -> None:
-        """Raises DataError where a token is not of the model's vocabulary; `line.where` is what the example is of."""
         size = self.kind.vocab_size
         for ids in (example.tokens, *example.options, *([] if example.source is None else [example.source])):
             if size is not None and len(ids) and (highest := int(ids.max())) >= size:

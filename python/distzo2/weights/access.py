@@ -131,16 +131,12 @@ class WeightAccess:
                     return False
         return True
 
-    def kept_elements(self, unit: Unit) -> dict[str, range]:
+    def kept_elements(self, unit: Unit) -> dict[str, list[range]]:
         """Returns which elements of each parameter (bytes, where it is packed) `writing` keeps on this rank: all,
         unless the unit is in slices."""
         copy = self.weights.copies[unit.index]
-        return {p.name: copy.elements_of(p) for p in unit.params}
+        return {p.name: copy.kept_of(p) for p in unit.params}
 
     def fills_in_place(self, unit: Unit) -> bool:
         """Whether `writing` yields the stored copy itself, so that several units may be open at no cost in memory."""
         return self.weights.store_of(self.weights.copies[unit.index]).in_host_memory
-
-    def rebase(self) -> None:
-        """Makes the replaced weights the base of the updates that follow."""
-        self.weights.restart()

@@ -22,13 +22,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from distzo2.errors import DistZO2Error
-from distzo2.weights.units import ParamInfo, Unit
+from distzo2.weights.units import ALIGNMENT, ParamInfo, Unit
 from distzo2_core import BlockFile, CopyEngine, HostPool, RangeFiles, aligned_buffer
 
 SLOT_ALIGNMENT = 4096  # bytes; what O_DIRECT needs
@@ -59,14 +60,15 @@ def core_errors(function: Callable[..., T]) -> Callable[..., T]:
 
 @dataclass(eq=False)
 class StoredCopy:
-    """What is stored here of a unit: bytes [begin, begin + num_bytes) of its packed buffer.
+    """What is stored here of a unit: a slice, bytes [begin, end) of its packed buffer, and behind it the scales of the
+    trained codes in the slice that lie elsewhere in the buffer.
 
     A whole unit is a slice of one. A slice may include padding behind the unit's end.
     """
 
     unit: Unit
     begin: int
-    num_bytes: int
+    end: int
     version: int = 0  # how many updates the bytes hold
     block: int = -1  # its number among the copies that stream; -1: it does not stream
     is_fixed: bool = False  # its bytes are those of a checkpoint's own files, which are only read
@@ -80,12 +82,42 @@ class StoredCopy:
     def streams(self) -> bool:
         return self.block >= 0
 
+    @cached_property
+    def places(self) -> list[tuple[range, int]]:
+        """Which bytes of the unit's buffer are stored, and at which byte of the copy they begin: the slice is first."""
+        places, end = [(range(self.begin, self.end), 0)], self.end - self.begin
+        for param in self.unit.params:
+            scales = param.scales_of(self.elements_of(param)) if param.is_coded else range(0)
+            if scales and not self.begin <= scales.start < scales.stop <= self.end:
+                places.append((scales, end))
+                end += len(scales)
+        return places
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all that is stored, a multiple of `ALIGNMENT`."""
+        last, at = self.places[-1]
+        return -(-(at + len(last)) // ALIGNMENT) * ALIGNMENT
+
     def elements_of(self, param: ParamInfo) -> range:
-        """Returns which elements (bytes, where it is packed) of one of the unit's parameters are in the copy. (Slices
-        cut no element.)"""
-        begin, end = self.begin - param.byte_offset, self.begin + self.num_bytes - param.byte_offset
+        """Returns which elements of one of the unit's parameters are in the slice; which bytes, where it is packed and
+        frozen. (Slices cut no element, and no group of trained codes.)"""
         item = param.stored_itemsize
-        return range(min(max(begin, 0), param.num_bytes) // item, min(max(end, 0), param.num_bytes) // item)
+        most = param.numel if param.is_coded else param.num_bytes // item
+        own = param.bytes_in(range(self.begin, self.end))
+        return range(min(own.start // item, most), min(own.stop // item, most))
+
+    def kept_of(self, param: ParamInfo) -> list[range]:
+        """Returns which elements of one of the unit's parameters are stored, behind the slice too; which bytes, where
+        it is packed."""
+        item = param.dtype.itemsize if param.layout is None else 1
+        held = [part for place, _ in self.places if (part := param.bytes_in(place))]
+        return [range(part.start // item, part.stop // item) for part in held]
+
+    def scale_offset(self, param: ParamInfo) -> int:
+        """Returns at which byte of the copy the scales of a parameter's codes in the slice begin."""
+        first = param.scales_of(self.elements_of(param)).start
+        return next(at + first - place.start for place, at in reversed(self.places) if first in place)
 
 
 class Store:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Rows of the picture. Intervals of one row must not overlap, or viewers nest them: transfers have a row for each slot.
 _KINDS = ("step", "compute", "materialize", "wait", "stall", "update", "gather", "decode")
@@ -12,9 +15,14 @@ _TRANSFERS = {"upload": 16, "download": 32}
 
 
 class Timeline:
-    """Intervals of the orchestrator, on the clock of `time.perf_counter_ns` (the engine's steady clock)."""
+    """Intervals of the orchestrator, on the clock of `time.perf_counter_ns` (the engine's steady clock).
+
+    Attributes:
+        total_ns: how long those of each kind took together, recorded or not; whoever reads it may clear it.
+    """
 
     def __init__(self) -> None:
+        self.total_ns: Counter[str] = Counter()
         self._enabled = False
         self._events: list[tuple[str, str, int, int]] = []
 
@@ -23,8 +31,16 @@ class Timeline:
         self._events.clear()
 
     def add(self, kind: str, name: str, start_ns: int, end_ns: int) -> None:
+        self.total_ns[kind] += end_ns - start_ns
         if self._enabled:
             self._events.append((kind, name, start_ns, end_ns))
+
+    @contextmanager
+    def timing(self, kind: str, name: str) -> Iterator[None]:
+        """Adds the interval in which its body runs, unless that raises."""
+        start = time.perf_counter_ns()
+        yield
+        self.add(kind, name, start, time.perf_counter_ns())
 
     def save(self, path: str | os.PathLike, transfers: Iterable[tuple], block_names: dict[int, str]) -> None:
         """Writes the intervals and the engine's transfers (kind, block, slot, bytes, start_ns, end_ns) to `path`."""

@@ -7,10 +7,10 @@ memory that makes the perturbed copies. Everything acts on the current stream of
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +95,6 @@ class UnitWeights:
         self._next = {u.index: streamed[(i + 1) % len(streamed)] for i, u in enumerate(streamed)}  # as seen last
         self._last_streamed: Unit | None = None
         self._last_of_pass: Unit | None = streamed[-1] if streamed else None
-        self._noise_ns = self._wait_ns = 0
 
     # ---- updates ----------------------------------------------------------------------------------------------------
 
@@ -191,14 +190,10 @@ class UnitWeights:
         if unit.index in self._present:
             return self._present[unit.index]
         copy = self.copies[unit.index]
-        store = self.store_of(copy)
-        start = time.perf_counter_ns()
-        buffer = store.acquire(copy)
-        end = time.perf_counter_ns()
+        with self.trace.timing("wait", unit.name) if copy.streams else nullcontext():
+            buffer = self.store_of(copy).acquire(copy)
         present = self._present[unit.index] = Present(self._held_copy(unit), buffer, self._views_of(unit, buffer))
         if copy.streams:
-            self._wait_ns += end - start
-            self.trace.add("wait", unit.name, start, end)
             if self._last_streamed is not None:
                 self._next[self._last_streamed.index] = unit
             self._last_streamed = unit
@@ -396,11 +391,8 @@ class UnitWeights:
         if table is None:
             return False
         write_back = misses and not (emissions and self._leaves_behind(copy))
-        start = time.perf_counter_ns()
-        self._materialize(copy, stored, table, tuple(emissions), outs, for_modules, write_back)
-        end = time.perf_counter_ns()
-        self._noise_ns += end - start
-        self.trace.add("materialize", copy.unit.name, start, end)
+        with self.trace.timing("materialize", copy.unit.name):
+            self._materialize(copy, stored, table, tuple(emissions), outs, for_modules, write_back)
         if write_back:
             copy.version = self.version
         return write_back
@@ -436,12 +428,9 @@ class UnitWeights:
         Raises:
             DistZO2Error: at its first visit, a weight is not finite.
         """
-        start = time.perf_counter_ns()
-        for out in outs:
-            decode(stored, unit.packed, out, gains)
-        end = time.perf_counter_ns()
-        self._noise_ns += end - start
-        self.trace.add("decode", unit.name, start, end)
+        with self.trace.timing("decode", unit.name):
+            for out in outs:
+                decode(stored, unit.packed, out, gains)
         if unit.index in self._decoded:
             return
         for param in unit.params:
@@ -457,8 +446,14 @@ class UnitWeights:
         self._decoded.add(unit.index)
 
     def write_up_to_date(self, copy: StoredCopy, stored: torch.Tensor, out: torch.Tensor) -> bool:
-        """Writes a copy with every update made so far to `out`; returns whether `stored` was brought up to date too."""
+        """Writes a slice with every update made so far to `out`; returns whether `stored` was brought up to date."""
         misses = self.updates.missed_by(copy)
+        if copy.unit.is_encoded:  # an emission would be decoded
+            if stays := misses and self._leaves_behind(copy):
+                copy, stored = replace(copy), stored.clone()
+            changed = misses and self._catch_up(copy, stored)
+            out.copy_(stored[: out.numel()])
+            return changed and not stays
         if not misses or not all(p.index in self.updates.group_of for p in copy.unit.params):
             out.copy_(stored)
         return misses and self._catch_up(copy, stored, [CLEAN], [out])
@@ -492,7 +487,7 @@ class UnitWeights:
         self.ring.forget()
 
     def restart(self) -> None:
-        """Counts updates from 0 again, for stored copies that were replaced from outside."""
+        """Makes stored copies that were replaced from outside the base of the updates that follow, counted from 0."""
         self.flush()
         self.updates.restart()
         self._assume_current()
@@ -508,15 +503,17 @@ class UnitWeights:
 
     def reset_stats(self) -> None:
         """Starts the counting of bytes and seconds anew."""
-        self._noise_ns = self._wait_ns = 0
+        self.trace.total_ns.clear()
         self.ring.reset_stats()
 
     def stats(self) -> dict[str, int | float]:
         """Returns bytes and seconds since `reset_stats`, and bytes allocated. On CUDA, seconds are the host's."""
+        total_ns = self.trace.total_ns
         return {
             **self.ring.stats(),
-            "noise_s": self._noise_ns * 1e-9,
-            "exposed_wait_s": self._wait_ns * 1e-9,
+            "compute_s": total_ns["compute"] * 1e-9,
+            "noise_s": (total_ns["materialize"] + total_ns["decode"]) * 1e-9,
+            "exposed_wait_s": total_ns["wait"] * 1e-9,
             "resident_bytes": sum(c.unit.num_bytes for c in self.copies if not c.streams),
             "streamed_bytes": sum(c.unit.num_bytes for c in self.copies if c.streams),
             "slot_bytes": self.ring.slot_bytes * self.ring.num_slots,

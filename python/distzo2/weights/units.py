@@ -70,7 +70,8 @@ class StoredAs:
         places = (at.codes.row_stride, at.scale.row_stride, at.scale.stride, at.scale.rows, at.block, self.transposed)
         is_flat = places == (at.cols * dtype.itemsize, at.cols // group * 4, 4, 1, at.cols, False)
         is_known = at.scale.kind == Kind.FLOAT32 and group in SCALE_GROUPS and at.codes.offset == 0
-        return dtype if is_flat and is_known and at.cols % group == 0 else None
+        is_cut_whole = at.cols % group == 0 == ALIGNMENT % (group * dtype.itemsize)  # by rows, and by slices of a unit
+        return dtype if is_flat and is_known and is_cut_whole else None
 
 
 _CODES = {Kind.INT8: torch.int8, Kind.INT16: torch.int16}
@@ -123,8 +124,10 @@ class ParamInfo:
 
     @property
     def stored_itemsize(self) -> int:
-        """Bytes that a slice of the unit does not cut."""
-        return self.dtype.itemsize if self.layout is None else 1
+        """Bytes of an element as it is stored; 1 of what is packed and frozen, which is counted by bytes."""
+        if self.layout is None:
+            return self.dtype.itemsize
+        return self.stored.code_dtype.itemsize if self.is_coded else 1
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -132,17 +135,22 @@ class ParamInfo:
         rows = self.shape[0] if len(self.shape) > 1 else 1
         return rows, self.numel // max(rows, 1)
 
-    def segment(self, byte_offset: int, part: range, group: int) -> Segment:
-        """Elements `part`, or all of what is coded, in a buffer that holds them from `byte_offset` on."""
-        dtype, scales = self.dtype, {}
-        if self.is_coded:  # whole: what holds codes is not sliced
-            scale, part = self.layout.scale, range(self.numel)
-            dtype, scales = (
-                self.stored.code_dtype,
-                {"scale_offset": byte_offset + scale.offset, "scale_group": scale.cols},
-            )
-        scales["nonnegative"] = self.is_gain
-        return Segment(byte_offset, len(part), dtype, self.index, part.start, group, *self.matrix_shape, **scales)
+    def bytes_in(self, place: range) -> range:
+        """Which of its bytes are in `place` of the unit's buffer."""
+        return range(*(min(max(at - self.byte_offset, 0), self.num_bytes) for at in (place.start, place.stop)))
+
+    def scales_of(self, part: range) -> range:
+        """Which bytes of the unit's buffer are the scales of codes `part`, whole groups."""
+        scale = self.layout.scale
+        start = self.byte_offset + scale.offset
+        return range(*(start + 4 * (element // scale.cols) for element in (part.start, part.stop)))
+
+    def segment(self, byte_offset: int, part: range, group: int, scale_offset: int) -> Segment:
+        """Elements `part` in a buffer that holds them from `byte_offset` on, and scales of codes from `scale_offset`
+        on."""
+        dtype, each = (self.stored.code_dtype, self.layout.scale.cols) if self.is_coded else (self.dtype, 0)
+        segment = Segment(byte_offset, len(part), dtype, self.index, part.start, group, *self.matrix_shape)
+        return segment._replace(scale_offset=scale_offset, scale_group=each, nonnegative=self.is_gain)
 
     def value(
         self, view: torch.Tensor, dtype: torch.dtype | None = None, gains: torch.Tensor | None = None
@@ -221,6 +229,11 @@ class Unit:
     def is_encoded(self) -> bool:
         """Whether stored bytes are not what modules declare."""
         return any(p.layout is not None or p.dtype != p.declared for p in self.params)
+
+    @cached_property
+    def scale_bytes(self) -> int:
+        """Of the scales of codes, which all slices of the unit together keep in addition."""
+        return sum(len(p.scales_of(range(p.numel))) for p in self.params if p.is_coded)
 
     @property
     def trainable(self) -> bool:

@@ -122,7 +122,7 @@ class Updates:
     def table(self, copy: StoredCopy, for_modules: bool = False) -> SegmentTable | None:
         """Returns the segments of the copy that updates and perturbations reach; None if there are none. `for_modules`:
         all that are converted are in it, and emitted where and as modules see them."""
-        key = copy.unit.index, copy.begin, copy.num_bytes, for_modules
+        key = copy.unit.index, copy.begin, copy.end, for_modules
         if key not in self._tables:
             segments = []
             for p in copy.unit.params:
@@ -131,7 +131,8 @@ class Updates:
                 if not part or not is_read or (p.layout is not None and not p.is_coded):
                     continue
                 offset = p.byte_offset + part.start * p.stored_itemsize - copy.begin
-                segment = p.segment(offset, part, -1 if group is None else group)
+                scales = copy.scale_offset(p) if p.is_coded else 0
+                segment = p.segment(offset, part, -1 if group is None else group, scales)
                 if for_modules or copy.unit.is_encoded:
                     segment = segment._replace(out_offset=p.seen_offset, out_dtype=p.seen)
                 segments.append(segment)
