@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import subprocess
 import sys
@@ -118,26 +117,6 @@ def test_arrays_are_kept_where_they_are_short(tmp_path: Path):
     (tmp_path / "x").write_bytes(file_of((*values, ARCHITECTURE)))
     with GgufFile(tmp_path / "x") as file:
         assert file.metadata == {"n": [1, -2, 3], "w": 2, "l": 2000, "b": True, "general.architecture": "llama"}
-
-
-def test_the_identity_tells_what_changed(tmp_path: Path):
-    path = tmp_path / "x"
-
-    def identity(data: bytes, seconds: int = 5):
-        path.write_bytes(data)
-        os.utime(path, ns=(0, seconds * 10**9))
-        with GgufFile(path) as file:
-            return file.identity
-
-    first = identity(file_of())
-    assert first.differences(identity(file_of())) == []
-    assert first.differences(identity(file_of(), 6)) == ["its time in ns was 5000000000 and is 6000000000"]
-    assert "length" in first.differences(identity(file_of(data=35)))[0]
-    (other,) = first.differences(identity(file_of((value("general.architecture", 8, text("qwen2")),))))
-    assert "header's SHA-256" in other
-    changed = bytearray(file_of())
-    changed[-1] ^= 1  # a weight: its digest is the journal's matter
-    assert first.differences(identity(bytes(changed))) == []
 
 
 def test_the_package_is_asked_for_where_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

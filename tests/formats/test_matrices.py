@@ -130,7 +130,7 @@ def test_tensors_of_a_form_are_all_accounted_for(tmp_path: Path, case: str) -> N
     tensors = FORMS[case](SHAPE, torch.Generator().manual_seed(0))[0]
     (matrix,), used = find_matrices(stored(tmp_path, tensors), {})
     assert (matrix.name, matrix.shape) == ("q.weight", SHAPE) and used == {f"q{name}" for name in tensors}
-    size = matrix.planes["codes"].piece.num_bytes
+    size = matrix.planes["codes"][0].num_bytes
     assert size == (SHAPE[0] * SHAPE[1] >> (0 if re.search("int8|float-|fp8|int-", case) else 1))
 
 

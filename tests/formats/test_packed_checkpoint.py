@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distzo2.checkpoint.packed_param import Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats import repacking
 from distzo2.formats.packed_checkpoint import PackedCheckpoint, find_settings, open_packed
+from distzo2.models import pretrained
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},
@@ -181,7 +183,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq of marlin": (
         {KEY: GPTQ | {"checkpoint_format": "marlin"}}, "format among gptq, gptq_v2",
     ),
-    "awq gemv": ({KEY: AWQ | {"version": "GEMV"}}, "version among gemm, got 'gemv'"),
+    "awq gemv": ({KEY: AWQ | {"version": "GEMV"}}, "version among gemm, GEMM, got 'GEMV'"),
     "sparse": (compressed_config(format="marlin-24"), "expected format among .*, got 'marlin-24'"),
     "a group": (compressed_config(config_groups={"a": {"format": "mxfp6"}}), "got 'mxfp6'"),
     "two blocks": (
@@ -209,7 +211,7 @@ def test_settings_that_are_not_decoded_are_refused_by_name(tmp_path: Path, case:
 def test_names_of_tensors_are_enough(tmp_path: Path) -> None:
     decoded = save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], None)
     checkpoint = open_packed(tmp_path)
-    assert checkpoint.settings == {} and checkpoint.packed.keys() == decoded.keys()
+    assert find_settings(tmp_path) == {} and checkpoint.packed.keys() == decoded.keys()
     checkpoint.map.close()
 
 
@@ -227,6 +229,48 @@ def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     checkpoint.packed["model.layers.0.mlp.down_proj.weight"].pieces[0].read()
     assert max(sizes) <= 1 << 14 and sum(sizes) == 256 * 1152 // 2
     checkpoint.map.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "end", "role"),
+    [
+        ("gptq int4 g128", ".scales", "scale"),
+        ("nf4 g64", ".absmax", "scale"),
+        ("nvfp4-pack-quantized", ".weight_scale", "scale"),
+        ("nvfp4-pack-quantized", ".weight_global_scale", "outer"),
+        ("fp8", "_scale_inv", "scale"),
+    ],
+)
+def test_scales_that_are_not_finite_are_refused_before_memory_is_taken(
+    case: str, end: str, role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(name for name in FORMS if name.startswith(case))
+    quantization = next(config for start, config in CONFIGS.items() if case.startswith(start))
+    save(tmp_path, "Llama", LLAMA, FORMS[case], quantization)
+    monkeypatch.setattr(pretrained, "offload", lambda *_, **__: pytest.fail("weights were handed over"))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():  # of any bits so far
+        if re.search(r"scales$|absmax$|_scale$|_scale_inv$", name):
+            tensors[name] = torch.ones(tensor.shape).to(tensor.dtype)
+            if re.search(rf"down_proj(\.weight)?{end}$", name):
+                tensors[name].view(-1)[-1] = torch.nan
+    save_file(tensors, file, metadata=PT)
+    with pytest.raises(CheckpointError, match=rf"down_proj.weight \(.*expected finite numbers as {role}, got nan"):
+        pretrained.from_pretrained(tmp_path)
+
+
+def test_sizes_are_those_of_decoded_and_of_packed_weights(tmp_path: Path) -> None:
+    for case, is_made in {"gptq int4 g128": True, "pack-quantized int4 g128": False}.items():
+        place = tmp_path / case
+        decoded = save(place, "Llama", LLAMA, FORMS[case], CONFIGS["gptq" if is_made else ""])
+        found = [row for row in pretrained.sizes_of(place) if row[0] < 2 * row[1]]
+        assert sum(numel for _, numel, *_ in found) == sum(t.numel() for t in decoded.values())
+        assert {row[2:] for row in found} == {(torch.bfloat16, is_made)}
+        checkpoint = open_packed(place)
+        packed = sum(piece.num_bytes for param in checkpoint.packed.values() for piece in param.pieces)
+        assert sum(row[0] for row in found) == packed
+        checkpoint.map.close()
 
 
 def test_plain_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -271,6 +315,6 @@ def test_a_text_model_within_another_is_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(told))
     checkpoint = open_packed(tmp_path)
     (param,) = checkpoint.packed.values()
-    assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and checkpoint.settings == AWQ
+    assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and find_settings(tmp_path) == AWQ
     assert_decodes(decode(param), decoded, name)
     checkpoint.map.close()

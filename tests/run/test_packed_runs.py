@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,11 @@ from same_bits import assert_same_tensors  # noqa: E402
 from tiny_text import choice_lines, make_checkpoint, write_jsonl  # noqa: E402
 
 from distzo2 import from_pretrained, runtime_of  # noqa: E402
+from distzo2.checkpoint.writing import DISK_SLACK_BYTES  # noqa: E402
 from distzo2.cli.main import main  # noqa: E402
 from distzo2.record.journal import read_journal  # noqa: E402
+from distzo2.record.line import decode_line, encode_line  # noqa: E402
+from distzo2.run import preflight  # noqa: E402
 from distzo2.run.options import EvalOptions  # noqa: E402
 from distzo2.run.preflight import placed  # noqa: E402
 
@@ -91,6 +95,33 @@ def test_another_file_in_the_place_of_the_base_is_refused(packed, tmp_path: Path
     capsys.readouterr()
     assert main(["finetune", "--resume", "--out=out", "--steps=6", "--quiet"]) == 1
     assert "base checkpoint" in one_line(capsys)
+    shutil.copyfile(packed.model, model)  # the same file at another time
+    assert main(["finetune", "--resume", "--out=out", "--steps=6", "--quiet"]) == 0
+    first, *rest = Path("out/journal.jsonl").read_bytes().splitlines(keepends=True)
+    header = decode_line(first, len(first))
+    for key in ("header_bytes", "header_sha256"):  # as earlier journals are
+        del header["base"]["files"]["model.gguf"][key]
+    Path("out/journal.jsonl").write_bytes(b"".join([encode_line(header, 1 << 20), *rest]))
+    assert main(["finetune", "--resume", "--out=out", "--steps=7", "--quiet"]) == 0
+
+
+@pytest.mark.usefixtures("own_directory")
+def test_room_is_asked_for_what_is_made_and_for_decoded_weights(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A block file holds what files do not have as it is stored; a checkpoint holds decoded weights."""
+    monkeypatch.setattr(preflight, "free_disk_bytes", lambda place: DISK_SLACK_BYTES + (1 << 19))
+    data = write_jsonl(tmp_path / "train.jsonl", choice_lines(20))
+    model = tiny_gguf.make_model("llama", num_hidden_layers=3)
+    for kind, options, reason in (
+        ("Q5_0", LORA, "the file of streamed weights"),
+        ("Q4_0", LORA, ""),
+        ("Q4_0", ["--tune=gain", "--no-signal"], "the checkpoint"),
+    ):
+        path = tiny_gguf.write(tmp_path / f"{kind}.gguf", "llama", model, kind, quantized=True)
+        files = SimpleNamespace(train=data, model=path)
+        status = finetune(files, *options, "--weights=disk", "--steps=1", f"--out={kind}{reason}")
+        assert status == bool(reason) and reason in capsys.readouterr().err
+    size, numel = preflight.model_size(files.model, None), sum(p.numel() for p in model.parameters())
+    assert size.made == 0 and 2 * numel <= size.decoded < 2.1 * numel and size.total < 0.6 * numel
 
 
 @pytest.mark.usefixtures("own_directory")

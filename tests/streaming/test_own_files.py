@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,39 @@ def test_it_trains_with_the_bits_of_host_memory(base, kind: str, trained: str, t
     assert runtime.weights.stats()["bytes_down"] == 3 * written
 
 
+@pytest.mark.parametrize("kind", ["one", "gguf"])
+def test_what_was_parsed_is_what_streams(base, kind: str, tmp_path: Path) -> None:
+    """A file that is replaced, written or removed between its header being read and its blocks being opened."""
+    if kind == "gguf":
+        tiny_gguf = pytest.importorskip("tiny_gguf")
+        path = file = tiny_gguf.write(tmp_path / "x.gguf", "llama", tiny_gguf.make_model("llama"), "Q4_0")
+    else:
+        path, file = tmp_path / "copy", tmp_path / "copy/model.safetensors"
+        shutil.copytree(base["one"], path)
+    data = file.read_bytes()
+
+    def replaced() -> None:
+        (tmp_path / "new").write_bytes(data)
+        os.replace(tmp_path / "new", file)
+
+    for change, reason in (
+        (replaced, "its inode was"),
+        (lambda: file.write_bytes(data + bytes(8)), f"its length in bytes was {len(data)} when it was opened and is"),
+        (lambda: os.utime(file, ns=(0, 5)), r"its time of change in ns was \d+ when it was opened and is 5: nothing"),
+        (file.unlink, "cannot be opened"),
+    ):
+
+        def prepare(model, checkpoint_map, change=change):
+            change()
+            return model.requires_grad_(False), checkpoint_map
+
+        with pytest.raises(DistZO2Error, match=rf"{file.name}: {reason}"):
+            distzo2.from_pretrained(path, weights="disk", directory=tmp_path, prepare=prepare)
+        file.write_bytes(data)
+
+
 def test_what_is_converted_is_copied(base, tmp_path: Path) -> None:
+    """Where it is not a little of its block, as Gemma's norms are (test_packed.py)."""
     model = load(base["one"], "disk", tmp_path, "norm", dtype=torch.bfloat16)
     assert not any(copy.is_fixed for copy in distzo2.runtime_of(model).weights.copies)
 

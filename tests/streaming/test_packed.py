@@ -226,6 +226,29 @@ def test_an_edit_of_packed_weights_makes_them_plain(files) -> None:
     assert_same_tensors(model.state_dict(), expected)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("trained", [(), ("q_norm", "post_feedforward")])
+def test_gemma_streams_from_its_file_though_its_norms_are_made(name: str, trained, tmp_path: Path) -> None:
+    """1 is taken away from them, so they are not as in the file. They are small, and resident."""
+    path = tiny_gguf.write(tmp_path / "x.gguf", name, tiny_gguf.make_model(name), "Q4_K", quantized=True)
+    found = []
+    for place in PLACES:
+        model = distzo2.from_pretrained(path, weights=place, directory=tmp_path / "blocks", prepare=only(*trained))
+        with torch.no_grad():
+            logits = model(input_ids=IDS).logits
+        losses = train(model) if trained else []
+        found.append((logits, losses, model.state_dict()))
+    copies = distzo2.runtime_of(model).weights.copies
+    blocks = {f"model.layers.{i}" for i in range(model.config.num_hidden_layers)}
+    assert {copy.unit.name for copy in copies if copy.streams} == blocks
+    assert all(copy.is_fixed for copy in copies if copy.streams) and not (tmp_path / "blocks").exists()
+    apart = {copy.unit.name for copy in copies if not copy.streams and copy.unit.beside is not None}
+    assert apart == {f"{block} ({'trained' if trained else 'made'})" for block in blocks}
+    for logits, losses, state in found[1:]:
+        assert torch.equal(logits, found[0][0]) and losses == found[0][1]
+        assert_same_tensors(state, found[0][2])
+
+
 def test_a_weight_that_is_not_finite_is_named_at_its_first_visit(tmp_path: Path) -> None:
     """Scales of 60,000 are finite in a file, and lead beyond float16."""
     path = tiny_gguf.write(tmp_path / "wild.gguf", "llama", tiny_gguf.make_model("llama"), "Q4_0")

@@ -28,13 +28,12 @@ def parts_of(config: Any) -> Iterator[dict[str, Any]]:
             yield part
 
 
-def load_config(directory: Path, packed: bool = False) -> Any:
-    """The transformers configuration of a directory. No code that comes with it, or from a hub, is run.
-
-    With `packed`, its weights may be quantized.
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a directory, without its quantisation, for which transformers would replace
+    modules by its own. No code that comes with it, or from a hub, is run.
 
     Raises:
-        CheckpointError: there is none that transformers knows, or it asks for code, or its weights are quantized.
+        CheckpointError: there is none that transformers knows, or it asks for code.
     """
     from transformers import AutoConfig
 
@@ -46,9 +45,6 @@ def load_config(directory: Path, packed: bool = False) -> Any:
         for key in _CODE_KEYS:
             if "/" in str(part.get(key)):
                 raise CheckpointError(f"{path}: {key} names code from elsewhere, {str(part[key])[:80]!r}: not run")
-        for key in () if packed else QUANT_KEYS:
-            if part.get(key):
-                raise CheckpointError(f"{path}: quantized weights ({key}) cannot be perturbed or updated")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -56,6 +52,9 @@ def load_config(directory: Path, packed: bool = False) -> Any:
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
         if getattr(part, "return_dict", True) is False:  # transformers' own forwards need the names of inner outputs
             part.return_dict = True
+        for key in QUANT_KEYS:
+            if part is not None and hasattr(part, key):
+                delattr(part, key)
     return config
 
 

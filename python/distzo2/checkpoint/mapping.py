@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.packed_param import PackedParam
 from distzo2.checkpoint.packed_param import Piece as PackedPiece
-from distzo2.checkpoint.reading import CheckpointFiles, Range, digest_checkpoint, split
+from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 from distzo2.errors import one_line
@@ -48,7 +49,8 @@ class MappedTensor:
     pieces: tuple[Piece, ...]
     is_buffer: bool = False
     packed: PackedParam | None = None  # of what is read through it; `pieces` then say where it is written, decoded
-    is_gain: bool = False  # of packed weights: ones, which are in no file
+    made: torch.Tensor | None = field(default=None, compare=False)  # its values, where no file has them as they are
+    is_gain: bool = False  # of packed weights
 
     @property
     def numel(self) -> int:
@@ -84,9 +86,20 @@ class CheckpointMap:
 
     def digest(self) -> dict[str, Any]:
         """What a journal's header records of the checkpoint's files; all of them are read, or parts where weights are
-        packed."""
+        packed.
+
+        Raises:
+            CheckpointError: a file is no longer the one that was opened.
+        """
         pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
-        return digest_checkpoint(self.files.directory, sampled=any(piece.make is None for piece in pieces))
+        headers = {file.path.name: file.header_bytes for file in self.files.files}
+        found = digest_checkpoint(
+            self.files.directory, headers if any(piece.make is None for piece in pieces) else None
+        )
+        for file in self.files.files:
+            if file.path.name in found["files"]:  # an adapter's may be written anew
+                file.check_same()
+        return found
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
         """The pieces of the parameter that `tensor` is, or whose rows from `begin` on it is.
@@ -104,17 +117,16 @@ class CheckpointMap:
 
     def read(self, name: str, out: torch.Tensor, begin: int = 0) -> None:
         """Fills `out`, a contiguous CPU tensor, with a parameter or its rows from `begin` on, in the calling thread."""
-        pieces, packed = self.pieces_of(name, out, begin), self.mapped[name].packed
-        if self.mapped[name].is_gain:
-            out.fill_(1)
-            return
-        if packed is None:
+        pieces, values, packed = self.pieces_of(name, out, begin), self.mapped[name].made, self.mapped[name].packed
+        if packed is not None:
+            held = self._decoded  # rows are asked for one after another; threads may read different parameters
+            if held[0] != (name, out.dtype):
+                self._decoded = held = (name, out.dtype), packed.value(out.dtype)
+            values = held[1]
+        if values is None:
             self.files.read_pieces(pieces, out)
-            return
-        held = self._decoded  # rows are asked for one after another; threads may read different parameters
-        if held[0] != (name, out.dtype):
-            self._decoded = held = (name, out.dtype), packed.value(out.dtype)
-        out.copy_(held[1].view(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
+        else:
+            out.copy_(values.reshape(-1)[begin * math.prod(out.shape[1:]) :][: out.numel()].view(out.shape))
 
     def ranges_of(self, name: str, out: torch.Tensor, within: range) -> Iterator[Range]:
         """The ranges that fill `out`, a contiguous CPU tensor of the parameter's shape, for a `ParallelReader`.
@@ -122,26 +134,39 @@ class CheckpointMap:
         `within` are its bytes."""
         flat, packed = out.detach().view(-1), self.mapped[name].packed
         if packed is not None:
-            files = {file.path: file for file in self.files.files if file.is_stored}
+            files = {file.path: file for file in self.files.files}
             for piece, start in packed.placed():
                 part = range(max(start, within.start), min(start + piece.num_bytes, within.stop))
                 if piece.make is None and part:
                     yield from split(files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop])
             return
-        for piece in self.mapped[name].pieces:
+        for piece in self.mapped[name].pieces if self.mapped[name].made is None else ():
             yield from self.files.ranges_of(piece, flat, within)
 
     def made_of(self, name: str, out: torch.Tensor) -> list[Callable[[], None]]:
-        """What `ranges_of` leaves out: calls, each of which makes a part of `out`, gains or the bytes of a packed
+        """What `ranges_of` leaves out: calls, each of which makes a part of `out`, values or the bytes of a packed
         parameter."""
-        packed = self.mapped[name].packed
-        if self.mapped[name].is_gain:
-            return [partial(out.fill_, 1)]
+        packed, made = self.mapped[name].packed, self.mapped[name].made
+        if made is not None:
+            return [partial(out.copy_, made)]
+        if packed is not None:
+            packed.clear_gaps(out)
 
         def fill(piece: PackedPiece, start: int) -> None:
             piece.read_into(out[start : start + piece.num_bytes])
 
         return [partial(fill, *each) for each in packed.placed() if each[0].make is not None] if packed else []
+
+    def check_scales(self) -> None:
+        """Reads the scales that have tensors of their own, which are few bytes, and refuses those that are not finite.
+        Scales among codes, as in GGUF files, are judged by what is decoded with them, when a unit is first visited.
+
+        Raises:
+            CheckpointError: as for `PackedParam.check_scales`.
+        """
+        apart = [t.packed for t in self.mapped.values() if t.packed is not None and t.packed.has_scales_apart]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            list(pool.map(PackedParam.check_scales, apart))
 
     @cached_property
     def is_packed(self) -> bool:
@@ -159,12 +184,12 @@ class CheckpointMap:
         mapped, ranges, end = self.mapped[name], [], 0
         if mapped.packed is not None:
             return mapped.packed.stored_as()
-        if mapped.is_gain:
+        if mapped.made is not None:
             return None
         dtype = self.files.entries[mapped.pieces[0].source].dtype if self.is_packed else mapped.dtype
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
             entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]
-            as_is = piece.is_run and entry.dtype == dtype and entry.strides is None and file.is_stored
+            as_is = piece.is_run and entry.dtype == dtype and entry.strides is None
             if not as_is or piece.dst_offset != end:
                 return None
             item = dtype.itemsize

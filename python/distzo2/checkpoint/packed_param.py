@@ -111,6 +111,12 @@ class PackedParam:
         """Of the buffer, without padding behind the last piece."""
         return starts(self.pieces)[-1] + self.pieces[-1].num_bytes
 
+    @property
+    def has_scales_apart(self) -> bool:
+        """Whether scales lie behind all codes, and so can be read without these."""
+        scale = self.layout.scale
+        return scale is not None and scale.offset >= self.layout.rows * self.layout.codes.row_stride
+
     def placed(self) -> list[tuple[Piece, int]]:
         """The pieces, each with the byte of the buffer at which it begins."""
         return list(zip(self.pieces, starts(self.pieces), strict=True))
@@ -121,11 +127,16 @@ class PackedParam:
         Raises:
             CheckpointError: a file cannot be read or is too short, or weights cannot be packed.
         """
+        self.clear_gaps(out)
+        for piece, start in self.placed():
+            piece.read_into(out[start : start + piece.num_bytes])
+
+    def clear_gaps(self, out: torch.Tensor) -> None:
+        """Sets the bytes of a buffer that are between pieces to 0: sums of a parameter's bytes count them too."""
         end = 0
         for piece, start in self.placed():
             out[end:start] = 0
             end = start + piece.num_bytes
-            piece.read_into(out[start:end])
 
     def read(self) -> torch.Tensor:
         """The buffer, uint8 [num_bytes]; raises as `read_into`."""

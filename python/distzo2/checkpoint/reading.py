@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
@@ -26,6 +26,7 @@ import torch
 from distzo2.checkpoint.layout import Layout, Piece, row_major_strides
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.tensor_files import (
+    MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     PAGE,
     CheckpointError,
@@ -325,15 +326,16 @@ def _batches(ranges: Iterable[Range]) -> Iterator[list[Range]]:
         yield batch
 
 
-def digest_checkpoint(checkpoint: str | os.PathLike[str], *, sampled: bool = False) -> dict[str, Any]:
+def digest_checkpoint(checkpoint: str | os.PathLike[str], headers: Mapping[str, int] | None = None) -> dict[str, Any]:
     """The journal header's record of a base checkpoint: `{"name", "files": {file: {"sha256", "num_bytes"}}}`.
 
     The files are those that decide the weights: files of weights, their safetensors index, and config.json; or a GGUF
     file, with the others of a split one.
 
     Args:
-        sampled: of files of weights, only their beginning and some pages are read: packed weights stream as they are
-            and are not read at the start. Their records have `"part": "samples"`.
+        headers: bytes in front of the tensors of each file of weights. Given, only these, the beginning and some pages
+            of such a file are read: packed weights stream as they are and are not read at the start. Its record has
+            `"part": "samples"`, `header_bytes` and `header_sha256` too.
 
     Raises:
         CheckpointError: there is no checkpoint there.
@@ -348,7 +350,8 @@ def digest_checkpoint(checkpoint: str | os.PathLike[str], *, sampled: bool = Fal
             weights = {file.path.name for file in files.files}
         others = {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
     names, directory = sorted(weights | others), path.parent if path.is_file() else path
-    return {"name": path.resolve().name, "files": digest_files(directory, names, weights if sampled else ())}
+    sampled = {} if headers is None else {name: headers.get(name, 0) for name in weights}
+    return {"name": path.resolve().name, "files": digest_files(directory, names, sampled)}
 
 
 def checkpoint_differences(
@@ -369,21 +372,30 @@ def checkpoint_differences(
         else:
             same_length.setdefault(file.parent, []).append(name)
     for place, names in same_length.items():
-        sampled = [name for name in names if base["files"][name].get("part") == SAMPLES]
+        known = {name: base["files"][name] for name in names}
+        sampled = {name: each.get("header_bytes", 0) for name, each in known.items() if each.get("part") == SAMPLES}
         for name, record in digest_files(place, names, sampled).items():
-            expected = base["files"][name]["sha256"]
-            if record["sha256"] != expected:
-                yield f"{place / name}: SHA-256 {record['sha256']}, the journal's base checkpoint has {expected}"
+            for key, what in (("header_sha256", "SHA-256 of its header"), ("sha256", "SHA-256")):
+                expected = known[name].get(key, record.get(key))  # older records lack that of the header
+                if record.get(key) != expected:
+                    yield f"{place / name}: {what} {record.get(key)}, the journal's base checkpoint has {expected}"
+                    break
 
 
-def digest_files(directory: Path, names: list[str], sampled: Container[str] = ()) -> dict[str, dict[str, Any]]:
-    """SHA-256 and length of files, by name; of those in `sampled`, the SHA-256 of a part."""
+def digest_files(
+    directory: Path, names: list[str], sampled: Mapping[str, int] | None = None
+) -> dict[str, dict[str, Any]]:
+    """SHA-256 and length of files, by name; of those in `sampled`, the SHA-256 of a part, and of as many bytes in front
+    of the tensors."""
 
     def digest(name: str) -> dict[str, Any]:
         with open(directory / name, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
-            if name in sampled:
-                return {"sha256": _digest_samples(file, num_bytes), "num_bytes": num_bytes, "part": SAMPLES}
+            if sampled and name in sampled:
+                length = min(sampled[name], MAX_HEADER_BYTES)
+                header = {"header_bytes": length, "header_sha256": hashlib.sha256(file.read(length)).hexdigest()}
+                sha256 = _digest_samples(file, num_bytes)
+                return {"sha256": sha256, "num_bytes": num_bytes, "part": SAMPLES} | header
             return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "num_bytes": num_bytes}
 
     with ThreadPoolExecutor(8) as pool:
@@ -392,6 +404,7 @@ def digest_files(directory: Path, names: list[str], sampled: Container[str] = ()
 
 def _digest_samples(file: BinaryIO, num_bytes: int) -> str:
     """SHA-256 of the beginning of a file, its end, and pages at equal distances between."""
+    file.seek(0)
     digest = hashlib.sha256(file.read(_DIGESTED_BYTES))
     for i in range(_DIGESTED_PAGES):
         file.seek(max(0, num_bytes - PAGE) * i // (_DIGESTED_PAGES - 1))

@@ -143,17 +143,34 @@ class TensorFile:
     has a header that disagrees with itself or with the size of the file, or that is too long for it.
     """
 
-    is_stored = True  # at the offsets of its tensors in the file `path`; not what was computed
+    header_bytes = 0  # in front of the tensors, where the file says which
     _fd = -1
 
     def __init__(self, path: str | os.PathLike):
+        self._open(path)
+        self.tensors = self._read_torch() if self.path.suffix == ".bin" else self._read_safetensors()
+
+    def _open(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
-        self.num_bytes = os.fstat(self._fd).st_size
-        self.tensors = self._read_torch() if self.path.suffix == ".bin" else self._read_safetensors()
+        self._opened = os.fstat(self._fd)
+        self.num_bytes = self._opened.st_size
+
+    def check_same(self) -> None:
+        """Raises CheckpointError unless the path still names the file that was opened, with the length and the time of
+        its last change that it had then. It may have been closed."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: gone since it was opened: {error.strerror}") from error
+        for key, what in (("st_ino", "inode"), ("st_size", "length in bytes"), ("st_mtime_ns", "time of change in ns")):
+            was, found = getattr(self._opened, key), getattr(now, key)
+            if was != found:
+                why = "nothing may change a checkpoint while it is in use"
+                raise CheckpointError(f"{self.path}: its {what} was {was} when it was opened and is {found}: {why}")
 
     def _read_safetensors(self) -> dict[str, TensorEntry]:
         length = int.from_bytes(os.pread(self._fd, 8, 0), "little")
@@ -162,7 +179,8 @@ class TensorFile:
                 f"{self.path}: it announces a header of {length} bytes, and has {self.num_bytes} in all: at most "
                 f"{header_limit(self.num_bytes)} were expected"
             )
-        tensors, offset = {}, 8 + length
+        self.header_bytes = offset = 8 + length
+        tensors = {}
         try:
             # The library checks that tensors follow each other without a hole, up to the end of the file.
             with safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:

@@ -42,7 +42,8 @@ def gains(model: nn.Module, checkpoint_map: CheckpointMap) -> tuple[nn.Module, C
     for name, layout in add_gains(model, layouts, str(checkpoint_map.directory)).items():
         found, num_groups = checkpoint_map.mapped[name], model.get_parameter(name + GAIN).numel()
         packed[name] = replace(found, packed=replace(found.packed, layout=layout, format=found.packed.format + GAINED))
-        packed[name + GAIN] = MappedTensor(name + GAIN, torch.float32, (num_groups,), (), is_gain=True)
+        ones, shape = torch.ones(1).expand(num_groups), (num_groups,)
+        packed[name + GAIN] = MappedTensor(name + GAIN, torch.float32, shape, (), made=ones, is_gain=True)
     known = checkpoint_map.mapped | packed
     mapped = {name: known[name] for name, _ in model.named_parameters()}
     return model, replace(checkpoint_map, mapped=mapped | known)

@@ -25,7 +25,7 @@ from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
 from distzo2.errors import one_line
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
-from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, MadeFile, gguf_package
+from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, gguf_package
 from distzo2.formats.packed_checkpoint import PackedCheckpoint
 from distzo2.text import brief
 
@@ -68,8 +68,7 @@ def open_gguf(
     """Opens a GGUF file, or the first of a split one, as a model.
 
     Of the tensors only Gemma's norms and the factors of RoPE are read. A streamed model names scales that are not
-    finite when it first decodes them; `PackedParam.check_scales` reads and refuses them before. `map.files.files` are
-    the open files; a `GgufFile` among them has an `identity`.
+    finite when it first decodes them.
 
     Args:
         dtype: that the parameters are computed in; None for that of the embeddings, bfloat16 where these are packed.
@@ -89,11 +88,13 @@ def open_gguf(
         if not isinstance(dtype, torch.dtype):
             dtype = RAW_DTYPES.get(files.stored[EMBEDDINGS].kind, torch.bfloat16)
         sources = files.sources(config, _shapes(files, model_class, config))
-        files.add_entries(sources, dtype)
+        files.add_parts([replace(s.parts[0], name=s.name, shape=s.shape) for s in sources], dtype)
         model, found = trace_checkpoint(files, model_class, config, dtype=dtype, **options)
         for number, source in enumerate(sources):
             tensor = found.mapped[source.name]
-            if source.parts[0].is_packed:
+            if source.made is not None:
+                found.mapped[source.name] = replace(tensor, made=source.made)
+            elif source.parts[0].is_packed:
                 found.mapped[source.name] = replace(tensor, packed=source.packed())
             elif source.head_dim or len(source.parts) > 1:
                 walks = tuple(source.walks([number, *files.add_parts(source.parts[1:])]))
@@ -101,7 +102,7 @@ def open_gguf(
     except BaseException:
         files.close()
         raise
-    return PackedCheckpoint(model.eval(), found, {})
+    return PackedCheckpoint(model.eval(), found)
 
 
 def _shapes(files: _GgufFiles, model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
@@ -235,19 +236,9 @@ class _GgufFiles(CheckpointFiles):
             raise CheckpointError(f"{self.directory}: tensor {tensor.name!r}: expected floats, got {tensor.kind}")
         return tensor.piece(0, tensor.rows).read().view(RAW_DTYPES[tensor.kind]).view(tensor.shape).float()
 
-    def add_entries(self, sources: list[_Source], dtype: torch.dtype) -> None:
-        """An entry for each parameter. What is packed is not read through it."""
-        made = MadeFile(self.directory, {s.name: s.made for s in sources if s.made is not None})
-        for source in sources:
-            if source.made is not None:
-                self.entries.append(made.tensors[source.name])
-                self.file_of.append(made)
-            else:
-                self.add_parts([replace(source.parts[0], name=source.name, shape=source.shape)], dtype)
-        self.files.append(made)
-
     def add_parts(self, parts: list[GgufTensor], dtype: torch.dtype = torch.float32) -> list[int]:
-        """Entries for tensors, of `dtype` where they are packed; returns their numbers."""
+        """Entries for tensors, of `dtype` where they are packed, which are not read through them; returns their
+        numbers."""
         for part in parts:
             self.entries.append(TensorEntry(part.name, RAW_DTYPES.get(part.kind, dtype), part.shape, part.offset))
             self.file_of.append(next(file for file in self.files if file.path == part.path))

@@ -7,12 +7,10 @@ so the fields of a layout differ in their offsets alone.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import struct
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.packed_param import Piece
-from distzo2.checkpoint.tensor_files import MAX_DIMS, CheckpointError, TensorEntry, TensorFile
+from distzo2.checkpoint.tensor_files import MAX_DIMS, CheckpointError, TensorFile
 from distzo2.errors import DistZO2Error
 from distzo2.text import brief
 from distzo2_core.packed import Field, Kind, PackedLayout
@@ -57,7 +55,7 @@ _BLOCKS = {
         1, 256, 256, Field(Kind.Q6_K, 0), Field(Kind.INT8, 192, stride=1, cols=16), outer=_half(208, 256), zero_point=32
     ),
 }
-_WIDENED_BYTES = {"Q5_0": 34, "Q5_1": 36}  # a block
+WIDENED = {"Q5_0": 34, "Q5_1": 36}  # bytes of a block then
 SUPPORTED = (*RAW_DTYPES, *_BLOCKS)
 
 
@@ -99,16 +97,16 @@ class GgufTensor:
         """Rows of it, as `layout` decodes them."""
         row_bytes = self.num_bytes // self.rows
         piece = Piece(self.path, self.offset + begin * row_bytes, (end - begin) * row_bytes)
-        if self.kind not in _WIDENED_BYTES:
+        if self.kind not in WIDENED:
             return piece
         num_blocks = (end - begin) * self.shape[-1] // 32
-        return Piece.made(num_blocks * _WIDENED_BYTES[self.kind], lambda: _widened(piece.read().view(num_blocks, -1)))
+        return Piece.made(num_blocks * WIDENED[self.kind], lambda: _widened(piece.read().view(num_blocks, -1)))
 
     def layout(self, rows: int, head_dim: int = 0) -> PackedLayout:
         """How rows of its type and length are decoded (see `PackedLayout` for `head_dim`)."""
         block, cols = _BLOCKS[self.kind], self.shape[-1]
         num_blocks = cols // block.cols
-        block_bytes = _WIDENED_BYTES.get(self.kind, self.num_bytes // (self.rows * num_blocks))
+        block_bytes = WIDENED.get(self.kind, self.num_bytes // (self.rows * num_blocks))
         strides = {"row_stride": num_blocks * block_bytes, "block_stride": block_bytes}
         values = {each.name: getattr(block, each.name) for each in fields(block)}
         placed = {name: replace(v, **strides) for name, v in values.items() if isinstance(v, Field)}
@@ -124,31 +122,12 @@ def _widened(blocks: torch.Tensor) -> torch.Tensor:
     return torch.cat([head, codes - 16 if head.shape[1] == 2 else codes], dim=1)
 
 
-@dataclass(frozen=True)
-class FileIdentity:
-    """What tells that a file is still the one that was opened, without reading its tensors."""
-
-    num_bytes: int
-    mtime_ns: int
-    header_sha256: str  # of the bytes in front of the tensors
-
-    def differences(self, now: FileIdentity) -> list[str]:
-        """What is not as it was, in words; empty if it is the same file."""
-        pairs = {
-            "its length in bytes": (self.num_bytes, now.num_bytes),
-            "its time in ns": (self.mtime_ns, now.mtime_ns),
-            "its header's SHA-256": (self.header_sha256, now.header_sha256),
-        }
-        return [f"{what} was {then} and is {value}" for what, (then, value) in pairs.items() if then != value]
-
-
 class GgufFile(TensorFile):
     """A GGUF file opened for reading.
 
     Attributes:
         metadata: its values by key; of arrays of strings, and of long ones, only the length.
         tensors: by name. Those of a type that cannot be decoded are there too.
-        header_bytes: what lies in front of the tensors.
 
     Raises:
         CheckpointError: it is no GGUF file, truncated, or its header disagrees with itself or with the file's size.
@@ -156,13 +135,8 @@ class GgufFile(TensorFile):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
         gguf = gguf_package()
-        try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
-        self.num_bytes = os.fstat(self._fd).st_size
+        self._open(path)
         data = bytearray(min(self.num_bytes, MAX_HEADER_BYTES))
         self.read_into(memoryview(data), 0)
         header = _Header(self.path, data, self.num_bytes)
@@ -211,32 +185,6 @@ class GgufFile(TensorFile):
             expected = f"expected columns in blocks of {block} weights ({kind.name})"
             raise CheckpointError(f"{where}: {expected}, got shape {brief(shape)}")
         return GgufTensor(name, kind.name, shape, self.path, offset, math.prod(shape) // block * block_bytes)
-
-    @cached_property
-    def identity(self) -> FileIdentity:
-        header = bytearray(self.header_bytes)
-        self.read_into(memoryview(header), 0)
-        stat = os.fstat(self._fd)
-        return FileIdentity(stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest())
-
-
-class MadeFile(TensorFile):
-    """Small tensors that were computed when a file was opened, read as those of a file are."""
-
-    is_stored = False
-    direct = None
-
-    def __init__(self, path: Path, tensors: dict[str, torch.Tensor]):
-        self.path, self._data = path, b""
-        self.tensors = {}
-        for name, tensor in tensors.items():
-            self.tensors[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), len(self._data))
-            self._data += tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        self.num_bytes = len(self._data)
-
-    def read_into(self, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None) -> None:
-        part = self._data[offset : offset + len(buffer)]
-        buffer[: len(part)] = part
 
 
 class _Header:

@@ -23,17 +23,9 @@ from typing import Any
 
 import torch
 
-from distzo2.checkpoint.packed_param import Piece
+from distzo2.checkpoint.packed_param import VALUE_DTYPES, Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.formats.repacking import (
-    Stored,
-    in_chunks,
-    nested_scales,
-    transposed_codes,
-    transposed_scales,
-    transposed_zeros,
-    zeros_along_rows,
-)
+from distzo2.formats.repacking import Stored, in_chunks, nested_scales, transposed_codes, zeros
 from distzo2.text import dtype_name
 from distzo2_core.packed import Field, Kind
 
@@ -48,15 +40,7 @@ FP4 = (
     *(0.0, 0.005208333333333333, 0.6666666666666666, 1.0, 0.3333333333333333, 0.5, 0.16666666666666666, 0.25),
     *(0.0, -0.005208333333333333, -0.6666666666666666, -1.0, -0.3333333333333333, -0.5, -0.16666666666666666, -0.25),
 )
-_KINDS = {
-    torch.float32: Kind.FLOAT32,
-    torch.bfloat16: Kind.BFLOAT16,
-    torch.float16: Kind.FLOAT16,
-    torch.float8_e4m3fn: Kind.FLOAT8_E4M3,
-    torch.float8_e5m2: Kind.FLOAT8_E5M2,
-    torch.uint8: Kind.E8M0,
-    torch.int8: Kind.INT8,
-}
+_KINDS = {dtype: kind for kind, dtype in VALUE_DTYPES.items()} | {torch.int8: Kind.INT8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_STATE_BYTES = 1 << 16  # some 200 are usual
@@ -64,20 +48,19 @@ _MAX_STATE_BYTES = 1 << 16  # some 200 are usual
 _ACTIVATIONS = re.compile(r"(^|[._])(input|output|activation|[kqv])_(global_)?(scale|zero_point)(_inv|_2)?$")
 
 
-@dataclass(frozen=True)
-class Plane:
-    """Values of one kind of a matrix: a line of `line_bytes` for each `rows` rows, with a value for each `cols`."""
+Plane = tuple[Piece, Field]
+"""Values of one kind of a matrix, and where each is in their bytes: a line for each `rows` rows of the field."""
 
-    kind: Kind
-    piece: Piece
-    line_bytes: int
-    rows: int = 1
-    cols: int = 1
-    item: int = 0  # bytes from one value to the next; 0 of codes, which lie as their kind says
 
-    def field(self, offset: int) -> Field:
-        """Where the values are, if the first line begins at byte `offset` of the buffer."""
-        return Field(self.kind, offset, row_stride=self.line_bytes, stride=self.item, rows=self.rows, cols=self.cols)
+def _codes(kind: Kind, piece: Piece, line_bytes: int) -> Plane:
+    """A line a row, in which codes lie as their kind says."""
+    return piece, Field(kind, 0, line_bytes)
+
+
+def _shared(kind: Kind, piece: Piece, num_cols: int, cols: int, rows: int = 1) -> Plane:
+    """A value for each `rows` x `cols` weights of a matrix of `num_cols` columns, line by line."""
+    item = VALUE_DTYPES.get(kind, torch.uint8).itemsize
+    return piece, Field(kind, 0, num_cols // cols * item, stride=item, rows=rows, cols=cols)
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ class Matrix:
     """A packed tensor, as a checkpoint would have it if it were not packed.
 
     Attributes:
-        name, shape: of the tensor; leading dimensions are folded into `rows`.
+        name, shape: of the tensor; leading dimensions are folded into rows.
         transposed: whether `shape` has the last two dimensions of what is packed swapped.
         planes: by their names in `PackedLayout`.
         constants: the other attributes of `PackedLayout`.
@@ -101,12 +84,12 @@ class Matrix:
     transposed: bool = False
 
     @property
-    def cols(self) -> int:
-        return self.shape[-2 if self.transposed else -1]
+    def pieces(self) -> list[Piece]:
+        return [piece for piece, _ in self.planes.values()]
 
     @property
-    def rows(self) -> int:
-        return math.prod(self.shape) // self.cols
+    def cols(self) -> int:
+        return self.shape[-2 if self.transposed else -1]
 
 
 def find_matrices(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) -> tuple[list[Matrix], set[str]]:
@@ -182,15 +165,15 @@ class _Parts:
         scale = self.require(suffix, None, (torch.float32,))
         if scale.entry.numel != 1:
             raise self.error(f"expected one number in {scale.entry.name!r}, got {list(scale.shape)}")
-        return Plane(Kind.FLOAT32, scale.piece(), 4, math.prod(shape[:-1]), shape[-1], 4)
+        return _shared(Kind.FLOAT32, scale.piece(), shape[-1], shape[-1], math.prod(shape[:-1]))
 
     def grid(self, suffix: str, shape: tuple[int, ...], dtypes: tuple, block: tuple[int, int] = (1, 1)) -> Plane:
         """The scales of a matrix of `shape`: one for all of it, for each `block` of rows and columns, or else for each
         row and groups of its columns. The last rows may be less than a block."""
         scale = self.require(suffix, None, dtypes)
-        kind, item, (rows, cols) = _KINDS[scale.dtype], scale.dtype.itemsize, shape[-2:]
+        kind, (rows, cols) = _KINDS[scale.dtype], shape[-2:]
         if scale.entry.numel == 1:
-            return Plane(kind, scale.piece(), item, math.prod(shape[:-1]), cols, item)
+            return _shared(kind, scale.piece(), cols, cols, math.prod(shape[:-1]))
         lead, (lines, values) = scale.shape[:-2], scale.shape[-2:] if len(scale.shape) > 1 else (0, 0)
         if scale.shape == shape[:-1]:
             lead, lines, values = shape[:-2], rows, 1
@@ -204,12 +187,20 @@ class _Parts:
             height, width = 1, self.group(cols, values) if lines == rows else 0
         if not width or lead != shape[:-2]:
             raise self.error(f"expected scales for rows or blocks of {list(shape)}, got {list(scale.shape)}")
-        return Plane(kind, scale.piece(), values * item, height, width, item)
+        return _shared(kind, scale.piece(), cols, width, height)
 
     def matrix(
         self, suffix: str, shape: tuple[int, ...], form: str, planes: dict[str, Plane], **constants: Any
     ) -> Matrix:
         return Matrix(self.front + suffix, shape, form, planes, tuple(self.used), constants)
+
+    def fp4(self, suffix: str, shape: tuple[int, ...], codes: Stored, scale: Plane, outer: str, **more: Any) -> Matrix:
+        """Two levels of e2m1 a byte, the first in the low bits, with scales; of nvfp4 also one for all, `outer`."""
+        planes = {"codes": _codes(Kind.NIBBLES_LOW, codes.piece(), shape[-1] // 2), "scale": scale}
+        if outer:
+            planes["outer"] = self.scalar(outer, shape)
+        form = f"{'nvfp4' if outer else 'mxfp4'} g{scale[1].cols}"
+        return self.matrix(suffix, shape, form, planes, levels=E2M1, **more)
 
 
 def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) -> Matrix | None:
@@ -237,11 +228,12 @@ def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) ->
         raise parts.error(f"expected a multiple of 32 columns, got {cols}")
     parts.refuse_act_order(".g_idx", cols, group)
     plus = int(not awq and (settings.get("checkpoint_format") or "gptq") == "gptq")
-    codes, item = transposed_codes(qweight, bits, awq), scales.dtype.itemsize
+    kind, codes = Kind.NIBBLES_32 if bits == 4 else Kind.UINT8, transposed_codes(qweight, bits, awq)
+    transposed = Piece.made(scales.entry.num_bytes, lambda: scales.read().t())
     planes = {
-        "codes": Plane(Kind.NIBBLES_32 if bits == 4 else Kind.UINT8, codes, cols * bits // 8),
-        "scale": Plane(_KINDS[scales.dtype], transposed_scales(scales), groups * item, 1, group, item),
-        "zero": Plane(Kind.UINT8, transposed_zeros(qzeros, rows, bits, awq, plus), groups, 1, group, 1),
+        "codes": _codes(kind, codes, cols * bits // 8),
+        "scale": _shared(_KINDS[scales.dtype], transposed, cols, group),
+        "zero": _shared(Kind.UINT8, zeros(qzeros, rows, bits, 1, awq, plus), cols, group),
     }
     return parts.matrix(".weight", (rows, cols), f"{'awq' if awq else 'gptq'} int{bits} g{group}", planes)
 
@@ -256,16 +248,11 @@ def _weight_packed(parts: _Parts, packed: Stored, settings: Mapping[str, Any]) -
     mxfp4-pack-quantized: the same with weight_scale e8m0 [rows, cols / 32] alone.
     """
     *lead, words = packed.shape if len(packed.shape) >= 2 else (1, 1, 1)
-    line = words * packed.dtype.itemsize
     if packed.dtype == torch.uint8:
         shape = (*lead, 2 * words)
         scale = parts.grid(".weight_scale", shape, (torch.float8_e4m3fn, torch.uint8))
-        planes = {"codes": Plane(Kind.NIBBLES_LOW, packed.piece(), line), "scale": scale}
-        if scale.kind == Kind.E8M0:
-            return parts.matrix(".weight", shape, f"mxfp4 g{scale.cols}", planes, levels=E2M1)
-        planes["outer"] = parts.scalar(".weight_global_scale", shape)
-        label = f"nvfp4 g{scale.cols}"
-        return parts.matrix(".weight", shape, label, planes, levels=E2M1, outer_divides=True)
+        outer = "" if scale[1].kind == Kind.E8M0 else ".weight_global_scale"
+        return parts.fp4(".weight", shape, packed, scale, outer, outer_divides=bool(outer))
 
     told = parts.require(".weight_shape", (len(packed.shape),), (torch.int64, torch.int32)).read().tolist()
     bits = next((b for b in (4, 8) if told[:-1] == lead and -(-told[-1] * b // 32) == words), None)
@@ -274,17 +261,18 @@ def _weight_packed(parts: _Parts, packed: Stored, settings: Mapping[str, Any]) -
         raise parts.error(f"expected codes of 4 or 8 bits in int32 words, got {got}")
     shape = (*lead, told[-1])
     scale = parts.grid(".weight_scale", shape, _FLOATS)
-    parts.refuse_act_order(".weight_g_idx", shape[-1], scale.cols)
+    group = scale[1].cols
+    parts.refuse_act_order(".weight_g_idx", shape[-1], group)
     kind, half = (Kind.NIBBLES_LOW, 8) if bits == 4 else (Kind.UINT8, 128)
-    planes = {"codes": Plane(kind, packed.piece(), line), "scale": scale}
-    label = f"pack-quantized int{bits} " + ("channel" if scale.cols == shape[-1] else f"g{scale.cols}")
+    planes = {"codes": _codes(kind, packed.piece(), 4 * words), "scale": scale}
+    label = f"pack-quantized int{bits} " + ("channel" if group == shape[-1] else f"g{group}")
     if parts.get(".weight_zero_point") is None:
         return parts.matrix(".weight", shape, label, planes, zero_point=half)
-    rows, groups = math.prod(lead), shape[-1] // scale.cols
-    zeros = parts.require(".weight_zero_point", (-(-rows * bits // 32), groups), (torch.int32,))
-    if scale.rows != 1:
+    rows = math.prod(lead)
+    points = parts.require(".weight_zero_point", (-(-rows * bits // 32), shape[-1] // group), (torch.int32,))
+    if scale[1].rows != 1:
         raise parts.error("expected zero points with scales for each row")
-    planes["zero"] = Plane(Kind.UINT8, zeros_along_rows(zeros, rows, bits), groups, 1, scale.cols, 1)
+    planes["zero"] = _shared(Kind.UINT8, zeros(points, rows, bits, 0), shape[-1], group)
     return parts.matrix(".weight", shape, label + " asymmetric", planes)
 
 
@@ -316,8 +304,8 @@ def _bitsandbytes(parts: _Parts, state: Stored, settings: Mapping[str, Any]) -> 
         outer = parts.require(".nested_absmax", (-(-absmax.entry.numel // nested),), (torch.float32,))
         scales = nested_scales(absmax, levels, outer, offset, nested)
     planes = {
-        "codes": Plane(Kind.NIBBLES_HIGH, codes.piece(), shape[-1] // 2),
-        "scale": Plane(Kind.FLOAT32, scales, shape[-1] // block * 4, 1, block, 4),
+        "codes": _codes(Kind.NIBBLES_HIGH, codes.piece(), shape[-1] // 2),
+        "scale": _shared(Kind.FLOAT32, scales, shape[-1], block),
     }
     label = f"{kind} g{block}" + (" nested" if absmax.dtype == torch.uint8 else "")
     return parts.matrix("", shape, label, planes, levels=NF4 if kind == "nf4" else FP4)
@@ -333,12 +321,8 @@ def _mxfp4_blocks(parts: _Parts, blocks: Stored, settings: Mapping[str, Any]) ->
         return None
     *lead, rows, groups, _ = blocks.shape
     scales = parts.require("_scales", blocks.shape[:-1], (torch.uint8,))
-    planes = {
-        "codes": Plane(Kind.NIBBLES_LOW, blocks.piece(), groups * 16),
-        "scale": Plane(Kind.E8M0, scales.piece(), groups, 1, 32, 1),
-    }
-    shape = (*lead, groups * 32, rows)
-    return replace(parts.matrix("", shape, "mxfp4 g32", planes, levels=E2M1), transposed=True)
+    shape, scale = (*lead, rows, groups * 32), _shared(Kind.E8M0, scales.piece(), groups * 32, 32)
+    return replace(parts.fp4("", shape, blocks, scale, ""), shape=(*lead, shape[-1], rows), transposed=True)
 
 
 def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix | None:
@@ -353,28 +337,23 @@ def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix
     if weight is None or len(weight.shape) < 2:
         return None
     parts.get("")
-    suffix, line = scale.entry.name.removeprefix(parts.front), weight.shape[-1] * weight.dtype.itemsize
+    suffix = scale.entry.name.removeprefix(parts.front)
     if weight.dtype == torch.uint8:
         shape = (*weight.shape[:-1], 2 * weight.shape[-1])
-        planes = {
-            "codes": Plane(Kind.NIBBLES_LOW, weight.piece(), line),
-            "scale": parts.grid(suffix, shape, (torch.float8_e4m3fn,)),
-            "outer": parts.scalar("_scale_2", shape),
-        }
-        return parts.matrix("", shape, f"nvfp4 g{planes['scale'].cols}", planes, levels=E2M1)
+        return parts.fp4("", shape, weight, parts.grid(suffix, shape, (torch.float8_e4m3fn,)), "_scale_2")
     if weight.dtype not in (*_FP8, torch.int8):
         return None
     block = settings.get("weight_block_size") or (128, 128)
     scales = parts.grid(suffix, weight.shape, (*_FLOATS, torch.uint8), tuple(block))
-    planes = {"codes": Plane(_KINDS[weight.dtype], weight.piece(), line), "scale": scales}
-    zeros = parts.get("_zero_point")
-    if zeros is not None and weight.dtype == torch.int8:
+    planes = {"codes": _codes(_KINDS[weight.dtype], weight.piece(), weight.shape[-1]), "scale": scales}
+    points, place = parts.get("_zero_point"), scales[1]
+    if points is not None and weight.dtype == torch.int8:
         planes["zero"] = parts.grid("_zero_point", weight.shape, (torch.int8,), tuple(block))
-    elif zeros is not None and not in_chunks(zeros, lambda values: not values.float().any()):
+    elif points is not None and not in_chunks(points, lambda values: not values.float().any()):
         raise parts.error(f"expected zero points of 0 beside {dtype_name(weight.dtype)}")  # some have such
-    by = f"{scales.rows}x{scales.cols}"
-    if scales.cols == weight.shape[-1]:
-        by = "channel" if scales.rows == 1 else "tensor"
+    by = f"{place.rows}x{place.cols}"
+    if place.cols == weight.shape[-1]:
+        by = "channel" if place.rows == 1 else "tensor"
     return parts.matrix("", weight.shape, f"{dtype_name(weight.dtype)} {by}", planes)
 
 

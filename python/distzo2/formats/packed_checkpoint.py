@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,24 @@ from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam, Piece,
 from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, read_json
-from distzo2.formats.matrices import Matrix, Plane, find_matrices
-from distzo2.formats.repacking import Stored, gathered_lines
+from distzo2.formats.matrices import Matrix, find_matrices
+from distzo2.formats.repacking import Stored
 from distzo2.text import brief
-from distzo2_core.packed import PackedLayout
+from distzo2_core.packed import Field, PackedLayout
 
-# Of `quant_method`. AQLM, QuIP#, HQQ, SpQR, VPTQ, HIGGS, quanto, torchao and others decode otherwise.
-_METHODS = {"gptq", "awq", "compressed-tensors", "bitsandbytes", "mxfp4", "modelopt", "fp8", "fbgemm_fp8", "mxfp8"}
-_GPTQ_FORMATS = {"gptq", "gptq_v2"}
-_COMPRESSED_FORMATS = {
-    *("pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense"),
-    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+# By `quant_method`, the setting that says more, and those values of it that are decoded. AQLM, QuIP#, HQQ, SpQR, VPTQ,
+# HIGGS, quanto, torchao and others decode otherwise.
+_METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gptq": ("checkpoint_format", ("gptq", "gptq_v2")),
+    "awq": ("version", ("gemm", "GEMM")),
+    "compressed-tensors": (
+        "format",
+        (
+            *("pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense"),
+            *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+        ),
+    ),
+    **dict.fromkeys(("bitsandbytes", "mxfp4", "modelopt", "fp8", "fbgemm_fp8", "mxfp8"), ("", ())),
 }
 # Older quantizers write their settings beside config.json.
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -77,13 +84,11 @@ class PackedCheckpoint:
     Attributes:
         model: with its parameters on meta and its buffers real, in `eval()` mode.
         map: what fills it.
-        settings: of the quantisation, as the checkpoint has them; empty where only the tensors' names told of it.
         error: of weights that are packed while they are loaded (`formats.packing`).
     """
 
     model: nn.Module
     map: CheckpointMap
-    settings: dict[str, Any]
     error: PackingError | None = None
 
     @property
@@ -97,9 +102,8 @@ def open_packed(
 ) -> PackedCheckpoint:
     """Opens a checkpoint whose weights are quantized, from the headers of its files.
 
-    Tensors are read only where they decide between forms. Scales are not: a streamed model names those that are not
-    finite when it first decodes them, and `PackedParam.check_scales` reads and refuses them before. Activations are not
-    quantized, whatever the checkpoint says of them.
+    Tensors are read only where they decide between forms. Scales are not: `CheckpointMap.check_scales` reads and
+    refuses those that are not finite. Activations are not quantized, whatever the checkpoint says of them.
 
     Args:
         path: a directory with config.json and safetensors files, in shards or not.
@@ -112,8 +116,8 @@ def open_packed(
             that do not divide the columns, ...); or as for `distzo2.from_pretrained`.
     """
     directory = Path(path)
-    config, settings = plain_config(directory), find_settings(directory)
-    files = _DecodedFiles(directory, settings, dtype or getattr(config, "dtype", None))
+    config = load_config(directory)
+    files = DecodedFiles(directory, dtype or getattr(config, "dtype", None))
     try:
         model_class = class_of(directory, config, auto_class)
         # It refuses what is packed in other forms, by name.
@@ -126,30 +130,20 @@ def open_packed(
     except BaseException:
         files.close()
         raise
-    return PackedCheckpoint(model.eval(), found, settings)
+    return PackedCheckpoint(model.eval(), found)
 
 
-def plain_config(directory: Path) -> Any:
-    """The configuration of a quantized checkpoint without its quantisation, for which transformers would replace
-    modules by its own."""
-    config = load_config(directory, packed=True)
-    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        for key in QUANT_KEYS:
-            if part is not None and hasattr(part, key):
-                delattr(part, key)
-    return config
-
-
-def is_quantized(directory: Path) -> bool:
-    """Whether a checkpoint directory says that its weights are quantized, or names of its tensors do."""
+def is_quantized(directory: Path, files: CheckpointFiles | None = None) -> bool:
+    """Whether a checkpoint directory says that its weights are quantized, or names of its tensors do, which are in
+    `files` or else read."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         return False
     said = any(part.get(key) for part in parts_of(read_json(path)) for key in QUANT_KEYS)
     if said or any((directory / name).is_file() for name in SETTINGS_FILES):
         return True
-    with suppress(CheckpointError), closing(CheckpointFiles(directory)) as files:
-        return any(re.search(_PACKED_NAMES, entry.name) for entry in files.entries)
+    with suppress(CheckpointError), nullcontext(files) if files else closing(CheckpointFiles(directory)) as opened:
+        return any(re.search(_PACKED_NAMES, entry.name) for entry in opened.entries)
     return False
 
 
@@ -174,23 +168,19 @@ def find_settings(directory: Path) -> dict[str, Any]:
     method = settings.get("quant_method") or "modelopt"  # whose own file has no such key
     if not isinstance(method, str) or method not in _METHODS:
         raise CheckpointError(f"{path}: weights quantized by {brief(method)} cannot be decoded")
-    if method == "gptq":
-        _refuse_others(path, "checkpoint_format", [settings.get("checkpoint_format") or "gptq"], _GPTQ_FORMATS)
-    if method == "awq":
-        _refuse_others(path, "version", [str(settings.get("version", "gemm")).lower()], {"gemm"})
-    if method == "compressed-tensors":
-        groups = settings.get("config_groups")
-        parts = [p for p in (settings, *(groups.values() if isinstance(groups, dict) else ())) if isinstance(p, dict)]
-        formats = [part["format"] for part in parts if part.get("format")]
-        _refuse_others(path, "format", formats, _COMPRESSED_FORMATS)
-        blocks = [part["weights"].get("block_structure") for part in parts if isinstance(part.get("weights"), dict)]
-        if blocks := [block for block in blocks if block]:
-            settings.setdefault("weight_block_size", blocks[0] if all(b == blocks[0] for b in blocks) else blocks)
-        for key in ("transform_config", "sparsity_config"):
-            told = settings.get(key)
-            is_idle = isinstance(told, dict) and (told.get("format") == "dense" or told.get("config_groups") == {})
-            if told and not is_idle:
-                raise CheckpointError(f"{path}: {key} is not decoded, got {brief(told)}")
+    groups, (key, known) = settings.get("config_groups"), _METHODS[method]
+    parts = [p for p in (settings, *(groups.values() if isinstance(groups, dict) else ())) if isinstance(p, dict)]
+    for part in parts:
+        if part.get(key) and part[key] not in known:
+            raise CheckpointError(f"{path}: expected {key} among {', '.join(known)}, got {brief(part[key])}")
+    blocks = [part["weights"].get("block_structure") for part in parts if isinstance(part.get("weights"), dict)]
+    if blocks := [block for block in blocks if block]:
+        settings.setdefault("weight_block_size", blocks[0] if all(b == blocks[0] for b in blocks) else blocks)
+    for key in ("transform_config", "sparsity_config"):
+        told = settings.get(key)
+        is_idle = isinstance(told, dict) and (told.get("format") == "dense" or told.get("config_groups") == {})
+        if told and not is_idle:
+            raise CheckpointError(f"{path}: {key} is not decoded, got {brief(told)}")
     block = settings.get("weight_block_size")
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(_is_count(b) for b in block)):
         expected = "expected numbers of rows and columns as weight_block_size"
@@ -202,31 +192,24 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _refuse_others(path: Path, key: str, found: list[Any], known: set[str]) -> None:
-    for value in found:
-        if not isinstance(value, str) or value not in known:
-            raise CheckpointError(f"{path}: expected {key} among {', '.join(sorted(known))}, got {brief(value)}")
-
-
-class _DecodedFiles(CheckpointFiles):
+class DecodedFiles(CheckpointFiles):
     """A checkpoint's tensors with each packed matrix as one tensor, which is never read, in the place of its parts."""
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any], dtype: torch.dtype | str | None):
+    def __init__(self, directory: Path, dtype: torch.dtype | str | None = None):
+        settings = find_settings(directory)
         super().__init__(directory)
-        stored = {e.name: Stored(file.path, e) for e, file in zip(self.entries, self.file_of, strict=True)}
+        file_of = {e.name: file for e, file in zip(self.entries, self.file_of, strict=True)}
         try:
-            matrices, used = find_matrices(stored, settings)
+            matrices, used = find_matrices({e.name: Stored(file_of[e.name].path, e) for e in self.entries}, settings)
         except CheckpointError:
             self.close()
             raise
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        kept = [(e, file) for e, file in zip(self.entries, self.file_of, strict=True) if e.name not in used]
-        first = len(kept)
-        file_of = {e.name: file for e, file in zip(self.entries, self.file_of, strict=True)}
-        kept += [(TensorEntry(m.name, dtype, m.shape), file_of[m.used[0]]) for m in matrices]
-        self.entries, self.file_of = [e for e, _ in kept], [file for _, file in kept]
-        self.matrices: dict[int, Matrix] = dict(enumerate(matrices, first))  # by number of the entry
+        kept = [e for e in self.entries if e.name not in used]
+        self.entries = kept + [TensorEntry(m.name, dtype, m.shape) for m in matrices]
+        self.file_of = [file_of[name] for name in (*(e.name for e in kept), *(m.used[0] for m in matrices))]
+        self.matrices: dict[int, Matrix] = dict(enumerate(matrices, len(kept)))  # by number of the entry
 
     def is_packed(self, tensor: MappedTensor) -> bool:
         """Whether a parameter is made of packed matrices.
@@ -247,7 +230,7 @@ class _DecodedFiles(CheckpointFiles):
         return super().equal(a, b)
 
 
-def _packed(tensor: MappedTensor, files: _DecodedFiles) -> PackedParam:
+def _packed(tensor: MappedTensor, files: DecodedFiles) -> PackedParam:
     """A parameter that packed matrices fill."""
     for is_swapped in (False, True):
         parts = _row_ranges(tensor, files.matrices, is_swapped)
@@ -266,8 +249,8 @@ def _packed(tensor: MappedTensor, files: _DecodedFiles) -> PackedParam:
     pieces: list[Piece] = []
     fields = {}
     for role in first.planes:
-        plane, data = _joined([(matrix.planes[role], rows) for matrix, rows in parts])
-        fields[role] = plane.field(starts([*pieces, data[0]])[-1])
+        place, data = _joined([(*matrix.planes[role], rows) for matrix, rows in parts])
+        fields[role] = replace(place, offset=starts([*pieces, data[0]])[-1])
         pieces += data
     rows = math.prod(tensor.shape) // first.cols
     layout = PackedLayout(rows, first.cols, first.cols, **fields, **first.constants)
@@ -278,7 +261,7 @@ def _packed(tensor: MappedTensor, files: _DecodedFiles) -> PackedParam:
 
 def _way(matrix: Matrix) -> tuple[Any, ...]:
     """What matrices have in common that one layout describes."""
-    planes = ((role, p.kind, p.cols, p.item, p.line_bytes) for role, p in matrix.planes.items())
+    planes = ((role, replace(place, rows=1)) for role, (_, place) in matrix.planes.items())
     return matrix.cols, matrix.transposed, *planes, *sorted(matrix.constants.items())
 
 
@@ -309,27 +292,28 @@ def _row_ranges(
     return ranges
 
 
-def _joined(parts: list[tuple[Plane, range]]) -> tuple[Plane, list[Piece]]:
-    """The plane of matrices' rows one after another, and its pieces.
+def _joined(parts: list[tuple[Piece, Field, range]]) -> tuple[Field, list[Piece]]:
+    """Where the values of matrices' rows one after another are, and their pieces.
 
     These stay ranges of files where their lines follow each other in the buffer as they are; else lines are copied, and
     repeated where a line's rows are not all there.
     """
-    first = parts[0][0]
-    pieces = []
-    for plane, rows in parts:
-        begin, end = rows.start // plane.rows, -(-rows.stop // plane.rows)
-        pieces.append(plane.piece.part(begin * plane.line_bytes, (end - begin) * plane.line_bytes))
+    first, pieces = parts[0][1], []
+    for piece, place, rows in parts:
+        begin, end = rows.start // place.rows, -(-rows.stop // place.rows)
+        pieces.append(piece.part(begin * place.row_stride, (end - begin) * place.row_stride))
     is_whole = all(
-        plane.rows == first.rows and rows.start % plane.rows == 0 and (len(parts) == 1 or len(rows) % plane.rows == 0)
-        for plane, rows in parts
+        at.rows == first.rows and rows.start % at.rows == 0 and (len(parts) == 1 or len(rows) % at.rows == 0)
+        for _, at, rows in parts
     )
     is_aligned = all(piece.num_bytes % PIECE_ALIGNMENT == 0 and piece.num_bytes >= _RANGE_BYTES for piece in pieces)
     if is_whole and (len(parts) == 1 or is_aligned):
         return first, pieces
-    shared = math.gcd(*(bound for plane, rows in parts for bound in (plane.rows, rows.start, rows.stop)))
-    lines = [
-        (piece, torch.arange(rows.start, rows.stop, shared) // plane.rows - rows.start // plane.rows)
-        for piece, (plane, rows) in zip(pieces, parts, strict=True)
-    ]
-    return replace(first, rows=shared), [gathered_lines(lines, first.line_bytes)]
+    shared = math.gcd(*(bound for _, at, rows in parts for bound in (at.rows, rows.start, rows.stop)))
+    lines = [torch.arange(r.start, r.stop, shared) // at.rows - r.start // at.rows for _, at, r in parts]
+    num_lines, stride = sum(each.numel() for each in lines), first.row_stride
+
+    def make() -> torch.Tensor:
+        return torch.cat([p.read().view(-1, stride)[each] for p, each in zip(pieces, lines, strict=True)])
+
+    return replace(first, rows=shared), [Piece.made(num_lines * stride, make)]

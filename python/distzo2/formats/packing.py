@@ -108,8 +108,7 @@ def pack_map(
         names: of the parameters, if they are known; None: those above.
 
     Returns:
-        the model; the map that fills it, packed; the settings {"store", "group"}; and the error, which is complete
-        when all parameters have been read.
+        the model; the map that fills it, packed; and the error, which is complete when all parameters have been read.
 
     Raises:
         CheckpointError: there is no such store, or nothing to pack. Reading a parameter raises it for weights that are
@@ -130,8 +129,7 @@ def pack_map(
     if packed == checkpoint_map.mapped:
         where = checkpoint_map.directory
         raise CheckpointError(f"{where}: expected matrices of a multiple of {GROUP} columns in blocks, found none")
-    settings = {"store": store, "group": GROUP}
-    return PackedCheckpoint(model, replace(checkpoint_map, mapped=packed), settings, error)
+    return PackedCheckpoint(model, replace(checkpoint_map, mapped=packed), error)
 
 
 def _is_packable(param: ParamInfo) -> bool:

@@ -47,13 +47,14 @@ class Stored:
         return data.view(end - begin, *self.shape[1:]) if self.shape else data.view(())
 
 
-def unpacked(words: torch.Tensor, bits: int, awq: bool = False) -> torch.Tensor:
-    """The codes in 32-bit words [...], uint8 [..., 32 / bits], lowest bits first or in the order of AWQ."""
+def unpacked(words: torch.Tensor, bits: int, axis: int, awq: bool = False) -> torch.Tensor:
+    """The codes in 32-bit words [lines, columns], uint8, with 32 / bits times as many along `axis`: lowest bits first,
+    or in the order of AWQ."""
     data = words.contiguous().view(torch.uint8).view(*words.shape, 4)
-    if bits == 8:
-        return data
-    codes = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
-    return codes[..., _AWQ_ORDER] if awq else codes
+    if bits == 4:
+        data = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+        data = data[..., _AWQ_ORDER] if awq else data
+    return data.flatten(1) if axis == 1 else data.transpose(1, 2).flatten(0, 1)
 
 
 def nibbles_32(codes: torch.Tensor) -> torch.Tensor:
@@ -65,18 +66,17 @@ def nibbles_32(codes: torch.Tensor) -> torch.Tensor:
 def transposed_codes(qweight: Stored, bits: int, awq: bool) -> Piece:
     """The codes of GPTQ, int32 words [cols * bits / 32, rows], or of AWQ, [cols, rows / 8]: as NIBBLES_32 [rows, cols]
     or, of 8 bits, as UINT8."""
-    words, width = qweight.shape
+    num_lines, width = qweight.shape
     per = 32 // bits
-    rows, cols = (width * per, words) if awq else (width, words * per)
+    rows, cols = (width * per, num_lines) if awq else (width, num_lines * per)
 
     def make() -> torch.Tensor:
         out = torch.empty(rows, cols * bits // 8, dtype=torch.uint8)
         step = 32 // (1 if awq else per)  # lines that hold 32 columns
         step *= max(1, CHUNK_BYTES // (4 * width * step))
-        for begin in range(0, words, step):
-            codes = unpacked(qweight.read(begin, min(words, begin + step)), bits, awq)
-            # [cols, rows / 8, 8] of AWQ, [cols / per, rows, per] of GPTQ
-            codes = codes.flatten(1).t() if awq else codes.transpose(0, 1).flatten(1)
+        for begin in range(0, num_lines, step):
+            words = qweight.read(begin, min(num_lines, begin + step))
+            codes = unpacked(words, bits, 1 if awq else 0, awq).t()
             data = nibbles_32(codes.contiguous()) if bits == 4 else codes
             first = begin * (1 if awq else per) * bits // 8
             out[:, first : first + data.shape[1]] = data
@@ -85,28 +85,15 @@ def transposed_codes(qweight: Stored, bits: int, awq: bool) -> Piece:
     return Piece.made(rows * cols * bits // 8, make)
 
 
-def transposed_zeros(qzeros: Stored, rows: int, bits: int, awq: bool, plus: int) -> Piece:
-    """Zero points packed as words [groups, rows * bits / 32]: UINT8 [rows, groups], plus `plus` within the bits."""
+def zeros(packed: Stored, rows: int, bits: int, axis: int, awq: bool = False, plus: int = 0) -> Piece:
+    """Zero points packed as words [groups, rows * bits / 32], axis 1, or [rows * bits / 32, groups], axis 0: UINT8
+    [rows, groups], plus `plus` within the bits."""
 
     def make() -> torch.Tensor:
-        zeros = unpacked(qzeros.read(), bits, awq).flatten(1)
-        return (zeros[:, :rows] + plus & (1 << bits) - 1).t()
+        found = unpacked(packed.read(), bits, axis, awq)
+        return (found.t() if axis == 1 else found)[:rows] + plus & (1 << bits) - 1
 
-    return Piece.made(rows * qzeros.shape[0], make)
-
-
-def transposed_scales(scales: Stored) -> Piece:
-    """Scales [groups, rows] as [rows, groups] of the same dtype."""
-    return Piece.made(scales.entry.num_bytes, lambda: scales.read().t())
-
-
-def zeros_along_rows(packed: Stored, rows: int, bits: int) -> Piece:
-    """Zero points packed as words [rows * bits / 32, groups]: UINT8 [rows, groups]."""
-
-    def make() -> torch.Tensor:
-        return unpacked(packed.read(), bits).transpose(1, 2).flatten(0, 1)[:rows]
-
-    return Piece.made(rows * packed.shape[1], make)
+    return Piece.made(rows * packed.shape[1 - axis], make)
 
 
 def nested_scales(absmax: Stored, levels: Stored, outer: Stored, offset: float, block: int) -> Piece:
@@ -117,15 +104,6 @@ def nested_scales(absmax: Stored, levels: Stored, outer: Stored, offset: float, 
         return scale * outer.read().view(-1).repeat_interleave(block)[: scale.numel()] + offset
 
     return Piece.made(4 * absmax.entry.numel, make)
-
-
-def gathered_lines(parts: list[tuple[Piece, torch.Tensor]], line_bytes: int) -> Piece:
-    """Lines of pieces one behind the other: of each piece those that its tensor counts."""
-
-    def make() -> torch.Tensor:
-        return torch.cat([piece.read().view(-1, line_bytes)[lines] for piece, lines in parts])
-
-    return Piece.made(sum(lines.numel() for _, lines in parts) * line_bytes, make)
 
 
 def in_chunks(tensor: Stored, is_good: Callable[[torch.Tensor], bool]) -> bool:

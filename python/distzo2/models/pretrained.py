@@ -30,8 +30,8 @@ from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
-from distzo2.formats.gguf_file import RAW_DTYPES
-from distzo2.formats.packed_checkpoint import is_quantized, open_packed, plain_config
+from distzo2.formats.gguf_file import RAW_DTYPES, WIDENED
+from distzo2.formats.packed_checkpoint import DecodedFiles, is_quantized, open_packed
 from distzo2.formats.packing import pack_map
 from distzo2.streaming.offload import offload, runtime_of
 
@@ -91,6 +91,7 @@ def from_pretrained(
             freeze_packed(model, checkpoint_map)
         if prepare is not None:
             model, checkpoint_map = prepare(model, checkpoint_map)
+        checkpoint_map.check_scales()
         model = offload(
             model.train(train),
             device=device,
@@ -118,15 +119,15 @@ def open_checkpoint(
     attn_implementation: str | None = None,
 ) -> tuple[nn.Module, CheckpointMap]:
     """The model of a checkpoint with its parameters on meta and its buffers real, and the map that fills it."""
-    path = Path(path)
+    path, from_file = Path(path), is_gguf(path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if is_gguf(path) or is_quantized(path):
-        opened = (open_gguf if is_gguf(path) else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
+    config, files = (None, None) if from_file else (load_config(path), CheckpointFiles(path))
+    if from_file or is_quantized(path, files):
+        opened = (open_gguf if from_file else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
         model, checkpoint_map = opened.model, opened.map
         freeze_packed(model, checkpoint_map)
     else:
-        config = load_config(path)
-        files, model_class = CheckpointFiles(path), class_of(path, config, auto_class)
+        model_class = class_of(path, config, auto_class)
         model, checkpoint_map = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
     if not path.is_file():
         checkpoint_map.generation_config = model.generation_config = load_generation_config(path, model)
@@ -165,21 +166,26 @@ def config_of(path: Path) -> Any:
     Raises:
         CheckpointError: there is none that transformers knows.
     """
-    if is_gguf(path):
-        return gguf_config(path)
-    return plain_config(path) if is_quantized(path) else load_config(path)
+    return gguf_config(path) if is_gguf(path) else load_config(path)
 
 
-def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype]]:
-    """Bytes, elements and dtype of each tensor of a checkpoint's files; of GGUF's blocks, what they are decoded to.
+def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype, bool]]:
+    """Bytes, elements and dtype of each tensor of a checkpoint's files, and whether its bytes are made when they are
+    read; of what is packed, the elements and the dtype that it is decoded to.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a file of it is truncated or corrupt.
+        CheckpointError: there is no checkpoint, or a file of it is truncated, corrupt or in a form that is not decoded.
     """
     if is_gguf(path):
-        return [(t.num_bytes, math.prod(t.shape), RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
-    with closing(CheckpointFiles(path)) as files:
-        return [(entry.num_bytes, entry.numel, entry.dtype) for entry in files.entries]
+        tensors = [(t, RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
+        return [(t.num_bytes, math.prod(t.shape), dtype, t.kind in WIDENED) for t, dtype in tensors]
+    is_packed = is_quantized(path)
+    with closing(DecodedFiles(path) if is_packed else CheckpointFiles(path)) as files:
+        found = [(entry.num_bytes, entry.numel, entry.dtype, False) for entry in files.entries]
+        for number, matrix in files.matrices.items() if is_packed else ():
+            is_made = any(piece.make for piece in matrix.pieces)
+            found[number] = (sum(piece.num_bytes for piece in matrix.pieces), *found[number][1:3], is_made)
+        return found
 
 
 def meta_model(directory: Path, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -258,6 +264,8 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                     while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
                         reader.finish(filling[0][1])
                         filling.popleft()[0].close()
+            for file in checkpoint_map.files.files:  # what streams from them was opened by their names
+                file.check_same()
         except BaseException:
             for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more
                 with suppress(BaseException):

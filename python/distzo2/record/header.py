@@ -217,6 +217,14 @@ def checksums_of(header: Mapping[str, Any]) -> list[str] | None:
     return header["base"].get("checksums")
 
 
+def known_members(files: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Records of a base's files without what those of an earlier version, `known`, do not say of them."""
+    return {
+        name: {key: value for key, value in record.items() if key in known.get(name, record)}
+        for name, record in files.items()
+    }
+
+
 def check_base(
     path: str | os.PathLike[str], header: Mapping[str, Any], checksums: Callable[[], Sequence[str | None]]
 ) -> None:
@@ -264,7 +272,8 @@ def _check_base(base: Any, num_params: int) -> None:
         digest = record.get("sha256") if isinstance(record, dict) else None
         if not _is_sha256(digest):
             raise JournalError(f"base file {name!r} has no SHA-256")
-        whole(record.get("num_bytes"), 0, MAX_INT64, f"num_bytes of base file {name!r}")
+        for key in ("num_bytes", *(["header_bytes"] if "header_bytes" in record else [])):
+            whole(record.get(key), 0, MAX_INT64, f"{key} of base file {name!r}")
     checksums = base.get("checksums", [""] * num_params)
     if not isinstance(checksums, list) or [type(text) for text in checksums] != [str] * num_params:
         raise JournalError(f"base has no list of {num_params} checksums")

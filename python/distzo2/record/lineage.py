@@ -21,6 +21,7 @@ from distzo2.record.header import (
     check_base,
     checksums_of,
     has_older_rules,
+    known_members,
     parents_of,
     table_difference,
     with_older_rules,
@@ -54,12 +55,12 @@ def branch_of(
     num_steps = len(contents.entries) if branch.step is None else branch.step
     if not 0 <= num_steps <= len(contents.entries):
         raise DistZO2Error(f"{path}: no branch at step {num_steps}: it holds {len(contents.entries)} steps")
-    by_weights = checksums_of(parent) is not None
+    by_weights, known = checksums_of(parent) is not None, parent["base"]["files"]
     theirs, ours = (
         {key: h[key] for key in ("seed", "noise", "rounding")}
         | {"packed parameters": h.get("stored_formats")}
-        | {f"base checkpoint: {name}": file for name, file in h["base"]["files"].items() if not by_weights}
-        for h in (parent, header)
+        | {f"base checkpoint: {name}": file for name, file in files.items() if not by_weights}
+        for h, files in ((parent, known), (header, known_members(header["base"]["files"], known)))
     )
     for key in {**theirs, **ours}:
         if theirs.get(key) != ours.get(key):

@@ -17,7 +17,7 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.record.entry import StepEntry
-from distzo2.record.header import check_base, checksums_of, has_older_rules, table_difference
+from distzo2.record.header import check_base, checksums_of, has_older_rules, known_members, table_difference
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError
 from distzo2.record.lineage import BranchPoint, branch_of, digest_lines, first_like_step, first_own_step
@@ -57,7 +57,8 @@ def check_same_run(
     pairs |= {key: (theirs.get(key), ours.get(key)) for key in {**theirs, **ours}}
     pairs["packed parameters"] = journal.get("stored_formats"), run.get("stored_formats")
     if reads_base and checksums_of(journal) is None:
-        pairs["base checkpoint"] = journal["base"]["files"], run["base"]["files"]
+        known = journal["base"]["files"]
+        pairs["base checkpoint"] = known, known_members(run["base"]["files"], known)
     for key, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise DistZO2Error(f"{os.fspath(path)}: {key} is {theirs!r} in the journal and {ours!r} in this run")

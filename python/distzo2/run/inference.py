@@ -46,8 +46,9 @@ def loaded(
         prepare = adapter(options.adapter, config=config)
     check_memory(place.size, place.device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
-        if options.weights == "disk" and prepare is None:
-            check_disk(directory, {"the file of streamed weights": place.size.total})
+        if options.weights == "disk":
+            streamed = place.size.total if prepare is None else place.size.made
+            check_disk(directory, {"the file of streamed weights": streamed})
         model = load_model(options, place, widest, directory=directory, prepare=prepare)
         with closing(runtime_of(model)):
             yield model, place.device

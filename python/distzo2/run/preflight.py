@@ -33,6 +33,8 @@ class ModelSize:
     """Bytes of a checkpoint's tensors as the run stores them."""
 
     total: int
+    decoded: int  # of all, as a checkpoint of them is written
+    made: int  # that are made when they are read, and not in the files as they are stored
     largest: int  # of one tensor, decoded
     dtype: torch.dtype | None = None  # of most of its bytes, among floating-point ones
 
@@ -44,14 +46,16 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
         CheckpointError: there is no checkpoint, or a file of it is truncated or corrupt.
     """
     floating: Counter[torch.dtype] = Counter()
-    total, largest = 0, 0
-    for num_bytes, numel, stored in sizes_of(Path(directory)):
+    total, decoded, made, largest = 0, 0, 0, 0
+    for num_bytes, numel, stored, is_made in sizes_of(Path(directory)):
         kept = dtype if dtype and stored.is_floating_point else stored
         is_packed = num_bytes < numel * stored.itemsize
         total += num_bytes if is_packed else numel * kept.itemsize
+        decoded += numel * kept.itemsize
+        made += num_bytes if is_made else 0
         largest = max(largest, numel * kept.itemsize)
         floating[kept] += numel * kept.itemsize if kept.is_floating_point else 0
-    return ModelSize(total, largest, max(floating, key=floating.get, default=None))
+    return ModelSize(total, decoded, made, largest, max(floating, key=floating.get, default=None))
 
 
 class Place(NamedTuple):
@@ -81,7 +85,7 @@ def placed(options: Placement, device: str) -> Place:
         raw = sum(shape.numel() for shape in shapes) * size.dtype.itemsize
         if raw <= size.total:  # else it is packed already, which is refused when it is opened
             packed = sum(packed_as(shape, options.store).num_bytes for shape in shapes)
-            size = replace(size, total=size.total - raw + packed)
+            size = replace(size, total=size.total - raw + packed, made=packed)
     compute_dtype, is_cpu = DTYPES.get(options.compute_dtype), usable.type == "cpu"
     if options.compute_dtype == "auto" and is_cpu and size.dtype in HALVES and not _cpu_computes_in(size.dtype):
         compute_dtype = torch.float32

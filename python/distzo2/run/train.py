@@ -356,15 +356,19 @@ def _weight_file(options: FinetuneOptions, run: RunDirectory, log: Callable[[str
 def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) -> None:
     """Raises DistZO2Error unless the weight files and the checkpoint fit on their disks. A checkpoint of fewer steps
     makes room for the new one, and so does a weight file."""
-    weights, exists = {}, run.weight_file(options.weights_dir).exists()
-    # An adapter is small, and its base stays in its own files.
-    if options.weights == "disk" and not exists and not (options.adapts or options.tune == "gain"):
-        weights = {"the file of streamed weights": size.total * _copies_here(options.weights)}
-    elif (options.snapshot_every or options.snapshot_minutes) and not exists:
+    weights: dict[str, int] = {}
+    # Adapters and gains are small. What is frozen beside them stays in its own files, but for what is made at load.
+    is_frozen = options.adapts or options.tune == "gain"
+    if run.weight_file(options.weights_dir).exists():
+        pass
+    elif options.weights == "disk":
+        streamed = size.made if is_frozen else size.total
+        weights = {"the file of streamed weights": streamed * _copies_here(options.weights)}
+    elif (options.snapshot_every or options.snapshot_minutes) and not is_frozen:
         weights = {"the copies of the weights": size.total}
     needs: dict[str, int] = {}
     if options.writes_model and options.save != "none" and not run.has_checkpoint:
-        needs["the checkpoint"] = size.total
+        needs["the checkpoint"] = size.decoded
     if options.save != "none":  # the writer of the checkpoint asks for it at the end
         needs["to spare"] = DISK_SLACK_BYTES
     if options.weights_dir:

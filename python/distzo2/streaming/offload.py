@@ -85,7 +85,8 @@ def offload(
             difference of two losses.
         stored: how the bytes of a parameter on meta are stored, by its name, or None. Frozen parameters then stay as
             they are in files, packed ones among them. With weights="disk", frozen blocks that lie in files stream from
-            there: they are not copied, and nothing may change the files meanwhile. `distzo2.from_pretrained` gives it.
+            there: they are not copied, and nothing may change the files meanwhile. What little of a block is not as
+            they have it stays on the device. `distzo2.from_pretrained` gives it.
 
     Returns:
         The same module.

@@ -5,7 +5,8 @@ Each transformer block is a unit, which may stream; the other modules that own p
 shared by modules of different blocks is one parameter and belongs to a resident unit.
 
 Where a small part of a block is trained, as adapters of a frozen base are, the block is two units under the same
-windows: what is frozen, which streams and is never written, and what is trained, which is resident.
+windows: what is frozen, which streams and is never written, and what is trained, which is resident. With the latter is
+the little that is made when it is read (norms of another dtype than the file's), so that the rest streams from a file.
 
 A frozen parameter may be stored packed, as a quantized checkpoint has it (`StoredAs`): modules see a copy of its unit,
 decoded once a visit for all lanes. With gains, which are trained, it is decoded for each perturbation of these.
@@ -180,7 +181,7 @@ class Unit:
     params: list[ParamInfo]
     windows: list[nn.Module]  # modules whose forward uses the parameters
     resident: bool  # not a block, so it never streams
-    beside: Unit | None = None  # the other part of the block: what is frozen of it, or what is trained
+    beside: Unit | None = None  # the other part of the block: what streams of it, or what is trained or made
     num_bytes: int = 0  # of the packed buffer, padding included
     seen_bytes: int = 0  # of a copy in the dtypes that modules compute with
     converts: bool = False  # those are not all as stored: modules see copies, perturbed or not
@@ -457,15 +458,25 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
 
 
 def _parts(index: int, name: str, params: list[ParamInfo], windows: list[nn.Module], *, resident: bool) -> list[Unit]:
-    """One unit; two, the frozen one first, where a small part of the parameters is trained. The first has `index`."""
+    """One unit; two, the one that streams first, where a small part of the parameters is trained, or is not as files
+    have it while all others lie there. The first has `index`."""
     trained, frozen = ([p for p in params if p.trainable is which] for which in (True, False))
-    small = SMALL_SHARE * sum(p.num_bytes for p in trained) <= sum(p.num_bytes for p in params)
     is_packed = any(p.layout is not None for p in frozen)  # and decoded once for all lanes
-    if not (trained and frozen and (small or is_packed)):
+    apart = trained if is_packed or _is_small(trained, params) else []
+    lies = [p.stored.ranges is not None for p in frozen if p.stored is not None]
+    made = [p for p in frozen if p.stored is None]
+    if apart == trained and not resident and lies and all(lies) and _is_small(made, frozen):
+        apart = [p for p in params if p in trained or p in made]
+    streamed = [p for p in params if p not in apart]
+    if not (apart and streamed):
         return [Unit(index, name, params, windows, resident)]
-    base = Unit(index, name, frozen, windows, resident)
-    base.beside = Unit(index + 1, f"{name} (trained)", trained, windows, resident=True, beside=base)
+    base = Unit(index, name, streamed, windows, resident)
+    base.beside = Unit(index + 1, f"{name} ({'trained' if trained else 'made'})", apart, windows, True, beside=base)
     return [base, base.beside]
+
+
+def _is_small(part: Sequence[ParamInfo], params: Sequence[ParamInfo]) -> bool:
+    return SMALL_SHARE * sum(p.num_bytes for p in part) <= sum(p.num_bytes for p in params)
 
 
 def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
