@@ -38,6 +38,7 @@ from distzo2.models.pretrained import save_pretrained
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel import group as parallel
+from distzo2.parallel.slice_rounds import meet_first
 from distzo2.peft.library import check_steps
 from distzo2.run.launch import from_rank_0
 from distzo2.streaming.lanes import current_lane
@@ -114,6 +115,8 @@ class ZOMixin:
                 )  # fmt: skip
             except UsageError as error:
                 raise UsageError(re.sub(r"\b(pert|data)=", r"zo_\1=", str(error))) from None
+        if parallel.current() is not None:
+            meet_first(parallel.current().exchange)  # the trainer's own collectives then name a rank that is lost
         _hold_off(accelerator, self.zo_hand_over)
         if self.model is not None:
             self.zo_hand_over(self.model)
