@@ -39,7 +39,6 @@ from distzo2.optim.estimator import make_estimator
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel import group as parallel
 from distzo2.parallel.slice_rounds import meet_first
-from distzo2.peft.library import check_steps
 from distzo2.run.launch import from_rank_0
 from distzo2.streaming.lanes import current_lane
 from distzo2.streaming.offload import offload
@@ -128,8 +127,6 @@ class ZOMixin:
             DistZO2Error: it has an adapter that forwards cannot train.
         """
         if is_peft_model(model):
-            for config in model.peft_config.values():
-                check_steps(config, type(self).__name__)
             model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # what streams has its dtype
         if not hasattr(model, "_distzo2_runtime"):
             os.makedirs(self.args.output_dir, exist_ok=True)

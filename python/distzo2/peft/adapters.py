@@ -25,7 +25,7 @@ from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.files import write_whole
 from distzo2.models.pretrained import meta_model
-from distzo2.peft.library import check, kind_of, peft_library, read_config
+from distzo2.peft.library import check, peft_library, read_config
 from distzo2.streaming.offload import runtime_of
 
 NAME = "default"  # of the adapter in a model that is made here

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distzo2.adapter_types import check_adapters
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.parallel.group import current, joined
 from distzo2.parallel.node import choose_slices, memory_share
@@ -91,7 +92,8 @@ def offload(
         The same module.
 
     Raises:
-        DistZO2Error: the device is not there, an argument is not one of those named, or the model cannot be streamed.
+        DistZO2Error: the device is not there, an argument is not one of those named, or the model cannot be streamed,
+            or has an adapter that no forward can train.
     """
     if not isinstance(model, nn.Module):
         raise DistZO2Error(f"offload expects a torch.nn.Module, got {type(model).__name__}")
@@ -150,6 +152,7 @@ def check_computes(device: torch.device, dtype: torch.dtype | None) -> None:
 
 def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) -> None:
     """Hands a model over; `edit` does so again where its body changed which parameters there are."""
+    check_adapters(model)
     # What is made in inference mode cannot be changed outside of it.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         make_meta_buffers(model)
