@@ -332,7 +332,7 @@ REFUSED = [
     ({"auto_find_batch_size": True}, "zo_max_lanes"), ({"bf16": True, "zo_compute_dtype": "float32"}, "contradict"),
     ({"zo_existing": "yes"}, "overwrite"), ({"zo_memory_budget": "much"}, "12GiB"),
     ({"zo_compute_dtype": "int8"}, "float32"), ({"zo_eps": 0.0}, "positive"), ({"zo_probes": 0}, "expected 1 to"),
-    ({"zo_max_coef": 0.5}, "above 1"),
+    ({"zo_max_coef": 0.5}, "above 1"), ({"zo_weights": "ram"}, "disk"), ({"zo_pert": 0}, "at least 1"),
 ]  # fmt: skip
 
 

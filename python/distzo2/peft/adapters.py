@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from distzo2.adapter_types import kind_of
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, persistent_buffers
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_FILES, ADAPTER_WEIGHTS, CheckpointFiles, digest_files

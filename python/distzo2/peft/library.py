@@ -76,9 +76,7 @@ def check(config: Any, where: str, *, new: bool) -> None:
     kind = kind_of(config)
     if kind not in WORKING:
         why = f": {_NOT_SAVED[kind]}" if kind in _NOT_SAVED else ""
-        raise DistZO2Error(
-            f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}"
-        )
+        raise DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
     if getattr(config, "prefix_projection", False):
         raise DistZO2Error(f"{where}: prefix_projection: peft saves the prefix and not the network that makes it")
     if kind != "LORA":
