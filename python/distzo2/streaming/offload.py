@@ -48,6 +48,7 @@ def offload(
     compute_dtype: torch.dtype | None = None,
     train: bool = False,
     stored: StoredBy | None = None,
+    widen: bool = False,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
@@ -87,6 +88,8 @@ def offload(
         stored: how the bytes of a parameter on meta are stored, by its name, or None. Frozen parameters then stay as
             they are in files, packed ones among them. With weights="disk", frozen blocks that lie in files stream from
             there: they are not copied, and nothing may change the files meanwhile. `distzo2.from_pretrained` gives it.
+        widen: store in float32 what is trained in 16 bits and is small beside a frozen block, or is a vector outside of
+            blocks. Modules compute with it as they declare it; `state_dict` and checkpoints have it in float32.
 
     Returns:
         The same module.
@@ -129,6 +132,7 @@ def offload(
         write_every=write_every,
         weight_file=weight_file,
         stored=stored,
+        widen=widen,
     )
     return model
 
@@ -213,6 +217,7 @@ def _hand_over(
     write_every: int,
     weight_file: WeightFile | None,
     stored: StoredBy | None,
+    widen: bool,
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
@@ -220,7 +225,7 @@ def _hand_over(
     gets what closes memory and files after an error.
     """
     params = collect_params(model, stored)
-    found = find_units(model, params, units)
+    found = find_units(model, params, units, widen)
     for unit in found:
         unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
     slots = slots_of_use(found, slots)
@@ -524,6 +529,8 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     for param in runtime.params:  # weights are real with their gains applied
         for owner in param.owners if param.is_gain else ():
             owner._parameters = {name: p for name, p in owner._parameters.items() if p is not param.tensor}
+        if param.narrow is not None:
+            param.tensor.data = param.tensor.data.to(param.narrow)
     runtime.cast_buffers(None)
     model._distzo2_state.remove()
     del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again
