@@ -169,7 +169,7 @@ def plan_model(
     if trained.train_only or trained.freeze:
         select(model, trained.train_only, trained.freeze)
     by_name = {name: stored.get(id(p)) for name, p in model.named_parameters()}
-    widen = bool(trained.train_only or trained.freeze)
+    widen = not trained.adapts and bool(trained.train_only or trained.freeze)
     return plan_module(model.eval().to("meta"), name, declared, rows, tokens, compute_dtype, by_name.get, widen)
 
 

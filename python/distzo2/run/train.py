@@ -174,7 +174,7 @@ def _finetune(
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
-                widen=terms["widen"] and bool(options.train_only or options.freeze),
+                widen=terms["widen"] and not options.adapts and bool(options.train_only or options.freeze),
             )
         with closing(runtime_of(model)):
             if source is config and config is not None and config.is_prompt_learning:  # a new one
