@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -104,6 +105,22 @@ class Bench:
             return None
         return min(tried, key=lambda rate: tried[rate]["evals"][-1]["loss"])
 
+    def trained(self, row: Row) -> list[dict[str, Any]]:
+        """The runs of its seeds at the best rate."""
+        return [run for run in self.runs if (run["row"], run["what"]) == (row.name, "train")]
+
+    def setting(self, row: Row, rate: float, seed: int) -> list[str]:
+        """Its options, besides data, steps and directory."""
+        model = self.options.gguf if row.packed else self.options.model
+        options = [f"--model={model}", f"--batch-size={BATCH}", f"--lr={rate}", f"--seed={seed}"]
+        if row.estimator == "adamw":
+            return options
+        return [
+            *options, f"--eps={row.eps}", f"--estimator={row.estimator}", f"--probes={row.probes}",
+            "--noise=rademacher", "--schedule=linear", f"--dtype={row.dtype}", f"--compute-dtype={row.compute}",
+            "--no-signal", "--save=none", *row.options,
+        ]  # fmt: skip
+
     def run(self, row: Row, rate: float, seed: int, what: str) -> None:
         """Makes or continues one run, and writes the JSON.
 
@@ -117,22 +134,14 @@ class Bench:
         tries, steps = what == "rate", RATE_STEPS if what == "rate" else STEPS
         program = ["-m", "distzo2", "finetune", "--quiet"]
         command = [
-            f"--model={o.gguf if row.packed else o.model}",
             f"--train={o.work / 'train.jsonl' if tries else o.data / 'train.jsonl'}",
             f"--eval={o.work / 'choosing.jsonl' if tries else o.data / 'held_out.jsonl'}", f"--steps={steps}",
-            f"--eval-every={steps if tries else row.eval_every}", f"--batch-size={BATCH}", f"--lr={rate}",
-            f"--seed={seed}",
+            f"--eval-every={steps if tries else row.eval_every}", *self.setting(row, rate, seed),
         ]  # fmt: skip
         if row.estimator == "adamw":
             program = [Path(__file__).parent / "baselines" / "adamw.py"]
         elif (out / "run.json").exists():
             command = ["--resume"]
-        else:
-            command += [
-                f"--eps={row.eps}", f"--estimator={row.estimator}", f"--probes={row.probes}", "--noise=rademacher",
-                "--schedule=linear", f"--dtype={row.dtype}", f"--compute-dtype={row.compute}", "--no-signal",
-                "--save=none", *row.options,
-            ]  # fmt: skip
         print(f"{out.name}: {'continues' if '--resume' in command else 'begins'}", flush=True)
         process = subprocess.Popen([sys.executable, *program, f"--out={out}", *command])
         try:
@@ -177,7 +186,7 @@ class Bench:
         lines = [f"{'row':<24}{'rate':>8}{'seeds':>7}  held-out accuracy by step (mean, least to most of the seeds)"]
         for row in ROWS:
             tried = [(rate, run) for rate in row.rates if (run := self.find(row, rate, SEEDS[0], "rate"))]
-            made = [run for run in self.runs if (run["row"], run["what"]) == (row.name, "train")]
+            made = self.trained(row)
             if made:
                 curve = curve_of(made)
                 text = ", ".join(
@@ -204,7 +213,7 @@ class Bench:
         left, right = figure.subplots(1, 2)
         for index, row in enumerate(ROWS):
             style = {"color": f"C{index // 2}", "linestyle": "--" if row.compute == "bfloat16" else "-", "marker": "."}
-            made = [run for run in self.runs if (run["row"], run["what"]) == (row.name, "train")]
+            made = self.trained(row)
             tried = [(rate, run) for rate in row.rates if (run := self.find(row, rate, SEEDS[0], "rate"))]
             if tried:
                 left.plot([r for r, _ in tried], [t["evals"][-1]["loss"] for _, t in tried], label=row.name, **style)
@@ -232,42 +241,87 @@ def curve_of(runs: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float, fl
     return {step: (statistics.mean(v), min(v), max(v)) for step, v in values.items()}
 
 
-# What the picture of use shows, with the label of each row.
+# What the two pictures show, with the label of each row: what is trained and by what, and how weights are stored.
 USE = {"fzoo-1e-03-bfloat16": "FZOO, whole weights", "use-lora": "FZOO, LoRA", "use-adamw": "AdamW, backpropagation"}
+PACKED = {
+    "fzoo-1e-03-bfloat16": "bf16, whole weights",
+    "code-affine16": "codes of 16 bits",
+    "code-affine8": "codes of 8 bits",
+    "packed-lora": "GGUF as it is, LoRA",
+    "packed-gain": "GGUF as it is, gains",
+}
 
 
-def draw_use(bench: Bench, seconds: dict[str, dict[str, float]], target: Path) -> None:
-    """Held-out accuracy of the rows of USE by forwards of a batch and by seconds, and their peak memory."""
+def draw_costs(bench: Bench, labels: dict[str, str], costs: dict[str, dict[str, Any]], target: Path) -> None:
+    """Held-out accuracy of some rows by forwards of a batch and by seconds, peak memory, and bytes a step if known.
+
+    Args:
+        costs: of each row "median", the seconds of a step; perhaps "peak_bytes", "bytes_up" and "bytes_down".
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    rows = [row for name in labels for row in ROWS if row.name == name and name in costs and bench.trained(row)]
+    moves = all("bytes_up" in costs[row.name] for row in rows)
+    figure = Figure(figsize=(16 if moves else 12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    by_forwards, by_seconds, memory = figure.subplots(1, 3, width_ratios=(4, 4, 3))
-    rows = [row for row in ROWS if row.name in USE]
+    by_forwards, by_seconds, memory, *more = figure.subplots(1, 3 + moves, width_ratios=(4, 4, 3, *[3] * moves))
     for index, row in enumerate(rows):
-        made = [run for run in bench.runs if (run["row"], run["what"]) == (row.name, "train")]
-        curve, style = curve_of(made), {"color": f"C{index}", "marker": "."}
+        curve, style = curve_of(bench.trained(row)), {"color": f"C{index}", "marker": "."}
         means, lows, highs = zip(*curve.values(), strict=True)
-        for axes, unit in ((by_forwards, row.forwards), (by_seconds, seconds[row.name]["median"])):
+        for axes, unit in ((by_forwards, row.forwards), (by_seconds, costs[row.name]["median"])):
             steps = [step * unit for step in curve]
-            axes.plot(steps, [100 * mean for mean in means], label=USE[row.name], **style)
+            axes.plot(steps, [100 * mean for mean in means], label=labels[row.name], **style)
             bounds = [[100 * value for value in values] for values in (lows, highs)]
             axes.fill_between(steps, *bounds, color=style["color"], alpha=0.15, linewidth=0)
-        num_bytes = max(run["peak_bytes"] for run in made)
-        memory.barh(index, num_bytes / 1e9, color=style["color"])
-        memory.text(num_bytes / 1e9, index, f" {num_bytes / 1e9:.1f} GB", va="center")
+        peak = costs[row.name].get("peak_bytes") or max(run["peak_bytes"] for run in bench.trained(row))
+        _bar(memory, index, peak / 1e9, "GB", style["color"])
+        for axes in more:
+            _bar(axes, index - 0.2, costs[row.name]["bytes_up"] / 1e6, "MB up", style["color"], height=0.35)
+            _bar(axes, index + 0.2, costs[row.name]["bytes_down"] / 1e6, "MB down", style["color"], height=0.35)
     by_forwards.set(xlabel="forwards of a batch (a backward counts as two)", ylabel="held-out accuracy, %")
     by_seconds.set(xlabel="seconds of training")
     by_forwards.legend(frameon=False, loc="lower right")
-    memory.set(
-        xlabel="peak memory of the process, GB", yticks=range(len(rows)), yticklabels=[USE[r.name] for r in rows]
-    )
-    memory.invert_yaxis()
-    memory.margins(x=0.25)
-    for axes in (by_forwards, by_seconds, memory):
+    names = {"yticks": range(len(rows)), "yticklabels": [labels[row.name] for row in rows]}
+    memory.set(xlabel="peak memory of the process, GB", **names)
+    for axes in more:
+        axes.set(xlabel="bytes a step, weights on disk, MB", yticks=range(len(rows)), yticklabels=[])
+    for axes in (memory, *more):
+        axes.invert_yaxis()
+        axes.margins(x=0.3)
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=110)
+
+
+def _bar(axes: Any, place: float, value: float, unit: str, color: str, **more: Any) -> None:
+    axes.barh(place, value, color=color, **more)
+    axes.text(value, place, f" {value:.{0 if value >= 10 else 1}f} {unit}", va="center", fontsize=8)
+
+
+def costs_on_disk(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a step (median), bytes up and down and peak memory of the rows of PACKED with weights on disk: runs of
+    three steps in turn, of which the first, that looks more closely, does not count."""
+    o, found = bench.options, {}
+    for turn in range(rounds):
+        for row in (row for row in ROWS if row.name in PACKED):
+            out = o.work / f"costs-{row.name}-{turn}"
+            shutil.rmtree(out, ignore_errors=True)
+            rate = bench.best_rate(row) or row.rates[0]
+            subprocess.run(
+                [sys.executable, "-m", "distzo2", "finetune", "--quiet", f"--out={out}",
+                 f"--train={o.data / 'train.jsonl'}", "--steps=3", "--weights=disk",
+                 *bench.setting(row, rate, SEEDS[0])], check=True,
+            )  # fmt: skip
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            steps = [line for line in lines if line["kind"] == "step"]
+            found.setdefault(row.name, []).extend(steps[1:])
+    return {
+        name: {"median": statistics.median(s["seconds"] for s in steps), "steps": len(steps)}
+        | {"bytes_up": steps[-1]["bytes_up"], "bytes_down": steps[-1]["bytes_down"]}
+        | {"peak_bytes": max(s["peak"] for s in steps)}
+        for name, steps in found.items()
+    }
 
 
 def time_steps(options: argparse.Namespace, rounds: int) -> dict[str, dict[str, float]]:
@@ -332,16 +386,24 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after so many; --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on with the runs of --out")
     parser.add_argument("--timing", type=int, metavar="ROUNDS", help="time a step of some rows instead")
+    parser.add_argument("--costs", type=int, metavar="ROUNDS", help="measure steps of the packed rows instead")
     parser.add_argument(
         "--picture", type=Path, metavar="PNG", help="draw accuracy against cost instead, after --timing"
     )
+    parser.add_argument("--picture-packed", type=Path, metavar="PNG", help="the same of packed rows, after --costs")
     options = parser.parse_args()
     bench = Bench(options)
     if options.timing:
         bench.write(seconds_of_a_step=time_steps(options, options.timing))
         return
-    if options.picture:
-        return draw_use(bench, json.loads(options.out.read_text())["seconds_of_a_step"], options.picture)
+    if options.costs:
+        bench.write(costs_on_disk=costs_on_disk(bench, options.costs))
+        return
+    for labels, key, target in (
+        (USE, "seconds_of_a_step", options.picture), (PACKED, "costs_on_disk", options.picture_packed)
+    ):  # fmt: skip
+        if target:
+            return draw_costs(bench, labels, json.loads(options.out.read_text())[key], target)
     names = options.rows.split(",")
     rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, name) for name in names)]
     if not rows:

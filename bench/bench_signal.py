@@ -52,6 +52,48 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def compare_float64(options: argparse.Namespace, rows: list[dict[str, Any]], examples: int) -> list[dict[str, Any]]:
+    """How far the reference itself, float32, is from a plain loop in float64 without this library's runtime: weights
+    w + eps z, activations and the loss in float64, by the same probes on the same batch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from distzo2.tasks.batches import DataOrder
+    from distzo2.tasks.examples import load_examples
+    from distzo2.tasks.kinds import model_kind
+    from distzo2.tasks.objectives import Objective
+    from distzo2.tasks.tokenize import load_tokenizer
+    from distzo2_core import rademacher
+
+    kind, tokenizer = model_kind(options.model), load_tokenizer(options.model)
+    lines = load_examples(options.data / "train.jsonl", tokenizer, kind=kind, limit=kind.limit(None))
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float64).eval()
+    objective = Objective(model, "choices", pad_id=kind.padding(tokenizer), device=torch.device("cpu"))
+    batch = DataOrder(len(lines), examples, 0).batch(0)
+    closure = objective.closure(objective.batch([lines[i] for i in batch]))
+    clean = [p.data.clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def loss(probe: int, scale: float) -> float:
+        for i, (p, w) in enumerate(zip(model.parameters(), clean, strict=True)):
+            z = rademacher(w.numel(), seed=0, step=0, param=i, probe=probe)
+            torch.add(w, z.view(w.shape), alpha=scale, out=p.data)
+        return float(closure())
+
+    found = []
+    for row in rows:
+        if (row["examples"], row["dtype"]) == (examples, "float32") and row["eps"] <= 1e-3:
+            eps = float(np.float32(row["eps"]))
+            exact = np.array([loss(k, eps) - loss(k, -eps) for k in range(options.float64)])
+            float32 = np.array(row["differences"])[: options.float64]
+            error = np.linalg.norm(float32 - exact) / np.linalg.norm(exact)
+            correlation = exact @ float32 / np.linalg.norm(exact) / np.linalg.norm(float32)
+            found.append({"eps": row["eps"], "examples": examples, "probes": options.float64})
+            found[-1] |= {"correlation": correlation, "relative_error": error, "differences": exact.tolist()}
+            print(f"float32 against float64 at {row['eps']:g}: correlation {correlation:.8f}, error {error:.1e}")
+    return found
+
+
 def draw(rows: list[dict[str, Any]], target: Path) -> None:
     """Correlation by eps, and the differences of single probes in bfloat16 over those in float32."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -103,12 +145,19 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="*", default=[1, 4, 16], help="none: draw what there is")
     parser.add_argument("--eps", default="1e-2,1e-3,1e-4")
     parser.add_argument("--max-lanes", type=int, default=16)
+    parser.add_argument("--float64", type=int, metavar="PROBES", help="hold the reference against float64 instead")
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    if options.float64:
+        content = json.loads(options.out.read_text())
+        content["float64"] = compare_float64(options, content["rows"], max(r["examples"] for r in content["rows"]))
+        options.out.write_text(json.dumps(content) + "\n")
+        return
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows = before.get("rows", [])
     for batch_size in options.examples:
         rows = [row for row in rows if row["examples"] != batch_size] + measure(options, batch_size)
         rows.sort(key=lambda row: row["examples"])
-        options.out.write_text(json.dumps({"bench": "signal", "machine": machine(), "rows": rows}) + "\n")
+        options.out.write_text(json.dumps(before | {"bench": "signal", "machine": machine(), "rows": rows}) + "\n")
     print("\n".join(table(rows)))
     draw(rows, options.out.with_suffix(".png"))
     print(f"wrote {options.out} and {options.out.with_suffix('.png')}")

@@ -15,7 +15,7 @@ from same_bits import assert_same, assert_same_tensors, same_bits
 from torch import nn
 
 import distzo2
-from distzo2.optim.state import WARM_UP, DivergenceError, NonFiniteLossError, Progress
+from distzo2.optim.state import STILL, WARM_UP, DivergenceError, NonFiniteLossError, Progress
 
 
 @pytest.mark.parametrize("weights", ["device", "host", "disk"])
@@ -272,3 +272,11 @@ def test_clipping_needs_a_history_and_can_be_off():
     assert use(clipping, 1e6)[1] is False
     off = progress(None)
     assert all(use(off, v)[1] is False for v in [1.0] * 40 + [1e30])
+
+
+def test_steps_that_change_nothing_are_told_once(caplog):
+    still = progress(10.0)
+    for value in (1.0, *[0.0] * (STILL - 1), 1e-9, *[0.0] * 3 * STILL):
+        use(still, value, 0.0)
+    (told,) = caplog.messages
+    assert told.startswith(f"step {2 * STILL}: for {STILL} steps in a row no perturbation has changed a loss")

@@ -239,6 +239,7 @@ def _diff(options: argparse.Namespace) -> int:
         longer = "first" if len(first.entries) > len(second.entries) else "second"
         lines.append(f"step {step}: only in the {longer} journal")
     if not lines:
+        print(printable(f"{paths[0]} and {paths[1]}: equal, {len(shared)} steps"))
         return 0
     print(printable(f"{paths[0]}: {len(first.entries)} steps; {paths[1]}: {len(second.entries)} steps"))
     for line in lines:

@@ -5,6 +5,7 @@ It keeps a run finite: coefficients far above their running median are clipped, 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,7 +16,11 @@ from distzo2.optim.settings import Settings
 
 WINDOW = 101  # steps that the running median looks back on
 WARM_UP = 16  # steps before anything is clipped
+STILL = 8  # steps in a row whose coefficients are all 0, before that is told
 NON_FINITE_LOSS, NON_FINITE_COEFFICIENT = "non-finite loss", "non-finite coefficient"  # why a step was skipped
+
+
+logger = logging.getLogger("distzo2")
 
 
 class NonFiniteLossError(DistZO2Error):
@@ -38,7 +43,7 @@ class Progress:
         self.step = 0
         self.window: deque[float] = deque(maxlen=WINDOW)
         self._settings = settings
-        self._num_skipped = self._num_clipped = 0  # in a row
+        self._num_skipped = self._num_clipped = self._num_still = 0  # in a row
 
     def clip(self, coefs: np.ndarray) -> tuple[np.ndarray, bool]:
         """Scales float32 [probes] down to `max_coef` times the median of the window; returns whether it had to."""
@@ -64,6 +69,13 @@ class Progress:
             if len(coefs):
                 self.window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
             self._num_clipped = self._num_clipped + 1 if clipped else 0
+            self._num_still = self._num_still + 1 if len(coefs) and not np.any(coefs) else 0
+            if self._num_still == STILL:
+                logger.warning(
+                    "step %d: for %d steps in a row no perturbation has changed a loss, and nothing is learned: eps "
+                    "may be too small, or the weights ruined by an lr that is too large",
+                    step, STILL,
+                )  # fmt: skip
             if s.max_clipped and self._num_clipped >= s.max_clipped:
                 self._num_clipped = 0
                 raise DivergenceError(
