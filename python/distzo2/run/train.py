@@ -38,7 +38,7 @@ from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
-from distzo2.run.directory import RunDirectory
+from distzo2.run.directory import RunDirectory, read_record
 from distzo2.run.inference import evaluate_file
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
@@ -289,7 +289,7 @@ def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str],
         compute_dtype = before["options"]["compute_dtype"]
     lr = before["options"]["lr"] if continues and options.lr == "auto" else options.lr
     clock = before.get("clock") or datetime.now().isoformat()
-    parent = RunDirectory(options.branch_from).record if options.branch_from else {"widen": True}
+    parent = read_record(Path(options.branch_from)) if options.branch_from else {"widen": True}
     widen = (before if continues else parent).get("widen", False)
     settled = {"resume": continues, "compute_dtype": compute_dtype, "lr": lr}
     return settled | {"clock": clock, "legacy": legacy, "widen": widen}
