@@ -1,8 +1,8 @@
 """Hooks of mkdocs (mkdocs.yml): what the site shows beside docs/, so that each text has one source.
 
 README.md is the site's first page and CONTRIBUTING.md another. The options of every command become a page. A file
-outside docs/ that a page links to is copied if it is a picture, and else shown as a page of its own. Links in the
-Markdown stay those that GitHub follows.
+outside docs/ that a page links to is copied if it is a picture, and else shown as a page of its own; where the link is
+a paragraph, the file stands there too. Links in the Markdown stay those that GitHub follows.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
             if target.suffix in PICTURES:
                 files.append(File.generated(config, page, abs_src_path=str(target)))
             else:
-                fence = f"# {target.relative_to(ROOT)}\n\n~~~~{LANGUAGES.get(target.suffix, 'text')}\n"
-                files.append(File.generated(config, page, content=f"{fence}{target.read_text()}\n~~~~\n"))
+                files.append(File.generated(config, page, content=f"# {target.relative_to(ROOT)}\n{shown(target)}"))
     return files
+
+
+def shown(target: Path) -> str:
+    """A file's text as Markdown shows code."""
+    return f"\n~~~~{LANGUAGES.get(target.suffix, 'text')}\n{target.read_text()}\n~~~~\n"
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
@@ -64,6 +68,9 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         if starts and not fenced:
             lines.append("")
         lines.append(line if fenced else LINK.sub(pointed, line))
+        alone = None if fenced else LINK.fullmatch(line)
+        if alone and (target := target_of(alone[2], source)) and target.suffix in LANGUAGES:
+            lines.append(shown(target))
     return "\n".join(lines)
 
 

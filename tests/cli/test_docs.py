@@ -13,7 +13,7 @@ from distzo2.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
 QUOTED = re.findall(r"^### `(.+)`$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -146,8 +146,12 @@ def trained(
     return trainer
 
 
-def on_ranks(rank: int, world_size: int, directory: Path, fields: dict[str, Any], trl_base: str | None = None) -> Any:
-    """Trains on the ranks of a test; returns the weights, what was logged and evaluated, and the wrapper's type."""
+def on_ranks(
+    rank: int, world_size: int, directory: Path, fields: dict[str, Any], trl_base: str | None = None,
+    killed: tuple[int, ...] = (),
+) -> Any:  # fmt: skip
+    """Trains on the ranks of a test, of which `killed` die after step 3; returns the weights, what was logged and
+    evaluated, and the wrapper's type."""
     from accelerate.state import AcceleratorState
 
     from distzo2.integrations.transformers import ZOTrainer, ZOTrainingArguments
@@ -163,6 +167,7 @@ def on_ranks(rank: int, world_size: int, directory: Path, fields: dict[str, Any]
             trainer = ZOTrainer(model=make_model(), args=args, train_dataset=make_data(), eval_dataset=held_out)
         else:
             trainer = sft_trainer(directory, trl_base, **fields)
+        trainer.add_callback(KillAt(3 if rank in killed else -1, False))
         trainer.train()
         state = trainer.model.state_dict()
         trainer.save_model(str(directory / "saved"))

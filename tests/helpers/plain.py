@@ -28,6 +28,7 @@ def plain_loop(
     noise: str = "normal",
     trainable: Callable[[str], bool] = lambda name: True,
     compute: torch.dtype | None = None,
+    wide: Callable[[str], bool] = lambda name: False,
 ) -> list[list[float]]:
     """Two-sided SPSA over the whole model in memory.
 
@@ -36,6 +37,7 @@ def plain_loop(
         closures: for each step the closures of its micro-batches.
         lr: the learning rate of a step.
         compute: what modules compute with: weights are perturbed in float32 from the stored ones, and rounded to it.
+        wide: of what float32 is stored, and modules compute with what they declare where `compute` is None.
 
     Returns:
         The losses of each step, in the order of evaluation: probe 0 +, all micro-batches; probe 0 −; ...
@@ -43,7 +45,8 @@ def plain_loop(
     eps = float(np.float32(eps))
     params = [(i, n, p) for i, (n, p) in enumerate(model.named_parameters()) if trainable(n)]
     history = []
-    stored = {n: p.data for n, p in model.named_parameters()}
+    seen = {n: compute or (p.dtype if wide(n) else None) for n, p in model.named_parameters()}  # None: as stored
+    stored = {n: p.data.float() if wide(n) else p.data for n, p in model.named_parameters()}
     kept = {b: b.dtype for b in model.buffers() if compute and b.dtype in (torch.float16, torch.bfloat16)}
     for b in kept:
         b.data = b.data.to(compute)
@@ -52,16 +55,16 @@ def plain_loop(
             p.data = stored[n]
         clean = {i: p.data.clone() for i, _, p in params}
         losses = {}
-        for _, p in model.named_parameters():
-            p.data = p.data if compute is None else p.data.to(compute)
+        for n, p in model.named_parameters():
+            p.data = p.data if seen[n] is None else p.data.to(seen[n])
         for probe in range(num_probes):
             for sign in (+1, -1):
-                for i, _, p in params:
-                    w = clean[i].clone() if compute is None else clean[i].float().clone()
+                for i, n, p in params:
+                    w = clean[i].clone() if seen[n] is None else clean[i].float().clone()
                     w = distzo2_core.perturb_(
                         w, sign * eps, seed=seed, step=step, param=i, probe=probe, family=noise, backend="reference"
                     )
-                    p.data = w if compute is None else w.to(compute)
+                    p.data = w if seen[n] is None else w.to(seen[n])
                 with torch.no_grad():
                     losses[probe, sign] = [float(c()) for c in micro_batches]
         history.append([v for values in losses.values() for v in values])

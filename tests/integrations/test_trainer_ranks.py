@@ -10,7 +10,7 @@ import hf_cases
 import numpy as np
 import pytest
 import torch
-from parallel_ranks import PRELOADED, Ranks
+from parallel_ranks import PRELOADED, Died, Raised, Ranks
 from tiny_text import make_checkpoint
 from transformers import LlamaForCausalLM
 
@@ -66,3 +66,23 @@ def test_the_bits_of_one_rank(ranks: Ranks, alone: Any, base: str, tmp_path: Pat
         assert [row.get(name) for row in results[0][1]] == [row.get(name) for row in rows]
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(loaded[key], torch.from_numpy(value)) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(("name", "killed"), [("pert", (0, 1)), ("data", (1,)), ("slices", (0,))])
+@pytest.mark.parametrize("again", [2, 1], ids=["two ranks", "one rank"])
+def test_a_killed_run_continues(
+    ranks: Ranks, alone: Any, tmp_path: Path, name: str, killed: tuple[int, ...], again: int
+) -> None:
+    """On the ranks that it had or on one, to the bits of a run that nothing killed; the rank that is left names what
+    happened."""
+    ended = ranks.run(hf_cases.on_ranks, 2, tmp_path, MESHES[name], None, killed)
+    for rank, found in enumerate(ended):
+        if rank in killed:
+            assert found == Died(-9)
+        else:
+            assert isinstance(found, Raised) and f"rank {killed[0]} was lost" in found.text, found
+    fields = (MESHES[name] if again == 2 else STEP) | {"zo_existing": "resume"}
+    for weights, rows, _ in ranks.values(hf_cases.on_ranks, again, tmp_path, fields):
+        for key, value in alone[0][0].items():
+            np.testing.assert_array_equal(weights[key], value, err_msg=key)
+        assert [row["loss"] for row in rows if "loss" in row][-1] == [r["loss"] for r in alone[0][1] if "loss" in r][-1]

@@ -332,7 +332,7 @@ REFUSED = [
     ({"auto_find_batch_size": True}, "zo_max_lanes"), ({"bf16": True, "zo_compute_dtype": "float32"}, "contradict"),
     ({"zo_existing": "yes"}, "overwrite"), ({"zo_memory_budget": "much"}, "12GiB"),
     ({"zo_compute_dtype": "int8"}, "float32"), ({"zo_eps": 0.0}, "positive"), ({"zo_probes": 0}, "expected 1 to"),
-    ({"zo_max_coef": 0.5}, "above 1"),
+    ({"zo_max_coef": 0.5}, "above 1"), ({"zo_weights": "ram"}, "disk"), ({"zo_pert": 0}, "at least 1"),
 ]  # fmt: skip
 
 
@@ -357,7 +357,7 @@ def test_what_a_trainer_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ZOTrainer(model=make_model(), args=args, optimizers=(torch.optim.SGD(model.parameters(), 1.0), None))
     with pytest.raises(distzo2.DistZO2Error, match=r"^zo_data=3: .*zo_pert=1,zo_data=1 would fit"):
         ZOTrainer(model=model, args=arguments(ZOTrainingArguments, tmp_path, zo_data=3))
-    with pytest.raises(distzo2.DistZO2Error, match=r"ZOTrainer: adapters of type ADALORA .*: it cuts ranks by grad"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"adapters of type ADALORA .*: it cuts ranks by grad"):
         ZOTrainer(model=get_peft_model(model, AdaLoraConfig(target_modules=["q_proj"], total_step=9)), args=args)
     args._n_gpu = 2
     with pytest.raises(distzo2.DistZO2Error, match=r"DataParallel"):

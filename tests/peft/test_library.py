@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from tiny_peft import CAUSAL, CONFIGS, adapted, base_for
 
 import distzo2
@@ -37,6 +38,28 @@ def test_what_cannot_be_trained(config, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DistZO2Error) as found:
         distzo2.adapter(config, tmp_path)
     assert reason in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (peft.AdaLoraConfig(total_step=9, target_modules=["q_proj"]), "type ADALORA are not supported: it cuts ranks"),
+        (peft.PolyConfig(target_modules=["q_proj"]), "type POLY are not supported: it needs task ids"),
+        (peft.TrainableTokensConfig(token_indices=[1]), "type TRAINABLE_TOKENS are not supported: its forward reads"),
+        (lora(trainable_token_indices=[1]), "LoRA with trainable_token_indices is not supported: its forward reads"),
+    ],
+)
+def test_no_way_to_hand_it_over_is_left(config, reason: str) -> None:
+    around = peft.get_peft_model(base_for("lora"), copy.deepcopy(config))
+    inside = base_for("lora")
+    inside.add_adapter(config)  # of transformers
+    edited = distzo2.offload(base_for("lora"))
+    for model in (around, torch.nn.Sequential(inside)):
+        with pytest.raises(DistZO2Error, match=reason):
+            distzo2.offload(model)
+        assert not hasattr(model, "_distzo2_runtime")
+    with pytest.raises(DistZO2Error, match=reason), distzo2.edit(edited):
+        peft.get_peft_model(edited, config)
 
 
 def test_an_adapter_that_changed_its_base(tmp_path: Path) -> None:

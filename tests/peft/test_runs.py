@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from distzo2.checkpoint.config import load_config
 from distzo2.cli.main import main
 from distzo2.peft.adapters import known_config, tokens_in_front
+from distzo2.run import train
 from distzo2.run.options import EvalOptions
 from distzo2.run.preflight import reading_of
 from distzo2.tasks.examples import load_examples
@@ -175,6 +176,35 @@ def test_only_some_parameters_are_trained(files, capsys) -> None:
     assert_same_tensors(weights("again"), weights("whole/checkpoint"))
     assert resume("--steps=5", "--freeze=*norm*") == 2
     assert "--freeze was 're:mlp|layernorm' and is '*norm*'" in one_line(capsys)
+
+
+def test_norms_of_a_16_bit_base_are_trained_in_32(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their checkpoint has them in float32, and a run that began in 16 bits continues so."""
+    AutoModelForCausalLM.from_pretrained(files.model).bfloat16().save_pretrained(files.model)
+    options = ["--train-only=*norm*", "--lr=1e-2"]
+    assert finetune(files, *options, "--steps=2") == 0 and resume("--steps=4") == 0
+    assert finetune(files, *options, "--out=whole") == 0
+    made = weights("whole/checkpoint")
+    assert_same_tensors(weights("out/checkpoint"), made)
+    assert {name for name, value in made.items() if value.dtype == torch.float32} == {n for n in made if "norm" in n}
+    assert load_config(Path("whole/checkpoint")).dtype == torch.bfloat16
+    assert main(["replay", "out", "-o", "again", "--quiet"]) == 0
+    assert_same_tensors(weights("again"), made)
+    assert finetune(files, *options, "--branch-from=out", "--at-step=2", "--out=branch") == 0
+    assert_same_tensors(weights("branch/checkpoint"), made)
+
+    with monkeypatch.context() as patch:
+        before = train._continues
+        patch.setattr(train, "_continues", lambda *held: before(*held) | {"widen": False})
+        assert finetune(files, *options, "--steps=2", "--out=old") == 0
+    known = json.loads(Path("old/run.json").read_text())
+    assert known.pop("widen") is False
+    Path("old/run.json").write_text(json.dumps(known))
+    assert main(["finetune", "--resume", "--out=old", "--steps=4", "--quiet"]) == 0
+    old = weights("old/checkpoint")
+    assert {value.dtype for value in old.values()} == {torch.bfloat16}
+    assert main(["replay", "old", "-o", "old_again", "--quiet"]) == 0
+    assert_same_tensors(weights("old_again"), old)
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForMaskedLM", "BartForConditionalGeneration"])

@@ -264,3 +264,35 @@ def test_a_replay_gives_the_weights(tmp_path, monkeypatch):
     assert_same_tensors(replayed, saved)
     before = stored(tmp_path / "base")
     assert all(same_bits(saved[name], value) is ("norm" not in name) for name, value in before.items())
+
+
+@pytest.mark.parametrize("weights", MODES)
+@pytest.mark.parametrize("computed", [None, torch.float32], ids=str)
+def test_small_parts_of_a_16_bit_base_are_trained_in_32(weights, computed, tmp_path):
+    """Biases of blocks are stored in float32, and modules see them in what they declare; a matrix stays as it is."""
+
+    def made() -> Blocks:
+        model = Blocks(width=64).bfloat16()
+        for name, p in model.named_parameters():
+            p.requires_grad_("bias" in name or "embedding" in name)
+        return model
+
+    reference = made()
+    trained = {name for name, p in reference.named_parameters() if p.requires_grad}
+    plan = [closures(reference, step) for step in range(STEPS)]
+    losses = plain_loop(
+        reference, plan, lr=lambda step: 1e-1, trainable=trained.__contains__, compute=computed,
+        wide=lambda name: "bias" in name, **OPTIONS,
+    )  # fmt: skip
+    model = distzo2.offload(made(), weights=weights, directory=tmp_path, compute_dtype=computed, widen=True)
+    found = train(model, distzo2.ZOSGD(model, lr=1e-1, **OPTIONS))
+    assert_same((found, distzo2.state_dict(model)), (losses, reference.state_dict()))
+    assert {name for name, p in model.state_dict().items() if p.dtype == torch.float32} == trained - {
+        "embedding.weight"
+    }
+
+    with distzo2.edit(model):  # hands the model over anew
+        model.blocks[0][0].bias.requires_grad_(False)
+    dtypes = {name: p.dtype for name, p in model.state_dict().items() if "bias" in name}
+    assert dtypes.pop("blocks.0.0.bias") == torch.bfloat16 and set(dtypes.values()) == {torch.float32}
+    assert model(IDS).isfinite()

@@ -240,8 +240,10 @@ class CheckpointWriter(StagedFiles):
             # That of packed weights says how these are packed, and decoded ones are written.
             has_file = source is not None and (source / CONFIG_FILE).is_file() and not self.map.is_packed
             fields = read_json(source / CONFIG_FILE) if has_file else json.loads(config.to_json_string())
-            dtypes = [t.dtype for t in self.map.mapped.values() if not (t.is_buffer or t.is_gain)]
-            dtype = dtype_name(max(set(dtypes), key=dtypes.count))
+            numel: Counter = Counter()  # by dtype: small parameters may be stored wider than their blocks
+            for t in self.map.mapped.values():
+                numel[t.dtype] += 0 if t.is_buffer or t.is_gain else t.numel
+            dtype = dtype_name(numel.most_common(1)[0][0])
             for part in (fields, *(value for value in fields.values() if isinstance(value, dict))):
                 if part is fields or "dtype" in part or "torch_dtype" in part:
                     part.pop("torch_dtype", None)  # the older name of dtype

@@ -83,9 +83,13 @@ class ZOFields:
                 raise UsageError(f"{name}={getattr(self, name)!r} cannot go with ZO: {reason}")
         if OptimizerNames(self.optim) != OptimizerNames(type(self).optim):
             raise UsageError(f"optim={self.optim!r}: the optimizer is ZOSGD; zo_estimator and zo_noise are its choices")
-        for name, choices in (("zo_existing", EXISTING), ("zo_compute_dtype", (*COMPUTE_DTYPES, None))):
+        allowed = {"zo_existing": EXISTING, "zo_weights": WEIGHTS, "zo_compute_dtype": (*COMPUTE_DTYPES, None)}
+        for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, choices))}")
+        for name, least in {"zo_write_every": 1, "zo_verify_every": 0, "zo_pert": 1, "zo_data": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"{name}={value!r}: at least {least} was expected")
         for name in ("zo_memory_budget", "zo_host_memory"):
             try:
                 num_bytes(getattr(self, name))

@@ -38,7 +38,7 @@ from distzo2.models.pretrained import save_pretrained
 from distzo2.optim.estimator import make_estimator
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel import group as parallel
-from distzo2.peft.library import check_steps
+from distzo2.parallel.slice_rounds import meet_first
 from distzo2.run.launch import from_rank_0
 from distzo2.streaming.lanes import current_lane
 from distzo2.streaming.offload import offload
@@ -114,6 +114,8 @@ class ZOMixin:
                 )  # fmt: skip
             except UsageError as error:
                 raise UsageError(re.sub(r"\b(pert|data)=", r"zo_\1=", str(error))) from None
+        if parallel.current() is not None:
+            meet_first(parallel.current().exchange)  # the trainer's own collectives then name a rank that is lost
         _hold_off(accelerator, self.zo_hand_over)
         if self.model is not None:
             self.zo_hand_over(self.model)
@@ -125,8 +127,6 @@ class ZOMixin:
             DistZO2Error: it has an adapter that forwards cannot train.
         """
         if is_peft_model(model):
-            for config in model.peft_config.values():
-                check_steps(config, type(self).__name__)
             model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # what streams has its dtype
         if not hasattr(model, "_distzo2_runtime"):
             os.makedirs(self.args.output_dir, exist_ok=True)

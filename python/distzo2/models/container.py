@@ -86,6 +86,8 @@ def write_packed(
 ) -> None:
     """As `save_packed`: `gain_of` returns a gain, float32 [groups] on the CPU, by its name in a map with gains."""
     check_out_dir(Path(out_dir))
+    for file in checkpoint_map.files.files:
+        file.check_same()
     params = [each.packed for name, each in checkpoint_map.mapped.items() if name + GAIN in checkpoint_map.mapped]
     _check_exact(params, gain_of)
     source, directory = checkpoint_map.directory, Path(checkpoint_map.directory)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, nullcontext, suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def from_pretrained(
             stored=checkpoint_map.stored_as,
             **offload_options,
         )
+        mapped = checkpoint_map.mapped
+        mapped |= {p.name: replace(mapped[p.name], dtype=p.dtype) for p in runtime_of(model).params if p.narrow}
         fill(model, checkpoint_map)
     finally:
         checkpoint_map.close()

@@ -182,7 +182,10 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         model, checkpoint_map = open_checkpoint(directory, auto_class=auto_class)
         if any(checkpoint_map.mapped[n].dtype != dtypes.get(n) for n in checkpoint_map.names):
             # The run loaded the weights in its own dtype, which buffers then have too.
-            dtype = Counter(dtypes.get(n) for n in checkpoint_map.names).most_common(1)[0][0]
+            numel: Counter = Counter()
+            for n in checkpoint_map.names:
+                numel[dtypes.get(n)] += math.prod(checkpoint_map.mapped[n].shape)
+            dtype = numel.most_common(1)[0][0]
             model, checkpoint_map = open_checkpoint(directory, dtype=dtype, auto_class=auto_class)
         formats = header.get("stored_formats") or {}
         if formats and not checkpoint_map.is_packed:  # it was packed at load

@@ -85,7 +85,7 @@ class SliceExchange:
         """Returns the number of a store that all ranks are about to make. From now on collectives of scalars wait for
         the rounds."""
         self.exchange.before_each = self.meet
-        _meet_first(self.exchange)
+        meet_first(self.exchange)
         self._num_stores += 1
         return self._num_stores - 1
 
@@ -195,7 +195,7 @@ class SliceExchange:
             group._get_backend(torch.device("cuda")).abort()
 
 
-def _meet_first(exchange: Exchange) -> None:
+def meet_first(exchange: Exchange) -> None:
     """From now on torch.distributed's own collectives of all ranks begin with an agreed word. A rank that comes to one,
     as libraries do, thereby serves the others until they are there too, and is told if they do something else."""
     if _plain:
@@ -221,7 +221,7 @@ def _meeting(exchange: Exchange, name: str, plain: Callable[..., Any]) -> Callab
 
 
 def leave_plain() -> None:
-    """Ends `_meet_first`."""
+    """Ends `meet_first`."""
     for (module, name), plain in _plain.items():
         setattr(module, name, plain)
     _plain.clear()

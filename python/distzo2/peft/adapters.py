@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from distzo2.adapter_types import kind_of
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, persistent_buffers
 from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_FILES, ADAPTER_WEIGHTS, CheckpointFiles, digest_files
@@ -25,7 +26,7 @@ from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.files import write_whole
 from distzo2.models.pretrained import meta_model
-from distzo2.peft.library import check, kind_of, peft_library, read_config
+from distzo2.peft.library import check, peft_library, read_config
 from distzo2.streaming.offload import runtime_of
 
 NAME = "default"  # of the adapter in a model that is made here

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from distzo2.adapter_types import check_steps, kind_of
 from distzo2.checkpoint.reading import ADAPTER_FILE
 from distzo2.checkpoint.tensor_files import CheckpointError, read_json
 from distzo2.errors import DistZO2Error, blaming, one_line
@@ -12,12 +13,6 @@ from distzo2.version import INSTALL_HF, release
 
 FLOOR = "0.18"
 WORKING = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
-_NO_STEP = {  # types that no forward can train, wherever their weights are
-    "ADALORA": "it cuts ranks by gradients, which a forward does not make",
-    "XLORA": "its forward keeps the scalings of other adapters",
-    "POLY": "it needs task ids, which the data do not have",
-    "TRAINABLE_TOKENS": "its forward reads the embedding's weights itself; LoRA on embed_tokens works",
-}
 _NOT_SAVED = {"P_TUNING": "peft saves what its network makes and not the network, so that no run could resume it"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken out of the base
 _NOT_OF_LORA = {  # fields of its configuration that must be empty, and why
@@ -70,29 +65,6 @@ def method_of(directory: str | None) -> str | None:
     return {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}.get(read_json(path).get("peft_type"), "lora")
 
 
-def kind_of(config: Any) -> str:
-    """What peft calls a type of adapter, such as LORA."""
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def check_steps(config: Any, where: str) -> None:
-    """
-    Raises:
-        DistZO2Error: forwards alone cannot train an adapter of `config`, not even one that is in memory.
-    """
-    if kind_of(config) in _NO_STEP:
-        raise _unsupported(config, where)
-    if getattr(config, "trainable_token_indices", None):
-        why = _NO_STEP["TRAINABLE_TOKENS"]
-        raise DistZO2Error(f"{where}: LoRA with trainable_token_indices is not supported: {why}")
-
-
-def _unsupported(config: Any, where: str) -> DistZO2Error:
-    kind, reasons = kind_of(config), _NO_STEP | _NOT_SAVED
-    why = f": {reasons[kind]}" if kind in reasons else ""
-    return DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
-
-
 def check(config: Any, where: str, *, new: bool) -> None:
     """
     Raises:
@@ -102,7 +74,8 @@ def check(config: Any, where: str, *, new: bool) -> None:
     check_steps(config, where)
     kind = kind_of(config)
     if kind not in WORKING:
-        raise _unsupported(config, where)
+        why = f": {_NOT_SAVED[kind]}" if kind in _NOT_SAVED else ""
+        raise DistZO2Error(f"{where}: adapters of type {kind} are not supported{why}; these are: {', '.join(WORKING)}")
     if getattr(config, "prefix_projection", False):
         raise DistZO2Error(f"{where}: prefix_projection: peft saves the prefix and not the network that makes it")
     if kind != "LORA":

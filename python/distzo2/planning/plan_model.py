@@ -174,7 +174,8 @@ def plan_model(
     if trained.train_only or trained.freeze:
         select(model, trained.train_only, trained.freeze)
     by_name = {name: stored.get(id(p)) for name, p in model.named_parameters()}
-    return plan_module(model.eval().to("meta"), name, declared, rows, tokens, compute_dtype, by_name.get)
+    widen = not trained.adapts and bool(trained.train_only or trained.freeze)
+    return plan_module(model.eval().to("meta"), name, declared, rows, tokens, compute_dtype, by_name.get, widen)
 
 
 def plan_module(
@@ -185,6 +186,7 @@ def plan_module(
     tokens: int,
     compute_dtype: torch.dtype | None = None,
     stored: StoredBy | None = None,
+    widen: bool = False,
 ) -> ModelPlan:
     """Plans a language model that is on the meta device; see `plan_model`."""
     adapter = getattr(model, "peft_config", {}).get(NAME)
@@ -195,7 +197,7 @@ def plan_module(
         raise UsageError(f"--tokens {tokens}: {name} has {limit} positions{beside}")
     params = collect_params(model, stored)
     saved = keys_of(model) if adapter is not None else {p.name for p in params if not p.is_gain}
-    units, dtypes = find_units(model, params), dtypes_to_compute_in(params, compute_dtype)
+    units, dtypes = find_units(model, params, widen=widen), dtypes_to_compute_in(params, compute_dtype)
     for unit in units:
         unit.compute_in(dtypes)
         for p in unit.params:

@@ -38,7 +38,7 @@ from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
-from distzo2.run.directory import RunDirectory
+from distzo2.run.directory import RunDirectory, read_record
 from distzo2.run.inference import evaluate_file
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
 from distzo2.run.loop import TrainLoop
@@ -174,6 +174,7 @@ def _finetune(
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
+                widen=terms["widen"] and not options.adapts and bool(options.train_only or options.freeze),
             )
         with closing(runtime_of(model)):
             if source is config and config is not None and config.is_prompt_learning:  # a new one
@@ -275,8 +276,8 @@ def _prepared(
 
 def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str], None]) -> dict[str, Any]:
     """Whether the run continues what is in --out ("resume"), as asked or because torchrun restarted these ranks; the
-    time that its chat template sees ("clock"); whether it began before examples had a hash ("legacy"); and what it
-    computes in, which was settled when it began."""
+    time that its chat template sees ("clock"); whether it began before examples had a hash ("legacy"); whether small
+    parts are stored in float32 ("widen"), as in its parent; what it computes in, which was settled when it began."""
     restarted = restarts() > 0 and run.is_of_launch(launch_id())
     continues = run.check(options.resume or restarted)
     if continues and restarted:
@@ -288,7 +289,10 @@ def _continues(options: FinetuneOptions, run: RunDirectory, log: Callable[[str],
         compute_dtype = before["options"]["compute_dtype"]
     lr = before["options"]["lr"] if continues and options.lr == "auto" else options.lr
     clock = before.get("clock") or datetime.now().isoformat()
-    return {"resume": continues, "clock": clock, "legacy": legacy, "compute_dtype": compute_dtype, "lr": lr}
+    parent = read_record(Path(options.branch_from)) if options.branch_from else {"widen": True}
+    widen = (before if continues else parent).get("widen", False)
+    settled = {"resume": continues, "compute_dtype": compute_dtype, "lr": lr}
+    return settled | {"clock": clock, "legacy": legacy, "widen": widen}
 
 
 def _ranks_here() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distzo2.adapter_types import check_adapters
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.parallel.group import current, joined
 from distzo2.parallel.node import choose_slices, memory_share
@@ -47,6 +48,7 @@ def offload(
     compute_dtype: torch.dtype | None = None,
     train: bool = False,
     stored: StoredBy | None = None,
+    widen: bool = False,
 ) -> nn.Module:
     """Hands over a model's weights, which stream through `device` unit by unit from then on.
 
@@ -87,12 +89,15 @@ def offload(
             they are in files, packed ones among them. With weights="disk", frozen blocks that lie in files stream from
             there: they are not copied, and nothing may change the files meanwhile. What little of a block is not as
             they have it stays on the device. `distzo2.from_pretrained` gives it.
+        widen: store in float32 what is trained in 16 bits and is small beside a frozen block, or is a vector outside of
+            blocks. Modules compute with it as they declare it; `state_dict` and checkpoints have it in float32.
 
     Returns:
         The same module.
 
     Raises:
-        DistZO2Error: the device is not there, an argument is not one of those named, or the model cannot be streamed.
+        DistZO2Error: the device is not there, an argument is not one of those named, or the model cannot be streamed,
+            or has an adapter that no forward can train.
     """
     if not isinstance(model, nn.Module):
         raise DistZO2Error(f"offload expects a torch.nn.Module, got {type(model).__name__}")
@@ -128,6 +133,7 @@ def offload(
         write_every=write_every,
         weight_file=weight_file,
         stored=stored,
+        widen=widen,
     )
     return model
 
@@ -151,6 +157,7 @@ def check_computes(device: torch.device, dtype: torch.dtype | None) -> None:
 
 def _take(model: nn.Module, device: torch.device, weights: str, **options: Any) -> None:
     """Hands a model over; `edit` does so again where its body changed which parameters there are."""
+    check_adapters(model)
     # What is made in inference mode cannot be changed outside of it.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         make_meta_buffers(model)
@@ -211,6 +218,7 @@ def _hand_over(
     write_every: int,
     weight_file: WeightFile | None,
     stored: StoredBy | None,
+    widen: bool,
 ) -> StreamingRuntime:
     """Cuts the model into units, decides where each lives, makes the stores, and moves the weights there.
 
@@ -218,7 +226,7 @@ def _hand_over(
     gets what closes memory and files after an error.
     """
     params = collect_params(model, stored)
-    found = find_units(model, params, units)
+    found = find_units(model, params, units, widen)
     for unit in found:
         unit.compute_in(dtypes_to_compute_in(params, compute_dtype))
     slots = slots_of_use(found, slots)
@@ -517,6 +525,8 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     for param in runtime.params:  # weights are real with their gains applied
         for owner in param.owners if param.is_gain else ():
             owner._parameters = {name: p for name, p in owner._parameters.items() if p is not param.tensor}
+        if param.narrow is not None:
+            param.tensor.data = param.tensor.data.to(param.narrow)
     runtime.cast_buffers(None)
     model._distzo2_state.remove()
     del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again

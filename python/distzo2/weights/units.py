@@ -100,6 +100,7 @@ class ParamInfo:
     declared: torch.dtype = None  # by the module; given where it is stored otherwise
     gain: ParamInfo | None = None  # what is trained over packed weights: float32, one a group, which multiplies it
     is_gain: bool = False
+    narrow: torch.dtype | None = None  # of the module, where float32 is stored and counts as declared: see `find_units`
 
     def __post_init__(self) -> None:
         self.declared = self.declared or self.dtype
@@ -198,7 +199,8 @@ class Unit:
         """Sets what modules compute with in the place of some stored dtypes."""
         offset = 0
         for param in self.params:
-            param.seen = param.declared if param.is_gain else dtypes.get(param.declared, param.declared)
+            declared = param.narrow or param.declared
+            param.seen = declared if param.is_gain else dtypes.get(declared, declared)
             param.seen_offset = offset
             offset += _aligned(param.numel * param.seen.itemsize)
         self.seen_bytes = max(offset, ALIGNMENT)
@@ -278,7 +280,7 @@ def dtypes_to_compute_in(params: Sequence[ParamInfo], dtype: torch.dtype | None)
     beside narrower parameters is so for a reason, and stays."""
     if dtype is None:
         return {}
-    stored = {p.declared for p in params if p.declared in TRAINABLE_DTYPES}
+    stored = {p.narrow or p.declared for p in params if p.declared in TRAINABLE_DTYPES}
     narrower = stored - {torch.float32}
     return {one: dtype for one in (narrower if narrower and dtype != torch.float32 else stored)}
 
@@ -420,7 +422,9 @@ def _tie_shared_storage(model: nn.Module) -> None:
                 )
 
 
-def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[str] | None = None) -> list[Unit]:
+def find_units(
+    model: nn.Module, params: Sequence[ParamInfo], units: Iterable[str] | None = None, widen: bool = False
+) -> list[Unit]:
     """Cuts the model into units.
 
     Args:
@@ -429,6 +433,8 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
         units: names of the modules to stream, as in `model.named_modules()`, with shell wildcards
             (`"decoder.layers.*"`). None: the children of the model's block lists; a model without one is grouped by
             bytes.
+        widen: what is trained in 16 bits, and is small beside its block or a vector outside of blocks, is stored in
+            float32, since updates that are small beside a weight are lost in 16 bits. Modules see what they declare.
 
     Raises:
         DistZO2Error: a name matches no module, or one streamed module holds another.
@@ -449,20 +455,27 @@ def find_units(model: nn.Module, params: Sequence[ParamInfo], units: Iterable[st
     result: list[Unit] = []
     for group in _by_shared_owner(residents):
         users = list(dict.fromkeys(m for p in group for m in p.users))
-        result += _parts(len(result), group[0].name.rpartition(".")[0] or "(root)", group, users, resident=True)
+        name = group[0].name.rpartition(".")[0] or "(root)"
+        result += _parts(len(result), name, group, users, resident=True, widen=widen)
     for name, members in streamed.items():
         if members:
             windows = [m for m in blocks[name] if times[m] == 1]
-            result += _parts(len(result), name, members, windows, resident=False)
+            result += _parts(len(result), name, members, windows, resident=False, widen=widen)
     return result
 
 
-def _parts(index: int, name: str, params: list[ParamInfo], windows: list[nn.Module], *, resident: bool) -> list[Unit]:
+def _parts(
+    index: int, name: str, params: list[ParamInfo], windows: list[nn.Module], *, resident: bool, widen: bool
+) -> list[Unit]:
     """One unit; two, the one that streams first, where a small part of the parameters is trained, or is not as files
     have it while all others lie there. The first has `index`."""
     trained, frozen = ([p for p in params if p.trainable is which] for which in (True, False))
+    small = _is_small(trained, params)
+    for p in trained if widen and (small or (resident and all(len(p.shape) < 2 for p in trained))) else ():
+        if p.declared in HALVES and p.layout is None:
+            p.narrow, p.dtype, p.declared = p.declared, torch.float32, torch.float32
     is_packed = any(p.layout is not None for p in frozen)  # and decoded once for all lanes
-    apart = trained if is_packed or _is_small(trained, params) else []
+    apart = trained if is_packed or small else []
     lies = [p.stored.ranges is not None for p in frozen if p.stored is not None]
     made = [p for p in frozen if p.stored is None]
     if apart == trained and not resident and lies and all(lies) and _is_small(made, frozen):
