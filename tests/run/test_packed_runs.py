@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -81,6 +82,23 @@ def test_gains_over_a_gguf_file_end_with_the_same_weights_after_a_kill(packed, t
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {name for name in before if name.endswith("proj.weight")}
     assert main(["eval", "--model=again", f"--eval={packed.eval}"]) == 0
+
+
+@pytest.mark.usefixtures("own_directory")
+@pytest.mark.parametrize("trained", [["--peft=lora"], ["--peft=prefix"], ["--tune=gain"], ["--train-only=*norm*"]])
+def test_signal_perturbs_what_a_run_trains(packed, trained: list[str], capsys) -> None:
+    """Its differences are those of the run's first step."""
+    same = [*trained, "--batch-size=4", "--probes=2"]
+    assert finetune(packed, *same, "--steps=1", "--eps=1e-2", "--lr=1e-3", "--no-signal", "--save=none") == 0
+    (entry,) = read_journal("out/journal.jsonl").entries
+    plus, minus = np.mean(entry.losses, -1).reshape(2, 2).T
+    capsys.readouterr()
+    files = [f"--model={packed.model}", f"--train={packed.train}"]
+    assert main(["signal", *files, *same, "--eps=1e-2", "--compute-dtype=stored", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["differences"] == pytest.approx((plus - minus).tolist(), abs=1e-6)
+    assert main(["signal", *files, "--eps=1e-2"]) == 2
+    assert "its weights are packed (Q4_1)" in one_line(capsys)
 
 
 @pytest.mark.usefixtures("own_directory")

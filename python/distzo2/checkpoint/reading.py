@@ -103,7 +103,9 @@ def adapter_in(directory: Path) -> str | None:
     """What to say of a directory that is not there, or holds an adapter (LoRA, ...) of a model and not the model; None
     of any other."""
     if not directory.exists():
-        return "found no such directory (a model of a hub must be downloaded first)"
+        return "found no such file or directory (a model of a hub must be downloaded first)"
+    if inside := sorted(directory.glob(f"snapshots/*/{CONFIG_FILE}")):
+        return f"found a hub's cache: name {inside[-1].parent}"
     if not (directory / ADAPTER_FILE).is_file():
         return None
     fields = read_json(directory / ADAPTER_FILE)

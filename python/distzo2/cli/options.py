@@ -137,6 +137,5 @@ class PlanOptions(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.settle_store()
         if self.model is None and not self.table:
             raise UsageError("--model is missing")

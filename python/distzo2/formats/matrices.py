@@ -151,8 +151,8 @@ class _Parts:
             return
         g_idx = self.require(suffix, (cols,), (torch.int32, torch.int64))
         if not torch.equal(g_idx.read().long(), torch.arange(cols) // group):
-            name = self.front + suffix
-            raise self.error(f"act-order (desc_act), which is not decoded: {name!r} does not name groups in order")
+            why = f"{self.front + suffix!r} does not name groups in order; take a checkpoint without it"
+            raise self.error(f"act-order (desc_act), which is not decoded: {why}")
 
     def group(self, cols: int, count: int) -> int:
         """Columns of a group where a row has `count` groups."""

@@ -167,7 +167,10 @@ def find_settings(directory: Path) -> dict[str, Any]:
         settings |= part
     method = settings.get("quant_method") or "modelopt"  # whose own file has no such key
     if not isinstance(method, str) or method not in _METHODS:
-        raise CheckpointError(f"{path}: weights quantized by {brief(method)} cannot be decoded")
+        raise CheckpointError(
+            f"{path}: weights quantized by {brief(method)} cannot be decoded: expected {', '.join(_METHODS)}, or "
+            "weights in 16 bits (which --store packs) or in a GGUF file"
+        )
     groups, (key, known) = settings.get("config_groups"), _METHODS[method]
     parts = [p for p in (settings, *(groups.values() if isinstance(groups, dict) else ())) if isinstance(p, dict)]
     for part in parts:

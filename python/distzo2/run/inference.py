@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,21 @@ from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, signal_of
 from distzo2.peft.adapters import adapter, known_config, tokens_in_front
+from distzo2.peft.start import start_from_tokens
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
-from distzo2.run.preflight import DTYPES, beside_prompt, check_disk, check_memory, load_model, placed, reading_of
+from distzo2.run.preflight import (
+    DTYPES,
+    adapter_config,
+    beside_prompt,
+    check_disk,
+    check_memory,
+    load_model,
+    placed,
+    prepared,
+    reading_of,
+    widens,
+)  # fmt: skip
 from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
@@ -38,19 +51,25 @@ def loaded(
     options: EvalOptions | GenerateOptions | SignalOptions, config: Any = None
 ) -> Iterator[tuple[torch.nn.Module, torch.device]]:
     """The model of `options`, with the adapter whose `config` is given, after the checks of its device and of the room
-    it needs."""
+    it needs. For `SignalOptions`, with what they train."""
     place = placed(options, options.device)
-    widest = REFERENCE if isinstance(options, SignalOptions) else place.compute_dtype
-    prepare = None if isinstance(options, SignalOptions) else _freeze  # so that a disk need not hold a second copy
-    if config is not None:
-        prepare = adapter(options.adapter, config=config)
+    perturbs = isinstance(options, SignalOptions)
+    widest = REFERENCE if perturbs else place.compute_dtype
     check_memory(place.size, place.device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
+        prepare, start, more = _freeze, Path(directory, "start"), {}  # so that a disk need not hold a second copy
+        if perturbs:
+            source, more = Path(options.adapter) if options.adapter else config, {"widen": widens(options)}
+            prepare = partial(prepared, options, source, config, start, options.seed)
+        elif config is not None:
+            prepare = adapter(options.adapter, config=config)
         if options.weights == "disk":
-            streamed = place.size.total if prepare is None else place.size.made
+            streamed = place.size.total if perturbs and not options.adapts else place.size.made
             check_disk(directory, {"the file of streamed weights": streamed})
-        model = load_model(options, place, widest, directory=directory, prepare=prepare)
+        model = load_model(options, place, widest, directory=directory, prepare=prepare, **more)
         with closing(runtime_of(model)):
+            if perturbs and source is config and config is not None and config.is_prompt_learning:
+                start_from_tokens(model, start, options.seed)
             yield model, place.device
 
 
@@ -61,7 +80,10 @@ def _freeze(model: torch.nn.Module, checkpoint_map: CheckpointMap) -> tuple[torc
 def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[ModelKind, Any]:
     """The kind of the model, and the configuration of its adapter, if it has one."""
     kind = model_kind(options.model)
-    config = None if options.adapter is None else known_config(Path(options.adapter), kind.name)
+    if isinstance(options, SignalOptions):
+        config = adapter_config(options, options.model, kind.name)
+    else:
+        config = None if options.adapter is None else known_config(Path(options.adapter), kind.name)
     return beside_prompt(kind, config), config
 
 

@@ -197,15 +197,8 @@ class Trained(Adapted):
             raise UsageError(f"{flag}: with --tune gain the gains of all blocks are trained, and nothing else")
         if self.train_only and self.adapts:
             raise UsageError("--train-only: an adapter is all that is trained with it; --freeze leaves parts of it out")
-
-    @property
-    def adapts(self) -> bool:
-        """Whether an adapter is trained, and the model itself is not."""
-        return bool(self.peft or self.adapter)
-
-    def settle_store(self) -> None:
-        """Sets `store` where --tune says it. Raises UsageError where what it packs cannot be trained as asked."""
-        object.__setattr__(self, "store", self.store or ("affine16" if self.tune == "code" else None))
+        store = getattr(self, "store", None)  # of `Placement`
+        object.__setattr__(self, "store", store or ("affine16" if self.tune == "code" else None))
         if self.store in ("affine4", "table4") and not (self.adapts or self.train_only or self.tune == "gain"):
             raise UsageError(
                 f"--store {self.store}: codes of 4 bits are not trained, since updates are less than their spacing: "
@@ -213,6 +206,11 @@ class Trained(Adapted):
             )
         if self.tune == "full" and self.store is not None:
             raise UsageError(f"--tune full: --store {self.store} trains codes; leave one of them out")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, and the model itself is not."""
+        return bool(self.peft or self.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,7 +396,6 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.settle_store()
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.estimator == "fzoo" and self.probes < 2:
@@ -443,7 +440,7 @@ KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignalOptions(Adapted, DataReading, Placement):
+class SignalOptions(Trained, DataReading, Placement):
     """Options of `distzo2 signal`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR")

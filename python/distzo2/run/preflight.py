@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.formats.gains import gains
 from distzo2.formats.packing import packable, packed_as
 from distzo2.models.pretrained import from_pretrained, meta_model, sizes_of
-from distzo2.peft.adapters import known_config, new_config, virtual_tokens
+from distzo2.optim.selection import select
+from distzo2.peft.adapters import adapter, known_config, new_config, virtual_tokens
 from distzo2.run.options import DataReading, Placement, Trained
 from distzo2.streaming.offload import check_computes, runtime_of, usable_device
 from distzo2.tasks.kinds import ModelKind
@@ -151,6 +154,30 @@ def adapter_config(options: Trained, model: str, kind: str, held: nn.Module | No
         options.peft, kind, str(Path(model).absolute()), r=options.lora_r, alpha=options.lora_alpha,
         targets=options.lora_targets, virtual_tokens=options.virtual_tokens, held=held,
     )  # fmt: skip
+
+
+def prepared(
+    options: Trained, source: Any, config: Any, start: Path | None, seed: int, model: nn.Module, base: CheckpointMap
+) -> tuple[nn.Module, CheckpointMap]:
+    """A model and its map with the adapter of `source` (see `distzo2.peft.adapters.adapter`) or gains, and with the
+    parameters frozen that `options` do not train.
+
+    Raises:
+        UsageError: packed weights are to be updated as they are.
+    """
+    if source is not None:
+        model, base = adapter(source, start, seed=seed, config=config)(model, base)
+    if options.tune == "gain":
+        model, base = gains(model, base)
+    elif options.train_only or options.freeze:
+        select(model, options.train_only, options.freeze)
+    check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
+    return model, base
+
+
+def widens(options: Trained) -> bool:
+    """Whether small parts that are trained are stored in float32."""
+    return not options.adapts and bool(options.train_only or options.freeze)
 
 
 def check_packed(options: Trained, model: str, stored: Iterable[StoredAs]) -> None:

@@ -29,11 +29,10 @@ from distzo2.datasets.protocol import line_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import UsageError, blaming
 from distzo2.files import write_whole
-from distzo2.formats.gains import gains
-from distzo2.optim.selection import select, trained
+from distzo2.optim.selection import trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
-from distzo2.peft.adapters import adapter, digest_adapter, known_config, tokens_in_front
+from distzo2.peft.adapters import digest_adapter, known_config, tokens_in_front
 from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
@@ -51,10 +50,11 @@ from distzo2.run.preflight import (
     check_disk,
     check_memory,
     check_output,
-    check_packed,
     load_model,
     placed,
+    prepared,
     reading_of,
+    widens,
 )
 from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.examples import examples_digest, load_examples
@@ -174,7 +174,7 @@ def _finetune(
                 weight_file=_weight_file(options, run, log),
                 train=options.train_mode,
                 prepare=lambda *held: _prepared(options, source, config, start, *held),
-                widen=terms["widen"] and not options.adapts and bool(options.train_only or options.freeze),
+                widen=terms["widen"] and widens(options),
             )
         with closing(runtime_of(model)):
             if source is config and config is not None and config.is_prompt_learning:  # a new one
@@ -258,19 +258,13 @@ def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path
 def _prepared(
     options: FinetuneOptions, source: Any, config: Any, start: Path, model: torch.nn.Module, base: CheckpointMap
 ) -> tuple[torch.nn.Module, CheckpointMap]:
-    """The model and its map with the run's adapter or gains, and with the parameters frozen that it does not train."""
-    if source is not None:
-        if base.is_packed and options.merge:
-            raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
-        place, names = None if options.resume else start, {id(p): name for name, p in model.named_parameters()}
-        model, base = adapter(source, place, seed=options.seed, config=config)(model, base)
-        if options.merge:
-            check_merges(model, names)
-    if options.tune == "gain":
-        model, base = gains(model, base)
-    elif options.train_only or options.freeze:
-        select(model, options.train_only, options.freeze)
-    check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
+    """The model and its map with what the run trains; what cannot be merged at its end is refused."""
+    if source is not None and options.merge and base.is_packed:
+        raise UsageError(f"--merge: {NO_MERGE.format(base.formats)}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    model, base = prepared(options, source, config, None if options.resume else start, options.seed, model, base)
+    if source is not None and options.merge:
+        check_merges(model, names)
     return model, base
 
 
