@@ -175,6 +175,7 @@ def test_rates_of_what_is_tuned(options: list[str]) -> None:
     assert (found.lr, found.eps) == (1e-4, 1e-2)
     assert options_of(*FULL, *options, "--lr=5e-2").lr == 5e-2
     by_fzoo = options_of(*FULL, *options, "--estimator=fzoo", "--probes=2")
-    assert (by_fzoo.lr, by_fzoo.eps) == (3e-2 if "--tune=gain" in options else 1e-4, 1e-2)
+    assert (by_fzoo.lr, by_fzoo.eps) == (3e-2, 1e-2)
+    assert options_of(*FULL, "--estimator=fzoo", "--probes=2").lr == 2e-3
     of_mezo = options_of(*FULL, *options, "--protocol=mezo")  # which trains no gains
     assert (of_mezo.lr, of_mezo.eps) == (1e-4 if "--tune=gain" in options else 5e-5, 1e-2)

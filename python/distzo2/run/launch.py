@@ -31,7 +31,8 @@ REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed
 _OF_PROMPTS = {"lr": 1e-2, "eps": 1e-1}
 _OF_LORA = {"lr": 1e-4, "eps": 1e-2}
 RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
-GAINS_BY_FZOO = {"lr": 3e-2}  # in the place of LoRA's by spsa: tried (docs/packed.md)
+# In the place of those by spsa, whose steps have another size; None: all weights. Tried (docs/precision.md).
+BY_FZOO = {None: {"lr": 2e-3}, "lora": {"lr": 3e-2}, "gain": {"lr": 3e-2}}
 
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
@@ -76,8 +77,8 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         values = _saved(values["out"]) | values
     method = values.get("peft") or method_of(values.get("adapter")) or TUNED_BY.get(values.get("tune"))
     if not values.get("branch_from"):
-        is_tried = method == "gain" and values.get("estimator") == "fzoo"
-        return made(FinetuneOptions, RATES.get(method, {}) | (GAINS_BY_FZOO if is_tried else {}) | values)
+        by_fzoo = BY_FZOO.get(method, {}) if values.get("estimator") == "fzoo" else {}
+        return made(FinetuneOptions, RATES.get(method, {}) | by_fzoo | values)
     parent = _saved(values["branch_from"])
     options = made(FinetuneOptions, parent | values)
     for name in KEPT_BY_BRANCHES:
