@@ -57,7 +57,7 @@ def whole_and_cut(packed: SimpleNamespace, root: Path, *options: str) -> None:
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed, tmp_path: Path) -> None:
+def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed, tmp_path: Path, capsys) -> None:
     whole_and_cut(packed, tmp_path, *LORA)
     assert_same_tensors(*(load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "cut")))
     header = read_journal("whole/journal.jsonl").header
@@ -68,6 +68,9 @@ def test_an_adapter_over_a_gguf_file_ends_with_the_same_bits_after_a_kill(packed
         load_file("again/adapter_model.safetensors"), load_file("whole/adapter/adapter_model.safetensors")
     )
     assert main(["eval", f"--model={packed.model}", f"--eval={packed.eval}", "--adapter=whole/adapter"]) == 0
+    capsys.readouterr()
+    assert main(["replay", "whole", "--merge", "-o", "merged", "--quiet"]) == 1
+    assert "an adapter is not merged into packed weights (Q4_1)" in one_line(capsys)
 
 
 @pytest.mark.usefixtures("own_directory")

@@ -25,7 +25,7 @@ from distzo2.peft.library import read_config
 # Of the formats of a base.
 NO_MERGE = (
     "an adapter is not merged into packed weights ({}), which would round it away: load it beside them (--adapter, or "
-    "peft's PeftModel), or merge it into the checkpoint that they were packed from"
+    "peft's PeftModel), or merge it into the checkpoint that they were packed from (distzo2.merge_adapter)"
 )
 
 

@@ -26,7 +26,7 @@ from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.models.replay import PIECE_BYTES, ReplayReport, apply_updates, plan_pieces, read_steps
 from distzo2.peft.adapters import write_adapter
 from distzo2.peft.library import read_config
-from distzo2.peft.merging import merge_adapter
+from distzo2.peft.merging import NO_MERGE, merge_adapter
 from distzo2.record.line import JournalError
 
 
@@ -55,6 +55,8 @@ def replay_adapter(
     start, out_dir, steps = Path(start), Path(out_dir), read_steps(journal_path, to_step)
     header, keys = steps.header, adapter_keys(steps.header, os.fspath(journal_path))
     if base_dir is not None:
+        if packed := header.get("stored_formats"):
+            raise CheckpointError(f"{base_dir}: {NO_MERGE.format(', '.join(sorted(set(packed.values()))))}")
         files = {name: file for name, file in header["base"]["files"].items() if name not in ADAPTER_FILES}
         for difference in checkpoint_differences(base_dir, {"files": files}):
             raise CheckpointError(difference)

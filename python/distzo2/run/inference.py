@@ -195,7 +195,7 @@ def generate_text(options: GenerateOptions) -> None:
     with blaming(f"{options.model}: the tokenizer fails"):
         inputs = torch.tensor([tokenize_for(tokenizer, kind).prompt(options.prompt)])
     if not inputs.numel():
-        raise DistZO2Error("the prompt has no tokens")
+        raise DistZO2Error("the prompt has no tokens: it is --prompt, or what standard input gives")
     longest = inputs.shape[1] + options.max_new_tokens
     if kind.name == "encoder-decoder":  # its decoder begins with a start token
         longest = max(inputs.shape[1], options.max_new_tokens + 1)

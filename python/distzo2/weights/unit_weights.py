@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.text import dtype_name
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import Store, StoredCopy
 from distzo2.weights.timeline import Timeline
@@ -438,10 +439,10 @@ class UnitWeights:
             values = outs[0][param.seen_offset : end].view(param.seen)
             # One pass, which lets NaN through; isfinite would take memory, and thirty times as long.
             if param.layout is not None and values.numel() and not torch.stack(values.aminmax()).isfinite().all():
+                beyond = f"its scales lead beyond {dtype_name(param.seen)}: --compute-dtype float32 has room"
                 raise DistZO2Error(
                     f"parameter {param.name} ({param.stored.format}): expected finite weights, got one that is not: "
-                    "the file is damaged, or its scales lead beyond "
-                    f"{str(param.seen).removeprefix('torch.')} (--compute-dtype)"
+                    + ("the file is damaged" if values.isnan().any() or param.seen == torch.float32 else beyond)
                 )
         self._decoded.add(unit.index)
 
