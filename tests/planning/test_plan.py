@@ -312,6 +312,7 @@ def test_a_run_measures_what_was_planned(files, part: list[str], monkeypatch: py
         sizes.update(runtime_of(loop.model).stats(), disk_bytes=sum(copy.num_bytes for copy in kept.copies))
 
     monkeypatch.setattr(TrainLoop, "run_to_end", run)
+    monkeypatch.setattr(TrainLoop, "_look_at_codes", lambda loop: None)  # which reads blocks between steps
     assert finetune(files, "--weights=disk", "--steps=20", *part) == 0
     made = Path(
         "out/adapter/adapter_model.safetensors" if "--peft" in str(part) else "out/checkpoint/model.safetensors"

@@ -20,6 +20,7 @@ from distzo2.planning.plan import Planner
 from distzo2.planning.plan_model import ModelPlan, Part, plan_module
 from distzo2.planning.report import read_trace
 from distzo2.planning.schedule import Played, Slicing, Task, Work, play, play_steps
+from distzo2.run.preflight import widens
 from distzo2.streaming.lanes import Emission
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.weights.units import ParamInfo, Unit
@@ -309,7 +310,7 @@ def test_packed_weights_are_planned_as_they_run(kind: str, options: dict[str, An
 
     model = distzo2.from_pretrained(
         path, weights="disk", directory=tmp_path, store=asked.store, write_every=asked.write_every, prepare=prepare,
-        compute_dtype=planner.compute_dtype,
+        compute_dtype=planner.compute_dtype, widen=widens(asked),
     )  # fmt: skip
     written = [
         c for c in distzo2.runtime_of(model).weights.copies if c.unit.trainable or (c.streams and not c.is_fixed)

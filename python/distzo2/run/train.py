@@ -182,8 +182,9 @@ def _finetune(
                     start_from_tokens(model, start, options.seed, mesh)
             if runtime_of(model).told:
                 log(runtime_of(model).told)
-            what = trained(runtime_of(model).params) or "training all weights"
-            log(f"{what}, lr {options.lr}, eps {options.eps:g}")
+            what = trained(runtime_of(model).params) or ("" if options.quiet else "training all weights")
+            if what:
+                log(f"{what}, lr {options.lr}, eps {options.eps:g}")
             pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
             objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
