@@ -402,6 +402,8 @@ def main() -> None:
     for labels, key, target in (
         (USE, "seconds_of_a_step", options.picture), (PACKED, "costs_on_disk", options.picture_packed)
     ):  # fmt: skip
+        if target and key not in json.loads(options.out.read_text()):
+            parser.error(f"{options.out} has no {key}: --timing or --costs comes first")
         if target:
             return draw_costs(bench, labels, json.loads(options.out.read_text())[key], target)
     names = options.rows.split(",")

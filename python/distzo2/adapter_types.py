@@ -19,8 +19,9 @@ def kind_of(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def check_steps(config: Any, where: str) -> None:
-    """
+def check_steps(config: Any, where: str, more: str = "") -> None:
+    """`more` ends the message.
+
     Raises:
         DistZO2Error: forwards alone cannot train an adapter of `config`, not even one that is in memory.
     """
@@ -28,15 +29,16 @@ def check_steps(config: Any, where: str) -> None:
     kind = "TRAINABLE_TOKENS" if tokens else kind_of(config)
     if kind in NO_STEP:
         what = "LoRA with trainable_token_indices is" if tokens else f"adapters of type {kind} are"
-        raise DistZO2Error(f"{where}: {what} not supported: {NO_STEP[kind]}")
+        raise DistZO2Error(f"{where}: {what} not supported: {NO_STEP[kind]}{more}")
 
 
 def check_adapters(model: Any) -> None:
     """
     Raises:
-        DistZO2Error: a part of `model`, a module, has an adapter that `check_steps` refuses.
+        DistZO2Error: a part of `model`, a module, trains an adapter that `check_steps` refuses.
     """
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
-        for config in configs.values() if isinstance(configs, dict) else ():
-            check_steps(config, type(module).__name__)
+        if isinstance(configs, dict) and any(p.requires_grad for p in module.parameters()):
+            for config in configs.values():
+                check_steps(config, type(module).__name__)

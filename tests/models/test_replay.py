@@ -248,6 +248,11 @@ def test_maps_are_compared_by_elements(tmp_path: Path, monkeypatch: pytest.Monke
     def other(pieces: list[Piece], **changes: int) -> list[Piece]:
         return [pieces[0]._replace(**changes), *pieces[1:]]
 
+    (name, _, shape, _), *rest = record["tensors"]
+    earlier = json.loads(json.dumps(record | {"tensors": [[name, "float32", shape, "first"], *rest]}))
+    _check_map(earlier, record, "journal", {0})  # the first is made of others
+    with pytest.raises(JournalError, match="other tensors"):
+        _check_map(earlier, record, "journal", {1})
     for name, (_, shape, _) in record["params"].items():
         check(cut(name))
         if math.prod(shape) > 1000:

@@ -248,6 +248,7 @@ def progress(max_coef: float | None) -> Progress:
 
 def use(progress: Progress, *coefs: float) -> tuple[np.ndarray, bool]:
     used, clipped = progress.clip(np.array(coefs, np.float32))
+    progress.warn_if_still(used)
     progress.count(used.tolist(), None, clipped)
     return used, clipped
 

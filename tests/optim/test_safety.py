@@ -21,6 +21,7 @@ from distzo2.models.replay import replay
 from distzo2.record import writer as journal_writer
 from distzo2.record.journal import read_journal
 from distzo2.record.line import encode_line
+from distzo2.weights.unit_weights import UnitWeights
 
 
 def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
@@ -221,3 +222,26 @@ def test_older_journals_have_no_checksums_and_resume(tmp_path):
         again, opt = stepping(Blocks(), **options)
         opt.close()
         assert_same_tensors(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("read", [lambda access: list(access.visit()), lambda access: access.weights.flush()])
+def test_an_interrupt_while_weights_are_read_comes_after_the_note_of_an_update(read, monkeypatch) -> None:
+    """Else the update would be made twice."""
+
+    def trained() -> torch.nn.Module:
+        model, opt = stepping(Blocks())
+        opt.step(lambda: model(IDS).sum())
+        return model
+
+    def interrupted(self, *args) -> None:
+        make(self, *args)
+        signal.raise_signal(signal.SIGINT)
+
+    expected, model, make = trained().state_dict(), trained(), UnitWeights._materialize
+    access = distzo2.runtime_of(model).access
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UnitWeights, "_materialize", interrupted)
+        read(access)
+    copies = access.weights.copies
+    assert {copy.version for copy in copies} == {0, 1}  # one of them was brought up to date
+    assert_same_tensors(model.state_dict(), expected)

@@ -141,6 +141,9 @@ def test_room_is_asked_for_what_is_made_and_for_decoded_weights(tmp_path: Path, 
         files = SimpleNamespace(train=data, model=path)
         status = finetune(files, *options, "--weights=disk", "--steps=1", f"--out={kind}{reason}")
         assert status == bool(reason) and reason in capsys.readouterr().err
+        if kind == "Q5_0":  # blocks of 22 bytes become 34
+            packed = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+            assert preflight.model_size(path, None).made == packed // 32 * 34
     size, numel = preflight.model_size(files.model, None), sum(p.numel() for p in model.parameters())
     assert size.made == 0 and 2 * numel <= size.decoded < 2.1 * numel and size.total < 0.6 * numel
 

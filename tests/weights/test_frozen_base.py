@@ -291,8 +291,11 @@ def test_small_parts_of_a_16_bit_base_are_trained_in_32(weights, computed, tmp_p
         "embedding.weight"
     }
 
+    held = model.state_dict()
     with distzo2.edit(model):  # hands the model over anew
         model.blocks[0][0].bias.requires_grad_(False)
+    held["blocks.0.0.bias"] = held["blocks.0.0.bias"].bfloat16()
+    assert_same_tensors(model.state_dict(), held)
     dtypes = {name: p.dtype for name, p in model.state_dict().items() if "bias" in name}
     assert dtypes.pop("blocks.0.0.bias") == torch.bfloat16 and set(dtypes.values()) == {torch.float32}
     assert model(IDS).isfinite()

@@ -61,7 +61,7 @@ def save_packed(model: nn.Module, out_dir: str | os.PathLike) -> None:
         with runtime.access.reading(unit_of[name]) as views:
             return views[name].clone()
 
-    if runtime.weights.replaced:
+    if runtime.weights.epoch or any(param.trainable and not param.is_gain for param in runtime.params):
         _check_others(runtime)
     write_packed(runtime.base, gain_of, out_dir)
 

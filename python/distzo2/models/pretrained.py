@@ -126,6 +126,8 @@ def open_checkpoint(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     config, files = (None, None) if from_file else (load_config(path), CheckpointFiles(path))
     if from_file or is_quantized(path, files):
+        if files is not None:
+            files.close()
         opened = (open_gguf if from_file else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
         model, checkpoint_map = opened.model, opened.map
         freeze_packed(model, checkpoint_map)
@@ -173,15 +175,20 @@ def config_of(path: Path) -> Any:
 
 
 def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype, bool]]:
-    """Bytes, elements and dtype of each tensor of a checkpoint's files, and whether its bytes are made when they are
-    read; of what is packed, the elements and the dtype that it is decoded to.
+    """Bytes, as they are stored, elements and dtype of each tensor of a checkpoint's files, and whether its bytes are
+    made when they are read; of what is packed, the elements and the dtype that it is decoded to.
 
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is truncated, corrupt or in a form that is not decoded.
     """
     if is_gguf(path):
         tensors = [(t, RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
-        return [(t.num_bytes, math.prod(t.shape), dtype, t.kind in WIDENED) for t, dtype in tensors]
+        made = {kind: block_bytes / 32 for kind, block_bytes in WIDENED.items()}  # bytes an element
+        sizes = [(t, math.prod(t.shape), dtype) for t, dtype in tensors]
+        return [
+            (int(numel * made[t.kind]) if t.kind in made else t.num_bytes, numel, dtype, t.kind in made)
+            for t, numel, dtype in sizes
+        ]
     is_packed = is_quantized(path)
     with closing(DecodedFiles(path) if is_packed else CheckpointFiles(path)) as files:
         found = [(entry.num_bytes, entry.numel, entry.dtype, False) for entry in files.entries]

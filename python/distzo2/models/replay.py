@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
@@ -210,7 +210,8 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
     if difference is not None:
         raise JournalError(f"{journal}: {directory} holds another model: {difference}")
     if header["map"] is not None:
-        _check_map(header["map"], checkpoint_map.to_json(), journal)
+        made = {p.source for each in checkpoint_map.mapped.values() if each.made is not None for p in each.pieces}
+        _check_map(header["map"], checkpoint_map.to_json(), journal, made)
     return checkpoint_map
 
 
@@ -229,7 +230,9 @@ def _map_by_table(directory: Path, table: Sequence[Mapping[str, Any]]) -> Checkp
     return CheckpointMap(files.entries, mapped | whole, files=files)
 
 
-def _check_map(theirs: Any, ours: Mapping[str, Any], journal: str) -> None:
+def _check_map(theirs: Any, ours: Mapping[str, Any], journal: str, made: Collection[int] = ()) -> None:
+    """`made` numbers tensors whose values are made of others. Earlier journals have them in the first file, as float32;
+    the files' digests hold what they are from."""
     ours = json.loads(json.dumps(ours))  # with lists for tuples
     theirs = theirs if isinstance(theirs, dict) else {}
     params = theirs.get("params") if isinstance(theirs.get("params"), dict) else {}
@@ -240,7 +243,12 @@ def _check_map(theirs: Any, ours: Mapping[str, Any], journal: str) -> None:
                 f"{journal}: parameter {name!r} is read from other places of the checkpoint than the run read it from; "
                 "use the version of transformers that the header names"
             )
-    if theirs.get("tensors") != ours["tensors"] or params.keys() != ours["params"].keys():
+
+    def rows(found: Any) -> list[Any]:
+        found = found if isinstance(found, list) else []
+        return [[row[0], row[2]] if i in made and len(row) > 2 else row for i, row in enumerate(found)]
+
+    if rows(theirs.get("tensors")) != rows(ours["tensors"]) or params.keys() != ours["params"].keys():
         raise JournalError(f"{journal}: the base checkpoint holds other tensors than those that the run read")
 
 

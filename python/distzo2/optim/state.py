@@ -56,6 +56,15 @@ class Progress:
             return coefs, False
         return (coefs.astype(np.float64) * (limit / largest)).astype(np.float32), True
 
+    def warn_if_still(self, coefs: Sequence[float]) -> None:
+        """Says once, of a step that is about to be counted, that several in a row have changed nothing."""
+        if _is_still(coefs) and self._num_still + 1 == STILL:
+            logger.warning(
+                "step %d: for %d steps in a row no perturbation has changed a loss, and nothing is learned: eps may be "
+                "too small, or the weights ruined by an lr that is too large",
+                self.step, STILL,
+            )  # fmt: skip
+
     def count(self, coefs: Sequence[float], skipped: str | None, clipped: bool) -> None:
         """Counts a step that was made; `coefs` is empty if it was skipped. After an error, counts begin at 0 again.
 
@@ -69,13 +78,7 @@ class Progress:
             if len(coefs):
                 self.window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
             self._num_clipped = self._num_clipped + 1 if clipped else 0
-            self._num_still = self._num_still + 1 if len(coefs) and not np.any(coefs) else 0
-            if self._num_still == STILL:
-                logger.warning(
-                    "step %d: for %d steps in a row no perturbation has changed a loss, and nothing is learned: eps "
-                    "may be too small, or the weights ruined by an lr that is too large",
-                    step, STILL,
-                )  # fmt: skip
+            self._num_still = self._num_still + 1 if _is_still(coefs) else 0
             if s.max_clipped and self._num_clipped >= s.max_clipped:
                 self._num_clipped = 0
                 raise DivergenceError(
@@ -88,3 +91,7 @@ class Progress:
             raise NonFiniteLossError(
                 f"step {step}: {skipped}, for {s.max_skipped} steps in a row; none of them was applied"
             )
+
+
+def _is_still(coefs: Sequence[float]) -> bool:
+    return len(coefs) > 0 and not np.any(coefs)

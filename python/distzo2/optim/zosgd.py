@@ -325,6 +325,7 @@ class ZOSGD(torch.optim.Optimizer):
             def make() -> None:
                 self._tell_unused(step, left_out)
                 self._decide(losses, record)
+                self._progress.warn_if_still(record.coefs)
                 record.seconds = time.perf_counter() - start
                 if self.journal is not None:
                     self.journal.append(self._entry(record, scalars, tokens))

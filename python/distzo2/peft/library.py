@@ -71,7 +71,7 @@ def check(config: Any, where: str, *, new: bool) -> None:
         DistZO2Error: forwards alone cannot train, or with `new` not initialise, an adapter of `config`, or its files do
             not hold all of it.
     """
-    check_steps(config, where)
+    check_steps(config, where, f"; these are: {', '.join(WORKING)}")
     kind = kind_of(config)
     if kind not in WORKING:
         why = f": {_NOT_SAVED[kind]}" if kind in _NOT_SAVED else ""

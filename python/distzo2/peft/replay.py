@@ -23,6 +23,8 @@ from distzo2.checkpoint.reading import (
     checkpoint_differences,
 )
 from distzo2.checkpoint.tensor_files import CheckpointError
+from distzo2.formats.gguf import is_gguf
+from distzo2.formats.packed_checkpoint import is_quantized
 from distzo2.models.replay import PIECE_BYTES, ReplayReport, apply_updates, plan_pieces, read_steps
 from distzo2.peft.adapters import write_adapter
 from distzo2.peft.library import read_config
@@ -55,8 +57,9 @@ def replay_adapter(
     start, out_dir, steps = Path(start), Path(out_dir), read_steps(journal_path, to_step)
     header, keys = steps.header, adapter_keys(steps.header, os.fspath(journal_path))
     if base_dir is not None:
-        if packed := header.get("stored_formats"):
-            raise CheckpointError(f"{base_dir}: {NO_MERGE.format(', '.join(sorted(set(packed.values()))))}")
+        if is_gguf(Path(base_dir)) or is_quantized(Path(base_dir)):
+            formats = sorted(set((header.get("stored_formats") or {}).values()))
+            raise CheckpointError(f"{base_dir}: {NO_MERGE.format(', '.join(formats))}")
         files = {name: file for name, file in header["base"]["files"].items() if name not in ADAPTER_FILES}
         for difference in checkpoint_differences(base_dir, {"files": files}):
             raise CheckpointError(difference)

@@ -232,6 +232,7 @@ def table(result: dict[str, Any]) -> list[str]:
         ("{device} {dtype} products, {size}", result["matmul"], "flop_per_s", 1e-12, ".3f TFLOP/s"),
     ):
         digits, _, word = unit.partition(" ")
+        lines += [""] if key == "fsync_s" else []
         lines += [f"{name.format_map(row):<34}{scale * row[key]:>12{digits}} {word}".rstrip() for row in rows]
     if result["findings"]:
         lines += ["", "below what it should be:"] + [f"  {finding['text']}" for finding in result["findings"]]

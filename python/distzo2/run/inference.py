@@ -27,6 +27,7 @@ from distzo2.run.preflight import (
     beside_prompt,
     check_disk,
     check_memory,
+    freezes_base,
     load_model,
     placed,
     prepared,
@@ -64,7 +65,7 @@ def loaded(
         elif config is not None:
             prepare = adapter(options.adapter, config=config)
         if options.weights == "disk":
-            streamed = place.size.total if perturbs and not options.adapts else place.size.made
+            streamed = place.size.total if perturbs and not freezes_base(options) else place.size.made
             check_disk(directory, {"the file of streamed weights": streamed})
         model = load_model(options, place, widest, directory=directory, prepare=prepare, **more)
         with closing(runtime_of(model)):

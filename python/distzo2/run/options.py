@@ -301,7 +301,7 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     lr: PositiveOrZero | Literal["auto"] = option(
         1e-6,
         "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by fzoo "
-        "2e-3, LoRA and gains 3e-2); auto: by fzoo, 0.05 eps / spread of the losses at the start, told and kept",
+        "2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, 0.05 eps / spread of the losses at the start, kept",
         "X|auto",
     )
     eps: Positive = option(

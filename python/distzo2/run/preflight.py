@@ -55,7 +55,7 @@ def model_size(directory: str | os.PathLike, dtype: torch.dtype | None) -> Model
         is_packed = num_bytes < numel * stored.itemsize
         total += num_bytes if is_packed else numel * kept.itemsize
         decoded += numel * kept.itemsize
-        made += num_bytes if is_made else 0
+        made += numel * kept.itemsize if kept != stored and not is_packed else num_bytes if is_made else 0
         largest = max(largest, numel * kept.itemsize)
         floating[kept] += numel * kept.itemsize if kept.is_floating_point else 0
     return ModelSize(total, decoded, made, largest, max(floating, key=floating.get, default=None))
@@ -173,6 +173,11 @@ def prepared(
         select(model, options.train_only, options.freeze)
     check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
     return model, base
+
+
+def freezes_base(options: Trained) -> bool:
+    """Whether all weights of the checkpoint stay as they are."""
+    return options.adapts or options.tune == "gain"
 
 
 def widens(options: Trained) -> bool:

@@ -50,6 +50,7 @@ from distzo2.run.preflight import (
     check_disk,
     check_memory,
     check_output,
+    freezes_base,
     load_model,
     placed,
     prepared,
@@ -357,7 +358,7 @@ def _check_room(options: FinetuneOptions, size: ModelSize, run: RunDirectory) ->
     makes room for the new one, and so does a weight file."""
     weights: dict[str, int] = {}
     # Adapters and gains are small. What is frozen beside them stays in its own files, but for what is made at load.
-    is_frozen = options.adapts or options.tune == "gain"
+    is_frozen = freezes_base(options)
     if run.weight_file(options.weights_dir).exists():
         pass
     elif options.weights == "disk":

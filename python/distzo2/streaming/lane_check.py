@@ -7,7 +7,6 @@ not; a lane that reads it has another result in company than alone.
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -116,12 +115,17 @@ def _kept(model: nn.Module, closure: Callable[[], Any]) -> Iterator[tuple[str, A
         for key, value in getattr(owner, "__dict__", {}).items() if not isinstance(owner, nn.Module) else ():
             yield from _changing(f"{type(owner).__name__}.{key} of {name}", value)
         function = getattr(function, "__func__", None) or (function if owner is None else type(function).__call__)
-        with suppress(TypeError, ValueError):  # not in Python, or before a variable of it has a value
-            used = inspect.getclosurevars(function)
-            for variable, value in used.nonlocals.items():
-                yield from _changing(f"{variable!r} of {name}", value)
-            for variable, value in used.globals.items():
-                yield from _changing(f"the global {variable!r}", value)
+        code = getattr(function, "__code__", None)
+        if code is None:
+            continue
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
+        for variable, cell in cells:
+            try:
+                yield from _changing(f"{variable!r} of {name}", cell.cell_contents)
+            except ValueError:  # empty
+                continue
+        for variable in code.co_names:
+            yield from _changing(f"the global {variable!r}", function.__globals__.get(variable))
 
 
 class _Objects:

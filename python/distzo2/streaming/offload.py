@@ -520,8 +520,10 @@ def _structure(model: nn.Module) -> list[tuple[str, int, bool]]:
 
 
 def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
-    """Hands a model over whose parameters are real and no longer those that it was cut into."""
+    """Hands a model over whose parameters are real and no longer those that it was cut into. What was stored in float32
+    keeps its values where it is stored so again."""
     runtime.close()
+    wide = {id(param.tensor): param.tensor.data for param in runtime.params if param.narrow is not None}
     for param in runtime.params:  # weights are real with their gains applied
         for owner in param.owners if param.is_gain else ():
             owner._parameters = {name: p for name, p in owner._parameters.items() if p is not param.tensor}
@@ -531,3 +533,9 @@ def _take_again(model: nn.Module, runtime: StreamingRuntime) -> None:
     model._distzo2_state.remove()
     del model._distzo2_state, model._distzo2_runtime  # if it cannot be handed over, it is a plain model again
     _take(model, **runtime.options | {"weight_file": None, "stored": None, "compute_dtype": runtime.compute_dtype})
+    again = runtime_of(model)
+    for unit in again.units:
+        if held := [param for param in unit.params if param.narrow is not None and id(param.tensor) in wide]:
+            with again.access.writing(unit, keep=True) as views:
+                for param in held:
+                    views[param.name].copy_(wide[id(param.tensor)])

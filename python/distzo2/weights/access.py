@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from distzo2.interrupts import DeferredInterrupt
 from distzo2.weights.unit_weights import UnitWeights
 from distzo2.weights.units import Unit
 from distzo2_core import checksum
@@ -45,7 +46,9 @@ class WeightAccess:
         for unit in self.weights.units if units is None else units:
             self.weights.bring(unit)
             try:
-                yield unit, self.weights.up_to_date(unit)
+                with DeferredInterrupt():  # never between an update and the note that it was made
+                    views = self.weights.up_to_date(unit)
+                yield unit, views
             finally:
                 self.weights.release(unit)
 

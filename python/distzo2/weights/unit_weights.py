@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error
+from distzo2.interrupts import DeferredInterrupt
 from distzo2.text import dtype_name
 from distzo2.weights.scratch import Scratch
 from distzo2.weights.store import Store, StoredCopy
@@ -476,7 +477,8 @@ class UnitWeights:
         stored = source.acquire(copy)
         try:
             source.expect(following, len(following))
-            dirty = self._catch_up(copy, stored)
+            with DeferredInterrupt():  # never between the update and the note that it was made
+                dirty = self._catch_up(copy, stored)
         finally:
             source.release(copy, dirty)
 
