@@ -78,7 +78,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made(tmp_path: Path, fields: dict,
 def test_a_second_run_in_a_directory_is_a_choice(tmp_path: Path, whole: Any, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(distzo2.DistZO2Error, match=r'no run to resume; zo_existing="resume" begins one'):
         trained(tmp_path, True)
-    first = trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    first = trained(tmp_path, True, max_steps=2, save_strategy="steps", save_steps=1, zo_existing="resume")
     with pytest.raises(distzo2.DistZO2Error, match=r'holds a run: .*zo_existing="resume".*zo_existing="overwrite"'):
         trained(tmp_path, max_steps=2)
     with pytest.raises(distzo2.DistZO2Error, match=r"trained already"):

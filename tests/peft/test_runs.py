@@ -184,6 +184,7 @@ def test_norms_of_a_16_bit_base_are_trained_in_32(files, capsys, monkeypatch: py
     options = ["--train-only=*norm*", "--lr=1e-2"]
     assert finetune(files, *options, "--steps=2") == 0 and resume("--steps=4") == 0
     assert finetune(files, *options, "--out=whole") == 0
+    assert "what was trained is in float32 there: load it with dtype=torch.float32" in capsys.readouterr().out
     made = weights("whole/checkpoint")
     assert_same_tensors(weights("out/checkpoint"), made)
     assert {name for name, value in made.items() if value.dtype == torch.float32} == {n for n in made if "norm" in n}

@@ -52,7 +52,8 @@ class RunFiles:
         """Decides where `train` begins, and makes the files ready for it.
 
         Args:
-            resume: `resume_from_checkpoint` of `train`: True for the journal's last step, a checkpoint for its step.
+            resume: `resume_from_checkpoint` of `train`: True for the journal's last step (with `existing` "resume", for
+                the first where there is no run), a checkpoint for its step.
             existing: `zo_existing`.
 
         Raises:
@@ -60,6 +61,8 @@ class RunFiles:
                 another run.
         """
         exists = self.journal.exists()
+        if resume is True and existing == "resume" and not exists:
+            resume = None
         if resume or (exists and existing == "resume"):
             if not exists:
                 raise UsageError(

@@ -395,6 +395,8 @@ class TrainLoop:
         names = holds_checkpoint(self.run.checkpoint)
         self.run.update(checkpoint_step=step, saving_step=None, checkpoint_files=names)
         self.log(f"wrote {self.run.checkpoint} (step {step})")
+        if any(param.narrow is not None for param in self.runtime.params):
+            self.log("what was trained is in float32 there: load it with dtype=torch.float32, or --dtype float32")
 
     def _save_adapter(self, step: int) -> None:
         run = self.run
