@@ -180,7 +180,9 @@ def test_only_some_parameters_are_trained(files, capsys) -> None:
 
 def test_norms_of_a_16_bit_base_are_trained_in_32(files, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their checkpoint has them in float32, and a run that began in 16 bits continues so."""
-    AutoModelForCausalLM.from_pretrained(files.model).bfloat16().save_pretrained(files.model)
+    shutil.copytree(files.model, "base16")
+    files = SimpleNamespace(**vars(files) | {"model": "base16"})
+    AutoModelForCausalLM.from_pretrained("base16").bfloat16().save_pretrained("base16")
     options = ["--train-only=*norm*", "--lr=1e-2"]
     assert finetune(files, *options, "--steps=2") == 0 and resume("--steps=4") == 0
     assert finetune(files, *options, "--out=whole") == 0
