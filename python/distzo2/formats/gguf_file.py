@@ -93,6 +93,11 @@ class GgufTensor:
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of it as a run stores it, blocks of 5 bits widened."""
+        return math.prod(self.shape) // 32 * WIDENED[self.kind] if self.kind in WIDENED else self.num_bytes
+
     def piece(self, begin: int, end: int) -> Piece:
         """Rows of it, as `layout` decodes them."""
         row_bytes = self.num_bytes // self.rows

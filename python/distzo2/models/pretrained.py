@@ -183,12 +183,7 @@ def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype, bool]]:
     """
     if is_gguf(path):
         tensors = [(t, RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
-        made = {kind: block_bytes / 32 for kind, block_bytes in WIDENED.items()}  # bytes an element
-        sizes = [(t, math.prod(t.shape), dtype) for t, dtype in tensors]
-        return [
-            (int(numel * made[t.kind]) if t.kind in made else t.num_bytes, numel, dtype, t.kind in made)
-            for t, numel, dtype in sizes
-        ]
+        return [(t.stored_bytes, math.prod(t.shape), dtype, t.kind in WIDENED) for t, dtype in tensors]
     is_packed = is_quantized(path)
     with closing(DecodedFiles(path) if is_packed else CheckpointFiles(path)) as files:
         found = [(entry.num_bytes, entry.numel, entry.dtype, False) for entry in files.entries]

@@ -230,7 +230,10 @@ class Planner:
         if r.nproc and not r.parallel:
             meshes = (MeshShape(pert, r.nproc // pert) for pert in range(1, r.nproc + 1) if r.nproc % pert == 0)
             num_batches, what = r.micro_batches, "a batch of {}" if r.micro_batches is None else "{} micro-batches"
-            fit = lambda data: r.batch % data == 0 if num_batches is None else num_batches >= data  # noqa: E731
+
+            def fit(data: int) -> bool:
+                return r.batch % data == 0 if num_batches is None else num_batches >= data
+
             if found := [m for m in meshes if pert_fits(self.evaluations, m.pert) and fit(m.data)]:
                 return found
             raise UsageError(

@@ -33,7 +33,7 @@ from distzo2.run.preflight import (
     prepared,
     reading_of,
     widens,
-)  # fmt: skip
+)
 from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for

@@ -65,8 +65,8 @@ class Chat:
             return texts
         try:
             with _time_is(self.clock) as asked:
-                before = lambda i: self._write(messages[:i], add_generation_prompt=True) if i else self._nothing  # noqa: E731
-                pairs = [(before(i), self._write(messages[: i + 1])) for i in turns]
+                fronts = [self._write(messages[:i], add_generation_prompt=True) if i else self._nothing for i in turns]
+                pairs = [(front, self._write(messages[: i + 1])) for front, i in zip(fronts, turns, strict=True)]
                 if not self._examined:
                     self._examine(pairs[-1][1] != self._write(messages[: turns[-1] + 1]), bool(asked))
         except DistZO2Error:

@@ -291,8 +291,11 @@ def evaluate_examples(
         if blanks:
             behind = [blanks[i * batch_size : (i + 1) * batch_size] for i in own]
             unspoken = _blank_scores(objective, behind)
-        closures = lambda i, batch: objective.evaluation(batch, unspoken[i])  # noqa: E731
-        passes = _in_passes(objective, [groups[i] for i in own], closures)
+
+        def evaluation(i: int, batch: Batch) -> Callable[[], torch.Tensor]:
+            return objective.evaluation(batch, unspoken[i])
+
+        passes = _in_passes(objective, [groups[i] for i in own], evaluation)
         for row, (batch, values) in zip(rows, passes, strict=False):
             row[:] = torch.tensor([*values.tolist(), batch.num_tokens], dtype=torch.float64)
     gathered = rows[None] if mesh is None else mesh.exchange.gather(rows)
@@ -323,7 +326,10 @@ def _blank_scores(objective: Objective, groups: Sequence[Sequence[Example]]) -> 
     distinct = {key(e): e for group in groups for e in group}
     size = max((len(group) for group in groups), default=1)
     parts = [list(distinct.values())[i : i + size] for i in range(0, len(distinct), size)]
-    sums = lambda i, batch: lambda: choice_scores(batch, objective._token_scores(batch)[1], mean=False)  # noqa: E731
+
+    def sums(i: int, batch: Batch) -> Callable[[], torch.Tensor]:
+        return lambda: choice_scores(batch, objective._token_scores(batch)[1], mean=False)
+
     passes = _in_passes(objective, parts, sums)
     scores = chain.from_iterable(values for _, values in passes)
     found = {k: row[: len(e.options)] for (k, e), row in zip(distinct.items(), scores, strict=True)}
