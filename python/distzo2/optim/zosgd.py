@@ -279,7 +279,7 @@ class ZOSGD(torch.optim.Optimizer):
             own = [term for term in entry.update.terms if term.step == entry.step]
             self._momentum.count(entry.step, own, entry.unused)
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
-                self._progress.memory = tuple(entry.extra.get("memory", self._progress.memory))
+                self._progress.recall(entry.extra.get("memory", self._progress.memory))
                 clipped, largest = bool(entry.extra.get("clipped")), entry.extra.get("largest")
                 self._progress.count(entry.coefs, entry.skipped, clipped, largest)
 
@@ -582,7 +582,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._set(seed=mine["seed"], eps=mine["eps"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
-        self._progress.memory = tuple(mine.get("memory", self.settings.memory))
+        self._progress.recall(mine.get("memory", self.settings.memory))
         self._momentum.load(mine.get("momentum", ()))
         self._bind()
 
