@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.estimators.registry import name_of
 from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
@@ -138,7 +139,7 @@ class SharedStep:
             **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
             **{f"the {name}": getattr(s, name) for name in ("momentum", "momentum_window", "probe_batches")},
             "the evaluations": s.evaluations,
-            "the estimator": type(s.estimator).__name__,
+            "the estimator": name_of(s.estimator),
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
             **given,
             **_fields_of(scalars_of(groups)),
@@ -171,6 +172,7 @@ class SharedStep:
             "the number of closures": word.num_closures if is_global else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
+            "eps": s.eps,
             "the terms of earlier steps": hash64(word.momentum.state()),
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
@@ -230,7 +232,7 @@ class SharedStep:
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
         num_probes, failure = self.settings.num_probes, None
-        made = np.zeros(_HEAD + num_probes)
+        made = np.zeros(_HEAD + num_probes + len(record.memory))
         if self._rank == 0:
             try:
                 make()
@@ -239,7 +241,7 @@ class SharedStep:
                 durable = 0 if journal is None else journal.durable
                 skipped, largest = SKIPPED.index(record.skipped), record.largest or 0.0
                 made[:_HEAD] = 0.0, skipped, record.clipped, largest, durable
-                made[_HEAD:] = record.coefs or [0.0] * num_probes
+                made[_HEAD:] = *(record.coefs or [0.0] * num_probes), *record.memory
             except BaseException as error:
                 failure, made[0] = error, 1.0
         failed, skipped, clipped, largest, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
@@ -250,7 +252,8 @@ class SharedStep:
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs, record.largest = coefs if record.skipped is None else [], largest if clipped else None
+        record.coefs, record.memory = coefs[:num_probes] if record.skipped is None else [], tuple(coefs[num_probes:])
+        record.largest = largest if clipped else None
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.
