@@ -18,6 +18,7 @@ from distzo2.run.options import (
     ComputeDtype,
     Count,
     CountOrZero,
+    Decay,
     Dtype,
     Estimator,
     Name,
@@ -26,6 +27,7 @@ from distzo2.run.options import (
     Switch,
     Trained,
     Weights,
+    check_momentum,
     option,
 )
 
@@ -111,6 +113,8 @@ class PlanOptions(Trained):
     probes: Count = option(1, "perturbations a step", "K")
     estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
     noise: Noise = option("normal", "of the perturbations")
+    momentum: Decay = option(0.0, "as for finetune: an update makes the noise of a window of steps", "BETA")
+    momentum_window: Count | None = option(None, "steps that it reaches back (default: as for finetune)", "W")
 
     machine: Name = option(
         "this",
@@ -139,3 +143,4 @@ class PlanOptions(Trained):
         super().__post_init__()
         if self.model is None and not self.table:
             raise UsageError("--model is missing")
+        check_momentum(self.momentum, self.momentum_window)

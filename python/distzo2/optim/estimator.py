@@ -20,7 +20,11 @@ Losses = Mapping[Evaluation, np.ndarray]
 
 @runtime_checkable
 class Estimator(Protocol):
-    """Says which perturbations a step needs, and turns their losses into coefficients: `ZOSGD(estimator=...)`."""
+    """Says which perturbations a step needs, and turns their losses into coefficients: `ZOSGD(estimator=...)`.
+
+    One whose coefficient c_k is made of the losses of probe k alone may have the attribute `own_batches = True`: then
+    probes may have batches of their own (`ZOSGD(probe_batches="own")`).
+    """
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:
         """The perturbations to evaluate, in the order in which they run; both signs of a probe side by side."""
@@ -43,6 +47,8 @@ def mean_loss(losses: Iterable[float], counts: Iterable[float] | None = None) ->
 
 class SPSA:
     """Two-sided (Spall 1992; MeZO, arXiv 2305.17333): c_k = (mean L+ - mean L-) / (2·eps·K)."""
+
+    own_batches = True
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:
         return [(k, sign) for k in range(num_probes) for sign in (+1, -1)]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
 from distzo2.parallel.exchange import by_ranks, hash64
@@ -35,7 +36,7 @@ logger = logging.getLogger("distzo2")
 
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
-_HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
+_HEAD = 5  # numbers before the coefficients: failed, skipped, clipped, the largest before, lines that are durable
 
 # (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route
 RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route]]
@@ -50,10 +51,11 @@ class StepWord(NamedTuple):
     tokens: int
     sharded: bool | str
     count: float | None  # of losses in the step, if it is known
+    momentum: Momentum
 
 
 class Evaluated(NamedTuple):
-    """What the lanes of all ranks gave, float64 [evaluations, micro-batches], and which units they entered."""
+    """What the lanes of all ranks gave, float64 [evaluations, micro-batches of each], and which units they entered."""
 
     sums: np.ndarray
     counts: np.ndarray
@@ -89,7 +91,8 @@ class Alone:
     def open(self, word: StepWord, error: Exception | None) -> tuple[Deal, int]:
         if error is not None:
             raise error
-        return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
+        s = self.settings
+        return deal_lanes(MeshShape(1, 1), s.evaluations, [word.num_closures], GLOBAL, s.own_batches), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
         losses, route = run(deal.lanes[0], 0)
@@ -133,6 +136,7 @@ class SharedStep:
             "the units": [(u.name, u.num_bytes) for u in self._runtime.units],
             "the parameters": table,
             **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
+            **{f"the {name}": getattr(s, name) for name in ("momentum", "momentum_window", "probe_batches")},
             "the evaluations": s.evaluations,
             "the estimator": type(s.estimator).__name__,
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
@@ -167,6 +171,7 @@ class SharedStep:
             "the number of closures": word.num_closures if is_global else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
+            "the terms of earlier steps": hash64(word.momentum.state()),
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }
@@ -176,7 +181,7 @@ class SharedStep:
                 check_step(shape, s.evaluations, word.num_closures)
             except UsageError as unfit:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
-        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded)
+        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded, s.own_batches)
         rows = range(0, shape.size, 1 if word.sharded == OWN else shape.pert)
         return deal, tokens if is_global else sum(numbers[rank][1] for rank in rows)
 
@@ -213,7 +218,7 @@ class SharedStep:
         result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
-                result[:, *lane] = loss
+                result[:, lane[0], lane[1] % deal.num_batches] = loss
         words = np.bitwise_or.reduce(rows[:, 2:first])  # ranks without lanes entered none
         return Evaluated(*result, frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist()))
 
@@ -246,11 +251,12 @@ class SharedStep:
                 if journal is not None and self._syncs:
                     journal.sync()
                 durable = 0 if journal is None else journal.durable
-                made[:_HEAD] = 0.0, SKIPPED.index(record.skipped), record.clipped, durable
+                skipped, largest = SKIPPED.index(record.skipped), record.largest or 0.0
+                made[:_HEAD] = 0.0, skipped, record.clipped, largest, durable
                 made[_HEAD:] = record.coefs or [0.0] * num_probes
             except BaseException as error:
                 failure, made[0] = error, 1.0
-        failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
+        failed, skipped, clipped, largest, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
         others = [False] * (self.world_size - 1)
         self._exchange.settle(f"step {record.step}", [bool(failed), *others], failure)
         if self._rank == 0:
@@ -258,7 +264,7 @@ class SharedStep:
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs = coefs if record.skipped is None else []
+        record.coefs, record.largest = coefs if record.skipped is None else [], largest if clipped else None
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.

@@ -47,8 +47,11 @@ class StepLanes:
             float64 [lanes, 2], the sum of each lane's losses and their count; and the longest of the lanes' routes.
         """
         lanes = []
+        # Which evaluation of a micro-batch is its first: 0, or that of its own probe, all of which run here.
+        first_of = {batch: index for index, batch in reversed(places)} if self.settings.own_batches else {}
         for index, batch in places:
-            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
+            is_first = index == first_of.get(batch, 0)
+            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=is_first)
             lanes.append(self._lane(place, closures[batch - first_batch]))
         route = self._run(lanes)
         return self._losses(lanes, as_sums), route

@@ -18,6 +18,7 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Estimator, mean_loss
+from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import StepRecord, check_rates, default_groups, group_of_each, make_settings, scalars_of
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
 from distzo2.optim.signal import REFERENCE, TF32, Signal, computed_in, measure_signal
@@ -73,6 +74,14 @@ class ZOSGD(torch.optim.Optimizer):
         max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same. With 1 they run
             one after another, as models need whose code keeps state elsewhere than in attributes of modules.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
+        clip_percentile: in place of that, P in (0, 100]: coefficients are clipped to the P-th percentile of the largest
+            of each of the last 101 steps. Every step is one of them as it was before it was clipped.
+        momentum: beta in [0, 1): updates are made of the terms of earlier steps too, times beta for each step of age.
+            No memory is needed: their noise is made anew, which costs `momentum_window` times that of an update.
+        momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
+            at most 64.
+        probe_batches: "shared", or "own": the K probes are evaluated on different micro-batches, the list of closures
+            being cut into K equal parts, in order. For estimators that do not compare probes: spsa.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
@@ -109,8 +118,12 @@ class ZOSGD(torch.optim.Optimizer):
         fsync_every: int = 1,
         max_lanes: int | None = None,
         max_coef: float | None = 10.0,
+        clip_percentile: float | None = None,
         max_clipped: int = 10,
         max_skipped: int = 5,
+        momentum: float = 0.0,
+        momentum_window: int | None = None,
+        probe_batches: str = "shared",
         mesh: Mesh | None = None,
         verify_every: int = 0,
     ) -> None:
@@ -121,7 +134,8 @@ class ZOSGD(torch.optim.Optimizer):
         self.settings = settings = make_settings(
             seed=seed, eps=eps, noise=noise, num_probes=num_probes, estimator=estimator, max_lanes=max_lanes,
             max_coef=max_coef, max_clipped=max_clipped, max_skipped=max_skipped, verify_every=verify_every,
-            fsync_every=fsync_every,
+            fsync_every=fsync_every, momentum=momentum, momentum_window=momentum_window,
+            clip_percentile=clip_percentile, probe_batches=probe_batches,
         )  # fmt: skip
         branch = None if branch_from is None else BranchPoint(*branch_from)
         if branch is not None and (journal is None or resume):
@@ -137,6 +151,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._interrupt.also = self._ranks.check
         self._lanes = StepLanes(runtime, settings, self._interrupt)
         self._progress = Progress(settings)
+        self._momentum = Momentum(settings.momentum, settings.momentum_window)
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
@@ -188,6 +203,7 @@ class ZOSGD(torch.optim.Optimizer):
             self.param_groups.pop()
             self._bind()
             raise
+        self._momentum.clear()  # earlier steps did not perturb the new group
 
     def _bind(self) -> None:
         """Makes this the model's optimizer: from here on, its updates are of these groups and this seed."""
@@ -217,6 +233,7 @@ class ZOSGD(torch.optim.Optimizer):
                 "eps": s.eps,
                 "num_probes": s.num_probes,
                 "estimator": type(s.estimator).__name__,
+                **s.recorded,
                 **({} if computed is None else {"compute_dtype": dtype_name(computed)}),
             },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
@@ -244,15 +261,17 @@ class ZOSGD(torch.optim.Optimizer):
 
     def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
         """Takes over the steps of a journal without a forward. Those from step `first_like` on count in the running
-        median that clips later coefficients, as if this optimizer had made them."""
+        median that clips later coefficients, and in the momentum, as if this optimizer had made them."""
         for entry in entries:
             self._runtime.weights.push(entry.update, entry.unused)
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
+            own = [term for term in entry.update.terms if term.step == entry.step]
+            self._momentum.count(entry.step, own, entry.unused)
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
-                coefs = [term.c for term in entry.update.terms]
-                self._progress.count(coefs, entry.skipped, bool(entry.extra.get("clipped")))
+                clipped, largest = bool(entry.extra.get("clipped")), entry.extra.get("largest")
+                self._progress.count(entry.coefs, entry.skipped, clipped, largest)
 
     # ---- a step -----------------------------------------------------------------------------------------------
 
@@ -292,6 +311,7 @@ class ZOSGD(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: `max_skipped` steps in a row had a non-finite loss. None of them was applied.
             DivergenceError: `max_clipped` steps in a row had to be clipped.
+            UsageError: the closures do not fit the mesh, or the probes that are to have batches of their own.
             DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window, or what a
                 closure returned is no loss, or the numbers of losses are all 0.
             RanksDisagreeError: the ranks of the mesh were about to make different steps.
@@ -308,11 +328,13 @@ class ZOSGD(torch.optim.Optimizer):
             count = None if count is None else float(count)
             if count is not None and not 0 < count < np.inf:
                 raise DistZO2Error(f"count={count!r}: expected a finite number above 0")
+            if count is not None and self.settings.own_batches:
+                raise DistZO2Error("count= is of a batch that all probes share, and they have batches of their own")
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
             start, step, as_sums = time.perf_counter(), self.step_count, count is not None
-            word = StepWord(step, scalars, len(closures), tokens, sharded, count)
+            word = StepWord(step, scalars, len(closures), tokens, sharded, count, self._momentum)
             deal, tokens = self._ranks.open(word, failure)
             run = self._lanes.run
             found = self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
@@ -382,6 +404,8 @@ class ZOSGD(torch.optim.Optimizer):
     def _entry(self, record: StepRecord, scalars: tuple[GroupScalars, ...], tokens: int) -> StepEntry:
         """The journal's line."""
         counts, extra = record.counts, {"clipped": True} if record.clipped else {}
+        if record.clipped and self.settings.clip_percentile is not None:
+            extra["largest"] = record.largest
         if counts is not None and all(row == counts[0] for row in counts):
             counts = counts[:1]
         return StepEntry(
@@ -407,24 +431,30 @@ class ZOSGD(torch.optim.Optimizer):
         if not np.isfinite(losses).all():
             record.skipped = NON_FINITE_LOSS
             return
-        coefs, record.clipped = self._progress.clip(self.settings.coefficients(losses))
+        found = self.settings.coefficients(losses)
+        coefs, record.clipped = self._progress.clip(found)
         if np.isfinite(coefs).all():
             record.coefs = coefs.tolist()
+            record.largest = float(np.abs(found).max()) if record.clipped else None
         else:
             record.skipped = NON_FINITE_COEFFICIENT
 
     def _update(self, record: StepRecord, scalars: tuple[GroupScalars, ...]) -> Update:
-        step, family = record.step, FAMILIES[self.settings.noise]
         if record.skipped is not None:
-            scalars = tuple(group._replace(lr=0.0) for group in scalars)
-        return Update(step, scalars, tuple(Term(family, step, k, 0, c) for k, c in enumerate(record.coefs)))
+            return Update(record.step, tuple(group._replace(lr=0.0) for group in scalars), ())
+        return Update(record.step, scalars, self._momentum.terms(record.step, self._own_terms(record), record.unused))
+
+    def _own_terms(self, record: StepRecord) -> list[Term]:
+        family = FAMILIES[self.settings.noise]
+        return [Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs)]
 
     def _push(self, update: Update, record: StepRecord) -> None:
         """Makes the step: from here on, every unit takes over the update at its next visit."""
         self._runtime.weights.trim()
         self._runtime.weights.push(update, record.unused)
         self.last = record
-        self._progress.count(record.coefs, record.skipped, record.clipped)
+        self._momentum.count(record.step, self._own_terms(record), record.unused)
+        self._progress.count(record.coefs, record.skipped, record.clipped, record.largest)
         if self._runtime.kept is not None:
             self._runtime.kept.step_done(self._runtime.access, self.step_count, record.seconds)
         if self.settings.verify_every and self.step_count % self.settings.verify_every == 0:
@@ -492,7 +522,8 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         fixed = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "seed")}
-        return {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
+        moments = {"momentum": self._momentum.state()} if self.settings.momentum else {}
+        return {**fixed, "step": self.step_count, "clip": list(self._progress.window), **moments}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
@@ -524,6 +555,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._set(seed=mine["seed"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
+        self._momentum.load(mine.get("momentum", ()))
         self._bind()
 
     def close(self) -> None:

@@ -66,6 +66,8 @@ Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps
 CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
 Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
 Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
+Decay = Annotated[float, _NUMBER, Range(ge=0, lt=1)]
+Percent = Annotated[float, _NUMBER, Range(gt=0, le=100)]
 PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
 Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
 Multiple = Annotated[
@@ -98,6 +100,15 @@ def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> 
             that begins with it.
     """
     return field(default=default, metadata={"help": text, "metavar": metavar, **more})
+
+
+OWN_BATCHES = ("spsa",)  # estimators that do not compare the losses of different probes
+
+
+def check_momentum(momentum: float, window: int | None) -> None:
+    """Raises UsageError unless `window` goes with `momentum`."""
+    if window is not None and not momentum:
+        raise UsageError("--momentum-window needs --momentum")
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -316,6 +327,18 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
         "and takes a far larger --lr)",
     )
+    momentum: Decay = option(
+        0.0,
+        "add what earlier steps found, times this for each step of age; no memory is needed, and an update makes the "
+        "noise of all steps of the window anew. --lr times (1 - BETA) moves weights as far as without",
+        "BETA",
+    )
+    momentum_window: Count | None = option(
+        None, "steps that --momentum reaches back (default: until BETA^W is below 1%, and at most 64)", "W"
+    )
+    probe_batches: Literal["shared", "own"] = option(
+        "shared", "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa)"
+    )
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
     warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0")
@@ -367,6 +390,9 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     max_coef: Multiple = option(
         10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
+    clip_percentile: Percent | None = option(
+        None, "in place of --max-coef: clip them to this percentile of the last 101 steps", "P"
+    )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
     no_signal: Switch = option(
         False, "skip the look at how much of a difference of losses is rounding, where the model computes in 16 bits"
@@ -398,6 +424,17 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         super().__post_init__()
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
+        if self.probe_batches == "own" and (self.estimator not in OWN_BATCHES or self.probes < 2):
+            expected = f"--estimator {' or '.join(OWN_BATCHES)}, and --probes 2 or more"
+            raise UsageError(f"--probe-batches own: {expected}, were expected")
+        if self.batch_size % self.parts:
+            text = f"--probes {self.probes} x --micro-batches {self.micro_batches}"
+            raise UsageError(f"--probe-batches own: {text} does not divide --batch-size {self.batch_size}")
+        check_momentum(self.momentum, self.momentum_window)
+        if self.momentum_window is not None and self.momentum_window > self.steps:
+            raise UsageError(
+                f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
+            )
         if self.estimator == "fzoo" and self.probes < 2:
             raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
         if self.lr == "auto" and self.estimator != "fzoo":
@@ -426,6 +463,11 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
             raise UsageError(f"--{next(filter(judges.get, judges))} needs --eval")
 
     @property
+    def parts(self) -> int:
+        """Micro-batches of a step, of all probes."""
+        return self.micro_batches * (self.probes if self.probe_batches == "own" else 1)
+
+    @property
     def writes_model(self) -> bool:
         """Whether the run's result is a whole checkpoint, and not an adapter alone."""
         return self.merge or not self.adapts
@@ -433,9 +475,9 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 TRAINED = tuple(f.name for f in fields(Trained))
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "store", "compute_dtype", "tf32", "objective",
-         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
-         *TRAINED)  # fmt: skip
+FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
+         "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
+         "num_dev", *TRAINED)  # fmt: skip
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
