@@ -39,7 +39,8 @@ _REFUSED = {
 _OF_OPTIMIZER = {
     "seed": "seed", "eps": "zo_eps", "num_probes": "zo_probes", "noise": "zo_noise", "estimator": "zo_estimator",
     "max_coef": "zo_max_coef", "max_lanes": "zo_max_lanes", "fsync_every": "zo_fsync_every",
-    "verify_every": "zo_verify_every",
+    "verify_every": "zo_verify_every", "momentum": "zo_momentum", "momentum_window": "zo_momentum_window",
+    "clip_percentile": "zo_clip_percentile",
 }  # fmt: skip
 
 
@@ -59,6 +60,11 @@ class ZOFields:
     zo_noise: str = _field("normal", "Kind of noise.", tuple(FAMILIES))
     zo_estimator: str = _field("spsa", "How losses become coefficients.", tuple(ESTIMATORS))
     zo_max_coef: float | None = _field(10.0, "Clip coefficients to this multiple of their running median.")
+    zo_clip_percentile: float | None = _field(None, "Clip them to this running percentile instead.")
+    zo_momentum: float = _field(0.0, "What the terms of earlier steps are multiplied by, for each step of age.")
+    zo_momentum_window: int | None = _field(
+        None, "Steps whose terms an update lists; until they are negligible if unset."
+    )
     zo_dropout: bool = _field(False, "Train with dropout, the same in both evaluations of a probe.")
     zo_max_lanes: int | None = _field(None, "Evaluations that share a pass over the weights, for memory; all if unset.")
     zo_weights: str = _field("host", "Where streamed weights live.", WEIGHTS)
