@@ -18,6 +18,7 @@ ROOMS = (
     "formats",
     "checkpoint",
     "optim",
+    "estimators",
     "streaming",
     "parallel",
     "record",

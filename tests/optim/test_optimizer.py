@@ -244,7 +244,7 @@ def test_float64_and_twice_are_refused():
 
 def progress(max_coef: float | None, clip_percentile: float | None = None) -> Progress:
     options = {"max_coef": max_coef, "clip_percentile": clip_percentile, "max_clipped": 3, "max_skipped": 3}
-    return Progress(SimpleNamespace(**options))
+    return Progress(SimpleNamespace(**options, memory=()))
 
 
 def use(progress: Progress, *coefs: float) -> tuple[np.ndarray, bool]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.estimators.registry import name_of
 from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
@@ -28,8 +29,8 @@ from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, Deal, MeshShape, check_step, deal_lanes
 from distzo2.record.journal import Journal
 from distzo2.record.opening import fingerprint
+from distzo2.streaming.lanes import Route
 from distzo2.streaming.runtime import StreamingRuntime
-from distzo2.weights.units import Unit
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 
 logger = logging.getLogger("distzo2")
@@ -38,8 +39,8 @@ ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
 _HEAD = 5  # numbers before the coefficients: failed, skipped, clipped, the largest before, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, units entered
-RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route
+RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route]]
 
 
 class StepWord(NamedTuple):
@@ -95,9 +96,9 @@ class Alone:
         return deal_lanes(MeshShape(1, 1), s.evaluations, [word.num_closures], GLOBAL, s.own_batches), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
-        losses, entered = run(deal.lanes[0], 0)
+        losses, route = run(deal.lanes[0], 0)
         sums, counts = losses.T.reshape(2, len(self.settings.evaluations), deal.num_batches)
-        return Evaluated(sums, counts, frozenset(unit.index for unit in entered))
+        return Evaluated(sums, counts, frozenset(unit.index for unit in route.units))
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         make()
@@ -138,7 +139,7 @@ class SharedStep:
             **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
             **{f"the {name}": getattr(s, name) for name in ("momentum", "momentum_window", "probe_batches")},
             "the evaluations": s.evaluations,
-            "the estimator": type(s.estimator).__name__,
+            "the estimator": name_of(s.estimator),
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
             **given,
             **_fields_of(scalars_of(groups)),
@@ -171,6 +172,7 @@ class SharedStep:
             "the number of closures": word.num_closures if is_global else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
+            "eps": s.eps,
             "the terms of earlier steps": hash64(word.momentum.state()),
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
@@ -192,9 +194,9 @@ class SharedStep:
             Anything that `run` raises; the other ranks get a RankFailedError.
             DistZO2Error: the lanes of two ranks entered different units.
         """
-        losses, entered, error = np.zeros((0, 2)), (), None
+        losses, route, error = np.zeros((0, 2)), Route(), None
         try:
-            losses, entered = run(deal.lanes[self._rank], deal.first_batch[self._rank])
+            losses, route = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
             if self._exchange.broken:  # in a gather of slices: the other ranks know
@@ -205,21 +207,16 @@ class SharedStep:
         mine = np.zeros(first + 2 * most, dtype=np.int64)
         mine[0] = error is not None
         if error is None:
-            mine[1] = hash64([unit.name for unit in entered])
+            mine[1] = hash64([unit.name for unit in route.units])
             in_units = np.zeros(64 * num_words, dtype=bool)
-            in_units[[unit.index for unit in entered]] = True
+            in_units[[unit.index for unit in route.units]] = True
             mine[2:first] = np.packbits(in_units).view(np.int64)
             mine[first : first + losses.size] = losses.reshape(-1).view(np.int64)
         rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
         self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
         working = [rank for rank, lanes in enumerate(deal.lanes) if lanes]
-        for rank in working[1:]:
-            if rows[rank, 1] != rows[working[0], 1]:
-                raise DistZO2Error(
-                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
-                    f"rank {rank} entered others than those of rank {working[0]}. Where a forward skips blocks for "
-                    "some batches or perturbations, name with units= a module around them."
-                )
+        if len({int(rows[rank, 1]) for rank in working}) > 1:
+            self._compare(step, route, {rank: rows[rank, 2:first].tolist() for rank in working})
         result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
@@ -227,10 +224,29 @@ class SharedStep:
         words = np.bitwise_or.reduce(rows[:, 2:first])  # ranks without lanes entered none
         return Evaluated(*result, frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist()))
 
+    def _compare(self, step: int, route: Route, units: Mapping[int, list[int]]) -> None:
+        """Compares the routes of the ranks that have lanes: one may be the first passes of another. `units` says of
+        each of them, a bit a unit, which units it entered.
+
+        Raises:
+            DistZO2Error: the lanes of two ranks entered different units.
+        """
+        passes = np.array([hash64([unit.name for unit in one]) for one in route.passes()], dtype=np.int64)
+        found = [np.frombuffer(data, np.int64).tolist() for data in self._exchange.gather_bytes(passes.tobytes())]
+        longest = max(units, key=lambda rank: len(found[rank]))
+        for rank in units:
+            if found[rank] != found[longest][: len(found[rank])] or units[rank] != units[longest]:
+                one, other = sorted((rank, longest))
+                raise DistZO2Error(
+                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
+                    f"rank {other} entered others than those of rank {one}. Where a forward skips blocks for some "
+                    "batches or perturbations, name with units= a module around them."
+                )
+
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
         num_probes, failure = self.settings.num_probes, None
-        made = np.zeros(_HEAD + num_probes)
+        made = np.zeros(_HEAD + num_probes + len(record.memory))
         if self._rank == 0:
             try:
                 make()
@@ -239,7 +255,7 @@ class SharedStep:
                 durable = 0 if journal is None else journal.durable
                 skipped, largest = SKIPPED.index(record.skipped), record.largest or 0.0
                 made[:_HEAD] = 0.0, skipped, record.clipped, largest, durable
-                made[_HEAD:] = record.coefs or [0.0] * num_probes
+                made[_HEAD:] = *(record.coefs or [0.0] * num_probes), *record.memory
             except BaseException as error:
                 failure, made[0] = error, 1.0
         failed, skipped, clipped, largest, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
@@ -250,7 +266,8 @@ class SharedStep:
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs, record.largest = coefs if record.skipped is None else [], largest if clipped else None
+        record.coefs, record.memory = coefs[:num_probes] if record.skipped is None else [], tuple(coefs[num_probes:])
+        record.largest = largest if clipped else None
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.

@@ -37,12 +37,14 @@ class Progress:
 
     Attributes:
         step: number of the next step; skipped steps count.
+        memory: what the estimator remembers of earlier steps.
         window: max |c_k| of the latest steps, so that a journal can fill it: as the coefficients were used, but with
             `clip_percentile` before they were clipped. A percentile of what it has clipped itself could only fall.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.step = 0
+        self.memory = settings.memory
         self.window: deque[float] = deque(maxlen=WINDOW)
         self._settings = settings
         self._num_skipped = self._num_clipped = self._num_still = 0  # in a row

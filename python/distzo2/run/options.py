@@ -11,16 +11,40 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, TypeAdapter, ValidationError
 from pydantic import Field as Range
+from pydantic import TypeAdapter, ValidationError
 
 from distzo2.errors import UsageError
+from distzo2.option_groups import Estimating
+from distzo2.option_types import (
+    Bytes,
+    ComputeDtype,
+    Count,
+    CountOrZero,
+    Dtype,
+    Multiple,
+    Name,
+    Noise,
+    Number,
+    Patterns,
+    Percent,
+    Positive,
+    PositiveOrZero,
+    Schedule,
+    Seed,
+    Share,
+    Store,
+    Switch,
+    Threads,
+    Weights,
+    option,
+)
 from distzo2.text import first_reason
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
@@ -31,84 +55,7 @@ LEFT = {
     "keep": "OUT/weights.dzo2 holds one copy of each unit of weights",
 }
 
-
-# ---- values ------------------------------------------------------------------------------------------------------
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, not {str(value).lower()}")
-    return value
-
-
-def _float32(value: float) -> float:
-    """Steps are computed in float32, which must hold the value."""
-    if value and not 2.0**-149 <= abs(value) < 2.0**128:
-        raise ValueError("expected a number in the range of float32")
-    return value
-
-
-def num_bytes(value: int | str | None) -> int | str | None:
-    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto"; None stays None.
-
-    Raises:
-        ValueError: `value` is none of these.
-    """
-    try:
-        return value if value in ("auto", None) else int(_BYTES.validate_python(value))
-    except ValidationError:
-        raise ValueError("expected a number of bytes (such as 12GiB), or auto") from None
-
-
-_NUMBER = BeforeValidator(_not_bool)
-Name = Annotated[str, Range(min_length=1)]
-Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
-CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
-Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
-Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
-Decay = Annotated[float, _NUMBER, Range(ge=0, lt=1)]
-Percent = Annotated[float, _NUMBER, Range(gt=0, le=100)]
-PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
-Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
-Multiple = Annotated[
-    Annotated[float, _NUMBER, Range(gt=1)] | None,
-    BeforeValidator(lambda value: None if str(value).lower() == "none" else value),
-]
-_BYTES = TypeAdapter(Annotated[ByteSize, _NUMBER, Range(ge=1, lt=2**63)])
-Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
-Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
-Switch = Annotated[bool, Range(strict=True)]
-Patterns = Annotated[str, BeforeValidator(lambda value: " ".join(value) if isinstance(value, list) else value)]
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
-Estimator = Literal["spsa", "fzoo"]
-Noise = Literal["normal", "rademacher"]
-Weights = Literal["device", "host", "disk"]
-Store = Literal["affine4", "table4", "affine8", "affine16"]
-
-
-def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
-    """A field of an options class.
-
-    Args:
-        default: MISSING if the option is required.
-        text: its line in `--help`.
-        metavar: what `--help` calls its value.
-        more: `short`, a second flag; `bare`, the value of the flag without a value; `positional`, whether it is given
-            by position; `repeats`, whether it may be given several times; `group`, the title of the group in `--help`
-            that begins with it.
-    """
-    return field(default=default, metadata={"help": text, "metavar": metavar, **more})
-
-
-OWN_BATCHES = ("spsa",)  # estimators that do not compare the losses of different probes
-
-
-def check_momentum(momentum: float, window: int | None) -> None:
-    """Raises UsageError unless `window` goes with `momentum`."""
-    if window is not None and not momentum:
-        raise UsageError("--momentum-window needs --momentum")
+OWN_BATCHES = ("spsa", "meazo", "spsa-sign")  # estimators that do not compare the losses of different probes
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -278,7 +225,7 @@ class TaskReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
+class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     """Options of `distzo2 finetune`.
 
     Raises:
@@ -311,37 +258,31 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     lr: PositiveOrZero | Literal["auto"] = option(
         1e-6,
-        "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by fzoo "
-        "2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, 0.05 eps / spread of the losses at the start, kept",
+        "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by "
+        "1.5spsa 1e-4; by fzoo, es, meazo and spsa-sign 2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, "
+        "0.05 eps / spread of the losses at the start, kept",
         "X|auto",
     )
     eps: Positive = option(
-        1e-3, "size of a perturbation, in units of a weight (default: 1e-3; LoRA and gains 1e-2; prompts 1e-1)"
+        1e-3,
+        "size of a perturbation, in units of a weight (default: 1e-3, by 1.5spsa 1e-4; LoRA and gains 1e-2; prompts "
+        "1e-1)",
     )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
-    probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
-    noise: Noise = option("normal", "distribution of a perturbation's elements")
-    estimator: Estimator = option(
-        "spsa",
-        "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
-        "and takes a far larger --lr)",
-    )
-    momentum: Decay = option(
-        0.0,
-        "add what earlier steps found, times this for each step of age; no memory is needed, and an update makes the "
-        "noise of all steps of the window anew. --lr times (1 - BETA) moves weights as far as without",
-        "BETA",
-    )
-    momentum_window: Count | None = option(
-        None, "steps that --momentum reaches back (default: until BETA^W is below 1%, and at most 64)", "W"
-    )
     probe_batches: Literal["shared", "own"] = option(
-        "shared", "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa)"
+        "shared",
+        "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa and its "
+        "kin: meazo, spsa-sign)",
     )
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
+    schedule: Schedule = option(
+        "constant", "of the learning rate, down to 0 at --steps; wsd: in the last of them alone, as --decay says"
+    )
+    eps_schedule: Schedule = option("constant", "of --eps, which stays as it is in --warmup and ends at --eps-final")
+    eps_final: Share = option(0.1, "the share of --eps that --eps-schedule ends at", "SHARE")
     warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0")
+    decay: Share = option(0.2, "the share of the steps in which a wsd schedule falls", "SHARE")
     seed: Seed = option(0, "of perturbations, data order and dropout")
     train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
 
@@ -421,7 +362,8 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     heartbeat_limit: Positive = option(30.0, "a rank that is silent for this long is given up; the run ends", "SECONDS")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Estimating.__post_init__(self)
+        Trained.__post_init__(self)
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
         if self.probe_batches == "own" and (self.estimator not in OWN_BATCHES or self.probes < 2):
@@ -430,13 +372,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         if self.batch_size % self.parts:
             text = f"--probes {self.probes} x --micro-batches {self.micro_batches}"
             raise UsageError(f"--probe-batches own: {text} does not divide --batch-size {self.batch_size}")
-        check_momentum(self.momentum, self.momentum_window)
         if self.momentum_window is not None and self.momentum_window > self.steps:
             raise UsageError(
                 f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
             )
-        if self.estimator == "fzoo" and self.probes < 2:
-            raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
         if self.lr == "auto" and self.estimator != "fzoo":
             raise UsageError(
                 f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
@@ -488,7 +427,7 @@ class SignalOptions(Trained, DataReading, Placement):
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR")
     train: Name = option(MISSING, "JSONL of lines as for finetune; the first batch of its order is taken", "FILE")
     batch_size: Count = option(16, "examples of the batch")
-    probes: Annotated[int, _NUMBER, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
+    probes: Annotated[int, Number, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
     noise: Noise = option("normal", "distribution of a perturbation's elements")
     seed: Seed = option(0, "of perturbations and data order")
     eps: str = option("1e-2,1e-3,1e-4,1e-5", "sizes of perturbations, with commas", "LIST")
