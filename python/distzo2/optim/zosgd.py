@@ -90,7 +90,7 @@ class ZOSGD(torch.optim.Optimizer):
         momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
             at most 64.
         probe_batches: "shared", or "own": the K probes are evaluated on different micro-batches, the list of closures
-            being cut into K equal parts, in order. For estimators that do not compare probes: spsa.
+            being cut into K equal parts, in order. For spsa, meazo, spsa-sign: the others compare probes.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
