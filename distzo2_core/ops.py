@@ -482,7 +482,8 @@ def _check_matrix(
         return ()
     if matrix is None and offset:
         raise ValueError(f"matrix must be given for noise of {family!r} at offset {offset}: (rows, cols) of the whole")
-    return check_matrix(*(matrix_shape(w.shape) if matrix is None else matrix))[:2]
+    rows, cols, _ = check_matrix(*(matrix_shape(w.shape) if matrix is None else matrix))
+    return check_int("rows", rows, 1 if cols and w.numel() else 0, rows), cols
 
 
 def _in_place(

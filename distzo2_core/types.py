@@ -126,7 +126,8 @@ def check_matrix(rows: object, cols: object, number: object = 1, where: str = ""
     """
     cols = check_int(where + "cols", cols, 0, MAX_ELEMENTS // 4)
     number = check_int(where + "matrices", number, 1, MAX_ELEMENTS // 4 // max(cols, 1))
-    return check_int(where + "rows", rows, 0, MAX_ELEMENTS // 4 // number if cols else MAX_ELEMENTS), cols, number
+    most = MAX_ELEMENTS // 4 // number if cols else MAX_ELEMENTS
+    return check_int(where + "rows", rows, 0, most), cols, number
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -83,6 +83,7 @@ InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t p
     check_device(w.device());
     TORCH_CHECK_VALUE(w.is_contiguous(), "expected a contiguous tensor, got shape ", w.sizes(), " with strides ",
                       w.strides());
+    TORCH_CHECK_VALUE(cols == 0 || (cols > 0 && rows > 0), "expected a matrix, got ", rows, " x ", cols);
     return {w.mutable_data_ptr(),
             dtype_of(w.scalar_type(), "the tensor"),
             w.numel(),

@@ -81,7 +81,7 @@ Patterns = Annotated[str, BeforeValidator(lambda value: " ".join(value) if isins
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Estimator = Literal["spsa", "fzoo"]
-Noise = Literal["normal", "rademacher"]
+Noise = Literal["normal", "rademacher", "sign-r1", "sign-r4", "normal-r1", "normal-r4"]
 Weights = Literal["device", "host", "disk"]
 Store = Literal["affine4", "table4", "affine8", "affine16"]
 
