@@ -57,9 +57,8 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
         rows: dict[_Kind, list[list[int]]] = {}
         tiles: dict[_Kind, int] = {}
         for segment in segments.tolist():
-            byte_offset, numel, code, param, element_offset, group, num_rows, cols, out_offset, out_code, *scaling = (
-                segment
-            )
+            byte_offset, numel, code, param, element_offset, group, *matrix = segment[:8]
+            out_offset, out_code, *scaling = segment[8:]
             if numel:
                 kind = _Kind(code, out_code, (byte_offset, code) != (out_offset, out_code))
                 begin = tiles.get(kind, 0)
@@ -68,7 +67,7 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
                     for offset, each in ((byte_offset, code), (out_offset, out_code))
                 )
                 scales = (scaling[0] // 4, max(1, scaling[1]).bit_length() - 1)
-                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales, num_rows, cols]
+                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales, *matrix]
                 rows.setdefault(kind, []).append(row)
                 tiles[kind] = begin + _num_tiles(element_offset, numel)
         cached[key] = [

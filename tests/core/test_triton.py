@@ -51,7 +51,8 @@ def test_materialize(seed: int) -> None:
         rng = np.random.default_rng(seed)
         visit = random_visit(rng, dtypes, max_numel=1500 if INTERPRETED else 5000, nonnegative=dtypes != DTYPES)
         check_visit(visit, "triton", DEVICE)
-        check_visit(low_rank_visit(rng, visit), "triton", DEVICE)
+        if dtypes == DTYPES or not INTERPRETED:
+            check_visit(low_rank_visit(rng, visit), "triton", DEVICE)
 
 
 def test_low_rank() -> None:
