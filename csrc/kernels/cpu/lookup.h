@@ -20,7 +20,7 @@ class Rows {
         : scale_(request.scale), out_dtype_(request.out_dtype), term_{request.family, request.step, request.probe, 0},
           draw_(make_draw(kind_of(request.family), static_cast<uint32_t>(request.param),
                           static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe))),
-          philox_(request.seed), low_rank_(philox_, request.param, kMaxElements, request.cols, request.cols, &term_, 1),
+          philox_(request.seed), low_rank_(philox_, request.param, kMaxElements, request.cols, &term_, 1, true),
           is_normal_(!low_rank_.makes(term_) && kind_of(request.family) == Purpose::kNormal) {}
 
     // numel elements of the table at `from`, the first being `element` of the parameter; within one tile of it.

@@ -9,18 +9,18 @@
 namespace distzo2 {
 namespace {
 
-// Columns that a visit takes before it goes on to the next ones: B of eight terms stays in the second-level cache.
-constexpr int64_t kBlockColumns = 512;
+// Rows are taken whole, in the order of memory, where B of all terms has at most so many bytes; else a block of columns
+// after another.
+constexpr int64_t kWholeBytes = 512 << 10, kBlockColumns = 512;
 
-// The tiles of elements [begin, end) of a parameter, block of columns after block, all rows of each.
+// The tiles of elements [begin, end) of a parameter, block of `width` columns after block, all rows of each.
 template <class Body>
-void for_block_tiles(int64_t begin, int64_t end, int64_t cols, Body body) {
-    if (cols <= kBlockColumns)
+void for_block_tiles(int64_t begin, int64_t end, int64_t cols, int64_t width, Body body) {
+    if (cols <= width)
         return for_tiles(begin, end, body);
-    for (int64_t col = 0; col < cols; col += kBlockColumns)
+    for (int64_t col = 0; col < cols; col += width)
         for (int64_t row = begin / cols; row * cols < end; ++row) {
-            const int64_t from = row * cols + col,
-                          to = col + kBlockColumns < cols ? from + kBlockColumns : (row + 1) * cols;
+            const int64_t from = row * cols + col, to = col + width < cols ? from + width : (row + 1) * cols;
             if (from < end && begin < to)
                 for_tiles(begin > from ? begin : from, end < to ? end : to, body);
         }
@@ -31,24 +31,27 @@ class LowRank {
   public:
     using F = typename V::F;
 
-    // Of a parameter of matrices of rows x cols, for any of the terms; width: columns of a block. Without columns, or
-    // terms of low rank, there is nothing that it makes.
-    LowRank(typename V::Philox& philox, int64_t param, int64_t rows, int64_t cols, int64_t width, const Term* terms,
-            int64_t num_terms)
-        : philox_(philox), param_(static_cast<uint32_t>(param)), rows_(rows), cols_(cols), width_(width),
-          stride_((width + 2 * kPad + 15) / 16 * 16), terms_(terms) {
-        bool any = false;
-        for (int64_t t = 0; t < num_terms; ++t)
-            any = any || rank_of(terms[t].family) > 0;
-        if (!any || cols == 0)
+    // Of a parameter of matrices of rows x cols, for any of the terms. Without columns, or terms of low rank, there is
+    // nothing that it makes. whole: rows are taken whole in any case.
+    LowRank(typename V::Philox& philox, int64_t param, int64_t rows, int64_t cols, const Term* terms, int64_t num_terms,
+            bool whole = false)
+        : philox_(philox), param_(static_cast<uint32_t>(param)), rows_(rows), cols_(cols), terms_(terms) {
+        int64_t ranks = 0;
+        for (int64_t t = 0; t < num_terms && cols > 0; ++t)
+            ranks += rank_of(terms[t].family);
+        if (ranks == 0)
             return;
+        width_ = whole || ranks * cols * 4 <= kWholeBytes ? cols : kBlockColumns;
+        stride_ = (width_ + 2 * kPad + 15) / 16 * 16;
         slot_bytes_ = static_cast<int64_t>(sizeof(Slot)) + kMaxRank * stride_ * 4;
         slots_ = static_cast<char*>(factor_memory(num_terms * slot_bytes_));
         for (int64_t t = 0; t < num_terms; ++t)
             slot(terms[t]).block = slot(terms[t]).chunk = -1;
     }
 
-    bool makes_any() const { return slots_ != nullptr; }
+    // For for_block_tiles.
+    int64_t width() const { return slots_ != nullptr ? width_ : cols_; }
+    bool takes_whole_rows() const { return width() == cols_; }
     bool makes(const Term& term) const { return slots_ != nullptr && rank_of(term.family) > 0; }
 
     // What follows is of elements lo .. hi - 1 of a tile, in one block of columns; the first of them that `count`
@@ -176,7 +179,8 @@ class LowRank {
 
     typename V::Philox& philox_;
     const uint32_t param_;
-    const int64_t rows_, cols_, width_, stride_;
+    const int64_t rows_, cols_;
+    int64_t width_ = 0, stride_ = 0; // columns of a block, and from one element of a column to the next
     const Term* const terms_;
     char* slots_ = nullptr; // a Slot with its B for each term
     int64_t slot_bytes_ = 0;

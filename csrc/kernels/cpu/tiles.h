@@ -29,9 +29,9 @@ class Tile {
 
     Tile(const Materialize& visit, typename V::Philox& philox, const Segment& segment)
         : visit_(visit), philox_(philox), segment_(segment),
-          low_rank_(philox, segment.param, segment.rows, segment.cols, kBlockColumns, visit.terms, visit.num_terms) {}
+          low_rank_(philox, segment.param, segment.rows, segment.cols, visit.terms, visit.num_terms) {}
 
-    bool is_low_rank() const { return low_rank_.makes_any(); }
+    const LowRank<V>& low_rank() const { return low_rank_; }
 
     void run(int64_t lo, int64_t hi) {
         constexpr int64_t kAlign = kSignsPerGroup;
@@ -298,8 +298,8 @@ class Tile {
                     OutStore::store_nearest(out[n] + i, V::fma(k[n], z, w));
             };
             // One pass: read once, write every copy.
-            if (!decoded_ && !staged() && visit_.num_emits == N && !low_rank_.makes(terms[only])) {
-                if (kind_of(terms[only].family) == Purpose::kRademacher) {
+            if (!decoded_ && !staged() && visit_.num_emits == N && low_rank_.takes_whole_rows()) {
+                if (!low_rank_.makes(terms[only]) && kind_of(terms[only].family) == Purpose::kRademacher) {
                     perturb_by_signs<V, D, O, N>(sign_words(terms[only]), count_, weights_, scales_, k, out);
                     return;
                 }
@@ -359,7 +359,7 @@ template <class V, DType D>
 void run_segment(const Materialize& visit, typename V::Philox& philox, const Segment& segment, int64_t begin,
                  int64_t end) {
     Tile<V, D> tile(visit, philox, segment);
-    for_block_tiles(begin, end, tile.is_low_rank() ? segment.cols : 0,
+    for_block_tiles(begin, end, segment.cols, tile.low_rank().width(),
                     [&](int64_t lo, int64_t hi) { tile.run(lo, hi); });
 }
 
@@ -405,9 +405,9 @@ void run_noise(const InPlace& request, int64_t begin, int64_t end) {
     alignas(64) Raw staging[kTile];
     alignas(64) float noise[kTile + V::kWidth];
     const Term term{request.family, request.step, request.probe, 0};
-    LowRank<V> low_rank(philox, request.param, request.rows, request.cols, kBlockColumns, &term, 1);
-    const int64_t cols = low_rank.makes_any() ? request.cols : 0;
-    for_block_tiles(request.offset + begin, request.offset + end, cols, [&](int64_t lo, int64_t hi) {
+    LowRank<V> low_rank(philox, request.param, request.rows, request.cols, &term, 1);
+    const int64_t begin_at = request.offset + begin, end_at = request.offset + end;
+    for_block_tiles(begin_at, end_at, request.cols, low_rank.width(), [&](int64_t lo, int64_t hi) {
         const int64_t first = lo / kSignsPerGroup * kSignsPerGroup;
         const int count = static_cast<int>((hi - first + kSignsPerGroup - 1) / kSignsPerGroup * kSignsPerGroup);
         const bool staged = hi - lo != count;
