@@ -71,7 +71,8 @@ class ZOSGD(torch.optim.Optimizer):
         weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
             fewer than 2 dimensions).
         num_probes: perturbations a step, K.
-        noise: "normal" or "rademacher".
+        noise: "normal" or "rademacher"; or of low rank, "sign-r1", "sign-r4", "normal-r1" or "normal-r4":
+            z = A B^T / sqrt(r) of matrices, A and B of r columns of signs or normals, and dense noise elsewhere.
         estimator: "spsa", "fzoo", "es", "1.5spsa", "meazo", "spsa-sign" (docs/estimators.md), or an `Estimator`.
         seed: of the run, in [0, 2^64).
         data_hash: SHA-256 of the run's examples, for the header of a new journal; nothing is compared with it.
