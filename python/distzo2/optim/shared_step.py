@@ -21,7 +21,7 @@ import torch
 
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
-from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
+from distzo2.optim.state import SKIPPED
 from distzo2.parallel.exchange import by_ranks, hash64
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, Deal, MeshShape, check_step, deal_lanes
@@ -34,11 +34,11 @@ from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 logger = logging.getLogger("distzo2")
 
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
-SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
 _HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, units entered
-RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, units entered, and the
+# number of why the step is to be skipped, or 0
+RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit], int]]
 
 
 class StepWord(NamedTuple):
@@ -53,11 +53,13 @@ class StepWord(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What the lanes of all ranks gave, float64 [evaluations, micro-batches], and which units they entered."""
+    """What the lanes of all ranks gave, float64 [evaluations, micro-batches], which units they entered, and why the
+    step is to be skipped."""
 
     sums: np.ndarray
     counts: np.ndarray
     entered: frozenset[int]  # indices of units
+    skipped: str | None
 
 
 class ReplicasDifferError(DistZO2Error):
@@ -92,9 +94,9 @@ class Alone:
         return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
-        losses, entered = run(deal.lanes[0], 0)
+        losses, entered, skipped = run(deal.lanes[0], 0)
         sums, counts = losses.T.reshape(2, len(self.settings.evaluations), deal.num_batches)
-        return Evaluated(sums, counts, frozenset(unit.index for unit in entered))
+        return Evaluated(sums, counts, frozenset(unit.index for unit in entered), SKIPPED[skipped])
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         make()
@@ -187,23 +189,23 @@ class SharedStep:
             Anything that `run` raises; the other ranks get a RankFailedError.
             DistZO2Error: the lanes of two ranks entered different units.
         """
-        losses, entered, error = np.zeros((0, 2)), (), None
+        losses, entered, skipped, error = np.zeros((0, 2)), (), 0, None
         try:
-            losses, entered = run(deal.lanes[self._rank], deal.first_batch[self._rank])
+            losses, entered, skipped = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
             if self._exchange.broken:  # in a gather of slices: the other ranks know
                 raise
         most, num_words = max(len(lanes) for lanes in deal.lanes), -(-len(self._runtime.units) // 64)
-        first = 2 + num_words
-        # failed, hash of the units in their order, a bit for each unit, the bits of sums and counts
+        first = 3 + num_words
+        # failed, hash of the units in their order, why to skip, a bit for each unit, the bits of sums and counts
         mine = np.zeros(first + 2 * most, dtype=np.int64)
-        mine[0] = error is not None
+        mine[0], mine[2] = error is not None, skipped
         if error is None:
             mine[1] = hash64([unit.name for unit in entered])
             in_units = np.zeros(64 * num_words, dtype=bool)
             in_units[[unit.index for unit in entered]] = True
-            mine[2:first] = np.packbits(in_units).view(np.int64)
+            mine[3:first] = np.packbits(in_units).view(np.int64)
             mine[first : first + losses.size] = losses.reshape(-1).view(np.int64)
         rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
         self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
@@ -219,8 +221,9 @@ class SharedStep:
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
                 result[:, *lane] = loss
-        words = np.bitwise_or.reduce(rows[:, 2:first])  # ranks without lanes entered none
-        return Evaluated(*result, frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist()))
+        words = np.bitwise_or.reduce(rows[:, 3:first])  # ranks without lanes entered none
+        units = frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist())
+        return Evaluated(*result, units, SKIPPED[rows[:, 2].max()])
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""

@@ -15,6 +15,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
+from distzo2.optim.state import SKIPPED, NoLoss
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane, LanePlace
 from distzo2.streaming.runtime import StreamingRuntime
@@ -39,19 +40,23 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
         as_sums: bool = False,
-    ) -> tuple[np.ndarray, Sequence[Unit]]:
+    ) -> tuple[np.ndarray, Sequence[Unit], int]:
         """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
         With `as_sums`, tensors that they return are added up, where otherwise their mean is taken.
 
         Returns:
-            float64 [lanes, 2], the sum of each lane's losses and their count; and the units that the lanes entered.
+            float64 [lanes, 2], the sum of each lane's losses and their count; the units that the lanes entered; and the
+            number in `SKIPPED` of why a lane has no loss, or 0.
         """
         lanes = []
         for index, batch in places:
             place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
             lanes.append(self._lane(place, closures[batch - first_batch]))
         entered = self._run(lanes)
-        return self._losses(lanes, as_sums), entered or ()
+        skipped = max(
+            (SKIPPED.index(lane.result.reason) for lane in lanes if isinstance(lane.result, NoLoss)), default=0
+        )
+        return self._losses(lanes, as_sums), entered or (), skipped
 
     def losses_of(
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, TypeAdapter, Val
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
+from distzo2.rewards.functions import parsed
 from distzo2.text import first_reason
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
@@ -46,6 +47,18 @@ def _float32(value: float) -> float:
     if value and not 2.0**-149 <= abs(value) < 2.0**128:
         raise ValueError("expected a number in the range of float32")
     return value
+
+
+def _reward(value: str) -> str:
+    parsed(value)
+    return value
+
+
+def _score(value: str) -> str:
+    try:
+        return value if value in ("accuracy", "loss", "reward") else _reward(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or accuracy, loss or reward") from None
 
 
 def num_bytes(value: int | str | None) -> int | str | None:
@@ -76,6 +89,12 @@ _BYTES = TypeAdapter(Annotated[ByteSize, _NUMBER, Range(ge=1, lt=2**63)])
 Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
 Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
 Switch = Annotated[bool, Range(strict=True)]
+Stops = Annotated[
+    list[Name],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    AfterValidator(lambda value: [text.replace("\\n", "\n") for text in value]),
+]
+Reward = Annotated[str, AfterValidator(_reward)]
 Patterns = Annotated[str, BeforeValidator(lambda value: " ".join(value) if isinstance(value, list) else value)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -217,11 +236,11 @@ class Trained(Adapted):
 class DataReading:
     """Options of every command that reads data files."""
 
-    objective: Literal["lm", "choices", "error"] | None = option(
+    objective: Literal["lm", "choices", "error", "reward"] | None = option(
         None,
         "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
-        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where lines "
-        "have choices, else lm)",
+        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward: --reward of what the "
+        "model writes, for finetune (default: choices where lines have choices, else lm)",
         group="data",
     )
     truncate: Literal["error", "left", "right"] | None = option(
@@ -248,7 +267,16 @@ class TaskReading:
     task_file: str | None = option(None, "TOML with tasks of your own", "FILE")
     task_seed: CountOrZero = option(0, "draws the examples")
     num_eval: Count | None = option(None, "examples of the evaluation (default: the task's, 1000)")
-    max_new_tokens: Count = option(50, "tokens of a written answer at most, with --score f1 or em")
+    max_new_tokens: Count = option(
+        50, "tokens that the model writes at most, for a reward and for scores of answers", group="what it writes"
+    )
+    stop: Stops | None = option(
+        None, "text that ends what it writes (\\n: a new line); may be given several times", "TEXT", repeats=True
+    )
+    reward_timeout: Positive = option(
+        60.0, "a reward that takes longer for a micro-batch is ended, and the step is skipped", "SECONDS"
+    )
+    reward_inline: Switch = option(False, "run rewards in this process, where nothing ends them")
 
     def check_source(self, **files: str | None) -> None:
         """Raises UsageError unless a task with its data, or the first of `files` (by option), is given."""
@@ -291,6 +319,14 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)")
 
+    reward: Reward | None = option(
+        None,
+        "with --objective reward: FILE.py:FUNCTION of prompts, completions and rows, lists, to a number for each "
+        "completion, higher is better; or exact, f1, number (of right answers), regex:PATTERN, json:FILE with a schema",
+        "NAME",
+    )
+    temperature: PositiveOrZero = option(0.0, "of what the model writes for a reward; 0: the likeliest token each time")
+    top_k: CountOrZero = option(50, "with a temperature, sample among the K likeliest tokens; 0: all", "K")
     num_train: Count | None = option(None, "examples of --task to learn (default: its own, 1000)")
     num_dev: Count | None = option(None, "held-out examples of --task (default: its own, 500 or 100)")
 
@@ -326,10 +362,11 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
     eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
-    score: Literal["accuracy", "loss", "f1", "em"] | None = option(
+    score: Annotated[str, AfterValidator(_score)] | None = option(
         None,
-        "held-out figure that decides the best step; f1, em: of answers that the model writes, by words (default: "
-        "accuracy where lines have choices, else loss)",
+        "held-out figure that decides the best step: accuracy, loss, or how good answers are that the model writes, as "
+        "for --reward (default: reward with one, accuracy where lines have choices, else loss)",
+        "NAME",
     )
     save: Literal["last", "best", "none"] = option(
         "last",
@@ -420,6 +457,13 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
+        rewarded = self.objective == "reward"
+        if rewarded and (not self.reward or self.task):
+            raise UsageError(f"--objective reward needs --{'train' if self.reward else 'reward'}")
+        if not rewarded and (self.reward or self.score == "reward"):
+            raise UsageError(f"--{'reward' if self.reward else 'score reward'} needs --objective reward")
+        if rewarded and self.score in ("loss", "accuracy"):
+            raise UsageError(f"--score {self.score}: with --objective reward there is none")
         judges = {"save best": self.save == "best", "eval-every": self.eval_every}
         judges["score"] = self.score and not self.resume  # runs that an earlier version began may have it
         if not (self.eval or self.task) and any(judges.values()):
@@ -436,6 +480,7 @@ TRAINED = tuple(f.name for f in fields(Trained))
 FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "store", "compute_dtype", "tf32", "objective",
          "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
          *TRAINED)  # fmt: skip
+OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
@@ -464,8 +509,11 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
     batch_size: Count = option(16, "examples in a micro-batch")
-    score: Literal["f1", "em"] | None = option(
-        None, "compare answers that the model writes with the completions, by words (default: as the task does)"
+    score: Reward | None = option(
+        None,
+        "judge answers that the model writes: f1, em, number, regex:PATTERN, json:FILE or FILE.py:FUNCTION (default: "
+        "as the task does)",
+        "NAME",
     )
     shots: CountOrZero = option(0, "training examples of --task to put before each, as demonstrations")
     calibrate: Switch = option(False, "score options of --task against a prompt without content")
@@ -473,6 +521,8 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
 
     def __post_init__(self) -> None:
         self.check_source(eval=self.eval)
+        if self.objective == "reward":
+            raise UsageError("--objective reward: --score judges what a model writes")
         if not self.task and (self.shots or self.calibrate):
             raise UsageError(f"--{'shots' if self.shots else 'calibrate'} needs --task")
 
@@ -583,7 +633,7 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> 
     Raises:
         UsageError: one changed that the run's data or noise depend on.
     """
-    for name in FIXED:
+    for name in (*FIXED, *(OF_REWARDS if after.get("objective") == "reward" else ())):
         was = before.get(name, getattr(FinetuneOptions, name))
         if was != after.get(name):
             flag = "--" + name.replace("_", "-")

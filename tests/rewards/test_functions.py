@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from distzo2.generation.answers import exact_match, f1, words_of
+from distzo2.rewards.functions import exact_match, f1, words_of
 
 
 @pytest.mark.parametrize(
