@@ -19,6 +19,7 @@ ROOMS = (
     "formats",
     "checkpoint",
     "optim",
+    "estimators",
     "streaming",
     "parallel",
     "record",

@@ -28,7 +28,7 @@ MESHES = {
     "data=2 of 3 micro-batches": ((1, 2), {"micro_batches": 3}),
     "pert=2,data=2": ((2, 2), {}),
     "pert=4 with two probes": ((4, 1), {"num_probes": 2}),
-    "pert=2 with two probes": ((2, 1), {"num_probes": 2}),
+    "pert=2 with two probes of meazo": ((2, 1), {"num_probes": 2, "estimator": "meazo"}),
     "data=4": ((1, 4), {"micro_batches": 5}),
     "pert=2 of fzoo": ((2, 1), {"num_probes": 4, "estimator": "fzoo", "noise": "rademacher", "lr": 1e-4}),
 }
@@ -122,7 +122,7 @@ def train(
             place = (mesh.data_rank, mesh.shape.data) if sharded == "data" else (rank, world_size)
             closures = uneven_share(closures, *place)
         opt.step(closures, sharded=sharded, tokens=7 * micro_batches)
-        history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped))
+        history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped, opt.last.memory))
         time.sleep(pace)
     state = state_of(model)
     opt.close()

@@ -243,7 +243,7 @@ def test_float64_and_twice_are_refused():
 
 
 def progress(max_coef: float | None) -> Progress:
-    return Progress(SimpleNamespace(max_coef=max_coef, max_clipped=3, max_skipped=3))
+    return Progress(SimpleNamespace(max_coef=max_coef, max_clipped=3, max_skipped=3, memory=()))
 
 
 def use(progress: Progress, *coefs: float) -> tuple[np.ndarray, bool]:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distzo2.errors import UsageError
-from distzo2.optim.estimator import FZOO, SPSA
+from distzo2.estimators.shaped import FZOO
+from distzo2.estimators.spsa import SPSA
 from distzo2.parallel.mesh import (
     GLOBAL,
     OWN,

@@ -19,7 +19,6 @@ from distzo2.record.journal import Journal, JournalError, read_journal
 from distzo2.record.writer import JournalWriter
 from distzo2.run import loop
 from distzo2.run.directory import RunDirectory
-from distzo2.run.loop import factor_of
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -38,18 +37,6 @@ def failing_updates(monkeypatch, error: BaseException, fails: Callable[[dict], b
     with monkeypatch.context() as patched:
         patched.setattr(RunDirectory, "update", failing)
         yield
-
-
-def test_values() -> None:
-    for schedule, num_steps, warmup, factors in (
-        ("constant", 4, 0, [1, 1, 1, 1]),
-        ("linear", 4, 0, [1, 0.75, 0.5, 0.25]),
-        ("cosine", 4, 0, [1, 0.8535534, 0.5, 0.1464466]),
-        ("linear", 5, 3, [0.25, 0.5, 0.75, 1, 0.5]),
-        ("linear", 4, 0, [1, 0.75, 0.5, 0.25, 0, 0]),
-    ):
-        factor = factor_of(schedule, num_steps, warmup)
-        assert [factor(step) for step in range(len(factors))] == pytest.approx(factors)
 
 
 def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, capsys, monkeypatch) -> None:

@@ -13,7 +13,8 @@ from cli_runs import finetune, one_line, record, steps_in
 
 from distzo2.cli.main import main, parse
 from distzo2.errors import UsageError
-from distzo2.run.options import FinetuneOptions, num_bytes
+from distzo2.option_types import num_bytes
+from distzo2.run.options import FinetuneOptions
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -125,7 +126,10 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         (["--resume", "--config=no-out.toml"], "--resume needs --out"),
         (["--resume", "--branch-from=a"], "give one of them"),
         ([*FULL, "--micro-batches=3"], "--micro-batches 3 does not divide --batch-size 16"),
-        ([*FULL, "--estimator=fzoo"], "needs --probes 2"),
+        ([*FULL, "--estimator=fzoo"], "--estimator fzoo needs --probes 2"),
+        ([*FULL, "--estimator=es", "--es-one-sided"], "--estimator es needs --probes 2"),
+        ([*FULL, "--es-shape=ranks"], "--es-shape needs --estimator es"),
+        ([*FULL, "--es-one-sided"], "--es-one-sided needs --estimator es"),
         ([*FULL, "--warmup=11"], "--warmup 11 is more than --steps 10"),
         ([*FULL, "--fsync-every=2", "--weights=disk"], "every step is synced"),
         ([*FULL, "--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
@@ -177,5 +181,8 @@ def test_rates_of_what_is_tuned(options: list[str]) -> None:
     by_fzoo = options_of(*FULL, *options, "--estimator=fzoo", "--probes=2")
     assert (by_fzoo.lr, by_fzoo.eps) == (3e-2, 1e-2)
     assert options_of(*FULL, "--estimator=fzoo", "--probes=2").lr == 2e-3
+    curved, plain = options_of(*FULL, "--estimator=1.5spsa"), options_of(*FULL)
+    assert (curved.lr, curved.eps, curved.noise, plain.noise) == (1e-4, 1e-4, "rademacher", "normal")
+    assert options_of(*FULL, "--estimator=1.5spsa", "--noise=normal").noise == "normal"
     of_mezo = options_of(*FULL, *options, "--protocol=mezo")  # which trains no gains
     assert (of_mezo.lr, of_mezo.eps) == (1e-4 if "--tune=gain" in options else 5e-5, 1e-2)

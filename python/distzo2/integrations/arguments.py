@@ -9,9 +9,9 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.optim.estimator import ESTIMATORS
+from distzo2.estimators.registry import ESTIMATORS
 from distzo2.optim.settings import make_settings
-from distzo2.run.options import num_bytes
+from distzo2.option_types import num_bytes
 from distzo2.streaming.offload import WEIGHTS
 from distzo2_core import FAMILIES
 

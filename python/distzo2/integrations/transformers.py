@@ -32,10 +32,10 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from distzo2.errors import UsageError
+from distzo2.estimators.registry import make_estimator
 from distzo2.integrations.arguments import ZOFields
 from distzo2.integrations.run_files import RunFiles, Start
 from distzo2.models.pretrained import save_pretrained
-from distzo2.optim.estimator import make_estimator
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel import group as parallel
 from distzo2.parallel.slice_rounds import meet_first

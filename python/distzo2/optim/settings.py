@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from distzo2.errors import DistZO2Error
-from distzo2.optim.estimator import Estimator, Evaluation, make_estimator
+from distzo2.estimators.protocol import Estimator, Remembering
+from distzo2.estimators.registry import make_estimator, name_of
+from distzo2.parallel.mesh import Evaluation
 from distzo2.weights.units import ParamInfo
 from distzo2_core import FAMILIES, GroupScalars
 
@@ -20,7 +22,7 @@ GROUP_FIELDS = GroupScalars._fields
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of an optimizer that its steps depend on. `eps` is a float32 value."""
+    """The options of an optimizer that its steps depend on. `eps`, a float32 value, is the next step's."""
 
     seed: int
     eps: float
@@ -40,22 +42,31 @@ class Settings:
         """The perturbations that each step evaluates, in the order in which they run."""
         return self.estimator.evaluations(self.num_probes)
 
-    def coefficients(self, losses: np.ndarray) -> np.ndarray:
-        """float32 [num_probes] from `losses`, finite float64 as an estimator takes them, a row for each evaluation. A
-        coefficient too large for float32 is infinite.
+    @property
+    def memory(self) -> tuple[float, ...]:
+        """What the estimator remembers before the first step; empty if it needs no earlier steps."""
+        return self.estimator.memory if isinstance(self.estimator, Remembering) else ()
+
+    def coefficients(self, losses: np.ndarray, memory: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
+        """float32 [num_probes] from `losses`, finite float64 as an estimator takes them, a row for each evaluation; and
+        what it remembers from this step on. A coefficient too large for float32 is infinite.
 
         Raises:
             DistZO2Error: the estimator gave another number of coefficients.
         """
         losses_of = dict(zip(self.evaluations, losses, strict=True))
-        coefs = np.asarray(self.estimator.coefficients(losses_of, self.num_probes, self.eps))
+        if isinstance(self.estimator, Remembering):
+            coefs, memory = self.estimator.coefficients_after(memory, losses_of, self.num_probes, self.eps)
+        else:
+            coefs = self.estimator.coefficients(losses_of, self.num_probes, self.eps)
+        coefs = np.asarray(coefs)
         if coefs.shape != (self.num_probes,):
             raise DistZO2Error(
-                f"estimator {type(self.estimator).__name__} gave coefficients of shape {coefs.shape}; one for each of "
+                f"estimator {name_of(self.estimator)} gave coefficients of shape {coefs.shape}; one for each of "
                 f"{self.num_probes} probes was expected"
             )
         with np.errstate(over="ignore"):
-            return coefs.astype(np.float64).astype(np.float32)
+            return coefs.astype(np.float64).astype(np.float32), tuple(map(float, memory))
 
 
 def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> Settings:
@@ -64,11 +75,9 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
     Raises:
         DistZO2Error: one is out of range.
     """
-    with np.errstate(over="ignore"):
-        s = Settings(eps=float(np.float32(eps)), estimator=make_estimator(estimator), **others)
+    s = Settings(eps=eps_of(eps), estimator=make_estimator(estimator), **others)
     expected = {
         "noise": (s.noise in FAMILIES, f"one of {', '.join(FAMILIES)}"),
-        "eps": (np.isfinite(s.eps) and s.eps > 0, "a positive number that float32 can hold"),
         "seed": (type(s.seed) is int and 0 <= s.seed < 2**64, "an integer in [0, 2^64)"),
         "num_probes": (1 <= s.num_probes < 2**20, f"1 to {2**20 - 1}"),
         "max_lanes": (s.max_lanes is None or s.max_lanes >= 1, "at least 1"),
@@ -77,9 +86,21 @@ def make_settings(*, eps: float, estimator: str | Estimator, **others: Any) -> S
     }
     for name, (is_right, what) in expected.items():
         if not is_right:
-            raise DistZO2Error(f"{name}={(eps if name == 'eps' else getattr(s, name))!r}: expected {what}")
+            raise DistZO2Error(f"{name}={getattr(s, name)!r}: expected {what}")
     _ = s.evaluations  # the estimator refuses a number of probes that does not suit it
     return s
+
+
+def eps_of(value: Any) -> float:
+    """The size of a perturbation as a float32 value.
+
+    Raises:
+        DistZO2Error: it is not a positive number that float32 can hold.
+    """
+    with suppress(TypeError, ValueError), np.errstate(over="ignore"):
+        if np.isfinite(eps := float(np.float32(value))) and eps > 0:
+            return eps
+    raise DistZO2Error(f"eps={value!r}: expected a positive number that float32 can hold")
 
 
 @dataclass
@@ -96,8 +117,10 @@ class StepRecord:
         clipped: whether the coefficients were scaled down (`max_coef`).
         seconds: wall time.
         lr: learning rate of each parameter group.
+        eps: size of the perturbations.
         counts: as `losses`, how many losses each is the mean of; None: 1.
         unused: ranges [first, last] of the indices of parameters that no lane entered and that stay as they are.
+        memory: what the estimator remembers from this step on (`Remembering`).
     """
 
     step: int
@@ -109,8 +132,10 @@ class StepRecord:
     clipped: bool = False
     seconds: float = 0.0
     lr: list[float] = field(default_factory=list)
+    eps: float = 0.0
     counts: list[list[float]] | None = None
     unused: list[list[int]] = field(default_factory=list)
+    memory: tuple[float, ...] = ()
 
     @property
     def difference(self) -> float | None:

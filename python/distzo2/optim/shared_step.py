@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.estimators.registry import name_of
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import SKIPPED
 from distzo2.parallel.exchange import by_ranks, hash64
@@ -136,7 +137,7 @@ class SharedStep:
             "the parameters": table,
             **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
             "the evaluations": s.evaluations,
-            "the estimator": type(s.estimator).__name__,
+            "the estimator": name_of(s.estimator),
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
             **given,
             **_fields_of(scalars_of(groups)),
@@ -169,6 +170,7 @@ class SharedStep:
             "the number of closures": word.num_closures if is_global else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
+            "eps": s.eps,
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }
@@ -228,7 +230,7 @@ class SharedStep:
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
         num_probes, failure = self.settings.num_probes, None
-        made = np.zeros(_HEAD + num_probes)
+        made = np.zeros(_HEAD + num_probes + len(record.memory))
         if self._rank == 0:
             try:
                 make()
@@ -236,7 +238,7 @@ class SharedStep:
                     journal.sync()
                 durable = 0 if journal is None else journal.durable
                 made[:_HEAD] = 0.0, SKIPPED.index(record.skipped), record.clipped, durable
-                made[_HEAD:] = record.coefs or [0.0] * num_probes
+                made[_HEAD:] = *(record.coefs or [0.0] * num_probes), *record.memory
             except BaseException as error:
                 failure, made[0] = error, 1.0
         failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
@@ -247,7 +249,8 @@ class SharedStep:
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs = coefs if record.skipped is None else []
+        record.coefs = coefs[:num_probes] if record.skipped is None else []
+        record.memory = tuple(coefs[num_probes:])
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.

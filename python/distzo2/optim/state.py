@@ -48,11 +48,13 @@ class Progress:
 
     Attributes:
         step: number of the next step; skipped steps count.
+        memory: what the estimator remembers of earlier steps.
         window: max |c_k| of the latest steps, as the coefficients were used, so that a journal can fill it.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.step = 0
+        self.memory = settings.memory
         self.window: deque[float] = deque(maxlen=WINDOW)
         self._settings = settings
         self._num_skipped = self._num_clipped = self._num_still = 0  # in a row

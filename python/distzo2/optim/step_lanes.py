@@ -13,9 +13,9 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
 from distzo2.optim.state import SKIPPED, NoLoss
+from distzo2.parallel.mesh import Evaluation
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane, LanePlace
 from distzo2.streaming.runtime import StreamingRuntime

@@ -16,9 +16,18 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
+from distzo2.estimators.protocol import Estimator, mean_loss
+from distzo2.estimators.registry import name_of
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.estimator import Estimator, mean_loss
-from distzo2.optim.settings import StepRecord, check_rates, default_groups, group_of_each, make_settings, scalars_of
+from distzo2.optim.settings import (
+    StepRecord,
+    check_rates,
+    default_groups,
+    eps_of,
+    group_of_each,
+    make_settings,
+    scalars_of,
+)  # fmt: skip
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
 from distzo2.optim.signal import REFERENCE, TF32, Signal, computed_in, measure_signal
 from distzo2.optim.state import (
@@ -43,26 +52,26 @@ from distzo2_core import FAMILIES, GroupScalars, Term, Update, checksum
 
 logger = logging.getLogger("distzo2")
 
-_SAME_IN_STATE = ("noise", "num_probes", "eps")  # settings that an optimizer and the state that it loads must share
+_SAME_IN_STATE = ("noise", "num_probes")  # settings that an optimizer and the state that it loads must share
 
 
 class ZOSGD(torch.optim.Optimizer):
     """Zeroth-order SGD: w <- round(w - lr * (sum of c_k·z_k + weight_decay·w)), with c_k from forward passes only.
 
-    SPSA as in MeZO (arXiv 2305.17333) or FZOO. The perturbed weights are made out of place, so clean weights do not
-    drift; 16-bit weights are rounded stochastically, so that steps far below their spacing are not lost.
+    SPSA as in MeZO (arXiv 2305.17333), or another estimator. The perturbed weights are made out of place, so clean
+    weights do not drift; 16-bit weights are rounded stochastically, so that steps far below their spacing are not lost.
 
     Args:
         model: a module that `distzo2.offload` or `distzo2.from_pretrained` returned.
         params: None for all trainable parameters, or parameter groups as for any torch optimizer; parameters in no
             group are read and never changed. Groups may set lr, weight_decay, perturb_scale and update_scale.
         lr: learning rate; schedulers of torch.optim.lr_scheduler change it for the steps that follow.
-        eps: size of the perturbation, as float32.
+        eps: size of the perturbation, as float32; the attribute `eps` changes it for the steps that follow.
         weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
             fewer than 2 dimensions).
         num_probes: perturbations a step, K.
         noise: "normal" or "rademacher".
-        estimator: "spsa", "fzoo", or an `Estimator`.
+        estimator: "spsa", "fzoo", "es", "1.5spsa", "meazo", "spsa-sign" (docs/estimators.md), or an `Estimator`.
         seed: of the run, in [0, 2^64).
         data_hash: SHA-256 of the run's examples, for the header of a new journal; nothing is compared with it.
         journal: path of a journal to write (or to continue, given `resume`), or None.
@@ -216,7 +225,7 @@ class ZOSGD(torch.optim.Optimizer):
             options={
                 "eps": s.eps,
                 "num_probes": s.num_probes,
-                "estimator": type(s.estimator).__name__,
+                "estimator": name_of(s.estimator),
                 **({} if computed is None else {"compute_dtype": dtype_name(computed)}),
             },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
@@ -252,9 +261,21 @@ class ZOSGD(torch.optim.Optimizer):
                 continue
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
                 coefs = [term.c for term in entry.update.terms]
+                self._progress.memory = tuple(entry.extra.get("memory", self._progress.memory))
                 self._progress.count(coefs, entry.skipped, bool(entry.extra.get("clipped")))
 
     # ---- a step -----------------------------------------------------------------------------------------------
+
+    @property
+    def eps(self) -> float:
+        """Size of the next step's perturbations. A schedule sets it before each step, on all ranks alike, as a function
+        of `step_count`, so that a resumed run has the same bits."""
+        return self.settings.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        if (eps := eps_of(value)) != self.settings.eps:
+            self._set(eps=eps)
 
     @property
     def step_count(self) -> int:
@@ -318,7 +339,8 @@ class ZOSGD(torch.optim.Optimizer):
             run = self._lanes.run
             found = self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
             record, losses = self._record(step, found, count)
-            record.lr = [group.lr for group in scalars]
+            record.lr, record.eps = [group.lr for group in scalars], self.settings.eps
+            record.memory = self._progress.memory
             left_out = self._runtime.weights.left_out(found.entered)
             if not self.settings.older_rules:
                 record.unused = ranges_of(p.index for unit in left_out for p in unit.params)
@@ -376,13 +398,17 @@ class ZOSGD(torch.optim.Optimizer):
         record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [], found.skipped)
         if plain:
             return record, sums
-        record.counts = counts.tolist()
-        record.losses = np.divide(sums, counts, out=sums.copy(), where=counts > 0).tolist()
+        means = np.divide(sums, counts, out=sums.copy(), where=counts > 0)
+        record.counts, record.losses = counts.tolist(), means.tolist()
+        counted = counts.all(0)  # in all evaluations
+        if getattr(self.settings.estimator, "by_batch", False) and counted.any():
+            return record, means[:, counted]
         return record, np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
 
     def _entry(self, record: StepRecord, scalars: tuple[GroupScalars, ...], tokens: int) -> StepEntry:
         """The journal's line."""
         counts, extra = record.counts, {"clipped": True} if record.clipped else {}
+        extra |= {"memory": list(record.memory)} if record.memory else {}
         if counts is not None and all(row == counts[0] for row in counts):
             counts = counts[:1]
         return StepEntry(
@@ -408,9 +434,10 @@ class ZOSGD(torch.optim.Optimizer):
         if not np.isfinite(losses).all():
             record.skipped = record.skipped or NON_FINITE_LOSS
             return
-        coefs, record.clipped = self._progress.clip(self.settings.coefficients(losses))
+        found, memory = self.settings.coefficients(losses, record.memory)
+        coefs, record.clipped = self._progress.clip(found)
         if np.isfinite(coefs).all():
-            record.coefs = coefs.tolist()
+            record.coefs, record.memory = coefs.tolist(), memory
         else:
             record.skipped = NON_FINITE_COEFFICIENT
 
@@ -424,7 +451,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Makes the step: from here on, every unit takes over the update at its next visit."""
         self._runtime.weights.trim()
         self._runtime.weights.push(update, record.unused)
-        self.last = record
+        self.last, self._progress.memory = record, record.memory
         self._progress.count(record.coefs, record.skipped, record.clipped)
         if self._runtime.kept is not None:
             self._runtime.kept.step_done(self._runtime.access, self.step_count, record.seconds)
@@ -492,11 +519,12 @@ class ZOSGD(torch.optim.Optimizer):
         return {**super().state_dict(), "distzo2": self._own_state()}
 
     def _own_state(self) -> dict[str, Any]:
-        fixed = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "seed")}
-        return {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
+        state = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "eps", "seed")}
+        state |= {"step": self.step_count, "clip": list(self._progress.window)}
+        return state | ({"memory": list(self._progress.memory)} if self._progress.memory else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
+        """Takes over groups, seed, eps and step; the model's weights are loaded with `model.load_state_dict`.
 
         The optimizer's own present state may always be loaded, as libraries do when they wrap an optimizer: the options
         of groups are taken over, and nothing else changes.
@@ -522,9 +550,10 @@ class ZOSGD(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
         if differing is None:
             return
-        self._set(seed=mine["seed"])
+        self._set(seed=mine["seed"], eps=mine["eps"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
+        self._progress.memory = tuple(mine.get("memory", self.settings.memory))
         self._bind()
 
     def close(self) -> None:

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.estimators.registry import make_estimator
 from distzo2.models.shapes import LARGE
-from distzo2.optim.estimator import make_estimator
 from distzo2.optim.selection import trained
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
 from distzo2.planning.machines import EXCHANGE_S, GPUS, TF32_SHARE, Duplex, Machine, find_machine
@@ -85,7 +85,7 @@ class Planner:
             notes = (*machine.assumptions, "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)")
             machine = replace(machine, rates=replace(machine.rates, flop_per_s=flop), assumptions=notes)
         self.request, self.machine = request, machine
-        self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
+        self.evaluations = make_estimator(request.estimator, **request.estimator_options).evaluations(request.probes)
         slow = machine.computes_on_host and machine.rates.flop_per_s["bfloat16"] <= machine.rates.flop_per_s["float32"]
         asked = "float32" if request.compute_dtype == "auto" and slow else request.compute_dtype
         self.compute_dtype = DTYPES.get(asked)  # None: as stored

@@ -17,9 +17,10 @@ import torch
 from distzo2.checkpoint.reading import ADAPTER_FILES
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming, one_line
+from distzo2.estimators.registry import make_estimator
+from distzo2.estimators.schedules import factor_of
 from distzo2.models.pretrained import clamped, save_pretrained
 from distzo2.models.replay import replay
-from distzo2.optim.estimator import make_estimator
 from distzo2.optim.signal import REFERENCE, TF32, Signal, advice, computed_in, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
@@ -43,7 +44,7 @@ from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
 
 _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
-    "lr", "eps", "weight_decay", "noise", "estimator", "seed",
+    "lr", "eps", "weight_decay", "noise", "seed",
     "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every",
 )  # fmt: skip
 _ABOUT = ("kind", "step", "examples", "tokens", "seconds", "data", "crc")  # in an evaluation's line, besides scores
@@ -52,21 +53,6 @@ MOST_CLAMPED = 0.01  # of codes at an end of their range, beyond which a run say
 AUTO_RATE = 0.05  # of --lr auto: SmolLM2-135M learned best near it, dense, with LoRA and with codes (docs/packed.md)
 SIGNAL_PROBES = (4, 8)  # the second four where the first leave the question open
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
-
-
-def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int], float]:
-    """The factor on the learning rate at step t: rises to 1 over `warmup` steps, then is 1 ("constant"), or falls to 0
-    at `num_steps` ("linear", "cosine")."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-        return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return factor
 
 
 class TrainLoop:
@@ -95,7 +81,11 @@ class TrainLoop:
             self.score_name = "reward" if rewarded else "accuracy" if train[0].chooses else "loss"
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
-        self._factor = factor_of(options.schedule, options.steps, options.warmup)
+        self.estimator = make_estimator(options.estimator, **options.estimator_options)
+        steps = options.steps, options.warmup
+        self._factor = factor_of(options.schedule, *steps, decay=options.decay)
+        final = {"final": options.eps_final, "rises": False}
+        self._eps_factor = factor_of(options.eps_schedule, *steps, decay=options.decay, **final)
         self._tracing = False
         self._signal: dict[str, Any] = {}  # as the first step found it
         self._looks_at_codes = any(param.is_coded for param in self.runtime.params)
@@ -115,7 +105,7 @@ class TrainLoop:
         start = time.perf_counter()
         with blaming(f"{o.model}: the model fails on the first batch"):
             closures = [self.objective.closure(batch) for batch in self._batches(0)]
-            lanes = o.max_lanes or len(closures) * len(make_estimator(o.estimator).evaluations(o.probes))
+            lanes = o.max_lanes or len(closures) * len(self.estimator.evaluations(o.probes))
             more = {"noise": o.noise, "seed": o.seed, "max_lanes": lanes}  # no more memory than a step takes
             more |= {"dtypes": [dtype], "eps": [o.eps], "probes": SIGNAL_PROBES, "is_open": _is_open}
             try:
@@ -173,6 +163,7 @@ class TrainLoop:
         optimizer = self.optimizer = ZOSGD(
             self.model,
             num_probes=o.probes,
+            estimator=self.estimator,
             **{name: getattr(o, name) for name in _OPTIMIZER},
             journal=self.run.journal,
             resume=o.resume,
@@ -264,6 +255,7 @@ class TrainLoop:
         self._trace(step)
         for group in optimizer.param_groups:
             group["lr"] = self.options.lr * self._factor(step)
+        optimizer.eps = self.options.eps * self._eps_factor(step)
         batches = self._batches(step)
         tokens = sum(b.num_tokens for b in batches)
         self.runtime.reset_stats()
@@ -289,6 +281,7 @@ class TrainLoop:
             loss=last.loss,
             coefs=last.coefs,
             lr=last.lr[0],
+            eps=last.eps,
             difference=last.difference,
             skipped=last.skipped,
             clipped=last.clipped,

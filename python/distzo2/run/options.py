@@ -8,21 +8,40 @@ them pass `checked`, which refuses unknown names and values out of range before 
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
-from inspect import get_annotations
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, TypeAdapter, ValidationError
+from pydantic import AfterValidator
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
+from distzo2.option_types import (
+    Bytes,
+    ComputeDtype,
+    Count,
+    CountOrZero,
+    Dtype,
+    Estimator,
+    Multiple,
+    Name,
+    Noise,
+    Number,
+    Patterns,
+    Positive,
+    PositiveOrZero,
+    Schedule,
+    Seed,
+    Shape,
+    Share,
+    Stops,
+    Store,
+    Switch,
+    Threads,
+    Weights,
+    option,
+)
 from distzo2.rewards.functions import parsed
-from distzo2.text import first_reason
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
@@ -33,90 +52,20 @@ LEFT = {
 }
 
 
-# ---- values ------------------------------------------------------------------------------------------------------
+def _reward(name: str) -> str:
+    parsed(name)
+    return name
 
 
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, not {str(value).lower()}")
-    return value
-
-
-def _float32(value: float) -> float:
-    """Steps are computed in float32, which must hold the value."""
-    if value and not 2.0**-149 <= abs(value) < 2.0**128:
-        raise ValueError("expected a number in the range of float32")
-    return value
-
-
-def _reward(value: str) -> str:
-    parsed(value)
-    return value
-
-
-def _score(value: str) -> str:
+def _score(name: str) -> str:
     try:
-        return value if value in ("accuracy", "loss", "reward") else _reward(value)
+        return name if name in ("accuracy", "loss", "reward") else _reward(name)
     except ValueError as error:
         raise ValueError(f"{error}; or accuracy, loss or reward") from None
 
 
-def num_bytes(value: int | str | None) -> int | str | None:
-    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto"; None stays None.
-
-    Raises:
-        ValueError: `value` is none of these.
-    """
-    try:
-        return value if value in ("auto", None) else int(_BYTES.validate_python(value))
-    except ValidationError:
-        raise ValueError("expected a number of bytes (such as 12GiB), or auto") from None
-
-
-_NUMBER = BeforeValidator(_not_bool)
-Name = Annotated[str, Range(min_length=1)]
-Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
-CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
-Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
-Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
-PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
-Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
-Multiple = Annotated[
-    Annotated[float, _NUMBER, Range(gt=1)] | None,
-    BeforeValidator(lambda value: None if str(value).lower() == "none" else value),
-]
-_BYTES = TypeAdapter(Annotated[ByteSize, _NUMBER, Range(ge=1, lt=2**63)])
-Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
-Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
-Switch = Annotated[bool, Range(strict=True)]
-Stops = Annotated[
-    list[Name],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    AfterValidator(lambda value: [text.replace("\\n", "\n") for text in value]),
-]
 Reward = Annotated[str, AfterValidator(_reward)]
-Patterns = Annotated[str, BeforeValidator(lambda value: " ".join(value) if isinstance(value, list) else value)]
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
-Estimator = Literal["spsa", "fzoo"]
-Noise = Literal["normal", "rademacher"]
-Weights = Literal["device", "host", "disk"]
-Store = Literal["affine4", "table4", "affine8", "affine16"]
-
-
-def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
-    """A field of an options class.
-
-    Args:
-        default: MISSING if the option is required.
-        text: its line in `--help`.
-        metavar: what `--help` calls its value.
-        more: `short`, a second flag; `bare`, the value of the flag without a value; `positional`, whether it is given
-            by position; `repeats`, whether it may be given several times; `group`, the title of the group in `--help`
-            that begins with it.
-    """
-    return field(default=default, metadata={"help": text, "metavar": metavar, **more})
+Score = Annotated[str, AfterValidator(_score)]
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -291,16 +240,55 @@ class TaskReading:
             raise UsageError(f"--{name} is missing")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimating:
+    """Options of commands that make steps, or plan them: how losses become a step."""
+
+    probes: Count = option(
+        1, "perturbations a step; forwards of the batch: 2K, by fzoo K + 1, 1.5spsa 2K + 1, es with --es-one-sided K",
+        "K", group="how it learns",
+    )  # fmt: skip
+    estimator: Estimator = option(
+        "spsa",
+        "what a step is made of (docs/estimators.md): spsa: differences of both sides; fzoo: one side, divided by the "
+        "losses' spread; es: losses shaped over all members; 1.5spsa: spsa that damps curved probes; meazo: spsa whose "
+        "rate adapts; spsa-sign: signs of differences. fzoo and es need 2 probes or more",
+    )
+    es_shape: Shape = option(
+        "zscore",
+        "of es: by mean and spread, by centred ranks, or by mean and spread in each of --micro-batches (group)",
+    )
+    es_one_sided: Switch = option(False, "of es: K members on one side, not 2K mirrored ones")
+    noise: Noise | None = option(
+        None, "distribution of a perturbation's elements (default: normal; by fzoo and 1.5spsa rademacher, signs)"
+    )
+
+    def __post_init__(self) -> None:
+        by_signs = self.estimator in ("fzoo", "1.5spsa")  # as in their papers
+        object.__setattr__(self, "noise", self.noise or ("rademacher" if by_signs else "normal"))
+        if self.estimator in ("fzoo", "es") and self.probes < 2:
+            raise UsageError(f"--estimator {self.estimator} needs --probes 2 or more, to compare losses")
+        if self.estimator != "es" and (self.es_one_sided or self.es_shape != "zscore"):
+            raise UsageError(f"--es-{'one-sided' if self.es_one_sided else 'shape'} needs --estimator es")
+
+    @property
+    def estimator_options(self) -> dict[str, Any]:
+        """What `make_estimator` takes besides the name."""
+        return {"shape": self.es_shape, "mirrored": not self.es_one_sided} if self.estimator == "es" else {}
+
+
 # ---- finetune ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
+class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     """Options of `distzo2 finetune`.
 
     Raises:
         UsageError: two options do not go together.
     """
+
+    left = LEFT
 
     model: Name = option(
         MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
@@ -336,25 +324,26 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     lr: PositiveOrZero | Literal["auto"] = option(
         1e-6,
-        "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by fzoo "
-        "2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, 0.05 eps / spread of the losses at the start, kept",
+        "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by "
+        "1.5spsa 1e-4; by fzoo, es, meazo and spsa-sign 2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, "
+        "0.05 eps / spread of the losses at the start, kept",
         "X|auto",
     )
     eps: Positive = option(
-        1e-3, "size of a perturbation, in units of a weight (default: 1e-3; LoRA and gains 1e-2; prompts 1e-1)"
+        1e-3,
+        "size of a perturbation, in units of a weight (default: 1e-3, by 1.5spsa 1e-4; LoRA and gains 1e-2; prompts "
+        "1e-1)",
     )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
-    probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
-    noise: Noise = option("normal", "distribution of a perturbation's elements")
-    estimator: Estimator = option(
-        "spsa",
-        "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
-        "and takes a far larger --lr)",
-    )
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
+    schedule: Schedule = option(
+        "constant", "of the learning rate, down to 0 at --steps; wsd: in the last of them alone, as --decay says"
+    )
+    eps_schedule: Schedule = option("constant", "of --eps, which stays as it is in --warmup and ends at --eps-final")
+    eps_final: Share = option(0.1, "the share of --eps that --eps-schedule ends at", "SHARE")
     warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0")
+    decay: Share = option(0.2, "the share of the steps in which a wsd schedule falls", "SHARE")
     seed: Seed = option(0, "of perturbations, data order and dropout")
     train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
 
@@ -362,7 +351,7 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
     eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
-    score: Annotated[str, AfterValidator(_score)] | None = option(
+    score: Score | None = option(
         None,
         "held-out figure that decides the best step: accuracy, loss, or how good answers are that the model writes, as "
         "for --reward (default: reward with one, accuracy where lines have choices, else loss)",
@@ -432,11 +421,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     heartbeat_limit: Positive = option(30.0, "a rank that is silent for this long is given up; the run ends", "SECONDS")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Estimating.__post_init__(self)
+        Trained.__post_init__(self)
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
-        if self.estimator == "fzoo" and self.probes < 2:
-            raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
         if self.lr == "auto" and self.estimator != "fzoo":
             raise UsageError(
                 f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
@@ -491,7 +479,7 @@ class SignalOptions(Trained, DataReading, Placement):
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR")
     train: Name = option(MISSING, "JSONL of lines as for finetune; the first batch of its order is taken", "FILE")
     batch_size: Count = option(16, "examples of the batch")
-    probes: Annotated[int, _NUMBER, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
+    probes: Annotated[int, Number, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
     noise: Noise = option("normal", "distribution of a perturbation's elements")
     seed: Seed = option(0, "of perturbations and data order")
     eps: str = option("1e-2,1e-3,1e-4,1e-5", "sizes of perturbations, with commas", "LIST")
@@ -539,92 +527,7 @@ class GenerateOptions(Adapted, Placement):
     seed: Seed = option(0, "of sampling")
 
 
-# ---- where they come from ----------------------------------------------------------------------------------------
-
-Options = TypeVar("Options")
-
-
-@cache
-def types_of(kind: type) -> dict[str, Any]:
-    """The types of an options class's fields, with their ranges."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(kind)}
-
-
-def groups_of(kind: type) -> dict[str | None, list[Field]]:
-    """The fields of an options class under the titles that `--help` gives them, a class's before those of its bases;
-    None: no title."""
-    known, groups = {f.name: f for f in fields(kind)}, {}
-    for base in kind.__mro__:
-        title = None
-        for name in (name for name in get_annotations(base) if name in known):
-            title = known[name].metadata.get("group") or title
-            groups.setdefault(title, []).append(known.pop(name))
-    return groups
-
-
-def checked(kind: type, values: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
-    """The values of options by field name, each of its type and in its range.
-
-    Args:
-        kind: an options class.
-        values: by option name, with "-" or "_".
-        source: the file that they come from; None: the command line.
-
-    Raises:
-        UsageError: a name is not an option, or a value is not of its kind; the message names source, option and value.
-    """
-    result = {}
-    for key, value in values.items():
-        name, shown = key.replace("-", "_"), f"--{key.replace('_', '-')}" if source is None else f"{source}: {key}:"
-        if kind is FinetuneOptions and name in LEFT:
-            raise UsageError(f"{shown} is no longer an option: {LEFT[name]}")
-        if name not in types_of(kind):
-            raise UsageError(f"{source}: {key!r} is not an option of this command")
-        try:
-            result[name] = TypeAdapter(types_of(kind)[name]).validate_python(value)
-        except ValidationError as error:
-            text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-            raise UsageError(f"{shown} {text}: {first_reason(error)}") from error
-    return result
-
-
-def made(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """The options of `values`, which `checked` returned, and the defaults of all others.
-
-    Raises:
-        UsageError: a required option is missing, or two options do not go together.
-    """
-    for f in fields(kind):
-        if f.default is MISSING and f.name not in values:
-            name = f.metadata["metavar"] if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
-            raise UsageError(f"{name} is missing")
-    return kind(**values)
-
-
-def read_config(kind: type, path: str | None) -> dict[str, Any]:
-    """The checked values in a file of options, which is JSON (.json), YAML (.yaml, .yml) or TOML; none without a file.
-
-    Raises:
-        UsageError: the file cannot be read, holds no names and values, or one that `checked` refuses.
-    """
-    if path is None:
-        return {}
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            values = json.loads(text)
-        else:
-            values = yaml.safe_load(text) if path.endswith((".yaml", ".yml")) else tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"--config {path}: expected option names and values")
-    return checked(kind, values, path)
+# ---- a resumed run -----------------------------------------------------------------------------------------------
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> list[str]:
