@@ -37,6 +37,15 @@ def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, sli
             assert_same_run(result, alone(**same))
 
 
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_lanes_that_make_unequal_numbers_of_passes(ranks: Ranks, alone: Any, shape, slices, tmp_path: Path):
+    """A rank whose lanes have ended serves its slices while others go on."""
+    run = functools.partial(cases.train, weights="disk" if slices else "host", slices=slices, make=cases.written_by)
+    for result in ranks.values(run, 2, shape, tmp_path):
+        assert_same_run(result, alone(make=cases.written_by))
+
+
 WIDE = {"dtype": torch.bfloat16, "compute": torch.float32}
 
 

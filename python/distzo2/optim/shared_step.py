@@ -28,8 +28,8 @@ from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, Deal, MeshShape, check_step, deal_lanes
 from distzo2.record.journal import Journal
 from distzo2.record.opening import fingerprint
+from distzo2.streaming.lanes import Route
 from distzo2.streaming.runtime import StreamingRuntime
-from distzo2.weights.units import Unit
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 
 logger = logging.getLogger("distzo2")
@@ -37,9 +37,9 @@ logger = logging.getLogger("distzo2")
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 _HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, units entered, and the
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route, and the
 # number of why the step is to be skipped, or 0
-RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit], int]]
+RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route, int]]
 
 
 class StepWord(NamedTuple):
@@ -95,9 +95,9 @@ class Alone:
         return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
-        losses, entered, skipped = run(deal.lanes[0], 0)
+        losses, route, skipped = run(deal.lanes[0], 0)
         sums, counts = losses.T.reshape(2, len(self.settings.evaluations), deal.num_batches)
-        return Evaluated(sums, counts, frozenset(unit.index for unit in entered), SKIPPED[skipped])
+        return Evaluated(sums, counts, frozenset(unit.index for unit in route.units), SKIPPED[skipped])
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         make()
@@ -191,9 +191,9 @@ class SharedStep:
             Anything that `run` raises; the other ranks get a RankFailedError.
             DistZO2Error: the lanes of two ranks entered different units.
         """
-        losses, entered, skipped, error = np.zeros((0, 2)), (), 0, None
+        losses, route, skipped, error = np.zeros((0, 2)), Route(), 0, None
         try:
-            losses, entered, skipped = run(deal.lanes[self._rank], deal.first_batch[self._rank])
+            losses, route, skipped = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
             if self._exchange.broken:  # in a gather of slices: the other ranks know
@@ -204,21 +204,16 @@ class SharedStep:
         mine = np.zeros(first + 2 * most, dtype=np.int64)
         mine[0], mine[2] = error is not None, skipped
         if error is None:
-            mine[1] = hash64([unit.name for unit in entered])
+            mine[1] = hash64([unit.name for unit in route.units])
             in_units = np.zeros(64 * num_words, dtype=bool)
-            in_units[[unit.index for unit in entered]] = True
+            in_units[[unit.index for unit in route.units]] = True
             mine[3:first] = np.packbits(in_units).view(np.int64)
             mine[first : first + losses.size] = losses.reshape(-1).view(np.int64)
         rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
         self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
         working = [rank for rank, lanes in enumerate(deal.lanes) if lanes]
-        for rank in working[1:]:
-            if rows[rank, 1] != rows[working[0], 1]:
-                raise DistZO2Error(
-                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
-                    f"rank {rank} entered others than those of rank {working[0]}. Where a forward skips blocks for "
-                    "some batches or perturbations, name with units= a module around them."
-                )
+        if len({int(rows[rank, 1]) for rank in working}) > 1:
+            self._compare(step, route, {rank: rows[rank, 3:first].tolist() for rank in working})
         result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
@@ -226,6 +221,25 @@ class SharedStep:
         words = np.bitwise_or.reduce(rows[:, 3:first])  # ranks without lanes entered none
         units = frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist())
         return Evaluated(*result, units, SKIPPED[rows[:, 2].max()])
+
+    def _compare(self, step: int, route: Route, units: Mapping[int, list[int]]) -> None:
+        """Compares the routes of the ranks that have lanes: one may be the first passes of another. `units` says of
+        each of them, a bit a unit, which units it entered.
+
+        Raises:
+            DistZO2Error: the lanes of two ranks entered different units.
+        """
+        passes = np.array([hash64([unit.name for unit in one]) for one in route.passes()], dtype=np.int64)
+        found = [np.frombuffer(data, np.int64).tolist() for data in self._exchange.gather_bytes(passes.tobytes())]
+        longest = max(units, key=lambda rank: len(found[rank]))
+        for rank in units:
+            if found[rank] != found[longest][: len(found[rank])] or units[rank] != units[longest]:
+                one, other = sorted((rank, longest))
+                raise DistZO2Error(
+                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
+                    f"rank {other} entered others than those of rank {one}. Where a forward skips blocks for some "
+                    "batches or perturbations, name with units= a module around them."
+                )
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
