@@ -37,8 +37,8 @@ logger = logging.getLogger("distzo2")
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
 _HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route, and the
-# number of why the step is to be skipped, or 0
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route, and
+# the number of why the step is to be skipped, or 0
 RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route, int]]
 
 
