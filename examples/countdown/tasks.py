@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import permutations, product
+from functools import cache
+from itertools import combinations_with_replacement, permutations, product
 
 from reward import evaluated
 
@@ -22,23 +23,21 @@ class Task:
         return f"{' '.join(map(str, self.numbers))} = {self.target}:"
 
 
+@cache
 def expressions(numbers: tuple[int, ...]) -> dict[str, int]:
     """Every expression of the numbers, each used once, with its value."""
-    texts = {
-        "".join(map(str, (a, *(part for pair in zip(ops, rest, strict=True) for part in pair))))
-        for a, *rest in permutations(numbers)
-        for ops in product("+-*", repeat=len(numbers) - 1)
-    }
+    texts = set()
+    for first, *rest in permutations(numbers):
+        for operators in product("+-*", repeat=len(rest)):
+            texts.add(str(first) + "".join(f"{sign}{number}" for sign, number in zip(operators, rest, strict=True)))
     return {text: evaluated(text)[0] for text in sorted(texts)}
 
 
 def all_tasks(seed: int, largest: int = 9) -> list[Task]:
-    """Every task of three numbers from 1 to `largest` with a target from 1 to 99, in an order drawn by `seed`; so that
-    the first and the last of them are disjoint."""
+    """Every task of three numbers from 1 to `largest` with a target from 1 to 99, in an order drawn by `seed`. No two
+    have the same numbers and target, so parts of the list share none."""
     draw, tasks = random.Random(seed), []
-    for numbers in product(range(1, largest + 1), repeat=3):
-        if list(numbers) != sorted(numbers):
-            continue
+    for numbers in combinations_with_replacement(range(1, largest + 1), 3):
         shown = tuple(draw.sample(numbers, 3))
         makes: dict[int, list[str]] = {}
         for text, value in expressions(shown).items():

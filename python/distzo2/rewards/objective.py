@@ -20,6 +20,7 @@ from distzo2.optim.state import NoLoss
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import deal_evenly
 from distzo2.rewards.functions import Reward, Row
+from distzo2.streaming.lanes import current_lane
 
 logger = logging.getLogger("distzo2")
 
@@ -73,6 +74,7 @@ class RewardObjective:
 
     def __init__(self, model: nn.Module, reward: Reward, writing: Writing) -> None:
         self.model, self.reward, self.writing = model, reward, writing
+        self._told: int | None = None  # the last step without a reward
         self.rule: Literal["mean", "sum"] = "mean"  # of what closures return, as in `Objective`
 
     def batch(self, questions: Sequence[Question]) -> Asked:
@@ -91,7 +93,10 @@ class RewardObjective:
             try:
                 total = -math.fsum(rewards_of(self.reward, batch.questions, texts))
             except RewardError as error:
-                logger.warning("%s", error)
+                step = getattr(current_lane(), "step", None)
+                if step is None or step != self._told:  # once, and not for each lane
+                    logger.warning("%s", error)
+                    self._told = step
                 return NoLoss(error.reason)
             return total / len(texts) if self.rule == "mean" else (total, len(texts))
 
