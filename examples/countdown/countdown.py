@@ -2,9 +2,9 @@
 
     python countdown.py --out countdown-run
 
-A Llama of 1.0 M parameters is first taught by backpropagation how an answer looks: half of the expressions that it reads
-make the target, half only use the numbers. Then `distzo2 finetune --objective reward` raises the share of its own answers
-that `reward.py` finds right, and `distzo2 replay` rebuilds the result from the run's journal.
+A Llama of 1.0 M parameters is first taught by backpropagation how an answer looks: half of the expressions that it
+reads make the target, half only use the numbers. Then `distzo2 finetune --objective reward` raises the share of its own
+answers that `reward.py` finds right, and `distzo2 replay` rebuilds the result from the run's journal.
 """
 
 from __future__ import annotations
@@ -158,12 +158,13 @@ def run(out: Path, recipe: Recipe) -> bool:
     steps = [line for line in lines if line["kind"] == "step"]
     facts = json.loads((made / "facts.json").read_text())
     seconds = sum(line["seconds"] for line in steps) / len(steps)
+    size, verb = (run / "journal.jsonl").stat().st_size, "give" if same else "DO NOT give"
     print(f"""
 Held out ({recipe.num_held_out} tasks that no training saw), mean reward: 1 if right, 0.1 if it only uses the numbers
-  before  {rewards[0]:.3f}   the base, taught for {facts["seconds"]:.0f} s ({facts["parameters"]:,} parameters)
+  before  {rewards[0]:.3f}   the base of {facts["parameters"]:,} parameters, taught for {facts["seconds"]:.0f} s
   after   {rewards[len(steps)]:.3f}   {len(steps)} steps, 16 members x 64 prompts, {seconds:.2f} s each
-Journal: {(run / "journal.jsonl").stat().st_size:,} bytes; base + journal {"give" if same else "DO NOT give"} the checkpoint
-bit for bit. Picture: {run / "report.png"}. All of it took {time.perf_counter() - start:.0f} s.""")
+Base + journal ({size:,} bytes) {verb} the checkpoint bit for bit.
+Picture: {run / "report.png"}. All of it took {time.perf_counter() - start:.0f} s.""")
     return same
 
 
