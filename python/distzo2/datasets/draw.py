@@ -161,9 +161,7 @@ class TaskReader:
             UsageError: `calibrate` or `rewards`, and the task has no prompt without content, or no answers to write.
         """
         if rewards and not self.task.generates:
-            raise UsageError(
-                f"--score of what is written: the answers of task {self.task.name} are options, not written"
-            )
+            raise UsageError(f"--score: the answers of task {self.task.name} are options, not written")
         asked = self.asked(rows, shots) if self.task.options else ()
         stop = self.stop or ([self.task.stop] if self.task.stop else [])
         return HeldOut(
