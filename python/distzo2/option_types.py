@@ -49,6 +49,8 @@ Count = Annotated[int, Number, Range(ge=1, lt=2**32)]  # a journal counts steps 
 CountOrZero = Annotated[int, Number, Range(ge=0, lt=2**32)]
 Seed = Annotated[int, Number, Range(ge=0, lt=2**64)]
 Positive = Annotated[float, Number, Range(gt=0), AfterValidator(_float32)]
+Decay = Annotated[float, Number, Range(ge=0, lt=1)]
+Percent = Annotated[float, Number, Range(gt=0, le=100)]
 PositiveOrZero = Annotated[float, Number, Range(ge=0), AfterValidator(_float32)]
 Share = Annotated[float, Number, Range(gt=0, le=1)]
 Multiple = Annotated[

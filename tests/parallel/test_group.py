@@ -63,6 +63,18 @@ def test_a_mesh_that_computes_in_another_dtype(ranks: Ranks, alone: Any, name: s
     assert expected[0] != alone(dtype=torch.bfloat16)[0]
 
 
+@pytest.mark.parametrize(("shape", "slices", "sharded"), [((2, 1), True, False), ((1, 2), False, True)], ids=str)
+def test_momentum_and_batches_of_each_probe(ranks: Ranks, alone: Any, shape, slices, sharded, tmp_path: Path):
+    """Two ranks have the bits of one, and one goes on with their journal in the middle of the window."""
+    options = {"num_probes": 3, "micro_batches": 6, "probe_batches": "own", "momentum": 0.6, "momentum_window": 4}
+    run = functools.partial(cases.train, slices=slices, sharded=sharded, journal="journal.jsonl", **options)
+    expected = alone(**options)
+    for history, _ in ranks.values(functools.partial(run, steps=3), 2, shape, tmp_path):
+        assert history == expected[0][:3]
+    history, state = cases.train(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, **options)
+    assert_same_run((expected[0][:3] + history, state), expected)
+
+
 @pytest.mark.parametrize(
     ("shape", "slices", "sharded"),
     [((1, 4), False, True), ((2, 2), False, "data"), ((2, 2), True, True), ((2, 2), True, "data")],

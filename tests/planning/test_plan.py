@@ -37,6 +37,18 @@ def planned(*arguments: str) -> list:
     return Planner(asked, machine).plans()
 
 
+def test_an_update_makes_the_noise_of_its_window() -> None:
+    """Of 2 perturbations the one of the next step, and of the update one of each step of the window."""
+    plain, four, default = (
+        planned("--noise=rademacher", *more)[0].row["noise_s"]
+        for more in ([], ["--momentum=0.9", "--momentum-window=4"], ["--momentum=0.9"])
+    )
+    term = (four - plain) / 3
+    assert 0 < term < plain and default == pytest.approx(plain + 43 * term)
+    with pytest.raises(UsageError, match="--momentum-window needs --momentum"):
+        request("--momentum-window=4")
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 

@@ -66,16 +66,22 @@ def closures_of(model: nn.Module, **options: Any) -> list[Any]:
     return [functools.partial(written, model, prompts, **options) for prompts in PROMPTS]
 
 
+@functools.cache
+def plain_run(build: Any) -> tuple[list[list[float]], dict[str, torch.Tensor], list[int]]:
+    """Losses of two steps, the weights after them, and the lengths of what was written."""
+    model, lengths = build(), []
+    losses = plain_loop(model, [closures_of(model, told=lengths)] * 2, **RATES | {"lr": lambda step: 1e-2})
+    assert len(set(lengths)) > 1 and len(set(losses[0])) > 4
+    return losses, model.state_dict(), lengths
+
+
 @pytest.mark.parametrize(("build", "weights"), [(llama, "device"), (llama, "host"), (llama, "disk"), (t5, "disk")])
 def test_lanes_of_unequal_lengths_are_the_plain_loops(build, weights, tmp_path):
     """Each perturbation's text is what a whole perturbed model writes alone, in waves of any size, cached or not."""
-    reference, expected_lengths = build(), []
-    closures = closures_of(reference, told=expected_lengths)
-    expected = plain_loop(reference, [closures] * 2, **RATES | {"lr": lambda step: 1e-2})
-    state = reference.state_dict()
-    assert len(set(expected_lengths)) > 1 and len(set(expected[0])) > 4
-    for max_lanes, options in ((None, {}), (3, {"use_cache": False})):
-        model, lengths, losses = distzo2.offload(build(), weights=weights, directory=tmp_path), [], []
+    expected, state, expected_lengths = plain_run(build)
+    for max_lanes, write_every, options in ((None, 1, {}), (3, 3, {"use_cache": False})):
+        lengths, losses = [], []
+        model = distzo2.offload(build(), weights=weights, directory=tmp_path, write_every=write_every)
         opt = distzo2.ZOSGD(model, max_lanes=max_lanes, **RATES)
         before = torch.get_rng_state()
         for _ in range(2):

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
+from distzo2.option_groups import Estimating
 from distzo2.option_types import (
     Bytes,
     ComputeDtype,
@@ -25,7 +26,7 @@ from distzo2.option_types import (
     Weights,
     option,
 )
-from distzo2.run.options import Estimating, Trained
+from distzo2.run.options import Trained
 
 
 @dataclass(frozen=True, kw_only=True)

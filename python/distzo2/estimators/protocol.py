@@ -24,6 +24,8 @@ class Estimator(Protocol):
 
     An estimator may have a `name`, for the journal's header; without one it has its class's. With `by_batch = True` its
     losses are the means of micro-batches where closures return counts, too, without those that have nothing to count.
+    With `own_batches = True`, which says that it does not compare the losses of several probes, these may have batches
+    of their own (`ZOSGD(probe_batches="own")`).
     """
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:

@@ -11,6 +11,8 @@ from distzo2.parallel.mesh import Evaluation
 class SPSA:
     """Two-sided (Spall 1992; MeZO, arXiv 2305.17333): c_k = (mean L+ - mean L-) / (2·eps·K)."""
 
+    own_batches = True
+
     def evaluations(self, num_probes: int) -> list[Evaluation]:
         return both_signs(num_probes)
 
@@ -18,14 +20,11 @@ class SPSA:
         return np.array([difference / (2.0 * eps * num_probes) for difference in differences(losses, num_probes)])
 
 
-class SPSASign:
+class SPSASign(SPSA):
     """The signs of SPSA's differences (ZO-signSGD, Liu et al., ICLR 2019, a sign a probe): c_k = sign(L+ - L-) / K.
 
     One batch with outliers moves weights no further than another, and eps does not scale the step.
     """
-
-    def evaluations(self, num_probes: int) -> list[Evaluation]:
-        return both_signs(num_probes)
 
     def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
         return np.sign(differences(losses, num_probes)) / num_probes
@@ -55,7 +54,7 @@ class CurvatureSPSA:
         )
 
 
-class MeAZO:
+class MeAZO(SPSA):
     """SPSA whose rate is divided by one second moment (MeAZO, arXiv 2605.03869).
 
     c_k = g_k / (K·(sqrt(v / (1 - beta^t)) + 1e-12)), with g_k = (L+ - L-) / (2·eps) and v <- beta·v + (1 - beta)·(mean
@@ -67,9 +66,6 @@ class MeAZO:
 
     def __init__(self, beta: float = 0.99) -> None:
         self.beta = beta
-
-    def evaluations(self, num_probes: int) -> list[Evaluation]:
-        return both_signs(num_probes)
 
     def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
         return self.coefficients_after(self.memory, losses, num_probes, eps)[0]

@@ -21,6 +21,7 @@ import torch
 
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.estimators.registry import name_of
+from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
 from distzo2.optim.state import SKIPPED
 from distzo2.parallel.exchange import by_ranks, hash64
@@ -35,7 +36,7 @@ from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 logger = logging.getLogger("distzo2")
 
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
-_HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
+_HEAD = 5  # numbers before the coefficients: failed, skipped, clipped, the largest before, lines that are durable
 
 # (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route, and
 # the number of why the step is to be skipped, or 0
@@ -51,11 +52,12 @@ class StepWord(NamedTuple):
     tokens: int
     sharded: bool | str
     count: float | None  # of losses in the step, if it is known
+    momentum: Momentum
 
 
 class Evaluated(NamedTuple):
-    """What the lanes of all ranks gave, float64 [evaluations, micro-batches], which units they entered, and why the
-    step is to be skipped."""
+    """What the lanes of all ranks gave, float64 [evaluations, micro-batches of each], which units they entered, and why
+    the step is to be skipped."""
 
     sums: np.ndarray
     counts: np.ndarray
@@ -92,7 +94,8 @@ class Alone:
     def open(self, word: StepWord, error: Exception | None) -> tuple[Deal, int]:
         if error is not None:
             raise error
-        return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
+        s = self.settings
+        return deal_lanes(MeshShape(1, 1), s.evaluations, [word.num_closures], GLOBAL, s.own_batches), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
         losses, route, skipped = run(deal.lanes[0], 0)
@@ -136,6 +139,7 @@ class SharedStep:
             "the units": [(u.name, u.num_bytes) for u in self._runtime.units],
             "the parameters": table,
             **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
+            **{f"the {name}": getattr(s, name) for name in ("momentum", "momentum_window", "probe_batches")},
             "the evaluations": s.evaluations,
             "the estimator": name_of(s.estimator),
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
@@ -171,6 +175,7 @@ class SharedStep:
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
             "eps": s.eps,
+            "the terms of earlier steps": hash64(word.momentum.state()),
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }
@@ -180,7 +185,7 @@ class SharedStep:
                 check_step(shape, s.evaluations, word.num_closures)
             except UsageError as unfit:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
-        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded)
+        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded, s.own_batches)
         rows = range(0, shape.size, 1 if word.sharded == OWN else shape.pert)
         return deal, tokens if is_global else sum(numbers[rank][1] for rank in rows)
 
@@ -217,7 +222,7 @@ class SharedStep:
         result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
-                result[:, *lane] = loss
+                result[:, lane[0], lane[1] % deal.num_batches] = loss
         words = np.bitwise_or.reduce(rows[:, 3:first])  # ranks without lanes entered none
         units = frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist())
         return Evaluated(*result, units, SKIPPED[rows[:, 2].max()])
@@ -251,11 +256,12 @@ class SharedStep:
                 if journal is not None and self._syncs:
                     journal.sync()
                 durable = 0 if journal is None else journal.durable
-                made[:_HEAD] = 0.0, SKIPPED.index(record.skipped), record.clipped, durable
+                skipped, largest = SKIPPED.index(record.skipped), record.largest or 0.0
+                made[:_HEAD] = 0.0, skipped, record.clipped, largest, durable
                 made[_HEAD:] = *(record.coefs or [0.0] * num_probes), *record.memory
             except BaseException as error:
                 failure, made[0] = error, 1.0
-        failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
+        failed, skipped, clipped, largest, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
         others = [False] * (self.world_size - 1)
         self._exchange.settle(f"step {record.step}", [bool(failed), *others], failure)
         if self._rank == 0:
@@ -263,8 +269,8 @@ class SharedStep:
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs = coefs[:num_probes] if record.skipped is None else []
-        record.memory = tuple(coefs[num_probes:])
+        record.coefs, record.memory = coefs[:num_probes] if record.skipped is None else [], tuple(coefs[num_probes:])
+        record.largest = largest if clipped else None
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.

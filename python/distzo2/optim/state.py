@@ -1,6 +1,7 @@
 """Where a run stands between two steps: what the next step depends on besides the weights and the settings.
 
-It keeps a run finite: coefficients far above their running median are clipped, and too many in a row end the run.
+It keeps a run finite: coefficients far above their running median (or above a running percentile) are clipped, and too
+many in a row end the run.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Progress:
     Attributes:
         step: number of the next step; skipped steps count.
         memory: what the estimator remembers of earlier steps.
-        window: max |c_k| of the latest steps, as the coefficients were used, so that a journal can fill it.
+        window: max |c_k| of the latest steps, so that a journal can fill it: as the coefficients were used, but with
+            `clip_percentile` before they were clipped. A percentile of what it has clipped itself could only fall.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,12 +62,16 @@ class Progress:
         self._num_skipped = self._num_clipped = self._num_still = 0  # in a row
 
     def clip(self, coefs: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Scales float32 [probes] down to `max_coef` times the median of the window; returns whether it had to."""
-        max_coef = self._settings.max_coef
-        if max_coef is None or len(self.window) < WARM_UP:
+        """Scales float32 [probes] down to `max_coef` times the median of the window, or to its `clip_percentile`;
+        returns whether it had to."""
+        max_coef, percentile = self._settings.max_coef, self._settings.clip_percentile
+        if (max_coef is None and percentile is None) or len(self.window) < WARM_UP:
             return coefs, False
         largest = float(np.abs(coefs).max(initial=0.0))
-        limit = max_coef * float(np.median(self.window))
+        if percentile is None:
+            limit = max_coef * float(np.median(self.window))
+        else:
+            limit = float(np.percentile(self.window, percentile))
         if not limit > 0 or not np.isfinite(largest) or largest <= limit:
             return coefs, False
         return (coefs.astype(np.float64) * (limit / largest)).astype(np.float32), True
@@ -79,8 +85,9 @@ class Progress:
                 self.step, STILL,
             )  # fmt: skip
 
-    def count(self, coefs: Sequence[float], skipped: str | None, clipped: bool) -> None:
-        """Counts a step that was made; `coefs` is empty if it was skipped. After an error, counts begin at 0 again.
+    def count(self, coefs: Sequence[float], skipped: str | None, clipped: bool, largest: float | None = None) -> None:
+        """Counts a step that was made; `coefs` is empty if it was skipped, and `largest` is max |c_k| before they were
+        clipped, if that counts. After an error, counts begin at 0 again.
 
         Raises:
             NonFiniteLossError: `max_skipped` steps in a row were skipped.
@@ -90,13 +97,17 @@ class Progress:
         self._num_skipped = self._num_skipped + 1 if skipped else 0
         if skipped in (None, NON_FINITE_COEFFICIENT):
             if len(coefs):
-                self.window.append(float(np.abs(np.asarray(coefs, np.float64)).max()))
+                used = float(np.abs(np.asarray(coefs, np.float64)).max())
+                self.window.append(used if largest is None or s.clip_percentile is None else largest)
             self._num_clipped = self._num_clipped + 1 if clipped else 0
             self._num_still = self._num_still + 1 if _is_still(coefs) else 0
             if s.max_clipped and self._num_clipped >= s.max_clipped:
                 self._num_clipped = 0
+                limit = f"{s.max_coef:g} times their running median"
+                if s.clip_percentile is not None:
+                    limit = f"percentile {s.clip_percentile:g} of the last {WINDOW} steps"
                 raise DivergenceError(
-                    f"step {step}: coefficients above {s.max_coef:g} times their running median for {s.max_clipped} "
+                    f"step {step}: coefficients above {limit} for {s.max_clipped} "
                     "steps in a row: the run diverges. A smaller lr or a larger eps may help; the journal holds every "
                     "step."
                 )

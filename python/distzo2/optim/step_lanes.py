@@ -49,8 +49,11 @@ class StepLanes:
             number in `SKIPPED` of why a lane has no loss, or 0.
         """
         lanes = []
+        # Which evaluation of a micro-batch is its first: 0, or that of its own probe, all of which run here.
+        first_of = {batch: index for index, batch in reversed(places)} if self.settings.own_batches else {}
         for index, batch in places:
-            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
+            is_first = index == first_of.get(batch, 0)
+            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=is_first)
             lanes.append(self._lane(place, closures[batch - first_batch]))
         route = self._run(lanes)
         reasons = [SKIPPED.index(lane.result.reason) for lane in lanes if isinstance(lane.result, NoLoss)]

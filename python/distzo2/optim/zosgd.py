@@ -19,6 +19,7 @@ from distzo2.errors import DistZO2Error
 from distzo2.estimators.protocol import Estimator, mean_loss
 from distzo2.estimators.registry import name_of
 from distzo2.interrupts import DeferredInterrupt
+from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import (
     StepRecord,
     check_rates,
@@ -82,6 +83,14 @@ class ZOSGD(torch.optim.Optimizer):
         max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same. With 1 they run
             one after another, as models need whose code keeps state elsewhere than in attributes of modules.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
+        clip_percentile: in place of that, P in (0, 100]: coefficients are clipped to the P-th percentile of the largest
+            of each of the last 101 steps. Every step is one of them as it was before it was clipped.
+        momentum: beta in [0, 1): updates are made of the terms of earlier steps too, times beta for each step of age.
+            No memory is needed: their noise is made anew, which costs `momentum_window` times that of an update.
+        momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
+            at most 64.
+        probe_batches: "shared", or "own": the K probes are evaluated on different micro-batches, the list of closures
+            being cut into K equal parts, in order. For estimators that do not compare probes: spsa.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
@@ -118,8 +127,12 @@ class ZOSGD(torch.optim.Optimizer):
         fsync_every: int = 1,
         max_lanes: int | None = None,
         max_coef: float | None = 10.0,
+        clip_percentile: float | None = None,
         max_clipped: int = 10,
         max_skipped: int = 5,
+        momentum: float = 0.0,
+        momentum_window: int | None = None,
+        probe_batches: str = "shared",
         mesh: Mesh | None = None,
         verify_every: int = 0,
     ) -> None:
@@ -130,7 +143,8 @@ class ZOSGD(torch.optim.Optimizer):
         self.settings = settings = make_settings(
             seed=seed, eps=eps, noise=noise, num_probes=num_probes, estimator=estimator, max_lanes=max_lanes,
             max_coef=max_coef, max_clipped=max_clipped, max_skipped=max_skipped, verify_every=verify_every,
-            fsync_every=fsync_every,
+            fsync_every=fsync_every, momentum=momentum, momentum_window=momentum_window,
+            clip_percentile=clip_percentile, probe_batches=probe_batches,
         )  # fmt: skip
         branch = None if branch_from is None else BranchPoint(*branch_from)
         if branch is not None and (journal is None or resume):
@@ -146,6 +160,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._interrupt.also = self._ranks.check
         self._lanes = StepLanes(runtime, settings, self._interrupt)
         self._progress = Progress(settings)
+        self._momentum = Momentum(settings.momentum, settings.momentum_window)
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
@@ -197,6 +212,7 @@ class ZOSGD(torch.optim.Optimizer):
             self.param_groups.pop()
             self._bind()
             raise
+        self._momentum.clear()  # earlier steps did not perturb the new group
 
     def _bind(self) -> None:
         """Makes this the model's optimizer: from here on, its updates are of these groups and this seed."""
@@ -226,6 +242,7 @@ class ZOSGD(torch.optim.Optimizer):
                 "eps": s.eps,
                 "num_probes": s.num_probes,
                 "estimator": name_of(s.estimator),
+                **s.recorded,
                 **({} if computed is None else {"compute_dtype": dtype_name(computed)}),
             },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
@@ -253,16 +270,18 @@ class ZOSGD(torch.optim.Optimizer):
 
     def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
         """Takes over the steps of a journal without a forward. Those from step `first_like` on count in the running
-        median that clips later coefficients, as if this optimizer had made them."""
+        median that clips later coefficients, and in the momentum, as if this optimizer had made them."""
         for entry in entries:
             self._runtime.weights.push(entry.update, entry.unused)
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
+            own = [term for term in entry.update.terms if term.step == entry.step]
+            self._momentum.count(entry.step, own, entry.unused)
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
-                coefs = [term.c for term in entry.update.terms]
                 self._progress.memory = tuple(entry.extra.get("memory", self._progress.memory))
-                self._progress.count(coefs, entry.skipped, bool(entry.extra.get("clipped")))
+                clipped, largest = bool(entry.extra.get("clipped")), entry.extra.get("largest")
+                self._progress.count(entry.coefs, entry.skipped, clipped, largest)
 
     # ---- a step -----------------------------------------------------------------------------------------------
 
@@ -314,6 +333,7 @@ class ZOSGD(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: `max_skipped` steps in a row had a non-finite loss. None of them was applied.
             DivergenceError: `max_clipped` steps in a row had to be clipped.
+            UsageError: the closures do not fit the mesh, or the probes that are to have batches of their own.
             DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window, or what a
                 closure returned is no loss, or the numbers of losses are all 0.
             RanksDisagreeError: the ranks of the mesh were about to make different steps.
@@ -330,11 +350,13 @@ class ZOSGD(torch.optim.Optimizer):
             count = None if count is None else float(count)
             if count is not None and not 0 < count < np.inf:
                 raise DistZO2Error(f"count={count!r}: expected a finite number above 0")
+            if count is not None and self.settings.own_batches:
+                raise DistZO2Error("count= is of a batch that all probes share, and they have batches of their own")
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
             start, step, as_sums = time.perf_counter(), self.step_count, count is not None
-            word = StepWord(step, scalars, len(closures), tokens, sharded, count)
+            word = StepWord(step, scalars, len(closures), tokens, sharded, count, self._momentum)
             deal, tokens = self._ranks.open(word, failure)
             run = self._lanes.run
             found = self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
@@ -409,6 +431,8 @@ class ZOSGD(torch.optim.Optimizer):
         """The journal's line."""
         counts, extra = record.counts, {"clipped": True} if record.clipped else {}
         extra |= {"memory": list(record.memory)} if record.memory else {}
+        if record.clipped and self.settings.clip_percentile is not None:
+            extra["largest"] = record.largest
         if counts is not None and all(row == counts[0] for row in counts):
             counts = counts[:1]
         return StepEntry(
@@ -438,21 +462,26 @@ class ZOSGD(torch.optim.Optimizer):
         coefs, record.clipped = self._progress.clip(found)
         if np.isfinite(coefs).all():
             record.coefs, record.memory = coefs.tolist(), memory
+            record.largest = float(np.abs(found).max()) if record.clipped else None
         else:
             record.skipped = NON_FINITE_COEFFICIENT
 
     def _update(self, record: StepRecord, scalars: tuple[GroupScalars, ...]) -> Update:
-        step, family = record.step, FAMILIES[self.settings.noise]
         if record.skipped is not None:
-            scalars = tuple(group._replace(lr=0.0) for group in scalars)
-        return Update(step, scalars, tuple(Term(family, step, k, 0, c) for k, c in enumerate(record.coefs)))
+            return Update(record.step, tuple(group._replace(lr=0.0) for group in scalars), ())
+        return Update(record.step, scalars, self._momentum.terms(record.step, self._own_terms(record), record.unused))
+
+    def _own_terms(self, record: StepRecord) -> list[Term]:
+        family = FAMILIES[self.settings.noise]
+        return [Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs)]
 
     def _push(self, update: Update, record: StepRecord) -> None:
         """Makes the step: from here on, every unit takes over the update at its next visit."""
         self._runtime.weights.trim()
         self._runtime.weights.push(update, record.unused)
         self.last, self._progress.memory = record, record.memory
-        self._progress.count(record.coefs, record.skipped, record.clipped)
+        self._momentum.count(record.step, self._own_terms(record), record.unused)
+        self._progress.count(record.coefs, record.skipped, record.clipped, record.largest)
         if self._runtime.kept is not None:
             self._runtime.kept.step_done(self._runtime.access, self.step_count, record.seconds)
         if self.settings.verify_every and self.step_count % self.settings.verify_every == 0:
@@ -521,6 +550,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _own_state(self) -> dict[str, Any]:
         state = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "eps", "seed")}
         state |= {"step": self.step_count, "clip": list(self._progress.window)}
+        state |= {"momentum": self._momentum.state()} if self.settings.momentum else {}
         return state | ({"memory": list(self._progress.memory)} if self._progress.memory else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -554,6 +584,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
         self._progress.memory = tuple(mine.get("memory", self.settings.memory))
+        self._momentum.load(mine.get("momentum", ()))
         self._bind()
 
     def close(self) -> None:

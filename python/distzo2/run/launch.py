@@ -127,8 +127,11 @@ def make_mesh(options: FinetuneOptions, log: Callable[[str], None]) -> parallel.
         asked = parse_mesh(options.parallel) if options.parallel else {}
     except ValueError:
         raise UsageError(f"--parallel {options.parallel}: expected a mesh (such as pert=2,data=2)") from None
-    alone = parallel.world_size_of_environment() == 1
     evaluations = make_estimator(options.estimator, **options.estimator_options).evaluations(options.probes)
+    ranks = parallel.world_size_of_environment()
+    alone = ranks == 1
+    if options.probe_batches == "own" and options.parts < ranks:
+        raise UsageError(f"--probe-batches own: {ranks} ranks cannot share {options.parts} parts of a batch")
     try:
         if alone:
             resolve_mesh(1, **asked, evaluations=evaluations)
@@ -136,7 +139,7 @@ def make_mesh(options: FinetuneOptions, log: Callable[[str], None]) -> parallel.
         return parallel.init(
             **asked,
             evaluations=evaluations,
-            micro_batches=options.micro_batches,
+            micro_batches=options.parts,
             slice={"on": True, "off": False}.get(options.slice),
             device=options.device,
             limit=options.heartbeat_limit,

@@ -45,7 +45,8 @@ from distzo2.version import __version__
 
 _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
     "lr", "eps", "weight_decay", "noise", "seed",
-    "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every",
+    "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every", "momentum", "momentum_window",
+    "clip_percentile", "probe_batches",
 )  # fmt: skip
 _ABOUT = ("kind", "step", "examples", "tokens", "seconds", "data", "crc")  # in an evaluation's line, besides scores
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
@@ -105,7 +106,7 @@ class TrainLoop:
         start = time.perf_counter()
         with blaming(f"{o.model}: the model fails on the first batch"):
             closures = [self.objective.closure(batch) for batch in self._batches(0)]
-            lanes = o.max_lanes or len(closures) * len(self.estimator.evaluations(o.probes))
+            lanes = o.max_lanes or o.micro_batches * len(self.estimator.evaluations(o.probes))
             more = {"noise": o.noise, "seed": o.seed, "max_lanes": lanes}  # no more memory than a step takes
             more |= {"dtypes": [dtype], "eps": [o.eps], "probes": SIGNAL_PROBES, "is_open": _is_open}
             try:
@@ -246,7 +247,7 @@ class TrainLoop:
     def _batches(self, step: int) -> list[Any]:
         """The micro-batches of a step."""
         indices = self.order.batch(step)
-        part = len(indices) // self.options.micro_batches
+        part = len(indices) // self.options.parts
         groups = [indices[i : i + part] for i in range(0, len(indices), part)]
         return [self.objective.batch([self.train[i] for i in group]) for group in groups]
 

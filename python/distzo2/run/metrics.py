@@ -122,7 +122,7 @@ def _line_of(entry: Any) -> dict[str, Any]:
         "kind": "step",
         "step": entry.step,
         "loss": entry.mean_loss,
-        "coefs": [term.c for term in entry.update.terms],
+        "coefs": entry.coefs,
         "lr": entry.update.groups[0].lr if entry.update.groups else 0.0,
         "skipped": entry.skipped,
         "tokens": entry.tokens,

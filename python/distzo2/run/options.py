@@ -16,23 +16,23 @@ from pydantic import AfterValidator
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
+from distzo2.option_groups import Estimating
 from distzo2.option_types import (
     Bytes,
     ComputeDtype,
     Count,
     CountOrZero,
     Dtype,
-    Estimator,
     Multiple,
     Name,
     Noise,
     Number,
     Patterns,
+    Percent,
     Positive,
     PositiveOrZero,
     Schedule,
     Seed,
-    Shape,
     Share,
     Stops,
     Store,
@@ -50,6 +50,8 @@ LEFT = {
     "journal_chain": "journals are no longer chained; `sha256sum journal.jsonl` stands for a whole run",
     "keep": "OUT/weights.dzo2 holds one copy of each unit of weights",
 }
+
+OWN_BATCHES = ("spsa", "meazo", "spsa-sign")  # estimators that do not compare the losses of different probes
 
 
 def _reward(name: str) -> str:
@@ -240,43 +242,6 @@ class TaskReading:
             raise UsageError(f"--{name} is missing")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimating:
-    """Options of commands that make steps, or plan them: how losses become a step."""
-
-    probes: Count = option(
-        1, "perturbations a step; forwards of the batch: 2K, by fzoo K + 1, 1.5spsa 2K + 1, es with --es-one-sided K",
-        "K", group="how it learns",
-    )  # fmt: skip
-    estimator: Estimator = option(
-        "spsa",
-        "what a step is made of (docs/estimators.md): spsa: differences of both sides; fzoo: one side, divided by the "
-        "losses' spread; es: losses shaped over all members; 1.5spsa: spsa that damps curved probes; meazo: spsa whose "
-        "rate adapts; spsa-sign: signs of differences. fzoo and es need 2 probes or more",
-    )
-    es_shape: Shape = option(
-        "zscore",
-        "of es: by mean and spread, by centred ranks, or by mean and spread in each of --micro-batches (group)",
-    )
-    es_one_sided: Switch = option(False, "of es: K members on one side, not 2K mirrored ones")
-    noise: Noise | None = option(
-        None, "distribution of a perturbation's elements (default: normal; by fzoo and 1.5spsa rademacher, signs)"
-    )
-
-    def __post_init__(self) -> None:
-        by_signs = self.estimator in ("fzoo", "1.5spsa")  # as in their papers
-        object.__setattr__(self, "noise", self.noise or ("rademacher" if by_signs else "normal"))
-        if self.estimator in ("fzoo", "es") and self.probes < 2:
-            raise UsageError(f"--estimator {self.estimator} needs --probes 2 or more, to compare losses")
-        if self.estimator != "es" and (self.es_one_sided or self.es_shape != "zscore"):
-            raise UsageError(f"--es-{'one-sided' if self.es_one_sided else 'shape'} needs --estimator es")
-
-    @property
-    def estimator_options(self) -> dict[str, Any]:
-        """What `make_estimator` takes besides the name."""
-        return {"shape": self.es_shape, "mirrored": not self.es_one_sided} if self.estimator == "es" else {}
-
-
 # ---- finetune ----------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +301,11 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
+    probe_batches: Literal["shared", "own"] = option(
+        "shared",
+        "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa and its "
+        "kin: meazo, spsa-sign)",
+    )
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
     schedule: Schedule = option(
         "constant", "of the learning rate, down to 0 at --steps; wsd: in the last of them alone, as --decay says"
@@ -393,6 +363,9 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     max_coef: Multiple = option(
         10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
+    clip_percentile: Percent | None = option(
+        None, "in place of --max-coef: clip them to this percentile of the last 101 steps", "P"
+    )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
     no_signal: Switch = option(
         False, "skip the look at how much of a difference of losses is rounding, where the model computes in 16 bits"
@@ -425,6 +398,16 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         Trained.__post_init__(self)
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
+        if self.probe_batches == "own" and (self.estimator not in OWN_BATCHES or self.probes < 2):
+            expected = f"--estimator {' or '.join(OWN_BATCHES)}, and --probes 2 or more"
+            raise UsageError(f"--probe-batches own: {expected}, were expected")
+        if self.batch_size % self.parts:
+            text = f"--probes {self.probes} x --micro-batches {self.micro_batches}"
+            raise UsageError(f"--probe-batches own: {text} does not divide --batch-size {self.batch_size}")
+        if self.momentum_window is not None and self.momentum_window > self.steps:
+            raise UsageError(
+                f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
+            )
         if self.lr == "auto" and self.estimator != "fzoo":
             raise UsageError(
                 f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
@@ -458,6 +441,11 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
             raise UsageError(f"--{next(filter(judges.get, judges))} needs --eval")
 
     @property
+    def parts(self) -> int:
+        """Micro-batches of a step, of all probes."""
+        return self.micro_batches * (self.probes if self.probe_batches == "own" else 1)
+
+    @property
     def writes_model(self) -> bool:
         """Whether the run's result is a whole checkpoint, and not an adapter alone."""
         return self.merge or not self.adapts
@@ -465,9 +453,9 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 TRAINED = tuple(f.name for f in fields(Trained))
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "store", "compute_dtype", "tf32", "objective",
-         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
-         *TRAINED)  # fmt: skip
+FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
+         "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
+         "num_dev", *TRAINED)  # fmt: skip
 OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 

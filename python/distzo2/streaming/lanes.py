@@ -38,7 +38,7 @@ class LanePlace:
         batch: number of the micro-batch, counted over all ranks.
         probe: number of the perturbation.
         sign: of the perturbation: 1, -1, or 0 for the clean weights.
-        first: this is evaluation 0 of its micro-batch, and not a repetition of it. It is true once for each
+        first: this is the first evaluation of its micro-batch, and not a repetition of it. It is true once for each
             micro-batch, whatever the ranks, so what is counted under it is counted once. Of the ranks along
             perturbations the first one runs it. It is never true in `opt.check` and `opt.signal`.
     """

@@ -247,8 +247,10 @@ class StreamingRuntime:
             yield from self._turn(lane)
         agreed, last = 0, None
         while (unit := self._agreed_unit(lanes, agreed)) is not None:
-            lanes = [lane for lane in lanes if not lane.done]
-            in_order = [lane for lane in in_order if not lane.done]
+            if any(lane.done for lane in lanes):
+                lanes = [lane for lane in lanes if not lane.done]
+                in_order = [lane for lane in in_order if not lane.done]
+                self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
             agreed = len(lanes[0].route.units)
             if unit is last:  # several windows, or a block that is called again: its slot would come right back
                 self._wanted_again.add(unit.index)
