@@ -61,7 +61,7 @@ def resolve_objective(name: str | None, examples: Sequence[Example], source: str
         UsageError: the data is not of the kind that the objective needs.
     """
     if name == "reward":
-        return name
+        raise UsageError("objective 'reward' is for distzo2 finetune")
     first = examples[0]
     if name is None:
         return "choices" if first.chooses else "lm"
