@@ -314,7 +314,8 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss of a batch as a scalar; or per-example losses, of which the mean is taken; or
-                (sum of losses, number of losses), for a mean over all of the step, however it is cut. Or a list of such
+                (sum of losses, number of losses), for a mean over all of the step, however it is cut; or a `NoLoss`
+                (distzo2.optim.state), which skips the step. Or a list of such
                 closures, one for each micro-batch. It is called once for each perturbation, under no_grad, in a
                 separate thread; code that is new, once more (see `check`); `distzo2.current_lane` says for which. None:
                 no step is made, and None is returned, since training loops call `step()` where gradients are ready.
@@ -417,7 +418,7 @@ class ZOSGD(torch.optim.Optimizer):
         if not counts.any(1).all():
             raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
         loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
-        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [])
+        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [], found.skipped)
         if plain:
             return record, sums
         means = np.divide(sums, counts, out=sums.copy(), where=counts > 0)
@@ -456,7 +457,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Fills `record` with the coefficients that the losses lead to, or why the step is skipped. `losses` are as an
         estimator takes them."""
         if not np.isfinite(losses).all():
-            record.skipped = NON_FINITE_LOSS
+            record.skipped = record.skipped or NON_FINITE_LOSS
             return
         found, memory = self.settings.coefficients(losses, record.memory)
         coefs, record.clipped = self._progress.clip(found)
