@@ -143,10 +143,7 @@ class Bench:
 
     def table(self) -> list[str]:
         """In Markdown."""
-        text = [
-            "| estimator | probes | rate, eps | seeds | before, 600, 1200, 1800 forwards | seconds |",
-            "|" + " --- |" * 6,
-        ]
+        text = ["| estimator | probes | rate, ε | seeds | before, 600, 1200, 1800 forwards |", "|" + " --- |" * 5]
         for row in ROWS:
             if not (runs := self.of(row)):
                 continue
