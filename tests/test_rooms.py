@@ -12,6 +12,7 @@ ROOMS = (
     "run",
     "datasets",
     "tasks",
+    "rewards",
     "generation",
     "peft",
     "models",

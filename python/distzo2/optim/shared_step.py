@@ -23,7 +23,7 @@ from distzo2.errors import DistZO2Error, UsageError
 from distzo2.estimators.registry import name_of
 from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
-from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
+from distzo2.optim.state import SKIPPED
 from distzo2.parallel.exchange import by_ranks, hash64
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, Deal, MeshShape, check_step, deal_lanes
@@ -36,11 +36,11 @@ from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 logger = logging.getLogger("distzo2")
 
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
-SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
 _HEAD = 5  # numbers before the coefficients: failed, skipped, clipped, the largest before, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route
-RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route]]
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route, and
+# the number of why the step is to be skipped, or 0
+RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route, int]]
 
 
 class StepWord(NamedTuple):
@@ -56,11 +56,13 @@ class StepWord(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What the lanes of all ranks gave, float64 [evaluations, micro-batches of each], and which units they entered."""
+    """What the lanes of all ranks gave, float64 [evaluations, micro-batches of each], which units they entered, and why
+    the step is to be skipped."""
 
     sums: np.ndarray
     counts: np.ndarray
     entered: frozenset[int]  # indices of units
+    skipped: str | None
 
 
 class ReplicasDifferError(DistZO2Error):
@@ -96,9 +98,9 @@ class Alone:
         return deal_lanes(MeshShape(1, 1), s.evaluations, [word.num_closures], GLOBAL, s.own_batches), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
-        losses, route = run(deal.lanes[0], 0)
+        losses, route, skipped = run(deal.lanes[0], 0)
         sums, counts = losses.T.reshape(2, len(self.settings.evaluations), deal.num_batches)
-        return Evaluated(sums, counts, frozenset(unit.index for unit in route.units))
+        return Evaluated(sums, counts, frozenset(unit.index for unit in route.units), SKIPPED[skipped])
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         make()
@@ -194,35 +196,36 @@ class SharedStep:
             Anything that `run` raises; the other ranks get a RankFailedError.
             DistZO2Error: the lanes of two ranks entered different units.
         """
-        losses, route, error = np.zeros((0, 2)), Route(), None
+        losses, route, skipped, error = np.zeros((0, 2)), Route(), 0, None
         try:
-            losses, route = run(deal.lanes[self._rank], deal.first_batch[self._rank])
+            losses, route, skipped = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
             if self._exchange.broken:  # in a gather of slices: the other ranks know
                 raise
         most, num_words = max(len(lanes) for lanes in deal.lanes), -(-len(self._runtime.units) // 64)
-        first = 2 + num_words
-        # failed, hash of the units in their order, a bit for each unit, the bits of sums and counts
+        first = 3 + num_words
+        # failed, hash of the units in their order, why to skip, a bit for each unit, the bits of sums and counts
         mine = np.zeros(first + 2 * most, dtype=np.int64)
-        mine[0] = error is not None
+        mine[0], mine[2] = error is not None, skipped
         if error is None:
             mine[1] = hash64([unit.name for unit in route.units])
             in_units = np.zeros(64 * num_words, dtype=bool)
             in_units[[unit.index for unit in route.units]] = True
-            mine[2:first] = np.packbits(in_units).view(np.int64)
+            mine[3:first] = np.packbits(in_units).view(np.int64)
             mine[first : first + losses.size] = losses.reshape(-1).view(np.int64)
         rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
         self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
         working = [rank for rank, lanes in enumerate(deal.lanes) if lanes]
         if len({int(rows[rank, 1]) for rank in working}) > 1:
-            self._compare(step, route, {rank: rows[rank, 2:first].tolist() for rank in working})
+            self._compare(step, route, {rank: rows[rank, 3:first].tolist() for rank in working})
         result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
                 result[:, lane[0], lane[1] % deal.num_batches] = loss
-        words = np.bitwise_or.reduce(rows[:, 2:first])  # ranks without lanes entered none
-        return Evaluated(*result, frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist()))
+        words = np.bitwise_or.reduce(rows[:, 3:first])  # ranks without lanes entered none
+        units = frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist())
+        return Evaluated(*result, units, SKIPPED[rows[:, 2].max()])
 
     def _compare(self, step: int, route: Route, units: Mapping[int, list[int]]) -> None:
         """Compares the routes of the ranks that have lanes: one may be the first passes of another. `units` says of

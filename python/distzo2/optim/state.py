@@ -7,13 +7,14 @@ many in a row end the run.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from distzo2.errors import DistZO2Error
+from distzo2.errors import DistZO2Error, RewardError
 from distzo2.optim.settings import Settings
 from distzo2.text import brief
 
@@ -21,9 +22,20 @@ WINDOW = 101  # steps that the running median looks back on
 WARM_UP = 16  # steps before anything is clipped
 STILL = 8  # steps in a row whose coefficients are all 0, before that is told
 NON_FINITE_LOSS, NON_FINITE_COEFFICIENT = "non-finite loss", "non-finite coefficient"  # why a step was skipped
-
+SKIPPED = (  # all reasons, by the numbers that ranks exchange
+    None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT, RewardError.RAISED, RewardError.SLOW, RewardError.NO_NUMBERS,
+)  # fmt: skip
 
 logger = logging.getLogger("distzo2")
+
+
+class NoLoss(float):
+    """What a closure returns where it has no loss: NaN, and the `reason`, one of `SKIPPED`, why the step is skipped."""
+
+    def __new__(cls, reason: str) -> NoLoss:
+        self = super().__new__(cls, math.nan)
+        self.reason = reason
+        return self
 
 
 class NonFiniteLossError(DistZO2Error):
@@ -96,7 +108,7 @@ class Progress:
         """
         s, step, self.step = self._settings, self.step, self.step + 1
         self._num_skipped = self._num_skipped + 1 if skipped else 0
-        if skipped != NON_FINITE_LOSS:
+        if skipped in (None, NON_FINITE_COEFFICIENT):
             if len(coefs):
                 used = float(np.abs(np.asarray(coefs, np.float64)).max())
                 self.window.append(used if largest is None or s.clip_percentile is None else largest)

@@ -14,6 +14,7 @@ import torch
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.optim.settings import Settings
+from distzo2.optim.state import SKIPPED, NoLoss
 from distzo2.parallel.mesh import Evaluation
 from distzo2.streaming.isolation import RandomStream
 from distzo2.streaming.lanes import Lane, LanePlace, Route
@@ -39,12 +40,13 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
         as_sums: bool = False,
-    ) -> tuple[np.ndarray, Route]:
+    ) -> tuple[np.ndarray, Route, int]:
         """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
         With `as_sums`, tensors that they return are added up, where otherwise their mean is taken.
 
         Returns:
-            float64 [lanes, 2], the sum of each lane's losses and their count; and the longest of the lanes' routes.
+            float64 [lanes, 2], the sum of each lane's losses and their count; the longest of the lanes' routes; and the
+            number in `SKIPPED` of why a lane has no loss, or 0.
         """
         lanes = []
         # Which evaluation of a micro-batch is its first: 0, or that of its own probe, all of which run here.
@@ -54,7 +56,8 @@ class StepLanes:
             place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=is_first)
             lanes.append(self._lane(place, closures[batch - first_batch]))
         route = self._run(lanes)
-        return self._losses(lanes, as_sums), route
+        reasons = [SKIPPED.index(lane.result.reason) for lane in lanes if isinstance(lane.result, NoLoss)]
+        return self._losses(lanes, as_sums), route, max(reasons, default=0)
 
     def losses_of(
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]

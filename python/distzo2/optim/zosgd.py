@@ -71,7 +71,8 @@ class ZOSGD(torch.optim.Optimizer):
         weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
             fewer than 2 dimensions).
         num_probes: perturbations a step, K.
-        noise: "normal" or "rademacher".
+        noise: "normal" or "rademacher"; or of low rank, "sign-r1", "sign-r4", "normal-r1" or "normal-r4":
+            z = A B^T / sqrt(r) of matrices, A and B of r columns of signs or normals, and dense noise elsewhere.
         estimator: "spsa", "fzoo", "es", "1.5spsa", "meazo", "spsa-sign" (docs/estimators.md), or an `Estimator`.
         seed: of the run, in [0, 2^64).
         data_hash: SHA-256 of the run's examples, for the header of a new journal; nothing is compared with it.
@@ -90,7 +91,7 @@ class ZOSGD(torch.optim.Optimizer):
         momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
             at most 64.
         probe_batches: "shared", or "own": the K probes are evaluated on different micro-batches, the list of closures
-            being cut into K equal parts, in order. For estimators that do not compare probes: spsa.
+            being cut into K equal parts, in order. For spsa, meazo, spsa-sign: the others compare probes.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
@@ -313,7 +314,8 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss of a batch as a scalar; or per-example losses, of which the mean is taken; or
-                (sum of losses, number of losses), for a mean over all of the step, however it is cut. Or a list of such
+                (sum of losses, number of losses), for a mean over all of the step, however it is cut; or a `NoLoss`
+                (distzo2.optim.state), which skips the step. Or a list of such
                 closures, one for each micro-batch. It is called once for each perturbation, under no_grad, in a
                 separate thread; code that is new, once more (see `check`); `distzo2.current_lane` says for which. None:
                 no step is made, and None is returned, since training loops call `step()` where gradients are ready.
@@ -416,7 +418,7 @@ class ZOSGD(torch.optim.Optimizer):
         if not counts.any(1).all():
             raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
         loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
-        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [])
+        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [], found.skipped)
         if plain:
             return record, sums
         means = np.divide(sums, counts, out=sums.copy(), where=counts > 0)
@@ -455,7 +457,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Fills `record` with the coefficients that the losses lead to, or why the step is skipped. `losses` are as an
         estimator takes them."""
         if not np.isfinite(losses).all():
-            record.skipped = NON_FINITE_LOSS
+            record.skipped = record.skipped or NON_FINITE_LOSS
             return
         found, memory = self.settings.coefficients(losses, record.memory)
         coefs, record.clipped = self._progress.clip(found)

@@ -18,12 +18,13 @@ from typing import Any
 from distzo2.datasets.protocol import TUNED_BY, protocol
 from distzo2.errors import UsageError
 from distzo2.estimators.registry import make_estimator
+from distzo2.option_types import checked, made, read_config
 from distzo2.parallel import group as parallel
 from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, process_start
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.peft.library import method_of
 from distzo2.run.directory import saved_options
-from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions, checked, made, read_config
+from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions
 
 REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
 
@@ -35,6 +36,8 @@ RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _O
 # which an eps below 1e-3 takes too. Of prompts nothing was tried.
 _OF_ONE_SIZE = {None: {"lr": 2e-3}, "lora": {"lr": 3e-2}, "gain": {"lr": 3e-2}}  # steps do not grow with the losses
 BY_ESTIMATOR = dict.fromkeys(("fzoo", "es", "meazo", "spsa-sign"), _OF_ONE_SIZE)
+# Of rewards, which are mostly no slopes, and have no scale of their own.
+REWARDED = {"estimator": "es", "probes": 8}
 BY_ESTIMATOR["1.5spsa"] = {None: {"lr": 1e-4, "eps": 1e-4}}  # the paper's
 
 
@@ -81,6 +84,8 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         values = protocol(values) | values
     method = values.get("peft") or method_of(values.get("adapter")) or TUNED_BY.get(values.get("tune"))
     if not values.get("branch_from"):
+        if values.get("objective") == "reward":
+            values = REWARDED | values
         by_estimator = BY_ESTIMATOR.get(values.get("estimator"), {}).get(method, {})
         return made(FinetuneOptions, RATES.get(method, {}) | by_estimator | values)
     parent = _saved(values["branch_from"])

@@ -28,6 +28,8 @@ from distzo2.peft.adapters import save_adapter
 from distzo2.peft.merging import merge_adapter
 from distzo2.peft.replay import replay_adapter
 from distzo2.record.lineage import BranchPoint
+from distzo2.rewards.functions import figure_of
+from distzo2.rewards.objective import Question, RewardObjective
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import from_rank_0, launch_id, together
 from distzo2.run.metrics import Metrics, finite, open_report, peak_bytes, progress_bar, resident_bytes
@@ -46,7 +48,7 @@ _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
     "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every", "momentum", "momentum_window",
     "clip_percentile", "probe_batches",
 )  # fmt: skip
-_SCORES = ("loss", "accuracy", "f1", "em")
+_ABOUT = ("kind", "step", "examples", "tokens", "seconds", "data", "crc")  # in an evaluation's line, besides scores
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
 MOST_CLAMPED = 0.01  # of codes at an end of their range, beyond which a run says so
 AUTO_RATE = 0.05  # of --lr auto: SmolLM2-135M learned best near it, dense, with LoRA and with codes (docs/packed.md)
@@ -63,8 +65,8 @@ class TrainLoop:
         log: Callable[[str], None],
         run: RunDirectory,
         model: torch.nn.Module,
-        objective: Objective,
-        train: list[Example],
+        objective: Objective | RewardObjective,
+        train: list[Example] | list[Question],
         held_out: HeldOut,
         size: ModelSize,
     ) -> None:
@@ -74,7 +76,10 @@ class TrainLoop:
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
-        self.score_name = options.score or ("accuracy" if train[0].chooses else "loss")
+        self.score_name = options.score and figure_of(options.score)
+        if self.score_name is None:
+            rewarded = options.objective == "reward"
+            self.score_name = "reward" if rewarded else "accuracy" if train[0].chooses else "loss"
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
         self.estimator = make_estimator(options.estimator, **options.estimator_options)
@@ -96,7 +101,7 @@ class TrainLoop:
         """
         o, runtime = self.options, self.runtime
         dtype = computed_in(runtime)
-        if o.no_signal or dtype == REFERENCE:
+        if o.no_signal or dtype == REFERENCE or o.objective == "reward":
             return runtime.compute_dtype
         start = time.perf_counter()
         with blaming(f"{o.model}: the model fails on the first batch"):
@@ -357,7 +362,7 @@ class TrainLoop:
         best = self._best()
         if best is None:  # its entries may come from evaluations that no longer count
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
-        return {"best_step": best, "best": {k: line[k] for k in _SCORES if k in (line := self.metrics.evals[best])}}
+        return {"best_step": best, "best": {k: v for k, v in self.metrics.evals[best].items() if k not in _ABOUT}}
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

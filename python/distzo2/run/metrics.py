@@ -33,7 +33,7 @@ from distzo2.files import write_whole
 from distzo2.record.line import decode_line, encode_line
 
 MAX_LINE_BYTES = 1 << 16
-_KEYS = {"step": {"step"}, "eval": {"step", "loss", "accuracy", "examples", "tokens", "data"}}
+_KEYS = {"step": {"step"}, "eval": {"step", "loss", "examples", "tokens", "data"}}
 
 
 class Metrics:

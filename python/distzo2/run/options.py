@@ -8,17 +8,12 @@ them pass `checked`, which refuses unknown names and values out of range before 
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
-from functools import cache
-from inspect import get_annotations
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator
 from pydantic import Field as Range
-from pydantic import TypeAdapter, ValidationError
 
 from distzo2.errors import UsageError
 from distzo2.option_groups import Estimating
@@ -39,13 +34,14 @@ from distzo2.option_types import (
     Schedule,
     Seed,
     Share,
+    Stops,
     Store,
     Switch,
     Threads,
     Weights,
     option,
 )
-from distzo2.text import first_reason
+from distzo2.rewards.functions import parsed
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
@@ -56,6 +52,22 @@ LEFT = {
 }
 
 OWN_BATCHES = ("spsa", "meazo", "spsa-sign")  # estimators that do not compare the losses of different probes
+
+
+def _reward(name: str) -> str:
+    parsed(name)
+    return name
+
+
+def _score(name: str) -> str:
+    try:
+        return name if name in ("accuracy", "loss", "reward") else _reward(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or accuracy, loss or reward") from None
+
+
+Reward = Annotated[str, AfterValidator(_reward)]
+Score = Annotated[str, AfterValidator(_score)]
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -175,11 +187,11 @@ class Trained(Adapted):
 class DataReading:
     """Options of every command that reads data files."""
 
-    objective: Literal["lm", "choices", "error"] | None = option(
+    objective: Literal["lm", "choices", "error", "reward"] | None = option(
         None,
         "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
-        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where lines "
-        "have choices, else lm)",
+        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward: --reward of what the "
+        "model writes, for finetune (default: choices where lines have choices, else lm)",
         group="data",
     )
     truncate: Literal["error", "left", "right"] | None = option(
@@ -206,7 +218,16 @@ class TaskReading:
     task_file: str | None = option(None, "TOML with tasks of your own", "FILE")
     task_seed: CountOrZero = option(0, "draws the examples")
     num_eval: Count | None = option(None, "examples of the evaluation (default: the task's, 1000)")
-    max_new_tokens: Count = option(50, "tokens of a written answer at most, with --score f1 or em")
+    max_new_tokens: Count = option(
+        50, "tokens that the model writes at most, for a reward and for scores of answers", group="what it writes"
+    )
+    stop: Stops | None = option(
+        None, "text that ends what it writes (\\n: a new line); may be given several times", "TEXT", repeats=True
+    )
+    reward_timeout: Positive = option(
+        60.0, "a reward that takes longer for a micro-batch is ended, and the step is skipped", "SECONDS"
+    )
+    reward_inline: Switch = option(False, "run rewards in this process, where nothing ends them")
 
     def check_source(self, **files: str | None) -> None:
         """Raises UsageError unless a task with its data, or the first of `files` (by option), is given."""
@@ -232,6 +253,8 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         UsageError: two options do not go together.
     """
 
+    left = LEFT
+
     model: Name = option(
         MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
     )
@@ -249,6 +272,14 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     )
     at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)")
 
+    reward: Reward | None = option(
+        None,
+        "with --objective reward: FILE.py:FUNCTION of prompts, completions and rows, lists, to a number for each "
+        "completion, higher is better; or exact, f1, number (of right answers), regex:PATTERN, json:FILE with a schema",
+        "NAME",
+    )
+    temperature: PositiveOrZero = option(0.0, "of what the model writes for a reward; 0: the likeliest token each time")
+    top_k: CountOrZero = option(50, "with a temperature, sample among the K likeliest tokens; 0: all", "K")
     num_train: Count | None = option(None, "examples of --task to learn (default: its own, 1000)")
     num_dev: Count | None = option(None, "held-out examples of --task (default: its own, 500 or 100)")
 
@@ -290,10 +321,11 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
     eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
-    score: Literal["accuracy", "loss", "f1", "em"] | None = option(
+    score: Score | None = option(
         None,
-        "held-out figure that decides the best step; f1, em: of answers that the model writes, by words (default: "
-        "accuracy where lines have choices, else loss)",
+        "held-out figure that decides the best step: accuracy, loss, or how good answers are that the model writes, as "
+        "for --reward (default: reward with one, accuracy where lines have choices, else loss)",
+        "NAME",
     )
     save: Literal["last", "best", "none"] = option(
         "last",
@@ -396,6 +428,13 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
+        rewarded = self.objective == "reward"
+        if rewarded and (not self.reward or self.task):
+            raise UsageError(f"--objective reward needs --{'train' if self.reward else 'reward'}")
+        if not rewarded and (self.reward or self.score == "reward"):
+            raise UsageError(f"--{'reward' if self.reward else 'score reward'} needs --objective reward")
+        if rewarded and self.score in ("loss", "accuracy"):
+            raise UsageError(f"--score {self.score}: with --objective reward there is none")
         judges = {"save best": self.save == "best", "eval-every": self.eval_every}
         judges["score"] = self.score and not self.resume  # runs that an earlier version began may have it
         if not (self.eval or self.task) and any(judges.values()):
@@ -417,6 +456,7 @@ TRAINED = tuple(f.name for f in fields(Trained))
 FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
          "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
          "num_dev", *TRAINED)  # fmt: skip
+OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
@@ -445,8 +485,11 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
     batch_size: Count = option(16, "examples in a micro-batch")
-    score: Literal["f1", "em"] | None = option(
-        None, "compare answers that the model writes with the completions, by words (default: as the task does)"
+    score: Reward | None = option(
+        None,
+        "judge answers that the model writes: f1, em, number, regex:PATTERN, json:FILE or FILE.py:FUNCTION (default: "
+        "as the task does)",
+        "NAME",
     )
     shots: CountOrZero = option(0, "training examples of --task to put before each, as demonstrations")
     calibrate: Switch = option(False, "score options of --task against a prompt without content")
@@ -454,6 +497,8 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
 
     def __post_init__(self) -> None:
         self.check_source(eval=self.eval)
+        if self.objective == "reward":
+            raise UsageError("--objective reward: --score judges what a model writes")
         if not self.task and (self.shots or self.calibrate):
             raise UsageError(f"--{'shots' if self.shots else 'calibrate'} needs --task")
 
@@ -470,92 +515,7 @@ class GenerateOptions(Adapted, Placement):
     seed: Seed = option(0, "of sampling")
 
 
-# ---- where they come from ----------------------------------------------------------------------------------------
-
-Options = TypeVar("Options")
-
-
-@cache
-def types_of(kind: type) -> dict[str, Any]:
-    """The types of an options class's fields, with their ranges."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(kind)}
-
-
-def groups_of(kind: type) -> dict[str | None, list[Field]]:
-    """The fields of an options class under the titles that `--help` gives them, a class's before those of its bases;
-    None: no title."""
-    known, groups = {f.name: f for f in fields(kind)}, {}
-    for base in kind.__mro__:
-        title = None
-        for name in (name for name in get_annotations(base) if name in known):
-            title = known[name].metadata.get("group") or title
-            groups.setdefault(title, []).append(known.pop(name))
-    return groups
-
-
-def checked(kind: type, values: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
-    """The values of options by field name, each of its type and in its range.
-
-    Args:
-        kind: an options class.
-        values: by option name, with "-" or "_".
-        source: the file that they come from; None: the command line.
-
-    Raises:
-        UsageError: a name is not an option, or a value is not of its kind; the message names source, option and value.
-    """
-    result = {}
-    for key, value in values.items():
-        name, shown = key.replace("-", "_"), f"--{key.replace('_', '-')}" if source is None else f"{source}: {key}:"
-        if kind is FinetuneOptions and name in LEFT:
-            raise UsageError(f"{shown} is no longer an option: {LEFT[name]}")
-        if name not in types_of(kind):
-            raise UsageError(f"{source}: {key!r} is not an option of this command")
-        try:
-            result[name] = TypeAdapter(types_of(kind)[name]).validate_python(value)
-        except ValidationError as error:
-            text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-            raise UsageError(f"{shown} {text}: {first_reason(error)}") from error
-    return result
-
-
-def made(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """The options of `values`, which `checked` returned, and the defaults of all others.
-
-    Raises:
-        UsageError: a required option is missing, or two options do not go together.
-    """
-    for f in fields(kind):
-        if f.default is MISSING and f.name not in values:
-            name = f.metadata["metavar"] if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
-            raise UsageError(f"{name} is missing")
-    return kind(**values)
-
-
-def read_config(kind: type, path: str | None) -> dict[str, Any]:
-    """The checked values in a file of options, which is JSON (.json), YAML (.yaml, .yml) or TOML; none without a file.
-
-    Raises:
-        UsageError: the file cannot be read, holds no names and values, or one that `checked` refuses.
-    """
-    if path is None:
-        return {}
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            values = json.loads(text)
-        else:
-            values = yaml.safe_load(text) if path.endswith((".yaml", ".yml")) else tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"--config {path}: expected option names and values")
-    return checked(kind, values, path)
+# ---- a resumed run -----------------------------------------------------------------------------------------------
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> list[str]:
@@ -564,7 +524,7 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> 
     Raises:
         UsageError: one changed that the run's data or noise depend on.
     """
-    for name in FIXED:
+    for name in (*FIXED, *(OF_REWARDS if after.get("objective") == "reward" else ())):
         was = before.get(name, getattr(FinetuneOptions, name))
         if was != after.get(name):
             flag = "--" + name.replace("_", "-")
