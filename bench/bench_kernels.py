@@ -12,6 +12,7 @@ weights, and of the copies. The copy that they are set against is torch's copy_ 
 bandwidth reads plus writes; what fits in a cache can exceed it. `normal` and `rademacher` write to a buffer that is
 there. Beside what an op gains by threads stands what SHA-256 in registers gains by as many in the same rounds: cores
 that share a clock, a power budget or a host give less than their number.
+`update of 8` is an update of 8 probes to a matrix of COLS columns, one visit; low-rank noise depends on them.
 `codes, visit` is a visit of weights stored as integer codes with a scale for each 64, or as bfloat16, emitted in
 bfloat16; `codes, emit` the same without the update.
 On CUDA the instruction bound is what the schedulers can issue: multiprocessors * 128 lanes * highest clock over the
@@ -54,9 +55,12 @@ OPS = (  # op, noise
     ("visit", "rademacher"),
     ("visit, float32", "normal"),
     ("visit, float32", "rademacher"),
+    *(("update of 8", noise) for noise in FAMILIES),
+    *(("visit", noise) for noise in FAMILIES if noise not in ("normal", "rademacher")),
 )
 # Passes over the weights' bytes: reads plus writes.
 PASSES = {"normal": 1, "rademacher": 1, "visit": 4, "visit, float32": 6}
+COLS = 4096  # of the matrix that visits and updates of 8 probes are of
 SASS_KERNELS = {  # names of tools/sass_counts.py
     ("perturb_", "normal"): "perturb",
     ("perturb_", "rademacher"): "perturb, signs",
@@ -80,19 +84,28 @@ class Key(NamedTuple):
 
 
 def visit_arguments(
-    numel: int, dtype: torch.dtype, noise: str, out_dtype: torch.dtype, element_offset: int = 0
+    numel: int, dtype: torch.dtype, noise: str, out_dtype: torch.dtype, element_offset: int = 0, probes: int = 0
 ) -> dict[str, Any]:
-    """Keyword arguments of `materialize` for one segment: an update of step STEP, then emits +eps and -eps."""
+    """Keyword arguments of `materialize` for one segment: an update of step STEP, then emits +eps and -eps; with
+    `probes`, an update of so many and no emits."""
     family = FAMILIES[noise]
     end = element_offset + numel
-    segment = Segment(0, numel, dtype, PARAM, element_offset, 0, 1, end, out_dtype=out_dtype)
+    segment = Segment(0, numel, dtype, PARAM, element_offset, 0, -(-end // COLS), COLS, out_dtype=out_dtype)
     if dtype in CODES.values():
         segment = segment._replace(scale_offset=numel * dtype.itemsize, scale_group=SCALE_GROUP)
     return {
         "segments": SegmentTable([segment]),
         "seed": SEED,
-        "updates": (Update(STEP, (GroupScalars(LR, 0.0),), (Term(family, STEP, PROBE, 0, COEF),)),),
-        "emits": tuple(Emit((Term(family, STEP + 1, 0, 0, sign * EPS),), (1.0,)) for sign in (1.0, -1.0)),
+        "updates": (
+            Update(
+                STEP,
+                (GroupScalars(LR, 0.0),),
+                tuple(Term(family, STEP, PROBE + k, 0, COEF) for k in range(probes or 1)),
+            ),
+        ),
+        "emits": tuple(
+            Emit((Term(family, STEP + 1, 0, 0, sign * EPS),), (1.0,)) for sign in ((1.0, -1.0) if not probes else ())
+        ),
         "write_back": True,
     }
 
@@ -115,7 +128,7 @@ class Case:
 
     def outs_of(self, op: str) -> list[torch.Tensor]:
         """What the op emits to."""
-        return self.wide if op == "visit, float32" else self.outs
+        return [] if op == "update of 8" else self.wide if op == "visit, float32" else self.outs
 
     def call(self, op: str, noise: str, backend: str) -> Callable[[], object]:
         """A call of the op on all elements; in-place ops work on `weights`."""
@@ -129,7 +142,8 @@ class Case:
         if op == "update_":
             return lambda: distzo2_core.update_(self.weights, LR, COEF, family=noise, **common)
         weights, outs = self.weights.view(torch.uint8), [out.view(torch.uint8) for out in self.outs_of(op)]
-        visit = visit_arguments(self.numel, self.dtype, noise, self.outs_of(op)[0].dtype)
+        out_dtype = torch.float32 if op == "visit, float32" else self.dtype
+        visit = visit_arguments(self.numel, self.dtype, noise, out_dtype, probes=8 if op == "update of 8" else 0)
         return lambda: distzo2_core.materialize(weights, outs=outs, backend=backend, **visit)
 
     def check(self, op: str, noise: str, backend: str) -> None:
@@ -142,7 +156,7 @@ class Case:
             first = max(0, first)
             part = slice(first, min(self.numel, first + CHECKED))
             expected = self.reference(op, noise, part)
-            got = [self.weights, *self.outs_of(op)] if op.startswith("visit") else [result]
+            got = [self.weights, *self.outs_of(op)] if op in ("visit", "visit, float32", "update of 8") else [result]
             for index, (one, other) in enumerate(zip(got, expected, strict=True)):
                 if not torch.equal(bits(one[part]), bits(other)):
                     what = f"{op} ({noise}) of {backend} on {self.device}, {self.dtype}"
@@ -165,7 +179,14 @@ class Case:
             weights.view(torch.uint8),
             outs=[out.view(torch.uint8) for out in outs],
             backend="reference",
-            **visit_arguments(numel, self.dtype, noise, outs[0].dtype, part.start),
+            **visit_arguments(
+                numel,
+                self.dtype,
+                noise,
+                torch.float32 if op == "visit, float32" else self.dtype,
+                part.start,
+                8 if op == "update of 8" else 0,
+            ),
         )
         return [weights, *outs]
 

@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from .backends import BackendError, build_info, require_extension, resolve_backend
-from .ops import checksum, decode, embedding, materialize, normal, perturb_, rademacher, restore_, update_
+from .ops import checksum, decode, embedding, low_rank, materialize, normal, perturb_, rademacher, restore_, update_
 from .packed import Field, Kind, PackedLayout, PackedSegment, PackedTable
 from .reference import permutation
 from .types import (
@@ -84,6 +84,7 @@ __all__ = [
     "decode",
     "embedding",
     "encode_program",
+    "low_rank",
     "materialize",
     "memory_budget",
     "normal",

@@ -9,6 +9,7 @@ first element asked for.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from types import FunctionType
 
@@ -30,10 +31,12 @@ from .types import (
     Update,
     check_float,
     check_int,
+    check_matrix,
     check_seed,
     dtype_code,
     encode_program,
     family_code,
+    matrix_shape,
 )
 
 
@@ -94,6 +97,55 @@ def rademacher(
     return _noise("rademacher", numel, (seed, step, param, probe, offset), dtype, device, out, backend)
 
 
+def low_rank(
+    shape: Sequence[int],
+    *,
+    family: str,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int = 0,
+    offset: int = 0,
+    numel: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Low-rank noise z = A B^T / sqrt(r) of a matrix, or of each expert's matrix: mean 0, variance 1, uncorrelated.
+
+    A [rows, r] and B [cols, r] are normals or signs of Philox purposes 4 and 5, under the same key and counter as dense
+    noise; of experts, A has the rows of all and B the columns of all. In float32, z = a_0 * b_0, then
+    fma(a_s, b_s, z) for s = 1 .. r - 1, then z / sqrt(r), which is exact; then rounded to nearest even.
+
+    Args:
+        shape: (rows, cols), or (experts, rows, cols), of the whole parameter as it is stored.
+        family: "sign-r1", "sign-r4", "normal-r1" or "normal-r4": what A and B are made of, and r.
+        offset, numel: elements [offset, offset + numel) alone, in row-major order; None: all.
+        seed, step, param, probe, dtype, device, out, backend: as for `normal`.
+
+    Returns:
+        A tensor of `shape`, or where `numel` is given [numel]; or `out`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range; shape has not two or three sizes.
+        BackendError: the backend is not there or cannot run on the device.
+    """
+    if FAMILIES.get(family, 0) < 16:
+        known = ", ".join(name for name, code in FAMILIES.items() if code >= 16)
+        raise ValueError(f"family must be one of {known}, got {family!r}")
+    if len(shape) not in (2, 3):
+        raise ValueError(f"shape must be (rows, cols) or (experts, rows, cols), got {tuple(shape)}")
+    matrix = check_matrix(*matrix_shape([check_int("shape", size, 0, MAX_ELEMENTS) for size in shape]))
+    whole, words = math.prod(shape), (seed, step, param, probe, offset)
+    if numel is None:
+        z = _noise(family, whole - check_int("offset", offset, 0, 0), words, dtype, device, out, backend, matrix)
+        return z.view(*shape) if out is None else z
+    if check_int("offset", offset, 0, whole) + check_int("numel", numel, 0, whole) > whole:
+        raise ValueError(f"elements {offset} to {offset + numel} do not lie in a parameter of {whole} elements")
+    return _noise(family, numel, words, dtype, device, out, backend, matrix)
+
+
 def perturb_(
     w: torch.Tensor,
     scale: float,
@@ -104,6 +156,7 @@ def perturb_(
     probe: int = 0,
     offset: int = 0,
     family: str = "normal",
+    matrix: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """w <- rne(w + scale * z), in place, one fused multiply-add in float32 an element.
@@ -116,17 +169,20 @@ def perturb_(
             parameter in row-major order.
         scale: epsilon with its sign, rounded to float32.
         seed, step, param, probe, offset, backend: as for `normal`.
-        family: "normal" or "rademacher".
+        family: "normal" or "rademacher", or one of `low_rank`.
+        matrix: (rows, cols) of the parameter, or of each expert's matrix, which low-rank noise depends on; cols is 0
+            where it has none, which gives it dense noise of the same kind. None: the shape of `w` says it, which is the
+            whole parameter; a vector, and what has more than three dimensions, as a convolution's weight, has no cols.
 
     Returns:
         `w`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, out of range or not finite in float32; `w` is not
-            contiguous.
+            contiguous; there is an offset, but no `matrix` for low-rank noise.
         BackendError: the backend is not there or cannot run on the device of `w`.
     """
-    place = _check_place(w, seed, step, param, probe, offset, family)
+    place = *_check_place(w, seed, step, param, probe, offset, family), *_check_matrix(w, offset, family, matrix)
     return _in_place("perturb_", w, (check_float("scale", scale),), place, backend)
 
 
@@ -140,6 +196,7 @@ def restore_(
     probe: int = 0,
     offset: int = 0,
     family: str = "normal",
+    matrix: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """w <- rne(w - scale * z), in place; arguments, result and errors are those of `perturb_`.
@@ -148,7 +205,7 @@ def restore_(
     after a perturbation and its restoration, and the error grows with the steps. Where the clean weights matter,
     perturb out of place with `materialize`.
     """
-    place = _check_place(w, seed, step, param, probe, offset, family)
+    place = *_check_place(w, seed, step, param, probe, offset, family), *_check_matrix(w, offset, family, matrix)
     return _in_place("perturb_", w, (-check_float("scale", scale),), place, backend)
 
 
@@ -164,6 +221,7 @@ def update_(
     offset: int = 0,
     weight_decay: float = 0.0,
     family: str = "normal",
+    matrix: tuple[int, int] | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """w <- round(w - lr * (weight_decay * w + coef * z)), in place: an update of one term.
@@ -182,7 +240,7 @@ def update_(
     Raises:
         TypeError, ValueError, BackendError: as for `perturb_`.
     """
-    place = _check_place(w, seed, step, param, probe, offset, family)
+    place = *_check_place(w, seed, step, param, probe, offset, family), *_check_matrix(w, offset, family, matrix)
     scalars = check_float("lr", lr), check_float("coef", coef), check_float("weight_decay", weight_decay)
     return _in_place("update_", w, scalars, place, backend)
 
@@ -211,7 +269,7 @@ def embedding(
             of the parameter.
         ids: int64 of any shape, on the device of `weight`: indices of rows, in [0, rows).
         scale: epsilon with its sign, rounded to float32.
-        seed, step, param, probe, offset, family, backend: as for `perturb_`.
+        seed, step, param, probe, offset, family, backend: as for `perturb_`; the parameter is a matrix of cols columns.
         out_dtype: what the rows are rounded to, float32 being exact; None: the dtype of `weight`.
 
     Returns:
@@ -402,6 +460,7 @@ def _noise(
     device: torch.device | str | None,
     out: torch.Tensor | None,
     backend: str | None,
+    matrix: tuple[int, ...] = (),
 ) -> torch.Tensor:
     numel = check_int("numel", numel, 0, MAX_ELEMENTS)
     words = _check_words(numel, *words)
@@ -412,7 +471,19 @@ def _noise(
         out = torch.empty(numel, dtype=dtype, device=device)
     else:
         _check_out(out, numel, dtype, device)
-    return _in_place("noise_", out, (), (*words, FAMILIES[family]), backend)
+    return _in_place("noise_", out, (), (*words, FAMILIES[family], *matrix[:2]), backend)
+
+
+def _check_matrix(
+    w: torch.Tensor, offset: int, family: str, matrix: tuple[int, int] | None
+) -> tuple[int, int] | tuple[()]:
+    """rows and cols for an op that changes `w`; nothing for dense noise."""
+    if family_code(family) < 16:
+        return ()
+    if matrix is None and offset:
+        raise ValueError(f"matrix must be given for noise of {family!r} at offset {offset}: (rows, cols) of the whole")
+    rows, cols, _ = check_matrix(*(matrix_shape(w.shape) if matrix is None else matrix))
+    return check_int("rows", rows, 1 if cols and w.numel() else 0, rows), cols
 
 
 def _in_place(

@@ -7,10 +7,21 @@ no result here depends on how NumPy was built. `reference_ops` applies it to ten
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from .types import LARGEST_CODES, NONNEGATIVE, NORMAL, PURPOSE_DATA_ORDER, PURPOSE_ROUNDING, RADEMACHER, check_int
+from .types import (
+    LARGEST_CODES,
+    NONNEGATIVE,
+    NORMAL,
+    PURPOSE_COLS,
+    PURPOSE_DATA_ORDER,
+    PURPOSE_ROUNDING,
+    PURPOSE_ROWS,
+    RADEMACHER,
+    check_int,
+)
 from .types import MAX_STEP as _MAX_STEP
 
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -126,18 +137,23 @@ def normals_from_words(w0: np.ndarray, w1: np.ndarray, w2: np.ndarray, w3: np.nd
 # Noise, as float32 values of the elements [offset, offset + numel) of a parameter.
 
 
-def normal_values(seed: int, step: int, param: int, probe: int, offset: int, numel: int) -> np.ndarray:
-    """Purpose 0: element e is lane e mod 4 of group e div 4."""
+def normal_values(
+    seed: int, step: int, param: int, probe: int, offset: int, numel: int, purpose: int = NORMAL
+) -> np.ndarray:
+    """Purpose 0, or a factor's: element e is lane e mod 4 of group e div 4."""
     first, last = offset // 4, (offset + numel + 3) // 4
-    words = _group_words(NORMAL, seed, step, param, probe, first, last - first)
+    words = _group_words(purpose, seed, step, param, probe, first, last - first)
     lanes = np.stack(normals_from_words(*words), axis=1).reshape(-1)
     return lanes[offset - 4 * first :][:numel]
 
 
-def rademacher_values(seed: int, step: int, param: int, probe: int, offset: int, numel: int) -> np.ndarray:
-    """Purpose 1: element e is bit e mod 128 of group e div 128, w0's least significant bit first; bit 1 is +1."""
+def rademacher_values(
+    seed: int, step: int, param: int, probe: int, offset: int, numel: int, purpose: int = RADEMACHER
+) -> np.ndarray:
+    """Purpose 1, or a factor's: element e is bit e mod 128 of group e div 128, w0's least significant bit first; bit 1
+    is +1."""
     first, last = offset // 128, (offset + numel + 127) // 128
-    words = np.stack(_group_words(RADEMACHER, seed, step, param, probe, first, last - first), axis=1)
+    words = np.stack(_group_words(purpose, seed, step, param, probe, first, last - first), axis=1)
     bits = (words[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
     signs = np.where(bits == 1, np.float32(1), np.float32(-1)).reshape(-1)
     return signs[offset - 128 * first :][:numel]
@@ -151,13 +167,38 @@ def rounding_bits(seed: int, step: int, param: int, offset: int, numel: int) -> 
     return halves.reshape(-1)[offset - 8 * first :][:numel]
 
 
-def noise_values(family: int, seed: int, step: int, param: int, probe: int, offset: int, numel: int) -> np.ndarray:
-    """The noise of a family by its number."""
-    if family == NORMAL:
-        return normal_values(seed, step, param, probe, offset, numel)
-    if family == RADEMACHER:
-        return rademacher_values(seed, step, param, probe, offset, numel)
-    raise ValueError(f"unknown family of noise {family}")
+def noise_values(
+    family: int, seed: int, step: int, param: int, probe: int, offset: int, numel: int, rows: int = 0, cols: int = 0
+) -> np.ndarray:
+    """The noise of a family by its number, in a parameter of matrices of rows x cols; cols is 0 where it is none."""
+    if family % 16 not in (NORMAL, RADEMACHER) or family // 16 not in (0, 1, 4):
+        raise ValueError(f"unknown family of noise {family}")
+    dense = normal_values if family % 16 == NORMAL else rademacher_values
+    if cols == 0 or family < 16:
+        return dense(seed, step, param, probe, offset, numel)
+    return _low_rank_values(family // 16, partial(dense, seed, step, param, probe), offset, numel, rows, cols)
+
+
+def _low_rank_values(
+    rank: int, dense: Callable[..., np.ndarray], offset: int, numel: int, rows: int, cols: int
+) -> np.ndarray:
+    """z = A B^T / sqrt(rank): A from purpose 4, its element i * rank + s, i counting the rows of all matrices; B from
+    purpose 5, j * rank + s, j counting all columns. z = fl(a_0 b_0), then fma(a_s, b_s, z) for each s, / sqrt(rank)."""
+    elements = np.arange(offset, offset + numel)
+    row, col = elements // cols, elements % cols
+    col += row // max(rows, 1) * cols
+
+    def factor(purpose: int, index: np.ndarray) -> np.ndarray:
+        """[rank, numel]: what each element takes of a factor."""
+        first, last = int(index.min()), int(index.max())
+        values = dense(first * rank, (last + 1 - first) * rank, purpose)
+        return values.reshape(-1, rank)[index - first].T
+
+    a, b = factor(PURPOSE_ROWS, row), factor(PURPOSE_COLS, col)
+    z = mul(a[0], b[0])
+    for s in range(1, rank):
+        z = fma(a[s], b[s], z)
+    return mul(z, np.float32(rank**-0.5))
 
 
 def permutation(numel: int, seed: int, epoch: int) -> np.ndarray:

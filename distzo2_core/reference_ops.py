@@ -29,7 +29,7 @@ from .reference import (
 )
 from .reference import decode as values_of
 from .reference_packed import decode  # noqa: F401 -- the op
-from .types import CODE8, CODE16, CODE_DTYPES, DTYPE_CODES, FROZEN, NONNEGATIVE, in_place_ops
+from .types import CODE8, CODE16, CODE_DTYPES, DTYPE_CODES, FROZEN, MAX_ELEMENTS, NONNEGATIVE, in_place_ops
 
 _CHUNK = 1 << 18  # elements handled at a time, a multiple of 128: bounds the memory of temporaries
 _STORED = {FLOAT32: np.uint32, BFLOAT16: np.uint16, FLOAT16: np.uint16, CODE8: np.int8, CODE16: np.int16}
@@ -41,11 +41,22 @@ def _bits_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().view(-1).view(torch.uint8).numpy().view(_STORED[DTYPE_CODES[tensor.dtype]])
 
 
-def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: int) -> None:
+def noise_(
+    out: torch.Tensor,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    family: int,
+    rows: int = 0,
+    cols: int = 0,
+) -> None:
     bits, code = _bits_of(out), DTYPE_CODES[out.dtype]
     for at in range(0, bits.size, _CHUNK):
         part = bits[at : at + _CHUNK]
-        part[:] = round_nearest(noise_values(family, seed, step, param, probe, offset + at, part.size), code)
+        z = noise_values(family, seed, step, param, probe, offset + at, part.size, rows, cols)
+        part[:] = round_nearest(z, code)
 
 
 def embedding(
@@ -67,7 +78,7 @@ def embedding(
     cols = weight.shape[1]
     out = weight.new_empty(len(rows), cols, dtype=out_dtype)
     for i, row in enumerate(rows.tolist()):
-        noise = partial(noise_values, family, seed, step, param, probe, offset + row * cols, cols)
+        noise = partial(noise_values, family, seed, step, param, probe, offset + row * cols, cols, MAX_ELEMENTS, cols)
         values = perturbed(values_of(_bits_of(weight[row]), DTYPE_CODES[weight.dtype]), [(np.float32(scale), noise)])
         _bits_of(out[i])[:] = round_nearest(values, DTYPE_CODES[out.dtype])
     return out[inverse].view(*ids.shape, cols)
@@ -89,14 +100,25 @@ def materialize(
     stored, written = weights.numpy(), [out.numpy() for out in outs]
     term_rows, coef_values = terms.tolist(), coefs.numpy()
     for row in segments.tolist():
-        byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code, *scaling = row
-        scale_offset, scale_group = scaling
+        (
+            byte_offset,
+            numel,
+            code,
+            param,
+            element_offset,
+            group,
+            *matrix,
+            out_offset,
+            out_code,
+            scale_offset,
+            scale_group,
+        ) = row
         itemsize, out_itemsize = CODE_DTYPES[code].itemsize, CODE_DTYPES[out_code].itemsize
         frozen = group == FROZEN
         for at in range(0, numel, _CHUNK):
             count, offset = min(_CHUNK, numel - at), element_offset + at
             place = slice(byte_offset + at * itemsize, byte_offset + (at + count) * itemsize)
-            scaled = partial(_scaled_terms, term_rows, coef_values, seed, param, offset, count)
+            scaled = partial(_scaled_terms, term_rows, coef_values, seed, param, offset, count, matrix)
             bits = stored[place].view(_STORED[code])
             units = None  # of codes, the scale of each
             if scale_group:
@@ -136,13 +158,14 @@ def _scaled_terms(
     param: int,
     offset: int,
     count: int,
+    matrix: list[int],
     first: int,
     num: int,
     scale: np.float32,
 ) -> list[NoiseTerm]:
     """Terms [first, first + num), coefficients times a group's scale in float32, for elements of one parameter."""
     return [
-        (mul(coefs[index], scale), partial(noise_values, family, seed, step, param, probe, offset, count))
+        (mul(coefs[index], scale), partial(noise_values, family, seed, step, param, probe, offset, count, *matrix))
         for index, (family, step, probe, _) in enumerate(term_rows[first : first + num], start=first)
     ]
 

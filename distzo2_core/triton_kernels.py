@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from .triton_noise import (
+    any_tile,
     decode,
+    low_rank_tile,
     noise_tile,
     normal_tile,
     rademacher_tile,
@@ -20,11 +22,12 @@ from .triton_noise import (
     rounding_tile,
     step_codes,
 )
-from .types import CODE8, NONNEGATIVE
+from .types import CODE8, MAX_ELEMENTS, NONNEGATIVE
 
 HEADER = 8  # entries of the integer table of materialize_kernel before the updates
 
 _HEADER_LENGTH, _CODE8, _NONNEGATIVE = tl.constexpr(HEADER), tl.constexpr(CODE8), tl.constexpr(NONNEGATIVE)
+_MAX_ELEMENTS = tl.constexpr(MAX_ELEMENTS)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _uint32(pointer):
 
 
 @triton.jit
-def _stream_tile(ints, first, FAMILY: tl.constexpr, TILE: tl.constexpr):
+def _stream_tile(ints, first, rows, cols, FAMILY: tl.constexpr, TILE: tl.constexpr):
     """The noise of a tile; ints: int64, low and high half of the seed, step, param, probe."""
     k0, k1, step, param, probe = (
         _uint32(ints),
@@ -64,20 +67,30 @@ def _stream_tile(ints, first, FAMILY: tl.constexpr, TILE: tl.constexpr):
         _uint32(ints + 3),
         _uint32(ints + 4),
     )
-    if FAMILY == 0:
+    if FAMILY >= 16:
+        return low_rank_tile(step * 0 + FAMILY, first, step, param, probe, k0, k1, rows, cols, TILE)
+    elif FAMILY == 0:
         return normal_tile(first, step, param, probe, k0, k1, TILE)
     else:
         return rademacher_tile(first, step, param, probe, k0, k1, TILE)
 
 
 @triton.jit
+def _term_tile(term, first, param, k0, k1, rows, cols, LOW_RANK: tl.constexpr, TILE: tl.constexpr):
+    if LOW_RANK:
+        return any_tile(tl.load(term), first, _uint32(term + 1), param, _uint32(term + 2), k0, k1, rows, cols, TILE)
+    else:
+        return noise_tile(tl.load(term), first, _uint32(term + 1), param, _uint32(term + 2), k0, k1, TILE)
+
+
+@triton.jit
 def noise_kernel(out, ints, FAMILY: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr):
-    """ints: int64 [7], low and high half of the seed, step, param, probe, offset, numel."""
+    """ints: int64 [9], low and high half of the seed, step, param, probe, offset, numel, rows, cols."""
     offset = tl.load(ints + 5)
     numel = tl.load(ints + 6)
     first = (offset // TILE + tl.program_id(0)) * TILE
     index = first - offset + tl.arange(0, TILE)
-    z = _stream_tile(ints, first, FAMILY, TILE)
+    z = _stream_tile(ints, first, tl.load(ints + 7), tl.load(ints + 8), FAMILY, TILE)
     store_bits(out + index, round_nearest(z, CODE), (index >= 0) & (index < numel), CODE)
 
 
@@ -110,7 +123,7 @@ def embedding_kernel(
     value = decode(_load_bits(table + begin + index, mask, CODE), CODE)
     scale = tl.load(floats)
     if scale != 0.0:
-        z = _stream_tile(ints, first, FAMILY, TILE)
+        z = _stream_tile(ints, first, cols * 0 + _MAX_ELEMENTS, cols, FAMILY, TILE)
         value = tl.fma(z, scale, value)
     value = tl.where(known, value, float("nan"))
     store_bits(out + row * cols + index, round_nearest(value, OUT_CODE), mask, OUT_CODE)
@@ -129,15 +142,16 @@ def materialize_kernel(
     MOVED: tl.constexpr,
     WRITE_BACK: tl.constexpr,
     NUM_EMITS: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One tile of one segment.
 
     weights, out0, out1: int32, int16 or int8 pointers, weights by CODE, outs by OUT_CODE; emit i of NUM_EMITS goes to
         out i. Two emits have the same terms but for the coefficients, so that each noise is made once.
-    segments: int64 [S, 9]: first tile, first element in the buffer, numel, param, element_offset, group, first element
+    segments: int64 [S, 11]: first tile, first element in the buffer, numel, param, element_offset, group, first element
         in the outs, which is read where it is MOVED from that of the buffer; of codes the first scale, as float32s of
-        the buffer, and the binary logarithm of how many elements share one.
+        the buffer, and the binary logarithm of how many elements share one; rows and cols, for LOW_RANK terms.
     ints: int64: a header (low and high half of the seed, S, U, G); updates [U, 3]; emits [NUM_EMITS, 2]; terms [T, 4].
     floats: float32: update_groups [U, G, 4]; emit_scales [NUM_EMITS, G]; coefs [T].
     """
@@ -156,10 +170,10 @@ def materialize_kernel(
     high = tl.load(ints + 2).to(tl.int32) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        before = tl.load(segments + 9 * middle) <= tile
+        before = tl.load(segments + 11 * middle) <= tile
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle - 1)
-    segment = segments + 9 * low
+    segment = segments + 11 * low
     numel = tl.load(segment + 2)
     CODES: tl.constexpr = CODE >= _CODE8 and CODE != _NONNEGATIVE
     param = _uint32(segment + 3)
@@ -175,6 +189,7 @@ def materialize_kernel(
         scales = weights.to(tl.pointer_type(tl.float32), bitcast=True) + tl.load(segment + 7)
         scale = tl.load(scales + (index >> tl.load(segment + 8)), mask=mask, other=0.0)
     changed = tile * 0
+    rows, cols = tl.load(segment + 9), tl.load(segment + 10)
 
     for u in range(num_updates):
         step = _uint32(updates + 3 * u)
@@ -197,7 +212,7 @@ def materialize_kernel(
                 coef = tl.load(coefs + t) * update_scale
                 if coef != 0.0:
                     term = terms + 4 * t
-                    z = noise_tile(tl.load(term), first, _uint32(term + 1), param, _uint32(term + 2), k0, k1, TILE)
+                    z = _term_tile(term, first, param, k0, k1, rows, cols, LOW_RANK, TILE)
                     total = tl.fma(z, coef, total)
             if CODE == 0 or CODE == _NONNEGATIVE:
                 bits = round_nearest(tl.fma(total, -lr, value), CODE)
@@ -228,7 +243,7 @@ def materialize_kernel(
         total1 = total0
         for t in range(begin0, end0):
             term = terms + 4 * t
-            z = noise_tile(tl.load(term), first, _uint32(term + 1), param, _uint32(term + 2), k0, k1, TILE)
+            z = _term_tile(term, first, param, k0, k1, rows, cols, LOW_RANK, TILE)
             coef0 = tl.load(coefs + t) * scale0
             total0 = tl.where(coef0 != 0.0, tl.fma(z, coef0, total0), total0)
             if NUM_EMITS == 2:

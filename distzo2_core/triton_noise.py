@@ -12,11 +12,21 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .types import CODE8, LARGEST_CODES, NONNEGATIVE, NORMAL, PURPOSE_ROUNDING, RADEMACHER
+from .types import (
+    CODE8,
+    LARGEST_CODES,
+    NONNEGATIVE,
+    NORMAL,
+    PURPOSE_COLS,
+    PURPOSE_ROUNDING,
+    PURPOSE_ROWS,
+    RADEMACHER,
+)
 
 _NORMAL = tl.constexpr(NORMAL)
 _RADEMACHER = tl.constexpr(RADEMACHER)
 _ROUNDING = tl.constexpr(PURPOSE_ROUNDING)
+_ROWS, _COLS = tl.constexpr(PURPOSE_ROWS), tl.constexpr(PURPOSE_COLS)
 _Q0, _Q1, _Q2, _Q3, _Q4, _Q5, _Q6 = (tl.constexpr(coef) for coef in reference.LOG_COEFS)
 _S0, _S1, _S2, _S3, _S4 = (tl.constexpr(coef) for coef in reference.SIN_COEFS)
 _C0, _C1, _C2, _C3, _C4 = (tl.constexpr(coef) for coef in reference.COS_COEFS)
@@ -40,6 +50,11 @@ def _tile_words(first_group, purpose: tl.constexpr, step, param, probe, k0, k1, 
     c2 = tl.full([NUM_GROUPS], 0, tl.uint32) | step
     high = (first_group >> 32).to(tl.uint32)
     c3 = tl.full([NUM_GROUPS], purpose << 24, tl.uint32) | (probe << 4) | high
+    return _philox(c0, c1, c2, c3, k0, k1)
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, k0, k1):
     for _ in tl.static_range(10):
         high0 = tl.umulhi(c0, 0xD2511F53)
         high1 = tl.umulhi(c2, 0xCD9E8D57)
@@ -118,6 +133,69 @@ def noise_tile(family, first, step, param, probe, k0, k1, TILE: tl.constexpr):
         z = normal_tile(first, step, param, probe, k0, k1, TILE)
     else:
         z = rademacher_tile(first, step, param, probe, k0, k1, TILE)
+    return z
+
+
+@triton.jit
+def _pick(i, x0, x1, x2, x3):
+    return tl.where(i < 2, tl.where(i == 0, x0, x1), tl.where(i == 2, x2, x3))
+
+
+@triton.jit
+def _factor_words(purpose: tl.constexpr, group, step, param, probe, k0, k1):
+    c0 = group.to(tl.uint32)
+    c3 = (group >> 32).to(tl.uint32) | (purpose << 24) | (probe << 4)
+    return _philox(c0, (c0 & 0) | param, (c0 & 0) | step, c3, k0, k1)
+
+
+@triton.jit
+def _factor_normals(purpose: tl.constexpr, group, step, param, probe, k0, k1):
+    w0, w1, w2, w3 = _factor_words(purpose, group, step, param, probe, k0, k1)
+    z0, z1 = _normal_pair(w0, w1)
+    z2, z3 = _normal_pair(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def _factor_bits(purpose: tl.constexpr, first, step, param, probe, k0, k1):
+    """The sign bits from element `first` on, to the end of its word."""
+    w0, w1, w2, w3 = _factor_words(purpose, first >> 7, step, param, probe, k0, k1)
+    return _pick((first >> 5) & 3, w0, w1, w2, w3) >> (first & 31).to(tl.uint32)
+
+
+@triton.jit
+def low_rank_tile(family, first, step, param, probe, k0, k1, rows, cols, TILE: tl.constexpr):
+    """Low-rank noise of a parameter of matrices of rows x cols (int64), an element's factors made for it alone."""
+    element = first + tl.arange(0, TILE)
+    i = element // cols
+    j = element - i * cols + i // rows * cols
+    rank = family >> 4
+    if (family & 15) == _NORMAL:
+        shift = tl.where(rank == 4, 0, 2)
+        a0, a1, a2, a3 = _factor_normals(_ROWS, i >> shift, step, param, probe, k0, k1)
+        b0, b1, b2, b3 = _factor_normals(_COLS, j >> shift, step, param, probe, k0, k1)
+        if rank == 4:
+            z = tl.fma(a3, b3, tl.fma(a2, b2, tl.fma(a1, b1, a0 * b0))) * 0.5
+        else:
+            z = _pick(i & 3, a0, a1, a2, a3) * _pick(j & 3, b0, b1, b2, b3)
+    else:
+        a = _factor_bits(_ROWS, i * rank, step, param, probe, k0, k1)
+        differ = a ^ _factor_bits(_COLS, j * rank, step, param, probe, k0, k1)
+        count = (differ & 1).to(tl.float32)
+        if rank == 4:
+            count += ((differ >> 1) & 1).to(tl.float32) + ((differ >> 2) & 1).to(tl.float32)
+            z = 2.0 - (count + ((differ >> 3) & 1).to(tl.float32))
+        else:
+            z = 1.0 - 2.0 * count
+    return z
+
+
+@triton.jit
+def any_tile(family, first, step, param, probe, k0, k1, rows, cols, TILE: tl.constexpr):
+    if (family >= 16) & (cols != 0):
+        z = low_rank_tile(family, first, step, param, probe, k0, k1, rows, cols, TILE)
+    else:
+        z = noise_tile(family & 15, first, step, param, probe, k0, k1, TILE)
     return z
 
 

@@ -57,7 +57,8 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
         rows: dict[_Kind, list[list[int]]] = {}
         tiles: dict[_Kind, int] = {}
         for segment in segments.tolist():
-            byte_offset, numel, code, param, element_offset, group, _, _, out_offset, out_code, *scaling = segment
+            byte_offset, numel, code, param, element_offset, group, *matrix = segment[:8]
+            out_offset, out_code, *scaling = segment[8:]
             if numel:
                 kind = _Kind(code, out_code, (byte_offset, code) != (out_offset, out_code))
                 begin = tiles.get(kind, 0)
@@ -66,7 +67,7 @@ def _group_segments(segments: torch.Tensor, device: torch.device) -> list[tuple[
                     for offset, each in ((byte_offset, code), (out_offset, out_code))
                 )
                 scales = (scaling[0] // 4, max(1, scaling[1]).bit_length() - 1)
-                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales]
+                row = [begin, place, numel, param, element_offset, group - FROZEN, out_place, *scales, *matrix]
                 rows.setdefault(kind, []).append(row)
                 tiles[kind] = begin + _num_tiles(element_offset, numel)
         cached[key] = [
@@ -131,6 +132,7 @@ def materialize(
                     MOVED=kind.moved,
                     WRITE_BACK=write_back and len(updates) > 0,
                     NUM_EMITS=len(launch),
+                    LOW_RANK=bool((terms[:, 0] >= 16).any()),
                     TILE=_TILE,
                     enable_fp_fusion=False,
                 )
@@ -180,14 +182,25 @@ def embedding(
     return out
 
 
-def noise_(out: torch.Tensor, seed: int, step: int, param: int, probe: int, offset: int, family: int) -> None:
+def noise_(
+    out: torch.Tensor,
+    seed: int,
+    step: int,
+    param: int,
+    probe: int,
+    offset: int,
+    family: int,
+    rows: int = 0,
+    cols: int = 0,
+) -> None:
     seed %= 2**64
-    ints = _tensor([seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, out.numel()], dtype=torch.int64)
+    place = [seed & 0xFFFFFFFF, seed >> 32, step, param, probe, offset, out.numel(), rows, cols]
+    ints = _tensor(place, dtype=torch.int64)
     with _on_device(out.device):
         noise_kernel[(_num_tiles(offset, out.numel()),)](
             _typed(out, DTYPE_CODES[out.dtype]),
             ints.to(out.device, non_blocking=True),
-            FAMILY=family,
+            FAMILY=family if cols else family & 15,
             CODE=DTYPE_CODES[out.dtype],
             TILE=_TILE,
             enable_fp_fusion=False,

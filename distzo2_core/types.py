@@ -9,6 +9,7 @@ of these are plain data: they travel through journals and between ranks, and are
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -16,14 +17,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# Noise families; the number is also the Philox purpose byte.
+# Noise families. The number's low four bits are the kind of its normals or signs, dense noise's Philox purpose; the
+# bits above are the rank, 0 for dense noise. Low-rank noise is z = A B^T / sqrt(rank).
 NORMAL = 0
 RADEMACHER = 1
 FAMILIES: dict[str, int] = {"normal": NORMAL, "rademacher": RADEMACHER}
+FAMILIES |= {f"{kind}-r{rank}": code + 16 * rank for kind, code in (("sign", 1), ("normal", 0)) for rank in (1, 4)}
 
 # Philox purposes that are not families of noise.
 PURPOSE_ROUNDING = 2
 PURPOSE_DATA_ORDER = 3
+PURPOSE_ROWS, PURPOSE_COLS = 4, 5  # the factors A and B of low-rank noise
 
 DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Formats that weights may be stored in besides: integer codes with scales, and float32 that stays at or above 0.
@@ -101,6 +105,31 @@ def family_code(family: str | int) -> int:
     raise ValueError(f"unknown family of noise {family!r}; known: {known}")
 
 
+def dense_family(family: str) -> str:
+    """The family of what has no columns, such as a vector, where matrices have noise of `family`."""
+    return "normal" if FAMILIES[family] % 16 == NORMAL else "rademacher"
+
+
+def matrix_shape(shape: Sequence[int], is_convolution: bool = False) -> tuple[int, int, int]:
+    """(rows, cols, number) of the matrices that a parameter of this shape is for low-rank noise: itself, or one for
+    each expert. cols is 0, and rows the number of elements, where it is none: a vector, or a convolution's weight."""
+    if len(shape) in (2, 3) and not is_convolution and math.prod(shape):
+        return shape[-2], shape[-1], math.prod(shape[:-2])
+    return math.prod(shape), 0, 1
+
+
+def check_matrix(rows: object, cols: object, number: object = 1, where: str = "") -> tuple[int, int, int]:
+    """The three as ints, if the elements of low-rank noise's factors can be counted.
+
+    Raises:
+        TypeError, ValueError: one is no integer or out of range.
+    """
+    cols = check_int(where + "cols", cols, 0, MAX_ELEMENTS // 4)
+    number = check_int(where + "matrices", number, 1, MAX_ELEMENTS // 4 // max(cols, 1))
+    most = MAX_ELEMENTS // 4 // number if cols else MAX_ELEMENTS
+    return check_int(where + "rows", rows, 0, most), cols, number
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """The number of a weight dtype in segment tables.
 
@@ -116,7 +145,7 @@ class Term(NamedTuple):
     """One noise tensor z(family; seed, step, param, probe) with its coefficient.
 
     Attributes:
-        family: `NORMAL` or `RADEMACHER`.
+        family: a number of `FAMILIES`. Where it is of low rank, segments without columns have noise of its dense kind.
         step: that the noise is drawn for, in [0, 2^32).
         probe: in [0, 2^20).
         sub: for families that need several tensors for one parameter; 0 for those that exist.
@@ -187,13 +216,15 @@ class Segment(NamedTuple):
         element_offset: first element, in row-major order within the whole parameter.
         group: of the parameter; `FROZEN` for what no update and no perturbation reaches: it is emitted, and never
             written back.
-        rows, cols: shape of the whole parameter seen as a matrix (rows * cols elements), whatever part of it is here.
+        rows, cols: shape of the whole parameter as it is stored, or of each of its `matrices`, whatever part is here;
+            low-rank noise depends on it. A parameter without columns, such as a vector, has `rows` elements and 0 cols.
         out_offset: where in each emit's buffer the elements go, in bytes; None: as stored.
         out_dtype: what the copies are rounded to, float32, bfloat16 or float16; None: as stored.
         scale_offset: of codes, where in the buffer the scale of the first element lies, as float32; those of the groups
             that follow lie behind it. A multiple of 4.
         scale_group: of codes, how many elements share a scale: 32, 64, 128 or 256. It divides element_offset.
         nonnegative: of float32, whether each update ends with w = max(w, 0), -0 becoming +0 and NaN staying.
+        matrices: how many of rows x cols the parameter holds one after another, as one of experts does.
     """
 
     byte_offset: int
@@ -209,6 +240,7 @@ class Segment(NamedTuple):
     scale_offset: int = 0
     scale_group: int = 0
     nonnegative: bool = False
+    matrices: int = 1
 
 
 class SegmentTable:
@@ -262,12 +294,10 @@ def _encode_segment(index: int, segment: Segment) -> list[int]:
     offset = check_int(where + "element_offset", segment.element_offset, 0, MAX_ELEMENTS - numel)
     param = check_int(where + "param", segment.param, 0, MAX_PARAM)
     group = check_int(where + "group", segment.group, FROZEN, 2**31 - 1)
-    rows = check_int(where + "rows", segment.rows, 0, MAX_ELEMENTS)
-    cols = check_int(where + "cols", segment.cols, 0, MAX_ELEMENTS)
-    if offset + numel > rows * cols:
-        raise ValueError(
-            f"{where}elements {offset} to {offset + numel} do not lie in a parameter of {rows} x {cols} elements"
-        )
+    rows, cols, matrices = check_matrix(segment.rows, segment.cols, segment.matrices, where)
+    if offset + numel > matrices * rows * max(cols, 1):
+        shape = " x ".join(map(str, ((matrices,) if matrices > 1 else ()) + ((rows, cols) if cols else (rows,))))
+        raise ValueError(f"{where}elements {offset} to {offset + numel} do not lie in a parameter of {shape} elements")
     return [byte_offset, numel, code, param, offset, group, rows, cols, out_offset, out_code, *scales]
 
 
@@ -383,16 +413,25 @@ def encode_program(updates: Sequence[Update], emits: Sequence[Emit], num_groups:
 def in_place_ops(materialize: Callable[..., None]) -> tuple[Callable[..., None], Callable[..., None]]:
     """The raw ops perturb_ and update_ of a backend: each is one visit, by `materialize`, to a contiguous tensor."""
 
-    def visit(w: torch.Tensor, seed: int, param: int, offset: int, program: Program) -> None:
+    def visit(w: torch.Tensor, seed: int, param: int, offset: int, rows: int, cols: int, program: Program) -> None:
         code, flat = DTYPE_CODES[w.dtype], w.view(-1).view(torch.uint8)
-        segments = _int64([0, w.numel(), code, param, offset, 0, 1, w.numel(), 0, code, 0, 0], (1, _COLUMNS))
+        segments = _int64([0, w.numel(), code, param, offset, 0, rows, cols, 0, code, 0, 0], (1, _COLUMNS))
         materialize(flat, segments, seed, *program, [flat] * program.num_emits, program.num_updates > 0)
 
     def perturb_(
-        w: torch.Tensor, scale: float, seed: int, step: int, param: int, probe: int, offset: int, family: int
+        w: torch.Tensor,
+        scale: float,
+        seed: int,
+        step: int,
+        param: int,
+        probe: int,
+        offset: int,
+        family: int,
+        rows: int = 0,
+        cols: int = 0,
     ) -> None:
         emit = Emit((Term(family, step, probe, 0, scale),), (1.0,))
-        visit(w, seed, param, offset, encode_program([], [emit], 1))
+        visit(w, seed, param, offset, rows, cols, encode_program([], [emit], 1))
 
     def update_(
         w: torch.Tensor,
@@ -405,9 +444,11 @@ def in_place_ops(materialize: Callable[..., None]) -> tuple[Callable[..., None],
         probe: int,
         offset: int,
         family: int,
+        rows: int = 0,
+        cols: int = 0,
     ) -> None:
         update = Update(step, (GroupScalars(lr, weight_decay),), (Term(family, step, probe, 0, coef),))
-        visit(w, seed, param, offset, encode_program([update], [], 1))
+        visit(w, seed, param, offset, rows, cols, encode_program([update], [], 1))
 
     return perturb_, update_
 

@@ -78,10 +78,12 @@ struct OnDevice {
     const CudaStream stream;
 };
 
-InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
+InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family,
+                 int64_t rows, int64_t cols) {
     check_device(w.device());
     TORCH_CHECK_VALUE(w.is_contiguous(), "expected a contiguous tensor, got shape ", w.sizes(), " with strides ",
                       w.strides());
+    TORCH_CHECK_VALUE(cols == 0 || (cols > 0 && rows > 0), "expected a matrix, got ", rows, " x ", cols);
     return {w.mutable_data_ptr(),
             dtype_of(w.scalar_type(), "the tensor"),
             w.numel(),
@@ -90,11 +92,14 @@ InPlace in_place(Tensor& w, int64_t seed, int64_t step, int64_t param, int64_t p
             step,
             param,
             probe,
-            offset};
+            offset,
+            rows,
+            cols};
 }
 
-void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family) {
-    const InPlace place = in_place(out, seed, step, param, probe, offset, family);
+void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset, int64_t family,
+            int64_t rows, int64_t cols) {
+    const InPlace place = in_place(out, seed, step, param, probe, offset, family, rows, cols);
     if (place.numel == 0)
         return;
     mark_changed(out);
@@ -107,8 +112,8 @@ void noise_(Tensor out, int64_t seed, int64_t step, int64_t param, int64_t probe
 }
 
 void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param, int64_t probe, int64_t offset,
-              int64_t family) {
-    const InPlace place = in_place(w, seed, step, param, probe, offset, family);
+              int64_t family, int64_t rows, int64_t cols) {
+    const InPlace place = in_place(w, seed, step, param, probe, offset, family, rows, cols);
     const auto scale32 = static_cast<float>(scale);
     if (place.numel == 0)
         return;
@@ -122,8 +127,8 @@ void perturb_(Tensor w, double scale, int64_t seed, int64_t step, int64_t param,
 }
 
 void update_(Tensor w, double lr, double coef, double weight_decay, int64_t seed, int64_t step, int64_t param,
-             int64_t probe, int64_t offset, int64_t family) {
-    const InPlace place = in_place(w, seed, step, param, probe, offset, family);
+             int64_t probe, int64_t offset, int64_t family, int64_t rows, int64_t cols) {
+    const InPlace place = in_place(w, seed, step, param, probe, offset, family, rows, cols);
     const auto lr32 = static_cast<float>(lr), coef32 = static_cast<float>(coef);
     const auto decay32 = static_cast<float>(weight_decay);
     if (place.numel == 0)
@@ -275,11 +280,12 @@ int64_t checksum(const Tensor& data, int64_t before) {
 } // namespace distzo2
 
 TORCH_LIBRARY(distzo2, library) {
-    library.def("noise_(Tensor(a!) out, int seed, int step, int param, int probe, int offset, int family) -> ()");
-    library.def("perturb_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family)"
-                " -> ()");
+    library.def("noise_(Tensor(a!) out, int seed, int step, int param, int probe, int offset, int family, int rows=0, "
+                "int cols=0) -> ()");
+    library.def("perturb_(Tensor(a!) w, float scale, int seed, int step, int param, int probe, int offset, int family, "
+                "int rows=0, int cols=0) -> ()");
     library.def("update_(Tensor(a!) w, float lr, float coef, float weight_decay, int seed, int step, int param, "
-                "int probe, int offset, int family) -> ()");
+                "int probe, int offset, int family, int rows=0, int cols=0) -> ()");
     library.def("embedding(Tensor weight, Tensor ids, float scale, int seed, int step, int param, int probe, "
                 "int offset, int family, ScalarType? out_dtype=None) -> Tensor");
     library.def(

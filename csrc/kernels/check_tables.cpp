@@ -105,6 +105,8 @@ void check(const Materialize& visit) {
             check_place("scales of segment", s, (segment.numel + each - 1) / each, 0, at, visit.num_bytes);
             DZO_CHECK(at % 4 == 0, "segment ", s, ": scales at byte ", at);
         }
+        DZO_CHECK(segment.cols >= 0 && (segment.cols == 0 || segment.rows > 0 || segment.numel == 0), "segment ", s,
+                  ": a matrix of ", segment.rows, " x ", segment.cols);
         if (visit.num_emits > 0)
             check_place("out of segment", s, segment.numel, segment.out_dtype, segment.out_offset, visit.out_bytes);
         DZO_CHECK(segment.group >= kNoGroup && segment.group < visit.num_groups, "segment ", s, ": group ",

@@ -1,8 +1,9 @@
 // The kernels' C++ API: noise, the visit to packed weights (`Materialize`, types.h), and decoding quantized ones
 // (`Decode`, packed.h), on the CPU and on CUDA.
 // perturb, restore and update in place are visits of one segment. All entries refuse tables that point out of their
-// buffers (std::runtime_error), do nothing for an empty problem, allocate nothing on the CPU, and give the same bits on
-// every path. Other arguments are the caller's to check.
+// buffers (std::runtime_error), do nothing for an empty problem, allocate nothing on the CPU, but for factors of
+// low-rank noise, for which a thread keeps what it once needed, and give the same bits on every path. Other arguments
+// are the caller's to check.
 //
 // CPU entries run on the calling thread and the threads of the ParallelFor, and return when done. CUDA entries enqueue
 // on `stream` of `device` and return; every buffer is device memory, every table is host memory and may be freed on

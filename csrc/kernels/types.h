@@ -27,8 +27,8 @@ constexpr int64_t kMaxElements = int64_t{1} << 38;
 constexpr int64_t kNoGroup = -1;
 
 // numel elements of parameter `param` from its row-major element `element_offset` on, stored at weights + byte_offset,
-// and emitted at out + out_offset as elements of out_dtype. rows and cols are the whole parameter's, for families of
-// noise that need its shape.
+// and emitted at out + out_offset as elements of out_dtype. rows and cols are of the whole parameter, or of each of the
+// matrices that it holds, for low-rank noise; cols is 0 where it has none.
 struct Segment {
     int64_t byte_offset;
     int64_t numel;
@@ -46,7 +46,7 @@ struct Segment {
     int64_t scale_group = 0;
 };
 
-// One noise tensor; its coefficient is in a table of its own. family is a Purpose that is a family; sub must be 0.
+// One noise tensor; its coefficient is in a table of its own. family: see philox.h; sub must be 0.
 struct Term {
     int64_t family;
     int64_t step;
@@ -122,11 +122,12 @@ struct InPlace {
     int64_t param = 0;
     int64_t probe = 0;
     int64_t offset = 0;
+    int64_t rows = 0, cols = 0; // as a Segment's
 };
 
 // out[i] = rne(fma(scale, z, row ids[i] of the table)) in out_dtype, the table [num_rows, cols] holding elements
-// [offset, offset + num_rows * cols) of a parameter; rne(row) where scale is 0. Equal to the rows of a visit's emit of
-// the whole table.
+// [offset, offset + num_rows * cols) of a parameter, a matrix of `cols` columns; rne(row) where scale is 0. Equal to
+// the rows of a visit's emit of the whole table.
 struct Lookup {
     const void* table = nullptr;
     void* out = nullptr; // [num_ids, cols]

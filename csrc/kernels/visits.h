@@ -8,7 +8,8 @@ namespace distzo2 {
 
 struct OneSegmentVisit {
     explicit OneSegmentVisit(const InPlace& place, float coef)
-        : segment{0, place.numel, static_cast<int64_t>(place.dtype), place.param, place.offset, 0, 1, place.numel},
+        : segment{0,          place.numel, static_cast<int64_t>(place.dtype), place.param, place.offset, 0,
+                  place.rows, place.cols},
           term{place.family, place.step, place.probe, 0}, coef(coef) {
         visit.weights = static_cast<uint8_t*>(place.data);
         visit.num_bytes = visit.out_bytes = place.numel * dtype_bytes(place.dtype);

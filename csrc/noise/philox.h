@@ -13,9 +13,17 @@
 
 namespace distzo2 {
 
-// One byte of the counter. Families 0 and 1 are what terms may name; 4-15 are kept for low-rank factors, masks and
-// layer choice.
-enum class Purpose : uint32_t { kNormal = 0, kRademacher = 1, kRounding = 2, kDataOrder = 3 };
+// One byte of the counter. kRows and kCols are the factors of low-rank noise; 6-15 are kept for masks and layer choice.
+enum class Purpose : uint32_t { kNormal = 0, kRademacher = 1, kRounding = 2, kDataOrder = 3, kRows = 4, kCols = 5 };
+
+// A family of noise is the purpose of its kind, kNormal or kRademacher, and 16 times its rank, which is 0 (dense), 1 or
+// 4. Low-rank noise of a matrix is z = A B^T / sqrt(rank): the element of A is i * rank + s, of B j * rank + s, from
+// purposes kRows and kCols, in groups as those of the kind. Matrices that a parameter holds one after another, as those
+// of experts, have factors of their own: i counts the rows of all, j the columns. z = a_0 * b_0, then fma(a_s, b_s, z)
+// in ascending s, then z / sqrt(rank); kernels divide A instead, which is the same: a power of two, far from underflow.
+// A parameter without columns has dense noise of the kind.
+DZO_HD constexpr Purpose kind_of(int64_t family) { return static_cast<Purpose>(family & 15); }
+DZO_HD constexpr int rank_of(int64_t family) { return static_cast<int>(family >> 4); }
 
 // Elements that one Philox call serves.
 constexpr int kNormalsPerGroup = 4;

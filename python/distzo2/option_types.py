@@ -73,7 +73,7 @@ ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Estimator = Literal["spsa", "fzoo", "es", "1.5spsa", "meazo", "spsa-sign"]
 Shape = Literal["zscore", "ranks", "group"]
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
-Noise = Literal["normal", "rademacher"]
+Noise = Literal["normal", "rademacher", "sign-r1", "sign-r4", "normal-r1", "normal-r4"]
 Weights = Literal["device", "host", "disk"]
 Store = Literal["affine4", "table4", "affine8", "affine16"]
 

@@ -162,16 +162,19 @@ import json, sys
 import numpy as np
 import code_cases, noise_cases, packed_cases
 from kernel_cases import CODES, DTYPES, check_in_place, check_noise, check_splits, check_visit, random_visit
+from kernel_cases import check_low_rank, low_rank_visit
 noise_cases.check_golden("native")
 assert code_cases.make_golden("native") == json.load(open(sys.argv[1] + "/golden_codes.json"))
 assert packed_cases.make_golden() == json.load(open(sys.argv[1] + "/golden_decode.json"))
 check_noise("native", numels=(1, 3, 129, 1500))
+check_low_rank("native", numels=(1500,))
 for seed in range(3):
     packed_cases.check_decode(np.random.default_rng(seed), "native", list(packed_cases.FORMATS))
 for seed in range(30):
     rng, dtype = np.random.default_rng(seed), DTYPES[seed % 3]
     check_visit(random_visit(rng, DTYPES, max_numel=2500), "native")
     check_visit(random_visit(rng, (*CODES, *DTYPES), max_numel=2500, nonnegative=True), "native")
+    check_visit(low_rank_visit(rng, random_visit(rng, (*CODES, *DTYPES), max_numel=2500)), "native")
     check_in_place(rng, "native", dtype, 1 + 91 * seed)
     check_splits(rng, dtype, [0, 1 + seed, 1024, 1100 + seed, 1500])
 """

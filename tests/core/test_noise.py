@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS
+from kernel_cases import BACKENDS, LOW_RANK
 from noise_cases import (
     GOLDEN,
     check_golden,
@@ -136,6 +136,17 @@ def make_golden() -> dict:
         for dtype in ("float32", "bfloat16", "float16")
         for place in places
     ]
+    shapes = [
+        {"shape": [300, 257], "offset": 0, "numel": 300 * 257},
+        {"shape": [7, 90, 64], "offset": 1_003, "numel": 30_000},
+        {"shape": [2**24, 4096], "offset": 2**36 - 5_000, "numel": 5_000},
+    ]
+    low_rank = [
+        {"kind": "low_rank", "family": family, "dtype": "float32"} | places[i] | shape
+        for family in LOW_RANK
+        for i, shape in enumerate(shapes)
+    ]
+    noise += low_rank
     rounding = [{name: place[name] for name in ("seed", "step", "param", "offset", "numel")} for place in places]
     orders = [{"numel": 10_007, "seed": seed, "epoch": epoch} for seed, epoch in ((0, 0), (MAX_SEED, 5))]
     return {

@@ -15,8 +15,10 @@ from kernel_cases import (
     DTYPES,
     INTERPRETED,
     check_in_place,
+    check_low_rank,
     check_noise,
     check_visit,
+    low_rank_visit,
     needs_triton,
     random_visit,
 )
@@ -49,6 +51,12 @@ def test_materialize(seed: int) -> None:
         rng = np.random.default_rng(seed)
         visit = random_visit(rng, dtypes, max_numel=1500 if INTERPRETED else 5000, nonnegative=dtypes != DTYPES)
         check_visit(visit, "triton", DEVICE)
+        if dtypes == DTYPES or not INTERPRETED:
+            check_visit(low_rank_visit(rng, visit), "triton", DEVICE)
+
+
+def test_low_rank() -> None:
+    check_low_rank("triton", DEVICE, numels=(1100,) if INTERPRETED else (1, 700, 2000))
 
 
 def test_a_table_serves_many_visits() -> None:
@@ -75,7 +83,7 @@ def check_ptx() -> None:
 
     for capability, code, out_code in ((80, 1, 1), (90, 0, 1)):  # tests/ptx executes all of sm_90
         constants = {"CODE": code, "OUT_CODE": out_code, "MOVED": code != out_code}
-        constants |= {"WRITE_BACK": True, "NUM_EMITS": 2, "TILE": 1024}
+        constants |= {"WRITE_BACK": True, "NUM_EMITS": 2, "LOW_RANK": True, "TILE": 1024}
         signature = {"weights": "*i16" if code else "*i32"}
         signature |= dict.fromkeys(("out0", "out1"), "*i16" if out_code else "*i32")
         signature |= {"segments": "*i64", "ints": "*i64", "floats": "*fp32"} | dict.fromkeys(constants, "constexpr")

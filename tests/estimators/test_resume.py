@@ -62,6 +62,16 @@ def test_a_second_moment_and_a_schedule_of_eps(way: str, tmp_path: Path) -> None
         assert [e.extra for e in read_journal(tmp_path / "part").entries] == [e.extra for e in entries]
 
 
+def test_a_memory_of_another_estimator(tmp_path: Path) -> None:
+    state = stepping(Blocks(), estimator="meazo")[1].state_dict()
+    for memory in (None, [1.0], ["a", "b"], [1.0, 2.0, 3.0], "ab"):
+        _, opt = stepping(Blocks(), estimator="meazo", seed=1)
+        with pytest.raises(distzo2.DistZO2Error, match="memory of the estimator: 2 numbers were expected, found"):
+            opt.load_state_dict({**state, "distzo2": {**state["distzo2"], "memory": memory}})
+    with pytest.raises(distzo2.DistZO2Error, match="memory of the estimator: 0 numbers"):
+        stepping(Blocks(), seed=1)[1].load_state_dict(state)
+
+
 def test_an_eps_that_is_none(tmp_path: Path) -> None:
     _, opt = stepping(Blocks())
     for eps in (0.0, -1.0, float("nan"), 1e39, "x", None):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import distzo2_core
-from distzo2_core import FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
+from distzo2_core import FAMILIES, FROZEN, Emit, GroupScalars, Segment, SegmentTable, Term, Update
 from distzo2_core.types import MAX_ELEMENTS, SCALE_GROUPS
 
 needs_native = pytest.mark.skipif(
@@ -28,6 +28,7 @@ needs_triton = pytest.mark.skipif(
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are not interpreted")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.int16)
+LOW_RANK = tuple(name for name, code in FAMILIES.items() if code >= 16)
 LARGEST_FLOAT32 = Fraction(2) ** 128 - Fraction(2) ** 104
 SPECIALS = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, -6e-8, 6.1e-5, 3.3e38, 1e-39, -1e-45]
 
@@ -205,6 +206,27 @@ def random_visit(
     return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))
 
 
+def low_rank_visit(rng: np.random.Generator, visit: Visit) -> Visit:
+    """The visit with other families of noise, one of low rank at least, and segments of matrices of all shapes, some of
+    experts, some without columns."""
+    families = rng.choice([*LOW_RANK], 1).tolist() + rng.choice([*FAMILIES], 1).tolist()
+    codes = [FAMILIES[name] for name in rng.permutation(families)]
+
+    def replaced(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        return tuple(term._replace(family=codes[term.family]) for term in terms)
+
+    segments = []
+    for segment in visit.segments.segments:
+        end, cols = segment.element_offset + segment.numel, int(rng.choice([0, 1, 3, 8, 64, 100, 129, 384, 520, 1024]))
+        matrices, each = (int(rng.choice([1, 1, 5])), cols) if cols else (1, 1)
+        segments.append(segment._replace(rows=-(-end // (matrices * each)), cols=cols, matrices=matrices))
+    return visit._replace(
+        segments=SegmentTable(segments, num_bytes=visit.weights.numel()),
+        updates=tuple(update._replace(terms=replaced(update.terms)) for update in visit.updates),
+        emits=tuple(emit._replace(terms=replaced(emit.terms)) for emit in visit.emits),
+    )
+
+
 def random_place(rng: np.random.Generator) -> dict[str, int]:
     return {
         "seed": int(rng.integers(0, 2**64, dtype=np.uint64)),
@@ -238,6 +260,24 @@ def check_noise(backend: str, device: str = "cpu", numels: tuple[int, ...] = (1,
             assert_same_bits(out.view(-1), expected)
 
 
+def check_low_rank(backend: str, device: str = "cpu", numels: tuple[int, ...] = (1, 700, 2000)) -> None:
+    """low_rank and the ops in place against the reference: slices from the middle of a row on, experts, odd columns."""
+    place = {"seed": 2**64 - 3, "step": 2**32 - 1, "param": 9, "probe": 2**20 - 1}
+    shapes = ((70, 33), (5, 6, 77), (40, 512), (3, 1500), (2, 9, 128), (2100, 1))
+    for (index, shape), family, numel in itertools.product(enumerate(shapes), LOW_RANK, numels):
+        at = {"offset": int(17 * index % (torch.Size(shape).numel() - numel)), "family": family}
+        got = distzo2_core.low_rank(shape, numel=numel, **place, **at, device=device, backend=backend)
+        z = distzo2_core.low_rank(shape, **place, family=family, backend="reference")
+        assert_same_bits(got, z.view(-1)[at["offset"] :][:numel], (shape, family, numel))
+        at["matrix"] = shape[-2:]
+        for dtype in DTYPES[index % 3 :][:1]:
+            w = random_weights(np.random.default_rng(index), numel, dtype)
+            for function, scalars in ((distzo2_core.restore_, (0.3,)), (distzo2_core.update_, (0.1, 0.7))):
+                changed = function(w.to(device, copy=True), *scalars, **place, **at, backend=backend)
+                expected = function(w.clone(), *scalars, **place, **at, backend="reference")
+                assert_same_bits(changed, expected, (function.__name__, shape, family, numel))
+
+
 def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, cols: int, device: str = "cpu") -> None:
     """embedding against rows of the table that the reference has perturbed as a whole, for one random table; in another
     dtype, the rows that the reference makes of each."""
@@ -245,13 +285,19 @@ def check_embedding(rng: np.random.Generator, backend: str, dtype: torch.dtype, 
     table = random_weights(rng, rows * cols, dtype).view(rows, cols)
     place = random_place(rng)
     ids = torch.tensor([[10, 0, 3], [3, 7, 10]])
-    for family, scale in itertools.product(("normal", "rademacher"), (0.0, random_coef(rng))):
+    for family, scale in itertools.product(("normal", "rademacher", rng.choice(LOW_RANK)), (0.0, random_coef(rng))):
+        more = {"family": str(family)}
         before = table.to(device, copy=True)
-        got = distzo2_core.embedding(before, ids.to(device), scale, **place, family=family, backend=backend)
-        whole = distzo2_core.perturb_(table.clone(), scale, **place, family=family, backend="reference")
+        got = distzo2_core.embedding(before, ids.to(device), scale, **place, **more, backend=backend)
+        if more["family"] in LOW_RANK:
+            more["matrix"] = (2**31, cols)
+            place["offset"] %= 2**30
+            got = distzo2_core.embedding(before, ids.to(device), scale, **place, family=str(family), backend=backend)
+        whole = distzo2_core.perturb_(table.clone(), scale, **place, **more, backend="reference")
+        more.pop("matrix", None)
         assert_same_bits(got, torch.nn.functional.embedding(ids, whole), (scale, family, place))
         out_dtype = DTYPES[rng.integers(3)]
-        more = {**place, "family": family, "out_dtype": out_dtype}
+        more |= {**place, "out_dtype": out_dtype}
         got = distzo2_core.embedding(before, ids.to(device), scale, **more, backend=backend)
         expected = distzo2_core.embedding(table, ids, scale, **more, backend="reference")
         assert_same_bits(got, expected, (scale, family, place, out_dtype))

@@ -45,6 +45,9 @@ def digest(values: np.ndarray) -> str:
 def noise_bytes(case: dict, backend: str) -> np.ndarray:
     place = {name: case[name] for name in ("seed", "step", "param", "probe", "offset")}
     dtype = getattr(torch, case["dtype"])
+    if case["kind"] == "low_rank":
+        place |= {"family": case["family"], "numel": case["numel"]}
+        return distzo2_core.low_rank(case["shape"], dtype=dtype, backend=backend, **place).view(torch.uint8).numpy()
     tensor = getattr(distzo2_core, case["kind"])(case["numel"], dtype=dtype, backend=backend, **place)
     return tensor.view(torch.uint8).numpy()
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import distzo2_core
+from distzo2_core.types import matrix_shape
 
 
 def flat_losses(opt) -> list[float]:
@@ -87,7 +88,9 @@ def plain_loop(
 def update_(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
     """An update by the terms of one step, rounded stochastically where `w` has 16 bits."""
     family = distzo2_core.FAMILIES[noise]
-    table = distzo2_core.SegmentTable([distzo2_core.Segment(0, w.numel(), w.dtype, param, 0, 0, 1, w.numel())])
+    rows, cols, matrices = matrix_shape(w.shape)
+    segment = distzo2_core.Segment(0, w.numel(), w.dtype, param, 0, 0, rows, cols, matrices=matrices)
+    table = distzo2_core.SegmentTable([segment])
     update = distzo2_core.Update(
         step,
         (distzo2_core.GroupScalars(lr, weight_decay),),

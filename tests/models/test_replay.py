@@ -27,7 +27,8 @@ from distzo2.models.replay import ReplayReport, _check_map, plan_pieces, replay
 from distzo2.record.header import make_header, table_row
 from distzo2.record.journal import Journal
 from distzo2.record.line import JournalError
-from distzo2_core import Update, update_
+from distzo2_core import FAMILIES, Update, update_
+from distzo2_core.types import dense_family, matrix_shape
 
 
 @torch.no_grad()
@@ -41,15 +42,25 @@ def train(weights: dict[str, torch.Tensor], table: list[dict[str, Any]], updates
             scalars = update.groups[row["group"]]
             update_(
                 weights[row["name"]], scalars.lr, term.c, weight_decay=scalars.weight_decay, seed=SEED, step=term.step,
-                param=row["index"], family=["normal", "rademacher"][term.family], backend="reference",
+                param=row["index"], family=term.family, backend="reference",
             )  # fmt: skip
 
 
 def check_replay(
-    directory: Path, base: Path, weights: dict[str, torch.Tensor], frozen: Sequence[str] = (), **options: Any
+    directory: Path,
+    base: Path,
+    weights: dict[str, torch.Tensor],
+    frozen: Sequence[str] = (),
+    noise: str | None = None,
+    **options: Any,
 ) -> ReplayReport:
     """Replays a run on `base` into `directory / "out"`; `weights` become what they must be."""
     table, updates = make_table(weights, frozen), make_updates()
+    if noise is not None:
+        for row in table:
+            row["noise"] = noise if matrix_shape(row["shape"])[1] else dense_family(noise)
+        terms = [tuple(term._replace(family=FAMILIES[noise]) for term in update.terms) for update in updates]
+        updates = [update._replace(terms=each) for update, each in zip(updates, terms, strict=True)]
     journal = write_run(directory / "journal.jsonl", base, table, updates)
     train(weights, table, updates)
     report = replay(base, journal, directory / "out", progress=False, **options)
@@ -105,8 +116,8 @@ def test_a_run_in_another_dtype_than_its_base(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("piece_bytes", [1 << 20, 700])
-def test_experts_that_the_model_holds_fused(tmp_path: Path, piece_bytes: int) -> None:
+@pytest.mark.parametrize(("piece_bytes", "noise"), [(1 << 20, None), (700, None), (700, "normal-r4"), (900, "sign-r1")])
+def test_experts_that_the_model_holds_fused(tmp_path: Path, piece_bytes: int, noise: str | None) -> None:
     torch.manual_seed(1)
     config = MixtralConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -117,7 +128,7 @@ def test_experts_that_the_model_holds_fused(tmp_path: Path, piece_bytes: int) ->
     weights = named_weights(base)
     assert any(w.dim() == 3 for w in weights.values())
     assert any(".experts.0." in name for name in load_file(base / "model.safetensors"))
-    check_replay(tmp_path, base, weights, piece_bytes=piece_bytes)
+    check_replay(tmp_path, base, weights, piece_bytes=piece_bytes, noise=noise)
     assert_same_tensors(named_weights(tmp_path / "out"), weights)
 
 
@@ -128,7 +139,7 @@ def test_a_checkpoint_of_no_language_model(tmp_path: Path) -> None:
     base.mkdir()
     save_file(model.state_dict(), base / "model.safetensors")
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
-    check_replay(tmp_path, base, weights)
+    check_replay(tmp_path, base, weights, noise="sign-r4")
     assert_same_tensors(load_file(tmp_path / "out" / "model.safetensors"), dict(model.state_dict()) | weights)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import finetune
+from cli_runs import finetune, one_line
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,7 +37,7 @@ def planned(*arguments: str) -> list:
     return Planner(asked, machine).plans()
 
 
-def test_an_update_makes_the_noise_of_its_window() -> None:
+def test_an_update_makes_the_noise_of_its_window(capsys) -> None:
     """Of 2 perturbations the one of the next step, and of the update one of each step of the window."""
     plain, four, default = (
         planned("--noise=rademacher", *more)[0].row["noise_s"]
@@ -45,8 +45,9 @@ def test_an_update_makes_the_noise_of_its_window() -> None:
     )
     term = (four - plain) / 3
     assert 0 < term < plain and default == pytest.approx(plain + 43 * term)
-    with pytest.raises(UsageError, match="--momentum-window needs --momentum"):
-        request("--momentum-window=4")
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--momentum-window=4"])
+    assert "--momentum-window needs --momentum" in one_line(capsys)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import CODES, DTYPES, needs_native, random_visit
+from kernel_cases import CODES, DTYPES, LOW_RANK, check_low_rank, low_rank_visit, needs_native, random_visit
 from packed_cases import FORMATS, check_decode
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
@@ -43,6 +43,9 @@ def check_random_visits(
             nonnegative = dtypes != DTYPES
             visit = random_visit(np.random.default_rng(seed), dtypes, max_numel, pairs_of(kernels), nonnegative)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
+            if seed % 3 == 0:
+                visit = low_rank_visit(np.random.default_rng(seed), visit)
+                num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 
 
@@ -95,6 +98,7 @@ def test_noise_and_in_place(kernels: CudaKernels | TritonKernels, dtype: torch.d
 def test_lookup(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> None:
     with backend_of(kernels) as backend:
         for seed, cols in enumerate((1, 7, 64, 1030)):
+            check_lookup(np.random.default_rng(seed), backend, dtype, cols, families=LOW_RANK)
             check_lookup(np.random.default_rng(seed), backend, dtype, cols)
         for cols in (8, 2104):
             check_lookup(np.random.default_rng(cols), backend, dtype, cols, whole=True)
@@ -115,6 +119,11 @@ def test_rows_that_do_not_exist_are_nan(kernels: CudaKernels | TritonKernels, dt
         constants = {"FAMILY": 0, "CODE": code, "OUT_CODE": code, "TILE": 1024, "enable_fp_fusion": False}
         kernels.launch("embedding_kernel", (4, 2), tensors, constants)
     assert rows[0].isfinite().all() and rows[1:].isnan().all()
+
+
+def test_low_rank(kernels: CudaKernels | TritonKernels) -> None:
+    with backend_of(kernels) as backend:
+        check_low_rank(backend, numels=(700,))
 
 
 def test_visits_of_simple_programs(kernels: CudaKernels | TritonKernels) -> None:

@@ -60,7 +60,10 @@ def test_none() -> None:
         ({"lr": None}, "lr: null: expected a valid number"),
         ({"steps": True}, "steps: true: expected a number, not true"),
         ({"steps": 1.5}, "steps: 1.5: expected a valid integer"),
-        ({"noise": "pink"}, "noise: pink: expected 'normal' or 'rademacher'"),
+        (
+            {"noise": "pink"},
+            "noise: pink: expected 'normal', 'rademacher', 'sign-r1', 'sign-r4', 'normal-r1' or 'normal-r4'",
+        ),
         ({"quiet": "yes"}, "quiet: yes: expected a valid boolean"),
         ({"eps": 0}, "eps: 0: expected a number greater than 0"),
         ({"model": 3}, "model: 3: expected a valid string"),

@@ -68,6 +68,20 @@ def test_streamed_equals_plain_loop(case, dtype, weights, tmp_path):
     assert_same(train(case, weights, tmp_path, dtype=dtype), plain(case, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "noise", "weights", "dtype"),
+    [
+        ("mixtral", "sign-r4", "disk", torch.bfloat16),  # experts in one parameter
+        ("conv", "normal-r1", "host", torch.float32),
+        ("opt-tied", "sign-r1", "device", torch.float16),
+        ("llama", "normal-r4", "host", torch.float32),
+    ],
+)
+def test_low_rank_noise(name, noise, weights, dtype, tmp_path):
+    more = {"dtype": dtype, "noise": noise, "num_probes": 2}
+    assert_same(train(BY_NAME[name], weights, tmp_path, **more), plain(BY_NAME[name], **more))
+
+
 @pytest.mark.parametrize("weights", MODES)
 @pytest.mark.parametrize(
     ("case", "dtype", "compute"),

@@ -21,6 +21,21 @@ def test_units_are_the_blocks_and_tied_weights_stay(case, tmp_path):
     assert len(embedding.windows) == (2 if case.name == "opt-tied" else 1)
 
 
+def test_what_has_low_rank_noise():
+    """Matrices, and those of experts; not what is convolved with, and no vectors."""
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(6, 4), "conv": torch.nn.Conv1d(4, 4, 3)})
+    model.register_parameter("experts", torch.nn.Parameter(torch.zeros(3, 5, 7)))
+    distzo2.offload(model, weights="device")
+    params = {p.name: p for p in distzo2.runtime_of(model).params}
+    assert {name: (p.matrix_shape, p.noise("sign-r4")) for name, p in params.items()} == {
+        "experts": ((5, 7, 3), "sign-r4"),
+        "linear.weight": ((4, 6, 1), "sign-r4"),
+        "linear.bias": ((4, 0, 1), "rademacher"),
+        "conv.weight": ((48, 0, 1), "rademacher"),
+        "conv.bias": ((4, 0, 1), "rademacher"),
+    }
+
+
 class Wrapper(torch.Tensor):
     """A tensor that is made of others, as those of torchao are."""
 

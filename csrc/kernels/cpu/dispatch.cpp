@@ -130,6 +130,15 @@ void run(const Work& work, int64_t numel) {
 
 } // namespace
 
+void* factor_memory(int64_t num_bytes) {
+    struct alignas(64) Line {
+        std::byte bytes[64];
+    };
+    thread_local std::vector<Line> lines;
+    lines.resize(std::max(lines.size(), static_cast<size_t>(num_bytes + 63) / sizeof(Line)));
+    return lines.data();
+}
+
 const char* simd_name(SimdLevel level) {
     switch (level) {
     case SimdLevel::kPortable:

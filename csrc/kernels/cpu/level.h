@@ -15,6 +15,9 @@ struct CpuLevel {
     void (*decode)(const Decode& request, int64_t begin, int64_t end);
 };
 
+// For the factors of low-rank noise: memory of the calling thread, at a multiple of 64 bytes, which it keeps.
+void* factor_memory(int64_t num_bytes);
+
 // In files of their own, decode_*.cpp.
 void decode_portable(const Decode& request, int64_t begin, int64_t end);
 void decode_avx2(const Decode& request, int64_t begin, int64_t end);

@@ -17,11 +17,11 @@ class Rows {
     using Raw = typename Store::Raw;
 
     explicit Rows(const Lookup& request)
-        : scale_(request.scale), out_dtype_(request.out_dtype),
-          is_normal_(request.family == static_cast<int64_t>(Purpose::kNormal)),
-          draw_(make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
+        : scale_(request.scale), out_dtype_(request.out_dtype), term_{request.family, request.step, request.probe, 0},
+          draw_(make_draw(kind_of(request.family), static_cast<uint32_t>(request.param),
                           static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe))),
-          philox_(request.seed) {}
+          philox_(request.seed), low_rank_(philox_, request.param, kMaxElements, request.cols, &term_, 1, true),
+          is_normal_(!low_rank_.makes(term_) && kind_of(request.family) == Purpose::kNormal) {}
 
     // numel elements of the table at `from`, the first being `element` of the parameter; within one tile of it.
     void add(const Raw* from, uint8_t* to, int64_t element, int numel) {
@@ -33,6 +33,9 @@ class Rows {
         } else if (is_normal_) {
             philox_.seek(draw_, static_cast<uint64_t>(first) / kNormalsPerGroup);
             normals_.fill_words(philox_, used_, used_ + count);
+        } else if (low_rank_.makes(term_)) {
+            low_rank_.set_tile(element, element + numel, first, count);
+            low_rank_.fill(term_, noise_ + used_);
         } else {
             float* noise = noise_ + used_;
             for_signs<V>(signs_.at(philox_, draw_, first), count,
@@ -98,9 +101,11 @@ class Rows {
 
     const float scale_;
     const DType out_dtype_;
-    const bool is_normal_;
+    const Term term_;
     const Draw draw_;
     typename V::Philox philox_;
+    LowRank<V> low_rank_;
+    const bool is_normal_;
     NormalTile<V> normals_;
     SignWords<V, 1> signs_;
     Part parts_[kTile / kAlign];

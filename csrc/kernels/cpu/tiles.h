@@ -3,15 +3,14 @@
 // arithmetic is that of types.h; padding lanes of partial tiles compute on copies and are thrown away.
 #pragma once
 
-#include "kernels/cpu/level.h"
-#include "kernels/cpu/signs.h"
+#include "kernels/cpu/low_rank.h"
 
 namespace distzo2 {
 namespace {
 
 DZO_HD Draw term_draw(const Term& term, const Segment& segment) {
-    return make_draw(static_cast<Purpose>(term.family), static_cast<uint32_t>(segment.param),
-                     static_cast<uint32_t>(term.step), static_cast<uint32_t>(term.probe));
+    return make_draw(kind_of(term.family), static_cast<uint32_t>(segment.param), static_cast<uint32_t>(term.step),
+                     static_cast<uint32_t>(term.probe));
 }
 
 DZO_HD bool same_noise(const Term& a, const Term& b) {
@@ -29,7 +28,10 @@ class Tile {
     using Raw = typename Store::Raw;
 
     Tile(const Materialize& visit, typename V::Philox& philox, const Segment& segment)
-        : visit_(visit), philox_(philox), segment_(segment) {}
+        : visit_(visit), philox_(philox), segment_(segment),
+          low_rank_(philox, segment.param, segment.rows, segment.cols, visit.terms, visit.num_terms) {}
+
+    const LowRank<V>& low_rank() const { return low_rank_; }
 
     void run(int64_t lo, int64_t hi) {
         constexpr int64_t kAlign = kSignsPerGroup;
@@ -37,6 +39,7 @@ class Tile {
         count_ = static_cast<int>((hi - first_ + kAlign - 1) / kAlign * kAlign);
         skip_ = static_cast<int>(lo - first_);
         num_ = static_cast<int>(hi - lo);
+        low_rank_.set_tile(lo, hi, first_, count_);
         const int64_t skipped = lo - segment_.element_offset;
         weights_ = reinterpret_cast<Raw*>(visit_.weights + segment_.byte_offset) + skipped;
         out_place_ = segment_.out_offset + skipped * dtype_bytes(static_cast<DType>(segment_.out_dtype));
@@ -130,9 +133,12 @@ class Tile {
 
     template <class Consume>
     DZO_HD void noise(const Term& term, Consume consume) {
-        const Draw draw = term_draw(term, segment_);
-        if (term.family == static_cast<int64_t>(Purpose::kNormal))
-            for_normals<V>(philox_, draw, first_, count_, consume);
+        if (low_rank_.makes(term)) {
+            low_rank_.fill(term, noise_);
+            for (int i = 0; i < count_; i += V::kWidth)
+                consume(i, V::load(noise_ + i));
+        } else if (kind_of(term.family) == Purpose::kNormal)
+            for_normals<V>(philox_, term_draw(term, segment_), first_, count_, consume);
         else
             for_signs<V>(sign_words(term), count_, consume);
     }
@@ -142,6 +148,8 @@ class Tile {
     }
 
     __attribute__((noinline)) void fill_noise(const Term& term) {
+        if (low_rank_.makes(term))
+            return low_rank_.fill(term, noise_);
         noise(term, [this](int i, F z) __attribute__((always_inline)) { V::store(noise_ + i, z); });
     }
 
@@ -192,6 +200,10 @@ class Tile {
             const F k = V::set(coefs[j] * group.update_scale);
             if (coefs[j] * group.update_scale == 0.0f)
                 continue;
+            if (low_rank_.makes(terms[j])) {
+                low_rank_.add(terms[j], coefs[j] * group.update_scale, noise_, sums_[0]);
+                continue;
+            }
             fill_noise(terms[j]);
             for (int i = 0; i < count_; i += V::kWidth)
                 V::store(sums_[0] + i, V::fma(k, V::load(noise_ + i), V::load(sums_[0] + i)));
@@ -285,8 +297,9 @@ class Tile {
                 for (int n = 0; n < N; ++n)
                     OutStore::store_nearest(out[n] + i, V::fma(k[n], z, w));
             };
-            if (!decoded_ && !staged() && visit_.num_emits == N) { // one pass: read once, write every copy
-                if (terms[only].family == static_cast<int64_t>(Purpose::kRademacher)) {
+            // One pass: read once, write every copy.
+            if (!decoded_ && !staged() && visit_.num_emits == N && low_rank_.takes_whole_rows()) {
+                if (!low_rank_.makes(terms[only]) && kind_of(terms[only].family) == Purpose::kRademacher) {
                     perturb_by_signs<V, D, O, N>(sign_words(terms[only]), count_, weights_, scales_, k, out);
                     return;
                 }
@@ -325,38 +338,29 @@ class Tile {
     SignWords<V> signs_[kSignTerms];
     typename V::Philox& philox_;
     const Segment& segment_;
-    Raw* weights_ = nullptr;           // element lo
-    bool decoded_ = false;             // values_ holds the weights
-    bool written_ = false;             // the updated weights are stored
-    int64_t first_ = 0;                // first element of the widened range
-    int64_t out_place_ = 0;            // byte of element lo in every out
-    int count_ = 0;                    // elements of the widened range
-    int skip_ = 0;                     // lo - first_
-    int num_ = 0;                      // hi - lo
-    alignas(64) float values_[kTile];  // the weights, or their codes, as they are now
-    alignas(64) float noise_[kTile];   // z of one term
-    alignas(64) float sums_[2][kTile]; // accumulators
+    LowRank<V> low_rank_;
+    Raw* weights_ = nullptr;                     // element lo
+    bool decoded_ = false;                       // values_ holds the weights
+    bool written_ = false;                       // the updated weights are stored
+    int64_t first_ = 0;                          // first element of the widened range
+    int64_t out_place_ = 0;                      // byte of element lo in every out
+    int count_ = 0;                              // elements of the widened range
+    int skip_ = 0;                               // lo - first_
+    int num_ = 0;                                // hi - lo
+    alignas(64) float values_[kTile];            // the weights, or their codes, as they are now
+    alignas(64) float noise_[kTile + V::kWidth]; // z of one term
+    alignas(64) float sums_[2][kTile];           // accumulators
     alignas(64) uint16_t rounding_[kTile];
     alignas(64) uint8_t staging_[2 * kTile * (sizeof(Raw) > 2 ? sizeof(Raw) : 2)]; // two tiles as stored or emitted
     float scales_[kCodes ? kTile / kSignsPerWord : 1];
 };
 
-// body(lo, hi) for the tiles of elements [begin, end) of a parameter.
-template <class Body>
-void for_tiles(int64_t begin, int64_t end, Body body) {
-    for (int64_t lo = begin; lo < end;) {
-        const int64_t next = (lo / kTile + 1) * kTile;
-        const int64_t hi = next < end ? next : end;
-        body(lo, hi);
-        lo = hi;
-    }
-}
-
 template <class V, DType D>
 void run_segment(const Materialize& visit, typename V::Philox& philox, const Segment& segment, int64_t begin,
                  int64_t end) {
     Tile<V, D> tile(visit, philox, segment);
-    for_tiles(begin, end, [&](int64_t lo, int64_t hi) { tile.run(lo, hi); });
+    for_block_tiles(begin, end, segment.cols, tile.low_rank().width(),
+                    [&](int64_t lo, int64_t hi) { tile.run(lo, hi); });
 }
 
 template <class V>
@@ -394,19 +398,28 @@ template <class V, DType D>
 void run_noise(const InPlace& request, int64_t begin, int64_t end) {
     using Raw = typename Storage<V, D>::Raw;
     typename V::Philox philox(request.seed);
-    const Draw draw = make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
+    const Draw draw = make_draw(kind_of(request.family), static_cast<uint32_t>(request.param),
                                 static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe));
     Raw* out = static_cast<Raw*>(request.data);
     SignWords<V> signs;
     alignas(64) Raw staging[kTile];
-    for_tiles(request.offset + begin, request.offset + end, [&](int64_t lo, int64_t hi) {
+    alignas(64) float noise[kTile + V::kWidth];
+    const Term term{request.family, request.step, request.probe, 0};
+    LowRank<V> low_rank(philox, request.param, request.rows, request.cols, &term, 1);
+    const int64_t begin_at = request.offset + begin, end_at = request.offset + end;
+    for_block_tiles(begin_at, end_at, request.cols, low_rank.width(), [&](int64_t lo, int64_t hi) {
         const int64_t first = lo / kSignsPerGroup * kSignsPerGroup;
         const int count = static_cast<int>((hi - first + kSignsPerGroup - 1) / kSignsPerGroup * kSignsPerGroup);
         const bool staged = hi - lo != count;
         Raw* target = staged ? staging : out + (lo - request.offset);
         auto consume = [&](int i, typename V::F z)
                            __attribute__((always_inline)) { Storage<V, D>::store_nearest(target + i, z); };
-        if (request.family == static_cast<int64_t>(Purpose::kNormal))
+        low_rank.set_tile(lo, hi, first, count);
+        if (low_rank.makes(term)) {
+            low_rank.fill(term, noise);
+            for (int i = 0; i < count; i += V::kWidth)
+                consume(i, V::load(noise + i));
+        } else if (kind_of(request.family) == Purpose::kNormal)
             for_normals<V>(philox, draw, first, count, consume);
         else
             for_signs<V>(signs.at(philox, draw, first), count, consume);

@@ -13,9 +13,9 @@ DZO_HD int64_t max_octets_of_row(int64_t cols) { return (cols + 2 * (kOctet - 1)
 
 // Octets thread, thread + num_threads, ... of output row `row`. An id that is out of range gives a row of NaN: a device
 // cannot raise, and a loss of NaN is noticed. kMixed: the result is not of the table's dtype.
-template <DType D, bool kMixed = false>
+template <DType D, bool kMixed = false, class Matrix = NoMatrix>
 DZO_HD void lookup_thread(const Lookup& request, const PhiloxKeys& keys, int64_t row, int64_t thread,
-                          int64_t num_threads) {
+                          int64_t num_threads, const Matrix& matrix = {}) {
     constexpr int64_t kBytes = OctetStorage<D>::kBytes;
     const int64_t id = request.ids[row];
     const bool known = id >= 0 && id < request.num_rows;
@@ -45,7 +45,7 @@ DZO_HD void lookup_thread(const Lookup& request, const PhiloxKeys& keys, int64_t
         if (known)
             place.load(source, w);
         if (known && request.scale != 0.0f) {
-            noise_octet(draw, keys, octet, z);
+            matrix.octet(draw, keys, octet, z);
             DZO_UNROLL
             for (int i = 0; i < kOctet; ++i)
                 w[i] = fma_rn(request.scale, z[i], w[i]);

@@ -33,17 +33,28 @@ __global__ void __launch_bounds__(kThreads, Program::kMinBlocks) visit_kernel(co
     run_thread<Program>(tables.header, TableReader{tables.bytes}, blockIdx.x, threadIdx.x);
 }
 
-template <DType D>
+template <DType D, class Matrix>
 __global__ void __launch_bounds__(kThreads)
     generate_kernel(const __grid_constant__ InPlace request, const __grid_constant__ PhiloxKeys keys,
-                    uint32_t octets_per_thread) {
-    generate_thread<D>(request, keys, octets_per_thread, blockIdx.x, threadIdx.x);
+                    uint32_t octets_per_thread, Matrix matrix) {
+    generate_thread<D>(request, keys, octets_per_thread, blockIdx.x, threadIdx.x, matrix);
 }
 
-template <DType D, bool kMixed>
+template <DType D, bool kMixed, class Matrix>
 __global__ void __launch_bounds__(kThreads)
-    lookup_kernel(const __grid_constant__ Lookup request, const __grid_constant__ PhiloxKeys keys) {
-    lookup_thread<D, kMixed>(request, keys, blockIdx.x, threadIdx.x, blockDim.x);
+    lookup_kernel(const __grid_constant__ Lookup request, const __grid_constant__ PhiloxKeys keys, Matrix matrix) {
+    lookup_thread<D, kMixed>(request, keys, blockIdx.x, threadIdx.x, blockDim.x, matrix);
+}
+
+// body(std::integral_constant<DType, dtype>), of a dtype.
+template <class Body>
+void with_dtype(DType dtype, Body body) {
+    if (dtype == DType::kFp32)
+        body(std::integral_constant<DType, DType::kFp32>{});
+    else if (dtype == DType::kBf16)
+        body(std::integral_constant<DType, DType::kBf16>{});
+    else
+        body(std::integral_constant<DType, DType::kFp16>{});
 }
 
 // A piece of the tables, carried by the parameters of a launch: ordered on the stream without a host copy that could
@@ -170,7 +181,11 @@ void launch_mixed(const VisitTables& tables, DeviceState& state, int device, cud
 }
 
 void launch_visit(const VisitTables& tables, DeviceState& state, int device, cudaStream_t stream) {
-    if (tables.shape.coded) // programs of fixed size spill with three formats more
+    if (tables.shape.low_rank && (tables.shape.coded || tables.shape.mixed))
+        launch<Coded<LowRankProgram>>(tables, state, device, stream);
+    else if (tables.shape.low_rank)
+        launch<LowRankProgram>(tables, state, device, stream);
+    else if (tables.shape.coded) // programs of fixed size spill with three formats more
         launch<Coded<AnyProgram>>(tables, state, device, stream);
     else if (tables.shape.mixed && tables.shape.simple && tables.shape.family == Purpose::kNormal)
         launch_mixed<Purpose::kNormal>(tables, state, device, stream);
@@ -214,12 +229,15 @@ void generate_cuda(const InPlace& request, int device, CudaStream stream) {
         part.numel = end - begin;
         const uint32_t per_thread = octets_per_thread(num_octets(begin, part.numel), num_sms);
         const uint32_t num_tiles = num_tiles_of(begin, part.numel, per_thread);
-        if (request.dtype == DType::kFp32)
-            generate_kernel<DType::kFp32><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread);
-        else if (request.dtype == DType::kBf16)
-            generate_kernel<DType::kBf16><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread);
-        else
-            generate_kernel<DType::kFp16><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread);
+        with_dtype(request.dtype, [&](auto dtype) {
+            const auto run = [&](auto matrix) {
+                generate_kernel<dtype.value><<<num_tiles, kThreads, 0, on>>>(part, keys, per_thread, matrix);
+            };
+            if (rank_of(request.family) > 0)
+                run(DeviceMatrix{request.rows, request.cols});
+            else
+                run(NoMatrix{});
+        });
         DZO_CUDA_CHECK_LAUNCH();
     });
 }
@@ -234,18 +252,18 @@ void lookup_cuda(const Lookup& request, int device, CudaStream stream) {
     const auto num_threads = static_cast<unsigned>(std::min<int64_t>(warps * 32, kThreads));
     const PhiloxKeys keys = philox_keys(request.seed);
     const auto on = static_cast<cudaStream_t>(stream);
-    const auto launch = [&](auto dtype) {
-        if (request.out_dtype == request.dtype)
-            lookup_kernel<dtype.value, false><<<num_blocks, num_threads, 0, on>>>(request, keys);
+    with_dtype(request.dtype, [&](auto dtype) {
+        const auto run = [&](auto matrix) {
+            if (request.out_dtype == request.dtype)
+                lookup_kernel<dtype.value, false><<<num_blocks, num_threads, 0, on>>>(request, keys, matrix);
+            else
+                lookup_kernel<dtype.value, true><<<num_blocks, num_threads, 0, on>>>(request, keys, matrix);
+        };
+        if (rank_of(request.family) > 0)
+            run(DeviceMatrix{kMaxElements, request.cols});
         else
-            lookup_kernel<dtype.value, true><<<num_blocks, num_threads, 0, on>>>(request, keys);
-    };
-    if (request.dtype == DType::kFp32)
-        launch(std::integral_constant<DType, DType::kFp32>{});
-    else if (request.dtype == DType::kBf16)
-        launch(std::integral_constant<DType, DType::kBf16>{});
-    else
-        launch(std::integral_constant<DType, DType::kFp16>{});
+            run(NoMatrix{});
+    });
     DZO_CUDA_CHECK_LAUNCH();
 }
 

@@ -8,8 +8,10 @@
 
 #if defined(__CUDA_ARCH__)
 #define DZO_UNROLL _Pragma("unroll")
+#define DZO_NO_UNROLL _Pragma("unroll 1")
 #else
 #define DZO_UNROLL
+#define DZO_NO_UNROLL
 #endif
 
 namespace distzo2 {
@@ -54,6 +56,97 @@ DZO_HD void noise_octet(const Draw& draw, const PhiloxKeys& keys, int64_t octet,
     else
         signs_octet(draw, keys, octet, z);
 }
+
+// One factor of low-rank noise: its elements for a row, or a column, and the words that they are taken from.
+struct Factor {
+    float x[4]; // as many as the rank
+    PhiloxWords words;
+    float normals[4];
+    uint64_t group = ~uint64_t{0}; // of the words
+
+    DZO_HD void seek(const Draw& draw, const PhiloxKeys& keys, bool is_normal, uint64_t rank, uint64_t index) {
+        const uint64_t first = index * rank, wanted = first / (is_normal ? kNormalsPerGroup : kSignsPerGroup);
+        const bool is_new = wanted != group;
+        if (is_new)
+            words = philox_group(draw, keys, wanted);
+        group = wanted;
+        if (is_normal) {
+            if (is_new) {
+                const Normals4 four = normal_group(words);
+                DZO_UNROLL
+                for (int s = 0; s < 4; ++s)
+                    normals[s] = four.z[s];
+            }
+            const float low = first & 1 ? normals[1] : normals[0], high = first & 1 ? normals[3] : normals[2];
+            x[0] = first & 2 ? high : low;
+            DZO_UNROLL
+            for (int s = 1; s < 4; ++s)
+                x[s] = normals[s];
+        } else {
+            const uint32_t low = first & 32 ? words.w[1] : words.w[0], high = first & 32 ? words.w[3] : words.w[2];
+            const uint32_t bits = (first & 64 ? high : low) >> (first % 32);
+            DZO_UNROLL
+            for (int s = 0; s < 4; ++s)
+                x[s] = rademacher_from_lsb(bits >> s);
+        }
+    }
+};
+
+// The shape that low-rank noise depends on, and that noise; `draw` has the family in the place of the purpose.
+struct DeviceMatrix {
+    int64_t rows, cols;
+
+    DZO_HD void octet(Draw draw, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) const {
+        const uint64_t rank = static_cast<uint64_t>(rank_of(draw.tag >> 24));
+        const bool is_normal = kind_of(draw.tag >> 24) == Purpose::kNormal;
+        draw.tag &= 0x00FFFFFFu;
+        if (rank == 0 || cols == 0) {
+            draw.tag |= static_cast<uint32_t>(is_normal ? Purpose::kNormal : Purpose::kRademacher) << 24;
+            return noise_octet(draw, keys, octet, z);
+        }
+        Draw rows_draw = draw, cols_draw = draw;
+        rows_draw.tag |= static_cast<uint32_t>(Purpose::kRows) << 24;
+        cols_draw.tag |= static_cast<uint32_t>(Purpose::kCols) << 24;
+        const uint64_t element = static_cast<uint64_t>(octet) * kOctet, num_cols = static_cast<uint64_t>(cols);
+        uint64_t row = element / num_cols, col = element % num_cols, first_col = 0;
+        Factor a, b;
+        bool is_new_row = true;
+        // One copy of the code of a draw; z moves along, since registers have no index.
+        DZO_NO_UNROLL
+        for (int i = 0; i < kOctet; ++i) {
+            if (col == num_cols) {
+                col = 0;
+                ++row;
+                is_new_row = true;
+            }
+            if (is_new_row) {
+                a.seek(rows_draw, keys, is_normal, rank, row);
+                first_col = row / static_cast<uint64_t>(rows) * num_cols;
+                is_new_row = false;
+            }
+            b.seek(cols_draw, keys, is_normal, rank, first_col + col);
+            float product = mul_rn(a.x[0], b.x[0]);
+            if (rank == 4) {
+                DZO_UNROLL
+                for (int s = 1; s < 4; ++s)
+                    product = fma_rn(a.x[s], b.x[s], product);
+                product = mul_rn(product, 0.5f);
+            }
+            DZO_UNROLL
+            for (int k = 1; k < kOctet; ++k)
+                z[k - 1] = z[k];
+            z[kOctet - 1] = product;
+            ++col;
+        }
+    }
+};
+
+// In the place of a DeviceMatrix where all noise is dense.
+struct NoMatrix {
+    DZO_HD void octet(const Draw& draw, const PhiloxKeys& keys, int64_t octet, float z[kOctet]) const {
+        noise_octet(draw, keys, octet, z);
+    }
+};
 
 struct alignas(16) Sixteen {
     uint32_t word[4];

@@ -22,10 +22,10 @@ DZO_HD Draw draw_of(uint32_t tag, uint32_t param, uint32_t step) { return Draw{p
 
 // One update of an octet's elements w; true unless it is the identity. z is scratch, and `held` the number of the noise
 // in it.
-template <DType D>
+template <DType D, class Matrix>
 DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, uint32_t u, uint32_t param,
-                         uint32_t group, int64_t octet, const OctetScale<D>& scale, float w[kOctet], float z[kOctet],
-                         uint32_t& held) {
+                         uint32_t group, const Matrix& matrix, int64_t octet, const OctetScale<D>& scale,
+                         float w[kOctet], float z[kOctet], uint32_t& held) {
     const DeviceUpdate update = tables.row<DeviceUpdate>(header.updates_at, u);
     const UpdateGroup scalars = tables.row<UpdateGroup>(header.groups_at, u * header.num_groups + group);
     if (scalars.lr == 0.0f)
@@ -43,7 +43,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
             continue;
         any = true;
         if (term.noise != held) {
-            noise_octet(draw_of(term.tag, param, term.step), header.keys, octet, z);
+            matrix.octet(draw_of(term.tag, param, term.step), header.keys, octet, z);
             held = term.noise;
         }
         DZO_UNROLL
@@ -57,14 +57,16 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
 }
 
 // Any program.
-struct AnyProgram {
-    static constexpr bool kMixed = false, kCoded = false;
+template <class Matrix>
+struct Program {
+    static constexpr bool kMixed = false, kCoded = false, kLowRank = std::is_same_v<Matrix, DeviceMatrix>;
     static constexpr int kMinBlocks = 2; // blocks a multiprocessor: leaves it enough registers for all of its state
     template <DType D>
     struct Run {
         const VisitHeader& header;
         const TableReader& tables;
         const DeviceSegment& segment;
+        Matrix matrix;
 
         template <class Place>
         DZO_HD void octet(int64_t octet, const Place& place) const {
@@ -74,7 +76,8 @@ struct AnyProgram {
             place.load(header.weights, w);
             bool changed = false;
             for (uint32_t u = 0; u < header.num_updates; ++u)
-                changed |= update_octet<D>(header, tables, u, segment.param, segment.group, octet, units, w, z, held);
+                changed |=
+                    update_octet<D>(header, tables, u, segment.param, segment.group, matrix, octet, units, w, z, held);
             if (changed && header.write_back) {
                 DZO_UNROLL
                 for (int i = 0; i < kOctet; ++i)
@@ -96,7 +99,7 @@ struct AnyProgram {
                     if (k == 0.0f)
                         continue;
                     if (term.noise != held) {
-                        noise_octet(draw_of(term.tag, segment.param, term.step), header.keys, octet, z);
+                        matrix.octet(draw_of(term.tag, segment.param, term.step), header.keys, octet, z);
                         held = term.noise;
                     }
                     DZO_UNROLL
@@ -109,12 +112,15 @@ struct AnyProgram {
     };
 };
 
+struct AnyProgram : Program<NoMatrix> {};
+struct LowRankProgram : Program<DeviceMatrix> {};
+
 // The common programs, with their scalars in registers: kUpdates (0 or 1) updates of one term, then kEmits (0, 1 or 2)
 // emits of one term, both of the same z. All noise is of one family: the choice at run time costs a third of the warps
 // that a multiprocessor holds.
 template <int kUpdates, int kEmits, Purpose kFamily>
 struct SimpleProgram {
-    static constexpr bool kMixed = false, kCoded = false;
+    static constexpr bool kMixed = false, kCoded = false, kLowRank = false;
     static constexpr int kMinBlocks =
         kUpdates > 0 && kEmits > 0 ? 3 : 0; // 0: the compiler's choice, which spills there
     template <DType D>
@@ -249,7 +255,13 @@ DZO_HD bool is_aligned(const uint8_t* buffer, const DeviceSegment& segment, int6
 template <class Program, DType D>
 DZO_HD void run_segment(const VisitHeader& header, const TableReader& tables, uint32_t index,
                         const DeviceSegment& segment, uint32_t tile, uint32_t thread) {
-    const typename Program::template Run<D> run{header, tables, segment};
+    const auto run = [&] {
+        using Run = typename Program::template Run<D>;
+        if constexpr (Program::kLowRank)
+            return Run{header, tables, segment, tables.row<DeviceMatrix>(header.matrices_at, index)};
+        else
+            return Run{header, tables, segment};
+    }();
     const bool alike = header.aligned != 0;
     const bool aligned = is_aligned(header.weights, segment, segment.byte_offset, OctetStorage<D>::kBytes);
     tile -= segment.first_tile;
@@ -293,26 +305,27 @@ DZO_HD void run_thread(const VisitHeader& header, const TableReader& tables, uin
 }
 
 // Generated noise: rne(z) of elements [offset, offset + numel), as a visit that only writes.
-template <DType D>
+template <DType D, class Matrix>
 struct GenerateRun {
     const InPlace& request;
     const PhiloxKeys& keys;
+    const Matrix& matrix;
 
     DZO_HD void octet(int64_t octet, const OctetPlace<D>& place) const {
         float z[kOctet];
-        noise_octet(make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
-                              static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe)),
-                    keys, octet, z);
+        matrix.octet(make_draw(static_cast<Purpose>(request.family), static_cast<uint32_t>(request.param),
+                               static_cast<uint32_t>(request.step), static_cast<uint32_t>(request.probe)),
+                     keys, octet, z);
         place.template store<false>(static_cast<uint8_t*>(request.data), z);
     }
 };
 
-template <DType D>
+template <DType D, class Matrix = NoMatrix>
 DZO_HD void generate_thread(const InPlace& request, const PhiloxKeys& keys, uint32_t octets_per_thread, uint32_t tile,
-                            uint32_t thread) {
+                            uint32_t thread, const Matrix& matrix = {}) {
     const DeviceSegment whole{0, request.offset, request.offset + request.numel, 0, 0, 0, 0};
     const bool aligned = is_aligned(static_cast<const uint8_t*>(request.data), whole, 0, OctetStorage<D>::kBytes);
-    run_octets<D>(whole, aligned, GenerateRun<D>{request, keys}, tile, octets_per_thread, thread);
+    run_octets<D>(whole, aligned, GenerateRun<D, Matrix>{request, keys, matrix}, tile, octets_per_thread, thread);
 }
 
 } // namespace distzo2

@@ -32,7 +32,7 @@ struct DeviceOut {
 };
 
 struct DeviceTerm {
-    uint32_t tag; // of its Draw: purpose and probe
+    uint32_t tag; // of its Draw: purpose, or if `low_rank` the family, and probe
     uint32_t step;
     float coef;
     uint32_t noise; // equal for terms whose z may be kept from the last use: the same number, the same z
@@ -55,8 +55,9 @@ struct VisitHeader {
     uint32_t num_updates, num_groups, num_emits;
     uint32_t segments_at, terms_at, updates_at, groups_at, emits_at, scales_at, outs_at;
     uint32_t write_back;
-    uint32_t aligned;   // all outs have the same address modulo 16, as the weights have unless `mixed`
-    uint32_t places_at; // of the DeviceOut of each segment if `mixed`
+    uint32_t aligned;     // all outs have the same address modulo 16, as the weights have unless `mixed`
+    uint32_t places_at;   // of the DeviceOut of each segment if `mixed`
+    uint32_t matrices_at; // of its DeviceMatrix if `low_rank`
 };
 
 // The shape of the program, when every update and emit has one term, all of one family: a kernel is compiled for each.
@@ -67,6 +68,7 @@ struct VisitShape {
     int num_emits;   // 0, 1 or 2 (the same z)
     bool mixed;      // a segment is emitted in another dtype, or at another place, than it is stored
     bool coded;      // a segment is of a stored format; then `mixed` too
+    bool low_rank;   // a term has low-rank noise, and a segment columns for it
 };
 
 struct VisitTables {
@@ -131,11 +133,13 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     std::vector<uint8_t>& bytes = tables.bytes;
     bytes.clear();
     int64_t octets = 0;
-    bool frozen = false, mixed = false, coded = false;
+    bool frozen = false, mixed = false, coded = false, low_rank = false;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
         octets += num_octets(segment.element_offset, segment.numel);
         frozen = frozen || segment.group == kNoGroup;
+        for (int64_t t = 0; t < visit.num_terms && segment.cols > 0 && !low_rank; ++t)
+            low_rank = rank_of(visit.terms[t].family) > 0;
         coded = coded || segment.dtype > static_cast<int64_t>(DType::kFp16);
         mixed = mixed || segment.out_dtype != segment.dtype || segment.out_offset != segment.byte_offset;
     }
@@ -155,6 +159,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
 
     std::vector<DeviceSegment> segments;
     std::vector<DeviceOut> places;
+    std::vector<DeviceMatrix> matrices;
     uint32_t tiles = 0;
     for (int64_t s = 0; s < visit.num_segments; ++s) {
         const Segment& segment = visit.segments[s];
@@ -164,6 +169,8 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
             segments.push_back({segment.byte_offset + skipped * dtype_bytes(static_cast<DType>(segment.dtype)), begin,
                                 end, static_cast<uint32_t>(segment.param), static_cast<uint32_t>(group), tiles,
                                 static_cast<uint32_t>(segment.dtype)});
+            if (low_rank)
+                matrices.push_back({segment.rows, segment.cols});
             if (mixed) {
                 const bool codes = is_code(static_cast<DType>(segment.dtype));
                 const int shift = codes ? __builtin_ctzll(static_cast<uint64_t>(segment.scale_group / kOctet)) : 0;
@@ -182,8 +189,8 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     std::vector<DeviceTerm> terms(static_cast<size_t>(visit.num_terms));
     for (int64_t t = 0; t < visit.num_terms; ++t) {
         const Term& term = visit.terms[t];
-        const Draw draw = make_draw(static_cast<Purpose>(term.family), 0, static_cast<uint32_t>(term.step),
-                                    static_cast<uint32_t>(term.probe));
+        const Purpose purpose = low_rank ? static_cast<Purpose>(term.family) : kind_of(term.family);
+        const Draw draw = make_draw(purpose, 0, static_cast<uint32_t>(term.step), static_cast<uint32_t>(term.probe));
         const bool repeats = t > 0 && same_tensor(term, visit.terms[t - 1]);
         terms[t] = {draw.tag, draw.step, visit.coefs[t], repeats ? terms[t - 1].noise : static_cast<uint32_t>(t)};
     }
@@ -203,12 +210,13 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     header.scales_at = append_groups(bytes, visit.emit_scales, visit.num_emits, visit.num_groups, frozen);
     header.outs_at = append_rows(bytes, visit.outs, visit.num_emits);
     header.places_at = append_rows(bytes, places.data(), static_cast<int64_t>(places.size()));
+    header.matrices_at = append_rows(bytes, matrices.data(), static_cast<int64_t>(matrices.size()));
 
     VisitShape& shape = tables.shape;
-    shape.simple = visit.num_updates <= 1 && visit.num_emits <= 2 && visit.num_terms > 0;
-    shape.family = shape.simple ? static_cast<Purpose>(visit.terms[0].family) : Purpose::kNormal;
+    shape.simple = visit.num_updates <= 1 && visit.num_emits <= 2 && visit.num_terms > 0 && !low_rank;
+    shape.family = shape.simple ? kind_of(visit.terms[0].family) : Purpose::kNormal;
     const auto is_simple = [&](int64_t first, int64_t num) {
-        return num == 1 && visit.terms[first].family == static_cast<int64_t>(shape.family);
+        return num == 1 && kind_of(visit.terms[first].family) == shape.family;
     };
     for (int64_t u = 0; u < visit.num_updates; ++u)
         shape.simple = shape.simple && is_simple(visit.updates[u].first_term, visit.updates[u].num_terms);
@@ -219,6 +227,7 @@ inline void build_tables(const Materialize& visit, int num_sms, VisitTables& tab
     shape.num_emits = static_cast<int>(visit.num_emits);
     shape.mixed = mixed;
     shape.coded = coded;
+    shape.low_rank = low_rank;
 }
 
 } // namespace distzo2

@@ -43,6 +43,7 @@ from distzo2.record.line import MAX_HEADER_BYTES, JournalError
 from distzo2.text import dtype_name
 from distzo2.weights.units import GAIN, ParamInfo
 from distzo2_core import Segment, SegmentTable, Update, materialize
+from distzo2_core.types import dense_family, matrix_shape
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +342,8 @@ def plan_pieces(
     for row in table:
         mapped = checkpoint_map.mapped[row["name"]]
         checkpoint_map.mapped[mapped.name] = replace_fields(mapped, shape=(mapped.numel,))
-        rows = mapped.shape[0] if len(mapped.shape) > 1 else 1
+        has_dense_noise = row["noise"] == dense_family(row["noise"])
+        rows, cols, matrices = matrix_shape(mapped.shape, is_convolution=has_dense_noise)
         if mapped.is_gain:  # it is in the piece of what is packed with it
             continue
         if mapped.packed is not None and (row["group"] is not None or mapped.packed.layout.gain is not None):
@@ -356,7 +358,7 @@ def plan_pieces(
                 pieces.append([])
                 filled = 0
             place = filled, numel, mapped.dtype, row["index"], begin, row["group"]
-            pieces[-1].append(PiecePart(mapped.name, Segment(*place, rows, mapped.numel // rows)))
+            pieces[-1].append(PiecePart(mapped.name, Segment(*place, rows, cols, matrices=matrices)))
             filled += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     return pieces
 
@@ -370,10 +372,10 @@ def _packed_piece(mapped: MappedTensor, row: Mapping[str, Any], gain_row: Mappin
         segment = segment._replace(out_dtype=mapped.dtype)
         return [PiecePart(mapped.name, segment, packed)]
     numel = math.prod(gain_row["shape"])
-    place = 0, numel, torch.float32, gain_row["index"], 0, gain_row["group"], 1, numel
+    place = 0, numel, torch.float32, gain_row["index"], 0, gain_row["group"], numel, 0
     gains = PiecePart(gain_row["name"], Segment(*place, nonnegative=True))
     begin = -(-gains.num_bytes // _ALIGNMENT) * _ALIGNMENT
-    segment = Segment(begin, mapped.numel, mapped.dtype, row["index"], 0, None, *packed.matrix_shape)
+    segment = Segment(begin, mapped.numel, mapped.dtype, row["index"], 0, None, mapped.numel, 0)
     return [gains, PiecePart(mapped.name, segment, packed, gains)]
 
 

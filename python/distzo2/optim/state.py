@@ -10,11 +10,13 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from distzo2.errors import DistZO2Error, RewardError
 from distzo2.optim.settings import Settings
+from distzo2.text import brief
 
 WINDOW = 101  # steps that the running median looks back on
 WARM_UP = 16  # steps before anything is clipped
@@ -60,6 +62,17 @@ class Progress:
         self.window: deque[float] = deque(maxlen=WINDOW)
         self._settings = settings
         self._num_skipped = self._num_clipped = self._num_still = 0  # in a row
+
+    def recall(self, memory: Any) -> None:
+        """Takes over what the estimator remembered, as a journal or a state holds it.
+
+        Raises:
+            DistZO2Error: it is not as many numbers as the estimator remembers.
+        """
+        size = len(self._settings.memory)
+        if not isinstance(memory, list | tuple) or [type(value) for value in memory] != [float] * size:
+            raise DistZO2Error(f"memory of the estimator: {size} numbers were expected, found {brief(memory)}")
+        self.memory = tuple(memory)
 
     def clip(self, coefs: np.ndarray) -> tuple[np.ndarray, bool]:
         """Scales float32 [probes] down to `max_coef` times the median of the window, or to its `clip_percentile`;

@@ -71,7 +71,8 @@ class ZOSGD(torch.optim.Optimizer):
         weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
             fewer than 2 dimensions).
         num_probes: perturbations a step, K.
-        noise: "normal" or "rademacher".
+        noise: "normal" or "rademacher"; or of low rank, "sign-r1", "sign-r4", "normal-r1" or "normal-r4":
+            z = A B^T / sqrt(r) of matrices, A and B of r columns of signs or normals, and dense noise elsewhere.
         estimator: "spsa", "fzoo", "es", "1.5spsa", "meazo", "spsa-sign" (docs/estimators.md), or an `Estimator`.
         seed: of the run, in [0, 2^64).
         data_hash: SHA-256 of the run's examples, for the header of a new journal; nothing is compared with it.
@@ -90,7 +91,7 @@ class ZOSGD(torch.optim.Optimizer):
         momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
             at most 64.
         probe_batches: "shared", or "own": the K probes are evaluated on different micro-batches, the list of closures
-            being cut into K equal parts, in order. For estimators that do not compare probes: spsa.
+            being cut into K equal parts, in order. For spsa, meazo, spsa-sign: the others compare probes.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
@@ -279,7 +280,7 @@ class ZOSGD(torch.optim.Optimizer):
             own = [term for term in entry.update.terms if term.step == entry.step]
             self._momentum.count(entry.step, own, entry.unused)
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
-                self._progress.memory = tuple(entry.extra.get("memory", self._progress.memory))
+                self._progress.recall(entry.extra.get("memory", self._progress.memory))
                 clipped, largest = bool(entry.extra.get("clipped")), entry.extra.get("largest")
                 self._progress.count(entry.coefs, entry.skipped, clipped, largest)
 
@@ -583,7 +584,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._set(seed=mine["seed"], eps=mine["eps"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
-        self._progress.memory = tuple(mine.get("memory", self.settings.memory))
+        self._progress.recall(mine.get("memory", self.settings.memory))
         self._momentum.load(mine.get("momentum", ()))
         self._bind()
 

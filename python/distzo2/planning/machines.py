@@ -17,6 +17,7 @@ from distzo2.errors import UsageError
 from distzo2.planning.plan_model import Op, Part
 from distzo2.weights.units import ParamInfo
 from distzo2_core.packed import Kind
+from distzo2_core.types import dense_family
 
 MEASURED = "distzo2-measure/3"  # the format of its file
 EXCHANGE_S = 1e-3  # of a step's scalars between ranks
@@ -79,7 +80,8 @@ class Rates:
     ) -> float:
         """Seconds of a visit of `numel` weights: it makes noise for an update of `terms` and for `emissions`, reads
         the weights, writes copies of `out_bytes` a weight together, and the weights themselves if `write`."""
-        made_s = (terms + emissions) / self.noise_per_s[family]
+        rate = self.noise_per_s.get(family) or self.noise_per_s[dense_family(family)]  # of one kind, if not measured
+        made_s = (terms + emissions) / rate
         moved_s = ((1 + write) * dtype.itemsize + out_bytes) / self.bytes_per_s
         return self.slowdown * numel * (made_s + moved_s)
 

@@ -49,6 +49,7 @@ from distzo2.planning.transfers import (
 from distzo2.run.preflight import check_output
 from distzo2.text import gib
 from distzo2.version import __version__
+from distzo2_core.types import dense_family
 
 DECODED = {"nibbles": "affine4", "int8": "affine8", "int16": "affine16"}  # of the kinds of codes, what is measured
 
@@ -158,11 +159,14 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def measure_noise(device: torch.device, effort: Effort) -> list[dict[str, Any]]:
-    """Normals and signs in elements/s, made again and again in memory that the caches hold."""
+    """Noise of each family in elements/s, made again and again in memory that the caches hold."""
     numel = effort.pick(1 << 16, 1 << (20 if device.type == "cpu" else 26))
     backend, rows = core.resolve_backend(None, device), []
     for family in core.FAMILIES:
-        make = functools.partial(getattr(core, family), numel, seed=1, step=2, param=3, device=device, backend=backend)
+        kind = functools.partial(core.low_rank, (numel >> 8, 1 << 8), family=family)
+        if family == dense_family(family):
+            kind = functools.partial(getattr(core, family), numel)
+        make = functools.partial(kind, seed=1, step=2, param=3, device=device, backend=backend)
         rate = numel / seconds_of(make, effort, device)
         rows.append({"device": str(device), "backend": backend, "family": family, "elements_per_s": rate})
     return rows

@@ -28,7 +28,7 @@ LOSS_RULE = "sum/count"  # L of an evaluation: the sum of its closures' sums ove
 CHAIN_HASH = "sha256"  # `hash` of older versions' journals, whose lines hold a hash that is not checked any more
 MAX_NAME = 4096  # characters of a parameter's name
 MAX_DIMS = 32
-# Purposes of the noise's counter that this format can hold; a term's family is the purpose of its noise.
+# Families of noise and other purposes of its counter that this format can hold.
 PURPOSES = {**FAMILIES, "rounding": PURPOSE_ROUNDING, "data order": PURPOSE_DATA_ORDER}
 
 _HEADER = {
@@ -67,7 +67,7 @@ def table_row(
         dtype: a torch dtype or its name.
         stride: in elements.
         group: parameter group; None for a frozen parameter.
-        noise: "normal" or "rademacher".
+        noise: a family of noise, by its name.
     """
     return {
         "index": int(index),
@@ -81,15 +81,24 @@ def table_row(
     }
 
 
+def _purposes(table: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Those that a run with this index table uses; low-rank noise only where there is some, for older readers."""
+    used = {row["noise"] for row in table}
+    return {name: code for name, code in PURPOSES.items() if code < 16 or name in used}
+
+
 def index_table(params: Iterable[ParamInfo], groups: Sequence[Mapping[str, Any]], noise: str) -> list[dict[str, Any]]:
     """The index table, on which the noise depends: one row for each parameter, in order.
 
     Args:
         groups: the optimizer's parameter groups; a parameter in none of them is frozen.
+        noise: of matrices; what low-rank noise does not suit has dense noise of the same kind.
     """
     group_of = {id(tensor): i for i, group in enumerate(groups) for tensor in group["params"]}
     rows = ((p, group_of.get(id(p.tensor))) for p in params)
-    return [table_row(p.index, p.name, p.shape, p.declared, p.stride, g is not None, g, noise) for p, g in rows]
+    return [
+        table_row(p.index, p.name, p.shape, p.declared, p.stride, g is not None, g, p.noise(noise)) for p, g in rows
+    ]
 
 
 def make_header(
@@ -129,7 +138,7 @@ def make_header(
         "journal": FORMAT_VERSION,
         "noise": NOISE_VERSION,
         "rounding": ROUNDING_VERSION,
-        "purposes": dict(PURPOSES),
+        "purposes": _purposes(table),
         "seed": seed,
         "base": {"name": "", "files": {}} if base is None else dict(base),
         "map": None if checkpoint_map is None else dict(checkpoint_map),

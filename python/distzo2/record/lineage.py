@@ -27,6 +27,7 @@ from distzo2.record.header import (
     with_older_rules,
 )
 from distzo2.record.journal import read_journal
+from distzo2_core import FAMILIES
 
 
 class BranchPoint(NamedTuple):
@@ -136,7 +137,9 @@ def digest_lines(path: str | os.PathLike[str], num_lines: int) -> str:
 
 def _noise_of(header: Mapping[str, Any]) -> str:
     """The kind of noise of the run's own steps."""
-    return next((row["noise"] for row in header["table"] if row["group"] is not None), "normal")
+    return max(
+        (row["noise"] for row in header["table"] if row["group"] is not None), key=FAMILIES.get, default="normal"
+    )
 
 
 def _parent_groups(path: str, parent: Mapping[str, Any], header: Mapping[str, Any]) -> list[int]:

@@ -27,7 +27,7 @@ from torch import nn
 
 from distzo2.errors import DistZO2Error
 from distzo2_core import Kind, PackedLayout, PackedSegment, PackedTable, Segment, decode
-from distzo2_core.types import SCALE_GROUPS
+from distzo2_core.types import SCALE_GROUPS, dense_family, matrix_shape
 
 ALIGNMENT = 256  # bytes; every tensor of a packed unit starts on such a boundary
 HALVES = (torch.bfloat16, torch.float16)
@@ -131,10 +131,13 @@ class ParamInfo:
         return self.stored.code_dtype.itemsize if self.is_coded else 1
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the parameter seen as a matrix; a vector is one row."""
-        rows = self.shape[0] if len(self.shape) > 1 else 1
-        return rows, self.numel // max(rows, 1)
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """(rows, columns, number) of the matrices that low-rank noise is of; no columns where it is dense."""
+        return matrix_shape(self.shape, any(isinstance(owner, nn.modules.conv._ConvNd) for owner in self.owners))
+
+    def noise(self, family: str) -> str:
+        """The family of its noise in a run with noise of `family`."""
+        return family if self.matrix_shape[1] else dense_family(family)
 
     def bytes_in(self, place: range) -> range:
         """Which of its bytes are in `place` of the unit's buffer."""
@@ -150,7 +153,8 @@ class ParamInfo:
         """Elements `part` in a buffer that holds them from `byte_offset` on, and scales of codes from `scale_offset`
         on."""
         dtype, each = (self.stored.code_dtype, self.layout.scale.cols) if self.is_coded else (self.dtype, 0)
-        segment = Segment(byte_offset, len(part), dtype, self.index, part.start, group, *self.matrix_shape)
+        rows, cols, matrices = self.matrix_shape
+        segment = Segment(byte_offset, len(part), dtype, self.index, part.start, group, rows, cols, matrices=matrices)
         return segment._replace(scale_offset=scale_offset, scale_group=each, nonnegative=self.is_gain)
 
     def value(

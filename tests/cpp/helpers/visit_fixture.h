@@ -193,12 +193,23 @@ struct Visit {
     }
 
     float noise(const Term& term, const Segment& segment, int64_t element) const {
-        const Draw draw = make_draw(static_cast<Purpose>(term.family), static_cast<uint32_t>(segment.param),
-                                    static_cast<uint32_t>(term.step), static_cast<uint32_t>(term.probe));
-        const uint64_t e = static_cast<uint64_t>(element);
-        if (static_cast<Purpose>(term.family) == Purpose::kNormal)
-            return normal_group(philox_group(draw, seed, e / 4)).z[e % 4];
-        return rademacher_value(philox_group(draw, seed, e / 128), static_cast<uint32_t>(e % 128));
+        const Purpose kind = kind_of(term.family);
+        const int rank = rank_of(term.family);
+        const auto value = [&](Purpose purpose, int64_t index) {
+            const Draw draw = make_draw(purpose, static_cast<uint32_t>(segment.param), static_cast<uint32_t>(term.step),
+                                        static_cast<uint32_t>(term.probe));
+            const uint64_t e = static_cast<uint64_t>(index);
+            if (kind == Purpose::kNormal)
+                return normal_group(philox_group(draw, seed, e / 4)).z[e % 4];
+            return rademacher_value(philox_group(draw, seed, e / 128), static_cast<uint32_t>(e % 128));
+        };
+        if (rank == 0 || segment.cols == 0)
+            return value(kind, element);
+        const int64_t row = element / segment.cols, col = element % segment.cols + row / segment.rows * segment.cols;
+        float z = value(Purpose::kRows, row * rank) * value(Purpose::kCols, col * rank);
+        for (int s = 1; s < rank; ++s)
+            z = fma_rn(value(Purpose::kRows, row * rank + s), value(Purpose::kCols, col * rank + s), z);
+        return rank == 4 ? z * 0.5f : z;
     }
 
     // types.h, element by element.
@@ -270,6 +281,7 @@ inline Visit random_visit(Random& random) {
     visit.num_groups = 1 + random.below(3);
     visit.write_back = random.below(4) != 0;
     const bool stored = random.below(2) == 0; // formats that are no dtypes
+    const bool low_rank = random.below(2) == 0;
     for (int64_t s = random.below(5); s >= 0; --s) {
         const DType dtype = stored ? static_cast<DType>(random.below(6)) : kDTypes[random.below(3)];
         const int64_t numel = random.below(1500), param = random.below(1ll << 32);
@@ -279,6 +291,9 @@ inline Visit random_visit(Random& random) {
             visit.add_codes(dtype, numel, param, offset, group, 32ll << random.below(4), random);
         else
             visit.add_segment(dtype, numel, param, offset, group, random.below(9));
+        constexpr int64_t kCols[] = {0, 1, 3, 100, 128, 600, 1024};
+        visit.segments.back().rows = 1 + random.below(40);
+        visit.segments.back().cols = kCols[random.below(7)];
     }
     visit.fill_random(random.next());
     if (random.below(2) == 0 || stored)
@@ -286,7 +301,8 @@ inline Visit random_visit(Random& random) {
     const auto coef = [&] { return random.below(4) == 0 ? 0.0f : random.uniform(-2, 2); };
     const auto add_terms = [&](int64_t num) {
         for (int64_t j = 0; j < num; ++j) {
-            const int64_t family = random.below(2), step = random.below(1ll << 32);
+            constexpr int64_t kFamilies[] = {0, 1, 0, 1, 16, 17, 64, 65};
+            const int64_t family = kFamilies[random.below(low_rank ? 8 : 2)], step = random.below(1ll << 32);
             visit.add_term(family, step, random.below(1ll << 20), coef());
         }
     };

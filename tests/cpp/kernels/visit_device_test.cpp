@@ -38,7 +38,11 @@ void check_visit(const Visit& visit, int num_sms, const char* what) {
         std::vector<uint8_t*> pointers;
         VisitTables tables;
         build_tables(actual.view(pointers), num_sms, tables);
-        if (tables.shape.coded)
+        if (tables.shape.low_rank && tables.shape.mixed)
+            run_grid<Coded<LowRankProgram>>(tables);
+        else if (tables.shape.low_rank)
+            run_grid<LowRankProgram>(tables);
+        else if (tables.shape.coded)
             run_grid<Coded<decltype(program)>>(tables);
         else if (tables.shape.mixed)
             run_grid<Mixed<decltype(program)>>(tables);

@@ -186,6 +186,7 @@ def check_lookup(
     cols: int,
     whole: bool = False,
     out_dtype: torch.dtype | None = None,
+    families: tuple[str, ...] = FAMILIES,
 ) -> int:
     """Perturbed rows of a table that begins at any element, or at a whole octet. Returns the bits compared."""
     rows, place, num_bits = 7, random_place(rng), 0
@@ -193,7 +194,7 @@ def check_lookup(
     place["offset"] -= place["offset"] % 8 if whole else 0
     table = random_weights(rng, start + rows * cols, dtype)[start:].view(rows, cols)
     ids = torch.from_numpy(rng.integers(0, rows, (2, 3)))
-    for family, scale in itertools.product(FAMILIES, (0.0, random_coef(rng))):
+    for family, scale in itertools.product(families, (0.0, random_coef(rng))):
         results = [
             distzo2_core.embedding(table, ids, scale, **place, family=family, out_dtype=out_dtype, backend=each)
             for each in (backend, "native")

@@ -88,7 +88,7 @@ MATERIALIZE = structure(
     "weights:p num_bytes:i out_bytes:i segments:p num_segments:i seed:u terms:p coefs:p num_terms:i updates:p "
     "update_groups:p num_updates:i num_groups:i emits:p emit_scales:p num_emits:i outs:p write_back:b",
 )
-IN_PLACE = structure("InPlace", "data:p dtype:i numel:i seed:u family:i step:i param:i probe:i offset:i")
+IN_PLACE = structure("InPlace", "data:p dtype:i numel:i seed:u family:i step:i param:i probe:i offset:i rows:i cols:i")
 LOOKUP = structure(
     "Lookup",
     "table:p out:p ids:p num_ids:i num_rows:i cols:i dtype:i scale:f seed:u family:i step:i param:i probe:i offset:i "
@@ -247,8 +247,8 @@ class CudaKernels:
         self._call("materialize", [(weights, rights), *((out, READ | WRITE) for out in outs)], make)
 
     def _place(self, w: torch.Tensor, place: tuple[int, ...]) -> Callable[..., ctypes.Structure]:
-        seed, step, param, probe, offset, family = place
-        fields = (DTYPE_CODES[w.dtype], w.numel(), seed % 2**64, family, step, param, probe, offset)
+        seed, step, param, probe, offset, family, *matrix = place
+        fields = (DTYPE_CODES[w.dtype], w.numel(), seed % 2**64, family, step, param, probe, offset, *matrix)
         return lambda address: IN_PLACE(address(w), *fields)
 
     def noise_(self, out: torch.Tensor, *place: int) -> None:
