@@ -160,7 +160,7 @@ class Bench:
                          if e["kind"] == "eval"]}
             | {"losses": [s["loss"] for s in steps], "skipped": sum(bool(s.get("skipped")) for s in steps)}
             | {"clipped": sum(bool(s.get("clipped")) for s in steps), "peak_bytes": max(s["peak"] for s in steps)}
-            | {"seconds_a_step": statistics.median(s["seconds"] for s in steps)}
+            | {"seconds_a_step": statistics.median(s["seconds"] for s in steps), "cpu": machine()["cpu"]}
         )  # fmt: skip
         self.write()
 
@@ -168,7 +168,7 @@ class Bench:
         """Writes what there is, with what an earlier call wrote beside it."""
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = before | {"bench": "learning", "machine": machine(), "runs": self.runs} | more
+        content = {"bench": "learning", "machine": machine()} | before | {"runs": self.runs} | more
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
     def make(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 from distzo2.models.shapes import shape_config
 
 
-def write_random_checkpoint(directory: Path, name: str, dtype: torch.dtype) -> None:
-    """Writes `name` with weights N(0, 0.02²) in `dtype`, one shard a layer; does nothing where it is there already."""
+def write_random_checkpoint(directory: Path, name: str, dtype: torch.dtype, num_layers: int | None = None) -> None:
+    """Writes `name` with weights N(0, 0.02²) in `dtype`, one shard a layer; does nothing where it is there already.
+    `num_layers` replaces its number of layers."""
     index_path = directory / "model.safetensors.index.json"
     if index_path.exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    config = shape_config(name)
+    config = shape_config(name, num_layers)
     config.dtype = dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,7 +1,7 @@
 // What a pass does to a model's modules and parameters so often that Python would be slow: parameters are pointed at
 // weights and hidden again once a lane and unit, and every module is looked at once a step.
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <unordered_map>

@@ -18,6 +18,16 @@ class DataError(DistZO2Error):
     """A data file cannot be used; the message names file, line number and reason."""
 
 
+class RewardError(DistZO2Error):
+    """A reward gives no numbers for a micro-batch. `reason` says why in general, `text` what happened."""
+
+    RAISED, SLOW, NO_NUMBERS = "the reward failed", "the reward took too long", "the reward gave no numbers"
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(f"{reason}: {text}")
+        self.reason, self.text = reason, text
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message that is not empty, or the error's type, and its notes; shortened."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,6 +16,7 @@ from distzo2 import offload
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import Asked, Task, find_task
 from distzo2.errors import DataError, UsageError
+from distzo2.rewards.functions import WORDS
 from distzo2.tasks.kinds import CAUSAL, ModelKind
 from distzo2.tasks.objectives import Objective, choice_scores, evaluate_examples
 
@@ -169,7 +170,7 @@ def test_a_text_that_is_too_long_loses_its_beginning(bos: bool, caplog) -> None:
     (learned,) = reader("squad", bos=bos, limit=limit, max_new_tokens=5).learned([squad], "text")
     assert learned.tokens.tolist() == cut(encoded(squad.prompt + squad.completion, bos), 5)
     (question,) = reader("squad", bos=bos, limit=limit, max_new_tokens=5).questions([squad])
-    assert question.tokens == cut(encoded(squad.prompt, bos), 5) and question.answers == squad.answers
+    assert question.tokens == cut(encoded(squad.prompt, bos), 5) and question.row == {"answers": list(squad.answers)}
     cuts = "texts longer than 16 tokens lose their beginning, demonstrations first (1 of them)"
     assert caplog.messages == [f"task {task}: {cuts}" for task in ("copa", "squad", "squad")]
     with pytest.raises(DataError, match=r"row 1: .* tokens, the limit is 16"):
@@ -220,7 +221,7 @@ def test_what_does_not_go_together() -> None:
     with pytest.raises(UsageError, match="task squad has no prompt without content"):
         reader("squad").blanks(asked("squad"))
     with pytest.raises(UsageError, match="the answers of task sst2 are options, not written"):
-        reader("sst2").held_out(asked("sst2"), "choices", write=True)
+        reader("sst2").held_out(asked("sst2"), "choices", rewards=WORDS)
     with pytest.raises(UsageError, match="--truncate right: at the end of a task's text stands its answer"):
         reader("sst2", truncate="right")
     with pytest.raises(UsageError, match="a causal language model was expected, T5 is not one"):

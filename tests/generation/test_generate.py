@@ -138,3 +138,7 @@ def test_what_generates_nothing(tmp_path: Path) -> None:
         distzo2.generate_batch(model, [[1]], tokenizer=make_tokenizer(), stop=["a"], num_beams=2)
     with pytest.raises(DistZO2Error, match="has no tokens"):
         distzo2.generate_batch(model, [[1], []])
+    with pytest.raises(UsageError, match="max_new_tokens of 1 or more, not 0"):
+        distzo2.generate_batch(model, [[1]], max_new_tokens=0)
+    with pytest.raises(DistZO2Error, match=r"of 60 tokens and max_new_tokens=5 take 65 positions: \w+ has 64"):
+        distzo2.generate_batch(model, [[1], [1] * 60], max_new_tokens=5)

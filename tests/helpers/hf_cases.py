@@ -90,6 +90,7 @@ def own_loop(
     loss: Callable[[Any, dict], Any] = mean_of_tokens,
     *,
     rates: Sequence[float] | None = None,
+    sizes: Sequence[float] | None = None,
     groups: Callable[[Any], list] | None = None,
     hand_over: dict[str, Any] | None = None,
     **options: Any,
@@ -101,6 +102,8 @@ def own_loop(
         if rates is not None:
             for group in optimizer.param_groups:
                 group["lr"] = rates[number]
+        if sizes is not None:
+            optimizer.eps = sizes[number]
         optimizer.step([lambda batch=batch: loss(model, batch) for batch in batches])
     return model.state_dict()
 

@@ -3,7 +3,6 @@ everything."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
+import forked
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,10 @@ def run(
 ) -> Ended:
     """`distzo2 ARGUMENTS`, or a script, in `directory`, killed (or sent `signum`) so many seconds after `once` became
     true, unless it ends before."""
-    _context.set_forkserver_preload(["preloaded", "kill_cases"])
     log = directory / "log"
-    process = _context.Process(target=_serve, args=(str(directory), arguments, str(log)), daemon=True)
+    process = forked.context("kill_cases").Process(
+        target=_serve, args=(str(directory), arguments, str(log)), daemon=True
+    )
     start = time.monotonic()
     process.start()
     try:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ MESHES = {
     "data=2 of 3 micro-batches": ((1, 2), {"micro_batches": 3}),
     "pert=2,data=2": ((2, 2), {}),
     "pert=4 with two probes": ((4, 1), {"num_probes": 2}),
-    "pert=2 with two probes": ((2, 1), {"num_probes": 2}),
+    "pert=2 with two probes of meazo": ((2, 1), {"num_probes": 2, "estimator": "meazo"}),
     "data=4": ((1, 4), {"micro_batches": 5}),
     "pert=2 of fzoo": ((2, 1), {"num_probes": 4, "estimator": "fzoo", "noise": "rademacher", "lr": 1e-4}),
 }
@@ -53,6 +54,13 @@ class Tower(Blocks):
         super().__init__(0.1, width=24, num_blocks=5, seed=seed)
         self.to(dtype)
 
+    def generate(self, ids: torch.Tensor) -> torch.Tensor:
+        """Makes one to four passes: how many depends on the perturbation, too."""
+        total = self(ids)
+        for _ in range(int(total.view(torch.int32)) % 4):
+            total = total + self(ids)
+        return total
+
 
 def batch(index: int) -> torch.Tensor:
     return torch.randint(0, 32, (2 + index % 3, 7), generator=torch.Generator().manual_seed(index))
@@ -60,6 +68,10 @@ def batch(index: int) -> torch.Tensor:
 
 def closures_of(model: nn.Module, step: int, micro_batches: int) -> list[Any]:
     return [lambda m=m: model(batch(100 * step + m)) for m in range(micro_batches)]
+
+
+def written_by(model: nn.Module, step: int, micro_batches: int) -> list[Any]:
+    return [lambda m=m: model.generate(batch(100 * step + m)) for m in range(micro_batches)]
 
 
 def tower(weights: str, directory: Any, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -106,6 +118,7 @@ def train(
     slices: bool = False,
     pace: float = 0.0,
     device: str = "cpu",
+    make: Callable[..., list[Any]] = closures_of,
     **options: Any,
 ) -> tuple[list[Any], dict[str, np.ndarray]]:
     """Losses and coefficients of each step, and the weights at the end. `shape` None: no mesh at all."""
@@ -116,13 +129,13 @@ def train(
     opt = optimizer(model, **options)
     history = []
     while opt.step_count < steps:
-        closures = closures_of(model, opt.step_count, micro_batches)
+        closures = make(model, opt.step_count, micro_batches)
         if sharded:
             mesh = distzo2.parallel.current()
             place = (mesh.data_rank, mesh.shape.data) if sharded == "data" else (rank, world_size)
             closures = uneven_share(closures, *place)
         opt.step(closures, sharded=sharded, tokens=7 * micro_batches)
-        history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped))
+        history.append((opt.last.losses, opt.last.coefs, opt.last.skipped, opt.last.clipped, opt.last.memory))
         time.sleep(pace)
     state = state_of(model)
     opt.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import signal
 import traceback
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOADED = ["preloaded"]
+import forked
+
 INTERVAL, LIMIT = 0.1, 30.0  # seconds, of heartbeats
 
 
@@ -37,14 +37,13 @@ class Died:
 class Ranks:
     """Up to `num_ranks` ranks on this machine. A function gets (rank, world_size, *args); what it returns is pickled.
 
-    The rendezvous store is in this process, as torchrun's is in its agent.
+    `modules` are imported before. The rendezvous store is in this process, as torchrun's is in its agent.
     """
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, *modules: str) -> None:
         import torch.distributed as dist
 
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)  # a rank then starts at once
+        self._context = forked.context(*modules)  # a rank then starts at once
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._num_calls = 0
         self._processes: list[Any] = [None] * num_ranks

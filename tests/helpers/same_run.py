@@ -13,7 +13,7 @@ from distzo2.run.metrics import read_metrics
 
 def assert_same_run(run: Path, expected: Path) -> None:
     ours, theirs = (
-        [(e.update, e.losses, e.tokens) for e in read_journal(path / "journal.jsonl").entries]
+        [(e.update, repr(e.losses), e.tokens) for e in read_journal(path / "journal.jsonl").entries]
         for path in (run, expected)
     )
     assert ours == theirs

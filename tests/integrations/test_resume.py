@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 from pathlib import Path
 from typing import Any
 
+import forked
 import hf_cases
 import pytest
 from hf_cases import trained
@@ -27,8 +28,7 @@ def steps(directory: Path) -> list:
 
 def killed(directory: Path, **fields: Any) -> int | None:
     """The exit code of a process that trains."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_cases", "distzo2.integrations.transformers"])
+    context = forked.context("hf_cases", "distzo2.integrations.trl")
     child = context.Process(target=trained, args=(directory,), kwargs=fields, daemon=True)
     child.start()
     child.join(120)
@@ -60,14 +60,16 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "sav
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "max_steps": 4}
 
 
-@pytest.mark.parametrize(("fields", "at"), [(EPOCHS, 3), (EPOCHS, 6), (BEST, 2), (BEST, 4)])
-def test_an_evaluation_that_a_kill_cut_off_is_made(tmp_path: Path, fields: dict, at: int) -> None:
+@pytest.mark.parametrize(("fields", "kills"), [(EPOCHS, (3, 6)), (BEST, (2, 4))], ids=["epochs", "best"])
+def test_an_evaluation_that_a_kill_cut_off_is_made(tmp_path: Path, fields: dict, kills: tuple[int, int]) -> None:
     """The best weights are the same ones, also in a run that has made its last step."""
     fields = fields | {"load_best_model_at_end": True}
     whole = trained(tmp_path / "whole", **fields)
-    assert killed(tmp_path / "killed", kill_at=at, kill_evaluating=True, **fields) == -9
-    for _ in range(2):
-        trainer = trained(tmp_path / "killed", True, **fields)
+    for at, _ in itertools.product(kills, range(2)):
+        directory = tmp_path / str(at)
+        if not directory.exists():
+            assert killed(directory, kill_at=at, kill_evaluating=True, **fields) == -9
+        trainer = trained(directory, True, **fields)
         assert_same_tensors(trainer.model.state_dict(), whole.model.state_dict())
         assert trainer.state.best_metric == whole.state.best_metric
         assert trainer.state.best_global_step == whole.state.best_global_step < whole.state.global_step

@@ -10,7 +10,7 @@ import hf_cases
 import numpy as np
 import pytest
 import torch
-from parallel_ranks import PRELOADED, Died, Raised, Ranks
+from parallel_ranks import Died, Raised, Ranks
 from tiny_text import make_checkpoint
 from transformers import LlamaForCausalLM
 
@@ -20,11 +20,9 @@ STEP = {"gradient_accumulation_steps": 2, "max_steps": 4, "include_num_input_tok
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    PRELOADED.append("distzo2.integrations.trl")
-    ranks = Ranks(2)
+    ranks = Ranks(2, "hf_cases", "distzo2.integrations.trl")
     yield ranks
     ranks.close()
-    PRELOADED.pop()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import torch
 from block_models import IDS, Blocks, stepping
 
 import distzo2
-from distzo2.optim.estimator import SPSA, mean_loss
+from distzo2.estimators.protocol import mean_loss
+from distzo2.estimators.spsa import SPSA
 from distzo2.record.header import has_older_rules, with_older_rules
 from distzo2.record.journal import read_journal
 from distzo2.record.line import encode_line

@@ -242,14 +242,15 @@ def test_float64_and_twice_are_refused():
         offloaded(model)
 
 
-def progress(max_coef: float | None) -> Progress:
-    return Progress(SimpleNamespace(max_coef=max_coef, max_clipped=3, max_skipped=3))
+def progress(max_coef: float | None, clip_percentile: float | None = None) -> Progress:
+    options = {"max_coef": max_coef, "clip_percentile": clip_percentile, "max_clipped": 3, "max_skipped": 3}
+    return Progress(SimpleNamespace(**options, memory=()))
 
 
 def use(progress: Progress, *coefs: float) -> tuple[np.ndarray, bool]:
     used, clipped = progress.clip(np.array(coefs, np.float32))
     progress.warn_if_still(used)
-    progress.count(used.tolist(), None, clipped)
+    progress.count(used.tolist(), None, clipped, max(map(abs, coefs)) if clipped else None)
     return used, clipped
 
 
@@ -273,6 +274,46 @@ def test_clipping_needs_a_history_and_can_be_off():
     assert use(clipping, 1e6)[1] is False
     off = progress(None)
     assert all(use(off, v)[1] is False for v in [1.0] * 40 + [1e30])
+
+
+def test_clipping_to_a_running_percentile():
+    """Of the coefficients as they were: of what it has clipped itself, a percentile could only fall."""
+    clipping = progress(10.0, 90.0)
+    clipping._settings.max_clipped = 0
+    drawn = np.random.default_rng(0).lognormal(size=600).astype(np.float32)
+    seen, clipped = [], 0
+    for value in drawn:
+        limit = np.percentile(seen[-101:], 90.0) if len(seen) >= WARM_UP else np.inf
+        used, was_clipped = use(clipping, -value)
+        assert was_clipped == (value > limit) and used == pytest.approx(-min(value, limit), rel=1e-6)
+        seen.append(float(value))
+        clipped += was_clipped
+    assert 40 < clipped < 80
+    clipping._settings.max_clipped = 3
+    clipping._num_clipped = 0
+    with pytest.raises(DivergenceError, match=r"above percentile 90 of the last 101 steps for 3 steps in a row"):
+        for _ in range(3):
+            use(clipping, 1e6)
+
+
+def test_a_resumed_run_clips_to_the_same_percentile(tmp_path):
+    def run(name, *stops):
+        options = {"journal": tmp_path / name, "clip_percentile": 60.0, "momentum": 0.5}
+        for stop in stops:
+            model, opt = stepping(Blocks(), tmp_path, resume=stop != stops[0], **options)
+            while opt.step_count < stop:
+                opt.step(functools.partial(model, IDS))
+            opt.close()
+        return model.state_dict(), distzo2.record.journal.read_journal(tmp_path / name).entries
+
+    (state, entries), (resumed, theirs) = run("whole", 40), run("cut", 22, 40)
+    assert_same_tensors(state, resumed)
+    assert [(e.update, e.extra) for e in entries] == [(e.update, e.extra) for e in theirs]
+    clipped = [e for e in entries if e.extra]
+    assert 4 < len(clipped) < 20 and all(e.extra["largest"] > abs(e.coefs[0]) for e in clipped)
+    for percentile in (0.0, 100.5, float("nan")):
+        with pytest.raises(distzo2.DistZO2Error, match=r"clip_percentile=.*above 0 and at most 100"):
+            stepping(Blocks(), clip_percentile=percentile)
 
 
 def test_steps_that_change_nothing_are_told_once(caplog):

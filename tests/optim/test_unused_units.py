@@ -54,7 +54,7 @@ def parameters_of(base: Path) -> dict[str, torch.Tensor]:
 
 
 def begin(base: Path, journal: Path, weights: str = "host", **options: Any) -> tuple[nn.Module, distzo2.ZOSGD]:
-    ours = {key: options.pop(key) for key in ("resume", "branch_from", "max_lanes") if key in options}
+    ours = {key: options.pop(key) for key in ("resume", "branch_from", "max_lanes", "momentum") if key in options}
     model = distzo2.from_pretrained(base, weights=weights, directory=journal.parent, **options)
     return model, distzo2.ZOSGD(model, lr=LR, seed=SEED, weight_decay=DECAY, journal=journal, **ours)
 
@@ -180,6 +180,20 @@ def test_a_branch_has_their_bits(base: Path, undisturbed: Any, tmp_path: Path) -
     assert_same_tensors(end(model, opt), undisturbed[1])
     replay(base, tmp_path / "journal.jsonl", tmp_path / "out", progress=False)
     assert_same_tensors(parameters_of(tmp_path / "out"), undisturbed[1])
+
+
+def test_momentum_reaches_no_unit_that_its_step_did_not_use(base: Path, tmp_path: Path) -> None:
+    """Updates of even steps reach a block more than odd steps used, and so list no terms of these."""
+    journal = tmp_path / "journal.jsonl"
+    for until in (3, STEPS):
+        model, opt = begin(base, journal, "disk", resume=until > 3, momentum=0.5)
+        advance(model, opt, until)
+        state = end(model, opt)
+    entries = read_journal(journal).entries
+    listed = [[term.step for term in entry.update.terms] for entry in entries]
+    assert listed == [[0], [0, 1], [0, 2], [0, 1, 2, 3], [], [0, 1, 2, 3, 5], [0, 2, 6]]
+    replay(base, journal, tmp_path / "out", progress=False)
+    assert_same_tensors(parameters_of(tmp_path / "out"), state)
 
 
 @pytest.mark.parametrize("how", ["resumed", "branched"])

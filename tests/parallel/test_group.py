@@ -37,6 +37,15 @@ def test_every_mesh_has_the_bits_of_one_rank(ranks: Ranks, alone: Any, name, sli
             assert_same_run(result, alone(**same))
 
 
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_lanes_that_make_unequal_numbers_of_passes(ranks: Ranks, alone: Any, shape, slices, tmp_path: Path):
+    """A rank whose lanes have ended serves its slices while others go on."""
+    run = functools.partial(cases.train, weights="disk" if slices else "host", slices=slices, make=cases.written_by)
+    for result in ranks.values(run, 2, shape, tmp_path):
+        assert_same_run(result, alone(make=cases.written_by))
+
+
 WIDE = {"dtype": torch.bfloat16, "compute": torch.float32}
 
 
@@ -52,6 +61,18 @@ def test_a_mesh_that_computes_in_another_dtype(ranks: Ranks, alone: Any, name: s
     history, state = cases.train(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, **WIDE)
     assert_same_run((expected[0][:3] + history, state), expected)
     assert expected[0] != alone(dtype=torch.bfloat16)[0]
+
+
+@pytest.mark.parametrize(("shape", "slices", "sharded"), [((2, 1), True, False), ((1, 2), False, True)], ids=str)
+def test_momentum_and_batches_of_each_probe(ranks: Ranks, alone: Any, shape, slices, sharded, tmp_path: Path):
+    """Two ranks have the bits of one, and one goes on with their journal in the middle of the window."""
+    options = {"num_probes": 3, "micro_batches": 6, "probe_batches": "own", "momentum": 0.6, "momentum_window": 4}
+    run = functools.partial(cases.train, slices=slices, sharded=sharded, journal="journal.jsonl", **options)
+    expected = alone(**options)
+    for history, _ in ranks.values(functools.partial(run, steps=3), 2, shape, tmp_path):
+        assert history == expected[0][:3]
+    history, state = cases.train(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, **options)
+    assert_same_run((expected[0][:3] + history, state), expected)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +217,7 @@ def test_lanes_of_ranks_that_enter_other_units(ranks: Ranks, slices: bool, tmp_p
 def test_traffic_is_scalars_and_slices_to_the_byte(ranks: Ranks, shape, lanes, weights, slices, tmp_path: Path):
     """`lanes` are those of the busiest rank."""
     steps, num_probes, size, round_bytes = 5, 2, shape[0] * shape[1], 32
-    word, losses, outcome = 5 * 8, (2 + 1 + 2 * lanes) * 8, (4 + num_probes) * 8  # a bit for each unit in one word
+    word, losses, outcome = 5 * 8, (3 + 1 + 2 * lanes) * 8, (4 + num_probes) * 8  # a bit for each unit in one word
     results = ranks.values(cases.traffic, size, shape, tmp_path, steps, weights, slices)
     whole = sum(sum(parts) for _, parts in results)
     for rank, (stats, parts) in enumerate(results):

@@ -7,13 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distzo2.errors import UsageError
-from distzo2.optim.estimator import FZOO, SPSA
+from distzo2.estimators.shaped import FZOO
+from distzo2.estimators.spsa import SPSA
 from distzo2.parallel.mesh import (
     GLOBAL,
     OWN,
     ROW,
     MeshShape,
     deal_evaluations,
+    deal_evenly,
     deal_lanes,
     parse_mesh,
     pert_fits,
@@ -41,6 +43,28 @@ def test_every_lane_is_run_by_exactly_one_rank(pert, data, num_probes, extra):
     assert all(lanes == sorted(lanes) for lanes in deal.lanes)  # lanes of one evaluation stand together
     row = deal_lanes(shape, evaluations, [d + 1 for d in range(data) for _ in range(pert)], ROW)
     assert sorted(lane for lanes in row.lanes for lane in lanes) == all_lanes(evaluations, data * (data + 1) // 2)
+
+
+@given(pert=st.integers(1, 4), data=st.integers(1, 4), num_probes=st.integers(1, 6), each=st.integers(1, 5))
+def test_lanes_of_probes_with_batches_of_their_own(pert, data, num_probes, each):
+    shape, evaluations, total = MeshShape(pert, data), spsa(num_probes), num_probes * each
+    expected = [(e, m) for e, (probe, _) in enumerate(evaluations) for m in range(probe * each, (probe + 1) * each)]
+    shares = [len(part) for part in deal_evenly(total, shape.size)]
+    rows = [len(part) for part in deal_evenly(total, data) for _ in range(pert)]
+    ways = (GLOBAL, shape.size, [total] * shape.size), (OWN, 1, shares), (ROW, pert, rows)
+    for sharded, width, closures in ways:  # `width` ranks have the same list
+        if width > 1 and min(closures) < width:
+            with pytest.raises(UsageError, match="ranks cannot share"):
+                deal_lanes(shape, evaluations, closures, sharded, own_batches=True)
+            continue
+        deal = deal_lanes(shape, evaluations, closures, sharded, own_batches=True)
+        assert sorted(lane for lanes in deal.lanes for lane in lanes) == expected and deal.num_batches == each
+        batches = [sorted({m for _, m in lanes}) for lanes in deal.lanes]
+        assert all(len(lanes) == 2 * len(ms) for lanes, ms in zip(deal.lanes, batches, strict=True))  # both signs
+        for ms, first, count in zip(batches, deal.first_batch, closures, strict=True):
+            assert all(first <= m < first + count for m in ms)
+        if sharded != ROW:
+            assert [len(ms) for ms in batches] == shares
 
 
 def test_ranks_own_closures_are_numbered_in_rank_order():

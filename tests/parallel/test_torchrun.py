@@ -91,6 +91,28 @@ def test_answers_that_ranks_write_are_scored_as_those_of_one(ranks, files, tmp_p
     assert scores == others and len(scores) == 2 and scores[0][2] > 0
 
 
+REWARD = """
+def uneven(prompts, completions, rows):
+    if rows[0]["n"] in (1, 6):  # in one micro-batch of a step: on one rank
+        raise ValueError("no reward")
+    return [len(set(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize("mesh", ["pert=2", "data=2"])
+def test_rewards_on_ranks_have_the_bits_of_one_and_skip_together(ranks, files, tmp_path, mesh):
+    """Lanes write texts of unequal lengths, and a reward that fails on one rank drops the step on all."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "the " + "cat " * (n % 3), "n": n} for n in range(9)])
+    more = [f"--train={data}", f"--eval={data}", "--objective=reward", f"--reward={tmp_path / 'mine.py'}:uneven"]
+    more += ["--eps=0.3", "--probes=2", "--micro-batches=2", "--batch-size=2", "--max-new-tokens=4", "--no-check"]
+    results = ranks.values(cases.command, 2, tmp_path, cases.arguments(files, 4, *more, f"--parallel={mesh}"))
+    assert [r["status"] for r in results] == [0, 0]
+    assert_same_run(tmp_path / "out", cases.run_alone(tmp_path / "alone", cases.arguments(files, 4, *more)))
+    skipped = [entry.skipped for entry in read_journal(tmp_path / "out/journal.jsonl").entries]
+    assert set(skipped) == {None, "the reward failed"}
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [

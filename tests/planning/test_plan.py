@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runs import finetune
+from cli_runs import finetune, one_line
 from safetensors.torch import load_file
 from torch import nn
 
@@ -35,6 +35,19 @@ def planned(*arguments: str) -> list:
     asked = request(*arguments)
     machine = find_machine(asked.machine, devices_per_switch=asked.devices_per_switch, nvlink=not asked.no_nvlink)
     return Planner(asked, machine).plans()
+
+
+def test_an_update_makes_the_noise_of_its_window(capsys) -> None:
+    """Of 2 perturbations the one of the next step, and of the update one of each step of the window."""
+    plain, four, default = (
+        planned("--noise=rademacher", *more)[0].row["noise_s"]
+        for more in ([], ["--momentum=0.9", "--momentum-window=4"], ["--momentum=0.9"])
+    )
+    term = (four - plain) / 3
+    assert 0 < term < plain and default == pytest.approx(plain + 43 * term)
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--momentum-window=4"])
+    assert "--momentum-window needs --momentum" in one_line(capsys)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

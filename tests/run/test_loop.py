@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import finetune, one_line, record, resume, weights
+from cli_runs import assert_same_bits, finetune, one_line, record, resume, weights
 from safetensors.torch import load_file, save_file
 
 from distzo2.cli.main import main
@@ -19,7 +19,6 @@ from distzo2.record.journal import Journal, JournalError, read_journal
 from distzo2.record.writer import JournalWriter
 from distzo2.run import loop
 from distzo2.run.directory import RunDirectory
-from distzo2.run.loop import factor_of
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -38,18 +37,6 @@ def failing_updates(monkeypatch, error: BaseException, fails: Callable[[dict], b
     with monkeypatch.context() as patched:
         patched.setattr(RunDirectory, "update", failing)
         yield
-
-
-def test_values() -> None:
-    for schedule, num_steps, warmup, factors in (
-        ("constant", 4, 0, [1, 1, 1, 1]),
-        ("linear", 4, 0, [1, 0.75, 0.5, 0.25]),
-        ("cosine", 4, 0, [1, 0.8535534, 0.5, 0.1464466]),
-        ("linear", 5, 3, [0.25, 0.5, 0.75, 1, 0.5]),
-        ("linear", 4, 0, [1, 0.75, 0.5, 0.25, 0, 0]),
-    ):
-        factor = factor_of(schedule, num_steps, warmup)
-        assert [factor(step) for step in range(len(factors))] == pytest.approx(factors)
 
 
 def test_the_best_step_is_known_after_a_kill_between_metrics_and_record(files, capsys, monkeypatch) -> None:
@@ -84,6 +71,20 @@ def test_a_branch_without_a_finite_score_ends_in_one_line_or_well(files, capsys)
     text = capsys.readouterr().err
     assert "Traceback" not in text and (status == 0 or text.count("\n") == 1), text
     assert record()["best_step"] == 1
+
+
+def test_what_an_update_is_made_of(files) -> None:
+    """Momentum, a percentile and a batch for each probe: resumed to the same bits."""
+    made = ["--momentum=0.6", "--clip-percentile=50", "--probe-batches=own", "--probes=2", "--save=last"]
+    assert finetune(files, *made, "--steps=20") == 0
+    assert finetune(files, *made, "--steps=18", "--out=cut") == 0
+    assert resume("--steps=20", out="cut") == 0
+    assert_same_bits("out/checkpoint", "cut/checkpoint")
+    ours, theirs = (read_journal(Path(out, "journal.jsonl")).entries for out in ("out", "cut"))
+    assert [(e.update, e.losses) for e in ours] == [(e.update, e.losses) for e in theirs]
+    assert [len(e.losses) for e in ours] == [4] * 20 and len(ours[-1].update.terms) == 2 * 10
+    lines = read_metrics("cut/metrics.jsonl")
+    assert [line["coefs"] for line in lines if line["kind"] == "step"] == [e.coefs for e in ours]
 
 
 def test_a_loss_that_is_not_finite(files, tmp_path: Path, capsys) -> None:

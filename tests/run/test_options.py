@@ -13,7 +13,8 @@ from cli_runs import finetune, one_line, record, steps_in
 
 from distzo2.cli.main import main, parse
 from distzo2.errors import UsageError
-from distzo2.run.options import FinetuneOptions, num_bytes
+from distzo2.option_types import num_bytes
+from distzo2.run.options import FinetuneOptions
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -100,6 +101,9 @@ def test_a_file_that_is_no_file_of_options(name: str, text: str, capsys) -> None
         ("--steps=0", "expected a number greater than or equal to 1"),
         ("--steps=4294967296", "expected a number less than 4294967296"),
         ("--max-coef=0.5", "expected a number greater than 1"),
+        ("--momentum=1", "expected a number less than 1"),
+        ("--clip-percentile=0", "expected a number greater than 0"),
+        ("--probe-batches=none", "expected 'shared' or 'own'"),
         ("--snapshot-pace=2", "expected a number less than or equal to 1"),
         ("--memory-budget=infGiB", "expected a number of bytes (such as 12GiB), or auto"),
         ("--host-memory=0", "expected a number of bytes (such as 12GiB), or auto"),
@@ -128,7 +132,21 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         (["--resume", "--config=no-out.toml"], "--resume needs --out"),
         (["--resume", "--branch-from=a"], "give one of them"),
         ([*FULL, "--micro-batches=3"], "--micro-batches 3 does not divide --batch-size 16"),
-        ([*FULL, "--estimator=fzoo"], "needs --probes 2"),
+        ([*FULL, "--estimator=fzoo"], "--estimator fzoo needs --probes 2"),
+        ([*FULL, "--estimator=es", "--es-one-sided"], "--estimator es needs --probes 2"),
+        ([*FULL, "--es-shape=ranks"], "--es-shape needs --estimator es"),
+        ([*FULL, "--es-one-sided"], "--es-one-sided needs --estimator es"),
+        ([*FULL, "--momentum-window=4"], "--momentum-window needs --momentum"),
+        (
+            [*FULL, "--momentum=0.9", "--momentum-window=11"],
+            "--momentum-window 11 is longer than the run, of --steps 10",
+        ),
+        ([*FULL, "--probe-batches=own"], "--probe-batches own: --estimator spsa or meazo or spsa-sign, and --probes 2"),
+        ([*FULL, "--probe-batches=own", "--probes=4", "--estimator=fzoo"], "--probe-batches own: --estimator spsa"),
+        (
+            [*FULL, "--probe-batches=own", "--probes=3"],
+            "--probes 3 x --micro-batches 1 does not divide --batch-size 16",
+        ),
         ([*FULL, "--warmup=11"], "--warmup 11 is more than --steps 10"),
         ([*FULL, "--fsync-every=2", "--weights=disk"], "every step is synced"),
         ([*FULL, "--slice=on", "--weights=device"], "--slice on: slices are of weights in host memory or on disk"),
@@ -180,5 +198,8 @@ def test_rates_of_what_is_tuned(options: list[str]) -> None:
     by_fzoo = options_of(*FULL, *options, "--estimator=fzoo", "--probes=2")
     assert (by_fzoo.lr, by_fzoo.eps) == (3e-2, 1e-2)
     assert options_of(*FULL, "--estimator=fzoo", "--probes=2").lr == 2e-3
+    curved, plain = options_of(*FULL, "--estimator=1.5spsa"), options_of(*FULL)
+    assert (curved.lr, curved.eps, curved.noise, plain.noise) == (1e-4, 1e-4, "rademacher", "normal")
+    assert options_of(*FULL, "--estimator=1.5spsa", "--noise=normal").noise == "normal"
     of_mezo = options_of(*FULL, *options, "--protocol=mezo")  # which trains no gains
     assert (of_mezo.lr, of_mezo.eps) == (1e-4 if "--tune=gain" in options else 5e-5, 1e-2)

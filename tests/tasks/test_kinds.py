@@ -14,7 +14,8 @@ from tiny_text import make_checkpoint, make_tokenizer
 from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
 
 from distzo2.errors import DistZO2Error
-from distzo2.tasks.kinds import ModelKind, forward_config, max_positions, model_kind
+from distzo2.models.shapes import max_positions
+from distzo2.tasks.kinds import ModelKind, forward_config, model_kind
 
 
 def config_of(directory: Path, name: str, **fields) -> Path:

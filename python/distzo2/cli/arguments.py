@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field
 from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from distzo2.run.options import Switch, groups_of, types_of
+from distzo2.option_types import Switch, groups_of, types_of
 
 
 class Parser(argparse.ArgumentParser):

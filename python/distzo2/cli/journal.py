@@ -135,7 +135,7 @@ def _summary(path: Path, contents: JournalContents) -> list[tuple[str, str]]:
 def _row(entry: StepEntry) -> str:
     rates = {group.lr: None for group in entry.update.groups}
     lr = ",".join(f"{rate:.3g}" for rate in rates)
-    coefs = [f"{term.c:+.4g}" for term in entry.update.terms]
+    coefs = [f"{c:+.4g}" for c in entry.coefs]
     more = f" (+{len(coefs) - COEFS_SHOWN})" if len(coefs) > COEFS_SHOWN else ""
     marks = [f"skipped: {entry.skipped}"] if entry.skipped is not None else []
     unused = sum(last - first + 1 for first, last in entry.unused)

@@ -20,15 +20,13 @@ from distzo2.cli.arguments import Formatter, Parser, add_options, refuse
 from distzo2.cli.ending import end_with, terminated_as_interrupted
 from distzo2.cli.options import MeasureOptions, PlanOptions, ReplayOptions, ReportOptions, TasksOptions
 from distzo2.errors import UsageError
+from distzo2.option_types import checked, made, read_config
 from distzo2.run.options import (
     LEFT,
     EvalOptions,
     FinetuneOptions,
     GenerateOptions,
     SignalOptions,
-    checked,
-    made,
-    read_config,
 )
 from distzo2.text import printable
 from distzo2.version import __version__

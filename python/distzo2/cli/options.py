@@ -13,21 +13,20 @@ from typing import Annotated, Literal
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
-from distzo2.run.options import (
+from distzo2.option_groups import Estimating
+from distzo2.option_types import (
     Bytes,
     ComputeDtype,
     Count,
     CountOrZero,
     Dtype,
-    Estimator,
     Name,
-    Noise,
     Store,
     Switch,
-    Trained,
     Weights,
     option,
 )
+from distzo2.run.options import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ class MeasureOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(Trained):
+class PlanOptions(Estimating, Trained):
     """Options of `distzo2 plan`."""
 
     model: Name | None = option(
@@ -108,9 +107,6 @@ class PlanOptions(Trained):
     batch: Count = option(8, "sequences a step, of all ranks")
     tokens: Count = option(512, "tokens of a sequence")
     micro_batches: Count | None = option(None, "parts of the batch; must divide --batch (default: one a data rank)")
-    probes: Count = option(1, "perturbations a step", "K")
-    estimator: Estimator = option("spsa", "spsa: 2K forwards; fzoo: K + 1")
-    noise: Noise = option("normal", "of the perturbations")
 
     machine: Name = option(
         "this",
@@ -136,6 +132,7 @@ class PlanOptions(Trained):
     json: str | None = option(None, "all of it as JSON; - for standard output, and nothing else", "FILE")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Estimating.__post_init__(self)
+        Trained.__post_init__(self)
         if self.model is None and not self.table:
             raise UsageError("--model is missing")

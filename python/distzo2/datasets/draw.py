@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 from distzo2.datasets.rows import Asked, Task
 from distzo2.datasets.tables import read_split
 from distzo2.errors import DataError, UsageError
-from distzo2.generation.answers import Question
+from distzo2.rewards.functions import Reward
+from distzo2.rewards.objective import Question, Writing
 from distzo2.tasks.examples import CausalLines
 from distzo2.tasks.held_out import HeldOut, question
 from distzo2.tasks.tokenize import Example, common_prefix
@@ -81,12 +82,15 @@ def draw(
 class TaskReader:
     """Turns the rows of a task into examples for a causal model."""
 
-    def __init__(self, task: Task, tokenizer: Any, *, max_new_tokens: int = 50, **options: Any) -> None:
+    def __init__(
+        self, task: Task, tokenizer: Any, *, max_new_tokens: int = 50, stop: Sequence[str] = (), **options: Any
+    ) -> None:
         """
         Args:
             task: what is asked.
             tokenizer: as `load_tokenizer` returns it.
             max_new_tokens: room that a written answer needs.
+            stop: strings that end one; none: the task's own.
             options: of `Tokenize`; `truncate` is "left" also where it is None: of a text that is too long the beginning
                 goes, except the special tokens at its start.
 
@@ -98,7 +102,7 @@ class TaskReader:
             raise UsageError(f"--task {task.name}: a causal language model was expected, {kind.model} is not one")
         if options["truncate"] == "right":
             raise UsageError("--truncate right: at the end of a task's text stands its answer; left was expected")
-        self.task, self.tokenizer, self.max_new_tokens = task, tokenizer, max_new_tokens
+        self.task, self.tokenizer, self.max_new_tokens, self.stop = task, tokenizer, max_new_tokens, stop
         self._lines, self._num_cut = CausalLines(tokenizer, **options), 0
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._first = next((np.int32(i) for i in special if i is not None), None)
@@ -135,7 +139,10 @@ class TaskReader:
         before = _demonstrations(shots)
         ids = self._encode([(before + row.prompt).strip(" ").lstrip() for row in rows])
         pairs = list(zip(ids, rows, strict=True))
-        asked = [question(tokens, row.answers, self._lines, self.max_new_tokens) for tokens, row in pairs]
+        asked = [
+            question(tokens, {"answers": list(row.answers)}, self._lines, self.max_new_tokens, row.prompt)
+            for tokens, row in pairs
+        ]
         self._num_cut += sum(len(q.tokens) < len(tokens) for q, (tokens, _) in zip(asked, pairs, strict=True))
         self._report_cut()
         return asked
@@ -146,25 +153,24 @@ class TaskReader:
         loss: str,
         shots: Sequence[Asked] = (),
         calibrate: bool = False,
-        write: bool = False,
+        rewards: Mapping[str, Reward] | None = None,
     ) -> HeldOut:
-        """Rows in the forms in which a model is judged by them; with `write`, answers are written and compared too.
+        """Rows in the forms in which a model is judged by them; with `rewards`, these judge written answers too.
 
         Raises:
-            UsageError: `calibrate` or `write`, and the task has no prompt without content, or no answers to write.
+            UsageError: `calibrate` or `rewards`, and the task has no prompt without content, or no answers to write.
         """
-        if write and not self.task.generates:
-            raise UsageError(f"--score f1 and em: the answers of task {self.task.name} are options, not written")
+        if rewards and not self.task.generates:
+            raise UsageError(f"--score: the answers of task {self.task.name} are options, not written")
         asked = self.asked(rows, shots) if self.task.options else ()
+        stop = self.stop or ([self.task.stop] if self.task.stop else [])
         return HeldOut(
             asked if loss == "choices" else self.learned(rows, loss),
             asked if loss != "choices" else (),
             self.blanks(rows) if calibrate else (),
-            self.questions(rows, shots) if write else (),
-            (self.task.stop,) if self.task.stop else (),
-            self.max_new_tokens,
-            self.tokenizer,
-            self._lines.kind.padding(self.tokenizer),
+            self.questions(rows, shots) if rewards else (),
+            Writing(self.tokenizer, self._lines.kind.padding(self.tokenizer), self.max_new_tokens, stop),
+            rewards or {},
         )
 
     # ---- tokens -----------------------------------------------------------------------------------------------------

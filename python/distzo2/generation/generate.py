@@ -1,6 +1,7 @@
 """Batched generation: texts are padded on the left, and every new token of all of them is one pass over the weights.
 
-The model's own `generate` makes the tokens, with its cache of keys and values; it runs outside of steps.
+The model's own `generate` makes the tokens, with its cache of keys and values. In the closure of a step each lane has a
+cache of its own, a token of all lanes is one pass, and a lane ends when its texts have.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.models.shapes import max_positions
 from distzo2.peft.adapters import tokens_in_front
 
 
@@ -40,11 +42,13 @@ def generate_batch(
 ) -> list[Generated]:
     """Continues texts, greedily unless `options` say otherwise.
 
+    Inside a closure what it samples is a function of (seed, step, micro-batch), the same for every perturbation.
+
     Args:
         model: with transformers' `generate`; handed over or not. Its weights stream once for each new token of a batch.
         inputs: texts, or tokens of texts. Of an encoder-decoder model, what its encoder reads.
         tokenizer: for texts and for `stop`.
-        max_new_tokens: tokens to add to each at most.
+        max_new_tokens: tokens to add to each at most, 1 or more.
         stop: strings that end a text.
         batch_size: texts that share a pass, and whose keys and values are in memory together. Texts of like length
             go together; a finished one is padded until its batch has finished.
@@ -56,17 +60,23 @@ def generate_batch(
 
     Raises:
         UsageError: texts or `stop` without a tokenizer, or `options` that search or return several texts.
-        DistZO2Error: the model generates nothing, or a text has no tokens.
+        DistZO2Error: the model generates nothing, or a text has no tokens, or more than its positions leave room for.
     """
     if not hasattr(model, "generate"):
         raise DistZO2Error(f"{type(model).__name__} generates no text")
     if tokenizer is None and (stop or any(isinstance(each, str) for each in inputs)):
         raise UsageError("generate_batch needs tokenizer= for texts and stop strings")
+    if max_new_tokens < 1:
+        raise UsageError(f"generate_batch needs max_new_tokens of 1 or more, not {max_new_tokens}")
     if options.get("num_return_sequences", 1) != 1 or (stop and options.get("num_beams", 1) != 1):
         raise UsageError("generate_batch returns one text for each, and stop strings need num_beams=1")
     rows = [tokenizer(each)["input_ids"] if isinstance(each, str) else list(each) for each in inputs]
     if any(not row for row in rows):
         raise DistZO2Error("a text to continue has no tokens")
+    # peft puts a prompt before the padding, too far from a shorter text: with one, only texts of one length share rows.
+    peft_config = getattr(model, "active_peft_config", None)
+    in_front = tokens_in_front(peft_config) if peft_config else 0
+    _check_room(model, max(map(len, rows), default=0), max_new_tokens, in_front)
     ends = _end_tokens(model, tokenizer)
     if pad_id is None:
         pad_id = next((i for i in (getattr(tokenizer, "pad_token_id", None), *ends) if i is not None), 0)
@@ -74,22 +84,38 @@ def generate_batch(
     settings = greedy | {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id} | options
     if ends:
         settings["eos_token_id"] = ends
-    # peft puts a prompt before the padding, too far from a shorter text: with one, only texts of one length share rows.
-    prompted = bool(config := getattr(model, "active_peft_config", None)) and tokens_in_front(config) > 0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    groups = [list(g) for _, g in groupby(order, key=lambda i: len(rows[i]) if prompted else 0)]
+    groups = [list(g) for _, g in groupby(order, key=lambda i: len(rows[i]) if in_front else 0)]
     parts = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
     results: list[Generated | None] = [None] * len(rows)
-    training = model.training
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         for part in parts:
             made = _generate(model, [rows[i] for i in part], tokenizer, stop, ends, settings)
             for i, tokens in zip(part, made, strict=True):
                 results[i] = Generated(tokens, None if tokenizer is None else _text(tokenizer, tokens, stop))
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     return results
+
+
+def _check_room(model: nn.Module, longest: int, new: int, in_front: int) -> None:
+    """
+    Raises:
+        DistZO2Error: a text of `longest` tokens, behind `in_front` of a prompt of peft, has no room for `new` ones.
+    """
+    config = getattr(model, "config", None)
+    positions, needed = max_positions(config), in_front + longest + new
+    if getattr(config, "is_encoder_decoder", False):
+        needed = max(longest, new + 1)  # the decoder begins with a start token
+    if positions is not None and needed > positions:
+        raise DistZO2Error(
+            f"a text of {longest} tokens and max_new_tokens={new} take {needed} positions: {type(model).__name__} has "
+            f"{positions}"
+        )
 
 
 def _generate(

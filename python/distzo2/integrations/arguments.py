@@ -9,9 +9,10 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from distzo2.errors import DistZO2Error, UsageError
-from distzo2.optim.estimator import ESTIMATORS
+from distzo2.estimators.registry import ESTIMATORS
+from distzo2.estimators.schedules import SCHEDULES
 from distzo2.optim.settings import make_settings
-from distzo2.run.options import num_bytes
+from distzo2.option_types import num_bytes
 from distzo2.streaming.offload import WEIGHTS
 from distzo2_core import FAMILIES
 
@@ -38,7 +39,8 @@ _REFUSED = {
 _OF_OPTIMIZER = {
     "seed": "seed", "eps": "zo_eps", "num_probes": "zo_probes", "noise": "zo_noise", "estimator": "zo_estimator",
     "max_coef": "zo_max_coef", "max_lanes": "zo_max_lanes", "fsync_every": "zo_fsync_every",
-    "verify_every": "zo_verify_every",
+    "verify_every": "zo_verify_every", "momentum": "zo_momentum", "momentum_window": "zo_momentum_window",
+    "clip_percentile": "zo_clip_percentile",
 }  # fmt: skip
 
 
@@ -52,10 +54,17 @@ class ZOFields:
     """Fields for any `TrainingArguments`: `@dataclass class MyArguments(ZOFields, TheirArguments): ...`."""
 
     zo_eps: float = _field(1e-3, "Size of the perturbation.")
-    zo_probes: int = _field(1, "Perturbations a step; each is evaluated twice by spsa, once by fzoo.")
+    zo_eps_schedule: str = _field("constant", "How zo_eps falls over the steps, after the warm-up.", SCHEDULES)
+    zo_eps_final: float = _field(0.1, "The share of zo_eps that its schedule ends at.")
+    zo_probes: int = _field(1, "Perturbations a step; each is evaluated twice, by fzoo once.")
     zo_noise: str = _field("normal", "Kind of noise.", tuple(FAMILIES))
     zo_estimator: str = _field("spsa", "How losses become coefficients.", tuple(ESTIMATORS))
     zo_max_coef: float | None = _field(10.0, "Clip coefficients to this multiple of their running median.")
+    zo_clip_percentile: float | None = _field(None, "Clip them to this running percentile instead.")
+    zo_momentum: float = _field(0.0, "What the terms of earlier steps are multiplied by, for each step of age.")
+    zo_momentum_window: int | None = _field(
+        None, "Steps whose terms an update lists; until they are negligible if unset."
+    )
     zo_dropout: bool = _field(False, "Train with dropout, the same in both evaluations of a probe.")
     zo_max_lanes: int | None = _field(None, "Evaluations that share a pass over the weights, for memory; all if unset.")
     zo_weights: str = _field("host", "Where streamed weights live.", WEIGHTS)
@@ -84,12 +93,15 @@ class ZOFields:
         if OptimizerNames(self.optim) != OptimizerNames(type(self).optim):
             raise UsageError(f"optim={self.optim!r}: the optimizer is ZOSGD; zo_estimator and zo_noise are its choices")
         allowed = {"zo_existing": EXISTING, "zo_weights": WEIGHTS, "zo_compute_dtype": (*COMPUTE_DTYPES, None)}
+        allowed["zo_eps_schedule"] = SCHEDULES
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, choices))}")
         for name, least in {"zo_write_every": 1, "zo_verify_every": 0, "zo_pert": 1, "zo_data": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UsageError(f"{name}={value!r}: at least {least} was expected")
+        if not 0 < self.zo_eps_final <= 1:
+            raise UsageError(f"zo_eps_final={self.zo_eps_final!r}: above 0 and at most 1 was expected")
         for name in ("zo_memory_budget", "zo_host_memory"):
             try:
                 num_bytes(getattr(self, name))

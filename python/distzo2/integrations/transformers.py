@@ -32,10 +32,11 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from distzo2.errors import UsageError
+from distzo2.estimators.registry import make_estimator
+from distzo2.estimators.schedules import factor_of
 from distzo2.integrations.arguments import ZOFields
 from distzo2.integrations.run_files import RunFiles, Start
 from distzo2.models.pretrained import save_pretrained
-from distzo2.optim.estimator import make_estimator
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel import group as parallel
 from distzo2.parallel.slice_rounds import meet_first
@@ -283,6 +284,7 @@ class ZOMixin:
             return torch.zeros((), device=self.args.device)
         closures, tokens, mesh = self._zo_closures, self._zo_tokens, parallel.current()
         self._zo_closures, self._zo_tokens = [], 0
+        self._zo_schedule_eps()
         steps, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
         try:
             loss = self.zo_optimizer.step(closures, tokens=tokens, sharded=False if mesh is None else "data")
@@ -290,6 +292,13 @@ class ZOMixin:
             self.current_gradient_accumulation_steps = steps
         self._zo_log.add(self.zo_optimizer.last, tokens * (1 if mesh is None else mesh.shape.data))
         return loss.to(self.args.device, torch.float32)
+
+    def _zo_schedule_eps(self) -> None:
+        args, steps = self.args, self.state.max_steps
+        if args.zo_eps_schedule != "constant":
+            final = {"final": args.zo_eps_final, "rises": False}
+            factor = factor_of(args.zo_eps_schedule, steps, args.get_warmup_steps(steps), **final)
+            self.zo_optimizer.eps = args.zo_eps * factor(self.zo_optimizer.step_count)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Makes no step in a run that has made its last one, or that the evaluation that it missed stops."""

@@ -1,4 +1,4 @@
-"""Shapes of published language models, by name: what a plan or a bench needs where there is no checkpoint."""
+"""Shapes of published language models, by name, as a plan or a bench needs them without a checkpoint; and positions."""
 
 from __future__ import annotations
 
@@ -36,3 +36,15 @@ def shape_config(name: str, num_layers: int | None = None) -> Any:
     layers = num_layers or layers
     sizes |= {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
     return getattr(transformers, f"{kind}Config")(**sizes)
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model of this config has, or None where it has no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    values = (getattr(text_config(config), name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -20,25 +20,27 @@ import numpy as np
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.estimators.registry import name_of
+from distzo2.optim.moments import Momentum
 from distzo2.optim.settings import GROUP_FIELDS, Settings, StepRecord, scalars_of
-from distzo2.optim.state import NON_FINITE_COEFFICIENT, NON_FINITE_LOSS
+from distzo2.optim.state import SKIPPED
 from distzo2.parallel.exchange import by_ranks, hash64
 from distzo2.parallel.group import Mesh
 from distzo2.parallel.mesh import GLOBAL, OWN, Deal, MeshShape, check_step, deal_lanes
 from distzo2.record.journal import Journal
 from distzo2.record.opening import fingerprint
+from distzo2.streaming.lanes import Route
 from distzo2.streaming.runtime import StreamingRuntime
-from distzo2.weights.units import Unit
 from distzo2_core import NOISE_VERSION, ROUNDING_VERSION, GroupScalars, checksum
 
 logger = logging.getLogger("distzo2")
 
 ALWAYS_DURABLE = 2**62  # a version; without a journal nothing waits for one
-SKIPPED = (None, NON_FINITE_LOSS, NON_FINITE_COEFFICIENT)  # by their numbers in what rank 0 broadcasts
-_HEAD = 4  # numbers before the coefficients: failed, skipped, clipped, lines that are durable
+_HEAD = 5  # numbers before the coefficients: failed, skipped, clipped, the largest before, lines that are durable
 
-# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, units entered
-RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Sequence[Unit]]]
+# (lanes as (evaluation, micro-batch), micro-batch of the first closure) -> sums and counts, their longest route, and
+# the number of why the step is to be skipped, or 0
+RunLanes = Callable[[Sequence[tuple[int, int]], int], tuple[np.ndarray, Route, int]]
 
 
 class StepWord(NamedTuple):
@@ -50,14 +52,17 @@ class StepWord(NamedTuple):
     tokens: int
     sharded: bool | str
     count: float | None  # of losses in the step, if it is known
+    momentum: Momentum
 
 
 class Evaluated(NamedTuple):
-    """What the lanes of all ranks gave, float64 [evaluations, micro-batches], and which units they entered."""
+    """What the lanes of all ranks gave, float64 [evaluations, micro-batches of each], which units they entered, and why
+    the step is to be skipped."""
 
     sums: np.ndarray
     counts: np.ndarray
     entered: frozenset[int]  # indices of units
+    skipped: str | None
 
 
 class ReplicasDifferError(DistZO2Error):
@@ -89,12 +94,13 @@ class Alone:
     def open(self, word: StepWord, error: Exception | None) -> tuple[Deal, int]:
         if error is not None:
             raise error
-        return deal_lanes(MeshShape(1, 1), self.settings.evaluations, [word.num_closures], GLOBAL), word.tokens
+        s = self.settings
+        return deal_lanes(MeshShape(1, 1), s.evaluations, [word.num_closures], GLOBAL, s.own_batches), word.tokens
 
     def gather(self, step: int, deal: Deal, run: RunLanes) -> Evaluated:
-        losses, entered = run(deal.lanes[0], 0)
+        losses, route, skipped = run(deal.lanes[0], 0)
         sums, counts = losses.T.reshape(2, len(self.settings.evaluations), deal.num_batches)
-        return Evaluated(sums, counts, frozenset(unit.index for unit in entered))
+        return Evaluated(sums, counts, frozenset(unit.index for unit in route.units), SKIPPED[skipped])
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         make()
@@ -133,8 +139,9 @@ class SharedStep:
             "the units": [(u.name, u.num_bytes) for u in self._runtime.units],
             "the parameters": table,
             **{name: getattr(s, name) for name in ("seed", "eps", "noise", "fsync_every", "verify_every")},
+            **{f"the {name}": getattr(s, name) for name in ("momentum", "momentum_window", "probe_batches")},
             "the evaluations": s.evaluations,
-            "the estimator": type(s.estimator).__name__,
+            "the estimator": name_of(s.estimator),
             "the versions": (NOISE_VERSION, ROUNDING_VERSION),
             **given,
             **_fields_of(scalars_of(groups)),
@@ -167,6 +174,8 @@ class SharedStep:
             "the number of closures": word.num_closures if is_global else "its own",
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
+            "eps": s.eps,
+            "the terms of earlier steps": hash64(word.momentum.state()),
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }
@@ -176,7 +185,7 @@ class SharedStep:
                 check_step(shape, s.evaluations, word.num_closures)
             except UsageError as unfit:
                 raise UsageError(f"{unfit}; or, if each rank has closures of its own, sharded=True") from None
-        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded)
+        deal = deal_lanes(shape, s.evaluations, [row[0] for row in numbers], word.sharded, s.own_batches)
         rows = range(0, shape.size, 1 if word.sharded == OWN else shape.pert)
         return deal, tokens if is_global else sum(numbers[rank][1] for rank in rows)
 
@@ -187,56 +196,72 @@ class SharedStep:
             Anything that `run` raises; the other ranks get a RankFailedError.
             DistZO2Error: the lanes of two ranks entered different units.
         """
-        losses, entered, error = np.zeros((0, 2)), (), None
+        losses, route, skipped, error = np.zeros((0, 2)), Route(), 0, None
         try:
-            losses, entered = run(deal.lanes[self._rank], deal.first_batch[self._rank])
+            losses, route, skipped = run(deal.lanes[self._rank], deal.first_batch[self._rank])
         except BaseException as raised:
             error = raised
             if self._exchange.broken:  # in a gather of slices: the other ranks know
                 raise
         most, num_words = max(len(lanes) for lanes in deal.lanes), -(-len(self._runtime.units) // 64)
-        first = 2 + num_words
-        # failed, hash of the units in their order, a bit for each unit, the bits of sums and counts
+        first = 3 + num_words
+        # failed, hash of the units in their order, why to skip, a bit for each unit, the bits of sums and counts
         mine = np.zeros(first + 2 * most, dtype=np.int64)
-        mine[0] = error is not None
+        mine[0], mine[2] = error is not None, skipped
         if error is None:
-            mine[1] = hash64([unit.name for unit in entered])
+            mine[1] = hash64([unit.name for unit in route.units])
             in_units = np.zeros(64 * num_words, dtype=bool)
-            in_units[[unit.index for unit in entered]] = True
-            mine[2:first] = np.packbits(in_units).view(np.int64)
+            in_units[[unit.index for unit in route.units]] = True
+            mine[3:first] = np.packbits(in_units).view(np.int64)
             mine[first : first + losses.size] = losses.reshape(-1).view(np.int64)
         rows = self._exchange.gather(torch.from_numpy(mine)).numpy()
         self._exchange.settle(f"step {step}", [bool(f) for f in rows[:, 0]], error)
         working = [rank for rank, lanes in enumerate(deal.lanes) if lanes]
-        for rank in working[1:]:
-            if rows[rank, 1] != rows[working[0], 1]:
-                raise DistZO2Error(
-                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
-                    f"rank {rank} entered others than those of rank {working[0]}. Where a forward skips blocks for "
-                    "some batches or perturbations, name with units= a module around them."
-                )
+        if len({int(rows[rank, 1]) for rank in working}) > 1:
+            self._compare(step, route, {rank: rows[rank, 3:first].tolist() for rank in working})
         result = np.zeros((2, len(self.settings.evaluations), deal.num_batches))
         for rank, lanes in enumerate(deal.lanes):
             for lane, loss in zip(lanes, rows[rank, first:].view(np.float64).reshape(-1, 2), strict=False):
-                result[:, *lane] = loss
-        words = np.bitwise_or.reduce(rows[:, 2:first])  # ranks without lanes entered none
-        return Evaluated(*result, frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist()))
+                result[:, lane[0], lane[1] % deal.num_batches] = loss
+        words = np.bitwise_or.reduce(rows[:, 3:first])  # ranks without lanes entered none
+        units = frozenset(np.flatnonzero(np.unpackbits(words.view(np.uint8))).tolist())
+        return Evaluated(*result, units, SKIPPED[rows[:, 2].max()])
+
+    def _compare(self, step: int, route: Route, units: Mapping[int, list[int]]) -> None:
+        """Compares the routes of the ranks that have lanes: one may be the first passes of another. `units` says of
+        each of them, a bit a unit, which units it entered.
+
+        Raises:
+            DistZO2Error: the lanes of two ranks entered different units.
+        """
+        passes = np.array([hash64([unit.name for unit in one]) for one in route.passes()], dtype=np.int64)
+        found = [np.frombuffer(data, np.int64).tolist() for data in self._exchange.gather_bytes(passes.tobytes())]
+        longest = max(units, key=lambda rank: len(found[rank]))
+        for rank in units:
+            if found[rank] != found[longest][: len(found[rank])] or units[rank] != units[longest]:
+                one, other = sorted((rank, longest))
+                raise DistZO2Error(
+                    f"step {step}: the lanes of all ranks must enter the same units in the same order, and those of "
+                    f"rank {other} entered others than those of rank {one}. Where a forward skips blocks for some "
+                    "batches or perturbations, name with units= a module around them."
+                )
 
     def decide(self, record: StepRecord, make: Callable[[], None], journal: Journal | None) -> None:
         """Rank 0 calls `make`, which fills `record` and appends to the journal; the other ranks take `record` over."""
         num_probes, failure = self.settings.num_probes, None
-        made = np.zeros(_HEAD + num_probes)
+        made = np.zeros(_HEAD + num_probes + len(record.memory))
         if self._rank == 0:
             try:
                 make()
                 if journal is not None and self._syncs:
                     journal.sync()
                 durable = 0 if journal is None else journal.durable
-                made[:_HEAD] = 0.0, SKIPPED.index(record.skipped), record.clipped, durable
-                made[_HEAD:] = record.coefs or [0.0] * num_probes
+                skipped, largest = SKIPPED.index(record.skipped), record.largest or 0.0
+                made[:_HEAD] = 0.0, skipped, record.clipped, largest, durable
+                made[_HEAD:] = *(record.coefs or [0.0] * num_probes), *record.memory
             except BaseException as error:
                 failure, made[0] = error, 1.0
-        failed, skipped, clipped, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
+        failed, skipped, clipped, largest, durable, *coefs = self._exchange.broadcast(torch.from_numpy(made)).tolist()
         others = [False] * (self.world_size - 1)
         self._exchange.settle(f"step {record.step}", [bool(failed), *others], failure)
         if self._rank == 0:
@@ -244,7 +269,8 @@ class SharedStep:
         if self.first_version is not None:
             self._runtime.weights.set_durable(self.first_version + int(durable))
         record.skipped, record.clipped = SKIPPED[int(skipped)], bool(clipped)
-        record.coefs = coefs if record.skipped is None else []
+        record.coefs, record.memory = coefs[:num_probes] if record.skipped is None else [], tuple(coefs[num_probes:])
+        record.largest = largest if clipped else None
 
     def verify(self, step: int) -> None:
         """Reads every unit once, with every update made so far, and compares it across ranks.

@@ -13,13 +13,14 @@ import torch
 
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.estimator import Evaluation
 from distzo2.optim.settings import Settings
+from distzo2.optim.state import SKIPPED, NoLoss
+from distzo2.parallel.mesh import Evaluation
 from distzo2.streaming.isolation import RandomStream
-from distzo2.streaming.lanes import Lane, LanePlace
+from distzo2.streaming.lanes import Lane, LanePlace, Route
 from distzo2.streaming.runtime import StreamingRuntime
 from distzo2.text import dtype_name
-from distzo2.weights.units import HALVES, Unit
+from distzo2.weights.units import HALVES
 from distzo2.weights.updates import CLEAN, Emission
 from distzo2_core import FAMILIES, Term
 
@@ -39,19 +40,24 @@ class StepLanes:
         closures: Sequence[Callable[[], Any]],
         first_batch: int,
         as_sums: bool = False,
-    ) -> tuple[np.ndarray, Sequence[Unit]]:
+    ) -> tuple[np.ndarray, Route, int]:
         """Runs a step's lanes, given as (evaluation, micro-batch). `closures` begin with micro-batch `first_batch`.
         With `as_sums`, tensors that they return are added up, where otherwise their mean is taken.
 
         Returns:
-            float64 [lanes, 2], the sum of each lane's losses and their count; and the units that the lanes entered.
+            float64 [lanes, 2], the sum of each lane's losses and their count; the longest of the lanes' routes; and the
+            number in `SKIPPED` of why a lane has no loss, or 0.
         """
         lanes = []
+        # Which evaluation of a micro-batch is its first: 0, or that of its own probe, all of which run here.
+        first_of = {batch: index for index, batch in reversed(places)} if self.settings.own_batches else {}
         for index, batch in places:
-            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=index == 0)
+            is_first = index == first_of.get(batch, 0)
+            place = LanePlace(step, index, batch, *self.settings.evaluations[index], first=is_first)
             lanes.append(self._lane(place, closures[batch - first_batch]))
-        entered = self._run(lanes)
-        return self._losses(lanes, as_sums), entered or ()
+        route = self._run(lanes)
+        reasons = [SKIPPED.index(lane.result.reason) for lane in lanes if isinstance(lane.result, NoLoss)]
+        return self._losses(lanes, as_sums), route, max(reasons, default=0)
 
     def losses_of(
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]
@@ -63,14 +69,15 @@ class StepLanes:
         sums = self._losses(lanes).reshape(len(evaluations), len(closures), 2).sum(1)
         return sums[:, 0] / sums[:, 1]
 
-    def _run(self, lanes: Sequence[Lane], check: bool = False) -> Sequence[Unit] | None:
+    def _run(self, lanes: Sequence[Lane], check: bool = False) -> Route:
         wave = self.settings.max_lanes or len(lanes) or 1
-        entered = None
+        route = None
         for first in range(0, len(lanes), wave):
             self._interrupt.check()
             some = lanes[first : first + wave]
-            entered = self.runtime.run(some, expected=entered, interrupt=self._interrupt, check=check)
-        return entered
+            found = self.runtime.run(some, expected=route, interrupt=self._interrupt, check=check)
+            route = found if route is None or len(found.units) > len(route.units) else route
+        return route or Route()
 
     def _lanes_beside(
         self, step: int, evaluations: Sequence[Evaluation], closures: Sequence[Callable[[], Any]]

@@ -16,9 +16,19 @@ import torch
 from torch import nn
 
 from distzo2.errors import DistZO2Error
+from distzo2.estimators.protocol import Estimator, mean_loss
+from distzo2.estimators.registry import name_of
 from distzo2.interrupts import DeferredInterrupt
-from distzo2.optim.estimator import Estimator, mean_loss
-from distzo2.optim.settings import StepRecord, check_rates, default_groups, group_of_each, make_settings, scalars_of
+from distzo2.optim.moments import Momentum
+from distzo2.optim.settings import (
+    StepRecord,
+    check_rates,
+    default_groups,
+    eps_of,
+    group_of_each,
+    make_settings,
+    scalars_of,
+)  # fmt: skip
 from distzo2.optim.shared_step import ALWAYS_DURABLE, Alone, Evaluated, SharedStep, StepWord
 from distzo2.optim.signal import REFERENCE, TF32, Signal, computed_in, measure_signal
 from distzo2.optim.state import (
@@ -43,27 +53,27 @@ from distzo2_core import FAMILIES, GroupScalars, Term, Update, checksum
 
 logger = logging.getLogger("distzo2")
 
-_SAME_IN_STATE = ("noise", "num_probes", "eps")  # settings that an optimizer and the state that it loads must share
+_SAME_IN_STATE = ("noise", "num_probes")  # settings that an optimizer and the state that it loads must share
 
 
 class ZOSGD(torch.optim.Optimizer):
     """Zeroth-order SGD: w <- round(w - lr * (sum of c_k·z_k + weight_decay·w)), with c_k from forward passes only.
 
-    SPSA as in MeZO (arXiv 2305.17333) or FZOO. The perturbed weights are made out of place, so clean weights do not
-    drift; 16-bit weights are rounded stochastically, so that steps far below their spacing are not lost.
+    SPSA as in MeZO (arXiv 2305.17333), or another estimator. The perturbed weights are made out of place, so clean
+    weights do not drift; 16-bit weights are rounded stochastically, so that steps far below their spacing are not lost.
 
     Args:
         model: a module that `distzo2.offload` or `distzo2.from_pretrained` returned.
         params: None for all trainable parameters, or parameter groups as for any torch optimizer; parameters in no
             group are read and never changed. Groups may set lr, weight_decay, perturb_scale and update_scale.
         lr: learning rate; schedulers of torch.optim.lr_scheduler change it for the steps that follow.
-        eps: size of the perturbation, as float32.
+        eps: size of the perturbation, as float32; the attribute `eps` changes it for the steps that follow.
         weight_decay: added to the estimate, as in SGD. With params=None it leaves out biases and norms (parameters of
             fewer than 2 dimensions).
         num_probes: perturbations a step, K.
         noise: "normal" or "rademacher"; or of low rank, "sign-r1", "sign-r4", "normal-r1" or "normal-r4":
             z = A B^T / sqrt(r) of matrices, A and B of r columns of signs or normals, and dense noise elsewhere.
-        estimator: "spsa", "fzoo", or an `Estimator`.
+        estimator: "spsa", "fzoo", "es", "1.5spsa", "meazo", "spsa-sign" (docs/estimators.md), or an `Estimator`.
         seed: of the run, in [0, 2^64).
         data_hash: SHA-256 of the run's examples, for the header of a new journal; nothing is compared with it.
         journal: path of a journal to write (or to continue, given `resume`), or None.
@@ -74,6 +84,14 @@ class ZOSGD(torch.optim.Optimizer):
         max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same. With 1 they run
             one after another, as models need whose code keeps state elsewhere than in attributes of modules.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
+        clip_percentile: in place of that, P in (0, 100]: coefficients are clipped to the P-th percentile of the largest
+            of each of the last 101 steps. Every step is one of them as it was before it was clipped.
+        momentum: beta in [0, 1): updates are made of the terms of earlier steps too, times beta for each step of age.
+            No memory is needed: their noise is made anew, which costs `momentum_window` times that of an update.
+        momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
+            at most 64.
+        probe_batches: "shared", or "own": the K probes are evaluated on different micro-batches, the list of closures
+            being cut into K equal parts, in order. For spsa, meazo, spsa-sign: the others compare probes.
         max_clipped: N clipped steps in a row end the run with an error; 0: never.
         max_skipped: N steps in a row with a non-finite loss end the run with an error.
         mesh: ranks that share every step; None: what `distzo2.parallel.init` made, if it was called. Rank 0 alone
@@ -110,8 +128,12 @@ class ZOSGD(torch.optim.Optimizer):
         fsync_every: int = 1,
         max_lanes: int | None = None,
         max_coef: float | None = 10.0,
+        clip_percentile: float | None = None,
         max_clipped: int = 10,
         max_skipped: int = 5,
+        momentum: float = 0.0,
+        momentum_window: int | None = None,
+        probe_batches: str = "shared",
         mesh: Mesh | None = None,
         verify_every: int = 0,
     ) -> None:
@@ -122,7 +144,8 @@ class ZOSGD(torch.optim.Optimizer):
         self.settings = settings = make_settings(
             seed=seed, eps=eps, noise=noise, num_probes=num_probes, estimator=estimator, max_lanes=max_lanes,
             max_coef=max_coef, max_clipped=max_clipped, max_skipped=max_skipped, verify_every=verify_every,
-            fsync_every=fsync_every,
+            fsync_every=fsync_every, momentum=momentum, momentum_window=momentum_window,
+            clip_percentile=clip_percentile, probe_batches=probe_batches,
         )  # fmt: skip
         branch = None if branch_from is None else BranchPoint(*branch_from)
         if branch is not None and (journal is None or resume):
@@ -138,6 +161,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._interrupt.also = self._ranks.check
         self._lanes = StepLanes(runtime, settings, self._interrupt)
         self._progress = Progress(settings)
+        self._momentum = Momentum(settings.momentum, settings.momentum_window)
         self.journal: Journal | None = None
         self.last: StepRecord | None = None
         self.first_step = 0
@@ -189,6 +213,7 @@ class ZOSGD(torch.optim.Optimizer):
             self.param_groups.pop()
             self._bind()
             raise
+        self._momentum.clear()  # earlier steps did not perturb the new group
 
     def _bind(self) -> None:
         """Makes this the model's optimizer: from here on, its updates are of these groups and this seed."""
@@ -217,7 +242,8 @@ class ZOSGD(torch.optim.Optimizer):
             options={
                 "eps": s.eps,
                 "num_probes": s.num_probes,
-                "estimator": type(s.estimator).__name__,
+                "estimator": name_of(s.estimator),
+                **s.recorded,
                 **({} if computed is None else {"compute_dtype": dtype_name(computed)}),
             },
             fingerprint={**fingerprint(runtime.device), **self._ranks.fingerprint},
@@ -245,17 +271,31 @@ class ZOSGD(torch.optim.Optimizer):
 
     def take_over(self, entries: Sequence[StepEntry], first_like: int = 0) -> None:
         """Takes over the steps of a journal without a forward. Those from step `first_like` on count in the running
-        median that clips later coefficients, as if this optimizer had made them."""
+        median that clips later coefficients, and in the momentum, as if this optimizer had made them."""
         for entry in entries:
             self._runtime.weights.push(entry.update, entry.unused)
             if entry.step < first_like:
                 self._progress.step += 1
                 continue
+            own = [term for term in entry.update.terms if term.step == entry.step]
+            self._momentum.count(entry.step, own, entry.unused)
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
-                coefs = [term.c for term in entry.update.terms]
-                self._progress.count(coefs, entry.skipped, bool(entry.extra.get("clipped")))
+                self._progress.recall(entry.extra.get("memory", self._progress.memory))
+                clipped, largest = bool(entry.extra.get("clipped")), entry.extra.get("largest")
+                self._progress.count(entry.coefs, entry.skipped, clipped, largest)
 
     # ---- a step -----------------------------------------------------------------------------------------------
+
+    @property
+    def eps(self) -> float:
+        """Size of the next step's perturbations. A schedule sets it before each step, on all ranks alike, as a function
+        of `step_count`, so that a resumed run has the same bits."""
+        return self.settings.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        if (eps := eps_of(value)) != self.settings.eps:
+            self._set(eps=eps)
 
     @property
     def step_count(self) -> int:
@@ -274,7 +314,8 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss of a batch as a scalar; or per-example losses, of which the mean is taken; or
-                (sum of losses, number of losses), for a mean over all of the step, however it is cut. Or a list of such
+                (sum of losses, number of losses), for a mean over all of the step, however it is cut; or a `NoLoss`
+                (distzo2.optim.state), which skips the step. Or a list of such
                 closures, one for each micro-batch. It is called once for each perturbation, under no_grad, in a
                 separate thread; code that is new, once more (see `check`); `distzo2.current_lane` says for which. None:
                 no step is made, and None is returned, since training loops call `step()` where gradients are ready.
@@ -293,6 +334,7 @@ class ZOSGD(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: `max_skipped` steps in a row had a non-finite loss. None of them was applied.
             DivergenceError: `max_clipped` steps in a row had to be clipped.
+            UsageError: the closures do not fit the mesh, or the probes that are to have batches of their own.
             DistZO2Error: the lanes did not enter the same units, or a parameter was used outside its window, or what a
                 closure returned is no loss, or the numbers of losses are all 0.
             RanksDisagreeError: the ranks of the mesh were about to make different steps.
@@ -309,16 +351,19 @@ class ZOSGD(torch.optim.Optimizer):
             count = None if count is None else float(count)
             if count is not None and not 0 < count < np.inf:
                 raise DistZO2Error(f"count={count!r}: expected a finite number above 0")
+            if count is not None and self.settings.own_batches:
+                raise DistZO2Error("count= is of a batch that all probes share, and they have batches of their own")
         except Exception as error:
             failure = error  # `open` raises it here, and tells the other ranks
         with self._interrupt:
             start, step, as_sums = time.perf_counter(), self.step_count, count is not None
-            word = StepWord(step, scalars, len(closures), tokens, sharded, count)
+            word = StepWord(step, scalars, len(closures), tokens, sharded, count, self._momentum)
             deal, tokens = self._ranks.open(word, failure)
             run = self._lanes.run
             found = self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
             record, losses = self._record(step, found, count)
-            record.lr = [group.lr for group in scalars]
+            record.lr, record.eps = [group.lr for group in scalars], self.settings.eps
+            record.memory = self._progress.memory
             left_out = self._runtime.weights.left_out(found.entered)
             if not self.settings.older_rules:
                 record.unused = ranges_of(p.index for unit in left_out for p in unit.params)
@@ -373,16 +418,22 @@ class ZOSGD(torch.optim.Optimizer):
         if not counts.any(1).all():
             raise DistZO2Error(f"step {step}: the closures returned 0 as the number of losses: there is no mean")
         loss = mean_loss(sums.reshape(-1), counts.reshape(-1))
-        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [])
+        record = StepRecord(step, loss, sums.tolist(), self.settings.evaluations, [], found.skipped)
         if plain:
             return record, sums
-        record.counts = counts.tolist()
-        record.losses = np.divide(sums, counts, out=sums.copy(), where=counts > 0).tolist()
+        means = np.divide(sums, counts, out=sums.copy(), where=counts > 0)
+        record.counts, record.losses = counts.tolist(), means.tolist()
+        counted = counts.all(0)  # in all evaluations
+        if getattr(self.settings.estimator, "by_batch", False) and counted.any():
+            return record, means[:, counted]
         return record, np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
 
     def _entry(self, record: StepRecord, scalars: tuple[GroupScalars, ...], tokens: int) -> StepEntry:
         """The journal's line."""
         counts, extra = record.counts, {"clipped": True} if record.clipped else {}
+        extra |= {"memory": list(record.memory)} if record.memory else {}
+        if record.clipped and self.settings.clip_percentile is not None:
+            extra["largest"] = record.largest
         if counts is not None and all(row == counts[0] for row in counts):
             counts = counts[:1]
         return StepEntry(
@@ -406,26 +457,32 @@ class ZOSGD(torch.optim.Optimizer):
         """Fills `record` with the coefficients that the losses lead to, or why the step is skipped. `losses` are as an
         estimator takes them."""
         if not np.isfinite(losses).all():
-            record.skipped = NON_FINITE_LOSS
+            record.skipped = record.skipped or NON_FINITE_LOSS
             return
-        coefs, record.clipped = self._progress.clip(self.settings.coefficients(losses))
+        found, memory = self.settings.coefficients(losses, record.memory)
+        coefs, record.clipped = self._progress.clip(found)
         if np.isfinite(coefs).all():
-            record.coefs = coefs.tolist()
+            record.coefs, record.memory = coefs.tolist(), memory
+            record.largest = float(np.abs(found).max()) if record.clipped else None
         else:
             record.skipped = NON_FINITE_COEFFICIENT
 
     def _update(self, record: StepRecord, scalars: tuple[GroupScalars, ...]) -> Update:
-        step, family = record.step, FAMILIES[self.settings.noise]
         if record.skipped is not None:
-            scalars = tuple(group._replace(lr=0.0) for group in scalars)
-        return Update(step, scalars, tuple(Term(family, step, k, 0, c) for k, c in enumerate(record.coefs)))
+            return Update(record.step, tuple(group._replace(lr=0.0) for group in scalars), ())
+        return Update(record.step, scalars, self._momentum.terms(record.step, self._own_terms(record), record.unused))
+
+    def _own_terms(self, record: StepRecord) -> list[Term]:
+        family = FAMILIES[self.settings.noise]
+        return [Term(family, record.step, k, 0, c) for k, c in enumerate(record.coefs)]
 
     def _push(self, update: Update, record: StepRecord) -> None:
         """Makes the step: from here on, every unit takes over the update at its next visit."""
         self._runtime.weights.trim()
         self._runtime.weights.push(update, record.unused)
-        self.last = record
-        self._progress.count(record.coefs, record.skipped, record.clipped)
+        self.last, self._progress.memory = record, record.memory
+        self._momentum.count(record.step, self._own_terms(record), record.unused)
+        self._progress.count(record.coefs, record.skipped, record.clipped, record.largest)
         if self._runtime.kept is not None:
             self._runtime.kept.step_done(self._runtime.access, self.step_count, record.seconds)
         if self.settings.verify_every and self.step_count % self.settings.verify_every == 0:
@@ -492,11 +549,13 @@ class ZOSGD(torch.optim.Optimizer):
         return {**super().state_dict(), "distzo2": self._own_state()}
 
     def _own_state(self) -> dict[str, Any]:
-        fixed = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "seed")}
-        return {**fixed, "step": self.step_count, "clip": list(self._progress.window)}
+        state = {name: getattr(self.settings, name) for name in (*_SAME_IN_STATE, "eps", "seed")}
+        state |= {"step": self.step_count, "clip": list(self._progress.window)}
+        state |= {"momentum": self._momentum.state()} if self.settings.momentum else {}
+        return state | ({"memory": list(self._progress.memory)} if self._progress.memory else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over groups, seed and step; the model's weights are loaded with `model.load_state_dict`.
+        """Takes over groups, seed, eps and step; the model's weights are loaded with `model.load_state_dict`.
 
         The optimizer's own present state may always be loaded, as libraries do when they wrap an optimizer: the options
         of groups are taken over, and nothing else changes.
@@ -522,9 +581,11 @@ class ZOSGD(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
         if differing is None:
             return
-        self._set(seed=mine["seed"])
+        self._set(seed=mine["seed"], eps=mine["eps"])
         self._progress.step = mine["step"]
         self._progress.window = deque(mine["clip"], WINDOW)
+        self._progress.recall(mine.get("memory", self.settings.memory))
+        self._momentum.load(mine.get("momentum", ()))
         self._bind()
 
     def close(self) -> None:

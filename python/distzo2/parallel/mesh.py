@@ -177,13 +177,17 @@ def _best(world_size: int, evaluations: Sequence[Evaluation] | None, micro_batch
 class Deal:
     """Who runs which lane of a step. A lane is (index of the evaluation, global index of the micro-batch)."""
 
-    num_batches: int
+    num_batches: int  # of each evaluation; micro-batch m is the (m mod num_batches)-th of its evaluations
     lanes: list[list[tuple[int, int]]]  # [ranks], in the order in which a rank runs them
     first_batch: list[int]  # [ranks]: the micro-batch of a rank's closure 0
 
 
 def deal_lanes(
-    shape: MeshShape, evaluations: Sequence[Evaluation], num_closures: Sequence[int], sharded: bool | str
+    shape: MeshShape,
+    evaluations: Sequence[Evaluation],
+    num_closures: Sequence[int],
+    sharded: bool | str,
+    own_batches: bool = False,
 ) -> Deal:
     """Deals a step's lanes; each is run by exactly one rank.
 
@@ -194,11 +198,17 @@ def deal_lanes(
         sharded: GLOBAL: all ranks have the same list; OWN: each rank's closures are its own micro-batches, numbered in
             the order of ranks, and it runs all evaluations of them; ROW: the ranks of one data coordinate have the same
             list, numbered in the order of data coordinates.
+        own_batches: the micro-batches are cut into as many equal parts as there are probes, in order, and a probe is
+            evaluated on its own part alone. Ranks that have the same list then share it by micro-batches, whatever
+            their coordinates.
 
     Raises:
-        UsageError: ranks that should have equally many closures do not, or there is no closure at all.
+        UsageError: ranks that should have equally many closures do not, or there is no closure at all; or the closures
+            cannot be cut into as many parts.
     """
     width = 1 if sharded == OWN else shape.pert  # of the ranks that have the same list
+    if own_batches:
+        return _deal_parts(evaluations, num_closures, shape.size if sharded == GLOBAL else width)
     dealt = [range(len(evaluations))] if sharded == OWN else deal_evaluations(evaluations, shape.pert)
     lists = num_closures[::width]
     for rank, count in enumerate(num_closures):
@@ -217,3 +227,20 @@ def deal_lanes(
         raise UsageError("no rank has a closure: a step needs at least one")
     lanes = [[(e, m) for e in dealt[r % width] for m in spans[r // width]] for r in range(shape.size)]
     return Deal(total, lanes, [starts[r // width] for r in range(shape.size)])
+
+
+def _deal_parts(evaluations: Sequence[Evaluation], num_closures: Sequence[int], width: int) -> Deal:
+    """Deals lanes of probes that have micro-batches of their own, where `width` ranks have the same list."""
+    lists, num_probes = num_closures[::width], num_perturbations(evaluations)
+    starts = [0, *accumulate(lists)]
+    if starts[-1] % num_probes or not starts[-1]:
+        total = _counted(starts[-1], "micro-batch", "es")
+        raise UsageError(f"{total} cannot be cut into equal parts for {num_probes} probes with batches of their own")
+    if width > 1 and min(lists) < width:
+        raise UsageError(f"{width} ranks cannot share {_counted(min(lists), 'micro-batch', 'es')}, each of one probe")
+    each, lanes = starts[-1] // num_probes, []
+    for count, start in zip(lists, starts, strict=False):
+        for part in deal_evenly(count, width):
+            batches = [start + m for m in part]
+            lanes.append([(e, m) for e, (probe, _) in enumerate(evaluations) for m in batches if m // each == probe])
+    return Deal(each, lanes, [starts[r // width] for r in range(len(num_closures))])

@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.errors import DistZO2Error, UsageError
+from distzo2.estimators.registry import make_estimator
 from distzo2.models.shapes import LARGE
-from distzo2.optim.estimator import make_estimator
+from distzo2.optim.moments import default_window
 from distzo2.optim.selection import trained
 from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
 from distzo2.planning.machines import EXCHANGE_S, GPUS, TF32_SHARE, Duplex, Machine, find_machine
@@ -85,7 +86,8 @@ class Planner:
             notes = (*machine.assumptions, "float32 products in TF32, at half of bf16's rate (NVIDIA's data sheets)")
             machine = replace(machine, rates=replace(machine.rates, flop_per_s=flop), assumptions=notes)
         self.request, self.machine = request, machine
-        self.evaluations = make_estimator(request.estimator).evaluations(request.probes)
+        self.evaluations = make_estimator(request.estimator, **request.estimator_options).evaluations(request.probes)
+        self.window = request.momentum_window or default_window(request.momentum)  # steps whose noise an update makes
         slow = machine.computes_on_host and machine.rates.flop_per_s["bfloat16"] <= machine.rates.flop_per_s["float32"]
         asked = "float32" if request.compute_dtype == "auto" and slow else request.compute_dtype
         self.compute_dtype = DTYPES.get(asked)  # None: as stored
@@ -125,7 +127,7 @@ class Planner:
             slots=num_slots_of(slots_of_use(model.units, r.slots), len(streamed)),
             link=self._link(ranks) if streamed else None,
             passes=[lanes[i : i + wave] for i in range(0, len(lanes), wave)],
-            num_terms=r.probes,
+            num_terms=r.probes * self.window,
             family=r.noise,
             write_every=r.write_every,
             slicing=self._slicing(ranks) if sliced and streamed else None,
@@ -282,6 +284,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         "transformers runs them here",
         *machine.assumptions,
         *([AUTO_TEXTS[planner.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
+        *((f"an update makes the noise of {planner.window} steps (--momentum)",) if planner.window > 1 else ()),
         *((DECODE_TEXTS[bool(machine.rates.decode_per_s)],) if any(u.packed for u in model.units) else ()),
         *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
         f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"

@@ -241,6 +241,12 @@ class _Recorder(TorchDispatchMode):
         self._ops, self._before, self._peak = Counter(), self._live, self._live
         self._units = tuple(dict.fromkeys(u.index for u in self._open))
 
+    def begin(self, module: nn.Module) -> None:
+        """No-op: passes that are not of one forward are not planned."""
+
+    def end(self) -> None:
+        """No-op, as `begin`."""
+
     def enter(self, unit: Unit) -> None:
         """A window opens. The lane parks here, unless another window of the unit is open: the part so far ends."""
         parks = unit not in self._open

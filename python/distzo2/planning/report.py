@@ -161,6 +161,10 @@ def _draw_accuracy(axes: Any, steps: Lines, evals: Lines) -> None:
         axes.plot(_column(steps, "step"), _column(steps, "lr"), color="#4477aa")
         axes.set(title="learning rate", xlabel="step")
         return
+    if "reward" in evals[-1]:
+        axes.plot(_column(evals, "step"), _column(evals, "reward"), "o-", color="#ee6677", markersize=4)
+        axes.set(title="held-out reward", xlabel="step")
+        return
     x, y = _column(evals, "step"), _column(evals, "accuracy", 100)
     axes.plot(x, y, "o-", color="#ee6677", markersize=4)
     for place in dict.fromkeys((0, len(x) - 1)):

@@ -61,6 +61,11 @@ class StepEntry:
     unused: list[list[int]] = field(default_factory=list)
 
     @property
+    def coefs(self) -> list[float]:
+        """The coefficients of the step's own terms; terms of earlier steps are momentum."""
+        return [term.c for term in self.update.terms if term.step == self.step]
+
+    @property
     def mean_loss(self) -> float:
         """Mean of the losses, weighted by their counts; NaN if there is none."""
         losses = [loss for row in self.losses for loss in row]

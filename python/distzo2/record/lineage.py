@@ -116,8 +116,14 @@ def first_like_step(header: Mapping[str, Any]) -> int:
     Steps of parents count as far back as the parents had the run's kind of estimate and noise.
     """
     parents = parents_of(header)
-    unlike = [i for i, p in enumerate(parents) if (p["options"], p["noise"]) != (header["options"], _noise_of(header))]
+    alike = _estimate_of(header["options"]), _noise_of(header)
+    unlike = [i for i, p in enumerate(parents) if (_estimate_of(p["options"]), p["noise"]) != alike]
     return min(parent["steps"] for parent in parents[unlike[-1] :]) if unlike else 0
+
+
+def _estimate_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the size of coefficients depends on: an update's own terms are the same with momentum."""
+    return {key: value for key, value in options.items() if key not in ("momentum", "momentum_window")}
 
 
 def digest_lines(path: str | os.PathLike[str], num_lines: int) -> str:

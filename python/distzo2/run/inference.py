@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, signal_of
 from distzo2.peft.adapters import adapter, known_config, tokens_in_front
 from distzo2.peft.start import start_from_tokens
+from distzo2.rewards.functions import WORDS, Reward
+from distzo2.rewards.worker import open_scores
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
 from distzo2.run.preflight import (
@@ -91,26 +93,34 @@ def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[Model
 def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
     """The score on a JSONL file or a published task, and the objective's name."""
     (kind, config), tokenizer = _kind(options), load_tokenizer(options.model)
-    held_out, name = _asked(options, tokenizer, {"max_new_tokens": options.max_new_tokens, **reading_of(options, kind)})
-    with loaded(options, config) as (model, device), blaming(f"{options.model}: the model fails"):
+    reading = {"max_new_tokens": options.max_new_tokens, "stop": options.stop or (), **reading_of(options, kind)}
+    with ExitStack() as opened:
+        rewards = open_scores(options.score, timeout=options.reward_timeout, inline=options.reward_inline)
+        for each in rewards.values():
+            opened.callback(getattr(each, "close", lambda: None))
+        held_out, name = _asked(options, tokenizer, reading, rewards)
+        model, device = opened.enter_context(loaded(options, config))
+        opened.enter_context(blaming(f"{options.model}: the model fails"))
         front = tokens_in_front(config)
         objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device, in_front=front)
         objective.check_causal(held_out.learned[0], kind)
         return held_out.score(objective, batch_size=options.batch_size), name
 
 
-def _asked(options: EvalOptions, tokenizer: Any, reading: dict[str, Any]) -> tuple[HeldOut, str]:
+def _asked(
+    options: EvalOptions, tokenizer: Any, reading: dict[str, Any], rewards: Mapping[str, Reward]
+) -> tuple[HeldOut, str]:
     """What a model is asked, and the objective's name."""
     if not options.task:
-        held_out = load_held_out(options.eval, tokenizer, write=options.score is not None, **reading)
+        held_out = load_held_out(options.eval, tokenizer, rewards=rewards, **reading)
         return held_out, resolve_objective(options.objective, held_out.learned, options.eval)
     task = find_task(options.task, options.task_file)
     reader = TaskReader(task, tokenizer, **reading)
     num_eval = options.num_eval or task.num_eval
     drawn = draw(task, options.data, options.task_seed, num_train=options.shots, num_eval=num_eval)
     loss, name = loss_of(task, options.objective)
-    write = task.generates or options.score is not None
-    held_out = reader.held_out(drawn.eval, loss, shots=drawn.train, calibrate=options.calibrate, write=write)
+    rewards = rewards or (WORDS if task.generates else {})
+    held_out = reader.held_out(drawn.eval, loss, shots=drawn.train, calibrate=options.calibrate, rewards=rewards)
     return held_out, resolve_objective(name, held_out.learned, f"task {task.name}")
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 from distzo2.datasets.protocol import TUNED_BY, protocol
 from distzo2.errors import UsageError
-from distzo2.optim.estimator import make_estimator
+from distzo2.estimators.registry import make_estimator
+from distzo2.option_types import checked, made, read_config
 from distzo2.parallel import group as parallel
 from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, process_start
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.peft.library import method_of
 from distzo2.run.directory import saved_options
-from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions, checked, made, read_config
+from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions
 
 REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
 
@@ -33,7 +34,11 @@ _OF_LORA = {"lr": 1e-4, "eps": 1e-2}
 RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _OF_PROMPTS}
 # In the place of those by spsa, whose steps have another size; None: all weights, the least rate of docs/precision.md,
 # which an eps below 1e-3 takes too. Of prompts nothing was tried.
-BY_FZOO = {None: {"lr": 2e-3}, "lora": {"lr": 3e-2}, "gain": {"lr": 3e-2}}
+_OF_ONE_SIZE = {None: {"lr": 2e-3}, "lora": {"lr": 3e-2}, "gain": {"lr": 3e-2}}  # steps do not grow with the losses
+BY_ESTIMATOR = dict.fromkeys(("fzoo", "es", "meazo", "spsa-sign"), _OF_ONE_SIZE)
+# Of rewards, which are mostly no slopes, and have no scale of their own.
+REWARDED = {"estimator": "es", "probes": 8}
+BY_ESTIMATOR["1.5spsa"] = {None: {"lr": 1e-4, "eps": 1e-4}}  # the paper's
 
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
@@ -79,8 +84,10 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         values = protocol(values) | values
     method = values.get("peft") or method_of(values.get("adapter")) or TUNED_BY.get(values.get("tune"))
     if not values.get("branch_from"):
-        by_fzoo = BY_FZOO.get(method, {}) if values.get("estimator") == "fzoo" else {}
-        return made(FinetuneOptions, RATES.get(method, {}) | by_fzoo | values)
+        if values.get("objective") == "reward":
+            values = REWARDED | values
+        by_estimator = BY_ESTIMATOR.get(values.get("estimator"), {}).get(method, {})
+        return made(FinetuneOptions, RATES.get(method, {}) | by_estimator | values)
     parent = _saved(values["branch_from"])
     options = made(FinetuneOptions, parent | values)
     for name in KEPT_BY_BRANCHES:
@@ -120,8 +127,11 @@ def make_mesh(options: FinetuneOptions, log: Callable[[str], None]) -> parallel.
         asked = parse_mesh(options.parallel) if options.parallel else {}
     except ValueError:
         raise UsageError(f"--parallel {options.parallel}: expected a mesh (such as pert=2,data=2)") from None
-    alone = parallel.world_size_of_environment() == 1
-    evaluations = make_estimator(options.estimator).evaluations(options.probes)
+    evaluations = make_estimator(options.estimator, **options.estimator_options).evaluations(options.probes)
+    ranks = parallel.world_size_of_environment()
+    alone = ranks == 1
+    if options.probe_batches == "own" and options.parts < ranks:
+        raise UsageError(f"--probe-batches own: {ranks} ranks cannot share {options.parts} parts of a batch")
     try:
         if alone:
             resolve_mesh(1, **asked, evaluations=evaluations)
@@ -129,7 +139,7 @@ def make_mesh(options: FinetuneOptions, log: Callable[[str], None]) -> parallel.
         return parallel.init(
             **asked,
             evaluations=evaluations,
-            micro_batches=options.micro_batches,
+            micro_batches=options.parts,
             slice={"on": True, "off": False}.get(options.slice),
             device=options.device,
             limit=options.heartbeat_limit,

@@ -17,9 +17,10 @@ import torch
 from distzo2.checkpoint.reading import ADAPTER_FILES
 from distzo2.checkpoint.writing import holds_checkpoint
 from distzo2.errors import DistZO2Error, UsageError, blaming, one_line
+from distzo2.estimators.registry import make_estimator
+from distzo2.estimators.schedules import factor_of
 from distzo2.models.pretrained import clamped, save_pretrained
 from distzo2.models.replay import replay
-from distzo2.optim.estimator import make_estimator
 from distzo2.optim.signal import REFERENCE, TF32, Signal, advice, computed_in, signal_of
 from distzo2.optim.zosgd import ZOSGD
 from distzo2.parallel.group import current
@@ -27,6 +28,8 @@ from distzo2.peft.adapters import save_adapter
 from distzo2.peft.merging import merge_adapter
 from distzo2.peft.replay import replay_adapter
 from distzo2.record.lineage import BranchPoint
+from distzo2.rewards.functions import figure_of
+from distzo2.rewards.objective import Question, RewardObjective
 from distzo2.run.directory import RunDirectory
 from distzo2.run.launch import from_rank_0, launch_id, together
 from distzo2.run.metrics import Metrics, finite, open_report, peak_bytes, progress_bar, resident_bytes
@@ -41,30 +44,16 @@ from distzo2.text import dtype_name, gib
 from distzo2.version import __version__
 
 _OPTIMIZER = (  # options of finetune that ZOSGD has under the same name
-    "lr", "eps", "weight_decay", "noise", "estimator", "seed",
-    "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every",
+    "lr", "eps", "weight_decay", "noise", "seed",
+    "max_lanes", "max_coef", "max_clipped", "max_skipped", "verify_every", "momentum", "momentum_window",
+    "clip_percentile", "probe_batches",
 )  # fmt: skip
-_SCORES = ("loss", "accuracy", "f1", "em")
+_ABOUT = ("kind", "step", "examples", "tokens", "seconds", "data", "crc")  # in an evaluation's line, besides scores
 _STATS = ("compute_s", "noise_s", "exposed_wait_s", "upload_s", "download_s", "bytes_up", "bytes_down")
 MOST_CLAMPED = 0.01  # of codes at an end of their range, beyond which a run says so
 AUTO_RATE = 0.05  # of --lr auto: SmolLM2-135M learned best near it, dense, with LoRA and with codes (docs/packed.md)
 SIGNAL_PROBES = (4, 8)  # the second four where the first leave the question open
 TRACE_FROM = 2  # steps after the first, so that what is traced is the steady state
-
-
-def factor_of(schedule: str, num_steps: int, warmup: int = 0) -> Callable[[int], float]:
-    """The factor on the learning rate at step t: rises to 1 over `warmup` steps, then is 1 ("constant"), or falls to 0
-    at `num_steps` ("linear", "cosine")."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-        return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return factor
 
 
 class TrainLoop:
@@ -76,8 +65,8 @@ class TrainLoop:
         log: Callable[[str], None],
         run: RunDirectory,
         model: torch.nn.Module,
-        objective: Objective,
-        train: list[Example],
+        objective: Objective | RewardObjective,
+        train: list[Example] | list[Question],
         held_out: HeldOut,
         size: ModelSize,
     ) -> None:
@@ -87,10 +76,17 @@ class TrainLoop:
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
-        self.score_name = options.score or ("accuracy" if train[0].chooses else "loss")
+        self.score_name = options.score and figure_of(options.score)
+        if self.score_name is None:
+            rewarded = options.objective == "reward"
+            self.score_name = "reward" if rewarded else "accuracy" if train[0].chooses else "loss"
         self.metrics: Metrics | None = None
         self.optimizer: ZOSGD | None = None
-        self._factor = factor_of(options.schedule, options.steps, options.warmup)
+        self.estimator = make_estimator(options.estimator, **options.estimator_options)
+        steps = options.steps, options.warmup
+        self._factor = factor_of(options.schedule, *steps, decay=options.decay)
+        final = {"final": options.eps_final, "rises": False}
+        self._eps_factor = factor_of(options.eps_schedule, *steps, decay=options.decay, **final)
         self._tracing = False
         self._signal: dict[str, Any] = {}  # as the first step found it
         self._looks_at_codes = any(param.is_coded for param in self.runtime.params)
@@ -105,12 +101,12 @@ class TrainLoop:
         """
         o, runtime = self.options, self.runtime
         dtype = computed_in(runtime)
-        if o.no_signal or dtype == REFERENCE:
+        if o.no_signal or dtype == REFERENCE or o.objective == "reward":
             return runtime.compute_dtype
         start = time.perf_counter()
         with blaming(f"{o.model}: the model fails on the first batch"):
             closures = [self.objective.closure(batch) for batch in self._batches(0)]
-            lanes = o.max_lanes or len(closures) * len(make_estimator(o.estimator).evaluations(o.probes))
+            lanes = o.max_lanes or o.micro_batches * len(self.estimator.evaluations(o.probes))
             more = {"noise": o.noise, "seed": o.seed, "max_lanes": lanes}  # no more memory than a step takes
             more |= {"dtypes": [dtype], "eps": [o.eps], "probes": SIGNAL_PROBES, "is_open": _is_open}
             try:
@@ -168,6 +164,7 @@ class TrainLoop:
         optimizer = self.optimizer = ZOSGD(
             self.model,
             num_probes=o.probes,
+            estimator=self.estimator,
             **{name: getattr(o, name) for name in _OPTIMIZER},
             journal=self.run.journal,
             resume=o.resume,
@@ -250,7 +247,7 @@ class TrainLoop:
     def _batches(self, step: int) -> list[Any]:
         """The micro-batches of a step."""
         indices = self.order.batch(step)
-        part = len(indices) // self.options.micro_batches
+        part = len(indices) // self.options.parts
         groups = [indices[i : i + part] for i in range(0, len(indices), part)]
         return [self.objective.batch([self.train[i] for i in group]) for group in groups]
 
@@ -259,6 +256,7 @@ class TrainLoop:
         self._trace(step)
         for group in optimizer.param_groups:
             group["lr"] = self.options.lr * self._factor(step)
+        optimizer.eps = self.options.eps * self._eps_factor(step)
         batches = self._batches(step)
         tokens = sum(b.num_tokens for b in batches)
         self.runtime.reset_stats()
@@ -284,6 +282,7 @@ class TrainLoop:
             loss=last.loss,
             coefs=last.coefs,
             lr=last.lr[0],
+            eps=last.eps,
             difference=last.difference,
             skipped=last.skipped,
             clipped=last.clipped,
@@ -363,7 +362,7 @@ class TrainLoop:
         best = self._best()
         if best is None:  # its entries may come from evaluations that no longer count
             return dict.fromkeys({"best_step", "best"} & self.run.record.keys())
-        return {"best_step": best, "best": {k: line[k] for k in _SCORES if k in (line := self.metrics.evals[best])}}
+        return {"best_step": best, "best": {k: v for k, v in self.metrics.evals[best].items() if k not in _ABOUT}}
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 

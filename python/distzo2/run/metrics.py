@@ -33,7 +33,7 @@ from distzo2.files import write_whole
 from distzo2.record.line import decode_line, encode_line
 
 MAX_LINE_BYTES = 1 << 16
-_KEYS = {"step": {"step"}, "eval": {"step", "loss", "accuracy", "examples", "tokens", "data"}}
+_KEYS = {"step": {"step"}, "eval": {"step", "loss", "examples", "tokens", "data"}}
 
 
 class Metrics:
@@ -122,7 +122,7 @@ def _line_of(entry: Any) -> dict[str, Any]:
         "kind": "step",
         "step": entry.step,
         "loss": entry.mean_loss,
-        "coefs": [term.c for term in entry.update.terms],
+        "coefs": entry.coefs,
         "lr": entry.update.groups[0].lr if entry.update.groups else 0.0,
         "skipped": entry.skipped,
         "tokens": entry.tokens,

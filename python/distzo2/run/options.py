@@ -8,20 +8,40 @@ them pass `checked`, which refuses unknown names and values out of range before 
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
-from inspect import get_annotations
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, TypeAdapter, ValidationError
+from pydantic import AfterValidator
 from pydantic import Field as Range
 
 from distzo2.errors import UsageError
-from distzo2.text import first_reason
+from distzo2.option_groups import Estimating
+from distzo2.option_types import (
+    Bytes,
+    ComputeDtype,
+    Count,
+    CountOrZero,
+    Dtype,
+    Multiple,
+    Name,
+    Noise,
+    Number,
+    Patterns,
+    Percent,
+    Positive,
+    PositiveOrZero,
+    Schedule,
+    Seed,
+    Share,
+    Stops,
+    Store,
+    Switch,
+    Threads,
+    Weights,
+    option,
+)
+from distzo2.rewards.functions import parsed
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
@@ -31,73 +51,23 @@ LEFT = {
     "keep": "OUT/weights.dzo2 holds one copy of each unit of weights",
 }
 
-
-# ---- values ------------------------------------------------------------------------------------------------------
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, not {str(value).lower()}")
-    return value
+OWN_BATCHES = ("spsa", "meazo", "spsa-sign")  # estimators that do not compare the losses of different probes
 
 
-def _float32(value: float) -> float:
-    """Steps are computed in float32, which must hold the value."""
-    if value and not 2.0**-149 <= abs(value) < 2.0**128:
-        raise ValueError("expected a number in the range of float32")
-    return value
+def _reward(name: str) -> str:
+    parsed(name)
+    return name
 
 
-def num_bytes(value: int | str | None) -> int | str | None:
-    """Reads a number of bytes, with a suffix such as MiB or GiB or without; or "auto"; None stays None.
-
-    Raises:
-        ValueError: `value` is none of these.
-    """
+def _score(name: str) -> str:
     try:
-        return value if value in ("auto", None) else int(_BYTES.validate_python(value))
-    except ValidationError:
-        raise ValueError("expected a number of bytes (such as 12GiB), or auto") from None
+        return name if name in ("accuracy", "loss", "reward") else _reward(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or accuracy, loss or reward") from None
 
 
-_NUMBER = BeforeValidator(_not_bool)
-Name = Annotated[str, Range(min_length=1)]
-Count = Annotated[int, _NUMBER, Range(ge=1, lt=2**32)]  # a journal counts steps in 32 bits
-CountOrZero = Annotated[int, _NUMBER, Range(ge=0, lt=2**32)]
-Seed = Annotated[int, _NUMBER, Range(ge=0, lt=2**64)]
-Positive = Annotated[float, _NUMBER, Range(gt=0), AfterValidator(_float32)]
-PositiveOrZero = Annotated[float, _NUMBER, Range(ge=0), AfterValidator(_float32)]
-Share = Annotated[float, _NUMBER, Range(gt=0, le=1)]
-Multiple = Annotated[
-    Annotated[float, _NUMBER, Range(gt=1)] | None,
-    BeforeValidator(lambda value: None if str(value).lower() == "none" else value),
-]
-_BYTES = TypeAdapter(Annotated[ByteSize, _NUMBER, Range(ge=1, lt=2**63)])
-Bytes = Annotated[int | Literal["auto"] | None, BeforeValidator(num_bytes)]
-Threads = Annotated[int, _NUMBER, Range(ge=1, le=1024)]
-Switch = Annotated[bool, Range(strict=True)]
-Patterns = Annotated[str, BeforeValidator(lambda value: " ".join(value) if isinstance(value, list) else value)]
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ComputeDtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
-Estimator = Literal["spsa", "fzoo"]
-Noise = Literal["normal", "rademacher", "sign-r1", "sign-r4", "normal-r1", "normal-r4"]
-Weights = Literal["device", "host", "disk"]
-Store = Literal["affine4", "table4", "affine8", "affine16"]
-
-
-def option(default: Any, text: str, metavar: str | None = None, **more: Any) -> Any:
-    """A field of an options class.
-
-    Args:
-        default: MISSING if the option is required.
-        text: its line in `--help`.
-        metavar: what `--help` calls its value.
-        more: `short`, a second flag; `bare`, the value of the flag without a value; `positional`, whether it is given
-            by position; `repeats`, whether it may be given several times; `group`, the title of the group in `--help`
-            that begins with it.
-    """
-    return field(default=default, metadata={"help": text, "metavar": metavar, **more})
+Reward = Annotated[str, AfterValidator(_reward)]
+Score = Annotated[str, AfterValidator(_score)]
 
 
 # ---- groups that several commands have ---------------------------------------------------------------------------
@@ -217,11 +187,11 @@ class Trained(Adapted):
 class DataReading:
     """Options of every command that reads data files."""
 
-    objective: Literal["lm", "choices", "error"] | None = option(
+    objective: Literal["lm", "choices", "error", "reward"] | None = option(
         None,
         "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
-        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient (default: choices where lines "
-        "have choices, else lm)",
+        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward: --reward of what the "
+        "model writes, for finetune (default: choices where lines have choices, else lm)",
         group="data",
     )
     truncate: Literal["error", "left", "right"] | None = option(
@@ -248,7 +218,16 @@ class TaskReading:
     task_file: str | None = option(None, "TOML with tasks of your own", "FILE")
     task_seed: CountOrZero = option(0, "draws the examples")
     num_eval: Count | None = option(None, "examples of the evaluation (default: the task's, 1000)")
-    max_new_tokens: Count = option(50, "tokens of a written answer at most, with --score f1 or em")
+    max_new_tokens: Count = option(
+        50, "tokens that the model writes at most, for a reward and for scores of answers", group="what it writes"
+    )
+    stop: Stops | None = option(
+        None, "text that ends what it writes (\\n: a new line); may be given several times", "TEXT", repeats=True
+    )
+    reward_timeout: Positive = option(
+        60.0, "a reward that takes longer for a micro-batch is ended, and the step is skipped", "SECONDS"
+    )
+    reward_inline: Switch = option(False, "run rewards in this process, where nothing ends them")
 
     def check_source(self, **files: str | None) -> None:
         """Raises UsageError unless a task with its data, or the first of `files` (by option), is given."""
@@ -267,12 +246,14 @@ class TaskReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
+class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     """Options of `distzo2 finetune`.
 
     Raises:
         UsageError: two options do not go together.
     """
+
+    left = LEFT
 
     model: Name = option(
         MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
@@ -291,6 +272,14 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     at_step: CountOrZero | None = option(None, "how many of its steps --branch-from takes over (default: all)")
 
+    reward: Reward | None = option(
+        None,
+        "with --objective reward: FILE.py:FUNCTION of prompts, completions and rows, lists, to a number for each "
+        "completion, higher is better; or exact, f1, number (of right answers), regex:PATTERN, json:FILE with a schema",
+        "NAME",
+    )
+    temperature: PositiveOrZero = option(0.0, "of what the model writes for a reward; 0: the likeliest token each time")
+    top_k: CountOrZero = option(50, "with a temperature, sample among the K likeliest tokens; 0: all", "K")
     num_train: Count | None = option(None, "examples of --task to learn (default: its own, 1000)")
     num_dev: Count | None = option(None, "held-out examples of --task (default: its own, 500 or 100)")
 
@@ -300,25 +289,31 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     )
     lr: PositiveOrZero | Literal["auto"] = option(
         1e-6,
-        "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by fzoo "
-        "2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, 0.05 eps / spread of the losses at the start, kept",
+        "learning rate, per unit of the estimated gradient (default: 1e-6, LoRA and gains 1e-4, prompts 1e-2; by "
+        "1.5spsa 1e-4; by fzoo, es, meazo and spsa-sign 2e-3, LoRA and gains 3e-2, prompts 1e-2); auto: by fzoo, "
+        "0.05 eps / spread of the losses at the start, kept",
         "X|auto",
     )
     eps: Positive = option(
-        1e-3, "size of a perturbation, in units of a weight (default: 1e-3; LoRA and gains 1e-2; prompts 1e-1)"
+        1e-3,
+        "size of a perturbation, in units of a weight (default: 1e-3, by 1.5spsa 1e-4; LoRA and gains 1e-2; prompts "
+        "1e-1)",
     )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
-    probes: Count = option(1, "perturbations a step; spsa takes 2K forward passes of the batch, fzoo K + 1", "K")
-    noise: Noise = option("normal", "distribution of a perturbation's elements")
-    estimator: Estimator = option(
-        "spsa",
-        "spsa: two-sided differences; fzoo: one-sided, divided by the spread of the losses (needs 2 probes or more, "
-        "and takes a far larger --lr)",
+    probe_batches: Literal["shared", "own"] = option(
+        "shared",
+        "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa and its "
+        "kin: meazo, spsa-sign)",
     )
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "of the learning rate, down to 0 at --steps")
+    schedule: Schedule = option(
+        "constant", "of the learning rate, down to 0 at --steps; wsd: in the last of them alone, as --decay says"
+    )
+    eps_schedule: Schedule = option("constant", "of --eps, which stays as it is in --warmup and ends at --eps-final")
+    eps_final: Share = option(0.1, "the share of --eps that --eps-schedule ends at", "SHARE")
     warmup: CountOrZero = option(0, "steps in which the learning rate rises from 0")
+    decay: Share = option(0.2, "the share of the steps in which a wsd schedule falls", "SHARE")
     seed: Seed = option(0, "of perturbations, data order and dropout")
     train_mode: Switch = option(False, "leave dropout on; it adds noise to the difference of two losses")
 
@@ -326,10 +321,11 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         0, "steps between evaluations, besides the first and the last; 0: none", group="what is kept"
     )
     eval_batch_size: Count = option(16, "examples in a micro-batch of an evaluation")
-    score: Literal["accuracy", "loss", "f1", "em"] | None = option(
+    score: Score | None = option(
         None,
-        "held-out figure that decides the best step; f1, em: of answers that the model writes, by words (default: "
-        "accuracy where lines have choices, else loss)",
+        "held-out figure that decides the best step: accuracy, loss, or how good answers are that the model writes, as "
+        "for --reward (default: reward with one, accuracy where lines have choices, else loss)",
+        "NAME",
     )
     save: Literal["last", "best", "none"] = option(
         "last",
@@ -367,6 +363,9 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     max_coef: Multiple = option(
         10.0, "clip coefficients to this multiple of their median; none: never", "X|none", group="when it goes wrong"
     )
+    clip_percentile: Percent | None = option(
+        None, "in place of --max-coef: clip them to this percentile of the last 101 steps", "P"
+    )
     max_clipped: CountOrZero = option(10, "stop after N clipped steps in a row; 0: never")
     no_signal: Switch = option(
         False, "skip the look at how much of a difference of losses is rounding, where the model computes in 16 bits"
@@ -395,11 +394,20 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
     heartbeat_limit: Positive = option(30.0, "a rank that is silent for this long is given up; the run ends", "SECONDS")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Estimating.__post_init__(self)
+        Trained.__post_init__(self)
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
-        if self.estimator == "fzoo" and self.probes < 2:
-            raise UsageError("--estimator fzoo needs --probes 2 or more, to see a spread of losses")
+        if self.probe_batches == "own" and (self.estimator not in OWN_BATCHES or self.probes < 2):
+            expected = f"--estimator {' or '.join(OWN_BATCHES)}, and --probes 2 or more"
+            raise UsageError(f"--probe-batches own: {expected}, were expected")
+        if self.batch_size % self.parts:
+            text = f"--probes {self.probes} x --micro-batches {self.micro_batches}"
+            raise UsageError(f"--probe-batches own: {text} does not divide --batch-size {self.batch_size}")
+        if self.momentum_window is not None and self.momentum_window > self.steps:
+            raise UsageError(
+                f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
+            )
         if self.lr == "auto" and self.estimator != "fzoo":
             raise UsageError(
                 f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
@@ -420,10 +428,22 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
         if self.at_step is not None and not self.branch_from:
             raise UsageError("--at-step needs --branch-from")
         self.check_source(train=self.train, eval=self.eval)
+        rewarded = self.objective == "reward"
+        if rewarded and (not self.reward or self.task):
+            raise UsageError(f"--objective reward needs --{'train' if self.reward else 'reward'}")
+        if not rewarded and (self.reward or self.score == "reward"):
+            raise UsageError(f"--{'reward' if self.reward else 'score reward'} needs --objective reward")
+        if rewarded and self.score in ("loss", "accuracy"):
+            raise UsageError(f"--score {self.score}: with --objective reward there is none")
         judges = {"save best": self.save == "best", "eval-every": self.eval_every}
         judges["score"] = self.score and not self.resume  # runs that an earlier version began may have it
         if not (self.eval or self.task) and any(judges.values()):
             raise UsageError(f"--{next(filter(judges.get, judges))} needs --eval")
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step, of all probes."""
+        return self.micro_batches * (self.probes if self.probe_batches == "own" else 1)
 
     @property
     def writes_model(self) -> bool:
@@ -433,9 +453,10 @@ class FinetuneOptions(Trained, TaskReading, DataReading, Placement):
 
 # What a resumed run shares with the run so far: data order, noise and losses are functions of these.
 TRAINED = tuple(f.name for f in fields(Trained))
-FIXED = ("seed", "batch_size", "micro_batches", "noise", "dtype", "store", "compute_dtype", "tf32", "objective",
-         "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train", "num_dev",
-         *TRAINED)  # fmt: skip
+FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
+         "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
+         "num_dev", *TRAINED)  # fmt: skip
+OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
 
@@ -446,7 +467,7 @@ class SignalOptions(Trained, DataReading, Placement):
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR")
     train: Name = option(MISSING, "JSONL of lines as for finetune; the first batch of its order is taken", "FILE")
     batch_size: Count = option(16, "examples of the batch")
-    probes: Annotated[int, _NUMBER, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
+    probes: Annotated[int, Number, Range(ge=2, lt=2**20)] = option(8, "perturbations, each evaluated both ways", "K")
     noise: Noise = option("normal", "distribution of a perturbation's elements")
     seed: Seed = option(0, "of perturbations and data order")
     eps: str = option("1e-2,1e-3,1e-4,1e-5", "sizes of perturbations, with commas", "LIST")
@@ -464,8 +485,11 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
     eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
     batch_size: Count = option(16, "examples in a micro-batch")
-    score: Literal["f1", "em"] | None = option(
-        None, "compare answers that the model writes with the completions, by words (default: as the task does)"
+    score: Reward | None = option(
+        None,
+        "judge answers that the model writes: f1, em, number, regex:PATTERN, json:FILE or FILE.py:FUNCTION (default: "
+        "as the task does)",
+        "NAME",
     )
     shots: CountOrZero = option(0, "training examples of --task to put before each, as demonstrations")
     calibrate: Switch = option(False, "score options of --task against a prompt without content")
@@ -473,6 +497,8 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
 
     def __post_init__(self) -> None:
         self.check_source(eval=self.eval)
+        if self.objective == "reward":
+            raise UsageError("--objective reward: --score judges what a model writes")
         if not self.task and (self.shots or self.calibrate):
             raise UsageError(f"--{'shots' if self.shots else 'calibrate'} needs --task")
 
@@ -489,92 +515,7 @@ class GenerateOptions(Adapted, Placement):
     seed: Seed = option(0, "of sampling")
 
 
-# ---- where they come from ----------------------------------------------------------------------------------------
-
-Options = TypeVar("Options")
-
-
-@cache
-def types_of(kind: type) -> dict[str, Any]:
-    """The types of an options class's fields, with their ranges."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {f.name: hints[f.name] for f in fields(kind)}
-
-
-def groups_of(kind: type) -> dict[str | None, list[Field]]:
-    """The fields of an options class under the titles that `--help` gives them, a class's before those of its bases;
-    None: no title."""
-    known, groups = {f.name: f for f in fields(kind)}, {}
-    for base in kind.__mro__:
-        title = None
-        for name in (name for name in get_annotations(base) if name in known):
-            title = known[name].metadata.get("group") or title
-            groups.setdefault(title, []).append(known.pop(name))
-    return groups
-
-
-def checked(kind: type, values: Mapping[str, Any], source: str | None = None) -> dict[str, Any]:
-    """The values of options by field name, each of its type and in its range.
-
-    Args:
-        kind: an options class.
-        values: by option name, with "-" or "_".
-        source: the file that they come from; None: the command line.
-
-    Raises:
-        UsageError: a name is not an option, or a value is not of its kind; the message names source, option and value.
-    """
-    result = {}
-    for key, value in values.items():
-        name, shown = key.replace("-", "_"), f"--{key.replace('_', '-')}" if source is None else f"{source}: {key}:"
-        if kind is FinetuneOptions and name in LEFT:
-            raise UsageError(f"{shown} is no longer an option: {LEFT[name]}")
-        if name not in types_of(kind):
-            raise UsageError(f"{source}: {key!r} is not an option of this command")
-        try:
-            result[name] = TypeAdapter(types_of(kind)[name]).validate_python(value)
-        except ValidationError as error:
-            text = value if isinstance(value, str) and value else json.dumps(value, default=str)
-            raise UsageError(f"{shown} {text}: {first_reason(error)}") from error
-    return result
-
-
-def made(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """The options of `values`, which `checked` returned, and the defaults of all others.
-
-    Raises:
-        UsageError: a required option is missing, or two options do not go together.
-    """
-    for f in fields(kind):
-        if f.default is MISSING and f.name not in values:
-            name = f.metadata["metavar"] if f.metadata.get("positional") else "--" + f.name.replace("_", "-")
-            raise UsageError(f"{name} is missing")
-    return kind(**values)
-
-
-def read_config(kind: type, path: str | None) -> dict[str, Any]:
-    """The checked values in a file of options, which is JSON (.json), YAML (.yaml, .yml) or TOML; none without a file.
-
-    Raises:
-        UsageError: the file cannot be read, holds no names and values, or one that `checked` refuses.
-    """
-    if path is None:
-        return {}
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            values = json.loads(text)
-        else:
-            values = yaml.safe_load(text) if path.endswith((".yaml", ".yml")) else tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"--config {path}: expected option names and values")
-    return checked(kind, values, path)
+# ---- a resumed run -----------------------------------------------------------------------------------------------
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> list[str]:
@@ -583,7 +524,7 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> 
     Raises:
         UsageError: one changed that the run's data or noise depend on.
     """
-    for name in FIXED:
+    for name in (*FIXED, *(OF_REWARDS if after.get("objective") == "reward" else ())):
         was = before.get(name, getattr(FinetuneOptions, name))
         if was != after.get(name):
             flag = "--" + name.replace("_", "-")

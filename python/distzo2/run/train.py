@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +37,9 @@ from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
+from distzo2.rewards.functions import Reward, absolute, file_of
+from distzo2.rewards.objective import RewardObjective, Writing, questions_digest
+from distzo2.rewards.worker import open_reward, open_scores
 from distzo2.run.directory import RunDirectory, read_record
 from distzo2.run.inference import evaluate_file
 from distzo2.run.launch import from_rank_0, launch_id, restarts, together
@@ -59,10 +62,10 @@ from distzo2.run.preflight import (
 )
 from distzo2.streaming.offload import runtime_of
 from distzo2.tasks.examples import examples_digest, load_examples
-from distzo2.tasks.held_out import HeldOut, load_held_out
+from distzo2.tasks.held_out import HeldOut, load_held_out, load_questions
 from distzo2.tasks.kinds import forward_config, model_kind
 from distzo2.tasks.objectives import Objective, resolve_objective
-from distzo2.tasks.tokenize import Example, load_tokenizer
+from distzo2.tasks.tokenize import load_tokenizer
 from distzo2.text import MAX_BRIEF, dtype_name, gib
 
 _PATHS = (  # absolute in run.json
@@ -112,8 +115,10 @@ def _train(options: FinetuneOptions, log: Callable[[str], None]) -> None:
     parallel = options.parallel if mesh is None else str(mesh.shape)
     settled = {name: terms.pop(name) for name in ("resume", "compute_dtype", "lr")}
     options = replace(options, parallel=parallel, **settled)
-    with tempfile.TemporaryDirectory(prefix="distzo2-") as own:  # of a rank that may not see --out
-        _finetune(options, log, mesh, run, terms, run.adapter_start if leads else Path(own, "adapter_start"))
+    with ExitStack() as opened:
+        own = opened.enter_context(tempfile.TemporaryDirectory(prefix="distzo2-"))  # of a rank that may not see --out
+        start = run.adapter_start if leads else Path(own, "adapter_start")
+        _finetune(options, log, mesh, run, terms, start, opened)
 
 
 def _finetune(
@@ -123,8 +128,10 @@ def _finetune(
     run: RunDirectory,
     terms: dict[str, Any],
     start: Path,
+    opened: ExitStack,
 ) -> None:
-    """The run; `start` is where this rank has the adapter that it begins with, if it trains one."""
+    """The run; `start` is where this rank has the adapter that it begins with, if it trains one, and `opened` closes
+    the rewards at the end."""
     leads = mesh is None or mesh.rank == 0
     with together(mesh, "reading data and options"):
         # With --device cuda each rank of a machine has a GPU to itself.
@@ -139,22 +146,37 @@ def _finetune(
         kind = beside_prompt(kind, config)
         clock = datetime.fromisoformat(terms["clock"])
         reading = reading_of(options, kind) | {"clock": clock, "legacy": terms["legacy"]}
-        train, held_out, objective_name, digest = _data(options, tokenizer, reading)
+        rewarded = options.objective == "reward"
+        if rewarded and kind.name not in ("causal", "encoder-decoder"):
+            raise UsageError(f"--objective reward: {options.model}: {kind.model} generates no text")
+        own = {"timeout": options.reward_timeout, "inline": options.reward_inline}
+        reward = open_reward(options.reward, **own) if rewarded else None
+        if reward is not None:
+            opened.enter_context(closing(reward))
+        rewards = open_scores(options.score, reward, **own) if options.eval or options.task else {}
+        for each in rewards.values():
+            opened.callback(getattr(each, "close", lambda: None))
+        train, held_out, objective_name, digest = _data(options, tokenizer, reading, rewards)
         # Room is made for what the look at the signal computes in, and maybe the run after it.
-        is_open = options.compute_dtype == "auto" and not (options.resume or options.no_signal)
+        is_open = options.compute_dtype == "auto" and not (options.resume or options.no_signal or rewarded)
         widest = REFERENCE if is_open else compute_dtype
         copies = {"num_ranks": _ranks_here(), "num_copies": _copies_here(options.weights)}
         check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest, **copies)
         made_of = {
             "train_sha256": digest,
-            "examples_sha256": examples_digest(train),
+            "examples_sha256": questions_digest(train) if rewarded else examples_digest(train),
             "config": forward_config(options.model),
         }
+        if reward is not None:
+            made_of["reward_sha256"] = reward.sha256
     if mesh is not None:
-        named = zip(("the training file", "the tokens of its lines", "config.json"), made_of.values(), strict=True)
+        names = ("the training file", "the tokens of its lines", "config.json", "the reward's file")
+        named = zip(names, made_of.values(), strict=False)
         mesh.exchange.agree("the data", {**dict(named), "the bytes of the model": size.total})
     settings = asdict(options)
     settings |= {name: str(Path(settings[name]).absolute()) for name in _PATHS if settings[name]}
+    if rewarded:
+        settings["reward"] = absolute(options.reward)
     loop = None
     try:
         with together(mesh, "claiming the run directory"):
@@ -187,7 +209,12 @@ def _finetune(
             if what:
                 log(f"{what}, lr {options.lr}, eps {options.eps:g}")
             pad_id, front = kind.padding(tokenizer), tokens_in_front(config)
-            objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
+            if rewarded:
+                more = {"max_new_tokens": options.max_new_tokens, "stop": options.stop or ()}
+                sampling = {"temperature": options.temperature, "top_k": options.top_k}
+                objective = RewardObjective(model, reward, Writing(tokenizer, pad_id, **more, **sampling))
+            else:
+                objective = Objective(model, objective_name, pad_id=pad_id, device=device, in_front=front)
             loop = TrainLoop(options, log, run, model, objective, train, held_out, size)
             with closing(loop):
                 with together(mesh, "starting the run"):
@@ -197,7 +224,7 @@ def _finetune(
                     settings["lr"] = loop.settle_rate()
                     if leads and not options.resume:  # before there is a journal: from then on it is not "auto" again
                         run.update(options=settings, adapter=None if config is None else digest_adapter(start))
-                    if not options.resume and not options.no_check:
+                    if not (options.resume or options.no_check or rewarded):
                         with blaming(f"{options.model}: the model fails on the first line"):
                             objective.check_causal(train[0], kind)
                     loop.start(settings, made_of["examples_sha256"])
@@ -215,10 +242,19 @@ def _finetune(
         run.release()
 
 
-def _data(options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any]) -> tuple[list[Example], HeldOut, str, str]:
+def _data(
+    options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any], rewards: Mapping[str, Reward]
+) -> tuple[list[Any], HeldOut, str, str]:
     """The examples to learn, those to judge by, the objective's name, and the SHA-256 of what is learned, as text."""
-    more = {"max_new_tokens": options.max_new_tokens, **reading}
-    write = options.score in ("f1", "em")
+    more = {"max_new_tokens": options.max_new_tokens, "stop": options.stop or (), **reading}
+    if options.objective == "reward":
+        asked = {"reward": options.reward, "max_new_tokens": options.max_new_tokens, **reading}
+        train, held_out = load_questions(options.train, tokenizer, **asked), HeldOut()
+        if options.eval:
+            writing = Writing(tokenizer, reading["kind"].padding(tokenizer), options.max_new_tokens, more["stop"])
+            questions = load_questions(options.eval, tokenizer, **asked)
+            held_out = HeldOut(questions=questions, writing=writing, rewards=rewards)
+        return train, held_out, "reward", hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     if options.task:
         task = find_task(options.task, options.task_file)
         reader = TaskReader(task, tokenizer, **more)
@@ -232,10 +268,10 @@ def _data(options: FinetuneOptions, tokenizer: Any, reading: dict[str, Any]) -> 
         )
         loss, name = loss_of(task, options.objective)
         train = reader.learned(drawn.train, loss)
-        return train, reader.held_out(drawn.dev, loss, write=write), resolve_objective(name, train), drawn.digest()
+        return train, reader.held_out(drawn.dev, loss, rewards=rewards), resolve_objective(name, train), drawn.digest()
     train = load_examples(options.train, tokenizer, **reading)
     name = resolve_objective(options.objective, train, options.train)
-    held_out = load_held_out(options.eval, tokenizer, write=write, **more) if options.eval else HeldOut()
+    held_out = load_held_out(options.eval, tokenizer, rewards=rewards, **more) if options.eval else HeldOut()
     if held_out:
         resolve_objective(name, held_out.learned, options.eval)
     return train, held_out, name, hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
@@ -335,6 +371,9 @@ def _compare(run: RunDirectory, made_of: dict[str, Any], train: str) -> None:
         if "train_sha256" not in differs:
             what = f"{train} becomes other tokens than when the run began: the tokenizer or its chat template changed"
         raise UsageError(f"{run.path}: {what}")
+    if "reward_sha256" in differs:
+        file = file_of(run.record["options"]["reward"])
+        raise UsageError(f"{run.path}: the reward is not the one that the run began with: {file} changed")
     if "config" in differs:
         was, now = before["config"], made_of["config"]
         key = next(key for key in {**was, **now} if was.get(key) != now.get(key))

@@ -21,6 +21,12 @@ _COMPILED_WHOLE = (
 class Passes(Protocol):
     """What hooks tell the runtime."""
 
+    def begin(self, module: nn.Module) -> None:
+        """The forward of a module begins that is, or holds, a window of a unit."""
+
+    def end(self) -> None:
+        """Such a forward has ended, or has failed."""
+
     def enter(self, unit: Unit) -> None:
         """The forward of one of the unit's windows begins."""
 
@@ -43,8 +49,8 @@ class Windows:
             if (m not in units_of or m is model) and any(inner in units_of for inner in m.modules() if inner is not m)
         ]
         self._handles = []
-        for module, inside in units_of.items():
-            before, after = _hooks(passes, tuple(inside))
+        for module in dict.fromkeys([*units_of, *self._around]):
+            before, after = _hooks(passes, tuple(units_of.get(module, ())))
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
         for module in self._around:
@@ -71,6 +77,7 @@ def _hooks(passes: Passes, units: tuple[Unit, ...]) -> tuple[Callable[..., None]
 
     @torch.compiler.disable
     def before(module, args) -> None:
+        passes.begin(module)
         for unit in units:
             passes.enter(unit)
 
@@ -78,8 +85,19 @@ def _hooks(passes: Passes, units: tuple[Unit, ...]) -> tuple[Callable[..., None]
     def after(module, args, output) -> None:
         for unit in reversed(units):
             passes.exit(unit)
+        passes.end()
 
     return before, after
+
+
+def in_generate() -> bool:
+    """Whether a module's method `generate`, of transformers, peft or a model's own, has called what runs."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), nn.Module):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @torch.compiler.disable

@@ -283,19 +283,33 @@ def _known(parameter: nn.Parameter, runtime: Any) -> bool:
     return getattr(parameter, "_distzo2", (None, None))[1] is runtime
 
 
-@contextmanager
-def no_kv_cache(configs: Sequence[Any]) -> Iterator[None]:
-    """Switches `use_cache` off in configurations, since lanes need no key-value cache."""
-    switched = [config for config in configs if getattr(config, "use_cache", None)]
-    # Configurations of transformers check all that is set, which takes longer than the rest of a step's preparation.
-    setters = [object.__setattr__ if "use_cache" in vars(config) else setattr for config in switched]
-    for config, set_to in zip(switched, setters, strict=True):
-        set_to(config, "use_cache", False)
-    try:
-        yield
-    finally:
-        for config, set_to in zip(switched, setters, strict=True):
-            set_to(config, "use_cache", True)
+class CacheSwitch:
+    """`use_cache` of a model's configurations, which is off in lanes, but for forwards of `generate`: that uses a cache
+    of keys and values as it does elsewhere, and each call makes its own."""
+
+    def __init__(self) -> None:
+        self._setters: list[Callable[[bool], None]] = []  # of the configurations in which it is on
+        self._on = True
+
+    @contextmanager
+    def off(self, configs: Sequence[Any]) -> Iterator[None]:
+        """While entered, it is off unless `allow` switches it on."""
+        on = [config for config in configs if getattr(config, "use_cache", None)]
+        # Configurations of transformers check all that is set, which takes longer than the rest of the preparation.
+        plainly = [object.__setattr__ if "use_cache" in vars(config) else setattr for config in on]
+        self._setters = [functools.partial(put, config, "use_cache") for put, config in zip(plainly, on, strict=True)]
+        self.allow(False)
+        try:
+            yield
+        finally:
+            self.allow(True)
+
+    def allow(self, on: bool) -> None:
+        """Switches it on, where it was, or off."""
+        if on != self._on:
+            self._on = on
+            for setter in self._setters:
+                setter(on)
 
 
 @dataclass

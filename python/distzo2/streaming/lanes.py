@@ -11,13 +11,15 @@ import contextvars
 import threading
 import weakref
 from _thread import allocate_lock
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from distzo2.errors import DistZO2Error
 from distzo2.streaming.isolation import CallerState, LaneAttributes, LaneSwitches, RandomStream, ScheduleState
 from distzo2.weights.units import Unit
 from distzo2.weights.updates import Emission
@@ -36,7 +38,7 @@ class LanePlace:
         batch: number of the micro-batch, counted over all ranks.
         probe: number of the perturbation.
         sign: of the perturbation: 1, -1, or 0 for the clean weights.
-        first: this is evaluation 0 of its micro-batch, and not a repetition of it. It is true once for each
+        first: this is the first evaluation of its micro-batch, and not a repetition of it. It is true once for each
             micro-batch, whatever the ranks, so what is counted under it is counted once. Of the ranks along
             perturbations the first one runs it. It is never true in `opt.check` and `opt.signal`.
     """
@@ -66,6 +68,62 @@ class LaneCancelled(BaseException):
 
 
 @dataclass(eq=False)
+class Route:
+    """The units that a lane enters, in their order, and the forwards by which it does, none of them inside another."""
+
+    units: list[Unit] = field(default_factory=list)
+    calls: list[tuple[Any, int]] = field(default_factory=list)  # the module, and the number of units before it
+    ended: bool = False
+
+    def pass_ends(self) -> list[int]:
+        """Numbers of units behind which a pass over them has ended and another begun, as with each token that
+        `generate` makes. A pass begins where the first of the modules that are called twice is called."""
+        seen: set[Any] = set()
+        for module, _ in self.calls:
+            if module in seen:
+                return [at for other, at in self.calls if other is module][1:]
+            seen.add(module)
+        return []
+
+    def has(self, units: Iterable[Unit]) -> bool:
+        """Whether all of `units` are entered."""
+        return {unit.index for unit in units} <= {unit.index for unit in self.units}
+
+    def passes(self) -> list[list[Unit]]:
+        """The units, pass by pass."""
+        return [self.units[a:b] for a, b in pairwise([0, *self.pass_ends(), len(self.units)])]
+
+
+def check_routes(first: Route, other: Route, batch: int, agreed: int = 0) -> None:
+    """Compares the routes of two lanes, the `other` one of micro-batch `batch`, behind their first `agreed` units. One
+    may have ended behind a pass over the units after which the other has begun another.
+
+    Raises:
+        DistZO2Error: the routes differ.
+    """
+    short, long = sorted((first, other), key=lambda route: len(route.units))
+    length = len(short.units)
+    if short.units[agreed:] == long.units[agreed:length] and (
+        length == len(long.units) or (short.ended and length in long.pass_ends() and short.has(long.units[length:]))
+    ):
+        return
+    differing = (i for i, (a, b) in enumerate(zip(short.units, long.units, strict=False)) if a is not b)
+    at = next(differing, length)
+
+    def entered(route: Route) -> str:
+        if at < len(route.units):
+            return f"unit {route.units[at].name!r}"
+        return "no further unit" if route.ended else "another unit"
+
+    raise DistZO2Error(
+        f"the lanes of a step must enter the same units in the same order: at position {at} one lane entered "
+        f"{entered(first)}, and the lane of batch {batch} {entered(other)}. Only behind a whole pass over the units, "
+        "as behind a token, may one lane end while others go on. Where a forward skips blocks for some batches or "
+        "perturbations, name with units= a module around them."
+    )
+
+
+@dataclass(eq=False)
 class Lane:
     """One evaluation: the loss of one batch under one emission, with its own random stream."""
 
@@ -81,7 +139,9 @@ class Lane:
     request: Unit | None = None  # the unit at whose entry the lane is parked
     ahead: int = 0  # units entered since, without parking
     windows: list[Unit] = field(default_factory=list)  # open, outermost first
-    visited: list[Unit] = field(default_factory=list)
+    route: Route = field(default_factory=Route)
+    depth: int = 0  # of forwards, one inside another
+    generates: bool = False  # the forward is one of `generate`
     changed_buffers: dict[int, torch.Tensor] = field(default_factory=dict)
     attributes: LaneAttributes = field(default_factory=LaneAttributes)
     switches: LaneSwitches = field(default_factory=LaneSwitches)
@@ -184,7 +244,7 @@ class LaneThread(threading.Thread):
                 return
             if not self.cancelled:
                 self._context.run(self._evaluate, lane)
-            lane.done = True
+            lane.done = lane.route.ended = True
             self._lane = self._caller = self._context = self._turns = None
             lane = None
             turns.hand_on()

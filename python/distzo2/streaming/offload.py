@@ -392,7 +392,8 @@ def evaluate(model: nn.Module, closures: Sequence[Callable[[], Any]]) -> list[An
 
     Args:
         model: a model that was handed over.
-        closures: functions without arguments that call the model; they must enter the same units in the same order.
+        closures: functions without arguments that call the model; they must enter the same units in the same order,
+            and may end behind different numbers of passes over them, as texts that `generate` makes.
 
     Returns:
         The closures' results, in order.

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Collection, Generator, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,10 +27,10 @@ from torch import nn
 from distzo2.errors import DistZO2Error
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.record.weight_file import KeptWeights
-from distzo2.streaming.hooks import Windows
-from distzo2.streaming.isolation import BufferGuard, CallerState, RandomStream, ScheduleState, no_kv_cache, switches
+from distzo2.streaming.hooks import Windows, in_generate
+from distzo2.streaming.isolation import BufferGuard, CacheSwitch, CallerState, RandomStream, ScheduleState, switches
 from distzo2.streaming.lane_check import LANE_ALONE, check_alike, code_of
-from distzo2.streaming.lanes import Lane, LaneGroup, line_of_control
+from distzo2.streaming.lanes import Lane, LaneGroup, Route, check_routes, line_of_control
 from distzo2.streaming.presence import Parameters
 from distzo2.weights.access import WeightAccess
 from distzo2.weights.unit_weights import UnitWeights
@@ -47,6 +47,11 @@ class _Pointed(NamedTuple):
     emission: Emission
     address: int  # of the scratch buffer; 0: none
     copied: bool  # the forward cannot reach what is stored
+
+
+def _longest(lanes: Sequence[Lane]) -> Lane:
+    """The first of the lanes that have entered the most units."""
+    return max(lanes, key=lambda lane: len(lane.route.units))
 
 
 class StreamingRuntime:
@@ -78,6 +83,7 @@ class StreamingRuntime:
         self.stats, self.reset_stats = weights.stats, weights.reset_stats
         self._lanes = LaneGroup()
         self._buffers = BufferGuard()
+        self._caches = CacheSwitch()
         self.parameters = Parameters(self.units, self.device, self)
         self._names = {module: name for name, module in model.named_modules()}
         # Parameters of the root itself may be used in any of its methods, so each lane has them open throughout.
@@ -133,23 +139,23 @@ class StreamingRuntime:
         self,
         lanes: Sequence[Lane],
         *,
-        expected: Sequence[Unit] | None = None,
+        expected: Route | None = None,
         interrupt: DeferredInterrupt | None = None,
         check: bool = False,
-    ) -> list[Unit]:
-        """Runs every lane to its end in one pass over the weights.
+    ) -> Route:
+        """Runs every lane to its end in one pass over the weights, or in several where they generate.
 
         The first time that lanes of some code share a pass, the first and the last of them run once more, each alone,
         and must have the same results: lanes may see each other through state that is not swapped.
 
         Args:
             lanes: lanes of the same emission should stand next to each other.
-            expected: the units that the lanes must enter, in order; None: those of the first lane.
+            expected: of lanes that ran before, whose units these must enter, too.
             interrupt: asked between units, the only points where Ctrl-C ends a pass.
             check: runs lanes alone in any case.
 
         Returns:
-            The units that the lanes entered.
+            The route of a lane that entered the most units.
 
         Raises:
             DistZO2Error: lanes entered different units, or none, or saw each other, or wrote weights. What a lane
@@ -186,7 +192,7 @@ class StreamingRuntime:
         for lane in lanes:
             lane.attributes.swap_in()  # the model has what a plain loop would have left
         lanes[-1].switches.swap_in()
-        return lanes[0].visited
+        return _longest(lanes).route
 
     def _note_dtypes(self, error: Exception) -> None:
         """Adds a note to what a lane raised, if that, or the line that raised it, is about dtypes."""
@@ -200,16 +206,14 @@ class StreamingRuntime:
             "in other dtypes: compute_dtype=None (--compute-dtype stored) computes in these"
         )
 
-    def _pass(
-        self, lanes: Sequence[Lane], expected: Sequence[Unit] | None, interrupt: DeferredInterrupt | None
-    ) -> None:
+    def _pass(self, lanes: Sequence[Lane], expected: Route | None, interrupt: DeferredInterrupt | None) -> None:
         self.weights.check_idle("a pass")
         self._windows.check_not_compiled_whole()
         interrupt = interrupt or self._interrupt
         callers = [CallerState(self.device) for _ in lanes]
         slots, configs, training = walk_modules(self.model)
         # The caller's modes are for the lanes. Tensors made in inference mode could not be changed outside of it.
-        with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False), no_kv_cache(configs):
+        with interrupt, torch._C.DisableTorchFunction(), torch.inference_mode(False), self._caches.off(configs):
             caller = RandomStream(self.device)
             self._switches = switches()
             self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
@@ -230,7 +234,7 @@ class StreamingRuntime:
                 self._buffers.end()
                 caller.restore()
                 self._state = None
-                self.weights.busy = self._in_pass = False
+                self.weights.busy = self._in_pass = self.weights.repeats = False
 
     def _schedule(self, lanes: Sequence[Lane], interrupt: DeferredInterrupt) -> Generator[Lane | None]:
         """The order of a pass, as `LaneGroup.run` takes it. It turns at each unit, so that the lane which came last to
@@ -239,11 +243,15 @@ class StreamingRuntime:
         for unit in self._root_units:
             self.weights.bring(unit)
         for lane in in_order:
-            lane.windows, lane.visited = self._root_units[:], self._root_units[:]
+            lane.windows, lane.route.units = self._root_units[:], self._root_units[:]
             yield from self._turn(lane)
         agreed, last = 0, None
         while (unit := self._agreed_unit(lanes, agreed)) is not None:
-            agreed = len(lanes[0].visited)
+            if any(lane.done for lane in lanes):
+                lanes = [lane for lane in lanes if not lane.done]
+                in_order = [lane for lane in in_order if not lane.done]
+                self._emissions = list(dict.fromkeys(lane.emission for lane in lanes))
+            agreed = len(lanes[0].route.units)
             if unit is last:  # several windows, or a block that is called again: its slot would come right back
                 self._wanted_again.add(unit.index)
             last = unit
@@ -268,6 +276,7 @@ class StreamingRuntime:
             self.weights.release_early(lane.request, to_come)
         lane.stream.restore()
         lane.switches.swap_in()
+        self._caches.allow(lane.generates)
         self._buffers.swap_in(lane.changed_buffers)
         lane.attributes.swap_in()  # its own buffers take the place of the model's
         lane.ahead = 0
@@ -320,40 +329,45 @@ class StreamingRuntime:
     # ---- the order of units -------------------------------------------------------------------------------------
 
     def _agreed_unit(self, lanes: Sequence[Lane], agreed: int) -> Unit | None:
-        """Returns the unit at which every lane stands; None when all have ended. They are known to have entered the
-        same first `agreed` units."""
-        first = lanes[0]
-        for lane in lanes[1:]:
-            if lane.visited[agreed:] != first.visited[agreed:]:
-                self._raise_difference(first.visited, first.done, lane)
-        return first.request
+        """Returns the unit at which every lane stands that has not ended; None when all have. They are known to have
+        entered the same first `agreed` units."""
+        longest = _longest(lanes)
+        for lane in lanes:
+            if lane is not longest:
+                check_routes(longest.route, lane.route, lane.batch, agreed)
+        return next((lane.request for lane in lanes if not lane.done), None)
 
-    def _check_sequence(self, lanes: Sequence[Lane], expected: Sequence[Unit] | None) -> None:
-        if not lanes[0].entered:
+    def _check_sequence(self, lanes: Sequence[Lane], expected: Route | None) -> None:
+        if not all(lane.entered for lane in lanes):
             raise DistZO2Error(
                 "the closure ended without entering any unit of the model, so no perturbation reached it: is the "
                 "model that it calls the one that was handed over? (Whole-model torch.compile and CUDA graphs skip "
                 "the hooks; compile blocks with block.compile() instead.)"
             )
-        if expected is not None and list(expected) != lanes[0].visited:
-            self._raise_difference(expected, True, lanes[0])
-
-    @staticmethod
-    def _raise_difference(first: Sequence[Unit], first_ended: bool, lane: Lane) -> NoReturn:
-        other = lane.visited
-        differing = (i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a is not b)
-        at = next(differing, min(len(first), len(other)))
-
-        def entered(units: Sequence[Unit], ended: bool) -> str:
-            return f"unit {units[at].name!r}" if at < len(units) else ("no further unit" if ended else "another unit")
-
-        raise DistZO2Error(
-            f"the lanes of a step must enter the same units in the same order: at position {at} one lane entered "
-            f"{entered(first, first_ended)}, and the lane of batch {lane.batch} {entered(other, lane.done)}. "
-            "Where a forward skips blocks for some batches or perturbations, name with units= a module around them."
-        )
+        longest = _longest(lanes)
+        for lane in lanes:
+            if len(lane.route.units) < len(longest.route.units):  # when it ended, the others had not
+                check_routes(longest.route, lane.route, lane.batch)
+        if expected is not None:
+            check_routes(expected, longest.route, longest.batch)
 
     # ---- entering and leaving a window (from the hooks: in the running lane, or in the caller's thread) -----------
+
+    def begin(self, module: nn.Module) -> None:
+        """The forward of a module begins that is, or holds, a window of a unit."""
+        lane = self._lanes.running
+        if lane is None:
+            return
+        if not lane.depth:
+            lane.route.calls.append((module, len(lane.route.units)))
+            lane.generates = self.weights.repeats = in_generate()
+            self._caches.allow(lane.generates)
+        lane.depth += 1
+
+    def end(self) -> None:
+        """Such a forward has ended, or has failed."""
+        if (lane := self._lanes.running) is not None:
+            lane.depth -= 1
 
     def enter(self, unit: Unit) -> None:
         """The forward of one of the unit's windows begins."""
@@ -369,7 +383,7 @@ class StreamingRuntime:
         if unit not in lane.windows:
             if threading.current_thread() is not lane.thread:
                 raise DistZO2Error(f"unit {unit.name} was entered from a thread that is not a lane of this pass")
-            lane.visited.append(unit)
+            lane.route.units.append(unit)
             if lane.ahead < self._most_ahead(unit):
                 self._go_on(lane, unit)
             else:

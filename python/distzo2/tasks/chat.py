@@ -19,6 +19,8 @@ from distzo2.tasks.lines import Line
 
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # what jinja has that differs from one rendering to the next
 
+_NEXT = {"role": "assistant", "content": "."}  # stands for a turn that is to be written
+
 logger = logging.getLogger("distzo2")
 
 
@@ -77,6 +79,10 @@ class Chat:
         whole = pairs[-1][1]
         kept = [(a, b) for a, b in pairs[:-1] if whole[: len(b)] == b and b[: len(a)] == a]
         return [each for pair in [*kept, pairs[-1]] for each in pair]
+
+    def prompt(self, line: Line) -> Any:
+        """What comes up to the assistant's next turn: text, or tokens (`sanitized`). Raises as `turns` does."""
+        return self.turns(Line(line.kind, {"messages": [*line.record["messages"], _NEXT]}, line.where))[-2]
 
     def ends_itself(self, line: Line) -> bool:
         """Whether the template writes a special token behind the last turn of the assistant."""

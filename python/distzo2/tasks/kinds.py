@@ -20,6 +20,7 @@ from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.writing import CONFIG_FILE
 from distzo2.errors import DistZO2Error, blaming
 from distzo2.models.pretrained import config_of, meta_model
+from distzo2.models.shapes import max_positions, text_config
 
 # Fields of config.json that no forward reads.
 _NOT_OF_A_FORWARD = {
@@ -69,7 +70,7 @@ def model_kind(directory: str | os.PathLike) -> ModelKind:
 
 def _kind_of(directory: Path, config: Any) -> ModelKind:
     model = class_of(directory, config, None).__name__
-    name, text = _name_of(model, config), _text_config(config)
+    name, text = _name_of(model, config), text_config(config)
     if name is None:
         known = "a causal, encoder-decoder or masked language model, or a sequence classifier"
         raise DistZO2Error(f"{directory}: no objective fits {model}: {known} was expected")
@@ -113,23 +114,12 @@ def _name_of(model: str, config: Any) -> str | None:
     return "causal" if reads_text and not getattr(config, "is_encoder_decoder", False) else None
 
 
-def max_positions(config: Any) -> int | None:
-    """How many positions a model of this config has, or None where it has no limit."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    values = (_whole(_text_config(config), name) for name in names)
-    return next((value for value in values if value is not None and value > 0), None)
-
-
 def _positions_after_padding(directory: Path, positions: int | None) -> int | None:
     """Without the rows that RoBERTa and its like leave unused: their positions begin behind the padding's index."""
     for name, module in meta_model(directory).named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module.num_embeddings == positions:
             return positions - (0 if module.padding_idx is None else module.padding_idx + 1)
     return positions
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _whole(config: Any, name: str) -> int | None:

@@ -5,13 +5,16 @@ A line is one of
     {"prompt": str, "choices": [str], "label": i}  learn which of the choices follows the prompt
     {"messages": [{"role": str, "content": str}]}  learn every turn of the assistant
     {"text": str}                                  learn the whole text; a classifier learns its "label", a number
+or, where a reward judges what the model writes, a row with any other keys and one of
+    {"prompt": str}                                continue it
+    {"messages": [{"role": str, "content": str}]}  write the assistant's next turn
 Other keys are ignored. A file holds either lines with choices or lines without.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +72,23 @@ class _TextLine(_Strict):
     text: _Text
 
 
-_KINDS = {"completion": _CompletionLine, "choices": _ChoicesLine, "messages": _MessagesLine, "text": _TextLine}
+class _PromptLine(_Strict):
+    prompt: str
+
+
+class _AskingLine(_Strict):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _others_speak_last(self) -> _AskingLine:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("the last message is the assistant's, whose turn the model is to write")
+        return self
+
+
+Kinds = Mapping[str, type[_Strict]]  # of lines, by the key that tells them
+LEARNED: Kinds = {"completion": _CompletionLine, "choices": _ChoicesLine, "messages": _MessagesLine, "text": _TextLine}
+PROMPTS: Kinds = {"prompt": _PromptLine, "messages": _AskingLine}
 
 
 @dataclass(frozen=True)
@@ -100,8 +119,9 @@ class BadLines:
                 raise DataError(f"{error}{before}") from error
 
 
-def read_lines(path: str | os.PathLike, bad: BadLines | None = None) -> list[Line]:
-    """Reads and checks a JSONL file. Blank lines are skipped, and bad ones as far as `bad` allows.
+def read_lines(path: str | os.PathLike, bad: BadLines | None = None, kinds: Kinds = LEARNED) -> list[Line]:
+    """Reads and checks a JSONL file. Blank lines are skipped, and bad ones as far as `bad` allows. `kinds`: `LEARNED`,
+    or `PROMPTS` for rows of a reward.
 
     Raises:
         DataError: the file cannot be read, holds no example, or a line is malformed (file, line number, reason).
@@ -120,7 +140,7 @@ def read_lines(path: str | os.PathLike, bad: BadLines | None = None) -> list[Lin
     for number, content in enumerate(raw.splitlines(), start=1):
         if content.strip():
             with bad.skipped():
-                line = read_line(content, f"{path}:{number}")
+                line = read_line(content, f"{path}:{number}", kinds)
                 kind = lines[0].kind if lines else line.kind
                 if (line.kind == "choices") != (kind == "choices"):
                     begins = f"a file that begins with a {kind!r} line"
@@ -131,7 +151,7 @@ def read_lines(path: str | os.PathLike, bad: BadLines | None = None) -> list[Lin
     return lines
 
 
-def read_line(content: bytes, where: str) -> Line:
+def read_line(content: bytes, where: str, known: Kinds = LEARNED) -> Line:
     """Checks one line of a file; `where` names file and line in errors.
 
     Raises:
@@ -141,12 +161,12 @@ def read_line(content: bytes, where: str) -> Line:
         record = from_json(content)
     except ValueError as error:
         raise DataError(f"{where}: not valid JSON: {str(error).replace('line 1 column', 'column')}") from error
-    kinds = [kind for kind in _KINDS if kind in record] if isinstance(record, dict) else []
+    kinds = [kind for kind in known if kind in record] if isinstance(record, dict) else []
     if len(kinds) != 1:
         found = f"both {kinds[0]!r} and {kinds[1]!r}" if kinds else "none of them"
-        raise DataError(f"{where}: an object with one of {', '.join(map(repr, _KINDS))} was expected, it has {found}")
+        raise DataError(f"{where}: an object with one of {', '.join(map(repr, known))} was expected, it has {found}")
     try:
-        _KINDS[kinds[0]].model_validate(record)
+        known[kinds[0]].model_validate(record)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise DataError(f"{where}: {place}{': ' if place else ''}{first_reason(error)}") from error

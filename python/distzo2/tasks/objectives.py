@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -35,23 +35,23 @@ _CHECKED_TOKENS = 64  # of a line, by which a model's causality is checked
 
 @dataclass(frozen=True)
 class Score:
-    """The result of an evaluation. `loss` is a mean over tokens (lm) or examples (choices)."""
+    """The result of an evaluation. `loss` is a mean over tokens (lm) or examples (choices), or minus a mean reward."""
 
     loss: float
-    accuracy: float
+    accuracy: float | None  # None: the model only writes
     num_examples: int
     num_tokens: int  # that the model read
-    f1: float | None = None  # of written answers, a mean over questions
-    em: float | None = None
+    written: Mapping[str, float] = field(default_factory=dict)  # of written answers: means over questions, by name
 
     def figures(self) -> dict[str, float]:
-        """Loss, accuracy, and of written answers F1 and EM, by name."""
-        names = ("loss", "accuracy", "f1", "em")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """Loss, accuracy, and those of written answers, by name."""
+        return {"loss": self.loss, **({} if self.accuracy is None else {"accuracy": self.accuracy}), **self.written}
 
     def __str__(self) -> str:
-        text = f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
-        return text if self.f1 is None else f"{text}, F1 {self.f1:.2%}, EM {self.em:.2%}"
+        parts = [] if self.accuracy is None else [f"loss {self.loss:.4f}", f"accuracy {self.accuracy:.2%}"]
+        for name, value in self.written.items():
+            parts.append(f"{name.upper()} {value:.2%}" if name in ("f1", "em") else f"{name} {value:.4f}")
+        return ", ".join(parts)
 
 
 def resolve_objective(name: str | None, examples: Sequence[Example], source: str = "the data") -> str:
@@ -60,6 +60,8 @@ def resolve_objective(name: str | None, examples: Sequence[Example], source: str
     Raises:
         UsageError: the data is not of the kind that the objective needs.
     """
+    if name == "reward":
+        raise UsageError("objective 'reward' is for distzo2 finetune")
     first = examples[0]
     if name is None:
         return "choices" if first.chooses else "lm"

@@ -76,6 +76,7 @@ class UnitWeights:
         self.params = sorted((p for unit in units for p in unit.params), key=lambda p: p.index)
         self.epoch = 0  # how often the weights were replaced from outside
         self.busy = False  # a window is open, or a pass under way
+        self.repeats = False  # another pass over the units is likely to follow before the next update
         self.closed = False
         # Called with each unit that is released, its clean bytes and their version; they must not be changed or kept.
         # Returns the stream on which it still reads them, behind the current one; None if it does not.
@@ -215,7 +216,7 @@ class UnitWeights:
             ended |= unit is self._last_of_pass
             unit = self._next[unit.index]
             following.append(self.copies[unit.index])
-            num_current += not ended
+            num_current += self.repeats or not ended
         self.ring.expect(following, num_current)
 
     def end_pass(self) -> None:

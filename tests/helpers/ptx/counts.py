@@ -78,8 +78,11 @@ def count(kernels: CudaKernels | TritonKernels) -> dict[str, float]:
 def main() -> None:
     """Compile, count, write."""
     with tempfile.TemporaryDirectory() as name:
-        library, ptx = cuda_kernels.compile_kernels(Path(name))
-        every = [CudaKernels(library, Module(ptx[90])), TritonKernels(triton_kernels.compile_kernels(Path(name)))]
+        folder = Path(name)
+        cuda_kernels.compile_kernels(folder)
+        triton_kernels.compile_kernels(folder)
+        library, ptx = cuda_kernels.read_kernels(folder)
+        every = [CudaKernels(library, Module(ptx[90])), TritonKernels(triton_kernels.read_kernels(folder))]
         record = {compiler(kernels): count(kernels) for kernels in every}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -33,6 +33,7 @@ SOURCES = (
     "tests/helpers/ptx/fake_cudart.cpp",
 )
 ARCHS = (80, 90)
+LIBRARY = "kernels.so"
 BASE = 0x7F32_1000_0000  # of device memory: addresses need more than 32 bits
 ALIGNMENT = 64  # of what torch allocates: an address keeps its residue
 STREAM = 0x51
@@ -52,9 +53,8 @@ def build_flags() -> list[str]:
     return [*flags, re.search(r'CMAKE_CUDA_FLAGS_RELEASE "(.*)"', text).group(1)]
 
 
-def compile_kernels(folder: Path) -> tuple[Path, dict[int, str]]:
-    """The host library, and the PTX of all kernels for each architecture."""
-    library = folder / "kernels.so"
+def compile_kernels(folder: Path) -> None:
+    """Compile the host library and the PTX of all kernels for each architecture into `folder`."""
     targets = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
     command = [
         find_nvcc(),
@@ -66,10 +66,14 @@ def compile_kernels(folder: Path) -> tuple[Path, dict[int, str]]:
         f"-I{ROOT / 'csrc'}",
         "-t2",
     ]
-    command += ["--keep", f"--keep-dir={folder}", "-o", str(library), *(str(ROOT / source) for source in SOURCES)]
-    subprocess.run(command, check=True, cwd=folder)
+    command += ["--keep", f"--keep-dir={folder}", "-o", str(folder / LIBRARY)]
+    subprocess.run([*command, *(str(ROOT / source) for source in SOURCES)], check=True, cwd=folder)
+
+
+def read_kernels(folder: Path) -> tuple[Path, dict[int, str]]:
+    """The host library, and the PTX of all kernels for each architecture, from where they were compiled."""
     texts = {arch: [(folder / f"{name}.compute_{arch}.ptx").read_text() for name in KERNELS] for arch in ARCHS}
-    return library, {arch: "\n".join(each) for arch, each in texts.items()}
+    return folder / LIBRARY, {arch: "\n".join(each) for arch, each in texts.items()}
 
 
 def structure(name: str, fields: str) -> type[ctypes.Structure]:

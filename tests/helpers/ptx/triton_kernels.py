@@ -101,10 +101,14 @@ def compile_variant(name: str, constants: dict[str, int], aligned: bool) -> dict
     return {"ptx": made.asm["ptx"], "shared": made.metadata.shared}
 
 
-def compile_kernels(folder: Path) -> dict[str, dict[str, str | int]]:
-    """Every variant, in a process where Triton does not interpret."""
+def compile_kernels(folder: Path) -> None:
+    """Compile every variant into `folder`, in a process where Triton does not interpret."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
     subprocess.run([sys.executable, "-m", "ptx.triton_kernels", str(folder)], env=environment, check=True)
+
+
+def read_kernels(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Every variant, from where they were compiled."""
     return json.loads((folder / "kernels.json").read_text())
 
 

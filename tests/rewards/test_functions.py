@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from distzo2.generation.answers import exact_match, f1, words_of
+from distzo2.errors import UsageError
+from distzo2.rewards.functions import check_row, exact_match, f1, load, parsed, words_of
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,50 @@ def test_random_answers_against_the_rule_written_another_way() -> None:
 
 def test_words() -> None:
     assert words_of("The  quick-brown fox, (an A.N.T.) ate.") == ["quickbrown", "fox", "ant", "ate"]
+
+
+def rewarded(name: str, text: str, row: dict) -> float:
+    (value,) = load(name)([""], [text], [row])
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "row", "wanted"),
+    [
+        ("exact", " The cat.", {"completion": "cat"}, 1),
+        ("em", "a cat", {"answers": ["dog", "cat"]}, 1),
+        ("f1", "a black cat", {"answer": "cat"}, 2 / 3),
+        ("number", "6 * 7 = 42, so $1,042.50.", {"answer": 1042.5}, 1),
+        ("number", "-7 or .5", {"answers": ["it is #### 0.50"]}, 1),
+        ("number", "none", {"answers": ["none"]}, 0),
+        (r"regex:<a>\d+</a>", " <a>12</a>\n", {}, 1),
+        (r"regex:\d+", "12 apples", {}, 0),
+    ],
+)
+def test_rewards_by_name(name: str, text: str, row: dict, wanted: float) -> None:
+    assert rewarded(name, text, row) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ["", "accuracy", "f1:x", "regex:", "json:", "mine.py", "mine.py:", "mine.py:a b"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(ValueError, match="expected exact, f1, number, regex:PATTERN"):
+        parsed(name)
+
+
+def test_json_that_a_schema_allows(tmp_path) -> None:
+    pytest.importorskip("jsonschema")
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}')
+    texts = ['{"n": 3}', ' {"n": 3}\n', '{"n": "3"}', "{}", '{"n": 3', "[" * 100_000]
+    assert [rewarded(f"json:{path}", text, {}) for text in texts] == [1, 1, 0, 0, 0, 0]
+    for bad in ('{"type": "thing"}', "{"):
+        path.write_text(bad)
+        with pytest.raises(UsageError, match="not a JSON schema"):
+            load(f"json:{path}")
+
+
+def test_rows_without_answers() -> None:
+    for row in ({}, {"answers": []}, {"answers": [None]}, {"answer": {"x": 1}}):
+        with pytest.raises(ValueError, match="answers: a list of texts was expected"):
+            check_row("f1", row)
+    check_row("regex:a", {})

@@ -10,7 +10,8 @@ from torch import nn
 
 import distzo2
 import distzo2_core
-from distzo2.optim.estimator import FZOO, SPSA, mean_loss
+from distzo2.estimators.shaped import ES, FZOO
+from distzo2.estimators.spsa import CurvatureSPSA, MeAZO, SPSASign
 
 
 @pytest.mark.parametrize("noise", ["normal", "rademacher"])
@@ -83,26 +84,37 @@ def test_error_on_a_quadratic_falls_at_the_rate_of_theory(noise, excess):
     assert abs(error - (d + excess)) < abs(error - (d - excess))
 
 
-def test_spsa_is_the_formula():
-    losses = {(0, 1): np.array([1.0, 2.0]), (0, -1): np.array([0.5, 1.5]), (1, 1): np.array([3.0, 3.0]),
-              (1, -1): np.array([3.0, 4.0])}  # fmt: skip
-    assert SPSA().coefficients(losses, 2, 0.25).tolist() == [0.5 / (2 * 0.25 * 2), -0.5 / (2 * 0.25 * 2)]
-    assert SPSA().evaluations(2) == [(0, 1), (0, -1), (1, 1), (1, -1)]
+# By estimator, the squared correlation of a probe's coefficient with the derivative along the probe, which is normal:
+# of its sign 2/pi, of its rank 3/pi. What only scales a step, or weighs alike curved probes alike, loses nothing.
+SHAPED = {
+    "fzoo": (FZOO(), 1.0),
+    "es": (ES(), 1.0),
+    "es, one-sided": (ES(mirrored=False), 1.0),
+    "es, ranks": (ES("ranks"), 3 / np.pi),
+    "es, group": (ES("group"), 1.0),
+    "1.5spsa": (CurvatureSPSA(), 1.0),
+    "meazo": (MeAZO(), 1.0),
+    "spsa-sign": (SPSASign(), 2 / np.pi),
+}
 
 
-def test_fzoo_divides_by_the_spread_and_has_a_floor():
-    losses = {(0, 0): np.array([1.0]), **{(k, 1): np.array([1.0 + k]) for k in range(4)}}
-    spread = np.std([1.0, 2.0, 3.0, 4.0], ddof=1)
-    assert np.allclose(FZOO().coefficients(losses, 4, 1e-3), np.arange(4) / (4 * spread), rtol=0, atol=0)
-    flat = {e: np.array([1.0]) for e in losses}
-    assert FZOO().coefficients(flat, 4, 1e-3).tolist() == [0.0] * 4
-    with pytest.raises(distzo2.DistZO2Error, match="at least 2 probes"):
-        FZOO().evaluations(1)
-
-
-def test_means_are_summed_in_order():
-    values = np.array([1.0, 1e16, -1e16, 1.0])
-    assert mean_loss(values) == ((1.0 + 1e16) - 1e16 + 1.0) / 4
+@pytest.mark.parametrize("name", SHAPED)
+def test_the_update_points_along_the_gradient_as_far_as_theory_says(name):
+    """Of N probes whose coefficients have a squared correlation r with the derivative, cos^2 = r·N / (r·N + d)."""
+    estimator, kept = SHAPED[name]
+    reference = Quadratic(40)
+    reference().backward()
+    gradient, n, steps = reference.x.grad.double(), 100, 5
+    model = distzo2.offload(Quadratic(40))
+    opt = distzo2.ZOSGD(model, lr=0.0, eps=1e-4, num_probes=n, noise="rademacher", max_coef=None, estimator=estimator)
+    cosines = []
+    for step in range(steps):
+        opt.step([lambda: model()] * (2 if name == "es, group" else 1))
+        z = [distzo2_core.rademacher(40, seed=0, step=step, param=0, probe=k).double() for k in range(n)]
+        update = torch.tensor(opt.last.coefs, dtype=torch.float64) @ torch.stack(z)
+        cosines.append(float(update @ gradient / (update.norm() * gradient.norm())))
+    expected = (kept * n / (kept * n + 40)) ** 0.5
+    assert np.mean(cosines) == pytest.approx(expected, abs=4 * (1 - expected**2) / (2 * n * steps) ** 0.5 + 0.01)
 
 
 def test_an_estimator_of_ones_own():

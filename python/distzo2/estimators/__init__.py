@@ -1,0 +1,1 @@
+"""From the losses of a step's perturbations to the coefficients of its update, and schedules of rates over steps."""

@@ -1,0 +1,50 @@
+"""The program of the process in which rewards run (:mod:`distzo2.rewards.worker` starts it).
+
+Messages are JSON, in and out, over a socket whose number is the first argument. What rewards print goes to stderr.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process and all that it started once the trainer is gone."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
+def serve(connection: Connection, name: str, sha256: str | None) -> None:
+    from distzo2.errors import DistZO2Error, RewardError
+    from distzo2.rewards.functions import checked, load
+
+    own = os.getpid()
+    try:
+        reward = load(name, sha256)
+        answer = {}
+    except DistZO2Error as error:
+        reward, answer = None, {"error": str(error)}
+    while True:
+        connection.send_bytes(json.dumps(answer).encode())
+        prompts, completions, rows = json.loads(connection.recv_bytes())
+        try:
+            answer = {"values": checked(reward(prompts, completions, rows), len(completions))}
+        except RewardError as error:
+            answer = {"error": error.text, "reason": error.reason}
+        if os.getpid() != own:  # a fork of the reward's that came back from it
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    start = json.loads(sys.argv[2])
+    sys.path[:] = start["path"]
+    threading.Thread(target=end_with_parent, args=(start["parent"],), daemon=True).start()
+    with suppress(EOFError, OSError):  # the trainer is gone, or has closed the worker
+        serve(Connection(int(sys.argv[1])), start["name"], start["sha256"])
+    os.killpg(0, signal.SIGKILL)

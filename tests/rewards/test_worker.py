@@ -1,0 +1,166 @@
+"""Rewards in their process: what they do wrong is named in one line, and nothing of them outlives the process."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from distzo2.errors import RewardError, UsageError
+from distzo2.rewards.functions import digest
+from distzo2.rewards.worker import InlineReward, RewardWorker, open_reward
+
+CODE = """
+import os, subprocess, sys, time
+
+def good(prompts, completions, rows):
+    print("to be seen on stderr")
+    return [len(c) + len(p) + row["n"] for p, c, row in zip(prompts, completions, rows)]
+
+def raises(prompts, completions, rows):
+    return [1 / 0 for _ in completions]
+
+def slow(prompts, completions, rows):
+    child = subprocess.Popen(["sleep", "1000"])
+    open("children", "a").write(f"{os.getpid()} {child.pid} ")
+    time.sleep(0 if completions[0] == "fast" else 1000)
+    return [1.0 for _ in completions]
+
+def dies(prompts, completions, rows):
+    os._exit(3)
+
+def forks(prompts, completions, rows):
+    return [float(os.fork() > 0) for _ in completions]
+
+def none(prompts, completions, rows): return None
+def short(prompts, completions, rows): return [1.0]
+def text(prompts, completions, rows): return ["1.0"] * len(completions)
+def nan(prompts, completions, rows): return [float("nan")] * len(completions)
+def order(prompts, completions, rows): return [hash(c) % 1000 for c in completions]
+"""
+CALL = (["ab", "c"], ["x", "yz"], [{"n": 1}, {"n": 2}])
+
+
+@pytest.fixture
+def code(own_directory: None) -> Path:
+    path = Path("mine.py")
+    path.write_text(CODE)
+    return path
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_values_and_output(code: Path, inline: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    reward = open_reward("mine.py:good", inline=inline)
+    try:
+        assert reward(*CALL) == [4.0, 5.0] and reward.sha256 == digest("mine.py:good")
+    finally:
+        reward.close()
+    assert type(reward) is (InlineReward if inline else RewardWorker)
+    found = capfd.readouterr()
+    assert found.out == "" and "to be seen on stderr" in found.err
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "text"),
+    [
+        ("raises", RewardError.RAISED, "ZeroDivisionError: division by zero ("),
+        ("none", RewardError.NO_NUMBERS, "a list was expected, it returned None"),
+        ("short", RewardError.NO_NUMBERS, "2 were expected, it returned 1"),
+        ("text", RewardError.NO_NUMBERS, "it returned '1.0' for a completion"),
+        ("nan", RewardError.NO_NUMBERS, "it returned nan for a completion"),
+    ],
+)
+def test_wrong_values(code: Path, name: str, reason: str, text: str) -> None:
+    for inline in (False, True):
+        reward = open_reward(f"mine.py:{name}", inline=inline)
+        for _ in range(2):  # it goes on afterwards
+            with pytest.raises(RewardError) as caught:
+                reward(*CALL)
+            assert caught.value.reason == reason and text in caught.value.text
+        reward.close()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or waits for someone to read its status."""
+    path = Path(f"/proc/{pid}/stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_slow_one_is_ended_with_its_children(code: Path) -> None:
+    reward = RewardWorker("mine.py:slow", 0.5)
+    with pytest.raises(RewardError, match=r"took too long: mine.py:slow took more than 0.5 seconds"):
+        reward(*CALL)
+    first = [int(pid) for pid in Path("children").read_text().split()]
+    reward.timeout = 60.0
+    assert reward([""], ["fast"], [{}]) == [1.0]  # another process
+    reward.close()
+    pids = [int(pid) for pid in Path("children").read_text().split()]
+    assert len(set(pids)) == 4 and pids[:2] == first
+    deadline = time.monotonic() + 10
+    while not all(map(gone, pids)):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.01)
+
+
+def test_a_process_that_ends_or_forks(code: Path) -> None:
+    dies = RewardWorker("mine.py:dies", 60.0)
+    with pytest.raises(RewardError, match="the reward failed: its process ended with status 3"):
+        dies(*CALL)
+    dies.close()
+    forks = RewardWorker("mine.py:forks", 60.0)
+    assert [forks(*CALL) for _ in range(3)] == [[1.0, 1.0]] * 3
+    forks.close()
+
+
+def test_a_trainer_that_is_killed_leaves_none(code: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        RewardWorker("mine.py:slow", 60.0)(*CALL)
+    deadline = time.monotonic() + 30
+    while not (Path("children").exists() and len(Path("children").read_text().split()) == 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    while not all(gone(int(pid)) for pid in Path("children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sets_have_one_order(code: Path) -> None:
+    found = []
+    for _ in range(2):
+        worker = RewardWorker("mine.py:order", 60.0)
+        found.append(worker(*CALL))
+        worker.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("nowhere.py:f", "nowhere.py: No such file"),
+        ("mine.py:absent", "mine.py: has no function absent"),
+        ("broken.py:f", "broken.py: cannot be loaded: SyntaxError"),
+        ("leaves.py:f", "leaves.py: cannot be loaded: SystemExit"),
+        ("regex:(", "reward regex:(: not a regular expression"),
+    ],
+)
+def test_what_cannot_be_loaded(code: Path, name: str, text: str) -> None:
+    Path("broken.py").write_text("def f(")
+    Path("leaves.py").write_text("raise SystemExit")
+    for inline in (False, True):
+        with pytest.raises(UsageError) as caught:
+            open_reward(name, inline=inline)
+        assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_changes_while_it_runs(code: Path) -> None:
+    worker = RewardWorker("mine.py:good", 60.0)
+    code.write_text(CODE + "\n")
+    assert worker(*CALL) == [4.0, 5.0]
+    worker.close()
+    with pytest.raises(UsageError, match=r"mine.py: has changed since the run began"):
+        worker(*CALL)
