@@ -66,7 +66,7 @@ struct Program {
         const VisitHeader& header;
         const TableReader& tables;
         const DeviceSegment& segment;
-        Matrix matrix;
+        Matrix matrix = {};
 
         template <class Place>
         DZO_HD void octet(int64_t octet, const Place& place) const {

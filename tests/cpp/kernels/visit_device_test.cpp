@@ -198,6 +198,22 @@ TEST(noise) {
     });
 }
 
+TEST(low_rank_noise) {
+    for (const auto& [dtype, family] : {std::pair{DType::kFp32, 16}, {DType::kBf16, 65}, {DType::kFp16, 64}})
+        for (const int64_t cols : {3, 128, 1000}) {
+            std::vector<uint8_t> expected(4 * 2000), out(expected.size());
+            InPlace request{expected.data(), dtype, 2000, 7, family, 5, 6, 1, 77, 9, cols};
+            generate_cpu(request);
+            request.data = out.data();
+            with_dtype(dtype, [&](auto type) {
+                for (uint32_t i = 0; i < num_tiles_of(77, 2000, 1) * kThreads; ++i)
+                    generate_thread<type.value>(request, philox_keys(7), 1, i / kThreads, i % kThreads,
+                                                DeviceMatrix{9, cols});
+            });
+            CHECK(out == expected, "family ", family, ", ", cols, " columns");
+        }
+}
+
 TEST(rows_of_the_perturbed_table) {
     lookups({1, 7, 8, 100, 1283}, [](const Lookup& request) {
         const PhiloxKeys keys = philox_keys(request.seed);
