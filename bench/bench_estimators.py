@@ -57,6 +57,9 @@ ROWS = (
     Row("1.5spsa", "1.5spsa", 4, (1e-4, 1e-3, 5e-3)),
     Row("meazo", "meazo", 4, ONE_SIZE),
     Row("spsa-sign", "spsa-sign", 4, ONE_SIZE),
+    Row("fzoo, sign-r1", "fzoo", 8, ONE_SIZE, {"noise": "sign-r1"}),
+    Row("fzoo, sign-r4", "fzoo", 8, ONE_SIZE, {"noise": "sign-r4"}),
+    Row("fzoo, momentum 0.9", "fzoo", 8, (5e-4, 1e-3, 2e-3), {"momentum": 0.9}),
 )
 
 
@@ -75,7 +78,7 @@ def train(row: Row, base: Path, rate: float, seed: int, forwards: int, *, sweep:
     objective.rule = "sum"
     opt = distzo2.ZOSGD(
         model, lr=o.lr, eps=o.eps, num_probes=o.probes, noise=o.noise, seed=seed,
-        estimator=make_estimator(o.estimator, **o.estimator_options),
+        estimator=make_estimator(o.estimator, **o.estimator_options), momentum=o.momentum,
     )  # fmt: skip
     steps, order = forwards // len(opt.settings.evaluations), DataOrder(len(lines), o.batch_size, seed)
     factor, part, start = factor_of("linear", steps), o.batch_size // o.micro_batches, time.perf_counter()
