@@ -100,7 +100,9 @@ def test_resumed_it_ends_as_its_twin(name: str, tmp_path: Path) -> None:
     assert steps[: len(done)] == done
     assert steps == steps_of(here / "journal.jsonl")
     assert tensors == tensors_of(here / "checkpoint")
-    if forward_bits(HERE / "base" / golden["model"], golden["inputs"]) == golden["forward_bits"]:
+    # AMX multiplies some 16-bit matrices, and not those of the inputs, to other bits than AVX-512.
+    is_like = name != "bf16" or not torch.cpu._is_amx_tile_supported()
+    if is_like and forward_bits(HERE / "base" / golden["model"], golden["inputs"]) == golden["forward_bits"]:
         assert steps == steps_of(HERE / name / "journal.jsonl")
         assert tensors == golden["tensors"]
         assert evaluations_of(run) == golden["evaluations"]
