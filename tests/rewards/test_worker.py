@@ -104,14 +104,27 @@ def test_a_slow_one_is_ended_with_its_children(code: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_process_that_ends_or_forks(code: Path) -> None:
+def test_a_process_that_ends(code: Path) -> None:
     dies = RewardWorker("mine.py:dies", 60.0)
     with pytest.raises(RewardError, match="the reward failed: its process ended with status 3"):
         dies(*CALL)
     dies.close()
-    forks = RewardWorker("mine.py:forks", 60.0)
-    assert [forks(*CALL) for _ in range(3)] == [[1.0, 1.0]] * 3
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_copies_by_fork_do_not_continue(code: Path, inline: bool) -> None:
+    own, (told, tells) = os.getpid(), os.pipe()
+    forks = open_reward("mine.py:forks", inline=inline)
+    try:
+        assert [forks(*CALL) for _ in range(3)] == [[1.0, 1.0]] * 3
+    finally:
+        if os.getpid() != own:
+            os.write(tells, b"continued")
+            os._exit(0)
     forks.close()
+    os.close(tells)
+    assert os.read(told, 9) == b""  # once every copy has ended
+    os.close(told)
 
 
 def test_a_trainer_that_is_killed_leaves_none(code: Path) -> None:

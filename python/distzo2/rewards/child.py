@@ -9,8 +9,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 
 def end_with_parent(parent: int) -> None:
@@ -20,11 +22,26 @@ def end_with_parent(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def serve(connection: Connection, name: str, sha256: str | None) -> None:
-    from distzo2.errors import DistZO2Error, RewardError
-    from distzo2.rewards.functions import checked, load
+def values_of(reward: Callable[..., Any], prompts: list[str], completions: list[str], rows: list[Any]) -> list[float]:
+    """Calls a reward; returns a finite number for each completion. Ends copies of this process that the reward forks.
+
+    Raises:
+        RewardError: the reward raises, or returns anything but a finite number for each.
+    """
+    from distzo2.rewards.functions import checked
 
     own = os.getpid()
+    try:
+        return checked(reward(prompts, completions, rows), len(completions))
+    finally:
+        if os.getpid() != own:
+            os._exit(0)
+
+
+def serve(connection: Connection, name: str, sha256: str | None) -> None:
+    from distzo2.errors import DistZO2Error, RewardError
+    from distzo2.rewards.functions import load
+
     try:
         reward = load(name, sha256)
         answer = {}
@@ -34,11 +51,9 @@ def serve(connection: Connection, name: str, sha256: str | None) -> None:
         connection.send_bytes(json.dumps(answer).encode())
         prompts, completions, rows = json.loads(connection.recv_bytes())
         try:
-            answer = {"values": checked(reward(prompts, completions, rows), len(completions))}
+            answer = {"values": values_of(reward, prompts, completions, rows)}
         except RewardError as error:
             answer = {"error": error.text, "reason": error.reason}
-        if os.getpid() != own:  # a fork of the reward's that came back from it
-            os._exit(0)
 
 
 if __name__ == "__main__":

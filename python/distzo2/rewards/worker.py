@@ -16,7 +16,7 @@ from typing import Any
 
 from distzo2.errors import RewardError, UsageError
 from distzo2.rewards import child
-from distzo2.rewards.functions import WORDS, Reward, Row, checked, digest, figure_of, load, parsed
+from distzo2.rewards.functions import WORDS, Reward, Row, digest, figure_of, load, parsed
 
 LOAD_SECONDS = 120.0  # what importing a reward's file may take
 
@@ -40,7 +40,7 @@ class InlineReward:
             RewardError: the function raises, or returns anything but a finite number for each.
         """
         with redirect_stdout(sys.stderr):
-            return checked(self._reward(prompts, completions, rows), len(completions))
+            return child.values_of(self._reward, prompts, completions, rows)
 
     def close(self) -> None:
         """No-op."""
