@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import distzo2
 from distzo2.errors import RewardError, UsageError
+from distzo2.interrupts import DeferredInterrupt
 from distzo2.rewards.functions import digest
 from distzo2.rewards.worker import InlineReward, RewardWorker, open_reward
 
@@ -102,6 +107,36 @@ def test_a_slow_one_is_ended_with_its_children(code: Path) -> None:
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, pids
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("runs", ["in a lane", "beside lanes"])
+def test_an_interrupt_ends_a_slow_one(code: Path, runs: str) -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest was started to ignore it
+    model, asked = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), []
+    reward = RewardWorker("mine.py:slow", 60.0)
+
+    def loss() -> float:
+        asked.append(model(torch.ones(1, 2)))
+        return sum(reward(*CALL))
+
+    def interrupt() -> None:
+        while not Path("children").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    try:
+        opt = distzo2.ZOSGD(distzo2.offload(model, units=["0", "1"], device="cpu"), lr=0.1)
+        with pytest.raises(KeyboardInterrupt):
+            if runs == "in a lane":
+                opt.step(loss)
+            with DeferredInterrupt():
+                reward(*CALL)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert time.monotonic() - start < 20 and reward._process is None and opt.step_count == 0
+    assert len(asked) == (runs == "in a lane")
 
 
 def test_a_process_that_ends(code: Path) -> None:

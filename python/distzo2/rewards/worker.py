@@ -9,16 +9,32 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+from distzo2 import interrupts
 from distzo2.errors import RewardError, UsageError
+from distzo2.interrupts import check_for_interrupt
 from distzo2.rewards import child
 from distzo2.rewards.functions import WORDS, Reward, Row, digest, figure_of, load, parsed
+from distzo2.streaming.lanes import LaneThread
 
 LOAD_SECONDS = 120.0  # what importing a reward's file may take
+POLL_SECONDS = 0.2  # between looks for Ctrl-C
+
+
+def _check_for_interrupt() -> None:
+    """As `check_for_interrupt`, and in a lane, while which runs the main thread waits and keeps the interrupt."""
+    if not isinstance(threading.current_thread(), LaneThread):
+        check_for_interrupt()
+        return
+    for interrupt in reversed(interrupts._entered):
+        if interrupt.pending:
+            interrupt.pending = False
+            interrupt._previous(signal.SIGINT, None)
 
 
 class InlineReward:
@@ -66,6 +82,7 @@ class RewardWorker:
         Raises:
             RewardError: the function raises, takes too long, ends its process, or returns anything but a finite number
                 for each.
+            KeyboardInterrupt: Ctrl-C came, also where a pass over the weights keeps it; the process is then ended.
         """
         with self._lock:
             if self._process is None:
@@ -97,8 +114,11 @@ class RewardWorker:
         try:
             if message is not None:
                 self._connection.send_bytes(json.dumps(message).encode())
-            if self._connection.poll(seconds):
-                return json.loads(self._connection.recv_bytes())
+            deadline = time.monotonic() + seconds
+            while (left := deadline - time.monotonic()) > 0:
+                if self._connection.poll(min(left, POLL_SECONDS)):
+                    return json.loads(self._connection.recv_bytes())
+                _check_for_interrupt()
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):  # it has ended, or is about to
                 self._process.wait(1.0)
