@@ -74,7 +74,9 @@ class RewardObjective:
 
     def __init__(self, model: nn.Module, reward: Reward, writing: Writing) -> None:
         self.model, self.reward, self.writing = model, reward, writing
-        self._told: int | None = None  # the last step without a reward
+        self._step: int | None = None  # the last one, why it is lost, and the losses that it has by (evaluation, batch)
+        self._lost: str | None = None
+        self._losses: dict[tuple[int, int], Any] = {}
         self.rule: Literal["mean", "sum"] = "mean"  # of what closures return, as in `Objective`
 
     def batch(self, questions: Sequence[Question]) -> Asked:
@@ -85,20 +87,26 @@ class RewardObjective:
 
         Returns:
             Minus the mean reward; under the rule "sum" (minus the sum of rewards, their number). NoLoss where the
-            reward fails, which skips the step.
+            reward fails, which skips the step: the step's other lanes then do not ask for rewards.
         """
 
         def loss() -> float | tuple[float, int]:
             texts = self.writing.completions(self.model, batch.questions, len(batch.questions))
+            lane = current_lane()
+            if lane is None or lane.step != self._step:
+                self._step, self._lost, self._losses = lane and lane.step, None, {}
+            if self._lost is not None:  # a lane that is run again, to be compared, has the loss that it had
+                return self._losses.get((lane.index, lane.batch), NoLoss(self._lost))
             try:
                 total = -math.fsum(rewards_of(self.reward, batch.questions, texts))
             except RewardError as error:
-                step = getattr(current_lane(), "step", None)
-                if step is None or step != self._told:  # once, and not for each lane
-                    logger.warning("%s", error)
-                    self._told = step
+                logger.warning("%s", error)
+                self._lost = error.reason if lane else None
                 return NoLoss(error.reason)
-            return total / len(texts) if self.rule == "mean" else (total, len(texts))
+            value = total / len(texts) if self.rule == "mean" else (total, len(texts))
+            if lane is not None:
+                self._losses[lane.index, lane.batch] = value
+            return value
 
         return loss
 
