@@ -43,6 +43,11 @@ def none(prompts, completions, rows): return None
 def short(prompts, completions, rows): return [1.0]
 def text(prompts, completions, rows): return ["1.0"] * len(completions)
 def nan(prompts, completions, rows): return [float("nan")] * len(completions)
+def huge(prompts, completions, rows): return [10**400] * len(completions)
+def mapping(prompts, completions, rows): return dict.fromkeys(range(len(completions)), 1.0)
+def distinct(prompts, completions, rows): return {1.0, 2.0}
+def interrupts(prompts, completions, rows): raise KeyboardInterrupt
+def leaves(prompts, completions, rows): raise GeneratorExit
 def order(prompts, completions, rows): return [hash(c) % 1000 for c in completions]
 """
 CALL = (["ab", "c"], ["x", "yz"], [{"n": 1}, {"n": 2}])
@@ -75,10 +80,15 @@ def test_values_and_output(code: Path, inline: bool, capfd: pytest.CaptureFixtur
         ("short", RewardError.NO_NUMBERS, "2 were expected, it returned 1"),
         ("text", RewardError.NO_NUMBERS, "it returned '1.0' for a completion"),
         ("nan", RewardError.NO_NUMBERS, "it returned nan for a completion"),
+        ("huge", RewardError.NO_NUMBERS, "OverflowError: int too large to convert to float"),
+        ("mapping", RewardError.NO_NUMBERS, "a list was expected, it returned a dict"),
+        ("distinct", RewardError.NO_NUMBERS, "a list was expected, it returned a set"),
+        ("leaves", RewardError.RAISED, "GeneratorExit"),
+        ("interrupts", RewardError.RAISED, "KeyboardInterrupt"),
     ],
 )
 def test_wrong_values(code: Path, name: str, reason: str, text: str) -> None:
-    for inline in (False, True):
+    for inline in (False, True)[: 1 + (name != "interrupts")]:  # inline, that is a Ctrl-C
         reward = open_reward(f"mine.py:{name}", inline=inline)
         for _ in range(2):  # it goes on afterwards
             with pytest.raises(RewardError) as caught:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,18 +28,30 @@ def values_of(reward: Callable[..., Any], prompts: list[str], completions: list[
     Raises:
         RewardError: the reward raises, or returns anything but a finite number for each.
     """
+    from distzo2.errors import RewardError, one_line
     from distzo2.rewards.functions import checked
 
     own = os.getpid()
     try:
-        return checked(reward(prompts, completions, rows), len(completions))
+        values = reward(prompts, completions, rows)
+        if isinstance(values, Mapping | Set):  # its order is not that of the completions
+            raise RewardError(RewardError.NO_NUMBERS, f"a list was expected, it returned a {type(values).__name__}")
+        try:
+            return checked(values, len(completions))
+        except Exception as error:
+            if isinstance(error, RewardError):
+                raise
+            text = f"finite numbers were expected: {type(error).__name__}: {one_line(error)}"
+            raise RewardError(RewardError.NO_NUMBERS, text) from error
+    except GeneratorExit as error:
+        raise RewardError(RewardError.RAISED, one_line(error)) from error
     finally:
         if os.getpid() != own:
             os._exit(0)
 
 
 def serve(connection: Connection, name: str, sha256: str | None) -> None:
-    from distzo2.errors import DistZO2Error, RewardError
+    from distzo2.errors import DistZO2Error, RewardError, one_line
     from distzo2.rewards.functions import load
 
     try:
@@ -54,6 +66,10 @@ def serve(connection: Connection, name: str, sha256: str | None) -> None:
             answer = {"values": values_of(reward, prompts, completions, rows)}
         except RewardError as error:
             answer = {"error": error.text, "reason": error.reason}
+        except BaseException as error:  # no Ctrl-C: none reaches this process
+            text = one_line(error)
+            name = type(error).__name__
+            answer = {"error": text if text == name else f"{name}: {text}", "reason": RewardError.RAISED}
 
 
 if __name__ == "__main__":
