@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import distzo2
 from distzo2.errors import RewardError, UsageError
 from distzo2.interrupts import DeferredInterrupt
 from distzo2.rewards.functions import digest
-from distzo2.rewards.worker import InlineReward, RewardWorker, open_reward
+from distzo2.rewards.worker import InlineReward, RewardWorker, open_reward, open_scores
 
 CODE = """
 import os, subprocess, sys, time
@@ -222,3 +223,14 @@ def test_a_file_that_changes_while_it_runs(code: Path) -> None:
     worker.close()
     with pytest.raises(UsageError, match=r"mine.py: has changed since the run began"):
         worker(*CALL)
+
+
+def test_a_score_beside_a_reward(code: Path) -> None:
+    with closing(open_reward("mine.py:good", inline=True)) as reward:
+        for same in ("mine.py:good", str(Path("mine.py:good").absolute()), "reward", None):
+            assert open_scores(same, reward, inline=True) == {"reward": reward}
+        found = open_scores("mine.py:order", reward, inline=True)
+        assert found["reward"] is reward and found["mine.order"].name == "mine.py:order"
+    assert list(open_scores("mine.py:order", inline=True)) == ["reward"]
+    words = InlineReward("f1")
+    assert list(open_scores("mine.py:order", words, inline=True)) == ["reward", "mine.order"]
