@@ -19,7 +19,7 @@ from distzo2.rewards.functions import digest
 from distzo2.rewards.worker import InlineReward, RewardWorker, open_reward, open_scores
 
 CODE = """
-import os, subprocess, sys, time
+import os, re, subprocess, sys, time
 
 def good(prompts, completions, rows):
     print("to be seen on stderr")
@@ -33,6 +33,11 @@ def slow(prompts, completions, rows):
     open("children", "a").write(f"{os.getpid()} {child.pid} ")
     time.sleep(0 if completions[0] == "fast" else 1000)
     return [1.0 for _ in completions]
+
+def greedy(prompts, completions, rows):  # keeps the GIL
+    child = subprocess.Popen(["sleep", "1000"])
+    open("children", "a").write(f"{os.getpid()} {child.pid} ")
+    re.match(r"(a+)+b", "a" * 40)
 
 def dies(prompts, completions, rows):
     os._exit(3)
@@ -173,10 +178,11 @@ def test_copies_by_fork_do_not_continue(code: Path, inline: bool) -> None:
     os.close(told)
 
 
-def test_a_trainer_that_is_killed_leaves_none(code: Path) -> None:
+@pytest.mark.parametrize("name", ["slow", "greedy"])
+def test_a_trainer_that_is_killed_leaves_none(code: Path, name: str) -> None:
     child = os.fork()
     if child == 0:
-        RewardWorker("mine.py:slow", 60.0)(*CALL)
+        RewardWorker(f"mine.py:{name}", 60.0)(*CALL)
     deadline = time.monotonic() + 30
     while not (Path("children").exists() and len(Path("children").read_text().split()) == 2):
         assert time.monotonic() < deadline

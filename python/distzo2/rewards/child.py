@@ -5,6 +5,7 @@ Messages are JSON, in and out, over a socket whose number is the first argument.
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -19,6 +20,31 @@ def end_with_parent(parent: int) -> None:
     """Ends this process and all that it started once the trainer is gone."""
     while os.getppid() == parent:
         time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
+def watch(parent: int, inherited: Connection) -> None:
+    """Sees to it that this process, and all that it started, ends once the trainer is gone.
+
+    A thread cannot do that while a reward keeps the GIL, as a regular expression does, so on Linux a process of this
+    group waits for the trainer's end. (The kernel's PR_SET_PDEATHSIG would end this process alone, without what it
+    started, and already when the trainer's thread ends that started it.)
+    """
+    try:
+        trainer = os.pidfd_open(parent)
+    except (AttributeError, OSError):  # elsewhere, or not allowed
+        threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+        return
+    if os.getppid() != parent:
+        os.killpg(0, signal.SIGKILL)
+    if between := os.fork():
+        os.close(trainer)
+        os.waitpid(between, 0)
+        return
+    if os.fork():  # no child of this process's, for which a reward could wait
+        os._exit(0)
+    inherited.close()
+    select.select([trainer], [], [])
     os.killpg(0, signal.SIGKILL)
 
 
@@ -75,7 +101,8 @@ def serve(connection: Connection, name: str, sha256: str | None) -> None:
 if __name__ == "__main__":
     start = json.loads(sys.argv[2])
     sys.path[:] = start["path"]
-    threading.Thread(target=end_with_parent, args=(start["parent"],), daemon=True).start()
+    connection = Connection(int(sys.argv[1]))
+    watch(start["parent"], connection)
     with suppress(EOFError, OSError):  # the trainer is gone, or has closed the worker
-        serve(Connection(int(sys.argv[1])), start["name"], start["sha256"])
+        serve(connection, start["name"], start["sha256"])
     os.killpg(0, signal.SIGKILL)
