@@ -183,7 +183,9 @@ def _by_schema(file: str, content: bytes) -> Reward:
     try:
         from jsonschema import SchemaError, validators
     except ImportError:
-        raise MissingPackageError(f"reward json:{file}: pip install jsonschema") from None
+        raise MissingPackageError(
+            f"reward json:{file}: pip install jsonschema, or the extra '.[rewards]' from the checkout"
+        ) from None
     try:
         schema = json.loads(content)
         validator = validators.validator_for(schema)
