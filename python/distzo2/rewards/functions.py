@@ -35,8 +35,10 @@ from distzo2.text import brief
 Row = Mapping[str, Any]  # a line of data
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
 
+FIGURES = ("loss", "accuracy", "reward")  # what a score is called that is the name of no reward
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
+# A minus is not the dash of 10-12, and a comma not that of 1,2.
+_NUMBER = re.compile(r"(?:(?<![^\s=(])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 # ---- what is compared with right answers ----------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def parsed(name: str) -> tuple[str, str]:
 
 def figure_of(name: str) -> str:
     """What a score's mean is called, for the name of a reward, "reward", "loss" or "accuracy"."""
-    if name in ("loss", "accuracy", "reward"):
+    if name in FIGURES:
         return name
     kind = parsed(name)[0]
     return {"exact": "em", "file": "reward"}.get(kind, kind)
