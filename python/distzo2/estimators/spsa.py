@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distzo2.errors import DistZO2Error
 from distzo2.estimators.protocol import Losses, both_signs, differences, mean_loss
 from distzo2.parallel.mesh import Evaluation
 
@@ -40,6 +41,12 @@ class CurvatureSPSA:
     name = "1.5SPSA"
 
     def __init__(self, damping: float = 1.0) -> None:
+        """
+        Raises:
+            DistZO2Error: `damping` is no positive number.
+        """
+        if not 0 < damping < float("inf"):
+            raise DistZO2Error(f"damping={damping!r} of estimator 1.5spsa: expected a positive number")
         self.damping = damping
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:
