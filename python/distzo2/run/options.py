@@ -8,7 +8,7 @@ them pass `checked`, which refuses unknown names and values out of range before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -41,7 +41,7 @@ from distzo2.option_types import (
     Weights,
     option,
 )
-from distzo2.rewards.functions import parsed
+from distzo2.rewards.functions import FIGURES, parsed
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
@@ -61,7 +61,7 @@ def _reward(name: str) -> str:
 
 def _score(name: str) -> str:
     try:
-        return name if name in ("accuracy", "loss", "reward") else _reward(name)
+        return name if name in FIGURES else _reward(name)
     except ValueError as error:
         raise ValueError(f"{error}; or accuracy, loss or reward") from None
 
@@ -409,9 +409,7 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
                 f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
             )
         if self.lr == "auto" and self.estimator != "fzoo":
-            raise UsageError(
-                f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
-            )
+            raise UsageError(f"--lr auto: its rule is for --estimator fzoo, not for {self.estimator}")
         if self.warmup > self.steps:
             raise UsageError(f"--warmup {self.warmup} is more than --steps {self.steps}")
         if self.fsync_every > 1 and self.weights == "disk":
@@ -455,7 +453,7 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
 TRAINED = tuple(f.name for f in fields(Trained))
 FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
          "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
-         "num_dev", *TRAINED)  # fmt: skip
+         "num_dev", "es_shape", "es_one_sided", "momentum", "momentum_window", *TRAINED)  # fmt: skip
 OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
@@ -473,6 +471,31 @@ class SignalOptions(Trained, DataReading, Placement):
     eps: str = option("1e-2,1e-3,1e-4,1e-5", "sizes of perturbations, with commas", "LIST")
     max_lanes: Count | None = option(None, "evaluations in a pass over the weights (default: all)")
     json: Switch = option(False, "print one line of JSON")
+
+
+# What a branch that has another estimator, or momentum, does not take over from its parent.
+OWNED = {"estimator": ("es_shape", "es_one_sided", "noise", "lr", "eps"), "momentum": ("momentum_window",)}
+
+# Options that do nothing without another.
+_NEEDS: Mapping[str, tuple[str, Callable[[FinetuneOptions], Any]]] = {
+    "temperature": ("--objective reward", lambda o: o.objective == "reward"),
+    "top_k": ("--temperature", lambda o: o.temperature),
+    "reward_inline": ("--reward, or a --score of answers", lambda o: o.reward or o.score not in (None, *FIGURES)),
+    "decay": ("--schedule wsd, or --eps-schedule wsd", lambda o: "wsd" in (o.schedule, o.eps_schedule)),
+    "eps_final": ("--eps-schedule", lambda o: o.eps_schedule != "constant"),
+}
+
+
+def check_needs(options: FinetuneOptions, given: Mapping[str, Any]) -> FinetuneOptions:
+    """Returns `options`.
+
+    Raises:
+        UsageError: one of the `given` does nothing without another. Those of an earlier run may.
+    """
+    for name, (what, is_met) in _NEEDS.items():
+        if given.get(name, getattr(FinetuneOptions, name)) != getattr(FinetuneOptions, name) and not is_met(options):
+            raise UsageError(f"--{name.replace('_', '-')} needs {what}")
+    return options
 
 
 # ---- the other commands ------------------------------------------------------------------------------------------
