@@ -94,7 +94,7 @@ class Progress:
         if _is_still(coefs) and self._num_still + 1 == STILL:
             logger.warning(
                 "step %d: for %d steps in a row no perturbation has changed a loss, and nothing is learned: eps may be "
-                "too small, or the weights ruined by an lr that is too large",
+                "too small, rewards equal for all members, or the weights ruined by an lr that is too large",
                 self.step, STILL,
             )  # fmt: skip
 

@@ -190,8 +190,8 @@ class DataReading:
     objective: Literal["lm", "choices", "error", "reward"] | None = option(
         None,
         "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
-        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward: --reward of what the "
-        "model writes, for finetune (default: choices where lines have choices, else lm)",
+        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward, of finetune alone: "
+        "--reward of what the model writes (default: choices where lines have choices, else lm)",
         group="data",
     )
     truncate: Literal["error", "left", "right"] | None = option(
@@ -225,7 +225,7 @@ class TaskReading:
         None, "text that ends what it writes (\\n: a new line); may be given several times", "TEXT", repeats=True
     )
     reward_timeout: Positive = option(
-        60.0, "a reward that takes longer for a micro-batch is ended, and the step is skipped", "SECONDS"
+        60.0, "a reward that takes longer for a micro-batch is ended: a step is skipped, distzo2 eval stops", "SECONDS"
     )
     reward_inline: Switch = option(False, "run rewards in this process, where nothing ends them")
 
@@ -259,9 +259,14 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
     )
     train: Name | None = option(
-        None, "JSONL of prompt + completion, prompt + choices + label, messages, or text; or give --task", "FILE"
+        None,
+        "JSONL of prompt + completion, prompt + choices + label, messages, or text, with --objective reward of rows "
+        "with a prompt; or give --task",
+        "FILE",
     )
-    eval: str | None = option(None, "JSONL of held-out lines of the same kind", "FILE")
+    eval: str | None = option(
+        None, "JSONL of held-out lines of the same kind, with --objective reward of rows with a prompt", "FILE"
+    )
     out: Name = option(MISSING, "directory of the run: journal, metrics, checkpoint", "DIR")
     resume: Switch = option(False, "continue the run in --out; options not given are that run's")
     branch_from: str | None = option(
@@ -373,7 +378,9 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     no_check: Switch = option(
         False, "skip the checks that two equal forward passes agree to the bit, and that no token sees later ones"
     )
-    max_skipped: Count = option(5, "stop after N steps in a row whose loss is not finite; such steps are not applied")
+    max_skipped: Count = option(
+        5, "stop after N steps in a row whose loss is not finite or whose reward fails; such steps are not applied"
+    )
     max_lanes: Count | None = option(
         None, "evaluations (perturbation x micro-batch) in a pass over the weights; fewer save memory (default: all)"
     )
@@ -506,7 +513,9 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     """Options of `distzo2 eval`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
-    eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
+    eval: Name | None = option(
+        None, "JSONL of lines as for finetune, with --score of rows with a prompt too; or give --task", "FILE"
+    )
     batch_size: Count = option(16, "examples in a micro-batch")
     score: Reward | None = option(
         None,
