@@ -140,7 +140,7 @@ def test_refusals() -> None:
 
 @needs_native
 def test_a_visit_of_more_terms_than_are_kept_has_the_bits_of_many_visits():
-    """A copy that is far behind lists thousands of terms: factors are then made anew for each tile, in bounded memory."""
+    """A copy that is far behind lists thousands of terms; factors that find no room are made anew for each tile."""
     table = SegmentTable([Segment(0, 24 * 700, torch.float32, 0, 0, 0, 24, 700)])
     updates = [
         Update(step, (GroupScalars(1e-3, 0.0),), tuple(Term(FAMILIES["sign-r4"], step, k, 0, 0.1) for k in range(8)))
