@@ -20,7 +20,7 @@ def factor_of(
         schedule: "constant" stays at 1; "linear" and "cosine" fall to `final` at `num_steps`; "wsd" (warm-up, stable,
             decay; MiniCPM, arXiv 2404.06395) stays at 1 and falls in the last `decay` of the steps, linearly.
         warmup: steps in which it rises from 0 to 1.
-        rises: False: it is 1 in these steps, as eps is: perturbations near 0 make differences of losses that are
+        rises: False keeps the factor at 1 during the warm-up. eps needs this: differences of losses near eps = 0 are
             rounding.
 
     Raises:

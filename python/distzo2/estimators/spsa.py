@@ -38,8 +38,6 @@ class CurvatureSPSA:
     step is -(1/2K)·sum of (L+ - L-)·z_k / max(damping, |h|^0.1).
     """
 
-    name = "1.5SPSA"
-
     def __init__(self, damping: float = 1.0) -> None:
         """
         Raises:
@@ -48,6 +46,7 @@ class CurvatureSPSA:
         if not 0 < damping < float("inf"):
             raise DistZO2Error(f"damping={damping!r} of estimator 1.5spsa: expected a positive number")
         self.damping = damping
+        self.name = "1.5SPSA" if damping == 1.0 else f"1.5SPSA(damping={damping:g})"
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:
         return [(0, 0), *both_signs(num_probes)]
@@ -73,6 +72,7 @@ class MeAZO(SPSA):
 
     def __init__(self, beta: float = 0.99) -> None:
         self.beta = beta
+        self.name = "MeAZO" if beta == 0.99 else f"MeAZO(beta={beta:g})"
 
     def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
         return self.coefficients_after(self.memory, losses, num_probes, eps)[0]

@@ -15,6 +15,7 @@ process that runs rewards begins with it.
 from __future__ import annotations
 
 import hashlib
+import importlib.abc
 import importlib.util
 import json
 import numbers
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from distzo2.errors import MissingPackageError, RewardError, UsageError, one_line
@@ -204,16 +206,30 @@ def _by_schema(file: str, content: bytes) -> Reward:
     return _each(allows)
 
 
+class _Content(importlib.abc.InspectLoader):
+    """Loads a module of what was read of its file."""
+
+    def __init__(self, content: bytes, path: str) -> None:
+        self.content, self.path = content, path
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self.content)
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.content, self.path)
+
+
 def _by_code(file: str, content: bytes, name: str) -> Reward:
     """The function of a Python file, which may import modules beside it."""
     path = str(Path(file).absolute())
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(Path(file).stem, None, origin=path))
+    loader = _Content(content, path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(Path(file).stem, loader, origin=path))
     module.__file__ = path
     if str(Path(path).parent) not in sys.path:
         sys.path.append(str(Path(path).parent))
     sys.modules.setdefault(module.__name__, module)  # dataclasses and pickle look there
     try:
-        exec(compile(content, path, "exec"), module.__dict__)
+        loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UsageError(f"{file}: cannot be loaded: {_raised(error, path)}") from error
     function = getattr(module, name, None)
