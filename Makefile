@@ -15,7 +15,7 @@ CORE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*) \
 	$(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CMAKE_NEW = cmake -S . -B build/$(1) $(if $(wildcard build/$(1)/CMakeCache.txt),,-G Ninja)
-CTEST = ctest --output-on-failure --no-tests=error --parallel --test-dir
+CTEST = ctest --output-on-failure --no-tests=error --parallel $(shell getconf _NPROCESSORS_ONLN) --test-dir
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

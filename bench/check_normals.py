@@ -19,7 +19,6 @@ import torch
 from bench_common import synchronize, write_results
 
 import distzo2_core
-from distzo2_core.types import FAMILIES
 
 PLACE = {"seed": 2**63 + 5, "step": 11, "param": 7}
 CHUNK = 2**26
@@ -75,7 +74,7 @@ def main() -> None:
     rows = [
         compare(backend, family, 2**options.log2, options.device)
         for backend in backends.split(",")
-        for family in FAMILIES
+        for family in ("normal", "rademacher")
     ]
     write_results(options.json, "normals", rows)
     if any(row["differ"] for row in rows):

@@ -67,6 +67,7 @@ def main() -> int:
         ):
             if name is None and noticed:
                 print(f"error: without a mutation: {noticed}", file=sys.stderr)
+                pool.shutdown(cancel_futures=True)
                 return 1
             if name is not None:
                 print(f"{name:34} {noticed or 'NOT NOTICED'}", flush=True)

@@ -16,14 +16,16 @@ class Estimating:
     """Options of commands that make steps, or plan them: how losses become a step."""
 
     probes: Count = option(
-        1, "perturbations a step; forwards of the batch: 2K, by fzoo K + 1, 1.5spsa 2K + 1, es with --es-one-sided K",
+        1, "perturbations a step; forwards of the batch: 2K, by fzoo K + 1, 1.5spsa 2K + 1, es with --es-one-sided K "
+        "(default: 1; finetune --objective reward: 8)",
         "K", group="how it learns",
     )  # fmt: skip
     estimator: Estimator = option(
         "spsa",
         "what a step is made of (docs/estimators.md): spsa: differences of both sides; fzoo: one side, divided by the "
         "losses' spread; es: losses shaped over all members; 1.5spsa: spsa that damps curved probes; meazo: spsa whose "
-        "rate adapts; spsa-sign: signs of differences. fzoo and es need 2 probes or more",
+        "rate adapts; spsa-sign: signs of differences. fzoo and es need 2 probes or more (default: spsa; "
+        "finetune --objective reward: es)",
     )
     es_shape: Shape = option(
         "zscore",

@@ -22,7 +22,7 @@ from kernel_cases import (
 from noise_cases import group_words
 
 import distzo2_core
-from distzo2_core import FAMILIES, Segment, SegmentTable, reference
+from distzo2_core import FAMILIES, GroupScalars, Segment, SegmentTable, Term, Update, reference
 from distzo2_core.types import MAX_ELEMENTS, MAX_SEED, dense_family, matrix_shape
 
 PLACE = {"seed": MAX_SEED - 5, "step": 7, "param": 11, "probe": 3}
@@ -136,3 +136,20 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"unknown family of noise 'sign-r2'; known: .*sign-r1 .17.*normal-r4 .64."):
         distzo2_core.perturb_(torch.zeros(3, 4), 1.0, family="sign-r2", **place)
     assert FAMILIES["sign-r4"] == 65 and MAX_ELEMENTS == 2**38
+
+
+@needs_native
+def test_a_visit_of_more_terms_than_are_kept_has_the_bits_of_many_visits():
+    """A copy that is far behind lists thousands of terms; factors that find no room are made anew for each tile."""
+    table = SegmentTable([Segment(0, 24 * 700, torch.float32, 0, 0, 0, 24, 700)])
+    updates = [
+        Update(step, (GroupScalars(1e-3, 0.0),), tuple(Term(FAMILIES["sign-r4"], step, k, 0, 0.1) for k in range(8)))
+        for step in range(300)
+    ]
+    once = torch.zeros(24 * 700 * 4, dtype=torch.uint8)
+    parts = once.clone()
+    distzo2_core.materialize(once, table, seed=1, updates=updates, write_back=True, backend="native")
+    for first in range(0, 300, 64):
+        some = updates[first : first + 64]
+        distzo2_core.materialize(parts, table, seed=1, updates=some, write_back=True, backend="native")
+    assert torch.equal(once, parts) and once.any()

@@ -116,6 +116,13 @@ def test_what_is_refused():
         distzo2.DistZO2Error, match="shape='best' of estimator es: expected one of zscore, ranks, group"
     ):
         make_estimator("es", shape="best")
+    for name, options, text in (
+        ("es", {"form": 1}, "no option form; its options: shape, mirrored, floor"),
+        ("spsa", {"damping": 1.0}, "no option damping; its options: none"),
+        ("1.5spsa", {"damping": 0.0}, "damping=0.0 of estimator 1.5spsa: expected a positive"),
+    ):
+        with pytest.raises(distzo2.DistZO2Error, match=text):
+            make_estimator(name, **options)
     assert [name_of(make_estimator(n)) for n in ESTIMATORS] == [
         "SPSA", "FZOO", "ES(zscore)", "1.5SPSA", "MeAZO", "SPSASign",
     ]  # fmt: skip

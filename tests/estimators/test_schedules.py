@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from distzo2.errors import DistZO2Error
 from distzo2.estimators.schedules import SCHEDULES, factor_of
 
 
@@ -27,3 +28,8 @@ def test_of_eps_there_is_no_rise_and_a_share_is_left() -> None:
         assert [factor(0), factor(1), factor(2)] == [1, 1, 1]
         assert factor(10) == factor(11) == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert factor_of("wsd", 10, final=0.5, decay=0.4)(8) == pytest.approx(0.75)
+
+
+def test_an_unknown_schedule() -> None:
+    with pytest.raises(DistZO2Error, match="schedule='cosin': expected one of constant, linear, cosine, wsd"):
+        factor_of("cosin", 10)

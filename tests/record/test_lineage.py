@@ -18,6 +18,7 @@ from distzo2.record.header import parents_of
 from distzo2.record.journal import read_journal
 from distzo2.record.lineage import BranchPoint, branch_of, first_like_step, first_own_step, parent_differences
 from distzo2.run.metrics import read_metrics
+from distzo2_core import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -60,6 +61,18 @@ def test_a_branch_with_other_options_is_replayed_from_the_base(files: SimpleName
     assert main(["replay", "new", "--out=later", "--quiet"]) == 0
     assert_same_bits("new/checkpoint", "later")
     assert len(updates("new")) == 8
+
+
+def test_a_branch_from_noise_of_low_rank_has_such_noise(files: SimpleNamespace, capsys) -> None:
+    """The table of dense noise would not tell a replay which of the parent's weights had low-rank noise."""
+    assert finetune(files, "--steps=3", "--noise=sign-r1") == 0
+    assert branch("--noise=rademacher", "--steps=5") == 1
+    assert "the parent's noise is sign-r1: a branch has low-rank noise too, not rademacher" in capsys.readouterr().err
+    assert branch("--noise=normal-r4", "--steps=5") == 0
+    assert {term.family for u in updates("new") for term in u.terms} == {FAMILIES["sign-r1"], FAMILIES["normal-r4"]}
+    assert read_journal("new/journal.jsonl").header["purposes"].keys() >= {"sign-r1", "normal-r4"}
+    assert main(["replay", "new", "--out=again", "--quiet"]) == 0
+    assert_same_bits("new/checkpoint", "again")
 
 
 def test_a_branch_of_a_branch_without_decay_keeps_its_groups(files: SimpleNamespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cli_runs import finetune, one_line, record, steps_in
 from distzo2.cli.main import main, parse
 from distzo2.errors import UsageError
 from distzo2.option_types import num_bytes
-from distzo2.run.options import FinetuneOptions
+from distzo2.run.options import FinetuneOptions, changed
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -136,6 +136,11 @@ def test_a_bad_value_of_the_command_line(files, option: str, reason: str, capsys
         ([*FULL, "--estimator=es", "--es-one-sided"], "--estimator es needs --probes 2"),
         ([*FULL, "--es-shape=ranks"], "--es-shape needs --estimator es"),
         ([*FULL, "--es-one-sided"], "--es-one-sided needs --estimator es"),
+        ([*FULL, "--temperature=1"], "--temperature needs --objective reward"),
+        ([*FULL, "--objective=reward", "--reward=f1", "--top-k=5"], "--top-k needs --temperature"),
+        ([*FULL, "--reward-inline"], "--reward-inline needs --reward, or a --score of answers"),
+        ([*FULL, "--decay=0.5", "--schedule=cosine"], "--decay needs --schedule wsd, or --eps-schedule wsd"),
+        ([*FULL, "--eps-final=0.5"], "--eps-final needs --eps-schedule"),
         ([*FULL, "--momentum-window=4"], "--momentum-window needs --momentum"),
         (
             [*FULL, "--momentum=0.9", "--momentum-window=11"],
@@ -188,6 +193,23 @@ def test_a_resumed_run_has_the_options_of_its_record(files) -> None:
     Path("elsewhere/run.json").write_text(json.dumps(kept))
     with pytest.raises(UsageError, match=r"elsewhere/run.json: 'colour' is not an option"):
         options_of("--resume", "--out=elsewhere")
+
+
+def test_what_a_branch_takes_over() -> None:
+    """Not what belongs to another estimator or momentum than its own."""
+    Path("old").mkdir()
+    more = ["--estimator=es", "--probes=2", "--es-one-sided", "--noise=rademacher", "--lr=0.5", "--eps=0.5"]
+    more += ["--momentum=0.9", "--momentum-window=4", "--schedule=wsd", "--decay=0.5"]
+    Path("old/run.json").write_text(json.dumps({"options": asdict(options_of(*FULL, *more))}))
+    branch = ["--branch-from=old", "--out=new"]
+    same = options_of(*branch, "--estimator=es", "--schedule=cosine")  # whose decay does nothing
+    assert (same.es_one_sided, same.noise, same.lr, same.eps, same.momentum_window) == (True, "rademacher", 0.5, 0.5, 4)
+    other = options_of(*branch, "--estimator=fzoo", "--momentum=0")
+    assert (other.es_one_sided, other.lr, other.eps, other.momentum_window) == (False, 2e-3, 1e-3, None)
+    assert options_of(*branch, "--estimator=spsa", "--eps=0.1").lr == 1e-6
+    for name, value in {"es_one_sided": False, "momentum": 0.5, "momentum_window": None}.items():
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} was .* or a branch of it"):
+            changed(asdict(same), asdict(same) | {name: value}, "old")
 
 
 @pytest.mark.parametrize("options", [["--peft=lora"], ["--tune=adapter"], ["--tune=gain", "--store=affine4"]])

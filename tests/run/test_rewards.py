@@ -117,6 +117,35 @@ def test_rewards_by_name_and_conversations(asked, files, capsys) -> None:
         assert name != "regex" or found["regex"] == 1.0
 
 
+def test_questions_that_eval_reads_and_a_score_that_fails(asked, capsys) -> None:
+    evaluate = ["eval", f"--model={asked.model}", "--max-new-tokens=4", "--json"]
+    assert main([*evaluate, f"--eval={asked.train}", "--score=mine.py:varied"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"loss", "reward", "examples", "objective"} and found["loss"] == -found["reward"] != 0
+    assert main([*evaluate, f"--eval={asked.train}", "--score=mine.py:fails"]) == 1
+    assert "--score mine.py:fails: the reward failed: ValueError: three" in one_line(capsys)
+    assert main([*evaluate, f"--eval={asked.train}", "--score=number"]) == 1
+    assert "rows.jsonl:1: answers: a list of texts was expected" in one_line(capsys)
+    rows = [{"prompt": "the cat", "completion": "sat", "answers": 3, "answer": {}}, {"prompt": "a", "completion": "b"}]
+    lines = write_jsonl(Path("lines.jsonl"), rows)
+    assert main([*evaluate, f"--eval={lines}", "--score=regex:.*"]) == 0  # which needs no answers
+
+
+def test_the_score_of_a_run_is_checked_and_compared(asked, capsys) -> None:
+    held_out = f"--eval={asked.train}"
+    assert finetune(asked, held_out, "--score=f1") == 1
+    assert "rows.jsonl:1: answers: a list of texts was expected" in one_line(capsys)
+    asked.train = write_jsonl(Path("lines.jsonl"), [{"prompt": "the cat", "completion": "sat", "n": 1}] * 2)
+    more = [f"--eval={asked.train}", "--score=mine.py:varied", "--max-new-tokens=2", "--steps=1", "--save=none"]
+    assert finetune_lines(asked, *more) == 0
+    Path("mine.py").write_text(CODE + "\n")
+    capsys.readouterr()
+    assert record()["options"]["score"] == f"{Path('mine.py').absolute()}:varied"
+    assert resume("--steps=2") == 2
+    assert f"the score is not the one that the run began with: {Path('mine.py').absolute()}" in one_line(capsys)
+    assert resume("--steps=2", "--score=loss") == 0 and record()["score_sha256"] is None
+
+
 def test_another_reward_is_refused_by_a_resumed_run_and_taken_by_a_branch(asked, capsys) -> None:
     assert finetune(asked, "--steps=2", "--save=none") == 0
     Path("mine.py").write_text(CODE + "\n")

@@ -103,6 +103,9 @@ def test_written_answers_of_lines(model: Path, capsys) -> None:
     assert main([*common, "--score=f1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["f1"], found["em"]) == (1.0, 1.0)
+    write_jsonl(Path("lines.jsonl"), [{"prompt": "a film", "completion": text, "answer": "of another kind"}] * 2)
+    assert main([*common, "--score=f1"]) == 0
+    assert json.loads(capsys.readouterr().out)["em"] == 1.0
     write_jsonl(Path("lines.jsonl"), [{"text": "the cat"}])
     assert main([*common, "--score=f1"]) == 2
     assert "lines.jsonl:1: --score of what is written needs lines with prompt and completion" in one_line(capsys)

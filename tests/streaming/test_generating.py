@@ -180,3 +180,14 @@ def test_a_generation_that_is_ended_leaves_no_trace(what, tmp_path):
         opt.step(closures_of(model))
         results.append((flat_losses(opt), model.state_dict()))
     assert_same(*results)
+
+
+def test_an_encoder_decoder_takes_all_texts_of_a_closure_at_once():
+    """A lane that encoded a second time would enter other units than lanes that still decode."""
+
+    def losses(batch_size: int) -> list[list[float]]:
+        model, opt = stepping(t5(), **RATES)
+        opt.step(lambda: written(model, PROMPTS[0], batch_size=batch_size))
+        return opt.last.losses
+
+    assert losses(1) == losses(3)

@@ -3,15 +3,18 @@
 // linkage throughout.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cpu/level.h"
 #include "kernels/cpu/signs.h"
 
 namespace distzo2 {
 namespace {
 
-// Rows are taken whole, in the order of memory, where B of all terms has at most so many bytes; else a block of columns
-// after another.
-constexpr int64_t kWholeBytes = 512 << 10, kBlockColumns = 512;
+// Rows are taken whole, in the order of memory, where B of all terms takes kWholeBytes or less; else a block of columns
+// after another. A visit of more terms than kMaxSlots, as of a copy that misses thousands of updates, makes the factors
+// of some of them anew for each tile.
+constexpr int64_t kWholeBytes = 512 << 10, kBlockColumns = 512, kMaxSlots = 2048;
 
 // The tiles of elements [begin, end) of a parameter, block of `width` columns after block, all rows of each.
 template <class Body>
@@ -36,17 +39,20 @@ class LowRank {
     LowRank(typename V::Philox& philox, int64_t param, int64_t rows, int64_t cols, const Term* terms, int64_t num_terms,
             bool whole = false)
         : philox_(philox), param_(static_cast<uint32_t>(param)), rows_(rows), cols_(cols), terms_(terms) {
-        int64_t ranks = 0;
-        for (int64_t t = 0; t < num_terms && cols > 0; ++t)
+        int64_t ranks = 0, largest = 0;
+        for (int64_t t = 0; t < num_terms && cols > 0; ++t) {
             ranks += rank_of(terms[t].family);
+            largest = std::max<int64_t>(largest, rank_of(terms[t].family));
+        }
         if (ranks == 0)
             return;
         width_ = whole || ranks * cols * 4 <= kWholeBytes ? cols : kBlockColumns;
         stride_ = (width_ + 2 * kPad + 15) / 16 * 16;
-        slot_bytes_ = static_cast<int64_t>(sizeof(Slot)) + kMaxRank * stride_ * 4;
-        slots_ = static_cast<char*>(factor_memory(num_terms * slot_bytes_));
-        for (int64_t t = 0; t < num_terms; ++t)
-            slot(terms[t]).block = slot(terms[t]).chunk = -1;
+        num_slots_ = std::min(num_terms, kMaxSlots);
+        slot_bytes_ = static_cast<int64_t>(sizeof(Slot)) + largest * stride_ * 4;
+        slots_ = static_cast<char*>(factor_memory(num_slots_ * slot_bytes_));
+        for (int64_t i = 0; i < num_slots_; ++i)
+            reinterpret_cast<Slot*>(slots_ + i * slot_bytes_)->term = nullptr;
     }
 
     // For for_block_tiles.
@@ -93,17 +99,25 @@ class LowRank {
     }
 
   private:
-    static constexpr int kMaxRank = 4, kChunk = 256;
+    static constexpr int kChunk = 256;
     static constexpr int64_t kPad = kSignsPerGroup; // columns beside a block that are read and thrown away
 
-    // Of one term; B, [kMaxRank][stride_] from kPad columns before the block's first on, lies behind it.
+    // Of one term; B, [rank][stride_] from kPad columns before the block's first on, lies behind it.
     struct Slot {
+        const Term* term;     // nullptr: none
         int64_t block, chunk; // that are here; -1: none
         alignas(64) float a[kChunk];
         float* b() { return reinterpret_cast<float*>(this + 1) + kPad; }
     };
 
-    Slot& slot(const Term& term) const { return *reinterpret_cast<Slot*>(slots_ + (&term - terms_) * slot_bytes_); }
+    Slot& slot(const Term& term) const {
+        Slot& at = *reinterpret_cast<Slot*>(slots_ + (&term - terms_) % num_slots_ * slot_bytes_);
+        if (at.term != &term) {
+            at.term = &term;
+            at.block = at.chunk = -1;
+        }
+        return at;
+    }
 
     template <class Consume>
     DZO_HD void make(const Term& term, int64_t row, int64_t from, int num, Consume consume) {
@@ -182,8 +196,8 @@ class LowRank {
     const int64_t rows_, cols_;
     int64_t width_ = 0, stride_ = 0; // columns of a block, and from one element of a column to the next
     const Term* const terms_;
-    char* slots_ = nullptr; // a Slot with its B for each term
-    int64_t slot_bytes_ = 0;
+    char* slots_ = nullptr; // a Slot with its B for each term, or for as many as there is room for
+    int64_t slot_bytes_ = 0, num_slots_ = 0;
     int64_t lo_ = 0, hi_ = 0, first_ = 0, row_ = 0; // row_: of lo_
     int count_ = 0;
     bool is_one_row_ = false;

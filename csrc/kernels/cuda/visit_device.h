@@ -60,7 +60,7 @@ DZO_HD bool update_octet(const VisitHeader& header, const TableReader& tables, u
 template <class Matrix>
 struct Program {
     static constexpr bool kMixed = false, kCoded = false, kLowRank = std::is_same_v<Matrix, DeviceMatrix>;
-    static constexpr int kMinBlocks = 2; // blocks a multiprocessor: leaves it enough registers for all of its state
+    static constexpr int kMinBlocks = kLowRank ? 1 : 2; // a multiprocessor: leaves it registers for all of its state
     template <DType D>
     struct Run {
         const VisitHeader& header;

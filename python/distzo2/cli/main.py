@@ -127,11 +127,12 @@ def _finetune(options: FinetuneOptions) -> int:
 
 def _eval(options: EvalOptions) -> int:
     from distzo2.run.inference import evaluate_file
+    from distzo2.run.metrics import finite
 
     score, objective = evaluate_file(options)
     figures = {**score.figures(), "examples": score.num_examples, "objective": objective}
     text = f"{options.task or objective}: {score} ({score.num_examples} examples)"
-    print(json.dumps(figures) if options.json else text)
+    print(json.dumps(finite(figures)) if options.json else text)
     return 0
 
 

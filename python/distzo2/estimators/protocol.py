@@ -23,7 +23,8 @@ class Estimator(Protocol):
     """Says which perturbations a step needs, and turns their losses into coefficients: `ZOSGD(estimator=...)`.
 
     An estimator may have a `name`, for the journal's header; without one it has its class's. With `by_batch = True` its
-    losses are the means of micro-batches where closures return counts, too, without those that have nothing to count.
+    losses are always the means of micro-batches, also where closures return counts; micro-batches of count 0 are left
+    out.
     With `own_batches = True`, which says that it does not compare the losses of several probes, these may have batches
     of their own (`ZOSGD(probe_batches="own")`).
     """

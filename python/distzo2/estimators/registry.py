@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,11 @@ def make_estimator(estimator: str | Estimator, **options: Any) -> Estimator:
     if isinstance(estimator, str):
         if estimator not in ESTIMATORS:
             raise DistZO2Error(f"estimator={estimator!r}: expected one of {', '.join(ESTIMATORS)}, or an Estimator")
-        return ESTIMATORS[estimator](**options)
+        kind = ESTIMATORS[estimator]
+        if unknown := options.keys() - inspect.signature(kind).parameters.keys():
+            known = ", ".join(inspect.signature(kind).parameters) or "none"
+            raise DistZO2Error(f"estimator={estimator!r}: no option {min(unknown)}; its options: {known}")
+        return kind(**options)
     if not isinstance(estimator, Estimator):
         raise DistZO2Error(f"estimator={estimator!r} has no evaluations() and coefficients()")
     return estimator

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from distzo2.errors import DistZO2Error
+
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 DECAY = 0.2  # of the steps of "wsd"
 
@@ -18,9 +20,14 @@ def factor_of(
         schedule: "constant" stays at 1; "linear" and "cosine" fall to `final` at `num_steps`; "wsd" (warm-up, stable,
             decay; MiniCPM, arXiv 2404.06395) stays at 1 and falls in the last `decay` of the steps, linearly.
         warmup: steps in which it rises from 0 to 1.
-        rises: False: it is 1 in these steps, as eps is: perturbations near 0 make differences of losses that are
+        rises: False keeps the factor at 1 during the warm-up. eps needs this: differences of losses near eps = 0 are
             rounding.
+
+    Raises:
+        DistZO2Error: an unknown schedule.
     """
+    if schedule not in SCHEDULES:
+        raise DistZO2Error(f"schedule={schedule!r}: expected one of {', '.join(SCHEDULES)}")
     begin = max(warmup, num_steps - round(decay * num_steps)) if schedule == "wsd" else warmup
 
     def factor(step: int) -> float:

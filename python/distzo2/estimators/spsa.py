@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distzo2.errors import DistZO2Error
 from distzo2.estimators.protocol import Losses, both_signs, differences, mean_loss
 from distzo2.parallel.mesh import Evaluation
 
@@ -37,10 +38,15 @@ class CurvatureSPSA:
     step is -(1/2K)·sum of (L+ - L-)·z_k / max(damping, |h|^0.1).
     """
 
-    name = "1.5SPSA"
-
     def __init__(self, damping: float = 1.0) -> None:
+        """
+        Raises:
+            DistZO2Error: `damping` is no positive number.
+        """
+        if not 0 < damping < float("inf"):
+            raise DistZO2Error(f"damping={damping!r} of estimator 1.5spsa: expected a positive number")
         self.damping = damping
+        self.name = "1.5SPSA" if damping == 1.0 else f"1.5SPSA(damping={damping:g})"
 
     def evaluations(self, num_probes: int) -> list[Evaluation]:
         return [(0, 0), *both_signs(num_probes)]
@@ -66,6 +72,7 @@ class MeAZO(SPSA):
 
     def __init__(self, beta: float = 0.99) -> None:
         self.beta = beta
+        self.name = "MeAZO" if beta == 0.99 else f"MeAZO(beta={beta:g})"
 
     def coefficients(self, losses: Losses, num_probes: int, eps: float) -> np.ndarray:
         return self.coefficients_after(self.memory, losses, num_probes, eps)[0]

@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.models.shapes import max_positions
 from distzo2.peft.adapters import tokens_in_front
+from distzo2.streaming.lanes import current_lane
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def generate_batch(
         max_new_tokens: tokens to add to each at most, 1 or more.
         stop: strings that end a text.
         batch_size: texts that share a pass, and whose keys and values are in memory together. Texts of like length
-            go together; a finished one is padded until its batch has finished.
+            go together; a finished one is padded until its batch has finished. In a closure an encoder-decoder takes
+            all at once, since lanes that encode a second time would enter other units than those that still decode.
         pad_id: token that fills rows up (default: the tokenizer's, or one that ends a text, or 0); it is masked.
         options: of transformers' `generate`, such as do_sample=True, temperature=0.7, top_k=50.
 
@@ -86,6 +88,8 @@ def generate_batch(
         settings["eos_token_id"] = ends
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     groups = [list(g) for _, g in groupby(order, key=lambda i: len(rows[i]) if in_front else 0)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and current_lane() is not None:
+        batch_size = max(batch_size, len(rows))  # a lane that encodes once more would leave the passes of the others
     parts = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
     results: list[Generated | None] = [None] * len(rows)
     training = [module for module in model.modules() if module.training]

@@ -56,7 +56,7 @@ class ZOFields:
     zo_eps: float = _field(1e-3, "Size of the perturbation.")
     zo_eps_schedule: str = _field("constant", "How zo_eps falls over the steps, after the warm-up.", SCHEDULES)
     zo_eps_final: float = _field(0.1, "The share of zo_eps that its schedule ends at.")
-    zo_probes: int = _field(1, "Perturbations a step; each is evaluated twice, by fzoo once.")
+    zo_probes: int = _field(1, "Perturbations a step; forwards of the batch: 2K, by fzoo K + 1, by 1.5spsa 2K + 1.")
     zo_noise: str = _field("normal", "Kind of noise.", tuple(FAMILIES))
     zo_estimator: str = _field("spsa", "How losses become coefficients.", tuple(ESTIMATORS))
     zo_max_coef: float | None = _field(10.0, "Clip coefficients to this multiple of their running median.")

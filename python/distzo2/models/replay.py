@@ -52,6 +52,7 @@ _DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _COMPARED = 1 << 20  # elements of a parameter whose places are compared at once, 8 bytes each
 _ALIGNMENT = 64  # bytes; where the tensors of a piece begin
 _PIECES_IN_FLIGHT = 3  # one is read, one updated, one written
+_UPDATES_AT_ONCE = 128  # in a visit: kernels keep factors of low-rank noise for some 2000 terms
 Unused = dict[tuple[tuple[int, int], ...], set[int]]  # ranges of parameters -> steps that left them as they were
 
 
@@ -428,7 +429,9 @@ def apply_updates(
                     left = set().union(*(unused[ranges] for ranges in key))
                     some = [update for update in updates if update.step not in left] if left else updates
                     table = SegmentTable(segments, buffer.numel())
-                    materialize(buffer, table, seed=seed, updates=some, write_back=True, backend=backend)
+                    for first in range(0, len(some), _UPDATES_AT_ONCE):
+                        part = some[first : first + _UPDATES_AT_ONCE]
+                        materialize(buffer, table, seed=seed, updates=part, write_back=True, backend=backend)
             with writing:
                 for part in piece:
                     writer.write(part.name, part.values(buffer), part.segment.element_offset)

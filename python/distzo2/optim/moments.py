@@ -19,7 +19,7 @@ import numpy as np
 from distzo2_core import Term
 
 NEGLIGIBLE = 0.01  # of a step's weight in all updates together: what a window may leave out
-MOST = 64  # steps in a window that nobody asked for: each costs as much noise as the step's own
+MOST = 64  # steps in a window by default: each costs as much noise as the step's own
 MAX_TERMS = 65536  # of an update: its journal line stays below the longest that is read
 
 
@@ -67,13 +67,19 @@ class Momentum:
             if own:
                 self._steps.append(_Step(step, tuple(own), _indices(unused)))
 
+    @property
+    def newest(self) -> list[Any]:
+        """The newest step of `state`, if there is one: ranks that compared all newest ones have the same window."""
+        return self.state(self._steps[-1:])
+
     def clear(self) -> None:
         """Forgets all steps."""
         self._steps.clear()
 
-    def state(self) -> list[Any]:
-        """What `load` takes: lists of numbers."""
-        return [[s.step, [list(term) for term in s.terms], sorted(s.unused)] for s in self._steps]
+    def state(self, steps: Sequence[_Step] | None = None) -> list[Any]:
+        """What `load` takes: lists of numbers, of some of the steps; None: of all."""
+        some = self._steps if steps is None else steps
+        return [[s.step, [list(term) for term in s.terms], sorted(s.unused)] for s in some]
 
     def load(self, state: Iterable[Any]) -> None:
         """Takes over the steps of another's `state`, as far as the window reaches."""

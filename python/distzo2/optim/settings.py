@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """Options of the journal's header, which older journals lack, as far as they say anything."""
+        """Options of the journal's header, which older journals lack, where they differ from the defaults."""
         momentum = {"momentum": self.momentum, "momentum_window": self.momentum_window} if self.momentum else {}
         return momentum | ({"probe_batches": OWN} if self.own_batches else {})
 
@@ -167,7 +167,7 @@ class StepRecord:
         counts: as `losses`, how many losses each is the mean of; None: 1.
         unused: ranges [first, last] of the indices of parameters that no lane entered and that stay as they are.
         memory: what the estimator remembers from this step on (`Remembering`).
-        largest: if they were, the largest |c| before.
+        largest: the largest |c| before clipping, where `clipped`.
     """
 
     step: int

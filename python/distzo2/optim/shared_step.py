@@ -175,7 +175,7 @@ class SharedStep:
             "tokens (lists of each rank's own closures need sharded=True)": tokens if is_global else "its own",
             "count": word.count,
             "eps": s.eps,
-            "the terms of earlier steps": hash64(word.momentum.state()),
+            "the terms of earlier steps": hash64(word.momentum.newest),
             "seed": s.seed,  # `join` has compared what else does not change
             **_fields_of(word.scalars),
         }

@@ -84,8 +84,8 @@ class ZOSGD(torch.optim.Optimizer):
         max_lanes: at most N evaluations share a pass (for memory); None: all. The bits are the same. With 1 they run
             one after another, as models need whose code keeps state elsewhere than in attributes of modules.
         max_coef: coefficients are clipped to this multiple of their running median; None: never.
-        clip_percentile: in place of that, P in (0, 100]: coefficients are clipped to the P-th percentile of the largest
-            of each of the last 101 steps. Every step is one of them as it was before it was clipped.
+        clip_percentile: P in (0, 100]: coefficients are clipped to the P-th percentile of the last 101 steps' largest,
+            as these were before clipping, in place of the median. A step above `max_coef` times that is a clipped one.
         momentum: beta in [0, 1): updates are made of the terms of earlier steps too, times beta for each step of age.
             No memory is needed: their noise is made anew, which costs `momentum_window` times that of an update.
         momentum_window: steps whose terms an update lists, its own among them; None: until beta^window is below 1%, and
@@ -280,7 +280,7 @@ class ZOSGD(torch.optim.Optimizer):
             own = [term for term in entry.update.terms if term.step == entry.step]
             self._momentum.count(entry.step, own, entry.unused)
             with suppress(NonFiniteLossError, DivergenceError):  # the run ended there, and was resumed all the same
-                self._progress.recall(entry.extra.get("memory", self._progress.memory))
+                self._progress.memory = self._progress.recalled(entry.extra.get("memory", self._progress.memory))
                 clipped, largest = bool(entry.extra.get("clipped")), entry.extra.get("largest")
                 self._progress.count(entry.coefs, entry.skipped, clipped, largest)
 
@@ -363,22 +363,23 @@ class ZOSGD(torch.optim.Optimizer):
             found = self._ranks.gather(step, deal, lambda lanes, first: run(step, lanes, closures, first, as_sums))
             record, losses = self._record(step, found, count)
             record.lr, record.eps = [group.lr for group in scalars], self.settings.eps
-            record.memory = self._progress.memory
+            record.memory, update = self._progress.memory, None
             left_out = self._runtime.weights.left_out(found.entered)
             if not self.settings.older_rules:
                 record.unused = ranges_of(p.index for unit in left_out for p in unit.params)
 
             def make() -> None:
+                nonlocal update
                 self._tell_unused(step, left_out)
                 self._decide(losses, record)
                 self._progress.warn_if_still(record.coefs)
-                record.seconds = time.perf_counter() - start
+                record.seconds, update = time.perf_counter() - start, self._update(record, scalars)
                 if self.journal is not None:
-                    self.journal.append(self._entry(record, scalars, tokens))
+                    self.journal.append(self._entry(record, update, tokens))
 
             self._ranks.decide(record, make, self.journal)
             record.seconds = record.seconds or time.perf_counter() - start
-            self._push(self._update(record, scalars), record)
+            self._push(update or self._update(record, scalars), record)
         return torch.tensor(record.loss, dtype=torch.float64)
 
     def _closures(self, closure: Any, sharded: bool | str) -> list[Callable[[], Any]]:
@@ -428,8 +429,7 @@ class ZOSGD(torch.optim.Optimizer):
             return record, means[:, counted]
         return record, np.array([[mean_loss(*each)] for each in zip(sums, counts, strict=True)])
 
-    def _entry(self, record: StepRecord, scalars: tuple[GroupScalars, ...], tokens: int) -> StepEntry:
-        """The journal's line."""
+    def _entry(self, record: StepRecord, update: Update, tokens: int) -> StepEntry:
         counts, extra = record.counts, {"clipped": True} if record.clipped else {}
         extra |= {"memory": list(record.memory)} if record.memory else {}
         if record.clipped and self.settings.clip_percentile is not None:
@@ -437,8 +437,8 @@ class ZOSGD(torch.optim.Optimizer):
         if counts is not None and all(row == counts[0] for row in counts):
             counts = counts[:1]
         return StepEntry(
-            record.step, self._update(record, scalars), self.settings.eps, record.losses, record.skipped, tokens,
-            record.seconds, extra, counts, record.unused,
+            record.step, update, self.settings.eps, record.losses, record.skipped, tokens, record.seconds, extra,
+            counts, record.unused,
         )  # fmt: skip
 
     def _tell_unused(self, step: int, units: Sequence[Unit]) -> None:
@@ -578,13 +578,13 @@ class ZOSGD(torch.optim.Optimizer):
                     "resume=True) and the weights that it began with, or branched off with branch_from="
                 )
             raise DistZO2Error(found)
+        memory = self._progress.recalled(mine.get("memory", self.settings.memory))
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "distzo2"})
         if differing is None:
             return
         self._set(seed=mine["seed"], eps=mine["eps"])
-        self._progress.step = mine["step"]
+        self._progress.step, self._progress.memory = mine["step"], memory
         self._progress.window = deque(mine["clip"], WINDOW)
-        self._progress.recall(mine.get("memory", self.settings.memory))
         self._momentum.load(mine.get("momentum", ()))
         self._bind()
 

@@ -15,7 +15,7 @@ from distzo2.errors import UsageError
 
 Evaluation = tuple[int, int]  # (probe, sign): sign +1 or -1; (0, 0) is the clean weights
 
-# `sharded` of a step, whose the list of closures is: the step's, the rank's own, or its data coordinate's.
+# `sharded` of a step: its list of closures is the step's, the rank's own, or that of the rank's data coordinate.
 GLOBAL, OWN, ROW = SHARDED = False, True, "data"
 
 
@@ -207,9 +207,7 @@ def deal_lanes(
             cannot be cut into as many parts.
     """
     width = 1 if sharded == OWN else shape.pert  # of the ranks that have the same list
-    if own_batches:
-        return _deal_parts(evaluations, num_closures, shape.size if sharded == GLOBAL else width)
-    dealt = [range(len(evaluations))] if sharded == OWN else deal_evaluations(evaluations, shape.pert)
+    dealt = [range(len(evaluations))] if sharded == OWN or own_batches else deal_evaluations(evaluations, shape.pert)
     lists = num_closures[::width]
     for rank, count in enumerate(num_closures):
         if count != lists[rank // width]:
@@ -217,6 +215,8 @@ def deal_lanes(
                 f"rank {rank} has {_counted(count, 'closure')} and rank {rank - rank % width}, of the same data "
                 f"coordinate, {lists[rank // width]}"
             )
+    if own_batches:
+        return _deal_parts(evaluations, num_closures, shape.size if sharded == GLOBAL else width)
     if sharded == GLOBAL:
         spans, starts = deal_evenly(lists[0], shape.data), [0] * shape.data
     else:

@@ -28,6 +28,7 @@ from distzo2.record.header import (
 )
 from distzo2.record.journal import read_journal
 from distzo2_core import FAMILIES
+from distzo2_core.types import dense_family
 
 
 class BranchPoint(NamedTuple):
@@ -48,7 +49,7 @@ def branch_of(
         checksums: as `check_base` takes them.
 
     Raises:
-        DistZO2Error: the parent has too few steps, or another seed, base or model.
+        DistZO2Error: the parent has too few steps, or another seed, base or model, or noise of low rank alone.
     """
     path = os.fspath(branch.journal)
     contents = read_journal(path)
@@ -67,6 +68,10 @@ def branch_of(
         if theirs.get(key) != ours.get(key):
             reason = f"{key} is {theirs.get(key)!r} in the parent's journal and {ours.get(key)!r} in its branch"
             raise DistZO2Error(f"{path}: {reason}")
+    noise, ours = _noise_of(parent), _noise_of(header)
+    if noise != dense_family(noise) and ours == dense_family(ours):
+        # The table of dense noise does not say which weights are convolutions, whose noise was dense before.
+        raise DistZO2Error(f"{path}: the parent's noise is {noise}: a branch has low-rank noise too, not {ours}")
     # A branch may change groups and noise.
     tables = ([{**row, "group": None, "noise": ""} for row in h["table"]] for h in (parent, header))
     difference = table_difference(*tables)
@@ -89,7 +94,8 @@ def branch_of(
         for entry in contents.entries[:num_steps]
     ]
     header = with_older_rules(header) if has_older_rules(parent) else header
-    return {**header, "parents": [*parents_of(parent), record]}, entries
+    purposes = {**parent["purposes"], **header["purposes"]}
+    return {**header, "purposes": purposes, "parents": [*parents_of(parent), record]}, entries
 
 
 def parent_differences(header: Mapping[str, Any], path: str | os.PathLike[str]) -> list[str]:

@@ -15,6 +15,7 @@ process that runs rewards begins with it.
 from __future__ import annotations
 
 import hashlib
+import importlib.abc
 import importlib.util
 import json
 import numbers
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from distzo2.errors import MissingPackageError, RewardError, UsageError, one_line
@@ -35,8 +37,10 @@ from distzo2.text import brief
 Row = Mapping[str, Any]  # a line of data
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float]]
 
+FIGURES = ("loss", "accuracy", "reward")  # what a score is called that is the name of no reward
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
+# A minus is not the dash of 10-12, and a comma not that of 1,2.
+_NUMBER = re.compile(r"(?:(?<![^\s=(])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 # ---- what is compared with right answers ----------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def parsed(name: str) -> tuple[str, str]:
 
 def figure_of(name: str) -> str:
     """What a score's mean is called, for the name of a reward, "reward", "loss" or "accuracy"."""
-    if name in ("loss", "accuracy", "reward"):
+    if name in FIGURES:
         return name
     kind = parsed(name)[0]
     return {"exact": "em", "file": "reward"}.get(kind, kind)
@@ -183,7 +187,9 @@ def _by_schema(file: str, content: bytes) -> Reward:
     try:
         from jsonschema import SchemaError, validators
     except ImportError:
-        raise MissingPackageError(f"reward json:{file}: pip install jsonschema") from None
+        raise MissingPackageError(
+            f"reward json:{file}: pip install jsonschema, or the extra '.[rewards]' from the checkout"
+        ) from None
     try:
         schema = json.loads(content)
         validator = validators.validator_for(schema)
@@ -200,16 +206,30 @@ def _by_schema(file: str, content: bytes) -> Reward:
     return _each(allows)
 
 
+class _Content(importlib.abc.InspectLoader):
+    """Loads a module of what was read of its file."""
+
+    def __init__(self, content: bytes, path: str) -> None:
+        self.content, self.path = content, path
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self.content)
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.content, self.path)
+
+
 def _by_code(file: str, content: bytes, name: str) -> Reward:
     """The function of a Python file, which may import modules beside it."""
     path = str(Path(file).absolute())
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(Path(file).stem, None, origin=path))
+    loader = _Content(content, path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(Path(file).stem, loader, origin=path))
     module.__file__ = path
     if str(Path(path).parent) not in sys.path:
         sys.path.append(str(Path(path).parent))
     sys.modules.setdefault(module.__name__, module)  # dataclasses and pickle look there
     try:
-        exec(compile(content, path, "exec"), module.__dict__)
+        loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UsageError(f"{file}: cannot be loaded: {_raised(error, path)}") from error
     function = getattr(module, name, None)

@@ -15,11 +15,12 @@ from transformers import TextStreamer
 from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
-from distzo2.errors import DistZO2Error, UsageError, blaming
+from distzo2.errors import DistZO2Error, RewardError, UsageError, blaming
 from distzo2.optim.signal import ENOUGH, REFERENCE, TF32, Signal, computed_in, signal_of
 from distzo2.peft.adapters import adapter, known_config, tokens_in_front
 from distzo2.peft.start import start_from_tokens
 from distzo2.rewards.functions import WORDS, Reward
+from distzo2.rewards.objective import Writing
 from distzo2.rewards.worker import open_scores
 from distzo2.run.metrics import finite
 from distzo2.run.options import EvalOptions, GenerateOptions, SignalOptions
@@ -39,7 +40,7 @@ from distzo2.run.preflight import (
 from distzo2.streaming.offload import check_computes, runtime_of
 from distzo2.tasks.batches import DataOrder
 from distzo2.tasks.examples import load_examples, tokenize_for
-from distzo2.tasks.held_out import HeldOut, load_held_out
+from distzo2.tasks.held_out import HeldOut, load_held_out, load_questions, only_asks
 from distzo2.tasks.kinds import ModelKind, model_kind
 from distzo2.tasks.objectives import Objective, Score, resolve_objective
 from distzo2.tasks.tokenize import load_tokenizer
@@ -98,21 +99,39 @@ def evaluate_file(options: EvalOptions) -> tuple[Score, str]:
         rewards = open_scores(options.score, timeout=options.reward_timeout, inline=options.reward_inline)
         for each in rewards.values():
             opened.callback(getattr(each, "close", lambda: None))
+        rewards = {figure: _failing(options.score, reward) for figure, reward in rewards.items()}
         held_out, name = _asked(options, tokenizer, reading, rewards)
         model, device = opened.enter_context(loaded(options, config))
         opened.enter_context(blaming(f"{options.model}: the model fails"))
         front = tokens_in_front(config)
         objective = Objective(model, name, pad_id=kind.padding(tokenizer), device=device, in_front=front)
-        objective.check_causal(held_out.learned[0], kind)
+        if held_out.learned:
+            objective.check_causal(held_out.learned[0], kind)
         return held_out.score(objective, batch_size=options.batch_size), name
+
+
+def _failing(score: str | None, reward: Reward) -> Reward:
+    """A reward whose failure ends the evaluation, and is not a figure."""
+
+    def checked(*arguments: Any) -> Sequence[float]:
+        try:
+            return reward(*arguments)
+        except RewardError as error:
+            raise DistZO2Error(f"--score {score}: {error}") from error
+
+    return checked
 
 
 def _asked(
     options: EvalOptions, tokenizer: Any, reading: dict[str, Any], rewards: Mapping[str, Reward]
 ) -> tuple[HeldOut, str]:
     """What a model is asked, and the objective's name."""
+    if not options.task and rewards and only_asks(options.eval):
+        writing = Writing(tokenizer, reading["kind"].padding(tokenizer), reading["max_new_tokens"], reading.pop("stop"))
+        questions = load_questions(options.eval, tokenizer, rewards=[options.score], **reading)
+        return HeldOut(questions=questions, writing=writing, rewards=rewards), "reward"
     if not options.task:
-        held_out = load_held_out(options.eval, tokenizer, rewards=rewards, **reading)
+        held_out = load_held_out(options.eval, tokenizer, rewards=rewards, score=options.score, **reading)
         return held_out, resolve_objective(options.objective, held_out.learned, options.eval)
     task = find_task(options.task, options.task_file)
     reader = TaskReader(task, tokenizer, **reading)

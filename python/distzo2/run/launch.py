@@ -24,7 +24,7 @@ from distzo2.parallel.heartbeat import STORE_SECONDS, RankFailedError, bounded, 
 from distzo2.parallel.mesh import parse_mesh, resolve_mesh
 from distzo2.peft.library import method_of
 from distzo2.run.directory import saved_options
-from distzo2.run.options import KEPT_BY_BRANCHES, FinetuneOptions
+from distzo2.run.options import KEPT_BY_BRANCHES, OWNED, FinetuneOptions, check_needs
 
 REPORT_SECONDS = 3.0  # how long the other ranks leave it to the one that failed to report its error
 
@@ -73,7 +73,7 @@ def from_rank_0(what: str, read: Callable[[], Any]) -> Any:
 
 
 def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptions:
-    values = read_config(FinetuneOptions, config) | given
+    values = given = read_config(FinetuneOptions, config) | given
     if values.get("resume") and values.get("branch_from"):
         raise UsageError("--resume continues the run in --out, --branch-from begins another: give one of them")
     if values.get("resume"):
@@ -82,19 +82,26 @@ def _read_options(given: Mapping[str, Any], config: str | None) -> FinetuneOptio
         values = _saved(values["out"]) | values
     else:
         values = protocol(values) | values
+    parent = _saved(values["branch_from"]) if values.get("branch_from") else {}
+    if parent:
+        values = _taken_over(parent, values) | values
+    elif values.get("objective") == "reward":
+        values = REWARDED | values
     method = values.get("peft") or method_of(values.get("adapter")) or TUNED_BY.get(values.get("tune"))
-    if not values.get("branch_from"):
-        if values.get("objective") == "reward":
-            values = REWARDED | values
-        by_estimator = BY_ESTIMATOR.get(values.get("estimator"), {}).get(method, {})
-        return made(FinetuneOptions, RATES.get(method, {}) | by_estimator | values)
-    parent = _saved(values["branch_from"])
-    options = made(FinetuneOptions, parent | values)
-    for name in KEPT_BY_BRANCHES:
+    by_estimator = BY_ESTIMATOR.get(values.get("estimator"), {}).get(method, {})
+    options = check_needs(made(FinetuneOptions, RATES.get(method, {}) | by_estimator | values), given)
+    for name in KEPT_BY_BRANCHES if parent else ():
         if getattr(options, name) != parent.get(name, getattr(options, name)):
             change = f"was {parent[name]!r} in {options.branch_from} and is {getattr(options, name)!r}"
             raise UsageError(f"--{name} {change}: a branch keeps it")
     return options
+
+
+def _taken_over(parent: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parent that a branch with these `values` takes over."""
+    before = {name: parent.get(name, getattr(FinetuneOptions, name)) for name in OWNED}
+    changed = [name for name, was in before.items() if values.get(name, was) != was]
+    return {name: value for name, value in parent.items() if not any(name in OWNED[other] for other in changed)}
 
 
 def _saved(run: str) -> dict[str, Any]:

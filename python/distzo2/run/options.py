@@ -8,7 +8,7 @@ them pass `checked`, which refuses unknown names and values out of range before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -41,7 +41,7 @@ from distzo2.option_types import (
     Weights,
     option,
 )
-from distzo2.rewards.functions import parsed
+from distzo2.rewards.functions import FIGURES, parsed
 
 PLACES = ("resume", "out", "branch_from", "at_step")  # of finetune: where a run begins and is kept, not what it does
 
@@ -61,7 +61,7 @@ def _reward(name: str) -> str:
 
 def _score(name: str) -> str:
     try:
-        return name if name in ("accuracy", "loss", "reward") else _reward(name)
+        return name if name in FIGURES else _reward(name)
     except ValueError as error:
         raise ValueError(f"{error}; or accuracy, loss or reward") from None
 
@@ -190,8 +190,8 @@ class DataReading:
     objective: Literal["lm", "choices", "error", "reward"] | None = option(
         None,
         "lm: cross-entropy of the completion's tokens; choices: cross-entropy over the choices, each scored by the "
-        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward: --reward of what the "
-        "model writes, for finetune (default: choices where lines have choices, else lm)",
+        "mean log-likelihood of its tokens; error: 1 - accuracy, which has no gradient; reward, of finetune alone: "
+        "--reward of what the model writes (default: choices where lines have choices, else lm)",
         group="data",
     )
     truncate: Literal["error", "left", "right"] | None = option(
@@ -225,7 +225,7 @@ class TaskReading:
         None, "text that ends what it writes (\\n: a new line); may be given several times", "TEXT", repeats=True
     )
     reward_timeout: Positive = option(
-        60.0, "a reward that takes longer for a micro-batch is ended, and the step is skipped", "SECONDS"
+        60.0, "a reward that takes longer for a micro-batch is ended: a step is skipped, distzo2 eval stops", "SECONDS"
     )
     reward_inline: Switch = option(False, "run rewards in this process, where nothing ends them")
 
@@ -259,9 +259,14 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         MISSING, "directory of a Hugging Face checkpoint and its tokenizer, or a GGUF file", "DIR", group="what"
     )
     train: Name | None = option(
-        None, "JSONL of prompt + completion, prompt + choices + label, messages, or text; or give --task", "FILE"
+        None,
+        "JSONL of prompt + completion, prompt + choices + label, messages, or text, with --objective reward of rows "
+        "with a prompt; or give --task",
+        "FILE",
     )
-    eval: str | None = option(None, "JSONL of held-out lines of the same kind", "FILE")
+    eval: str | None = option(
+        None, "JSONL of held-out lines of the same kind, with --objective reward of rows with a prompt", "FILE"
+    )
     out: Name = option(MISSING, "directory of the run: journal, metrics, checkpoint", "DIR")
     resume: Switch = option(False, "continue the run in --out; options not given are that run's")
     branch_from: str | None = option(
@@ -373,7 +378,9 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     no_check: Switch = option(
         False, "skip the checks that two equal forward passes agree to the bit, and that no token sees later ones"
     )
-    max_skipped: Count = option(5, "stop after N steps in a row whose loss is not finite; such steps are not applied")
+    max_skipped: Count = option(
+        5, "stop after N steps in a row whose loss is not finite or whose reward fails; such steps are not applied"
+    )
     max_lanes: Count | None = option(
         None, "evaluations (perturbation x micro-batch) in a pass over the weights; fewer save memory (default: all)"
     )
@@ -409,9 +416,7 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
                 f"--momentum-window {self.momentum_window} is longer than the run, of --steps {self.steps}"
             )
         if self.lr == "auto" and self.estimator != "fzoo":
-            raise UsageError(
-                f"--lr auto: its rule is for --estimator fzoo, whose steps are of one size, not {self.estimator}"
-            )
+            raise UsageError(f"--lr auto: its rule is for --estimator fzoo, not for {self.estimator}")
         if self.warmup > self.steps:
             raise UsageError(f"--warmup {self.warmup} is more than --steps {self.steps}")
         if self.fsync_every > 1 and self.weights == "disk":
@@ -455,7 +460,7 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
 TRAINED = tuple(f.name for f in fields(Trained))
 FIXED = ("seed", "batch_size", "micro_batches", "probe_batches", "noise", "dtype", "store", "compute_dtype", "tf32",
          "objective", "truncate", "max_length", "train_mode", "split_special_tokens", "task", "task_seed", "num_train",
-         "num_dev", *TRAINED)  # fmt: skip
+         "num_dev", "es_shape", "es_one_sided", "momentum", "momentum_window", *TRAINED)  # fmt: skip
 OF_REWARDS = ("reward", "max_new_tokens", "stop", "temperature", "top_k")  # with --objective reward these too
 KEPT_BY_BRANCHES = ("seed", "dtype", "store", *TRAINED)
 
@@ -475,6 +480,31 @@ class SignalOptions(Trained, DataReading, Placement):
     json: Switch = option(False, "print one line of JSON")
 
 
+# What a branch that has another estimator, or momentum, does not take over from its parent.
+OWNED = {"estimator": ("es_shape", "es_one_sided", "noise", "lr", "eps"), "momentum": ("momentum_window",)}
+
+# Options that do nothing without another.
+_NEEDS: Mapping[str, tuple[str, Callable[[FinetuneOptions], Any]]] = {
+    "temperature": ("--objective reward", lambda o: o.objective == "reward"),
+    "top_k": ("--temperature", lambda o: o.temperature),
+    "reward_inline": ("--reward, or a --score of answers", lambda o: o.reward or o.score not in (None, *FIGURES)),
+    "decay": ("--schedule wsd, or --eps-schedule wsd", lambda o: "wsd" in (o.schedule, o.eps_schedule)),
+    "eps_final": ("--eps-schedule", lambda o: o.eps_schedule != "constant"),
+}
+
+
+def check_needs(options: FinetuneOptions, given: Mapping[str, Any]) -> FinetuneOptions:
+    """Returns `options`.
+
+    Raises:
+        UsageError: one of the `given` does nothing without another. Those of an earlier run may.
+    """
+    for name, (what, is_met) in _NEEDS.items():
+        if given.get(name, getattr(FinetuneOptions, name)) != getattr(FinetuneOptions, name) and not is_met(options):
+            raise UsageError(f"--{name.replace('_', '-')} needs {what}")
+    return options
+
+
 # ---- the other commands ------------------------------------------------------------------------------------------
 
 
@@ -483,7 +513,9 @@ class EvalOptions(Adapted, TaskReading, Placement, DataReading):
     """Options of `distzo2 eval`."""
 
     model: Name = option(MISSING, "directory of a Hugging Face checkpoint, or a GGUF file", "DIR")
-    eval: Name | None = option(None, "JSONL of lines as for finetune; or give --task", "FILE")
+    eval: Name | None = option(
+        None, "JSONL of lines as for finetune, with --score of rows with a prompt too; or give --task", "FILE"
+    )
     batch_size: Count = option(16, "examples in a micro-batch")
     score: Reward | None = option(
         None,

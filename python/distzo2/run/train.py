@@ -37,7 +37,7 @@ from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal
 from distzo2.record.weight_file import WeightFile
-from distzo2.rewards.functions import Reward, absolute, file_of
+from distzo2.rewards.functions import FIGURES, Reward, absolute, digest, file_of
 from distzo2.rewards.objective import RewardObjective, Writing, questions_digest
 from distzo2.rewards.worker import open_reward, open_scores
 from distzo2.run.directory import RunDirectory, read_record
@@ -71,6 +71,15 @@ from distzo2.text import MAX_BRIEF, dtype_name, gib
 _PATHS = (  # absolute in run.json
     "model", "train", "eval", "data", "task_file", "trace", "branch_from", "weights_dir", "adapter",
 )  # fmt: skip
+
+
+_MADE_OF = {
+    "train_sha256": "the training file",
+    "examples_sha256": "the tokens of its lines",
+    "config": "config.json",
+    "reward_sha256": "the reward's file",
+    "score_sha256": "the score's file",
+}
 
 
 def finetune(options: FinetuneOptions, log: Callable[[str], None] = lambda line: None) -> None:
@@ -156,27 +165,30 @@ def _finetune(
         rewards = open_scores(options.score, reward, **own) if options.eval or options.task else {}
         for each in rewards.values():
             opened.callback(getattr(each, "close", lambda: None))
-        train, held_out, objective_name, digest = _data(options, tokenizer, reading, rewards)
+        train, held_out, objective_name, data_sha256 = _data(options, tokenizer, reading, rewards)
         # Room is made for what the look at the signal computes in, and maybe the run after it.
         is_open = options.compute_dtype == "auto" and not (options.resume or options.no_signal or rewarded)
         widest = REFERENCE if is_open else compute_dtype
         copies = {"num_ranks": _ranks_here(), "num_copies": _copies_here(options.weights)}
         check_memory(size, device, options.weights, options.host_memory, compute_dtype=widest, **copies)
         made_of = {
-            "train_sha256": digest,
+            "train_sha256": data_sha256,
             "examples_sha256": questions_digest(train) if rewarded else examples_digest(train),
             "config": forward_config(options.model),
         }
         if reward is not None:
             made_of["reward_sha256"] = reward.sha256
+        if rewards and (judges := _judges(options)):
+            made_of["score_sha256"] = digest(judges[0])
     if mesh is not None:
-        names = ("the training file", "the tokens of its lines", "config.json", "the reward's file")
-        named = zip(names, made_of.values(), strict=False)
-        mesh.exchange.agree("the data", {**dict(named), "the bytes of the model": size.total})
+        named = {_MADE_OF[name]: value for name, value in made_of.items()}
+        mesh.exchange.agree("the data", named | {"the bytes of the model": size.total})
     settings = asdict(options)
     settings |= {name: str(Path(settings[name]).absolute()) for name in _PATHS if settings[name]}
     if rewarded:
         settings["reward"] = absolute(options.reward)
+    for name in _judges(options):
+        settings["score"] = absolute(name)
     loop = None
     try:
         with together(mesh, "claiming the run directory"):
@@ -228,6 +240,8 @@ def _finetune(
                         with blaming(f"{options.model}: the model fails on the first line"):
                             objective.check_causal(train[0], kind)
                     loop.start(settings, made_of["examples_sha256"])
+                    if leads and options.resume:  # it may have another score now
+                        run.update(score_sha256=made_of.get("score_sha256"))
                 loop.run_to_end()
         memory = f"peak memory {gib(peak_bytes())}, weights {gib(size.total)}"
         log(f"{loop.optimizer.step_count} steps in {run.path}; {memory}")
@@ -248,11 +262,12 @@ def _data(
     """The examples to learn, those to judge by, the objective's name, and the SHA-256 of what is learned, as text."""
     more = {"max_new_tokens": options.max_new_tokens, "stop": options.stop or (), **reading}
     if options.objective == "reward":
-        asked = {"reward": options.reward, "max_new_tokens": options.max_new_tokens, **reading}
-        train, held_out = load_questions(options.train, tokenizer, **asked), HeldOut()
+        asked = {"max_new_tokens": options.max_new_tokens, **reading}
+        train, held_out = load_questions(options.train, tokenizer, rewards=[options.reward], **asked), HeldOut()
         if options.eval:
             writing = Writing(tokenizer, reading["kind"].padding(tokenizer), options.max_new_tokens, more["stop"])
-            questions = load_questions(options.eval, tokenizer, **asked)
+            names = {options.reward, *_judges(options)}
+            questions = load_questions(options.eval, tokenizer, rewards=names, **asked)
             held_out = HeldOut(questions=questions, writing=writing, rewards=rewards)
         return train, held_out, "reward", hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
     if options.task:
@@ -271,10 +286,16 @@ def _data(
         return train, reader.held_out(drawn.dev, loss, rewards=rewards), resolve_objective(name, train), drawn.digest()
     train = load_examples(options.train, tokenizer, **reading)
     name = resolve_objective(options.objective, train, options.train)
-    held_out = load_held_out(options.eval, tokenizer, rewards=rewards, **more) if options.eval else HeldOut()
+    more |= {"rewards": rewards, "score": options.score}
+    held_out = load_held_out(options.eval, tokenizer, **more) if options.eval else HeldOut()
     if held_out:
         resolve_objective(name, held_out.learned, options.eval)
     return train, held_out, name, hashlib.sha256(Path(options.train).read_bytes()).hexdigest()
+
+
+def _judges(options: FinetuneOptions) -> list[str]:
+    """The reward that --score names, if it names one besides the run's own."""
+    return [] if options.score in (None, *FIGURES) else [options.score]
 
 
 def _adapter(options: FinetuneOptions, kind: str, mesh: Mesh | None, start: Path) -> tuple[Any, Any]:
@@ -344,6 +365,8 @@ def _take_over(
     """Checks what must hold before an earlier process's run continues."""
     for change in changed(run.record["options"], settings, str(run.path)):
         log(f"resume: {change}")
+    if settings["score"] != run.record["options"].get("score"):  # which may change
+        made_of = made_of | {"score_sha256": None}
     _compare(run, made_of, settings["train"] or f"{settings['data']} (task {settings['task']})")
     start = run.record.get("adapter")
     if start is not None and start != digest_adapter(run.adapter_start):
@@ -365,15 +388,16 @@ def _compare(run: RunDirectory, made_of: dict[str, Any], train: str) -> None:
     """Raises UsageError unless a step that is repeated would learn the same. What an earlier version did not record is
     not compared; what is read of the training file decides, not its bytes, once that is recorded."""
     before = run.record
-    differs = {key for key, value in made_of.items() if before.get(key) not in (None, value)}
+    differs = {key for key, value in made_of.items() if value is not None and before.get(key) not in (None, value)}
     if "examples_sha256" in differs or ("examples_sha256" not in before and "train_sha256" in differs):
         what = f"the training file is not the one that the run began with: {train}"
         if "train_sha256" not in differs:
             what = f"{train} becomes other tokens than when the run began: the tokenizer or its chat template changed"
         raise UsageError(f"{run.path}: {what}")
-    if "reward_sha256" in differs:
-        file = file_of(run.record["options"]["reward"])
-        raise UsageError(f"{run.path}: the reward is not the one that the run began with: {file} changed")
+    for what in ("reward", "score"):
+        if f"{what}_sha256" in differs:
+            file = file_of(run.record["options"][what])
+            raise UsageError(f"{run.path}: the {what} is not the one that the run began with: {file} changed")
     if "config" in differs:
         was, now = before["config"], made_of["config"]
         key = next(key for key in {**was, **now} if was.get(key) != now.get(key))

@@ -39,8 +39,8 @@ class LanePlace:
         probe: number of the perturbation.
         sign: of the perturbation: 1, -1, or 0 for the clean weights.
         first: this is the first evaluation of its micro-batch, and not a repetition of it. It is true once for each
-            micro-batch, whatever the ranks, so what is counted under it is counted once. Of the ranks along
-            perturbations the first one runs it. It is never true in `opt.check` and `opt.signal`.
+            micro-batch, whatever the ranks, so what is counted under it is counted once. It is never
+            true in `opt.check` and `opt.signal`.
     """
 
     step: int

@@ -150,7 +150,7 @@ class StreamingRuntime:
 
         Args:
             lanes: lanes of the same emission should stand next to each other.
-            expected: of lanes that ran before, whose units these must enter, too.
+            expected: the route of lanes that ran before: these enter the same units, but may make fewer or more passes.
             interrupt: asked between units, the only points where Ctrl-C ends a pass.
             check: runs lanes alone in any case.
 

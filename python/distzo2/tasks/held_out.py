@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class HeldOut:
             written = written_scores(objective.model, self.questions, self.rewards, self.writing, **more)
         if not self.learned:
             num_tokens = sum(len(question.tokens) for question in self.questions)
-            return Score(-written["reward"], None, len(self.questions), num_tokens, written)
+            return Score(-next(iter(written.values())), None, len(self.questions), num_tokens, written)
         first = self.blanks if not self.asked else ()
         score = evaluate_examples(objective, self.learned, blanks=first, **more)
         if self.asked:
@@ -73,21 +74,22 @@ def load_questions(
     path: str | os.PathLike,
     tokenizer: Any,
     *,
-    reward: str,
+    rewards: Iterable[str],
     max_new_tokens: int = 50,
     skip_bad_lines: int = 0,
     **options: Any,
 ) -> list[Question]:
-    """The rows of a JSONL file as questions for the reward of that name. Other arguments are those of
+    """The rows of a JSONL file as questions for the rewards of these names. Other arguments are those of
     `load_examples`.
 
     Raises:
-        DataError: a row is bad, lacks what the reward compares with, or its prompt leaves no room for the new tokens.
+        DataError: a row is bad, lacks what a reward compares with, or its prompt leaves no room for the new tokens.
     """
     reader, bad, questions = tokenize_for(tokenizer, **options), BadLines(skip_bad_lines), []
     for line in read_lines(path, bad, PROMPTS):
         with bad.skipped(), blaming(f"{tokenizer.name_or_path}: the tokenizer fails"):
-            _check_row(reward, line)
+            for reward in rewards:
+                _check_row(reward, line)
             text = reader.chat.prompt(line) if line.kind == "messages" else line.record["prompt"]
             tokens = reader.encode([[text]])[0][0]
             room = max_new_tokens
@@ -118,21 +120,31 @@ def _check_row(reward: str, line: Line) -> None:
         raise DataError(f"{line.where}: {error}") from None
 
 
+def only_asks(path: str | os.PathLike) -> bool:
+    """Whether the first line of a file that a reward can judge has a prompt and nothing to learn."""
+    try:
+        row = read_lines(path, BadLines(sys.maxsize), PROMPTS)[0].record
+    except DataError:
+        return False
+    return not row.keys() & {"completion", "choices"}
+
+
 def load_held_out(
     path: str | os.PathLike,
     tokenizer: Any,
     *,
     rewards: Mapping[str, Reward] | None = None,
+    score: str | None = None,
     max_new_tokens: int = 50,
     stop: Sequence[str] = (),
     skip_bad_lines: int = 0,
     **options: Any,
 ) -> HeldOut:
-    """The examples of a JSONL file, and with `rewards` its prompts as questions, which these judge. Other arguments
-    are those of `load_examples`.
+    """The examples of a JSONL file, and with `rewards` its prompts as questions, which these judge; `score` is the
+    name of the reward that lines are checked for. Other arguments are those of `load_examples`.
 
     Raises:
-        DataError: as `load_examples` raises it.
+        DataError: as `load_examples` raises it, or a line lacks what `score` compares with.
         UsageError: answers are to be written, and a line has no completion.
     """
     examples = load_examples(path, tokenizer, skip_bad_lines=skip_bad_lines, **options)
@@ -142,8 +154,9 @@ def load_held_out(
     for line in read_lines(path, BadLines(skip_bad_lines)):
         if line.kind != "completion":
             raise UsageError(f"{line.where}: --score of what is written needs lines with prompt and completion")
-        _check_row("em", line)
-        prompt = line.record["prompt"]
-        questions.append(question(reader.prompt(prompt), line.record, reader, max_new_tokens, prompt))
+        if score is not None:
+            _check_row(score, line)
+        prompt, row = line.record["prompt"], {"answers": [line.record["completion"]]} | line.record
+        questions.append(question(reader.prompt(prompt), row, reader, max_new_tokens, prompt))
     writing = Writing(tokenizer, reader.kind.padding(tokenizer), max_new_tokens, stop)
     return HeldOut(examples, questions=questions, writing=writing, rewards=rewards)

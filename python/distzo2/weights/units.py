@@ -132,7 +132,7 @@ class ParamInfo:
 
     @property
     def matrix_shape(self) -> tuple[int, int, int]:
-        """(rows, columns, number) of the matrices that low-rank noise is of; no columns where it is dense."""
+        """(rows, columns, number) of the matrices of low-rank noise; 0 columns where the noise is dense."""
         return matrix_shape(self.shape, any(isinstance(owner, nn.modules.conv._ConvNd) for owner in self.owners))
 
     def noise(self, family: str) -> str:
