@@ -113,10 +113,14 @@ def parsed(name: str) -> tuple[str, str]:
     raise ValueError("expected exact, f1, number, regex:PATTERN, json:FILE or FILE.py:FUNCTION")
 
 
-def figure_of(name: str) -> str:
-    """What a score's mean is called, for the name of a reward, "reward", "loss" or "accuracy"."""
+def figure_of(name: str, reward: str | None = None) -> str:
+    """What a score's mean is called, for the name of a reward, "reward", "loss" or "accuracy". Beside a run's own
+    `reward`, another function of a file is FILE.FUNCTION."""
     if name in FIGURES:
         return name
+    if reward is not None and parsed(name)[0] == "file" and absolute(name) != absolute(reward):
+        file, _, function = name.rpartition(":")
+        return f"{Path(file).stem}.{function}"
     kind = parsed(name)[0]
     return {"exact": "em", "file": "reward"}.get(kind, kind)
 

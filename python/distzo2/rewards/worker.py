@@ -19,7 +19,7 @@ from distzo2 import interrupts
 from distzo2.errors import RewardError, UsageError
 from distzo2.interrupts import check_for_interrupt
 from distzo2.rewards import child
-from distzo2.rewards.functions import WORDS, Reward, Row, absolute, digest, figure_of, load, parsed
+from distzo2.rewards.functions import WORDS, Reward, Row, digest, figure_of, load, parsed
 from distzo2.streaming.lanes import LaneThread
 
 LOAD_SECONDS = 120.0  # what importing a reward's file may take
@@ -154,12 +154,9 @@ def open_reward(name: str, *, timeout: float = 60.0, inline: bool = False) -> In
 
 def open_scores(score: str | None, reward: Reward | None = None, **options: Any) -> dict[str, Any]:
     """The rewards, by the names of their figures, that an evaluation needs for a score, besides the run's own
-    `reward`. Another function of a file than that has a figure named FILE.FUNCTION. `options` are of `open_reward`."""
+    `reward`. `options` are of `open_reward`."""
     rewards = {} if reward is None else {"reward": reward}
-    name = figure_of(score) if score else "loss"
-    if name == "reward" and reward is not None and score != "reward" and absolute(score) != absolute(reward.name):
-        file, _, function = score.rpartition(":")
-        name = f"{Path(file).stem}.{function}"
+    name = figure_of(score, None if reward is None else reward.name) if score else "loss"
     if name in WORDS:
         rewards |= WORDS
     elif name not in ("loss", "accuracy", *rewards):

@@ -76,7 +76,7 @@ class TrainLoop:
         self.mesh = current()
         self.leads = self.mesh is None or self.mesh.rank == 0
         self.order = DataOrder(len(train), options.batch_size, options.seed)
-        self.score_name = options.score and figure_of(options.score)
+        self.score_name = options.score and figure_of(options.score, options.reward)
         if self.score_name is None:
             rewarded = options.objective == "reward"
             self.score_name = "reward" if rewarded else "accuracy" if train[0].chooses else "loss"
