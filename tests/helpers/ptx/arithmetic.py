@@ -148,6 +148,13 @@ def bfe(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
     return field.astype(U32)
 
 
+def bfe64(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The field of an unsigned word of 64 bits that begins at a position; it lies inside of the word."""
+    if (position.astype(I64) + length >= 64).any():
+        raise PtxError("a field of bits that is not in a word")
+    return (a >> position.astype(U64)) & ((U64(1) << length.astype(U64)) - U64(1))
+
+
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Four bytes chosen from eight; a selector's fourth bit repeats the byte's sign."""
     pool = a.astype(U64) | b.astype(U64) << U64(32)

@@ -173,7 +173,7 @@ class Translator:
                 return f"add({a}, -{b}, {mode!r})", bits
             case ("div", "rn", "f32"):
                 return f"canonical({' / '.join(values())})", bits
-            case ("div" | "rem" as name, "u32" | "s32" | "s64"):
+            case ("div" | "rem" as name, "u32" | "s32" | "u64" | "s64"):
                 return f"{'quotient' if name == 'div' else 'remainder'}({', '.join(values())})", kind
             case ("rsqrt", "approx", "ftz", "f32"):
                 return f"rsqrt({values()[0]}, x.rsqrt_ulps)", bits
@@ -191,6 +191,9 @@ class Translator:
             case ("bfe", "u32" | "s32"):
                 a, *place = (self.value(each, kind if i == 0 else TYPES["u32"]) for i, each in enumerate(inputs))
                 return f"bfe({a}, {', '.join(place)})", bits
+            case ("bfe", "u64"):
+                a, *place = (self.value(each, kind if i == 0 else TYPES["u32"]) for i, each in enumerate(inputs))
+                return f"bfe64({a}, {', '.join(place)})", bits
             case ("bfi", "b32" | "b64"):
                 operands = [self.value(each, kind if i < 2 else TYPES["u32"]) for i, each in enumerate(inputs)]
                 return f"bfi({', '.join(operands)})", kind
