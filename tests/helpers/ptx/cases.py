@@ -91,7 +91,7 @@ def simple_visit(
         if dtype in CODES:
             more, offset = {"scale_group": 32}, offset - offset % 32
         where = (num_bytes + gap, numel, dtype, int(rng.integers(0, 2**32)), offset)
-        segments.append(Segment(*where, int(rng.integers(2)), 1, offset + numel, **more))
+        segments.append(Segment(*where, int(rng.integers(2)), offset + numel, 0, **more))
         usual = torch.from_numpy(rng.standard_normal(numel) * 0.02).to(dtype)
         if plain:
             weights = usual
