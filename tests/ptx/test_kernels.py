@@ -44,6 +44,8 @@ def check_random_visits(
             visit = random_visit(np.random.default_rng(seed), dtypes, max_numel, pairs_of(kernels), nonnegative)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
             if seed % 3 == 0:
+                if isinstance(kernels, TritonKernels):  # see `triton_kernels.variants`
+                    visit = random_visit(np.random.default_rng(seed), DTYPES, max_numel, (), False)
                 visit = low_rank_visit(np.random.default_rng(seed), visit)
                 num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
