@@ -106,7 +106,8 @@ def test_lookup(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> Non
             check_lookup(np.random.default_rng(cols), backend, dtype, cols, whole=True)
         for out_dtype in [out for stored, out in pairs_of(kernels) if stored == dtype]:
             for cols in (7, 8, 64, 300, 2104):
-                check_lookup(np.random.default_rng(cols), backend, dtype, cols, cols % 8 == 0, out_dtype)
+                families = ("normal", "rademacher")
+                check_lookup(np.random.default_rng(cols), backend, dtype, cols, cols % 8 == 0, out_dtype, families)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
