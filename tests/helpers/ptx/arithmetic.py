@@ -149,10 +149,12 @@ def bfe(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def bfe64(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The field of an unsigned word of 64 bits that begins at a position; it lies inside of the word."""
-    if (position.astype(I64) + length >= 64).any():
+    """The field of 64 bits, inside of the word and not empty, that begins at a position; sign-extended where a is."""
+    position, length = position.astype(I64), length.astype(I64)
+    if (position + length > 64).any() or (length == 0).any():
         raise PtxError("a field of bits that is not in a word")
-    return (a >> position.astype(U64)) & ((U64(1) << length.astype(U64)) - U64(1))
+    above = (64 - position - length).astype(a.dtype)
+    return ((a << above) >> (64 - length).astype(a.dtype)).astype(U64)
 
 
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:

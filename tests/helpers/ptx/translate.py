@@ -191,7 +191,7 @@ class Translator:
             case ("bfe", "u32" | "s32"):
                 a, *place = (self.value(each, kind if i == 0 else TYPES["u32"]) for i, each in enumerate(inputs))
                 return f"bfe({a}, {', '.join(place)})", bits
-            case ("bfe", "u64"):
+            case ("bfe", "u64" | "s64"):
                 a, *place = (self.value(each, kind if i == 0 else TYPES["u32"]) for i, each in enumerate(inputs))
                 return f"bfe64({a}, {', '.join(place)})", bits
             case ("bfi", "b32" | "b64"):
