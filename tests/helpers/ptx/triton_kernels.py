@@ -52,8 +52,8 @@ def variants() -> list[tuple[str, dict[str, int]]]:
     for (codes, moved), (back, emits) in itertools.product(stored, PROGRAMS):
         if moved == (emits > 0) if max(codes) > 2 else emits or not moved:
             constants = {"CODE": codes[0], "OUT_CODE": codes[1], "MOVED": moved, "WRITE_BACK": back}
-            # Of low rank where nothing is decoded or moved: these are the same lines for all.
-            for low_rank in (False, True) if max(codes) < 3 and not moved else (False,):
+            # Of low rank where no dtype is changed: these are the same lines for all.
+            for low_rank in (False, True) if codes[0] == codes[1] < 3 else (False,):
                 more = {"NUM_EMITS": emits, "LOW_RANK": low_rank, "TILE": TILE}
                 found.append(("materialize_kernel", constants | more))
     for family, (code, out_code) in itertools.product(LOOKED_UP, (*same, *PAIRS)):
