@@ -73,7 +73,11 @@ def merge_adapter(
                 for name in [each for each in values if each not in written]:
                     writer.write(name, values[name])
                 written |= values.keys()
-            rows = [{"name": name, "index": 0, "group": None} for name in base.names if name not in written]
+            rows = [
+                {"name": name, "index": 0, "group": None, "noise": "normal"}
+                for name in base.names
+                if name not in written
+            ]
             apply_updates(base, writer, plan_pieces(base, rows, PIECE_BYTES), NO_STEPS, None, tqdm(disable=True))
 
 
