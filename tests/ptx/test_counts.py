@@ -8,7 +8,7 @@ import pytest
 from kernel_cases import needs_native
 from ptx import counts
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.timeout(900)]  # the first one compiles all kernels
 
 TOLERANCE = 0.01
 

@@ -18,7 +18,7 @@ from ptx.triton_kernels import DECODED, GAINED, TritonKernels
 
 import distzo2_core
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.timeout(900)]  # the first one compiles all kernels
 
 SHIFTS = ((0,), (0, 0, 4), (8, 24, 40), (4, 12, 16))  # of weights and outs: alike modulo 16, and not
 
@@ -43,9 +43,7 @@ def check_random_visits(
             nonnegative = dtypes != DTYPES
             visit = random_visit(np.random.default_rng(seed), dtypes, max_numel, pairs_of(kernels), nonnegative)
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
-            if seed % 3 == 0:
-                if isinstance(kernels, TritonKernels):  # see `triton_kernels.variants`
-                    visit = random_visit(np.random.default_rng(seed), DTYPES, max_numel, (), False)
+            if seed % 3 == 0 and isinstance(kernels, CudaKernels):  # of Triton see `triton_kernels.variants`
                 visit = low_rank_visit(np.random.default_rng(seed), visit)
                 num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
@@ -100,8 +98,9 @@ def test_noise_and_in_place(kernels: CudaKernels | TritonKernels, dtype: torch.d
 def test_lookup(kernels: CudaKernels | TritonKernels, dtype: torch.dtype) -> None:
     with backend_of(kernels) as backend:
         for seed, cols in enumerate((1, 7, 64, 1030)):
-            check_lookup(np.random.default_rng(seed), backend, dtype, cols, families=LOW_RANK)
             check_lookup(np.random.default_rng(seed), backend, dtype, cols)
+            if isinstance(kernels, CudaKernels):
+                check_lookup(np.random.default_rng(seed), backend, dtype, cols, families=LOW_RANK)
         for cols in (8, 2104):
             check_lookup(np.random.default_rng(cols), backend, dtype, cols, whole=True)
         for out_dtype in [out for stored, out in pairs_of(kernels) if stored == dtype]:
@@ -124,8 +123,8 @@ def test_rows_that_do_not_exist_are_nan(kernels: CudaKernels | TritonKernels, dt
     assert rows[0].isfinite().all() and rows[1:].isnan().all()
 
 
-def test_low_rank(kernels: CudaKernels | TritonKernels) -> None:
-    with backend_of(kernels) as backend:
+def test_low_rank(nvcc: CudaKernels) -> None:
+    with backend_of(nvcc) as backend:
         check_low_rank(backend, numels=(700,))
 
 

@@ -17,7 +17,7 @@ from ptx.triton_kernels import TritonKernels
 
 import distzo2_core
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.timeout(900)]  # the first one compiles all kernels
 
 VISIT = r"visit_kernelINS_13SimpleProgramILi1ELi2ELNS_7PurposeE0EEENS0_12InlineTables"
 ANY = r"visit_kernelINS_10AnyProgramENS0_12InlineTables"
