@@ -217,7 +217,7 @@ def test_lanes_of_ranks_that_enter_other_units(ranks: Ranks, slices: bool, tmp_p
 def test_traffic_is_scalars_and_slices_to_the_byte(ranks: Ranks, shape, lanes, weights, slices, tmp_path: Path):
     """`lanes` are those of the busiest rank."""
     steps, num_probes, size, round_bytes = 5, 2, shape[0] * shape[1], 32
-    word, losses, outcome = 5 * 8, (3 + 1 + 2 * lanes) * 8, (4 + num_probes) * 8  # a bit for each unit in one word
+    word, losses, outcome = 5 * 8, (3 + 1 + 2 * lanes) * 8, (5 + num_probes) * 8  # a bit for each unit in one word
     results = ranks.values(cases.traffic, size, shape, tmp_path, steps, weights, slices)
     whole = sum(sum(parts) for _, parts in results)
     for rank, (stats, parts) in enumerate(results):

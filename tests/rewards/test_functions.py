@@ -8,7 +8,7 @@ import re
 import pytest
 
 from distzo2.errors import UsageError
-from distzo2.rewards.functions import check_row, exact_match, f1, load, parsed, words_of
+from distzo2.rewards.functions import check_row, exact_match, f1, parsed, reward_named, words_of
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_words() -> None:
 
 
 def rewarded(name: str, text: str, row: dict) -> float:
-    (value,) = load(name)([""], [text], [row])
+    (value,) = reward_named(name)([""], [text], [row])
     return value
 
 
@@ -108,7 +108,7 @@ def test_json_that_a_schema_allows(tmp_path) -> None:
     for bad in ('{"type": "thing"}', "{"):
         path.write_text(bad)
         with pytest.raises(UsageError, match="not a JSON schema"):
-            load(f"json:{path}")
+            reward_named(f"json:{path}")
 
 
 def test_rows_without_answers() -> None:

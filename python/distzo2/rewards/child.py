@@ -78,10 +78,10 @@ def values_of(reward: Callable[..., Any], prompts: list[str], completions: list[
 
 def serve(connection: Connection, name: str, sha256: str | None) -> None:
     from distzo2.errors import DistZO2Error, RewardError, one_line
-    from distzo2.rewards.functions import load
+    from distzo2.rewards.functions import reward_named
 
     try:
-        reward = load(name, sha256)
+        reward = reward_named(name, sha256)
         answer = {}
     except DistZO2Error as error:
         reward, answer = None, {"error": str(error)}

@@ -148,7 +148,7 @@ def digest(name: str) -> str | None:
     return None if (file := file_of(name)) is None else hashlib.sha256(_read(file)).hexdigest()
 
 
-def load(name: str, sha256: str | None = None) -> Reward:
+def reward_named(name: str, sha256: str | None = None) -> Reward:
     """The reward of that name. With `sha256`, its file is still the one with this digest.
 
     Raises:
@@ -275,4 +275,4 @@ def checked(values: Any, num_expected: int) -> list[float]:
     return [float(value) for value in values]
 
 
-WORDS: Mapping[str, Reward] = {name: load(name) for name in ("f1", "em")}  # by the names of their figures
+WORDS: Mapping[str, Reward] = {name: reward_named(name) for name in ("f1", "em")}  # by the names of their figures

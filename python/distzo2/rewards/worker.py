@@ -19,7 +19,7 @@ from distzo2 import interrupts
 from distzo2.errors import RewardError, UsageError
 from distzo2.interrupts import check_for_interrupt
 from distzo2.rewards import child
-from distzo2.rewards.functions import WORDS, Reward, Row, digest, figure_of, load, parsed
+from distzo2.rewards.functions import WORDS, Reward, Row, digest, figure_of, parsed, reward_named
 from distzo2.streaming.lanes import LaneThread
 
 LOAD_SECONDS = 120.0  # what importing a reward's file may take
@@ -43,11 +43,11 @@ class InlineReward:
     def __init__(self, name: str) -> None:
         """
         Raises:
-            UsageError: `load` refuses it.
+            UsageError: `reward_named` refuses it.
         """
         self.name, self.sha256 = name, digest(name)
         with redirect_stdout(sys.stderr):
-            self._reward = load(name, self.sha256)
+            self._reward = reward_named(name, self.sha256)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Row]) -> list[float]:
         """A number for each completion; higher is better.
@@ -69,7 +69,7 @@ class RewardWorker:
     def __init__(self, name: str, timeout: float) -> None:
         """
         Raises:
-            UsageError: `load` refuses it.
+            UsageError: `reward_named` refuses it.
         """
         self.name, self.sha256, self.timeout = name, digest(name), timeout
         self._lock = threading.Lock()
