@@ -57,9 +57,10 @@ class DeferredInterrupt:
             self.also()
 
 
-def check_for_interrupt() -> None:
-    """Raises an interrupt that came and is kept; for waits that may be long, whose end can be given up."""
-    if threading.current_thread() is threading.main_thread():
+def check_for_interrupt(in_lane: bool = False) -> None:
+    """Raises an interrupt that came and is kept; for waits that may be long, whose end can be given up. `in_lane`: in
+    the thread of a lane too, for whose end the main thread waits."""
+    if in_lane or threading.current_thread() is threading.main_thread():
         for interrupt in reversed(_entered):
             if interrupt.pending:
                 interrupt.pending = False

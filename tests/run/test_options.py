@@ -13,8 +13,9 @@ from cli_runs import finetune, one_line, record, steps_in
 
 from distzo2.cli.main import main, parse
 from distzo2.errors import UsageError
+from distzo2.estimators.registry import ESTIMATORS
 from distzo2.option_types import num_bytes
-from distzo2.run.options import FinetuneOptions, changed
+from distzo2.run.options import OWN_BATCHES, FinetuneOptions, changed
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 
@@ -225,3 +226,7 @@ def test_rates_of_what_is_tuned(options: list[str]) -> None:
     assert options_of(*FULL, "--estimator=1.5spsa", "--noise=normal").noise == "normal"
     of_mezo = options_of(*FULL, *options, "--protocol=mezo")  # which trains no gains
     assert (of_mezo.lr, of_mezo.eps) == (1e-4 if "--tune=gain" in options else 5e-5, 1e-2)
+
+
+def test_estimators_with_batches_of_their_own_are_those_that_say_so():
+    assert set(OWN_BATCHES) == {n for n, kind in ESTIMATORS.items() if getattr(kind, "own_batches", False)}

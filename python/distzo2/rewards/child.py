@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -59,16 +59,7 @@ def values_of(reward: Callable[..., Any], prompts: list[str], completions: list[
 
     own = os.getpid()
     try:
-        values = reward(prompts, completions, rows)
-        if isinstance(values, Mapping | Set):  # its order is not that of the completions
-            raise RewardError(RewardError.NO_NUMBERS, f"a list was expected, it returned a {type(values).__name__}")
-        try:
-            return checked(values, len(completions))
-        except Exception as error:
-            if isinstance(error, RewardError):
-                raise
-            text = f"finite numbers were expected: {type(error).__name__}: {one_line(error)}"
-            raise RewardError(RewardError.NO_NUMBERS, text) from error
+        return checked(reward(prompts, completions, rows), len(completions))
     except GeneratorExit as error:
         raise RewardError(RewardError.RAISED, one_line(error)) from error
     finally:

@@ -18,13 +18,14 @@ import hashlib
 import importlib.abc
 import importlib.util
 import json
+import math
 import numbers
 import re
 import string
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -262,17 +263,28 @@ def checked(values: Any, num_expected: int) -> list[float]:
     Raises:
         RewardError: it is anything but a finite number for each completion.
     """
+    if isinstance(values, Mapping | Set):  # its order is not that of the completions
+        raise RewardError(RewardError.NO_NUMBERS, f"a list was expected, it returned a {type(values).__name__}")
     try:
         values = list(values)
-    except Exception:
-        raise RewardError(RewardError.NO_NUMBERS, f"a list was expected, it returned {brief(values)}") from None
+    except Exception as error:  # whatever a generator of the user's raises
+        what = f"it returned {brief(values)}: {type(error).__name__}: {one_line(error)}"
+        raise RewardError(RewardError.NO_NUMBERS, f"a list was expected, {what}") from error
     if len(values) != num_expected:
         raise RewardError(RewardError.NO_NUMBERS, f"{num_expected} were expected, it returned {len(values)}")
-    for value in values:
-        is_number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0  # of torch and numpy
-        if not is_number or not abs(float(value)) < float("inf"):
-            raise RewardError(RewardError.NO_NUMBERS, f"it returned {brief(value)} for a completion")
-    return [float(value) for value in values]
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float:
+    """A finite number, of Python, numpy or torch."""
+    why = ""
+    if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0:
+        try:
+            if math.isfinite(number := float(value)):
+                return number
+        except (TypeError, ValueError, OverflowError) as error:
+            why = f": {type(error).__name__}: {one_line(error)}"
+    raise RewardError(RewardError.NO_NUMBERS, f"it returned {brief(value)} for a completion{why}")
 
 
 WORDS: Mapping[str, Reward] = {name: reward_named(name) for name in ("f1", "em")}  # by the names of their figures

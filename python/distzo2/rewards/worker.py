@@ -15,7 +15,6 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from distzo2 import interrupts
 from distzo2.errors import RewardError, UsageError
 from distzo2.interrupts import check_for_interrupt
 from distzo2.rewards import child
@@ -24,17 +23,6 @@ from distzo2.streaming.lanes import LaneThread
 
 LOAD_SECONDS = 120.0  # what importing a reward's file may take
 POLL_SECONDS = 0.2  # between looks for Ctrl-C
-
-
-def _check_for_interrupt() -> None:
-    """As `check_for_interrupt`, and in a lane, while which runs the main thread waits and keeps the interrupt."""
-    if not isinstance(threading.current_thread(), LaneThread):
-        check_for_interrupt()
-        return
-    for interrupt in reversed(interrupts._entered):
-        if interrupt.pending:
-            interrupt.pending = False
-            interrupt._previous(signal.SIGINT, None)
 
 
 class InlineReward:
@@ -118,7 +106,7 @@ class RewardWorker:
             while (left := deadline - time.monotonic()) > 0:
                 if self._connection.poll(min(left, POLL_SECONDS)):
                     return json.loads(self._connection.recv_bytes())
-                _check_for_interrupt()
+                check_for_interrupt(in_lane=isinstance(threading.current_thread(), LaneThread))
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):  # it has ended, or is about to
                 self._process.wait(1.0)
