@@ -36,9 +36,9 @@ RATES = {"lora": _OF_LORA, "gain": _OF_LORA, "prefix": _OF_PROMPTS, "prompt": _O
 # which an eps below 1e-3 takes too. Of prompts nothing was tried.
 _OF_ONE_SIZE = {None: {"lr": 2e-3}, "lora": {"lr": 3e-2}, "gain": {"lr": 3e-2}}  # steps do not grow with the losses
 BY_ESTIMATOR = dict.fromkeys(("fzoo", "es", "meazo", "spsa-sign"), _OF_ONE_SIZE)
-# Of rewards, which are mostly no slopes, and have no scale of their own.
-REWARDED = {"estimator": "es", "probes": 8}
 BY_ESTIMATOR["1.5spsa"] = {None: {"lr": 1e-4, "eps": 1e-4}}  # the paper's
+# With --objective reward: members are compared with each other, since rewards have no scale of their own.
+REWARDED = {"estimator": "es", "probes": 8}
 
 
 def finetune_options(given: Mapping[str, Any], config: str | None = None) -> FinetuneOptions:
