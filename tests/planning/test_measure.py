@@ -51,7 +51,8 @@ def test_every_figure_is_there(measured: tuple[dict, Path]) -> None:
         assert {"up_bytes_per_s", "down_bytes_per_s", "both_bytes_per_s"} < row.keys()
     assert result["disk"]["directory"] == str(directory) and result["disk"]["file_system"]
     rows = {(row["device"], row["family"]) for row in result["noise"]}
-    assert rows == {(device, family) for device in ("cpu", *devices) for family in ("normal", "rademacher")}
+    families = ("normal", "rademacher", "sign-r1", "sign-r4", "normal-r1", "normal-r4")
+    assert rows == {(device, family) for device in ("cpu", *devices) for family in families}
     assert {row["dtype"] for row in result["matmul"]} == {"float32", "bfloat16"}
     assert [row["device"] for row in result["memory"]] == ["cpu", *devices]
     rows = {(row["codes"], row["dtype"]) for row in result["decode"] if row["device"] == "cpu"}
