@@ -76,10 +76,12 @@ def train(model: nn.Module, opt: distzo2.ZOSGD, until: int) -> None:
 
 
 def train_until_copied(model: nn.Module, opt: distzo2.ZOSGD, num_rounds: int = 2) -> None:
-    """Trains until every unit was copied `num_rounds` times."""
+    """Trains until every unit was copied `num_rounds` times, however slow the disk is."""
     copier = copier_of(model)
     while copier.num_rounds < num_rounds or copier.in_round:
         train(model, opt, opt.step_count + 1)
+        if opt.step_count > 100 and copier._writing:
+            concurrent.futures.wait([copier._writing], timeout=60)
         assert opt.step_count < 2000
 
 
