@@ -26,8 +26,7 @@ from distzo2.models import pretrained
 from distzo2.models.pretrained import meta_model, open_checkpoint
 
 
-@pytest.mark.parametrize("weights", ["host", "disk"])
-@pytest.mark.parametrize("name", ["opt", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(("name", "weights"), [("opt", "host"), ("mixtral", "disk"), ("deepseek_v3", "host")])
 def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     make(name, source)
@@ -236,7 +235,7 @@ def test_parameters_without_elements_survive(tmp_path: Path, file: str) -> None:
     assert stored(tmp_path / "plain").keys() == stored(tmp_path / "out").keys()
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "t5"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "t5"])
 def test_outputs_have_names_whatever_the_config_says(tmp_path: Path, name: str) -> None:
     make(name, tmp_path)
     ids = torch.arange(12).reshape(2, 6) + 3

@@ -155,14 +155,6 @@ def test_tf32_is_refused_on_a_cpu_and_kept_by_a_resumed_run(files, capsys) -> No
     assert "tf32" in FIXED
 
 
-def test_a_restart_by_torchrun_keeps_it(files, monkeypatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert finetune(files, *HALF, "--eps=1e-5", "--steps=2") == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert finetune(files, *HALF, "--eps=1e-5", "--steps=4") == 0
-    assert steps_in() == 4 and computed() == ("float32", "float32")
-
-
 def test_a_cpu_without_instructions_for_16_bits_computes_in_float32(files, tmp_path: Path) -> None:
     """Whatever the signal is, since float32 is faster there."""
     command = ["finetune", f"--model={files.model}", f"--train={files.train}", "--out=out", "--steps=1", *HALF]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cli_runs import finetune, record, resume
+from cli_runs import finetune, record
 from tiny_text import choice_lines, uneven_lines, write_jsonl
 
-from distzo2.cli.main import main
-from distzo2.record.header import with_older_rules
 from distzo2.record.journal import read_journal
-from distzo2.record.line import encode_line
 from distzo2.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_directory")
@@ -57,27 +53,3 @@ def test_the_header_holds_the_hash_of_the_examples(files: SimpleNamespace) -> No
     assert finetune(files) == 0
     header = read_journal("out/journal.jsonl").header
     assert header["data_hash"] == record()["examples_sha256"] and header["journal"] == 3
-
-
-@pytest.mark.parametrize("how", ["resumed", "branched"])
-def test_a_run_under_the_mean_of_means_continues_under_it(files: SimpleNamespace, how: str) -> None:
-    """Its closures return means: its steps have the bits that one of today's means has."""
-    train = write_jsonl(Path("uneven.jsonl"), uneven_lines(20))
-    assert finetune(files, f"--train={train}", "--micro-batches=2", "--steps=1") == 0
-    lines = Path("out/journal.jsonl").read_bytes().splitlines(True)
-    step = json.loads(lines[1])
-    counts = step.pop("counts")
-    del step["crc"]
-    header = with_older_rules(read_journal("out/journal.jsonl").header)
-    Path("out/journal.jsonl").write_bytes(encode_line(header, 1 << 20) + encode_line(step, 1 << 20))
-    if how == "resumed":
-        assert resume("--steps=3") == 0
-    else:
-        assert main(["finetune", "--branch-from=out", "--out=new", "--steps=3", "--quiet"]) == 0
-    contents = read_journal("out/journal.jsonl" if how == "resumed" else "new/journal.jsonl")
-    assert contents.header["journal"] == 2 and len(set(counts[0])) == 2
-    for entry in contents.entries[1:]:
-        plus, minus = (np.float64(row[0] + row[1]) / 2 for row in entry.losses)
-        assert entry.counts is None
-        assert [term.c for term in entry.update.terms] == [float(np.float32((plus - minus) / (2 * entry.eps)))]
-        assert all(float(np.float32(loss)) == loss for row in entry.losses for loss in row)  # a float32 mean each
