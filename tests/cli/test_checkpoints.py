@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,10 +39,8 @@ def adapter(model: Path) -> None:
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/7b", "peft_type": "LORA"}))
 
 
-BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {  # and tests/checkpoint has the others
+BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {  # tests/models has the others
     "adapter": (adapter, "for the base model 'acme/7b'"),
-    "gone": (shutil.rmtree, "model: expected a checkpoint directory"),
-    "without weights": (lambda model: (model / "model.safetensors").unlink(), "directory with model.safetensors"),
     "without a tokenizer": (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
 }
 

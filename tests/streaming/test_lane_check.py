@@ -169,7 +169,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("build", LOSSES, ids=lambda build: getattr(build, "__name__", build))
-@pytest.mark.parametrize(("num_batches", "max_lanes"), [(1, None), (2, None), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("num_batches", "max_lanes"), [(2, None), (2, 1), (2, 3)])
 def test_what_a_lane_sets_on_a_module_is_its_own(build, num_batches, max_lanes, tmp_path):
     before = switches()
     model = Blocks if isinstance(build, str) else build
@@ -368,8 +368,11 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__.strip("_"))
-@pytest.mark.parametrize("where", ["step", "check"])
+@pytest.mark.parametrize(
+    ("case", "where"),
+    [*((case, "step") for case in CASES), (_in_a_dict, "check")],
+    ids=lambda value: getattr(value, "__name__", value).strip("_"),
+)
 def test_what_cannot_be_kept_apart_is_noticed(case, where):
     model, closure, named = case()
     offloaded(model)
