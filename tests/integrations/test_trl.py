@@ -282,5 +282,5 @@ def test_versions_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch
     ):
         patch.setattr("importlib.metadata.version", lambda package: "1.17.0")
         runpy.run_path(zo.__file__)
-    code = "import sys, distzo2; sys.exit(bool({'transformers', 'accelerate', 'trl', 'peft'} & {*sys.modules}))"
+    code = "import sys, distzo2; sys.exit(bool({'transformers', 'accelerate', 'trl', 'peft', 'gguf'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import threading
@@ -157,15 +156,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: rewrite(path, lambda t: t | {"model.norm.weight": torch.ones(31)}),
         r"'model.norm.weight': expected shape \[32\] as config.json says, got \[31\]",
     ),
-    "truncated": (lambda path: os.truncate(path / SINGLE_FILE, 5000), r"model.safetensors: truncated"),
     "no such shard": (
         lambda path: weights_named(path, SHARD, {"a": "gone.safetensors"}), "names this file, but it is not there",
     ),
     "not in the shard": (lambda path: weights_named(path, SHARD, {"ghost": SHARD}), "expected tensor 'ghost'"),
-    "no archive": (
-        lambda path: (path / SINGLE_FILE).rename(path / "pytorch_model.bin"),
-        "pytorch_model.bin: expected an archive that torch.save wrote",
-    ),
     "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint directory with a config.json"),
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
