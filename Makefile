@@ -28,7 +28,7 @@ demo: $(VENV)/.built ## set up, then fine-tune a small real model streamed from 
 	$(BIN)/python examples/demo/demo.py
 
 test: $(VENV)/.built ## set up, then run the Python tests
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.built ## the long tests
 	$(BIN)/pytest -m slow
