@@ -444,9 +444,9 @@ def on_nodes(rank: int, world_size: int, directory: Path, numbers: tuple[int, ..
         return distzo2.parallel.current().node.ranks, opt.last.losses, state_of(model)
 
 
-def ahead(rank: int, world_size: int, directory: Path, evaluates: bool) -> tuple[int, int]:
-    """How many of a step's gathers had begun before they were wanted, and how many there were: the most of a few steps,
-    since on a busy machine some wait for the other rank."""
+def ahead(rank: int, world_size: int, directory: Path) -> tuple[int, int]:
+    """How many of a step's gathers had begun before they were wanted, and how many there were, also when a rank has
+    evaluated alone: the most of a few steps, since on a busy machine some wait for the other rank."""
     mesh_of(1, world_size, slice=True)
     model = Blocks(num_blocks=8)
     for block in model.blocks:  # compute takes its time, and nothing of the processor's
@@ -456,7 +456,7 @@ def ahead(rank: int, world_size: int, directory: Path, evaluates: bool) -> tuple
     closures = [lambda: model(batch(0))] * world_size
     for _ in range(2):
         opt.step(closures)
-    if rank == 0 and evaluates:
+    if rank == 0:
         distzo2.evaluate(model, closures[:1])
     counts = []
     for _ in range(5):
