@@ -81,7 +81,6 @@ faults: $(VENV)/.built ## disks that fail, kills and power cuts at any instant, 
 	$(call CMAKE_NEW,core) && cmake --build build/core
 	$(CTEST) build/core -R 'block_file|copy_engine|host_pool'
 	$(BIN)/pytest tests/faults/test_limits.py tests/weights/test_store.py tests/optim/test_safety.py
-	$(BIN)/pytest tests/faults/test_fuzz.py -k every_damage
 	DISTZO2_NUM_KILLS=200 DISTZO2_ALL_FAULTS=1 $(BIN)/pytest --timeout=0 -s \
 		tests/faults/test_kills.py tests/record/test_weight_file.py tests/faults/test_disk_faults.py tests/faults/test_power_cut.py
 

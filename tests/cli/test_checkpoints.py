@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_models import edit_config
-from cli_runs import assert_same_bits, finetune, make_files, one_line
+from cli_runs import finetune, make_files, one_line
 
 from distzo2.cli.main import main
 
@@ -17,21 +16,6 @@ from distzo2.cli.main import main
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     return make_files(tmp_path)
-
-
-def test_a_configuration_that_asks_for_tuples(files, capsys: pytest.CaptureFixture[str]) -> None:
-    """`"return_dict": false` changes neither steps, nor scores, nor texts."""
-    said = []
-    for asked in (True, False):
-        edit_config(files.model, return_dict=asked)
-        assert finetune(files, "--save=last") == 0
-        Path("out").rename(f"out-{asked}")
-        capsys.readouterr()
-        assert main(["eval", f"--model={files.model}", f"--eval={files.eval}"]) == 0
-        assert main(["generate", f"--model={files.model}", "--prompt=a b", "--max-new-tokens=4"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert_same_bits("out-True/checkpoint", "out-False/checkpoint")
 
 
 def adapter(model: Path) -> None:

@@ -276,11 +276,8 @@ def test_maps_are_compared_by_elements(tmp_path: Path, monkeypatch: pytest.Monke
                 lambda p: other(p, source=(p[0].source + 1) % 3),
                 lambda p: other(p, dst_offset=p[0].dst_offset + 1),
                 lambda p: other(p, src_offset=p[1].src_offset) if p[0].source == p[1].source else p[1:],
-                lambda p: other(p, dst_offset=1 << 70),
                 lambda p: other(p, source="x"),
-                lambda p: [[1, 2], *p],
                 lambda p: [7, *p],
-                lambda p: [p[0]._replace(sizes=(-1,) * len(p[0].sizes)), *p[1:]],
             ):
                 with pytest.raises(JournalError, match=f"{name!r} is read from other places"):
                     check(cut(name, change))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import typing
 
 import pytest
@@ -47,20 +46,6 @@ class Auxiliary(Blocks):
 
     def terms(self):
         return sum(block.l_aux for block in self.blocks)
-
-
-class Lists(Blocks):
-    """The root begins a list of its own in each forward; blocks add to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for block in self.blocks:
-            block.register_forward_hook(lambda module, args, output: self.hidden.append(output))
-
-    def forward(self, ids):
-        self.hidden = []
-        loss = super().forward(ids)
-        return loss + torch.stack(self.hidden).square().mean()
 
 
 class Deleted(Blocks):
@@ -157,7 +142,6 @@ def _without_fused_attention(model, ids):
 LOSSES = {
     Masked: BATCHES,
     Auxiliary: [lambda model: model(IDS) + model.terms(), lambda model: model(OTHER) + model.terms()],
-    Lists: BATCHES,
     Deleted: BATCHES,
     Grown: BATCHES,
     HooksItself: BATCHES,
@@ -274,12 +258,6 @@ def _in_a_list_that_grows():
     return model, closure, None
 
 
-def _in_a_deque():
-    last = collections.deque(maxlen=4)
-    model = Hooked(lambda i, output: last.append(output))
-    return model, lambda: model(IDS) + torch.stack(list(last)).square().mean(), "'last' of"
-
-
 def _in_an_object():
     class State:
         hidden: torch.Tensor
@@ -363,7 +341,7 @@ def _in_the_object_whose_method_is_the_closure():
 
 
 CASES = [
-    _in_a_dict, _in_a_global, _in_a_list_that_grows, _in_a_deque, _in_an_object, _in_a_dict_of_the_module, _in_a_tensor,
+    _in_a_dict, _in_a_global, _in_a_list_that_grows, _in_an_object, _in_a_dict_of_the_module, _in_a_tensor,
     _around_setattr, _in_a_cache_that_the_first_lane_fills, _in_a_class, _in_the_object_whose_method_is_the_closure,
 ]  # fmt: skip
 
