@@ -33,7 +33,7 @@ from distzo2_core.types import dense_family, matrix_shape
 
 @torch.no_grad()
 def train(weights: dict[str, torch.Tensor], table: list[dict[str, Any]], updates: Sequence[Update]) -> None:
-    """The plain loop: one `update_` of the reference a parameter and step (updates of one term)."""
+    """The plain loop: one `update_` a parameter and step (updates of one term)."""
     for update in updates:
         for row in table:
             if row["group"] is None or not update.terms:
@@ -42,7 +42,7 @@ def train(weights: dict[str, torch.Tensor], table: list[dict[str, Any]], updates
             scalars = update.groups[row["group"]]
             update_(
                 weights[row["name"]], scalars.lr, term.c, weight_decay=scalars.weight_decay, seed=SEED, step=term.step,
-                param=row["index"], family=term.family, backend="reference",
+                param=row["index"], family=term.family,
             )  # fmt: skip
 
 
