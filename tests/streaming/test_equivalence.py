@@ -65,7 +65,8 @@ IN_16_BITS = [BY_NAME[name] for name in ("opt-tied", "llama", "mixtral", "conv")
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_streamed_equals_plain_loop(case, dtype, weights, tmp_path):
-    assert_same(train(case, weights, tmp_path, dtype=dtype), plain(case, dtype=dtype, backend="reference"))
+    backend = "reference" if case.name in ("opt-tied", "conv") else None
+    assert_same(train(case, weights, tmp_path, dtype=dtype), plain(case, dtype=dtype, backend=backend))
 
 
 @pytest.mark.parametrize(
