@@ -91,7 +91,7 @@ class CheckpointMap:
         Raises:
             CheckpointError: a file is no longer the one that was opened.
         """
-        pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
+        pieces = [piece for packed in self.packed.values() for piece in packed.pieces]
         headers = {file.path.name: file.header_bytes for file in self.files.files}
         found = digest_checkpoint(
             self.files.directory, headers if any(piece.make is None for piece in pieces) else None
@@ -164,19 +164,24 @@ class CheckpointMap:
         Raises:
             CheckpointError: as for `PackedParam.check_scales`.
         """
-        apart = [t.packed for t in self.mapped.values() if t.packed is not None and t.packed.has_scales_apart]
+        apart = [packed for packed in self.packed.values() if packed.has_scales_apart]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             list(pool.map(PackedParam.check_scales, apart))
+
+    @property
+    def packed(self) -> dict[str, PackedParam]:
+        """The packed parameters by name, in the model's order."""
+        return {name: each.packed for name, each in self.mapped.items() if each.packed is not None}
 
     @cached_property
     def is_packed(self) -> bool:
         """Whether a parameter is packed."""
-        return any(tensor.packed is not None for tensor in self.mapped.values())
+        return bool(self.packed)
 
     @property
     def formats(self) -> str:
         """The formats of what is packed, for messages."""
-        return ", ".join(sorted({t.packed.format for t in self.mapped.values() if t.packed is not None}))
+        return ", ".join(sorted({packed.format for packed in self.packed.values()}))
 
     def stored_as(self, name: str) -> StoredAs | None:
         """How the files have a parameter; None if it is converted, or not in one order in its files. Beside packed

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.layout import Piece as Walk
 from distzo2.checkpoint.layout import row_major_strides
-from distzo2.checkpoint.mapping import trace_checkpoint
+from distzo2.checkpoint.mapping import CheckpointMap, trace_checkpoint
 from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
 from distzo2.errors import one_line
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
 from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, gguf_package
-from distzo2.formats.packed_checkpoint import PackedCheckpoint
 from distzo2.text import brief
 
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")  # of a split model
@@ -64,7 +64,7 @@ def gguf_tensors(path: str | os.PathLike) -> list[GgufTensor]:
 
 def open_gguf(
     path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None, **options: Any
-) -> PackedCheckpoint:
+) -> tuple[nn.Module, CheckpointMap]:
     """Opens a GGUF file, or the first of a split one, as a model.
 
     Of the tensors only Gemma's norms and the factors of RoPE are read. A streamed model names scales that are not
@@ -74,6 +74,9 @@ def open_gguf(
         dtype: that the parameters are computed in; None for that of the embeddings, bfloat16 where these are packed.
         auto_class: as for `distzo2.from_pretrained`.
         options: of the model class's `from_pretrained`.
+
+    Returns:
+        the model, its parameters on meta and its buffers real, in `eval()` mode, and what fills it.
 
     Raises:
         CheckpointError: a file is damaged, of an architecture or with a type of blocks that is not known, or its
@@ -102,7 +105,7 @@ def open_gguf(
     except BaseException:
         files.close()
         raise
-    return PackedCheckpoint(model.eval(), found)
+    return model.eval(), found
 
 
 def _shapes(files: _GgufFiles, model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:

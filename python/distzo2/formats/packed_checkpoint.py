@@ -69,37 +69,15 @@ class PackingError:
         return math.sqrt(difference / total) if total else 0.0
 
     def report(self) -> str:
-        """One line for people: the error over all parameters, and the largest of one."""
-        worst = max(self.sums, key=self.of, default=None)
-        if worst is None:
-            return "no weights are packed"
+        """One line for people: the error over all parameters, one or more, and the largest of one."""
+        worst = max(self.sums, key=self.of)
         size = "of the weights' own size (root mean square)"
         return f"packing error {self.of():.2e} {size}, at most {self.of(worst):.2e} ({worst})"
 
 
-@dataclass
-class PackedCheckpoint:
-    """A quantized checkpoint and the model that it fills.
-
-    Attributes:
-        model: with its parameters on meta and its buffers real, in `eval()` mode.
-        map: what fills it.
-        error: of weights that are packed while they are loaded (`formats.packing`).
-    """
-
-    model: nn.Module
-    map: CheckpointMap
-    error: PackingError | None = None
-
-    @property
-    def packed(self) -> dict[str, PackedParam]:
-        """The packed parameters by name, in the model's order."""
-        return {name: each.packed for name, each in self.map.mapped.items() if each.packed is not None}
-
-
 def open_packed(
     path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None, **options: Any
-) -> PackedCheckpoint:
+) -> tuple[nn.Module, CheckpointMap]:
     """Opens a checkpoint whose weights are quantized, from the headers of its files.
 
     Tensors are read only where they decide between forms. Scales are not: `CheckpointMap.check_scales` reads and
@@ -110,6 +88,9 @@ def open_packed(
         dtype: that the parameters are computed in; None for the checkpoint's.
         auto_class: as for `distzo2.from_pretrained`.
         options: of the model class's `from_pretrained`.
+
+    Returns:
+        the model, its parameters on meta and its buffers real, in `eval()` mode, and what fills it.
 
     Raises:
         CheckpointError: the weights are not packed, or in a form that is not decoded (act-order, a codebook, groups
@@ -130,7 +111,7 @@ def open_packed(
     except BaseException:
         files.close()
         raise
-    return PackedCheckpoint(model.eval(), found)
+    return model.eval(), found
 
 
 def is_quantized(directory: Path, files: CheckpointFiles | None = None) -> bool:

@@ -87,8 +87,7 @@ def from_pretrained(
     error = None
     try:
         if store is not None:
-            opened = pack_map(model, checkpoint_map, store, None if units is None else list(units))
-            checkpoint_map, error = opened.map, opened.error
+            checkpoint_map, error = pack_map(model, checkpoint_map, store, None if units is None else list(units))
             freeze_packed(model, checkpoint_map)
         if prepare is not None:
             model, checkpoint_map = prepare(model, checkpoint_map)
@@ -128,8 +127,8 @@ def open_checkpoint(
     if from_file or is_quantized(path, files):
         if files is not None:
             files.close()
-        opened = (open_gguf if from_file else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
-        model, checkpoint_map = opened.model, opened.map
+        opened = open_gguf if from_file else open_packed
+        model, checkpoint_map = opened(path, dtype=dtype, auto_class=auto_class, **options)
         freeze_packed(model, checkpoint_map)
     else:
         model_class = class_of(path, config, auto_class)
@@ -159,10 +158,9 @@ def clamped(model: nn.Module) -> float:
 
 def freeze_packed(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Freezes the parameters whose packed form cannot be trained."""
-    for name, parameter in model.named_parameters():
-        packed = checkpoint_map.mapped[name].packed
-        if packed is not None and packed.stored_as().code_dtype is None:
-            parameter.requires_grad_(False)
+    for name, packed in checkpoint_map.packed.items():
+        if packed.stored_as().code_dtype is None:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def config_of(path: Path) -> Any:

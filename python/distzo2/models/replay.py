@@ -192,10 +192,10 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         formats = header.get("stored_formats") or {}
         if formats and not checkpoint_map.is_packed:  # it was packed at load
             store = next(iter(formats.values())).split()[0]
-            checkpoint_map = pack_map(model, checkpoint_map, store, names=formats).map
+            checkpoint_map = pack_map(model, checkpoint_map, store, names=formats)[0]
         if any(isinstance(text, str) and text.endswith(GAINED) for text in formats.values()):
             model, checkpoint_map = gains(model, checkpoint_map)
-        if {name: m.packed.format for name, m in checkpoint_map.mapped.items() if m.packed is not None} != formats:
+        if {name: packed.format for name, packed in checkpoint_map.packed.items()} != formats:
             raise JournalError(f"{journal}: {directory} holds weights packed in other ways than those of the run")
     else:
         checkpoint_map = _map_by_table(directory, table)
