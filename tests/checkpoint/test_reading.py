@@ -59,9 +59,10 @@ def how(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     make_files(tmp_path)
     if request.param == "cached":
         return request.param
-    with TensorFile(tmp_path / "model.safetensors") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    path = tmp_path / "model.safetensors"
+    with TensorFile(path) as file, open(path, "rb") as opened:
+        os.fsync(opened)
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if file.is_cached():
             pytest.skip("this file system keeps its files in memory")
     if request.param == "no O_DIRECT":

@@ -109,6 +109,23 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
+def read_at(
+    path: Path, descriptor: int, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None
+) -> None:
+    """Reads from an open file; see `TensorFile.read_into`."""
+    done, needed = 0, len(buffer) if needed is None else needed
+    while done < needed:
+        source = descriptor if direct is None or done % PAGE else direct
+        try:
+            count = os.preadv(source, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from error
+        if count == 0:
+            where = f"{path}: truncated while it was read"
+            raise CheckpointError(f"{where}: expected {needed} bytes at {offset}, got {done}")
+        done += count
+
+
 def header_limit(num_bytes: int) -> int:
     """The longest header accepted in a file of `num_bytes`, so that parsing it takes less memory than the tensors."""
     return min(MAX_HEADER_BYTES, max(MAX_SMALL_HEADER_BYTES, num_bytes // 32))
@@ -269,18 +286,7 @@ class TensorFile:
         Raises:
             CheckpointError: the disk returns an error, or the file ends before the buffer has what is needed.
         """
-        done, needed = 0, len(buffer) if needed is None else needed
-        while done < needed:
-            descriptor = self._fd if direct is None or done % PAGE else direct
-            try:
-                count = os.preadv(descriptor, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
-            except OSError as error:
-                where = f"{self.path}: cannot be read at byte {offset + done}"
-                raise CheckpointError(f"{where}: {error.strerror}") from error
-            if count == 0:
-                where = f"{self.path}: truncated while it was read"
-                raise CheckpointError(f"{where}: expected {needed} bytes at {offset}, got {done}")
-            done += count
+        read_at(self.path, self._fd, buffer, offset, needed, direct)
 
     @cached_property
     def direct(self) -> int | None:
@@ -306,9 +312,6 @@ class TensorFile:
         except OSError:  # not cached, or a file system that cannot tell
             return False
         return True
-
-    def fileno(self) -> int:
-        return self._fd
 
     def close(self) -> None:
         for descriptor in (self._fd, self.__dict__.pop("direct", None)):
