@@ -127,7 +127,9 @@ class Layout(NamedTuple):
 
     def flat(self, begin: int, length: int) -> Layout:
         """The `length` elements from `begin` on, counted through all dimensions."""
-        return Layout((length,), self._moved((math.prod(self.shape),), (begin,), (length,), (1,)))
+        near = (p for p in self.pieces if p.dst_offset < begin + length and begin < p.dst_offset + p.dst_span)
+        moved = Layout(self.shape, tuple(near))._moved((math.prod(self.shape),), (begin,), (length,), (1,))
+        return Layout((length,), moved)
 
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> Layout:
         """What `torch.as_strided` would view of the row-major tensor: dimension i of the result takes `shape[i]` steps

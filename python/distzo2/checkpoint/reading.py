@@ -211,8 +211,7 @@ class CheckpointFiles:
             yield from split(file, entry.offset + source * item, flat[begin:end])
             return
         for block in piece.blocks(CHUNK_BYTES // item):
-            last = block.dst_offset + sum((n - 1) * s for n, s in zip(block.sizes, block.dst_strides, strict=True))
-            if block.dst_offset >= within.stop or last < within.start:
+            if block.dst_offset >= within.stop or block.dst_offset + block.dst_span <= within.start:
                 continue
             fill = partial(_rearrange, block, entry.dtype, flat)
             yield Range(file, entry.offset + block.src_offset * item, block.src_span * item, fill=fill)

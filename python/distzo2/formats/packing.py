@@ -178,11 +178,9 @@ class _Packer:
     def weights(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Groups as the files have them, float32 [count, GROUP], and their smallest and largest weights: what the model
         computes in does not round them."""
-        begin, end = first * GROUP, (first + count) * GROUP
-        near = [p for p in self.mapped.pieces if p.dst_offset < end and begin < p.dst_offset + p.dst_span]
-        dtypes = {self.files.entries[piece.source].dtype for piece in near}
+        pieces = Layout(self.mapped.shape, self.mapped.pieces).flat(first * GROUP, count * GROUP).pieces
+        dtypes = {self.files.entries[piece.source].dtype for piece in pieces}
         stored = torch.empty(count, GROUP, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
-        pieces = Layout(self.mapped.shape, tuple(near)).flat(begin, stored.numel()).pieces
         read_ranges(part for piece in pieces for part in self.files.ranges_of(piece, stored.view(-1)))
         out = torch.empty(count, GROUP)
         parts = out.split(_SERIAL_GROUPS)

@@ -275,25 +275,18 @@ def _same_elements(theirs: Any, ours: list[Any], first: Sequence[int]) -> bool:
 
 def _checked_piece(fields: Any, numel: int, num_tensors: int) -> Piece:
     piece = Piece(*(tuple(field) if isinstance(field, list) else field for field in fields))
-    walk = [*zip(piece.sizes, piece.src_strides, piece.dst_strides, strict=True)]
+    walk = zip(piece.sizes, piece.src_strides, piece.dst_strides, strict=True)
     numbers = [piece.source, piece.src_offset, piece.dst_offset, *chain.from_iterable(walk)]
-    last = piece.dst_offset + sum((size - 1) * step for size, _, step in walk)
-    if any(type(n) is not int or n < 0 for n in numbers) or 0 in piece.sizes or last >= numel:
-        raise ValueError("not a piece of this parameter")
-    if piece.source >= num_tensors:
-        raise ValueError("not a piece of this checkpoint")
+    is_walk = all(type(n) is int and n >= 0 for n in numbers) and 0 not in piece.sizes
+    if not is_walk or piece.dst_offset + piece.dst_span > numel or piece.source >= num_tensors:
+        raise ValueError("not a piece of this parameter and this checkpoint")
     return piece
 
 
 def _elements(pieces: Sequence[Piece], begin: int, length: int, numel: int, first: Sequence[int]) -> torch.Tensor:
     """The numbers of the checkpoint's elements that fill `length` elements of a parameter from `begin` on."""
     found = torch.full((length,), -1)
-    near = []
-    for piece in pieces:
-        last = piece.dst_offset + sum((n - 1) * step for n, step in zip(piece.sizes, piece.dst_strides, strict=True))
-        if piece.dst_offset < begin + length and last >= begin:
-            near.append(piece)
-    for piece in Layout((numel,), tuple(near)).flat(begin, length).pieces:
+    for piece in Layout((numel,), tuple(pieces)).flat(begin, length).pieces:
         numbers = torch.tensor(first[piece.source] + piece.src_offset)
         for size, step in zip(piece.sizes, piece.src_strides, strict=True):
             numbers = numbers[..., None] + torch.arange(size) * step
