@@ -25,7 +25,7 @@ import torch
 
 from distzo2.checkpoint.packed_param import VALUE_DTYPES, Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.formats.repacking import Stored, in_chunks, nested_scales, transposed_codes, zeros
+from distzo2.formats.repacking import Stored, nested_scales, transposed_codes, zeros
 from distzo2.text import dtype_name
 from distzo2_core.packed import Field, Kind
 
@@ -349,7 +349,7 @@ def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix
     points, place = parts.get("_zero_point"), scales[1]
     if points is not None and weight.dtype == torch.int8:
         planes["zero"] = parts.grid("_zero_point", weight.shape, (torch.int8,), tuple(block))
-    elif points is not None and not in_chunks(points, lambda values: not values.float().any()):
+    elif points is not None and points.read().float().any():
         raise parts.error(f"expected zero points of 0 beside {dtype_name(weight.dtype)}")  # some have such
     by = f"{place.rows}x{place.cols}"
     if place.cols == weight.shape[-1]:

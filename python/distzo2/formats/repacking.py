@@ -7,7 +7,6 @@ is codes as NIBBLES_32 or UINT8 [rows, cols], zero points as UINT8 [rows, groups
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +103,3 @@ def nested_scales(absmax: Stored, levels: Stored, outer: Stored, offset: float, 
         return scale * outer.read().view(-1).repeat_interleave(block)[: scale.numel()] + offset
 
     return Piece.made(4 * absmax.entry.numel, make)
-
-
-def in_chunks(tensor: Stored, is_good: Callable[[torch.Tensor], bool]) -> bool:
-    """Whether `is_good` holds of all rows of a tensor, read a few MiB at a time."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    step = max(1, CHUNK_BYTES * rows // max(1, tensor.entry.num_bytes))
-    return all(is_good(tensor.read(begin, min(rows, begin + step))) for begin in range(0, rows, step))
