@@ -14,14 +14,14 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from itertools import accumulate, chain
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -120,13 +120,14 @@ def replay(
         text = f"replay {steps.num_steps} steps"
         bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
         if packed:
-            gains_of = _Gains()
+            found: dict[str, torch.Tensor] = {}
             with bar:
-                apply_updates(checkpoint_map, gains_of, pieces, steps, backend, bar)
-            write_packed(checkpoint_map, gains_of.values.__getitem__, out_dir)
+                keep = lambda name, gain, _: found.update({name: gain.clone()})  # noqa: E731
+                apply_updates(checkpoint_map, keep, pieces, steps, backend, bar)
+            write_packed(checkpoint_map, found.__getitem__, out_dir)
             return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
-            apply_updates(checkpoint_map, writer, pieces, steps, backend, bar)
+            apply_updates(checkpoint_map, writer.write, pieces, steps, backend, bar)
             if is_gguf(Path(base_dir)):
                 writer.add(gguf_tokenizer(Path(base_dir)).save_pretrained)
     return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
@@ -373,32 +374,15 @@ def _packed_piece(mapped: MappedTensor, row: Mapping[str, Any], gain_row: Mappin
     return [gains, PiecePart(mapped.name, segment, packed, gains)]
 
 
-class Writer(Protocol):
-    """Where updated weights go: a `CheckpointWriter`, for one."""
-
-    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
-        """Takes the part of a parameter that begins at element `begin`."""
-
-
-class _Gains:
-    """A `Writer` that keeps what is written, by name."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, torch.Tensor] = {}
-
-    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
-        self.values[name] = tensor.clone()
-
-
 def apply_updates(
     checkpoint_map: CheckpointMap,
-    writer: Writer,
+    write: Callable[[str, torch.Tensor, int], None],
     pieces: Sequence[list[PiecePart]],
     steps: Steps,
     backend: str | None,
     bar: tqdm,
 ) -> None:
-    """Reads, updates and writes all pieces."""
+    """Reads, updates and writes all pieces; `write` takes the part of a parameter, by name, from an element on."""
     updates, unused, seed = steps.updates, steps.unused, steps.header["seed"]
     largest = max((piece[-1].segment.byte_offset + piece[-1].num_bytes for piece in pieces), default=0)
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
@@ -427,7 +411,7 @@ def apply_updates(
                         materialize(buffer, table, seed=seed, updates=part, write_back=True, backend=backend)
             with writing:
                 for part in piece:
-                    writer.write(part.name, part.values(buffer), part.segment.element_offset)
+                    write(part.name, part.values(buffer), part.segment.element_offset)
                     bar.update(part.num_bytes)
         finally:
             buffers.put(buffer)

@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def replay_adapter(
         text = f"replay {steps.num_steps} steps"
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress) as bar:
             pieces = plan_pieces(adapter, rows, PIECE_BYTES)
-            apply_updates(adapter, SimpleNamespace(write=write), pieces, steps, None, bar)
+            apply_updates(adapter, write, pieces, steps, None, bar)
     write_adapter(out_dir, read_config(start), {keys[name]: value for name, value in tensors.items()})
     return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
 
