@@ -56,17 +56,6 @@ _UPDATES_AT_ONCE = 128  # in a visit: kernels keep factors of low-rank noise for
 Unused = dict[tuple[tuple[int, int], ...], set[int]]  # ranges of parameters -> steps that left them as they were
 
 
-@dataclass(frozen=True)
-class ReplayReport:
-    """What a replay did: `num_steps` of the journal's `num_journal_steps`, over `num_bytes` of weights. `torn`
-    describes the journal's torn last line, if it has one."""
-
-    num_steps: int
-    num_journal_steps: int
-    num_bytes: int
-    torn: str | None
-
-
 def replay(
     base_dir: str | os.PathLike[str],
     journal_path: str | os.PathLike[str],
@@ -78,7 +67,7 @@ def replay(
     auto_class: Any = None,
     piece_bytes: int = PIECE_BYTES,
     packed: bool = False,
-) -> ReplayReport:
+) -> Steps:
     """Writes the checkpoint that a run had after `to_step` steps (None: all of the journal's), bit for bit.
 
     Args:
@@ -92,6 +81,9 @@ def replay(
         piece_bytes: bytes of weights in one piece; memory is about three times as much.
         packed: of a run that trains gains: writes the packed files of the base with the gains in their scales, as
             `distzo2.save_packed` does. All gains are in memory meanwhile.
+
+    Returns:
+        the steps that were applied.
 
     Raises:
         JournalError: the journal is damaged, or `to_step` is beyond it.
@@ -116,26 +108,25 @@ def replay(
             pieces = [piece[:1] for piece in pieces if checkpoint_map.mapped[piece[0].name].is_gain]
             if not pieces:
                 raise CheckpointError(f"{journal_path}: the run trains no gains, so that no packed files are written")
-        num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
-        text = f"replay {steps.num_steps} steps"
-        bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
+        bar = steps.bar(sum(part.num_bytes for piece in pieces for part in piece), progress)
         if packed:
             found: dict[str, torch.Tensor] = {}
             with bar:
                 keep = lambda name, gain, _: found.update({name: gain.clone()})  # noqa: E731
                 apply_updates(checkpoint_map, keep, pieces, steps, backend, bar)
             write_packed(checkpoint_map, found.__getitem__, out_dir)
-            return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
+            return steps
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
             apply_updates(checkpoint_map, writer.write, pieces, steps, backend, bar)
             if is_gguf(Path(base_dir)):
                 writer.add(gguf_tokenizer(Path(base_dir)).save_pretrained)
-    return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
+    return steps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The updates of a journal's first `num_steps` steps, and which parameters they left as they were."""
+    """The updates of the first `num_steps` of a journal's `num_journal_steps` steps, and which parameters they left as
+    they were. `torn` describes the journal's torn last line, if it has one."""
 
     header: dict[str, Any]
     updates: list[Update]
@@ -143,6 +134,11 @@ class Steps:
     num_steps: int
     num_journal_steps: int
     torn: str | None
+
+    def bar(self, num_bytes: int, progress: bool) -> tqdm:
+        """A bar over as many bytes of weights, which is shown with `progress`."""
+        text = f"replay {self.num_steps} steps"
+        return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
 
 
 NO_STEPS = Steps({"seed": 0}, [], {}, 0, 0, None)
