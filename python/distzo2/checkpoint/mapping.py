@@ -23,7 +23,7 @@ from torch import nn
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.packed_param import PackedParam
 from distzo2.checkpoint.packed_param import Piece as PackedPiece
-from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_checkpoint, split
+from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_adapter, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
 from distzo2.errors import one_line
@@ -73,6 +73,7 @@ class CheckpointMap:
     config: Any = None
     generation_config: Any = None
     model_class: str | None = None
+    adapter: Path | None = None  # the directory of what `files` hold beside the checkpoint's own
     _decoded: tuple[Any, torch.Tensor | None] = field(default=(None, None), repr=False)  # what `read` decoded last
 
     @property
@@ -99,6 +100,8 @@ class CheckpointMap:
         for file in self.files.files:
             if file.path.name in found["files"]:  # an adapter's may be written anew
                 file.check_same()
+        if self.adapter is not None:
+            found["files"] |= digest_adapter(self.adapter)
         return found
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:

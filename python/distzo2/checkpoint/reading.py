@@ -355,6 +355,16 @@ def digest_checkpoint(checkpoint: str | os.PathLike[str], headers: Mapping[str, 
     return {"name": path.resolve().name, "files": digest_files(directory, names, sampled)}
 
 
+def adapter_weights(directory: Path) -> str:
+    """The name of an adapter's file of weights."""
+    return next((name for name in ADAPTER_FILES[1:] if (directory / name).is_file()), ADAPTER_WEIGHTS)
+
+
+def digest_adapter(directory: Path) -> dict[str, Any]:
+    """What a journal's header records of an adapter's files."""
+    return digest_files(directory, [ADAPTER_FILE, adapter_weights(directory)])
+
+
 def checkpoint_differences(
     directory: str | os.PathLike[str], base: Mapping[str, Any], adapter: Path | None = None
 ) -> Iterator[str]:
