@@ -31,7 +31,7 @@ from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
-from distzo2.formats.gguf_file import RAW_DTYPES, WIDENED
+from distzo2.formats.gguf_file import RAW_DTYPES
 from distzo2.formats.packed_checkpoint import DecodedFiles, is_quantized, open_packed
 from distzo2.formats.packing import pack_map
 from distzo2.streaming.offload import offload, runtime_of
@@ -180,8 +180,9 @@ def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype, bool]]:
         CheckpointError: there is no checkpoint, or a file of it is truncated, corrupt or in a form that is not decoded.
     """
     if is_gguf(path):
-        tensors = [(t, RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
-        return [(t.stored_bytes, math.prod(t.shape), dtype, t.kind in WIDENED) for t, dtype in tensors]
+        tensors = gguf_tensors(path)
+        rows = [(t.piece(0, t.rows), math.prod(t.shape), RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in tensors]
+        return [(piece.num_bytes, numel, dtype, piece.make is not None) for piece, numel, dtype in rows]
     is_packed = is_quantized(path)
     with closing(DecodedFiles(path) if is_packed else CheckpointFiles(path)) as files:
         found = [(entry.num_bytes, entry.numel, entry.dtype, False) for entry in files.entries]
