@@ -84,27 +84,23 @@ def open_gguf(
         DistZO2Error: the package `gguf` is missing.
     """
     files = _GgufFiles(path)
-    try:
-        config = config_of(files.directory, files.metadata, files.stored)
-        model_class = class_of(files.directory, config, auto_class)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        if not isinstance(dtype, torch.dtype):
-            dtype = RAW_DTYPES.get(files.stored[EMBEDDINGS].kind, torch.bfloat16)
-        sources = files.sources(config, _shapes(files, model_class, config))
-        files.add_parts([replace(s.parts[0], name=s.name, shape=s.shape) for s in sources], dtype)
-        model, found = trace_checkpoint(files, model_class, config, dtype=dtype, **options)
-        for number, source in enumerate(sources):
-            tensor = found.mapped[source.name]
-            if source.made is not None:
-                found.mapped[source.name] = replace(tensor, made=source.made)
-            elif source.parts[0].is_packed:
-                found.mapped[source.name] = replace(tensor, packed=source.packed())
-            elif source.head_dim or len(source.parts) > 1:
-                walks = tuple(source.walks([number, *files.add_parts(source.parts[1:])]))
-                found.mapped[source.name] = replace(tensor, pieces=walks)
-    except BaseException:
-        files.close()
-        raise
+    config = config_of(files.directory, files.metadata, files.stored)
+    model_class = class_of(files.directory, config, auto_class)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if not isinstance(dtype, torch.dtype):
+        dtype = RAW_DTYPES.get(files.stored[EMBEDDINGS].kind, torch.bfloat16)
+    sources = files.sources(config, _shapes(files, model_class, config))
+    files.add_parts([replace(s.parts[0], name=s.name, shape=s.shape) for s in sources], dtype)
+    model, found = trace_checkpoint(files, model_class, config, dtype=dtype, **options)
+    for number, source in enumerate(sources):
+        tensor = found.mapped[source.name]
+        if source.made is not None:
+            found.mapped[source.name] = replace(tensor, made=source.made)
+        elif source.parts[0].is_packed:
+            found.mapped[source.name] = replace(tensor, packed=source.packed())
+        elif source.head_dim or len(source.parts) > 1:
+            walks = tuple(source.walks([number, *files.add_parts(source.parts[1:])]))
+            found.mapped[source.name] = replace(tensor, pieces=walks)
     return model.eval(), found
 
 
@@ -165,20 +161,16 @@ class _GgufFiles(CheckpointFiles):
         self.files: list[TensorFile] = []
         self.entries, self.file_of = [], []
         self.stored: dict[str, GgufTensor] = {}
-        try:
-            self._open(Path(path))
-            self.metadata: dict[str, Any] = self.files[0].metadata
-            count = self.metadata.get("split.count", 1)
-            is_first = _FIRST.search(self.directory.name) and not self.metadata.get("split.no")
-            if count != 1 and not (is_first and isinstance(count, int)):
-                expected = "expected the first file of a split model, ...-00001-of-....gguf"
-                raise CheckpointError(f"{path}: {expected}, got one of {brief(count)}")
-            for i in range(2, count + 1):
-                self._open(self.directory.with_name(_FIRST.sub(f"-{i:05}-of-{count:05}.gguf", self.directory.name)))
-            self.architecture = architecture_of(self.directory, self.metadata)
-        except BaseException:
-            self.close()
-            raise
+        self._open(Path(path))
+        self.metadata: dict[str, Any] = self.files[0].metadata
+        count = self.metadata.get("split.count", 1)
+        is_first = _FIRST.search(self.directory.name) and not self.metadata.get("split.no")
+        if count != 1 and not (is_first and isinstance(count, int)):
+            expected = "expected the first file of a split model, ...-00001-of-....gguf"
+            raise CheckpointError(f"{path}: {expected}, got one of {brief(count)}")
+        for i in range(2, count + 1):
+            self._open(self.directory.with_name(_FIRST.sub(f"-{i:05}-of-{count:05}.gguf", self.directory.name)))
+        self.architecture = architecture_of(self.directory, self.metadata)
 
     def _open(self, path: Path) -> None:
         self.files.append(GgufFile(path))

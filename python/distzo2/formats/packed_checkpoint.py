@@ -99,18 +99,14 @@ def open_packed(
     directory = Path(path)
     config = load_config(directory)
     files = DecodedFiles(directory, dtype or getattr(config, "dtype", None))
-    try:
-        model_class = class_of(directory, config, auto_class)
-        # It refuses what is packed in other forms, by name.
-        model, found = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
-        if not files.matrices:
-            raise CheckpointError(f"{directory}: expected packed weights, found none")
-        for name, tensor in found.mapped.items():
-            if files.is_packed(tensor):
-                found.mapped[name] = replace(tensor, packed=_packed(tensor, files))
-    except BaseException:
-        files.close()
-        raise
+    model_class = class_of(directory, config, auto_class)
+    # It refuses what is packed in other forms, by name.
+    model, found = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
+    if not files.matrices:
+        raise CheckpointError(f"{directory}: expected packed weights, found none")
+    for name, tensor in found.mapped.items():
+        if files.is_packed(tensor):
+            found.mapped[name] = replace(tensor, packed=_packed(tensor, files))
     return model.eval(), found
 
 
@@ -183,11 +179,7 @@ class DecodedFiles(CheckpointFiles):
         settings = find_settings(directory)
         super().__init__(directory)
         file_of = {e.name: file for e, file in zip(self.entries, self.file_of, strict=True)}
-        try:
-            matrices, used = find_matrices({e.name: Stored(file_of[e.name].path, e) for e in self.entries}, settings)
-        except CheckpointError:
-            self.close()
-            raise
+        matrices, used = find_matrices({e.name: Stored(file_of[e.name].path, e) for e in self.entries}, settings)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         kept = [e for e in self.entries if e.name not in used]
