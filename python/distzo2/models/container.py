@@ -115,12 +115,9 @@ class _Copies(StagedFiles):
         if there and not (self.out_dir / HIDDEN).is_dir():  # else a killed writer's
             raise CheckpointError(f"{self.out_dir}: already holds {there[0]}; name another directory")
         self.begin(sum(file.stat().st_size for file in files))
-        try:
+        with self.aborting():
             for file in files:
                 shutil.copyfile(file, self.hidden / file.name)
-        except BaseException:
-            self.abort()
-            raise
 
     def write(self, held: Values) -> None:
         """Puts changed bytes where they were read."""
