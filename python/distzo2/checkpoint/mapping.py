@@ -93,11 +93,11 @@ class CheckpointMap:
             CheckpointError: a file is no longer the one that was opened.
         """
         pieces = [piece for packed in self.packed.values() for piece in packed.pieces]
-        headers = {file.path.name: file.header_bytes for file in self.files.files}
+        headers = {file.path.name: file.header_bytes for file in self.files.files.values()}
         found = digest_checkpoint(
             self.files.directory, headers if any(piece.make is None for piece in pieces) else None
         )
-        for file in self.files.files:
+        for file in self.files.files.values():
             if file.path.name in found["files"]:  # an adapter's may be written anew
                 file.check_same()
         if self.adapter is not None:
@@ -137,11 +137,12 @@ class CheckpointMap:
         `within` are its bytes."""
         flat, packed = out.detach().view(-1), self.mapped[name].packed
         if packed is not None:
-            files = {file.path: file for file in self.files.files}
             for piece, start in packed.placed():
                 part = range(max(start, within.start), min(start + piece.num_bytes, within.stop))
                 if piece.make is None and part:
-                    yield from split(files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop])
+                    yield from split(
+                        self.files.files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop]
+                    )
             return
         for piece in self.mapped[name].pieces if self.mapped[name].made is None else ():
             yield from self.files.ranges_of(piece, flat, within)
@@ -196,23 +197,20 @@ class CheckpointMap:
             return None
         dtype = self.files.entries[mapped.pieces[0].source].dtype if self.is_packed else mapped.dtype
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
-            entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]
+            entry = self.files.entries[piece.source]
             as_is = piece.is_run and entry.dtype == dtype and entry.strides is None
             if not as_is or piece.dst_offset != end:
                 return None
             item = dtype.itemsize
             offset = entry.offset + piece.src_offset * item
-            ranges.append((file.path, offset, piece.numel * item, end * item))
+            ranges.append((entry.path, offset, piece.numel * item, end * item))
             end += piece.numel
         return StoredAs(end * dtype.itemsize, tuple(ranges), dtype) if end == mapped.numel else None
 
     def to_json(self) -> dict[str, Any]:
         """The map as plain data for JSON: checkpoint tensors with their files, and each parameter's pieces."""
         return {
-            "tensors": [
-                [t.name, dtype_name(t.dtype), t.shape, file.path.name]
-                for t, file in zip(self.tensors, self.files.file_of, strict=True)
-            ],
+            "tensors": [[t.name, dtype_name(t.dtype), t.shape, t.path.name] for t in self.tensors],
             "params": {name: [dtype_name(m.dtype), m.shape, m.pieces] for name, m in self.mapped.items()},
         }
 
@@ -312,9 +310,11 @@ def trace_checkpoint(
         more += _wrapping(missing, unused)
         raise CheckpointError(f"{where}: no tensor in the checkpoint fills {missing[0]!r}{more}")
 
+    order = [*files.files]
+
     def in_file(piece: Piece) -> tuple[int, int]:
-        entry, file = files.entries[piece.source], files.file_of[piece.source]
-        return files.files.index(file), entry.offset + piece.src_offset * entry.dtype.itemsize
+        entry = files.entries[piece.source]
+        return order.index(entry.path), entry.offset + piece.src_offset * entry.dtype.itemsize
 
     mapped: dict[str, MappedTensor] = {}
     made: dict[torch.Tensor, torch.Tensor] = {}  # by symbol, so that tied parameters stay one object

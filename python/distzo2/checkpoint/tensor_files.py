@@ -64,13 +64,15 @@ class CheckpointError(DistZO2Error, ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file. `offset` counts bytes from the start of the file, `strides` elements (None: row-major)."""
+    """One tensor of the file at `path`. `offset` counts bytes from the start of the file, `strides` elements (None:
+    row-major)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int = 0
     strides: tuple[int, ...] | None = None
+    path: Path | None = None
 
     @property
     def numel(self) -> int:
@@ -211,7 +213,7 @@ class TensorFile:
                     # An empty tensor has strides too.
                     if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
                         raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
-                    tensors[name] = TensorEntry(name, dtype, shape, offset)
+                    tensors[name] = TensorEntry(name, dtype, shape, offset, path=self.path)
                     offset += tensors[name].num_bytes
         except SafetensorError as error:
             raise CheckpointError(
@@ -257,7 +259,8 @@ class TensorFile:
                 raise CheckpointError(f"{where}: expected a name, and at most {MAX_DIMS} dimensions")
             strides = None if not tensor.numel() or tensor.is_contiguous() else tensor.stride()
             begin, offset = tensor.untyped_storage()._checkpoint_offset, tensor.storage_offset() * tensor.itemsize
-            entry = entries[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), begin + offset, strides)
+            shape = tuple(tensor.shape)
+            entry = entries[name] = TensorEntry(name, tensor.dtype, shape, begin + offset, strides, self.path)
             if entry.numel and not 0 <= offset <= offset + entry.span_bytes <= sizes.get(begin, -1):
                 expected = f"expected {entry.span_bytes} bytes at byte {offset} of a member of the archive"
                 raise CheckpointError(f"{where}: {expected}")

@@ -158,11 +158,10 @@ class _GgufFiles(CheckpointFiles):
 
     def __init__(self, path: str | os.PathLike):
         self.directory = Path(path)  # what messages name
-        self.files: list[TensorFile] = []
-        self.entries, self.file_of = [], []
+        self.files: dict[Path, TensorFile] = {}
+        self.entries = []
         self.stored: dict[str, GgufTensor] = {}
-        self._open(Path(path))
-        self.metadata: dict[str, Any] = self.files[0].metadata
+        self.metadata: dict[str, Any] = self._open(Path(path)).metadata
         count = self.metadata.get("split.count", 1)
         is_first = _FIRST.search(self.directory.name) and not self.metadata.get("split.no")
         if count != 1 and not (is_first and isinstance(count, int)):
@@ -172,11 +171,12 @@ class _GgufFiles(CheckpointFiles):
             self._open(self.directory.with_name(_FIRST.sub(f"-{i:05}-of-{count:05}.gguf", self.directory.name)))
         self.architecture = architecture_of(self.directory, self.metadata)
 
-    def _open(self, path: Path) -> None:
-        self.files.append(GgufFile(path))
-        for name, tensor in self.files[-1].tensors.items():
+    def _open(self, path: Path) -> GgufFile:
+        self.files[path] = file = GgufFile(path)
+        for name, tensor in file.tensors.items():
             if self.stored.setdefault(name, tensor) is not tensor:
                 raise CheckpointError(f"{path}: tensor {brief(name)} is in {self.stored[name].path.name} too")
+        return file
 
     def sources(self, config: Any, shapes: dict[str, tuple[int, ...]]) -> list[_Source]:
         """What fills the parameters of these names and shapes.
@@ -235,6 +235,6 @@ class _GgufFiles(CheckpointFiles):
         """Entries for tensors, of `dtype` where they are packed, which are not read through them; returns their
         numbers."""
         for part in parts:
-            self.entries.append(TensorEntry(part.name, RAW_DTYPES.get(part.kind, dtype), part.shape, part.offset))
-            self.file_of.append(next(file for file in self.files if file.path == part.path))
+            kept = RAW_DTYPES.get(part.kind, dtype)
+            self.entries.append(TensorEntry(part.name, kept, part.shape, part.offset, path=part.path))
         return [*range(len(self.entries) - len(parts), len(self.entries))]

@@ -27,7 +27,6 @@ from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, read_json
 from distzo2.formats.matrices import Matrix, find_matrices
-from distzo2.formats.repacking import Stored
 from distzo2.text import brief
 from distzo2_core.packed import Field, PackedLayout
 
@@ -178,13 +177,12 @@ class DecodedFiles(CheckpointFiles):
     def __init__(self, directory: Path, dtype: torch.dtype | str | None = None):
         settings = find_settings(directory)
         super().__init__(directory)
-        file_of = {e.name: file for e, file in zip(self.entries, self.file_of, strict=True)}
-        matrices, used = find_matrices({e.name: Stored(file_of[e.name].path, e) for e in self.entries}, settings)
+        known = {e.name: e for e in self.entries}
+        matrices, used = find_matrices(known, settings)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         kept = [e for e in self.entries if e.name not in used]
-        self.entries = kept + [TensorEntry(m.name, dtype, m.shape) for m in matrices]
-        self.file_of = [file_of[name] for name in (*(e.name for e in kept), *(m.used[0] for m in matrices))]
+        self.entries = kept + [TensorEntry(m.name, dtype, m.shape, path=known[m.used[0]].path) for m in matrices]
         self.matrices: dict[int, Matrix] = dict(enumerate(matrices, len(kept)))  # by number of the entry
 
     def is_packed(self, tensor: MappedTensor) -> bool:

@@ -268,7 +268,7 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                     while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
                         reader.finish(filling[0][1])
                         filling.popleft()[0].close()
-            for file in checkpoint_map.files.files:  # what streams from them was opened by their names
+            for file in checkpoint_map.files.files.values():  # what streams from them was opened by their names
                 file.check_same()
         except BaseException:
             for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more

@@ -227,7 +227,7 @@ class AdapterTensors:
         """
         files, params = CheckpointFiles(directory, adapter_weights(directory)), self.params
         found = {entry.name: entry for entry in files.entries}
-        where = files.files[0].path
+        (where,) = files.files
         for name, key in self.keys.items():
             if key not in found:
                 raise CheckpointError(f"{where}: no tensor {key!r}, which the adapter of this model has")
