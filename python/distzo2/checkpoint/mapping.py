@@ -22,7 +22,6 @@ from torch import nn
 
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.packed_param import PackedParam
-from distzo2.checkpoint.packed_param import Piece as PackedPiece
 from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_adapter, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
@@ -151,15 +150,11 @@ class CheckpointMap:
         """What `ranges_of` leaves out: calls, each of which makes a part of `out`, values or the bytes of a packed
         parameter."""
         packed, made = self.mapped[name].packed, self.mapped[name].made
-        if made is not None:
-            return [partial(out.copy_, made)]
-        if packed is not None:
-            packed.clear_gaps(out)
-
-        def fill(piece: PackedPiece, start: int) -> None:
-            piece.read_into(out[start : start + piece.num_bytes])
-
-        return [partial(fill, *each) for each in packed.placed() if each[0].make is not None] if packed else []
+        if packed is None:
+            return [] if made is None else [partial(out.copy_, made)]
+        packed.clear_gaps(out)
+        placed = [(piece, out[start : start + piece.num_bytes]) for piece, start in packed.placed()]
+        return [partial(piece.read_into, part) for piece, part in placed if piece.make is not None]
 
     def check_scales(self) -> None:
         """Reads the scales that have tensors of their own, which are few bytes, and refuses those that are not finite.
