@@ -160,15 +160,11 @@ def find_settings(directory: Path) -> dict[str, Any]:
         is_idle = isinstance(told, dict) and (told.get("format") == "dense" or told.get("config_groups") == {})
         if told and not is_idle:
             raise CheckpointError(f"{path}: {key} is not decoded, got {brief(told)}")
-    block = settings.get("weight_block_size")
-    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(_is_count(b) for b in block)):
+    block = settings.get("weight_block_size") or [1, 1]
+    if not isinstance(block, list) or len(block) != 2 or any(type(b) is not int or b < 1 for b in block):
         expected = "expected numbers of rows and columns as weight_block_size"
         raise CheckpointError(f"{path}: {expected}, got {brief(block)}")
     return settings
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class DecodedFiles(CheckpointFiles):
