@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -255,10 +255,6 @@ class CheckpointWriter(StagedFiles):
             self._write_json(GENERATION_FILE, json.loads(generation.to_json_string()))
         if source is not None and source.is_dir():
             self.copy_companions(source)
-
-    def add(self, save: Callable[[Path], Any]) -> None:
-        """Calls `save` with the directory whose files are published at the end."""
-        save(self.hidden)
 
     def _write_json(self, name: str, fields: dict[str, Any]) -> None:
         (self.hidden / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -245,7 +245,7 @@ def save_pretrained(
             if name in checkpoint_map.mapped:
                 writer.write(name, buffer)
         if checkpoint_map.directory is not None and is_gguf(checkpoint_map.directory):
-            writer.add(gguf_tokenizer(checkpoint_map.directory).save_pretrained)
+            gguf_tokenizer(checkpoint_map.directory).save_pretrained(writer.hidden)
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:

@@ -119,7 +119,7 @@ def replay(
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
             apply_updates(checkpoint_map, writer.write, pieces, steps, backend, bar)
             if is_gguf(Path(base_dir)):
-                writer.add(gguf_tokenizer(Path(base_dir)).save_pretrained)
+                gguf_tokenizer(base_dir).save_pretrained(writer.hidden)
     return steps
 
 
