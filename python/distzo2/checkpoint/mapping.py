@@ -25,7 +25,7 @@ from distzo2.checkpoint.packed_param import PackedParam
 from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_adapter, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
-from distzo2.errors import one_line
+from distzo2.errors import one_line, refusing
 from distzo2.text import dtype_name
 from distzo2.weights.units import StoredAs
 
@@ -231,10 +231,8 @@ def map_for_saving(model: nn.Module, params: Iterable[tuple[str, torch.dtype, Se
     if is_transformers:
         from transformers.core_model_loading import revert_weight_conversion
 
-        try:
+        with refusing(f"{type(model).__name__} has no checkpoint layout", CheckpointError):
             written = revert_weight_conversion(model, written)
-        except Exception as error:
-            raise CheckpointError(f"{type(model).__name__} has no checkpoint layout: {one_line(error)}") from error
 
     pieces: list[list[Piece]] = [[] for _ in held]
     tensors = []

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from distzo2.errors import DistZO2Error, one_line
+from distzo2.errors import DistZO2Error, one_line, refusing
 from distzo2.files import write_all
 from distzo2.text import brief
 from distzo2_core import aligned_buffer
@@ -200,25 +200,21 @@ class TensorFile:
             )
         self.header_bytes = offset = 8 + length
         tensors = {}
-        try:
-            # The library checks that tensors follow each other without a hole, up to the end of the file.
-            with safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
-                for name in file.offset_keys():
-                    header = file.get_slice(name)
-                    dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
-                    where = f"{self.path}: tensor {brief(name)}"
-                    if dtype is None:
-                        expected = f"expected a dtype among {', '.join(DTYPES)}"
-                        raise CheckpointError(f"{where}: {expected}, got {header.get_dtype()}")
-                    # An empty tensor has strides too.
-                    if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
-                        raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
-                    tensors[name] = TensorEntry(name, dtype, shape, offset, path=self.path)
-                    offset += tensors[name].num_bytes
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes: {one_line(error)}"
-            ) from error
+        what = f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes"
+        # The library checks that tensors follow each other without a hole, up to the end of the file.
+        with refusing(what, CheckpointError), safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
+            for name in file.offset_keys():
+                header = file.get_slice(name)
+                dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
+                where = f"{self.path}: tensor {brief(name)}"
+                if dtype is None:
+                    expected = f"expected a dtype among {', '.join(DTYPES)}"
+                    raise CheckpointError(f"{where}: {expected}, got {header.get_dtype()}")
+                # An empty tensor has strides too.
+                if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
+                    raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
+                tensors[name] = TensorEntry(name, dtype, shape, offset, path=self.path)
+                offset += tensors[name].num_bytes
         return tensors
 
     def _read_torch(self) -> dict[str, TensorEntry]:
@@ -229,7 +225,8 @@ class TensorFile:
         """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        try:
+        what = f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got"
+        with refusing(what, CheckpointError):  # whatever a damaged archive or description raises
             with zipfile.ZipFile(self.path) as archive:
                 for info in archive.infolist():
                     if info.compress_type != zipfile.ZIP_STORED:
@@ -244,12 +241,6 @@ class TensorFile:
             self._check_description(reader.get_record("data.pkl"))
             with FakeTensorMode():
                 tensors = torch.load(self.path, weights_only=True)
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever a damaged archive or description raises
-            raise CheckpointError(
-                f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: {one_line(error)}"
-            ) from error
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors{_where_flat(tensors)}")
         entries = {}

@@ -24,7 +24,7 @@ from distzo2.checkpoint.mapping import CheckpointMap, trace_checkpoint
 from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
-from distzo2.errors import one_line
+from distzo2.errors import refusing
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
 from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, gguf_package
 from distzo2.text import brief
@@ -106,11 +106,9 @@ def open_gguf(
 
 def _shapes(files: _GgufFiles, model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters, tied ones once."""
-    try:
-        with torch.device("meta"):
-            model = model_class._from_config(config)
-    except Exception as error:
-        raise CheckpointError(f"{files.directory}: {model_class.__name__} cannot be made: {one_line(error)}") from error
+    what = f"{files.directory}: {model_class.__name__} cannot be made"
+    with refusing(what, CheckpointError), torch.device("meta"):
+        model = model_class._from_config(config)
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
 
 
