@@ -17,7 +17,7 @@ from distzo2.cli.options import PlanOptions
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.parallel.mesh import MeshShape
 from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
-from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, memory_table, significant, to_json
+from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, NOISE_TEXT, Planner, memory_table, significant, to_json
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.report import read_trace, step_figures
 from distzo2.run.loop import TrainLoop
@@ -48,6 +48,16 @@ def test_an_update_makes_the_noise_of_its_window(capsys) -> None:
     with pytest.raises(SystemExit):
         main([*SMALL, "--momentum-window=4"])
     assert "--momentum-window needs --momentum" in one_line(capsys)
+
+
+def test_low_rank_noise_has_rates_of_its_own() -> None:
+    """A node by name derives them; a measurement without them has those of dense noise, and the plan says so."""
+    families = ("normal-r4", "normal-r1", "sign-r4", "sign-r1", "normal", "rademacher")
+    rates = [GPUS["a100"].rates.noise_per_s[family] for family in families]
+    assert rates == sorted(rates) and rates[4] / rates[0] == pytest.approx(4.94, abs=0.01)
+    asked = request("--noise=sign-r1", "--weights=device")
+    planner = Planner(asked, machine_from(measured_cpu()))
+    assert NOISE_TEXT in to_json(planner, planner.plans())["machine"]["assumptions"]
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

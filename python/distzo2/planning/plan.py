@@ -60,6 +60,7 @@ DECODE_TEXTS = (  # without measured rates, and with them
     "packed weights are decoded at the memory's rate, as they are read and a copy is written: theirs was not measured",
     "packed weights are decoded as measured: Q5_K and Q6_K at the rate of nibbles, float8 at that of int8",
 )
+NOISE_TEXT = "low-rank noise at the rate of dense noise of its kind: its own was not measured"
 OFFLOADED_BYTES = 12  # a parameter, of backpropagation with weights, gradients and Adam on the host (arXiv 2604.05091)
 TABLE_COLUMNS = {"bf16": {}} | {store: {"store": store} for store in ("affine16", "affine8")}
 TABLE_COLUMNS["affine4, LoRA"] = {"store": "affine4", "peft": "lora"}
@@ -285,6 +286,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         *machine.assumptions,
         *([AUTO_TEXTS[planner.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
         *((f"an update makes the noise of {planner.window} steps (--momentum)",) if planner.window > 1 else ()),
+        *((NOISE_TEXT,) if r.noise not in machine.rates.noise_per_s else ()),
         *((DECODE_TEXTS[bool(machine.rates.decode_per_s)],) if any(u.packed for u in model.units) else ()),
         *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
         f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
