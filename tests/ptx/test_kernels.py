@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_cases import CODES, DTYPES, LOW_RANK, check_low_rank, low_rank_visit, needs_native, random_visit
+from kernel_cases import (
+    CODES,
+    DTYPES,
+    LOW_RANK,
+    anchored_visit,
+    check_low_rank,
+    low_rank_visit,
+    needs_native,
+    random_visit,
+)
 from packed_cases import FORMATS, check_decode
 from ptx.cases import SHAPES, backend_of, check_lookup, check_ops, check_visit, in_workspace, pairs_of, simple_visit
 from ptx.cuda_kernels import CudaKernels
@@ -45,6 +54,9 @@ def check_random_visits(
             num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
             if seed % 3 == 0 and isinstance(kernels, CudaKernels):  # of Triton see `triton_kernels.variants`
                 visit = low_rank_visit(np.random.default_rng(seed), visit)
+                num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
+            elif seed % 3 == 1 and isinstance(kernels, CudaKernels):
+                visit = anchored_visit(np.random.default_rng(seed), visit)
                 num_bits += check_visit(in_workspace(visit) if workspace else visit, backend)
     return num_bits
 

@@ -51,8 +51,8 @@ def variants() -> list[tuple[str, dict[str, int]]]:
     for (codes, moved), (back, emits) in itertools.product(stored, PROGRAMS):
         if moved == (emits > 0) if max(codes) > 2 else emits or not moved:
             constants = {"CODE": codes[0], "OUT_CODE": codes[1], "MOVED": moved, "WRITE_BACK": back}
-            # Those of low rank take minutes to compile; Triton's interpreter runs them (tests/core).
-            more = {"NUM_EMITS": emits, "LOW_RANK": False, "TILE": TILE}
+            # Those of low rank take minutes to compile. Triton's interpreter runs them, and anchors (tests/core).
+            more = {"NUM_EMITS": emits, "LOW_RANK": False, "ANCHORED": False, "TILE": TILE}
             found.append(("materialize_kernel", constants | more))
     for family, (code, out_code) in itertools.product(range(2), (*same, *PAIRS)):
         constants = {"FAMILY": family, "CODE": code}
