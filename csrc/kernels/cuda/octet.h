@@ -478,7 +478,7 @@ struct MixedPlace : OctetPlace<D> {
     int64_t out_at; // as `at`, in each out
     DType out_dtype;
     bool out_whole;
-    int64_t scales_at; // of codes: the scale of an octet is 4 * (octet >> scale_shift) bytes further; else as in DeviceOut
+    int64_t scales_at; // of codes: the scale of an octet is 4 * (octet >> scale_shift) bytes further; else of w0
     int scale_shift;
 
     DZO_HD OctetScale<D> scale(const uint8_t* buffer, int64_t octet) const {
