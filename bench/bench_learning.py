@@ -48,7 +48,8 @@ class Row:
     @property
     def forwards(self) -> int:
         """Of a batch, a step; backpropagation counts as two."""
-        return {"fzoo": self.probes + 1, "spsa": 2 * self.probes, "adamw": 3}[self.estimator]
+        others = {"fzoo": self.probes + 1, "1.5spsa": 2 * self.probes + 1, "adamw": 3}
+        return others.get(self.estimator, 2 * self.probes)
 
 
 def _rows() -> list[Row]:
@@ -71,6 +72,14 @@ def _rows() -> list[Row]:
     for store in ("affine16", "affine8"):
         rates = (2e-3, 5e-3, 1e-2)
         rows.append(Row(f"code-{store}", "bfloat16", 1e-3, "fzoo", 8, rates, options=(f"--store={store}",)))
+    # Default rates of the other estimators, and five times as much, with about as many forwards; noise of low rank.
+    for name, estimator, probes, options in (
+        ("es", "es", 4, ()), ("meazo", "meazo", 4, ()), ("sign", "spsa-sign", 4, ()),
+        ("r1", "fzoo", 8, ("--noise=sign-r1",)), ("r4", "fzoo", 8, ("--noise=sign-r4",)),
+    ):  # fmt: skip
+        rows.append(Row(f"est-{name}", "bfloat16", 1e-3, estimator, probes, (2e-3, 1e-2), options=options))
+    rows.append(Row("est-ranks", "bfloat16", 1e-3, "es", 4, (5e-3, 3e-2), options=("--es-shape=ranks",)))
+    rows.append(Row("est-1.5spsa", "float32", 1e-4, "1.5spsa", 4, (1e-4, 1e-3)))
     return rows
 
 
