@@ -192,7 +192,7 @@ def test_what_waits_behind_a_failure_is_not_read(tmp_path: Path, monkeypatch) ->
 
     def broken(direct, batch):
         begun.append(batch)
-        time.sleep(0.02)
+        time.sleep(0.01 if len(begun) == 1 else 0.3)  # what is begun once one has failed; a busy machine takes its time
         raise CheckpointError("a shard is gone")
 
     monkeypatch.setattr(reading, "_read", broken)

@@ -195,13 +195,8 @@ def test_a_header_must_be_in_proportion_to_the_base(tmp_path: Path) -> None:
     "changes",
     [
         {"dtype": "load"},
-        {"dtype": "x" * 100_000},
         {"name": "x" * 100_000},
-        {"name": "model.other"},
-        {"shape": [96, 16], "stride": [16, 1]},
-        {"noise": ["normal"]},
         {"shape": [2**62, 2**62, 96], "stride": [1, 1, 1]},
-        {"shape": [2**63, 32]},
         {"stride": [-1, 1]},
         {"group": {}},
     ],

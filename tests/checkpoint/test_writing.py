@@ -251,9 +251,6 @@ def test_parameters_that_do_not_make_whole_tensors_are_refused(tmp_path: Path) -
 TOKENIZERS: dict[str, tuple[str, ...]] = {  # a tokenizer's class, and files that it names
     "MarianTokenizer": ("source.spm", "target.spm", "target_vocab.json"),
     "PhobertTokenizer": ("bpe.codes",),
-    "ProphetNetTokenizer": ("prophetnet.tokenizer",),
-    "LukeTokenizer": ("entity_vocab.json", "merges.txt"),
-    "RoCBertTokenizer": ("word_shape.json", "word_pronunciation.json"),
     "WhisperTokenizerFast": ("normalizer.json",),
     "ByT5Tokenizer": (),
     "NoSuchTokenizer": (),

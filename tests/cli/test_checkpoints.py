@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_models import edit_config
-from cli_runs import assert_same_bits, finetune, make_files, one_line
+from cli_runs import finetune, make_files, one_line
 
 from distzo2.cli.main import main
 
@@ -20,30 +18,13 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return make_files(tmp_path)
 
 
-def test_a_configuration_that_asks_for_tuples(files, capsys: pytest.CaptureFixture[str]) -> None:
-    """`"return_dict": false` changes neither steps, nor scores, nor texts."""
-    said = []
-    for asked in (True, False):
-        edit_config(files.model, return_dict=asked)
-        assert finetune(files, "--save=last") == 0
-        Path("out").rename(f"out-{asked}")
-        capsys.readouterr()
-        assert main(["eval", f"--model={files.model}", f"--eval={files.eval}"]) == 0
-        assert main(["generate", f"--model={files.model}", "--prompt=a b", "--max-new-tokens=4"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    assert_same_bits("out-True/checkpoint", "out-False/checkpoint")
-
-
 def adapter(model: Path) -> None:
     (model / "config.json").unlink()
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/7b", "peft_type": "LORA"}))
 
 
-BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {  # and tests/checkpoint has the others
+BROUGHT: dict[str, tuple[Callable[[Path], object], str]] = {  # tests/models has the others
     "adapter": (adapter, "for the base model 'acme/7b'"),
-    "gone": (shutil.rmtree, "model: expected a checkpoint directory"),
-    "without weights": (lambda model: (model / "model.safetensors").unlink(), "directory with model.safetensors"),
     "without a tokenizer": (lambda model: [file.unlink() for file in model.glob("tokenizer*")], "no tokenizer"),
 }
 

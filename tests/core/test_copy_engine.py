@@ -127,7 +127,6 @@ def test_gate_opens_from_another_thread(tmp_path: Path) -> None:
     engine.flush()
     thread.join()
     assert torch.equal(ring.stored(1), pattern(1, 1))
-    assert engine.stats()["wait_s"] > 0.02
 
 
 def test_misuse_is_refused_and_leaves_the_engine_usable(kind: str, tmp_path: Path) -> None:

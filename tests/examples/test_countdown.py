@@ -41,5 +41,5 @@ def test_the_whole_example_in_small(tmp_path: Path, monkeypatch, capsys) -> None
     monkeypatch.setattr(countdown, "distzo2", lambda *arguments: main([*map(str, arguments)]))
     assert countdown.run(tmp_path, SMALL)
     text = capsys.readouterr().out
-    assert "before  0." in text and "2 steps, 16 members x 64 prompts" in text and "give the checkpoint" in text
+    assert "before  0." in text and "2 steps, 16 members x 128 prompts" in text and "give the checkpoint" in text
     assert (tmp_path / "run/report.png").is_file()

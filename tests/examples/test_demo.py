@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import demo
 import pytest
 from base import SUFFIX, Recipe
-from demo import run_demo
 from docstrings import LABELS, LIBRARIES, MAX_PER_FILE, Docstring, collect, docstrings_of, mask, roots, split
 
+from distzo2.cli.main import main
 from distzo2.tasks.lines import read_lines
 from distzo2.tasks.tokenize import load_tokenizer
 
@@ -44,11 +44,10 @@ def test_collecting_is_deterministic() -> None:
 def test_the_whole_demo_in_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    root = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(root / "python"), str(root))))
-    assert run_demo(tmp_path, 3, SMALL)
+    monkeypatch.setattr(demo, "distzo2", lambda *arguments: main([*map(str, arguments)]))
+    assert demo.run_demo(tmp_path, 3, SMALL)
     made = (tmp_path / "base/model/model.safetensors").stat()
-    assert run_demo(tmp_path, 2, SMALL)  # replaces the run, not the base model
+    assert demo.run_demo(tmp_path, 2, SMALL)  # replaces the run, not the base model
     assert (tmp_path / "base/model/model.safetensors").stat().st_mtime_ns == made.st_mtime_ns
     text = capfd.readouterr().out
     for part in ("before", "after", "backprop", "hidden behind compute", "bit for bit", "What it is not", "2 steps of"):

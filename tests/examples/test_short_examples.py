@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 from runpy import run_path
 
 import pytest
 import torch
+from parallel_ranks import Ranks
+from torchrun_cases import run_example
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -28,19 +28,14 @@ def test_the_own_loop_learns(device: str, capsys: pytest.CaptureFixture) -> None
     assert accuracy > 0.9 and f"accuracy {accuracy:.1%}" in capsys.readouterr().out  # chance is a quarter
 
 
-def test_two_ranks_have_the_weights_of_one(tmp_path: Path) -> None:
+def test_two_ranks_have_the_weights_of_one() -> None:
     path, threads = ROOT / "examples/two_ranks.py", torch.get_num_threads()
     try:
         alone = run_path(str(path))["main"]()
     finally:
         torch.set_num_threads(threads)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT / "python"), str(ROOT)))}
-    ran = subprocess.run(
-        [*torchrun, str(path)], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert f"checksum of the weights {alone & (2**64 - 1):016x}" in ran.stdout and "pert=2" in ran.stdout
+    with closing(Ranks(2)) as ranks:
+        assert ranks.values(run_example, 2, path) == [alone] * 2
 
 
 def test_the_trainer_learns_and_continues(tmp_path: Path) -> None:

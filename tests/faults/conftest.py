@@ -13,12 +13,12 @@ from fault_forms import arguments
 from shimmed_runs import ShimmedRuns, build_shim
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return make_files(tmp_path_factory.mktemp("faults"), layers=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShimmedRuns]:
     try:
         shim = build_shim(tmp_path_factory.mktemp("shim"))
@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShimmedRuns]:
     runs.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(files, runs, tmp_path_factory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("undisturbed")
     answer = runs.run(path, arguments(files))

@@ -14,7 +14,7 @@ from pathlib import Path
 import command_fuzz
 import pytest
 
-NUM_MUTANTS = int(os.environ.get("DISTZO2_NUM_MUTANTS", "60"))
+NUM_MUTANTS = int(os.environ.get("DISTZO2_NUM_MUTANTS", "30"))
 
 
 @pytest.mark.timeout(120 + 4 * NUM_MUTANTS)

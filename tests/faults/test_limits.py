@@ -8,11 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from torch import nn
-
-import distzo2
-from distzo2.weights.scratch import Scratch
 
 # Forks a training for each limit, since a limit once hit leaves its traces in a process.
 SCRIPT = """
@@ -107,33 +102,3 @@ def test_a_limit_on_memory_is_a_clear_error_and_loses_nothing(weights):
     for phase, text in failures:
         assert CLEAR.search(text), f"{phase}: {text}"
     assert {phase for phase, _ in failures} >= {"offload", "state_dict"}, done.stdout
-
-
-@pytest.mark.parametrize("failing", range(6))
-def test_scratch_that_cannot_be_had_leaves_nothing_behind(failing, monkeypatch):
-    """A step whose `failing`-th scratch buffer is refused raises, and the step made again has the same bits."""
-
-    def train(refuse: int | None) -> list[float]:
-        torch.manual_seed(0)
-        model = distzo2.offload(nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 3)))
-        opt, x, losses, count = distzo2.ZOSGD(model, lr=1e-2, eps=1e-3), torch.ones(2, 200), [], 0
-        allocate = Scratch._allocate
-
-        def counted(self, num_bytes):
-            nonlocal count
-            count += 1
-            if count - 1 == refuse:
-                raise MemoryError("no scratch")
-            return allocate(self, num_bytes)
-
-        monkeypatch.setattr(Scratch, "_allocate", counted)
-        while len(losses) < 3:
-            try:
-                losses.append(float(opt.step(lambda: model(x).square().mean())))
-            except MemoryError:
-                refuse = None
-        monkeypatch.setattr(Scratch, "_allocate", allocate)
-        assert refuse is None or count <= refuse
-        return losses
-
-    assert train(failing) == train(None)

@@ -26,15 +26,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forward_bits import forward_bits
+from parallel_ranks import Ranks
 from safetensors.torch import load_file
+from torchrun_cases import command
 
 from distzo2.cli.main import main
 
@@ -92,9 +93,10 @@ def test_resumed_it_ends_as_its_twin(name: str, tmp_path: Path) -> None:
     if golden["num_ranks"] == 1:
         assert main(resume) == 0
     else:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={golden['num_ranks']}"]
         mesh = ["--parallel=pert=2,data=1", "--slice=on"]  # not taken from run.json: a run may change its ranks
-        subprocess.run([sys.executable, *torchrun, "-m", "distzo2", *resume, *mesh], check=True)
+        with closing(Ranks(golden["num_ranks"])) as ranks:
+            ended = ranks.values(command, golden["num_ranks"], tmp_path, [*resume, *mesh])
+        assert [each["status"] for each in ended] == [0] * len(ended), ended
 
     steps, tensors = steps_of(run / "journal.jsonl"), tensors_of(run / "checkpoint")
     assert steps[: len(done)] == done

@@ -44,33 +44,15 @@ def archive_of(path: Path, stream: bytes, members: dict[str, bytes] | None = Non
 
 
 TOUCH = b"X\x0c\x00\x00\x00touch it-ran"
-STREAMS = {
+STREAMS = {  # torch reads them: of each kind of refusal one
     "reduce": b"\x80\x02cos\nsystem\n" + TOUCH + b"\x85R.",
     "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + TOUCH + b"\x85R.",
-    "inst": b"(" + TOUCH + b"ios\nsystem\n.",
     "obj": b"(cos\nsystem\n" + TOUCH + b"o.",
-    "newobj": b"\x80\x02cos\nsystem\n" + TOUCH + b"\x85\x81.",
-    "newobj_ex": b"\x80\x04cos\nsystem\n" + TOUCH + b"\x85}\x92.",
     "builtin eval": b"\x80\x02cbuiltins\neval\nX\x03\x00\x00\x001+1\x85R.",
-    "dotted": b"\x80\x04\x8c\x0btorch._utils\x8c\x14_rebuild_tensor_v2.x\x93)R.",
-    "extension": b"\x80\x02\x82\x01.",
     "build on a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",
-    "build on a dict": b"\x80\x02}}b.",
-    "arguments for a dict": b"\x80\x02ccollections\nOrderedDict\n]]a\x85R.",
-    "call of a value": b"\x80\x02K\x01)R.",
-    "text id": b"Pabc\n.",
-    "append to a tuple": b"\x80\x02)K\x01a.",
-    "items of a list": b"\x80\x02]K\x01K\x01s.",
-    "list as key": b"\x80\x02}]K\x01s.",
-    "tuple as key": b"\x80\x02})K\x01s.",
-    "no mark": b"\x80\x02K\x01t.",
-    "empty stack": b"\x80\x02R.",
-    "short tuple": b"\x80\x02K\x01\x87.",
-    "unknown memo": b"\x80\x02h\x07.",
     "no end": b"\x80\x02}",
     "nothing": b"",
     "long text": b"\x80\x02X\xff\xff\xff\x7fab.",
-    "long number": b"\x80\x02\x8b\xff\xff\xff\x7fab.",
     "bytearray": b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00ab.",
     "not a dictionary": b"\x80\x02K\x01.",
     "storage of no kind": b"\x80\x02(X\x07\x00\x00\x00storagecos\nsystem\nX\x01\x00\x00\x000"

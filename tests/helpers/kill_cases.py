@@ -37,9 +37,7 @@ def run(
     """`distzo2 ARGUMENTS`, or a script, in `directory`, killed (or sent `signum`) so many seconds after `once` became
     true, unless it ends before."""
     log = directory / "log"
-    process = forked.context("kill_cases").Process(
-        target=_serve, args=(str(directory), arguments, str(log)), daemon=True
-    )
+    process = forked.context().Process(target=_serve, args=(str(directory), arguments, str(log)), daemon=True)
     start = time.monotonic()
     process.start()
     try:

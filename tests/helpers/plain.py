@@ -1,4 +1,8 @@
-"""The plain whole-model ZO loop that streamed runs are compared with, bit for bit, over the reference noise."""
+"""The plain whole-model ZO loop that streamed runs are compared with, bit for bit.
+
+Its ops are those of one tensor, native unless `backend` says otherwise: tests/core shows that the reference, in NumPy
+and ten times as slow, has the same bits.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ def plain_loop(
     trainable: Callable[[str], bool] = lambda name: True,
     compute: torch.dtype | None = None,
     wide: Callable[[str], bool] = lambda name: False,
+    backend: str | None = None,
 ) -> list[list[float]]:
     """Two-sided SPSA over the whole model in memory.
 
@@ -63,7 +68,7 @@ def plain_loop(
                 for i, n, p in params:
                     w = clean[i].clone() if seen[n] is None else clean[i].float().clone()
                     w = distzo2_core.perturb_(
-                        w, sign * eps, seed=seed, step=step, param=i, probe=probe, family=noise, backend="reference"
+                        w, sign * eps, seed=seed, step=step, param=i, probe=probe, family=noise, backend=backend
                     )
                     p.data = w if seen[n] is None else w.to(seen[n])
                 with torch.no_grad():
@@ -76,7 +81,7 @@ def plain_loop(
         for i, n, p in params:
             p.data = clean[i]
             decay = weight_decay if p.dim() > 1 else 0.0
-            update_(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise)
+            update_(p.data, coefs, lr(step), decay, seed=seed, step=step, param=i, noise=noise, backend=backend)
             stored[n] = p.data
     for n, p in model.named_parameters():
         p.data = stored[n]
@@ -85,7 +90,7 @@ def plain_loop(
     return history
 
 
-def update_(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
+def update_(w, coefs, lr, weight_decay, *, seed, step, param, noise, backend=None) -> None:
     """An update by the terms of one step, rounded stochastically where `w` has 16 bits."""
     family = distzo2_core.FAMILIES[noise]
     rows, cols, matrices = matrix_shape(w.shape)
@@ -97,5 +102,5 @@ def update_(w, coefs, lr, weight_decay, *, seed, step, param, noise) -> None:
         tuple(distzo2_core.Term(family, step, k, 0, c) for k, c in enumerate(coefs)),
     )
     buffer = w.reshape(-1).view(torch.uint8)
-    distzo2_core.materialize(buffer, table, seed=seed, updates=[update], write_back=True, backend="reference")
+    distzo2_core.materialize(buffer, table, seed=seed, updates=[update], write_back=True, backend=backend)
     w.copy_(buffer.view(w.dtype).view(w.shape))

@@ -420,20 +420,20 @@ def ends_first(rank: int, world_size: int, directory: Path, how: str) -> Any:
     return result
 
 
-def interrupted(rank: int, world_size: int, directory: Path) -> float:
-    """Ctrl-C on rank 0, which waits for a rank that does not come. Seconds that it took."""
+def interrupted(rank: int, world_size: int, directory: Path) -> bool:
+    """Ctrl-C on rank 0, which waits for a rank that does not come before it has ended. Whether it did."""
     mesh_of(1, 2, slice=True)
-    model = tower("disk", directory / f"rank{rank}")
+    model, ended = tower("disk", directory / f"rank{rank}"), directory / "ended"
     if rank == 1:
-        time.sleep(12)
-        return 0.0
+        while not ended.exists():
+            time.sleep(0.01)
+        return True
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start = time.monotonic()
     try:
         loss_of(model)
     except KeyboardInterrupt:
-        return time.monotonic() - start
-    return 1e9
+        ended.touch()
+    return ended.exists()
 
 
 def on_nodes(rank: int, world_size: int, directory: Path, numbers: tuple[int, ...]) -> Any:
@@ -447,9 +447,9 @@ def on_nodes(rank: int, world_size: int, directory: Path, numbers: tuple[int, ..
         return distzo2.parallel.current().node.ranks, opt.last.losses, state_of(model)
 
 
-def ahead(rank: int, world_size: int, directory: Path, evaluates: bool) -> tuple[int, int]:
-    """How many of a step's gathers had begun before they were wanted, and how many there were: the most of a few steps,
-    since on a busy machine some wait for the other rank."""
+def ahead(rank: int, world_size: int, directory: Path) -> tuple[int, int]:
+    """How many of a step's gathers had begun before they were wanted, and how many there were, also when a rank has
+    evaluated alone: the most of a few steps, since on a busy machine some wait for the other rank."""
     mesh_of(1, world_size, slice=True)
     model = Blocks(num_blocks=8)
     for block in model.blocks:  # compute takes its time, and nothing of the processor's
@@ -459,7 +459,7 @@ def ahead(rank: int, world_size: int, directory: Path, evaluates: bool) -> tuple
     closures = [lambda: model(batch(0))] * world_size
     for _ in range(2):
         opt.step(closures)
-    if rank == 0 and evaluates:
+    if rank == 0:
         distzo2.evaluate(model, closures[:1])
     counts = []
     for _ in range(5):

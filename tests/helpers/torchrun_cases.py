@@ -7,6 +7,7 @@ import io
 import os
 import signal
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +31,7 @@ def run_alone(directory: Path, arguments: list[str]) -> Path:
 
 def command(rank: int, world_size: int, directory: Path, arguments: list[str], trouble: str = "") -> dict[str, Any]:
     """`distzo2 ARGUMENTS` in `directory`, as torchrun would start it: status and what was printed."""
-    environment = {"WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    _as_rank(rank, world_size)
     os.chdir(directory)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _trouble(trouble, rank):
@@ -40,6 +40,17 @@ def command(rank: int, world_size: int, directory: Path, arguments: list[str], t
         except SystemExit as end:
             status = end.code
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def run_example(rank: int, world_size: int, path: Path) -> int:
+    """`main()` of an example, as torchrun would start it."""
+    _as_rank(rank, world_size)
+    return run_path(str(path))["main"]()
+
+
+def _as_rank(rank: int, world_size: int) -> None:
+    environment = {"WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in environment.items()})
 
 
 @contextlib.contextmanager

@@ -47,8 +47,11 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("trl", [False, True], ids=["Trainer", "SFTTrainer"])
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    ("name", "trl"),
+    [*((name, False) for name in MESHES), ("data", True), ("slices", True)],
+    ids=lambda value: {False: "Trainer", True: "SFTTrainer"}.get(value, value),
+)
 def test_the_bits_of_one_rank(ranks: Ranks, alone: Any, base: str, tmp_path: Path, name: str, trl: bool) -> None:
     results = ranks.values(hf_cases.on_ranks, 2, tmp_path, MESHES[name], base if trl else None)
     expected, rows, _ = alone[trl]
@@ -66,8 +69,9 @@ def test_the_bits_of_one_rank(ranks: Ranks, alone: Any, base: str, tmp_path: Pat
     assert all(torch.equal(loaded[key], torch.from_numpy(value)) for key, value in expected.items())
 
 
-@pytest.mark.parametrize(("name", "killed"), [("pert", (0, 1)), ("data", (1,)), ("slices", (0,))])
-@pytest.mark.parametrize("again", [2, 1], ids=["two ranks", "one rank"])
+@pytest.mark.parametrize(
+    ("name", "killed", "again"), [("pert", (0, 1), 1), ("data", (1,), 2), ("slices", (0,), 2), ("slices", (0,), 1)]
+)
 def test_a_killed_run_continues(
     ranks: Ranks, alone: Any, tmp_path: Path, name: str, killed: tuple[int, ...], again: int
 ) -> None:

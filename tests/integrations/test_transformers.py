@@ -104,7 +104,6 @@ def two_groups(model: Any) -> list[dict]:
 
 # name: (kind of model, arguments, keywords of the trainer, closure of the own loop, options of the own loop)
 CASES: dict[str, tuple] = {
-    "one batch a step": ("llama", {}, {}, mean_of_tokens, {}),
     "accumulated": ("llama", {"gradient_accumulation_steps": 3}, {}, mean_of_tokens, {}),
     "means of micro-batches": ("llama", {"gradient_accumulation_steps": 3}, {"class": Means}, mean_of_batch, {}),
     "a shorter last step": ("llama", {"gradient_accumulation_steps": 4, "max_steps": 4}, {}, mean_of_tokens, {}),
@@ -117,7 +116,6 @@ CASES: dict[str, tuple] = {
     "fzoo": ("llama", {"zo_estimator": "fzoo", "zo_probes": 3, "zo_noise": "rademacher", "zo_max_lanes": 2}, {},
              mean_of_tokens, {"estimator": "fzoo", "num_probes": 3, "noise": "rademacher"}),
     "iterable": ("llama", {"gradient_accumulation_steps": 2}, {"train_dataset": Rows()}, mean_of_tokens, {}),
-    "by length": ("llama", {"train_sampling_strategy": "group_by_length"}, {}, mean_of_tokens, {}),
     "bert": ("bert", {"gradient_accumulation_steps": 3}, {}, of_labels, {}),
     "t5": ("t5", {"gradient_accumulation_steps": 2}, {}, of_labels, {}),
     "autocast": ("llama", {"bf16": True}, {}, under_autocast, {}),

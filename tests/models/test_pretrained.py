@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import threading
@@ -26,8 +25,7 @@ from distzo2.models import pretrained
 from distzo2.models.pretrained import meta_model, open_checkpoint
 
 
-@pytest.mark.parametrize("weights", ["host", "disk"])
-@pytest.mark.parametrize("name", ["opt", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(("name", "weights"), [("opt", "host"), ("mixtral", "disk"), ("deepseek_v3", "host")])
 def test_from_pretrained_and_back(tmp_path: Path, name: str, weights: str) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     make(name, source)
@@ -158,15 +156,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: rewrite(path, lambda t: t | {"model.norm.weight": torch.ones(31)}),
         r"'model.norm.weight': expected shape \[32\] as config.json says, got \[31\]",
     ),
-    "truncated": (lambda path: os.truncate(path / SINGLE_FILE, 5000), r"model.safetensors: truncated"),
     "no such shard": (
         lambda path: weights_named(path, SHARD, {"a": "gone.safetensors"}), "names this file, but it is not there",
     ),
     "not in the shard": (lambda path: weights_named(path, SHARD, {"ghost": SHARD}), "expected tensor 'ghost'"),
-    "no archive": (
-        lambda path: (path / SINGLE_FILE).rename(path / "pytorch_model.bin"),
-        "pytorch_model.bin: expected an archive that torch.save wrote",
-    ),
     "no config": (lambda path: (path / "config.json").unlink(), "expected a checkpoint directory with a config.json"),
     "unknown type": (lambda path: edit_config(path, model_type="nemo_17"), "not a configuration"),
     "quantized": (
@@ -215,13 +208,9 @@ def test_what_is_missing_is_not_allocated(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_parameters_without_elements_survive(tmp_path: Path, file: str) -> None:
+def test_parameters_without_elements_survive(tmp_path: Path) -> None:
     config = T.BertConfig(**MODELS["bert"][2], type_vocab_size=0)
     T.BertForMaskedLM(config).save_pretrained(tmp_path / "in")
-    if file.endswith(".bin"):
-        torch.save(stored(tmp_path / "in"), tmp_path / "in" / file)
-        (tmp_path / "in" / SINGLE_FILE).unlink()
     reference = load(T.BertForMaskedLM, tmp_path / "in")
     assert 0 in (empty := reference.get_parameter("bert.embeddings.token_type_embeddings.weight")).shape
     for dtype in (torch.float32, torch.bfloat16):
@@ -236,7 +225,7 @@ def test_parameters_without_elements_survive(tmp_path: Path, file: str) -> None:
     assert stored(tmp_path / "plain").keys() == stored(tmp_path / "out").keys()
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "t5"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "t5"])
 def test_outputs_have_names_whatever_the_config_says(tmp_path: Path, name: str) -> None:
     make(name, tmp_path)
     ids = torch.arange(12).reshape(2, 6) + 3

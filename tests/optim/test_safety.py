@@ -144,15 +144,6 @@ def test_a_16_bit_loss_is_warned_about_once_with_its_spacing_and_its_place(closu
         opt.step(closure)
 
 
-def test_per_example_losses_and_plain_numbers():
-    model, opt = stepping(Blocks(), lr=0.0)
-    scalar = float(opt.step(lambda: model(IDS)))
-    assert float(opt.step(lambda: float(model(IDS)))) == pytest.approx(scalar, rel=1e-3)
-    assert float(opt.step(lambda: model(IDS).repeat(4))) == pytest.approx(scalar, rel=1e-3)
-    with pytest.raises(distzo2.DistZO2Error, match="dict"):
-        opt.step(lambda: model(IDS) and {})
-
-
 def test_check_finds_a_forward_that_is_not_deterministic():
     model, opt = stepping(Blocks())
     opt.check(lambda: model(IDS))

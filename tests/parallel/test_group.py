@@ -58,6 +58,9 @@ def test_a_mesh_that_computes_in_another_dtype(ranks: Ranks, alone: Any, name: s
     expected, before = alone(**WIDE), functools.partial(run, steps=3)
     for history, _ in ranks.values(before, shape[0] * shape[1], shape, tmp_path):
         assert history == expected[0][:3]
+    fingerprint = read_journal(tmp_path / "journal.jsonl").header["fingerprint"]
+    assert fingerprint["mesh"] == {"pert": shape[0], "data": shape[1]}
+    assert len(fingerprint["ranks"]) == shape[0] * shape[1]
     history, state = cases.train(0, 1, None, tmp_path, weights="host", journal="journal.jsonl", resume=True, **WIDE)
     assert_same_run((expected[0][:3] + history, state), expected)
     assert expected[0] != alone(dtype=torch.bfloat16)[0]
@@ -264,7 +267,7 @@ def test_a_rank_that_dies_hangs_or_leaves_ends_the_others(ranks: Ranks, how: Any
 def test_a_killed_run_resumes_to_the_same_bits(ranks: Ranks, alone: Any, case: int, tmp_path: Path):
     random = np.random.default_rng(case)
     victim = (2, 0, 3, 1)[case % 4]
-    run = functools.partial(cases.train, steps=40, journal="journal.jsonl", pace=0.02)
+    run = functools.partial(cases.train, steps=40, journal="journal.jsonl")
     slices = ((False, False), (True, False), (True, True))[case % 3]  # before and after
 
     def kill(pids: list[int]) -> None:
@@ -274,7 +277,8 @@ def test_a_killed_run_resumes_to_the_same_bits(ranks: Ranks, alone: Any, case: i
         time.sleep(float(random.uniform(0, 0.2)))
         os.kill(pids[victim], signal.SIGKILL)
 
-    results = ranks.run(functools.partial(run, slices=slices[0]), 4, (2, 2), tmp_path, meanwhile=kill)
+    slow = functools.partial(run, slices=slices[0], pace=0.1)  # not at its end when a busy machine kills it
+    results = ranks.run(slow, 4, (2, 2), tmp_path, meanwhile=kill)
     assert results.pop(victim) == Died(-signal.SIGKILL)
     assert [result.kind for result in results] == ["RankFailedError"] * 3, results
     num_steps = len(read_journal(tmp_path / "journal.jsonl").entries)
@@ -284,14 +288,3 @@ def test_a_killed_run_resumes_to_the_same_bits(ranks: Ranks, alone: Any, case: i
     for result in ranks.values(resumed, shape[0] * shape[1], shape, tmp_path):
         assert result[0] == expected[0][num_steps:]
         assert_same_run((expected[0], result[1]), expected)
-
-
-def test_one_rank_goes_on_with_the_journal_of_four(ranks: Ranks, alone: Any, tmp_path: Path):
-    run = functools.partial(cases.train, journal="journal.jsonl")
-    ranks.values(functools.partial(run, steps=3), 4, (2, 2), tmp_path)
-    header = read_journal(tmp_path / "journal.jsonl").header
-    assert header["fingerprint"]["mesh"] == {"pert": 2, "data": 2}
-    assert len(header["fingerprint"]["ranks"]) == 4
-    result = cases.train(0, 1, None, tmp_path, journal="journal.jsonl", resume=True)
-    assert_same_run((alone()[0], result[1]), alone())
-    assert result[0] == alone()[0][3:]

@@ -334,6 +334,8 @@ def test_a_copy_that_cannot_be_made_is_reported_and_the_run_continues(tmp_path, 
     monkeypatch.setattr(opt.journal, "sync", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     while not said:
         train(model, opt, opt.step_count + 1)
+        if opt.step_count > 100 and copier_of(model)._writing:
+            concurrent.futures.wait([copier_of(model)._writing], timeout=60)
         assert opt.step_count < 2000
     assert "a copy of the weights was given up: " in said[0] and "No space left" in said[0]
     monkeypatch.setattr(opt.journal, "sync", sync)

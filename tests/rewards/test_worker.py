@@ -29,8 +29,9 @@ def raises(prompts, completions, rows):
     return [1 / 0 for _ in completions]
 
 def slow(prompts, completions, rows):
-    child = subprocess.Popen(["sleep", "1000"])
-    open("children", "a").write(f"{os.getpid()} {child.pid} ")
+    if completions[0] != "slow":
+        child = subprocess.Popen(["sleep", "1000"])
+        open("children", "a").write(f"{os.getpid()} {child.pid} ")
     time.sleep(0 if completions[0] == "fast" else 1000)
     return [1.0 for _ in completions]
 
@@ -110,16 +111,16 @@ def gone(pid: int) -> bool:
 
 
 def test_a_slow_one_is_ended_with_its_children(code: Path) -> None:
-    reward = RewardWorker("mine.py:slow", 0.5)
-    with pytest.raises(RewardError, match=r"took too long: mine.py:slow took more than 0.5 seconds"):
-        reward(*CALL)
-    first = [int(pid) for pid in Path("children").read_text().split()]
-    reward.timeout = 60.0
-    assert reward([""], ["fast"], [{}]) == [1.0]  # another process
-    reward.close()
+    reward = RewardWorker("mine.py:slow", 60.0)
+    for _ in range(2):  # the second is another process
+        assert reward([""], ["fast"], [{}]) == [1.0]
+        reward.timeout = 0.5
+        with pytest.raises(RewardError, match=r"took too long: mine.py:slow took more than 0.5 seconds"):
+            reward([""], ["slow"], [{}])
+        reward.timeout = 60.0
     pids = [int(pid) for pid in Path("children").read_text().split()]
-    assert len(set(pids)) == 4 and pids[:2] == first
-    deadline = time.monotonic() + 10
+    assert len(set(pids)) == 4
+    deadline = time.monotonic() + 60
     while not all(map(gone, pids)):
         assert time.monotonic() < deadline, pids
         time.sleep(0.01)
@@ -183,7 +184,7 @@ def test_a_trainer_that_is_killed_leaves_none(code: Path, name: str) -> None:
     child = os.fork()
     if child == 0:
         RewardWorker(f"mine.py:{name}", 60.0)(*CALL)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (Path("children").exists() and len(Path("children").read_text().split()) == 2):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -53,24 +53,19 @@ def test_a_run_settles_it(files, capsys, monkeypatch, options: list[str], expect
     text = "".join(capsys.readouterr())
     assert computed() == expected and early == [expected[0]]
     assert said in text and ("signal" in text) == bool(said), text
-    if said:
+    if said == "correlation with float32":
         assert main(["report", "out"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [([], torch.float32), (["--no-signal"], None), (["--compute-dtype=stored"], None), (["--resume"], None)],
-)
-def test_budgets_have_room_for_what_is_looked_at(files, monkeypatch, options: list[str], expected) -> None:
+def test_budgets_have_room_for_what_is_looked_at(files, monkeypatch) -> None:
     monkeypatch.setattr("distzo2.run.preflight._cpu_computes_in", lambda dtype: True)
-    assert finetune(files, *HALF, "--eps=1e-1", "--steps=1", "--save=none") == 0
     placed, place = [], preflight.from_pretrained
     monkeypatch.setattr(
         preflight, "from_pretrained", lambda *a, **o: placed.append(o["compute_dtype"]) or place(*a, **o)
     )
-    out = [] if "--resume" in options else ["--out=other"]
-    assert finetune(files, *HALF, "--eps=1e-1", "--save=none", *out, *options) == 0
-    assert placed == [expected] and computed((out or ["--out=out"])[0][6:]) == ("stored", None)
+    for options in ([], ["--resume", "--steps=2"], ["--no-signal", "--out=other"]):
+        assert finetune(files, *HALF, "--eps=1e-1", "--steps=1", "--save=none", *options) == 0
+    assert placed == [torch.float32, None, None] and computed() == computed("other") == ("stored", None)
 
 
 def test_a_model_that_asserts_its_dtype(files, capsys, monkeypatch) -> None:
@@ -93,7 +88,7 @@ def test_a_model_that_asserts_its_dtype(files, capsys, monkeypatch) -> None:
     ("correlations", "cost", "expected"),
     [
         ((0.9, 0.96), 0.9, "stored"), ((0.9, 0.96), 0.94, "float32"), ((0.9, 0.85), 0.5, "stored"),
-        ((0.5,), 0.01, "float32"), ((0.999,), 2.0, "stored"), ((0.9, 0.995), 2.0, "stored"),
+        ((0.9, 0.995), 2.0, "stored"),
     ],
 )  # fmt: skip
 def test_where_the_edge_is_near_more_probes_and_then_seconds_decide(
@@ -153,14 +148,6 @@ def test_tf32_is_refused_on_a_cpu_and_kept_by_a_resumed_run(files, capsys) -> No
         assert main([*command, f"--model={files.model}", "--tf32"]) == 2
         assert "--tf32: cpu multiplies float32 matrices as they are; TF32 is a GPU's" in one_line(capsys)
     assert "tf32" in FIXED
-
-
-def test_a_restart_by_torchrun_keeps_it(files, monkeypatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert finetune(files, *HALF, "--eps=1e-5", "--steps=2") == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert finetune(files, *HALF, "--eps=1e-5", "--steps=4") == 0
-    assert steps_in() == 4 and computed() == ("float32", "float32")
 
 
 def test_a_cpu_without_instructions_for_16_bits_computes_in_float32(files, tmp_path: Path) -> None:

@@ -99,20 +99,6 @@ def test_a_claim_looks_again_and_takes_over_from_the_dead() -> None:
     assert not list(Path("c").iterdir()) and not Path("d").exists()
 
 
-def test_a_journal_of_another_program_is_left_alone(files, capsys, monkeypatch) -> None:
-    from_pretrained = preflight.from_pretrained
-
-    def meanwhile(*args, **kwargs):
-        Path("out/journal.jsonl").write_text("mine")
-        return from_pretrained(*args, **kwargs)
-
-    monkeypatch.setattr(preflight, "from_pretrained", meanwhile)
-    assert finetune(files) == 1
-    assert "exists" in one_line(capsys)
-    assert [path.name for path in Path("out").iterdir()] == ["journal.jsonl"]
-    assert Path("out/journal.jsonl").read_text() == "mine"
-
-
 def test_a_checkpoint_of_others_is_not_replaced(files, capsys) -> None:
     assert finetune(files, "--steps=2", "--save=none") == 0
     checkpoint = Path("out/checkpoint")

@@ -37,16 +37,10 @@ NARROWS = ["--dtype=float32", "--compute-dtype=bfloat16", "--no-signal"]
 @pytest.mark.parametrize(
     ("name", "lines", "objective", "dtypes"),
     [
-        ("T5ForConditionalGeneration", COMPLETIONS, "lm", []),
         ("T5ForConditionalGeneration", COMPLETIONS, "lm", WIDENS),
-        ("T5ForConditionalGeneration", COMPLETIONS, "lm", NARROWS),
         ("T5ForConditionalGeneration", CHOICES, "choices", []),
-        ("BartForConditionalGeneration", CHOICES, "choices", []),
-        ("BertForMaskedLM", WORDS, "choices", []),
         ("BertForMaskedLM", WORDS, "choices", NARROWS),
-        ("RobertaForMaskedLM", WORDS, "lm", []),
         ("BertForSequenceClassification", CLASSES, "choices", []),
-        ("LlamaForSequenceClassification", CLASSES, "choices", []),
         ("MixtralForCausalLM", COMPLETIONS, "lm", WIDENS),
         ("GPT2LMHeadModel", COMPLETIONS, "lm", NARROWS),
     ],
@@ -72,12 +66,11 @@ def test_a_run(name: str, lines: list[dict[str, Any]], objective: str, dtypes: l
     assert found == {"loss": last["loss"], "accuracy": last["accuracy"], "examples": 4, "objective": objective}
 
 
-@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
-def test_an_encoder_decoder_generates(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    model = make(Path("model"), name)
+def test_an_encoder_decoder_generates(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(Path("model"), "T5ForConditionalGeneration")
     capsys.readouterr()
     assert main(["generate", f"--model={model}", "--prompt=the cat is", "--max-new-tokens=6"]) == 0
-    plain = getattr(transformers, name).from_pretrained(model).eval()
+    plain = transformers.T5ForConditionalGeneration.from_pretrained(model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     ids = plain.generate(**tokenizer("the cat is", return_tensors="pt"), max_new_tokens=6, do_sample=False)
     assert capsys.readouterr().out.strip() == tokenizer.decode(ids[0], skip_special_tokens=True).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,29 +18,27 @@ pytestmark = pytest.mark.usefixtures("own_directory")
 OPTIONS = ["--eval-every=2", "--score=loss", "--save=best", "--steps=4"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda line: line.replace(b'"loss":1', b'"loss":0'),
-        lambda line: line[:9] + b"\xff" + line[10:],
-        lambda line: encode_line({"kind": "eval", "step": 2, "loss": 0.0}, MAX_LINE_BYTES),
-        lambda line: b'{"kind":"eval","step":2,"loss":0.0,"accuracy":1.0,"examples":6,"tokens":6,"data":null}\n',
-        lambda line: b"[" * 100_000 + b"\n",
-    ],
-)
-def test_a_damaged_evaluation_is_reported_and_does_not_count(files, capsys, change) -> None:
-    assert finetune(files, f"--eval={files.eval}", *OPTIONS) == 0
-    path = Path("out/metrics.jsonl")
-    lines = path.read_bytes().splitlines(True)
+CHANGES = [
+    lambda line: line.replace(b'"loss":1', b'"loss":0'),
+    lambda line: encode_line({"kind": "eval", "step": 2, "loss": 0.0}, MAX_LINE_BYTES),
+    lambda line: b'{"kind":"eval","step":2,"loss":0.0,"accuracy":1.0,"examples":6,"tokens":6,"data":null}\n',
+    lambda line: b"[" * 100_000 + b"\n",
+]
+
+
+def test_a_damaged_evaluation_is_reported_and_does_not_count(files, capsys) -> None:
+    assert finetune(files, f"--eval={files.eval}", *OPTIONS, "--out=whole") == 0
+    lines = Path("whole/metrics.jsonl").read_bytes().splitlines(True)
     assert b'"eval","step":2' in lines[3]
-    path.write_bytes(b"".join([*lines[:3], change(lines[3]), *lines[4:]]))
-    assert path.read_bytes().splitlines(True) != lines
-    capsys.readouterr()
-    assert resume("--steps=6") == 0
-    out = capsys.readouterr().out
-    assert "metrics.jsonl: line 4 is left out: " in out
-    evals = [line["step"] for line in read_metrics("out/metrics.jsonl") if line["kind"] == "eval"]
-    assert evals == [0, 4, 6] and record()["best_step"] != 2
+    for number, change in enumerate(CHANGES):
+        out = str(shutil.copytree("whole", f"out{number}"))
+        Path(out, "metrics.jsonl").write_bytes(b"".join([*lines[:3], changed := change(lines[3]), *lines[4:]]))
+        assert changed != lines[3]
+        capsys.readouterr()
+        assert resume("--steps=6", out=out) == 0
+        assert "metrics.jsonl: line 4 is left out: " in capsys.readouterr().out
+        evals = [line["step"] for line in read_metrics(f"{out}/metrics.jsonl") if line["kind"] == "eval"]
+        assert evals == [0, 4, 6] and record(out)["best_step"] != 2
 
 
 def test_evaluations_on_other_examples_do_not_count(files, capsys, tmp_path) -> None:

@@ -15,7 +15,7 @@ gguf = pytest.importorskip("gguf")
 
 import kill_cases  # noqa: E402
 import tiny_gguf  # noqa: E402
-from cli_runs import assert_same_bits, finetune, one_line, record, steps_in  # noqa: E402
+from cli_runs import assert_same_bits, finetune, one_line, record  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from same_bits import assert_same_tensors  # noqa: E402
 from tiny_text import choice_lines, make_checkpoint, write_jsonl  # noqa: E402
@@ -88,7 +88,7 @@ def test_gains_over_a_gguf_file_end_with_the_same_weights_after_a_kill(packed, t
 
 
 @pytest.mark.usefixtures("own_directory")
-@pytest.mark.parametrize("trained", [["--peft=lora"], ["--peft=prefix"], ["--tune=gain"], ["--train-only=*norm*"]])
+@pytest.mark.parametrize("trained", [["--peft=prefix"], ["--tune=gain"], ["--train-only=*norm*"]])
 def test_signal_perturbs_what_a_run_trains(packed, trained: list[str], capsys) -> None:
     """Its differences are those of the run's first step."""
     same = [*trained, "--batch-size=4", "--probes=2"]
@@ -149,7 +149,7 @@ def test_room_is_asked_for_what_is_made_and_for_decoded_weights(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("own_directory")
-def test_codes_are_trained_resumed_and_replayed(tmp_path: Path) -> None:
+def test_codes_are_trained_and_replayed(tmp_path: Path) -> None:
     files = SimpleNamespace(
         model=make_checkpoint(tmp_path / "model", layers=3),
         train=write_jsonl(tmp_path / "train.jsonl", choice_lines(20)),
@@ -159,10 +159,6 @@ def test_codes_are_trained_resumed_and_replayed(tmp_path: Path) -> None:
     assert record()["options"]["store"] == "affine16"
     rates = {entry.update.groups[0].lr for entry in read_journal("out/journal.jsonl").entries}
     assert rates == {float(np.float32(record()["options"]["lr"]))} and 0 < min(rates) < 1
-    assert finetune(files, *options, "--out=two", "--steps=2") == 0
-    assert main(["finetune", "--resume", "--out=two", "--steps=4", "--quiet"]) == 0
-    assert steps_in("two") == 4
-    assert_same_bits("out/checkpoint", "two/checkpoint")
     assert main(["replay", "out", "-o", "replayed", "--quiet"]) == 0
     assert_same_bits("out/checkpoint", "replayed")
 

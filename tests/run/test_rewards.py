@@ -164,7 +164,6 @@ def test_another_reward_is_refused_by_a_resumed_run_and_taken_by_a_branch(asked,
 @pytest.mark.parametrize(
     ("options", "status", "text"),
     [
-        (["--reward=nowhere.py:f"], 2, "nowhere.py: No such file"),
         (["--reward=mine.py:absent"], 2, "mine.py: has no function absent"),
         (["--reward=mine.py"], 2, "--reward mine.py: expected exact, f1, number, regex:PATTERN, json:FILE or FILE.py"),
         (["--reward=f1"], 1, "rows.jsonl:1: answers: a list of texts was expected"),

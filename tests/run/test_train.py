@@ -22,14 +22,13 @@ pytestmark = pytest.mark.usefixtures("own_directory")
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("which", "line", "reason"),
     [
-        ("{", "bad.jsonl:2: not valid JSON"),
-        (json.dumps({"prompt": "cat " * 80, "choices": ["b", "c"], "label": 0}), "bad.jsonl:2: "),
+        ("eval", "{", "bad.jsonl:2: not valid JSON"),
+        ("train", json.dumps({"prompt": "cat " * 80, "choices": ["b", "c"], "label": 0}), "bad.jsonl:2: "),
     ],
 )
-@pytest.mark.parametrize("which", ["train", "eval"])
-def test_bad_data(files, capsys, line: str, reason: str, which: str) -> None:
+def test_bad_data(files, capsys, which: str, line: str, reason: str) -> None:
     path = write_jsonl(Path("bad.jsonl"), [choice_lines(1)[0], line])
     assert finetune(files, f"--{which}={path}") == 1
     assert reason in one_line(capsys)

@@ -147,13 +147,6 @@ def test_use_of_a_weight_outside_its_module_is_named(tmp_path):
     run_both(TiedByHand, lambda model: model(IDS), tmp_path / "whole", units=["."])
 
 
-def test_a_later_use_outside_any_module_is_named(tmp_path):
-    model, opt = stepping(Blocks(), tmp_path)
-    opt.step(lambda: model(IDS))
-    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight(?!.*units=)"):
-        opt.step(lambda: model(IDS) + model.head.weight.sum())
-
-
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast_inside_and_around_the_closure(inside, tmp_path):
     def loss(model, cached=True):
@@ -178,11 +171,10 @@ def fresh_dynamo():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_blocks(backend, tmp_path):
+def test_compiled_blocks(tmp_path):
     def compile_blocks(model):
         for block in model.blocks:
-            block.compile(backend=backend)
+            block.compile(backend="aot_eager")
 
     run_both(Blocks, lambda model: model(IDS), tmp_path, prepare=compile_blocks)
 
@@ -236,7 +228,7 @@ def test_each_new_closure_is_watched(tmp_path):
     """An objective that stays finite on NaN must not hide a weight that is not there."""
     model, opt = stepping(Blocks(), tmp_path)
     opt.step(lambda: model(IDS))
-    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight"):
+    with pytest.raises(distzo2.DistZO2Error, match=r"head\.weight(?!.*units=)"):  # outside of any module
         opt.step(lambda: model(IDS) + (IDS.float() @ model.head.weight[:7]).argmax().float())
 
 
@@ -259,7 +251,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-@pytest.mark.parametrize("weights", ["device", "host", "disk"])
+@pytest.mark.parametrize("weights", ["device", "disk"])
 def test_a_forward_that_writes_weights_is_named_and_loses_nothing(write, weights, tmp_path):
     model = distzo2.offload(Written(write), weights=weights, directory=tmp_path)
     before = model.state_dict()

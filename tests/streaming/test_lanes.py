@@ -7,7 +7,6 @@ import gc
 import json
 import threading
 
-import numpy as np
 import pytest
 import torch
 from block_models import IDS, Blocks, offloaded, stepping
@@ -107,20 +106,6 @@ def test_the_end_of_an_iterator_comes_as_it_was_raised(tmp_path):
         with pytest.raises(StopIteration):
             opt.step(lambda: model(next(batches)))
     opt.step(lambda: model(IDS))
-
-
-def test_emissions_that_come_twice(tmp_path):
-    class Twice:
-        def evaluations(self, num_probes):
-            return [(0, 1), (0, -1), (0, 1)]
-
-        def coefficients(self, losses, num_probes, eps):
-            return np.array([(losses[0, 1] - losses[0, -1]).mean()])
-
-    model, opt = stepping(Blocks(), tmp_path, estimator=Twice())
-    for _ in range(3):
-        opt.step(lambda: model(IDS))
-        assert opt.last.losses[0] == opt.last.losses[2] != opt.last.losses[1]
 
 
 class Boom(Exception):

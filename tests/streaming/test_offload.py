@@ -320,21 +320,6 @@ def test_inference_mode_around_anything(weights, tmp_path):
     assert torch.isfinite(model(IDS))
 
 
-def test_parameters_without_elements_survive(tmp_path):
-    model = Blocks()
-    model.blocks[1].register_parameter("empty", nn.Parameter(torch.zeros(0, 8)))
-    model.register_parameter("none", nn.Parameter(torch.zeros(3, 0)))
-    offloaded(model, tmp_path)
-    distzo2.ZOSGD(model, lr=1e-2).step(lambda: model(IDS))
-    state = model.state_dict()
-    assert state["blocks.1.empty"].shape == (0, 8) and state["none"].shape == (3, 0)
-    model.load_state_dict(state)
-    distzo2.save_pretrained(model, tmp_path / "saved")
-    from safetensors.torch import load_file
-
-    assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), state)
-
-
 def test_an_edit_whose_result_cannot_be_handed_over_leaves_a_plain_model(tmp_path):
     model = offloaded(Blocks(), tmp_path)
     expected = model(IDS)

@@ -71,15 +71,11 @@ LONG = "7" * 5000
     ("line", "reason"),
     [
         (f'{{"text": "a", "n": {LONG}}}', "not valid JSON: number out of range"),
-        (f'{{"prompt": "a", "choices": ["b", "c"], "label": {LONG}}}', "not valid JSON: number out of range"),
-        (f'{{"prompt": "a", "choices": ["b", "c"], "label": -{LONG}}}', "not valid JSON: number out of range"),
         (
             f'{{"prompt": "a", "choices": ["b", "c"], "label": {LONG[:4200]}}}',
             "777 is out of range: there are 2 choices",
         ),
         ('{"prompt": "a", "choices": ["b", "c"], "label": 1e999}', "label: expected a valid integer"),
-        (LONG, "not valid JSON: number out of range"),
-        ("[" * 5000, "not valid JSON: recursion limit exceeded"),
         ('{"text": ' * 5000, "not valid JSON: recursion limit exceeded"),
     ],
 )
@@ -96,11 +92,8 @@ def test_numbers_and_nesting_beyond_measure(tmp_path: Path, line: str, reason: s
         (json.dumps([GOOD, GOOD], indent=2), "an array"),
         (json.dumps([GOOD, GOOD]), "an array"),
         ("\n" + json.dumps([GOOD], indent="\t").replace("\n", "\r\n"), "an array"),
-        ("[]", "an array"),
         (json.dumps(GOOD, indent=2), "an object of several lines"),
-        (json.dumps({"data": [GOOD]}, indent=2), "an object of several lines"),
         ('{"data": [\n{"text": "a"}\n]}', "an object of several lines"),
-        ('{"train":\n[]}', "an object of several lines"),
         ('{"text": "a",\n"n": 1}', "an object of several lines"),
     ],
 )

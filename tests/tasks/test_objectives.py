@@ -262,17 +262,16 @@ def test_a_model_that_sees_the_future_is_refused(name: str, lines, tmp_path: Pat
         Objective(model, resolve_objective(None, examples), pad_id=0).check_causal(examples[0], kind)
 
 
-@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(
-    ("name", "fields"),
+    ("name", "train", "fields"),
     [
-        ("LlamaForCausalLM", {}), ("BertLMHeadModel", {"is_decoder": True}),
-        ("GPT2LMHeadModel", {"n_embd": 16, "n_head": 2}),
-        ("MixtralForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}), ("MambaForCausalLM", {}),
-        ("T5ForConditionalGeneration", {}), ("BartForConditionalGeneration", {"dropout": 0.5}),
+        ("LlamaForCausalLM", True, {}), ("BertLMHeadModel", False, {"is_decoder": True}),
+        ("GPT2LMHeadModel", True, {"n_embd": 16, "n_head": 2}), ("MambaForCausalLM", True, {}),
+        ("MixtralForCausalLM", False, {"num_key_value_heads": 2, "num_local_experts": 4}),
+        ("T5ForConditionalGeneration", False, {}), ("BartForConditionalGeneration", True, {"dropout": 0.5}),
     ],
 )  # fmt: skip
-def test_a_causal_model_passes(name: str, fields: dict, train: bool, tmp_path: Path) -> None:
+def test_a_causal_model_passes(name: str, train: bool, fields: dict, tmp_path: Path) -> None:
     model, kind = offloaded(tmp_path, name, make_tokenizer(), vocab_size=600, **fields)
     model.train(train)
     lines = [{"prompt": "the cat sat on", "completion": " the mat"}] if kind.name != "causal" else LM

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from block_models import IDS, Blocks, adapted
-from checkpoint_models import stored
 from plain import flat_losses, plain_loop
 from same_bits import assert_same, assert_same_tensors, same_bits
 from zoo import BY_NAME
 
 import distzo2
-from distzo2.models import pretrained
-from distzo2.models.replay import replay
 from distzo2.weights import scratch, units
 
 MODES = ["device", "host", "disk"]
@@ -187,32 +184,6 @@ def test_blocks_that_stay_by_a_budget_have_the_same_bits(tmp_path):
         runtime.close()
 
 
-@pytest.mark.parametrize("weights", ["host", "disk"])
-def test_adapters_that_are_added_and_merged_inside_edit(weights, tmp_path):
-    model = distzo2.offload(Blocks(width=64), weights=weights, directory=tmp_path)
-    with distzo2.edit(model):
-        for name, block in adapted().blocks.named_children():
-            block[0].base = model.blocks[int(name)][0]
-            model.blocks[int(name)][0] = block[0]
-        model.requires_grad_(False)
-        for block in model.blocks:
-            block[0].down.requires_grad_(True)
-    opt = distzo2.ZOSGD(model, lr=1e-1, **OPTIONS)
-    train(model, opt)
-    runtime = distzo2.runtime_of(model)
-    assert runtime.stats().get("bytes_down", 0) == 0
-    assert {u.name for u in runtime.units if u.trainable} == {f"blocks.{i} (trained)" for i in range(4)}
-    with torch.no_grad():
-        before = model(IDS)
-    with distzo2.edit(model):
-        for block in model.blocks:
-            block[0].base.weight += block[0].up.weight @ block[0].down.weight
-            block[0] = block[0].base
-    assert len(list(model.parameters())) == 10
-    with torch.no_grad():
-        assert torch.allclose(model(IDS), before, atol=1e-5)
-
-
 def test_libraries_count_what_is_trained(capsys):
     from peft import LoraConfig, get_peft_model
 
@@ -238,32 +209,6 @@ def test_libraries_count_what_is_trained(capsys):
     assert {*seen, count()} == {expected}
     assert distzo2.state_dict(model, trainable_only=True).keys() == names
     assert distzo2.state_dict(model).keys() == model.state_dict().keys()
-
-
-def test_a_replay_gives_the_weights(tmp_path, monkeypatch):
-    """Of a checkpoint whose norms alone are trained."""
-    case = BY_NAME["llama"]
-    case.build().save_pretrained(tmp_path / "base")
-    offload = pretrained.offload
-
-    def only_norms(model, **options):
-        for name, p in model.named_parameters():
-            p.requires_grad_("norm" in name)
-        return offload(model, **options)
-
-    monkeypatch.setattr(pretrained, "offload", only_norms)
-    model = distzo2.from_pretrained(tmp_path / "base", weights="disk", directory=tmp_path)
-    assert sum(u.name.endswith("(trained)") for u in distzo2.runtime_of(model).units) == 3
-    opt = distzo2.ZOSGD(model, lr=1e-1, journal=tmp_path / "journal", **OPTIONS)
-    for step in range(STEPS):
-        opt.step(case.closure(model, step))
-    opt.close()
-    distzo2.save_pretrained(model, tmp_path / "saved")
-    replay(tmp_path / "base", tmp_path / "journal", tmp_path / "replayed", progress=False)
-    saved, replayed = stored(tmp_path / "saved"), stored(tmp_path / "replayed")
-    assert_same_tensors(replayed, saved)
-    before = stored(tmp_path / "base")
-    assert all(same_bits(saved[name], value) is ("norm" not in name) for name, value in before.items())
 
 
 @pytest.mark.parametrize("weights", MODES)
