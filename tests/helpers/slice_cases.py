@@ -186,6 +186,23 @@ def replaced(rank: int, world_size: int, directory: Path, shape: tuple[int, int]
     return [(seen, opt.last.losses), state_of(model)]
 
 
+def anchored(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None, weights: str) -> Any:
+    """A run with an anchor that continues from its weight file, of which slices in memory are no part."""
+    joined(shape, slice=True)
+    run, history = directory / f"{world_size}", []
+    for until in (4, 6):
+        file = distzo2.WeightFile(run / "weights.dzo2", run / "journal", every=1, pace=1.0)
+        model = tower(weights, None, keep_start=True, weight_file=file)
+        opt = optimizer(model, anchor=0.5, journal=run / "journal", resume=until == 6)
+        while opt.step_count < until:
+            opt.step(closures_of(model, opt.step_count, 2))
+            history.append(opt.last.losses)
+        state = state_of(model)
+        opt.close()
+        distzo2.runtime_of(model).close()
+    return [history, state]
+
+
 def with_reference(rank: int, world_size: int, directory: Path, shape: tuple[int, int] | None) -> Any:
     """Closures call another model in slices too, and gather metrics as trainers do."""
     joined(shape, slice=True)

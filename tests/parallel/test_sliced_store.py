@@ -50,6 +50,8 @@ def test_what_must_not_change_a_bit(ranks: Ranks, alone: Any, what: str, tmp_pat
         (slice_cases.frozen, (2, 1), (torch.bfloat16, torch.float32)),
         (slice_cases.frozen, (1, 2), (torch.bfloat16, torch.float32, 3)),
         (slice_cases.frozen, (1, 2), (torch.bfloat16, None, 3, 0.5)),
+        (slice_cases.anchored, (2, 1), ("host",)),
+        (slice_cases.anchored, (2, 1), ("disk",)),
         (slice_cases.one_way, (2, 1), (None,)),
         (slice_cases.one_way, (1, 2), (torch.float32,)),
         (slice_cases.no_lanes, (1, 2), ()),

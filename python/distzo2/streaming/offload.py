@@ -347,7 +347,7 @@ def _load_in_turn(weight_file: WeightFile, weights: UnitWeights, run: RunSoFar |
     gathered = [copy.unit for copy in weights.copies if copy.starts and weights.store_of(copy).gathers]
     rows = [StoredCopy.whole(u) for u in weights.units if u.trainable and u not in gathered]  # whole, with the start
     if gathered and not rows:
-        raise DistZO2Error(f"{weight_file.path}: there is nothing to copy: with keep_start, units in slices are left out")
+        raise DistZO2Error(f"{weight_file.path}: nothing to copy: with keep_start, units in slices are left out")
     mesh, rank, kept = current(), _rank(), None
     for turn in reversed(range(1 if mesh is None else mesh.world_size)):
         with nullcontext() if mesh is None else mesh.together("reading the weight file"):

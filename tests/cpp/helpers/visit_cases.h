@@ -270,7 +270,8 @@ inline Visit cut(const Visit& whole, Random& random) {
             const int64_t each = segment.scale_group;
             if (each > 0)
                 wanted = (wanted + each - 1) / each * each;
-            part.scale_offset += each > 0 ? 4 * (begin / each) : 0;
+            const int64_t of_start = part.scale_offset > 0 ? begin * dtype_bytes(static_cast<DType>(part.dtype)) : 0;
+            part.scale_offset += each > 0 ? 4 * (begin / each) : of_start;
             part.byte_offset += begin * dtype_bytes(static_cast<DType>(segment.dtype));
             part.out_offset += begin * dtype_bytes(static_cast<DType>(segment.out_dtype));
             part.element_offset += begin;
