@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOMS = (
@@ -81,3 +82,8 @@ def test_at_most_600_lines_a_file():
     lines = {name: path.read_text().count("\n") for name, path in FILES.items()}
     long = {name: number for name, number in lines.items() if number > 600}
     assert not long, str(long)
+
+
+def test_all_rooms_are_installed():
+    settings = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {f"distzo2.{room}".strip(".") for room in ROOMS} <= {*settings["packages"]}

@@ -39,6 +39,17 @@ class MissingPackageError(DistZO2Error, ImportError):
 
 
 @contextmanager
+def refusing(what: str, kind: type[DistZO2Error] = DistZO2Error) -> Iterator[None]:
+    """Turns whatever a library raises about what a user brings into an error of this kind: `what`, and the reason."""
+    try:
+        yield
+    except DistZO2Error:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {one_line(error)}") from error
+
+
+@contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Turns what a library raises about `what`, such as a user's model or tokenizer, into a DistZO2Error."""
     try:

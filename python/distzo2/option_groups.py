@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from distzo2.errors import UsageError
 from distzo2.option_types import Count, Decay, Estimator, Noise, Shape, Switch, option
+
+OWN_BATCHES = ("spsa", "meazo", "spsa-sign")  # estimators that do not compare the losses of different probes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,11 @@ class Estimating:
         "of es: by mean and spread, by centred ranks, or by mean and spread in each of --micro-batches (group)",
     )
     es_one_sided: Switch = option(False, "of es: K members on one side, not 2K mirrored ones")
+    probe_batches: Literal["shared", "own"] = option(
+        "shared",
+        "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa and its "
+        "kin: meazo, spsa-sign)",
+    )
     noise: Noise | None = option(
         None, "distribution of a perturbation's elements (default: normal; by fzoo and 1.5spsa rademacher, signs)"
     )
@@ -50,6 +57,9 @@ class Estimating:
         object.__setattr__(self, "noise", self.noise or ("rademacher" if by_signs else "normal"))
         if self.estimator in ("fzoo", "es") and self.probes < 2:
             raise UsageError(f"--estimator {self.estimator} needs --probes 2 or more, to compare losses")
+        if self.probe_batches == "own" and (self.estimator not in OWN_BATCHES or self.probes < 2):
+            expected = f"--estimator {' or '.join(OWN_BATCHES)}, and --probes 2 or more"
+            raise UsageError(f"--probe-batches own: {expected}, were expected")
         if self.estimator != "es" and (self.es_one_sided or self.es_shape != "zscore"):
             raise UsageError(f"--es-{'one-sided' if self.es_one_sided else 'shape'} needs --estimator es")
         if self.momentum_window is not None and not self.momentum:

@@ -21,10 +21,10 @@ from same_bits import same_bits  # noqa: E402
 from tiny_text import make_tokenizer  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
+from distzo2.checkpoint.mapping import CheckpointMap  # noqa: E402
 from distzo2.checkpoint.tensor_files import CheckpointError  # noqa: E402
 from distzo2.formats.gguf import gguf_config, is_gguf, open_gguf  # noqa: E402
 from distzo2.formats.gguf_config import gguf_tokenizer  # noqa: E402
-from distzo2.formats.packed_checkpoint import PackedCheckpoint  # noqa: E402
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -33,30 +33,30 @@ LLAMA3 = {
 TEXT = torch.arange(3, 43).view(1, 40) % 64
 
 
-def weights(opened: PackedCheckpoint) -> dict[str, torch.Tensor]:
+def weights(opened: CheckpointMap) -> dict[str, torch.Tensor]:
     """Each parameter, as it is decoded or read."""
     found = {name: decode(param) for name, param in opened.packed.items()}
-    for name, tensor in opened.map.mapped.items():
+    for name, tensor in opened.mapped.items():
         found[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        opened.map.read(name, found[name])
-    opened.map.close()
+        opened.read(name, found[name])
+    opened.close()
     return found
 
 
-def filled(opened: PackedCheckpoint) -> torch.nn.Module:
-    missing, unexpected = opened.model.load_state_dict(weights(opened), strict=False, assign=True)
+def filled(model: torch.nn.Module, opened: CheckpointMap) -> torch.nn.Module:
+    missing, unexpected = model.load_state_dict(weights(opened), strict=False, assign=True)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
-    opened.model.tie_weights()
-    return opened.model
+    model.tie_weights()
+    return model
 
 
 def assert_same_model(path: Path, model: torch.nn.Module) -> None:
-    opened = open_gguf(path, dtype=torch.float32)
-    assert not opened.packed and type(opened.model) is type(model)
+    found, opened = open_gguf(path, dtype=torch.float32)
+    assert not opened.packed and type(found) is type(model)
     with torch.no_grad():
-        assert torch.equal(filled(opened)(TEXT).logits, model(TEXT).logits)
+        assert torch.equal(filled(found, opened)(TEXT).logits, model(TEXT).logits)
     for name, param in model.named_parameters():
-        assert same_bits(opened.model.get_parameter(name).data, param.data), name
+        assert same_bits(found.get_parameter(name).data, param.data), name
 
 
 @pytest.mark.parametrize("name", tiny_gguf.MODELS)
@@ -70,11 +70,11 @@ def test_packed_weights_have_the_bits_of_transformers(name: str, tmp_path: Path)
     kinds = {"llama": "Q4_1", "llama wide heads": "Q4_0", "qwen2": "Q5_0", "qwen2moe": "Q8_0", "qwen3": "Q5_K"}
     kind = kinds.get(name, "Q4_K" if name == "qwen3moe" else "Q6_K")
     path = tiny_gguf.write(tmp_path / "x.gguf", name, tiny_gguf.make_model(name), kind)
-    opened = open_gguf(path, dtype=torch.float32)
+    model, opened = open_gguf(path, dtype=torch.float32)
     assert {param.format for param in opened.packed.values()} == {kind}
     assert all(param.pieces[0].path == path or kind == "Q5_0" for param in opened.packed.values())  # no copy
     if name.endswith("moe"):  # transformers takes the experts' widths for those of one checkpoint
-        expected = dequantized(path, opened)
+        expected = dequantized(path, model)
     else:
         loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
         expected = {key: param.data for key, param in loaded.named_parameters()}
@@ -89,14 +89,14 @@ def test_packed_weights_have_the_bits_of_transformers(name: str, tmp_path: Path)
         assert same_bits(found[key], value), key
 
 
-def dequantized(path: Path, opened: PackedCheckpoint) -> dict[str, torch.Tensor]:
+def dequantized(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a mixture of experts by gguf alone."""
     tensors = gguf.GGUFReader(path).tensors
     stored = {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in tensors}
-    is_second = "Qwen2" in type(opened.model).__name__
+    is_second = "Qwen2" in type(model).__name__
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE if is_second else gguf.MODEL_ARCH.QWEN3MOE, 2)
     found = {}
-    for name, param in opened.model.named_parameters():
+    for name, param in model.named_parameters():
         base, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias|)", name).groups()
         if base.endswith("gate_up_proj"):
             to = names.get_name(base.replace("gate_up", "down"))
@@ -112,8 +112,8 @@ def test_raw_halves_are_read_where_they_lie(name: str, kind: str, tmp_path: Path
     """q and k are permuted, and experts of gate and up alternate, by ranges."""
     model = tiny_gguf.make_model(name)
     dtype = torch.float16 if kind == "F16" else torch.bfloat16
-    opened = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model, kind))
-    assert not opened.packed and {tensor.dtype for tensor in opened.map.mapped.values()} == {dtype}
+    _, opened = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model, kind))
+    assert not opened.packed and {tensor.dtype for tensor in opened.mapped.values()} == {dtype}
     for key, value in weights(opened).items():
         assert same_bits(value, model.get_parameter(key).data.to(dtype)), key
 
@@ -129,7 +129,7 @@ def test_experts_whose_rows_do_not_lie_evenly_are_refused(tmp_path: Path):
 def test_raw_weights_stream_from_the_file_where_they_lie_in_it(tmp_path: Path):
     for name, is_stored in {"qwen3": True, "gemma2": False}.items():  # 1 is taken away from Gemma's norms
         model = tiny_gguf.make_model(name)
-        raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model)).map
+        _, raw = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", name, model))
         found = raw.stored_as("model.norm.weight")
         assert (found is not None) == is_stored
         ((path, offset, num_bytes, _),) = (found or raw.stored_as("model.embed_tokens.weight")).ranges
@@ -140,13 +140,13 @@ def test_raw_weights_stream_from_the_file_where_they_lie_in_it(tmp_path: Path):
 def test_the_dtype_is_that_of_the_embeddings_or_bfloat16(tmp_path: Path):
     model = tiny_gguf.make_model("llama")
     for kind, dtype in {"Q4_0": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.items():
-        opened = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", "llama", model, kind))
-        assert {tensor.dtype for tensor in opened.map.mapped.values()} == {dtype}
+        _, opened = open_gguf(tiny_gguf.write(tmp_path / "x.gguf", "llama", model, kind))
+        assert {tensor.dtype for tensor in opened.mapped.values()} == {dtype}
 
 
 def test_scales_that_are_not_finite_are_refused(tmp_path: Path):
     path = tiny_gguf.write(tmp_path / "x.gguf", "llama", tiny_gguf.make_model("llama"), "Q6_K")
-    opened = open_gguf(path)
+    _, opened = open_gguf(path)
     for param in opened.packed.values():
         param.check_scales()
     param = opened.packed["model.layers.1.mlp.down_proj.weight"]

@@ -13,19 +13,18 @@ import torch
 from packed_forms import FORMS, Tensors
 from safetensors.torch import save_file
 
-from distzo2.checkpoint.tensor_files import CheckpointError, TensorFile
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
 from distzo2.formats.matrices import find_matrices
-from distzo2.formats.repacking import Stored
 
 SHAPE = (32, 256)
 
 
-def stored(directory: Path, tensors: Tensors) -> dict[str, Stored]:
+def stored(directory: Path, tensors: Tensors) -> dict[str, TensorEntry]:
     """The tensors of a layer `q` in a file."""
     path = directory / "model.safetensors"
     save_file({f"q{end}": t.contiguous() for end, t in tensors.items()}, path)
     with TensorFile(path) as file:
-        return {name: Stored(path, entry) for name, entry in file.tensors.items()}
+        return file.tensors
 
 
 def made(form: str, shape: tuple[int, ...] = SHAPE, **changes: torch.Tensor | None) -> Tensors:

@@ -14,11 +14,13 @@ from packed_decode import decode
 from packed_forms import FORMS, Form, compressed, fp8_blocks, gpt_oss
 from safetensors.torch import load_file, save_file
 from same_bits import same_bits
+from torch import nn
 
+from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.checkpoint.packed_param import Piece
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats import repacking
-from distzo2.formats.packed_checkpoint import PackedCheckpoint, find_settings, open_packed
+from distzo2.formats.packed_checkpoint import find_settings, open_packed
 from distzo2.models import pretrained
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -86,12 +88,12 @@ def assert_decodes(found: torch.Tensor, expected: torch.Tensor, name: str) -> No
 def test_each_weight_is_what_the_format_decodes(tmp_path: Path, case: str) -> None:
     quantization = next(config for start, config in CONFIGS.items() if case.startswith(start))
     decoded = save(tmp_path, "Llama", LLAMA, FORMS[case], quantization)
-    checkpoint = open_packed(tmp_path)
+    model, checkpoint = open_packed(tmp_path)
     assert checkpoint.packed.keys() == decoded.keys() and sum(t.numel() for t in decoded.values()) >= 1_000_000
     for name, param in checkpoint.packed.items():
         assert param.shape == decoded[name].shape
         assert_decodes(decode(param), decoded[name], name)
-    assert_raw(checkpoint, load_file(tmp_path / "model.safetensors"))
+    assert_raw(model, checkpoint, load_file(tmp_path / "model.safetensors"))
 
 
 def blocks_or_channels(shape: tuple[int, ...], g: torch.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -115,31 +117,31 @@ def test_experts_lie_as_transformers_has_them(tmp_path: Path, case: str) -> None
     """Against the decoded tensors as transformers loads them."""
     kind, fields, form, quantization, num_ranges = EXPERTS[case]
     decoded = save(tmp_path, kind, fields, form, CONFIGS[quantization])
-    checkpoint = open_packed(tmp_path)
+    model, checkpoint = open_packed(tmp_path)
 
     plain = tmp_path / "plain"
-    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.map.mapped}
-    checkpoint.model.config.save_pretrained(plain)
+    kept = {name: t for name, t in load_file(tmp_path / "model.safetensors").items() if name in checkpoint.mapped}
+    model.config.save_pretrained(plain)
     dtype = next(iter(decoded.values())).dtype
     save_file({n: t.to(dtype).contiguous() for n, t in (kept | decoded).items()}, plain / "model.safetensors", PT)
-    expected = type(checkpoint.model).from_pretrained(plain, dtype=dtype).state_dict()
+    expected = type(model).from_pretrained(plain, dtype=dtype).state_dict()
     experts = [param for name, param in checkpoint.packed.items() if name.endswith("experts.gate_up_proj")]
     for name, param in checkpoint.packed.items():
         assert param.shape == expected[name].shape and param.transposed == (case == "gpt-oss")
         assert_decodes(decode(param), expected[name], name)
     assert experts and all(sum(piece.make is None for piece in param.pieces) == num_ranges for param in experts)
-    checkpoint.map.close()
+    checkpoint.close()
 
 
-def assert_raw(checkpoint: PackedCheckpoint, tensors: dict[str, torch.Tensor]) -> None:
+def assert_raw(model: nn.Module, checkpoint: CheckpointMap, tensors: dict[str, torch.Tensor]) -> None:
     """Parameters that are not packed are read as before."""
-    params = dict(checkpoint.model.named_parameters())
-    assert {*checkpoint.map.names} == params.keys()
+    params = dict(model.named_parameters())
+    assert {*checkpoint.names} == params.keys()
     for name in params.keys() - checkpoint.packed.keys():
         out = torch.empty(params[name].shape, dtype=params[name].dtype)
-        checkpoint.map.read(name, out)
+        checkpoint.read(name, out)
         assert same_bits(out, tensors[name]), name
-    checkpoint.map.close()
+    checkpoint.close()
 
 
 AWQ, GPTQ, KEY = CONFIGS["awq"], CONFIGS["gptq"], "quantization_config"
@@ -210,9 +212,9 @@ def test_settings_that_are_not_decoded_are_refused_by_name(tmp_path: Path, case:
 
 def test_names_of_tensors_are_enough(tmp_path: Path) -> None:
     decoded = save(tmp_path, "Llama", LLAMA, FORMS["gptq int4 g128"], None)
-    checkpoint = open_packed(tmp_path)
+    _, checkpoint = open_packed(tmp_path)
     assert find_settings(tmp_path) == {} and checkpoint.packed.keys() == decoded.keys()
-    checkpoint.map.close()
+    checkpoint.close()
 
 
 def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,13 +224,13 @@ def test_headers_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     read = Piece.read_into
     note = lambda piece: sizes.append(piece.num_bytes if piece.make is None else 0)  # noqa: E731
     monkeypatch.setattr(Piece, "read_into", lambda piece, out: note(piece) or read(piece, out))
-    checkpoint = open_packed(tmp_path)
+    _, checkpoint = open_packed(tmp_path)
     assert sum(sizes) == 4 * (6 * 256 + 1152)
     monkeypatch.setattr(repacking, "CHUNK_BYTES", 1 << 14)
     sizes.clear()
     checkpoint.packed["model.layers.0.mlp.down_proj.weight"].pieces[0].read()
     assert max(sizes) <= 1 << 14 and sum(sizes) == 256 * 1152 // 2
-    checkpoint.map.close()
+    checkpoint.close()
 
 
 @pytest.mark.parametrize(
@@ -267,10 +269,10 @@ def test_sizes_are_those_of_decoded_and_of_packed_weights(tmp_path: Path) -> Non
         found = [row for row in pretrained.sizes_of(place) if row[0] < 2 * row[1]]
         assert sum(numel for _, numel, *_ in found) == sum(t.numel() for t in decoded.values())
         assert {row[2:] for row in found} == {(torch.bfloat16, is_made)}
-        checkpoint = open_packed(place)
+        _, checkpoint = open_packed(place)
         packed = sum(piece.num_bytes for param in checkpoint.packed.values() for piece in param.pieces)
         assert sum(row[0] for row in found) == packed
-        checkpoint.map.close()
+        checkpoint.close()
 
 
 def test_plain_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -313,8 +315,8 @@ def test_a_text_model_within_another_is_found(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "config.json").read_text())
     told["text_config"][KEY] = AWQ
     (tmp_path / "config.json").write_text(json.dumps(told))
-    checkpoint = open_packed(tmp_path)
+    _, checkpoint = open_packed(tmp_path)
     (param,) = checkpoint.packed.values()
     assert param.name == "model.language_model.layers.0.mlp.down_proj.weight" and find_settings(tmp_path) == AWQ
     assert_decodes(decode(param), decoded, name)
-    checkpoint.map.close()
+    checkpoint.close()

@@ -249,7 +249,7 @@ def check_index(directory: Path, content: bytes) -> None:
     except CheckpointError as error:
         one_line(error)
         return
-    assert {file.path.parent for file in files.files} <= {directory}
+    assert {path.parent for path in files.files} <= {directory}
     files.close()
 
 

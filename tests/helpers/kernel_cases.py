@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -206,10 +207,10 @@ def random_visit(
     return Visit(weights, table, int(rng.integers(0, 2**64, dtype=np.uint64)), updates, tuple(emits))
 
 
-def low_rank_visit(rng: np.random.Generator, visit: Visit) -> Visit:
-    """The visit with other families of noise, one of low rank at least, and segments of matrices of all shapes, some of
-    experts, some without columns."""
-    families = rng.choice([*LOW_RANK], 1).tolist() + rng.choice([*FAMILIES], 1).tolist()
+def low_rank_visit(rng: np.random.Generator, visit: Visit, families: Sequence[str] = ()) -> Visit:
+    """The visit with other families of noise, two of which are given or one of low rank at least, and segments of
+    matrices of all shapes, some of experts, some without columns."""
+    families = list(families) or rng.choice([*LOW_RANK], 1).tolist() + rng.choice([*FAMILIES], 1).tolist()
     codes = [FAMILIES[name] for name in rng.permutation(families)]
 
     def replaced(terms: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -150,3 +150,12 @@ def test_bad_input(given: dict):
     model, opt = optimizer()
     with pytest.raises(distzo2.DistZO2Error, match="expected"):
         opt.signal(lambda: model(IDS), **given)
+
+
+def test_an_optimizer_follows_a_look_that_failed():
+    """Its traceback keeps what looked, which is no optimizer with a journal."""
+    model = offloaded(Blocks(width=64).to(HALF))
+    with pytest.raises(ZeroDivisionError) as caught:
+        signal_of(model, [lambda: model(IDS) / (1 // 0)], eps=[1e-3], dtypes=[HALF], probes=2)
+    opt = distzo2.ZOSGD(model, lr=1e-2)
+    assert caught.value.__traceback__ is not None and opt.step(lambda: model(IDS)).isfinite()

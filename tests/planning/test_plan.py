@@ -17,7 +17,7 @@ from distzo2.cli.options import PlanOptions
 from distzo2.errors import DistZO2Error, UsageError
 from distzo2.parallel.mesh import MeshShape
 from distzo2.planning.machines import GPUS, MEASURED, find_machine, machine_from
-from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, Planner, memory_table, significant, to_json
+from distzo2.planning.plan import CONTEXT_BYTES, FORMAT, NOISE_TEXT, Planner, memory_table, significant, to_json
 from distzo2.planning.plan_model import Op, plan_model, plan_module
 from distzo2.planning.report import read_trace, step_figures
 from distzo2.run.loop import TrainLoop
@@ -60,6 +60,34 @@ def test_an_anchor_needs_a_second_copy() -> None:
         assert anchored["gather_bytes"] == plain["gather_bytes"]
         assert anchored["rank_bytes"]["residents"] == 2 * plain["rank_bytes"]["residents"]
         assert anchored["rank_bytes"]["scratch"] == plain["rank_bytes"]["scratch"]
+
+
+def test_low_rank_noise_has_rates_of_its_own() -> None:
+    """A node by name derives them; a measurement without them has those of dense noise, and the plan says so."""
+    families = ("normal-r4", "normal-r1", "sign-r4", "sign-r1", "normal", "rademacher")
+    rates = [GPUS["a100"].rates.noise_per_s[family] for family in families]
+    assert rates == sorted(rates) and rates[4] / rates[0] == pytest.approx(4.94, abs=0.01)
+    asked = request("--noise=sign-r1", "--weights=device")
+    planner = Planner(asked, machine_from(measured_cpu()))
+    assert NOISE_TEXT in to_json(planner, planner.plans())["machine"]["assumptions"]
+
+
+def test_a_batch_for_each_probe() -> None:
+    """Four probes have the forwards of one, and the noise of four; all ranks share the parts."""
+    long = ["--batch=32", "--tokens=1024", "--weights=device"]
+    one, shared = (planned(*long, f"--probes={k}")[0].row for k in (1, 4))
+    own, mesh = (p.row for p in planned(*long, "--probes=4", "--probe-batches=own", "--parallel=pert=2,data=4"))
+    assert own["micro_batches"] == 4 and own["noise_s"] == pytest.approx(shared["noise_s"], rel=0.01)
+    assert one["step_s"] < own["step_s"] < 0.5 * shared["step_s"]
+    assert own["rank_bytes"]["lanes"] < 0.5 * shared["rank_bytes"]["lanes"]
+    assert mesh["micro_batches"] == 8 and mesh["step_s"] < 0.5 * own["step_s"]  # a rank has both signs of one part
+
+
+def test_a_clean_evaluation_is_a_forward_without_noise() -> None:
+    two, three = (planned(f"--estimator={name}", "--noise=normal")[0].row for name in ("spsa", "1.5spsa"))
+    compute, other = (row["busy"]["compute"] * row["step_s"] - row["noise_s"] for row in (two, three))
+    # The clean lane may come first: an update then reads the weights once more than perturbing does.
+    assert three["noise_s"] == pytest.approx(two["noise_s"], rel=0.1) and other == pytest.approx(1.5 * compute, rel=0.1)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -223,6 +251,11 @@ def test_possible_meshes() -> None:
         (["--parallel=pert=2", "--nproc=4"], "--parallel pert=2 is 2 ranks, and --nproc says 4"),
         (["--parallel=pert=two"], "--parallel pert=two: expected pert=P,data=D"),
         (["--micro-batches=3"], "--micro-batches 3 does not divide --batch 8"),
+        (["--probe-batches=own", "--probes=3"], "--probe-batches own: --probes 3 x 1 micro-batches do not divide"),
+        (
+            ["--probe-batches=own", "--probes=2", "--micro-batches=1", "--parallel=data=4", "--slice=off"],
+            "--probe-batches own: 4 ranks cannot share 2 parts of a batch",
+        ),
         (["--machine=v100"], "--machine v100: expected a100, h100, h200, this"),
         (["--device=cpu"], "--device cpu: 8 x A100 SXM 80 GB, PCIe 4, NVLink 3 computes on cuda"),
         (["--devices-per-switch=3"], "--devices-per-switch 3 does not divide 8 devices"),

@@ -14,6 +14,7 @@ from kernel_cases import (
     DTYPES,
     LOW_RANK,
     anchored_visit,
+    assert_same_bits,
     check_low_rank,
     low_rank_visit,
     needs_native,
@@ -138,6 +139,22 @@ def test_rows_that_do_not_exist_are_nan(kernels: CudaKernels | TritonKernels, dt
 def test_low_rank(nvcc: CudaKernels) -> None:
     with backend_of(nvcc) as backend:
         check_low_rank(backend, numels=(700,))
+
+
+@pytest.mark.parametrize("family", LOW_RANK)
+def test_low_rank_by_triton(triton: TritonKernels, family: str) -> None:
+    """Noise from the middle of a row on, rows of a table, and an update with both signs."""
+    place, code = {"step": 2**32 - 1, "param": 9, "probe": 2**20 - 1}, LOW_RANK.index(family)
+    with backend_of(triton) as backend:
+        for shape in ((70, 33), (2, 9, 128)):
+            more = {"seed": 2**64 - 3, "offset": 17, "numel": 1500, "family": family, "dtype": torch.bfloat16}
+            each = [distzo2_core.low_rank(shape, **place, **more, backend=b) for b in (backend, "native")]
+            assert_same_bits(*each, (family, shape))
+        for seed in range(3):  # some scales are 0
+            check_lookup(np.random.default_rng(seed), backend, torch.bfloat16, 300, families=(family,))
+        rng = np.random.default_rng(code)
+        visit = simple_visit(rng, (1, 2), 0, (torch.bfloat16,), (8 * rng.integers(1, 50, 12)).tolist(), whole=True)
+        check_visit(low_rank_visit(rng, visit, (family, family)), backend)
 
 
 def test_visits_of_simple_programs(kernels: CudaKernels | TritonKernels) -> None:

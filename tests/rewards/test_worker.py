@@ -35,6 +35,10 @@ def slow(prompts, completions, rows):
     time.sleep(0 if completions[0] == "fast" else 1000)
     return [1.0 for _ in completions]
 
+def hangs(prompts, completions, rows):
+    open("children", "w").write("none")
+    time.sleep(100)
+
 def greedy(prompts, completions, rows):  # keeps the GIL
     child = subprocess.Popen(["sleep", "1000"])
     open("children", "a").write(f"{os.getpid()} {child.pid} ")
@@ -126,11 +130,12 @@ def test_a_slow_one_is_ended_with_its_children(code: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("runs", ["in a lane", "beside lanes"])
+@pytest.mark.parametrize("runs", ["in a lane", "beside lanes", "in a lane, inline"])
 def test_an_interrupt_ends_a_slow_one(code: Path, runs: str) -> None:
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where pytest was started to ignore it
     model, asked = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)), []
-    reward = RewardWorker("mine.py:slow", 60.0)
+    inline = "inline" in runs
+    reward = InlineReward("mine.py:hangs") if inline else RewardWorker("mine.py:slow", 60.0)
 
     def loss() -> float:
         asked.append(model(torch.ones(1, 2)))
@@ -146,14 +151,14 @@ def test_an_interrupt_ends_a_slow_one(code: Path, runs: str) -> None:
     try:
         opt = distzo2.ZOSGD(distzo2.offload(model, units=["0", "1"], device="cpu"), lr=0.1)
         with pytest.raises(KeyboardInterrupt):
-            if runs == "in a lane":
+            if runs != "beside lanes":
                 opt.step(loss)
             with DeferredInterrupt():
                 reward(*CALL)
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert time.monotonic() - start < 20 and reward._process is None and opt.step_count == 0
-    assert len(asked) == (runs == "in a lane")
+    assert time.monotonic() - start < 20 and opt.step_count == 0 and (inline or reward._process is None)
+    assert len(asked) == (runs != "beside lanes")
 
 
 def test_a_process_that_ends(code: Path) -> None:

@@ -14,8 +14,9 @@ from cli_runs import finetune, one_line, record, steps_in
 from distzo2.cli.main import main, parse
 from distzo2.errors import UsageError
 from distzo2.estimators.registry import ESTIMATORS
+from distzo2.option_groups import OWN_BATCHES
 from distzo2.option_types import num_bytes
-from distzo2.run.options import OWN_BATCHES, FinetuneOptions, changed
+from distzo2.run.options import FinetuneOptions, changed
 
 pytestmark = pytest.mark.usefixtures("own_directory")
 

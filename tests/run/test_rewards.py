@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kill_cases
 import pytest
-from cli_runs import assert_same_bits, one_line, record, resume, steps_in
+from cli_runs import STEPS, assert_same_bits, one_line, record, resume, steps_in
 from cli_runs import finetune as finetune_lines
 from tiny_kinds import make, word_tokenizer
 from tiny_text import write_jsonl
@@ -54,16 +54,15 @@ def entries(out: str) -> list[Any]:
     return [(e.step, e.update, e.losses, e.counts, e.skipped) for e in read_journal(Path(out, "journal.jsonl")).entries]
 
 
-def test_a_killed_run_continues_to_the_same_bits(asked, capfd) -> None:
+def test_a_killed_run_continues_to_the_same_bits(asked, tmp_path: Path, capfd) -> None:
     held_out = f"--eval={asked.train}"
     assert finetune(asked, held_out, "--eval-every=2", "--out=whole", "--save=best") == 0
     assert "step 4: held-out reward " in capfd.readouterr().out
     assert len({loss for _, _, losses, _, _ in entries("whole") for row in losses for loss in row}) > 3
     Path("kill").write_text("24")  # calls of the reward
-    child = os.fork()
-    if child == 0:
-        os._exit(finetune(asked, held_out, "--eval-every=2", "--save=best"))
-    assert os.waitpid(child, 0)[1] == 9
+    arguments = ["--out=out", *STEPS, *OPTIONS, "--reward=mine.py:varied", held_out, "--eval-every=2", "--save=best"]
+    ended = kill_cases.run(tmp_path, ["finetune", f"--model={asked.model}", f"--train={asked.train}", *arguments])
+    assert ended.killed, ended.text
     assert 0 < steps_in() < 4
     Path("kill").unlink()
     assert resume() == 0

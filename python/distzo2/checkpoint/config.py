@@ -11,7 +11,7 @@ from torch import nn
 from distzo2.checkpoint.reading import CONFIG_FILE, adapter_in
 from distzo2.checkpoint.tensor_files import CheckpointError, read_json
 from distzo2.checkpoint.writing import GENERATION_FILE
-from distzo2.errors import one_line
+from distzo2.errors import refusing
 
 # Where configurations say how weights are quantized.
 QUANT_KEYS = ("quantization_config", "compression_config", "quantization", "quant_config", "quantize_config")
@@ -45,10 +45,8 @@ def load_config(directory: Path) -> Any:
         for key in _CODE_KEYS:
             if "/" in str(part.get(key)):
                 raise CheckpointError(f"{path}: {key} names code from elsewhere, {str(part[key])[:80]!r}: not run")
-    try:
+    with refusing(f"{path}: not a configuration that transformers knows", CheckpointError):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a configuration that transformers knows: {one_line(error)}") from error
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
         if getattr(part, "return_dict", True) is False:  # transformers' own forwards need the names of inner outputs
             part.return_dict = True
@@ -65,10 +63,8 @@ def load_generation_config(directory: Path, model: nn.Module) -> Any:
     if not path.is_file():
         return getattr(model, "generation_config", None)
     read_json(path)  # checks its length
-    try:
+    with refusing(str(path), CheckpointError):
         return GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path}: {one_line(error)}") from error
 
 
 def class_of(directory: Path, config: Any, auto_class: Any) -> Any:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-_MAX_OBLIQUE_STEPS = 4096
 _MIN_DENSITY = 0.25  # of a span that is read at once, unless its parts have less than _MIN_RUN elements
 _MIN_RUN = 1024
 
@@ -127,7 +126,9 @@ class Layout(NamedTuple):
 
     def flat(self, begin: int, length: int) -> Layout:
         """The `length` elements from `begin` on, counted through all dimensions."""
-        return Layout((length,), self._moved((math.prod(self.shape),), (begin,), (length,), (1,)))
+        near = (p for p in self.pieces if p.dst_offset < begin + length and begin < p.dst_offset + p.dst_span)
+        moved = Layout(self.shape, tuple(near))._moved((math.prod(self.shape),), (begin,), (length,), (1,))
+        return Layout((length,), moved)
 
     def strided(self, shape: Sequence[int], strides: Sequence[int], offset: int) -> Layout:
         """What `torch.as_strided` would view of the row-major tensor: dimension i of the result takes `shape[i]` steps
@@ -201,13 +202,8 @@ def _parts(
             for stride in piece.dst_strides
         ]
         walks = [k for k, size in enumerate(piece.sizes) if size > 1]
-        oblique = [k for k in walks if piece.dst_strides[k] % strides[dims[k]]]
-        if oblique:  # a step that moves along two dimensions: only single steps stay within them
-            k = oblique[-1]
-            if piece.sizes[k] > _MAX_OBLIQUE_STEPS:
-                raise LayoutError(f"a walk over {piece.sizes} does not follow the dimensions of shape {list(shape)}")
-            todo += reversed(piece.cut(k, piece.sizes[k] // 2))
-            continue
+        if any(piece.dst_strides[k] % strides[dims[k]] for k in walks):  # a step moves along two dimensions
+            raise LayoutError(f"a walk over {piece.sizes} does not follow the dimensions of shape {list(shape)}")
         last = list(start)
         for k in walks:
             last[dims[k]] += piece.dst_strides[k] // strides[dims[k]] * (piece.sizes[k] - 1)

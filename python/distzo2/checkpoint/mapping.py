@@ -22,11 +22,10 @@ from torch import nn
 
 from distzo2.checkpoint.layout import Layout, Piece
 from distzo2.checkpoint.packed_param import PackedParam
-from distzo2.checkpoint.packed_param import Piece as PackedPiece
-from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_checkpoint, split
+from distzo2.checkpoint.reading import NUM_THREADS, CheckpointFiles, Range, digest_adapter, digest_checkpoint, split
 from distzo2.checkpoint.symbols import LayoutTensor, Trace, creation_bound, lenient_transformers
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
-from distzo2.errors import one_line
+from distzo2.errors import one_line, refusing
 from distzo2.text import dtype_name
 from distzo2.weights.units import StoredAs
 
@@ -73,6 +72,7 @@ class CheckpointMap:
     config: Any = None
     generation_config: Any = None
     model_class: str | None = None
+    adapter: Path | None = None  # the directory of what `files` hold beside the checkpoint's own
     _decoded: tuple[Any, torch.Tensor | None] = field(default=(None, None), repr=False)  # what `read` decoded last
 
     @property
@@ -91,14 +91,16 @@ class CheckpointMap:
         Raises:
             CheckpointError: a file is no longer the one that was opened.
         """
-        pieces = [piece for tensor in self.mapped.values() if tensor.packed for piece in tensor.packed.pieces]
-        headers = {file.path.name: file.header_bytes for file in self.files.files}
+        pieces = [piece for packed in self.packed.values() for piece in packed.pieces]
+        headers = {file.path.name: file.header_bytes for file in self.files.files.values()}
         found = digest_checkpoint(
             self.files.directory, headers if any(piece.make is None for piece in pieces) else None
         )
-        for file in self.files.files:
+        for file in self.files.files.values():
             if file.path.name in found["files"]:  # an adapter's may be written anew
                 file.check_same()
+        if self.adapter is not None:
+            found["files"] |= digest_adapter(self.adapter)
         return found
 
     def pieces_of(self, name: str, tensor: torch.Tensor, begin: int = 0) -> tuple[Piece, ...]:
@@ -134,11 +136,12 @@ class CheckpointMap:
         `within` are its bytes."""
         flat, packed = out.detach().view(-1), self.mapped[name].packed
         if packed is not None:
-            files = {file.path: file for file in self.files.files}
             for piece, start in packed.placed():
                 part = range(max(start, within.start), min(start + piece.num_bytes, within.stop))
                 if piece.make is None and part:
-                    yield from split(files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop])
+                    yield from split(
+                        self.files.files[piece.path], piece.offset + part.start - start, flat[part.start : part.stop]
+                    )
             return
         for piece in self.mapped[name].pieces if self.mapped[name].made is None else ():
             yield from self.files.ranges_of(piece, flat, within)
@@ -147,15 +150,11 @@ class CheckpointMap:
         """What `ranges_of` leaves out: calls, each of which makes a part of `out`, values or the bytes of a packed
         parameter."""
         packed, made = self.mapped[name].packed, self.mapped[name].made
-        if made is not None:
-            return [partial(out.copy_, made)]
-        if packed is not None:
-            packed.clear_gaps(out)
-
-        def fill(piece: PackedPiece, start: int) -> None:
-            piece.read_into(out[start : start + piece.num_bytes])
-
-        return [partial(fill, *each) for each in packed.placed() if each[0].make is not None] if packed else []
+        if packed is None:
+            return [] if made is None else [partial(out.copy_, made)]
+        packed.clear_gaps(out)
+        placed = [(piece, out[start : start + piece.num_bytes]) for piece, start in packed.placed()]
+        return [partial(piece.read_into, part) for piece, part in placed if piece.make is not None]
 
     def check_scales(self) -> None:
         """Reads the scales that have tensors of their own, which are few bytes, and refuses those that are not finite.
@@ -164,19 +163,24 @@ class CheckpointMap:
         Raises:
             CheckpointError: as for `PackedParam.check_scales`.
         """
-        apart = [t.packed for t in self.mapped.values() if t.packed is not None and t.packed.has_scales_apart]
+        apart = [packed for packed in self.packed.values() if packed.has_scales_apart]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             list(pool.map(PackedParam.check_scales, apart))
+
+    @property
+    def packed(self) -> dict[str, PackedParam]:
+        """The packed parameters by name, in the model's order."""
+        return {name: each.packed for name, each in self.mapped.items() if each.packed is not None}
 
     @cached_property
     def is_packed(self) -> bool:
         """Whether a parameter is packed."""
-        return any(tensor.packed is not None for tensor in self.mapped.values())
+        return bool(self.packed)
 
     @property
     def formats(self) -> str:
         """The formats of what is packed, for messages."""
-        return ", ".join(sorted({t.packed.format for t in self.mapped.values() if t.packed is not None}))
+        return ", ".join(sorted({packed.format for packed in self.packed.values()}))
 
     def stored_as(self, name: str) -> StoredAs | None:
         """How the files have a parameter; None if it is converted, or not in one order in its files. Beside packed
@@ -188,23 +192,20 @@ class CheckpointMap:
             return None
         dtype = self.files.entries[mapped.pieces[0].source].dtype if self.is_packed else mapped.dtype
         for piece in sorted(mapped.pieces, key=lambda piece: piece.dst_offset):
-            entry, file = self.files.entries[piece.source], self.files.file_of[piece.source]
+            entry = self.files.entries[piece.source]
             as_is = piece.is_run and entry.dtype == dtype and entry.strides is None
             if not as_is or piece.dst_offset != end:
                 return None
             item = dtype.itemsize
             offset = entry.offset + piece.src_offset * item
-            ranges.append((file.path, offset, piece.numel * item, end * item))
+            ranges.append((entry.path, offset, piece.numel * item, end * item))
             end += piece.numel
         return StoredAs(end * dtype.itemsize, tuple(ranges), dtype) if end == mapped.numel else None
 
     def to_json(self) -> dict[str, Any]:
         """The map as plain data for JSON: checkpoint tensors with their files, and each parameter's pieces."""
         return {
-            "tensors": [
-                [t.name, dtype_name(t.dtype), t.shape, file.path.name]
-                for t, file in zip(self.tensors, self.files.file_of, strict=True)
-            ],
+            "tensors": [[t.name, dtype_name(t.dtype), t.shape, t.path.name] for t in self.tensors],
             "params": {name: [dtype_name(m.dtype), m.shape, m.pieces] for name, m in self.mapped.items()},
         }
 
@@ -230,10 +231,8 @@ def map_for_saving(model: nn.Module, params: Iterable[tuple[str, torch.dtype, Se
     if is_transformers:
         from transformers.core_model_loading import revert_weight_conversion
 
-        try:
+        with refusing(f"{type(model).__name__} has no checkpoint layout", CheckpointError):
             written = revert_weight_conversion(model, written)
-        except Exception as error:
-            raise CheckpointError(f"{type(model).__name__} has no checkpoint layout: {one_line(error)}") from error
 
     pieces: list[list[Piece]] = [[] for _ in held]
     tensors = []
@@ -304,9 +303,11 @@ def trace_checkpoint(
         more += _wrapping(missing, unused)
         raise CheckpointError(f"{where}: no tensor in the checkpoint fills {missing[0]!r}{more}")
 
+    order = [*files.files]
+
     def in_file(piece: Piece) -> tuple[int, int]:
-        entry, file = files.entries[piece.source], files.file_of[piece.source]
-        return files.files.index(file), entry.offset + piece.src_offset * entry.dtype.itemsize
+        entry = files.entries[piece.source]
+        return order.index(entry.path), entry.offset + piece.src_offset * entry.dtype.itemsize
 
     mapped: dict[str, MappedTensor] = {}
     made: dict[torch.Tensor, torch.Tensor] = {}  # by symbol, so that tied parameters stay one object

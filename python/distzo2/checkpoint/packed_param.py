@@ -7,7 +7,6 @@ decoder knows.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -16,13 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from distzo2.checkpoint.tensor_files import CheckpointError, bytes_of
+from distzo2.checkpoint.tensor_files import CheckpointError, bytes_of, read_at
 from distzo2.weights.units import ParamInfo, StoredAs
 from distzo2_core.packed import Field, Kind, PackedLayout
 
 PIECE_ALIGNMENT = 64  # bytes: of each piece in a parameter's buffer
 CHUNK_BYTES = 4 << 20  # read at once, where not all of a piece is needed at a time
-_MAX_READ_BYTES = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 VALUE_DTYPES = {
     Kind.FLOAT32: torch.float32,
     Kind.BFLOAT16: torch.bfloat16,
@@ -68,15 +66,9 @@ class Piece:
             return
         try:
             with open(self.path, "rb", buffering=0) as file:
-                view, done = bytes_of(out), 0
-                while done < self.num_bytes:
-                    count = os.preadv(file.fileno(), [view[done : done + _MAX_READ_BYTES]], self.offset + done)
-                    if count == 0:
-                        expected = f"expected {self.num_bytes} bytes at {self.offset}, got {done}"
-                        raise CheckpointError(f"{self.path}: truncated: {expected}")
-                    done += count
+                read_at(self.path, file.fileno(), bytes_of(out), self.offset)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read at byte {self.offset}: {error.strerror}") from error
+            raise CheckpointError(f"{self.path}: cannot be opened: {error.strerror}") from error
 
     def read(self) -> torch.Tensor:
         """The bytes, uint8 [num_bytes]; raises as `read_into`."""

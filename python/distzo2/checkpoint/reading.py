@@ -125,26 +125,24 @@ class CheckpointFiles:
 
     def __init__(self, directory: str | Path, only: str | None = None):
         self.directory = Path(directory)
-        self.files: list[TensorFile] = []
+        self.files: dict[Path, TensorFile] = {}
         self.entries: list[TensorEntry] = []  # by the number that pieces name as their source
-        self.file_of: list[TensorFile] = []
         first = only or next((name for name in _FIRST_FILES if (self.directory / name).is_file()), None)
         if first is None:
             expected = f"expected a checkpoint directory with {SINGLE_FILE} or {INDEX_FILE}"
             raise CheckpointError(f"{self.directory}: {expected}, {adapter_in(self.directory) or 'found neither'}")
         weight_map = self._weight_map(first) if first.endswith(".json") else {}
-        seen: dict[str, TensorFile] = {}
+        seen: dict[str, Path] = {}
         for name in dict.fromkeys(weight_map.values()) or (first,):
             file = TensorFile(self.directory / name)
-            self.files.append(file)
+            self.files[file.path] = file
             for entry in file.tensors.values():
                 if weight_map.get(entry.name, name) != name:
                     continue  # the index takes this tensor from another file
                 if entry.name in seen:
-                    raise CheckpointError(f"{file.path}: tensor {entry.name!r} is in {seen[entry.name].path.name} too")
-                seen[entry.name] = file
+                    raise CheckpointError(f"{file.path}: tensor {entry.name!r} is in {seen[entry.name].name} too")
+                seen[entry.name] = file.path
                 self.entries.append(entry)
-                self.file_of.append(file)
         if lost := sorted(weight_map.keys() - seen.keys()):
             where = self.directory / weight_map[lost[0]]
             raise CheckpointError(f"{where}: expected tensor {lost[0]!r} as {first} says, got none of that name")
@@ -166,19 +164,18 @@ class CheckpointFiles:
 
     def extend(self, other: CheckpointFiles) -> None:
         """Takes over the tensors of other files, behind its own."""
-        self.files += other.files
+        self.files |= other.files
         self.entries += other.entries
-        self.file_of += other.file_of
 
     def close(self) -> None:
-        for file in self.files:
+        for file in self.files.values():
             file.close()
 
     def sample(self) -> list[tuple[str, int, int]]:
         """Name, length and a CRC of some pages of each file, for ranks to agree that they load the same checkpoint."""
         result = []
         page = memoryview(bytearray(PAGE))
-        for file in self.files:
+        for file in self.files.values():
             crc = 0
             for i in range(_SAMPLED_PAGES):
                 part = page[: min(len(page), file.num_bytes)]
@@ -190,7 +187,8 @@ class CheckpointFiles:
     def ranges_of(self, piece: Piece, flat: torch.Tensor, within: range | None = None) -> Iterator[Range]:
         """The ranges that fill one piece of `flat`, the row-major elements of its parameter in CPU memory, in the
         order of the file. Elements outside `within` may be left out."""
-        file, entry = self.file_of[piece.source], self.entries[piece.source]
+        entry = self.entries[piece.source]
+        file = self.files[entry.path]
         if entry.strides is not None:
             stored = Piece(piece.source, entry.shape, 0, entry.strides, 0, row_major_strides(entry.shape)).coalesced()
             for part in Layout(entry.shape, (stored,)).through(piece):
@@ -211,8 +209,7 @@ class CheckpointFiles:
             yield from split(file, entry.offset + source * item, flat[begin:end])
             return
         for block in piece.blocks(CHUNK_BYTES // item):
-            last = block.dst_offset + sum((n - 1) * s for n, s in zip(block.sizes, block.dst_strides, strict=True))
-            if block.dst_offset >= within.stop or last < within.start:
+            if block.dst_offset >= within.stop or block.dst_offset + block.dst_span <= within.start:
                 continue
             fill = partial(_rearrange, block, entry.dtype, flat)
             yield Range(file, entry.offset + block.src_offset * item, block.src_span * item, fill=fill)
@@ -349,11 +346,21 @@ def digest_checkpoint(checkpoint: str | os.PathLike[str], headers: Mapping[str, 
         others: set[str] = set()
     else:
         with closing(CheckpointFiles(path)) as files:
-            weights = {file.path.name for file in files.files}
+            weights = {file.name for file in files.files}
         others = {name for name in (INDEX_FILE, CONFIG_FILE) if (path / name).is_file()}
     names, directory = sorted(weights | others), path.parent if path.is_file() else path
     sampled = {} if headers is None else {name: headers.get(name, 0) for name in weights}
     return {"name": path.resolve().name, "files": digest_files(directory, names, sampled)}
+
+
+def adapter_weights(directory: Path) -> str:
+    """The name of an adapter's file of weights."""
+    return next((name for name in ADAPTER_FILES[1:] if (directory / name).is_file()), ADAPTER_WEIGHTS)
+
+
+def digest_adapter(directory: Path) -> dict[str, Any]:
+    """What a journal's header records of an adapter's files."""
+    return digest_files(directory, [ADAPTER_FILE, adapter_weights(directory)])
 
 
 def checkpoint_differences(

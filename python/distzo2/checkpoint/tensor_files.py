@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from distzo2.errors import DistZO2Error, one_line
+from distzo2.errors import DistZO2Error, one_line, refusing
 from distzo2.files import write_all
 from distzo2.text import brief
 from distzo2_core import aligned_buffer
@@ -64,13 +64,15 @@ class CheckpointError(DistZO2Error, ValueError):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file. `offset` counts bytes from the start of the file, `strides` elements (None: row-major)."""
+    """One tensor of the file at `path`. `offset` counts bytes from the start of the file, `strides` elements (None:
+    row-major)."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int = 0
     strides: tuple[int, ...] | None = None
+    path: Path | None = None
 
     @property
     def numel(self) -> int:
@@ -107,6 +109,23 @@ def _where_flat(content: Any) -> str:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+
+
+def read_at(
+    path: Path, descriptor: int, buffer: memoryview, offset: int, needed: int | None = None, direct: int | None = None
+) -> None:
+    """Reads from an open file; see `TensorFile.read_into`."""
+    done, needed = 0, len(buffer) if needed is None else needed
+    while done < needed:
+        source = descriptor if direct is None or done % PAGE else direct
+        try:
+            count = os.preadv(source, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from error
+        if count == 0:
+            where = f"{path}: truncated while it was read"
+            raise CheckpointError(f"{where}: expected {needed} bytes at {offset}, got {done}")
+        done += count
 
 
 def header_limit(num_bytes: int) -> int:
@@ -181,25 +200,21 @@ class TensorFile:
             )
         self.header_bytes = offset = 8 + length
         tensors = {}
-        try:
-            # The library checks that tensors follow each other without a hole, up to the end of the file.
-            with safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
-                for name in file.offset_keys():
-                    header = file.get_slice(name)
-                    dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
-                    where = f"{self.path}: tensor {brief(name)}"
-                    if dtype is None:
-                        expected = f"expected a dtype among {', '.join(DTYPES)}"
-                        raise CheckpointError(f"{where}: {expected}, got {header.get_dtype()}")
-                    # An empty tensor has strides too.
-                    if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
-                        raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
-                    tensors[name] = TensorEntry(name, dtype, shape, offset)
-                    offset += tensors[name].num_bytes
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes: {one_line(error)}"
-            ) from error
+        what = f"{self.path}: truncated or no safetensors file, {self.num_bytes} bytes"
+        # The library checks that tensors follow each other without a hole, up to the end of the file.
+        with refusing(what, CheckpointError), safe_open(f"/proc/self/fd/{self._fd}", framework="np") as file:
+            for name in file.offset_keys():
+                header = file.get_slice(name)
+                dtype, shape = DTYPES.get(header.get_dtype()), tuple(header.get_shape())
+                where = f"{self.path}: tensor {brief(name)}"
+                if dtype is None:
+                    expected = f"expected a dtype among {', '.join(DTYPES)}"
+                    raise CheckpointError(f"{where}: {expected}, got {header.get_dtype()}")
+                # An empty tensor has strides too.
+                if len(shape) > MAX_DIMS or math.prod(size for size in shape if size) >= 1 << 63:
+                    raise CheckpointError(f"{where}: no tensor can have the shape {brief(shape)}")
+                tensors[name] = TensorEntry(name, dtype, shape, offset, path=self.path)
+                offset += tensors[name].num_bytes
         return tensors
 
     def _read_torch(self) -> dict[str, TensorEntry]:
@@ -210,7 +225,8 @@ class TensorFile:
         """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        try:
+        what = f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got"
+        with refusing(what, CheckpointError):  # whatever a damaged archive or description raises
             with zipfile.ZipFile(self.path) as archive:
                 for info in archive.infolist():
                     if info.compress_type != zipfile.ZIP_STORED:
@@ -225,12 +241,6 @@ class TensorFile:
             self._check_description(reader.get_record("data.pkl"))
             with FakeTensorMode():
                 tensors = torch.load(self.path, weights_only=True)
-        except CheckpointError:
-            raise
-        except Exception as error:  # whatever a damaged archive or description raises
-            raise CheckpointError(
-                f"{self.path}: expected an archive that torch.save wrote (torch 1.6 or later), got: {one_line(error)}"
-            ) from error
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise CheckpointError(f"{self.path}: expected a flat dictionary of tensors{_where_flat(tensors)}")
         entries = {}
@@ -240,7 +250,8 @@ class TensorFile:
                 raise CheckpointError(f"{where}: expected a name, and at most {MAX_DIMS} dimensions")
             strides = None if not tensor.numel() or tensor.is_contiguous() else tensor.stride()
             begin, offset = tensor.untyped_storage()._checkpoint_offset, tensor.storage_offset() * tensor.itemsize
-            entry = entries[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), begin + offset, strides)
+            shape = tuple(tensor.shape)
+            entry = entries[name] = TensorEntry(name, tensor.dtype, shape, begin + offset, strides, self.path)
             if entry.numel and not 0 <= offset <= offset + entry.span_bytes <= sizes.get(begin, -1):
                 expected = f"expected {entry.span_bytes} bytes at byte {offset} of a member of the archive"
                 raise CheckpointError(f"{where}: {expected}")
@@ -269,18 +280,7 @@ class TensorFile:
         Raises:
             CheckpointError: the disk returns an error, or the file ends before the buffer has what is needed.
         """
-        done, needed = 0, len(buffer) if needed is None else needed
-        while done < needed:
-            descriptor = self._fd if direct is None or done % PAGE else direct
-            try:
-                count = os.preadv(descriptor, [buffer[done : done + _MAX_IO_BYTES]], offset + done)
-            except OSError as error:
-                where = f"{self.path}: cannot be read at byte {offset + done}"
-                raise CheckpointError(f"{where}: {error.strerror}") from error
-            if count == 0:
-                where = f"{self.path}: truncated while it was read"
-                raise CheckpointError(f"{where}: expected {needed} bytes at {offset}, got {done}")
-            done += count
+        read_at(self.path, self._fd, buffer, offset, needed, direct)
 
     @cached_property
     def direct(self) -> int | None:
@@ -306,9 +306,6 @@ class TensorFile:
         except OSError:  # not cached, or a file system that cannot tell
             return False
         return True
-
-    def fileno(self) -> int:
-        return self._fd
 
     def close(self) -> None:
         for descriptor in (self._fd, self.__dict__.pop("direct", None)):

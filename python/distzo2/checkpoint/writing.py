@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -79,16 +79,13 @@ class StagedFiles:
                 f"and {DISK_SLACK_BYTES} to spare, {free} are free"
             )
         self._made = [path for path in (self.out_dir, *self.out_dir.parents) if not path.exists()]  # innermost first
-        try:
+        with self.aborting():
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for path in self._made:
                 sync(path.parent)
             if self.hidden.is_dir():  # a killed writer's
                 shutil.rmtree(self.hidden)
             self.hidden.mkdir()
-        except BaseException:
-            self.abort()
-            raise
 
     def copy_companions(self, source: Path) -> None:
         """Copies what goes with the weights in `source`."""
@@ -102,14 +99,11 @@ class StagedFiles:
 
     def close(self) -> None:
         """Makes all files durable and renames them into place. Until the first rename, `out_dir` is as it was."""
-        try:
+        with self.aborting():
             self.finish()
             for path in (*self.hidden.rglob("*"), self.hidden):
                 sync(path)
             self._publish()
-        except BaseException:
-            self.abort()
-            raise
 
     def _publish(self) -> None:
         self._renames = True
@@ -138,6 +132,15 @@ class StagedFiles:
         for path in self._made:
             with suppress(OSError):  # not there, or someone else's by now
                 path.rmdir()
+
+    @contextmanager
+    def aborting(self) -> Iterator[None]:
+        """A block that removes what was written so far if it raises."""
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -175,15 +178,12 @@ class CheckpointWriter(StagedFiles):
         self._num_bytes = sum(entry.num_bytes for entry in tensors)
         self._missing = {name: tensor.numel for name, tensor in checkpoint_map.mapped.items() if tensor.pieces}
         self.begin(self._num_bytes)
-        try:
+        with self.aborting():
             for file, part in _shard(tensors, max_shard_bytes).items():
                 shard = SafetensorsWriter(self.hidden / file, {e.name: (e.dtype, e.shape) for e in part})
                 self._shards.append(shard)
                 self._place |= {name: (shard, entry) for name, entry in shard.tensors.items()}
             self._write_settings()
-        except BaseException:
-            self.abort()
-            raise
 
     def _plan(self) -> list[TensorEntry]:
         """The checkpoint tensors to write, in the order in which the model's parameters reach them."""
@@ -255,10 +255,6 @@ class CheckpointWriter(StagedFiles):
             self._write_json(GENERATION_FILE, json.loads(generation.to_json_string()))
         if source is not None and source.is_dir():
             self.copy_companions(source)
-
-    def add(self, save: Callable[[Path], Any]) -> None:
-        """Calls `save` with the directory whose files are published at the end."""
-        save(self.hidden)
 
     def _write_json(self, name: str, fields: dict[str, Any]) -> None:
         (self.hidden / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from distzo2.errors import DataError, DistZO2Error, one_line
+from distzo2.errors import DataError, DistZO2Error, refusing
 from distzo2.version import INSTALL_HF
 
 _SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "JSONL", ".json": "JSONL", ".tsv": "TSV"}
@@ -103,11 +103,9 @@ def _arrow(files: list[Path], fields: Sequence[str]) -> tuple[list[str], int, Ca
                 whole = pyarrow.ipc.open_file(source).read_all()
         return whole.column_names, whole.select([name for name in fields if name in whole.column_names])
 
-    try:
+    with refusing(f"{files[0]}: cannot be read", DataError):  # damaged, or files that do not go together
         tables = [table(path) for path in files]
         whole = pyarrow.concat_tables([each for _, each in tables], promote_options="default")
-    except Exception as error:  # whatever pyarrow makes of damaged files, or of files that do not go together
-        raise DataError(f"{files[0]}: cannot be read: {one_line(error)}") from error
     return tables[0][0], whole.num_rows, lambda places: whole.take(list(places)).to_pylist()
 
 
@@ -128,10 +126,8 @@ def _text(files: list[Path], fields: Sequence[str]) -> tuple[list[str], int, Cal
 
     def row(place: int) -> dict[str, Any]:
         where, line = lines[place]
-        try:
+        with refusing(f"{where}: {wanted} was expected", DataError):
             record = from_json(line) if header is None else dict(zip(header, cells(line), strict=True))
-        except ValueError as error:
-            raise DataError(f"{where}: {wanted} was expected: {one_line(error)}") from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: {wanted} was expected")
         return record

@@ -37,7 +37,7 @@ def gains(model: nn.Module, checkpoint_map: CheckpointMap) -> tuple[nn.Module, C
     Raises:
         CheckpointError: no block has packed weights, or one of its modules has a parameter of the gain's name.
     """
-    layouts = {name: m.packed.layout for name, m in checkpoint_map.mapped.items() if m.packed is not None}
+    layouts = {name: each.layout for name, each in checkpoint_map.packed.items()}
     packed = {}
     for name, layout in add_gains(model, layouts, str(checkpoint_map.directory)).items():
         found, num_groups = checkpoint_map.mapped[name], model.get_parameter(name + GAIN).numel()

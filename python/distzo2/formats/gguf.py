@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distzo2.checkpoint.config import class_of
 from distzo2.checkpoint.layout import Piece as Walk
 from distzo2.checkpoint.layout import row_major_strides
-from distzo2.checkpoint.mapping import trace_checkpoint
+from distzo2.checkpoint.mapping import CheckpointMap, trace_checkpoint
 from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, PackedParam
 from distzo2.checkpoint.reading import CheckpointFiles
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, TensorFile
-from distzo2.errors import one_line
+from distzo2.errors import refusing
 from distzo2.formats.gguf_config import EMBEDDINGS, ROPE_FACTORS, architecture_of, config_of
 from distzo2.formats.gguf_file import MAGIC, RAW_DTYPES, SUPPORTED, GgufFile, GgufTensor, gguf_package
-from distzo2.formats.packed_checkpoint import PackedCheckpoint
 from distzo2.text import brief
 
 _FIRST = re.compile(r"-00001-of-\d{5}\.gguf$")  # of a split model
@@ -64,7 +64,7 @@ def gguf_tensors(path: str | os.PathLike) -> list[GgufTensor]:
 
 def open_gguf(
     path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None, **options: Any
-) -> PackedCheckpoint:
+) -> tuple[nn.Module, CheckpointMap]:
     """Opens a GGUF file, or the first of a split one, as a model.
 
     Of the tensors only Gemma's norms and the factors of RoPE are read. A streamed model names scales that are not
@@ -75,43 +75,40 @@ def open_gguf(
         auto_class: as for `distzo2.from_pretrained`.
         options: of the model class's `from_pretrained`.
 
+    Returns:
+        the model, its parameters on meta and its buffers real, in `eval()` mode, and what fills it.
+
     Raises:
         CheckpointError: a file is damaged, of an architecture or with a type of blocks that is not known, or its
             tensors are not those of its model.
         DistZO2Error: the package `gguf` is missing.
     """
     files = _GgufFiles(path)
-    try:
-        config = config_of(files.directory, files.metadata, files.stored)
-        model_class = class_of(files.directory, config, auto_class)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        if not isinstance(dtype, torch.dtype):
-            dtype = RAW_DTYPES.get(files.stored[EMBEDDINGS].kind, torch.bfloat16)
-        sources = files.sources(config, _shapes(files, model_class, config))
-        files.add_parts([replace(s.parts[0], name=s.name, shape=s.shape) for s in sources], dtype)
-        model, found = trace_checkpoint(files, model_class, config, dtype=dtype, **options)
-        for number, source in enumerate(sources):
-            tensor = found.mapped[source.name]
-            if source.made is not None:
-                found.mapped[source.name] = replace(tensor, made=source.made)
-            elif source.parts[0].is_packed:
-                found.mapped[source.name] = replace(tensor, packed=source.packed())
-            elif source.head_dim or len(source.parts) > 1:
-                walks = tuple(source.walks([number, *files.add_parts(source.parts[1:])]))
-                found.mapped[source.name] = replace(tensor, pieces=walks)
-    except BaseException:
-        files.close()
-        raise
-    return PackedCheckpoint(model.eval(), found)
+    config = config_of(files.directory, files.metadata, files.stored)
+    model_class = class_of(files.directory, config, auto_class)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if not isinstance(dtype, torch.dtype):
+        dtype = RAW_DTYPES.get(files.stored[EMBEDDINGS].kind, torch.bfloat16)
+    sources = files.sources(config, _shapes(files, model_class, config))
+    files.add_parts([replace(s.parts[0], name=s.name, shape=s.shape) for s in sources], dtype)
+    model, found = trace_checkpoint(files, model_class, config, dtype=dtype, **options)
+    for number, source in enumerate(sources):
+        tensor = found.mapped[source.name]
+        if source.made is not None:
+            found.mapped[source.name] = replace(tensor, made=source.made)
+        elif source.parts[0].is_packed:
+            found.mapped[source.name] = replace(tensor, packed=source.packed())
+        elif source.head_dim or len(source.parts) > 1:
+            walks = tuple(source.walks([number, *files.add_parts(source.parts[1:])]))
+            found.mapped[source.name] = replace(tensor, pieces=walks)
+    return model.eval(), found
 
 
 def _shapes(files: _GgufFiles, model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters, tied ones once."""
-    try:
-        with torch.device("meta"):
-            model = model_class._from_config(config)
-    except Exception as error:
-        raise CheckpointError(f"{files.directory}: {model_class.__name__} cannot be made: {one_line(error)}") from error
+    what = f"{files.directory}: {model_class.__name__} cannot be made"
+    with refusing(what, CheckpointError), torch.device("meta"):
+        model = model_class._from_config(config)
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
 
 
@@ -159,29 +156,25 @@ class _GgufFiles(CheckpointFiles):
 
     def __init__(self, path: str | os.PathLike):
         self.directory = Path(path)  # what messages name
-        self.files: list[TensorFile] = []
-        self.entries, self.file_of = [], []
+        self.files: dict[Path, TensorFile] = {}
+        self.entries = []
         self.stored: dict[str, GgufTensor] = {}
-        try:
-            self._open(Path(path))
-            self.metadata: dict[str, Any] = self.files[0].metadata
-            count = self.metadata.get("split.count", 1)
-            is_first = _FIRST.search(self.directory.name) and not self.metadata.get("split.no")
-            if count != 1 and not (is_first and isinstance(count, int)):
-                expected = "expected the first file of a split model, ...-00001-of-....gguf"
-                raise CheckpointError(f"{path}: {expected}, got one of {brief(count)}")
-            for i in range(2, count + 1):
-                self._open(self.directory.with_name(_FIRST.sub(f"-{i:05}-of-{count:05}.gguf", self.directory.name)))
-            self.architecture = architecture_of(self.directory, self.metadata)
-        except BaseException:
-            self.close()
-            raise
+        self.metadata: dict[str, Any] = self._open(Path(path)).metadata
+        count = self.metadata.get("split.count", 1)
+        is_first = _FIRST.search(self.directory.name) and not self.metadata.get("split.no")
+        if count != 1 and not (is_first and isinstance(count, int)):
+            expected = "expected the first file of a split model, ...-00001-of-....gguf"
+            raise CheckpointError(f"{path}: {expected}, got one of {brief(count)}")
+        for i in range(2, count + 1):
+            self._open(self.directory.with_name(_FIRST.sub(f"-{i:05}-of-{count:05}.gguf", self.directory.name)))
+        self.architecture = architecture_of(self.directory, self.metadata)
 
-    def _open(self, path: Path) -> None:
-        self.files.append(GgufFile(path))
-        for name, tensor in self.files[-1].tensors.items():
+    def _open(self, path: Path) -> GgufFile:
+        self.files[path] = file = GgufFile(path)
+        for name, tensor in file.tensors.items():
             if self.stored.setdefault(name, tensor) is not tensor:
                 raise CheckpointError(f"{path}: tensor {brief(name)} is in {self.stored[name].path.name} too")
+        return file
 
     def sources(self, config: Any, shapes: dict[str, tuple[int, ...]]) -> list[_Source]:
         """What fills the parameters of these names and shapes.
@@ -240,6 +233,6 @@ class _GgufFiles(CheckpointFiles):
         """Entries for tensors, of `dtype` where they are packed, which are not read through them; returns their
         numbers."""
         for part in parts:
-            self.entries.append(TensorEntry(part.name, RAW_DTYPES.get(part.kind, dtype), part.shape, part.offset))
-            self.file_of.append(next(file for file in self.files if file.path == part.path))
+            kept = RAW_DTYPES.get(part.kind, dtype)
+            self.entries.append(TensorEntry(part.name, kept, part.shape, part.offset, path=part.path))
         return [*range(len(self.entries) - len(parts), len(self.entries))]

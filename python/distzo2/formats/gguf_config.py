@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.errors import one_line
+from distzo2.errors import refusing
 from distzo2.formats.gguf_file import GgufFile, GgufTensor
 from distzo2.text import brief
 
@@ -139,10 +139,8 @@ def config_of(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Ggu
     ignored = [key for key in own if key not in keys.keys() | _IMPLIED and not key.startswith("rope.")]
     if ignored:
         logger.warning("%s: metadata that are not considered: %s", path, ", ".join(map(brief, ignored)))
-    try:
+    with refusing(f"{path}: no configuration of {architecture.model_type}", CheckpointError):
         return AutoConfig.for_model(architecture.model_type, **values, rope_parameters=rope)
-    except Exception as error:
-        raise CheckpointError(f"{path}: no configuration of {architecture.model_type}: {one_line(error)}") from error
 
 
 def _rope(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +199,7 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
     if kind == "gpt2" and pre not in known:
         expected = f"expected one of {', '.join(sorted(known))}"
         raise CheckpointError(f"{path}: tokenizer.ggml.pre: {expected}, got {brief(pre)}")
-    try:
+    with refusing(f"{path}: the tokenizer cannot be built", CheckpointError):  # of missing or damaged metadata
         architecture, vocabulary, settings = get_gguf_tokenizer(os.fspath(path))
         backend, _ = convert_gguf_tokenizer(architecture, vocabulary)
         if backend.get_vocab_size() > len(vocabulary["tokens"]):  # transformers adds its GPT-2's own special token
@@ -215,5 +213,3 @@ def gguf_tokenizer(path: str | os.PathLike) -> Any:
             backend.model.ignore_merges = True
             settings.setdefault("add_bos_token", True)
         return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
-    except Exception as error:  # whatever missing or damaged metadata raise
-        raise CheckpointError(f"{path}: the tokenizer cannot be built: {one_line(error)}") from error

@@ -55,7 +55,7 @@ _BLOCKS = {
         1, 256, 256, Field(Kind.Q6_K, 0), Field(Kind.INT8, 192, stride=1, cols=16), outer=_half(208, 256), zero_point=32
     ),
 }
-WIDENED = {"Q5_0": 34, "Q5_1": 36}  # bytes of a block then
+_WIDENED = {"Q5_0": 34, "Q5_1": 36}  # bytes of a block then
 SUPPORTED = (*RAW_DTYPES, *_BLOCKS)
 
 
@@ -93,25 +93,20 @@ class GgufTensor:
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of it as a run stores it, blocks of 5 bits widened."""
-        return math.prod(self.shape) // 32 * WIDENED[self.kind] if self.kind in WIDENED else self.num_bytes
-
     def piece(self, begin: int, end: int) -> Piece:
-        """Rows of it, as `layout` decodes them."""
+        """Rows of it, as `layout` decodes them: blocks of 5 bits widened."""
         row_bytes = self.num_bytes // self.rows
         piece = Piece(self.path, self.offset + begin * row_bytes, (end - begin) * row_bytes)
-        if self.kind not in WIDENED:
+        if self.kind not in _WIDENED:
             return piece
         num_blocks = (end - begin) * self.shape[-1] // 32
-        return Piece.made(num_blocks * WIDENED[self.kind], lambda: _widened(piece.read().view(num_blocks, -1)))
+        return Piece.made(num_blocks * _WIDENED[self.kind], lambda: _widened(piece.read().view(num_blocks, -1)))
 
     def layout(self, rows: int, head_dim: int = 0) -> PackedLayout:
         """How rows of its type and length are decoded (see `PackedLayout` for `head_dim`)."""
         block, cols = _BLOCKS[self.kind], self.shape[-1]
         num_blocks = cols // block.cols
-        block_bytes = WIDENED.get(self.kind, self.num_bytes // (self.rows * num_blocks))
+        block_bytes = _WIDENED.get(self.kind, self.num_bytes // (self.rows * num_blocks))
         strides = {"row_stride": num_blocks * block_bytes, "block_stride": block_bytes}
         values = {each.name: getattr(block, each.name) for each in fields(block)}
         placed = {name: replace(v, **strides) for name, v in values.items() if isinstance(v, Field)}

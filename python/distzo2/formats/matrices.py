@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.packed_param import VALUE_DTYPES, Piece
-from distzo2.checkpoint.tensor_files import CheckpointError
-from distzo2.formats.repacking import Stored, in_chunks, nested_scales, transposed_codes, zeros
+from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry
+from distzo2.formats.repacking import nested_scales, piece_of, read_rows, transposed_codes, zeros
 from distzo2.text import dtype_name
 from distzo2_core.packed import Field, Kind
 
@@ -92,7 +92,7 @@ class Matrix:
         return self.shape[-2 if self.transposed else -1]
 
 
-def find_matrices(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) -> tuple[list[Matrix], set[str]]:
+def find_matrices(tensors: Mapping[str, TensorEntry], settings: Mapping[str, Any]) -> tuple[list[Matrix], set[str]]:
     """The packed matrices among `tensors`, and the names of all tensors that they account for: theirs, and scales of
     activations, which are not quantized here.
 
@@ -120,18 +120,18 @@ def find_matrices(tensors: Mapping[str, Stored], settings: Mapping[str, Any]) ->
 class _Parts:
     """The tensors of one matrix by their suffixes, and the errors about them."""
 
-    def __init__(self, tensors: Mapping[str, Stored], name: str, match: re.Match):
+    def __init__(self, tensors: Mapping[str, TensorEntry], name: str, match: re.Match):
         self.tensors, self.name, self.used = tensors, name, [name]
         self.front = name[: match.start()]
 
-    def get(self, suffix: str) -> Stored | None:
+    def get(self, suffix: str) -> TensorEntry | None:
         """The tensor with this suffix, if there is one."""
         found = self.tensors.get(self.front + suffix)
         if found is not None:
             self.used.append(self.front + suffix)
         return found
 
-    def require(self, suffix: str, shape: tuple[int, ...] | None = None, dtypes: tuple = ()) -> Stored:
+    def require(self, suffix: str, shape: tuple[int, ...] | None = None, dtypes: tuple = ()) -> TensorEntry:
         """The tensor with this suffix, of this shape (None: any) and one of these dtypes (none: any)."""
         found = self.get(suffix)
         if found is None:
@@ -150,7 +150,7 @@ class _Parts:
         if self.get(suffix) is None:
             return
         g_idx = self.require(suffix, (cols,), (torch.int32, torch.int64))
-        if not torch.equal(g_idx.read().long(), torch.arange(cols) // group):
+        if not torch.equal(read_rows(g_idx).long(), torch.arange(cols) // group):
             why = f"{self.front + suffix!r} does not name groups in order; take a checkpoint without it"
             raise self.error(f"act-order (desc_act), which is not decoded: {why}")
 
@@ -163,17 +163,17 @@ class _Parts:
     def scalar(self, suffix: str, shape: tuple[int, ...]) -> Plane:
         """One float32 for all of a matrix of `shape`."""
         scale = self.require(suffix, None, (torch.float32,))
-        if scale.entry.numel != 1:
-            raise self.error(f"expected one number in {scale.entry.name!r}, got {list(scale.shape)}")
-        return _shared(Kind.FLOAT32, scale.piece(), shape[-1], shape[-1], math.prod(shape[:-1]))
+        if scale.numel != 1:
+            raise self.error(f"expected one number in {scale.name!r}, got {list(scale.shape)}")
+        return _shared(Kind.FLOAT32, piece_of(scale), shape[-1], shape[-1], math.prod(shape[:-1]))
 
     def grid(self, suffix: str, shape: tuple[int, ...], dtypes: tuple, block: tuple[int, int] = (1, 1)) -> Plane:
         """The scales of a matrix of `shape`: one for all of it, for each `block` of rows and columns, or else for each
         row and groups of its columns. The last rows may be less than a block."""
         scale = self.require(suffix, None, dtypes)
         kind, (rows, cols) = _KINDS[scale.dtype], shape[-2:]
-        if scale.entry.numel == 1:
-            return _shared(kind, scale.piece(), cols, cols, math.prod(shape[:-1]))
+        if scale.numel == 1:
+            return _shared(kind, piece_of(scale), cols, cols, math.prod(shape[:-1]))
         lead, (lines, values) = scale.shape[:-2], scale.shape[-2:] if len(scale.shape) > 1 else (0, 0)
         if scale.shape == shape[:-1]:
             lead, lines, values = shape[:-2], rows, 1
@@ -187,23 +187,25 @@ class _Parts:
             height, width = 1, self.group(cols, values) if lines == rows else 0
         if not width or lead != shape[:-2]:
             raise self.error(f"expected scales for rows or blocks of {list(shape)}, got {list(scale.shape)}")
-        return _shared(kind, scale.piece(), cols, width, height)
+        return _shared(kind, piece_of(scale), cols, width, height)
 
     def matrix(
         self, suffix: str, shape: tuple[int, ...], form: str, planes: dict[str, Plane], **constants: Any
     ) -> Matrix:
         return Matrix(self.front + suffix, shape, form, planes, tuple(self.used), constants)
 
-    def fp4(self, suffix: str, shape: tuple[int, ...], codes: Stored, scale: Plane, outer: str, **more: Any) -> Matrix:
+    def fp4(
+        self, suffix: str, shape: tuple[int, ...], codes: TensorEntry, scale: Plane, outer: str, **more: Any
+    ) -> Matrix:
         """Two levels of e2m1 a byte, the first in the low bits, with scales; of nvfp4 also one for all, `outer`."""
-        planes = {"codes": _codes(Kind.NIBBLES_LOW, codes.piece(), shape[-1] // 2), "scale": scale}
+        planes = {"codes": _codes(Kind.NIBBLES_LOW, piece_of(codes), shape[-1] // 2), "scale": scale}
         if outer:
             planes["outer"] = self.scalar(outer, shape)
         form = f"{'nvfp4' if outer else 'mxfp4'} g{scale[1].cols}"
         return self.matrix(suffix, shape, form, planes, levels=E2M1, **more)
 
 
-def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) -> Matrix | None:
+def _gptq_or_awq(parts: _Parts, qweight: TensorEntry, settings: Mapping[str, Any]) -> Matrix | None:
     """GPTQ: weight[row, col] = scales[group, row] * (q - z). int32 words hold codes along columns: qweight
     [cols * bits / 32, rows], and zero points along rows: qzeros [groups, rows * bits / 32]; scales are [groups, rows].
     Format "gptq" stores z - 1, "gptq_v2" z. z stays within its bits, as in AutoGPTQ: stored 15 is 0. g_idx [cols] names
@@ -221,7 +223,7 @@ def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) ->
     bits = 4 if awq else qzeros.shape[1] * 32 // max(1, rows)
     cols = qweight.shape[0] * (1 if awq else 32 // max(1, bits))
     if bits not in (4, 8) or not (awq or qweight.shape[1] == rows) or qzeros.shape != (groups, rows * bits // 32):
-        shapes = ", ".join(f"{t.entry.name.rpartition('.')[2]} {list(t.shape)}" for t in (qweight, qzeros, scales))
+        shapes = ", ".join(f"{t.name.rpartition('.')[2]} {list(t.shape)}" for t in (qweight, qzeros, scales))
         raise parts.error(f"expected GPTQ of 4 or 8 bits or AWQ (gemm), got {shapes}")
     group = parts.group(cols, groups)
     if cols % 32:
@@ -229,7 +231,7 @@ def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) ->
     parts.refuse_act_order(".g_idx", cols, group)
     plus = int(not awq and (settings.get("checkpoint_format") or "gptq") == "gptq")
     kind, codes = Kind.NIBBLES_32 if bits == 4 else Kind.UINT8, transposed_codes(qweight, bits, awq)
-    transposed = Piece.made(scales.entry.num_bytes, lambda: scales.read().t())
+    transposed = Piece.made(scales.num_bytes, lambda: read_rows(scales).t())
     planes = {
         "codes": _codes(kind, codes, cols * bits // 8),
         "scale": _shared(_KINDS[scales.dtype], transposed, cols, group),
@@ -238,7 +240,7 @@ def _gptq_or_awq(parts: _Parts, qweight: Stored, settings: Mapping[str, Any]) ->
     return parts.matrix(".weight", (rows, cols), f"{'awq' if awq else 'gptq'} int{bits} g{group}", planes)
 
 
-def _weight_packed(parts: _Parts, packed: Stored, settings: Mapping[str, Any]) -> Matrix | None:
+def _weight_packed(parts: _Parts, packed: TensorEntry, settings: Mapping[str, Any]) -> Matrix | None:
     """compressed-tensors. pack-quantized: weight[row, col] = scale * (q - z), stored as q + 8 (of 4 bits) or q + 128 in
     int32 words along columns, lowest bits first: weight_packed [rows, cols * bits / 32], weight_scale [rows, groups].
     Zero points, where there are any, are packed along rows: weight_zero_point [rows * bits / 32, groups].
@@ -254,7 +256,7 @@ def _weight_packed(parts: _Parts, packed: Stored, settings: Mapping[str, Any]) -
         outer = "" if scale[1].kind == Kind.E8M0 else ".weight_global_scale"
         return parts.fp4(".weight", shape, packed, scale, outer, outer_divides=bool(outer))
 
-    told = parts.require(".weight_shape", (len(packed.shape),), (torch.int64, torch.int32)).read().tolist()
+    told = read_rows(parts.require(".weight_shape", (len(packed.shape),), (torch.int64, torch.int32))).tolist()
     bits = next((b for b in (4, 8) if told[:-1] == lead and -(-told[-1] * b // 32) == words), None)
     if bits is None or packed.dtype != torch.int32:
         got = f"{dtype_name(packed.dtype)} {list(packed.shape)} for {told}"
@@ -264,7 +266,7 @@ def _weight_packed(parts: _Parts, packed: Stored, settings: Mapping[str, Any]) -
     group = scale[1].cols
     parts.refuse_act_order(".weight_g_idx", shape[-1], group)
     kind, half = (Kind.NIBBLES_LOW, 8) if bits == 4 else (Kind.UINT8, 128)
-    planes = {"codes": _codes(kind, packed.piece(), 4 * words), "scale": scale}
+    planes = {"codes": _codes(kind, piece_of(packed), 4 * words), "scale": scale}
     label = f"pack-quantized int{bits} " + ("channel" if group == shape[-1] else f"g{group}")
     if parts.get(".weight_zero_point") is None:
         return parts.matrix(".weight", shape, label, planes, zero_point=half)
@@ -276,16 +278,16 @@ def _weight_packed(parts: _Parts, packed: Stored, settings: Mapping[str, Any]) -
     return parts.matrix(".weight", shape, label + " asymmetric", planes)
 
 
-def _bitsandbytes(parts: _Parts, state: Stored, settings: Mapping[str, Any]) -> Matrix | None:
+def _bitsandbytes(parts: _Parts, state: TensorEntry, settings: Mapping[str, Any]) -> Matrix | None:
     """bitsandbytes, 4 bits: weight = level * absmax of its block of 64 or so, two levels a byte, the first in the high
     bits: weight uint8 [rows * cols / 2, 1], weight.absmax float32 [blocks]. Nested, absmax is uint8, and a scale is
     nested_quant_map[absmax] * nested_absmax of its block of 256 scales + nested_offset. The shape, the blocks and the
     offset are JSON in weight.quant_state.bitsandbytes__nf4 (or fp4).
     """
-    if state.entry.num_bytes > _MAX_STATE_BYTES:
-        raise parts.error(f"expected JSON of at most {_MAX_STATE_BYTES} bytes, got {state.entry.num_bytes}")
+    if state.num_bytes > _MAX_STATE_BYTES:
+        raise parts.error(f"expected JSON of at most {_MAX_STATE_BYTES} bytes, got {state.num_bytes}")
     try:
-        told = json.loads(bytes(state.read().view(torch.uint8).tolist()))
+        told = json.loads(bytes(read_rows(state).view(torch.uint8).tolist()))
         shape, block = tuple(map(int, told["shape"])), int(told["blocksize"])
         offset, nested = float(told.get("nested_offset", 0)), int(told.get("nested_blocksize", 256))
     except (ValueError, TypeError, KeyError) as error:
@@ -294,24 +296,24 @@ def _bitsandbytes(parts: _Parts, state: Stored, settings: Mapping[str, Any]) -> 
         raise parts.error(f"expected blocks that divide the columns of a matrix, got {block} of {list(shape)}")
     numel = math.prod(shape)
     codes = parts.require("", None, (torch.uint8,))
-    if codes.entry.numel * 2 != numel:
+    if codes.numel * 2 != numel:
         raise parts.error(f"expected {numel // 2} bytes in {parts.front!r} of shape {list(shape)}")
     absmax = parts.require(".absmax", (numel // block,), (torch.uint8, torch.float32))
     parts.get(".quant_map")
-    scales, kind = absmax.piece(), state.entry.name[-3:]
+    scales, kind = piece_of(absmax), state.name[-3:]
     if absmax.dtype == torch.uint8:
         levels = parts.require(".nested_quant_map", (256,), (torch.float32,))
-        outer = parts.require(".nested_absmax", (-(-absmax.entry.numel // nested),), (torch.float32,))
+        outer = parts.require(".nested_absmax", (-(-absmax.numel // nested),), (torch.float32,))
         scales = nested_scales(absmax, levels, outer, offset, nested)
     planes = {
-        "codes": _codes(Kind.NIBBLES_HIGH, codes.piece(), shape[-1] // 2),
+        "codes": _codes(Kind.NIBBLES_HIGH, piece_of(codes), shape[-1] // 2),
         "scale": _shared(Kind.FLOAT32, scales, shape[-1], block),
     }
     label = f"{kind} g{block}" + (" nested" if absmax.dtype == torch.uint8 else "")
     return parts.matrix("", shape, label, planes, levels=NF4 if kind == "nf4" else FP4)
 
 
-def _mxfp4_blocks(parts: _Parts, blocks: Stored, settings: Mapping[str, Any]) -> Matrix | None:
+def _mxfp4_blocks(parts: _Parts, blocks: TensorEntry, settings: Mapping[str, Any]) -> Matrix | None:
     """gpt-oss: weight[e, col, row] = level * 2^(scale - 127), two levels a byte, the first in the low bits: X_blocks
     uint8 [experts, rows, groups, 16], X_scales e8m0 [experts, rows, groups]. transformers' GptOssExperts computes
     x @ weight[e] and so holds gate_up_proj as [experts, hidden, 2 * intermediate] and down_proj as [experts,
@@ -321,11 +323,11 @@ def _mxfp4_blocks(parts: _Parts, blocks: Stored, settings: Mapping[str, Any]) ->
         return None
     *lead, rows, groups, _ = blocks.shape
     scales = parts.require("_scales", blocks.shape[:-1], (torch.uint8,))
-    shape, scale = (*lead, rows, groups * 32), _shared(Kind.E8M0, scales.piece(), groups * 32, 32)
+    shape, scale = (*lead, rows, groups * 32), _shared(Kind.E8M0, piece_of(scales), groups * 32, 32)
     return replace(parts.fp4("", shape, blocks, scale, ""), shape=(*lead, shape[-1], rows), transposed=True)
 
 
-def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix | None:
+def _scaled(parts: _Parts, scale: TensorEntry, settings: Mapping[str, Any]) -> Matrix | None:
     """One value a weight with scales beside it: weight = scale * q. DeepSeek's fp8: X e4m3 [rows, cols] and X_scale_inv
     float32 [rows / 128, cols / 128]; compressed-tensors' float-quantized and int-quantized, fbgemm's and ModelOpt's
     fp8: X_scale, one for the tensor, a row, or a block; mxfp8: e8m0 for each 32 columns.
@@ -337,7 +339,7 @@ def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix
     if weight is None or len(weight.shape) < 2:
         return None
     parts.get("")
-    suffix = scale.entry.name.removeprefix(parts.front)
+    suffix = scale.name.removeprefix(parts.front)
     if weight.dtype == torch.uint8:
         shape = (*weight.shape[:-1], 2 * weight.shape[-1])
         return parts.fp4("", shape, weight, parts.grid(suffix, shape, (torch.float8_e4m3fn,)), "_scale_2")
@@ -345,11 +347,11 @@ def _scaled(parts: _Parts, scale: Stored, settings: Mapping[str, Any]) -> Matrix
         return None
     block = settings.get("weight_block_size") or (128, 128)
     scales = parts.grid(suffix, weight.shape, (*_FLOATS, torch.uint8), tuple(block))
-    planes = {"codes": _codes(_KINDS[weight.dtype], weight.piece(), weight.shape[-1]), "scale": scales}
+    planes = {"codes": _codes(_KINDS[weight.dtype], piece_of(weight), weight.shape[-1]), "scale": scales}
     points, place = parts.get("_zero_point"), scales[1]
     if points is not None and weight.dtype == torch.int8:
         planes["zero"] = parts.grid("_zero_point", weight.shape, (torch.int8,), tuple(block))
-    elif points is not None and not in_chunks(points, lambda values: not values.float().any()):
+    elif points is not None and read_rows(points).float().any():
         raise parts.error(f"expected zero points of 0 beside {dtype_name(weight.dtype)}")  # some have such
     by = f"{place.rows}x{place.cols}"
     if place.cols == weight.shape[-1]:

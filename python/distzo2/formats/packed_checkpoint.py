@@ -27,7 +27,6 @@ from distzo2.checkpoint.reading import CONFIG_FILE, CheckpointFiles
 from distzo2.checkpoint.symbols import LayoutTensor
 from distzo2.checkpoint.tensor_files import CheckpointError, TensorEntry, read_json
 from distzo2.formats.matrices import Matrix, find_matrices
-from distzo2.formats.repacking import Stored
 from distzo2.text import brief
 from distzo2_core.packed import Field, PackedLayout
 
@@ -69,37 +68,15 @@ class PackingError:
         return math.sqrt(difference / total) if total else 0.0
 
     def report(self) -> str:
-        """One line for people: the error over all parameters, and the largest of one."""
-        worst = max(self.sums, key=self.of, default=None)
-        if worst is None:
-            return "no weights are packed"
+        """One line for people: the error over all parameters, one or more, and the largest of one."""
+        worst = max(self.sums, key=self.of)
         size = "of the weights' own size (root mean square)"
         return f"packing error {self.of():.2e} {size}, at most {self.of(worst):.2e} ({worst})"
 
 
-@dataclass
-class PackedCheckpoint:
-    """A quantized checkpoint and the model that it fills.
-
-    Attributes:
-        model: with its parameters on meta and its buffers real, in `eval()` mode.
-        map: what fills it.
-        error: of weights that are packed while they are loaded (`formats.packing`).
-    """
-
-    model: nn.Module
-    map: CheckpointMap
-    error: PackingError | None = None
-
-    @property
-    def packed(self) -> dict[str, PackedParam]:
-        """The packed parameters by name, in the model's order."""
-        return {name: each.packed for name, each in self.map.mapped.items() if each.packed is not None}
-
-
 def open_packed(
     path: str | os.PathLike, *, dtype: torch.dtype | str | None = None, auto_class: Any = None, **options: Any
-) -> PackedCheckpoint:
+) -> tuple[nn.Module, CheckpointMap]:
     """Opens a checkpoint whose weights are quantized, from the headers of its files.
 
     Tensors are read only where they decide between forms. Scales are not: `CheckpointMap.check_scales` reads and
@@ -111,6 +88,9 @@ def open_packed(
         auto_class: as for `distzo2.from_pretrained`.
         options: of the model class's `from_pretrained`.
 
+    Returns:
+        the model, its parameters on meta and its buffers real, in `eval()` mode, and what fills it.
+
     Raises:
         CheckpointError: the weights are not packed, or in a form that is not decoded (act-order, a codebook, groups
             that do not divide the columns, ...); or as for `distzo2.from_pretrained`.
@@ -118,19 +98,15 @@ def open_packed(
     directory = Path(path)
     config = load_config(directory)
     files = DecodedFiles(directory, dtype or getattr(config, "dtype", None))
-    try:
-        model_class = class_of(directory, config, auto_class)
-        # It refuses what is packed in other forms, by name.
-        model, found = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
-        if not files.matrices:
-            raise CheckpointError(f"{directory}: expected packed weights, found none")
-        for name, tensor in found.mapped.items():
-            if files.is_packed(tensor):
-                found.mapped[name] = replace(tensor, packed=_packed(tensor, files))
-    except BaseException:
-        files.close()
-        raise
-    return PackedCheckpoint(model.eval(), found)
+    model_class = class_of(directory, config, auto_class)
+    # It refuses what is packed in other forms, by name.
+    model, found = trace_checkpoint(files, model_class, config, dtype=dtype or "auto", **options)
+    if not files.matrices:
+        raise CheckpointError(f"{directory}: expected packed weights, found none")
+    for name, tensor in found.mapped.items():
+        if files.is_packed(tensor):
+            found.mapped[name] = replace(tensor, packed=_packed(tensor, files))
+    return model.eval(), found
 
 
 def is_quantized(directory: Path, files: CheckpointFiles | None = None) -> bool:
@@ -184,15 +160,11 @@ def find_settings(directory: Path) -> dict[str, Any]:
         is_idle = isinstance(told, dict) and (told.get("format") == "dense" or told.get("config_groups") == {})
         if told and not is_idle:
             raise CheckpointError(f"{path}: {key} is not decoded, got {brief(told)}")
-    block = settings.get("weight_block_size")
-    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(_is_count(b) for b in block)):
+    block = settings.get("weight_block_size") or [1, 1]
+    if not isinstance(block, list) or len(block) != 2 or any(type(b) is not int or b < 1 for b in block):
         expected = "expected numbers of rows and columns as weight_block_size"
         raise CheckpointError(f"{path}: {expected}, got {brief(block)}")
     return settings
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class DecodedFiles(CheckpointFiles):
@@ -201,17 +173,12 @@ class DecodedFiles(CheckpointFiles):
     def __init__(self, directory: Path, dtype: torch.dtype | str | None = None):
         settings = find_settings(directory)
         super().__init__(directory)
-        file_of = {e.name: file for e, file in zip(self.entries, self.file_of, strict=True)}
-        try:
-            matrices, used = find_matrices({e.name: Stored(file_of[e.name].path, e) for e in self.entries}, settings)
-        except CheckpointError:
-            self.close()
-            raise
+        known = {e.name: e for e in self.entries}
+        matrices, used = find_matrices(known, settings)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
         kept = [e for e in self.entries if e.name not in used]
-        self.entries = kept + [TensorEntry(m.name, dtype, m.shape) for m in matrices]
-        self.file_of = [file_of[name] for name in (*(e.name for e in kept), *(m.used[0] for m in matrices))]
+        self.entries = kept + [TensorEntry(m.name, dtype, m.shape, path=known[m.used[0]].path) for m in matrices]
         self.matrices: dict[int, Matrix] = dict(enumerate(matrices, len(kept)))  # by number of the entry
 
     def is_packed(self, tensor: MappedTensor) -> bool:

@@ -29,7 +29,7 @@ from distzo2.checkpoint.packed_param import PIECE_ALIGNMENT, VALUE_DTYPES, Packe
 from distzo2.checkpoint.reading import read_ranges
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats.matrices import NF4
-from distzo2.formats.packed_checkpoint import PackedCheckpoint, PackingError
+from distzo2.formats.packed_checkpoint import PackingError
 from distzo2.weights.units import TRAINABLE_DTYPES, ParamInfo, StoredAs, collect_params, find_units
 from distzo2_core.packed import Field, Kind, PackedLayout
 
@@ -94,7 +94,7 @@ def pack_map(
     store: str,
     units: list[str] | None = None,
     names: Container[str] | None = None,
-) -> PackedCheckpoint:
+) -> tuple[CheckpointMap, PackingError]:
     """Has the matrices of a model's blocks packed when they are read.
 
     These are the parameters of two dimensions, or of three as stacked experts have, whose last is a multiple of 64.
@@ -108,7 +108,7 @@ def pack_map(
         names: of the parameters, if they are known; None: those above.
 
     Returns:
-        the model; the map that fills it, packed; and the error, which is complete when all parameters have been read.
+        the map that fills it, packed; and the error, which is complete when all parameters have been read.
 
     Raises:
         CheckpointError: there is no such store, or nothing to pack. Reading a parameter raises it for weights that are
@@ -129,7 +129,7 @@ def pack_map(
     if packed == checkpoint_map.mapped:
         where = checkpoint_map.directory
         raise CheckpointError(f"{where}: expected matrices of a multiple of {GROUP} columns in blocks, found none")
-    return PackedCheckpoint(model, replace(checkpoint_map, mapped=packed), error)
+    return replace(checkpoint_map, mapped=packed), error
 
 
 def _is_packable(param: ParamInfo) -> bool:
@@ -178,11 +178,9 @@ class _Packer:
     def weights(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Groups as the files have them, float32 [count, GROUP], and their smallest and largest weights: what the model
         computes in does not round them."""
-        begin, end = first * GROUP, (first + count) * GROUP
-        near = [p for p in self.mapped.pieces if p.dst_offset < end and begin < p.dst_offset + p.dst_span]
-        dtypes = {self.files.entries[piece.source].dtype for piece in near}
+        pieces = Layout(self.mapped.shape, self.mapped.pieces).flat(first * GROUP, count * GROUP).pieces
+        dtypes = {self.files.entries[piece.source].dtype for piece in pieces}
         stored = torch.empty(count, GROUP, dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
-        pieces = Layout(self.mapped.shape, tuple(near)).flat(begin, stored.numel()).pieces
         read_ranges(part for piece in pieces for part in self.files.ranges_of(piece, stored.view(-1)))
         out = torch.empty(count, GROUP)
         parts = out.split(_SERIAL_GROUPS)

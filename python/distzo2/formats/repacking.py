@@ -7,10 +7,6 @@ is codes as NIBBLES_32 or UINT8 [rows, cols], zero points as UINT8 [rows, groups
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
 from distzo2.checkpoint.packed_param import CHUNK_BYTES, Piece
@@ -20,31 +16,17 @@ from distzo2.checkpoint.tensor_files import TensorEntry
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a file."""
+def piece_of(tensor: TensorEntry) -> Piece:
+    """All bytes of a tensor."""
+    return Piece(tensor.path, tensor.offset, tensor.num_bytes)
 
-    path: Path
-    entry: TensorEntry
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.entry.dtype
-
-    def piece(self) -> Piece:
-        """All of its bytes."""
-        return Piece(self.path, self.entry.offset, self.entry.num_bytes)
-
-    def read(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Its rows [begin, end), or all of it."""
-        row_bytes = self.entry.num_bytes // (self.shape[0] if self.shape else 1)
-        end = end if end is not None else self.shape[0] if self.shape else 1
-        data = self.piece().part(begin * row_bytes, (end - begin) * row_bytes).read().view(self.dtype)
-        return data.view(end - begin, *self.shape[1:]) if self.shape else data.view(())
+def read_rows(tensor: TensorEntry, begin: int = 0, end: int | None = None) -> torch.Tensor:
+    """Rows [begin, end) of a tensor, or all of it."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    end, row_bytes = rows if end is None else end, tensor.num_bytes // rows
+    data = piece_of(tensor).part(begin * row_bytes, (end - begin) * row_bytes).read().view(tensor.dtype)
+    return data.view(end - begin, *tensor.shape[1:]) if tensor.shape else data.view(())
 
 
 def unpacked(words: torch.Tensor, bits: int, axis: int, awq: bool = False) -> torch.Tensor:
@@ -63,7 +45,7 @@ def nibbles_32(codes: torch.Tensor) -> torch.Tensor:
     return (groups[:, :, 0] | groups[:, :, 1] << 4).flatten(1)
 
 
-def transposed_codes(qweight: Stored, bits: int, awq: bool) -> Piece:
+def transposed_codes(qweight: TensorEntry, bits: int, awq: bool) -> Piece:
     """The codes of GPTQ, int32 words [cols * bits / 32, rows], or of AWQ, [cols, rows / 8]: as NIBBLES_32 [rows, cols]
     or, of 8 bits, as UINT8."""
     num_lines, width = qweight.shape
@@ -75,7 +57,7 @@ def transposed_codes(qweight: Stored, bits: int, awq: bool) -> Piece:
         step = 32 // (1 if awq else per)  # lines that hold 32 columns
         step *= max(1, CHUNK_BYTES // (4 * width * step))
         for begin in range(0, num_lines, step):
-            words = qweight.read(begin, min(num_lines, begin + step))
+            words = read_rows(qweight, begin, min(num_lines, begin + step))
             codes = unpacked(words, bits, 1 if awq else 0, awq).t()
             data = nibbles_32(codes.contiguous()) if bits == 4 else codes
             first = begin * (1 if awq else per) * bits // 8
@@ -85,29 +67,22 @@ def transposed_codes(qweight: Stored, bits: int, awq: bool) -> Piece:
     return Piece.made(rows * cols * bits // 8, make)
 
 
-def zeros(packed: Stored, rows: int, bits: int, axis: int, awq: bool = False, plus: int = 0) -> Piece:
+def zeros(packed: TensorEntry, rows: int, bits: int, axis: int, awq: bool = False, plus: int = 0) -> Piece:
     """Zero points packed as words [groups, rows * bits / 32], axis 1, or [rows * bits / 32, groups], axis 0: UINT8
     [rows, groups], plus `plus` within the bits."""
 
     def make() -> torch.Tensor:
-        found = unpacked(packed.read(), bits, axis, awq)
+        found = unpacked(read_rows(packed), bits, axis, awq)
         return (found.t() if axis == 1 else found)[:rows] + plus & (1 << bits) - 1
 
     return Piece.made(rows * packed.shape[1 - axis], make)
 
 
-def nested_scales(absmax: Stored, levels: Stored, outer: Stored, offset: float, block: int) -> Piece:
+def nested_scales(absmax: TensorEntry, levels: TensorEntry, outer: TensorEntry, offset: float, block: int) -> Piece:
     """bitsandbytes' scales that are quantized themselves, as float32: levels[q] * outer + offset, each step rounded."""
 
     def make() -> torch.Tensor:
-        scale = levels.read().view(-1)[absmax.read().view(-1).int()]
-        return scale * outer.read().view(-1).repeat_interleave(block)[: scale.numel()] + offset
+        scale = read_rows(levels).view(-1)[read_rows(absmax).view(-1).int()]
+        return scale * read_rows(outer).view(-1).repeat_interleave(block)[: scale.numel()] + offset
 
-    return Piece.made(4 * absmax.entry.numel, make)
-
-
-def in_chunks(tensor: Stored, is_good: Callable[[torch.Tensor], bool]) -> bool:
-    """Whether `is_good` holds of all rows of a tensor, read a few MiB at a time."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    step = max(1, CHUNK_BYTES * rows // max(1, tensor.entry.num_bytes))
-    return all(is_good(tensor.read(begin, min(rows, begin + step))) for begin in range(0, rows, step))
+    return Piece.made(4 * absmax.numel, make)

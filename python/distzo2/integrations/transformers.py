@@ -228,7 +228,7 @@ class ZOMixin:
             DistZO2Error: the journal is of another model, or another run.
         """
         if not self._zo_journal:
-            return self._zo_trained(super().train(resume_from_checkpoint, trial, *args, **kwargs))
+            return super().train(resume_from_checkpoint, trial, *args, **kwargs)
         if self.optimizer is not None and self.model_init is None:
             raise UsageError("this trainer has trained already, and its journal is closed: make a new trainer")
         existing, files = self.args.zo_existing, RunFiles(self._get_output_dir(trial))  # of a search: a trial's own
@@ -244,13 +244,10 @@ class ZOMixin:
             self._zo_missed = from_rank_0("reading the state of the trainer", read) < start.step
             resumed = str(files.state)
         try:
-            return self._zo_trained(super().train(resumed, trial, *args, **kwargs))
+            return super().train(resumed, trial, *args, **kwargs)
         finally:
             if self.zo_optimizer is not None:
                 self.zo_optimizer.close()
-
-    def _zo_trained(self, output: TrainOutput) -> TrainOutput:
-        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._zo_start.step is None:  # else the weights are the base's and the journal's
@@ -310,7 +307,8 @@ class ZOMixin:
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._zo_catch_up(self.state.num_train_epochs)
         self._zo_save_state()
-        return super()._finalize_training(*args, **kwargs)
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])  # as `log` has it
 
     def _zo_catch_up(self, epoch: float) -> None:
         """Evaluates and saves what was due after the last step of a run that was killed before it did."""

@@ -86,13 +86,13 @@ def write_packed(
 ) -> None:
     """As `save_packed`: `gain_of` returns a gain, float32 [groups] on the CPU, by its name in a map with gains."""
     check_out_dir(Path(out_dir))
-    for file in checkpoint_map.files.files:
+    for file in checkpoint_map.files.files.values():
         file.check_same()
     params = [each.packed for name, each in checkpoint_map.mapped.items() if name + GAIN in checkpoint_map.mapped]
     _check_exact(params, gain_of)
     source, directory = checkpoint_map.directory, Path(checkpoint_map.directory)
     directory = directory if directory.is_dir() else directory.parent
-    weights = [*dict.fromkeys(Path(file.path) for file in checkpoint_map.files.files)]
+    weights = [*checkpoint_map.files.files]
     names = (CONFIG_FILE, INDEX_FILE, GENERATION_FILE, *SETTINGS_FILES) if source.is_dir() else ()
     settings = [path for name in names if (path := directory / name).is_file()]
     with _Copies(out_dir, directory, [*weights, *settings]) as copies:
@@ -115,12 +115,9 @@ class _Copies(StagedFiles):
         if there and not (self.out_dir / HIDDEN).is_dir():  # else a killed writer's
             raise CheckpointError(f"{self.out_dir}: already holds {there[0]}; name another directory")
         self.begin(sum(file.stat().st_size for file in files))
-        try:
+        with self.aborting():
             for file in files:
                 shutil.copyfile(file, self.hidden / file.name)
-        except BaseException:
-            self.abort()
-            raise
 
     def write(self, held: Values) -> None:
         """Puts changed bytes where they were read."""

@@ -31,7 +31,7 @@ from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.checkpoint.writing import DEFAULT_SHARD_BYTES, CheckpointWriter
 from distzo2.formats.gguf import gguf_config, gguf_tensors, is_gguf, open_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
-from distzo2.formats.gguf_file import RAW_DTYPES, WIDENED
+from distzo2.formats.gguf_file import RAW_DTYPES
 from distzo2.formats.packed_checkpoint import DecodedFiles, is_quantized, open_packed
 from distzo2.formats.packing import pack_map
 from distzo2.streaming.offload import offload, runtime_of
@@ -87,8 +87,7 @@ def from_pretrained(
     error = None
     try:
         if store is not None:
-            opened = pack_map(model, checkpoint_map, store, None if units is None else list(units))
-            checkpoint_map, error = opened.map, opened.error
+            checkpoint_map, error = pack_map(model, checkpoint_map, store, None if units is None else list(units))
             freeze_packed(model, checkpoint_map)
         if prepare is not None:
             model, checkpoint_map = prepare(model, checkpoint_map)
@@ -128,8 +127,8 @@ def open_checkpoint(
     if from_file or is_quantized(path, files):
         if files is not None:
             files.close()
-        opened = (open_gguf if from_file else open_packed)(path, dtype=dtype, auto_class=auto_class, **options)
-        model, checkpoint_map = opened.model, opened.map
+        opened = open_gguf if from_file else open_packed
+        model, checkpoint_map = opened(path, dtype=dtype, auto_class=auto_class, **options)
         freeze_packed(model, checkpoint_map)
     else:
         model_class = class_of(path, config, auto_class)
@@ -159,10 +158,9 @@ def clamped(model: nn.Module) -> float:
 
 def freeze_packed(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
     """Freezes the parameters whose packed form cannot be trained."""
-    for name, parameter in model.named_parameters():
-        packed = checkpoint_map.mapped[name].packed
-        if packed is not None and packed.stored_as().code_dtype is None:
-            parameter.requires_grad_(False)
+    for name, packed in checkpoint_map.packed.items():
+        if packed.stored_as().code_dtype is None:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def config_of(path: Path) -> Any:
@@ -182,8 +180,9 @@ def sizes_of(path: Path) -> list[tuple[int, int, torch.dtype, bool]]:
         CheckpointError: there is no checkpoint, or a file of it is truncated, corrupt or in a form that is not decoded.
     """
     if is_gguf(path):
-        tensors = [(t, RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in gguf_tensors(path)]
-        return [(t.stored_bytes, math.prod(t.shape), dtype, t.kind in WIDENED) for t, dtype in tensors]
+        tensors = gguf_tensors(path)
+        rows = [(t.piece(0, t.rows), math.prod(t.shape), RAW_DTYPES.get(t.kind, torch.bfloat16)) for t in tensors]
+        return [(piece.num_bytes, numel, dtype, piece.make is not None) for piece, numel, dtype in rows]
     is_packed = is_quantized(path)
     with closing(DecodedFiles(path) if is_packed else CheckpointFiles(path)) as files:
         found = [(entry.num_bytes, entry.numel, entry.dtype, False) for entry in files.entries]
@@ -246,7 +245,7 @@ def save_pretrained(
             if name in checkpoint_map.mapped:
                 writer.write(name, buffer)
         if checkpoint_map.directory is not None and is_gguf(checkpoint_map.directory):
-            writer.add(gguf_tokenizer(checkpoint_map.directory).save_pretrained)
+            gguf_tokenizer(checkpoint_map.directory).save_pretrained(writer.hidden)
 
 
 def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
@@ -269,7 +268,7 @@ def fill(model: nn.Module, checkpoint_map: CheckpointMap) -> None:
                     while len(filling) > (_UNITS_AHEAD if unit is not None and access.fills_in_place(unit) else 0):
                         reader.finish(filling[0][1])
                         filling.popleft()[0].close()
-            for file in checkpoint_map.files.files:  # what streams from them was opened by their names
+            for file in checkpoint_map.files.files.values():  # what streams from them was opened by their names
                 file.check_same()
         except BaseException:
             for stack, _ in filling:  # the reader's threads have ended: nothing writes there any more

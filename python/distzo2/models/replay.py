@@ -14,14 +14,14 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from itertools import accumulate, chain
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -56,17 +56,6 @@ _UPDATES_AT_ONCE = 128  # in a visit: kernels keep factors of low-rank noise for
 Unused = dict[tuple[tuple[int, int], ...], set[int]]  # ranges of parameters -> steps that left them as they were
 
 
-@dataclass(frozen=True)
-class ReplayReport:
-    """What a replay did: `num_steps` of the journal's `num_journal_steps`, over `num_bytes` of weights. `torn`
-    describes the journal's torn last line, if it has one."""
-
-    num_steps: int
-    num_journal_steps: int
-    num_bytes: int
-    torn: str | None
-
-
 def replay(
     base_dir: str | os.PathLike[str],
     journal_path: str | os.PathLike[str],
@@ -78,7 +67,7 @@ def replay(
     auto_class: Any = None,
     piece_bytes: int = PIECE_BYTES,
     packed: bool = False,
-) -> ReplayReport:
+) -> Steps:
     """Writes the checkpoint that a run had after `to_step` steps (None: all of the journal's), bit for bit.
 
     Args:
@@ -92,6 +81,9 @@ def replay(
         piece_bytes: bytes of weights in one piece; memory is about three times as much.
         packed: of a run that trains gains: writes the packed files of the base with the gains in their scales, as
             `distzo2.save_packed` does. All gains are in memory meanwhile.
+
+    Returns:
+        the steps that were applied.
 
     Raises:
         JournalError: the journal is damaged, or `to_step` is beyond it.
@@ -116,25 +108,25 @@ def replay(
             pieces = [piece[:1] for piece in pieces if checkpoint_map.mapped[piece[0].name].is_gain]
             if not pieces:
                 raise CheckpointError(f"{journal_path}: the run trains no gains, so that no packed files are written")
-        num_bytes = sum(part.num_bytes for piece in pieces for part in piece)
-        text = f"replay {steps.num_steps} steps"
-        bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
+        bar = steps.bar(sum(part.num_bytes for piece in pieces for part in piece), progress)
         if packed:
-            gains_of = _Gains()
+            found: dict[str, torch.Tensor] = {}
             with bar:
-                apply_updates(checkpoint_map, gains_of, pieces, steps, backend, bar)
-            write_packed(checkpoint_map, gains_of.values.__getitem__, out_dir)
-            return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
+                keep = lambda name, gain, _: found.update({name: gain.clone()})  # noqa: E731
+                apply_updates(checkpoint_map, keep, pieces, steps, backend, bar)
+            write_packed(checkpoint_map, found.__getitem__, out_dir)
+            return steps
         with bar, CheckpointWriter(checkpoint_map, out_dir) as writer:
-            apply_updates(checkpoint_map, writer, pieces, steps, backend, bar)
+            apply_updates(checkpoint_map, writer.write, pieces, steps, backend, bar)
             if is_gguf(Path(base_dir)):
-                writer.add(gguf_tokenizer(Path(base_dir)).save_pretrained)
-    return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
+                gguf_tokenizer(base_dir).save_pretrained(writer.hidden)
+    return steps
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The updates of a journal's first `num_steps` steps, and which parameters they left as they were."""
+    """The updates of the first `num_steps` of a journal's `num_journal_steps` steps, and which parameters they left as
+    they were. `torn` describes the journal's torn last line, if it has one."""
 
     header: dict[str, Any]
     updates: list[Update]
@@ -142,6 +134,11 @@ class Steps:
     num_steps: int
     num_journal_steps: int
     torn: str | None
+
+    def bar(self, num_bytes: int, progress: bool) -> tqdm:
+        """A bar over as many bytes of weights, which is shown with `progress`."""
+        text = f"replay {self.num_steps} steps"
+        return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress)
 
 
 NO_STEPS = Steps({"seed": 0}, [], {}, 0, 0, None)
@@ -192,10 +189,10 @@ def open_map(directory: Path, header: Mapping[str, Any], journal: str, auto_clas
         formats = header.get("stored_formats") or {}
         if formats and not checkpoint_map.is_packed:  # it was packed at load
             store = next(iter(formats.values())).split()[0]
-            checkpoint_map = pack_map(model, checkpoint_map, store, names=formats).map
+            checkpoint_map = pack_map(model, checkpoint_map, store, names=formats)[0]
         if any(isinstance(text, str) and text.endswith(GAINED) for text in formats.values()):
             model, checkpoint_map = gains(model, checkpoint_map)
-        if {name: m.packed.format for name, m in checkpoint_map.mapped.items() if m.packed is not None} != formats:
+        if {name: packed.format for name, packed in checkpoint_map.packed.items()} != formats:
             raise JournalError(f"{journal}: {directory} holds weights packed in other ways than those of the run")
     else:
         checkpoint_map = _map_by_table(directory, table)
@@ -275,25 +272,18 @@ def _same_elements(theirs: Any, ours: list[Any], first: Sequence[int]) -> bool:
 
 def _checked_piece(fields: Any, numel: int, num_tensors: int) -> Piece:
     piece = Piece(*(tuple(field) if isinstance(field, list) else field for field in fields))
-    walk = [*zip(piece.sizes, piece.src_strides, piece.dst_strides, strict=True)]
+    walk = zip(piece.sizes, piece.src_strides, piece.dst_strides, strict=True)
     numbers = [piece.source, piece.src_offset, piece.dst_offset, *chain.from_iterable(walk)]
-    last = piece.dst_offset + sum((size - 1) * step for size, _, step in walk)
-    if any(type(n) is not int or n < 0 for n in numbers) or 0 in piece.sizes or last >= numel:
-        raise ValueError("not a piece of this parameter")
-    if piece.source >= num_tensors:
-        raise ValueError("not a piece of this checkpoint")
+    is_walk = all(type(n) is int and n >= 0 for n in numbers) and 0 not in piece.sizes
+    if not is_walk or piece.dst_offset + piece.dst_span > numel or piece.source >= num_tensors:
+        raise ValueError("not a piece of this parameter and this checkpoint")
     return piece
 
 
 def _elements(pieces: Sequence[Piece], begin: int, length: int, numel: int, first: Sequence[int]) -> torch.Tensor:
     """The numbers of the checkpoint's elements that fill `length` elements of a parameter from `begin` on."""
     found = torch.full((length,), -1)
-    near = []
-    for piece in pieces:
-        last = piece.dst_offset + sum((n - 1) * step for n, step in zip(piece.sizes, piece.dst_strides, strict=True))
-        if piece.dst_offset < begin + length and last >= begin:
-            near.append(piece)
-    for piece in Layout((numel,), tuple(near)).flat(begin, length).pieces:
+    for piece in Layout((numel,), tuple(pieces)).flat(begin, length).pieces:
         numbers = torch.tensor(first[piece.source] + piece.src_offset)
         for size, step in zip(piece.sizes, piece.src_strides, strict=True):
             numbers = numbers[..., None] + torch.arange(size) * step
@@ -380,32 +370,15 @@ def _packed_piece(mapped: MappedTensor, row: Mapping[str, Any], gain_row: Mappin
     return [gains, PiecePart(mapped.name, segment, packed, gains)]
 
 
-class Writer(Protocol):
-    """Where updated weights go: a `CheckpointWriter`, for one."""
-
-    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
-        """Takes the part of a parameter that begins at element `begin`."""
-
-
-class _Gains:
-    """A `Writer` that keeps what is written, by name."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, torch.Tensor] = {}
-
-    def write(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
-        self.values[name] = tensor.clone()
-
-
 def apply_updates(
     checkpoint_map: CheckpointMap,
-    writer: Writer,
+    write: Callable[[str, torch.Tensor, int], None],
     pieces: Sequence[list[PiecePart]],
     steps: Steps,
     backend: str | None,
     bar: tqdm,
 ) -> None:
-    """Reads, updates and writes all pieces."""
+    """Reads, updates and writes all pieces; `write` takes the part of a parameter, by name, from an element on."""
     updates, unused, seed = steps.updates, steps.unused, steps.header["seed"]
     largest = max((piece[-1].segment.byte_offset + piece[-1].num_bytes for piece in pieces), default=0)
     largest += -largest % _ALIGNMENT
@@ -440,7 +413,7 @@ def apply_updates(
                         materialize(buffer, table, seed=seed, updates=part, write_back=True, backend=backend)
             with writing:
                 for part in piece:
-                    writer.write(part.name, part.values(buffer), part.segment.element_offset)
+                    write(part.name, part.values(buffer), part.segment.element_offset)
                     bar.update(part.num_bytes)
         finally:
             buffers.put(buffer)

@@ -223,7 +223,7 @@ class ZOSGD(torch.optim.Optimizer):
         """Makes this the model's optimizer: from here on, its updates are of these groups and this seed."""
         group_of = group_of_each(self._runtime.params, self.param_groups)
         other = self._runtime.weights.owner
-        if other is not None and other is not self and other.journal is not None:
+        if isinstance(other, ZOSGD) and other is not self and other.journal is not None:
             raise DistZO2Error(f"another optimizer of this model is writing the journal {other.journal.path}: close it")
         self._runtime.weights.bind(self, group_of, len(self.param_groups), self.settings.seed)
         self._epoch, self._bound = self._runtime.weights.epoch, True

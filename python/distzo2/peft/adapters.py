@@ -21,7 +21,7 @@ from torch import nn
 from distzo2.adapter_types import kind_of
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor, persistent_buffers
-from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_FILES, ADAPTER_WEIGHTS, CheckpointFiles, digest_files
+from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS, CheckpointFiles, adapter_weights
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.errors import DistZO2Error, UsageError, blaming
 from distzo2.files import write_whole
@@ -33,26 +33,6 @@ NAME = "default"  # of the adapter in a model that is made here
 _TASKS = {"causal": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS", "masked": None}
 
 Prepare = Callable[[nn.Module, CheckpointMap], tuple[nn.Module, CheckpointMap]]
-
-
-class AdaptedMap(CheckpointMap):
-    """The map from a base checkpoint and an adapter's directory to a model with the adapter."""
-
-    adapter: Path
-
-    def digest(self) -> dict[str, Any]:
-        base = super().digest()
-        return base | {"files": base["files"] | digest_adapter(self.adapter)}
-
-
-def weights_file(directory: Path) -> str:
-    """The name of an adapter's file of weights."""
-    return next((name for name in ADAPTER_FILES[1:] if (directory / name).is_file()), ADAPTER_WEIGHTS)
-
-
-def digest_adapter(directory: Path) -> dict[str, Any]:
-    """What a journal's header records of an adapter's files."""
-    return digest_files(directory, [ADAPTER_FILE, weights_file(directory)])
 
 
 # ---- what kind of adapter ----------------------------------------------------------------------------------------
@@ -168,9 +148,7 @@ def adapter(source: Any, start: str | Path | None = None, *, seed: int = 0, conf
             elif id(tensor) in held:
                 mapped[name] = replace(base.mapped[held[id(tensor)]], name=name)
         base.files.extend(files)
-        both = AdaptedMap(base.files.entries, mapped, [], base.files, base.config, base.generation_config)
-        both.adapter = place
-        return wrapped.eval(), both
+        return wrapped.eval(), replace(base, mapped=mapped, adapter=place)
 
     return prepare
 
@@ -247,9 +225,9 @@ class AdapterTensors:
         Raises:
             CheckpointError: they are not those of this adapter, or saved embeddings are not the base's.
         """
-        files, params = CheckpointFiles(directory, weights_file(directory)), self.params
+        files, params = CheckpointFiles(directory, adapter_weights(directory)), self.params
         found = {entry.name: entry for entry in files.entries}
-        where = f"{directory / weights_file(directory)}"
+        (where,) = files.files
         for name, key in self.keys.items():
             if key not in found:
                 raise CheckpointError(f"{where}: no tensor {key!r}, which the adapter of this model has")

@@ -8,10 +8,9 @@ from typing import Any
 from distzo2.adapter_types import check_steps, kind_of
 from distzo2.checkpoint.reading import ADAPTER_FILE
 from distzo2.checkpoint.tensor_files import CheckpointError, read_json
-from distzo2.errors import DistZO2Error, blaming, one_line
-from distzo2.version import INSTALL_HF, release
+from distzo2.errors import DistZO2Error, blaming
+from distzo2.version import require
 
-FLOOR = "0.18"
 WORKING = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
 _NOT_SAVED = {"P_TUNING": "peft saves what its network makes and not the network, so that no run could resume it"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken out of the base
@@ -29,17 +28,11 @@ def peft_library() -> Any:
     """The module `peft`.
 
     Raises:
-        DistZO2Error: it is not installed, or older than what is tested.
+        DistZO2Error: it is not installed, cannot be imported, or is older than what is tested.
     """
-    try:
+    require(peft="0.18")
+    with blaming("the package peft, which an adapter needs"):
         import peft
-    except ImportError as error:
-        found = "is not installed" if error.name == "peft" else f"cannot be imported ({one_line(error)})"
-        raise DistZO2Error(
-            f"an adapter needs the package peft, {FLOOR} or later, which {found}: {INSTALL_HF}"
-        ) from error
-    if release(peft.__version__) < release(FLOOR):
-        raise DistZO2Error(f"peft {peft.__version__} is installed, {FLOOR} or later is expected: {INSTALL_HF}")
     return peft
 
 

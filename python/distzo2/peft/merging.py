@@ -78,7 +78,7 @@ def merge_adapter(
                 for name in base.names
                 if name not in written
             ]
-            apply_updates(base, writer, plan_pieces(base, rows, PIECE_BYTES), NO_STEPS, None, tqdm(disable=True))
+            apply_updates(base, writer.write, plan_pieces(base, rows, PIECE_BYTES), NO_STEPS, None, tqdm(disable=True))
 
 
 def _layers(model: Any) -> list[Any]:

@@ -7,11 +7,9 @@ import tempfile
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from distzo2.checkpoint.layout import Layout
 from distzo2.checkpoint.mapping import CheckpointMap, MappedTensor
@@ -25,7 +23,7 @@ from distzo2.checkpoint.reading import (
 from distzo2.checkpoint.tensor_files import CheckpointError
 from distzo2.formats.gguf import is_gguf
 from distzo2.formats.packed_checkpoint import is_quantized
-from distzo2.models.replay import PIECE_BYTES, ReplayReport, apply_updates, plan_pieces, read_steps
+from distzo2.models.replay import PIECE_BYTES, Steps, apply_updates, plan_pieces, read_steps
 from distzo2.peft.adapters import write_adapter
 from distzo2.peft.library import read_config
 from distzo2.peft.merging import NO_MERGE, merge_adapter
@@ -40,7 +38,7 @@ def replay_adapter(
     progress: bool = True,
     *,
     base_dir: str | os.PathLike | None = None,
-) -> ReplayReport:
+) -> Steps:
     """Writes the adapter that a run had after `to_step` steps (None: all of the journal's), bit for bit.
 
     Args:
@@ -66,9 +64,9 @@ def replay_adapter(
         dtypes = Counter(row["dtype"] for row in header["table"] if row["name"] not in keys)
         dtype = getattr(torch, dtypes.most_common(1)[0][0], None)
         with tempfile.TemporaryDirectory(prefix="distzo2-") as scratch:
-            report = replay_adapter(start, journal_path, Path(scratch, "adapter"), to_step, progress)
+            replay_adapter(start, journal_path, Path(scratch, "adapter"), to_step, progress)
             merge_adapter(base_dir, Path(scratch, "adapter"), out_dir, dtype=dtype)
-        return report
+        return steps
     if (out_dir / ADAPTER_FILE).exists():
         raise CheckpointError(f"{out_dir}: already holds {ADAPTER_FILE}; name another directory")
     record = {name: header["base"]["files"].get(name) for name in (ADAPTER_FILE, ADAPTER_WEIGHTS)}
@@ -92,13 +90,11 @@ def replay_adapter(
         def write(name: str, part: torch.Tensor, begin: int) -> None:
             tensors[name].view(-1)[begin : begin + part.numel()] = part
 
-        num_bytes = sum(t.nbytes for t in tensors.values())
-        text = f"replay {steps.num_steps} steps"
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=text, disable=not progress) as bar:
+        with steps.bar(sum(t.nbytes for t in tensors.values()), progress) as bar:
             pieces = plan_pieces(adapter, rows, PIECE_BYTES)
-            apply_updates(adapter, SimpleNamespace(write=write), pieces, steps, None, bar)
+            apply_updates(adapter, write, pieces, steps, None, bar)
     write_adapter(out_dir, read_config(start), {keys[name]: value for name, value in tensors.items()})
-    return ReplayReport(steps.num_steps, steps.num_journal_steps, num_bytes, steps.torn)
+    return steps
 
 
 def adapter_keys(header: dict[str, Any], journal: str) -> dict[str, str]:

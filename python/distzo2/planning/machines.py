@@ -22,6 +22,12 @@ from distzo2_core.types import dense_family
 MEASURED = "distzo2-measure/3"  # the format of its file
 EXCHANGE_S = 1e-3  # of a step's scalars between ranks
 ATTENTION_SHARE = 0.5  # of a product's rate
+# Of a normal's time on a GPU, by instructions: in SASS for sm_90, and for low rank of the noise alone in its PTX, where
+# dense normals are 71.0 an element.
+NOISE_SHARES = {
+    "normal": 1.0, "rademacher": 17.75 / 38.0,
+    "sign-r1": 114.4 / 71.0, "sign-r4": 125.4 / 71.0, "normal-r1": 160.8 / 71.0, "normal-r4": 351.0 / 71.0,
+}  # fmt: skip
 TF32_SHARE = 0.5  # of bf16's rate: without sparsity 156 of 312 TFLOP/s on A100, 494.5 of 989 on H100 (data sheets)
 _BYTES = (Kind.UINT8, Kind.INT8, Kind.FLOAT8_E4M3, Kind.FLOAT8_E5M2)  # decoded at the rate of int8
 
@@ -124,7 +130,7 @@ def _published() -> dict[str, Machine]:
     every, machines = nodes.pop("every"), {}
     for name, row in nodes.items():
         normals, assumptions = row.pop("normals_per_s"), (*row.pop("assumptions"), *every["assumptions"])
-        noise = {"normal": normals, "rademacher": normals * 38.0 / 17.75}
+        noise = {family: normals / share for family, share in NOISE_SHARES.items()}
         rates = Rates(row.pop("flop_per_s"), row.pop("bytes_per_s"), noise, GPU_HOST)
         links = {"link": Duplex(*row.pop("link")), "disk": Duplex(*every["disk"])}
         machines[name] = Machine(**every | row | links | {"rates": rates, "assumptions": assumptions})

@@ -34,7 +34,7 @@ from distzo2.estimators.registry import make_estimator
 from distzo2.models.shapes import LARGE
 from distzo2.optim.moments import default_window
 from distzo2.optim.selection import trained
-from distzo2.parallel.mesh import MeshShape, check_step, deal_evaluations, parse_mesh, pert_fits
+from distzo2.parallel.mesh import GLOBAL, MeshShape, check_step, deal_lanes, parse_mesh, pert_fits
 from distzo2.planning.machines import EXCHANGE_S, GPUS, TF32_SHARE, Duplex, Machine, find_machine
 from distzo2.planning.plan_model import ModelPlan, plan_model
 from distzo2.planning.report import draw_plan, plan_events
@@ -60,6 +60,7 @@ DECODE_TEXTS = (  # without measured rates, and with them
     "packed weights are decoded at the memory's rate, as they are read and a copy is written: theirs was not measured",
     "packed weights are decoded as measured: Q5_K and Q6_K at the rate of nibbles, float8 at that of int8",
 )
+NOISE_TEXT = "low-rank noise at the rate of dense noise of its kind: its own was not measured"
 OFFLOADED_BYTES = 12  # a parameter, of backpropagation with weights, gradients and Adam on the host (arXiv 2604.05091)
 TABLE_COLUMNS = {"bf16": {}} | {store: {"store": store} for store in ("affine16", "affine8")}
 TABLE_COLUMNS["affine4, LoRA"] = {"store": "affine4", "peft": "lora"}
@@ -104,9 +105,7 @@ class Planner:
         r, machine, ranks = self.request, self.machine, mesh.size
         if ranks > machine.num_devices:
             raise UsageError(f"{mesh} is {ranks} ranks, and {machine.name} has {machine.num_devices} devices")
-        if r.micro_batches is None and r.batch % mesh.data:
-            raise UsageError(f"data={mesh.data} does not divide --batch {r.batch}, and --micro-batches is not given")
-        num_batches = r.micro_batches or mesh.data
+        num_batches = self._num_batches(mesh)
         check_step(mesh, self.evaluations, num_batches)
         rows = r.batch // num_batches
         if rows not in self.models:
@@ -116,10 +115,10 @@ class Planner:
             unit.keeps_start = r.anchor > 0
         streamed = self._place(model, sliced)
         family = FAMILIES[r.noise]
-        # The busiest rank sets the pace.
-        evaluations = [self.evaluations[i] for i in max(deal_evaluations(self.evaluations, mesh.pert), key=len)]
-        emissions = [Emission((Term(family, 0, k, 0, float(s)),)) if s else Emission() for k, s in evaluations]
-        lanes = [e for e in emissions for _ in range(-(-num_batches // mesh.data))]
+        emissions = [Emission((Term(family, 0, k, 0, float(s)),)) if s else Emission() for k, s in self.evaluations]
+        dealt = deal_lanes(mesh, self.evaluations, [num_batches] * ranks, GLOBAL, r.probe_batches == "own").lanes
+        busiest = max(dealt, key=lambda places: (len(places), len({e for e, _ in places})))  # sets the pace
+        lanes = [emissions[e] for e, _ in busiest]
         wave = r.max_lanes or len(lanes)
         work = Work(
             model=model,
@@ -187,6 +186,28 @@ class Planner:
         }
         return Prediction(row, played)
 
+    def _num_batches(self, mesh: MeshShape) -> int:
+        """Micro-batches of a step, of all probes: as many as the request names, or as the mesh needs.
+
+        Raises:
+            UsageError: they do not divide the batch, or there are fewer than ranks that share them.
+        """
+        r = self.request
+        if r.probe_batches == "shared":
+            if r.micro_batches is None and r.batch % mesh.data:
+                raise UsageError(
+                    f"data={mesh.data} does not divide --batch {r.batch}, and --micro-batches is not given"
+                )
+            return r.micro_batches or mesh.data
+        each = r.micro_batches or -(-mesh.size // r.probes)
+        parts = r.probes * each
+        if r.batch % parts:
+            text = f"--probes {r.probes} x {each} micro-batches"
+            raise UsageError(f"--probe-batches own: {text} do not divide --batch {r.batch}")
+        if parts < mesh.size:
+            raise UsageError(f"--probe-batches own: {mesh.size} ranks cannot share {parts} parts of a batch")
+        return parts
+
     def _place(self, model: ModelPlan, sliced: bool) -> list[Unit]:
         """The units that stream, in the order of their blocks: those that lie in files of others come last."""
         r, machine = self.request, self.machine
@@ -231,21 +252,23 @@ class Planner:
         return [first, *(self.predict(mesh, sliced) for mesh in meshes for sliced in ways)]
 
     def _meshes(self) -> list[MeshShape]:
-        """The mesh that the request names, or all of its number of ranks that can share a step; without
-        `micro_batches` a step has as many as the mesh needs, if that divides the batch."""
+        """The mesh that the request names, or all of its number of ranks that can share a step."""
         r = self.request
         if r.nproc and not r.parallel:
             meshes = (MeshShape(pert, r.nproc // pert) for pert in range(1, r.nproc + 1) if r.nproc % pert == 0)
-            num_batches, what = r.micro_batches, "a batch of {}" if r.micro_batches is None else "{} micro-batches"
+            what = f"a batch of {r.batch}" if r.micro_batches is None else f"{r.micro_batches} micro-batches"
 
-            def fit(data: int) -> bool:
-                return r.batch % data == 0 if num_batches is None else num_batches >= data
+            def fits(mesh: MeshShape) -> bool:
+                try:
+                    return pert_fits(self.evaluations, mesh.pert) and self._num_batches(mesh) >= mesh.data
+                except UsageError:
+                    return False
 
-            if found := [m for m in meshes if pert_fits(self.evaluations, m.pert) and fit(m.data)]:
+            if found := list(filter(fits, meshes)):
                 return found
             raise UsageError(
                 f"no mesh of {r.nproc} ranks can share {len(self.evaluations)} evaluations and "
-                f"{what.format(num_batches or r.batch)}: more --probes, or a --batch that more ranks divide"
+                f"{what}: more --probes, or a --batch that more ranks divide"
             )
         if not r.parallel:
             return []
@@ -290,6 +313,7 @@ def to_json(planner: Planner, plans: Sequence[Prediction]) -> dict[str, Any]:
         *machine.assumptions,
         *([AUTO_TEXTS[planner.compute_dtype]] if r.compute_dtype == "auto" and model.dtype != torch.float32 else ()),
         *((f"an update makes the noise of {planner.window} steps (--momentum)",) if planner.window > 1 else ()),
+        *((NOISE_TEXT,) if r.noise not in machine.rates.noise_per_s else ()),
         *((DECODE_TEXTS[bool(machine.rates.decode_per_s)],) if any(u.packed for u in model.units) else ()),
         *(() if machine.computes_on_host else (f"{gib(CONTEXT_BYTES)} of a GPU are its driver's",)),
         f"ranks start each step together; their scalars take {1e3 * EXCHANGE_S:g} ms"
@@ -337,7 +361,8 @@ def table(result: dict[str, Any]) -> list[str]:
     computed += f" computed in {model['compute_dtype']}" if converts else ""
     lines = [
         f"{model['name']}, {model['dtype']}{computed}, {model['elements'] / 1e9:.3g} G weights, {gib(model['bytes'])}; "
-        f"{r['batch']} x {r['tokens']} tokens a step, {r['estimator']}, {r['probes']} probe{'s' * (r['probes'] > 1)}; "
+        f"{r['batch']} x {r['tokens']} tokens a step, {r['estimator']}, {r['probes']} probe{'s' * (r['probes'] > 1)}"
+        f"{', each with a part of them' * (r['probe_batches'] == 'own')}; "
         f"weights on {r['weights']}",
         *([f"{model['trained']}; it writes {gib(model['saved_bytes'])} at its end"] if model["trained"] else ()),
         result["machine"]["name"],

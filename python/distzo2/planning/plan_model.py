@@ -147,7 +147,7 @@ def plan_model(
         if is_gguf(place) or is_quantized(place):
             model, found = open_checkpoint(place, dtype=dtype)
             with closing(found):
-                found = found if store is None else pack_map(model, found, store).map
+                found = found if store is None else pack_map(model, found, store)[0]
                 stored = {id(p): told for n, p in model.named_parameters() if (told := found.stored_as(n)) is not None}
         else:
             model = meta_model(place, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import json
 import multiprocessing
 import os
@@ -10,23 +12,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from distzo2.errors import RewardError, UsageError
 from distzo2.interrupts import check_for_interrupt
 from distzo2.rewards import child
 from distzo2.rewards.functions import WORDS, Reward, Row, digest, figure_of, parsed, reward_named
+from distzo2.streaming.isolation import CallerState
 from distzo2.streaming.lanes import LaneThread
 
 LOAD_SECONDS = 120.0  # what importing a reward's file may take
 POLL_SECONDS = 0.2  # between looks for Ctrl-C
+_T = TypeVar("_T")
 
 
 class InlineReward:
-    """A reward that runs in this process: nothing ends it when it takes too long. What it prints goes to stderr."""
+    """A reward that runs in this process: nothing but Ctrl-C ends the wait for it. What it prints goes to stderr."""
 
     def __init__(self, name: str) -> None:
         """
@@ -42,12 +49,36 @@ class InlineReward:
 
         Raises:
             RewardError: the function raises, or returns anything but a finite number for each.
+            KeyboardInterrupt: Ctrl-C came, also in a lane, where a pass over the weights keeps it.
         """
+        call = functools.partial(child.values_of, self._reward, prompts, completions, rows)
         with redirect_stdout(sys.stderr):
-            return child.values_of(self._reward, prompts, completions, rows)
+            return _interruptible(call) if isinstance(threading.current_thread(), LaneThread) else call()
 
     def close(self) -> None:
         """No-op."""
+
+
+def _interruptible(call: Callable[[], _T]) -> _T:
+    """What `call` returns or raises, for a lane: it runs in a thread of its own, in the lane's context and state, and
+    this one looks for Ctrl-C, which leaves that thread behind, whatever it waits for."""
+    on_gpu = torch.cuda.is_initialized()
+    state = CallerState(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    made: Future[_T] = Future()
+
+    def run() -> None:
+        state.enter()
+        try:
+            made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+        finally:
+            state.thread_state.exit()
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="distzo2-reward", daemon=True).start()
+    while not wait([made], POLL_SECONDS).done:
+        check_for_interrupt(in_lane=True)
+    return made.result()
 
 
 class RewardWorker:

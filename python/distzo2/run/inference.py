@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from distzo2.checkpoint.mapping import CheckpointMap
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.rows import find_task
 from distzo2.errors import DistZO2Error, RewardError, UsageError, blaming
@@ -61,7 +60,8 @@ def loaded(
     widest = REFERENCE if perturbs else place.compute_dtype
     check_memory(place.size, place.device, options.weights, options.host_memory, compute_dtype=widest)
     with tempfile.TemporaryDirectory(prefix="distzo2-", dir=options.weights_dir) as directory:
-        prepare, start, more = _freeze, Path(directory, "start"), {}  # so that a disk need not hold a second copy
+        start, more = Path(directory, "start"), {}
+        prepare = lambda model, found: (model.requires_grad_(False), found)  # noqa: E731  (then no second copy is made)
         if perturbs:
             source, more = Path(options.adapter) if options.adapter else config, {"widen": widens(options)}
             prepare = partial(prepared, options, source, config, start, options.seed)
@@ -75,10 +75,6 @@ def loaded(
             if perturbs and source is config and config is not None and config.is_prompt_learning:
                 start_from_tokens(model, start, options.seed)
             yield model, place.device
-
-
-def _freeze(model: torch.nn.Module, checkpoint_map: CheckpointMap) -> tuple[torch.nn.Module, CheckpointMap]:
-    return model.requires_grad_(False), checkpoint_map
 
 
 def _kind(options: EvalOptions | GenerateOptions | SignalOptions) -> tuple[ModelKind, Any]:

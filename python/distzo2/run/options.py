@@ -51,8 +51,6 @@ LEFT = {
     "keep": "OUT/weights.dzo2 holds one copy of each unit of weights",
 }
 
-OWN_BATCHES = ("spsa", "meazo", "spsa-sign")  # estimators that do not compare the losses of different probes
-
 
 def _reward(name: str) -> str:
     parsed(name)
@@ -306,11 +304,6 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
     )
     batch_size: Count = option(16, "examples a step")
     micro_batches: Count = option(1, "parts of a batch, to save memory for long sequences; must divide --batch-size")
-    probe_batches: Literal["shared", "own"] = option(
-        "shared",
-        "own: cut the batch into --probes parts, one for each perturbation: 1/K of the forwards (spsa and its "
-        "kin: meazo, spsa-sign)",
-    )
     weight_decay: PositiveOrZero = option(0.0, "pull towards 0, times --lr, a step; biases and norms are left out")
     anchor: PositiveOrZero = option(
         0.0,
@@ -409,9 +402,6 @@ class FinetuneOptions(Estimating, Trained, TaskReading, DataReading, Placement):
         Trained.__post_init__(self)
         if self.batch_size % self.micro_batches:
             raise UsageError(f"--micro-batches {self.micro_batches} does not divide --batch-size {self.batch_size}")
-        if self.probe_batches == "own" and (self.estimator not in OWN_BATCHES or self.probes < 2):
-            expected = f"--estimator {' or '.join(OWN_BATCHES)}, and --probes 2 or more"
-            raise UsageError(f"--probe-batches own: {expected}, were expected")
         if self.batch_size % self.parts:
             text = f"--probes {self.probes} x --micro-batches {self.micro_batches}"
             raise UsageError(f"--probe-batches own: {text} does not divide --batch-size {self.batch_size}")

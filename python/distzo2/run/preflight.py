@@ -171,7 +171,7 @@ def prepared(
         model, base = gains(model, base)
     elif options.train_only or options.freeze:
         select(model, options.train_only, options.freeze)
-    check_packed(options, options.model, (t.packed.stored_as() for t in base.mapped.values() if t.packed is not None))
+    check_packed(options, options.model, (packed.stored_as() for packed in base.packed.values()))
     return model, base
 
 

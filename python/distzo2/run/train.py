@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from distzo2.checkpoint.mapping import CheckpointMap
-from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS
+from distzo2.checkpoint.reading import ADAPTER_FILE, ADAPTER_WEIGHTS, digest_adapter
 from distzo2.checkpoint.writing import CONFIG_FILE, DISK_SLACK_BYTES
 from distzo2.datasets.draw import TaskReader, draw, loss_of
 from distzo2.datasets.protocol import line_of
@@ -32,7 +32,7 @@ from distzo2.files import write_whole
 from distzo2.optim.selection import trained
 from distzo2.optim.signal import REFERENCE
 from distzo2.parallel.group import Mesh, current
-from distzo2.peft.adapters import digest_adapter, known_config, tokens_in_front
+from distzo2.peft.adapters import known_config, tokens_in_front
 from distzo2.peft.merging import NO_MERGE, check_merges
 from distzo2.peft.start import start_from_tokens
 from distzo2.record.journal import Journal

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
-from distzo2.errors import DataError, DistZO2Error, UsageError, one_line
+from distzo2.errors import DataError, DistZO2Error, UsageError, refusing
 from distzo2.tasks.lines import Line
 
 _CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")  # what jinja has that differs from one rendering to the next
@@ -65,16 +65,12 @@ class Chat:
                     texts += [so_far + head, f"{so_far}{head} {message['content']}"]
                 so_far += f"{head} {message['content']}\n"
             return texts
-        try:
-            with _time_is(self.clock) as asked:
-                fronts = [self._write(messages[:i], add_generation_prompt=True) if i else self._nothing for i in turns]
-                pairs = [(front, self._write(messages[: i + 1])) for front, i in zip(fronts, turns, strict=True)]
-                if not self._examined:
-                    self._examine(pairs[-1][1] != self._write(messages[: turns[-1] + 1]), bool(asked))
-        except DistZO2Error:
-            raise
-        except Exception as error:  # jinja's errors, raised by the template for roles it does not take
-            raise DataError(f"{line.where}: the chat template refuses these messages: {one_line(error)}") from error
+        what = f"{line.where}: the chat template refuses these messages"  # such as for roles that it does not take
+        with refusing(what, DataError), _time_is(self.clock) as asked:
+            fronts = [self._write(messages[:i], add_generation_prompt=True) if i else self._nothing for i in turns]
+            pairs = [(front, self._write(messages[: i + 1])) for front, i in zip(fronts, turns, strict=True)]
+            if not self._examined:
+                self._examine(pairs[-1][1] != self._write(messages[: turns[-1] + 1]), bool(asked))
         # Some templates rewrite earlier turns once later ones follow: then only the last turn is learned.
         whole = pairs[-1][1]
         kept = [(a, b) for a, b in pairs[:-1] if whole[: len(b)] == b and b[: len(a)] == a]

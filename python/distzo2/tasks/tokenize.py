@@ -15,7 +15,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from distzo2.checkpoint.writing import tokenizer_files
-from distzo2.errors import DataError, DistZO2Error, one_line
+from distzo2.errors import DataError, DistZO2Error, refusing
 from distzo2.formats.gguf import is_gguf
 from distzo2.formats.gguf_config import gguf_tokenizer
 from distzo2.models.pretrained import config_of
@@ -69,10 +69,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     names = {*_TOKENIZER_FILES.split()} | tokenizer_files(Path(directory))
     if not any(os.path.isfile(os.path.join(directory, name)) for name in names):
         raise DistZO2Error(f"{directory}: no tokenizer (none of {', '.join(_TOKENIZER_FILES.split()[:4])}, ...)")
-    try:
+    with refusing(f"{directory}: the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the many tokenizer classes raise on damaged files
-        raise DistZO2Error(f"{directory}: the tokenizer cannot be loaded: {one_line(error)}") from error
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):  # merges that are left out by chance: no two readings would be the same
         model.dropout = None

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kernel_cases import LOW_RANK
 from packed_cases import FORMATS, make_case
 
-from distzo2_core import PackedSegment, PackedTable
+from distzo2_core import FAMILIES, PackedSegment, PackedTable
 from distzo2_core.packed import KINDS_OF
 from distzo2_core.types import CODE_DTYPES
 
@@ -51,9 +52,22 @@ def variants() -> list[tuple[str, dict[str, int]]]:
     for (codes, moved), (back, emits) in itertools.product(stored, PROGRAMS):
         if moved == (emits > 0) if max(codes) > 2 else emits or not moved:
             constants = {"CODE": codes[0], "OUT_CODE": codes[1], "MOVED": moved, "WRITE_BACK": back}
-            # Those of low rank take minutes to compile. Triton's interpreter runs them, and anchors (tests/core).
             more = {"NUM_EMITS": emits, "LOW_RANK": False, "ANCHORED": False, "TILE": TILE}
             found.append(("materialize_kernel", constants | more))
+    # Of low rank some in bfloat16: Triton's interpreter runs all of them, and anchors (tests/core).
+    same_place = {
+        "CODE": 1,
+        "OUT_CODE": 1,
+        "MOVED": False,
+        "NUM_EMITS": 2,
+        "LOW_RANK": True,
+        "TILE": TILE,
+        "ANCHORED": False,
+    }
+    found += [("materialize_kernel", same_place | {"WRITE_BACK": back}) for back in (False, True)]
+    for family in LOW_RANK:
+        constants = {"FAMILY": FAMILIES[family], "CODE": 1, "TILE": TILE}
+        found += [("noise_kernel", constants), ("embedding_kernel", constants | {"OUT_CODE": 1})]
     for family, (code, out_code) in itertools.product(range(2), (*same, *PAIRS)):
         constants = {"FAMILY": family, "CODE": code}
         found.append(("embedding_kernel", constants | {"OUT_CODE": out_code, "TILE": TILE}))
